@@ -1,0 +1,42 @@
+# Every target sets up what it needs in .venv; nothing outside the checkout is changed except the data folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint data constraints clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(INSTALLED) data ## train structures side by side on real images (minutes) and write a report
+	@$(BIN)/einlinear compare --out results/demo --preset demo
+
+test: lint ## lint, type check and run the tests
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff, the formatter's check and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+data: ## fetch Fashion-MNIST (31 MB) into $EINLINEAR_DATA, by default ~/.cache/einlinear
+	@tools/fetch_fashion_mnist.sh || echo "Going on without it: the demo says which images it trains on."
+
+constraints: ## pin the newest versions that install together
+	@tools/lock_constraints.sh $(PYTHON)
+
+clean: ## remove the virtual environment and all caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find src tests -name __pycache__ -type d -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation is simply done again. A .venv without a working pip
+# is one whose creation was interrupted.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "einlinear needs Python 3.10 or later")'
+	@echo "Setting up $(VENV) (a minute or two the first time)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[experiments,dev]'
+	@touch $@

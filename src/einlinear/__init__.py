@@ -1,0 +1,11 @@
+"""Structured linear layers for PyTorch: any einsum as a drop-in `nn.Linear`, with the learning rates it needs."""
+
+from importlib.metadata import version as _version
+
+from einlinear.nn import Linear
+from einlinear.parametrize import base_shapes, coord_check, init_, param_groups
+from einlinear.structures import Structure, register_family, structure
+
+__version__ = _version("einlinear")
+
+__all__ = ["Linear", "Structure", "base_shapes", "coord_check", "init_", "param_groups", "register_family", "structure"]

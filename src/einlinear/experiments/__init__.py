@@ -1,0 +1,1 @@
+"""Data, training and reports: the machinery behind the command line (extra "experiments")."""

@@ -1,0 +1,189 @@
+"""One run: a residual MLP of one structure and width, trained on images from one seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from einlinear.experiments.budget import model_macs, model_params
+from einlinear.experiments.data import Augment, Images, batches, pixel_permutation
+from einlinear.nn import ResidualMLP
+from einlinear.parametrize import init_, param_groups
+
+SCHEDULES = ("cosine", "constant")
+_PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
+_INPUT_LR = 0.1  # the input layer's share of the learning rate, as in arXiv 2406.06248, section 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all runs of a comparison share.
+
+    Attributes:
+        depth: residual blocks.
+        epochs, batch_size: as usual.
+        lr: learning rate of the dense model of width base_width; muP carries it over to all others.
+        base_width: the width lr was found at.
+        schedule: of the learning rate, "cosine" (to zero) or "constant".
+        mixup: largest share of a second image, see `Augment`.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        device: "cpu" or "cuda".
+    """
+
+    depth: int = 2
+    epochs: int = 20
+    batch_size: int = 256
+    lr: float = 3e-3
+    base_width: int = 64
+    schedule: str = "cosine"
+    mixup: float = 0.0
+    label_smoothing: float = 0.0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "epochs", "batch_size", "base_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be a positive number, not {self.lr}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {self.schedule!r}")
+        for name in ("mixup", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """Which of the runs: a structure (its canonical spec), a width, a seed."""
+
+    structure: str
+    width: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. The losses and the accuracy are None where the loss became NaN or infinite: it diverged.
+
+    Attributes:
+        structure, width, seed: which run it was.
+        params: of the model, biases and norms included.
+        macs: of the model, per image.
+        train_loss: mean over the batches of the last epoch, augmented as they were trained on.
+        test_loss, test_accuracy: of the final model, on all test images.
+        step_seconds: median duration of a training step, without the data.
+    """
+
+    structure: str
+    width: int
+    seed: int
+    params: int
+    macs: int
+    train_loss: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    step_seconds: float
+
+    @property
+    def run(self) -> Run:
+        return Run(self.structure, self.width, self.seed)
+
+    @property
+    def diverged(self) -> bool:
+        return self.train_loss is None
+
+
+Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
+
+
+def build_model(images: Images, structure: str, width: int, depth: int) -> ResidualMLP:
+    """The model of a run; all its linear layers but the head are structured."""
+    return ResidualMLP(images.features, width, len(images.classes), depth, structure)
+
+
+def train(images: Images, run: Run, settings: Settings, progress: Progress | None = None) -> Result:
+    """Train one model; on a CPU, the same arguments give the same losses.
+
+    Runs of equal seed see the same batches, whatever their structure: their losses differ by less noise than those
+    of different seeds.
+    """
+    device = torch.device(settings.device)
+    torch.manual_seed(run.seed)
+    model = build_model(images, run.structure, run.width, settings.depth)
+    with torch.device("meta"):
+        base = build_model(images, "dense", settings.base_width, settings.depth)
+    init_(model, base=base, zero=ResidualMLP.ZERO)
+    model.to(device)
+    groups = param_groups(model, settings.lr, base=base, lr_scale={"input": _INPUT_LR})
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    steps_per_epoch = len(images.train_x) // settings.batch_size
+    steps = settings.epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(settings.schedule, step / steps))
+    permutation = pixel_permutation(images.features, _PERMUTATION_SEED)
+
+    losses, seconds = [], []
+    stream = batches(
+        images,
+        settings.batch_size,
+        epochs=settings.epochs,
+        seed=run.seed,
+        augment=Augment.suited_to(images, settings.mixup),
+        permutation=permutation,
+    )
+    for x, y in stream:
+        x, y = x.to(device), y.to(device)
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y, label_smoothing=settings.label_smoothing)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())  # waits for the device
+        seconds.append(time.perf_counter() - start)
+        if progress:
+            progress(len(losses), steps, losses[-1])
+        if not math.isfinite(losses[-1]):
+            break
+
+    test_loss, accuracy = evaluate(model, images.test_x.flatten(1)[:, permutation], images.test_y)
+    finished = math.isfinite(losses[-1]) and math.isfinite(test_loss)
+    return Result(
+        structure=run.structure,
+        width=run.width,
+        seed=run.seed,
+        params=model_params(model),
+        macs=model_macs(model),
+        train_loss=statistics.fmean(losses[-steps_per_epoch:]) if finished else None,
+        test_loss=test_loss if finished else None,
+        test_accuracy=accuracy if finished else None,
+        step_seconds=statistics.median(seconds),
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 1000) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of a model on (N, features) inputs and (N,) labels."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    loss, correct = 0.0, 0
+    for inputs, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        labels = labels.to(device)
+        logits = model(inputs.to(device))
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(1) == labels).sum())
+    model.train(was_training)
+    return loss / len(x), correct / len(x)
+
+
+def _decay(schedule: str, fraction: float) -> float:
+    """The learning rate over its peak, when this fraction of the steps is done."""
+    return 0.5 * (1 + math.cos(math.pi * fraction)) if schedule == "cosine" else 1.0

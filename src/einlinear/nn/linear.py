@@ -1,0 +1,123 @@
+"""`Linear`: the drop-in for `torch.nn.Linear` whose weight is a structured matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from einlinear import ops
+from einlinear.structures import Structure, structure
+from einlinear.structures.scaling import init_std
+
+
+class Linear(nn.Module):
+    """y = x W^T + bias with a structured W of shape (out_features, in_features).
+
+    The factors are plain parameters named A, B, C, ... as in the pattern, of the shapes that `structure.factors` says.
+
+    Args:
+        in_features, out_features: as for `torch.nn.Linear`.
+        structure: what W is, such as ``"btt(rank=2)"``, a pattern, or a `Structure` of this size.
+        bias: whether to add a learned bias of shape (out_features,), initialised to zero.
+        normalize: whether every factor M is used as gamma * M / max(1, RMS(M) / sigma), with sigma the standard
+            deviation of its initialisation and gamma a learned scalar of shape (1,), initialised to one (Qiu et al.,
+            arXiv 2406.06248, section 5.1). It keeps the activations of structured transformers from growing.
+        device, dtype: of the parameters, as for `torch.nn.Linear`.
+
+    Shapes:
+        input (..., in_features) to output (..., out_features), any leading dimensions, none and empty ones included.
+
+    Raises:
+        ValueError: a structure that is unknown or does not fit the features (see `einlinear.structure`).
+        RuntimeError: on call, an input of another number of features.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> layer = el.Linear(1024, 4096, "btt(rank=2)")
+        >>> layer(torch.randn(8, 1024)).shape
+        torch.Size([8, 4096])
+        >>> layer.structure.macs / (1024 * 4096)
+        0.09375
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        structure: str | Structure,
+        bias: bool = True,
+        normalize: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.structure = _resolve(structure, in_features, out_features)
+        self.in_features, self.out_features, self.normalize = in_features, out_features, normalize
+        for factor in self.structure.factors:
+            self.register_parameter(factor.name, nn.Parameter(torch.empty(factor.shape, device=device, dtype=dtype)))
+            if normalize:
+                gamma = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+                self.register_parameter(f"gamma_{factor.name}", gamma)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every factor from a normal distribution of the structure-aware width; bias zero, gammas one."""
+        for factor, std in zip(self.structure.factors, init_std(self.structure), strict=True):
+            nn.init.normal_(getattr(self, factor.name), std=std)
+            if self.normalize:
+                nn.init.ones_(getattr(self, f"gamma_{factor.name}"))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(self.structure, self.factors(), x, self.bias)
+
+    def factors(self) -> list[Tensor]:
+        """The factors as they multiply: in the order of `structure.factors`, normalised where that is asked for."""
+        factors = [getattr(self, factor.name) for factor in self.structure.factors]
+        if not self.normalize:
+            return factors
+        gammas = [getattr(self, f"gamma_{factor.name}") for factor in self.structure.factors]
+        return [
+            gamma * m / (m.square().mean().add(1e-8).sqrt() / std).clamp(min=1)
+            for m, gamma, std in zip(factors, gammas, init_std(self.structure), strict=True)
+        ]
+
+    def dense_weight(self) -> Tensor:
+        """W, of shape (out_features, in_features); differentiable in the factors."""
+        return ops.dense_weight(self.structure, self.factors())
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """A `torch.nn.Linear` that computes the same function, on the same device and of the same dtype."""
+        weight = self.dense_weight()
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
+        linear.weight.copy_(weight)
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        s = self.structure
+        return (
+            f"in_features={s.in_features}, out_features={s.out_features}, structure={s.spec!r}, "
+            f"bias={self.bias is not None}{', normalize=True' if self.normalize else ''}, params={s.params}, "
+            f"macs={s.macs} ({s.macs / (s.in_features * s.out_features):.1%} of dense)"
+        )
+
+
+def _resolve(spec: str | Structure, in_features: int, out_features: int) -> Structure:
+    if isinstance(spec, Structure) and (spec.in_features, spec.out_features) != (in_features, out_features):
+        raise ValueError(
+            f"the structure is of {spec.in_features} -> {spec.out_features} features, "
+            f"the layer of {in_features} -> {out_features}; give its spec, {spec.spec!r}, to have it resized"
+        )
+    return structure(spec, in_features, out_features)

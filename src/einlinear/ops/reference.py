@@ -1,0 +1,71 @@
+"""The reference: plain einsum, one factor after the other. Slow to read nothing into, right by inspection.
+
+Shapes: x (n, in_features), y (n, out_features), factors as `structure.factors` says, in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from einlinear.structures import Structure
+from einlinear.structures.pattern import Axes
+
+
+def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """y = x W^T by einsum, for x of shape (n, in_features)."""
+    sizes = dict(structure.sizes)
+    remaining = iter(factors)
+    outputs = []
+    for term in structure.terms:
+        state = term.inputs
+        shape = [sizes[a] for a in state]
+        z = pad(x, math.prod(shape)).reshape(x.shape[0], *shape)
+        for factor in term.factors:
+            kept = [a for a in state if a not in factor.summed]
+            after = (*kept, *factor.introduced)
+            z = einsum([("tokens", *state), factor.axes], ("tokens", *after), z, next(remaining))
+            state = after
+        z = z.permute([0, *[1 + state.index(a) for a in term.outputs]])
+        outputs.append(z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features])
+    return torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0]
+
+
+def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
+    """W of shape (out_features, in_features): every term's factors in a single einsum, added up."""
+    sizes = dict(structure.sizes)
+    remaining = iter(factors)
+    total: Tensor | None = None
+    for term in structure.terms:
+        operands = [next(remaining) for _ in term.factors]
+        subscripts = [factor.axes for factor in term.factors]
+        outputs = []
+        for axis in term.outputs:  # an axis both read and written is a diagonal: einsum writes it with an identity
+            if axis in term.inputs:
+                operands.append(torch.eye(sizes[axis], dtype=operands[0].dtype, device=operands[0].device))
+                subscripts.append((axis, f"{axis}'"))
+            outputs.append(f"{axis}'" if axis in term.inputs else axis)
+        weight = einsum(subscripts, (*outputs, *term.inputs), *operands)
+        weight = weight.reshape(math.prod(sizes[a] for a in term.outputs), math.prod(sizes[a] for a in term.inputs))
+        weight = weight[: structure.out_features, : structure.in_features]
+        total = weight if total is None else total + weight
+    assert total is not None
+    return total
+
+
+def pad(x: Tensor, features: int) -> Tensor:
+    """x with zeros appended to its last dimension until it holds this many features."""
+    return F.pad(x, (0, features - x.shape[-1])) if features > x.shape[-1] else x
+
+
+def einsum(subscripts: Sequence[Axes], result: Axes, *operands: Tensor) -> Tensor:
+    """torch.einsum with axes of any name; an axis of the result that an operand lacks is an error."""
+    names = dict.fromkeys(axis for axes in (*subscripts, result) for axis in axes)
+    letter = dict(zip(names, string.ascii_letters, strict=False))
+    text = ",".join("".join(letter[a] for a in axes) for axes in subscripts)
+    return torch.einsum(f"{text}->{''.join(letter[a] for a in result)}", *operands)

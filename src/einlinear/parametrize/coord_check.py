@@ -1,0 +1,140 @@
+"""The coordinate check: do features, and how much a step changes them, keep their size as the width grows?
+
+After every step the features of a fixed batch are compared with those before it. With the right learning rates the
+change is of the same size at every width (Yang et al., arXiv 2203.03466, appendix D.1; Qiu et al., arXiv 2406.06248,
+figure 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from einlinear.parametrize.mup import param_groups
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """What was measured for one layer at one width.
+
+    Attributes:
+        width: the width the model was built with.
+        layer: the qualified name.
+        size: root mean square of the features, averaged over the steps.
+        update: root mean square of their change in one step, averaged over the steps.
+    """
+
+    width: int
+    layer: str
+    size: float
+    update: float
+
+
+def coord_check(
+    build: Callable[[int], nn.Module],
+    widths: Sequence[int],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    probe: Tensor,
+    *,
+    lr: float,
+    base_width: int,
+    layers: str = "*",
+    steps: int = 100,
+    optimizer: str = "adamw",
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    progress: Callable[[int, int], None] | None = None,
+    **groups: Any,
+) -> list[Coordinates]:
+    """Train a model briefly at every width and measure how its features move.
+
+    Args:
+        build: width -> model, initialised; called with base_width on the meta device for the base shapes.
+        widths: the widths to compare.
+        batches: (input, target) pairs, used in turn, again from the start when they run out.
+        probe: a fixed input, on which the features are measured.
+        lr: learning rate of the base model.
+        base_width: the width it was found at.
+        layers: glob on qualified names: modules whose output, a tensor, is measured.
+        steps: of training.
+        optimizer: "adamw", "adam" or "sgd".
+        loss: of output and target.
+        progress: called with (width, step) after every step.
+        **groups: further arguments of `param_groups`, such as structure_aware=False for the control.
+
+    Returns:
+        One entry per width and layer, in this order.
+
+    Raises:
+        ValueError: a glob that matches no module, an optimizer not listed, and what `param_groups` raises.
+    """
+    if optimizer not in _OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, not {optimizer!r}")
+    with torch.device("meta"):
+        base = build(base_width)
+    found = []
+    for width in widths:
+        model = build(width)
+        settings = param_groups(model, lr, base=base, optimizer=optimizer, **groups)
+        stepper = _OPTIMIZERS[optimizer](settings, lr=lr)
+        before = _features(model, probe, layers)
+        size, update = dict.fromkeys(before, 0.0), dict.fromkeys(before, 0.0)
+        for step, (x, y) in enumerate(islice(cycle(batches), steps)):
+            stepper.zero_grad()
+            loss(model(x), y).backward()
+            stepper.step()
+            after = _features(model, probe, layers)
+            for layer, h in after.items():
+                size[layer] += _rms(h) / steps
+                update[layer] += _rms(h - before[layer]) / steps
+            before = after
+            if progress:
+                progress(width, step + 1)
+        found += [Coordinates(width, layer, size[layer], update[layer]) for layer in size]
+    return found
+
+
+def spread(values: Mapping[int, float]) -> float:
+    """The largest over the smallest of a measurement at several widths."""
+    return max(values.values()) / min(values.values())
+
+
+@torch.no_grad()
+def _features(model: nn.Module, probe: Tensor, layers: str) -> dict[str, Tensor]:
+    features: dict[str, Tensor] = {}
+    chosen = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, layers)}
+    if not chosen:
+        names = ", ".join(name for name, _ in model.named_modules() if name)
+        raise ValueError(f"layers: {layers!r} matches no module; the names are {names}")
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                features[name] = output.detach().clone()
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in chosen.items()]
+    try:
+        model(probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return features
+
+
+def _rms(h: Tensor) -> float:
+    """The mean over inputs of the root mean square over features."""
+    return float(h.float().flatten(0, -2).square().mean(-1).sqrt().mean())

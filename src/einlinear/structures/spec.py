@@ -1,0 +1,233 @@
+"""From what a user writes to a `Structure`: "btt(rank=2)", a pattern, a compute budget."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from einlinear.structures.families import find_family
+from einlinear.structures.pattern import Pattern, PatternError, parse
+from einlinear.structures.structure import Structure, build
+
+_FAMILY = re.compile(r"\s*[\w-]+\s*(\(.*)?$", re.DOTALL)  # a name, alone or with a bracket; all else is a pattern
+
+
+def structure(
+    spec: str | Structure,
+    in_features: int,
+    out_features: int,
+    *,
+    max_macs: float | None = None,
+    sizes: Mapping[str, int] | None = None,
+    **arguments: Any,
+) -> Structure:
+    """The structure of a matrix of shape (out_features, in_features).
+
+    Args:
+        spec: a family, ``"btt(rank=2)"`` or ``"btt"``, or a pattern, ``"(g a), g r f a, f e g r -> (f e)"``.
+        in_features, out_features: the size of the layer.
+        max_macs: a fraction of the MACs of dense. The argument that spends compute and is not given (the rank, else
+            the blocks; of a pattern its one axis of unknown rank) is chosen as rich as this budget allows.
+        sizes: sizes of axes of a pattern, by name.
+        **arguments: arguments of the family, as if written in the spec.
+
+    Raises:
+        ValueError: unknown family (the nearest is named) or argument, a pattern that cannot be read (the place is
+            shown), sizes that contradict, features that would have to be padded by more than 15 %, a budget too small.
+        TypeError: an argument of the wrong type.
+
+    Example:
+        >>> import einlinear as el
+        >>> s = el.structure("btt(rank=2)", 1024, 4096)
+        >>> s.params, s.macs, s.rank
+        (393216, 393216, 1024)
+        >>> el.structure("btt", 1024, 4096, max_macs=0.25).spec
+        'btt(rank=5)'
+    """
+    if isinstance(spec, Structure):
+        spec = spec.spec
+    if not isinstance(spec, str):
+        raise TypeError(f"a structure is given as text such as 'btt(rank=2)', not {spec!r}")
+    for name, features in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(features, int) or isinstance(features, bool):
+            raise TypeError(f"{name} must be an int, not {features!r}")
+        if features < 1:
+            raise ValueError(f"{name} must be at least 1, not {features}")
+    if max_macs is not None and not (isinstance(max_macs, int | float) and max_macs > 0):
+        raise ValueError(f"max_macs is a fraction of the MACs of dense, such as 0.25, not {max_macs!r}")
+    if not _FAMILY.match(spec):
+        if arguments:
+            raise ValueError(f"a pattern takes sizes={{...}}, not {', '.join(arguments)}=")
+        pattern = parse(" ".join(spec.split())).with_sizes(sizes or {})
+        return _from_pattern(pattern, in_features, out_features, max_macs)
+    if sizes is not None:
+        raise ValueError(f"sizes= belongs to a pattern; the family in {spec!r} takes arguments by name")
+    family, written = parse_family(spec)
+    twice = written.keys() & arguments.keys()
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} is given twice: in {spec!r} and as an argument")
+    given = {name: _number(value) for name, value in arguments.items()}
+    return _from_family(family, tuple((written | given).items()), in_features, out_features, max_macs)
+
+
+def parse_family(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split "btt(rank=2)" into the family's name and the arguments. Raises ValueError that points at a mistake."""
+    name, bracket, rest = spec.partition("(")
+    find_family(name.strip())
+    start = len(name)
+    try:
+        call = ast.parse(f"f{bracket}{rest}".strip(), mode="eval").body
+    except SyntaxError as error:
+        raise PatternError(
+            f"cannot read the arguments of {name.strip()}", spec, start + (error.offset or 1) - 2
+        ) from None
+    if isinstance(call, ast.Name) and not bracket:
+        return name.strip(), {}
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise PatternError(f"expected {name.strip()}(argument=value, ...)", spec, start)
+    if call.args:
+        raise PatternError(
+            f"name the argument: {name.strip()}(argument=value)", spec, start + call.args[0].col_offset - 1
+        )
+    return name.strip(), {str(keyword.arg): _value(keyword.value, spec, start) for keyword in call.keywords}
+
+
+def _value(node: ast.expr, spec: str, start: int) -> Any:
+    """A number, a fraction such as 1/2, a word, or a tuple of these."""
+    if isinstance(node, ast.Constant):
+        return _number(node.value)
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, spec, start)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        left, right = _value(node.left, spec, start), _value(node.right, spec, start)
+        if right:
+            return Fraction(left) / Fraction(right)
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(element, spec, start) for element in node.elts)
+    raise PatternError("expected a number, a fraction, a word or a tuple", spec, start + node.col_offset - 1)
+
+
+def _number(value: Any) -> Any:
+    """Floats as the fractions they stand for, so that 1/3 in Python and in text are the same structure."""
+    if isinstance(value, tuple | list):
+        return tuple(_number(element) for element in value)
+    if isinstance(value, float):
+        simple = Fraction(value).limit_denominator(1000)
+        return simple if abs(simple - Fraction(value)) < 1e-12 else Fraction(repr(value))
+    return value
+
+
+def _from_pattern(pattern: Pattern, in_features: int, out_features: int, max_macs: float | None) -> Structure:
+    if max_macs is None:
+        return _build(pattern, in_features, out_features)
+    unknown = [axis for axis in pattern.rank_axes if axis not in dict(pattern.sizes)]
+    if len(unknown) == 1:
+        axis = unknown[0]
+        return _largest(lambda n: _build(pattern.with_sizes({axis: n}), in_features, out_features), max_macs)
+    if unknown:
+        raise ValueError(f"max_macs can choose one rank axis, but {', '.join(unknown)} have no size: give all but one")
+    return _within(_build(pattern, in_features, out_features), max_macs)
+
+
+@lru_cache(maxsize=4096)
+def _build(pattern: Pattern, in_features: int, out_features: int, spec: str | None = None) -> Structure:
+    try:
+        return build(pattern, in_features, out_features, spec)
+    except ValueError as error:
+        raise ValueError(f"{spec or pattern}: {error}") from None
+
+
+def _from_family(
+    name: str, arguments: tuple[tuple[str, Any], ...], in_features: int, out_features: int, max_macs: float | None
+) -> Structure:
+    builder = find_family(name)
+    parameters = inspect.signature(builder).parameters
+    features = {"in_features": in_features, "out_features": out_features}
+    own = [parameter for parameter in parameters if parameter not in features]
+    given = dict(arguments)
+    for argument in given:
+        if argument not in own:
+            nearest = difflib.get_close_matches(argument, own, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            takes = f"It takes {', '.join(own)}" if own else "It takes no arguments"
+            raise ValueError(f"{name} has no argument {argument!r}.{hint} {takes}")
+
+    def make(**chosen: Any) -> Structure:
+        all_arguments = given | chosen
+        missing = [p for p in own if parameters[p].default is inspect.Parameter.empty and p not in all_arguments]
+        if missing:
+            raise ValueError(f"{name} needs {', '.join(f'{p}=' for p in missing)}")
+        shown = {p: all_arguments[p] for p in own if p in all_arguments and all_arguments[p] != parameters[p].default}
+        spec = f"{name}({', '.join(f'{p}={_text(v)}' for p, v in shown.items())})" if shown else name
+        text = builder(**all_arguments, **{p: features[p] for p in parameters if p in features})
+        return _build(parse(text), in_features, out_features, spec)
+
+    if max_macs is None:
+        return make()
+    knob = next((p for p in ("rank", "blocks") if p in own and p not in given), None)
+    if knob == "rank":
+        return _largest(lambda n: make(rank=n), max_macs)
+    if knob == "blocks":
+        return _fewest_blocks(lambda n: make(blocks=n), min(in_features, out_features), max_macs)
+    return _within(make(), max_macs)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, Fraction) and value.denominator > 1000:
+        return repr(float(value))  # 0.37123 rather than 37123/100000
+    return str(value)
+
+
+def _fraction(s: Structure) -> float:
+    return s.macs / (s.in_features * s.out_features)
+
+
+def _within(s: Structure, max_macs: float) -> Structure:
+    if _fraction(s) > max_macs:
+        raise ValueError(
+            f"max_macs={max_macs:g} of dense is too small for {s.spec} at {s.in_features} -> {s.out_features}: "
+            f"it needs {_fraction(s):.4g}"
+        )
+    return s
+
+
+def _largest(make: Callable[[int], Structure], max_macs: float) -> Structure:
+    """The structure of largest rank within the budget: doubling, then bisection."""
+    best = _within(make(1), max_macs)
+    low, high = 1, 2
+    while _fraction(candidate := make(high)) <= max_macs:
+        best, low, high = candidate, high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _fraction(candidate := make(middle)) <= max_macs:
+            best, low = candidate, middle
+        else:
+            high = middle
+    return best
+
+
+def _fewest_blocks(make: Callable[[int], Structure], most: int, max_macs: float) -> Structure:
+    """The structure of fewest blocks within the budget, of those that fit the features."""
+    cheapest: Structure | None = None
+    for blocks in range(1, most + 1):
+        try:
+            candidate = make(blocks)
+        except ValueError:  # too much padding with this many
+            continue
+        if _fraction(candidate) <= max_macs:
+            return candidate
+        if cheapest is None or candidate.macs < cheapest.macs:
+            cheapest = candidate
+    if cheapest is None:
+        raise ValueError("no number of blocks fits these features")
+    return _within(cheapest, max_macs)

@@ -1,0 +1,186 @@
+"""Structure-aware muP: published multipliers, groups, initialisation, roles."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import einlinear as el
+from einlinear.nn import ResidualMLP
+from einlinear.nn.mlp import Block
+from einlinear.structures.scaling import adam_multipliers, init_std, sgd_multipliers
+
+D = 1024
+ROOT = math.sqrt(D)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [  # arXiv 2406.06248, section 3 and its code, square layers of d = 1024 features: factor A multiplies x first
+        ("dense", [1]),
+        ("low_rank(rank=8)", [1 / 2, D / 16]),
+        ("kronecker", [ROOT / 2, ROOT / 2]),
+        ("tt(rank=4)", [ROOT / 2, ROOT / 8]),
+        ("btt", [ROOT / 2, ROOT / 2]),
+        ("btt(rank=4)", [ROOT / 2, ROOT / 8]),
+        ("monarch(blocks=4)", [2, 2]),
+        ("monarch(blocks=16)", [8, 8]),
+        ("dyad(blocks=4)", [4, 4]),
+    ],
+)
+def test_adam_multipliers_are_the_published_ones(spec: str, expected: list[float]) -> None:
+    s = el.structure(spec, D, D)
+    found = dict(zip([factor.name for factor in s.factors], adam_multipliers(s), strict=True))
+    assert [found[name] for name in sorted(found)] == pytest.approx(expected)
+
+
+def test_multipliers_of_rectangular_layers() -> None:
+    s = el.structure("btt(rank=2)", 1024, 4096)  # fan_in, fan_out: A 32 -> 128, B 64 -> 64
+    assert adam_multipliers(s) == pytest.approx((1024 / 32 / 2, 1024 / 64 / 2))
+    assert sgd_multipliers(s) == pytest.approx((128 / 32 / 4 / 2, 64 / 64 / 4 / 2))
+
+
+def test_init_std() -> None:
+    assert init_std(el.structure("low_rank(rank=16)", 256, 256)) == pytest.approx((4 / 256, 4 / 16))
+    assert init_std(el.structure("btt", 1024, 4096)) == pytest.approx((math.sqrt(32) / 32, math.sqrt(32) / 32))
+    assert init_std(el.structure("dyad(blocks=4)", 64, 64)) == pytest.approx((1 / 4 / math.sqrt(2),) * 2)  # two terms
+
+
+def mlp(width: int, structure: str = "dense") -> ResidualMLP:
+    return ResidualMLP(48, width, 10, depth=2, structure=structure)
+
+
+def by_name(groups: list[dict[str, Any]], key: str) -> dict[str, float]:
+    return {name: group[key] for group in groups for name in group["param_names"]}
+
+
+def test_groups_of_a_dense_model_follow_mup() -> None:
+    lr = by_name(el.param_groups(mlp(256), lr=0.1, base=mlp(64)), "lr")
+    assert lr["input.A"] == pytest.approx(0.1)  # its fan-in is not a width
+    assert lr["blocks.0.fc1.A"] == lr["blocks.1.fc2.A"] == lr["head.weight"] == pytest.approx(0.1 / 4)
+    assert lr["blocks.0.fc1.bias"] == lr["norm.weight"] == lr["head.bias"] == pytest.approx(0.1)
+    lr = by_name(el.param_groups(mlp(256), lr=0.1, base=mlp(64), optimizer="sgd"), "lr")
+    assert lr["input.A"] == lr["blocks.0.fc1.bias"] == lr["norm.weight"] == pytest.approx(0.1 * 4)
+    assert lr["blocks.0.fc1.A"] == lr["head.bias"] == pytest.approx(0.1)
+    assert lr["head.weight"] == pytest.approx(0.1 / 4)
+
+
+def test_groups_of_a_structured_model() -> None:
+    model = mlp(256, "btt(rank=2)")
+    groups = el.param_groups(model, lr=0.1, base=mlp(64), weight_decay=0.01)
+    mult = by_name(groups, "lr_mult")
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    fc1 = dict(zip("AB", adam_multipliers(block.fc1.structure), strict=True))
+    assert mult["blocks.0.fc1.A"] == pytest.approx(fc1["A"] * 64 / 256)
+    assert mult["blocks.0.fc1.B"] == pytest.approx(fc1["B"] * 64 / 256)
+    assert all(group["lr"] == pytest.approx(0.1 * group["lr_mult"]) for group in groups)
+    decay = by_name(groups, "weight_decay")
+    assert {name for name, value in decay.items() if value} == {
+        name for name, _ in model.named_parameters() if name.endswith((".A", ".B", "head.weight"))
+    }
+    assert len(groups) <= 8
+    named = dict(model.named_parameters())
+    for group in groups:
+        assert all(named[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
+    assert sorted(decay) == sorted(named)
+    torch.optim.AdamW(groups)
+    torch.optim.SGD(el.param_groups(model, lr=0.1, base=mlp(64), optimizer="sgd"))
+
+
+def test_the_control_gives_every_factor_the_dense_rate() -> None:
+    groups = el.param_groups(mlp(256, "btt"), lr=0.1, base=mlp(64), structure_aware=False)
+    mult = by_name(groups, "lr_mult")
+    assert mult["blocks.0.fc1.A"] == mult["blocks.0.fc1.B"] == pytest.approx(64 / 256)
+
+
+def test_base_as_meta_model_dict_or_file(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        meta = mlp(64, "kronecker")
+    (tmp_path / "base.json").write_text(json.dumps(el.base_shapes(meta)))
+    rates = [
+        by_name(el.param_groups(mlp(256, "btt"), lr=0.1, base=base), "lr")
+        for base in (mlp(64), meta, el.base_shapes(mlp(64)), tmp_path / "base.json", str(tmp_path / "base.json"))
+    ]
+    assert all(rate == rates[0] for rate in rates)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on torch.compile
+def test_wrappers_do_not_change_names() -> None:
+    rate = by_name(el.param_groups(mlp(128, "btt"), lr=0.1, base=mlp(64)), "lr")
+    assert by_name(el.param_groups(torch.compile(mlp(128, "btt")), lr=0.1, base=mlp(64)), "lr") == rate  # type: ignore[arg-type]
+
+
+def test_scales_of_ones_own() -> None:
+    plain = by_name(el.param_groups(mlp(64), lr=0.1, base=None), "lr_mult")
+    scaled = by_name(el.param_groups(mlp(64), lr=0.1, base=None, lr_scale={"input": 0.1, "*.fc1": 3}), "lr_mult")
+    assert scaled["input.A"] == pytest.approx(0.1 * plain["input.A"])
+    assert scaled["input.bias"] == pytest.approx(0.1)
+    assert scaled["blocks.1.fc1.A"] == pytest.approx(3 * plain["blocks.1.fc1.A"])
+    assert scaled["blocks.1.fc2.A"] == plain["blocks.1.fc2.A"]
+
+
+class Odd(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(10, width))
+        self.mixer = nn.Parameter(torch.zeros(width, width))
+        self.scale = nn.Parameter(torch.ones(width))
+        self.attention = nn.MultiheadAttention(width, 4)
+        self.embed = nn.Embedding(100, width)
+
+
+def test_unknown_roles_raise_and_can_be_said() -> None:
+    with pytest.raises(ValueError, match=r"unknown: positions \(10, 64\) of Odd; mixer \(64, 64\) of Odd"):
+        el.param_groups(Odd(64), lr=0.1, base=Odd(16))
+    with pytest.raises(ValueError, match="unknown: mixer"):
+        el.init_(Odd(64), base=Odd(16), roles={"positions": "vector"})
+    roles = {"pos*": "vector", "mixer": "matrix"}
+    mult = by_name(el.param_groups(Odd(64), lr=0.1, base=Odd(16), roles=roles), "lr_mult")
+    assert mult["positions"] == mult["scale"] == mult["embed.weight"] == mult["attention.in_proj_bias"] == 1
+    assert mult["mixer"] == mult["attention.in_proj_weight"] == mult["attention.out_proj.weight"] == 1 / 4
+    with pytest.raises(ValueError, match="must be 'vector' or 'matrix', not 'bias'"):
+        el.param_groups(Odd(64), lr=0.1, base=None, roles={"mixer": "bias"})
+
+
+def std(tensor: object) -> float:
+    assert isinstance(tensor, torch.Tensor)
+    return float(tensor.detach().std())
+
+
+def test_init() -> None:
+    torch.manual_seed(0)
+    model = mlp(256, "btt")
+    assert el.init_(model, base=mlp(64), zero=("*.fc2", "head")) is model
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    assert std(block.fc1.A) == pytest.approx(init_std(block.fc1.structure)[0], rel=0.1)
+    assert std(block.fc2.A) == pytest.approx(init_std(block.fc2.structure)[0], rel=0.1)
+    assert std(block.fc2.B) == 0  # only the last factor: the gradient still flows
+    assert std(model.head.weight) == 0
+    dense = nn.Sequential(nn.Linear(400, 64), nn.Linear(64, 1024), nn.Linear(1024, 10))
+    base = nn.Sequential(nn.Linear(400, 16), nn.Linear(16, 256), nn.Linear(256, 10))
+    el.init_(dense, base=base)
+    assert [std(layer.weight) for layer in dense] == pytest.approx([1 / 20, 1 / 8, math.sqrt(10) / 1024], rel=0.05)
+    assert not any(bool(p.any()) for name, p in dense.named_parameters() if name.endswith("bias"))
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match="optimizer must be 'sgd' or one of adam, adamw, .*, not 'adamm'"):
+        el.param_groups(mlp(64), lr=0.1, base=None, optimizer="adamm")
+    with pytest.raises(ValueError, match=r"the base has no 'blocks.1.norm.weight'"):
+        el.param_groups(mlp(64), lr=0.1, base=ResidualMLP(48, 64, 10, depth=1))
+    with pytest.raises(ValueError, match=r"lr_scale: '\*.fc3' matches nothing; the names are input.A"):
+        el.param_groups(mlp(64), lr=0.1, base=None, lr_scale={"*.fc3": 2})
+    with pytest.raises(ValueError, match="zero: 'tail' matches nothing"):
+        el.init_(mlp(64), base=None, zero=["tail"])
+    with pytest.raises(TypeError, match="base must be a model, a mapping of shapes"):
+        el.param_groups(mlp(64), lr=0.1, base=64)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="base"):
+        el.param_groups(mlp(64), lr=0.1)  # type: ignore[call-arg]
