@@ -15,7 +15,10 @@ SAMPLES: dict[str, list[str]] = {
     "dyad": ["dyad", "dyad(blocks=2, variant=ot)", "dyad(variant=dt)"],
     "block_diagonal": ["block_diagonal(blocks=2)", "block_diagonal"],
     "blast": ["blast(blocks=2, rank=3)", "blast(blocks=4, rank=2)"],
-    "einsum": ["einsum(theta=(1/4, 1/4, 1/2, 1/4, 1/4, 1/2, 1/4))", "einsum(theta=(1/2, 1/2, 0, 1/2, 1/2, 0, 0), rank=3)"],
+    "einsum": [
+        "einsum(theta=(1/4, 1/4, 1/2, 1/4, 1/4, 1/2, 1/4))",
+        "einsum(theta=(1/2, 1/2, 0, 1/2, 1/2, 0, 0), rank=3)",
+    ],
 }
 
 PATTERNS: list[str] = [

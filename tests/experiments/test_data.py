@@ -102,9 +102,14 @@ def test_fashion_mnist_on_this_machine(where: str, name: str, no_data: Path, tmp
     assert str(folder) in images.source
     assert_standardised(images)
 
-    pixels = np.frombuffer(gzip.decompress((folder / "train-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8)
-    expected = (pixels.astype(np.float64) - pixels.mean()) / pixels.std()
-    torch.testing.assert_close(images.train_x.flatten(), torch.from_numpy(expected).float())
+    def pixels(split: str) -> np.ndarray:
+        raw = gzip.decompress((folder / f"{split}-images-idx3-ubyte.gz").read_bytes())
+        return np.frombuffer(raw[16:], np.uint8).astype(np.float64)
+
+    mean, std = pixels("train").mean(), pixels("train").std()
+    for split, x in (("train", images.train_x), ("t10k", images.test_x)):
+        expected = torch.from_numpy((pixels(split) - mean) / std)
+        torch.testing.assert_close(x.flatten(), expected.float())
 
 
 def test_data_folder_defaults_to_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +259,7 @@ def test_image_size(size: int, make_folder: MakeFolder, no_data: Path) -> None:
 
 
 def test_shrinking_is_antialiased(tmp_path: Path, make_folder: MakeFolder) -> None:
-    stripes = np.tile(np.array([0, 255], np.uint8), (16, 8))
+    stripes = np.tile(np.array([0, 255, 255, 0], np.uint8), (16, 4))
     folder = make_folder({"cat": 2, "dog": 2}, size=(16, 16))
     Image.fromarray(stripes).save(folder / "cat" / "stripes.png")
     x = data._read_files([folder / "cat" / "stripes.png"], image_size=4)
@@ -549,6 +554,13 @@ def test_batches_depend_on_their_seed_alone() -> None:
     assert run(0).shape == (100, 48 + 5)
     assert torch.equal(run(0), run(0))
     assert not torch.equal(run(0), run(1))
+
+
+def test_each_batch_is_augmented_anew() -> None:
+    images = tiny()
+    images.train_x[:] = images.train_x[0].clone()
+    first, second = batches(images, 50, epochs=2, seed=0, augment=Augment(images.size))
+    assert not torch.equal(first[0], second[0])
 
 
 def test_permutation_comes_after_augmentation() -> None:

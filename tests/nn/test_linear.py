@@ -1,4 +1,4 @@
-"""`Linear` as a citizen of torch: shapes, dtypes, autocast, compile, export, copies, files, parametrisations, errors."""
+"""`Linear` as a citizen of torch: shapes, dtypes, autocast, compile, export, copies, files, errors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from tests.families import SAMPLES
 from torch import nn
 from torch.nn.utils import parametrize
 
 import einlinear as el
-from tests.families import SAMPLES
 
 SPECS = [specs[-1] for specs in SAMPLES.values()]
 
@@ -165,7 +165,8 @@ def test_every_argument_changes_something() -> None:
 
 def test_repr_names_the_structure_and_its_cost() -> None:
     assert repr(el.Linear(1024, 1024, "btt", bias=False)) == (
-        "Linear(in_features=1024, out_features=1024, structure='btt', bias=False, params=65536, macs=65536 (6.2% of dense))"
+        "Linear(in_features=1024, out_features=1024, structure='btt', bias=False, "
+        "params=65536, macs=65536 (6.2% of dense))"
     )
 
 
@@ -175,7 +176,7 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="the structure is of 16 -> 16 features, the layer of 16 -> 24"):
         el.Linear(16, 24, el.structure("btt", 16, 16))
     with pytest.raises(TypeError):
-        el.Linear(16, 24, "btt", rank=2)  # type: ignore[call-arg]
+        el.Linear(16, 24, "btt", rank=2)
+    layer = el.Linear(16, 24, "btt")
     with pytest.raises(ValueError, match="unknown executor 'fast': choose contraction or reference"):
-        layer = el.Linear(16, 24, "btt")
         el.ops.linear(layer.structure, layer.factors(), torch.randn(2, 16), executor="fast")

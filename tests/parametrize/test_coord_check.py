@@ -18,7 +18,9 @@ def updates(structure: str, structure_aware: bool) -> dict[int, float]:
 
     def build(width: int) -> ResidualMLP:
         torch.manual_seed(width)
-        return el.init_(ResidualMLP(48, width, 10, depth=1, structure=structure), base=None, zero=ResidualMLP.ZERO)  # type: ignore[return-value]
+        return el.init_(
+            ResidualMLP(48, width, 10, depth=1, structure=structure, bias=False), base=None, zero=ResidualMLP.ZERO
+        )
 
     found = el.coord_check(
         build,
@@ -28,12 +30,13 @@ def updates(structure: str, structure_aware: bool) -> dict[int, float]:
         lr=3e-3,
         base_width=64,
         layers="blocks.0",
-        steps=10,
+        steps=20,
+        lr_scale={"input": 0.1},
         structure_aware=structure_aware,
     )
     assert [(c.width, c.layer) for c in found] == [(width, "blocks.0") for width in WIDTHS]
     assert all(c.size > 0 for c in found)
-    return {c.width: c.update for c in found}
+    return {c.width: c.relative_update for c in found}
 
 
 def test_features_move_alike_at_every_width_with_the_structure_aware_rule_only() -> None:
@@ -46,5 +49,5 @@ def test_mistakes() -> None:
     batch = (torch.randn(4, 48), torch.randint(10, (4,)))
     with pytest.raises(ValueError, match="layers: 'block' matches no module; the names are input, blocks"):
         el.coord_check(lambda w: ResidualMLP(48, w, 10), (8,), [batch], batch[0], lr=1, base_width=8, layers="block")
-    with pytest.raises(ValueError, match="optimizer must be one of adamw, adam, sgd|optimizer must be one of adam"):
+    with pytest.raises(ValueError, match=r"optimizer must be one of adamw, adam, sgd|optimizer must be one of adam"):
         el.coord_check(lambda w: ResidualMLP(48, w, 10), (8,), [batch], batch[0], lr=1, base_width=8, optimizer="lbfgs")

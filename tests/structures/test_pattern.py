@@ -70,9 +70,9 @@ def test_sizes_are_checked() -> None:
     assert pattern.with_sizes({"r": 2}) == pattern
     with pytest.raises(ValueError, match="axis 'r' is given two sizes that contradict: 2 and 3"):
         pattern.with_sizes({"r": 3})
-    with pytest.raises(ValueError, match="names the axis 'q', but the pattern's axes are i, r, o"):
+    with pytest.raises(ValueError, match=r"names the axis 'q', but the pattern's axes are i, r, o"):
         pattern.with_sizes({"q": 3})
     with pytest.raises(ValueError, match="must be at least 1, not 0"):
         parse("i, r i, o r -> o").with_sizes({"r": 0})
-    with pytest.raises(TypeError, match="must be an int, not 2.0"):
-        parse("i, r i, o r -> o").with_sizes({"r": 2.0})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="must be an int"):
+        parse("i, r i, o r -> o").with_sizes({"r": 2.0})

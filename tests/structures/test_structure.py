@@ -8,11 +8,11 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.families import PATTERNS, SAMPLES
 
 import einlinear as el
 from einlinear.structures import FAMILIES
 from einlinear.structures.sizes import MAX_PADDING
-from tests.families import PATTERNS, SAMPLES
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs]
 
@@ -310,9 +310,9 @@ def test_mistakes(spec: str, error: type[Exception], message: str) -> None:
 
 def test_wrong_types_and_combinations() -> None:
     with pytest.raises(TypeError, match=r"a structure is given as text such as 'btt\(rank=2\)', not 3"):
-        el.structure(3, 4, 4)  # type: ignore[arg-type]
+        el.structure(3, 4, 4)
     with pytest.raises(TypeError, match=r"in_features must be an int, not 4\.0"):
-        el.structure("dense", 4.0, 4)  # type: ignore[arg-type]
+        el.structure("dense", 4.0, 4)
     with pytest.raises(ValueError, match="out_features must be at least 1, not 0"):
         el.structure("dense", 4, 0)
     with pytest.raises(ValueError, match="sizes= belongs to a pattern"):

@@ -67,4 +67,4 @@ def _widths() -> Iterator[int]:
     width = _SMALLEST
     while True:
         yield width
-        width += max(_SMALLEST, 1 << ((width // 64).bit_length() - 1))
+        width += max(_SMALLEST, 1 << (width // 64).bit_length() >> 1)

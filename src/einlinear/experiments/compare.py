@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import einlinear
 from einlinear.experiments.budget import widest
 from einlinear.experiments.data import Images, batches, load_images
 from einlinear.experiments.store import Experiment, Store
@@ -43,6 +46,8 @@ class Config:
         structures: specs, as for `einlinear.structure`.
         macs: targets: for each, every structure gets its widest model within this many MACs per image.
         widths: instead of macs: the widths every structure is trained at.
+        dense_reach: dense also gets the targets 2, 4, ... times the largest one, up to this many, so that its curve
+            reaches the losses that better structures have at the targets.
         seeds: how many runs of each.
         data, image_size, limit: as for `load_images`.
         settings: what the runs share.
@@ -51,6 +56,7 @@ class Config:
     structures: tuple[str, ...] = STRUCTURES
     macs: tuple[int, ...] = (50_000, 100_000, 200_000, 400_000)
     widths: tuple[int, ...] = ()
+    dense_reach: int = 4
     seeds: int = 3
     data: str = "auto"
     image_size: int | None = None
@@ -60,8 +66,9 @@ class Config:
     def __post_init__(self) -> None:
         if not self.structures:
             raise ValueError("name at least one structure")
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        for name in ("seeds", "dense_reach"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("macs", "widths"):
             if any(value < 1 for value in getattr(self, name)):
                 raise ValueError(f"{name} must be positive, not {', '.join(map(str, getattr(self, name)))}")
@@ -127,7 +134,7 @@ def prepare(config: Config, folder: str | Path, command: str = "") -> Comparison
         "test_images": len(images.test_x),
     }
     structures = tuple(dict.fromkeys(run.structure for run in runs))
-    experiment = Experiment(shared, images.source, structures, (command,) if command else ())
+    experiment = Experiment(shared, images.source, structures, (command,) if command else (), _made_with())
     return Comparison(images, config.settings, runs, Store(folder, experiment))
 
 
@@ -137,21 +144,26 @@ def plan(images: Images, config: Config) -> tuple[Run, ...]:
     Raises:
         ValueError: a structure that is unknown, cannot be built at a width asked for or not within the MACs.
     """
-    chosen = [
-        (spec, width)
-        for target in (config.widths or sorted(config.macs))
-        for spec, width in _models(images, config, target)
-    ]
+    targets = sorted(config.widths or config.macs)
+    chosen = [model for target in targets for model in _models(images, config, config.structures, target)]
+    if not config.widths and DENSE in config.structures:
+        times = 2
+        while times <= config.dense_reach:
+            chosen += _models(images, config, (DENSE,), times * targets[-1])
+            times *= 2
     return tuple(Run(spec, width, seed) for seed in range(config.seeds) for spec, width in dict.fromkeys(chosen))
 
 
-def _models(images: Images, config: Config, target: int) -> Iterable[tuple[str, int]]:
+def _models(images: Images, config: Config, structures: Sequence[str], target: int) -> Iterator[tuple[str, int]]:
     """Every structure's canonical spec and width for one target, a width or a number of MACs."""
-    depth = config.settings.depth
-    for spec in config.structures:
-        width = target
-        if not config.widths:
-            width = widest(spec, lambda width, spec=spec: build_model(images, spec, width, depth), target)
+    for spec in structures:
+        build = partial(build_model, images, spec, depth=config.settings.depth)
+        width = target if config.widths else widest(spec, build, target)
         with torch.device("meta"):
-            build_model(images, spec, width, depth)
+            build(width)
         yield structure(spec, images.features, width).spec, width
+
+
+def _made_with() -> str:
+    versions = f"einlinear {einlinear.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{versions}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"

@@ -41,7 +41,6 @@ _FASHION_FILES = tuple(
     f"{split}-{content}-ubyte.gz" for split in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
 )
 _FASHION_SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package installs
-_OPENML_FASHION_ID = 40996  # 70,000 rows: the 60,000 training images, then the 10,000 test images
 _DOWNLOAD_TIMEOUT = 5.0  # seconds without an answer or a byte
 _IDX_BYTES = 0x0800  # idx magic number of unsigned bytes; the number of axes is added to it
 
@@ -422,19 +421,20 @@ def _read_idx(path: Path, ndim: int) -> Tensor:
 
 
 def _download_fashion_mnist(folder: Path) -> None:
-    """Download Fashion-MNIST once and keep it in `folder` as idx files, which load in a second."""
+    """Download Fashion-MNIST once and keep it in `folder` as idx files, which load in seconds."""
     from sklearn.datasets import fetch_openml
 
     logger.info("Downloading Fashion-MNIST (about 30 MB) into %s", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it warns before it raises: the error says it all
                 table = fetch_openml(
-                    data_id=_OPENML_FASHION_ID,
+                    name="Fashion-MNIST",
+                    version=1,
                     data_home=scratch,
                     as_frame=False,
                     parser="liac-arff",  # the other parser needs pandas
@@ -443,6 +443,7 @@ def _download_fashion_mnist(folder: Path) -> None:
                 )
         finally:
             socket.setdefaulttimeout(timeout)
+        # The rows are the 60,000 training images, then the 10,000 test images.
         x = np.asarray(table.data, dtype=np.uint8).reshape(70_000, 28, 28)
         y = np.asarray(table.target).astype(np.uint8)
         whole = Path(scratch) / "fashion-mnist"

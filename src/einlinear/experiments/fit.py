@@ -29,7 +29,7 @@ class PowerLaw:
     r_squared: float
 
     def __call__(self, macs: float) -> float:
-        return self.scale * macs**-self.exponent
+        return float(self.scale * macs**-self.exponent)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ class Multiplier:
     bound: Bound = ""
 
     def __str__(self) -> str:
-        return f"{self.bound} {self.value:.2f}×".lstrip()
+        return f"{self.text}×"
+
+    @property
+    def text(self) -> str:
+        """Without the multiplication sign."""
+        return f"{self.bound} {self.value:.2f}".lstrip()
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Spread:
 
     def __str__(self) -> str:
         mean = str(self.mean) if self.mean else "unclear"
-        return f"{mean} ({self.smallest} to {self.largest})" if self.seeds > 1 else mean
+        ends = f" ({self.smallest.text} to {self.largest.text})"
+        return mean if self.smallest == self.largest else mean + ends
 
 
 def fit_power_law(points: Sequence[Point]) -> PowerLaw | None:
@@ -112,7 +118,7 @@ def spread(multipliers: Sequence[Multiplier]) -> Spread | None:
     """The geometric mean and the range of several seeds' multipliers; None of none.
 
     >>> print(spread([Multiplier(2.0), Multiplier(8.0, ">")]))
-    > 4.00× (2.00× to > 8.00×)
+    > 4.00× (2.00 to > 8.00)
     """
     if not multipliers:
         return None

@@ -31,12 +31,14 @@ class Experiment:
         source: one sentence on where the data came from.
         structures: in the order in which they are shown.
         commands: the command lines that added to the folder.
+        made_with: versions and machine of the latest of them.
     """
 
     shared: dict[str, Any]
     source: str
     structures: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
+    made_with: str = ""
 
 
 class Store:
@@ -86,6 +88,10 @@ class Store:
         finished = {result.run for result in read_results(self.folder)[0]}
         return [run for run in runs if run not in finished]
 
+    def damaged(self) -> list[Path]:
+        """Files of runs that cannot be read."""
+        return read_results(self.folder)[1]
+
 
 def read_experiment(folder: Path) -> Experiment:
     """What a results folder is about. Raises ValueError where it is none, or another version's."""
@@ -100,8 +106,8 @@ def read_experiment(folder: Path) -> Experiment:
     here = FORMAT, einlinear.__version__
     if written != here:
         raise ValueError(
-            f"{folder} was written by einlinear {written[1]} (format {written[0]}), this is {here[1]} (format {here[0]}): "
-            "their runs may not be comparable. Name another folder, or go on with that version"
+            f"{folder} was written by einlinear {written[1]} (format {written[0]}), but this is {here[1]} (format "
+            f"{here[0]}), whose runs may not be comparable. Name another folder, or go on with that version"
         )
     try:
         content["structures"], content["commands"] = tuple(content["structures"]), tuple(content["commands"])

@@ -17,8 +17,8 @@ class Row:
 
     Attributes:
         structure, width, params, macs: of the model.
-        train_loss, test_loss, test_accuracy: means.
-        train_losses, test_accuracies: of the seeds.
+        train_loss, test_accuracy: means.
+        train_losses, test_accuracies: of the seeds that they are over.
         step_seconds: median over the seeds.
         multiplier: compute multiplier against dense of the same seeds.
         seeds, diverged: how many runs there are, and how many of them diverged.
@@ -29,7 +29,6 @@ class Row:
     params: int
     macs: int
     train_losses: tuple[float, ...]
-    test_losses: tuple[float, ...]
     test_accuracies: tuple[float, ...]
     step_seconds: float
     multiplier: Spread | None
@@ -41,12 +40,13 @@ class Row:
         return fmean(self.train_losses) if self.train_losses else None
 
     @property
-    def test_loss(self) -> float | None:
-        return fmean(self.test_losses) if self.test_losses else None
-
-    @property
     def test_accuracy(self) -> float | None:
         return fmean(self.test_accuracies) if self.test_accuracies else None
+
+    @property
+    def seed_count(self) -> str:
+        """How many seeds the means are over: "3", or "2 of 3" where one diverged."""
+        return f"{self.seeds - self.diverged} of {self.seeds}" if self.diverged else str(self.seeds)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ def _row(runs: Sequence[Result], results: Sequence[Result]) -> Row:
         params=runs[0].params,
         macs=runs[0].macs,
         train_losses=tuple(run.train_loss for run in good if run.train_loss is not None),
-        test_losses=tuple(run.test_loss for run in good if run.test_loss is not None),
         test_accuracies=tuple(run.test_accuracy for run in good if run.test_accuracy is not None),
         step_seconds=median(run.step_seconds for run in runs),
         multiplier=_multiplier(good, results),

@@ -18,8 +18,8 @@ from einlinear.nn import ResidualMLP
 from einlinear.parametrize import init_, param_groups
 
 SCHEDULES = ("cosine", "constant")
-_PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
-_INPUT_LR = 0.1  # the input layer's share of the learning rate, as in arXiv 2406.06248, section 4
+PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
+LR_SCALE = {"input": 0.1}  # as in arXiv 2406.06248, section 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,10 @@ class Settings:
             raise ValueError(f"lr must be a positive number, not {self.lr}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {self.schedule!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, not {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but this torch finds no CUDA device")
         for name in ("mixup", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
@@ -109,6 +113,16 @@ def build_model(images: Images, structure: str, width: int, depth: int) -> Resid
     return ResidualMLP(images.features, width, len(images.classes), depth, structure)
 
 
+def initialised(images: Images, run: Run, settings: Settings) -> tuple[ResidualMLP, ResidualMLP]:
+    """The model of a run as it starts, and the base model that its learning rates refer to, on the meta device."""
+    with torch.device("meta"):
+        base = build_model(images, "dense", settings.base_width, settings.depth)
+    torch.manual_seed(run.seed)
+    model = build_model(images, run.structure, run.width, settings.depth)
+    init_(model, base=base, zero=ResidualMLP.ZERO)
+    return model, base
+
+
 def train(images: Images, run: Run, settings: Settings, progress: Progress | None = None) -> Result:
     """Train one model; on a CPU, the same arguments give the same losses.
 
@@ -116,18 +130,14 @@ def train(images: Images, run: Run, settings: Settings, progress: Progress | Non
     of different seeds.
     """
     device = torch.device(settings.device)
-    torch.manual_seed(run.seed)
-    model = build_model(images, run.structure, run.width, settings.depth)
-    with torch.device("meta"):
-        base = build_model(images, "dense", settings.base_width, settings.depth)
-    init_(model, base=base, zero=ResidualMLP.ZERO)
+    model, base = initialised(images, run, settings)
     model.to(device)
-    groups = param_groups(model, settings.lr, base=base, lr_scale={"input": _INPUT_LR})
+    groups = param_groups(model, settings.lr, base=base, lr_scale=LR_SCALE)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     steps_per_epoch = len(images.train_x) // settings.batch_size
     steps = settings.epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(settings.schedule, step / steps))
-    permutation = pixel_permutation(images.features, _PERMUTATION_SEED)
+    permutation = pixel_permutation(images.features, PERMUTATION_SEED)
 
     losses, seconds = [], []
     stream = batches(

@@ -11,11 +11,11 @@ from einlinear.nn.linear import Linear
 class Block(nn.Module):
     """x + fc2(gelu(fc1(norm(x)))), with a hidden layer `expansion` times as wide."""
 
-    def __init__(self, width: int, structure: str, expansion: int = 4) -> None:
+    def __init__(self, width: int, structure: str, expansion: int = 4, bias: bool = True) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.fc1 = Linear(width, expansion * width, structure)
-        self.fc2 = Linear(expansion * width, width, structure)
+        self.norm = nn.LayerNorm(width, bias=bias)
+        self.fc1 = Linear(width, expansion * width, structure, bias)
+        self.fc2 = Linear(expansion * width, width, structure, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
@@ -32,7 +32,7 @@ class ResidualMLP(nn.Module):
         depth: the number of blocks.
         structure: of every linear layer but the head, as for `Linear`.
         expansion: of the blocks' hidden layer.
-        input_structure: of the input layer, where it should differ.
+        bias: whether linear layers and norms have one.
 
     Shapes:
         (n, in_features) to (n, out_features).
@@ -48,13 +48,13 @@ class ResidualMLP(nn.Module):
         depth: int = 3,
         structure: str = "dense",
         expansion: int = 4,
-        input_structure: str | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.input = Linear(in_features, width, input_structure or structure)
-        self.blocks = nn.Sequential(*(Block(width, structure, expansion) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, out_features)
+        self.input = Linear(in_features, width, structure, bias)
+        self.blocks = nn.Sequential(*(Block(width, structure, expansion, bias) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, bias=bias)
+        self.head = nn.Linear(width, out_features, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.norm(self.blocks(self.input(x))))

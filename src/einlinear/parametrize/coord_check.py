@@ -42,6 +42,14 @@ class Coordinates:
     size: float
     update: float
 
+    @property
+    def relative_update(self) -> float:
+        """The update over the size: near a constant where the learning rate carries over to this width.
+
+        It leaves out what initialisation does to the size: narrow layers behind a wide input start with small features.
+        """
+        return self.update / self.size
+
 
 def coord_check(
     build: Callable[[int], nn.Module],

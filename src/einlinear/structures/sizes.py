@@ -66,7 +66,7 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
     for axis in pattern.axes:  # an axis of several groups must divide each of them
         owners = [group for group in all_groups if axis in group.axes]
         if len(owners) > 1 and axis not in fixed:
-            fixed[axis] = _shared_size(axis, owners, targets)
+            fixed[axis] = _shared_size(axis, owners, fixed, targets)
 
     options: list[list[dict[str, int]]] = []
     for group in all_groups:
@@ -96,7 +96,11 @@ def _targets(free: list[str], targets: Mapping[str, float], features: float) -> 
     return tuple(own.get(axis, rest) for axis in free)
 
 
-def _shared_size(axis: str, owners: list[Group], targets: Mapping[str, float]) -> int:
+def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targets: Mapping[str, float]) -> int:
+    for group in owners:  # where all others are fixed, this one follows
+        others = [other for other in group.axes if other != axis]
+        if all(other in fixed for other in others):
+            return math.ceil(group.features / math.prod(fixed[other] for other in others))
     target = targets.get(axis) or min(group.features ** (1 / len(group.axes)) for group in owners)
     common = math.gcd(*(group.features for group in owners))
     best = min(_divisors(common), key=lambda size: abs(math.log(size / target)))

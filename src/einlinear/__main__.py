@@ -1,0 +1,5 @@
+"""`python -m einlinear`."""
+
+from einlinear.cli import main
+
+main()

@@ -1,0 +1,156 @@
+"""What the commands print: tables, progress bars, messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import einlinear
+from einlinear.structures import Structure
+from einlinear.structures.scaling import adam_multipliers, init_std
+
+if TYPE_CHECKING:  # heavy: loaded only by the commands that train
+    from einlinear.experiments.compare import Comparison
+    from einlinear.experiments.coordinates import Updates
+    from einlinear.experiments.summary import Curve
+    from einlinear.experiments.train import Run
+
+
+def note(message: str) -> None:
+    """A line to the terminal, its markup characters as they are."""
+    Console().print(Text(message), soft_wrap=True)
+
+
+def error(message: str) -> None:
+    """A message in red to stderr."""
+    Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+
+
+def structure(s: Structure) -> None:
+    """Everything about one structure."""
+    dense = einlinear.structure("dense", s.in_features, s.out_features)
+    console = _console()
+    note(f"{s}\npattern  {s.pattern}")
+    note(f"sizes    {', '.join(f'{axis}={size}' for axis, size in s.sizes)}\n")
+
+    factors = _table("factor", "axes", "shape", "fan in", "fan out", "params", "MACs", "init std", "Adam lr")
+    for factor, std, multiplier in zip(s.factors, init_std(s), adam_multipliers(s), strict=True):
+        shape = "×".join(map(str, factor.shape))
+        counts = (factor.fan_in, factor.fan_out, factor.params, factor.macs)
+        factors.add_row(
+            factor.name, " ".join(factor.axes), shape, *(f"{n:,}" for n in counts), f"{std:.4g}", f"{multiplier:.4g}×"
+        )
+    console.print(factors)
+    note("Factors in order of contraction. Adam lr: of dense of the same size.\n")
+
+    totals = _table("", "this", "dense", "ratio")
+    for name in ("params", "macs", "rank"):
+        own, full = getattr(s, name), getattr(dense, name)
+        totals.add_row("MACs" if name == "macs" else name, f"{own:,}", f"{full:,}", f"{own / full:.4g}")
+    for name, meaning in (("psi", "rank = n^psi"), ("nu", "MACs = n^(1+nu)"), ("omega", "params / MACs = n^-omega")):
+        totals.add_row(f"{name}  ({meaning})", f"{getattr(s, name):.4g}", f"{getattr(dense, name):.4g}")
+    console.print(totals)
+
+
+def start(comparison: Comparison, missing: Sequence[Run]) -> None:
+    """What is about to happen."""
+    store, total = comparison.store, len(comparison.runs)
+    note(f"Data: {comparison.images.source}.")
+    for path in store.damaged():
+        again = path in map(store.path, missing)
+        error(f"{path} is truncated or damaged; {'that run is done again' if again else 'it is left out'}")
+    done = f"; {total - len(missing)} of {total} are already there" if len(missing) < total else ""
+    note(f"{len(missing)} runs to train, results in {store.folder}{done}.")
+
+
+def train(comparison: Comparison, runs: Sequence[Run]) -> None:
+    """Train the runs with progress bars."""
+    with _progress() as progress:
+        overall = progress.add_task("runs", total=len(runs), loss="")
+        current = progress.add_task("", loss="")
+
+        def step(done: int, total: int, loss: float) -> None:
+            progress.update(current, completed=done, total=total, loss=f"loss {loss:.3f}")
+
+        for run in runs:
+            progress.reset(current, description=f"{run.structure}, width {run.width}, seed {run.seed}", loss="")
+            comparison.run(run, step)
+            progress.advance(overall)
+
+
+@contextmanager
+def steps(total: int) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar, and the function that advances it by a step of a structure at a width."""
+    with _progress() as progress:
+        task = progress.add_task("", total=total, loss="")
+
+        def advance(spec: str, width: int, _: int) -> None:
+            progress.update(task, advance=1, description=f"{spec}, width {width}")
+
+        yield advance
+
+
+def updates(found: Sequence[Updates]) -> None:
+    """The table of a coordinate check."""
+    widths = list(found[0].by_width)
+    table = _table("structure", "learning rates", *(f"width {width}" for width in widths), "largest / smallest")
+    for update in found:
+        changes = (f"{update.by_width[width]:.4g}" for width in widths)
+        rates = "its own" if update.structure_aware else "of dense"
+        table.add_row(update.structure, rates, *changes, f"{update.spread:.2f}")
+    _console().print(table)
+    note("Change of the last block's features in one step, root mean square.")
+
+
+def results(curves: Iterable[Curve]) -> None:
+    """The table of a comparison."""
+    headings = ("structure", "width", "params", "MACs", "train loss", "× compute", "test acc.", "ms/step", "seeds")
+    table = _table(*headings)
+    for row in (row for curve in curves for row in curve.rows):
+        table.add_row(
+            row.structure,
+            str(row.width),
+            f"{row.params:,}",
+            f"{row.macs:,}",
+            "diverged" if row.train_loss is None else f"{row.train_loss:.4f}",
+            str(row.multiplier or "–"),
+            "–" if row.test_accuracy is None else f"{row.test_accuracy:.1%}",
+            f"{1000 * row.step_seconds:.1f}",
+            row.seed_count,
+        )
+    _console().print(table)
+    note("× compute: how many times these MACs dense needs for the same train loss.")
+
+
+def _progress() -> Progress:
+    """Progress bars, which only a terminal shows."""
+    console = Console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _console() -> Console:
+    """Standard output; a pipe or file has no width to fit tables into."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        justify: Literal["left", "right"] = "left" if i == 0 else "right"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=i > 0)
+    return table

@@ -1,0 +1,127 @@
+"""The coordinate check on images: whether the features of wide models move as much as those of narrow ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import plotly.graph_objects as go
+import torch
+
+from einlinear.experiments.compare import DENSE
+from einlinear.experiments.data import Images, batches, pixel_permutation
+from einlinear.experiments.report import COLOURS, SYMBOLS, nice_ticks, style
+from einlinear.experiments.store import write_text
+from einlinear.experiments.train import LR_SCALE, PERMUTATION_SEED, Run, Settings, build_model, initialised
+from einlinear.nn import ResidualMLP
+from einlinear.parametrize.coord_check import coord_check
+
+_BATCHES = 16  # different ones, used in turn
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How much one step changes the features of the last block, by width.
+
+    Attributes:
+        structure: its spec.
+        structure_aware: whether every factor had its own learning rate, or (the control) that of a dense layer.
+        by_width: width -> root mean square of the change, mean over the steps.
+    """
+
+    structure: str
+    structure_aware: bool
+    by_width: dict[int, float]
+
+    @property
+    def spread(self) -> float:
+        """The largest over the smallest update: near 1 where learning rates carry over."""
+        return max(self.by_width.values()) / min(self.by_width.values())
+
+
+def check_models(images: Images, structures: Sequence[str], widths: Sequence[int], depth: int) -> None:
+    """Build every model without memory. Raises ValueError for a structure that is unknown or does not fit a width."""
+    with torch.device("meta"):
+        for spec in structures:
+            for width in widths:
+                build_model(images, spec, width, depth)
+
+
+def cases(structures: Sequence[str]) -> list[tuple[str, bool]]:
+    """What to measure: every structure with its own learning rates and, unless it is dense, with those of dense."""
+    return [(spec, aware) for spec in structures for aware in (True, False) if aware or spec != DENSE]
+
+
+def measure(
+    images: Images,
+    structures: Sequence[str],
+    widths: Sequence[int],
+    settings: Settings,
+    steps: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[Updates]:
+    """The updates of all `cases`.
+
+    Args:
+        images, settings: as for `train`.
+        structures: specs.
+        widths: to compare.
+        steps: of training at each.
+        progress: called with (structure, width, step) after every step.
+    """
+    order = pixel_permutation(images.features, PERMUTATION_SEED)
+    epochs = 1 + steps * settings.batch_size // len(images.train_x)
+    stream = batches(images, settings.batch_size, epochs=epochs, seed=0, permutation=order)
+    data = list(islice(stream, min(steps, _BATCHES)))
+    probe = images.test_x[: settings.batch_size].flatten(1)[:, order]
+    for spec, structure_aware in cases(structures):
+
+        def build(width: int, spec: str = spec) -> ResidualMLP:
+            return initialised(images, Run(spec, width, 0), settings)[0]
+
+        def report(width: int, step: int, spec: str = spec) -> None:
+            if progress:
+                progress(spec, width, step)
+
+        found = coord_check(
+            build,
+            widths,
+            data,
+            probe,
+            lr=settings.lr,
+            base_width=settings.base_width,
+            layers=f"blocks.{settings.depth - 1}",
+            steps=steps,
+            lr_scale=LR_SCALE,
+            structure_aware=structure_aware,
+            progress=report,
+        )
+        yield Updates(spec, structure_aware, {measured.width: measured.update for measured in found})
+
+
+def write_page(updates: Sequence[Updates], path: Path) -> None:
+    """A page with the figure; it loads nothing from the network."""
+    figure = go.Figure()
+    names = list(dict.fromkeys(update.structure for update in updates))
+    for update in updates:
+        i = names.index(update.structure)
+        figure.add_trace(
+            go.Scatter(
+                x=list(update.by_width),
+                y=list(update.by_width.values()),
+                name=update.structure if update.structure_aware else f"{update.structure}, dense learning rates",
+                mode="lines+markers",
+                marker={"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
+                line={"color": COLOURS[i % len(COLOURS)], "dash": "solid" if update.structure_aware else "dot"},
+            )
+        )
+    style(figure)
+    widths = sorted({width for update in updates for width in update.by_width})
+    values = [value for update in updates for value in update.by_width.values()]
+    ticks = nice_ticks(min(values), max(values))
+    figure.update_xaxes(title="width", type="log", tickvals=widths, ticktext=[str(width) for width in widths])
+    figure.update_yaxes(title="change of features in a step (RMS)", type="log", tickvals=ticks)
+    figure.update_layout(title="Coordinate check: a level line means that the learning rate carries over", margin_t=120)
+    write_text(path, figure.to_html(include_plotlyjs=True, config={"responsive": True, "displaylogo": False}))

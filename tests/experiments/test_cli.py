@@ -1,0 +1,265 @@
+"""The command line, from the arguments to the exit code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import einlinear as el
+from einlinear import cli
+from einlinear.cli.app import app
+from einlinear.experiments import compare
+from einlinear.experiments.store import read_results
+from einlinear.experiments.train import Result, Run, train
+from einlinear.structures.scaling import adam_multipliers, init_std
+
+QUICK = ("--data", "digits", "--epochs", "1", "--batch-size", "256", "--depth", "1", "--seeds", "1")
+TINY = ("--structures", "dense; btt", "--macs", "10k,20k", "--dense-reach", "1", *QUICK)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
+    """One message and no traceback."""
+    code, out, err = answer
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in out + err
+    for part in parts:
+        assert part in err
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that were trained, in order."""
+    runs: list[Run] = []
+
+    def counting(images: object, run: Run, *rest: object) -> Result:
+        runs.append(run)
+        return train(images, run, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compare, "train", counting)
+    return runs
+
+
+def test_compare_from_images_to_report_and_again(tmp_path: Path, trained: list[Run]) -> None:
+    code, out, err = run("compare", *TINY, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    results, _ = read_results(tmp_path / "out")
+    assert len(results) == len(trained) == 4
+    for found in results:
+        line = next(
+            line for line in out.splitlines() if line.startswith(f"{found.structure} ") and f" {found.width} " in line
+        )
+        assert f"{found.macs:,}" in line
+        assert f"{found.train_loss:.4f}" in line
+        assert f"{found.test_accuracy:.1%}" in line
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(str(found.train_loss) in page for found in results)
+    assert "scikit-learn&#39;s digits" in page
+
+    (tmp_path / "out" / "report.html").unlink()
+    code, again, _ = run("compare", *TINY, "--out", tmp_path / "out")
+    assert (code, len(trained)) == (0, 4)
+    assert "0 runs to train" in again
+    assert (tmp_path / "out" / "report.html").exists()
+
+    code, table, _ = run("report", tmp_path / "out")
+    assert code == 0
+    assert all(f"{found.train_loss:.4f}" in table for found in results)
+
+
+def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(images: object, run: Run, *rest: object) -> Result:
+        if run.structure == "btt":
+            raise KeyboardInterrupt
+        return Result(run.structure, run.width, run.seed, 1, 1, 0.5, 0.5, 0.5, 0.001)
+
+    monkeypatch.setattr(compare, "train", impatient)
+    code, _, err = run("compare", *TINY, "--out", tmp_path / "out")
+    assert code == 130
+    assert "keeps every finished run; the same command goes on from there" in err
+    assert "Traceback" not in err
+    assert [found.structure for found in read_results(tmp_path / "out")[0]] == ["dense"]
+
+    monkeypatch.setattr(compare, "train", train)
+    code, out, _ = run("compare", *TINY, "--out", tmp_path / "out")
+    assert code == 0
+    assert "3 runs to train" in out
+    assert "1 of 4 are already there" in out
+
+
+def test_a_diverged_run_is_shown_and_others_go_on(tmp_path: Path) -> None:
+    code, out, _ = run("compare", *TINY, "--lr", 1e30, "--out", tmp_path / "out")
+    assert code == 0
+    assert [line.split()[4] for line in out.splitlines() if line.startswith(("dense", "btt"))] == 4 * ["diverged"]
+
+
+def test_a_truncated_run_is_reported(tmp_path: Path, trained: list[Run]) -> None:
+    run("compare", *TINY, "--out", tmp_path / "out")
+    victim = next((tmp_path / "out" / "runs").iterdir())
+    victim.write_text("{")
+    code, _, err = run("compare", *TINY, "--out", tmp_path / "out")
+    assert (code, len(trained)) == (0, 5)
+    assert f"{victim} is truncated or damaged; that run is done again" in err
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path, trained: list[Run]) -> None:
+    run("compare", *TINY, "--out", tmp_path / "out")
+    answer = run("compare", *TINY, "--lr", 0.01, "--out", tmp_path / "out")
+    assert_refused(answer, "lr was 0.003, now 0.01", "Name another folder")
+    assert len(trained) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--structures", "dense;bttt"), "Did you mean 'btt'"),
+        (("--structures", "(g a), g r f a, f e g r -> (f e"), "expected ')'"),
+        (("--macs", "50k,many"), "--macs: 'many' is no number"),
+        (("--macs", "50k", "--widths", "64"), "not both"),
+        (("--macs", "1k"), "the cheapest model takes"),
+        (("--widths", ","), "--widths is empty"),
+        (("--preset", "paper-ish"), "the presets are demo, paper"),
+        (("--batch-size", "5000"), "batch_size=5000"),
+        (("--data", "digts"), "did you mean 'digits'"),
+        (("--data", "no/such/folder"), "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, trained: list[Run]
+) -> None:
+    assert_refused(run("compare", *QUICK, "--out", tmp_path / "out", *arguments), message)
+    assert trained == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_of_images(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    answer = run("compare", *QUICK, "--data", tmp_path / "images", "--out", tmp_path / "out")
+    assert_refused(answer, "neither subfolders nor images")
+
+
+def test_an_image_with_nan_pixels(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.full((8, 8), np.nan if (label, i) == ("dog", 1) else 0.5 + i, dtype=np.float32)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.tif")
+    answer = run("compare", *QUICK, "--data", tmp_path / "images", "--out", tmp_path / "out")
+    assert_refused(answer, "NaN", "1.tif")
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(10):
+            pixels = random.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
+    options = (*TINY, "--data", tmp_path / "images", "--batch-size", 4, "--image-size", 6, "--limit", 8)
+    code, out, _ = run("compare", *options, "--out", tmp_path / "out")
+    assert code == 0
+    assert "20 images from" in out
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(compare, "train", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run("compare", *TINY, "--out", tmp_path / "out")
+
+
+def test_describe_against_numbers_worked_out_here() -> None:
+    code, out, _ = run("describe", "btt(rank=2)", 1024, 4096)
+    assert code == 0
+    blocks_in = inner_in = 32  # 1024 = 32 · 32
+    blocks_out = inner_out = 64  # 4096 = 64 · 64
+    a = blocks_in * 2 * blocks_out * inner_in
+    b = blocks_out * inner_out * blocks_in * 2
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    std_a, std_b = inner_in**0.5 / inner_in, inner_out**0.5 / (2 * blocks_in)
+    row_a = ["32×2×64×32", "32", "128", f"{a:,}", f"{a:,}", f"{std_a:.4g}", f"{1024 / 32 / 2:g}×"]
+    row_b = ["64×64×32×2", "64", "64", f"{b:,}", f"{b:,}", f"{std_b:.4g}", f"{1024 / 64 / 2:g}×"]
+    assert lines["A"] == ["A", "g", "r", "f", "a", *row_a]
+    assert lines["B"] == ["B", "f", "e", "g", "r", *row_b]
+    assert lines["params"] == ["params", f"{a + b:,}", f"{1024 * 4096:,}", "0.09375"]
+    assert lines["MACs"][1:] == lines["params"][1:]
+    assert lines["rank"] == ["rank", "1,024", "1,024", "1"]
+    assert [lines[name][-2:] for name in ("psi", "nu", "omega")] == [["1", "1"], ["0.5", "1"], ["0", "0"]]
+    assert "(g a), g r f a, f e g r -> (f e)" in out
+
+
+@pytest.mark.parametrize("spec", ["dyad(variant=dt)", "tt(rank=3, cores=3)", "blast(blocks=4, rank=2)"])
+def test_describe_shows_every_factor(spec: str) -> None:
+    s = el.structure(spec, 64, 128)
+    _, out, _ = run("describe", spec, 64, 128)
+    for factor, std, multiplier in zip(s.factors, init_std(s), adam_multipliers(s), strict=True):
+        words = next(line.split() for line in out.splitlines() if line.startswith(f"{factor.name} "))
+        assert words[-2:] == [f"{std:.4g}", f"{multiplier:.4g}×"]
+        assert "×".join(map(str, factor.shape)) in words
+
+
+def test_describe_with_a_budget() -> None:
+    _, out, _ = run("describe", "btt", 1024, 4096, "--max-macs", 0.25)
+    assert out.startswith("btt(rank=5), 1024 -> 4096")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("monrch", 64, 64), "Did you mean 'monarch'"),
+        (("btt", 0, 64), "at least 1"),
+        (("dense", 64, 64, "--max-macs", 0.5), "too small"),
+    ],
+)
+def test_describe_refuses(arguments: tuple[object, ...], message: str) -> None:
+    assert_refused(run("describe", *arguments), message)
+
+
+def test_report_of_a_folder_without_results(tmp_path: Path) -> None:
+    assert_refused(run("report", tmp_path), "holds no results of einlinear")
+
+
+def test_coordinate_check(tmp_path: Path) -> None:
+    arguments = ("--data", "digits", "--widths", "16,64", "--steps", 3, "--depth", 1, "--batch-size", 64)
+    code, out, _ = run("coord-check", *arguments, "--out", tmp_path / "new" / "check.html")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith(("dense", "btt"))]
+    assert [row[0] for row in rows] == ["dense", "btt", "btt"]
+    assert all(0 < float(value) < 10 for row in rows for value in row[-3:-1])
+    assert rows[1][-3:] != rows[2][-3:]  # its own learning rates, those of dense
+    page = (tmp_path / "new" / "check.html").read_text()
+    assert "btt, dense learning rates" in page
+    assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
+    assert_refused(run("coord-check", *arguments, "--structures", "btt;bt"), "unknown family 'bt'")
+
+
+def test_version_and_help() -> None:
+    assert run("--version")[:2] == (0, f"einlinear {el.__version__}\n")
+    assert all(command in run("--help")[1] for command in ("describe", "compare", "report", "coord-check"))
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "EXTRA", ("rich", "no_such_package"))
+    with pytest.raises(SystemExit, match=r"\(no_such_package\).*pip install 'einlinear\[experiments\]'"):
+        cli.main()
+
+
+def test_the_entry_point_needs_no_extra_package_to_say_so() -> None:
+    code = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; import einlinear.cli; einlinear.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'einlinear[experiments]'" in done.stderr
+    assert "Traceback" not in done.stderr
