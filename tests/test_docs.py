@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -42,9 +43,9 @@ def test_readme(index: int) -> None:
         assert isinstance(model, torch.nn.Sequential)
         assert [type(layer).__name__ for layer in model] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
         assert isinstance(model[0], el.Linear)
-        assert float(names["loss"].detach()) < 1
+        assert float(names["loss"].detach()) < math.log(10)  # of guessing
     if index == 2:
-        assert 0 < float(names["error"]) < 1
+        assert 0 < float(names["error"].detach()) < 1
 
 
 @pytest.mark.usefixtures("own_registry")

@@ -2,10 +2,22 @@
 
 from importlib.metadata import version as _version
 
+from einlinear.conversion import convert, densify
 from einlinear.nn import Linear
 from einlinear.parametrize import base_shapes, coord_check, init_, param_groups
 from einlinear.structures import Structure, register_family, structure
 
 __version__ = _version("einlinear")
 
-__all__ = ["Linear", "Structure", "base_shapes", "coord_check", "init_", "param_groups", "register_family", "structure"]
+__all__ = [
+    "Linear",
+    "Structure",
+    "base_shapes",
+    "convert",
+    "coord_check",
+    "densify",
+    "init_",
+    "param_groups",
+    "register_family",
+    "structure",
+]

@@ -45,7 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
     def counting(images: object, run: Run, *rest: object) -> Result:
         runs.append(run)
-        return train(images, run, *rest)  # type: ignore[arg-type]
+        return train(images, run, *rest)
 
     monkeypatch.setattr(compare, "train", counting)
     return runs

@@ -112,11 +112,12 @@ def test_options_override_the_preset_and_the_preset_the_defaults() -> None:
         ({"schedule": "linear"}, "cosine or constant"),
         ({"mixup": 2.0}, "mixup must lie between 0 and 1"),
         ({"device": "tpu"}, "cpu or cuda"),
+        ({"threads": 0}, "threads must be at least 1"),
     ],
 )
 def test_wrong_options_say_what_is_right(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        configure(**options)  # type: ignore[arg-type]
+        configure(**options)
 
 
 # Runs
@@ -147,7 +148,7 @@ def test_training_learns_and_measures_the_last_epoch(digits: Images) -> None:
     "change", [{"lr": 1e-4}, {"schedule": "constant"}, {"mixup": 0.8}, {"label_smoothing": 0.2}, {"base_width": 32}]
 )
 def test_every_setting_changes_the_result(digits: Images, change: dict[str, object]) -> None:
-    settings = dataclasses.replace(QUICK, **change)  # type: ignore[arg-type]
+    settings = dataclasses.replace(QUICK, **change)
     plain, changed = (train.train(digits, Run("btt", 16, 0), s).train_loss for s in (QUICK, settings))
     assert plain != changed
 
@@ -232,7 +233,7 @@ def test_other_settings_are_refused(tmp_path: Path, other: dict[str, object], di
     prepare(CONFIG, tmp_path / "out")
     before = (tmp_path / "out" / "experiment.json").read_text()
     with pytest.raises(ValueError, match=f"other settings: {difference}.*Name another folder"):
-        prepare(dataclasses.replace(CONFIG, **other), tmp_path / "out")  # type: ignore[arg-type]
+        prepare(dataclasses.replace(CONFIG, **other), tmp_path / "out")
     assert (tmp_path / "out" / "experiment.json").read_text() == before
 
 

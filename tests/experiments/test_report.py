@@ -13,7 +13,15 @@ from einlinear.experiments.store import Experiment, Store
 from einlinear.experiments.summary import summarise
 from einlinear.experiments.train import Result
 
-SHARED = {"depth": 2, "base_width": 64, "batch_size": 128, "device": "cpu", "data": "digits", "image_size": [8, 8]}
+SHARED = {
+    "depth": 2,
+    "base_width": 64,
+    "batch_size": 128,
+    "device": "cpu",
+    "threads": 1,
+    "data": "digits",
+    "image_size": [8, 8],
+}
 MakeResults = Callable[[list[Result]], Path]
 
 

@@ -45,7 +45,7 @@ def interruptible(message: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        display.error(message)
+        display.warning(message)
         raise typer.Exit(130) from None
 
 
@@ -122,6 +122,7 @@ def compare(
     image_size: Annotated[int | None, _option("Resize the images to this many pixels a side.", "image_size")] = None,
     limit: Annotated[int | None, _option("Use only this many training images.", "limit")] = None,
     device: Annotated[str | None, _option("cpu or cuda.", "device")] = None,
+    threads: Annotated[int | None, _option("CPU threads; more than one pays for wide models only.", "threads")] = None,
 ) -> None:
     """Train structures side by side at matched compute, print the table, write report.html.
 
@@ -147,6 +148,7 @@ def compare(
             image_size=image_size,
             limit=limit,
             device=device,
+            threads=threads,
         )
         comparison = prepare(config, out, shlex.join(["einlinear", *sys.argv[1:]]))
     missing = comparison.missing()

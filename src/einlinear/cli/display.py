@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import einlinear
@@ -30,6 +30,11 @@ def note(message: str) -> None:
 def error(message: str) -> None:
     """A message in red to stderr."""
     Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+
+
+def warning(message: str) -> None:
+    """A message in yellow to stderr."""
+    Console(stderr=True).print(Text(message, style="yellow"), soft_wrap=True)
 
 
 def structure(s: Structure) -> None:
@@ -64,7 +69,7 @@ def start(comparison: Comparison, missing: Sequence[Run]) -> None:
     note(f"Data: {comparison.images.source}.")
     for path in store.damaged():
         again = path in map(store.path, missing)
-        error(f"{path} is truncated or damaged; {'that run is done again' if again else 'it is left out'}")
+        warning(f"{path} is truncated or damaged; {'that run is done again' if again else 'it is left out'}")
     done = f"; {total - len(missing)} of {total} are already there" if len(missing) < total else ""
     note(f"{len(missing)} runs to train, results in {store.folder}{done}.")
 
@@ -132,7 +137,7 @@ def _progress() -> Progress:
     """Progress bars, which only a terminal shows."""
     console = Console()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=44)),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

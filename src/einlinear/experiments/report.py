@@ -169,7 +169,7 @@ def style(figure: go.Figure) -> None:
     figure.update_layout(
         template="none",
         font={"family": _FONT, "size": 13, "color": "#222"},
-        margin={"l": 60, "r": 12, "t": 12, "b": 50},
+        margin={"l": 60, "r": 12, "t": 12, "b": 60},
         height=460,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         hoverlabel={"font": {"family": _FONT}},

@@ -35,6 +35,7 @@ class Settings:
         mixup: largest share of a second image, see `Augment`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         device: "cpu" or "cuda".
+        threads: of the CPU. Models this small gain little from more than one, and lose a lot on a busy machine.
     """
 
     depth: int = 2
@@ -46,9 +47,10 @@ class Settings:
     mixup: float = 0.0
     label_smoothing: float = 0.0
     device: str = "cpu"
+    threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("depth", "epochs", "batch_size", "base_width"):
+        for name in ("depth", "epochs", "batch_size", "base_width", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.lr < math.inf:
@@ -129,6 +131,15 @@ def train(images: Images, run: Run, settings: Settings, progress: Progress | Non
     Runs of equal seed see the same batches, whatever their structure: their losses differ by less noise than those
     of different seeds.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        return _train(images, run, settings, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(images: Images, run: Run, settings: Settings, progress: Progress | None) -> Result:
     device = torch.device(settings.device)
     model, base = initialised(images, run, settings)
     model.to(device)

@@ -67,6 +67,43 @@ class Linear(nn.Module):
         )
         self.reset_parameters()
 
+    @classmethod
+    @torch.no_grad()
+    def from_dense(cls, linear: nn.Module | Tensor, structure: str | Structure) -> Linear:
+        """The structured layer closest to a dense one: best approximation of its weight in Frobenius norm.
+
+        Exactly the best for structures of two factors and for sums of terms of one factor; for others as good as
+        successive SVDs and alternating least squares make it (`ops/project.py`).
+
+        Args:
+            linear: a `torch.nn.Linear`, transformers' Conv1D, a structured layer, or a weight of shape (out, in).
+            structure: as for the constructor.
+
+        Returns:
+            A layer with the bias, dtype, device, training mode and requires_grad of the given one.
+
+        Raises:
+            TypeError: something else is given.
+            ValueError: a weight that is not a matrix, or on the meta device; a structure that does not fit.
+
+        Example:
+            >>> import torch, einlinear as el
+            >>> el.Linear.from_dense(torch.nn.Linear(64, 32), "low_rank(rank=4)").structure.params
+            384
+        """
+        weight, bias = _dense_parameters(linear)
+        if weight.dim() != 2:
+            raise ValueError(f"a weight has shape (out_features, in_features), not {tuple(weight.shape)}")
+        if weight.is_meta:
+            raise ValueError("a weight on the meta device has no values to project: load it first")
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, structure, bias is not None, device=weight.device, dtype=weight.dtype)
+        for factor, value in zip(layer.structure.factors, ops.project(layer.structure, weight), strict=True):
+            getattr(layer, factor.name).copy_(value).requires_grad_(weight.requires_grad)
+        if layer.bias is not None and bias is not None:
+            layer.bias.copy_(bias).requires_grad_(bias.requires_grad)
+        return layer.train(linear.training if isinstance(linear, nn.Module) else True)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw every factor from a normal distribution of the structure-aware width; bias zero, gammas one."""
@@ -112,6 +149,25 @@ class Linear(nn.Module):
             f"bias={self.bias is not None}{', normalize=True' if self.normalize else ''}, params={s.params}, "
             f"macs={s.macs} ({s.macs / (s.in_features * s.out_features):.1%} of dense)"
         )
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer of weight (in_features, out_features)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _dense_parameters(linear: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight (out_features, in_features) and the bias of anything that is a dense layer or can be seen as one."""
+    if isinstance(linear, Tensor):
+        return linear, None
+    if isinstance(linear, Linear):
+        weight = linear.dense_weight()
+        return weight.requires_grad_(any(p.requires_grad for p in linear.parameters())), linear.bias
+    if isinstance(linear, nn.Linear):
+        return linear.weight, linear.bias
+    if is_conv1d(linear):
+        return linear.weight.T.requires_grad_(linear.weight.requires_grad), linear.bias
+    raise TypeError(f"expected an nn.Linear, a Conv1D or a weight of shape (out, in), not {type(linear).__name__}")
 
 
 def _resolve(spec: str | Structure, in_features: int, out_features: int) -> Structure:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from einlinear.ops import contraction, reference
+from einlinear.ops.project import project
 from einlinear.ops.reference import dense_weight
 from einlinear.structures import Structure
 
-__all__ = ["EXECUTORS", "dense_weight", "linear"]
+__all__ = ["EXECUTORS", "dense_weight", "linear", "project"]
 
 EXECUTORS = ("contraction", "reference")
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.structures import Structure
+from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
 
@@ -36,12 +36,15 @@ def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Tensor:
     return torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0]
 
 
-def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
-    """W of shape (out_features, in_features): every term's factors in a single einsum, added up."""
+def dense_weight(structure: Structure, factors: Sequence[Tensor], terms: Sequence[Term] = ()) -> Tensor:
+    """W of shape (out_features, in_features): every term's factors in a single einsum, added up.
+
+    With `terms`, the sum of these alone, of which the factors are then.
+    """
     sizes = dict(structure.sizes)
     remaining = iter(factors)
     total: Tensor | None = None
-    for term in structure.terms:
+    for term in terms or structure.terms:
         operands = [next(remaining) for _ in term.factors]
         subscripts = [factor.axes for factor in term.factors]
         outputs = []

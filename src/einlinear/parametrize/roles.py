@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from einlinear.nn import Linear
+from einlinear.nn.linear import is_conv1d
 from einlinear.structures import Structure
 
 _VECTORS = (  # every parameter of these is a vector: its fan-in does not grow with the width
@@ -112,11 +113,6 @@ def plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer of weight (in_features, out_features)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def _is_known(module: nn.Module, parameter: Parameter) -> bool:

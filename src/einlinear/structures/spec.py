@@ -73,7 +73,7 @@ def structure(
     if twice:
         raise ValueError(f"{', '.join(sorted(twice))} is given twice: in {spec!r} and as an argument")
     given = {name: _number(value) for name, value in arguments.items()}
-    return _from_family(family, tuple((written | given).items()), in_features, out_features, max_macs)
+    return _from_family(family, written | given, in_features, out_features, max_macs)
 
 
 def parse_family(spec: str) -> tuple[str, dict[str, Any]]:
@@ -145,39 +145,52 @@ def _build(pattern: Pattern, in_features: int, out_features: int, spec: str | No
         raise ValueError(f"{spec or pattern}: {error}") from None
 
 
+def check_spec(spec: str) -> None:
+    """Raise what `structure` would raise at any size: an unknown family or argument, a pattern that cannot be read."""
+    if not isinstance(spec, str):
+        raise TypeError(f"a structure is given as text such as 'btt(rank=2)', not {spec!r}")
+    if _FAMILY.match(spec):
+        _family_pattern(*parse_family(spec), 1, 1)
+    else:
+        parse(" ".join(spec.split()))
+
+
 def _from_family(
-    name: str, arguments: tuple[tuple[str, Any], ...], in_features: int, out_features: int, max_macs: float | None
+    name: str, given: dict[str, Any], in_features: int, out_features: int, max_macs: float | None
 ) -> Structure:
+    def make(**chosen: int) -> Structure:
+        pattern, spec = _family_pattern(name, given | chosen, in_features, out_features)
+        return _build(pattern, in_features, out_features, spec)
+
+    if max_macs is None:
+        return make()
+    arguments = inspect.signature(find_family(name)).parameters
+    knob = next((argument for argument in ("rank", "blocks") if argument in arguments and argument not in given), None)
+    if knob == "rank":
+        return _largest(lambda n: make(rank=n), max_macs)
+    if knob == "blocks":
+        return _fewest_blocks(lambda n: make(blocks=n), min(in_features, out_features), max_macs)
+    return _within(make(), max_macs)
+
+
+def _family_pattern(name: str, given: Mapping[str, Any], in_features: int, out_features: int) -> tuple[Pattern, str]:
+    """The pattern that a family's builder returns for these arguments, and the canonical spec that says so."""
     builder = find_family(name)
     parameters = inspect.signature(builder).parameters
     features = {"in_features": in_features, "out_features": out_features}
     own = [parameter for parameter in parameters if parameter not in features]
-    given = dict(arguments)
     for argument in given:
         if argument not in own:
             nearest = difflib.get_close_matches(argument, own, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             takes = f"It takes {', '.join(own)}" if own else "It takes no arguments"
             raise ValueError(f"{name} has no argument {argument!r}.{hint} {takes}")
-
-    def make(**chosen: Any) -> Structure:
-        all_arguments = given | chosen
-        missing = [p for p in own if parameters[p].default is inspect.Parameter.empty and p not in all_arguments]
-        if missing:
-            raise ValueError(f"{name} needs {', '.join(f'{p}=' for p in missing)}")
-        shown = {p: all_arguments[p] for p in own if p in all_arguments and all_arguments[p] != parameters[p].default}
-        spec = f"{name}({', '.join(f'{p}={_text(v)}' for p, v in shown.items())})" if shown else name
-        text = builder(**all_arguments, **{p: features[p] for p in parameters if p in features})
-        return _build(parse(text), in_features, out_features, spec)
-
-    if max_macs is None:
-        return make()
-    knob = next((p for p in ("rank", "blocks") if p in own and p not in given), None)
-    if knob == "rank":
-        return _largest(lambda n: make(rank=n), max_macs)
-    if knob == "blocks":
-        return _fewest_blocks(lambda n: make(blocks=n), min(in_features, out_features), max_macs)
-    return _within(make(), max_macs)
+    missing = [p for p in own if parameters[p].default is inspect.Parameter.empty and p not in given]
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(f'{p}=' for p in missing)}")
+    shown = [f"{p}={_text(given[p])}" for p in own if p in given and given[p] != parameters[p].default]
+    text = builder(**given, **{p: features[p] for p in parameters if p in features})
+    return parse(text), f"{name}({', '.join(shown)})" if shown else name
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,300 @@
+"""Swap the linear layers of a model for structured ones, and back.
+
+Layers are chosen by globs on their qualified names. What is not converted is never passed over in silence: the report
+lists it with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from einlinear.nn import Linear
+from einlinear.nn.linear import is_conv1d
+from einlinear.structures.spec import check_spec
+from einlinear.structures.spec import structure as make_structure
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One converted layer. `params` and `macs` are those of the weight; `error` is relative, in Frobenius norm."""
+
+    name: str
+    before: str
+    after: str
+    params_before: int
+    params: int
+    macs_before: int
+    macs: int
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of every layer that was matched: `converted`, and `skipped` as (name, reason)."""
+
+    converted: tuple[Conversion, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def params_before(self) -> int:
+        return sum(c.params_before for c in self.converted)
+
+    @property
+    def params(self) -> int:
+        return sum(c.params for c in self.converted)
+
+    @property
+    def macs_before(self) -> int:
+        return sum(c.macs_before for c in self.converted)
+
+    @property
+    def macs(self) -> int:
+        return sum(c.macs for c in self.converted)
+
+    def __str__(self) -> str:
+        rows = [("layer", "before", "after", "params", "MACs", "error")]
+        for c in self.converted:
+            error = "" if c.error is None else f"{c.error:.3g}"
+            params, macs = f"{c.params_before:,} -> {c.params:,}", f"{c.macs_before:,} -> {c.macs:,}"
+            rows.append((c.name, c.before, c.after, params, macs, error))
+        total_params = f"{self.params_before:,} -> {self.params:,}"
+        rows.append(("total", "", "", total_params, f"{self.macs_before:,} -> {self.macs:,}", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    structure: str | Mapping[str, str],
+    layers: str | Sequence[str] = "*",
+    weights: str = "fresh",
+) -> ConversionReport:
+    """Replace linear layers by structured ones, in place.
+
+    `torch.nn.Linear` and transformers' Conv1D are converted. Layers that share a module or a weight share their factors
+    afterwards. Bias, device, dtype, requires_grad and training mode are kept.
+
+    Args:
+        model: any module that has linear layers inside.
+        structure: of all matched layers; or glob on qualified names -> structure, the first that matches counts.
+        layers: a glob, or several, on qualified names: which layers to consider at all.
+        weights: "fresh" draws new factors (and zero biases), "project" takes the closest to the layer's own weight.
+
+    Returns:
+        What was done to every matched layer, and what was skipped for which reason; print it.
+
+    Raises:
+        ValueError: a structure that is unknown, a glob that matches no linear layer, layers on the meta device to
+            project, or no layer at all that could be converted. Nothing is changed then.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+        >>> report = el.convert(model, {"0": "btt", "*": "low_rank(rank=8)"}, weights="project")
+        >>> [(c.name, c.after, c.params) for c in report.converted]
+        [('0', 'btt', 3072), ('2', 'low_rank(rank=8)', 2560)]
+    """
+    if weights not in ("fresh", "project"):
+        raise ValueError(f"weights must be 'fresh' or 'project', not {weights!r}")
+    plan = {"*": structure} if isinstance(structure, str) else dict(structure)
+    if not plan:
+        raise ValueError("the mapping of globs to structures is empty")
+    for spec in plan.values():
+        check_spec(spec)
+    wanted = [layers] if isinstance(layers, str) else list(layers)
+    linears = _linear_layers(model, "el.Linear.from_dense(layer, structure)", lambda m: isinstance(m, nn.Linear))
+    _check_globs([*wanted, *plan], list(linears))
+    matched = {
+        name: next(spec for glob, spec in plan.items() if fnmatchcase(name, glob))
+        for name in linears
+        if any(fnmatchcase(name, glob) for glob in wanted) and any(fnmatchcase(name, glob) for glob in plan)
+    }
+    new, converted, skipped = _build(model, linears, matched, weights)
+    if not converted:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or "no layer matches layers and structure"
+        raise ValueError(f"no layer could be converted: {reasons}")
+    _replace(model, new)
+    return ConversionReport(tuple(converted), tuple(skipped))
+
+
+def densify(model: nn.Module) -> ConversionReport:
+    """Replace every structured layer by the `torch.nn.Linear` that computes the same function, in place.
+
+    Returns:
+        What was done to every layer.
+
+    Raises:
+        ValueError: there is no structured layer inside the model.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> model = torch.nn.Sequential(el.Linear(64, 64, "btt"))
+        >>> report = el.densify(model)
+        >>> report.params_before, report.params
+        (1024, 4096)
+        >>> model[0]
+        Linear(in_features=64, out_features=64, bias=True)
+    """
+    structured = _linear_layers(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
+    new: dict[int, nn.Module] = {}
+    converted = []
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    for name, layer in structured.items():
+        if not isinstance(layer, Linear) or id(layer) in new:
+            continue
+        dense = layer.to_dense()
+        # layers that share their factors go on sharing the weight
+        own = dense.weight
+        assert isinstance(own, nn.Parameter)
+        dense.weight = weights.setdefault(tuple(id(p) for p in layer.parameters() if p is not layer.bias), own)
+        new[id(layer)] = dense
+        s, entries = layer.structure, layer.in_features * layer.out_features
+        converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, s.macs, entries))
+    if not converted:
+        raise ValueError("there is no structured layer in the model")
+    _replace(model, new)
+    return ConversionReport(tuple(converted))
+
+
+def _build(
+    model: nn.Module, linears: Mapping[str, nn.Module], matched: Mapping[str, str], weights: str
+) -> tuple[dict[int, nn.Module], list[Conversion], list[tuple[str, str]]]:
+    """The new modules by the id of the old, and what to report. The model is not touched."""
+    new: dict[int, nn.Module] = {}
+    converted: list[Conversion] = []
+    skipped: list[tuple[str, str]] = []
+    by_weight: dict[tuple[int, str], Linear] = {}
+    owners = _owners(model)
+    for name, spec in matched.items():
+        old: Any = linears[name]
+        if id(old) in new:
+            continue
+        reason = _reason_to_skip(old) or _tied_elsewhere(old, owners, linears, matched, spec)
+        if reason is None:
+            try:
+                layer = _converted(old, spec, weights)
+            except _DoesNotFit as error:
+                reason = str(error)
+        if reason is not None:
+            skipped.append((name, reason))
+            continue
+        first = by_weight.setdefault((id(old.weight), spec), layer)
+        if first is not layer:
+            for factor in layer.structure.factors:
+                setattr(layer, factor.name, getattr(first, factor.name))
+        new[id(old)] = layer
+        converted.append(_conversion(name, old, layer, weights))
+    return new, converted, skipped
+
+
+class _DoesNotFit(Exception):
+    """The structure cannot be had at the layer's size."""
+
+
+def _converted(old: Any, spec: str, weights: str) -> Linear:
+    fan_in, fan_out = _features(old)
+    try:
+        s = make_structure(spec, fan_in, fan_out)
+    except ValueError as error:
+        raise _DoesNotFit(str(error)) from None
+    if weights == "project":
+        if old.weight.is_meta:
+            raise ValueError("layers on the meta device have no weight to project: load it first, or weights='fresh'")
+        return Linear.from_dense(old, s)
+    layer = Linear(fan_in, fan_out, s, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+    for factor in s.factors:
+        getattr(layer, factor.name).requires_grad_(old.weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(old.bias.requires_grad)
+    return layer.train(old.training)
+
+
+@torch.no_grad()
+def _conversion(name: str, old: Any, layer: Linear, weights: str) -> Conversion:
+    error = None
+    if weights == "project":
+        weight = old.weight.T if is_conv1d(old) else old.weight
+        difference = (layer.dense_weight().float() - weight.float()).norm()
+        error = float(difference / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
+    s, entries = layer.structure, layer.in_features * layer.out_features
+    return Conversion(name, _describe(old), s.spec, entries, s.params, entries, s.macs, error)
+
+
+def _linear_layers(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """All linear layers, dense or structured, by every qualified name they have."""
+    if is_one(model):
+        raise ValueError(f"the model is itself a linear layer, which cannot be replaced in place: use {instead}")
+    kinds = (nn.Linear, Linear)
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, kinds) or is_conv1d(module)}
+
+
+def _reason_to_skip(module: nn.Module) -> str | None:
+    if isinstance(module, Linear):
+        return f"is already structured: {module.structure.spec}"
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"is a {type(module).__name__}, a subclass of nn.Linear that may be used in other ways"
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        return "has hooks, which would be lost"
+    return None
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Which modules hold a parameter, by the parameter's id."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, module))
+    return owners
+
+
+def _tied_elsewhere(
+    module: Any,
+    owners: Mapping[int, list[tuple[str, nn.Module]]],
+    linears: Mapping[str, nn.Module],
+    matched: Mapping[str, str],
+    spec: str,
+) -> str | None:
+    """Why a shared weight cannot be converted: not all of its owners become the same structure."""
+    for name, other in owners[id(module.weight)]:
+        if other is module:
+            continue
+        same = name in linears and matched.get(name) == spec and type(other) is type(module)
+        if not same or _reason_to_skip(other):
+            return f"its weight is tied to {name}, which is not converted to the same structure"
+    return None
+
+
+def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
+                setattr(parent, name, new[id(child)])
+
+
+def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            near = difflib.get_close_matches(glob.strip("*."), names, n=10, cutoff=0)
+            raise ValueError(f"{glob!r} matches no linear layer; the linear layers are {', '.join(near) or 'none'}")
+
+
+def _features(module: Any) -> tuple[int, int]:
+    if is_conv1d(module):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features
+
+
+def _describe(module: nn.Module) -> str:
+    return "{} {} -> {}".format(type(module).__name__, *_features(module))

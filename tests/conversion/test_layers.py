@@ -1,0 +1,219 @@
+"""convert and densify: what is replaced, what is kept, what is skipped and why, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
+
+import einlinear as el
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"q": nn.Linear(16, 16), "out": nn.Linear(16, 16, bias=False)})
+        self.mlp = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mlp(self.attn["out"](self.attn["q"](x)))
+        return y
+
+
+def structures(model: nn.Module) -> dict[str, str]:
+    return {name: module.structure.spec for name, module in model.named_modules() if isinstance(module, el.Linear)}
+
+
+def test_all_layers() -> None:
+    model = Block()
+    report = el.convert(model, "btt")
+    assert structures(model) == dict.fromkeys(["attn.q", "attn.out", "mlp.0", "mlp.2"], "btt")
+    assert [c.name for c in report.converted] == ["attn.q", "attn.out", "mlp.0", "mlp.2"]
+    assert model.attn["out"].bias is None
+    assert report.params == sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias"))
+    assert report.params_before == 2 * 16 * 16 + 2 * 16 * 64
+    assert model(torch.randn(3, 16)).shape == (3, 16)
+
+
+def test_first_match_wins_and_layers_filter() -> None:
+    model = Block()
+    report = el.convert(
+        model, {"*.q": "low_rank(rank=2)", "attn.*": "kronecker", "*": "monarch(blocks=2)"}, ["attn*", "mlp.0"]
+    )
+    assert structures(model) == {"attn.q": "low_rank(rank=2)", "attn.out": "kronecker", "mlp.0": "monarch(blocks=2)"}
+    assert type(model.mlp[2]) is nn.Linear
+    assert report.skipped == ()
+
+
+def test_project_keeps_the_function_where_it_can() -> None:
+    model = Block().double()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    y = model(x)
+    report = el.convert(model, "low_rank(rank=16)", weights="project")
+    torch.testing.assert_close(model(x), y)
+    assert all(c.error is not None and c.error < 1e-10 for c in report.converted)
+    lossy = el.convert(Block(), "low_rank(rank=2)", weights="project")
+    assert all(c.error is not None and 0.3 < c.error < 1 for c in lossy.converted)
+    assert "attn.q" in str(lossy)
+    assert "Linear 16 -> 64" in str(lossy)
+
+
+def test_densify_is_the_inverse() -> None:
+    model = Block().double()
+    el.convert(model, {"attn*": "dyad", "mlp*": "btt(rank=2)"})
+    model.mlp[0] = el.Linear(16, 64, "btt", normalize=True, dtype=torch.float64)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    y = model(x)
+    report = el.densify(model)
+    assert not structures(model)
+    assert {type(m) for name, m in model.named_modules() if name.count(".") == 1 and name != "mlp.1"} == {nn.Linear}
+    torch.testing.assert_close(model(x), y)
+    assert len(report.converted) == 4
+    with pytest.raises(ValueError, match="there is no structured layer in the model"):
+        el.densify(model)
+
+
+def test_what_is_kept() -> None:
+    model = Block().to(torch.bfloat16).eval()
+    model.mlp[0].weight.requires_grad_(False)
+    bias = model.mlp[0].bias.clone()
+    fresh = copy.deepcopy(model)
+    el.convert(model, "btt", weights="project")
+    el.convert(fresh, "btt")
+    for converted in (model, fresh):
+        layer = converted.mlp[0]
+        assert layer.A.dtype == torch.bfloat16
+        assert not layer.training
+        assert not layer.A.requires_grad
+        assert layer.bias.requires_grad
+        assert converted.mlp[2].A.requires_grad
+    assert torch.equal(model.mlp[0].bias, bias)
+    assert not fresh.mlp[0].bias.any()
+    with torch.device("meta"):
+        meta = Block()
+    el.convert(meta, "btt")
+    assert meta.mlp[0].A.is_meta
+    with torch.device("meta"):
+        meta = Block()
+    with pytest.raises(ValueError, match="meta device"):
+        el.convert(meta, "btt", weights="project")
+    assert not structures(meta)
+
+
+def test_shared_modules_stay_shared() -> None:
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    report = el.convert(model, "btt", weights="project")
+    assert model[0] is model[2]
+    assert len(report.converted) == 1
+    el.densify(model)
+    assert model[0] is model[2]
+
+
+def test_tied_weights() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    before = copy.deepcopy(model)
+    el.convert(model, "btt")
+    assert model[0].A is model[1].A
+    assert model[0].bias is not model[1].bias
+    assert model[2].A is not model[1].A
+    el.densify(model)
+    assert model[0].weight is model[1].weight
+    report = el.convert(before, {"0": "btt", "1": "dyad", "2": "btt"})
+    assert [name for name, _ in report.skipped] == ["0", "1"]
+    assert "tied to 1" in report.skipped[0][1]
+    embedding = nn.Embedding(16, 16)
+    language = nn.ModuleDict({"embed": embedding, "body": nn.Linear(16, 16), "head": nn.Linear(16, 16, bias=False)})
+    language["head"].weight = embedding.weight
+    report = el.convert(language, "btt")
+    assert structures(language) == {"body": "btt"}
+    assert report.skipped == (("head", "its weight is tied to embed, which is not converted to the same structure"),)
+
+
+def test_conv1d_of_transformers() -> None:
+    model = nn.Sequential(Conv1D(24, 16), nn.Linear(24, 8)).double()
+    x = torch.randn(3, 16, dtype=torch.float64)
+    y = model(x)
+    el.convert(model, "low_rank(rank=16)", layers="0", weights="project")
+    assert (model[0].in_features, model[0].out_features) == (16, 24)
+    torch.testing.assert_close(model(x), y)
+
+
+def test_what_is_skipped_is_listed_with_the_reason() -> None:
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(16, 16),
+            "small": nn.Linear(10, 16),
+            "attention": nn.MultiheadAttention(16, 4),
+            "normed": parametrizations.weight_norm(nn.Linear(16, 16)),
+            "hooked": nn.Linear(16, 16),
+            "done": el.Linear(16, 16, "btt"),
+        }
+    )
+    model["hooked"].register_forward_hook(lambda *args: None)
+    report = el.convert(model, "monarch(blocks=4)")
+    assert [c.name for c in report.converted] == ["plain"]
+    reasons = dict(report.skipped)
+    assert "nearby sizes that fit: 8 and 12" in reasons["small"]
+    assert "NonDynamicallyQuantizableLinear, a subclass of nn.Linear" in reasons["attention.out_proj"]
+    assert "ParametrizedLinear" in reasons["normed"]
+    assert reasons["hooked"] == "has hooks, which would be lost"
+    assert reasons["done"] == "is already structured: btt"
+    assert all(f"skipped {name}: " in str(report) for name in reasons)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"structure": "bttt"}, "unknown family 'bttt'. Did you mean 'btt'"),
+        ({"structure": {"attn*": "btt", "mlp*": "btt(rnk=2)"}}, "btt has no argument 'rnk'"),
+        ({"structure": "i, o i"}, "expected '->'"),
+        ({"structure": "btt", "layers": "mpl*"}, r"'mpl\*' matches no linear layer; the linear layers are mlp"),
+        (
+            {"structure": {"*": "btt", "atn.*": "dyad"}},
+            r"'atn\.\*' matches no linear layer; the linear layers are attn",
+        ),
+        ({"structure": {}}, "the mapping of globs to structures is empty"),
+        ({"structure": "btt", "weights": "projected"}, "weights must be 'fresh' or 'project', not 'projected'"),
+        ({"structure": "monarch(blocks=11)"}, "no layer could be converted: attn.q: monarch"),
+        ({"structure": {"mlp*": "btt"}, "layers": "attn*"}, "no layer matches layers and structure"),
+    ],
+)
+def test_mistakes_change_nothing(arguments: dict[str, object], message: str) -> None:
+    model = Block()
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        el.convert(model, **arguments)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_a_layer_alone_cannot_be_converted_in_place() -> None:
+    with pytest.raises(ValueError, match=r"use el\.Linear.from_dense"):
+        el.convert(nn.Linear(4, 4), "btt")
+    with pytest.raises(ValueError, match=r"use layer\.to_dense\(\)"):
+        el.densify(el.Linear(4, 4, "btt"))
+    with pytest.raises(TypeError, match=r"expected an nn\.Linear, a Conv1D or a weight of shape"):
+        el.Linear.from_dense(nn.Conv2d(3, 3, 3), "btt")
+    with pytest.raises(ValueError, match=r"a weight has shape \(out_features, in_features\), not \(2, 3, 4\)"):
+        el.Linear.from_dense(torch.zeros(2, 3, 4), "btt")
+
+
+def test_a_converted_model_trains() -> None:
+    torch.manual_seed(0)
+    model = Block()
+    el.convert(model, "btt(rank=2)", weights="project")
+    optimizer = torch.optim.AdamW(el.param_groups(model, lr=1e-2, base=None))
+    x, y = torch.randn(64, 16), torch.randn(64, 16)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,122 @@
+"""Projection: exact where a matrix has the structure, the best where that is known, never worse than descent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.families import PATTERNS, SAMPLES
+from torch import Tensor
+
+import einlinear as el
+from einlinear import ops
+from einlinear.structures import Structure
+
+SPECS = [spec for specs in SAMPLES.values() for spec in specs]
+CLOSED = [spec for spec in SPECS if not spec.startswith("blast")]
+
+
+def factors_of(s: Structure, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(f.shape, dtype=dtype, generator=generator) for f in s.factors]
+
+
+def error(s: Structure, w: Tensor, factors: list[Tensor] | None = None) -> float:
+    factors = ops.project(s, w) if factors is None else factors
+    return float((ops.dense_weight(s, factors) - w).norm() / w.norm())
+
+
+@pytest.mark.parametrize("spec", CLOSED + PATTERNS)
+@pytest.mark.parametrize(("in_features", "out_features"), [(16, 16), (24, 36), (36, 24), (31, 47)])
+def test_recovers_a_matrix_of_the_structure(spec: str, in_features: int, out_features: int) -> None:
+    try:
+        s = el.structure(spec, in_features, out_features)
+    except ValueError:
+        pytest.skip("these features do not suit this structure")
+    w = ops.dense_weight(s, factors_of(s))
+    factors = ops.project(s, w)
+    several = len(s.terms) > 1 and any(len(term.factors) > 1 for term in s.terms)  # no closed form
+    assert error(s, w, factors) < (1e-2 if several else 1e-10)
+    factors[0] = factors[0] + 0.01 * torch.randn_like(factors[0])
+    assert error(s, w, factors) > 1e-4  # the check can fail
+
+
+@pytest.mark.parametrize("spec", ["blast(blocks=2, rank=3)", "blast(blocks=4, rank=2)"])
+def test_recovers_blast_to_one_percent(spec: str) -> None:
+    s = el.structure(spec, 16, 24)
+    assert error(s, ops.dense_weight(s, factors_of(s))) < 1e-2
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(20, 30), (30, 20)])
+def test_low_rank_is_the_truncated_svd(in_features: int, out_features: int) -> None:
+    w = torch.randn(out_features, in_features, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(w)
+    layer = el.Linear.from_dense(w, "low_rank(rank=5)")
+    torch.testing.assert_close(layer.dense_weight(), u[:, :5] * s[:5] @ v[:5])
+
+
+@pytest.mark.parametrize("r", [1, 2])
+def test_btt_is_the_svd_of_every_block(r: int) -> None:
+    w = torch.randn(36, 64, dtype=torch.float64)
+    layer = el.Linear.from_dense(w, f"btt(rank={r})")
+    n = dict(layer.structure.sizes)
+    blocks = w.view(n["f"], n["e"], n["g"], n["a"]).transpose(1, 2)
+    u, s, v = torch.linalg.svd(blocks, full_matrices=False)
+    best = (u[..., :r] * s[..., None, :r]) @ v[..., :r, :]
+    torch.testing.assert_close(layer.dense_weight(), best.transpose(1, 2).reshape(36, 64))
+
+
+def test_monarch_is_the_svd_of_every_residue() -> None:
+    w = torch.randn(32, 64, dtype=torch.float64)
+    layer = el.Linear.from_dense(w, "monarch(blocks=4)")
+    blocks = w.view(8, 4, 4, 16).permute(1, 2, 0, 3)  # (f, g, e, a)
+    u, s, v = torch.linalg.svd(blocks, full_matrices=False)
+    best = (u[..., :2] * s[..., None, :2]) @ v[..., :2, :]
+    torch.testing.assert_close(layer.dense_weight(), best.permute(2, 0, 1, 3).reshape(32, 64))
+
+
+@pytest.mark.parametrize("variant", ["it", "ot", "dt"])
+def test_dyad_is_the_least_squares_solution(variant: str) -> None:
+    s = el.structure("dyad", 16, 16, variant=variant)
+    w = torch.randn(16, 16, dtype=torch.float64)
+    columns = []
+    for index, factor in enumerate(s.factors):
+        for entry in torch.eye(factor.params, dtype=torch.float64):
+            units = [torch.zeros(f.shape, dtype=torch.float64) for f in s.factors]
+            units[index] = entry.view(factor.shape)
+            columns.append(ops.dense_weight(s, units).flatten())
+    design = torch.stack(columns, 1)
+    best = design @ torch.linalg.lstsq(design, w.flatten(), driver="gelsd").solution
+    torch.testing.assert_close(ops.dense_weight(s, ops.project(s, w)).flatten(), best)
+
+
+@pytest.mark.parametrize("spec", CLOSED)
+def test_never_worse_than_200_restarts_of_gradient_descent(spec: str) -> None:
+    """All restarts at once, by vmap over the factors; Adam with a decaying step, then compared."""
+    s = el.structure(spec, 8, 8)
+    torch.manual_seed(0)
+    w = torch.randn(8, 8, dtype=torch.float64)
+    starts = [torch.randn(200, *f.shape, dtype=torch.float64) / f.fan_in**0.5 for f in s.factors]
+    for factor in starts:
+        factor.requires_grad_()
+    optimizer = torch.optim.Adam(starts, lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    residuals = torch.func.vmap(lambda *factors: (ops.dense_weight(s, factors) - w).square().sum())
+    for _ in range(300):
+        optimizer.zero_grad()
+        squares = residuals(*starts)
+        squares.sum().backward()
+        optimizer.step()
+        schedule.step()
+    best = float(squares.detach().min().sqrt() / w.norm())
+    assert error(s, w) <= best * (1 + 1e-6)
+
+
+def test_dtype_and_mistakes() -> None:
+    s = el.structure("btt", 16, 16)
+    w = torch.randn(16, 16, dtype=torch.bfloat16)
+    assert {factor.dtype for factor in ops.project(s, w)} == {torch.bfloat16}
+    assert not any(
+        bool(factor.any()) for factor in ops.project(el.structure("tt(cores=3)", 16, 16), torch.zeros(16, 16))
+    )
+    with pytest.raises(ValueError, match=r"the weight has shape \(16, 12\), the structure \(16, 16\) \(out, in\)"):
+        ops.project(s, torch.randn(16, 12))
