@@ -160,9 +160,9 @@ def compare(
 
 @app.command()
 def coord_check(
-    structures: Annotated[list[str] | None, typer.Option(help="As for compare. Default: dense; btt.")] = None,
+    structures: Annotated[list[str] | None, typer.Option(help="As for compare. Default: dense; low_rank; kronecker; monarch; btt.")] = None,
     widths: Annotated[str, typer.Option(help="Widths to compare.")] = "64,256,1024",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps at each width.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps at each width.")] = 100,
     data: Annotated[str, typer.Option(help="As for compare.")] = "auto",
     batch_size: Annotated[int | None, _option("Images in a batch.", "batch_size")] = None,
     lr: Annotated[float | None, _option("Learning rate of the dense model of base width.", "lr")] = None,
@@ -179,7 +179,7 @@ def coord_check(
 
     with user_errors():
         config = configure(
-            structures=_specs(structures) or ("dense", "btt"),
+            structures=_specs(structures) or ("dense", "low_rank", "kronecker", "monarch", "btt"),
             widths=_numbers(widths, "--widths"),
             data=data,
             batch_size=batch_size,

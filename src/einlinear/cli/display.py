@@ -110,7 +110,7 @@ def updates(found: Sequence[Updates]) -> None:
         rates = "its own" if update.structure_aware else "of dense"
         table.add_row(update.structure, rates, *changes, f"{update.spread:.2f}")
     _console().print(table)
-    note("Change of the last block's features in one step, root mean square.")
+    note("Change of the features after the last block in one step, over their size (root mean squares).")
 
 
 def results(curves: Iterable[Curve]) -> None:

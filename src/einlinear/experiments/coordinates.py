@@ -23,12 +23,12 @@ _BATCHES = 16  # different ones, used in turn
 
 @dataclass(frozen=True)
 class Updates:
-    """How much one step changes the features of the last block, by width.
+    """How much one step changes the features after the last block, by width.
 
     Attributes:
         structure: its spec.
         structure_aware: whether every factor had its own learning rate, or (the control) that of a dense layer.
-        by_width: width -> root mean square of the change, mean over the steps.
+        by_width: width -> root mean square of the change over that of the features, means over the steps.
     """
 
     structure: str
@@ -98,7 +98,7 @@ def measure(
             structure_aware=structure_aware,
             progress=report,
         )
-        yield Updates(spec, structure_aware, {measured.width: measured.update for measured in found})
+        yield Updates(spec, structure_aware, {measured.width: measured.relative_update for measured in found})
 
 
 def write_page(updates: Sequence[Updates], path: Path) -> None:
@@ -122,6 +122,6 @@ def write_page(updates: Sequence[Updates], path: Path) -> None:
     values = [value for update in updates for value in update.by_width.values()]
     ticks = nice_ticks(min(values), max(values))
     figure.update_xaxes(title="width", type="log", tickvals=widths, ticktext=[str(width) for width in widths])
-    figure.update_yaxes(title="change of features in a step (RMS)", type="log", tickvals=ticks)
+    figure.update_yaxes(title="relative change of features in a step", type="log", tickvals=ticks)
     figure.update_layout(title="Coordinate check: a level line means that the learning rate carries over", margin_t=120)
     write_text(path, figure.to_html(include_plotlyjs=True, config={"responsive": True, "displaylogo": False}))

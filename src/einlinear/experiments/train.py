@@ -144,7 +144,7 @@ def _train(images: Images, run: Run, settings: Settings, progress: Progress | No
     model, base = initialised(images, run, settings)
     model.to(device)
     groups = param_groups(model, settings.lr, base=base, lr_scale=LR_SCALE)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     steps_per_epoch = len(images.train_x) // settings.batch_size
     steps = settings.epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(settings.schedule, step / steps))
