@@ -160,7 +160,9 @@ def compare(
 
 @app.command()
 def coord_check(
-    structures: Annotated[list[str] | None, typer.Option(help="As for compare. Default: dense; low_rank; kronecker; monarch; btt.")] = None,
+    structures: Annotated[
+        list[str] | None, typer.Option(help="As for compare. Default: dense; low_rank; kronecker; monarch; btt.")
+    ] = None,
     widths: Annotated[str, typer.Option(help="Widths to compare.")] = "64,256,1024",
     steps: Annotated[int, typer.Option(min=1, help="Training steps at each width.")] = 100,
     data: Annotated[str, typer.Option(help="As for compare.")] = "auto",
