@@ -123,5 +123,9 @@ def write_page(updates: Sequence[Updates], path: Path) -> None:
     ticks = nice_ticks(min(values), max(values))
     figure.update_xaxes(title="width", type="log", tickvals=widths, ticktext=[str(width) for width in widths])
     figure.update_yaxes(title="relative change of features in a step", type="log", tickvals=ticks)
-    figure.update_layout(title="Coordinate check: a level line means that the learning rate carries over", margin_t=120)
+    figure.update_layout(
+        title="Coordinate check: a level line means that the learning rate carries over",
+        legend={"orientation": "h", "y": -0.25, "yanchor": "top"},
+        margin={"t": 60, "b": 140},
+    )
     write_text(path, figure.to_html(include_plotlyjs=True, config={"responsive": True, "displaylogo": False}))
