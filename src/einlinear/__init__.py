@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from einlinear.conversion import convert, densify
 from einlinear.nn import Linear
+from einlinear.ops import backend, explain
 from einlinear.parametrize import base_shapes, coord_check, init_, param_groups
 from einlinear.structures import Structure, register_family, structure
 
@@ -12,10 +13,12 @@ __version__ = _version("einlinear")
 __all__ = [
     "Linear",
     "Structure",
+    "backend",
     "base_shapes",
     "convert",
     "coord_check",
     "densify",
+    "explain",
     "init_",
     "param_groups",
     "register_family",

@@ -177,6 +177,3 @@ def test_mistakes() -> None:
         el.Linear(16, 24, el.structure("btt", 16, 16))
     with pytest.raises(TypeError):
         el.Linear(16, 24, "btt", rank=2)
-    layer = el.Linear(16, 24, "btt")
-    with pytest.raises(ValueError, match="unknown executor 'fast': choose contraction or reference"):
-        el.ops.linear(layer.structure, layer.factors(), torch.randn(2, 16), executor="fast")

@@ -132,6 +132,11 @@ class Linear(nn.Module):
         """W, of shape (out_features, in_features); differentiable in the factors."""
         return ops.dense_weight(self.structure, self.factors())
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, for code that expects a layer to have a weight. It is built on every access: it costs."""
+        return self.dense_weight()
+
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
         """A `torch.nn.Linear` that computes the same function, on the same device and of the same dtype."""
@@ -141,6 +146,20 @@ class Linear(nn.Module):
         if self.bias is not None:
             linear.bias.copy_(self.bias)
         return linear.train(self.training)
+
+    # Different structures can have factors of the same shapes: state_dict remembers which one it is of, in its metadata.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})["structure"] = self.structure.spec
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        saved = local_metadata.get("structure", self.structure.spec)
+        if saved != self.structure.spec:
+            lists[-1].append(f"{prefix[:-1] or 'the layer'} is {self.structure.spec}, but was saved as {saved}")
 
     def extra_repr(self) -> str:
         s = self.structure

@@ -17,8 +17,8 @@ from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
 
-def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    """y = x W^T by einsum, for x of shape (n, in_features)."""
+def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias by einsum, for x of shape (n, in_features)."""
     sizes = dict(structure.sizes)
     remaining = iter(factors)
     outputs = []
@@ -33,7 +33,8 @@ def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Tensor:
             state = after
         z = z.permute([0, *[1 + state.index(a) for a in term.outputs]])
         outputs.append(z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features])
-    return torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0]
+    y = torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0]
+    return y if bias is None else y + bias
 
 
 def dense_weight(structure: Structure, factors: Sequence[Tensor], terms: Sequence[Term] = ()) -> Tensor:

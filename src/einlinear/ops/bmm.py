@@ -1,0 +1,121 @@
+"""The batched-matmul executor: one strided matmul per factor, forward and backward, as `plan` says.
+
+Shapes: B, R, K, C are the products of the sizes of a step's batch, row, inner and column axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from einlinear.ops import reference
+from einlinear.ops.plan import TOKENS, Step, is_run, plan
+from einlinear.structures import Structure
+from einlinear.structures.pattern import Axes
+
+
+def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why this executor cannot run: it always can."""
+    return None
+
+
+def forward(
+    structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """y = x W^T + bias for x of shape (n, in_features), and the intermediate states if they are to be saved."""
+    sizes = {**dict(structure.sizes), TOKENS: x.shape[0]}
+    total: Tensor | None = None
+    states: list[Tensor] = []
+    for steps in plan(structure):
+        z = _token_major(x, steps[0].source, sizes)
+        for step in steps:
+            if save and step is not steps[0]:
+                states.append(z)
+            w = _weight(factors[step.index], step, sizes)
+            z3 = _merge(z, step.source, (step.batch, step.inner, step.columns), sizes)
+            z = _product(w, z3, (step.batch, step.rows, step.columns), step.result, sizes)
+        part = z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features]
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    # The memory is ours alone, so it is handed out as no view of anything: activations may then overwrite it.
+    y: Tensor = torch.ops.aten._unsafe_view(total.contiguous(), (x.shape[0], structure.out_features))
+    return y if bias is None else y.add_(bias), states
+
+
+def backward(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    needs_x: bool,
+    needs_factors: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of the factors, those that are needed; without saved states these are computed again."""
+    states = saved or forward(structure, factors, x, None, save=True)[1]
+    sizes = {**dict(structure.sizes), TOKENS: x.shape[0]}
+    grad_x: Tensor | None = None
+    grad_factors: list[Tensor | None] = [None] * len(factors)
+    remaining = iter(states)
+    for steps in plan(structure):
+        before = [_token_major(x, steps[0].source, sizes), *(next(remaining) for _ in steps[1:])]
+        g = _token_major(grad, steps[-1].result, sizes)
+        for position in reversed(range(len(steps))):
+            step = steps[position]
+            g3 = _merge(g, step.result, (step.batch, step.rows, step.columns), sizes)
+            if needs_factors[step.index]:
+                grad_factors[step.index] = _grad_factor(step, g, g3, before[position], sizes)
+            if not (needs_x or any(needs_factors[s.index] for s in steps[:position])):
+                break
+            w = _weight(factors[step.index], step, sizes).transpose(1, 2)
+            g = _product(w, g3, (step.batch, step.inner, step.columns), step.source, sizes)
+        else:
+            if needs_x:
+                part = g.reshape(x.shape[0], math.prod(g.shape[1:]))[:, : structure.in_features]
+                grad_x = part if grad_x is None else grad_x.add_(part)
+    return grad_x, grad_factors
+
+
+def _grad_factor(step: Step, g: Tensor, g3: Tensor, z: Tensor, sizes: dict[str, int]) -> Tensor:
+    batch, columns = step.batch, step.columns
+    if step.repeats:
+        batch, columns = (), step.batch + step.columns
+        g3 = _merge(g, step.result, (batch, step.rows, columns), sizes)
+    z3 = _merge(z, step.source, (batch, columns, step.inner), sizes)
+    axes = batch + step.rows + step.inner
+    return _permute(torch.bmm(g3, z3).view([sizes[a] for a in axes]), axes, step.factor)
+
+
+def _token_major(x: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
+    """(n, features) padded and viewed with one dimension per axis."""
+    shape = [sizes[a] for a in axes]
+    return reference.pad(x, math.prod(shape[1:])).reshape(shape)
+
+
+def _weight(factor: Tensor, step: Step, sizes: dict[str, int]) -> Tensor:
+    """The factor as (B, R, K)."""
+    w = _merge(factor, step.factor, ((() if step.repeats else step.batch), step.rows, step.inner), sizes)
+    return w.expand(math.prod(sizes[a] for a in step.batch), -1, -1) if step.repeats else w
+
+
+def _permute(tensor: Tensor, axes: Axes, wanted: Axes) -> Tensor:
+    return tensor.permute([axes.index(a) for a in wanted])
+
+
+def _merge(tensor: Tensor, axes: Axes, groups: tuple[Axes, Axes, Axes], sizes: dict[str, int]) -> Tensor:
+    """A three-dimensional tensor, one dimension per group: a view where strides allow it."""
+    shape = [math.prod(sizes[a] for a in group) for group in groups]
+    return _permute(tensor, axes, groups[0] + groups[1] + groups[2]).reshape(shape)
+
+
+def _product(a: Tensor, b: Tensor, groups: tuple[Axes, Axes, Axes], layout: Axes, sizes: dict[str, int]) -> Tensor:
+    """The product of (B, R, K) and (B, K, C), its dimensions in the order of the layout; laid out so if it can be."""
+    if all(is_run(group, layout) for group in groups):
+        y = a.new_empty([sizes[axis] for axis in layout])
+        torch.bmm(a, b, out=_merge(y, layout, groups, sizes))
+        return y
+    axes = groups[0] + groups[1] + groups[2]
+    return _permute(torch.bmm(a, b).view([sizes[axis] for axis in axes]), axes, layout)

@@ -1,0 +1,222 @@
+"""Which executor runs: one place decides, by what was measured, and says so.
+
+Executors are modules with the functions of `Executor`. The cheapest of those that can run is chosen, by a cost model
+with a handful of coefficients per executor, fitted to a run of ``einlinear bench`` (docs/benchmarks). They are those
+of one machine, but only their ratios count.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from einlinear.structures import Structure
+
+EXECUTORS = ("reference", "bmm", "tiles", "triton")
+_MODULES = {"bmm": "bmm", "tiles": "tiles", "triton": "triton_kernels"}
+
+
+class Executor(Protocol):
+    """What the modules of all executors but the reference have: it is differentiated by autograd itself."""
+
+    def unsupported(self, structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot run, or None."""
+
+    def forward(
+        self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """y of shape (n, out_features) for x of shape (n, in_features), and intermediates saved for backward."""
+
+    def backward(
+        self,
+        structure: Structure,
+        factors: Sequence[Tensor],
+        x: Tensor,
+        grad: Tensor,
+        saved: Sequence[Tensor],
+        needs_x: bool,
+        needs_factors: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients of x and of the factors; what was not saved is computed again."""
+
+
+@cache
+def find(name: str) -> Executor:
+    """The module of an executor, imported when it is first wanted: Triton is slow to import, and optional."""
+    return cast(Executor, importlib.import_module(f"einlinear.ops.{_MODULES[name]}"))
+
+
+def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Why an executor cannot run a structure, or None if it can.
+
+    >>> import torch, einlinear as el
+    >>> unsupported("tiles", el.structure("btt", 64, 64), torch.float32, "cuda")
+    'it runs on the CPU, not on cuda'
+    """
+    device = torch.device(device)
+    if _checked(name) == "reference":
+        return None
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it runs on GPUs"  # said here, for it is slow to import
+    return find(name).unsupported(structure, dtype, device)
+
+
+@dataclass
+class _Forced:
+    executor: str | None = None
+    recompute: bool | None = None
+
+
+forced = _Forced()
+
+
+@contextmanager
+def backend(executor: str | None = None, *, recompute: bool | None = None) -> Iterator[None]:
+    """Force how structured layers are run, for the whole process, as long as the context lasts.
+
+    Args:
+        executor: "reference" (plain einsum), "bmm" (batched matmuls), "tiles" (compiled CPU kernel), "triton" (GPU
+            kernels), or None: the dispatcher's choice.
+        recompute: whether the backward pass computes the intermediate states again (True) or finds them saved (False);
+            None: what is fastest where it was measured, which for "tiles" is to compute them again.
+
+    Raises:
+        ValueError: an unknown executor.
+        RuntimeError: on use, an executor that cannot run what it is given.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> layer, x = el.Linear(64, 64, "btt"), torch.randn(2, 64)
+        >>> with el.backend("reference"):
+        ...     y = layer(x)
+        >>> torch.allclose(y, layer(x), atol=1e-5)
+        True
+    """
+    before = forced.executor, forced.recompute
+    forced.executor = None if executor is None else _checked(executor)
+    forced.recompute = recompute
+    try:
+        yield
+    finally:
+        forced.executor, forced.recompute = before
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which executor runs, and why.
+
+    Attributes:
+        executor: its name.
+        reason: one sentence.
+        estimates: microseconds of a forward pass by the cost model, of the executors that can run and of dense.
+        refusals: why the others cannot.
+    """
+
+    executor: str
+    reason: str
+    estimates: tuple[tuple[str, float], ...] = ()
+    refusals: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.executor}: {self.reason}"]
+        lines += [f"  {name:<10} about {us:,.0f} us forward" for name, us in self.estimates]
+        lines += [f"  {name:<10} cannot: {why}" for name, why in self.refusals]
+        return "\n".join(lines)
+
+
+def choose(structure: Structure, tokens: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """The executor for this many tokens; chosen once for every power of two."""
+    if forced.executor is not None:
+        why = unsupported(forced.executor, structure, dtype, device)
+        if why is not None:
+            raise RuntimeError(f"einlinear.backend({forced.executor!r}) forces an executor that cannot run here: {why}")
+        return Choice(forced.executor, "forced by einlinear.backend")
+    return _cheapest(structure, max(tokens - 1, 0).bit_length(), dtype, device.type)
+
+
+@lru_cache(maxsize=65536)
+def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str) -> Choice:
+    device = torch.device(device_type)
+    refused = {name: unsupported(name, structure, dtype, device) for name in EXECUTORS}
+    able = [name for name, why in refused.items() if why is None]
+    refusals = tuple((name, why) for name, why in refused.items() if why is not None)
+    if device_type != "cpu":  # not measured yet: kernels where there are any
+        order: tuple[str, ...] = ("triton", "bmm", "reference")
+        best = next(name for name in order if name in able)
+        return Choice(best, "the first of triton, bmm and reference that can run", (), refusals)
+    costs = {name: microseconds(name, structure, 2**tokens_log2) for name in COSTS if name in (*able, "dense")}
+    best = min((name for name in able if name in costs), key=costs.__getitem__)
+    reason = f"the cheapest that can run, by the cost model, at {2**tokens_log2} tokens"
+    if costs["dense"] < costs[best]:
+        reason += "; a dense layer would be faster"
+    return Choice(best, reason, tuple(sorted(costs.items(), key=lambda item: item[1])), refusals)
+
+
+# Per executor: microseconds of a call and of every step, and of a million multiply-accumulates, numbers of activations
+# read or written, and numbers of factors read.
+COSTS = {
+    "dense": (7.0, 0.0, 10.5, 150.0, 180.0),
+    "reference": (20.0, 25.0, 15.0, 1200.0, 180.0),
+    "bmm": (15.0, 25.0, 15.0, 500.0, 180.0),
+    "tiles": (15.0, 2.0, 12.0, 200.0, 180.0),
+}
+
+
+def microseconds(executor: str, structure: Structure, tokens: int) -> float:
+    """What the cost model says of a forward pass on the CPU; "dense" is `torch.nn.Linear` of the same size."""
+    return sum(c * amount for c, amount in zip(COSTS[executor], amounts(executor, structure, tokens), strict=True))
+
+
+def amounts(executor: str, structure: Structure, tokens: int) -> tuple[float, ...]:
+    """What the coefficients of the cost model multiply."""
+    in_features, out_features = structure.in_features, structure.out_features
+    if executor == "dense":
+        weights = in_features * out_features
+        return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6
+    sizes = dict(structure.sizes)
+    states = 0
+    for term in structure.terms:
+        state = term.inputs
+        for factor in term.factors:
+            state = tuple(a for a in state if a not in factor.summed) + factor.introduced
+            size = 1
+            for axis in state:
+                size *= sizes[axis]
+            states += size
+    moved = tokens * (in_features + states) / 1e6
+    return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6
+
+
+def explain(layer: Any, x: Tensor) -> Choice:
+    """Which executor a layer uses for an input, and why.
+
+    Args:
+        layer: an `einlinear.Linear`.
+        x: an input of it, (..., in_features).
+
+    Raises:
+        TypeError: something else is given.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> print(el.explain(el.Linear(64, 64, "btt"), torch.randn(8, 64)).executor in el.ops.EXECUTORS)
+        True
+    """
+    structure = getattr(layer, "structure", None)
+    if not isinstance(structure, Structure):
+        raise TypeError(f"expected an einlinear.Linear, not {type(layer).__name__}")
+    return choose(structure, x.numel() // structure.in_features, x.dtype, x.device)
+
+
+def _checked(name: str) -> str:
+    if name not in EXECUTORS:
+        raise ValueError(f"unknown executor {name!r}: choose {', '.join(EXECUTORS[:-1])} or {EXECUTORS[-1]}")
+    return name

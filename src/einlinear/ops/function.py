@@ -1,0 +1,137 @@
+"""How torch sees an executor: an autograd function in eager mode, an operator where something traces or counts.
+
+The operator (``torch.ops.einlinear.linear``) is what torch.compile, fake tensors, dispatch modes such as
+FlopCounterMode and selective activation checkpointing work with. The function does the same with a fifth of the
+overhead per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from einlinear import structures
+from einlinear.ops import dispatch, reference
+from einlinear.structures import Structure
+
+
+def run(executor: str, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias for x of shape (n, in_features), by an executor that is not the reference; differentiable."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors, bias) if t is not None):
+        y: Tensor = _Linear.apply(structure, executor, x, bias, *factors)  # type: ignore[no-untyped-call]
+        return y
+    return dispatch.find(executor).forward(structure, factors, x, bias, save=False)[0]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, structure: Structure, executor: str, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        recompute = executor == "tiles" if dispatch.forced.recompute is None else dispatch.forced.recompute
+        y, saved = dispatch.find(executor).forward(structure, factors, x, bias, save=not recompute)
+        ctx.structure, ctx.executor, ctx.count = structure, executor, len(factors)
+        ctx.save_for_backward(x, bias, *factors, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, bias, *rest = ctx.saved_tensors
+        factors, saved = rest[: ctx.count], rest[ctx.count :]
+        needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: let autograd see plain operators
+            return (None, None, *_reference_gradients(ctx, x, bias, factors, grad))
+        grad_bias = grad.sum(0) if needs_bias else None
+        grad_x, grad_factors = dispatch.find(ctx.executor).backward(
+            ctx.structure, factors, x, grad, saved, needs_x, needs_factors
+        )
+        return (None, None, grad_x, grad_bias, *grad_factors)
+
+
+def _reference_gradients(
+    ctx: Any, x: Tensor, bias: Tensor | None, factors: list[Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    y = reference.apply(ctx.structure, factors, x, bias)
+    inputs = [x, bias, *factors]
+    wanted = [(i, t) for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[2 + i]]
+    found = torch.autograd.grad(y, [tensor for _, tensor in wanted], grad, create_graph=True)
+    result: list[Tensor | None] = [None] * len(inputs)
+    for (i, _), gradient in zip(wanted, found, strict=True):
+        result[i] = gradient
+    return result
+
+
+@lru_cache(maxsize=4096)
+def structure_of(spec: str, in_features: int, out_features: int) -> Structure:
+    """The structure that a spec stands for, from memory."""
+    return structures.structure(spec, in_features, out_features)
+
+
+@torch.library.custom_op("einlinear::linear", mutates_args=())
+def linear_op(
+    x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, executor: str
+) -> Tensor:
+    """`run` without autograd: (n, in_features) to (n, out_features)."""
+    structure = structure_of(spec, x.shape[1], out_features)
+    return dispatch.find(executor).forward(structure, factors, x, bias, save=False)[0]
+
+
+@linear_op.register_fake
+def _(x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, executor: str) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("einlinear::linear_backward", mutates_args=())
+def linear_backward_op(
+    grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, executor: str, needs_x: bool, needs_factors: list[bool]
+) -> list[Tensor]:
+    """The gradients that are needed, of x first, then of the factors; intermediate states are computed again."""
+    structure = structure_of(spec, x.shape[1], grad.shape[1])
+    grad_x, grad_factors = dispatch.find(executor).backward(structure, factors, x, grad, [], needs_x, needs_factors)
+    return [g for g in (grad_x, *grad_factors) if g is not None]
+
+
+@linear_backward_op.register_fake
+def _(
+    grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, executor: str, needs_x: bool, needs_factors: list[bool]
+) -> list[Tensor]:
+    inputs = zip((x, *factors), (needs_x, *needs_factors), strict=True)
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in inputs if needed]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, factors, _, ctx.spec, _, ctx.executor = inputs
+    ctx.save_for_backward(x, *factors)
+
+
+def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, *factors = ctx.saved_tensors
+    needs_x, needs_factors, needs_bias, *_ = ctx.needs_input_grad
+    needs = [bool(needs_x), *([*needs_factors] if isinstance(needs_factors, list | tuple) else [True] * len(factors))]
+    found = iter(linear_backward_op(grad, x, factors, ctx.spec, ctx.executor, needs[0], needs[1:]))
+    grad_x, *grad_factors = (next(found) if needed else None for needed in needs)
+    return grad_x, grad_factors, grad.sum(0) if needs_bias else None, None, None, None
+
+
+linear_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.einlinear.linear)
+def _(x: Any, factors: Any, bias: Any, spec: str, out_features: int, *args: Any, **kwargs: Any) -> int:
+    return 2 * int(x[0]) * structure_of(spec, x[1], out_features).macs
+
+
+@register_flop_formula(torch.ops.einlinear.linear_backward)
+def _(
+    grad: Any, x: Any, factors: Any, spec: str, executor: str, needs_x: bool, needs_factors: list[bool], **_: Any
+) -> int:
+    # of every factor's step, one product gives the gradient of the state before it, one that of the factor
+    structure = structure_of(spec, x[1], grad[1])
+    states = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
+    return 2 * int(x[0]) * (states + sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed))

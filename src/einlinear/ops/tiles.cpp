@@ -1,0 +1,660 @@
+// Structured products on the CPU, in tiles of tokens that stay in cache.
+//
+// A tile holds a state feature-major: one row of `tile` tokens per feature. Then every contraction step, whatever its
+// axes, is the same small matrix product on rows found by offset tables, and permuting axes costs nothing: it only
+// changes the tables. Transposition happens where a tile is read from and written to token-major memory.
+//
+// A program (an array of int64, written by ops/tiles.py) describes the structure: see `Program` below. Offsets of states count
+// rows, offsets of factors count entries.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, MICRO_ROWS = 12;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, MICRO_ROWS = 6;
+#else
+constexpr int VECTOR_BYTES = 16, MICRO_ROWS = 8;
+#endif
+
+namespace {
+
+using Index = int64_t;
+
+template <class S> struct Simd {
+    typedef S type __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(S)), may_alias));
+    static constexpr int lanes = VECTOR_BYTES / sizeof(S);
+};
+template <class S> using Vec = typename Simd<S>::type;
+template <class S> static inline Vec<S> load(const S* p) { return *(const Vec<S>*)p; }
+template <class S> static inline void store(S* p, Vec<S> v) { *(Vec<S>*)p = v; }
+
+template <class S> struct Buffer {  // aligned scratch memory, not initialised
+    std::unique_ptr<S[]> memory;
+    S* data;
+    explicit Buffer(size_t count) : memory(new S[count + 64]) {
+        data = (S*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63);
+    }
+};
+
+// ---------------------------------------------------------------- program
+
+// Fresh memory of many megabytes is mapped page by page as it is written, which costs as much as the arithmetic: ask for
+// large pages. Memory that is mapped already is not affected.
+static void expect(const void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 2 << 20;
+    uintptr_t first = ((uintptr_t)data + page - 1) & ~(page - 1), last = ((uintptr_t)data + bytes) & ~(page - 1);
+    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+struct Step {
+    Index factor, batches, columns, rows, inner;  // counts of the step's matrix products and their sizes
+    Index width_in, width_out;                    // rows of the states before and after
+    // offsets: of batch, column and inner in the state before; of batch, column and row in the state after; of batch,
+    // row and inner in the factor
+    const Index *in_b, *in_c, *in_k, *out_b, *out_c, *out_r, *w_b, *w_r, *w_k;
+    Index pairs() const { return batches * columns; }
+};
+
+struct Program {
+    Index in_features, out_features;
+    std::vector<std::vector<Step>> terms;
+    Index steps = 0, width_in = 0, width_out = 0, widest = 0;
+
+    explicit Program(const Index* p) {
+        Index count = *p++;
+        in_features = *p++, out_features = *p++;
+        for (Index i = 0; i < count; i++) {
+            std::vector<Step> term(*p++);
+            for (Step& s : term) {
+                s.factor = *p++, s.batches = *p++, s.columns = *p++, s.rows = *p++, s.inner = *p++;
+                s.width_in = *p++, s.width_out = *p++;
+                const Index** tables[] = {&s.in_b, &s.in_c, &s.in_k, &s.out_b, &s.out_c, &s.out_r, &s.w_b, &s.w_r, &s.w_k};
+                const Index lengths[] = {s.batches, s.columns, s.inner, s.batches, s.columns, s.rows, s.batches, s.rows, s.inner};
+                for (int t = 0; t < 9; t++) *tables[t] = p, p += lengths[t];
+                widest = std::max({widest, s.width_in, s.width_out});
+                steps++;
+            }
+            width_in = std::max(width_in, term.front().width_in);
+            width_out = std::max(width_out, term.back().width_out);
+            terms.push_back(std::move(term));
+        }
+    }
+    Index states() const {  // rows of all intermediate states
+        Index total = 0;
+        for (auto& term : terms)
+            for (auto& s : term) total += &s == &term.back() ? 0 : s.width_out;
+        return total;
+    }
+};
+
+// ---------------------------------------------------------------- transposition
+
+template <class S, int Width, int Lane> constexpr int interleaved(bool high) {
+    constexpr int L = Simd<S>::lanes;
+    // lane i of the low result: blocks of Width lanes, even ones of the first vector, then of the second
+    return (Lane / Width) % 2 == 0 ? Lane + (high ? Width : 0) : Lane - Width + L + (high ? Width : 0);
+}
+template <class S, int Width, size_t... I>
+static inline void exchange(Vec<S>& a, Vec<S>& b, std::index_sequence<I...>) {
+    Vec<S> low = __builtin_shufflevector(a, b, interleaved<S, Width, (int)I>(false)...);
+    Vec<S> high = __builtin_shufflevector(a, b, interleaved<S, Width, (int)I>(true)...);
+    a = low, b = high;
+}
+template <class S, int Width> static inline void stage(Vec<S>* r) {
+    constexpr int L = Simd<S>::lanes;
+    if constexpr (Width < L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i++)
+            if (!(i & Width)) exchange<S, Width>(r[i], r[i + Width], std::make_index_sequence<L>());
+        stage<S, 2 * Width>(r);
+    }
+}
+// (rows, cols) of leading dimension from_ld -> (cols, rows)
+template <class S>
+static void transpose(const S* from, Index from_ld, S* to, Index to_ld, Index rows, Index cols) {
+    constexpr int L = Simd<S>::lanes;
+    for (Index i = 0; i < rows; i += L)
+        for (Index j = 0; j < cols; j += L) {
+            if (i + L <= rows && j + L <= cols) {
+                Vec<S> r[L];
+#pragma GCC unroll 16
+                for (int l = 0; l < L; l++) r[l] = load(from + (i + l) * from_ld + j);
+                stage<S, 1>(r);
+#pragma GCC unroll 16
+                for (int l = 0; l < L; l++) store(to + (j + l) * to_ld + i, r[l]);
+            } else
+                for (Index a = i; a < std::min(rows, i + L); a++)
+                    for (Index b = j; b < std::min(cols, j + L); b++) to[b * to_ld + a] = from[a * from_ld + b];
+        }
+}
+
+// ---------------------------------------------------------------- micro-kernels
+
+// to[m] (+)= sum_k w(k, m) from[k] for M rows of V vectors of tokens; w(k, m) is w[k * M + m] if packed, else
+// w[k * wk + m * wm]
+template <class S, int M, int V, bool Packed>
+static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index inner,
+                                  S* to, const Index* to_rows, Index tile, bool add) {
+    constexpr int L = Simd<S>::lanes;
+    Vec<S> sum[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[m][v] = add ? load(to + to_rows[m] * tile + v * L) : Vec<S>{};
+    for (Index k = 0; k < inner; k++, w += Packed ? M : wk) {
+        const S* row = from + from_rows[k] * tile;
+        Vec<S> x[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) x[v] = load(row + v * L);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[m][v] += w[Packed ? m : m * wm] * x[v];
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(to + to_rows[m] * tile + v * L, sum[m][v]);
+}
+
+template <class S, int M, int V, bool Packed>
+static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index inner, S* to,
+                          const Index* to_rows, Index rows, Index tile, bool add) {
+    Index m = 0;
+    const Index next = Packed ? inner : wm;  // from the weights of one row to those of the next
+    for (; m + M <= rows; m += M)
+        multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from, from_rows, inner, to, to_rows + m, tile, add);
+    if constexpr (M > 1)
+        if (m < rows)
+            multiply_rows<S, (M > 4 ? M - 4 : M - 1), V, Packed>(w + m * next, wk, wm, from, from_rows, inner, to, to_rows + m,
+                                              rows - m, tile, add);
+}
+
+template <class S>
+static void multiply(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index inner, S* to,
+                     const Index* to_rows, Index rows, Index tile, bool add) {
+    constexpr int L = Simd<S>::lanes;
+    Index t = 0;
+    if (wk == 0) {
+        for (; t + 2 * L <= tile; t += 2 * L)
+            multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from + t, from_rows, inner, to + t, to_rows, rows, tile, add);
+        for (; t < tile; t += L)
+            multiply_rows<S, MICRO_ROWS, 1, true>(w, 0, 0, from + t, from_rows, inner, to + t, to_rows, rows, tile, add);
+    }
+    for (; t < tile; t += L)
+        multiply_rows<S, 8, 1, false>(w, wk, wm, from + t, from_rows, inner, to + t, to_rows, rows, tile, add);
+}
+
+// gradient[m][V vectors] += sum over columns and tokens of from[m][token] panel[token][V vectors]
+template <class S, int M, int V>
+static inline void accumulate_micro(const S* from, const Index* from_rows, const Index* columns, Index count, Index tile,
+                                    const S* const* panels, Index panel_ld, Index at, Index tokens, S* gradient,
+                                    Index gradient_ld) {
+    constexpr int L = Simd<S>::lanes;
+    Vec<S> sum[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[m][v] = load(gradient + m * gradient_ld + v * L);
+    for (Index c = 0; c < count; c++) {
+        const S* rows[M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) rows[m] = from + (columns[c] + from_rows[m]) * tile;
+        const S* panel = panels[c] + at;
+        for (Index t = 0; t < tokens; t++, panel += panel_ld) {
+            Vec<S> p[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) p[v] = load(panel + v * L);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) sum[m][v] += rows[m][t] * p[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(gradient + m * gradient_ld + v * L, sum[m][v]);
+}
+
+template <class S, int M>
+static void accumulate_rows(const S* from, const Index* from_rows, Index rows, const Index* columns, Index count,
+                            Index tile, const S* const* panels, Index panel_ld, Index width, Index tokens, S* gradient) {
+    constexpr int L = Simd<S>::lanes;
+    Index m = 0;
+    for (; m + M <= rows; m += M) {
+        Index j = 0;
+        for (; j + 2 * L <= width; j += 2 * L)
+            accumulate_micro<S, M, 2>(from, from_rows + m, columns, count, tile, panels, panel_ld, j, tokens,
+                                      gradient + m * width + j, width);
+        for (; j < width; j += L)
+            accumulate_micro<S, M, 1>(from, from_rows + m, columns, count, tile, panels, panel_ld, j, tokens,
+                                      gradient + m * width + j, width);
+    }
+    if constexpr (M > 1)
+        if (m < rows)
+            accumulate_rows<S, (M > 4 ? M - 4 : M - 1)>(from, from_rows + m, rows - m, columns, count, tile, panels,
+                                                       panel_ld, width, tokens, gradient + m * width);
+}
+
+// ---------------------------------------------------------------- the walk over tiles
+
+struct Team {  // the threads that share a tile
+    int rank, size;
+    void barrier() const {
+        if (size > 1) {
+#pragma omp barrier
+        }
+    }
+    Index first(Index count) const { return count * rank / size; }
+    Index last(Index count) const { return count * (rank + 1) / size; }
+};
+
+static Team everyone() {
+#ifdef _OPENMP
+    return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+    return {0, 1};
+#endif
+}
+
+static bool uniform(const Index* table, Index count, Index& stride) {
+    stride = count > 1 ? table[1] - table[0] : 1;
+    for (Index i = 0; i < count; i++)
+        if (table[i] != i * stride) return false;
+    return true;
+}
+
+template <class S> struct Weights {  // a factor as its step multiplies with it
+    const S* data;
+    const Index* batch;  // offsets, or null where it is `size` times the batch
+    Index size, wk, wm;   // strides of inner and row; zero if packed
+    const S* at(Index b) const { return data + (batch ? batch[b] : b * size); }
+};
+
+// How many of the rows left the next micro-kernel takes.
+static constexpr Index micro_rows(Index left) {
+    Index m = MICRO_ROWS;
+    while (m > left) m = m > 4 ? m - 4 : m - 1;
+    return m;
+}
+
+// (rows, inner) -> for every group of rows that a micro-kernel takes, contiguous (inner, rows of the group)
+template <class S>
+static void pack_matrix(const S* from, const Index* row_at, const Index* inner_at, Index rows, Index inner, S* to) {
+    constexpr Index L = Simd<S>::lanes;
+    bool plain = true;
+    for (Index k = 0; k < inner; k++) plain &= inner_at[k] == k;
+    for (Index m = 0; m < rows;) {
+        Index group = micro_rows(rows - m), k = 0;
+        // A whole vector is stored; what is too much of it is overwritten by the next one.
+        for (; plain && group <= L && (k + L - 1) * group + L <= inner * group; k += L) {
+            Vec<S> r[L];
+#pragma GCC unroll 16
+            for (int l = 0; l < L; l++) r[l] = l < group ? load(from + row_at[m + l] + k) : Vec<S>{};
+            stage<S, 1>(r);
+#pragma GCC unroll 16
+            for (int l = 0; l < L; l++) store(to + (k + l) * group, r[l]);
+        }
+        for (; k < inner; k++)
+            for (Index i = 0; i < group; i++) to[k * group + i] = from[row_at[m + i] + inner_at[k]];
+        to += group * inner, m += group;
+    }
+}
+
+template <class S> static void pack(const Step& s, const S* factor, S* to, bool backward, Team team) {
+    for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
+        const S* from = factor + s.w_b[b];
+        if (backward)
+            pack_matrix(from, s.w_k, s.w_r, s.inner, s.rows, to + b * s.rows * s.inner);
+        else
+            pack_matrix(from, s.w_r, s.w_k, s.rows, s.inner, to + b * s.rows * s.inner);
+    }
+}
+
+// Token-major memory behind a tile: `tokens` rows of `features`.
+template <class S, class Pointer> struct Tokens {
+    Pointer data;
+    Index features, tokens;
+};
+template <class S> using Source = Tokens<S, const S*>;
+template <class S> using Sink = Tokens<S, S*>;
+
+// features [first, first + count) of token-major memory -> rows of a tile; absent tokens and features are zero
+template <class S>
+static void read_rows(Source<S> from, Index first, Index count, S* to, Index tile) {
+    Index present = std::max<Index>(0, std::min(count, from.features - first));
+    if (from.tokens < tile) std::fill_n(to, present * tile, S(0));
+    transpose(from.data + first, from.features, to, tile, from.tokens, present);
+    std::fill_n(to + present * tile, (count - present) * tile, S(0));
+}
+template <class S>
+static void write_rows(const S* from, Index tile, Sink<S> to, Index first, Index count, const S* bias) {
+    count = std::min(count, to.features - first);
+    if (count <= 0) return;
+    transpose(from, tile, to.data + first, to.features, count, to.tokens);
+    if (bias)
+        for (Index t = 0; t < to.tokens; t++)
+            for (Index j = first; j < first + count; j++) to.data[t * to.features + j] += bias[j];
+}
+template <class S> static void read_tile(Source<S> from, S* to, Index width, Index tile, Team team) {
+    constexpr Index block = 4 * Simd<S>::lanes;
+    for (Index i = team.rank * block; i < width; i += team.size * block)
+        read_rows(from, i, std::min(block, width - i), to + i * tile, tile);
+    team.barrier();
+}
+template <class S> static void write_tile(const S* from, Index tile, Sink<S> to, const S* bias, Team team) {
+    constexpr Index block = 4 * Simd<S>::lanes;
+    for (Index i = team.rank * block; i < to.features; i += team.size * block)
+        write_rows(from + i * tile, tile, to, i, std::min(block, to.features - i), bias);
+    team.barrier();
+}
+
+// One direction of a step: where its products read and write.
+struct Side {
+    const Index *batch, *column, *row;
+    Index rows;
+    bool run() const {  // whether a product's rows are neighbours
+        for (Index i = 0; i < rows; i++)
+            if (row[i] != i) return false;
+        return true;
+    }
+};
+static Side before(const Step& s) { return {s.in_b, s.in_c, s.in_k, s.inner}; }
+static Side after(const Step& s) { return {s.out_b, s.out_c, s.out_r, s.rows}; }
+
+// All products of a step. Where rows are neighbours the first step can read token-major memory and the last one write
+// it, a product at a time, through `scratch`: then these states need no room in cache.
+template <class S>
+static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, const S* from, S* to, const Source<S>* source,
+                     const Sink<S>* sink, const S* bias, S* scratch, Index tile, bool add, Team team) {
+    for (Index p = team.first(s.pairs()); p < team.last(s.pairs()); p++) {
+        Index b = p / s.columns, c = p % s.columns;
+        Index in_at = in.batch[b] + in.column[c], out_at = out.batch[b] + out.column[c];
+        const S* rows_in = from + in_at * tile;
+        S* rows_out = to + out_at * tile;
+        if (source) {
+            read_rows(*source, in_at, in.rows, scratch, tile);
+            rows_in = scratch;
+        }
+        if (sink) rows_out = scratch + in.rows * tile;
+        multiply(w.at(b), w.wk, w.wm, rows_in, in.row, in.rows, rows_out, out.row, out.rows, tile, add);
+        if (sink) write_rows(rows_out, tile, *sink, out_at, out.rows, bias);
+    }
+    team.barrier();
+}
+
+template <class S> static Index tile_of(Index tokens) {
+    constexpr Index L = Simd<S>::lanes;
+    return tokens <= L ? L : 2 * L;
+}
+template <class S> static Index round_up(Index count) {
+    constexpr Index L = Simd<S>::lanes;
+    return (count + L - 1) / L * L;
+}
+
+template <class S>
+static Weights<S> weights(const Step& s, const S* factor, S*& packed, bool backward, bool small, Team team) {
+    Index wr, wk;
+    if (small && uniform(s.w_r, s.rows, wr) && uniform(s.w_k, s.inner, wk))
+        return backward ? Weights<S>{factor, s.w_b, 0, wr, wk} : Weights<S>{factor, s.w_b, 0, wk, wr};
+    Index size = s.rows * s.inner;
+    S* to = packed;
+    packed += s.batches * size;
+    pack(s, factor, to, backward, team);
+    return {to, nullptr, size, 0, 0};
+}
+
+static Index packed_size(const Program& p) {
+    Index size = 0;
+    for (auto& term : p.terms)
+        for (auto& s : term) size += s.batches * s.rows * s.inner;
+    return size;
+}
+
+template <class S>
+static void forward(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, S* saved, Index n,
+                    int threads) {
+    Index tile = tile_of<S>(n), tiles = (n + tile - 1) / tile, states = p.states();
+    bool shared = tiles < threads, small = tiles < 4;
+    expect(y, n * p.out_features * sizeof(S));
+    if (saved) expect(saved, tiles * tile * states * sizeof(S));
+    bool single = p.terms.size() == 1;
+    const Step &first = p.terms[0].front(), &last = p.terms[0].back();
+    bool stream_in = single && before(first).run(), stream_out = single && after(last).run();
+    Index room = ((stream_in ? 0 : p.width_in) + (stream_out ? 0 : p.width_out) + (saved ? 0 : states)) * tile;
+    Buffer<S> packed(packed_size(p)), common(shared ? room : 0);
+#pragma omp parallel num_threads(threads)
+    {
+        Team all = everyone(), team = shared ? all : Team{0, 1};
+        std::vector<Weights<S>> w;
+        S* free = packed.data;
+        for (auto& term : p.terms)
+            for (auto& s : term) w.push_back(weights(s, factors[s.factor], free, false, small, all));
+        Buffer<S> own(shared ? 0 : room), scratch(2 * p.widest * tile);
+        S* xs = shared ? common.data : own.data;
+        S* ys = xs + (stream_in ? 0 : p.width_in * tile);
+        S* states_memory = ys + (stream_out ? 0 : p.width_out * tile);
+        all.barrier();
+        for (Index i = shared ? 0 : all.first(tiles); i < (shared ? tiles : all.last(tiles)); i++) {
+            Index tokens = std::min(tile, n - i * tile);
+            Source<S> source{x + i * tile * p.in_features, p.in_features, tokens};
+            Sink<S> sink{y + i * tile * p.out_features, p.out_features, tokens};
+            if (!stream_in) read_tile(source, xs, p.width_in, tile, team);
+            S* middle = saved ? saved + i * states * tile : states_memory;
+            size_t at = 0;
+            for (auto& term : p.terms) {
+                const S* state = xs;
+                for (auto& s : term) {
+                    bool ends = &s == &term.back(), begins = &s == &term.front();
+                    run_step(s, w[at++], before(s), after(s), state, ends ? ys : middle,
+                             begins && stream_in ? &source : nullptr, ends && stream_out ? &sink : nullptr, bias,
+                             scratch.data, tile, ends && &term != &p.terms[0], team);
+                    state = middle;
+                    if (!ends) middle += s.width_out * tile;
+                }
+            }
+            if (!stream_out) write_tile(ys, tile, sink, bias, team);
+        }
+    }
+}
+
+// what one step's gradient needs beside the state before or after it: the other one, token-major
+template <class S> struct Panels {
+    std::vector<const S*> of_column;
+    Index ld;
+};
+
+template <class S>
+static void backward(const Program& p, const S* const* factors, const S* x, const S* dy, const S* saved, S* dx,
+                     S* const* dfactors, Index n, int threads) {
+    Index tile = tile_of<S>(n), tiles = (n + tile - 1) / tile, states = p.states(), panel = 0, gradients = 0;
+    for (auto& term : p.terms)
+        for (auto& s : term) {
+            panel = std::max(panel, s.columns * std::max(round_up<S>(s.inner), round_up<S>(s.rows)) * tile);
+            gradients += s.batches * std::max(round_up<S>(s.inner) * s.rows, round_up<S>(s.rows) * s.inner);
+        }
+    bool shared = tiles < threads, small = tiles < 4;
+    bool single = p.terms.size() == 1 && p.terms[0].size() > 1;
+    const Step &first = p.terms[0].front(), &last = p.terms[0].back();
+    bool stream_in = single && before(first).run(), stream_out = single && after(last).run();
+    Index scratch = ((stream_out ? 0 : p.width_out) + (stream_in ? 0 : p.width_in) + (saved ? 0 : states) + 2 * p.widest) * tile;
+    if (dx) expect(dx, n * p.in_features * sizeof(S));
+    Buffer<S> packed((saved ? 1 : 2) * packed_size(p)), common(shared ? scratch : 0);
+    int copies = shared ? 1 : threads;
+    std::vector<Buffer<S>> sums;
+    for (int c = 0; c < copies; c++) sums.emplace_back(gradients);
+#pragma omp parallel num_threads(threads)
+    {
+        Team all = everyone(), team = shared ? all : Team{0, 1};
+        std::vector<Weights<S>> w, wt;
+        S* free = packed.data;
+        for (auto& term : p.terms)
+            for (auto& s : term) {
+                wt.push_back(weights(s, factors[s.factor], free, true, small, all));
+                if (!saved) w.push_back(weights(s, factors[s.factor], free, false, small, all));
+            }
+        Buffer<S> own(shared ? 0 : scratch), panel_memory(panel), products(2 * p.widest * tile);
+        S* sum = sums[shared ? 0 : all.rank].data;
+        if (team.rank == 0) std::fill_n(sum, gradients, S(0));
+        S* dys = shared ? common.data : own.data;
+        S* dxs = dys + (stream_out ? 0 : p.width_out * tile);
+        S* gs[2] = {dxs + (stream_in ? 0 : p.width_in * tile), nullptr};
+        gs[1] = gs[0] + p.widest * tile;
+        S* middle_memory = gs[1] + p.widest * tile;
+        all.barrier();
+        for (Index i = shared ? 0 : all.first(tiles); i < (shared ? tiles : all.last(tiles)); i++) {
+            Index tokens = std::min(tile, n - i * tile);
+            const S* x_tile = x + i * tile * p.in_features;
+            const S* dy_tile = dy + i * tile * p.out_features;
+            const S* middle = saved ? saved + i * states * tile : middle_memory;
+            Source<S> source{x_tile, p.in_features, tokens}, grad_source{dy_tile, p.out_features, tokens};
+            Sink<S> grad_sink{dx ? dx + i * tile * p.in_features : nullptr, p.in_features, tokens};
+            if (!saved && states) {  // recompute; the input's state goes where its gradient will be
+                if (!stream_in) read_tile(source, dxs, p.width_in, tile, team);
+                S* into = middle_memory;
+                size_t at = 0;
+                for (auto& term : p.terms) {
+                    const S* state = dxs;
+                    for (auto& s : term) {
+                        if (&s != &term.back()) {
+                            run_step(s, w[at], before(s), after(s), state, into,
+                                     &s == &term.front() && stream_in ? &source : nullptr, (const Sink<S>*)nullptr,
+                                     (const S*)nullptr, products.data, tile, false, team);
+                            state = into, into += s.width_out * tile;
+                        }
+                        at++;
+                    }
+                }
+            }
+            if (!stream_out) read_tile(grad_source, dys, p.width_out, tile, team);
+            size_t base = 0;
+            S* gradient_base = sum;
+            for (auto& term : p.terms) {
+                std::vector<const S*> state(term.size());
+                std::vector<S*> gradient(term.size());
+                for (size_t j = 0; j < term.size(); j++) {
+                    const Step& s = term[j];
+                    state[j] = j ? middle : nullptr;
+                    if (j) middle += s.width_in * tile;
+                    gradient[j] = gradient_base;
+                    gradient_base += s.batches * std::max(round_up<S>(s.inner) * s.rows, round_up<S>(s.rows) * s.inner);
+                }
+                const S* g = dys;
+                for (size_t j = term.size(); j-- > 0;) {
+                    const Step& s = term[j];
+                    bool by_inner = j == 0 || j + 1 < term.size();  // which of the two is token-major
+                    if (dfactors[s.factor]) {
+                        Index width = by_inner ? s.inner : s.rows, padded = round_up<S>(width);
+                        Index other = by_inner ? s.rows : s.inner;
+                        const Index *pb = by_inner ? s.in_b : s.out_b, *pc = by_inner ? s.in_c : s.out_c,
+                                    *pk = by_inner ? s.in_k : s.out_r;
+                        const Index *ob = by_inner ? s.out_b : s.in_b, *oc = by_inner ? s.out_c : s.in_c,
+                                    *ok = by_inner ? s.out_r : s.in_k;
+                        const S* other_state = by_inner ? g : state[j];
+                        const S* major = j == 0 ? x_tile : j + 1 == term.size() ? dy_tile : nullptr;
+                        Index features = j == 0 ? p.in_features : p.out_features, stride;
+                        bool run = major && uniform(pk, width, stride) && stride == 1 && width == padded;
+                        std::vector<const S*> panels(s.columns);
+                        for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
+                            bool direct = run;
+                            for (Index c = 0; direct && c < s.columns; c++) {
+                                Index at = pb[b] + pc[c];
+                                direct = at + width <= features;
+                                panels[c] = major + at;
+                            }
+                            Index ld = direct ? features : padded;
+                            if (!direct)
+                                for (Index c = 0; c < s.columns; c++) {
+                                    S* to = panel_memory.data + c * tile * padded;
+                                    Index at = pb[b] + pc[c];
+                                    panels[c] = to;
+                                    for (Index t = 0; t < tokens; t++)
+                                        for (Index k = 0; k < padded; k++) {
+                                            S value = 0;
+                                            if (k < width) {
+                                                Index f = at + pk[k];
+                                                if (!major) value = state[j][f * tile + t];
+                                                else if (f < features) value = major[t * features + f];
+                                            }
+                                            to[t * padded + k] = value;
+                                        }
+                                }
+                            accumulate_rows<S, MICRO_ROWS>(other_state + ob[b] * tile, ok, other, oc, s.columns, tile,
+                                                           panels.data(), ld, padded, tokens,
+                                                           gradient[j] + b * other * padded);
+                        }
+                    }
+                    if (j > 0 || dx) {
+                        S* to = j ? gs[j % 2] : dxs;
+                        run_step(s, wt[base + j], after(s), before(s), g, to,
+                                 j + 1 == term.size() && stream_out ? &grad_source : nullptr,
+                                 j == 0 && stream_in ? &grad_sink : nullptr, (const S*)nullptr, products.data, tile,
+                                 j == 0 && &term != &p.terms[0], team);
+                        g = to;
+                    }
+                }
+                base += term.size();
+            }
+            team.barrier();
+            if (dx && !stream_in) write_tile(dxs, tile, grad_sink, (const S*)nullptr, team);
+        }
+        all.barrier();
+        Index offset = 0;
+        for (auto& term : p.terms)
+            for (size_t j = 0; j < term.size(); j++) {
+                const Step& s = term[j];
+                bool by_inner = j == 0 || j + 1 < term.size();
+                Index width = by_inner ? s.inner : s.rows, padded = round_up<S>(width), other = by_inner ? s.rows : s.inner;
+                if (S* to = dfactors[s.factor])
+                    for (Index b = all.first(s.batches); b < all.last(s.batches); b++) {
+                        S* total = sums[0].data + offset + b * other * padded;
+                        for (int c = 1; c < copies; c++) {
+                            const S* more = sums[c].data + offset + b * other * padded;
+                            for (Index e = 0; e < other * padded; e++) total[e] += more[e];
+                        }
+                        Index wr, wk;
+                        bool plain = uniform(s.w_r, s.rows, wr) && uniform(s.w_k, s.inner, wk) && wk == 1;
+                        if (plain && !by_inner)
+                            transpose(total, padded, to + s.w_b[b], wr, other, width);
+                        else
+                            for (Index r = 0; r < s.rows; r++)
+                                for (Index k = 0; k < s.inner; k++)
+                                    to[s.w_b[b] + s.w_r[r] + s.w_k[k]] =
+                                        total[by_inner ? r * padded + k : k * padded + r];
+                    }
+                offset += s.batches * std::max(round_up<S>(s.inner) * s.rows, round_up<S>(s.rows) * s.inner);
+            }
+    }
+}
+
+}  // namespace
+
+#define EXPORT(S, NAME)                                                                                              \
+    extern "C" void NAME##_forward(const Index* program, const S* const* factors, const S* x, const S* bias, S* y,    \
+                                   S* saved, Index n, int threads) {                                                  \
+        forward<S>(Program(program), factors, x, bias, y, saved, n, threads);                                         \
+    }                                                                                                                 \
+    extern "C" void NAME##_backward(const Index* program, const S* const* factors, const S* x, const S* dy,           \
+                                    const S* saved, S* dx, S* const* dfactors, Index n, int threads) {                \
+        backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                               \
+    }                                                                                                                 \
+    extern "C" Index NAME##_tile(Index tokens) { return tile_of<S>(tokens); }
+EXPORT(float, float32)
+EXPORT(double, float64)

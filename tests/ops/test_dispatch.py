@@ -1,0 +1,77 @@
+"""Which executor runs, what it says of itself, and that a user can force another one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import einlinear as el
+from einlinear import ops
+from einlinear.ops import bmm, dispatch, reference
+
+
+def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 5, 64)
+    choice = el.explain(layer, x)
+    assert choice.executor in ops.EXECUTORS
+    assert "16 tokens" in choice.reason
+    assert dict(choice.refusals)["triton"]
+    ran = []
+    executor = dispatch.find(choice.executor)
+    forward = executor.forward
+    monkeypatch.setattr(executor, "forward", lambda *args, **kw: (ran.append(1), forward(*args, **kw))[1])
+    layer(x)
+    assert ran == [1]
+
+
+def test_explain_says_where_dense_is_faster() -> None:
+    assert "a dense layer would be faster" in str(el.explain(el.Linear(16, 16, "btt"), torch.randn(1, 16)))
+    assert "a dense layer" not in str(el.explain(el.Linear(4096, 4096, "btt"), torch.randn(64, 4096)))
+
+
+def test_backend_forces_and_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
+    before = el.explain(layer, x)
+    calls = []
+    apply, forward = reference.apply, bmm.forward
+    monkeypatch.setattr(reference, "apply", lambda *args: (calls.append("reference"), apply(*args))[1])
+    monkeypatch.setattr(bmm, "forward", lambda *args, **kw: (calls.append("bmm"), forward(*args, **kw))[1])
+    with el.backend("bmm"):
+        with el.backend("reference"):
+            layer(x)
+        layer(x)
+        assert el.explain(layer, x).reason == "forced by einlinear.backend"
+    assert calls == ["reference", "bmm"]
+    assert el.explain(layer, x) == before
+
+
+def test_recompute_saves_nothing() -> None:
+    layer, x = el.Linear(64, 64, "btt"), torch.randn(40, 64)
+
+    def saved(recompute: bool) -> int:
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t)
+        with el.backend("bmm", recompute=recompute), hooks:
+            layer(x)
+        return sum(sizes)
+
+    inputs = x.numel() + sum(p.numel() for p in layer.parameters())
+    assert saved(True) == inputs
+    assert saved(False) == inputs + 40 * 64
+
+
+def test_mistakes() -> None:
+    layer, x = el.Linear(16, 24, "btt"), torch.randn(2, 16)
+    known = "choose reference, bmm, tiles or triton"
+    with pytest.raises(ValueError, match=f"unknown executor 'fast': {known}"):
+        ops.linear(layer.structure, layer.factors(), x, executor="fast")
+    with pytest.raises(ValueError, match=f"unknown executor 'fast': {known}"), el.backend("fast"):
+        pass
+    with pytest.raises(RuntimeError, match="'tiles' cannot run this: it computes in float32 and float64"):
+        ops.linear(layer.structure, [f.half() for f in layer.factors()], x.half(), executor="tiles")
+    with pytest.raises(RuntimeError, match="it runs on GPUs"), el.backend("triton"):
+        layer(x)
+    with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not Linear|not ReLU"):
+        el.explain(torch.nn.ReLU(), x)
+    with pytest.raises(RuntimeError, match=r"the input is of torch.float64, but the layer of torch.float32"):
+        layer(x.double())

@@ -1,0 +1,80 @@
+"""The compiled CPU kernel: that it is there, compiles for other processors, and is replaced where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+import einlinear as el
+from einlinear import ops
+from einlinear.ops import dispatch, tiles
+
+
+@pytest.fixture
+def fresh() -> object:
+    """Forget what was compiled and chosen, before and after."""
+
+    def forget() -> None:
+        tiles.load.cache_clear()
+        dispatch._cheapest.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+def test_it_is_compiled_where_tests_have_to_be_complete() -> None:
+    why = ops.unsupported("tiles", el.structure("btt", 16, 16), torch.float32, "cpu")
+    if os.environ.get("CI") != "true" and why is not None:
+        pytest.skip(why)
+    assert why is None
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
+@pytest.mark.parametrize("flags", [("-msse4.2",), ("-mavx2", "-mfma")])
+def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
+    build = tiles.build
+    monkeypatch.setattr(tiles, "build", lambda native: build(flags))
+    for spec in ("btt(rank=2)", "dyad", "btt(cores=3)"):
+        for tokens in (1, 7, 50):
+            for dtype, close in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
+                layer = el.Linear(60, 96, spec, dtype=dtype)
+                x = torch.randn(tokens, 60, dtype=dtype, requires_grad=True)
+                inputs = [x, *layer.parameters()]
+                expected = x @ layer.dense_weight().T + layer.bias
+                with el.backend("tiles"):
+                    y = layer(x)
+                    found = torch.autograd.grad(y.square().sum(), inputs)
+                torch.testing.assert_close(y, expected, rtol=0, atol=close)
+                for a, b in zip(found, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+                    torch.testing.assert_close(a, b, rtol=close, atol=close * 10)
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
+def test_without_a_compiler_others_do_the_work(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
+    layer, x = el.Linear(64, 64, "btt"), torch.randn(40, 64)
+    choice = el.explain(layer, x)
+    assert choice.executor in ("bmm", "reference")
+    assert compiler in dict(choice.refusals)["tiles"]
+    assert compiler in caplog.text
+    torch.testing.assert_close(layer(x), x @ layer.dense_weight().T + layer.bias)
+    with pytest.raises(RuntimeError, match="cannot run here"), el.backend("tiles"):
+        layer(x)
+
+
+def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
+    path = tiles.build(("-O0",))
+    assert path.parent == tmp_path / "kernels"
+    made = path.stat().st_mtime_ns
+    assert tiles.build(("-O0",)) == path
+    assert path.stat().st_mtime_ns == made
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing else is left behind"
