@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,46 +25,60 @@ def blocks(document: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every example, from top to bottom: later ones use the names of earlier ones."""
     monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
-
-
-@pytest.mark.usefixtures("own_registry")
-@pytest.mark.parametrize("index", range(3))
-def test_readme(index: int) -> None:
     torch.manual_seed(0)
-    code = blocks("README.md")
-    assert len(code) == 3
-    names: dict[str, object] = {}
-    exec(compile(code[index], f"README.md, example {index + 1}", "exec"), names)
-    if index == 0:
-        layer = names["layer"]
-        assert isinstance(layer, el.Linear)
-        assert round(layer.structure.macs / (1024 * 4096), 3) == 0.094
-    if index == 1:
-        assert el.structure(str(names["mine"]), 64, 64).macs == 1280
-        model = names["model"]
-        assert isinstance(model, torch.nn.Sequential)
-        assert [type(layer).__name__ for layer in model] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
-        assert isinstance(model[0], el.Linear)
-        assert float(names["loss"].detach()) < math.log(10)  # of guessing
-    if index == 2:
-        assert 0 < float(names["error"].detach()) < 1
+    first, invent, compress, schedule = blocks("README.md")
+    names: dict[str, Any] = {}
+
+    def run(code: str) -> None:
+        exec(compile(code, "README.md", "exec"), names)
+
+    run(first)
+    assert isinstance(names["layer"], el.Linear)
+    assert round(names["layer"].structure.macs / (1024 * 4096), 3) == 0.094
+
+    run(invent)
+    assert el.structure(names["mine"], 64, 64).macs == 1280
+    assert [type(layer).__name__ for layer in names["model"]] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
+    assert isinstance(names["model"][0], el.Linear)
+    assert float(names["loss"].detach()) < math.log(10)  # of guessing
+
+    run(compress)
+    assert 0 < float(names["error"].detach()) < 1
+
+    run(schedule)
+    rates = [group["lr"] / group["lr_mult"] for group in names["optimizer"].param_groups]
+    assert len({group["lr_mult"] for group in names["groups"]}) > 1
+    assert rates == pytest.approx(len(rates) * rates[:1])  # the scheduler kept what structure-aware muP set
 
 
-@pytest.mark.usefixtures("own_registry")
-def test_contributing() -> None:
-    """The family of the guide is not in the table, and needs nothing but the two places that it names."""
+def test_contributing(tmp_path: Path) -> None:
+    """Do what the guide says, in a copy: its two pieces of code are all that the conformance suite needs."""
     assert "grouped" not in FAMILIES
     assert "grouped" not in SAMPLES
-    names: dict[str, object] = {}
-    for code in blocks("CONTRIBUTING.md"):
-        exec(code, names)
-    samples = names["SAMPLES"]
-    assert isinstance(samples, dict)
-    for spec in samples["grouped"]:
-        layer = el.Linear(48, 40, spec, dtype=torch.float64)
-        x = torch.randn(5, 48, dtype=torch.float64)
-        torch.testing.assert_close(layer(x), x @ layer.dense_weight().T + layer.bias, rtol=0, atol=1e-10)
-        assert int(torch.linalg.matrix_rank(layer.dense_weight())) == layer.structure.rank
+    family, row = blocks("CONTRIBUTING.md")
+    for folder in ("src", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    families = tmp_path / "src/einlinear/structures/families.py"
+    families.write_text(f"{families.read_text()}\n\n{family}")
+    samples = tmp_path / "tests/families.py"
+    table = samples.read_text()
+    assert table.count("\n}\n") == 1  # the end of SAMPLES
+    samples.write_text(table.replace("\n}\n", f"\n{row}}}\n"))
+
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "grouped or every_family"]
+    done = subprocess.run(
+        [*command, "tests/test_conformance.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed
+    assert int(passed[1]) > 2 * 5  # of both specs of the row

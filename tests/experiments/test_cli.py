@@ -1,5 +1,6 @@
 """The command line, from the arguments to the exit code."""
 
+import math
 import re
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import einlinear as el
-from einlinear import cli
+from einlinear.cli import packages
 from einlinear.cli.app import app
-from einlinear.experiments import compare
+from einlinear.cli.parsing import numbers, specs
+from einlinear.experiments import compare, coordinates
+from einlinear.experiments.coordinates import Updates, write_page
 from einlinear.experiments.store import read_results
 from einlinear.experiments.train import Result, Run, train
+from einlinear.structures import FAMILIES
 from einlinear.structures.scaling import adam_multipliers, init_std
 
 QUICK = ("--data", "digits", "--epochs", "1", "--batch-size", "256", "--depth", "1", "--seeds", "1")
@@ -129,6 +133,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path, trained: list[Run
         (("--macs", "50k", "--widths", "64"), "not both"),
         (("--macs", "1k"), "the cheapest model takes"),
         (("--widths", ","), "--widths is empty"),
+        (("--widths", "64.5"), "--widths: '64.5' is not a whole number"),
         (("--preset", "paper-ish"), "the presets are demo, paper"),
         (("--batch-size", "5000"), "batch_size=5000"),
         (("--data", "digts"), "did you mean 'digits'"),
@@ -232,18 +237,60 @@ def test_report_of_a_folder_without_results(tmp_path: Path) -> None:
     assert_refused(run("report", tmp_path), "holds no results of einlinear")
 
 
+CHECK = ("coord-check", "--data", "digits", "--widths", "16,64", "--depth", 1, "--batch-size", 64)
+
+
 def test_coordinate_check(tmp_path: Path) -> None:
-    arguments = ("--data", "digits", "--widths", "16,64", "--steps", 3, "--depth", 1, "--batch-size", 64)
-    code, out, _ = run("coord-check", *arguments, "--out", tmp_path / "new" / "check.html")
+    code, out, _ = run(*CHECK, "--steps", 3, "--out", tmp_path / "new" / "check.html")
     assert code == 0
     rows = [line.split() for line in out.splitlines() if line.startswith(("dense", "btt"))]
     assert [row[0] for row in rows] == ["dense", "btt", "btt"]
-    assert all(0 < float(value) < 10 for row in rows for value in row[-3:-1])
+    for row in rows:
+        small, large = sorted(float(value) for value in row[-3:-1])
+        assert 0 < small < large < 10
+        assert float(row[-1]) == pytest.approx(large / small, rel=0.01)
     assert rows[1][-3:] != rows[2][-3:]  # its own learning rates, those of dense
     page = (tmp_path / "new" / "check.html").read_text()
     assert "btt, dense learning rates" in page
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
-    assert_refused(run("coord-check", *arguments, "--structures", "btt;bt"), "unknown family 'bt'")
+
+
+@pytest.mark.parametrize("structures", ["dense", "dense; btt"])
+def test_a_diverged_coordinate_check_is_shown(structures: str, tmp_path: Path) -> None:
+    arguments = ("--steps", 3, "--lr", 1e30, "--structures", structures, "--out", tmp_path / "check.html")
+    code, out, _ = run(*CHECK, *arguments)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith(("dense", "btt"))]
+    assert [row[-3:] for row in rows] == len(rows) * [["diverged", "diverged", "–"]]
+    assert len(rows) == (1 if structures == "dense" else 3)
+    assert (tmp_path / "check.html").exists()
+
+
+def test_a_single_diverged_width_leaves_the_others_in_the_figure(tmp_path: Path) -> None:
+    update = Updates("btt", True, {16: 0.1, 32: math.nan, 64: 0.2, 128: math.inf})
+    assert update.largest_over_smallest is None
+    assert Updates("btt", True, {16: 0.1, 64: 0.2}).largest_over_smallest == pytest.approx(2)
+    write_page([update], tmp_path / "check.html")
+    (y,) = re.findall(r'"y":(\[[^\]]*\]),"type":"scatter"', (tmp_path / "check.html").read_text())
+    assert y == "[0.1,null,0.2,null]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--structures", "btt;bt"), "unknown family 'bt'"),
+        (("--steps", "1"), "steps must be at least 2, not 1: the first moves only the head"),
+        (("--widths", "16,64.5"), "--widths: '64.5' is not a whole number"),
+        (("--out", "."), "--out . is a folder; name a file, such as coord-check.html"),
+    ],
+)
+def test_a_coordinate_check_refuses_before_it_trains(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(coordinates, "coord_check", None)
+    assert_refused(run(*CHECK, *arguments), message)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_version_and_help() -> None:
@@ -251,15 +298,116 @@ def test_version_and_help() -> None:
     assert all(command in run("--help")[1] for command in ("describe", "compare", "report", "coord-check"))
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "EXTRA", ("rich", "no_such_package"))
-    with pytest.raises(SystemExit, match=r"\(no_such_package\).*pip install 'einlinear\[experiments\]'"):
-        cli.main()
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["dense; btt", "monarch"], ("dense", "btt", "monarch")),
+        (["dense,btt"], ("dense", "btt")),
+        (
+            ["tt(rank=2, cores=3), einsum(rank=1, theta=(1/2, 1/2, 0, 1/2, 1/2, 0, 0)),btt;"],
+            ("tt(rank=2, cores=3)", "einsum(rank=1, theta=(1/2, 1/2, 0, 1/2, 1/2, 0, 0))", "btt"),
+        ),
+        (
+            ["i, r i, o r -> o where r=2; dense, (g a), g o a -> (g o)"],
+            ("i, r i, o r -> o where r=2", "dense, (g a), g o a -> (g o)"),
+        ),
+        (["i, r i, o r"], ("i, r i, o r",)),  # a pattern without its arrow: the message should show all of it
+        (["btt(rank=2"], ("btt(rank=2",)),
+        (None, None),
+    ],
+)
+def test_lists_of_structures(written: list[str] | None, read: tuple[str, ...] | None) -> None:
+    assert specs(written) == read
+
+
+def test_lists_of_numbers() -> None:
+    assert numbers("64, 50k,2.3M,1e3,", "--macs") == (64, 50_000, 2_300_000, 1000)
+    assert numbers(None, "--macs") is None
+    for wrong in ("1/0", "nan", "inf", "k", "0.0005k"):
+        with pytest.raises(ValueError, match=f"--macs: '{wrong}' is no"):
+            numbers(wrong, "--macs")
+
+
+GROUPED = """
+from einlinear import register_family
+
+register_family("grouped", lambda rank=2: f"(g a), g r a, g e r -> (g e) where g=4, r={rank}")
+"""
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_family_of_the_users_from_a_file_or_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_refused(run("describe", "grouped(rank=3)", 64, 64), "unknown family 'grouped'")
+    file = tmp_path / "random.py"  # called as a module of Python
+    file.write_text(GROUPED)
+    code, out, _ = run("--import", file, "describe", "grouped(rank=3)", 64, 64)
+    assert code == 0
+    assert out.startswith("grouped(rank=3), 64 -> 64")
+    assert sys.modules["random"].__file__ != str(file)
+
+    (tmp_path / "my_families").mkdir()
+    (tmp_path / "my_families" / "halves.py").write_text(GROUPED.replace("grouped", "halves"))
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ("--structures", "halves", "--widths", 16, *QUICK, "--out", tmp_path / "out")
+    code, out, _ = run("--import", "my_families.halves", "compare", *options)
+    assert code == 0
+    assert "halves" in out
+
+
+@pytest.mark.usefixtures("own_registry")
+@pytest.mark.parametrize(
+    ("target", "code", "parts"),
+    [
+        ("absent.py", None, ["--import absent.py: there is no such file"]),
+        ("absent.families", None, ["--import absent.families: there is no such module", "its path, which ends in .py"]),
+        ("here.py", "import absent\n", ["No module named 'absent'", 'here.py", line 1']),
+        ("here.py", "x = 1\nx +\n", ["invalid syntax", 'here.py", line 2']),
+        ("here.py", GROUPED.replace("grouped", "btt"), ["'btt' is already registered", 'here.py", line 4']),
+    ],
+)
+def test_an_import_that_fails_says_why(
+    target: str, code: str | None, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if code:
+        Path(target).write_text(code)
+    exit_code, out, err = run("--import", target, "describe", "btt", 64, 64)
+    assert (exit_code, out) == (2, "")
+    assert err.startswith(f"error: --import {target}: ")
+    assert all(part in err for part in parts)
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda module: None if module in ("PIL", "kornia") else module)
+    for command in (("compare",), ("coord-check",), ("report", tmp_path)):
+        code, out, err = run(*command)
+        assert code == 1
+        assert "(kornia, PIL)" in out + err
+        assert "pip install 'einlinear[experiments]'" in out + err
+
+
+def without(modules: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a Python where these modules cannot be imported."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({modules})); import einlinear.cli; einlinear.cli.main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_describe_needs_neither_data_nor_plots(tmp_path: Path) -> None:
+    (tmp_path / "families.py").write_text(GROUPED)
+    done = without(packages.EXPERIMENTS, "--import", tmp_path / "families.py", "describe", "grouped", 64, 64)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("grouped, 64 -> 64")
 
 
 def test_the_entry_point_needs_no_extra_package_to_say_so() -> None:
-    code = "import sys; sys.modules['typer'] = sys.modules['rich'] = None; import einlinear.cli; einlinear.cli.main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = without(packages.CLI)
     assert done.returncode == 1
-    assert "pip install 'einlinear[experiments]'" in done.stderr
+    assert "(rich, typer)" in done.stderr
+    assert "pip install 'einlinear[cli]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 import einlinear as el
 from einlinear.experiments import compare, store, train
 from einlinear.experiments.budget import model_macs, model_params, widest
-from einlinear.experiments.compare import Comparison, Config, configure, plan, prepare
+from einlinear.experiments.compare import Comparison, plan, prepare
+from einlinear.experiments.config import PRESETS, Config, Settings, configure
 from einlinear.experiments.data import Images, load_images
 from einlinear.experiments.store import Experiment, Store, read_experiment, read_results
 from einlinear.experiments.summary import summarise
-from einlinear.experiments.train import Result, Run, Settings, build_model
+from einlinear.experiments.train import Result, Run, build_model
 from einlinear.nn import ResidualMLP
 
 QUICK = Settings(epochs=1, batch_size=128, depth=1)
@@ -95,7 +96,7 @@ def test_options_override_the_preset_and_the_preset_the_defaults() -> None:
     config = configure("demo", epochs=7, widths=(16,), seeds=None)
     assert config.settings.epochs == 7
     assert config.widths == (16,)
-    assert config.seeds == compare.PRESETS["demo"]["seeds"]
+    assert config.seeds == PRESETS["demo"]["seeds"]
     assert config.settings.depth == Settings.depth
 
 
@@ -301,6 +302,13 @@ def test_multipliers_compare_with_dense_of_the_same_seed() -> None:
     assert btt.rows[0].train_loss == pytest.approx((1 / 32 + 2 / 48) / 2)
     assert dense.law is not None
     assert dense.law.exponent == pytest.approx(1)
+
+
+def test_dense_needs_its_own_compute_even_where_its_curve_has_a_bump() -> None:
+    """The wider model is worse than the narrow one, which therefore reached its loss with a tenth of the MACs."""
+    bumpy = [result("dense", 16, 0, 100, 0.5), result("dense", 32, 0, 1000, 0.6), result("dense", 64, 0, 2000, None)]
+    (dense,) = summarise(bumpy)
+    assert [str(row.multiplier) for row in dense.rows] == ["1.00×", "1.00×", "None"]
 
 
 def test_diverged_runs_are_counted_and_left_out_of_means_and_curves() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from einlinear.experiments import report
-from einlinear.experiments.report import nice_ticks, write_report
+from einlinear.experiments.plots import colour, nice_ticks, symbol
+from einlinear.experiments.report import write_report
 from einlinear.experiments.store import Experiment, Store
 from einlinear.experiments.summary import summarise
 from einlinear.experiments.train import Result
@@ -138,8 +139,7 @@ def test_headline_names_the_largest_multiplier() -> None:
 
 
 def test_structures_are_told_apart_by_colour_and_symbol() -> None:
-    pairs = {(report.COLOURS[i % len(report.COLOURS)], report.SYMBOLS[i % len(report.SYMBOLS)]) for i in range(40)}
-    assert len(pairs) == 40
+    assert len({(colour(i), symbol(i)) for i in range(40)}) == 40
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.43, 0.72), (0.5, 0.5), (41_792, 391_231), (1e4, 1e9), (0.031, 2.9)])

@@ -2,31 +2,17 @@
 
 app.py        the commands
 display.py    what they print
+importing.py  code of the user's, for --import
+packages.py   the packages that they need
+parsing.py    lists that are written as one argument
 """
 
-import sys
-from importlib.util import find_spec
-
-EXTRA = (
-    "jinja2",
-    "kornia",
-    "PIL",
-    "plotly",
-    "rich",
-    "scipy",
-    "sklearn",
-    "typer",
-)  # what 'einlinear[experiments]' installs
+from einlinear.cli.packages import CLI, require
 
 
 def main() -> None:
     """The `einlinear` command."""
-    missing = [module for module in EXTRA if find_spec(module) is None]
-    if missing:
-        sys.exit(
-            f"The einlinear command needs packages that are not installed ({', '.join(missing)}). "
-            "Install them with:  pip install 'einlinear[experiments]'"
-        )
+    require(CLI)
     from einlinear.cli.app import app  # not before it is known that it can be imported
 
     app()

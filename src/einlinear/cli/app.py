@@ -1,4 +1,7 @@
-"""The commands. Each one turns its options into one call of the library, and prints what comes back."""
+"""The commands. Each one turns its options into one call of the library, and prints what comes back.
+
+What trains or draws is heavy and needs further packages: the commands that use it import it themselves.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ import typer
 
 import einlinear
 from einlinear.cli import display
-from einlinear.experiments.compare import Config, configure, prepare
-from einlinear.experiments.data import batches, load_images
-from einlinear.experiments.store import read_experiment, read_results
-from einlinear.experiments.train import Settings
+from einlinear.cli.importing import import_user_code
+from einlinear.cli.packages import EXPERIMENTS, require
+from einlinear.cli.parsing import numbers, specs
+from einlinear.experiments.config import Config, Settings, configure
 
 app = typer.Typer(
     help="Structured linear layers: what they cost, and what they are worth on a budget of compute.",
@@ -60,8 +63,18 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE_OR_FILE",
+            help="A module, or a .py file, that registers families of yours. May be given several times.",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    with user_errors():
+        for target in imports or ():
+            import_user_code(target)
 
 
 @app.command()
@@ -91,7 +104,7 @@ def _option(help: str, name: str) -> Any:
 def compare(
     structures: Annotated[
         list[str] | None,
-        _option("A structure. Give the option several times, or several structures with ';' between.", "structures"),
+        _option("Structures, separated by ';' (families also by ','), or the option several times.", "structures"),
     ] = None,
     macs: Annotated[
         str | None,
@@ -128,12 +141,15 @@ def compare(
 
     Running the same command again trains only what is missing; structures, targets and seeds can be added.
     """
+    require(EXPERIMENTS)
+    from einlinear.experiments.compare import prepare
+
     with user_errors():
         config = configure(
             preset,
-            structures=_specs(structures),
-            macs=_numbers(macs, "--macs"),
-            widths=_numbers(widths, "--widths"),
+            structures=specs(structures),
+            macs=numbers(macs, "--macs"),
+            widths=numbers(widths, "--widths"),
             dense_reach=dense_reach,
             data=data,
             seeds=seeds,
@@ -164,7 +180,7 @@ def coord_check(
         list[str] | None, typer.Option(help="As for compare. Default: dense; low_rank; kronecker; monarch; btt.")
     ] = None,
     widths: Annotated[str, typer.Option(help="Widths to compare.")] = "64,256,1024",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps at each width.")] = 100,
+    steps: Annotated[int, typer.Option(help="Training steps at each width, at least 2.")] = 100,
     data: Annotated[str, typer.Option(help="As for compare.")] = "auto",
     batch_size: Annotated[int | None, _option("Images in a batch.", "batch_size")] = None,
     lr: Annotated[float | None, _option("Learning rate of the dense model of base width.", "lr")] = None,
@@ -177,21 +193,25 @@ def coord_check(
     With structure-aware learning rates the change should be about the same at every width; as a control, every
     structure is also trained with those of dense.
     """
-    from einlinear.experiments.coordinates import cases, check_models, measure, write_page  # plotly
+    require(EXPERIMENTS)
+    from einlinear.experiments.coordinates import cases, check, measure, write_page
+    from einlinear.experiments.data import batches, load_images
 
     with user_errors():
         config = configure(
-            structures=_specs(structures) or ("dense", "low_rank", "kronecker", "monarch", "btt"),
-            widths=_numbers(widths, "--widths"),
+            structures=specs(structures) or ("dense", "low_rank", "kronecker", "monarch", "btt"),
+            widths=numbers(widths, "--widths"),
             data=data,
             batch_size=batch_size,
             lr=lr,
             base_width=base_width,
             depth=depth,
         )
-        images = load_images(data)
+        if out.is_dir():
+            raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'coord-check.html'}")
+        images = load_images(config.data)
         batches(images, config.settings.batch_size, epochs=1, seed=0)  # refuses a batch that is too large
-        check_models(images, config.structures, config.widths, config.settings.depth)
+        check(images, config.structures, config.widths, config.settings.depth, steps)
         out.parent.mkdir(parents=True, exist_ok=True)
     with (
         interruptible("Interrupted."),
@@ -210,7 +230,9 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
 
 
 def _report(folder: Path) -> None:
-    from einlinear.experiments.report import write_report  # this and scipy take a second to import
+    require(EXPERIMENTS)
+    from einlinear.experiments.report import write_report
+    from einlinear.experiments.store import read_experiment, read_results
     from einlinear.experiments.summary import summarise
 
     with user_errors():
@@ -218,27 +240,3 @@ def _report(folder: Path) -> None:
         curves = summarise(read_results(folder)[0], read_experiment(folder).structures)
     display.results(curves)
     display.note(f"Report: {page}")
-
-
-def _specs(texts: list[str] | None) -> tuple[str, ...] | None:
-    """["dense; btt", "monarch"] -> ("dense", "btt", "monarch")."""
-    if not texts:
-        return None
-    return tuple(spec.strip() for text in texts for spec in text.split(";") if spec.strip())
-
-
-def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
-    """ "50k,1.5M" -> (50000, 1500000)."""
-    if text is None:
-        return None
-    sizes = {"k": 10**3, "m": 10**6, "g": 10**9}
-    numbers = []
-    for word in filter(None, map(str.strip, text.split(","))):
-        size = sizes.get(word[-1].lower())
-        try:
-            numbers.append(round(float(word[:-1] if size else word) * (size or 1)))
-        except (ValueError, OverflowError):
-            raise ValueError(f"{option}: {word!r} is no number; write numbers such as 50k,100k,1.5M") from None
-    if not numbers:
-        raise ValueError(f"{option} is empty; write numbers such as 50k,100k,1.5M")
-    return tuple(numbers)

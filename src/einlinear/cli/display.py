@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
@@ -106,9 +107,10 @@ def updates(found: Sequence[Updates]) -> None:
     widths = list(found[0].by_width)
     table = _table("structure", "learning rates", *(f"width {width}" for width in widths), "largest / smallest")
     for update in found:
-        changes = (f"{update.by_width[width]:.4g}" for width in widths)
         rates = "its own" if update.structure_aware else "of dense"
-        table.add_row(update.structure, rates, *changes, f"{update.spread:.2f}")
+        changes = (f"{x:.4g}" if math.isfinite(x) else "diverged" for x in update.by_width.values())
+        ratio = update.largest_over_smallest
+        table.add_row(update.structure, rates, *changes, "–" if ratio is None else f"{ratio:.2f}")
     _console().print(table)
     note("Change of the features after the last block in one step, over their size (root mean squares).")
 

@@ -1,1 +1,14 @@
-"""Data, training and reports: the machinery behind the command line (extra "experiments")."""
+"""Data, training and reports: the machinery behind the command line (extra "experiments").
+
+config.py       what can be set: names, defaults, presets and limits
+data/           images, and batches of them
+budget.py       the MACs of a model, and the widest model within a budget
+train.py        one run
+store.py        a results folder
+compare.py      structures side by side: which runs, and training what is missing
+fit.py          power laws and compute multipliers
+summary.py      runs -> one row per structure and width
+coordinates.py  the coordinate check
+plots.py        the look of all figures
+report.py       a results folder -> one self-contained page
+"""

@@ -29,7 +29,7 @@ def model_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def widest(name: str, build: Callable[[int], nn.Module], max_macs: int) -> int:
+def widest(name: str, build: Callable[[int], nn.Module], budget: int) -> int:
     """The widest model that a budget affords, among multiples of 16 (above 2048: of larger powers of two).
 
     Wider is not always dearer, since some widths factor better than others: the search goes on to twice the budget.
@@ -37,7 +37,7 @@ def widest(name: str, build: Callable[[int], nn.Module], max_macs: int) -> int:
     Args:
         name: of the model, for messages.
         build: width -> model; called on the meta device, where only shapes are made.
-        max_macs: the budget for one input vector.
+        budget: the most multiply-accumulates for one input vector.
 
     Raises:
         ValueError: no width is within the budget, or none can be built.
@@ -53,13 +53,13 @@ def widest(name: str, build: Callable[[int], nn.Module], max_macs: int) -> int:
                 raise
             continue
         seen.append(macs)
-        if macs <= max_macs:
+        if macs <= budget:
             affordable.append(width)
-        elif macs > 2 * max_macs:
+        elif macs > 2 * budget:
             break
     if affordable:
         return affordable[-1]
-    raise ValueError(f"{name}: {max_macs:,} MACs are too few, the cheapest model takes {min(seen):,}")
+    raise ValueError(f"{name}: {budget:,} MACs are too few, the cheapest model takes {min(seen):,}")
 
 
 def _widths() -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,11 +11,11 @@ from pathlib import Path
 import plotly.graph_objects as go
 import torch
 
-from einlinear.experiments.compare import DENSE
+from einlinear.experiments.config import DENSE, Settings
 from einlinear.experiments.data import Images, batches, pixel_permutation
-from einlinear.experiments.report import COLOURS, SYMBOLS, nice_ticks, style
+from einlinear.experiments.plots import colour, nice_ticks, style, symbol
 from einlinear.experiments.store import write_text
-from einlinear.experiments.train import LR_SCALE, PERMUTATION_SEED, Run, Settings, build_model, initialised
+from einlinear.experiments.train import LR_SCALE, PERMUTATION_SEED, Run, build_model, initialised
 from einlinear.nn import ResidualMLP
 from einlinear.parametrize.coord_check import coord_check
 
@@ -28,7 +29,8 @@ class Updates:
     Attributes:
         structure: its spec.
         structure_aware: whether every factor had its own learning rate, or (the control) that of a dense layer.
-        by_width: width -> root mean square of the change over that of the features, means over the steps.
+        by_width: width -> root mean square of the change over that of the features, means over the steps; NaN or
+            infinite where the run diverged.
     """
 
     structure: str
@@ -36,13 +38,24 @@ class Updates:
     by_width: dict[int, float]
 
     @property
-    def spread(self) -> float:
-        """The largest over the smallest update: near 1 where learning rates carry over."""
-        return max(self.by_width.values()) / min(self.by_width.values())
+    def largest_over_smallest(self) -> float | None:
+        """Near 1 where learning rates carry over; None where a run diverged or its features did not move at all."""
+        values = self.by_width.values()
+        return max(values) / min(values) if all(map(_measured, values)) else None
 
 
-def check_models(images: Images, structures: Sequence[str], widths: Sequence[int], depth: int) -> None:
-    """Build every model without memory. Raises ValueError for a structure that is unknown or does not fit a width."""
+def _measured(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def check(images: Images, structures: Sequence[str], widths: Sequence[int], depth: int, steps: int) -> None:
+    """Build every model without memory.
+
+    Raises:
+        ValueError: a structure that is unknown or does not fit a width, or too few steps.
+    """
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, not {steps}: the first moves only the head, which starts at zero")
     with torch.device("meta"):
         for spec in structures:
             for width in widths:
@@ -110,17 +123,17 @@ def write_page(updates: Sequence[Updates], path: Path) -> None:
         figure.add_trace(
             go.Scatter(
                 x=list(update.by_width),
-                y=list(update.by_width.values()),
+                y=[value if _measured(value) else None for value in update.by_width.values()],
                 name=update.structure if update.structure_aware else f"{update.structure}, dense learning rates",
                 mode="lines+markers",
-                marker={"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-                line={"color": COLOURS[i % len(COLOURS)], "dash": "solid" if update.structure_aware else "dot"},
+                marker={"color": colour(i), "symbol": symbol(i), "size": 9},
+                line={"color": colour(i), "dash": "solid" if update.structure_aware else "dot"},
             )
         )
     style(figure)
     widths = sorted({width for update in updates for width in update.by_width})
-    values = [value for update in updates for value in update.by_width.values()]
-    ticks = nice_ticks(min(values), max(values))
+    values = [value for update in updates for value in update.by_width.values() if _measured(value)]
+    ticks = nice_ticks(min(values, default=0.1), max(values, default=1.0))
     figure.update_xaxes(title="width", type="log", tickvals=widths, ticktext=[str(width) for width in widths])
     figure.update_yaxes(title="relative change of features in a step", type="log", tickvals=ticks)
     figure.update_layout(

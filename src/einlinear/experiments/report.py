@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from einlinear.experiments.compare import DENSE
+from einlinear.experiments.config import DENSE
+from einlinear.experiments.plots import colour, nice_ticks, style, symbol
 from einlinear.experiments.store import read_experiment, read_results, write_text
 from einlinear.experiments.summary import Curve, summarise
-
-# The palette of Okabe and Ito, which colour-blind people can tell apart; yellow, weak on white, comes last.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "star", "x", "pentagon")
-
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
 def write_report(folder: str | Path) -> Path:
@@ -44,7 +37,7 @@ def write_report(folder: str | Path) -> Path:
         experiment=experiment,
         curves=curves,
         rows=[row for curve in curves for row in curve.rows],
-        colours=colours(curves),
+        colours={curve.structure: colour(i) for i, curve in enumerate(curves)},
         headline=headline(curves),
         seeds=len({result.seed for result in results}),
         date=datetime.now().strftime("%d %B %Y, %H:%M"),
@@ -55,11 +48,6 @@ def write_report(folder: str | Path) -> Path:
     path = folder / "report.html"
     write_text(path, page)
     return path
-
-
-def colours(curves: Sequence[Curve]) -> dict[str, str]:
-    """The colour of every structure; after eight they repeat, and the symbols tell them apart."""
-    return {curve.structure: COLOURS[i % len(COLOURS)] for i, curve in enumerate(curves)}
 
 
 def headline(curves: Sequence[Curve]) -> str:
@@ -89,7 +77,7 @@ def loss_figure(curves: Sequence[Curve]) -> go.Figure:
                     x=ends,
                     y=[curve.law(macs) for macs in ends],
                     mode="lines",
-                    line={"color": COLOURS[i % len(COLOURS)], "width": 1.5},
+                    line={"color": colour(i), "width": 1.5},
                     legendgroup=curve.structure,
                     showlegend=False,
                     hoverinfo="skip",
@@ -112,27 +100,10 @@ def accuracy_figure(curves: Sequence[Curve]) -> go.Figure:
     return figure
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Round values from below low to above high for a logarithmic axis, about four to eight of them."""
-    if high / low > 8:  # 1, 2, 5, 10, ...
-        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ticks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
-    else:
-        step = next(
-            m * 10.0**e
-            for e in range(math.floor(math.log10(low)) - 6, math.ceil(math.log10(high)) + 1)
-            for m in (1, 2, 5)
-            if (high - low) / (m * 10.0**e) <= 6
-        )
-        ticks = [step * k for k in range(max(1, math.floor(low / step)), math.ceil(high / step) + 1)]
-    return [float(f"{tick:.6g}") for tick in ticks]
-
-
 def _add_points(
     figure: go.Figure, i: int, curve: Curve, values: Sequence[Sequence[float]], hover: str, lines: str = ""
 ) -> None:
     """The means of one structure, and behind them the seeds where there are several."""
-    colour, symbol = COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)]
     hover = f"{curve.structure}, width %{{customdata}}<br>%{{x:,}} MACs per image<br>{hover}<extra></extra>"
     rows = [(row, own) for row, own in zip(curve.rows, values, strict=True) if own]
     if any(len(own) > 1 for _, own in rows):
@@ -142,7 +113,7 @@ def _add_points(
                 y=[value for _, own in rows for value in own],
                 customdata=[row.width for row, own in rows for _ in own],
                 mode="markers",
-                marker={"color": colour, "symbol": f"{symbol}-open", "size": 5},
+                marker={"color": colour(i), "symbol": f"{symbol(i)}-open", "size": 5},
                 opacity=0.6,
                 legendgroup=curve.structure,
                 showlegend=False,
@@ -155,29 +126,13 @@ def _add_points(
             y=[sum(own) / len(own) for _, own in rows],
             customdata=[row.width for row, _ in rows],
             mode=f"{lines}markers",
-            marker={"color": colour, "symbol": symbol, "size": 9},
-            line={"color": colour, "width": 1.5},
+            marker={"color": colour(i), "symbol": symbol(i), "size": 9},
+            line={"color": colour(i), "width": 1.5},
             name=curve.structure,
             legendgroup=curve.structure,
             hovertemplate=hover,
         )
     )
-
-
-def style(figure: go.Figure) -> None:
-    """The look of all figures: white, light grid, legend on top."""
-    figure.update_layout(
-        template="none",
-        font={"family": _FONT, "size": 13, "color": "#222"},
-        margin={"l": 60, "r": 12, "t": 12, "b": 60},
-        height=460,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        hoverlabel={"font": {"family": _FONT}},
-        dragmode=False,
-    )
-    axis: dict[str, Any] = {"gridcolor": "#e5e5e5", "linecolor": "#555", "ticks": "outside", "zeroline": False}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
 
 
 def _layout(figure: go.Figure, curves: Sequence[Curve], title: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from einlinear.experiments.compare import DENSE
-from einlinear.experiments.fit import PowerLaw, Spread, compute_multiplier, fit_power_law, spread
+from einlinear.experiments.config import DENSE
+from einlinear.experiments.fit import Multiplier, PowerLaw, Spread, compute_multiplier, fit_power_law, spread
 from einlinear.experiments.train import Result
 
 
@@ -20,7 +20,7 @@ class Row:
         train_loss, test_accuracy: means.
         train_losses, test_accuracies: of the seeds that they are over.
         step_seconds: median over the seeds.
-        multiplier: compute multiplier against dense of the same seeds.
+        multiplier: compute multiplier against dense of the same seeds; of dense itself, 1.
         seeds, diverged: how many runs there are, and how many of them diverged.
     """
 
@@ -92,6 +92,8 @@ def _row(runs: Sequence[Result], results: Sequence[Result]) -> Row:
 
 def _multiplier(runs: Sequence[Result], results: Sequence[Result]) -> Spread | None:
     """Every run against the dense runs of its own seed, which saw the same batches."""
+    if runs and runs[0].structure == DENSE:  # also where its curve has a bump and a cheaper model reached this loss
+        return spread([Multiplier(1.0)] * len(runs))
     found = []
     for run in runs:
         dense = [

@@ -13,57 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from einlinear.experiments.budget import model_macs, model_params
+from einlinear.experiments.config import DENSE, Settings
 from einlinear.experiments.data import Augment, Images, batches, pixel_permutation
 from einlinear.nn import ResidualMLP
 from einlinear.parametrize import init_, param_groups
 
-SCHEDULES = ("cosine", "constant")
 PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
 LR_SCALE = {"input": 0.1}  # as in arXiv 2406.06248, section 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What all runs of a comparison share.
-
-    Attributes:
-        depth: residual blocks.
-        epochs, batch_size: as usual.
-        lr: learning rate of the dense model of width base_width; muP carries it over to all others.
-        base_width: the width lr was found at.
-        schedule: of the learning rate, "cosine" (to zero) or "constant".
-        mixup: largest share of a second image, see `Augment`.
-        label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        device: "cpu" or "cuda".
-        threads: of the CPU. Models this small gain little from more than one, and lose a lot on a busy machine.
-    """
-
-    depth: int = 2
-    epochs: int = 20
-    batch_size: int = 256
-    lr: float = 3e-3
-    base_width: int = 64
-    schedule: str = "cosine"
-    mixup: float = 0.0
-    label_smoothing: float = 0.0
-    device: str = "cpu"
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "epochs", "batch_size", "base_width", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be a positive number, not {self.lr}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, not {self.schedule!r}")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, not {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but this torch finds no CUDA device")
-        for name in ("mixup", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, order=True)
@@ -118,7 +74,7 @@ def build_model(images: Images, structure: str, width: int, depth: int) -> Resid
 def initialised(images: Images, run: Run, settings: Settings) -> tuple[ResidualMLP, ResidualMLP]:
     """The model of a run as it starts, and the base model that its learning rates refer to, on the meta device."""
     with torch.device("meta"):
-        base = build_model(images, "dense", settings.base_width, settings.depth)
+        base = build_model(images, DENSE, settings.base_width, settings.depth)
     torch.manual_seed(run.seed)
     model = build_model(images, run.structure, run.width, settings.depth)
     init_(model, base=base, zero=ResidualMLP.ZERO)

@@ -4,8 +4,8 @@
 // axes, is the same small matrix product on rows found by offset tables, and permuting axes costs nothing: it only
 // changes the tables. Transposition happens where a tile is read from and written to token-major memory.
 //
-// A program (an array of int64, written by ops/tiles.py) describes the structure: see `Program` below. Offsets of states count
-// rows, offsets of factors count entries.
+// A program (an array of int64, written by ops/tiles.py) describes the structure: see `Program` below. Offsets of
+// states count rows, offsets of factors count entries.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -32,15 +32,24 @@ namespace {
 
 using Index = int64_t;
 
-template <class S> struct Simd {
+template <class S>
+struct Simd {
     typedef S type __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(S)), may_alias));
     static constexpr int lanes = VECTOR_BYTES / sizeof(S);
 };
-template <class S> using Vec = typename Simd<S>::type;
-template <class S> static inline Vec<S> load(const S* p) { return *(const Vec<S>*)p; }
-template <class S> static inline void store(S* p, Vec<S> v) { *(Vec<S>*)p = v; }
+template <class S>
+using Vec = typename Simd<S>::type;
+template <class S>
+static inline Vec<S> load(const S* p) {
+    return *(const Vec<S>*)p;
+}
+template <class S>
+static inline void store(S* p, Vec<S> v) {
+    *(Vec<S>*)p = v;
+}
 
-template <class S> struct Buffer {  // aligned scratch memory, not initialised
+template <class S>
+struct Buffer {  // aligned scratch memory, not initialised
     std::unique_ptr<S[]> memory;
     S* data;
     explicit Buffer(size_t count) : memory(new S[count + 64]) {
@@ -48,10 +57,8 @@ template <class S> struct Buffer {  // aligned scratch memory, not initialised
     }
 };
 
-// ---------------------------------------------------------------- program
-
-// Fresh memory of many megabytes is mapped page by page as it is written, which costs as much as the arithmetic: ask for
-// large pages. Memory that is mapped already is not affected.
+// Fresh memory of many megabytes is mapped page by page as it is written, which costs as much as the arithmetic: ask
+// for large pages. Memory that is mapped already is not affected.
 static void expect(const void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = 2 << 20;
@@ -62,6 +69,8 @@ static void expect(const void* data, size_t bytes) {
 #endif
 }
 
+// ---------------------------------------------------------------- program
+
 struct Step {
     Index factor, batches, columns, rows, inner;  // counts of the step's matrix products and their sizes
     Index width_in, width_out;                    // rows of the states before and after
@@ -71,10 +80,16 @@ struct Step {
     Index pairs() const { return batches * columns; }
 };
 
+static Index term_states(const std::vector<Step>& term) {
+    Index total = 0;
+    for (auto& s : term) total += &s == &term.back() ? 0 : s.width_out;
+    return total;
+}
+
 struct Program {
     Index in_features, out_features;
     std::vector<std::vector<Step>> terms;
-    Index steps = 0, width_in = 0, width_out = 0, widest = 0;
+    Index width_in = 0, width_out = 0, widest = 0;
 
     explicit Program(const Index* p) {
         Index count = *p++;
@@ -84,28 +99,37 @@ struct Program {
             for (Step& s : term) {
                 s.factor = *p++, s.batches = *p++, s.columns = *p++, s.rows = *p++, s.inner = *p++;
                 s.width_in = *p++, s.width_out = *p++;
-                const Index** tables[] = {&s.in_b, &s.in_c, &s.in_k, &s.out_b, &s.out_c, &s.out_r, &s.w_b, &s.w_r, &s.w_k};
-                const Index lengths[] = {s.batches, s.columns, s.inner, s.batches, s.columns, s.rows, s.batches, s.rows, s.inner};
+                const Index** tables[] = {&s.in_b,  &s.in_c, &s.in_k, &s.out_b, &s.out_c,
+                                          &s.out_r, &s.w_b,  &s.w_r,  &s.w_k};
+                const Index lengths[] = {s.batches, s.columns, s.inner, s.batches, s.columns,
+                                         s.rows,    s.batches, s.rows,  s.inner};
                 for (int t = 0; t < 9; t++) *tables[t] = p, p += lengths[t];
                 widest = std::max({widest, s.width_in, s.width_out});
-                steps++;
             }
             width_in = std::max(width_in, term.front().width_in);
             width_out = std::max(width_out, term.back().width_out);
             terms.push_back(std::move(term));
         }
     }
+    const Step& first() const { return terms[0].front(); }
+    const Step& last() const { return terms[0].back(); }
     Index states() const {  // rows of all intermediate states
         Index total = 0;
+        for (auto& term : terms) total += term_states(term);
+        return total;
+    }
+    Index factor_entries() const {
+        Index total = 0;
         for (auto& term : terms)
-            for (auto& s : term) total += &s == &term.back() ? 0 : s.width_out;
+            for (auto& s : term) total += s.batches * s.rows * s.inner;
         return total;
     }
 };
 
 // ---------------------------------------------------------------- transposition
 
-template <class S, int Width, int Lane> constexpr int interleaved(bool high) {
+template <class S, int Width, int Lane>
+constexpr int interleaved(bool high) {
     constexpr int L = Simd<S>::lanes;
     // lane i of the low result: blocks of Width lanes, even ones of the first vector, then of the second
     return (Lane / Width) % 2 == 0 ? Lane + (high ? Width : 0) : Lane - Width + L + (high ? Width : 0);
@@ -116,7 +140,8 @@ static inline void exchange(Vec<S>& a, Vec<S>& b, std::index_sequence<I...>) {
     Vec<S> high = __builtin_shufflevector(a, b, interleaved<S, Width, (int)I>(true)...);
     a = low, b = high;
 }
-template <class S, int Width> static inline void stage(Vec<S>* r) {
+template <class S, int Width>
+static inline void stage(Vec<S>* r) {
     constexpr int L = Simd<S>::lanes;
     if constexpr (Width < L) {
 #pragma GCC unroll 16
@@ -182,8 +207,8 @@ static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const I
         multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from, from_rows, inner, to, to_rows + m, tile, add);
     if constexpr (M > 1)
         if (m < rows)
-            multiply_rows<S, (M > 4 ? M - 4 : M - 1), V, Packed>(w + m * next, wk, wm, from, from_rows, inner, to, to_rows + m,
-                                              rows - m, tile, add);
+            multiply_rows<S, (M > 4 ? M - 4 : M - 1), V, Packed>(w + m * next, wk, wm, from, from_rows, inner, to,
+                                                                 to_rows + m, rows - m, tile, add);
 }
 
 template <class S>
@@ -193,9 +218,11 @@ static void multiply(const S* w, Index wk, Index wm, const S* from, const Index*
     Index t = 0;
     if (wk == 0) {
         for (; t + 2 * L <= tile; t += 2 * L)
-            multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from + t, from_rows, inner, to + t, to_rows, rows, tile, add);
+            multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from + t, from_rows, inner, to + t, to_rows, rows, tile,
+                                                  add);
         for (; t < tile; t += L)
-            multiply_rows<S, MICRO_ROWS, 1, true>(w, 0, 0, from + t, from_rows, inner, to + t, to_rows, rows, tile, add);
+            multiply_rows<S, MICRO_ROWS, 1, true>(w, 0, 0, from + t, from_rows, inner, to + t, to_rows, rows, tile,
+                                                  add);
     }
     for (; t < tile; t += L)
         multiply_rows<S, 8, 1, false>(w, wk, wm, from + t, from_rows, inner, to + t, to_rows, rows, tile, add);
@@ -203,9 +230,9 @@ static void multiply(const S* w, Index wk, Index wm, const S* from, const Index*
 
 // gradient[m][V vectors] += sum over columns and tokens of from[m][token] panel[token][V vectors]
 template <class S, int M, int V>
-static inline void accumulate_micro(const S* from, const Index* from_rows, const Index* columns, Index count, Index tile,
-                                    const S* const* panels, Index panel_ld, Index at, Index tokens, S* gradient,
-                                    Index gradient_ld) {
+static inline void accumulate_micro(const S* from, const Index* from_rows, const Index* columns, Index count,
+                                    Index tile, const S* const* panels, Index panel_ld, Index at, Index tokens,
+                                    S* gradient, Index gradient_ld) {
     constexpr int L = Simd<S>::lanes;
     Vec<S> sum[M][V];
 #pragma GCC unroll 16
@@ -235,7 +262,8 @@ static inline void accumulate_micro(const S* from, const Index* from_rows, const
 
 template <class S, int M>
 static void accumulate_rows(const S* from, const Index* from_rows, Index rows, const Index* columns, Index count,
-                            Index tile, const S* const* panels, Index panel_ld, Index width, Index tokens, S* gradient) {
+                            Index tile, const S* const* panels, Index panel_ld, Index width, Index tokens,
+                            S* gradient) {
     constexpr int L = Simd<S>::lanes;
     Index m = 0;
     for (; m + M <= rows; m += M) {
@@ -250,7 +278,7 @@ static void accumulate_rows(const S* from, const Index* from_rows, Index rows, c
     if constexpr (M > 1)
         if (m < rows)
             accumulate_rows<S, (M > 4 ? M - 4 : M - 1)>(from, from_rows + m, rows - m, columns, count, tile, panels,
-                                                       panel_ld, width, tokens, gradient + m * width);
+                                                        panel_ld, width, tokens, gradient + m * width);
 }
 
 // ---------------------------------------------------------------- the walk over tiles
@@ -281,10 +309,11 @@ static bool uniform(const Index* table, Index count, Index& stride) {
     return true;
 }
 
-template <class S> struct Weights {  // a factor as its step multiplies with it
+template <class S>
+struct Weights {  // a factor as its step multiplies with it
     const S* data;
     const Index* batch;  // offsets, or null where it is `size` times the batch
-    Index size, wk, wm;   // strides of inner and row; zero if packed
+    Index size, wk, wm;  // strides of inner and row; zero if packed
     const S* at(Index b) const { return data + (batch ? batch[b] : b * size); }
 };
 
@@ -318,7 +347,8 @@ static void pack_matrix(const S* from, const Index* row_at, const Index* inner_a
     }
 }
 
-template <class S> static void pack(const Step& s, const S* factor, S* to, bool backward, Team team) {
+template <class S>
+static void pack(const Step& s, const S* factor, S* to, bool backward, Team team) {
     for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
         const S* from = factor + s.w_b[b];
         if (backward)
@@ -329,12 +359,15 @@ template <class S> static void pack(const Step& s, const S* factor, S* to, bool 
 }
 
 // Token-major memory behind a tile: `tokens` rows of `features`.
-template <class S, class Pointer> struct Tokens {
+template <class S, class Pointer>
+struct Tokens {
     Pointer data;
     Index features, tokens;
 };
-template <class S> using Source = Tokens<S, const S*>;
-template <class S> using Sink = Tokens<S, S*>;
+template <class S>
+using Source = Tokens<S, const S*>;
+template <class S>
+using Sink = Tokens<S, S*>;
 
 // features [first, first + count) of token-major memory -> rows of a tile; absent tokens and features are zero
 template <class S>
@@ -353,13 +386,15 @@ static void write_rows(const S* from, Index tile, Sink<S> to, Index first, Index
         for (Index t = 0; t < to.tokens; t++)
             for (Index j = first; j < first + count; j++) to.data[t * to.features + j] += bias[j];
 }
-template <class S> static void read_tile(Source<S> from, S* to, Index width, Index tile, Team team) {
+template <class S>
+static void read_tile(Source<S> from, S* to, Index width, Index tile, Team team) {
     constexpr Index block = 4 * Simd<S>::lanes;
     for (Index i = team.rank * block; i < width; i += team.size * block)
         read_rows(from, i, std::min(block, width - i), to + i * tile, tile);
     team.barrier();
 }
-template <class S> static void write_tile(const S* from, Index tile, Sink<S> to, const S* bias, Team team) {
+template <class S>
+static void write_tile(const S* from, Index tile, Sink<S> to, const S* bias, Team team) {
     constexpr Index block = 4 * Simd<S>::lanes;
     for (Index i = team.rank * block; i < to.features; i += team.size * block)
         write_rows(from + i * tile, tile, to, i, std::min(block, to.features - i), bias);
@@ -376,14 +411,19 @@ struct Side {
         return true;
     }
 };
-static Side before(const Step& s) { return {s.in_b, s.in_c, s.in_k, s.inner}; }
-static Side after(const Step& s) { return {s.out_b, s.out_c, s.out_r, s.rows}; }
+static Side before(const Step& s) {
+    return {s.in_b, s.in_c, s.in_k, s.inner};
+}
+static Side after(const Step& s) {
+    return {s.out_b, s.out_c, s.out_r, s.rows};
+}
 
 // All products of a step. Where rows are neighbours the first step can read token-major memory and the last one write
 // it, a product at a time, through `scratch`: then these states need no room in cache.
 template <class S>
-static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, const S* from, S* to, const Source<S>* source,
-                     const Sink<S>* sink, const S* bias, S* scratch, Index tile, bool add, Team team) {
+static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, const S* from, S* to,
+                     const Source<S>* source, const Sink<S>* sink, const S* bias, S* scratch, Index tile, bool add,
+                     Team team) {
     for (Index p = team.first(s.pairs()); p < team.last(s.pairs()); p++) {
         Index b = p / s.columns, c = p % s.columns;
         Index in_at = in.batch[b] + in.column[c], out_at = out.batch[b] + out.column[c];
@@ -400,261 +440,283 @@ static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, cons
     team.barrier();
 }
 
-template <class S> static Index tile_of(Index tokens) {
+// ---------------------------------------------------------------- forward and backward
+
+template <class S>
+static Index tile_of(Index tokens) {  // two vectors, so that the micro-kernels have enough to do
     constexpr Index L = Simd<S>::lanes;
     return tokens <= L ? L : 2 * L;
 }
-template <class S> static Index round_up(Index count) {
+template <class S>
+static Index round_up(Index count) {
     constexpr Index L = Simd<S>::lanes;
     return (count + L - 1) / L * L;
 }
 
+// How a call is divided: its tiles among the threads or, where there are fewer tiles than threads, every tile's
+// products.
 template <class S>
-static Weights<S> weights(const Step& s, const S* factor, S*& packed, bool backward, bool small, Team team) {
+struct Division {
+    Index tile, tiles;
+    bool shared, small;  // small: so few tokens that packing the factors would not pay
+
+    Division(Index n, int threads) : tile(tile_of<S>(n)), tiles((n + tile - 1) / tile) {
+        shared = tiles < threads, small = tiles < 4;
+    }
+    Team team(Team all) const { return shared ? all : Team{0, 1}; }
+    Index first(Team all) const { return shared ? 0 : all.first(tiles); }
+    Index last(Team all) const { return shared ? tiles : all.last(tiles); }
+};
+
+// A factor for its step, or for the step back; packed into `room`, of which what is left is returned in it.
+template <class S>
+static Weights<S> weights(const Step& s, const S* factor, S*& room, bool backward, bool small, Team team) {
     Index wr, wk;
     if (small && uniform(s.w_r, s.rows, wr) && uniform(s.w_k, s.inner, wk))
         return backward ? Weights<S>{factor, s.w_b, 0, wr, wk} : Weights<S>{factor, s.w_b, 0, wk, wr};
-    Index size = s.rows * s.inner;
-    S* to = packed;
-    packed += s.batches * size;
+    S* to = room;
+    room += s.batches * s.rows * s.inner;
     pack(s, factor, to, backward, team);
-    return {to, nullptr, size, 0, 0};
+    return {to, nullptr, s.rows * s.inner, 0, 0};
 }
 
-static Index packed_size(const Program& p) {
-    Index size = 0;
+// All factors as their steps multiply with them, in order.
+template <class S>
+static std::vector<Weights<S>> all_weights(const Program& p, const S* const* factors, S* packed, bool backward,
+                                           bool small, Team all) {
+    std::vector<Weights<S>> result;
     for (auto& term : p.terms)
-        for (auto& s : term) size += s.batches * s.rows * s.inner;
-    return size;
+        for (auto& s : term) result.push_back(weights(s, factors[s.factor], packed, backward, small, all));
+    return result;
+}
+
+// The states after every step but each term's last, into `middle`, one after the other; the last ones into `sink`, or
+// added up in `to`; neither where only the intermediate states are wanted.
+template <class S>
+static void run_forward(const Program& p, const std::vector<Weights<S>>& w, const S* from, S* middle, S* to,
+                        const Source<S>* source, const Sink<S>* sink, const S* bias, S* scratch, Index tile,
+                        Team team) {
+    size_t at = 0;
+    for (auto& term : p.terms) {
+        const S* state = from;
+        for (auto& s : term) {
+            bool begins = &s == &term.front(), ends = &s == &term.back();
+            const Weights<S>& matrices = w[at++];
+            if (ends && !to && !sink) break;
+            run_step(s, matrices, before(s), after(s), state, ends ? to : middle, begins ? source : nullptr,
+                     ends ? sink : nullptr, bias, scratch, tile, ends && &term != &p.terms[0], team);
+            state = middle;
+            if (!ends) middle += s.width_out * tile;
+        }
+    }
 }
 
 template <class S>
 static void forward(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, S* saved, Index n,
                     int threads) {
-    Index tile = tile_of<S>(n), tiles = (n + tile - 1) / tile, states = p.states();
-    bool shared = tiles < threads, small = tiles < 4;
+    Division<S> division(n, threads);
+    Index tile = division.tile, states = p.states();
     expect(y, n * p.out_features * sizeof(S));
-    if (saved) expect(saved, tiles * tile * states * sizeof(S));
+    if (saved) expect(saved, division.tiles * tile * states * sizeof(S));
     bool single = p.terms.size() == 1;
-    const Step &first = p.terms[0].front(), &last = p.terms[0].back();
-    bool stream_in = single && before(first).run(), stream_out = single && after(last).run();
-    Index room = ((stream_in ? 0 : p.width_in) + (stream_out ? 0 : p.width_out) + (saved ? 0 : states)) * tile;
-    Buffer<S> packed(packed_size(p)), common(shared ? room : 0);
+    bool stream_in = single && before(p.first()).run(), stream_out = single && after(p.last()).run();
+    Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
+    Index room = (rows_in + rows_out + (saved ? 0 : states)) * tile;
+    Buffer<S> packed(p.factor_entries()), common(division.shared ? room : 0);
 #pragma omp parallel num_threads(threads)
     {
-        Team all = everyone(), team = shared ? all : Team{0, 1};
-        std::vector<Weights<S>> w;
-        S* free = packed.data;
-        for (auto& term : p.terms)
-            for (auto& s : term) w.push_back(weights(s, factors[s.factor], free, false, small, all));
-        Buffer<S> own(shared ? 0 : room), scratch(2 * p.widest * tile);
-        S* xs = shared ? common.data : own.data;
-        S* ys = xs + (stream_in ? 0 : p.width_in * tile);
-        S* states_memory = ys + (stream_out ? 0 : p.width_out * tile);
-        all.barrier();
-        for (Index i = shared ? 0 : all.first(tiles); i < (shared ? tiles : all.last(tiles)); i++) {
+        Team all = everyone(), team = division.team(all);
+        auto w = all_weights(p, factors, packed.data, false, division.small, all);
+        Buffer<S> own(division.shared ? 0 : room), scratch(2 * p.widest * tile);
+        S* xs = division.shared ? common.data : own.data;
+        S *ys = xs + rows_in * tile, *states_memory = ys + rows_out * tile;
+        all.barrier();  // the factors are packed by all
+        for (Index i = division.first(all); i < division.last(all); i++) {
             Index tokens = std::min(tile, n - i * tile);
             Source<S> source{x + i * tile * p.in_features, p.in_features, tokens};
             Sink<S> sink{y + i * tile * p.out_features, p.out_features, tokens};
             if (!stream_in) read_tile(source, xs, p.width_in, tile, team);
-            S* middle = saved ? saved + i * states * tile : states_memory;
-            size_t at = 0;
-            for (auto& term : p.terms) {
-                const S* state = xs;
-                for (auto& s : term) {
-                    bool ends = &s == &term.back(), begins = &s == &term.front();
-                    run_step(s, w[at++], before(s), after(s), state, ends ? ys : middle,
-                             begins && stream_in ? &source : nullptr, ends && stream_out ? &sink : nullptr, bias,
-                             scratch.data, tile, ends && &term != &p.terms[0], team);
-                    state = middle;
-                    if (!ends) middle += s.width_out * tile;
-                }
-            }
+            run_forward(p, w, xs, saved ? saved + i * states * tile : states_memory, ys, stream_in ? &source : nullptr,
+                        stream_out ? &sink : nullptr, bias, scratch.data, tile, team);
             if (!stream_out) write_tile(ys, tile, sink, bias, team);
         }
     }
 }
 
-// what one step's gradient needs beside the state before or after it: the other one, token-major
-template <class S> struct Panels {
-    std::vector<const S*> of_column;
-    Index ld;
+// The gradient of a factor is a sum over tokens of products of the state before its step and the gradient of the state
+// after it. One of them is read feature-major, a token at a time; the other token-major, in vectors of features:
+// `major`. At the ends of a term that is the input or the gradient of the output as they lie in memory.
+struct FactorGradient {
+    bool by_inner;  // whether the vectors are of the inner features, else of the rows
+    Side vectors, other;
+    Index width, padded;  // of the vectors, and rounded up to whole ones
+
+    template <class S>
+    static FactorGradient of(const Step& s, bool begins, bool ends, S) {
+        bool by_inner = begins || !ends;
+        FactorGradient g{by_inner, by_inner ? before(s) : after(s), by_inner ? after(s) : before(s), 0, 0};
+        g.width = g.vectors.rows, g.padded = round_up<S>(g.width);
+        return g;
+    }
+    Index entries() const { return other.rows * padded; }  // of one batch entry
 };
+
+// Adds this tile's share to `sum`, laid out (batch, other rows, padded vectors).
+template <class S>
+static void add_factor_gradient(const Step& s, const FactorGradient& g, const Source<S>* major, const S* vectors_state,
+                                const S* other_state, Index tokens, Index tile, S* panel_memory, S* sum, Team team) {
+    std::vector<const S*> panels(s.columns);
+    bool whole = major && g.vectors.run() && g.width == g.padded;
+    for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
+        bool direct = whole;
+        for (Index c = 0; direct && c < s.columns; c++) {
+            Index at = g.vectors.batch[b] + g.vectors.column[c];
+            direct = at + g.width <= major->features;
+            panels[c] = major->data + at;
+        }
+        for (Index c = 0; !direct && c < s.columns; c++) {
+            Index at = g.vectors.batch[b] + g.vectors.column[c];
+            S* panel = panel_memory + c * tile * g.padded;
+            panels[c] = panel;
+            for (Index t = 0; t < tokens; t++)
+                for (Index k = 0; k < g.padded; k++) {
+                    Index feature = k < g.width ? at + g.vectors.row[k] : -1;
+                    S value = 0;
+                    if (feature >= 0 && !major)
+                        value = vectors_state[feature * tile + t];
+                    else if (feature >= 0 && feature < major->features)
+                        value = major->data[t * major->features + feature];
+                    panel[t * g.padded + k] = value;
+                }
+        }
+        accumulate_rows<S, MICRO_ROWS>(other_state + g.other.batch[b] * tile, g.other.row, g.other.rows, g.other.column,
+                                       s.columns, tile, panels.data(), direct ? major->features : g.padded, g.padded,
+                                       tokens, sum + b * g.entries());
+    }
+}
+
+// The sums of all threads -> the factor's own layout.
+template <class S>
+static void write_factor_gradient(const Step& s, const FactorGradient& g, const std::vector<Buffer<S>>& sums,
+                                  Index offset, S* to, Team all) {
+    Index wr, wk;
+    bool transposed = !g.by_inner && uniform(s.w_r, s.rows, wr) && uniform(s.w_k, s.inner, wk) && wk == 1;
+    for (Index b = all.first(s.batches); b < all.last(s.batches); b++) {
+        S* total = sums[0].data + offset + b * g.entries();
+        for (size_t c = 1; c < sums.size(); c++) {
+            const S* more = sums[c].data + offset + b * g.entries();
+            for (Index e = 0; e < g.entries(); e++) total[e] += more[e];
+        }
+        S* into = to + s.w_b[b];
+        if (transposed)
+            transpose(total, g.padded, into, wr, s.inner, s.rows);
+        else
+            for (Index r = 0; r < s.rows; r++)
+                for (Index k = 0; k < s.inner; k++)
+                    into[s.w_r[r] + s.w_k[k]] = total[g.by_inner ? r * g.padded + k : k * g.padded + r];
+    }
+}
 
 template <class S>
 static void backward(const Program& p, const S* const* factors, const S* x, const S* dy, const S* saved, S* dx,
                      S* const* dfactors, Index n, int threads) {
-    Index tile = tile_of<S>(n), tiles = (n + tile - 1) / tile, states = p.states(), panel = 0, gradients = 0;
-    for (auto& term : p.terms)
-        for (auto& s : term) {
-            panel = std::max(panel, s.columns * std::max(round_up<S>(s.inner), round_up<S>(s.rows)) * tile);
-            gradients += s.batches * std::max(round_up<S>(s.inner) * s.rows, round_up<S>(s.rows) * s.inner);
-        }
-    bool shared = tiles < threads, small = tiles < 4;
-    bool single = p.terms.size() == 1 && p.terms[0].size() > 1;
-    const Step &first = p.terms[0].front(), &last = p.terms[0].back();
-    bool stream_in = single && before(first).run(), stream_out = single && after(last).run();
-    Index scratch = ((stream_out ? 0 : p.width_out) + (stream_in ? 0 : p.width_in) + (saved ? 0 : states) + 2 * p.widest) * tile;
+    Division<S> division(n, threads);
+    Index tile = division.tile, states = p.states();
     if (dx) expect(dx, n * p.in_features * sizeof(S));
-    Buffer<S> packed((saved ? 1 : 2) * packed_size(p)), common(shared ? scratch : 0);
-    int copies = shared ? 1 : threads;
+    std::vector<std::vector<FactorGradient>> gradients;
+    Index panel = 0, entries = 0;
+    for (auto& term : p.terms) {
+        gradients.emplace_back();
+        for (auto& s : term) {
+            auto g = FactorGradient::of(s, &s == &term.front(), &s == &term.back(), S());
+            gradients.back().push_back(g);
+            panel = std::max(panel, s.columns * g.padded * tile);
+            entries += s.batches * g.entries();
+        }
+    }
+    bool recompute = !saved && states, single = p.terms.size() == 1 && p.terms[0].size() > 1;
+    bool stream_in = single && before(p.first()).run(), stream_out = single && after(p.last()).run();
+    Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
+    Index room = (rows_out + rows_in + (recompute ? states : 0) + 2 * p.widest) * tile;
+    Buffer<S> packed(p.factor_entries()), packed_forward(recompute ? p.factor_entries() : 0);
+    Buffer<S> common(division.shared ? room : 0);
     std::vector<Buffer<S>> sums;
-    for (int c = 0; c < copies; c++) sums.emplace_back(gradients);
+    for (int i = 0; i < (division.shared ? 1 : threads); i++) sums.emplace_back(entries);
 #pragma omp parallel num_threads(threads)
     {
-        Team all = everyone(), team = shared ? all : Team{0, 1};
-        std::vector<Weights<S>> w, wt;
-        S* free = packed.data;
-        for (auto& term : p.terms)
-            for (auto& s : term) {
-                wt.push_back(weights(s, factors[s.factor], free, true, small, all));
-                if (!saved) w.push_back(weights(s, factors[s.factor], free, false, small, all));
-            }
-        Buffer<S> own(shared ? 0 : scratch), panel_memory(panel), products(2 * p.widest * tile);
-        S* sum = sums[shared ? 0 : all.rank].data;
-        if (team.rank == 0) std::fill_n(sum, gradients, S(0));
-        S* dys = shared ? common.data : own.data;
-        S* dxs = dys + (stream_out ? 0 : p.width_out * tile);
-        S* gs[2] = {dxs + (stream_in ? 0 : p.width_in * tile), nullptr};
-        gs[1] = gs[0] + p.widest * tile;
-        S* middle_memory = gs[1] + p.widest * tile;
+        Team all = everyone(), team = division.team(all);
+        auto w_back = all_weights(p, factors, packed.data, true, division.small, all);
+        std::vector<Weights<S>> w;
+        if (recompute) w = all_weights(p, factors, packed_forward.data, false, division.small, all);
+        Buffer<S> own(division.shared ? 0 : room), panels(panel), scratch(2 * p.widest * tile);
+        S* sum = sums[division.shared ? 0 : all.rank].data;
+        if (team.rank == 0) std::fill_n(sum, entries, S(0));
+        S* dys = division.shared ? common.data : own.data;
+        S *dxs = dys + rows_out * tile, *turns[2] = {dxs + rows_in * tile, dxs + (rows_in + p.widest) * tile};
+        S* recomputed = turns[1] + p.widest * tile;
         all.barrier();
-        for (Index i = shared ? 0 : all.first(tiles); i < (shared ? tiles : all.last(tiles)); i++) {
+        for (Index i = division.first(all); i < division.last(all); i++) {
             Index tokens = std::min(tile, n - i * tile);
-            const S* x_tile = x + i * tile * p.in_features;
-            const S* dy_tile = dy + i * tile * p.out_features;
-            const S* middle = saved ? saved + i * states * tile : middle_memory;
-            Source<S> source{x_tile, p.in_features, tokens}, grad_source{dy_tile, p.out_features, tokens};
-            Sink<S> grad_sink{dx ? dx + i * tile * p.in_features : nullptr, p.in_features, tokens};
-            if (!saved && states) {  // recompute; the input's state goes where its gradient will be
-                if (!stream_in) read_tile(source, dxs, p.width_in, tile, team);
-                S* into = middle_memory;
-                size_t at = 0;
-                for (auto& term : p.terms) {
-                    const S* state = dxs;
-                    for (auto& s : term) {
-                        if (&s != &term.back()) {
-                            run_step(s, w[at], before(s), after(s), state, into,
-                                     &s == &term.front() && stream_in ? &source : nullptr, (const Sink<S>*)nullptr,
-                                     (const S*)nullptr, products.data, tile, false, team);
-                            state = into, into += s.width_out * tile;
-                        }
-                        at++;
-                    }
-                }
+            Source<S> input{x + i * tile * p.in_features, p.in_features, tokens};
+            Source<S> output{dy + i * tile * p.out_features, p.out_features, tokens};
+            Sink<S> sink{dx ? dx + i * tile * p.in_features : nullptr, p.in_features, tokens};
+            if (recompute) {  // the input's state lies where its gradient will be
+                if (!stream_in) read_tile(input, dxs, p.width_in, tile, team);
+                run_forward(p, w, dxs, recomputed, (S*)nullptr, stream_in ? &input : nullptr, (const Sink<S>*)nullptr,
+                            (const S*)nullptr, scratch.data, tile, team);
             }
-            if (!stream_out) read_tile(grad_source, dys, p.width_out, tile, team);
-            size_t base = 0;
-            S* gradient_base = sum;
-            for (auto& term : p.terms) {
-                std::vector<const S*> state(term.size());
-                std::vector<S*> gradient(term.size());
-                for (size_t j = 0; j < term.size(); j++) {
-                    const Step& s = term[j];
-                    state[j] = j ? middle : nullptr;
-                    if (j) middle += s.width_in * tile;
-                    gradient[j] = gradient_base;
-                    gradient_base += s.batches * std::max(round_up<S>(s.inner) * s.rows, round_up<S>(s.rows) * s.inner);
-                }
+            if (!stream_out) read_tile(output, dys, p.width_out, tile, team);
+            const S* middle = saved ? saved + i * states * tile : recomputed;
+            Index offset = entries, back = w_back.size();
+            for (auto& term : p.terms) middle += term_states(term) * tile;
+            for (size_t j = p.terms.size(); j-- > 0;) {  // terms and steps from the last to the first
+                auto& term = p.terms[j];
                 const S* g = dys;
-                for (size_t j = term.size(); j-- > 0;) {
-                    const Step& s = term[j];
-                    bool by_inner = j == 0 || j + 1 < term.size();  // which of the two is token-major
-                    if (dfactors[s.factor]) {
-                        Index width = by_inner ? s.inner : s.rows, padded = round_up<S>(width);
-                        Index other = by_inner ? s.rows : s.inner;
-                        const Index *pb = by_inner ? s.in_b : s.out_b, *pc = by_inner ? s.in_c : s.out_c,
-                                    *pk = by_inner ? s.in_k : s.out_r;
-                        const Index *ob = by_inner ? s.out_b : s.in_b, *oc = by_inner ? s.out_c : s.in_c,
-                                    *ok = by_inner ? s.out_r : s.in_k;
-                        const S* other_state = by_inner ? g : state[j];
-                        const S* major = j == 0 ? x_tile : j + 1 == term.size() ? dy_tile : nullptr;
-                        Index features = j == 0 ? p.in_features : p.out_features, stride;
-                        bool run = major && uniform(pk, width, stride) && stride == 1 && width == padded;
-                        std::vector<const S*> panels(s.columns);
-                        for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
-                            bool direct = run;
-                            for (Index c = 0; direct && c < s.columns; c++) {
-                                Index at = pb[b] + pc[c];
-                                direct = at + width <= features;
-                                panels[c] = major + at;
-                            }
-                            Index ld = direct ? features : padded;
-                            if (!direct)
-                                for (Index c = 0; c < s.columns; c++) {
-                                    S* to = panel_memory.data + c * tile * padded;
-                                    Index at = pb[b] + pc[c];
-                                    panels[c] = to;
-                                    for (Index t = 0; t < tokens; t++)
-                                        for (Index k = 0; k < padded; k++) {
-                                            S value = 0;
-                                            if (k < width) {
-                                                Index f = at + pk[k];
-                                                if (!major) value = state[j][f * tile + t];
-                                                else if (f < features) value = major[t * features + f];
-                                            }
-                                            to[t * padded + k] = value;
-                                        }
-                                }
-                            accumulate_rows<S, MICRO_ROWS>(other_state + ob[b] * tile, ok, other, oc, s.columns, tile,
-                                                           panels.data(), ld, padded, tokens,
-                                                           gradient[j] + b * other * padded);
-                        }
-                    }
-                    if (j > 0 || dx) {
-                        S* to = j ? gs[j % 2] : dxs;
-                        run_step(s, wt[base + j], after(s), before(s), g, to,
-                                 j + 1 == term.size() && stream_out ? &grad_source : nullptr,
-                                 j == 0 && stream_in ? &grad_sink : nullptr, (const S*)nullptr, products.data, tile,
-                                 j == 0 && &term != &p.terms[0], team);
-                        g = to;
-                    }
+                for (size_t k = term.size(); k-- > 0;) {
+                    const Step& s = term[k];
+                    const FactorGradient& gradient = gradients[j][k];
+                    bool begins = k == 0, ends = k + 1 == term.size();
+                    if (!begins) middle -= s.width_in * tile;
+                    offset -= s.batches * gradient.entries(), back--;
+                    const Source<S>* major = begins ? &input : (ends ? &output : nullptr);
+                    if (dfactors[s.factor])
+                        add_factor_gradient(s, gradient, major, middle, gradient.by_inner ? g : middle, tokens, tile,
+                                            panels.data, sum + offset, team);
+                    if (begins && !dx) continue;
+                    S* to = begins ? dxs : turns[k % 2];
+                    run_step(s, w_back[back], after(s), before(s), g, to, ends && stream_out ? &output : nullptr,
+                             begins && stream_in ? &sink : nullptr, (const S*)nullptr, scratch.data, tile,
+                             begins && j + 1 < p.terms.size(), team);
+                    g = to;
                 }
-                base += term.size();
             }
             team.barrier();
-            if (dx && !stream_in) write_tile(dxs, tile, grad_sink, (const S*)nullptr, team);
+            if (dx && !stream_in) write_tile(dxs, tile, sink, (const S*)nullptr, team);
         }
         all.barrier();
         Index offset = 0;
-        for (auto& term : p.terms)
-            for (size_t j = 0; j < term.size(); j++) {
-                const Step& s = term[j];
-                bool by_inner = j == 0 || j + 1 < term.size();
-                Index width = by_inner ? s.inner : s.rows, padded = round_up<S>(width), other = by_inner ? s.rows : s.inner;
-                if (S* to = dfactors[s.factor])
-                    for (Index b = all.first(s.batches); b < all.last(s.batches); b++) {
-                        S* total = sums[0].data + offset + b * other * padded;
-                        for (int c = 1; c < copies; c++) {
-                            const S* more = sums[c].data + offset + b * other * padded;
-                            for (Index e = 0; e < other * padded; e++) total[e] += more[e];
-                        }
-                        Index wr, wk;
-                        bool plain = uniform(s.w_r, s.rows, wr) && uniform(s.w_k, s.inner, wk) && wk == 1;
-                        if (plain && !by_inner)
-                            transpose(total, padded, to + s.w_b[b], wr, other, width);
-                        else
-                            for (Index r = 0; r < s.rows; r++)
-                                for (Index k = 0; k < s.inner; k++)
-                                    to[s.w_b[b] + s.w_r[r] + s.w_k[k]] =
-                                        total[by_inner ? r * padded + k : k * padded + r];
-                    }
-                offset += s.batches * std::max(round_up<S>(s.inner) * s.rows, round_up<S>(s.rows) * s.inner);
+        for (size_t j = 0; j < p.terms.size(); j++)
+            for (size_t k = 0; k < p.terms[j].size(); k++) {
+                const Step& s = p.terms[j][k];
+                if (S* to = dfactors[s.factor]) write_factor_gradient(s, gradients[j][k], sums, offset, to, all);
+                offset += s.batches * gradients[j][k].entries();
             }
     }
 }
 
 }  // namespace
 
-#define EXPORT(S, NAME)                                                                                              \
-    extern "C" void NAME##_forward(const Index* program, const S* const* factors, const S* x, const S* bias, S* y,    \
-                                   S* saved, Index n, int threads) {                                                  \
-        forward<S>(Program(program), factors, x, bias, y, saved, n, threads);                                         \
-    }                                                                                                                 \
-    extern "C" void NAME##_backward(const Index* program, const S* const* factors, const S* x, const S* dy,           \
-                                    const S* saved, S* dx, S* const* dfactors, Index n, int threads) {                \
-        backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                               \
-    }                                                                                                                 \
-    extern "C" Index NAME##_tile(Index tokens) { return tile_of<S>(tokens); }
+#define EXPORT(S, NAME)                                                                                            \
+    extern "C" void NAME##_forward(const Index* program, const S* const* factors, const S* x, const S* bias, S* y, \
+                                   S* saved, Index n, int threads) {                                               \
+        forward<S>(Program(program), factors, x, bias, y, saved, n, threads);                                      \
+    }                                                                                                              \
+    extern "C" void NAME##_backward(const Index* program, const S* const* factors, const S* x, const S* dy,        \
+                                    const S* saved, S* dx, S* const* dfactors, Index n, int threads) {             \
+        backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                            \
+    }                                                                                                              \
+    extern "C" Index NAME##_tile(Index tokens) {                                                                   \
+        return tile_of<S>(tokens);                                                                                 \
+    }
 EXPORT(float, float32)
 EXPORT(double, float64)

@@ -225,7 +225,8 @@ def build(machine_flags: Sequence[str]) -> Path:
             if run.returncode == 0:
                 made.replace(path)  # in one step, so that no other process sees half of it
                 return path
-            said = said or run.stderr.strip()[:500]
+            lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+            said = said or next((line for line in lines if "error" in line), lines[0])
     raise RuntimeError(f"{compiler!r} does not compile {SOURCE.name}: {said}")
 
 

@@ -1,0 +1,20 @@
+"""The packages that commands need beyond those of the library, and the extras that install them."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+CLI = ("rich", "typer")  # any command
+EXPERIMENTS = ("jinja2", "kornia", "PIL", "plotly", "scipy", "sklearn")  # those that train or report
+
+
+def require(modules: tuple[str, ...]) -> None:
+    """End the program with a message that says what to install, if one of the modules cannot be imported."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        extra = "cli" if modules is CLI else "experiments"
+        sys.exit(
+            f"This command needs packages that are not installed ({', '.join(missing)}). "
+            f"Install them with:  pip install 'einlinear[{extra}]'"
+        )

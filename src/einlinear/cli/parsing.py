@@ -1,0 +1,50 @@
+"""Lists that are written as one argument: structures, numbers."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+
+def specs(texts: list[str] | None) -> tuple[str, ...] | None:
+    """["dense; tt(rank=2, cores=3), btt", "monarch"] -> ("dense", "tt(rank=2, cores=3)", "btt", "monarch")."""
+    if not texts:
+        return None
+    found: list[str] = []
+    for part in (part for text in texts for part in text.split(";")):
+        pieces = _split_at_commas(part)
+        families = all(re.fullmatch(r"[\w-]+\s*(\(.*)?", piece) for piece in pieces)
+        found += pieces if families else [part.strip()]  # the commas of a pattern are its own
+    return tuple(filter(None, found))
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """ "50k,1.5M" -> (50000, 1500000)."""
+    if text is None:
+        return None
+    sizes = {"k": 10**3, "m": 10**6, "g": 10**9}
+    found: list[int] = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        size = sizes.get(word[-1].lower())
+        try:
+            number = Fraction(word[:-1] if size else word) * (size or 1)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"{option}: {word!r} is no number; write numbers such as 50k,100k,1.5M") from None
+        if number.denominator > 1:
+            raise ValueError(f"{option}: {word!r} is not a whole number")
+        found.append(int(number))
+    if not found:
+        raise ValueError(f"{option} is empty; write numbers such as 50k,100k,1.5M")
+    return tuple(found)
+
+
+def _split_at_commas(text: str) -> list[str]:
+    """The parts between the commas that no bracket encloses."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece.strip() for piece in pieces if piece.strip()]

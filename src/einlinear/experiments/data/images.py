@@ -1,0 +1,72 @@
+"""What every source of images gives: `Images`, held in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A classification data set: training and test images with their labels.
+
+    Attributes:
+        name: "fashion-mnist", "digits" or the folder's name.
+        source: one sentence that says where the images came from.
+        train_x, test_x: (N, C, H, W) float32, standardised with the training set's mean and standard
+            deviation per channel.
+        train_y, test_y: (N,) int64, indices into classes.
+        classes: the names of the classes.
+    """
+
+    name: str
+    source: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def channels(self) -> int:
+        """C: 1 for grey images, 3 for colour."""
+        return self.train_x.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.train_x.shape[2], self.train_x.shape[3]
+
+    @property
+    def features(self) -> int:
+        """C H W: the width of a flattened image."""
+        return math.prod(self.train_x.shape[1:])
+
+
+def check_finite(images: Images, files: Sequence[Path] = ()) -> None:
+    """Raise ValueError if any pixel is NaN or infinite, saying how many and in which split.
+
+    Args:
+        images: what to check.
+        files: the images' files, those of the training images first; the error then names the first bad one.
+    """
+    starts = {"training": 0, "test": len(images.train_x)}
+    for (split, start), x in zip(starts.items(), (images.train_x, images.test_x), strict=True):
+        bad = ~x.isfinite().flatten(1)  # (N, C H W)
+        if bad.any():
+            rows = bad.any(1).nonzero().flatten()
+            first = f", first in {files[start + int(rows[0])]}" if files else ""
+            raise ValueError(
+                f"{images.name}: {int(bad.sum())} pixels of {len(rows)} {split} images are NaN or infinite"
+                f"{first}; all pixels must be finite"
+            )
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, size, size)."""
+    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)

@@ -1,0 +1,56 @@
+"""The look of all figures: colours, symbols, grid and ticks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import plotly.graph_objects as go
+
+# The palette of Okabe and Ito, which colour-blind people can tell apart; yellow, weak on white, comes last.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "star", "x", "pentagon")
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+def colour(i: int) -> str:
+    """Of the i-th structure; after eight they repeat, and the symbols tell them apart."""
+    return _COLOURS[i % len(_COLOURS)]
+
+
+def symbol(i: int) -> str:
+    """Of the i-th structure."""
+    return _SYMBOLS[i % len(_SYMBOLS)]
+
+
+def style(figure: go.Figure) -> None:
+    """The look of all figures: white, light grid, legend on top."""
+    figure.update_layout(
+        template="none",
+        font={"family": _FONT, "size": 13, "color": "#222"},
+        margin={"l": 60, "r": 12, "t": 12, "b": 60},
+        height=460,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        hoverlabel={"font": {"family": _FONT}},
+        dragmode=False,
+    )
+    axis: dict[str, Any] = {"gridcolor": "#e5e5e5", "linecolor": "#555", "ticks": "outside", "zeroline": False}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Round values from below low to above high for a logarithmic axis, about four to eight of them."""
+    if high / low > 8:  # 1, 2, 5, 10, ...
+        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
+    else:
+        step = next(
+            m * 10.0**e
+            for e in range(math.floor(math.log10(low)) - 6, math.ceil(math.log10(high)) + 1)
+            for m in (1, 2, 5)
+            if (high - low) / (m * 10.0**e) <= 6
+        )
+        ticks = [step * k for k in range(max(1, math.floor(low / step)), math.ceil(high / step) + 1)]
+    return [float(f"{tick:.6g}") for tick in ticks]
