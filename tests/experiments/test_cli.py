@@ -216,6 +216,14 @@ def test_describe_shows_every_factor(spec: str) -> None:
         assert "×".join(map(str, factor.shape)) in words
 
 
+def test_describe_the_plan() -> None:
+    _, out, _ = run("describe", "btt", 64, 64, "--plan", "--tokens", 1)
+    assert "Executor for 1 inputs" in out
+    assert "a dense layer would be faster" in out
+    assert "A  batch (g), rows (r f), inner (a), columns (tokens): (tokens g a) -> (g r f tokens)" in out
+    assert "Executor" not in run("describe", "btt", 64, 64)[1]
+
+
 def test_describe_with_a_budget() -> None:
     _, out, _ = run("describe", "btt", 1024, 4096, "--max-macs", 0.25)
     assert out.startswith("btt(rank=5), 1024 -> 4096")

@@ -85,11 +85,15 @@ def describe(
     max_macs: Annotated[
         float | None, typer.Option(help="Choose the richest rank within this fraction of the MACs of dense.")
     ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Also say how it is run on this machine's CPU.")] = False,
+    tokens: Annotated[int, typer.Option(help="For --plan: how many inputs at a time.", min=1)] = 2048,
 ) -> None:
     """Say what a structure is at one size: factors, parameters, MACs, rank, exponents, learning rates, beside dense."""
     with user_errors():
         structure = einlinear.structure(spec, in_features, out_features, max_macs=max_macs)
     display.structure(structure)
+    if plan:
+        display.plan(structure, tokens)
 
 
 def _option(help: str, name: str) -> Any:

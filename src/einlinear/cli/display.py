@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 import einlinear
+from einlinear import ops
+from einlinear.ops.plan import plan as make_plan
 from einlinear.structures import Structure
 from einlinear.structures.scaling import adam_multipliers, init_std
 
@@ -62,6 +65,16 @@ def structure(s: Structure) -> None:
     for name, meaning in (("psi", "rank = n^psi"), ("nu", "MACs = n^(1+nu)"), ("omega", "params / MACs = n^-omega")):
         totals.add_row(f"{name}  ({meaning})", f"{getattr(s, name):.4g}", f"{getattr(dense, name):.4g}")
     console.print(totals)
+
+
+def plan(s: Structure, tokens: int) -> None:
+    """Which executor runs a structure on this CPU in float32, and the steps of the batched matmuls."""
+    note(f"\nExecutor for {tokens:,} inputs of float32 on this CPU, and what the others would take:")
+    note(str(ops.choose(s, tokens, torch.float32, torch.device("cpu"))))
+    note("\nBatched matmuls, and the states between them, the slowest axis first:")
+    for steps in make_plan(s):
+        for step in steps:
+            note(f"  {s.factors[step.index].name}  {step}")
 
 
 def start(comparison: Comparison, missing: Sequence[Run]) -> None:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from einlinear.ops import dispatch, function, reference
-from einlinear.ops.dispatch import EXECUTORS, Choice, backend, explain, unsupported
+from einlinear.ops.dispatch import EXECUTORS, Choice, backend, choose, explain, unsupported
 from einlinear.ops.project import project
 from einlinear.ops.reference import dense_weight
 from einlinear.structures import Structure
 
-__all__ = ["EXECUTORS", "Choice", "backend", "dense_weight", "explain", "linear", "project", "unsupported"]
+__all__ = ["EXECUTORS", "Choice", "backend", "choose", "dense_weight", "explain", "linear", "project", "unsupported"]
 
 _MANY_TOKENS = 2048  # what a compiler chooses for: it traces once for any number
 
