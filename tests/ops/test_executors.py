@@ -25,18 +25,23 @@ def executor(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def layer_and_gradients(spec: str, shape: tuple[int, ...] = (37, 48)) -> tuple[el.Linear, Tensor, list[Tensor]]:
+def layer_and_gradients(
+    spec: str, shape: tuple[int, ...] = (37, 48), out_features: int = 80
+) -> tuple[el.Linear, Tensor, list[Tensor]]:
     torch.manual_seed(0)
-    layer = el.Linear(48, 80, spec, dtype=torch.float64)
+    layer = el.Linear(shape[-1], out_features, spec, dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     return layer, x, [x, *layer.parameters()]
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 16, 17, 32, 100, 333])
+@pytest.mark.parametrize("tokens", [1, 8, 17, 333])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_agrees_with_the_dense_matrix(spec: str, tokens: int, recompute: bool, executor: str) -> None:
-    layer, x, inputs = layer_and_gradients(spec, (tokens, 48))
+@pytest.mark.parametrize("features", [(48, 80), (47, 91), (62, 33)])  # the latter two are padded
+def test_agrees_with_the_dense_matrix(
+    spec: str, tokens: int, recompute: bool, features: tuple[int, int], executor: str
+) -> None:
+    layer, x, inputs = layer_and_gradients(spec, (tokens, features[0]), features[1])
     expected = x @ layer.dense_weight().T + layer.bias
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, inputs, grad)

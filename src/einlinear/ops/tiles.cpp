@@ -373,7 +373,7 @@ using Sink = Tokens<S, S*>;
 template <class S>
 static void read_rows(Source<S> from, Index first, Index count, S* to, Index tile) {
     Index present = std::max<Index>(0, std::min(count, from.features - first));
-    if (from.tokens < tile) std::fill_n(to, present * tile, S(0));
+    if (from.tokens < tile) std::fill_n(to, present * tile, S(0));  // arithmetic on leftovers may be slow
     transpose(from.data + first, from.features, to, tile, from.tokens, present);
     std::fill_n(to + present * tile, (count - present) * tile, S(0));
 }
