@@ -148,8 +148,9 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
     model = nn.ModuleDict(
         {
             "plain": nn.Linear(16, 16),
-            "small": nn.Linear(10, 16),
+            "small": nn.Linear(17, 16),
             "attention": nn.MultiheadAttention(16, 4),
+            "odd": type("Odd", (nn.Linear,), {})(16, 16),
             "normed": parametrizations.weight_norm(nn.Linear(16, 16)),
             "hooked": nn.Linear(16, 16),
             "done": el.Linear(16, 16, "btt"),
@@ -159,8 +160,9 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
     report = el.convert(model, "monarch(blocks=4)")
     assert [c.name for c in report.converted] == ["plain"]
     reasons = dict(report.skipped)
-    assert "nearby sizes that fit: 8 and 12" in reasons["small"]
-    assert "NonDynamicallyQuantizableLinear, a subclass of nn.Linear" in reasons["attention.out_proj"]
+    assert "nearby sizes that fit: 16 and 20" in reasons["small"]
+    assert reasons["attention.out_proj"].startswith("nn.MultiheadAttention reads its weight and never calls it")
+    assert "Odd, a subclass of nn.Linear" in reasons["odd"]
     assert "ParametrizedLinear" in reasons["normed"]
     assert reasons["hooked"] == "has hooks, which would be lost"
     assert reasons["done"] == "is already structured: btt"
@@ -173,15 +175,16 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
         ({"structure": "bttt"}, "unknown family 'bttt'. Did you mean 'btt'"),
         ({"structure": {"attn*": "btt", "mlp*": "btt(rnk=2)"}}, "btt has no argument 'rnk'"),
         ({"structure": "i, o i"}, "expected '->'"),
-        ({"structure": "btt", "layers": "mpl*"}, r"'mpl\*' matches no linear layer; the linear layers are mlp"),
+        ({"structure": "btt", "layers": "mpl*"}, r"layers: 'mpl\*' matches no linear layer; the nearest are mlp"),
         (
             {"structure": {"*": "btt", "atn.*": "dyad"}},
-            r"'atn\.\*' matches no linear layer; the linear layers are attn",
+            r"structure: 'atn\.\*' matches no linear layer; the nearest are attn",
         ),
         ({"structure": {}}, "the mapping of globs to structures is empty"),
         ({"structure": "btt", "weights": "projected"}, "weights must be 'fresh' or 'project', not 'projected'"),
         ({"structure": "monarch(blocks=11)"}, "no layer could be converted: attn.q: monarch"),
         ({"structure": {"mlp*": "btt"}, "layers": "attn*"}, "no layer matches layers and structure"),
+        ({"structure": "btt", "weights": "project", "normalize": True}, "normalize=True is for weights='fresh'"),
     ],
 )
 def test_mistakes_change_nothing(arguments: dict[str, object], message: str) -> None:
@@ -190,6 +193,61 @@ def test_mistakes_change_nothing(arguments: dict[str, object], message: str) -> 
     with pytest.raises(ValueError, match=message):
         el.convert(model, **arguments)
     assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_a_structure_of_one_size_is_refused() -> None:
+    s = el.structure("btt(rank=2)", 16, 16)
+    for structure in (s, {"*": s}):
+        with pytest.raises(TypeError, match=r"a Structure has one size: give its spec, 'btt\(rank=2\)'"):
+            el.convert(Block(), structure)
+    with pytest.raises(TypeError, match=r"a structure is given as text such as 'btt\(rank=2\)', not 3"):
+        el.convert(Block(), 3)
+
+
+def test_globs_match_whole_names() -> None:
+    """As the docstring says: '*.attn.*' needs something before attn, '*attn.*' does not."""
+    with pytest.raises(ValueError, match=r"'\*\.attn\.\*' matches no linear layer"):
+        el.convert(Block(), {"*.attn.*": "btt"})
+    for model, glob, name in ((Block(), "*attn.*", "attn.q"), (nn.Sequential(Block()), "*.attn.*", "0.attn.q")):
+        el.convert(model, {glob: "btt"})
+        assert set(structures(model)) == {name, name.replace("q", "out")}
+
+
+def test_normalize() -> None:
+    model = Block()
+    model.mlp[2].weight.requires_grad_(False)
+    el.convert(model, "btt", normalize=True)
+    assert all(module.normalize for module in model.modules() if isinstance(module, el.Linear))
+    assert model.mlp[0].gamma_A.requires_grad
+    assert not model.mlp[2].gamma_A.requires_grad
+    tied = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    tied[1].weight = tied[0].weight
+    el.convert(tied, "btt", normalize=True)
+    assert tied[0].A is tied[1].A
+    assert tied[0].gamma_A is tied[1].gamma_A
+    assert tied[0].bias is not tied[1].bias
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = Block()
+    with torch.no_grad():
+        model.mlp[0].weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"mlp\.0: the weight has values that are NaN or infinite"):
+        el.convert(model, "btt", weights="project")
+    assert not structures(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_transformers_of_torch_still_run(training: bool) -> None:
+    """In evaluation they read the weights of their layers and pass them to a fused kernel."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).train(training)
+    x = torch.randn(2, 5, 16)
+    el.convert(model, "low_rank(rank=16)", weights="project")
+    assert set(structures(model)) == {"linear1", "linear2"}
+    with torch.no_grad():
+        y = model(x)
+        el.densify(model)
+        torch.testing.assert_close(model(x), y)
 
 
 def test_a_layer_alone_cannot_be_converted_in_place() -> None:

@@ -90,8 +90,18 @@ def test_groups_of_a_structured_model() -> None:
     for group in groups:
         assert all(named[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
     assert sorted(decay) == sorted(named)
-    torch.optim.AdamW(groups)
     torch.optim.SGD(el.param_groups(model, lr=0.1, base=mlp(64), optimizer="sgd"))
+
+
+def test_weight_decay_is_the_optimizers_unless_it_is_given() -> None:
+    def decays(**arguments: Any) -> dict[str, float]:
+        groups = el.param_groups(mlp(64, "btt"), lr=0.1, base=mlp(64), **arguments)
+        return by_name(torch.optim.AdamW(groups, weight_decay=0.3).param_groups, "weight_decay")
+
+    for name, decay in decays().items():
+        assert decay == (0.3 if name.endswith((".A", ".B", "head.weight")) else 0)
+    assert decays(weight_decay=0.1)["input.A"] == 0.1
+    assert not any(decays(weight_decay=0.0).values())
 
 
 def test_the_control_gives_every_factor_the_dense_rate() -> None:
@@ -127,26 +137,88 @@ def test_scales_of_ones_own() -> None:
 
 
 class Odd(nn.Module):
+    """Parameters of its own, beside layers that are known."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.zeros(10, width))
         self.mixer = nn.Parameter(torch.zeros(width, width))
         self.scale = nn.Parameter(torch.ones(width))
-        self.attention = nn.MultiheadAttention(width, 4)
+        self.prompt = nn.Parameter(torch.zeros(10, 8))
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.attention = nn.MultiheadAttention(width, 4, add_bias_kv=True)
         self.embed = nn.Embedding(100, width)
 
 
+ROLES = {"pos*": "vector", "mixer": "matrix", "scale": "vector"}
+
+
+def test_norms_of_other_libraries_are_known_by_their_name() -> None:
+    class LlamaRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(64))
+
+    (group,) = el.param_groups(LlamaRMSNorm(), 1e-3, base=None)
+    assert (group["lr_mult"], group["weight_decay"]) == (1.0, 0.0)
+
+
 def test_unknown_roles_raise_and_can_be_said() -> None:
-    with pytest.raises(ValueError, match=r"unknown: positions \(10, 64\) of Odd; mixer \(64, 64\) of Odd"):
+    with pytest.raises(ValueError, match=r"unknown: positions \(10, 64\), mixer \(64, 64\), scale \(64,\)\. Say"):
         el.param_groups(Odd(64), lr=0.1, base=Odd(16))
-    with pytest.raises(ValueError, match="unknown: mixer"):
+    with pytest.raises(ValueError, match=r"unknown: mixer \(64, 64\), scale"):
         el.init_(Odd(64), base=Odd(16), roles={"positions": "vector"})
-    roles = {"pos*": "vector", "mixer": "matrix"}
-    mult = by_name(el.param_groups(Odd(64), lr=0.1, base=Odd(16), roles=roles), "lr_mult")
+    mult = by_name(el.param_groups(Odd(64), lr=0.1, base=Odd(16), roles=ROLES), "lr_mult")
     assert mult["positions"] == mult["scale"] == mult["embed.weight"] == mult["attention.in_proj_bias"] == 1
     assert mult["mixer"] == mult["attention.in_proj_weight"] == mult["attention.out_proj.weight"] == 1 / 4
-    with pytest.raises(ValueError, match="must be 'vector' or 'matrix', not 'bias'"):
-        el.param_groups(Odd(64), lr=0.1, base=None, roles={"mixer": "bias"})
+    assert mult["prompt"] == mult["temperature"] == mult["attention.bias_k"] == 1
+
+
+def test_what_does_not_grow_with_the_width_is_a_vector() -> None:
+    """That takes a base to be seen: without one the prompt is as unknown as the others."""
+    el.param_groups(Odd(16), lr=0.1, base=el.base_shapes(Odd(16)))
+    with pytest.raises(ValueError, match=r"mixer .*, scale \(16,\), prompt \(10, 8\)\. Say"):
+        el.param_groups(Odd(16), lr=0.1, base=None)
+    assert by_name(el.param_groups(Odd(16), lr=0.1, base=None, roles=ROLES | {"prompt": "vector"}), "lr_mult")
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"mixer": "bias"}, "must be 'vector' or 'matrix', not 'bias'"),
+        ({"mixr": "matrix"}, "roles: 'mixr' matches no parameter or module; the nearest are mixer,"),
+    ],
+)
+def test_mistakes_in_roles(roles: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        el.param_groups(Odd(64), lr=0.1, base=Odd(16), roles=ROLES | roles)
+
+
+def test_roles_override_what_is_known() -> None:
+    mult = by_name(el.param_groups(mlp(256), lr=0.1, base=mlp(64), roles={"head*": "vector"}), "lr_mult")
+    assert mult["head.weight"] == mult["head.bias"] == 1
+    model = el.init_(mlp(256), roles={"head": "vector"})
+    with torch.no_grad():
+        model.head.weight.fill_(3)
+    assert std(el.init_(model, roles={"head": "vector"}).head.weight) == 0  # left as it is
+    with pytest.raises(ValueError, match=r"roles: blocks\.0\.fc1\.A is a factor of a structured layer"):
+        el.param_groups(mlp(256, "btt"), lr=0.1, base=mlp(64), roles={"*.fc1": "vector"})
+
+
+def tied(width: int) -> nn.ModuleDict:
+    model = nn.ModuleDict({"embed": nn.Embedding(100, width), "head": nn.Linear(width, 100, bias=False)})
+    model["head"].weight = model["embed"].weight
+    return model
+
+
+def test_a_tied_weight_has_the_role_of_the_first_unless_told_otherwise() -> None:
+    assert by_name(el.param_groups(tied(64), lr=0.1, base=tied(16)), "lr_mult") == {"embed.weight": 1}
+    for glob in ("embed.weight", "head"):
+        groups = el.param_groups(tied(64), lr=0.1, base=tied(16), roles={glob: "matrix"})
+        assert by_name(groups, "lr_mult") == {"embed.weight": 1 / 4}
+    assert (
+        by_name(el.param_groups(tied(64), lr=0.1, base=tied(16), lr_scale={"head": 2}), "lr_mult")["embed.weight"] == 2
+    )
 
 
 def std(tensor: object) -> float:
@@ -164,11 +236,29 @@ def test_init() -> None:
     assert std(block.fc2.A) == pytest.approx(init_std(block.fc2.structure)[0], rel=0.1)
     assert std(block.fc2.B) == 0  # only the last factor: the gradient still flows
     assert std(model.head.weight) == 0
-    dense = nn.Sequential(nn.Linear(400, 64), nn.Linear(64, 1024), nn.Linear(1024, 10))
-    base = nn.Sequential(nn.Linear(400, 16), nn.Linear(16, 256), nn.Linear(256, 10))
-    el.init_(dense, base=base)
-    assert [std(layer.weight) for layer in dense] == pytest.approx([1 / 20, 1 / 8, math.sqrt(10) / 1024], rel=0.05)
-    assert not any(bool(p.any()) for name, p in dense.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize(("fan_in", "fan_out"), [(784, 64), (64, 1024), (64, 10), (65, 10), (1024, 10)])
+def test_init_of_a_dense_layer_is_that_of_the_dense_structure_whatever_the_base(fan_in: int, fan_out: int) -> None:
+    torch.manual_seed(0)
+    expected = math.sqrt(min(fan_in, fan_out)) / fan_in
+    assert init_std(el.structure("dense", fan_in, fan_out)) == pytest.approx((expected,))
+    for base in (None, nn.ModuleList([nn.Linear(fan_in, fan_out)]), nn.ModuleList([nn.Linear(16, 7)])):
+        layer = el.init_(nn.ModuleList([nn.Linear(fan_in, fan_out)]), base=base)[0]
+        assert std(layer.weight) == pytest.approx(expected, rel=0.1)
+        assert not layer.bias.any()
+
+
+def test_globs_may_stand_alone_or_in_a_list() -> None:
+    for zero in ("*.fc2", ["*.fc2"], ("*.fc2",)):
+        model = el.init_(mlp(64), zero=zero)
+        assert std(model.blocks[0].fc2.A) == 0
+        assert std(model.head.weight) > 0
+    with pytest.raises(TypeError, match=r"zero must be a glob such as '\*\.fc2', or a list of globs, not 4"):
+        el.init_(mlp(64), zero=4)
+    for argument in ("roles", "lr_scale"):
+        with pytest.raises(TypeError, match=rf"{argument} must map globs such as '\*\.fc2' to values, not '\*\.fc2'"):
+            el.param_groups(mlp(64), lr=0.1, base=None, **{argument: "*.fc2"})
 
 
 def test_mistakes() -> None:
@@ -176,10 +266,12 @@ def test_mistakes() -> None:
         el.param_groups(mlp(64), lr=0.1, base=None, optimizer="adamm")
     with pytest.raises(ValueError, match=r"the base has no 'blocks.1.norm.weight'"):
         el.param_groups(mlp(64), lr=0.1, base=ResidualMLP(48, 64, 10, depth=1))
-    with pytest.raises(ValueError, match=r"lr_scale: '\*.fc3' matches nothing; the names are input.A"):
+    with pytest.raises(ValueError, match=r"lr_scale: '\*.fc3' matches no parameter or module; the nearest are .*fc"):
         el.param_groups(mlp(64), lr=0.1, base=None, lr_scale={"*.fc3": 2})
-    with pytest.raises(ValueError, match=r"zero: 'tail' matches nothing"):
-        el.init_(mlp(64), base=None, zero=["tail"])
+    with pytest.raises(ValueError, match="zero: 'tail' matches no parameter or module"):
+        el.init_(mlp(64), zero=["tail"])
+    with pytest.raises(ValueError, match=r"the base has no 'blocks.1.norm.weight'"):
+        el.init_(mlp(64), base=ResidualMLP(48, 64, 10, depth=1))
     with pytest.raises(TypeError, match="base must be a model, a mapping of shapes"):
         el.param_groups(mlp(64), lr=0.1, base=64)
     with pytest.raises(TypeError, match="base"):

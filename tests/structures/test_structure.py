@@ -13,6 +13,7 @@ from tests.families import PATTERNS, SAMPLES
 import einlinear as el
 from einlinear.structures import FAMILIES
 from einlinear.structures.sizes import MAX_PADDING
+from einlinear.structures.spec import check_spec
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs]
 
@@ -51,7 +52,7 @@ def test_sizes_never_crop_an_input_and_pad_little(spec: str, in_features: int, o
     try:
         s = el.structure(spec, in_features, out_features)
     except ValueError as error:
-        assert "nearby sizes that fit" in str(error)
+        assert "nearby sizes that fit" in str(error) or "fewer than blocks^2" in str(error)
         return
     sizes = dict(s.sizes)
     for term in s.terms:
@@ -258,8 +259,15 @@ def test_max_macs_of_a_pattern_and_of_a_fixed_structure() -> None:
         el.structure("kronecker", 64, 64, max_macs=0.1)
     with pytest.raises(ValueError, match=r"too small for low_rank\(rank=1\)"):
         el.structure("low_rank", 64, 64, max_macs=0.01)
-    with pytest.raises(ValueError, match="fraction of the MACs of dense"):
-        el.structure("btt", 64, 64, max_macs=0)
+    assert el.structure("low_rank", 64, 64, max_macs=1).spec == "low_rank(rank=32)"
+    for wrong in (0, -0.5, 1.5, 1000, math.nan, "half"):
+        with pytest.raises(ValueError, match="a fraction of the MACs of dense, above 0 and at most 1"):
+            el.structure("btt", 64, 64, max_macs=wrong)
+
+
+def test_max_macs_says_why_no_number_of_blocks_is_possible() -> None:
+    with pytest.raises(ValueError, match="variant must be one of it, ot, dt, not 'xt'"):
+        el.structure("dyad(variant=xt)", 64, 64, max_macs=0.5)
 
 
 # Mistakes
@@ -274,7 +282,14 @@ def test_max_macs_of_a_pattern_and_of_a_fixed_structure() -> None:
         ("dense(rank=2)", ValueError, "dense has no argument 'rank'. It takes no arguments"),
         ("btt(rank=0)", ValueError, "btt: rank must be at least 1, not 0"),
         ("btt(rank=two)", TypeError, "btt: rank must be a whole number, not 'two'"),
-        ("btt(rank=1.5)", TypeError, "rank must be a whole number"),
+        ("btt(rank=1.5)", TypeError, "rank must be a whole number, not 1.5"),
+        ("btt(rank=2.0)", TypeError, r"rank must be a whole number, not 2\.0"),
+        ("btt(rank=a/2)", ValueError, "expected a number, a fraction, a word or a tuple"),
+        ("btt(rank='a'/2)", ValueError, "expected a number, a fraction, a word or a tuple"),
+        ("btt(rank=(1, 2)/2)", ValueError, "expected a number, a fraction, a word or a tuple"),
+        ("btt(rank=1/0)", ValueError, "expected a number, a fraction, a word or a tuple"),
+        ("btt(rank=-a)", ValueError, "expected a number, a fraction, a word or a tuple"),
+        ("btt(rank=-2)", ValueError, "btt: rank must be at least 1, not -2"),
         ("btt(cores=1)", ValueError, "btt: cores must be at least 2, not 1"),
         ("btt(2)", ValueError, r"name the argument: btt\(argument=value\)"),
         ("btt(rank=", ValueError, "cannot read the arguments of btt"),
@@ -282,17 +297,24 @@ def test_max_macs_of_a_pattern_and_of_a_fixed_structure() -> None:
         ("dyad(variant=xt)", ValueError, "variant must be one of it, ot, dt, not 'xt'"),
         ("blast", ValueError, "blast needs blocks=, rank="),
         (
-            "monarch(blocks=30)",
+            "dyad(blocks=30)",
             ValueError,
-            r"in_features=64 is not divisible by 30 \(the axes g=30\) and would be padded to 90",
+            r"in_features=64 is not divisible by 30 \(the axes n=30\) and would be padded to 90",
         ),
-        ("monarch(blocks=100)", ValueError, "nearby sizes that fit: 100"),
+        ("dyad(blocks=100)", ValueError, "nearby sizes that fit: 100"),
+        (
+            "monarch(blocks=16)",
+            ValueError,
+            r"min\(in_features, out_features\) = 64 is fewer than blocks\^2 = 256; take at most 8 blocks",
+        ),
+        ("btt(rank=2, rank=3)", ValueError, r"rank is given twice\n    btt\(rank=2, rank=3\)\n {16}\^"),
+        ("btt(**rank)", ValueError, r"\*\* cannot be read here"),
         ("einsum(theta=(1, 2))", ValueError, "theta must be seven numbers between 0 and 1"),
         ("einsum(theta=(1/2, 0, 0, 0, 1, 0, 0))", ValueError, r"alpha \+ beta \+ gamma must be 1, not 0.5"),
         (
             "(g a), g r f a, f e g r -> (f e)",
             ValueError,
-            "axis 'r' is neither read nor written, so its size must be given",
+            "axis 'r' is neither read nor written, so its size must be given: 'where r=2' in the pattern, or sizes=",
         ),
         (
             "(g a), g a e -> (g e) where g=3, a=4",
@@ -317,7 +339,7 @@ def test_wrong_types_and_combinations() -> None:
         el.structure("dense", 4, 0)
     with pytest.raises(ValueError, match="sizes= belongs to a pattern"):
         el.structure("btt", 4, 4, sizes={"r": 2})
-    with pytest.raises(ValueError, match="a pattern takes sizes="):
+    with pytest.raises(ValueError, match=r"a pattern takes no arguments, not rank=: .* 'where r=2', or .* sizes=\{"):
         el.structure("i, o i -> o", 4, 4, rank=2)
     with pytest.raises(ValueError, match="rank is given twice"):
         el.structure("btt(rank=2)", 4, 4, rank=2)
@@ -336,11 +358,27 @@ def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     s = el.structure("two_sided(rank=3)", 8, 6)
     assert (s.spec, s.params, s.rank) == ("two_sided(rank=3)", 42, 6)
     assert el.structure("two_sided", 8, 8, max_macs=0.5).spec == "two_sided(rank=2)"
+    check_spec("two_sided(rank=3)")
+    with pytest.raises(ValueError, match="no argument 'rnk'"):
+        check_spec("two_sided(rnk=3)")
     with pytest.raises(ValueError, match="no argument 'in_features'"):
         el.structure("two_sided(in_features=3)", 8, 8)
-    with pytest.raises(ValueError, match="already registered"):
+    with pytest.raises(ValueError, match="already registered: choose another name, or give overwrite=True"):
         el.register_family("btt", two_sided)
+    el.register_family("two_sided", lambda: "i, o i -> o", overwrite=True)
+    assert el.structure("two_sided", 8, 6).params == 48
     with pytest.raises(ValueError, match="must be an identifier"):
         el.register_family("two-sided", two_sided)
     with pytest.raises(TypeError, match=r"no \*args, \*\*kwargs"):
         el.register_family("sink", lambda **kwargs: "i, o i -> o")
+
+
+def test_a_family_whose_pattern_is_odd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
+    el.register_family("fixed", lambda rank=1: "i, o i -> o")  # takes a rank and makes no use of it
+    assert el.structure("fixed", 8, 8, max_macs=1).macs == 64
+    el.register_family("capped", lambda rank=1: f"i, r i, o r -> o where r={min(rank, 3)}")
+    assert el.structure("capped", 16, 16, max_macs=1).rank == 3
+    el.register_family("silent", lambda: None)
+    with pytest.raises(TypeError, match="the builder of 'silent' must return a pattern as text, not None"):
+        el.structure("silent", 8, 8)

@@ -6,7 +6,6 @@ lists it with the reason.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from torch import nn
 
 from einlinear.nn import Linear
 from einlinear.nn.linear import is_conv1d
+from einlinear.parametrize.globs import as_globs, check_globs
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
 
@@ -77,6 +77,7 @@ def convert(
     structure: str | Mapping[str, str],
     layers: str | Sequence[str] = "*",
     weights: str = "fresh",
+    normalize: bool = False,
 ) -> ConversionReport:
     """Replace linear layers by structured ones, in place.
 
@@ -85,16 +86,21 @@ def convert(
 
     Args:
         model: any module that has linear layers inside.
-        structure: of all matched layers; or glob on qualified names -> structure, the first that matches counts.
+        structure: of all matched layers; or glob on qualified names -> structure, the first that matches counts. Globs
+            are those of fnmatch, on the whole name: "*.attn.*" matches "blocks.0.attn.q" but not "attn.q" of a model
+            whose attn is at the top; "*attn.*" matches both.
         layers: a glob, or several, on qualified names: which layers to consider at all.
         weights: "fresh" draws new factors (and zero biases), "project" takes the closest to the layer's own weight.
+        normalize: of the new layers, see `Linear`; of fresh ones only.
 
     Returns:
         What was done to every matched layer, and what was skipped for which reason; print it.
 
     Raises:
         ValueError: a structure that is unknown, a glob that matches no linear layer, layers on the meta device to
-            project, or no layer at all that could be converted. Nothing is changed then.
+            project, normalize with weights="project", or no layer at all that could be converted. Nothing is changed
+            then.
+        TypeError: a structure that is not text.
 
     Example:
         >>> import torch, einlinear as el
@@ -105,20 +111,23 @@ def convert(
     """
     if weights not in ("fresh", "project"):
         raise ValueError(f"weights must be 'fresh' or 'project', not {weights!r}")
-    plan = {"*": structure} if isinstance(structure, str) else dict(structure)
+    if normalize and weights == "project":
+        raise ValueError("normalize=True is for weights='fresh': it would change what a projected layer computes")
+    plan = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
     if not plan:
         raise ValueError("the mapping of globs to structures is empty")
     for spec in plan.values():
         check_spec(spec)
-    wanted = [layers] if isinstance(layers, str) else list(layers)
+    wanted = as_globs(layers, "layers")
     linears = _linear_layers(model, "el.Linear.from_dense(layer, structure)", lambda m: isinstance(m, nn.Linear))
-    _check_globs([*wanted, *plan], list(linears))
+    check_globs(wanted, list(linears), "layers", "linear layer")
+    check_globs(plan, list(linears), "structure", "linear layer")
     matched = {
         name: next(spec for glob, spec in plan.items() if fnmatchcase(name, glob))
         for name in linears
         if any(fnmatchcase(name, glob) for glob in wanted) and any(fnmatchcase(name, glob) for glob in plan)
     }
-    new, converted, skipped = _build(model, linears, matched, weights)
+    new, converted, skipped = _build(model, linears, matched, weights, normalize)
     if not converted:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or "no layer matches layers and structure"
         raise ValueError(f"no layer could be converted: {reasons}")
@@ -166,7 +175,7 @@ def densify(model: nn.Module) -> ConversionReport:
 
 
 def _build(
-    model: nn.Module, linears: Mapping[str, nn.Module], matched: Mapping[str, str], weights: str
+    model: nn.Module, linears: Mapping[str, nn.Module], matched: Mapping[str, str], weights: str, normalize: bool
 ) -> tuple[dict[int, nn.Module], list[Conversion], list[tuple[str, str]]]:
     """The new modules by the id of the old, and what to report. The model is not touched."""
     new: dict[int, nn.Module] = {}
@@ -174,23 +183,30 @@ def _build(
     skipped: list[tuple[str, str]] = []
     by_weight: dict[tuple[int, str], Linear] = {}
     owners = _owners(model)
+    uncalled = {
+        id(module.out_proj): "nn.MultiheadAttention reads its weight and never calls it: nothing would be saved"
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
     for name, spec in matched.items():
         old: Any = linears[name]
         if id(old) in new:
             continue
-        reason = _reason_to_skip(old) or _tied_elsewhere(old, owners, linears, matched, spec)
+        reason = uncalled.get(id(old)) or _reason_to_skip(old) or _tied_elsewhere(old, owners, linears, matched, spec)
         if reason is None:
             try:
-                layer = _converted(old, spec, weights)
+                layer = _converted(old, spec, weights, normalize)
             except _DoesNotFit as error:
                 reason = str(error)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         if reason is not None:
             skipped.append((name, reason))
             continue
         first = by_weight.setdefault((id(old.weight), spec), layer)
-        if first is not layer:
-            for factor in layer.structure.factors:
-                setattr(layer, factor.name, getattr(first, factor.name))
+        for shared, parameter in first.named_parameters():
+            if shared != "bias":
+                setattr(layer, shared, parameter)
         new[id(old)] = layer
         converted.append(_conversion(name, old, layer, weights))
     return new, converted, skipped
@@ -200,7 +216,7 @@ class _DoesNotFit(Exception):
     """The structure cannot be had at the layer's size."""
 
 
-def _converted(old: Any, spec: str, weights: str) -> Linear:
+def _converted(old: Any, spec: str, weights: str, normalize: bool) -> Linear:
     fan_in, fan_out = _features(old)
     try:
         s = make_structure(spec, fan_in, fan_out)
@@ -210,9 +226,9 @@ def _converted(old: Any, spec: str, weights: str) -> Linear:
         if old.weight.is_meta:
             raise ValueError("layers on the meta device have no weight to project: load it first, or weights='fresh'")
         return Linear.from_dense(old, s)
-    layer = Linear(fan_in, fan_out, s, old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
-    for factor in s.factors:
-        getattr(layer, factor.name).requires_grad_(old.weight.requires_grad)
+    layer = Linear(fan_in, fan_out, s, old.bias is not None, normalize, old.weight.device, old.weight.dtype)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(old.weight.requires_grad)
     if layer.bias is not None:
         layer.bias.requires_grad_(old.bias.requires_grad)
     return layer.train(old.training)
@@ -281,13 +297,6 @@ def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 setattr(parent, name, new[id(child)])
-
-
-def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
-            near = difflib.get_close_matches(glob.strip("*."), names, n=10, cutoff=0)
-            raise ValueError(f"{glob!r} matches no linear layer; the linear layers are {', '.join(near) or 'none'}")
 
 
 def _features(module: Any) -> tuple[int, int]:

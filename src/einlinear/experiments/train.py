@@ -99,7 +99,7 @@ def _train(images: Images, run: Run, settings: Settings, progress: Progress | No
     device = torch.device(settings.device)
     model, base = initialised(images, run, settings)
     model.to(device)
-    groups = param_groups(model, settings.lr, base=base, lr_scale=LR_SCALE)
+    groups = param_groups(model, settings.lr, base=base, weight_decay=0.0, lr_scale=LR_SCALE)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     steps_per_epoch = len(images.train_x) // settings.batch_size
     steps = settings.epochs * steps_per_epoch

@@ -134,7 +134,7 @@ class Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`dense_weight()`, for code that expects a layer to have a weight. It is built on every access: it costs."""
+        """`dense_weight()`, for code that expects a layer to have one. It is built on every access: that costs."""
         return self.dense_weight()
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class Linear(nn.Module):
             linear.bias.copy_(self.bias)
         return linear.train(self.training)
 
-    # Different structures can have factors of the same shapes: state_dict remembers which one it is of, in its metadata.
+    # Different structures can have factors of the same shapes: the metadata of a state_dict says which it is of.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -7,9 +7,11 @@ figure 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -17,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from einlinear.parametrize.globs import as_globs, check_globs
 from einlinear.parametrize.mup import param_groups
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),  # it would be measured too; weight_decay= asks for it
     "sgd": torch.optim.SGD,
 }
 
@@ -48,7 +51,7 @@ class Coordinates:
 
         It leaves out what initialisation does to the size: narrow layers behind a wide input start with small features.
         """
-        return self.update / self.size
+        return self.update / self.size if self.size else math.nan
 
 
 def coord_check(
@@ -59,7 +62,7 @@ def coord_check(
     *,
     lr: float,
     base_width: int,
-    layers: str = "*",
+    layers: str | Sequence[str] = "*",
     steps: int = 100,
     optimizer: str = "adamw",
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
@@ -72,11 +75,12 @@ def coord_check(
         build: width -> model, initialised; called with base_width on the meta device for the base shapes.
         widths: the widths to compare.
         batches: (input, target) pairs, used in turn, again from the start when they run out.
-        probe: a fixed input, on which the features are measured.
+        probe: a fixed input, on which the features are measured, in evaluation mode: dropout is not a change.
         lr: learning rate of the base model.
         base_width: the width it was found at.
-        layers: glob on qualified names: modules whose output, a tensor, is measured.
-        steps: of training.
+        layers: a glob, or several, on qualified names: modules whose output, a tensor of shape (..., features), is
+            measured.
+        steps: of training, at least one.
         optimizer: "adamw", "adam" or "sgd".
         loss: of output and target.
         progress: called with (width, step) after every step.
@@ -86,10 +90,25 @@ def coord_check(
         One entry per width and layer, in this order.
 
     Raises:
-        ValueError: a glob that matches no module, an optimizer not listed, and what `param_groups` raises.
+        ValueError: a glob that matches no module, modules whose output cannot be measured, an optimizer not listed,
+            nothing to train on, and what `param_groups` raises.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> def build(width):
+        ...     model = torch.nn.Sequential(el.Linear(16, width, "btt"), torch.nn.ReLU(), torch.nn.Linear(width, 10))
+        ...     return el.init_(model)
+        >>> batch = torch.randn(32, 16), torch.randint(10, (32,))
+        >>> found = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base_width=64, layers="0", steps=3)
+        >>> [(c.width, c.layer, c.relative_update < 0.1) for c in found]
+        [(64, '0', True), (256, '0', True)]
     """
     if optimizer not in _OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, not {optimizer!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    if not batches:
+        raise ValueError("batches is empty: give at least one (input, target) pair to train on")
     with torch.device("meta"):
         base = build(base_width)
     found = []
@@ -114,18 +133,14 @@ def coord_check(
     return found
 
 
-def spread(values: Mapping[int, float]) -> float:
-    """The largest over the smallest of a measurement at several widths."""
-    return max(values.values()) / min(values.values())
-
-
 @torch.no_grad()
-def _features(model: nn.Module, probe: Tensor, layers: str) -> dict[str, Tensor]:
+def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> dict[str, Tensor]:
+    """What the chosen modules give for the probe. The model is left in the modes it was in."""
     features: dict[str, Tensor] = {}
-    chosen = {name: module for name, module in model.named_modules() if name and fnmatchcase(name, layers)}
-    if not chosen:
-        names = ", ".join(name for name, _ in model.named_modules() if name)
-        raise ValueError(f"layers: {layers!r} matches no module; the names are {names}")
+    globs = as_globs(layers, "layers")
+    modules = {name: module for name, module in model.named_modules() if name}
+    check_globs(globs, list(modules), "layers", "module")
+    chosen = {name: module for name, module in modules.items() if any(fnmatchcase(name, glob) for glob in globs)}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -135,11 +150,20 @@ def _features(model: nn.Module, probe: Tensor, layers: str) -> dict[str, Tensor]
         return hook
 
     handles = [module.register_forward_hook(keep(name)) for name, module in chosen.items()]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         model(probe)
     finally:
+        for module, mode in training.items():
+            module.training = mode
         for handle in handles:
             handle.remove()
+    if not features:
+        raise ValueError(f"layers: none of {', '.join(chosen)} was called and gave a tensor")
+    for name, h in features.items():
+        if h.dim() < 2 or h.numel() == 0:
+            raise ValueError(f"layers: {name} gives an output of shape {tuple(h.shape)}; it must be (..., features)")
     return features
 
 

@@ -2,14 +2,15 @@
 
 One learning rate, found at the width of a small dense base model, serves every width and every structure: a dense
 matrix learns at base_in / in of it under Adam, and every factor of a structured matrix at that times its own
-multiplier (`structures/scaling.py`; Qiu et al., arXiv 2406.06248, section 3; Yang et al., arXiv 2203.03466).
+multiplier (Qiu et al., arXiv 2406.06248, section 3; Yang et al., arXiv 2203.03466). The numbers of a single structure
+are in `structures/scaling.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.parametrize.roles import Parameter, parameters
-from einlinear.structures.scaling import adam_multipliers, sgd_multipliers
+from einlinear.parametrize.globs import as_globs, as_rules
+from einlinear.parametrize.roles import Parameter, check_matches, parameters
+from einlinear.structures.scaling import adam_multipliers, sgd_multipliers, spectral_std
 
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")  # their update does not depend on the gradient's size
 
@@ -44,7 +46,7 @@ def param_groups(
     *,
     base: Base,
     optimizer: str = "adamw",
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     structure_aware: bool = True,
     lr_scale: Mapping[str, float] | None = None,
     roles: Mapping[str, str] | None = None,
@@ -58,18 +60,23 @@ def param_groups(
             nothing); or its `base_shapes`, as a mapping or as the path of a JSON file. None says that this model has
             the base width itself.
         optimizer: "adamw" or another of `ADAM`, or "sgd".
-        weight_decay: for matrices and embeddings; biases, norms and scalars get none. It is passed on as it is: AdamW
-            decays a group by its own learning rate times this.
+        weight_decay: for matrices and embeddings, that is parameters of two or more dimensions, as in timm and in the
+            paper; biases, norms and scalars get none. It is passed on as it is: AdamW decays a group by its own
+            learning rate times this. None leaves it out of their groups, so that the optimizer's own applies, which is
+            0.01 for torch's AdamW.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
-        roles: see `parametrize.roles.parameters`.
+        roles: glob on qualified names -> "matrix" or "vector", for the parameters of modules of one's own, and to
+            override what is known of others (a head tied to an embedding has the role of the one registered first).
 
     Returns:
-        Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and "weight_decay". Parameters of
-        equal settings share a group.
+        Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless it is left to the
+        optimizer, "weight_decay". Parameters of equal settings share a group.
 
     Raises:
-        ValueError: unknown optimizer, a parameter of unknown role, one that the base lacks, a glob that matches none.
+        ValueError: an unknown optimizer, a parameter that the base lacks, a glob that matches none, or a parameter of
+            unknown role: no layer of torch's or this library's holds it, `roles` does not name it, and its shape is not
+            that in the base (what does not grow with the width is a vector).
 
     Example:
         >>> import torch, einlinear as el
@@ -83,17 +90,18 @@ def param_groups(
         raise ValueError(f"optimizer must be 'sgd' or one of {', '.join(ADAM)}, not {optimizer!r}")
     found = parameters(model, roles)
     shapes = _base(base, found, roles)
-    scales = dict(lr_scale or {})
-    _check_globs(scales, found, "lr_scale")
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    scales = as_rules(lr_scale, "lr_scale")
+    check_matches(scales, found, "lr_scale")
+    groups: dict[tuple[float, float | None], dict[str, Any]] = {}
     for p in found:
         multiplier = _multiplier(p, shapes, "sgd" if optimizer == "sgd" else "adam", structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
         decay = weight_decay if p.matrix or p.tensor.dim() >= 2 else 0.0
         group = groups.setdefault(
-            (multiplier, decay),
-            {"params": [], "param_names": [], "lr": lr * multiplier, "lr_mult": multiplier, "weight_decay": decay},
+            (multiplier, decay), {"params": [], "param_names": [], "lr": lr * multiplier, "lr_mult": multiplier}
         )
+        if decay is not None:
+            group["weight_decay"] = decay
         group["params"].append(p.tensor)
         group["param_names"].append(p.name)
     return list(groups.values())
@@ -101,44 +109,51 @@ def param_groups(
 
 @torch.no_grad()
 def init_(
-    model: nn.Module, *, base: Base, zero: Sequence[str] = (), roles: Mapping[str, str] | None = None
+    model: nn.Module, *, base: Base = None, zero: str | Sequence[str] = (), roles: Mapping[str, str] | None = None
 ) -> nn.Module:
     """Structure-aware initialisation, in place.
 
-    Factors are drawn as `Linear.reset_parameters` draws them, dense matrices with standard deviation
-    sqrt(min(in, out)) / in, or 1 / sqrt(in) where in is not a width (it is the same in the base, as in an input layer);
-    biases of these layers are zero. Embeddings, norms and other vectors stay as they are.
+    Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in: structured layers as by
+    `Linear.reset_parameters`, others as by that of a "dense" one. Biases of these layers are zero. Embeddings, norms
+    and other vectors stay as they are.
 
     Args:
         model: any model `param_groups` takes.
-        base: as for `param_groups`.
-        zero: globs on qualified names of layers that start at zero, such as heads and the last layers of residual
-            branches; of a structured layer only the last factor is set to zero.
-        roles: see `parametrize.roles.parameters`.
+        base: as for `param_groups`. Nothing that is drawn depends on it: it is only checked, so that a model that the
+            learning rates cannot be carried over to is refused before it is trained.
+        zero: a glob, or several, on qualified names of layers that start at zero, such as heads and the last layers of
+            residual branches; of a structured layer only the last factor is set to zero.
+        roles: as for `param_groups`.
 
     Returns:
         The model.
 
     Raises:
         ValueError: as `param_groups`.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> model = torch.nn.Sequential(el.Linear(64, 256, "btt"), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+        >>> model = el.init_(model, zero="2")
+        >>> bool(model[2].weight.any())
+        False
     """
     found = parameters(model, roles)
-    shapes = _base(base, found, roles)
+    _base(base, found, roles)
     matrices = [p for p in found if p.matrix]
-    _check_globs({glob: 0.0 for glob in zero}, matrices, "zero")
+    zero = as_globs(zero, "zero")
+    check_matches(zero, matrices, "zero")
     for module in model.modules():
         if isinstance(module, Linear):
             module.reset_parameters()
-    biases = {f"{p.name.removesuffix('weight')}bias" for p in matrices}
+    biases = {f"{name.removesuffix('weight')}bias" for p in matrices for name in p.names}
     for p in found:
         if p.matrix is None and p.name in biases:
             nn.init.zeros_(p.tensor)
     for p in matrices:
         assert p.matrix is not None
         if p.structure is None:
-            fan_in, fan_out = p.matrix
-            is_width = base is None or shapes[p.key][1] != fan_in
-            nn.init.normal_(p.tensor, std=math.sqrt(min(fan_in, fan_out) if is_width else fan_in) / fan_in)
+            nn.init.normal_(p.tensor, std=spectral_std(*p.matrix))
         if p.is_last_factor and any(p.matches(glob) for glob in zero):
             nn.init.zeros_(p.tensor)
     return model
@@ -147,7 +162,7 @@ def init_(
 def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) -> float:
     """The learning rate of a parameter over that of the base model."""
     if p.matrix is None:
-        growth = math.prod(p.tensor.shape) / math.prod(shapes[p.key]) if p.tensor.numel() > 1 else 1.0
+        growth = math.prod(p.shape) / math.prod(shapes[p.key]) if p.tensor.numel() > 1 else 1.0
         return growth if rule == "sgd" else 1.0
     fan_in, fan_out = p.matrix
     base_out, base_in = shapes[p.key]
@@ -158,13 +173,14 @@ def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) 
 
 
 def _shapes(found: Sequence[Parameter]) -> dict[str, list[int]]:
-    return {p.key: [p.matrix[1], p.matrix[0]] if p.matrix else list(p.tensor.shape) for p in found}
+    return {p.key: [p.matrix[1], p.matrix[0]] if p.matrix else list(p.shape) for p in found}
 
 
 def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> Shapes:
-    """The base shape of every parameter, checked to be there and of as many dimensions."""
+    """The base shape of every parameter, which must be there and of as many dimensions. Every role must be known."""
     own = _shapes(found)
     if base is None:
+        _check_roles([p for p in found if not p.known])
         return own
     if isinstance(base, nn.Module):
         shapes: Shapes = base_shapes(base, roles)
@@ -183,11 +199,16 @@ def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | Non
             )
         if len(shapes[p.key]) != len(own[p.key]):
             raise ValueError(f"{p.key!r} has shape {own[p.key]}, but {list(shapes[p.key])} in the base")
+    _check_roles([p for p in found if not p.known and own[p.key] != list(shapes[p.key])])
     return shapes
 
 
-def _check_globs(globs: Mapping[str, float], found: Sequence[Parameter], argument: str) -> None:
-    for glob in globs:
-        if not any(p.matches(glob) for p in found):
-            names = ", ".join(dict.fromkeys(p.name for p in found[:10]))
-            raise ValueError(f"{argument}: {glob!r} matches nothing; the names are {names}, ...")
+def _check_roles(unknown: Iterable[Parameter]) -> None:
+    listed = [f"{p.name} {p.shape}" for p in unknown]
+    if listed:
+        more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+        raise ValueError(
+            f"the role of these parameters is unknown: {', '.join(listed[:10])}{more}. Say what they are with "
+            "roles={glob: role}: 'vector' if their learning rate must not depend on the width, as for positions, norms "
+            "and scales, or 'matrix' if they are of shape (out_features, in_features)"
+        )

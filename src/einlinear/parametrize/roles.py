@@ -1,13 +1,14 @@
 """What every parameter of a model is: a matrix with a fan-in that grows with the width, or a vector.
 
 Roles are found by module and looked up by qualified name. Nothing is attached to tensors, whose attributes are lost
-under FSDP2, torch.compile and deepcopy. A parameter whose role is not known is an error, never a guess.
+under FSDP2, torch.compile and deepcopy. Known are the parameters of torch's and this library's layers, by name; what a
+module of the user's own holds is not guessed at.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from einlinear.nn import Linear
 from einlinear.nn.linear import is_conv1d
+from einlinear.parametrize.globs import as_rules, check_globs
 from einlinear.structures import Structure
 
 _VECTORS = (  # every parameter of these is a vector: its fan-in does not grow with the width
@@ -36,23 +38,39 @@ class Parameter:
     """A parameter and its role.
 
     Attributes:
-        name: qualified, without the prefixes that wrappers such as torch.compile and DDP add.
+        names: qualified, without the prefixes that wrappers such as torch.compile and DDP add; several if it is shared,
+            in the order in which the modules are registered.
         key: its name in a base: for a factor that of the weight it is part of (fc1.weight for fc1.A).
         tensor: the parameter itself.
+        known: whether its role is.
         matrix: (in_features, out_features) of the matrix that it is, or is a factor of; None for a vector.
         structure, factor: of a structured layer, its structure and which of `structure.factors` this is.
     """
 
-    name: str
+    names: tuple[str, ...]
     key: str
     tensor: Tensor
+    known: bool = True
     matrix: tuple[int, int] | None = None
     structure: Structure | None = None
     factor: int = 0
 
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def matched(self) -> tuple[str, ...]:
+        """What a glob can match: its names and those of the modules it belongs to."""
+        return self.names + tuple(name.rpartition(".")[0] for name in self.names if "." in name)
+
     def matches(self, glob: str) -> bool:
-        """Whether a glob names the parameter or the module it belongs to."""
-        return fnmatchcase(self.name, glob) or fnmatchcase(self.name.rpartition(".")[0], glob)
+        """Whether a glob names the parameter or a module it belongs to."""
+        return any(fnmatchcase(name, glob) for name in self.matched)
 
     @property
     def is_last_factor(self) -> bool:
@@ -69,43 +87,41 @@ class Parameter:
 def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Parameter]:
     """Every parameter of a model with its role, each tensor once.
 
+    A tensor that two modules share has the role that it has in the one registered first, unless `roles` says otherwise:
+    a head tied to an embedding is the embedding, a vector.
+
     Args:
         model: any module; wrapped by torch.compile, DDP, FSDP or activation checkpointing or not.
-        roles: for parameters of other modules, glob on the qualified name -> "vector" (embeddings, positions and
-            scales: their learning rate does not depend on the width) or "matrix" (of shape (out, in, ...)).
+        roles: glob on qualified names -> "vector" (embeddings, positions and scales: their learning rate does not
+            depend on the width) or "matrix" (all it matches of two or more dimensions, as of shape (out, in, ...)); the
+            first that matches counts, before what is known of the module.
 
     Raises:
-        ValueError: a parameter of two or more dimensions is in none of the known modules and not in `roles`.
+        ValueError: a role of another name, a glob that matches no parameter, a factor that is said to be a vector.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
-    roles = dict(roles or {})
-    for glob, given in roles.items():
-        if given not in ("vector", "matrix"):
-            raise ValueError(f"the role of {glob!r} must be 'vector' or 'matrix', not {given!r}")
-    seen: set[int] = set()
-    found: list[Parameter] = []
-    unknown: list[str] = []
-    for prefix, module in model.named_modules():
-        prefix = plain_name(f"{prefix}." if prefix else "")
-        for parameter in _of_module(module, prefix):
-            shape = tuple(parameter.tensor.shape)
-            if id(parameter.tensor) in seen:
-                continue
-            seen.add(id(parameter.tensor))
-            role = next((role for glob, role in roles.items() if parameter.matches(glob)), None)
-            if role == "matrix" and parameter.matrix is None:
-                parameter = replace(parameter, matrix=(math.prod(shape[1:]), shape[0]))
-            elif role is None and not _is_known(module, parameter):
-                unknown.append(f"{parameter.name} {shape} of {type(module).__name__}")
-            found.append(parameter)
-    if unknown:
-        raise ValueError(
-            f"the role of these parameters is unknown: {'; '.join(unknown)}. Say what they are with "
-            "roles={name: role}: 'vector' if their learning rate must not depend on the width, as for positions, "
-            "or 'matrix' if they are of shape (out_features, in_features)"
-        )
-    return found
+    rules = as_rules(roles, "roles")
+    for glob, role in rules.items():
+        if role not in ("vector", "matrix"):
+            raise ValueError(f"the role of {glob!r} must be 'vector' or 'matrix', not {role!r}")
+    found: dict[int, Parameter] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for parameter in _of_module(module, plain_name(f"{prefix}." if prefix else "")):
+            first = found.get(id(parameter.tensor))
+            found[id(parameter.tensor)] = (
+                replace(first, names=first.names + parameter.names) if first is not None else parameter
+            )
+    check_matches(rules, found.values(), "roles")
+    return [
+        _with_role(parameter, next((role for glob, role in rules.items() if parameter.matches(glob)), None))
+        for parameter in found.values()
+    ]
+
+
+def check_matches(globs: Iterable[str], found: Iterable[Parameter], argument: str) -> None:
+    """Raise ValueError for a glob that matches none of the parameters."""
+    check_globs(globs, [name for parameter in found for name in parameter.matched], argument, "parameter or module")
 
 
 def plain_name(name: str) -> str:
@@ -115,19 +131,31 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _is_known(module: nn.Module, parameter: Parameter) -> bool:
-    return parameter.matrix is not None or parameter.tensor.dim() < 2 or isinstance(module, _VECTORS)
+def _with_role(parameter: Parameter, role: str | None) -> Parameter:
+    """The parameter with the role that the user gives it."""
+    if role == "vector":
+        if parameter.structure is not None:
+            raise ValueError(
+                f"roles: {parameter.name} is a factor of a structured layer, which is a matrix; to change how fast it "
+                "learns, use lr_scale"
+            )
+        return replace(parameter, known=True, matrix=None)
+    if role == "matrix" and parameter.matrix is None and len(parameter.shape) > 1:
+        return replace(parameter, known=True, matrix=(math.prod(parameter.shape[1:]), parameter.shape[0]))
+    return parameter
 
 
 def _of_module(module: Any, prefix: str) -> Iterator[Parameter]:
-    """The module's own parameters, those that are matrices with their shape as a map."""
+    """The module's own parameters: matrices with their shape as a map, vectors, and unknown ones."""
     matrices: dict[str, tuple[int, int]] = {}
+    vectors: Collection[str] = ("bias",)
     structure: Structure | None = None
     factors: dict[str, int] = {}
     if isinstance(module, Linear):
         structure = module.structure
         factors = {factor.name: index for index, factor in enumerate(structure.factors)}
         matrices = dict.fromkeys(factors, (module.in_features, module.out_features))
+        vectors = ("bias", *(f"gamma_{name}" for name in factors))
     elif isinstance(module, nn.Linear):
         matrices["weight"] = (module.in_features, module.out_features)
     elif is_conv1d(module):
@@ -135,15 +163,21 @@ def _of_module(module: Any, prefix: str) -> Iterator[Parameter]:
     elif isinstance(module, _CONVOLUTIONS):
         matrices["weight"] = (math.prod(module.weight.shape[1:]), module.weight.shape[0])
     elif isinstance(module, nn.MultiheadAttention):
+        vectors = ("in_proj_bias", "bias_k", "bias_v")
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             if getattr(module, name) is not None:
                 matrices[name] = (getattr(module, name).shape[1], getattr(module, name).shape[0])
+    else:
+        # every library has norms of its own (LlamaRMSNorm): they are known by their name
+        is_vector = isinstance(module, _VECTORS) or type(module).__name__.endswith("Norm")
+        vectors = dict(module.named_parameters(recurse=False)) if is_vector else ()
     for name, tensor in module.named_parameters(recurse=False):
         is_factor = name in factors
         yield Parameter(
-            name=prefix + name,
+            names=(prefix + name,),
             key=prefix + ("weight" if is_factor else name),
             tensor=tensor,
+            known=name in matrices or name in vectors or tensor.numel() == 1,  # a scalar does not grow with the width
             matrix=matrices.get(name),
             structure=structure if is_factor else None,
             factor=factors.get(name, 0),

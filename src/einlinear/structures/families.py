@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -17,13 +18,17 @@ Builder = Callable[..., str]
 FAMILIES: dict[str, Builder] = {}
 
 
-def register_family(name: str, builder: Builder) -> Builder:
-    """Add a named family: from then on ``name(argument=value, ...)`` is a structure, in Python and on the command line.
+def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> Builder:
+    """Add a named family: from then on ``name(argument=value, ...)`` is a structure.
+
+    The command line knows it too, when it is told which file registers it: ``einlinear --import FILE``.
 
     Args:
         name: an identifier that is not taken.
         builder: a function of keyword arguments (a default makes one optional) that returns the pattern, as text. If it
             has parameters called in_features and out_features, it is told the size of the layer as well.
+        overwrite: whether the name may be taken, by an earlier run of the same notebook cell say; structures made
+            before keep the pattern they have.
 
     Returns:
         The builder.
@@ -40,8 +45,8 @@ def register_family(name: str, builder: Builder) -> Builder:
     """
     if not name.isidentifier():
         raise ValueError(f"a family's name must be an identifier, such as 'my_family', not {name!r}")
-    if name in FAMILIES:
-        raise ValueError(f"the family {name!r} is already registered: choose another name")
+    if name in FAMILIES and not overwrite:
+        raise ValueError(f"the family {name!r} is already registered: choose another name, or give overwrite=True")
     if not callable(builder):
         raise TypeError(f"the builder of {name!r} must be a function that returns a pattern, not {builder!r}")
     kinds = {p.kind for p in inspect.signature(builder).parameters.values()}
@@ -64,7 +69,8 @@ def _count(family: str, **given: object) -> None:
     """Check arguments that count something."""
     for name, value in given.items():
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{family}: {name} must be a whole number, not {value!r}")
+            written = float(value) if isinstance(value, Fraction) else value  # specs read 2.0 as a fraction
+            raise TypeError(f"{family}: {name} must be a whole number, not {written!r}")
         if value < 1:
             raise ValueError(f"{family}: {name} must be at least 1, not {value}")
 
@@ -109,9 +115,15 @@ def _btt(rank: int = 1, cores: int = 2) -> str:
     return _chain(inputs[::-1], factors, outputs, ranks, rank)
 
 
-def _monarch(blocks: int = 4) -> str:
+def _monarch(blocks: int = 4, *, in_features: int, out_features: int) -> str:
     """Two block-diagonal factors with a transposition between and after them (arXiv 2204.00595, appendix A)."""
     _count("monarch", blocks=blocks)
+    smaller = min(in_features, out_features)
+    if blocks**2 > smaller:  # the rank would be below 1
+        raise ValueError(
+            f"monarch: min(in_features, out_features) = {smaller} is fewer than blocks^2 = {blocks**2}; "
+            f"take at most {math.isqrt(smaller)} blocks"
+        )
     return f"(g a), g r f a, f e g r -> (e f) where g={blocks}, f={blocks}, r=features/{blocks**2}"
 
 

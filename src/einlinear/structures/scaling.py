@@ -2,6 +2,9 @@
 
 Every factor is treated as the batch of dense matrices that its step multiplies with, of fan_in summed and fan_out
 introduced features (Qiu et al., arXiv 2406.06248, section 3; the SGD rule after Yang and Hu, arXiv 2011.14522).
+
+These are the rules for one structure; `parametrize/mup.py` applies them to whole models. They stand here because
+`nn.Linear` draws its factors by them, and the folder parametrize, which knows about modules, comes after nn.
 """
 
 from __future__ import annotations
@@ -11,17 +14,25 @@ import math
 from einlinear.structures.structure import Structure
 
 
+def spectral_std(fan_in: int, fan_out: int) -> float:
+    """The standard deviation that gives a Gaussian matrix a spectral norm of one to two times sqrt(fan_out / fan_in).
+
+    sqrt(min(fan_in, fan_out)) / fan_in: the spectral condition of Yang et al., arXiv 2310.17813.
+    """
+    return math.sqrt(min(fan_in, fan_out)) / fan_in
+
+
 def init_std(structure: Structure) -> tuple[float, ...]:
     """The standard deviation of every factor's entries at initialisation, in the order of `structure.factors`.
 
-    sqrt(min(fan_in, fan_out)) / fan_in, and a sum of T terms shares the variance: divided by sqrt(T).
+    That of `spectral_std`, and a sum of T terms shares the variance: divided by sqrt(T).
 
     >>> import einlinear as el
     >>> init_std(el.structure("btt", 256, 256))
     (0.25, 0.25)
     """
     terms = math.sqrt(len(structure.terms))
-    return tuple(math.sqrt(min(f.fan_in, f.fan_out)) / f.fan_in / terms for f in structure.factors)
+    return tuple(spectral_std(factor.fan_in, factor.fan_out) / terms for factor in structure.factors)
 
 
 def adam_multipliers(structure: Structure) -> tuple[float, ...]:

@@ -55,7 +55,10 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
         size = given.get(axis)
         if size is None:
             if not owners:
-                raise ValueError(f"axis {axis!r} is neither read nor written, so its size must be given: {axis}=...")
+                raise ValueError(
+                    f"axis {axis!r} is neither read nor written, so its size must be given: 'where {axis}=2' in the "
+                    f'pattern, or sizes={{"{axis}": 2}}'
+                )
         elif size.exponent in (0, 1):
             fixed[axis] = max(1, math.floor(size.of(features)))
         elif owners:

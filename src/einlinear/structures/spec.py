@@ -6,7 +6,7 @@ import ast
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -16,6 +16,7 @@ from einlinear.structures.pattern import Pattern, PatternError, parse
 from einlinear.structures.structure import Structure, build
 
 _FAMILY = re.compile(r"\s*[\w-]+\s*(\(.*)?$", re.DOTALL)  # a name, alone or with a bracket; all else is a pattern
+_FEATURES = {"in_features", "out_features"}  # arguments that a builder is given, not the user
 
 
 def structure(
@@ -32,8 +33,8 @@ def structure(
     Args:
         spec: a family, ``"btt(rank=2)"`` or ``"btt"``, or a pattern, ``"(g a), g r f a, f e g r -> (f e)"``.
         in_features, out_features: the size of the layer.
-        max_macs: a fraction of the MACs of dense. The argument that spends compute and is not given (the rank, else
-            the blocks; of a pattern its one axis of unknown rank) is chosen as rich as this budget allows.
+        max_macs: a fraction of the MACs of dense, at most 1. The argument that spends compute and is not given (the
+            rank, else the blocks; of a pattern its one axis of unknown rank) is chosen as rich as this budget allows.
         sizes: sizes of axes of a pattern, by name.
         **arguments: arguments of the family, as if written in the spec.
 
@@ -59,11 +60,17 @@ def structure(
             raise TypeError(f"{name} must be an int, not {features!r}")
         if features < 1:
             raise ValueError(f"{name} must be at least 1, not {features}")
-    if max_macs is not None and not (isinstance(max_macs, int | float) and max_macs > 0):
-        raise ValueError(f"max_macs is a fraction of the MACs of dense, such as 0.25, not {max_macs!r}")
+    if max_macs is not None and not (isinstance(max_macs, int | float) and 0 < max_macs <= 1):
+        raise ValueError(
+            f"max_macs is a fraction of the MACs of dense, above 0 and at most 1, such as 0.25, not {max_macs!r}"
+        )
     if not _FAMILY.match(spec):
         if arguments:
-            raise ValueError(f"a pattern takes sizes={{...}}, not {', '.join(arguments)}=")
+            named = ", ".join(arguments)
+            raise ValueError(
+                f"a pattern takes no arguments, not {named}=: write sizes into it, as in 'where r=2', or give them as "
+                'sizes={"r": 2}'
+            )
         pattern = parse(" ".join(spec.split())).with_sizes(sizes or {})
         return _from_pattern(pattern, in_features, out_features, max_macs)
     if sizes is not None:
@@ -95,7 +102,13 @@ def parse_family(spec: str) -> tuple[str, dict[str, Any]]:
         raise PatternError(
             f"name the argument: {name.strip()}(argument=value)", spec, start + call.args[0].col_offset - 1
         )
-    return name.strip(), {str(keyword.arg): _value(keyword.value, spec, start) for keyword in call.keywords}
+    arguments: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg in arguments:
+            message = f"{keyword.arg} is given twice" if keyword.arg else "** cannot be read here"
+            raise PatternError(message, spec, start + keyword.col_offset - 1)
+        arguments[keyword.arg] = _value(keyword.value, spec, start)
+    return name.strip(), arguments
 
 
 def _value(node: ast.expr, spec: str, start: int) -> Any:
@@ -105,11 +118,13 @@ def _value(node: ast.expr, spec: str, start: int) -> Any:
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand, spec, start)
+        operand = _value(node.operand, spec, start)
+        if isinstance(operand, int | Fraction):
+            return -operand
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
         left, right = _value(node.left, spec, start), _value(node.right, spec, start)
-        if right:
-            return Fraction(left) / Fraction(right)
+        if isinstance(left, int | Fraction) and isinstance(right, int | Fraction) and right:
+            return Fraction(left) / right
     if isinstance(node, ast.Tuple):
         return tuple(_value(element, spec, start) for element in node.elts)
     raise PatternError("expected a number, a fraction, a word or a tuple", spec, start + node.col_offset - 1)
@@ -147,12 +162,17 @@ def _build(pattern: Pattern, in_features: int, out_features: int, spec: str | No
 
 def check_spec(spec: str) -> None:
     """Raise what `structure` would raise at any size: an unknown family or argument, a pattern that cannot be read."""
+    if isinstance(spec, Structure):
+        raise TypeError(f"a Structure has one size: give its spec, {spec.spec!r}, which is for layers of any size")
     if not isinstance(spec, str):
         raise TypeError(f"a structure is given as text such as 'btt(rank=2)', not {spec!r}")
-    if _FAMILY.match(spec):
-        _family_pattern(*parse_family(spec), 1, 1)
-    else:
+    if not _FAMILY.match(spec):
         parse(" ".join(spec.split()))
+        return
+    name, given = parse_family(spec)
+    _check_arguments(name, given)
+    if not inspect.signature(find_family(name)).parameters.keys() & _FEATURES:  # else it may refuse some sizes only
+        _family_pattern(name, given, 1, 1)
 
 
 def _from_family(
@@ -177,8 +197,19 @@ def _family_pattern(name: str, given: Mapping[str, Any], in_features: int, out_f
     """The pattern that a family's builder returns for these arguments, and the canonical spec that says so."""
     builder = find_family(name)
     parameters = inspect.signature(builder).parameters
+    own = _check_arguments(name, given)
     features = {"in_features": in_features, "out_features": out_features}
-    own = [parameter for parameter in parameters if parameter not in features]
+    text = builder(**given, **{p: features[p] for p in parameters if p in features})
+    if not isinstance(text, str):
+        raise TypeError(f"the builder of {name!r} must return a pattern as text, not {text!r}")
+    shown = [f"{p}={_text(given[p])}" for p in own if p in given and given[p] != parameters[p].default]
+    return parse(text), f"{name}({', '.join(shown)})" if shown else name
+
+
+def _check_arguments(name: str, given: Iterable[str]) -> list[str]:
+    """The names of a family's arguments, once it is known that it takes the given ones and needs no others."""
+    parameters = inspect.signature(find_family(name)).parameters
+    own = [parameter for parameter in parameters if parameter not in _FEATURES]
     for argument in given:
         if argument not in own:
             nearest = difflib.get_close_matches(argument, own, n=1)
@@ -188,9 +219,7 @@ def _family_pattern(name: str, given: Mapping[str, Any], in_features: int, out_f
     missing = [p for p in own if parameters[p].default is inspect.Parameter.empty and p not in given]
     if missing:
         raise ValueError(f"{name} needs {', '.join(f'{p}=' for p in missing)}")
-    shown = [f"{p}={_text(given[p])}" for p in own if p in given and given[p] != parameters[p].default]
-    text = builder(**given, **{p: features[p] for p in parameters if p in features})
-    return parse(text), f"{name}({', '.join(shown)})" if shown else name
+    return own
 
 
 def _text(value: Any) -> str:
@@ -219,6 +248,8 @@ def _largest(make: Callable[[int], Structure], max_macs: float) -> Structure:
     best = _within(make(1), max_macs)
     low, high = 1, 2
     while _fraction(candidate := make(high)) <= max_macs:
+        if candidate.macs == best.macs:  # the pattern makes no use of the rank
+            return best
         best, low, high = candidate, high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -232,15 +263,17 @@ def _largest(make: Callable[[int], Structure], max_macs: float) -> Structure:
 def _fewest_blocks(make: Callable[[int], Structure], most: int, max_macs: float) -> Structure:
     """The structure of fewest blocks within the budget, of those that fit the features."""
     cheapest: Structure | None = None
+    refused: ValueError | None = None
     for blocks in range(1, most + 1):
         try:
             candidate = make(blocks)
-        except ValueError:  # too much padding with this many
+        except ValueError as error:  # too many for these features, or too much padding
+            refused = error
             continue
         if _fraction(candidate) <= max_macs:
             return candidate
         if cheapest is None or candidate.macs < cheapest.macs:
             cheapest = candidate
     if cheapest is None:
-        raise ValueError("no number of blocks fits these features")
+        raise refused or ValueError("no number of blocks fits these features")
     return _within(cheapest, max_macs)

@@ -99,6 +99,9 @@ class Structure:
         """The rank of the matrix for almost all values of the factors."""
         return counts.generic_rank(self.pattern.terms, dict(self.sizes), self.in_features, self.out_features)
 
+    def __hash__(self) -> int:  # on every call of a layer: what makes two structures differ, and no more
+        return hash((self.spec, self.in_features, self.out_features))
+
     def __str__(self) -> str:
         return f"{self.spec}, {self.in_features} -> {self.out_features}"
 
