@@ -14,7 +14,9 @@ def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 5, 64)
     choice = el.explain(layer, x)
     assert choice.executor in ops.EXECUTORS
-    assert "16 tokens" in choice.reason
+    assert "a training step of 16 tokens" in choice.reason
+    with torch.no_grad():
+        assert "a forward pass of 16 tokens" in el.explain(layer, x).reason
     assert dict(choice.refusals)["triton"]
     ran = []
     executor = dispatch.find(choice.executor)

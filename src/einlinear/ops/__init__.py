@@ -79,7 +79,8 @@ def _run(
             spec, in_features, out_features = structure.spec, structure.in_features, structure.out_features
             executor = _choose_compiled(spec, in_features, out_features, x.dtype, x.device.type)
         else:
-            executor = dispatch.choose(structure, x.shape[0], x.dtype, x.device).executor
+            training = function.wants_gradients(x, factors, bias)
+            executor = dispatch.choose(structure, x.shape[0], x.dtype, x.device, training).executor
     elif (why := unsupported(executor, structure, x.dtype, x.device)) is not None:
         raise RuntimeError(f"the executor {executor!r} cannot run this: {why}")
     if executor == "reference":

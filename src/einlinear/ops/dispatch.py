@@ -8,11 +8,13 @@ of one machine, but only their ratios count.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from einlinear.structures import Structure
 
 EXECUTORS = ("reference", "bmm", "tiles", "triton")
+CPU_EXECUTORS = EXECUTORS[:3]
 _MODULES = {"bmm": "bmm", "tiles": "tiles", "triton": "triton_kernels"}
 
 
@@ -116,7 +119,7 @@ class Choice:
     Attributes:
         executor: its name.
         reason: one sentence.
-        estimates: microseconds of a forward pass by the cost model, of the executors that can run and of dense.
+        estimates: microseconds by the cost model, of the executors that can run and of dense.
         refusals: why the others cannot.
     """
 
@@ -127,23 +130,26 @@ class Choice:
 
     def __str__(self) -> str:
         lines = [f"{self.executor}: {self.reason}"]
-        lines += [f"  {name:<10} about {us:,.0f} us forward" for name, us in self.estimates]
+        lines += [f"  {name:<10} about {us:,.0f} us" for name, us in self.estimates]
         lines += [f"  {name:<10} cannot: {why}" for name, why in self.refusals]
         return "\n".join(lines)
 
 
-def choose(structure: Structure, tokens: int, dtype: torch.dtype, device: torch.device) -> Choice:
-    """The executor for this many tokens; chosen once for every power of two."""
+def choose(
+    structure: Structure, tokens: int, dtype: torch.dtype, device: torch.device, training: bool = False
+) -> Choice:
+    """The executor for this many tokens, forward only or with a backward pass; chosen once for every power of two."""
     if forced.executor is not None:
         why = unsupported(forced.executor, structure, dtype, device)
         if why is not None:
             raise RuntimeError(f"einlinear.backend({forced.executor!r}) forces an executor that cannot run here: {why}")
         return Choice(forced.executor, "forced by einlinear.backend")
-    return _cheapest(structure, max(tokens - 1, 0).bit_length(), dtype, device.type)
+    return _cheapest(structure, max(tokens - 1, 0).bit_length(), dtype, device.type, training)
 
 
 @lru_cache(maxsize=65536)
-def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str) -> Choice:
+def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str, training: bool) -> Choice:
+    """On the CPU by the cost model, which was fitted to float32: other dtypes by the same ratios."""
     device = torch.device(device_type)
     refused = {name: unsupported(name, structure, dtype, device) for name in EXECUTORS}
     able = [name for name, why in refused.items() if why is None]
@@ -152,31 +158,36 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         order: tuple[str, ...] = ("triton", "bmm", "reference")
         best = next(name for name in order if name in able)
         return Choice(best, "the first of triton, bmm and reference that can run", (), refusals)
-    costs = {name: microseconds(name, structure, 2**tokens_log2) for name in COSTS if name in (*able, "dense")}
-    best = min((name for name in able if name in costs), key=costs.__getitem__)
-    reason = f"the cheapest that can run, by the cost model, at {2**tokens_log2} tokens"
+    mode = "train" if training else "forward"
+    names = [name for name in ("dense", *CPU_EXECUTORS) if name in (*able, "dense")]
+    costs = {name: microseconds(name, structure, 2**tokens_log2, mode) for name in names}
+    best = min(names[1:], key=costs.__getitem__)
+    doing = "a training step" if training else "a forward pass"
+    reason = f"the cheapest that can run, by the cost model, for {doing} of {2**tokens_log2} tokens"
     if costs["dense"] < costs[best]:
         reason += "; a dense layer would be faster"
     return Choice(best, reason, tuple(sorted(costs.items(), key=lambda item: item[1])), refusals)
 
 
-# Per executor: microseconds of a call and of every step, and of a million multiply-accumulates, numbers of activations
-# read or written, and numbers of factors read.
-COSTS = {
-    "dense": (7.0, 0.0, 10.5, 150.0, 180.0),
-    "reference": (20.0, 25.0, 15.0, 1200.0, 180.0),
-    "bmm": (15.0, 25.0, 15.0, 500.0, 180.0),
-    "tiles": (15.0, 2.0, 12.0, 200.0, 180.0),
-}
+def read_costs() -> dict[str, dict[str, list[float]]]:
+    """The coefficients of the cost model: per kind of pass ("forward", "train") and executor, what `amounts` costs."""
+    content = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
+    return {mode: content[mode] for mode in ("forward", "train")}
 
 
-def microseconds(executor: str, structure: Structure, tokens: int) -> float:
-    """What the cost model says of a forward pass on the CPU; "dense" is `torch.nn.Linear` of the same size."""
-    return sum(c * amount for c, amount in zip(COSTS[executor], amounts(executor, structure, tokens), strict=True))
+COSTS_FILE = Path(__file__).with_name("costs.json")  # written by einlinear.bench.fitting
+COSTS = read_costs()
+
+
+def microseconds(executor: str, structure: Structure, tokens: int, mode: str) -> float:
+    """What the cost model says of a pass on the CPU; "dense" is `torch.nn.Linear` of the same size."""
+    return sum(
+        c * amount for c, amount in zip(COSTS[mode][executor], amounts(executor, structure, tokens), strict=True)
+    )
 
 
 def amounts(executor: str, structure: Structure, tokens: int) -> tuple[float, ...]:
-    """What the coefficients of the cost model multiply."""
+    """What the coefficients multiply: calls, steps, million MACs, million activations moved, million weights read."""
     in_features, out_features = structure.in_features, structure.out_features
     if executor == "dense":
         weights = in_features * out_features
@@ -196,7 +207,7 @@ def amounts(executor: str, structure: Structure, tokens: int) -> tuple[float, ..
 
 
 def explain(layer: Any, x: Tensor) -> Choice:
-    """Which executor a layer uses for an input, and why.
+    """Which executor a layer uses for an input, and why; for training or not, as gradients are wanted or not.
 
     Args:
         layer: an `einlinear.Linear`.
@@ -213,7 +224,8 @@ def explain(layer: Any, x: Tensor) -> Choice:
     structure = getattr(layer, "structure", None)
     if not isinstance(structure, Structure):
         raise TypeError(f"expected an einlinear.Linear, not {type(layer).__name__}")
-    return choose(structure, x.numel() // structure.in_features, x.dtype, x.device)
+    training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters()))
+    return choose(structure, x.numel() // structure.in_features, x.dtype, x.device, training)
 
 
 def _checked(name: str) -> str:
