@@ -16,6 +16,7 @@ import typer
 
 import einlinear
 from einlinear.cli import display
+from einlinear.cli.bench import bench
 from einlinear.cli.importing import import_user_code
 from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import numbers, specs
@@ -244,3 +245,6 @@ def _report(folder: Path) -> None:
         curves = summarise(read_results(folder)[0], read_experiment(folder).structures)
     display.results(curves)
     display.note(f"Report: {page}")
+
+
+app.command()(bench)

@@ -149,7 +149,7 @@ def choose(
 
 @lru_cache(maxsize=65536)
 def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str, training: bool) -> Choice:
-    """On the CPU by the cost model, which was fitted to float32: other dtypes by the same ratios."""
+    """On the CPU by the cost model, which was fitted to float32."""
     device = torch.device(device_type)
     refused = {name: unsupported(name, structure, dtype, device) for name in EXECUTORS}
     able = [name for name, why in refused.items() if why is None]
@@ -158,6 +158,8 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         order: tuple[str, ...] = ("triton", "bmm", "reference")
         best = next(name for name in order if name in able)
         return Choice(best, "the first of triton, bmm and reference that can run", (), refusals)
+    if dtype not in (torch.float32, torch.float64):
+        return Choice("reference", "strided matmuls of half precision are slow on the CPU", (), refusals)
     mode = "train" if training else "forward"
     names = [name for name in ("dense", *CPU_EXECUTORS) if name in (*able, "dense")]
     costs = {name: microseconds(name, structure, 2**tokens_log2, mode) for name in names}

@@ -228,7 +228,8 @@ static void multiply(const S* w, Index wk, Index wm, const S* from, const Index*
         multiply_rows<S, 8, 1, false>(w, wk, wm, from + t, from_rows, inner, to + t, to_rows, rows, tile, add);
 }
 
-// gradient[m][V vectors] += sum over columns and tokens of from[m][token] panel[token][V vectors]
+// gradient[m][V vectors] += sum over columns and tokens of from[m][token] panel[token][V vectors]. The sum of a tile is
+// added at once: in one long sum over all tokens the rounding errors would grow.
 template <class S, int M, int V>
 static inline void accumulate_micro(const S* from, const Index* from_rows, const Index* columns, Index count,
                                     Index tile, const S* const* panels, Index panel_ld, Index at, Index tokens,
@@ -238,7 +239,7 @@ static inline void accumulate_micro(const S* from, const Index* from_rows, const
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[m][v] = load(gradient + m * gradient_ld + v * L);
+        for (int v = 0; v < V; v++) sum[m][v] = Vec<S>{};
     for (Index c = 0; c < count; c++) {
         const S* rows[M];
 #pragma GCC unroll 16
@@ -257,7 +258,10 @@ static inline void accumulate_micro(const S* from, const Index* from_rows, const
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(gradient + m * gradient_ld + v * L, sum[m][v]);
+        for (int v = 0; v < V; v++) {
+            S* to = gradient + m * gradient_ld + v * L;
+            store(to, load(to) + sum[m][v]);
+        }
 }
 
 template <class S, int M>

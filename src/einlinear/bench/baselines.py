@@ -1,0 +1,118 @@
+"""What ours is compared with besides `torch.nn.Linear`: the implementation that the literature uses, and a package.
+
+Both hold the factors in layouts of their own. Going from the factors to these only moves entries, so the same function
+takes gradients of the factors to those of the stored tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib import import_module
+from typing import cast
+
+from torch import Tensor, nn
+
+from einlinear.ops.reference import pad
+from einlinear.structures import Factor, Structure
+from einlinear.structures.pattern import Axes
+
+_TOKENS = ""  # the axis of the tokens; no axis of a pattern has this name
+
+
+def copying_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors as `copying` takes them: (batch, inner, rows), or (inner, rows) where there is no batch axis."""
+    sizes = dict(structure.sizes)
+    return [
+        _matrices(w.permute([f.axes.index(a) for a in f.batch + f.summed + f.introduced]), f, f.fan_in, sizes)
+        for f, w in zip(structure.factors, factors, strict=True)
+    ]
+
+
+def copying(structure: Structure, weights: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The copying baseline: one batched matmul per factor, with transposing copies after each of them.
+
+    Structures of two factors are published like this: the matmul has its batch axes first, so the intermediate is
+    transposed and made contiguous for the second one, and its result for the output. Autograd differentiates it.
+
+    Shapes:
+        x (n, in_features), weights as `copying_weights` says, to (n, out_features).
+    """
+    sizes = {**dict(structure.sizes), _TOKENS: x.shape[0]}
+    remaining = iter(weights)
+    total: Tensor | None = None
+    for term in structure.terms:
+        axes: Axes = (_TOKENS, *term.inputs)
+        z = pad(x, math.prod(sizes[a] for a in term.inputs)).reshape([sizes[a] for a in axes])
+        for factor in term.factors:
+            columns = tuple(a for a in axes if a not in factor.axes)
+            z = z.permute([axes.index(a) for a in factor.batch + columns + factor.summed])
+            z = z if factor is term.factors[0] else z.contiguous()
+            z = _matrices(z, factor, math.prod(sizes[a] for a in columns), sizes) @ next(remaining)
+            axes = factor.batch + columns + factor.introduced
+            z = z.reshape([sizes[a] for a in axes])
+        z = z.permute([axes.index(a) for a in (_TOKENS, *term.outputs)]).contiguous()
+        part = z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features]
+        total = part if total is None else total + part
+    assert total is not None
+    return total if bias is None else total + bias
+
+
+def _matrices(tensor: Tensor, factor: Factor, rows: int, sizes: dict[str, int]) -> Tensor:
+    """(batch axes, axes of the rows, axes of the columns) with one dimension for each of the three groups."""
+    batch = [math.prod(sizes[a] for a in factor.batch)] if factor.batch else []
+    return tensor.reshape(*batch, rows, tensor.numel() // max(1, math.prod(batch) * rows))
+
+
+def is_blocktt(structure: Structure) -> bool:
+    """Whether tensorly-torch's BlockTT layer can be this structure: a tensor-train matrix, which it does not pad."""
+    if _cores(structure) is None:
+        return False
+    sizes, term = dict(structure.sizes), structure.terms[0]
+    padded = math.prod(sizes[a] for a in term.inputs + term.outputs)
+    return structure.in_features * structure.out_features == padded
+
+
+def blocktt_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors as tensorly-torch's BlockTT has them: (rank before, out, in, rank after), slower axes first."""
+    cores = _cores(structure)
+    assert cores is not None
+    found = []
+    for (core, mode), before, after in zip(cores, ((), _rank(cores)), (_rank(cores), ()), strict=True):
+        w = factors[structure.factors.index(core)]
+        sizes = dict(zip(core.axes, w.shape, strict=True))
+        shape = (math.prod(sizes[a] for a in axes) for axes in (before, mode[:1], mode[1:], after))
+        found.append(w.permute([core.axes.index(a) for a in (*before, *mode, *after)]).reshape(*shape))
+    return found
+
+
+def blocktt(weights: Sequence[nn.Parameter], bias: nn.Parameter | None) -> nn.Module:
+    """The layer of tensorly-torch with these weights."""
+    tltorch = import_module("tltorch")  # imported only where it is wanted: it is slow, and has no types
+
+    shape = tuple(w.shape[1] for w in weights), tuple(w.shape[2] for w in weights)
+    tensor = tltorch.BlockTT(list(weights), tensorized_shape=shape, rank=[1, *(w.shape[3] for w in weights)])
+    layer = tltorch.FactorizedLinear(shape[1], shape[0], bias=False, factorization=tensor)
+    layer.bias = bias
+    return cast(nn.Module, layer)
+
+
+_Cores = tuple[tuple[Factor, Axes], tuple[Factor, Axes]]
+
+
+def _cores(structure: Structure) -> _Cores | None:
+    """The two cores of a tensor-train matrix, each with its (output, input) axes, the slower ones first."""
+    term = structure.terms[0]
+    if len(structure.terms) > 1 or not len(term.inputs) == len(term.outputs) == len(term.factors) == 2:
+        return None
+    first, second = sorted(term.factors, key=lambda factor: term.inputs[0] not in factor.axes)
+    slow, fast = zip(term.outputs, term.inputs, strict=True)
+    cores = (first, slow), (second, fast)
+    rank = _rank(cores)
+    return cores if all({*core.axes} == {*mode, *rank} for core, mode in cores) else None
+
+
+def _rank(cores: _Cores) -> Axes:
+    """The axes that both cores have."""
+    (first, _), (second, _) = cores
+    return tuple(a for a in first.axes if a in second.axes)

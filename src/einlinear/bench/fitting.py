@@ -1,0 +1,78 @@
+"""Fit the dispatcher's cost model to measurements.
+
+``python -m einlinear.bench.fitting docs/benchmarks/cpu/bench.json`` writes ops/costs.json, and prints how much is lost
+by choosing with the model instead of always taking the fastest executor.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import nnls
+
+from einlinear.bench.cases import Case
+from einlinear.bench.results import Bench, read
+from einlinear.bench.variants import DENSE
+from einlinear.ops import dispatch
+
+
+def timings(bench: Bench) -> Iterator[tuple[Case, str, dict[str, float]]]:
+    """Of every case on the CPU in float32: the kind of pass, and microseconds by executor (dense is one)."""
+    for result in bench.results:
+        if (result.case.device, result.case.dtype) == ("cpu", "float32"):
+            mode = "train" if result.case.mode == "train" else "forward"
+            names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
+            known = dispatch.CPU_EXECUTORS
+            yield (
+                result.case,
+                mode,
+                {"dense": names[DENSE], **{name: us for name, us in names.items() if name in known}},
+            )
+
+
+def fit(bench: Bench) -> dict[str, dict[str, list[float]]]:
+    """Non-negative coefficients of least relative error, for every kind of pass and executor."""
+    rows: dict[tuple[str, str], list[list[float]]] = {}
+    for case, mode, times in timings(bench):
+        for name, us in times.items():
+            amounts = dispatch.amounts(name, case.build(), case.tokens)
+            rows.setdefault((mode, name), []).append([amount / us for amount in amounts])
+    costs: dict[str, dict[str, list[float]]] = {"forward": {}, "train": {}}
+    for (mode, name), relative in rows.items():
+        matrix = np.array(relative)
+        scale = np.maximum(matrix.max(0), 1e-30)  # of very different sizes: columns are scaled to one
+        solution, _ = nnls(matrix / scale, np.ones(len(matrix)))
+        costs[mode][name] = [float(f"{c:.4g}") for c in solution / scale]
+    return costs
+
+
+def losses(bench: Bench) -> list[tuple[float, Case]]:
+    """The time of the chosen executor over that of the fastest, for every case, the worst first."""
+    found = []
+    for case, mode, times in timings(bench):
+        able = [name for name in times if name != "dense"]
+        costs = {name: dispatch.microseconds(name, case.build(), case.tokens, mode) for name in able}
+        chosen = min(able, key=costs.__getitem__)
+        found.append((times[chosen] / min(times[name] for name in able), case))
+    return sorted(found, key=lambda loss: -loss[0])
+
+
+def main(path: str) -> None:
+    bench = read(Path(path))
+    costs = {"fitted_to": path, **fit(bench)}
+    dispatch.COSTS_FILE.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
+    dispatch.COSTS.clear()
+    dispatch.COSTS.update(dispatch.read_costs())
+    found = losses(bench)
+    close = sum(loss <= 1.1 for loss, _ in found) / len(found)
+    print(f"{len(found)} cases; chosen within 10 % of the fastest: {close:.0%}; the worst:")
+    for loss, case in found[:5]:
+        print(f"  {loss:.2f}  {case}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
