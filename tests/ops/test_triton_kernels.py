@@ -1,0 +1,339 @@
+"""The Triton kernels against plain einsum in float64, and what the compiler makes of them.
+
+Without a GPU the kernels run in Triton's interpreter, which must be switched on before triton is imported: then this
+file runs itself once more, in a process that has TRITON_INTERPRET=1. The interpreter is lenient where the compiler is
+not, so the kernels are also compiled for a Hopper GPU, which takes no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.families import PATTERNS, SAMPLES
+from torch import Tensor
+
+import einlinear as el
+from einlinear import ops
+from einlinear.ops import reference
+from einlinear.ops import triton_kernels as kernels
+from einlinear.ops.triton_kernels import tiles
+from einlinear.ops.triton_kernels.steps import plan
+from einlinear.structures import Structure
+
+if importlib.util.find_spec("triton") is None:
+    if os.environ.get("CI") == "true":
+        raise RuntimeError("triton is not installed, so its kernels would go untested: pip install triton")
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+INTERPRETED = kernels.interpreting()
+RUNS = INTERPRETED or torch.cuda.is_available()
+DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+H100 = tiles.Device(132, 232_448)
+
+SPECS = [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS
+CASES = {  # features in and out, tokens: rectangular and padded to either side, square; odd, one
+    torch.float32: (16, 23, 33),
+    torch.bfloat16: (23, 16, 5),
+    torch.float16: (16, 16, 1),
+}
+ERROR = 3  # at most this many times that of torch in the same dtype
+
+
+def draw(spec: str, in_features: int, out_features: int, n: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """A structure; factors, x, bias and the output's gradient."""
+    try:
+        s = el.structure(spec, in_features, out_features)
+    except ValueError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    factors = [randn(*f.shape) / f.fan_in**0.5 for f in s.factors]
+    return s, factors, randn(n, in_features), randn(out_features), randn(n, out_features)
+
+
+def by_torch(s: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of x and the factors, by plain einsum."""
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, *factors)]
+    y = reference.apply(s, inputs[1:], inputs[0]) + bias
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+def error(found: Tensor | None, wanted: Tensor) -> float:
+    assert found is not None
+    assert found.shape == wanted.shape
+    assert found.isfinite().all()
+    return float(torch.linalg.norm(found.double() - wanted) / torch.linalg.norm(wanted))
+
+
+def double(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+def designs(s: Structure, dtype: torch.dtype) -> list[str]:
+    limits = tiles.device_limits(DEVICE)
+    pairs = [steps for steps in plan(s) if len(steps) == 2]
+    fits = pairs and all(tiles.fused_tiles(*steps, dtype.itemsize, limits) for steps in pairs)
+    return ["steps", "fused"] if fits else ["steps"]
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory that a kernel is given to write is full of NaN."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which torch's own products refuse, on a GPU
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.ones(1).new_empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, kernels are compiled for one tile, not for all that could be faster."""
+    monkeypatch.setattr(kernels, "TUNE", False)
+
+
+@pytest.mark.skipif(RUNS, reason="the tests run here")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class TestKernels:
+    """What the kernels compute."""
+
+    __test__ = RUNS
+
+    @pytest.mark.parametrize("dtype", CASES, ids=str)
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_output_and_gradients(self, spec: str, dtype: torch.dtype) -> None:
+        s, factors, x, bias, grad = draw(spec, *CASES[dtype], dtype)
+        assert kernels.unsupported(s, dtype, DEVICE) is None
+        exact = by_torch(s, double(factors), x.double(), bias.double(), grad.double())
+        dense = torch.addmm(bias, x, ops.dense_weight(s, double(factors)).to(dtype).T)
+        theirs = map(error, by_torch(s, factors, x, bias, grad), exact)
+        bounds = [ERROR * max(error(dense, exact[0]), one) for one in theirs]
+        if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter truncates instead of rounding
+            bounds = [2 * bound for bound in bounds]
+        both = designs(s, dtype)
+        for design in both if dtype != torch.float16 else both[-1:]:  # not both a third time
+            y, saved = kernels.forward(s, factors, x, bias, True, design)
+            grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+            for found, wanted, bound in zip([y, grad_x, *grad_factors], exact, bounds, strict=True):
+                assert found is not None
+                assert found.dtype == dtype
+                assert error(found, wanted) <= bound
+            if dtype == torch.float32 and design == both[-1]:
+                grad_x, nothing = kernels.backward(s, factors, x, grad, saved, True, [False] * len(factors), design)
+                assert error(grad_x, exact[1]) <= bounds[1]
+                assert nothing == [None] * len(factors)
+
+    @pytest.mark.parametrize("spec", ["btt", "kronecker", "dyad", "tt(cores=3)"])
+    def test_only_what_is_wanted(self, spec: str) -> None:
+        """Nothing is saved, states are computed again, and every subset of the gradients is found."""
+        s, factors, x, bias, grad = draw(spec, 16, 16, 3, torch.float32)
+        y, saved = kernels.forward(s, factors, x, None, False)
+        exact = by_torch(s, double(factors), x.double(), torch.zeros_like(bias).double(), grad.double())
+        assert error(y, exact[0]) < 1e-6
+        assert saved == []
+        for wanted in [(i == j for j in range(len(factors) + 1)) for i in range(len(factors) + 1)]:
+            needs_x, *needs = wanted
+            grad_x, grad_factors = kernels.backward(s, factors, x, grad, [], needs_x, needs)
+            for found, need, right in zip([grad_x, *grad_factors], [needs_x, *needs], exact[1:], strict=True):
+                assert (error(found, right) < 1e-6) if need else found is None
+
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_no_tokens(self, spec: str) -> None:
+        s, factors, x, bias, grad = draw(spec, 16, 16, 0, torch.bfloat16)
+        y, saved = kernels.forward(s, factors, x, bias, True)
+        grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+        assert y.shape == (0, 16)
+        assert grad_x is not None
+        assert grad_x.shape == (0, 16)
+        for found, factor in zip(grad_factors, factors, strict=True):
+            assert torch.equal(found, torch.zeros_like(factor))
+
+    @pytest.mark.parametrize("spec", ["kronecker", "monarch(blocks=2)"])
+    def test_many_tokens_and_any_strides(self, spec: str) -> None:
+        """Tokens are split among programs, with a ragged end; inputs are strided, transposed and expanded."""
+        s, factors, x, bias, grad = draw(spec, 16, 16, 270, torch.float32)
+        first = plan(s)[0][0]
+        assert 2 * tiles.share(first, 4, 512, tiles.device_limits(DEVICE), joint=True) < 270 * first.counts[1]
+        factors = [factor.transpose(0, -1).contiguous().transpose(0, -1) for factor in factors]
+        wide, ones = torch.cat([x, x], 1), grad[:1, :1].expand(270, 16)
+        for inputs, grads in ((wide[:, 3:19], ones), (wide[:, ::2], grad.T.contiguous().T)):
+            exact = by_torch(s, double(factors), inputs.double(), bias.double(), grads.double())
+            y, saved = kernels.forward(s, factors, inputs, bias, True)
+            grad_x, grad_factors = kernels.backward(s, factors, inputs, grads, saved, True, [True] * len(factors))
+            assert max(map(error, [y, grad_x, *grad_factors], exact)) < 2e-6
+
+    def test_twice_the_same(self) -> None:
+        s, factors, x, bias, grad = draw("btt", 16, 16, 300, torch.bfloat16)
+        runs = []
+        for _ in range(2):
+            y, saved = kernels.forward(s, factors, x, bias, True)
+            grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+            runs.append([y, grad_x, *grad_factors])
+        assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+    @pytest.mark.skipif(INTERPRETED, reason="there is nothing to measure in the interpreter")
+    @pytest.mark.parametrize("design", ["steps", "fused"])
+    def test_tuned(self, monkeypatch: pytest.MonkeyPatch, design: str) -> None:
+        monkeypatch.setattr(kernels, "TUNE", True)
+        s, factors, x, bias, grad = draw("kronecker", 256, 256, 1000, torch.bfloat16)
+        exact = by_torch(s, double(factors), x.double(), bias.double(), grad.double())
+        y, saved = kernels.forward(s, factors, x, bias, True, design)
+        grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True, True])
+        assert max(map(error, [y, grad_x, *grad_factors], exact)) < 0.02
+
+    def test_designs_that_cannot_be(self) -> None:
+        s, factors, x, bias, _ = draw("i, i, o i -> o", 256, 256, 2, torch.float32)
+        with pytest.raises(ValueError, match="choose the design 'steps'"):
+            kernels.forward(s, factors, x, bias, False, "fused")
+        with pytest.raises(ValueError, match="choose steps or fused"):
+            kernels.forward(s, factors, x, bias, False, "spilled")
+
+
+class TestPlans:
+    """What needs no kernel to run."""
+
+    def test_what_is_unsupported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        s = el.structure("btt", 16, 16)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert "not on cpu" in str(kernels.unsupported(s, torch.float32, torch.device("cpu")))
+        assert "not float64" in str(kernels.unsupported(s, torch.float64, torch.device("cuda")))
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert kernels.unsupported(s, torch.float32, torch.device("cpu")) is None
+        assert "on the CPU" in str(kernels.unsupported(s, torch.float32, torch.device("cuda")))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert kernels.unsupported(s, torch.float32, torch.device("cuda")) == "triton is not installed"
+
+    def test_float32_products_are_computed_as_torch_computes_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            assert kernels._precision(torch.float32) == "ieee"
+            torch.set_float32_matmul_precision("high")
+            assert kernels._precision(torch.float32) == "tf32"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    @pytest.mark.parametrize(
+        ("spec", "tokens_last"),
+        [
+            ("btt", True),
+            ("btt(rank=32)", False),
+            ("kronecker", False),
+            ("low_rank(rank=64)", False),
+            ("monarch", False),
+        ],
+    )
+    def test_the_state_between_is_reached_in_runs(self, spec: str, tokens_last: bool) -> None:
+        ((first, second),) = plan(el.structure(spec, 1024, 1024))
+        assert first.result is second.source
+        assert first.result.tokens_last is tokens_last
+        if not tokens_last:
+            assert first.result.unit in first.rows
+            assert first.result.unit in second.inner + second.columns
+
+    @pytest.mark.parametrize(
+        ("spec", "features", "tokens", "pays"),
+        [
+            ("kronecker", 4096, 16384, True),  # small factors, all of a token's state in one tile
+            ("tt(rank=4)", 1024, 16384, True),
+            ("btt", 1024, 16384, True),
+            ("btt", 4096, 16384, False),  # a tile of the state needs too many factors
+            ("monarch", 4096, 16384, False),
+            ("low_rank(rank=64)", 4096, 16384, False),  # the state is small: nothing to gain
+            ("kronecker", 1024, 64, False),  # too few tokens for all processors
+        ],
+    )
+    def test_when_fusing_pays(self, spec: str, features: int, tokens: int, pays: bool) -> None:
+        ((first, second),) = plan(el.structure(spec, features, features))
+        assert tiles.fusing_pays(first, second, 2, tokens, H100, save=False) is pays
+        assert tiles.fusing_pays(first, second, 2, tokens, H100, save=True) <= pays
+        assert not tiles.fusing_pays(first, second, 4, tokens, H100, save=False)
+
+
+class TestCompiled:
+    """What the compiler makes of the kernels for an H100; the interpreter accepts what it does not."""
+
+    __test__ = not INTERPRETED
+
+    @pytest.mark.parametrize(
+        ("spec", "in_features", "out_features", "dtype", "design"),
+        [
+            ("btt", 1024, 4096, torch.bfloat16, "steps"),
+            ("btt", 512, 512, torch.float16, "fused"),
+            ("monarch", 1024, 1024, torch.bfloat16, "steps"),
+            ("kronecker", 1024, 1024, torch.bfloat16, "steps"),
+            ("kronecker", 1024, 1024, torch.bfloat16, "fused"),
+            ("low_rank(rank=32)", 1024, 1024, torch.float32, "steps"),
+            ("dyad(variant=dt)", 1000, 1000, torch.float32, "steps"),
+            ("tt(rank=3)", 1009, 331, torch.bfloat16, "fused"),
+        ],
+    )
+    def test_compiles_and_fits(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        spec: str,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        design: str,
+    ) -> None:
+        launches: list[tuple[Any, ...]] = []
+
+        def record(kernel: Any, programs: Callable[..., int], found: Any, *args: Any, **constants: Any) -> None:
+            launches.append((kernel, found[0], args, constants))
+
+        monkeypatch.setattr(tiles, "device_limits", lambda device: H100)
+        monkeypatch.setattr(kernels, "_launch", record)
+        s = el.structure(spec, in_features, out_features)
+        factors = [torch.empty(f.shape, dtype=dtype) for f in s.factors]
+        x, bias, grad = (torch.empty(n, dtype=dtype) for n in ((4096, in_features), out_features, (4096, out_features)))
+        _, saved = kernels.forward(s, factors, x, bias, True, design)
+        kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+        assert launches
+        for kernel, tile, args, constants in launches:
+            compiled = compile_for_hopper(kernel, tile, args, constants)
+            assert compiled.metadata.shared <= H100.shared
+            if not any(limit for name, limit in constants.items() if name.endswith("LIMIT")) and dtype.itemsize == 2:
+                assert ".global.b16" not in compiled.asm["ptx"]  # neighbours are moved together
+
+
+def compile_for_hopper(kernel: Any, tile: tiles.Tile, args: Sequence[Any], constants: dict[str, Any]) -> Any:
+    """Compile a launch as triton's launcher would: it knows which arguments are 1 and which are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    constants = {**constants, **dict(tile.blocks)}
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = constants.get(name, args[position] if position < len(args) else None)
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            constants[name], signature[name] = value, "constexpr"
+            continue
+        signature[name] = names[value.dtype] if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            aligned[position,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
