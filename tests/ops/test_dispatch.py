@@ -11,7 +11,7 @@ from einlinear.ops import bmm, dispatch, reference
 
 
 def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 5, 64)
+    layer, x = el.Linear(1024, 1024, "btt"), torch.randn(3, 5, 1024)
     choice = el.explain(layer, x)
     assert choice.executor in ops.EXECUTORS
     assert "a training step of 16 tokens" in choice.reason
@@ -60,6 +60,16 @@ def test_recompute_saves_nothing() -> None:
     inputs = x.numel() + sum(p.numel() for p in layer.parameters())
     assert saved(True) == inputs
     assert saved(False) == inputs + 40 * 64
+
+
+@pytest.mark.parametrize(("spec", "extra"), [("btt", 0), ("low_rank(rank=32)", 32 * 32), ("dyad", 0)])
+def test_states_are_saved_where_it_costs_more_to_compute_them_again(spec: str, extra: int) -> None:
+    layer, x = el.Linear(512, 512, spec), torch.randn(32, 512)
+    sizes = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t)
+    with el.backend("tiles"), hooks:
+        layer(x)
+    assert sum(sizes) == x.numel() + sum(p.numel() for p in layer.parameters()) + extra
 
 
 def test_mistakes() -> None:

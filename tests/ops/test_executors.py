@@ -35,7 +35,7 @@ def layer_and_gradients(
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("tokens", [1, 8, 17, 333])
+@pytest.mark.parametrize("tokens", [1, 7, 17, 333])
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("features", [(48, 80), (47, 91), (62, 33)])  # the latter two are padded
 def test_agrees_with_the_dense_matrix(

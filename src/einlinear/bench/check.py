@@ -1,7 +1,7 @@
 """No speed without a right result: every variant against the dense matrix in float64.
 
 How far off a variant may be follows from the error that the dense matmul itself makes in the same dtype on the same
-data: eight times that, and for gradients of factors in proportion to the root of how many more terms they sum.
+data: four times that, and for gradients of factors in proportion to the root of how many more terms they sum.
 """
 
 from __future__ import annotations

@@ -128,12 +128,12 @@ def measure(case: Case, settings: Settings, roof: Roof) -> Result:
         del reference
         peaks = {name: peak_bytes(call, case.device) for name, call in calls.items() if case.mode == "train"}
         seconds = interleave(calls, case.device, settings.budget)
+        choice = einlinear.explain(p.layer, p.x).executor  # inside: it depends on whether there are gradients
     measured = [_measurement(name, seconds, peaks.get(name)) for name in seconds]
     measured += [Measurement(name, why, wrong=True) for name, why in wrong.items()]
     measured += [Measurement(name, why) for name, why in refused.items()]
     moved = traffic(case, p.structure)
     flops = 2 * case.passes * case.tokens * p.structure.macs
-    choice = einlinear.explain(p.layer, p.x).executor
     return Result(case, p.structure.macs, choice, moved, roof.seconds(flops, moved.least), tuple(measured))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from einlinear.bench.cases import DTYPES, Case
@@ -33,20 +32,8 @@ def traffic(case: Case, structure: Structure) -> Traffic:
     """
     size = DTYPES[case.dtype].itemsize
     x, y = case.tokens * case.in_features, case.tokens * case.out_features
-    states = case.tokens * states_per_token(structure)
+    states = case.tokens * sum(term.states for term in structure.terms)
     training = case.mode == "train"
     times = (3, 2, 3, 6) if training else (1, 1, 1, 2)
     least = times[0] * x + times[1] * y + times[2] * structure.params
     return Traffic(size * least, size * (least + times[3] * states), size * states)
-
-
-def states_per_token(structure: Structure) -> int:
-    """The number of features of all states between two factors."""
-    sizes = dict(structure.sizes)
-    total = 0
-    for term in structure.terms:
-        state = term.inputs
-        for factor in term.factors[:-1]:
-            state = tuple(a for a in state if a not in factor.summed) + factor.introduced
-            total += math.prod(sizes[a] for a in state)
-    return total

@@ -89,7 +89,7 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         executor: "reference" (plain einsum), "bmm" (batched matmuls), "tiles" (compiled CPU kernel), "triton" (GPU
             kernels), or None: the dispatcher's choice.
         recompute: whether the backward pass computes the intermediate states again (True) or finds them saved (False);
-            None: what is fastest where it was measured, which for "tiles" is to compute them again.
+            None: what was measured to be faster.
 
     Raises:
         ValueError: an unknown executor.
@@ -110,6 +110,22 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         yield
     finally:
         forced.executor, forced.recompute = before
+
+
+def recomputes(executor: str, structure: Structure) -> bool:
+    """Whether a backward pass computes the states between factors again, rather than find them saved."""
+    if forced.recompute is not None:
+        return forced.recompute
+    return executor == "tiles" and _repeats(structure)
+
+
+@lru_cache(maxsize=4096)
+def _repeats(structure: Structure) -> bool:
+    again = sum(factor.macs for term in structure.terms for factor in term.factors[:-1])
+    return again < CHEAP * sum(term.states for term in structure.terms)
+
+
+CHEAP = 100  # MACs that take the compiled kernel as long as to write a number and read it: by docs/benchmarks/cpu
 
 
 @dataclass(frozen=True)
@@ -194,17 +210,7 @@ def amounts(executor: str, structure: Structure, tokens: int) -> tuple[float, ..
     if executor == "dense":
         weights = in_features * out_features
         return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6
-    sizes = dict(structure.sizes)
-    states = 0
-    for term in structure.terms:
-        state = term.inputs
-        for factor in term.factors:
-            state = tuple(a for a in state if a not in factor.summed) + factor.introduced
-            size = 1
-            for axis in state:
-                size *= sizes[axis]
-            states += size
-    moved = tokens * (in_features + states) / 1e6
+    moved = tokens * (in_features + sum(factor.results for factor in structure.factors)) / 1e6
     return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6
 
 

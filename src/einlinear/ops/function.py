@@ -2,7 +2,8 @@
 
 The operator (``torch.ops.einlinear.linear``) is what torch.compile, fake tensors, dispatch modes such as
 FlopCounterMode and selective activation checkpointing work with. The function does the same with a fifth of the
-overhead per call.
+overhead per call. Neither knows of autocast: a rule of an operator casts to one dtype for good, so it is `ops.linear`
+that casts to the dtype of the moment.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, structure: Structure, executor: str, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:
-        recompute = executor == "tiles" if dispatch.forced.recompute is None else dispatch.forced.recompute
-        y, saved = dispatch.find(executor).forward(structure, factors, x, bias, save=not recompute)
+        save = not dispatch.recomputes(executor, structure)
+        y, saved = dispatch.find(executor).forward(structure, factors, x, bias, save)
         ctx.structure, ctx.executor, ctx.count = structure, executor, len(factors)
         ctx.save_for_backward(x, bias, *factors, *saved)
         return y

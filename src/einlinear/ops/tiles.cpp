@@ -77,6 +77,8 @@ struct Step {
     // offsets: of batch, column and inner in the state before; of batch, column and row in the state after; of batch,
     // row and inner in the factor
     const Index *in_b, *in_c, *in_k, *out_b, *out_c, *out_r, *w_b, *w_r, *w_k;
+    // what lies between two entries of in_k, out_r, w_r and w_k, or 0 where that is not always the same
+    Index in_stride, out_stride, w_row, w_inner;
     Index pairs() const { return batches * columns; }
 };
 
@@ -99,6 +101,7 @@ struct Program {
             for (Step& s : term) {
                 s.factor = *p++, s.batches = *p++, s.columns = *p++, s.rows = *p++, s.inner = *p++;
                 s.width_in = *p++, s.width_out = *p++;
+                s.in_stride = *p++, s.out_stride = *p++, s.w_row = *p++, s.w_inner = *p++;
                 const Index** tables[] = {&s.in_b,  &s.in_c, &s.in_k, &s.out_b, &s.out_c,
                                           &s.out_r, &s.w_b,  &s.w_r,  &s.w_k};
                 const Index lengths[] = {s.batches, s.columns, s.inner, s.batches, s.columns,
@@ -171,31 +174,39 @@ static void transpose(const S* from, Index from_ld, S* to, Index to_ld, Index ro
 
 // ---------------------------------------------------------------- micro-kernels
 
+constexpr Index RUN = 256;  // a sum is made of runs of so many terms: in one long sum the rounding errors would grow
+
 // to[m] (+)= sum_k w(k, m) from[k] for M rows of V vectors of tokens; w(k, m) is w[k * M + m] if packed, else
 // w[k * wk + m * wm]
 template <class S, int M, int V, bool Packed>
 static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index inner,
                                   S* to, const Index* to_rows, Index tile, bool add) {
     constexpr int L = Simd<S>::lanes;
-    Vec<S> sum[M][V];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[m][v] = add ? load(to + to_rows[m] * tile + v * L) : Vec<S>{};
-    for (Index k = 0; k < inner; k++, w += Packed ? M : wk) {
-        const S* row = from + from_rows[k] * tile;
-        Vec<S> x[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) x[v] = load(row + v * L);
+    for (Index start = 0; start < inner; start += RUN) {
+        Vec<S> sum[M][V];
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[m][v] += w[Packed ? m : m * wm] * x[v];
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
+            for (int v = 0; v < V; v++) sum[m][v] = Vec<S>{};
+        for (Index k = start; k < std::min(inner, start + RUN); k++, w += Packed ? M : wk) {
+            const S* row = from + from_rows[k] * tile;
+            Vec<S> x[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(to + to_rows[m] * tile + v * L, sum[m][v]);
+            for (int v = 0; v < V; v++) x[v] = load(row + v * L);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) sum[m][v] += w[Packed ? m : m * wm] * x[v];
+        }
+        bool more = add || start;
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) {
+                S* at = to + to_rows[m] * tile + v * L;
+                store(at, more ? load(at) + sum[m][v] : sum[m][v]);
+            }
+    }
 }
 
 template <class S, int M, int V, bool Packed>
@@ -306,13 +317,6 @@ static Team everyone() {
 #endif
 }
 
-static bool uniform(const Index* table, Index count, Index& stride) {
-    stride = count > 1 ? table[1] - table[0] : 1;
-    for (Index i = 0; i < count; i++)
-        if (table[i] != i * stride) return false;
-    return true;
-}
-
 template <class S>
 struct Weights {  // a factor as its step multiplies with it
     const S* data;
@@ -408,18 +412,14 @@ static void write_tile(const S* from, Index tile, Sink<S> to, const S* bias, Tea
 // One direction of a step: where its products read and write.
 struct Side {
     const Index *batch, *column, *row;
-    Index rows;
-    bool run() const {  // whether a product's rows are neighbours
-        for (Index i = 0; i < rows; i++)
-            if (row[i] != i) return false;
-        return true;
-    }
+    Index rows, stride;
+    bool run() const { return stride == 1; }  // whether a product's rows are neighbours
 };
 static Side before(const Step& s) {
-    return {s.in_b, s.in_c, s.in_k, s.inner};
+    return {s.in_b, s.in_c, s.in_k, s.inner, s.in_stride};
 }
 static Side after(const Step& s) {
-    return {s.out_b, s.out_c, s.out_r, s.rows};
+    return {s.out_b, s.out_c, s.out_r, s.rows, s.out_stride};
 }
 
 // All products of a step. Where rows are neighbours the first step can read token-major memory and the last one write
@@ -442,6 +442,135 @@ static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, cons
         if (sink) write_rows(rows_out, tile, *sink, out_at, out.rows, bias);
     }
     team.barrier();
+}
+
+// ---------------------------------------------------------------- few tokens
+//
+// With fewer tokens than a vector has lanes a tile would be mostly empty. Then a state is one plain vector per token, and
+// each matrix of a factor meets `count` = tokens x columns pieces of it. If these are few as well, they are multiplied
+// with the rows of the matrix as they lie in memory; otherwise they make up a tile.
+
+// The sum of all lanes of r[i], for every i, in lane i.
+template <class S, int Width>
+static inline void sum_lanes(Vec<S>* r) {
+    constexpr int L = Simd<S>::lanes;
+    if constexpr (Width < L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; i += 2 * Width) {
+            exchange<S, Width>(r[i], r[i + Width], std::make_index_sequence<L>());
+            r[i] += r[i + Width];
+        }
+        sum_lanes<S, 2 * Width>(r);
+    }
+}
+
+// to[m] = sum_k w[m][k] from[k] for as many rows as a vector has lanes
+template <class S>
+static inline void dot_rows(const S* const* w, const S* from, Index inner, S* to) {
+    constexpr int L = Simd<S>::lanes;
+    Vec<S> sum[L];
+#pragma GCC unroll 16
+    for (int m = 0; m < L; m++) sum[m] = Vec<S>{};
+    Index k = 0;
+    for (; k + L <= inner; k += L) {
+        Vec<S> x = load(from + k);
+#pragma GCC unroll 16
+        for (int m = 0; m < L; m++) sum[m] += load(w[m] + k) * x;
+    }
+    sum_lanes<S, 1>(sum);
+    for (; k < inner; k++)
+        for (int m = 0; m < L; m++) sum[0][m] += w[m][k] * from[k];
+    store(to, sum[0]);
+}
+
+template <class S>
+struct States {  // of a few tokens: one row of features each
+    S* data;
+    Index width;
+};
+
+// One step for a few tokens. `room` has space for a tile of its inner and row features.
+template <class S>
+static void run_few(const Step& s, const S* factor, States<const S> from, States<S> to, Index tokens, S* room, bool add,
+                    Team team) {
+    constexpr Index L = Simd<S>::lanes, block = L;
+    Index count = tokens * s.columns, tile = (count + L - 1) / L * L, blocks = (s.rows + block - 1) / block;
+    bool dots = count < L && s.w_inner == 1;
+    S *inputs = room, *outputs = room + s.inner * tile;
+    std::vector<Index> each(std::max(s.inner, block));  // rows of a tile, one after the other
+    for (size_t i = 0; i < each.size(); i++) each[i] = i;
+    Index gathered = -1;
+    for (Index unit = team.first(s.batches * blocks); unit < team.last(s.batches * blocks); unit++) {
+        Index b = unit / blocks, first = unit % blocks * block, rows = std::min(block, s.rows - first);
+        for (Index i = 0; b != gathered && i < count; i++) {
+            const S* at = from.data + i / s.columns * from.width + s.in_b[b] + s.in_c[i % s.columns];
+            Index item = dots ? i * s.inner : i, next = dots ? 1 : tile;
+            for (Index k = 0; k < s.inner; k++) inputs[item + k * next] = at[s.in_k[k]];
+        }
+        if (b != gathered && !dots)
+            for (Index k = 0; k < s.inner; k++) std::fill(inputs + k * tile + count, inputs + (k + 1) * tile, S(0));
+        gathered = b;
+        const S* w = factor + s.w_b[b];
+        if (dots) {
+            const S* at[L];
+            for (Index m = 0; m < L; m++) at[m] = w + s.w_r[std::min(first + m, s.rows - 1)];
+            for (Index i = 0; i < count; i++) dot_rows(at, inputs + i * s.inner, s.inner, outputs + i * L);
+        } else
+            multiply(w + first * s.w_row, s.w_inner, s.w_row, inputs, each.data(), s.inner, outputs, each.data(), rows,
+                     tile, false);
+        for (Index i = 0; i < count; i++) {
+            S* at = to.data + i / s.columns * to.width + s.out_b[b] + s.out_c[i % s.columns];
+            for (Index m = 0; m < rows; m++) {
+                S value = outputs[dots ? i * L + m : m * tile + i], &y = at[s.out_r[first + m]];
+                y = add ? y + value : value;
+            }
+        }
+    }
+    team.barrier();
+}
+
+static bool few(const Program& p, Index n, Index lanes) {
+    for (auto& term : p.terms)
+        for (auto& s : term)
+            if (!s.w_row || !s.w_inner) return false;
+    return n < lanes;
+}
+
+template <class S>
+static void forward_few(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, Index n,
+                        int threads) {
+    constexpr Index L = Simd<S>::lanes;
+    Index room = 0;
+    for (auto& term : p.terms)
+        for (auto& s : term) room = std::max(room, (s.inner + L) * (n * s.columns + L));
+    Buffer<S> padded(n * p.width_in), result(n * p.width_out), middle(2 * n * p.widest);
+    bool direct = p.width_out == p.out_features;
+    States<S> last{direct ? y : result.data, p.width_out};
+#pragma omp parallel num_threads(threads)
+    {
+        Team team = everyone();
+        Buffer<S> own(room);
+        if (p.width_in > p.in_features) {
+            for (Index t = team.first(n); t < team.last(n); t++) {
+                S* row = std::copy_n(x + t * p.in_features, p.in_features, padded.data + t * p.width_in);
+                std::fill_n(row, p.width_in - p.in_features, S(0));
+            }
+            team.barrier();
+        }
+        for (auto& term : p.terms) {
+            States<const S> from{p.width_in > p.in_features ? padded.data : x, p.width_in};
+            for (size_t k = 0; k < term.size(); k++) {
+                const Step& s = term[k];
+                bool ends = k + 1 == term.size();
+                States<S> to = ends ? last : States<S>{middle.data + k % 2 * n * p.widest, s.width_out};
+                run_few(s, factors[s.factor], from, to, n, own.data, ends && &term != &p.terms[0], team);
+                from = {to.data, to.width};
+            }
+        }
+        for (Index t = 0; t < n; t++)
+            for (Index j = team.first(p.out_features); j < team.last(p.out_features) && (bias || !direct); j++)
+                y[t * p.out_features + j] = last.data[t * p.width_out + j] + (bias ? bias[j] : S(0));
+    }
 }
 
 // ---------------------------------------------------------------- forward and backward
@@ -475,9 +604,9 @@ struct Division {
 // A factor for its step, or for the step back; packed into `room`, of which what is left is returned in it.
 template <class S>
 static Weights<S> weights(const Step& s, const S* factor, S*& room, bool backward, bool small, Team team) {
-    Index wr, wk;
-    if (small && uniform(s.w_r, s.rows, wr) && uniform(s.w_k, s.inner, wk))
-        return backward ? Weights<S>{factor, s.w_b, 0, wr, wk} : Weights<S>{factor, s.w_b, 0, wk, wr};
+    if (small && s.w_row && s.w_inner)
+        return backward ? Weights<S>{factor, s.w_b, 0, s.w_row, s.w_inner}
+                        : Weights<S>{factor, s.w_b, 0, s.w_inner, s.w_row};
     S* to = room;
     room += s.batches * s.rows * s.inner;
     pack(s, factor, to, backward, team);
@@ -518,6 +647,7 @@ static void run_forward(const Program& p, const std::vector<Weights<S>>& w, cons
 template <class S>
 static void forward(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, S* saved, Index n,
                     int threads) {
+    if (!saved && few(p, n, Simd<S>::lanes)) return forward_few(p, factors, x, bias, y, n, threads);
     Division<S> division(n, threads);
     Index tile = division.tile, states = p.states();
     expect(y, n * p.out_features * sizeof(S));
@@ -603,8 +733,7 @@ static void add_factor_gradient(const Step& s, const FactorGradient& g, const So
 template <class S>
 static void write_factor_gradient(const Step& s, const FactorGradient& g, const std::vector<Buffer<S>>& sums,
                                   Index offset, S* to, Team all) {
-    Index wr, wk;
-    bool transposed = !g.by_inner && uniform(s.w_r, s.rows, wr) && uniform(s.w_k, s.inner, wk) && wk == 1;
+    bool transposed = !g.by_inner && s.w_row && s.w_inner == 1;
     for (Index b = all.first(s.batches); b < all.last(s.batches); b++) {
         S* total = sums[0].data + offset + b * g.entries();
         for (size_t c = 1; c < sums.size(); c++) {
@@ -613,7 +742,7 @@ static void write_factor_gradient(const Step& s, const FactorGradient& g, const 
         }
         S* into = to + s.w_b[b];
         if (transposed)
-            transpose(total, g.padded, into, wr, s.inner, s.rows);
+            transpose(total, g.padded, into, s.w_row, s.inner, s.rows);
         else
             for (Index r = 0; r < s.rows; r++)
                 for (Index k = 0; k < s.inner; k++)

@@ -134,13 +134,17 @@ class _Program:
                     self.state_rows += self._size(after)
                 groups = (batch, columns, rows, inner)
                 numbers += [next(position), *map(self._size, groups), self._size(before), self._size(after)]
-                for layout, of in (
-                    (before, (batch, columns, inner)),
-                    (after, (batch, columns, rows)),
-                    (factor.axes, (batch, rows, inner)),
-                ):
-                    for group in of:
-                        numbers += self._offsets(group, layout)
+                tables = [
+                    self._offsets(group, layout)
+                    for layout, of in (
+                        (before, (batch, columns, inner)),
+                        (after, (batch, columns, rows)),
+                        (factor.axes, (batch, rows, inner)),
+                    )
+                    for group in of
+                ]
+                numbers += [_stride(tables[i]) for i in (2, 5, 7, 8)]
+                numbers += itertools.chain(*tables)
                 before = after
         self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
         self.address = ctypes.addressof(self._numbers)
@@ -155,6 +159,12 @@ class _Program:
             stride = self._size(layout[layout.index(axis) + 1 :])
             offsets = [start + stride * i for start in offsets for i in range(self._sizes[axis])]
         return offsets
+
+
+def _stride(offsets: Sequence[int]) -> int:
+    """What lies between two neighbours, or 0 where that is not always the same."""
+    stride = offsets[1] if len(offsets) > 1 else 1
+    return stride if all(offset == i * stride for i, offset in enumerate(offsets)) else 0
 
 
 @lru_cache(maxsize=4096)

@@ -41,6 +41,11 @@ class Factor:
         """The number of entries of the factor."""
         return math.prod(self.shape)
 
+    @property
+    def results(self) -> int:
+        """The numbers that this step leaves, for one input vector."""
+        return self.macs // self.fan_in
+
 
 @dataclass(frozen=True)
 class Term:
@@ -49,6 +54,11 @@ class Term:
     inputs: Axes
     factors: tuple[Factor, ...]
     outputs: Axes
+
+    @property
+    def states(self) -> int:
+        """The numbers between its steps, for one input vector."""
+        return sum(factor.results for factor in self.factors[:-1])
 
 
 @dataclass(frozen=True)
