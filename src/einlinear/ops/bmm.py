@@ -85,8 +85,7 @@ def _grad_factor(step: Step, g: Tensor, g3: Tensor, z: Tensor, sizes: dict[str, 
         batch, columns = (), step.batch + step.columns
         g3 = _merge(g, step.result, (batch, step.rows, columns), sizes)
     z3 = _merge(z, step.source, (batch, columns, step.inner), sizes)
-    axes = batch + step.rows + step.inner
-    return _permute(torch.bmm(g3, z3).view([sizes[a] for a in axes]), axes, step.factor)
+    return _product(g3, z3, (batch, step.rows, step.inner), step.factor, sizes)
 
 
 def _token_major(x: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:

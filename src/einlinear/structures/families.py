@@ -3,6 +3,9 @@
 A builder takes keyword arguments with defaults and returns a pattern; what it checks is only what the pattern cannot
 say. `rank` and `blocks` are the arguments by which ``max_macs=`` spends a budget: the largest rank, or the fewest
 blocks, that it allows.
+
+Factors are written with the axes that a step adds first, where these are longer than the others (FSDP2 shards the first
+dimension), and with those that it sums last (they are read in runs).
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ def _tt(rank: int = 1, cores: int = 2) -> str:
     """Tensor-train matrix: the core k maps the input axis k to the output axis k, neighbours share a rank axis."""
     _count("tt", rank=rank, cores=cores)
     inputs, outputs, ranks = _chain_axes("tt", cores, ("a", "b"), ("d", "e"))
-    factors = [[*ranks[k : k + 1], outputs[k], *ranks[max(k - 1, 0) : k], inputs[k]] for k in range(cores)]
+    factors = [[outputs[k], *ranks[k : k + 1], *ranks[max(k - 1, 0) : k], inputs[k]] for k in range(cores)]
     return _chain(inputs[::-1], factors, outputs[::-1], ranks, rank)
 
 
@@ -124,28 +127,28 @@ def _monarch(blocks: int = 4, *, in_features: int, out_features: int) -> str:
             f"monarch: min(in_features, out_features) = {smaller} is fewer than blocks^2 = {blocks**2}; "
             f"take at most {math.isqrt(smaller)} blocks"
         )
-    return f"(g a), g r f a, f e g r -> (e f) where g={blocks}, f={blocks}, r=features/{blocks**2}"
+    return f"(g a), r f g a, e f g r -> (e f) where g={blocks}, f={blocks}, r=features/{blocks**2}"
 
 
 def _dyad(blocks: int = 4, variant: str = "it") -> str:
     """A block-diagonal factor, plus one that reads (it), writes (ot) or reads and writes (dt) transposed axes."""
     _count("dyad", blocks=blocks)
-    second = {"it": "(k n), n o k -> (n o)", "ot": "(n k), n o k -> (o n)", "dt": "(k n), n o k -> (o n)"}
+    second = {"it": "(k n), o n k -> (n o)", "ot": "(n k), o n k -> (o n)", "dt": "(k n), o n k -> (o n)"}
     if variant not in second:
         raise ValueError(f"dyad: variant must be one of {', '.join(second)}, not {variant!r}")
-    return f"(n k), n o k -> (n o) + {second[variant]} where n={blocks}"
+    return f"(n k), o n k -> (n o) + {second[variant]} where n={blocks}"
 
 
 def _block_diagonal(blocks: int = 4) -> str:
     """One block-diagonal factor."""
     _count("block_diagonal", blocks=blocks)
-    return f"(n k), n o k -> (n o) where n={blocks}"
+    return f"(n k), o n k -> (n o) where n={blocks}"
 
 
 def _blast(blocks: int, rank: int) -> str:
     """Block (i, j) is U_i diag(s_ij) V_j^T (arXiv 2410.21262)."""
     _count("blast", blocks=blocks, rank=rank)
-    return f"(j q), j r q, i j r, i p r -> (i p) where j={blocks}, i={blocks}, r={rank}"
+    return f"(j q), r j q, r i j, p i r -> (i p) where j={blocks}, i={blocks}, r={rank}"
 
 
 def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
