@@ -128,7 +128,7 @@ def test_state_dicts_remember_the_structure() -> None:
     el.Linear(64, 64, "btt").load_state_dict(saved)
     other = el.Linear(64, 64, "(g a), g r f a, f e g r -> (e f) where r=1")  # the other way round
     assert {k: v.shape for k, v in other.state_dict().items()} == {k: v.shape for k, v in saved.items()}
-    with pytest.raises(RuntimeError, match="the layer is .* -> .e f.*, but was saved as btt"):
+    with pytest.raises(RuntimeError, match=r"the layer is .* -> \(e f\) where r=1, but was saved as btt"):
         other.load_state_dict(saved)
 
 
