@@ -151,5 +151,5 @@ def test_what_cannot_be_measured_is_said(options: dict[str, object], message: st
 
 
 def test_an_unknown_suite() -> None:
-    with pytest.raises(ValueError, match="choose from quick, standard, gpu"):
+    with pytest.raises(ValueError, match="choose from quick, small, standard, gpu"):
         choose("slow")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -102,6 +103,51 @@ def test_what_is_kept() -> None:
     with pytest.raises(ValueError, match="meta device"):
         el.convert(meta, "btt", weights="project")
     assert not structures(meta)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_densify_keeps(normalize: bool) -> None:
+    model = nn.ModuleList(el.Linear(16, 16, "btt", normalize=normalize, dtype=torch.bfloat16) for _ in range(3)).eval()
+    for parameter in model[0].weight_parameters():
+        parameter.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    model[1].A.requires_grad_(False)  # B still learns
+    el.densify(model)
+    found = [(layer.weight.requires_grad, layer.bias.requires_grad, layer.training) for layer in model]
+    assert found == [(False, True, False), (True, False, False), (True, True, False)]
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in model)
+    frozen = el.Linear(16, 16, "btt")
+    for parameter in frozen.weight_parameters():
+        parameter.requires_grad_(False)
+    assert not el.Linear.from_dense(frozen, "dense").A.requires_grad  # the bias is not the weight
+
+
+def hook(*args: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda layer: layer.register_forward_hook(hook),
+        lambda layer: layer.register_full_backward_pre_hook(hook),
+        lambda layer: layer.register_state_dict_post_hook(hook),
+        lambda layer: layer.register_load_state_dict_pre_hook(hook),
+        lambda layer: layer.bias.register_hook(hook),
+        lambda layer: layer.bias.register_post_accumulate_grad_hook(hook),
+    ],
+)
+def test_hooks_are_never_lost(add: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(2)))
+    add(model[0])
+    assert el.convert(model, "btt").skipped == (("0", "has hooks, which would be lost"),)
+    model = nn.Sequential(*(el.Linear(16, 16, "btt") for _ in range(3)))
+    model[1].A, model[1].B = model[0].A, model[0].B
+    add(model[0])
+    reason = "it, or a layer that shares its factors, has hooks, which would be lost"
+    assert el.densify(model).skipped == (("0", reason), ("1", reason))
+    assert [type(layer) for layer in model] == [el.Linear, el.Linear, nn.Linear]
+    with pytest.raises(ValueError, match="no layer could be converted: 0: it, or a layer"):
+        el.densify(model)
 
 
 def test_shared_modules_stay_shared() -> None:
@@ -257,6 +303,8 @@ def test_a_layer_alone_cannot_be_converted_in_place() -> None:
         el.densify(el.Linear(4, 4, "btt"))
     with pytest.raises(TypeError, match=r"expected an nn\.Linear, a Conv1D or a weight of shape"):
         el.Linear.from_dense(nn.Conv2d(3, 3, 3), "btt")
+    with pytest.raises(ValueError, match=r"use el\.Linear.from_dense"):
+        el.convert(Conv1D(4, 4), "btt")
     with pytest.raises(ValueError, match=r"a weight has shape \(out_features, in_features\), not \(2, 3, 4\)"):
         el.Linear.from_dense(torch.zeros(2, 3, 4), "btt")
 

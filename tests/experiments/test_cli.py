@@ -263,6 +263,13 @@ def test_coordinate_check(tmp_path: Path) -> None:
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
 
 
+def test_a_coordinate_check_of_a_structure_that_does_not_fit_the_base_width(tmp_path: Path) -> None:
+    arguments = ("--structures", "monarch(blocks=8)", "--widths", "64", "--base-width", 16, "--steps", 2)
+    code, out, _ = run(*CHECK, *arguments, "--out", tmp_path / "check.html")
+    assert code == 0
+    assert "monarch(blocks=8)" in out
+
+
 @pytest.mark.parametrize("structures", ["dense", "dense; btt"])
 def test_a_diverged_coordinate_check_is_shown(structures: str, tmp_path: Path) -> None:
     arguments = ("--steps", 3, "--lr", 1e30, "--structures", structures, "--out", tmp_path / "check.html")
@@ -304,6 +311,8 @@ def test_a_coordinate_check_refuses_before_it_trains(
 def test_version_and_help() -> None:
     assert run("--version")[:2] == (0, f"einlinear {el.__version__}\n")
     assert all(command in run("--help")[1] for command in ("describe", "compare", "report", "coord-check"))
+    options = re.sub(r"[\s│]+", " ", run("compare", "--help")[1])
+    assert "Largest share of a second image, 0 to 1. Default: 0.0." in options
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,22 @@ def test_backend_forces_and_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert el.explain(layer, x) == before
 
 
+def test_backends_nest() -> None:
+    layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
+    with el.backend("bmm"):
+        with el.backend(recompute=True):
+            assert el.explain(layer, x).executor == "bmm"
+            assert dispatch.recomputes("bmm", layer.structure)
+        assert not dispatch.recomputes("bmm", layer.structure)
+
+
+def test_explain_knows_of_autocast() -> None:
+    layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "half precision" in el.explain(layer, x).reason
+    assert "half precision" not in el.explain(layer, x).reason
+
+
 def test_recompute_saves_nothing() -> None:
     layer, x = el.Linear(64, 64, "btt"), torch.randn(40, 64)
 
@@ -81,7 +97,7 @@ def test_mistakes() -> None:
         pass
     with pytest.raises(RuntimeError, match="'tiles' cannot run this: it computes in float32 and float64"):
         ops.linear(layer.structure, [f.half() for f in layer.factors()], x.half(), executor="tiles")
-    with pytest.raises(RuntimeError, match="it runs on GPUs"), el.backend("triton"):
+    with pytest.raises(RuntimeError, match="not on cpu"), el.backend("triton"):
         layer(x)
     with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not Linear|not ReLU"):
         el.explain(torch.nn.ReLU(), x)

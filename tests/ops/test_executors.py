@@ -30,6 +30,7 @@ def layer_and_gradients(
 ) -> tuple[el.Linear, Tensor, list[Tensor]]:
     torch.manual_seed(0)
     layer = el.Linear(shape[-1], out_features, spec, dtype=torch.float64)
+    torch.nn.init.normal_(layer.bias)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     return layer, x, [x, *layer.parameters()]
 

@@ -54,6 +54,23 @@ def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyP
                     torch.testing.assert_close(a, b, rtol=close, atol=close * 10)
 
 
+def test_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: object) -> None:
+    """Fewer threads run than are asked for, which has to leave no memory unwritten."""
+    monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(tiles, "_THREADS", ((),))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        layer, x = el.Linear(60, 96, "btt(rank=2)", dtype=torch.float64), torch.randn(3000, 60, dtype=torch.float64)
+        with el.backend("tiles"):
+            found = torch.autograd.grad(layer(x).square().sum(), layer.factors())
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.autograd.grad((x @ layer.dense_weight().T + layer.bias).square().sum(), layer.factors())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
 def test_without_a_compiler_others_do_the_work(
     compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: object, caplog: pytest.LogCaptureFixture

@@ -23,7 +23,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import reference
-from einlinear.ops import triton_kernels as kernels
+from einlinear.ops.triton_kernels import executor as kernels
 from einlinear.ops.triton_kernels import tiles
 from einlinear.ops.triton_kernels.steps import plan
 from einlinear.structures import Structure

@@ -30,7 +30,7 @@ def updates(structure: str, structure_aware: bool) -> dict[int, float]:
         [(x, y)],
         x[:64],
         lr=3e-3,
-        base_width=64,
+        base=ResidualMLP(48, 64, 10, depth=1, bias=False),
         layers="blocks.0",
         steps=20,
         lr_scale={"input": 0.1},
@@ -45,6 +45,15 @@ def test_features_move_alike_at_every_width_with_the_structure_aware_rule_only()
     aware, control = updates("btt", True), updates("btt", False)
     assert max(aware.values()) / min(aware.values()) < 1.5
     assert control[64] / control[1024] > 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on torch.compile
+def test_layers_of_wrapped_models_are_found() -> None:
+    def build(width: int) -> Any:
+        return torch.compile(Noisy(width), backend="eager")
+
+    (found,) = el.coord_check(build, [16], [BATCH], BATCH[0], lr=1e-3, base=None, layers="fc", steps=1)
+    assert found.layer == "fc"
 
 
 class Noisy(nn.Module):
@@ -69,7 +78,7 @@ BATCH = (torch.randn(64, 8), torch.randint(3, (64,)))
 
 
 def check(**arguments: Any) -> list[el.parametrize.Coordinates]:
-    settings: dict[str, Any] = {"lr": 1e-6, "base_width": 16, "layers": "drop", "steps": 2}
+    settings: dict[str, Any] = {"lr": 1e-6, "base": None, "layers": "drop", "steps": 2}
     return el.coord_check(Noisy, [16], [BATCH], BATCH[0], **settings | arguments)
 
 
@@ -78,7 +87,7 @@ def test_dropout_is_not_taken_for_a_change() -> None:
     assert found.relative_update < 1e-3  # a step of 1e-6; two draws of dropout differ by about as much as the features
     model = Noisy(16)
     model.fc.eval()
-    el.coord_check(lambda width: model, [16], [BATCH], BATCH[0], lr=1e-6, base_width=16, layers=["fc", "drop"], steps=1)
+    el.coord_check(lambda width: model, [16], [BATCH], BATCH[0], lr=1e-6, base=None, layers=["fc", "drop"], steps=1)
     assert (model.training, model.drop.training, model.fc.training) == (True, True, False)
 
 
@@ -105,4 +114,4 @@ def test_mistakes(arguments: dict[str, Any], message: str) -> None:
 
 def test_there_must_be_batches() -> None:
     with pytest.raises(ValueError, match="batches is empty"):
-        el.coord_check(Noisy, [16], [], BATCH[0], lr=1e-3, base_width=16)
+        el.coord_check(Noisy, [16], [], BATCH[0], lr=1e-3, base=None)

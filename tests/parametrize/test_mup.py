@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import einlinear as el
 from einlinear.nn import ResidualMLP
@@ -121,10 +124,38 @@ def test_base_as_meta_model_dict_or_file(tmp_path: Path) -> None:
     assert all(rate == rates[0] for rate in rates)
 
 
+class Nested(nn.Module):
+    """A layer that is called as DDP calls what it wraps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.module = mlp(width, "btt")
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS = (torch.compile, nn.parallel.DistributedDataParallel, nn.DataParallel, checkpoint_wrapper)
+
+
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on torch.compile
 def test_wrappers_do_not_change_names() -> None:
-    rate = by_name(el.param_groups(mlp(128, "btt"), lr=0.1, base=mlp(64)), "lr")
-    assert by_name(el.param_groups(torch.compile(mlp(128, "btt")), lr=0.1, base=mlp(64)), "lr") == rate
+    rate = by_name(el.param_groups(Nested(32), lr=0.1, base=Nested(16)), "lr")
+    assert "module.head.bias" in rate
+    for wrappers in (*permutations(WRAPPERS, 1), *permutations(WRAPPERS, 2), *permutations(WRAPPERS, 4)):
+        model = Nested(32)
+        model.module.blocks[0] = checkpoint_wrapper(model.module.blocks[0])
+        wrapped: Any = model
+        for wrap in wrappers:
+            wrapped = wrap(wrapped)
+        assert by_name(el.param_groups(wrapped, lr=0.1, base=Nested(16)), "lr") == rate
+        el.init_(wrapped, base=Nested(16), zero="module.head")
+        assert not model.module.head.weight.any()
 
 
 def test_scales_of_ones_own() -> None:

@@ -3,7 +3,10 @@
 from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import einlinear as el
 from einlinear.structures.pattern import PatternError, Size, parse
 
 
@@ -32,6 +35,27 @@ def test_reads_groups_factors_and_sizes() -> None:
 def test_text_of_a_pattern_is_canonical(text: str) -> None:
     assert str(parse(text)) == text
     assert parse(str(parse(text.replace(" ", "  ").replace("->", " ->")))) == parse(text)
+
+
+NUMBERS = st.from_regex(r"[0-9]{1,40}(\.[0-9]{1,40})?", fullmatch=True, alphabet="0123456789.")
+DIVISORS = NUMBERS.filter(lambda text: Fraction(text) > 0)
+
+
+@given(
+    st.integers(1).map(str)
+    | DIVISORS.map("features/{}".format)
+    | NUMBERS.map("features^{}".format)
+    | st.builds("features^{}/{}".format, NUMBERS, DIVISORS)
+)
+def test_text_of_a_size_is_read_as_the_same_size(text: str) -> None:
+    pattern = parse(f"i, r i, o r -> o where r={text}")
+    assert parse(str(pattern)) == pattern
+
+
+def test_a_structure_is_built_again_from_its_spec() -> None:
+    s = el.structure("i, r i, o r -> o where r=features/2.5", 40, 50)
+    assert s.rank == 16
+    assert el.structure(s.spec, 40, 50) == s
 
 
 @pytest.mark.parametrize(

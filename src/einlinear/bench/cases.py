@@ -152,6 +152,13 @@ SUITES = {
         tokens=(1, 256),
         settings=Settings(budget=0.2),
     ),
+    # Where what a call costs by itself counts most. Together with "standard" it is what the dispatcher is fitted to.
+    "small": Suite(
+        structures=_STRUCTURES,
+        sizes=((256, 256),),
+        tokens=(1, 32, 256),
+        settings=Settings(budget=0.3),
+    ),
     # Two CPU cores, about twenty minutes.
     "standard": Suite(
         structures=_STRUCTURES,

@@ -1,6 +1,6 @@
 """Fit the dispatcher's cost model to measurements.
 
-``python -m einlinear.bench.fitting docs/benchmarks/cpu/bench.json`` writes ops/costs.json, and prints how much is lost
+``python -m einlinear.bench.fitting docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how much is lost
 by choosing with the model instead of always taking the fastest executor.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ from einlinear.bench.variants import DENSE
 from einlinear.ops import dispatch
 
 
-def timings(bench: Bench) -> Iterator[tuple[Case, str, dict[str, float]]]:
+def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, float]]]:
     """Of every case on the CPU in float32: the kind of pass, and microseconds by executor (dense is one)."""
-    for result in bench.results:
+    for result in (result for bench in benches for result in bench.results):
         if (result.case.device, result.case.dtype) == ("cpu", "float32"):
             mode = "train" if result.case.mode == "train" else "forward"
             names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
@@ -34,14 +34,19 @@ def timings(bench: Bench) -> Iterator[tuple[Case, str, dict[str, float]]]:
             )
 
 
-def fit(bench: Bench) -> dict[str, dict[str, list[float]]]:
+def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
     """Non-negative coefficients of least relative error, for every kind of pass and executor."""
     rows: dict[tuple[str, str], list[list[float]]] = {}
-    for case, mode, times in timings(bench):
+    for case, mode, times in timings(benches):
         for name, us in times.items():
             amounts = dispatch.amounts(name, case.build(), case.tokens)
             rows.setdefault((mode, name), []).append([amount / us for amount in amounts])
     costs: dict[str, dict[str, list[float]]] = {"forward": {}, "train": {}}
+    missing = [
+        f"{name} ({mode})" for mode in costs for name in ("dense", *dispatch.CPU_EXECUTORS) if (mode, name) not in rows
+    ]
+    if missing:
+        raise ValueError(f"there are no measurements in float32 on the CPU of {', '.join(missing)}")
     for (mode, name), relative in rows.items():
         matrix = np.array(relative)
         scale = np.maximum(matrix.max(0), 1e-30)  # of very different sizes: columns are scaled to one
@@ -50,10 +55,10 @@ def fit(bench: Bench) -> dict[str, dict[str, list[float]]]:
     return costs
 
 
-def losses(bench: Bench) -> list[tuple[float, Case]]:
+def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
     """The time of the chosen executor over that of the fastest, for every case, the worst first."""
     found = []
-    for case, mode, times in timings(bench):
+    for case, mode, times in timings(benches):
         able = [name for name in times if name != "dense"]
         costs = {name: dispatch.microseconds(name, case.build(), case.tokens, mode) for name in able}
         chosen = min(able, key=costs.__getitem__)
@@ -61,13 +66,13 @@ def losses(bench: Bench) -> list[tuple[float, Case]]:
     return sorted(found, key=lambda loss: -loss[0])
 
 
-def main(path: str) -> None:
-    bench = read(Path(path))
-    costs = {"fitted_to": path, **fit(bench)}
+def main(*paths: str) -> None:
+    benches = [read(Path(path)) for path in paths]
+    costs = {"fitted_to": paths, **fit(benches)}
     dispatch.COSTS_FILE.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
     dispatch.COSTS.clear()
     dispatch.COSTS.update(dispatch.read_costs())
-    found = losses(bench)
+    found = losses(benches)
     close = sum(loss <= 1.1 for loss, _ in found) / len(found)
     print(f"{len(found)} cases; chosen within 10 % of the fastest: {close:.0%}; the worst:")
     for loss, case in found[:5]:

@@ -117,7 +117,7 @@ def _cores() -> int:
 def _digest() -> str:
     digest = hashlib.sha256()
     root = Path(einlinear.__file__).parent
-    for path in sorted(path for folder in ("ops", "nn") for path in (root / folder).rglob("*")):
+    for path in sorted(path for folder in ("structures", "ops", "nn") for path in (root / folder).rglob("*")):
         if path.suffix in (".py", ".cpp"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:8]

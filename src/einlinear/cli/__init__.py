@@ -1,7 +1,9 @@
 """The command line: parses, calls, prints.
 
 app.py        the commands
+bench.py      one of them, with what it prints
 display.py    what they print
+endings.py    how they end early
 importing.py  code of the user's, for --import
 packages.py   the packages that they need
 parsing.py    lists that are written as one argument

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +15,7 @@ import typer
 import einlinear
 from einlinear.cli import display
 from einlinear.cli.bench import bench
+from einlinear.cli.endings import interruptible, user_errors
 from einlinear.cli.importing import import_user_code
 from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import numbers, specs
@@ -28,29 +27,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # a bug shows its plain traceback
 )
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what the library says about wrong arguments and files into one message and exit code 2.
-
-    Only around what checks and reads what the user gave: an error of the same type later on is a bug.
-    """
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        display.error(str(error))
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def interruptible(message: str) -> Iterator[None]:
-    """Let Ctrl-C end the command with a message and the customary exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        display.warning(message)
-        raise typer.Exit(130) from None
 
 
 def _version(wanted: bool) -> None:
@@ -99,7 +75,7 @@ def describe(
 
 def _option(help: str, name: str) -> Any:
     """An option of `compare` whose default is that of the field of `Config` or `Settings` with this name."""
-    default = getattr(Settings, name, None) or getattr(Config, name, None)
+    default = getattr(Settings, name, getattr(Config, name, None))
     if isinstance(default, tuple):
         default = ("; " if name == "structures" else ",").join(map(str, default))
     return typer.Option(help=help if default is None else f"{help} Default: {default}.")

@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from einlinear.cli import display
+from einlinear.cli.endings import interruptible, user_errors
 from einlinear.cli.parsing import numbers, specs
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
@@ -26,7 +27,9 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
 def bench(
     suite: Annotated[
         str | None,
-        typer.Option(help="quick (default), standard (20 minutes on two cores) or gpu; other options override it."),
+        typer.Option(
+            help="quick (default), small, standard (20 minutes on two cores) or gpu; other options override it."
+        ),
     ] = None,
     structures: Annotated[
         list[str] | None,
@@ -69,7 +72,6 @@ def bench(
     from einlinear.bench.cases import choose
     from einlinear.bench.results import read
     from einlinear.bench.run import FILE, Recorder
-    from einlinear.cli.app import interruptible, user_errors
 
     with user_errors():
         grid = {

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.nn.linear import is_conv1d
-from einlinear.parametrize.globs import as_globs, check_globs
+from einlinear.nn.linear import features, is_conv1d
+from einlinear.nn.names import as_globs, check_globs
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
 
@@ -119,7 +119,9 @@ def convert(
     for spec in plan.values():
         check_spec(spec)
     wanted = as_globs(layers, "layers")
-    linears = _linear_layers(model, "el.Linear.from_dense(layer, structure)", lambda m: isinstance(m, nn.Linear))
+    linears = _layers(
+        model, "el.Linear.from_dense(layer, structure)", lambda m: isinstance(m, nn.Linear | Linear) or is_conv1d(m)
+    )
     check_globs(wanted, list(linears), "layers", "linear layer")
     check_globs(plan, list(linears), "structure", "linear layer")
     matched = {
@@ -128,21 +130,20 @@ def convert(
         if any(fnmatchcase(name, glob) for glob in wanted) and any(fnmatchcase(name, glob) for glob in plan)
     }
     new, converted, skipped = _build(model, linears, matched, weights, normalize)
-    if not converted:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or "no layer matches layers and structure"
-        raise ValueError(f"no layer could be converted: {reasons}")
-    _replace(model, new)
-    return ConversionReport(tuple(converted), tuple(skipped))
+    return _apply(model, new, converted, skipped, "no layer matches layers and structure")
 
 
 def densify(model: nn.Module) -> ConversionReport:
     """Replace every structured layer by the `torch.nn.Linear` that computes the same function, in place.
 
+    Layers that share a module or all their factors share their weight afterwards. Bias, device, dtype, training mode
+    and requires_grad are kept; a weight is frozen if all its factors were.
+
     Returns:
-        What was done to every layer.
+        What was done to every layer, and what was skipped for which reason, such as hooks, which would be lost.
 
     Raises:
-        ValueError: there is no structured layer inside the model.
+        ValueError: there is no structured layer inside the model, or none that could be replaced.
 
     Example:
         >>> import torch, einlinear as el
@@ -153,25 +154,23 @@ def densify(model: nn.Module) -> ConversionReport:
         >>> model[0]
         Linear(in_features=64, out_features=64, bias=True)
     """
-    structured = _linear_layers(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
+    structured = _layers(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
     new: dict[int, nn.Module] = {}
-    converted = []
+    converted: list[Conversion] = []
+    skipped: list[tuple[str, str]] = []
     weights: dict[tuple[int, ...], nn.Parameter] = {}
+    factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
+    hooked = {factors[name] for name, layer in structured.items() if _has_hooks(layer)}
     for name, layer in structured.items():
-        if not isinstance(layer, Linear) or id(layer) in new:
-            continue
-        dense = layer.to_dense()
-        # layers that share their factors go on sharing the weight
-        own = dense.weight
-        assert isinstance(own, nn.Parameter)
-        dense.weight = weights.setdefault(tuple(id(p) for p in layer.parameters() if p is not layer.bias), own)
-        new[id(layer)] = dense
-        s, entries = layer.structure, layer.in_features * layer.out_features
-        converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, s.macs, entries))
-    if not converted:
-        raise ValueError("there is no structured layer in the model")
-    _replace(model, new)
-    return ConversionReport(tuple(converted))
+        if factors[name] in hooked:
+            skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
+        elif id(layer) not in new:
+            dense = layer.to_dense()
+            dense.weight = weights.setdefault(factors[name], dense.weight)
+            new[id(layer)] = dense
+            s, entries = layer.structure, layer.in_features * layer.out_features
+            converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, s.macs, entries))
+    return _apply(model, new, converted, skipped, "there is no structured layer in the model")
 
 
 def _build(
@@ -217,7 +216,7 @@ class _DoesNotFit(Exception):
 
 
 def _converted(old: Any, spec: str, weights: str, normalize: bool) -> Linear:
-    fan_in, fan_out = _features(old)
+    fan_in, fan_out = features(old)
     try:
         s = make_structure(spec, fan_in, fan_out)
     except ValueError as error:
@@ -245,13 +244,11 @@ def _conversion(name: str, old: Any, layer: Linear, weights: str) -> Conversion:
     return Conversion(name, _describe(old), s.spec, entries, s.params, entries, s.macs, error)
 
 
-def _linear_layers(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
-    """All linear layers, dense or structured, by every qualified name they have."""
+def _layers(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
+    """The layers of a kind, by every qualified name they have."""
     if is_one(model):
         raise ValueError(f"the model is itself a linear layer, which cannot be replaced in place: use {instead}")
-    kinds = (nn.Linear, Linear)
-    named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, kinds) or is_conv1d(module)}
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_one(module)}
 
 
 def _reason_to_skip(module: nn.Module) -> str | None:
@@ -259,10 +256,14 @@ def _reason_to_skip(module: nn.Module) -> str | None:
         return f"is already structured: {module.structure.spec}"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"is a {type(module).__name__}, a subclass of nn.Linear that may be used in other ways"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks):
-        return "has hooks, which would be lost"
-    return None
+    return "has hooks, which would be lost" if _has_hooks(module) else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks of any kind, on calls or on its state_dict, or its parameters have."""
+    of_module = [value for name, value in vars(module).items() if name.endswith("_hooks")]
+    of_parameters = [hooks for p in module.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+    return any(of_module + of_parameters)
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -292,18 +293,23 @@ def _tied_elsewhere(
     return None
 
 
-def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+def _apply(
+    model: nn.Module,
+    new: Mapping[int, nn.Module],
+    converted: Sequence[Conversion],
+    skipped: Sequence[tuple[str, str]],
+    otherwise: str,
+) -> ConversionReport:
+    """Put the new modules into the model. If there are none it is an error, for the reasons found or for another."""
+    if not converted:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or otherwise
+        raise ValueError(f"no layer could be converted: {reasons}")
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 setattr(parent, name, new[id(child)])
-
-
-def _features(module: Any) -> tuple[int, int]:
-    if is_conv1d(module):
-        return module.weight.shape[0], module.weight.shape[1]
-    return module.in_features, module.out_features
+    return ConversionReport(tuple(converted), tuple(skipped))
 
 
 def _describe(module: nn.Module) -> str:
-    return "{} {} -> {}".format(type(module).__name__, *_features(module))
+    return "{} {} -> {}".format(type(module).__name__, *features(module))

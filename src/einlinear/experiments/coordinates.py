@@ -10,13 +10,13 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
+from torch import nn
 
 from einlinear.experiments.config import DENSE, Settings
 from einlinear.experiments.data import Images, batches, pixel_permutation
 from einlinear.experiments.plots import colour, nice_ticks, style, symbol
 from einlinear.experiments.store import write_text
-from einlinear.experiments.train import LR_SCALE, PERMUTATION_SEED, Run, build_model, initialised
-from einlinear.nn import ResidualMLP
+from einlinear.experiments.train import LR_SCALE, PERMUTATION_SEED, Run, base_model, build_model, initialised
 from einlinear.parametrize.coord_check import coord_check
 
 _BATCHES = 16  # different ones, used in turn
@@ -91,8 +91,8 @@ def measure(
     probe = images.test_x[: settings.batch_size].flatten(1)[:, order]
     for spec, structure_aware in cases(structures):
 
-        def build(width: int, spec: str = spec) -> ResidualMLP:
-            return initialised(images, Run(spec, width, 0), settings)[0]
+        def build(width: int, spec: str = spec) -> nn.Module:
+            return initialised(images, Run(spec, width, 0), settings.depth)
 
         def report(width: int, step: int, spec: str = spec) -> None:
             if progress:
@@ -104,7 +104,7 @@ def measure(
             data,
             probe,
             lr=settings.lr,
-            base_width=settings.base_width,
+            base=base_model(images, settings),
             layers=f"blocks.{settings.depth - 1}",
             steps=steps,
             lr_scale=LR_SCALE,

@@ -71,14 +71,16 @@ def build_model(images: Images, structure: str, width: int, depth: int) -> Resid
     return ResidualMLP(images.features, width, len(images.classes), depth, structure)
 
 
-def initialised(images: Images, run: Run, settings: Settings) -> tuple[ResidualMLP, ResidualMLP]:
-    """The model of a run as it starts, and the base model that its learning rates refer to, on the meta device."""
+def base_model(images: Images, settings: Settings) -> ResidualMLP:
+    """The model that learning rates refer to: dense, whatever the structure of the others. On the meta device."""
     with torch.device("meta"):
-        base = build_model(images, DENSE, settings.base_width, settings.depth)
+        return build_model(images, DENSE, settings.base_width, settings.depth)
+
+
+def initialised(images: Images, run: Run, depth: int) -> nn.Module:
+    """The model of a run as it starts."""
     torch.manual_seed(run.seed)
-    model = build_model(images, run.structure, run.width, settings.depth)
-    init_(model, base=base, zero=ResidualMLP.ZERO)
-    return model, base
+    return init_(build_model(images, run.structure, run.width, depth), zero=ResidualMLP.ZERO)
 
 
 def train(images: Images, run: Run, settings: Settings, progress: Progress | None = None) -> Result:
@@ -97,8 +99,8 @@ def train(images: Images, run: Run, settings: Settings, progress: Progress | Non
 
 def _train(images: Images, run: Run, settings: Settings, progress: Progress | None) -> Result:
     device = torch.device(settings.device)
-    model, base = initialised(images, run, settings)
-    model.to(device)
+    model = initialised(images, run, settings.depth).to(device)
+    base = base_model(images, settings)
     groups = param_groups(model, settings.lr, base=base, weight_decay=0.0, lr_scale=LR_SCALE)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     steps_per_epoch = len(images.train_x) // settings.batch_size

@@ -132,6 +132,10 @@ class Linear(nn.Module):
         """W, of shape (out_features, in_features); differentiable in the factors."""
         return ops.dense_weight(self.structure, self.factors())
 
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """What the weight is made of: all parameters but the bias."""
+        return [parameter for parameter in self.parameters() if parameter is not self.bias]
+
     @property
     def weight(self) -> Tensor:
         """`dense_weight()`, for code that expects a layer to have one. It is built on every access: that costs."""
@@ -139,12 +143,15 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """A `torch.nn.Linear` that computes the same function, on the same device and of the same dtype."""
+        """A `torch.nn.Linear` that computes the same function.
+
+        Device, dtype, training mode and requires_grad are kept; the weight is frozen if all factors are.
+        """
         weight = self.dense_weight()
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
-        linear.weight.copy_(weight)
+        linear.weight.copy_(weight).requires_grad_(any(p.requires_grad for p in self.weight_parameters()))
         if self.bias is not None:
-            linear.bias.copy_(self.bias)
+            linear.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return linear.train(self.training)
 
     # Different structures can have factors of the same shapes: the metadata of a state_dict says which it is of.
@@ -175,13 +182,20 @@ def is_conv1d(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
+def features(linear: Any) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, structured or not."""
+    if is_conv1d(linear):
+        return linear.weight.shape[0], linear.weight.shape[1]
+    return linear.in_features, linear.out_features
+
+
 def _dense_parameters(linear: Any) -> tuple[Tensor, Tensor | None]:
     """The weight (out_features, in_features) and the bias of anything that is a dense layer or can be seen as one."""
     if isinstance(linear, Tensor):
         return linear, None
     if isinstance(linear, Linear):
         weight = linear.dense_weight()
-        return weight.requires_grad_(any(p.requires_grad for p in linear.parameters())), linear.bias
+        return weight.requires_grad_(any(p.requires_grad for p in linear.weight_parameters())), linear.bias
     if isinstance(linear, nn.Linear):
         return linear.weight, linear.bias
     if is_conv1d(linear):

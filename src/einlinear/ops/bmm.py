@@ -34,9 +34,7 @@ def forward(
         for step in steps:
             if save and step is not steps[0]:
                 states.append(z)
-            w = _weight(factors[step.index], step, sizes)
-            z3 = _merge(z, step.source, (step.batch, step.inner, step.columns), sizes)
-            z = _product(w, z3, (step.batch, step.rows, step.columns), step.result, sizes)
+            z = _next(factors, step, z, sizes)
         part = z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features]
         total = part if total is None else total.add_(part)
     assert total is not None
@@ -55,13 +53,17 @@ def backward(
     needs_factors: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of x and of the factors, those that are needed; without saved states these are computed again."""
-    states = saved or forward(structure, factors, x, None, save=True)[1]
     sizes = {**dict(structure.sizes), TOKENS: x.shape[0]}
     grad_x: Tensor | None = None
     grad_factors: list[Tensor | None] = [None] * len(factors)
-    remaining = iter(states)
+    remaining = iter(saved)
     for steps in plan(structure):
-        before = [_token_major(x, steps[0].source, sizes), *(next(remaining) for _ in steps[1:])]
+        before = [_token_major(x, steps[0].source, sizes)]  # what every step reads
+        for position, step in enumerate(steps[:-1]):
+            if saved:
+                before.append(next(remaining))
+            elif any(needs_factors[s.index] for s in steps[position + 1 :]):
+                before.append(_next(factors, step, before[-1], sizes))
         g = _token_major(grad, steps[-1].result, sizes)
         for position in reversed(range(len(steps))):
             step = steps[position]
@@ -77,6 +79,13 @@ def backward(
                 part = g.reshape(x.shape[0], math.prod(g.shape[1:]))[:, : structure.in_features]
                 grad_x = part if grad_x is None else grad_x.add_(part)
     return grad_x, grad_factors
+
+
+def _next(factors: Sequence[Tensor], step: Step, z: Tensor, sizes: dict[str, int]) -> Tensor:
+    """The state after a step."""
+    w = _weight(factors[step.index], step, sizes)
+    z3 = _merge(z, step.source, (step.batch, step.inner, step.columns), sizes)
+    return _product(w, z3, (step.batch, step.rows, step.columns), step.result, sizes)
 
 
 def _grad_factor(step: Step, g: Tensor, g3: Tensor, z: Tensor, sizes: dict[str, int]) -> Tensor:

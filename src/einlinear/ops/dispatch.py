@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from einlinear.structures import Structure
 
 EXECUTORS = ("reference", "bmm", "tiles", "triton")
 CPU_EXECUTORS = EXECUTORS[:3]
-_MODULES = {"bmm": "bmm", "tiles": "tiles", "triton": "triton_kernels"}
+_MODULES = {"bmm": "bmm", "tiles": "tiles", "triton": "triton_kernels.executor"}
+COSTS_FILE = Path(__file__).with_name("costs.json")  # written by einlinear.bench.fitting
+CHEAP = 100  # MACs that take the compiled kernel as long as to write a number and read it: by docs/benchmarks/cpu
 
 
 class Executor(Protocol):
@@ -67,8 +68,6 @@ def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: tor
     device = torch.device(device)
     if _checked(name) == "reference":
         return None
-    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "it runs on GPUs"  # said here, for it is slow to import
     return find(name).unsupported(structure, dtype, device)
 
 
@@ -87,9 +86,11 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
 
     Args:
         executor: "reference" (plain einsum), "bmm" (batched matmuls), "tiles" (compiled CPU kernel), "triton" (GPU
-            kernels), or None: the dispatcher's choice.
+            kernels); None leaves the choice where it was: with the dispatcher, or with a context around this one.
         recompute: whether the backward pass computes the intermediate states again (True) or finds them saved (False);
-            None: what was measured to be faster.
+            None leaves it where it was: what was measured to be faster.
+
+    A function that torch.compile has compiled keeps what was chosen when it was traced.
 
     Raises:
         ValueError: an unknown executor.
@@ -104,8 +105,8 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         True
     """
     before = forced.executor, forced.recompute
-    forced.executor = None if executor is None else _checked(executor)
-    forced.recompute = recompute
+    forced.executor = forced.executor if executor is None else _checked(executor)
+    forced.recompute = forced.recompute if recompute is None else recompute
     try:
         yield
     finally:
@@ -123,9 +124,6 @@ def recomputes(executor: str, structure: Structure) -> bool:
 def _repeats(structure: Structure) -> bool:
     again = sum(factor.macs for term in structure.terms for factor in term.factors[:-1])
     return again < CHEAP * sum(term.states for term in structure.terms)
-
-
-CHEAP = 100  # MACs that take the compiled kernel as long as to write a number and read it: by docs/benchmarks/cpu
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,6 @@ def read_costs() -> dict[str, dict[str, list[float]]]:
     return {mode: content[mode] for mode in ("forward", "train")}
 
 
-COSTS_FILE = Path(__file__).with_name("costs.json")  # written by einlinear.bench.fitting
 COSTS = read_costs()
 
 
@@ -210,7 +207,7 @@ def amounts(executor: str, structure: Structure, tokens: int) -> tuple[float, ..
     if executor == "dense":
         weights = in_features * out_features
         return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6
-    moved = tokens * (in_features + sum(factor.results for factor in structure.factors)) / 1e6
+    moved = tokens * (in_features + sum(factor.width for factor in structure.factors)) / 1e6
     return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6
 
 
@@ -232,8 +229,20 @@ def explain(layer: Any, x: Tensor) -> Choice:
     structure = getattr(layer, "structure", None)
     if not isinstance(structure, Structure):
         raise TypeError(f"expected an einlinear.Linear, not {type(layer).__name__}")
-    training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters()))
-    return choose(structure, x.numel() // structure.in_features, x.dtype, x.device, training)
+    training = wants_gradients(x, *layer.parameters())
+    return choose(structure, x.numel() // structure.in_features, autocast_dtype(x) or x.dtype, x.device, training)
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of an input, or None where it leaves it alone."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _checked(name: str) -> str:

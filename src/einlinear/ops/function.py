@@ -23,15 +23,10 @@ from einlinear.structures import Structure
 
 def run(executor: str, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias for x of shape (n, in_features), by an executor that is not the reference; differentiable."""
-    if wants_gradients(x, factors, bias):
+    if dispatch.wants_gradients(x, bias, *factors):
         y: Tensor = _Linear.apply(structure, executor, x, bias, *factors)  # type: ignore[no-untyped-call]
         return y
     return dispatch.find(executor).forward(structure, factors, x, bias, save=False)[0]
-
-
-def wants_gradients(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
-    """Whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors, bias) if t is not None)
 
 
 class _Linear(torch.autograd.Function):

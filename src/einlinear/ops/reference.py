@@ -1,4 +1,4 @@
-"""The reference: plain einsum, one factor after the other. Slow to read nothing into, right by inspection.
+"""The reference: plain einsum, one factor after the other, right by inspection.
 
 Shapes: x (n, in_features), y (n, out_features), factors as `structure.factors` says, in the same order.
 """

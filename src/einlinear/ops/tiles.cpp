@@ -729,14 +729,14 @@ static void add_factor_gradient(const Step& s, const FactorGradient& g, const So
     }
 }
 
-// The sums of all threads -> the factor's own layout.
+// The sums of the threads -> the factor's own layout.
 template <class S>
 static void write_factor_gradient(const Step& s, const FactorGradient& g, const std::vector<Buffer<S>>& sums,
-                                  Index offset, S* to, Team all) {
+                                  size_t count, Index offset, S* to, Team all) {
     bool transposed = !g.by_inner && s.w_row && s.w_inner == 1;
     for (Index b = all.first(s.batches); b < all.last(s.batches); b++) {
         S* total = sums[0].data + offset + b * g.entries();
-        for (size_t c = 1; c < sums.size(); c++) {
+        for (size_t c = 1; c < count; c++) {
             const S* more = sums[c].data + offset + b * g.entries();
             for (Index e = 0; e < g.entries(); e++) total[e] += more[e];
         }
@@ -828,10 +828,11 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
         }
         all.barrier();
         Index offset = 0;
+        size_t count = division.shared ? 1 : all.size;  // fewer threads may run than were asked for
         for (size_t j = 0; j < p.terms.size(); j++)
             for (size_t k = 0; k < p.terms[j].size(); k++) {
                 const Step& s = p.terms[j][k];
-                if (S* to = dfactors[s.factor]) write_factor_gradient(s, gradients[j][k], sums, offset, to, all);
+                if (S* to = dfactors[s.factor]) write_factor_gradient(s, gradients[j][k], sums, count, offset, to, all);
                 offset += s.batches * gradients[j][k].entries();
             }
     }

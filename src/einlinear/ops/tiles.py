@@ -31,6 +31,7 @@ logger = logging.getLogger("einlinear")
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+_THREADS = ("-fopenmp",), ()  # tried in turn: without OpenMP the kernels run on one thread
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -225,7 +226,7 @@ def build(machine_flags: Sequence[str]) -> Path:
     logger.info("Compiling the CPU kernels, once: %s", path)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         said = ""
-        for threads in (("-fopenmp",), ()):  # without OpenMP they run on one thread
+        for threads in _THREADS:
             made = Path(scratch) / "tiles.so"
             command = [compiler, *FLAGS, *machine_flags, *threads, str(SOURCE), "-o", str(made)]
             try:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.parametrize.globs import as_globs, check_globs
-from einlinear.parametrize.mup import param_groups
+from einlinear.nn.names import as_globs, check_globs, plain_modules
+from einlinear.parametrize.mup import Base, param_groups
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -61,7 +61,7 @@ def coord_check(
     probe: Tensor,
     *,
     lr: float,
-    base_width: int,
+    base: Base,
     layers: str | Sequence[str] = "*",
     steps: int = 100,
     optimizer: str = "adamw",
@@ -72,12 +72,12 @@ def coord_check(
     """Train a model briefly at every width and measure how its features move.
 
     Args:
-        build: width -> model, initialised; called with base_width on the meta device for the base shapes.
+        build: width -> model, initialised.
         widths: the widths to compare.
         batches: (input, target) pairs, used in turn, again from the start when they run out.
         probe: a fixed input, on which the features are measured, in evaluation mode: dropout is not a change.
         lr: learning rate of the base model.
-        base_width: the width it was found at.
+        base: the model of base width, as for `param_groups`; it may be dense.
         layers: a glob, or several, on qualified names: modules whose output, a tensor of shape (..., features), is
             measured.
         steps: of training, at least one.
@@ -99,7 +99,8 @@ def coord_check(
         ...     model = torch.nn.Sequential(el.Linear(16, width, "btt"), torch.nn.ReLU(), torch.nn.Linear(width, 10))
         ...     return el.init_(model)
         >>> batch = torch.randn(32, 16), torch.randint(10, (32,))
-        >>> found = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base_width=64, layers="0", steps=3)
+        >>> base = build(64)
+        >>> found = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base=base, layers="0", steps=3)
         >>> [(c.width, c.layer, c.relative_update < 0.1) for c in found]
         [(64, '0', True), (256, '0', True)]
     """
@@ -109,8 +110,6 @@ def coord_check(
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not batches:
         raise ValueError("batches is empty: give at least one (input, target) pair to train on")
-    with torch.device("meta"):
-        base = build(base_width)
     found = []
     for width in widths:
         model = build(width)
@@ -138,7 +137,7 @@ def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> d
     """What the chosen modules give for the probe. The model is left in the modes it was in."""
     features: dict[str, Tensor] = {}
     globs = as_globs(layers, "layers")
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in plain_modules(model) if name}
     check_globs(globs, list(modules), "layers", "module")
     chosen = {name: module for name, module in modules.items() if any(fnmatchcase(name, glob) for glob in globs)}
 

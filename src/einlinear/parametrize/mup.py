@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.parametrize.globs import as_globs, as_rules
+from einlinear.nn.names import as_globs, as_rules
 from einlinear.parametrize.roles import Parameter, check_matches, parameters
 from einlinear.structures.scaling import adam_multipliers, sgd_multipliers, spectral_std
 

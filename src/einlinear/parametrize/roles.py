@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from einlinear.nn import Linear
-from einlinear.nn.linear import is_conv1d
-from einlinear.parametrize.globs import as_rules, check_globs
+from einlinear.nn.linear import features, is_conv1d
+from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.structures import Structure
 
 _VECTORS = (  # every parameter of these is a vector: its fan-in does not grow with the width
@@ -30,7 +30,6 @@ _VECTORS = (  # every parameter of these is a vector: its fan-in does not grow w
     nn.PReLU,
 )
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -99,15 +98,13 @@ def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list
     Raises:
         ValueError: a role of another name, a glob that matches no parameter, a factor that is said to be a vector.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
     rules = as_rules(roles, "roles")
     for glob, role in rules.items():
         if role not in ("vector", "matrix"):
             raise ValueError(f"the role of {glob!r} must be 'vector' or 'matrix', not {role!r}")
     found: dict[int, Parameter] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for parameter in _of_module(module, plain_name(f"{prefix}." if prefix else "")):
+    for prefix, module in plain_modules(model):
+        for parameter in _of_module(module, f"{prefix}." if prefix else ""):
             first = found.get(id(parameter.tensor))
             found[id(parameter.tensor)] = (
                 replace(first, names=first.names + parameter.names) if first is not None else parameter
@@ -122,13 +119,6 @@ def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list
 def check_matches(globs: Iterable[str], found: Iterable[Parameter], argument: str) -> None:
     """Raise ValueError for a glob that matches none of the parameters."""
     check_globs(globs, [name for parameter in found for name in parameter.matched], argument, "parameter or module")
-
-
-def plain_name(name: str) -> str:
-    """A qualified name without what wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _with_role(parameter: Parameter, role: str | None) -> Parameter:
@@ -156,10 +146,8 @@ def _of_module(module: Any, prefix: str) -> Iterator[Parameter]:
         factors = {factor.name: index for index, factor in enumerate(structure.factors)}
         matrices = dict.fromkeys(factors, (module.in_features, module.out_features))
         vectors = ("bias", *(f"gamma_{name}" for name in factors))
-    elif isinstance(module, nn.Linear):
-        matrices["weight"] = (module.in_features, module.out_features)
-    elif is_conv1d(module):
-        matrices["weight"] = (module.weight.shape[0], module.weight.shape[1])
+    elif isinstance(module, nn.Linear) or is_conv1d(module):
+        matrices["weight"] = features(module)
     elif isinstance(module, _CONVOLUTIONS):
         matrices["weight"] = (math.prod(module.weight.shape[1:]), module.weight.shape[0])
     elif isinstance(module, nn.MultiheadAttention):

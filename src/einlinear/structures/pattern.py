@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain
@@ -50,7 +51,7 @@ class Size:
         if self.exponent == 0:
             return str(self.scale)
         if self.exponent == 1:
-            return f"features/{1 / self.scale}"
+            return f"features/{_decimal(1 / self.scale)}"
         return f"features^{self.exponent}"
 
 
@@ -103,6 +104,12 @@ class Pattern:
             if known.setdefault(axis, Size(Fraction(size))) != Size(Fraction(size)):
                 raise ValueError(f"axis {axis!r} is given two sizes that contradict: {known[axis]} and {size}")
         return Pattern(self.terms, tuple(known.items()))
+
+
+def _decimal(number: Fraction) -> str:
+    """All digits of a divisor: the text wrote it in decimals, so there is an end to them."""
+    numerator, denominator = map(Decimal, number.as_integer_ratio())
+    return f"{Context(prec=1000).divide(numerator, denominator):f}"
 
 
 def _group(axes: Axes) -> str:

@@ -42,8 +42,8 @@ class Factor:
         return math.prod(self.shape)
 
     @property
-    def results(self) -> int:
-        """The numbers that this step leaves, for one input vector."""
+    def width(self) -> int:
+        """The size of the state that this step leaves, for one input vector."""
         return self.macs // self.fan_in
 
 
@@ -57,8 +57,8 @@ class Term:
 
     @property
     def states(self) -> int:
-        """The numbers between its steps, for one input vector."""
-        return sum(factor.results for factor in self.factors[:-1])
+        """The size of all states between its steps, for one input vector."""
+        return sum(factor.width for factor in self.factors[:-1])
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,11 @@ def test_augmentation_suited_to_images(make_folder: MakeFolder, no_data: Path) -
     write_fashion(no_data)
     settings = {
         name: (augment.shift, augment.flip, augment.mixup)
-        for name in ("digits", "fashion-mnist", make_folder({"cat": 3, "dog": 3}, size=(16, 16)))
+        for name in (
+            "digits",
+            "fashion-mnist",
+            make_folder({"cat": 3, "dog": 3}, size=(16, 16), at="mine/fashion-mnist"),
+        )
         for augment in [Augment.suited_to(load_images(name), mixup=0.2)]
     }
     assert list(settings.values()) == [(1, False, 0.2), (2, True, 0.2), (2, False, 0.2)]

@@ -1,6 +1,7 @@
 """A user's folder of images: layouts, image files, and what is wrong with them."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 from tests.experiments.data.samples import MakeFolder, assert_standardised
 
+from einlinear.experiments.compare import prepare
+from einlinear.experiments.config import Config, Settings
 from einlinear.experiments.data import load_images
 from einlinear.experiments.data.folder import _read_files, _read_image
 
@@ -16,7 +19,7 @@ from einlinear.experiments.data.folder import _read_files, _read_image
 def test_folder_is_split_by_class(make_folder: MakeFolder) -> None:
     folder = make_folder({"dog": 10, "cat": 20, "eel": 2})
     images = load_images(folder, test_fraction=0.3)
-    assert images.name == "pets"
+    assert images.name == str(folder.resolve())
     assert images.classes == ("cat", "dog", "eel")
     assert (images.channels, images.size, images.features) == (1, (5, 6), 30)
     assert images.train_y.bincount().tolist() == [14, 7, 1]
@@ -29,6 +32,16 @@ def test_folder_is_split_by_class(make_folder: MakeFolder) -> None:
     assert torch.equal(again.test_x, images.test_x)
     unique = torch.cat([images.train_x, images.test_x]).flatten(1).unique(dim=0)
     assert len(unique) == 32, "an image is in both sets, or in neither"
+
+
+def test_folders_that_end_alike_are_different_data(make_folder: MakeFolder, tmp_path: Path) -> None:
+    first, second = (make_folder({"cat": 9, "dog": 9}, at=f"{at}/pets") for at in "ab")
+    (tmp_path / "link").symlink_to(first)
+    config = Config(structures=("dense",), widths=(8,), settings=Settings(batch_size=4))
+    prepare(replace(config, data=str(first)), tmp_path / "out")
+    prepare(replace(config, data=str(tmp_path / "link")), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"other settings: data was '.*/a/pets', now '.*/b/pets'\."):
+        prepare(replace(config, data=str(second)), tmp_path / "out")
 
 
 def test_folder_with_its_own_test_set(make_folder: MakeFolder, tmp_path: Path) -> None:

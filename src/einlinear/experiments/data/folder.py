@@ -43,7 +43,7 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float) -> Ima
     y = torch.tensor([label for _, label in train + test])
     n = len(train)
     images = Images(
-        name=root.resolve().name,
+        name=str(root.resolve()),  # two folders may end alike, or like the name of a built-in data set
         source=f"{len(files)} images from {root}, {how}",
         train_x=x[:n],
         train_y=y[:n],

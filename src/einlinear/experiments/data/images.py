@@ -16,7 +16,7 @@ class Images:
     """A classification data set: training and test images with their labels.
 
     Attributes:
-        name: "fashion-mnist", "digits" or the folder's name.
+        name: which data it is: "fashion-mnist", "digits" or the folder's resolved path.
         source: one sentence that says where the images came from.
         train_x, test_x: (N, C, H, W) float32, standardised with the training set's mean and standard
             deviation per channel.

@@ -1,13 +1,31 @@
-"""Globs on qualified names, as `layers=`, `zero=`, `lr_scale=` and `roles=` take them."""
+"""Qualified names of modules, and globs on them, as `layers=`, `zero=`, `lr_scale=` and `roles=` take them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+from torch import nn
+
 T = TypeVar("T")
+
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # by torch.compile, FSDP1, checkpoints
+
+
+def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module by every qualified name it has, without what wrappers put into names, at whatever depth they are.
+
+    A wrapper comes before what it wraps, under the same name.
+    """
+    yield name, model
+    # a user's own layer may be called "module" too: only these two put it into names
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    for part, child in model._modules.items():
+        if child is not None:
+            wrapped = part in _WRAPPED or (parallel and part == "module")
+            yield from plain_modules(child, name if wrapped else f"{name}.{part}".lstrip("."))
 
 
 def as_globs(given: str | Sequence[str], argument: str) -> list[str]:

@@ -1,0 +1,38 @@
+"""The order of the folders: what docs/architecture.md says of imports, also of those inside functions."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import einlinear
+
+ROOT = Path(einlinear.__file__).parent
+# "einlinear" is the library's own __init__, which the folders below it may import
+ORDER = ("structures", "ops", "nn", "parametrize", "conversion", "einlinear", "bench", "experiments", "cli")
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The modules that a file imports from this library."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write imports in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_a_folder_imports_only_from_those_above_it(folder: str) -> None:
+    files = [ROOT / "__init__.py"] if folder == "einlinear" else list((ROOT / folder).rglob("*.py"))
+    above = {*ORDER[: ORDER.index(folder) + 1]} - ({"parametrize", "conversion"} if folder == "bench" else set())
+    assert files
+    for file in files:
+        parts = [name.split(".") for name in imported(file) if name.split(".")[0] == "einlinear"]
+        found = {part[1] if part[1:] and part[1] in ORDER else "einlinear" for part in parts}
+        assert found <= above, file
+
+
+def test_every_folder_has_its_place() -> None:
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {*ORDER} - {"einlinear"}
