@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
+from einlinear.data import Images, load_images
 from einlinear.experiments import compare, store, train
 from einlinear.experiments.budget import model_macs, model_params, widest
 from einlinear.experiments.compare import Comparison, plan, prepare
 from einlinear.experiments.config import PRESETS, Config, Settings, configure
-from einlinear.experiments.data import Images, load_images
 from einlinear.experiments.store import Experiment, Store, read_experiment, read_results
 from einlinear.experiments.summary import summarise
 from einlinear.experiments.train import Result, Run, build_model

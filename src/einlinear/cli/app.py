@@ -175,8 +175,8 @@ def coord_check(
     structure is also trained with those of dense.
     """
     require(EXPERIMENTS)
+    from einlinear.data import batches, load_images
     from einlinear.experiments.coordinates import cases, check, measure, write_page
-    from einlinear.experiments.data import batches, load_images
 
     with user_errors():
         config = configure(

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 import einlinear
+from einlinear.data import Images, batches, load_images
 from einlinear.experiments.budget import widest
 from einlinear.experiments.config import DENSE, Config, Settings
-from einlinear.experiments.data import Images, batches, load_images
 from einlinear.experiments.store import Experiment, Store
 from einlinear.experiments.train import Progress, Result, Run, build_model, train
 from einlinear.structures import structure

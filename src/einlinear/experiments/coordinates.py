@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 import torch
 from torch import nn
 
+from einlinear.data import Images, batches, pixel_permutation
 from einlinear.experiments.config import DENSE, Settings
-from einlinear.experiments.data import Images, batches, pixel_permutation
 from einlinear.experiments.plots import colour, nice_ticks, style, symbol
 from einlinear.experiments.store import write_text
 from einlinear.experiments.train import LR_SCALE, PERMUTATION_SEED, Run, base_model, build_model, initialised

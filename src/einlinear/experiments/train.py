@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from einlinear.data import Augment, Images, batches, pixel_permutation
 from einlinear.experiments.budget import model_macs, model_params
 from einlinear.experiments.config import DENSE, Settings
-from einlinear.experiments.data import Augment, Images, batches, pixel_permutation
 from einlinear.nn import ResidualMLP
 from einlinear.parametrize import init_, param_groups
 

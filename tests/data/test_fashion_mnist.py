@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.experiments.data.samples import assert_standardised, write_fashion, write_idx
+from tests.data.samples import assert_standardised, write_fashion, write_idx
 
-from einlinear.experiments.data import load_images
-from einlinear.experiments.data.fashion_mnist import FILES, data_dir, read_fashion_mnist
+from einlinear.data import load_images
+from einlinear.data.fashion_mnist import FILES, data_dir, read_fashion_mnist
 
 
 @pytest.mark.parametrize("where", ["fetched", "system"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.experiments.data.images import Images
+from einlinear.data.images import Images
 
 
 class Augment:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from einlinear.experiments.data.images import Images
+from einlinear.data.images import Images
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from einlinear.experiments.data.images import Images, check_finite, resize
-from einlinear.experiments.data.split import stratified_split
+from einlinear.data.images import Images, check_finite, resize
+from einlinear.data.split import stratified_split
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 

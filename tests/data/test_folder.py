@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.experiments.data.samples import MakeFolder, assert_standardised
+from tests.data.samples import MakeFolder, assert_standardised
 
+from einlinear.data import load_images
+from einlinear.data.folder import _read_files, _read_image
 from einlinear.experiments.compare import prepare
 from einlinear.experiments.config import Config, Settings
-from einlinear.experiments.data import load_images
-from einlinear.experiments.data.folder import _read_files, _read_image
 
 
 def test_folder_is_split_by_class(make_folder: MakeFolder) -> None:

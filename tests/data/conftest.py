@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.experiments.data.samples import MakeFolder
+from tests.data.samples import MakeFolder
 
-from einlinear.experiments.data import fashion_mnist
+from einlinear.data import fashion_mnist
 
 
 @pytest.fixture(autouse=True)

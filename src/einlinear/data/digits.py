@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from einlinear.experiments.data.images import Images
-from einlinear.experiments.data.split import stratified_split
+from einlinear.data.images import Images
+from einlinear.data.split import stratified_split
 
 
 def read_digits(test_fraction: float) -> Images:

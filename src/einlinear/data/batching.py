@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from einlinear.experiments.data.augment import Augment
-from einlinear.experiments.data.images import Images
+from einlinear.data.augment import Augment
+from einlinear.data.images import Images
 
 
 def batches(

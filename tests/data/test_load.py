@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.experiments.data.samples import MakeFolder, assert_standardised, tiny, write_fashion
+from tests.data.samples import MakeFolder, assert_standardised, tiny, write_fashion
 
-from einlinear.experiments.data import load, load_images
+from einlinear.data import load, load_images
 
 
 def test_digits() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from einlinear.experiments.data.digits import read_digits
-from einlinear.experiments.data.fashion_mnist import read_fashion_mnist
-from einlinear.experiments.data.folder import read_folder
-from einlinear.experiments.data.images import Images, check_finite, resize
+from einlinear.data.digits import read_digits
+from einlinear.data.fashion_mnist import read_fashion_mnist
+from einlinear.data.folder import read_folder
+from einlinear.data.images import Images, check_finite, resize
 
 NAMES = ("auto", "fashion-mnist", "digits")
 

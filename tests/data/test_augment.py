@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.experiments.data.samples import MakeFolder, tiny, write_fashion
+from tests.data.samples import MakeFolder, tiny, write_fashion
 from torch import Tensor
 
-from einlinear.experiments.data import Augment, load_images
+from einlinear.data import Augment, load_images
 
 
 def edge_shifted(image: Tensor, dy: int, dx: int) -> Tensor:

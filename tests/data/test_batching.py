@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.experiments.data.samples import tiny
+from tests.data.samples import tiny
 from torch import Tensor
 
-from einlinear.experiments.data import Augment, batches, pixel_permutation
+from einlinear.data import Augment, batches, pixel_permutation
 
 
 def test_batches_cover_each_epoch_once_and_drop_the_rest() -> None:

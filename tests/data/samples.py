@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from einlinear.experiments.data import Images
+from einlinear.data import Images
 
 MakeFolder = Callable[..., Path]  # a fixture of conftest.py
 

@@ -12,9 +12,9 @@ augment.py        shifts, flips and mixup
 batching.py       shuffled batches
 """
 
-from einlinear.experiments.data.augment import Augment
-from einlinear.experiments.data.batching import batches, pixel_permutation
-from einlinear.experiments.data.images import Images
-from einlinear.experiments.data.load import load_images
+from einlinear.data.augment import Augment
+from einlinear.data.batching import batches, pixel_permutation
+from einlinear.data.images import Images
+from einlinear.data.load import load_images
 
 __all__ = ["Augment", "Images", "batches", "load_images", "pixel_permutation"]
