@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops import reference
@@ -67,11 +68,14 @@ def backward(
         g = _token_major(grad, steps[-1].result, sizes)
         for position in reversed(range(len(steps))):
             step = steps[position]
-            g3 = _merge(g, step.result, (step.batch, step.rows, step.columns), sizes)
+            g3 = g if step.plain else _merge(g, step.result, (step.batch, step.rows, step.columns), sizes)
             if needs_factors[step.index]:
                 grad_factors[step.index] = _grad_factor(step, g, g3, before[position], sizes)
             if not (needs_x or any(needs_factors[s.index] for s in steps[:position])):
                 break
+            if step.plain:
+                g = g @ factors[step.index]
+                continue
             w = _weight(factors[step.index], step, sizes).transpose(1, 2)
             g = _product(w, g3, (step.batch, step.inner, step.columns), step.source, sizes)
         else:
@@ -83,12 +87,16 @@ def backward(
 
 def _next(factors: Sequence[Tensor], step: Step, z: Tensor, sizes: dict[str, int]) -> Tensor:
     """The state after a step."""
+    if step.plain:
+        return F.linear(z, factors[step.index])
     w = _weight(factors[step.index], step, sizes)
     z3 = _merge(z, step.source, (step.batch, step.inner, step.columns), sizes)
     return _product(w, z3, (step.batch, step.rows, step.columns), step.result, sizes)
 
 
 def _grad_factor(step: Step, g: Tensor, g3: Tensor, z: Tensor, sizes: dict[str, int]) -> Tensor:
+    if step.plain:
+        return g.T @ z
     batch, columns = step.batch, step.columns
     if step.repeats:
         batch, columns = (), step.batch + step.columns

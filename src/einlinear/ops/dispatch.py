@@ -25,6 +25,7 @@ EXECUTORS = ("reference", "bmm", "tiles", "triton")
 CPU_EXECUTORS = EXECUTORS[:3]
 _MODULES = {"bmm": "bmm", "tiles": "tiles", "triton": "triton_kernels.executor"}
 COSTS_FILE = Path(__file__).with_name("costs.json")  # written by einlinear.bench.fitting
+CACHED = 2**18  # weights: a core's cache of a megabyte, in float32
 CHEAP = 100  # MACs that take the compiled kernel as long as to write a number and read it: by docs/benchmarks/cpu
 
 
@@ -202,13 +203,18 @@ def microseconds(executor: str, structure: Structure, tokens: int, mode: str) ->
 
 
 def amounts(executor: str, structure: Structure, tokens: int) -> tuple[float, ...]:
-    """What the coefficients multiply: calls, steps, million MACs, million activations moved, million weights read."""
+    """What the coefficients multiply.
+
+    Calls, steps, million MACs, million activations moved, million weights read, and million weights that are read for
+    every token (or every tile of them) since they are more than stay in cache.
+    """
     in_features, out_features = structure.in_features, structure.out_features
     if executor == "dense":
         weights = in_features * out_features
-        return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6
+        return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6, 0
     moved = tokens * (in_features + sum(factor.width for factor in structure.factors)) / 1e6
-    return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6
+    spilt = tokens * max(structure.params - CACHED, 0) / 1e6
+    return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6, spilt
 
 
 def explain(layer: Any, x: Tensor) -> Choice:

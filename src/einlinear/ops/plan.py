@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import permutations
 
 from einlinear.structures import Structure, Term
@@ -52,6 +52,12 @@ class Step:
     def repeats(self) -> bool:
         """Whether the same matrix multiplies every batch entry."""
         return bool(self.batch) and self.batch[0] not in self.factor
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether it is the product of a matrix with vectors that lie one after the other, as in `F.linear`."""
+        ends = (TOKENS, *self.inner), (TOKENS, *self.rows), (*self.rows, *self.inner)
+        return ends == (self.source, self.result, self.factor) and len(self.factor) == 2
 
     @property
     def cost(self) -> int:

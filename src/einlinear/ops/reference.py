@@ -33,7 +33,9 @@ def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tens
             state = after
         z = z.permute([0, *[1 + state.index(a) for a in term.outputs]])
         outputs.append(z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features])
-    y = torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0]
+    y = outputs[0]
+    for more in outputs[1:]:
+        y = y + more
     return y if bias is None else y + bias
 
 
