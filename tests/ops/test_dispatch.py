@@ -47,6 +47,15 @@ def test_backend_forces_and_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert el.explain(layer, x) == before
 
 
+def test_training_takes_no_more_memory_than_dense() -> None:
+    """Executors that copy activations are no candidates where there are many of these."""
+    layer = el.Linear(1024, 1024, "monarch")
+    assert dict(el.explain(layer, torch.randn(2048, 1024)).refusals)["bmm"].startswith("it may keep more")
+    assert "bmm" not in dict(el.explain(layer, torch.randn(64, 1024)).refusals)
+    with torch.no_grad():
+        assert "bmm" not in dict(el.explain(layer, torch.randn(2048, 1024)).refusals)
+
+
 def test_backends_nest() -> None:
     layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
     with el.backend("bmm"):

@@ -54,6 +54,24 @@ def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyP
                     torch.testing.assert_close(a, b, rtol=close, atol=close * 10)
 
 
+@pytest.mark.parametrize("spec", ["low_rank(rank=256)", "dyad(blocks=2)", "monarch(blocks=2)"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_large_factors_have_larger_tiles(spec: str, recompute: bool) -> None:
+    layer = el.Linear(1024, 1000, spec, dtype=torch.float64)
+    x = torch.randn(300, 1024, dtype=torch.float64, requires_grad=True)
+    tile, own = tiles._function("tile", x.dtype), tiles._program(layer.structure)
+    assert tile(own.address, 300) > tile(tiles._program(el.structure("btt", 1024, 1000)).address, 300)
+    inputs = [x, *layer.parameters()]
+    expected = x @ layer.dense_weight().T + layer.bias
+    grad = torch.randn_like(expected)
+    with el.backend("tiles", recompute=recompute):
+        y = layer(x)
+        found = torch.autograd.grad(y, inputs, grad)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(found, torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: object) -> None:
     """Fewer threads run than are asked for, which has to leave no memory unwritten."""
     monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))

@@ -88,6 +88,8 @@ static Index term_states(const std::vector<Step>& term) {
     return total;
 }
 
+constexpr Index HEAVY_ENTRIES = 1 << 18, HEAVY_RATIO = 128;
+
 struct Program {
     Index in_features, out_features;
     std::vector<std::vector<Step>> terms;
@@ -126,6 +128,11 @@ struct Program {
         for (auto& term : terms)
             for (auto& s : term) total += s.batches * s.rows * s.inner;
         return total;
+    }
+    // Whether it is the factors that do not stay in cache, and not the states.
+    bool heavy() const {
+        Index entries = factor_entries();
+        return entries > HEAVY_ENTRIES && entries > HEAVY_RATIO * (width_in + states() + width_out);
     }
 };
 
@@ -215,7 +222,9 @@ static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const I
     Index m = 0;
     const Index next = Packed ? inner : wm;  // from the weights of one row to those of the next
     for (; m + M <= rows; m += M)
-        multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from, from_rows, inner, to, to_rows + m, tile, add);
+        for (Index t = 0; t < tile; t += V * Simd<S>::lanes)
+            multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from + t, from_rows, inner, to + t, to_rows + m, tile,
+                                            add);
     if constexpr (M > 1)
         if (m < rows)
             multiply_rows<S, (M > 4 ? M - 4 : M - 1), V, Packed>(w + m * next, wk, wm, from, from_rows, inner, to,
@@ -225,26 +234,20 @@ static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const I
 template <class S>
 static void multiply(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index inner, S* to,
                      const Index* to_rows, Index rows, Index tile, bool add) {
-    constexpr int L = Simd<S>::lanes;
-    Index t = 0;
-    if (wk == 0) {
-        for (; t + 2 * L <= tile; t += 2 * L)
-            multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from + t, from_rows, inner, to + t, to_rows, rows, tile,
-                                                  add);
-        for (; t < tile; t += L)
-            multiply_rows<S, MICRO_ROWS, 1, true>(w, 0, 0, from + t, from_rows, inner, to + t, to_rows, rows, tile,
-                                                  add);
-    }
-    for (; t < tile; t += L)
-        multiply_rows<S, 8, 1, false>(w, wk, wm, from + t, from_rows, inner, to + t, to_rows, rows, tile, add);
+    if (wk)
+        multiply_rows<S, 8, 1, false>(w, wk, wm, from, from_rows, inner, to, to_rows, rows, tile, add);
+    else if (tile % (2 * Simd<S>::lanes))
+        multiply_rows<S, MICRO_ROWS, 1, true>(w, 0, 0, from, from_rows, inner, to, to_rows, rows, tile, add);
+    else
+        multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from, from_rows, inner, to, to_rows, rows, tile, add);
 }
 
-// gradient[m][V vectors] += sum over columns and tokens of from[m][token] panel[token][V vectors]. The sum of a tile is
-// added at once: in one long sum over all tokens the rounding errors would grow.
+// gradient[m][V vectors] (+)= sum over columns and tokens of from[m][token] panel[token][V vectors]. The sum of a tile
+// is added at once: in one long sum over all tokens the rounding errors would grow.
 template <class S, int M, int V>
 static inline void accumulate_micro(const S* from, const Index* from_rows, const Index* columns, Index count,
                                     Index tile, const S* const* panels, Index panel_ld, Index at, Index tokens,
-                                    S* gradient, Index gradient_ld) {
+                                    S* gradient, Index gradient_ld, bool add) {
     constexpr int L = Simd<S>::lanes;
     Vec<S> sum[M][V];
 #pragma GCC unroll 16
@@ -271,29 +274,29 @@ static inline void accumulate_micro(const S* from, const Index* from_rows, const
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) {
             S* to = gradient + m * gradient_ld + v * L;
-            store(to, load(to) + sum[m][v]);
+            store(to, add ? load(to) + sum[m][v] : sum[m][v]);
         }
 }
 
 template <class S, int M>
 static void accumulate_rows(const S* from, const Index* from_rows, Index rows, const Index* columns, Index count,
-                            Index tile, const S* const* panels, Index panel_ld, Index width, Index tokens,
-                            S* gradient) {
+                            Index tile, const S* const* panels, Index panel_ld, Index width, Index tokens, S* gradient,
+                            bool add) {
     constexpr int L = Simd<S>::lanes;
     Index m = 0;
     for (; m + M <= rows; m += M) {
         Index j = 0;
         for (; j + 2 * L <= width; j += 2 * L)
             accumulate_micro<S, M, 2>(from, from_rows + m, columns, count, tile, panels, panel_ld, j, tokens,
-                                      gradient + m * width + j, width);
+                                      gradient + m * width + j, width, add);
         for (; j < width; j += L)
             accumulate_micro<S, M, 1>(from, from_rows + m, columns, count, tile, panels, panel_ld, j, tokens,
-                                      gradient + m * width + j, width);
+                                      gradient + m * width + j, width, add);
     }
     if constexpr (M > 1)
         if (m < rows)
             accumulate_rows<S, (M > 4 ? M - 4 : M - 1)>(from, from_rows + m, rows - m, columns, count, tile, panels,
-                                                        panel_ld, width, tokens, gradient + m * width);
+                                                        panel_ld, width, tokens, gradient + m * width, add);
 }
 
 // ---------------------------------------------------------------- the walk over tiles
@@ -446,9 +449,9 @@ static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, cons
 
 // ---------------------------------------------------------------- few tokens
 //
-// With fewer tokens than a vector has lanes a tile would be mostly empty. Then a state is one plain vector per token, and
-// each matrix of a factor meets `count` = tokens x columns pieces of it. If these are few as well, they are multiplied
-// with the rows of the matrix as they lie in memory; otherwise they make up a tile.
+// With fewer tokens than a vector has lanes a tile would be mostly empty. Then a state is one plain vector per token,
+// and each matrix of a factor meets `count` = tokens x columns pieces of it. If these are few as well, they are
+// multiplied with the rows of the matrix as they lie in memory; otherwise they make up a tile.
 
 // The sum of all lanes of r[i], for every i, in lane i.
 template <class S, int Width>
@@ -575,10 +578,11 @@ static void forward_few(const Program& p, const S* const* factors, const S* x, c
 
 // ---------------------------------------------------------------- forward and backward
 
+// Two vectors, so that the micro-kernels have enough to do; more where factors are read from memory for every tile.
 template <class S>
-static Index tile_of(Index tokens) {  // two vectors, so that the micro-kernels have enough to do
+static Index tile_of(const Program& p, Index tokens) {
     constexpr Index L = Simd<S>::lanes;
-    return tokens <= L ? L : 2 * L;
+    return tokens <= L ? L : p.heavy() && tokens >= 8 * L ? 8 * L : 2 * L;
 }
 template <class S>
 static Index round_up(Index count) {
@@ -593,7 +597,7 @@ struct Division {
     Index tile, tiles;
     bool shared, small;  // small: so few tokens that packing the factors would not pay
 
-    Division(Index n, int threads) : tile(tile_of<S>(n)), tiles((n + tile - 1) / tile) {
+    Division(const Program& p, Index n, int threads) : tile(tile_of<S>(p, n)), tiles((n + tile - 1) / tile) {
         shared = tiles < threads, small = tiles < 4;
     }
     Team team(Team all) const { return shared ? all : Team{0, 1}; }
@@ -648,7 +652,7 @@ template <class S>
 static void forward(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, S* saved, Index n,
                     int threads) {
     if (!saved && few(p, n, Simd<S>::lanes)) return forward_few(p, factors, x, bias, y, n, threads);
-    Division<S> division(n, threads);
+    Division<S> division(p, n, threads);
     Index tile = division.tile, states = p.states();
     expect(y, n * p.out_features * sizeof(S));
     if (saved) expect(saved, division.tiles * tile * states * sizeof(S));
@@ -695,10 +699,11 @@ struct FactorGradient {
     Index entries() const { return other.rows * padded; }  // of one batch entry
 };
 
-// Adds this tile's share to `sum`, laid out (batch, other rows, padded vectors).
+// This tile's share into, or added to, `sum`, laid out (batch, other rows, padded vectors).
 template <class S>
 static void add_factor_gradient(const Step& s, const FactorGradient& g, const Source<S>* major, const S* vectors_state,
-                                const S* other_state, Index tokens, Index tile, S* panel_memory, S* sum, Team team) {
+                                const S* other_state, Index tokens, Index tile, S* panel_memory, S* sum, bool add,
+                                Team team) {
     std::vector<const S*> panels(s.columns);
     bool whole = major && g.vectors.run() && g.width == g.padded;
     for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
@@ -725,7 +730,7 @@ static void add_factor_gradient(const Step& s, const FactorGradient& g, const So
         }
         accumulate_rows<S, MICRO_ROWS>(other_state + g.other.batch[b] * tile, g.other.row, g.other.rows, g.other.column,
                                        s.columns, tile, panels.data(), direct ? major->features : g.padded, g.padded,
-                                       tokens, sum + b * g.entries());
+                                       tokens, sum + b * g.entries(), add);
     }
 }
 
@@ -753,7 +758,7 @@ static void write_factor_gradient(const Step& s, const FactorGradient& g, const 
 template <class S>
 static void backward(const Program& p, const S* const* factors, const S* x, const S* dy, const S* saved, S* dx,
                      S* const* dfactors, Index n, int threads) {
-    Division<S> division(n, threads);
+    Division<S> division(p, n, threads);
     Index tile = division.tile, states = p.states();
     if (dx) expect(dx, n * p.in_features * sizeof(S));
     std::vector<std::vector<FactorGradient>> gradients;
@@ -783,7 +788,6 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
         if (recompute) w = all_weights(p, factors, packed_forward.data, false, division.small, all);
         Buffer<S> own(division.shared ? 0 : room), panels(panel), scratch(2 * p.widest * tile);
         S* sum = sums[division.shared ? 0 : all.rank].data;
-        if (team.rank == 0) std::fill_n(sum, entries, S(0));
         S* dys = division.shared ? common.data : own.data;
         S *dxs = dys + rows_out * tile, *turns[2] = {dxs + rows_in * tile, dxs + (rows_in + p.widest) * tile};
         S* recomputed = turns[1] + p.widest * tile;
@@ -814,7 +818,7 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
                     const Source<S>* major = begins ? &input : (ends ? &output : nullptr);
                     if (dfactors[s.factor])
                         add_factor_gradient(s, gradient, major, middle, gradient.by_inner ? g : middle, tokens, tile,
-                                            panels.data, sum + offset, team);
+                                            panels.data, sum + offset, i > division.first(all), team);
                     if (begins && !dx) continue;
                     S* to = begins ? dxs : turns[k % 2];
                     run_step(s, w_back[back], after(s), before(s), g, to, ends && stream_out ? &output : nullptr,
@@ -849,8 +853,8 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
                                     const S* saved, S* dx, S* const* dfactors, Index n, int threads) {             \
         backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                            \
     }                                                                                                              \
-    extern "C" Index NAME##_tile(Index tokens) {                                                                   \
-        return tile_of<S>(tokens);                                                                                 \
+    extern "C" Index NAME##_tile(const Index* program, Index tokens) {                                             \
+        return tile_of<S>(Program(program), tokens);                                                               \
     }
 EXPORT(float, float32)
 EXPORT(double, float64)

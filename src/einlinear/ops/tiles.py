@@ -56,7 +56,7 @@ def forward(
     y = x.new_empty(n, structure.out_features)
     saved = []
     if save and program.state_rows:
-        tile: int = _function("tile", x.dtype)(n)
+        tile: int = _function("tile", x.dtype)(program.address, n)
         saved = [x.new_empty(-(-n // tile) * tile * program.state_rows)]
     if n:
         _function("forward", x.dtype)(
@@ -186,7 +186,7 @@ class _Library:
                 function.argtypes, function.restype = [*[pointer] * pointers, count, threads], None
                 self.functions[role, dtype] = function
             function = library[f"{name}_tile"]
-            function.argtypes, function.restype = [count], count
+            function.argtypes, function.restype = [pointer, count], count
             self.functions["tile", dtype] = function
 
 
