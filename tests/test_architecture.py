@@ -10,7 +10,19 @@ import einlinear
 
 ROOT = Path(einlinear.__file__).parent
 # "einlinear" is the library's own __init__, which the folders below it may import
-ORDER = ("structures", "ops", "nn", "parametrize", "conversion", "einlinear", "bench", "data", "experiments", "cli")
+ORDER = (
+    "structures",
+    "ops",
+    "nn",
+    "parametrize",
+    "conversion",
+    "einlinear",
+    "bench",
+    "data",
+    "training",
+    "experiments",
+    "cli",
+)
 
 
 def imported(file: Path) -> Iterator[str]:

@@ -1,16 +1,23 @@
 """Batches: shuffled, reproducible, augmented anew."""
 
+from typing import Any
+
 import pytest
 import torch
 from tests.data.samples import tiny
 from torch import Tensor
 
-from einlinear.data import Augment, batches, pixel_permutation
+from einlinear.data import Augment, Batches, Images, pixel_permutation, seeded
+
+
+def first(count: int, images: Images, *args: Any, **kw: Any) -> list[tuple[Tensor, Tensor]]:
+    batches = Batches(images, *args, **kw)
+    return [batches[number] for number in range(count)]
 
 
 def test_batches_cover_each_epoch_once_and_drop_the_rest() -> None:
     images = tiny(train=50)
-    drawn = list(batches(images, 16, epochs=2, seed=0))
+    drawn = first(6, images, 16, seed=0)
     assert [x.shape for x, _ in drawn] == [(16, 48)] * 6
     epochs = [torch.cat([x[:, 0] for x, _ in drawn[i : i + 3]]) / 48 for i in (0, 3)]
     for rows in epochs:
@@ -28,7 +35,7 @@ def test_batches_depend_on_their_seed_alone() -> None:
 
     def run(seed: int) -> Tensor:
         torch.rand(seed + 3)  # moves the global generator on
-        drawn = batches(images, 10, epochs=2, seed=seed, augment=augment)
+        drawn = first(10, images, 10, seed=seed, augment=augment)
         return torch.cat([torch.cat([x, y], 1) for x, y in drawn])
 
     assert run(0).shape == (100, 48 + 5)
@@ -39,8 +46,8 @@ def test_batches_depend_on_their_seed_alone() -> None:
 def test_each_batch_is_augmented_anew() -> None:
     images = tiny()
     images.train_x[:] = images.train_x[0].clone()
-    first, second = batches(images, 50, epochs=2, seed=0, augment=Augment(images.size))
-    assert not torch.equal(first[0], second[0])
+    one, another = first(2, images, 50, seed=0, augment=Augment(images.size))
+    assert not torch.equal(one[0], another[0])
 
 
 def test_permutation_comes_after_augmentation() -> None:
@@ -50,8 +57,8 @@ def test_permutation_comes_after_augmentation() -> None:
     assert torch.equal(permutation, pixel_permutation(48, seed=1))
     assert not torch.equal(permutation, pixel_permutation(48, seed=2))
     augment = Augment(images.size)
-    plain = batches(images, 10, epochs=1, seed=0, augment=augment)
-    permuted = batches(images, 10, epochs=1, seed=0, augment=augment, permutation=permutation)
+    plain = first(5, images, 10, seed=0, augment=augment)
+    permuted = first(5, images, 10, seed=0, augment=augment, permutation=permutation)
     for (x, y), (shuffled, labels) in zip(plain, permuted, strict=True):
         assert torch.equal(x[:, permutation], shuffled)
         assert torch.equal(y, labels)
@@ -59,8 +66,23 @@ def test_permutation_comes_after_augmentation() -> None:
 
 def test_batches_refuse_at_once() -> None:
     with pytest.raises(ValueError, match="batch_size=51: it must lie between 1 and the 50 training images"):
-        batches(tiny(), 51, epochs=1, seed=0)
+        Batches(tiny(), 51, seed=0)
     with pytest.raises(ValueError, match="batch_size=0"):
-        batches(tiny(), 0, epochs=1, seed=0)
+        Batches(tiny(), 0, seed=0)
     with pytest.raises(ValueError, match="a permutation of 47 for images of 48 features"):
-        batches(tiny(), 5, epochs=1, seed=0, permutation=pixel_permutation(47, 0))
+        Batches(tiny(), 5, seed=0, permutation=pixel_permutation(47, 0))
+
+
+def test_a_batch_depends_on_its_number_alone() -> None:
+    images = tiny()
+    options: dict[str, Any] = {"seed": 3, "augment": Augment(images.size, mixup=0.3)}
+    in_order = first(12, images, 10, **options)
+    batches = Batches(images, 10, **options)
+    for number in (11, 0, 7):
+        for found, expected in zip(batches[number], in_order[number], strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_generators_differ_in_every_part() -> None:
+    seeds = {seeded(*parts).initial_seed() for parts in ((0, 1), (1, 0), (0, "1"), (0, 1, 0), (10,), (1, "a"))}
+    assert len(seeds) == 6

@@ -13,8 +13,8 @@ batching.py       shuffled batches
 """
 
 from einlinear.data.augment import Augment
-from einlinear.data.batching import batches, pixel_permutation
+from einlinear.data.batching import Batches, pixel_permutation, seeded
 from einlinear.data.images import Images
 from einlinear.data.load import load_images
 
-__all__ = ["Augment", "Images", "batches", "load_images", "pixel_permutation"]
+__all__ = ["Augment", "Batches", "Images", "load_images", "pixel_permutation", "seeded"]

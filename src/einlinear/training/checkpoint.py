@@ -1,0 +1,106 @@
+"""Checkpoints on disk: each is a folder that is whole or absent, checked before it is believed, never unpickled.
+
+FOLDER/step-00000500/state.safetensors   tensors, and facts as JSON in the file's own metadata
+FOLDER/step-00000500/sha256              of that file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "1"
+KEPT = 2  # the newest one, and one to fall back on
+_STATE, _DIGEST = "state.safetensors", "sha256"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says: after how many steps, tensors by name, and facts that are JSON."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint beside its place, move it there, and remove all but the newest ones.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written. What was there before is still there.
+    """
+    place = folder / f"step-{checkpoint.step:08d}"
+    scratch = folder / f".{place.name}.{os.getpid()}"
+    scratch.mkdir(parents=True)
+    try:
+        facts = {"step": checkpoint.step, **checkpoint.facts}
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+        save_file(tensors, scratch / _STATE, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+        (scratch / _DIGEST).write_text(_digest(scratch / _STATE) + "\n", encoding="ascii")
+        for file in scratch.iterdir():  # on disk before the folder has its name, even if the power fails
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if place.exists():  # a damaged one, or else this step would not have been made again
+            shutil.rmtree(place)
+        scratch.rename(place)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for old in _folders(folder)[KEPT:]:
+        shutil.rmtree(old)
+    for left in folder.glob(".step-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    return place
+
+
+def load(place: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        ValueError: it is damaged or of another format; the message says which.
+    """
+    try:
+        expected, found = (place / _DIGEST).read_text(encoding="ascii").strip(), _digest(place / _STATE)
+        if expected != found:
+            raise ValueError("its content is not what was written")
+        with safe_open(place / _STATE, framework="pt") as file:
+            metadata = file.metadata()
+            if metadata["format"] != FORMAT:
+                raise ValueError(f"it has format {metadata['format']}, but this version reads {FORMAT}")
+            facts = json.loads(metadata["facts"])
+            return Checkpoint(facts.pop("step"), {name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
+    except (OSError, UnicodeError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"the checkpoint {place} cannot be used: {error}") from None
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None where there is none. Damaged ones are warned about and passed over."""
+    for place in _folders(folder):
+        try:
+            return load(place)
+        except ValueError as error:
+            warnings.warn(f"{error}; going on from the one before", stacklevel=2)
+    return None
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

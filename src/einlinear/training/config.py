@@ -1,0 +1,86 @@
+"""What can be set about training a model, whatever the model and its data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from einlinear.training.schedule import SCHEDULES
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+PRECISIONS = ("float32", "bfloat16", "float16")
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one model is trained.
+
+    Attributes:
+        steps: of the optimizer.
+        lr: learning rate of the dense base model; muP carries it over.
+        optimizer: "adamw", "adam" or "sgd" (with momentum 0.9).
+        betas: of Adam.
+        weight_decay: of matrices and embeddings, see `param_groups`.
+        schedule: "constant", "cosine" or "linear", after the warm-up.
+        warmup: steps over which the learning rate rises from zero.
+        final_lr: what cosine and linear end at, as a share of lr.
+        clip: largest norm of the gradient of all parameters; None does not clip.
+        accumulate: parts of a batch that are computed one after the other, to save memory.
+        precision: of the arithmetic, "float32" or, by autocast, "bfloat16" or "float16".
+        compile: whether torch.compile compiles the model.
+        parallel: how several processes share the model: "ddp" (each has all of it) or "fsdp" (each has a part).
+        structure_aware: False is the control: factors learn at the rate of a dense layer.
+        log_every, evaluate_every, checkpoint_every: in steps; None: at the end only.
+        device: "cpu" or "cuda".
+        threads: of the CPU; None leaves torch's.
+    """
+
+    steps: int
+    lr: float = 3e-3
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: int = 0
+    final_lr: float = 0.0
+    clip: float | None = None
+    accumulate: int = 1
+    precision: str = "float32"
+    compile: bool = False
+    parallel: str = "ddp"
+    structure_aware: bool = True
+    log_every: int = 10
+    evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("parallel", PARALLEL),
+            ("device", ("cpu", "cuda")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"warmup must be from 0 to below the {self.steps} steps, not {self.warmup}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be a positive number, not {self.lr}")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr is a share of lr, from 0 to 1, not {self.final_lr}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive, or None, not {self.clip}")
+        if self.precision == "float16" and self.parallel == "fsdp":
+            raise ValueError("float16 needs its gradients scaled, which FSDP does not do here: take bfloat16")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but this torch finds no CUDA device")

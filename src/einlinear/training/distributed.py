@@ -1,0 +1,76 @@
+"""The processes that torchrun starts: which of them this is, and how they share a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this one's rank, how many there are, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def share(self, x: Tensor) -> Tensor:
+        """This process's rows of a batch."""
+        if len(x) % self.size:
+            raise ValueError(f"a batch of {len(x)} cannot be shared equally among {self.size} processes")
+        return x.tensor_split(self.size)[self.rank]
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of a number over all processes."""
+        value = value.detach().double()
+        if self.size > 1:
+            dist.all_reduce(value)
+        return float(value) / self.size
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started, if it did; otherwise one process is the world."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        yield World(dist.get_rank() if size > 1 else 0, size, torch.device(device))
+        return
+    local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local)
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, parallel: str, world: World) -> nn.Module:
+    """A model that is trained by all processes together; a model of one process is left as it is.
+
+    With "fsdp" every block (the children of `blocks`) is a unit of its own, gathered when it is needed.
+    """
+    if world.size == 1:
+        return model
+    if parallel == "ddp":
+        return DistributedDataParallel(model)
+    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def accumulating(model: nn.Module, more: bool) -> AbstractContextManager[object]:
+    """Around a backward pass: whether more of them follow in this step, so that gradients need not be exchanged yet."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not more)
+    return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,228 @@
+"""The training loop: every step a function of its number, so that a run that is continued is the run undisturbed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from einlinear.parametrize import param_groups
+from einlinear.parametrize.mup import Base
+from einlinear.training import checkpoint, distributed, state
+from einlinear.training.checkpoint import Checkpoint
+from einlinear.training.config import Training
+from einlinear.training.distributed import World
+from einlinear.training.metrics import Metrics
+from einlinear.training.schedule import factor
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, a row per sample
+Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
+
+
+class Task(Protocol):
+    """What a model is trained to do."""
+
+    def batch(self, step: int) -> Batch:
+        """The whole batch of a step: the same one whenever it is asked for."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a batch, or of a part of one."""
+
+    def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Measures of a model, by name, on data that is always the same."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        losses: of every step; fewer than asked for where one became NaN or infinite.
+        measures: of the final model, by name.
+        step_seconds: median duration of a step of this process, without its data; NaN where it made none.
+    """
+
+    losses: tuple[float, ...]
+    measures: Mapping[str, float]
+    step_seconds: float
+
+    @property
+    def diverged(self) -> bool:
+        return not all(map(math.isfinite, (*self.losses[-1:], *self.measures.values())))
+
+
+def train(
+    model: nn.Module,
+    base: Base,
+    task: Task,
+    config: Training,
+    folder: Path | None = None,
+    *,
+    lr_scale: Mapping[str, float] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train a model; under torchrun, with all processes.
+
+    Args:
+        model: initialised, the same on every process; trained in place.
+        base, lr_scale: as for `param_groups`.
+        task: batches, loss and measures.
+        config: how.
+        folder: for metrics.jsonl and checkpoints, from which a run that was interrupted goes on. None keeps nothing.
+        facts: what identifies the run, as JSON. A checkpoint of a run with other facts is refused.
+        progress: called after every step, by the first process only.
+
+    Raises:
+        ValueError: the folder holds a checkpoint of another run; a batch that cannot be shared or divided.
+    """
+    threads = torch.get_num_threads()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        with distributed.world(config.device) as world:
+            return _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train(progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Base,
+        task: Task,
+        config: Training,
+        folder: Path | None,
+        lr_scale: Mapping[str, float] | None,
+        facts: dict[str, Any],
+        world: World,
+    ) -> None:
+        self.task, self.config, self.facts, self.world = task, config, facts, world
+        self.folder = folder
+        self.model = distributed.wrap(model.to(world.device), config.parallel, world)
+        self.groups = param_groups(
+            self.model,
+            config.lr,
+            base=base,
+            optimizer=config.optimizer,
+            weight_decay=config.weight_decay,
+            structure_aware=config.structure_aware,
+            lr_scale=lr_scale,
+        )
+        self.optimizer = _optimizer(self.groups, config)
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def train(self, progress: Progress | None) -> Outcome:
+        self._resume()
+        first, steps = self.world.rank == 0, self.config.steps
+        metrics = Metrics(self.folder / "metrics.jsonl" if self.folder and first else None, len(self.losses))
+        for step in range(len(self.losses) + 1, steps + 1):
+            loss = self._step(step - 1)
+            if progress and first:
+                progress(step, steps, loss)
+            going = math.isfinite(loss)
+            if _due(step, self.config.log_every) or step == steps or not going:
+                metrics.write(step=step, train_loss=loss, lr=self._lr(step - 1), seconds=self.seconds[-1])
+            if not going:
+                break
+            if _due(step, self.config.evaluate_every) and step < steps:
+                metrics.write(step=step, **self._evaluate())
+            if _due(step, self.config.checkpoint_every) or step == steps:
+                self._save()
+        measures = self._evaluate()
+        if self.seconds:  # else they are there already
+            metrics.write(step=len(self.losses), **measures)
+        return Outcome(tuple(self.losses), measures, statistics.median(self.seconds or [math.nan]))
+
+    def _step(self, index: int) -> float:
+        """One step of the optimizer; the mean loss of its batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(index) * group["lr_mult"]
+        x, y = (self.world.share(part) for part in self.task.batch(index))
+        began = time.perf_counter()
+        if len(x) % self.config.accumulate:
+            raise ValueError(
+                f"{len(x)} samples of a process cannot be divided into accumulate={self.config.accumulate}"
+            )
+        self.model.train()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.world.device)
+        parts = list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
+        for i, (inputs, targets) in enumerate(parts):
+            with distributed.accumulating(self.model, more=i + 1 < len(parts)):
+                with self._autocast():
+                    batch = inputs.to(self.world.device), targets.to(self.world.device)
+                    loss = self.task.loss(self.forward, batch) / len(parts)
+                self.scaler.scale(loss).backward()
+                total += loss.detach()
+        if self.config.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.losses.append(self.world.mean(total))  # waits for the device
+        self.seconds.append(time.perf_counter() - began)
+        return self.losses[-1]
+
+    def _lr(self, index: int) -> float:
+        c = self.config
+        return c.lr * factor(c.schedule, index, c.steps, c.warmup, c.final_lr)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = getattr(torch, self.config.precision)
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        self.model.eval()
+        with self._autocast():
+            return self.task.evaluate(self.model, self.world.device)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
+        if found is None:
+            if self.folder:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            return
+        if found.facts != self.facts:
+            differences = [
+                f"{name} was {found.facts.get(name)!r}, now {self.facts.get(name)!r}"
+                for name in dict.fromkeys([*found.facts, *self.facts])
+                if found.facts.get(name) != self.facts.get(name)
+            ]
+            raise ValueError(
+                f"{self.folder} holds a run of other settings: {'; '.join(differences)}. Name another folder"
+            )
+        state.restore(self.model, self.optimizer, self.scaler, found.tensors)
+        self.losses = found.tensors["losses"].tolist()
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = state.gather(self.model, self.optimizer, self.scaler)  # all processes take part
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        if self.world.rank == 0:
+            checkpoint.save(self.folder / "checkpoints", Checkpoint(len(self.losses), tensors, self.facts))
+
+
+def _optimizer(groups: list[dict[str, Any]], config: Training) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,183 @@
+"""The loop: what a step does, and that a run that was interrupted is the run undisturbed."""
+
+import dataclasses
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training import toy
+from torch import Tensor, nn
+
+from einlinear.training import Training, metrics
+from einlinear.training.loop import _Run
+from einlinear.training.schedule import factor
+
+
+def test_it_learns_and_says_what_happened(tmp_path: Path) -> None:
+    found = toy.run(tmp_path, steps=100, log_every=10, evaluate_every=40)
+    assert len(found.losses) == 100
+    assert sum(found.losses[-10:]) < 0.5 * sum(found.losses[:10])
+    assert not found.diverged
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train_loss" in line] == list(range(10, 101, 10))
+    assert [line["step"] for line in lines if "error" in line] == [40, 80, 100]
+    assert lines[-1]["error"] == found.measures["error"]
+    assert lines[0]["train_loss"] == found.losses[9]
+
+
+def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"steps": 20, "checkpoint_every": 4, "log_every": 1, "warmup": 3, "clip": 1.0}
+    whole = toy.run(tmp_path / "whole", **options)
+    batch = toy.Toy.batch
+
+    def interrupted(self: toy.Toy, step: int) -> tuple[Tensor, Tensor]:
+        if step == 14:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    monkeypatch.setattr(toy.Toy, "batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path / "parts", **options)
+    made: list[int] = []
+    monkeypatch.setattr(toy.Toy, "batch", lambda self, step: (made.append(step), batch(self, step))[1])
+    parts = toy.run(tmp_path / "parts", **options)
+    assert [step for step in made if step >= 0] == list(range(12, 20))
+    assert parts.losses == whole.losses
+    assert parts.measures == whole.measures
+    steps = [line["step"] for line in metrics.read(tmp_path / "parts" / "metrics.jsonl") if "train_loss" in line]
+    assert steps == list(range(1, 21))
+    again = toy.run(tmp_path / "parts", **options)
+    assert (again.losses, again.measures) == (whole.losses, whole.measures)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    toy.run(tmp_path, facts={"lr": 0.1, "data": "a"})
+    with pytest.raises(ValueError, match=r"other settings: lr was 0.1, now 0.2\. Name another folder"):
+        toy.run(tmp_path, facts={"lr": 0.2, "data": "a"})
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    whole, parts = toy.run(steps=10), toy.run(steps=10, accumulate=4)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
+    with pytest.raises(ValueError, match="accumulate=3 does not divide the 16 samples"):
+        toy.run(accumulate=3)
+
+
+def test_groups_keep_their_ratios_and_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[dict[float, float]] = []
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def spy(self: torch.optim.AdamW, *args: Any) -> Any:
+        rates.append({group["lr_mult"]: group["lr"] for group in self.param_groups})
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.stack([g.square().sum() for g in grads]).sum().sqrt()))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    toy.run(steps=10, lr=1e-2, warmup=4, clip=0.01)
+    assert len(rates[0]) > 2
+    for i, by_multiplier in enumerate(rates):
+        for multiplier, lr in by_multiplier.items():
+            assert lr == pytest.approx(1e-2 * factor("cosine", i, 10, 4) * multiplier)
+    assert max(norms) <= 0.01 * 1.001
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bfloat16"}, {"optimizer": "sgd", "lr": 1e-3}, {"optimizer": "adam"}]
+)
+def test_other_ways(options: dict[str, Any]) -> None:
+    found = toy.run(steps=60, **options)
+    assert sum(found.losses[-10:]) < 0.9 * sum(found.losses[:10])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    found = toy.run(tmp_path, optimizer="sgd", lr=1e6, steps=50)
+    assert found.diverged
+    assert len(found.losses) < 50
+    assert not math.isfinite(found.losses[-1])
+    assert metrics.read(tmp_path / "metrics.jsonl")[-2]["train_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adagrad"}, "optimizer must be adamw or adam or sgd, not 'adagrad'"),
+        ({"schedule": "step"}, "schedule must be constant or cosine or linear"),
+        ({"precision": "int8"}, "precision must be"),
+        ({"warmup": 20}, "warmup must be from 0 to below the 20 steps"),
+        ({"lr": 0.0}, "lr must be a positive number"),
+        ({"clip": 0.0}, "clip must be positive"),
+        ({"final_lr": 2.0}, "a share of lr, from 0 to 1"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"precision": "float16", "parallel": "fsdp"}, "take bfloat16"),
+    ],
+)
+def test_wrong_settings_say_what_is_right(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Training(**{"steps": 20, **options})
+
+
+def test_settings_are_plain_values() -> None:
+    assert json.loads(json.dumps(dataclasses.asdict(Training(steps=3))))["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [1, 1, 1, 1]), ("linear", [1, 0.775, 0.55, 0.325]), ("cosine", [1, 0.868, 0.55, 0.232])],
+)
+def test_schedules(schedule: str, expected: list[float]) -> None:
+    found = [factor(schedule, step, 8, warmup=4, final=0.1) for step in range(8)]
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert found[4:] == pytest.approx(expected, abs=1e-3)
+
+
+def start(folder: Path, options: dict[str, Any], pause: float = 0.0) -> subprocess.Popen[bytes]:
+    command = [sys.executable, toy.__file__, str(folder), json.dumps(options), str(pause)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Every kill costs at most what was made since the last checkpoint, and the run ends as if there had been none."""
+    options: dict[str, Any] = {"steps": 60, "checkpoint_every": 2, "log_every": 1}
+    whole = toy.run(tmp_path / "whole", **options)
+    killed, folder, draw = 0, tmp_path / "killed", random.Random(0)
+    folder.mkdir()
+    while not (folder / "done.json").exists():
+        process = start(folder, options, pause=0.02)
+        waited = time.monotonic()
+        while process.poll() is None and not list(folder.glob("checkpoints/step-*")) and time.monotonic() < waited + 60:
+            time.sleep(0.01)
+        try:
+            process.wait(draw.uniform(0.0, 4.0) if killed < 4 else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        _, said = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said.decode()
+    losses, measures = json.loads((folder / "done.json").read_text())
+    assert killed > 1
+    assert losses == list(whole.losses)
+    assert measures == whole.measures
+    steps = [line["step"] for line in metrics.read(folder / "metrics.jsonl") if "train_loss" in line]
+    assert steps == list(range(1, 61))
+
+
+def test_the_model_is_not_changed_by_measuring() -> None:
+    model = toy.initialised()
+    config = Training(steps=1, threads=1)
+    from einlinear.training.distributed import World
+
+    runner = _Run(model, toy.build(8, "dense"), toy.Toy(), config, None, None, {}, World(0, 1, torch.device("cpu")))
+    before = [p.clone() for p in model.parameters()]
+    runner._evaluate()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert isinstance(model, nn.Module)
