@@ -20,7 +20,7 @@ def fresh() -> object:
 
     def forget() -> None:
         tiles.load.cache_clear()
-        dispatch._cheapest.cache_clear()
+        dispatch.forget()
 
     forget()
     yield forget

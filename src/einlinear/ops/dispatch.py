@@ -175,11 +175,12 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         return Choice(best, "the first of triton, bmm and reference that can run", (), refusals)
     if dtype not in (torch.float32, torch.float64):
         return Choice("reference", "strided matmuls of half precision are slow on the CPU", (), refusals)
-    if training and "tiles" in able and not _light(structure, 2**tokens_log2):
-        refusals += tuple(
-            (name, "it may keep more for backward than nn.Linear does") for name in able if name != "tiles"
-        )
-        able = ["tiles"]
+    if "tiles" in able:
+        left = {"bmm": "it stands in for tiles where these cannot run"}
+        if training and not _light(structure, 2**tokens_log2):
+            left["reference"] = "it may keep more for backward than nn.Linear does"
+        refusals += tuple(left.items())
+        able = [name for name in able if name not in left]
     mode = "train" if training else "forward"
     names = [name for name in ("dense", *CPU_EXECUTORS) if name in (*able, "dense")]
     costs = {name: microseconds(name, structure, 2**tokens_log2, mode) for name in names}
@@ -195,10 +196,15 @@ def _light(structure: Structure, tokens: int) -> bool:
     """Whether activations are few beside the weights that a dense layer has more, and so has gradients of.
 
     Then the peak memory of a training step stays below that of `torch.nn.Linear` even where activations are copied, as
-    the executors but "tiles" do (docs/benchmarks/cpu).
+    the reference does (docs/benchmarks/cpu).
     """
     activations = tokens * (structure.in_features + sum(factor.width for factor in structure.factors))
     return activations < 1.5 * (structure.in_features * structure.out_features - structure.params)
+
+
+def forget() -> None:
+    """Choose anew: costs, or what can run, have changed."""
+    _cheapest.cache_clear()
 
 
 def read_costs() -> dict[str, dict[str, list[float]]]:
