@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import einlinear as el
 from einlinear.data import Images, load_images
@@ -319,18 +319,3 @@ def test_diverged_runs_are_counted_and_left_out_of_means_and_curves() -> None:
     assert (btt.rows[0].train_loss, btt.rows[0].seed_count, btt.rows[0].multiplier) == (None, "0 of 1", None)
     assert btt.rows[1].multiplier is None  # dense of its seed diverged
     assert btt.law is None
-
-
-def test_evaluate_is_the_mean_over_all_images() -> None:
-    class Table(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.scale * x
-
-    x, y = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    loss, accuracy = train.evaluate(Table(), x, y, batch_size=3)
-    assert loss == pytest.approx(nn.functional.cross_entropy(x, y).item())
-    assert accuracy == pytest.approx((x.argmax(1) == y).float().mean().item())

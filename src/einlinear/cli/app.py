@@ -175,7 +175,7 @@ def coord_check(
     structure is also trained with those of dense.
     """
     require(EXPERIMENTS)
-    from einlinear.data import batches, load_images
+    from einlinear.data import Batches, load_images
     from einlinear.experiments.coordinates import cases, check, measure, write_page
 
     with user_errors():
@@ -191,7 +191,7 @@ def coord_check(
         if out.is_dir():
             raise ValueError(f"--out {out} is a folder; name a file, such as {out / 'coord-check.html'}")
         images = load_images(config.data)
-        batches(images, config.settings.batch_size, epochs=1, seed=0)  # refuses a batch that is too large
+        Batches(images, config.settings.batch_size, seed=0)  # refuses a batch that is too large
         check(images, config.structures, config.widths, config.settings.depth, steps)
         out.parent.mkdir(parents=True, exist_ok=True)
     with (

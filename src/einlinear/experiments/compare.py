@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 import einlinear
-from einlinear.data import Images, batches, load_images
+from einlinear.data import Batches, Images, load_images
 from einlinear.experiments.budget import widest
 from einlinear.experiments.config import DENSE, Config, Settings
 from einlinear.experiments.store import Experiment, Store
-from einlinear.experiments.train import Progress, Result, Run, build_model, train
+from einlinear.experiments.train import Result, Run, build_model, train
 from einlinear.structures import structure
+from einlinear.training.loop import Progress
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def prepare(config: Config, folder: str | Path, command: str = "") -> Comparison
         ValueError, TypeError, FileNotFoundError: whatever is wrong with the data, a structure or the folder.
     """
     images = load_images(config.data, config.image_size, limit=config.limit)
-    batches(images, config.settings.batch_size, epochs=1, seed=0)  # refuses a batch that is too large
+    Batches(images, config.settings.batch_size, seed=0)  # refuses a batch that is too large
     runs = plan(images, config)
     shared = dataclasses.asdict(config.settings) | {
         "data": images.name,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
 from torch import nn
 
-from einlinear.data import Images, batches, pixel_permutation
+from einlinear.data import Batches, Images, pixel_permutation
 from einlinear.experiments.config import DENSE, Settings
 from einlinear.experiments.plots import colour, nice_ticks, style, symbol
 from einlinear.experiments.store import write_text
@@ -85,9 +84,8 @@ def measure(
         progress: called with (structure, width, step) after every step.
     """
     order = pixel_permutation(images.features, PERMUTATION_SEED)
-    epochs = 1 + steps * settings.batch_size // len(images.train_x)
-    stream = batches(images, settings.batch_size, epochs=epochs, seed=0, permutation=order)
-    data = list(islice(stream, min(steps, _BATCHES)))
+    batches = Batches(images, settings.batch_size, seed=0, permutation=order)
+    data = [batches[number] for number in range(min(steps, _BATCHES))]
     probe = images.test_x[: settings.batch_size].flatten(1)[:, order]
     for spec, structure_aware in cases(structures):
 

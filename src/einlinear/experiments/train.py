@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from einlinear.data import Augment, Images, batches, pixel_permutation
+from einlinear import training
+from einlinear.data import Augment, Batches, Images, pixel_permutation
 from einlinear.experiments.budget import model_macs, model_params
 from einlinear.experiments.config import DENSE, Settings
 from einlinear.nn import ResidualMLP
-from einlinear.parametrize import init_, param_groups
+from einlinear.parametrize import init_
+from einlinear.training import Training
+from einlinear.training.loop import Progress
+from einlinear.training.tasks import Classification
 
 PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
 LR_SCALE = {"input": 0.1}  # as in arXiv 2406.06248, section 4
@@ -63,9 +63,6 @@ class Result:
         return self.train_loss is None
 
 
-Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
-
-
 def build_model(images: Images, structure: str, width: int, depth: int) -> ResidualMLP:
     """The model of a run; all its linear layers but the head are structured."""
     return ResidualMLP(images.features, width, len(images.classes), depth, structure)
@@ -83,86 +80,42 @@ def initialised(images: Images, run: Run, depth: int) -> nn.Module:
     return init_(build_model(images, run.structure, run.width, depth), zero=ResidualMLP.ZERO)
 
 
+def task(images: Images, run: Run, settings: Settings) -> Classification:
+    """What the model of a run is trained to do. Runs of equal seed see the same batches, whatever their structure."""
+    batches = Batches(
+        images,
+        settings.batch_size,
+        seed=run.seed,
+        augment=Augment.suited_to(images, settings.mixup),
+        permutation=pixel_permutation(images.features, PERMUTATION_SEED),
+    )
+    return Classification(images, batches, settings.label_smoothing)
+
+
 def train(images: Images, run: Run, settings: Settings, progress: Progress | None = None) -> Result:
     """Train one model; on a CPU, the same arguments give the same losses.
 
-    Runs of equal seed see the same batches, whatever their structure: their losses differ by less noise than those
-    of different seeds.
+    Losses of equal seed differ by less noise than those of different seeds, since the batches are the same.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
-        return _train(images, run, settings, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(images: Images, run: Run, settings: Settings, progress: Progress | None) -> Result:
-    device = torch.device(settings.device)
-    model = initialised(images, run, settings.depth).to(device)
-    base = base_model(images, settings)
-    groups = param_groups(model, settings.lr, base=base, weight_decay=0.0, lr_scale=LR_SCALE)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
-    steps_per_epoch = len(images.train_x) // settings.batch_size
-    steps = settings.epochs * steps_per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(settings.schedule, step / steps))
-    permutation = pixel_permutation(images.features, PERMUTATION_SEED)
-
-    losses, seconds = [], []
-    stream = batches(
-        images,
-        settings.batch_size,
-        epochs=settings.epochs,
-        seed=run.seed,
-        augment=Augment.suited_to(images, settings.mixup),
-        permutation=permutation,
+    model, own = initialised(images, run, settings.depth), task(images, run, settings)
+    config = Training(
+        steps=settings.epochs * own.batches.per_epoch,
+        lr=settings.lr,
+        betas=(0.9, 0.999),
+        schedule=settings.schedule,
+        device=settings.device,
+        threads=settings.threads,
     )
-    for x, y in stream:
-        x, y = x.to(device), y.to(device)
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y, label_smoothing=settings.label_smoothing)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())  # waits for the device
-        seconds.append(time.perf_counter() - start)
-        if progress:
-            progress(len(losses), steps, losses[-1])
-        if not math.isfinite(losses[-1]):
-            break
-
-    test_loss, accuracy = evaluate(model, images.test_x.flatten(1)[:, permutation], images.test_y)
-    finished = math.isfinite(losses[-1]) and math.isfinite(test_loss)
+    outcome = training.train(model, base_model(images, settings), own, config, lr_scale=LR_SCALE, progress=progress)
+    finished = not outcome.diverged
     return Result(
         structure=run.structure,
         width=run.width,
         seed=run.seed,
         params=model_params(model),
         macs=model_macs(model),
-        train_loss=statistics.fmean(losses[-steps_per_epoch:]) if finished else None,
-        test_loss=test_loss if finished else None,
-        test_accuracy=accuracy if finished else None,
-        step_seconds=statistics.median(seconds),
+        train_loss=statistics.fmean(outcome.losses[-own.batches.per_epoch :]) if finished else None,
+        test_loss=outcome.measures["test_loss"] if finished else None,
+        test_accuracy=outcome.measures["test_accuracy"] if finished else None,
+        step_seconds=outcome.step_seconds,
     )
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 1000) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy of a model on (N, features) inputs and (N,) labels."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    loss, correct = 0.0, 0
-    for inputs, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        labels = labels.to(device)
-        logits = model(inputs.to(device))
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += int((logits.argmax(1) == labels).sum())
-    model.train(was_training)
-    return loss / len(x), correct / len(x)
-
-
-def _decay(schedule: str, fraction: float) -> float:
-    """The learning rate over its peak, when this fraction of the steps is done."""
-    return 0.5 * (1 + math.cos(math.pi * fraction)) if schedule == "cosine" else 1.0

@@ -74,9 +74,9 @@ def load(place: Path) -> Checkpoint:
         if expected != found:
             raise ValueError("its content is not what was written")
         with safe_open(place / _STATE, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["format"] != FORMAT:
-                raise ValueError(f"it has format {metadata['format']}, but this version reads {FORMAT}")
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"it has format {metadata.get('format')}, but this version reads {FORMAT}")
             facts = json.loads(metadata["facts"])
             return Checkpoint(facts.pop("step"), {name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
     except (OSError, UnicodeError, SafetensorError, ValueError, KeyError) as error:

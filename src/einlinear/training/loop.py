@@ -118,7 +118,7 @@ class _Run:
             lr_scale=lr_scale,
         )
         self.optimizer = _optimizer(self.groups, config)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward: Any = torch.compile(self.model) if config.compile else self.model
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -152,9 +152,7 @@ class _Run:
         x, y = (self.world.share(part) for part in self.task.batch(index))
         began = time.perf_counter()
         if len(x) % self.config.accumulate:
-            raise ValueError(
-                f"{len(x)} samples of a process cannot be divided into accumulate={self.config.accumulate}"
-            )
+            raise ValueError(f"accumulate={self.config.accumulate} does not divide the {len(x)} samples of a process")
         self.model.train()
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.world.device)
