@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint data constraints clean
+.PHONY: help demo test lint data text constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,9 @@ lint: $(INSTALLED) ## ruff, the formatter's check and mypy
 
 data: ## fetch Fashion-MNIST (31 MB) into $EINLINEAR_DATA, by default ~/.cache/einlinear
 	@tools/fetch_fashion_mnist.sh || echo "Going on without it: the demo says which images it trains on."
+
+text: ## fetch 20 MB of English text (12 MB to download) into $EINLINEAR_DATA
+	@tools/fetch_english.sh
 
 constraints: ## pin the newest versions that install together
 	@tools/lock_constraints.sh $(PYTHON)

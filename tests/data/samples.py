@@ -1,11 +1,14 @@
 """Small data sets for the tests."""
 
 import gzip
+import importlib.util
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from einlinear.data import Images
@@ -39,3 +42,34 @@ def assert_standardised(images: Images) -> None:
     assert images.train_y.dtype == images.test_y.dtype == torch.int64
     torch.testing.assert_close(images.train_x.mean(axes), torch.zeros(images.channels), atol=1e-5, rtol=0)
     torch.testing.assert_close(images.train_x.std(axes, correction=0), torch.ones(images.channels))
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    """Skip tests without a package on a user's machine; where tests have to be complete, its absence is an error."""
+    missing = importlib.util.find_spec(module) is None
+    if missing and os.environ.get("CI") == "true":
+        raise RuntimeError(f"{module} is not installed, so what needs it would go untested: pip install {module}")
+    return pytest.mark.skipif(missing, reason=f"{module} is not installed")
+
+
+def prose(lines: int, name: str = "text") -> str:
+    """Lines that are all different, of common words."""
+    words = [
+        "all",
+        "that",
+        "he",
+        "said",
+        "and",
+        "what",
+        "she",
+        "read",
+        "of",
+        "the",
+        "old",
+        "house",
+        "by",
+        "sea",
+        "true",
+    ]
+    random = np.random.default_rng(0)
+    return "".join(f"{name} {i}: {' '.join(random.choice(words, 8))}.\n" for i in range(lines))

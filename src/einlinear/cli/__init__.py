@@ -2,6 +2,7 @@
 
 app.py        the commands
 bench.py      one of them, with what it prints
+prepare.py    another one
 display.py    what they print
 endings.py    how they end early
 importing.py  code of the user's, for --import

@@ -19,6 +19,7 @@ from einlinear.cli.endings import interruptible, user_errors
 from einlinear.cli.importing import import_user_code
 from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import numbers, specs
+from einlinear.cli.prepare import prepare as prepare_text
 from einlinear.experiments.config import Config, Settings, configure
 
 app = typer.Typer(
@@ -96,7 +97,11 @@ def compare(
         int | None, _option("Dense also gets 2, 4, ... times the largest target, up to this many.", "dense_reach")
     ] = None,
     data: Annotated[
-        str | None, _option("auto, fashion-mnist, digits, or a folder with one subfolder of images per class.", "data")
+        str | None,
+        _option(
+            "auto, fashion-mnist, digits, a folder with CIFAR's .bin files, or one subfolder of images per class.",
+            "data",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Results folder. One of the same settings is added to.")] = Path(
         "results/compare"
@@ -224,3 +229,4 @@ def _report(folder: Path) -> None:
 
 
 app.command()(bench)
+app.command("prepare")(prepare_text)

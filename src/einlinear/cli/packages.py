@@ -7,14 +7,16 @@ from importlib.util import find_spec
 
 CLI = ("rich", "typer")  # any command
 EXPERIMENTS = ("jinja2", "kornia", "PIL", "plotly", "scipy", "sklearn")  # those that train or report
+TOKENIZERS = ("tokenizers",)  # byte pairs
+STREAMED = ("datasets",)  # text of the Hugging Face hub
+_EXTRAS = {CLI: "cli", EXPERIMENTS: "experiments", TOKENIZERS: "text", STREAMED: "text"}
 
 
 def require(modules: tuple[str, ...]) -> None:
     """End the program with a message that says what to install, if one of the modules cannot be imported."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        extra = "cli" if modules is CLI else "experiments"
         sys.exit(
             f"This command needs packages that are not installed ({', '.join(missing)}). "
-            f"Install them with:  pip install 'einlinear[{extra}]'"
+            f"Install them with:  pip install 'einlinear[{_EXTRAS[modules]}]'"
         )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from einlinear.data.images import Images
 
+_MIRRORED = frozenset({"fashion-mnist", "cifar-10", "cifar-100"})  # names that no folder has, whose names are paths
+
 
 class Augment:
     """Random shifts and flips of a batch of images, and mixup of images and labels.
@@ -49,12 +51,12 @@ class Augment:
 
     @classmethod
     def suited_to(cls, images: Images, mixup: float = 0.0) -> Augment:
-        """Shifts of 2 pixels (1 below 16 x 16), and flips for Fashion-MNIST.
+        """Shifts of 2 pixels (1 below 16 x 16), and flips for Fashion-MNIST and CIFAR.
 
         A user's folder is not flipped: nobody said that its classes survive a mirror.
         """
         shift = 2 if min(images.size) >= 16 else 1
-        return cls(images.size, shift=shift, flip=images.name == "fashion-mnist", mixup=mixup)
+        return cls(images.size, shift=shift, flip=images.name in _MIRRORED, mixup=mixup)
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Shift and flip x, (B, C, H, W) -> the same shape and dtype. x itself is not changed."""

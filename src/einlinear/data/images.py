@@ -16,7 +16,8 @@ class Images:
     """A classification data set: training and test images with their labels.
 
     Attributes:
-        name: which data it is: "fashion-mnist", "digits" or the folder's resolved path.
+        name: which data it is: "fashion-mnist", "digits", "cifar-10", "cifar-100" or the folder's
+            resolved path.
         source: one sentence that says where the images came from.
         train_x, test_x: (N, C, H, W) float32, standardised with the training set's mean and standard
             deviation per channel.

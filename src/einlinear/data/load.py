@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from einlinear.data.cifar import is_cifar, read_cifar
 from einlinear.data.digits import read_digits
 from einlinear.data.fashion_mnist import read_fashion_mnist
 from einlinear.data.folder import read_folder
@@ -32,6 +33,8 @@ def load_images(
               ~/.cache/einlinear), or the installed Debian package, or else a download;
             * "digits": scikit-learn's 8 x 8 digits, which need no file;
             * "auto": Fashion-MNIST where it can be had, else the digits; `source` says which and why;
+            * a folder with the binary version of CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or of
+              CIFAR-100 (train.bin, test.bin);
             * a folder with one subfolder of images per class, or with train/ and test/ that hold such
               subfolders. Grey if all images are grey, else RGB.
         image_size: resize to image_size x image_size pixels (bilinear, antialiased). Default: as they are.
@@ -73,6 +76,8 @@ def _read(data: str | Path, image_size: int | None, test_fraction: float) -> Ima
 
     path = Path(data).expanduser()
     if str(data) and path.exists():  # Path("") is the current folder
+        if is_cifar(path):
+            return _resized(read_cifar(path), image_size)
         return read_folder(path, image_size, test_fraction)
     if path.name != str(data):  # has a separator, so it was meant as a path
         raise FileNotFoundError(f"{path} does not exist; give a folder with one subfolder of images per class")

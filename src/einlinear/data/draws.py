@@ -1,0 +1,25 @@
+"""Random numbers by seed and step: those of any step, without drawing the ones before it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_LIMIT = 2**64
+
+
+def draws(seed: int, step: int, stream: int = 0) -> np.random.Generator:
+    """The generator of one step of one seed: the same one every time, independent of all others.
+
+    Args:
+        seed, step, stream: from 0 to 2^64 - 1. Streams keep apart what is drawn for different purposes.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    for name, value in (("seed", seed), ("step", step), ("stream", stream)):
+        if not 0 <= value < _LIMIT:
+            raise ValueError(f"{name}={value}: it must lie between 0 and 2^64 - 1")
+    # Philox is a block cipher of a counter: seed and step are its key, and steps need no state to be carried along.
+    key = np.array([seed, step], dtype=np.uint64)
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

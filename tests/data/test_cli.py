@@ -1,0 +1,111 @@
+"""`einlinear prepare`, from its arguments to its exit code."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tests.data.samples import needs, prose
+from typer.testing import CliRunner
+
+from einlinear.cli import packages
+from einlinear.cli.app import app
+from einlinear.data import load_tokens, prepare
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    result = CliRunner().invoke(app, ["prepare", *map(str, arguments)], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_text(prose(300) + "é\n")
+    return tmp_path / "a.txt"
+
+
+def test_prepared_and_again(source: Path, tmp_path: Path) -> None:
+    code, out, err = run(source, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    found = load_tokens(tmp_path / "out")
+    (part,) = found.counts
+    assert f"{part.documents} 0 {part.characters:,} 1 0 {part.train_tokens:,} {part.validation_tokens:,}" in re.sub(
+        " +", " ", out
+    )
+    assert f"1 text file at {source}." in out
+    assert (
+        f"{len(found.train):,} tokens to train on, {len(found.validation):,} held out; a vocabulary of 96, 1.00" in out
+    )
+
+    before = (tmp_path / "out" / "train.bin").stat()
+    code, out, _ = run(source, "--out", tmp_path / "out")
+    assert code == 0
+    assert "holds this text already; --fresh prepares it again." in out
+    assert (tmp_path / "out" / "train.bin").stat() == before
+    code, out, _ = run(source, "--out", tmp_path / "out", "--fresh")
+    assert code == 0
+    assert (tmp_path / "out" / "train.bin").stat().st_ino != before.st_ino
+
+
+@needs("tokenizers")
+def test_byte_pairs(source: Path, tmp_path: Path) -> None:
+    code, out, _ = run(source, "--out", tmp_path / "out", "--tokens", "bpe", "--vocab", 300, "--limit", "10k")
+    assert code == 0
+    assert "a vocabulary of 300" in out
+    assert load_tokens(tmp_path / "out").counts[0].characters == 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere.txt",), "nowhere.txt does not exist; give one of english, code"),
+        (("english",), "run tools/fetch_english.sh"),
+        (("a.txt", "--vocab", "300"), "a vocabulary of 300 is for bpe; the characters are always 96"),
+        (("a.txt", "--tokens", "word"), "tokens must be char or bpe, not 'word'"),
+        (("a.txt", "--tokens", "bpe", "--vocab", "70000"), "vocabulary 70000 is too large"),
+        (("a.txt", "--limit", "much"), "--limit: 'much' is no number"),
+        (("a.txt", "--limit", "1,2"), "--limit 1,2: give one number"),
+        (("a.txt", "--validation", "0.9"), "validation=0.9: it must be more than 0"),
+        (("a.txt", "a.txt"), "a.txt is given twice"),
+        (("latin.txt",), "latin.txt is not UTF-8 text"),
+        (("empty.txt",), "empty.txt: no text is left to prepare"),
+    ],
+)
+def test_refused(arguments: tuple[str, ...], message: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent)
+    monkeypatch.setattr("einlinear.cli.packages.find_spec", lambda module: module)
+    Path("latin.txt").write_bytes(prose(300).encode() + b"\xe9")
+    Path("empty.txt").touch()
+    code, out, err = run(*arguments, "--out", "out")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert not Path("out").exists()
+
+
+def test_interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "_encode", impatient)
+    code, _, err = run(source, "--out", tmp_path / "out")
+    assert code == 130
+    assert f"Interrupted. The same command prepares {tmp_path / 'out'} from the start." in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("absent", "arguments"),
+    [
+        ("tokenizers", ("a.txt", "--tokens", "bpe")),
+        ("datasets", ("openwebtext",)),
+        ("datasets", ("hub:someone/something",)),
+        ("datasets", ("rows.jsonl",)),
+    ],
+)
+def test_missing_packages_are_named(absent: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda module: None if module == absent else module)
+    code, out, err = run(*arguments, "--out", "out")
+    assert code == 1
+    assert f"({absent})" in out + err
+    assert "pip install 'einlinear[text]'" in out + err
