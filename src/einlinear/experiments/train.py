@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from einlinear.data import Augment, Images, batches, pixel_permutation
-from einlinear.experiments.budget import model_macs, model_params
 from einlinear.experiments.config import DENSE, Settings
-from einlinear.nn import ResidualMLP
+from einlinear.nn import ReferenceModel, ResidualMLP, counts
 from einlinear.parametrize import init_, param_groups
 
 PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
-LR_SCALE = {"input": 0.1}  # as in arXiv 2406.06248, section 4
 
 
 @dataclass(frozen=True, order=True)
@@ -66,21 +64,23 @@ class Result:
 Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
 
 
-def build_model(images: Images, structure: str, width: int, depth: int) -> ResidualMLP:
+def build_model(images: Images, structure: str, width: int, depth: int) -> ReferenceModel:
     """The model of a run; all its linear layers but the head are structured."""
     return ResidualMLP(images.features, width, len(images.classes), depth, structure)
 
 
-def base_model(images: Images, settings: Settings) -> ResidualMLP:
+def base_model(images: Images, settings: Settings) -> ReferenceModel:
     """The model that learning rates refer to: dense, whatever the structure of the others. On the meta device."""
     with torch.device("meta"):
         return build_model(images, DENSE, settings.base_width, settings.depth)
 
 
-def initialised(images: Images, run: Run, depth: int) -> nn.Module:
+def initialised(images: Images, run: Run, depth: int) -> ReferenceModel:
     """The model of a run as it starts."""
     torch.manual_seed(run.seed)
-    return init_(build_model(images, run.structure, run.width, depth), zero=ResidualMLP.ZERO)
+    model = build_model(images, run.structure, run.width, depth)
+    init_(model, zero=model.ZERO)
+    return model
 
 
 def train(images: Images, run: Run, settings: Settings, progress: Progress | None = None) -> Result:
@@ -101,7 +101,7 @@ def _train(images: Images, run: Run, settings: Settings, progress: Progress | No
     device = torch.device(settings.device)
     model = initialised(images, run, settings.depth).to(device)
     base = base_model(images, settings)
-    groups = param_groups(model, settings.lr, base=base, weight_decay=0.0, lr_scale=LR_SCALE)
+    groups = param_groups(model, settings.lr, base=base, weight_decay=0.0, lr_scale=model.LR_SCALE)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     steps_per_epoch = len(images.train_x) // settings.batch_size
     steps = settings.epochs * steps_per_epoch
@@ -138,8 +138,8 @@ def _train(images: Images, run: Run, settings: Settings, progress: Progress | No
         structure=run.structure,
         width=run.width,
         seed=run.seed,
-        params=model_params(model),
-        macs=model_macs(model),
+        params=counts.params(model),
+        macs=model.macs,
         train_loss=statistics.fmean(losses[-steps_per_epoch:]) if finished else None,
         test_loss=test_loss if finished else None,
         test_accuracy=accuracy if finished else None,
