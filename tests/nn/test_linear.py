@@ -156,9 +156,23 @@ def test_normalize_is_the_published_formula() -> None:
     torch.testing.assert_close(layer.to_dense()(x), plain(x))
 
 
+def test_normalize_without_gamma() -> None:
+    layer = el.Linear(16, 64, "btt", normalize=True, gamma=False)
+    other = el.Linear(16, 64, "btt", normalize=True)
+    assert set(layer.state_dict()) == {"A", "B", "bias"}
+    other.load_state_dict(layer.state_dict(), strict=False)
+    with torch.no_grad():
+        for p in (layer.A, other.A):
+            p.mul_(100)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(layer(x), other(x))  # whose gammas are one
+    layer.reset_parameters()
+
+
 def test_every_argument_changes_something() -> None:
     assert el.Linear(16, 24, "btt", bias=False).bias is None
     assert el.Linear(16, 24, "btt", normalize=True).gamma_A.shape == (1,)  # FSDP2 refuses parameters without dimensions
+    assert not hasattr(el.Linear(16, 24, "btt", normalize=True, gamma=False), "gamma_A")
     assert el.Linear(16, 24, "btt", dtype=torch.float64).A.dtype == torch.float64
     assert el.Linear(16, 24, el.structure("btt", 16, 24)).structure == el.Linear(16, 24, "btt").structure
 
@@ -168,6 +182,7 @@ def test_repr_names_the_structure_and_its_cost() -> None:
         "Linear(in_features=1024, out_features=1024, structure='btt', bias=False, "
         "params=65536, macs=65536 (6.2% of dense))"
     )
+    assert "normalize=True, gamma=False, params" in repr(el.Linear(16, 24, "btt", normalize=True, gamma=False))
 
 
 def test_mistakes() -> None:

@@ -2,7 +2,7 @@
 
 config.py       what can be set: names, defaults, presets and limits
 data/           images, and batches of them
-budget.py       the MACs of a model, and the widest model within a budget
+budget.py       the widest model within a budget of MACs
 train.py        one run
 store.py        a results folder
 compare.py      structures side by side: which runs, and training what is missing

@@ -15,7 +15,7 @@ from einlinear.data import Batches, Images, pixel_permutation
 from einlinear.experiments.config import DENSE, Settings
 from einlinear.experiments.plots import colour, nice_ticks, style, symbol
 from einlinear.experiments.store import write_text
-from einlinear.experiments.train import LR_SCALE, PERMUTATION_SEED, Run, base_model, build_model, initialised
+from einlinear.experiments.train import PERMUTATION_SEED, Run, base_model, build_model, initialised
 from einlinear.parametrize.coord_check import coord_check
 
 _BATCHES = 16  # different ones, used in turn
@@ -87,6 +87,7 @@ def measure(
     batches = Batches(images, settings.batch_size, seed=0, permutation=order)
     data = [batches[number] for number in range(min(steps, _BATCHES))]
     probe = images.test_x[: settings.batch_size].flatten(1)[:, order]
+    base = base_model(images, settings)
     for spec, structure_aware in cases(structures):
 
         def build(width: int, spec: str = spec) -> nn.Module:
@@ -102,10 +103,10 @@ def measure(
             data,
             probe,
             lr=settings.lr,
-            base=base_model(images, settings),
-            layers=f"blocks.{settings.depth - 1}",
+            base=base,
+            layers=base.last_block,
             steps=steps,
-            lr_scale=LR_SCALE,
+            lr_scale=base.LR_SCALE,
             structure_aware=structure_aware,
             progress=report,
         )

@@ -6,20 +6,17 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from einlinear import training
 from einlinear.data import Augment, Batches, Images, pixel_permutation
-from einlinear.experiments.budget import model_macs, model_params
 from einlinear.experiments.config import DENSE, Settings
-from einlinear.nn import ResidualMLP
+from einlinear.nn import ReferenceModel, ResidualMLP, counts
 from einlinear.parametrize import init_
 from einlinear.training import Training
 from einlinear.training.loop import Progress
 from einlinear.training.tasks import Classification
 
 PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
-LR_SCALE = {"input": 0.1}  # as in arXiv 2406.06248, section 4
 
 
 @dataclass(frozen=True, order=True)
@@ -63,21 +60,23 @@ class Result:
         return self.train_loss is None
 
 
-def build_model(images: Images, structure: str, width: int, depth: int) -> ResidualMLP:
+def build_model(images: Images, structure: str, width: int, depth: int) -> ReferenceModel:
     """The model of a run; all its linear layers but the head are structured."""
     return ResidualMLP(images.features, width, len(images.classes), depth, structure)
 
 
-def base_model(images: Images, settings: Settings) -> ResidualMLP:
+def base_model(images: Images, settings: Settings) -> ReferenceModel:
     """The model that learning rates refer to: dense, whatever the structure of the others. On the meta device."""
     with torch.device("meta"):
         return build_model(images, DENSE, settings.base_width, settings.depth)
 
 
-def initialised(images: Images, run: Run, depth: int) -> nn.Module:
+def initialised(images: Images, run: Run, depth: int) -> ReferenceModel:
     """The model of a run as it starts."""
     torch.manual_seed(run.seed)
-    return init_(build_model(images, run.structure, run.width, depth), zero=ResidualMLP.ZERO)
+    model = build_model(images, run.structure, run.width, depth)
+    init_(model, zero=model.ZERO)
+    return model
 
 
 def task(images: Images, run: Run, settings: Settings) -> Classification:
@@ -106,14 +105,16 @@ def train(images: Images, run: Run, settings: Settings, progress: Progress | Non
         device=settings.device,
         threads=settings.threads,
     )
-    outcome = training.train(model, base_model(images, settings), own, config, lr_scale=LR_SCALE, progress=progress)
+    outcome = training.train(
+        model, base_model(images, settings), own, config, lr_scale=model.LR_SCALE, progress=progress
+    )
     finished = not outcome.diverged
     return Result(
         structure=run.structure,
         width=run.width,
         seed=run.seed,
-        params=model_params(model),
-        macs=model_macs(model),
+        params=counts.params(model),
+        macs=model.macs,
         train_loss=statistics.fmean(outcome.losses[-own.batches.per_epoch :]) if finished else None,
         test_loss=outcome.measures["test_loss"] if finished else None,
         test_accuracy=outcome.measures["test_accuracy"] if finished else None,

@@ -25,6 +25,7 @@ class Linear(nn.Module):
             deviation of its initialisation and gamma a learned scalar of shape (1,), initialised to one (Qiu et al.,
             arXiv 2406.06248, section 5.1). It keeps the activations of structured transformers from growing.
         device, dtype: of the parameters, as for `torch.nn.Linear`.
+        gamma: False leaves gamma out of normalize, for layers whose output is normalised as queries and keys can be.
 
     Shapes:
         input (..., in_features) to output (..., out_features), any leading dimensions, none and empty ones included.
@@ -53,15 +54,18 @@ class Linear(nn.Module):
         normalize: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        gamma: bool = True,
     ) -> None:
         super().__init__()
         self.structure = _resolve(structure, in_features, out_features)
-        self.in_features, self.out_features, self.normalize = in_features, out_features, normalize
+        self.in_features, self.out_features = in_features, out_features
+        self.normalize, self.has_gamma = normalize, normalize and gamma
         for factor in self.structure.factors:
             self.register_parameter(factor.name, nn.Parameter(torch.empty(factor.shape, device=device, dtype=dtype)))
-            if normalize:
-                gamma = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-                self.register_parameter(f"gamma_{factor.name}", gamma)
+            if self.has_gamma:
+                scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+                self.register_parameter(f"gamma_{factor.name}", scale)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -109,7 +113,7 @@ class Linear(nn.Module):
         """Draw every factor from a normal distribution of the structure-aware width; bias zero, gammas one."""
         for factor, std in zip(self.structure.factors, init_std(self.structure), strict=True):
             nn.init.normal_(getattr(self, factor.name), std=std)
-            if self.normalize:
+            if self.has_gamma:
                 nn.init.ones_(getattr(self, f"gamma_{factor.name}"))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -122,11 +126,14 @@ class Linear(nn.Module):
         factors = [getattr(self, factor.name) for factor in self.structure.factors]
         if not self.normalize:
             return factors
-        gammas = [getattr(self, f"gamma_{factor.name}") for factor in self.structure.factors]
-        return [
-            gamma * m / (m.square().mean().add(1e-8).sqrt() / std).clamp(min=1)
-            for m, gamma, std in zip(factors, gammas, init_std(self.structure), strict=True)
+        normalized = [
+            m / (m.square().mean().add(1e-8).sqrt() / std).clamp(min=1)
+            for m, std in zip(factors, init_std(self.structure), strict=True)
         ]
+        if not self.has_gamma:
+            return normalized
+        gammas = [getattr(self, f"gamma_{factor.name}") for factor in self.structure.factors]
+        return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
 
     def dense_weight(self) -> Tensor:
         """W, of shape (out_features, in_features); differentiable in the factors."""
@@ -172,7 +179,8 @@ class Linear(nn.Module):
         s = self.structure
         return (
             f"in_features={s.in_features}, out_features={s.out_features}, structure={s.spec!r}, "
-            f"bias={self.bias is not None}{', normalize=True' if self.normalize else ''}, params={s.params}, "
+            f"bias={self.bias is not None}{', normalize=True' if self.normalize else ''}"
+            f"{', gamma=False' if self.normalize and not self.has_gamma else ''}, params={s.params}, "
             f"macs={s.macs} ({s.macs / (s.in_features * s.out_features):.1%} of dense)"
         )
 

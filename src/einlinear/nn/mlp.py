@@ -1,28 +1,18 @@
-"""The residual multilayer perceptron of arXiv 2406.06248, section 4: one file, any linear layer structured."""
+"""The residual multilayer perceptron of arXiv 2406.06248, section 4, with any linear layer structured."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor, nn
 
+from einlinear.nn.blocks import FeedForward, stack
 from einlinear.nn.linear import Linear
+from einlinear.nn.model import ReferenceModel
 
 
-class Block(nn.Module):
-    """x + fc2(gelu(fc1(norm(x)))), with a hidden layer `expansion` times as wide."""
-
-    def __init__(self, width: int, structure: str, expansion: int = 4, bias: bool = True) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, bias=bias)
-        self.fc1 = Linear(width, expansion * width, structure, bias)
-        self.fc2 = Linear(expansion * width, width, structure, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
-        return out
-
-
-class ResidualMLP(nn.Module):
+class ResidualMLP(ReferenceModel):
     """An input layer, residual blocks and a dense head.
 
     Args:
@@ -38,7 +28,8 @@ class ResidualMLP(nn.Module):
         (n, in_features) to (n, out_features).
     """
 
-    ZERO = ("*.fc2", "head")  # what structure-aware initialisation sets to zero: branches' last layers and the head
+    ZERO = ("*.fc2", "head")
+    LR_SCALE: ClassVar[Mapping[str, float]] = {"input": 0.1}
 
     def __init__(
         self,
@@ -52,7 +43,7 @@ class ResidualMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.input = Linear(in_features, width, structure, bias)
-        self.blocks = nn.Sequential(*(Block(width, structure, expansion, bias) for _ in range(depth)))
+        self.blocks = stack(depth, lambda: FeedForward(width, structure, expansion, bias))
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)
 

@@ -16,19 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from einlinear.nn import Linear
+from einlinear.nn.kinds import holds_vectors
 from einlinear.nn.linear import features, is_conv1d
 from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.structures import Structure
 
-_VECTORS = (  # every parameter of these is a vector: its fan-in does not grow with the width
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-    nn.PReLU,
-)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -155,10 +147,10 @@ def _of_module(module: Any, prefix: str) -> Iterator[Parameter]:
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             if getattr(module, name) is not None:
                 matrices[name] = (getattr(module, name).shape[1], getattr(module, name).shape[0])
+    elif holds_vectors(module):
+        vectors = dict(module.named_parameters(recurse=False))
     else:
-        # every library has norms of its own (LlamaRMSNorm): they are known by their name
-        is_vector = isinstance(module, _VECTORS) or type(module).__name__.endswith("Norm")
-        vectors = dict(module.named_parameters(recurse=False)) if is_vector else ()
+        vectors = ()
     for name, tensor in module.named_parameters(recurse=False):
         is_factor = name in factors
         yield Parameter(

@@ -1,0 +1,120 @@
+"""Residual blocks, which the reference models are made of: feed-forward, self-attention, and one after the other.
+
+All are x + multiplier * branch(norm(x)), shapes (..., width) to the same, with every linear layer structured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from einlinear.nn.linear import Linear
+from einlinear.structures import structure as make_structure
+
+
+class FeedForward(nn.Module):
+    """x + multiplier * fc2(gelu(fc1(norm(x)))), with a hidden layer `expansion` times as wide."""
+
+    def __init__(
+        self,
+        width: int,
+        structure: str,
+        expansion: int = 4,
+        bias: bool = True,
+        normalize: bool = False,
+        multiplier: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.multiplier = multiplier
+        self.norm = nn.LayerNorm(width, bias=bias)
+        self.fc1 = Linear(width, expansion * width, structure, bias, normalize)
+        self.fc2 = Linear(expansion * width, width, structure, bias, normalize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.fc2(F.gelu(self.fc1(self.norm(x)))), alpha=self.multiplier)
+
+
+class Attention(nn.Module):
+    """x + multiplier * out(attention(norm(x))): multi-head self-attention, (n, t, width) to the same.
+
+    Scores are multiplied by 8 / d_head rather than 1 / sqrt(d_head): the same for heads of 64 features, and right for
+    all others under muP (Yang et al., arXiv 2203.03466), since a query and its key correlate.
+
+    Args:
+        width: of the residual stream; a multiple of `heads`.
+        heads: each of d_head = width / heads features.
+        structure, bias: of the four linear layers, as for `Linear`; norms have a bias if these do.
+        causal: whether a token sees only itself and those before it.
+        qk_norm: whether every head's queries and keys pass through a LayerNorm.
+        normalize: as for `Linear`; with qk_norm the layers of queries and keys have no gamma, as LayerNorm undoes it.
+        multiplier: of the branch.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        structure: str,
+        bias: bool = True,
+        causal: bool = False,
+        qk_norm: bool = False,
+        normalize: bool = False,
+        multiplier: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a width of {width} cannot be divided into {heads} heads")
+        self.width, self.heads, self.causal, self.multiplier = width, heads, causal, multiplier
+        self.norm = nn.LayerNorm(width, bias=bias)
+        self.query = Linear(width, width, structure, bias, normalize, gamma=not qk_norm)
+        self.key = Linear(width, width, structure, bias, normalize, gamma=not qk_norm)
+        self.value = Linear(width, width, structure, bias, normalize)
+        self.out = Linear(width, width, structure, bias, normalize)
+        self.query_norm = nn.LayerNorm(width // heads, bias=bias) if qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(width // heads, bias=bias) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        q, k, v = (z.transpose(1, 2) for z in (self.query_norm(q), self.key_norm(k), v))  # (n, heads, t, d_head)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=8 / q.shape[-1])
+        return torch.add(x, self.out(mixed.transpose(1, 2).flatten(2)), alpha=self.multiplier)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, then feed-forward: (n, t, width) to the same. Arguments as of `Attention` and `FeedForward`."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        structure: str,
+        expansion: int = 4,
+        bias: bool = True,
+        causal: bool = False,
+        qk_norm: bool = False,
+        normalize: bool = False,
+        multiplier: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, structure, bias, causal, qk_norm, normalize, multiplier)
+        self.feed_forward = FeedForward(width, structure, expansion, bias, normalize, multiplier)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.feed_forward(self.attention(x))
+        return out
+
+
+def stack(depth: int, block: Callable[[], nn.Module]) -> nn.Sequential:
+    """So many blocks, one after the other."""
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+    return nn.Sequential(*(block() for _ in range(depth)))
+
+
+def is_dense(structure: str, in_features: int, out_features: int) -> bool:
+    """Whether a layer of this structure is an ordinary one, whose weights the models do not normalise."""
+    return make_structure(structure, in_features, out_features).spec == "dense"
