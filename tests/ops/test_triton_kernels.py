@@ -335,5 +335,5 @@ def compile_for_hopper(kernel: Any, tile: tiles.Tile, args: Sequence[Any], const
         if isinstance(value, Tensor) or value % 16 == 0:
             aligned[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **kernels.OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

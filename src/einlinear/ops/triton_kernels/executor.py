@@ -26,6 +26,7 @@ from einlinear.structures import Structure
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DESIGNS = ("steps", "fused")
+OPTIONS = {"enable_fp_fusion": True}  # of the compiler; said since the default is about to change
 TUNE = os.environ.get("EINLINEAR_TUNE") != "0"  # whether to measure which tiles are fastest, or take the first
 
 
@@ -265,9 +266,9 @@ def _launch(
             return (programs(tile),)
 
         if TUNE and not interpreting():
-            _tuned(kernel, found, tuple(constants))[grid](*args, **constants)
+            _tuned(kernel, found, tuple(constants))[grid](*args, **constants, **OPTIONS)
         else:
-            options = {"num_warps": found[0].warps, "num_stages": found[0].stages}
+            options = {"num_warps": found[0].warps, "num_stages": found[0].stages, **OPTIONS}
             kernel[grid](*args, **constants, **dict(found[0].blocks), **options)
 
 
