@@ -1,99 +1,129 @@
-"""Structures side by side: which runs a comparison consists of, and training those that are not done yet."""
+"""Structures side by side at matched compute: which runs a comparison consists of."""
 
 from __future__ import annotations
 
-import dataclasses
-import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-import einlinear
-from einlinear.data import Batches, Images, load_images
 from einlinear.experiments.budget import widest
-from einlinear.experiments.config import DENSE, Config, Settings
-from einlinear.experiments.store import Experiment, Store
-from einlinear.experiments.train import Result, Run, build_model, train
+from einlinear.experiments.models import DENSE, Model, Shape
+from einlinear.experiments.run import Run
+from einlinear.experiments.sweep import Sweep
 from einlinear.structures import structure
-from einlinear.training.loop import Progress
+from einlinear.training.tasks import Classification
+
+STRUCTURES = (DENSE, "low_rank", "kronecker", "tt(rank=4)", "monarch", "btt", "dyad")
+AXES = frozenset({"structure", "width", "seed"})
+
+# Options of `einlinear compare` by name; those given on the command line come first, then these, then the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    # A few minutes on two cores.
+    "demo": {"macs": (40_000, 80_000, 160_000), "seeds": 1, "epochs": 2},
+    # The multilayer perceptron of arXiv 2406.06248, section 4, as far as it carries over; hours on a GPU.
+    "paper": {
+        "macs": (100_000, 200_000, 400_000, 800_000, 1_600_000, 3_200_000, 6_400_000),
+        "epochs": 500,
+        "batch_size": 1024,
+        "depth": 3,
+        "mixup": 0.8,
+        "label_smoothing": 0.3,
+    },
+}
+# What a comparison sets differently from a single run: the multilayer perceptron of arXiv 2406.06248 in small.
+_DEFAULTS = {"model": "mlp", "permute": True, "depth": 2, "betas": (0.9, 0.999)}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison that has been checked and is ready to run."""
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to compare.
 
-    images: Images
-    settings: Settings
-    runs: tuple[Run, ...]
-    store: Store
+    Attributes:
+        structures: specs, as for `einlinear.structure`.
+        macs: targets: for each, every structure gets its widest model within this many MACs per input.
+        widths: instead of macs: the widths every structure is trained at.
+        dense_reach: dense also gets the targets 2, 4, ... times the largest one, up to this many, so that its curve
+            reaches the losses that better structures have at the targets.
+        seeds: how many runs of each.
+        epochs: passes over the training images; instead of the option `steps`, of which they make so many.
+        options: of all runs, see `Run.of`.
+    """
 
-    def missing(self) -> list[Run]:
-        """The runs that are not in the results folder yet."""
-        return self.store.missing(self.runs)
+    structures: tuple[str, ...] = STRUCTURES
+    macs: tuple[int, ...] = (50_000, 100_000, 200_000, 400_000)
+    widths: tuple[int, ...] = ()
+    dense_reach: int = 4
+    seeds: int = 3
+    epochs: int = 20
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, run: Run, progress: Progress | None = None) -> Result:
-        """Train one of the runs and keep its result."""
-        result = train(self.images, run, self.settings, progress)
-        self.store.add(result)
-        return result
+    def __post_init__(self) -> None:
+        if not self.structures:
+            raise ValueError("name at least one structure")
+        for name in ("seeds", "dense_reach", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("macs", "widths"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ValueError(f"{name} must be positive, not {', '.join(map(str, getattr(self, name)))}")
+        taken = sorted(AXES & self.options.keys())
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be set: a comparison varies {', '.join(sorted(AXES))}")
 
 
-def prepare(config: Config, folder: str | Path, command: str = "") -> Comparison:
-    """Load the data, build every model once without memory, and open the results folder. Nothing is trained.
-
-    Args:
-        config: what to compare.
-        folder: for the results; one of the same settings is continued.
-        command: the command line, for the record.
+def configure(preset: str | None = None, **options: Any) -> Config:
+    """A `Config` from its options and those of runs by name: those that are not None, then the preset's.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: whatever is wrong with the data, a structure or the folder.
+        ValueError: an unknown preset, both macs and widths, or a value out of range.
     """
-    images = load_images(config.data, config.image_size, limit=config.limit)
-    Batches(images, config.settings.batch_size, seed=0)  # refuses a batch that is too large
-    runs = plan(images, config)
-    shared = dataclasses.asdict(config.settings) | {
-        "data": images.name,
-        "image_size": list(images.size),
-        "channels": images.channels,
-        "classes": len(images.classes),
-        "training_images": len(images.train_x),
-        "test_images": len(images.test_x),
-    }
-    structures = tuple(dict.fromkeys(run.structure for run in runs))
-    experiment = Experiment(shared, images.source, structures, (command,) if command else (), _made_with())
-    return Comparison(images, config.settings, runs, Store(folder, experiment))
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    if "macs" in given and "widths" in given:
+        raise ValueError("give either macs, of which the widths follow, or widths, not both")
+    chosen = (PRESETS[preset] if preset else {}) | given
+    own = Config.__dataclass_fields__.keys() - {"options"}
+    of_runs = {name: value for name, value in chosen.items() if name not in own}
+    return Config(**{name: value for name, value in chosen.items() if name in own}, options=of_runs)
 
 
-def plan(images: Images, config: Config) -> tuple[Run, ...]:
-    """The runs of a comparison: seed by seed, the cheapest models first.
+def plan(config: Config) -> Sweep:
+    """The runs of a comparison: seed by seed, the cheapest models first. Nothing is trained.
 
     Raises:
-        ValueError: a structure that is unknown, cannot be built at a width asked for or not within the MACs.
+        ValueError, OSError: what is wrong with the data or an option; a structure that is unknown, cannot be built at a
+            width asked for or not within the MACs.
     """
+    template = Run.of(_DEFAULTS | {"steps": 1} | config.options)
+    problem = template.data.load(seed=0)
+    if "steps" not in config.options:
+        if not isinstance(problem.task, Classification):
+            raise ValueError(f"data={template.data.data} has no epochs: give steps")
+        training = replace(template.training, steps=config.epochs * problem.task.batches.per_epoch)
+        template = replace(template, training=training)
+
     targets = sorted(config.widths or config.macs)
-    chosen = [model for target in targets for model in _models(images, config, config.structures, target)]
+    models = [model for target in targets for model in _models(template, problem.shape, config, target)]
     if not config.widths and DENSE in config.structures:
-        times = 2
+        dense, times = replace(config, structures=(DENSE,)), 2
         while times <= config.dense_reach:
-            chosen += _models(images, config, (DENSE,), times * targets[-1])
+            models += _models(template, problem.shape, dense, times * targets[-1])
             times *= 2
-    return tuple(Run(spec, width, seed) for seed in range(config.seeds) for spec, width in dict.fromkeys(chosen))
+    runs = tuple(replace(template, model=model, seed=s) for s in range(config.seeds) for model in dict.fromkeys(models))
+    return Sweep(runs, AXES)
 
 
-def _models(images: Images, config: Config, structures: Sequence[str], target: int) -> Iterator[tuple[str, int]]:
-    """Every structure's canonical spec and width for one target, a width or a number of MACs."""
-    for spec in structures:
-        build = partial(build_model, images, spec, depth=config.settings.depth)
-        width = target if config.widths else widest(spec, build, target)
+def _models(template: Run, shape: Shape, config: Config, target: int) -> Iterator[Model]:
+    """Every structure's model for one target, a width or a number of MACs, its structure written canonically."""
+    for spec in config.structures:
+
+        def of(width: int, spec: str = spec) -> Model:
+            return replace(template.model, structure=spec, width=width)
+
+        width = target if config.widths else widest(spec, lambda width, of=of: of(width).build(shape), target)
         with torch.device("meta"):
-            build(width)
-        yield structure(spec, images.features, width).spec, width
-
-
-def _made_with() -> str:
-    versions = f"einlinear {einlinear.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{versions}, {platform.system()} {platform.machine()}"
+            of(width).build(shape)
+        yield replace(of(width), structure=structure(spec, width, template.model.expansion * width).spec)

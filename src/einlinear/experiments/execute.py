@@ -1,0 +1,115 @@
+"""One run in its folder: trained, interrupted and continued, and never by two processes at a time.
+
+FOLDER/run.json       its options, and the code and data it was started with
+FOLDER/metrics.jsonl  what happened, see einlinear.training.metrics
+FOLDER/checkpoints/   where it goes on after an interruption
+FOLDER/result.json    what it came to; where this file is, the run is finished
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shutil
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from einlinear import training
+from einlinear.experiments.problems import Problem
+from einlinear.experiments.records import Result, code_version, write_result, write_run
+from einlinear.experiments.run import Run
+from einlinear.nn import ReferenceModel, counts
+from einlinear.parametrize import init_
+from einlinear.training.loop import Outcome, Progress
+
+LAST = 0.1  # share of the steps whose mean loss is the training loss of a run
+
+
+def execute(
+    run: Run, folder: Path | None = None, progress: Progress | None = None, *, keep_checkpoints: bool = False
+) -> Result:
+    """Train the model of a run; on a CPU with as many threads, the same run gives the same losses.
+
+    Args:
+        run: what to train.
+        folder: where the run is kept, and from where it goes on. None keeps nothing.
+        progress: called after every step.
+        keep_checkpoints: the last ones, also when the run is finished.
+
+    Raises:
+        ValueError, OSError: whatever is wrong with the run, its data or its folder.
+        BlockingIOError: another process is at work in the folder.
+    """
+    if folder is None:
+        return _train(run, None, progress)
+    with _alone(folder):
+        result = _train(run, folder, progress)
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_result(folder, result)
+            if not keep_checkpoints:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def initialised(run: Run, problem: Problem) -> ReferenceModel:
+    """The model of a run as it starts."""
+    torch.manual_seed(run.seed)
+    model = run.model.build(problem.shape)
+    init_(model, zero=model.ZERO)
+    return model
+
+
+def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
+    problem = run.data.load(run.seed)
+    code = code_version()
+    facts = {**run.identity, "data_digest": problem.digest, "code": code}
+    model = initialised(run, problem)
+    params, macs = counts.params(model), model.macs
+    if folder is not None:
+        write_run(folder, run, code, problem)
+    outcome = training.train(
+        model,
+        run.model.base(problem.shape),
+        problem.task,
+        run.training,
+        folder,
+        lr_scale=model.LR_SCALE,
+        facts=facts,
+        progress=progress,
+    )
+    return _result(outcome, problem, params, macs)
+
+
+def _result(outcome: Outcome, problem: Problem, params: int, macs: int) -> Result:
+    last = max(1, round(LAST * len(outcome.losses)))
+    finished = not outcome.diverged
+    return Result(
+        params=params,
+        macs=macs,
+        inputs=problem.inputs,
+        steps=len(outcome.losses),
+        train_loss=statistics.fmean(outcome.losses[-last:]) if finished else None,
+        measures=dict(outcome.measures) if finished else {},
+        error=outcome.measures[problem.error] if finished else None,
+        step_seconds=None if math.isnan(outcome.step_seconds) else outcome.step_seconds,
+    )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, but those that torchrun started beside this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is at work in {folder}") from None
+        yield

@@ -1,0 +1,170 @@
+"""The models of experiments: what can be set about each, and how it is built for the data it is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from einlinear.data import Images
+from einlinear.nn import GPT, ReferenceModel, ResidualMLP, ViT
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model has to know of its data.
+
+    Attributes:
+        inputs: features of an input vector; of images, all their values.
+        outputs: classes, tokens of the vocabulary, or numbers to predict.
+        image: (channels, height, width), of images only.
+        context: tokens of a sequence, of sequences only.
+    """
+
+    inputs: int
+    outputs: int
+    image: tuple[int, int, int] | None = None
+    context: int | None = None
+
+    @classmethod
+    def of_images(cls, images: Images) -> Shape:
+        return cls(images.features, len(images.classes), (images.channels, *images.size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What all models have in common.
+
+    Attributes:
+        structure: of the linear layers, as for `einlinear.structure`.
+        width: of the residual stream.
+        depth: residual blocks.
+        expansion: how many times wider the blocks' hidden layers are.
+        base_width, base_expansion: of the dense model that the learning rate refers to, elsewhere the same.
+    """
+
+    NAME: ClassVar[str]
+
+    structure: str = DENSE
+    width: int = 64
+    depth: int = 3
+    expansion: int = 4
+    base_width: int = 64
+    base_expansion: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "expansion", "base_width", "base_expansion"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        """The model, its weights not yet initialised.
+
+        Raises:
+            ValueError: data of a kind that it is not made for; sizes or a structure that do not fit.
+        """
+        raise NotImplementedError
+
+    def base(self, shape: Shape) -> ReferenceModel:
+        """The model that learning rates refer to: dense, of base_width; on the meta device."""
+        with torch.device("meta"):
+            return replace(
+                self, structure=DENSE, width=self.base_width, expansion=self.base_expansion, **self._dense()
+            ).build(shape)
+
+    def _dense(self) -> dict[str, str]:
+        """Structures other than `structure`, made dense."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(Model):
+    """A residual multilayer perceptron, `einlinear.nn.ResidualMLP`; its head is dense."""
+
+    NAME = "mlp"
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        if shape.context is not None:
+            raise ValueError("an mlp takes images or vectors, not sequences of tokens: choose model=gpt")
+        return ResidualMLP(shape.inputs, self.width, shape.outputs, self.depth, self.structure, self.expansion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vit(Model):
+    """A vision transformer, `einlinear.nn.ViT`; its head is dense.
+
+    Attributes:
+        heads: of the attention.
+        patch_size: side of a patch in pixels.
+        qk_norm: whether queries and keys are normalised.
+        normalize: whether the weights of structured layers are, as by `einlinear.Linear`.
+    """
+
+    NAME = "vit"
+
+    heads: int = 4
+    patch_size: int = 4
+    qk_norm: bool = False
+    normalize: bool = False
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        if shape.image is None:
+            raise ValueError("a vit takes images: choose model=mlp for vectors, model=gpt for sequences of tokens")
+        channels, *size = shape.image
+        return ViT(
+            (size[0], size[1]),
+            self.width,
+            shape.outputs,
+            channels=channels,
+            patch_size=self.patch_size,
+            depth=self.depth,
+            heads=self.heads,
+            structure=self.structure,
+            expansion=self.expansion,
+            qk_norm=self.qk_norm,
+            normalize=self.normalize,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpt(Model):
+    """A language model, `einlinear.nn.GPT`, without biases.
+
+    Attributes:
+        d_head: features of an attention head.
+        head_structure: of the head.
+        qk_norm: whether queries and keys are normalised.
+        normalize: whether the weights of structured layers are, as by `einlinear.Linear`.
+    """
+
+    NAME = "gpt"
+
+    d_head: int = 64
+    head_structure: str = DENSE
+    qk_norm: bool = True
+    normalize: bool = True
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        if shape.context is None:
+            raise ValueError("a gpt takes sequences of tokens: prepare a text, or name pixels:DATA")
+        return GPT(
+            shape.outputs,
+            self.width,
+            shape.context,
+            depth=self.depth,
+            d_head=self.d_head,
+            structure=self.structure,
+            head_structure=self.head_structure,
+            expansion=self.expansion,
+            qk_norm=self.qk_norm,
+            normalize=self.normalize,
+        )
+
+    def _dense(self) -> dict[str, str]:
+        return {"head_structure": DENSE}
+
+
+MODELS: dict[str, type[Model]] = {kind.NAME: kind for kind in (MLP, Vit, Gpt)}

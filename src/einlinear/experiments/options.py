@@ -1,0 +1,51 @@
+"""From options by name, as command lines and files have them, to checked settings; what is wrong is said by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+def names(kind: type) -> tuple[str, ...]:
+    """The options of a dataclass."""
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+def parse(kind: type[T], options: Mapping[str, Any]) -> T:
+    """A dataclass from its options. Texts become what the field is: "3e-3" a number, "none" None.
+
+    Raises:
+        ValueError: a value of the wrong type, one that the dataclass refuses, or an option that is missing.
+    """
+    values = {name: None if value == "none" else value for name, value in options.items()}
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(map(_message, error.errors()))) from None
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise ValueError if an option is none of those that are known."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{what} has no option {name!r}: {hint}It has {', '.join(known)}")
+
+
+def _message(error: Any) -> str:
+    """One of pydantic's errors in a line; what the dataclass itself raised, as it is."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "missing":
+        return f"{where} must be given"
+    what = error["msg"].removeprefix("Input ")
+    return f"{where} {what}, not {error['input']!r}"

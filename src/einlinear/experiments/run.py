@@ -1,0 +1,95 @@
+"""A run: one model, its data and its training. It is written down as flat options, and known by their hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from einlinear.experiments.models import MODELS, Model
+from einlinear.experiments.options import names, parse, refuse_unknown
+from einlinear.experiments.problems import Data, kind_of
+from einlinear.training import Training
+
+_HIDDEN = ("device", "threads", "log_every", "checkpoint_every")  # they change no result
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of.
+
+    Attributes:
+        model: its kind and sizes.
+        data: what it is trained on.
+        training: how.
+        seed: of the weights and the batches.
+    """
+
+    model: Model
+    data: Data
+    training: Training
+    seed: int = 0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Run:
+        """A run from options by name, all in one: `model` and `data` say which others there are.
+
+        >>> run = Run.of({"model": "mlp", "data": "digits", "structure": "btt", "width": "64", "steps": 100})
+        >>> run.model.width, run.training.lr
+        (64, 0.003)
+
+        Raises:
+            ValueError: an unknown option, or a value that is wrong, with what would be right.
+        """
+        given = dict(options)
+        kind = given.pop("model", "mlp")
+        if kind not in MODELS:
+            raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
+        data = str(given.get("data", "auto"))
+        model, of_data = MODELS[kind], kind_of(data, given.pop("data_kind", None))
+        known = [*names(model), *names(of_data), *names(Training), "seed"]
+        refuse_unknown(given, known, f"a run of model={kind} on data={data} ({of_data.KIND})")
+        parts = (
+            parse(part, {name: given[name] for name in names(part) if name in given})
+            for part in (model, of_data, Training, _Seed)
+        )
+        made_model, made_data, training, seed = parts
+        return cls(made_model, made_data, training, seed.seed)  # type: ignore[arg-type, attr-defined]
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """All options by name, as JSON values: `Run.of` gives the run back."""
+        parts = [dataclasses.asdict(part) for part in (self.model, self.data, self.training)]
+        kinds = {"model": self.model.NAME, "data_kind": self.data.KIND}
+        flat = {**kinds, **parts[0], **parts[1], **parts[2], "seed": self.seed}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The options that can change what comes out; not on which device, or how often it is noted down."""
+        return {name: value for name, value in self.options.items() if name not in _HIDDEN}
+
+    @cached_property
+    def key(self) -> str:
+        """Of runs of the same identity the same: 12 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """For people and folders: "btt-rank-2-w64-s0-" and the key."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.model.structure.lower()).strip("-")[:40].strip("-")
+        return f"{words}-w{self.model.width}-s{self.seed}-{self.key}"
+
+
+@dataclass(frozen=True)
+class _Seed:
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")

@@ -1,0 +1,154 @@
+"""Sweeps: which runs a file describes, and doing those that are missing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from einlinear.experiments.options import refuse_unknown
+from einlinear.experiments.run import Run
+from einlinear.experiments.store import Store
+from einlinear.experiments.table import Table
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_KEYS = ("settings", "grid", "parts")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs, and the options in which they differ."""
+
+    runs: tuple[Run, ...]
+    axes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What became of a run.
+
+    Attributes:
+        run: which.
+        status: "running", "finished", "lost" (its worker died: it is tried again) or "failed".
+        step, steps, loss: how far it is, where it is running.
+        message: what went wrong, where it failed.
+    """
+
+    run: Run
+    status: str
+    step: int = 0
+    steps: int = 0
+    loss: float = float("nan")
+    message: str = ""
+
+
+class Pool(Protocol):
+    """Where runs are done: processes of this machine, or a cluster."""
+
+    def __call__(self, tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
+        """Do runs, each in its folder; every run ends with one event that is "finished" or "failed"."""
+
+
+def read_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
+    """The runs that a TOML or JSON file describes.
+
+    The file has `[settings]`, options that all runs share; `[grid]`, options with lists of values, of which all
+    combinations are made; and `[[parts]]`, tables with settings and grids of their own, on top of the others. Without
+    parts the file is a single one.
+
+    Args:
+        path: of the file.
+        overrides: options that come before those of the file.
+
+    Raises:
+        ValueError: the file is damaged, has unknown entries, or describes a run that is wrong.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return make_sweep(content, overrides, str(path))
+
+
+def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, what: str = "a sweep") -> Sweep:
+    """The runs that the content of a file describes, see `read_sweep`.
+
+    >>> sweep = make_sweep({"settings": {"data": "digits", "steps": 10}, "grid": {"lr": [1e-3, 3e-3], "seed": [0, 1]}})
+    >>> len(sweep.runs), sorted(sweep.axes)
+    (4, ['lr', 'seed'])
+    """
+    overrides = dict(overrides or {})
+    made = [Run.of(options | overrides) for options in _expand(content, what)]
+    runs = tuple({run.key: run for run in made}.values())  # a run that two parts describe is one
+    if not runs:
+        raise ValueError(f"{what} describes no runs")
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for name, value in run.identity.items():
+            values.setdefault(name, set()).add(json.dumps(value))
+    varied = {name for name, found in values.items() if len(found) > 1}
+    return Sweep(runs, frozenset(varied | _gridded(content)))
+
+
+def do(
+    runs: Sequence[Run],
+    store: Store,
+    pool: Pool,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> list[Event]:
+    """Do the runs that are not finished, keep the table of all up to date, and say which failed.
+
+    Args:
+        runs: to be done.
+        store: opened for them.
+        pool: where.
+        watch: called with everything that happens.
+
+    Raises:
+        BlockingIOError: another driver is at work in the folder.
+    """
+    failed = []
+    with store.driving(), Table(store.folder) as table:
+        missing = store.missing(runs)
+        table.rebuild(store.records(), missing)
+        for event in pool([(run, store.path(run)) for run in missing]):
+            table.note(event.run, store.path(event.run), event.status, event.message)
+            if event.status == "failed":
+                failed.append(event)
+            watch(event)
+    return failed
+
+
+def _expand(content: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
+    """The options of every run."""
+    refuse_unknown(content, _KEYS, what)
+    settings, grid = dict(content.get("settings", {})), dict(content.get("grid", {}))
+    for part in content.get("parts", [{}]):
+        refuse_unknown(part, _KEYS[:2], f"a part of {what}")
+        own_grid = grid | part.get("grid", {})
+        own = {name: value for name, value in (settings | part.get("settings", {})).items()}
+        own_grid = {name: values for name, values in own_grid.items() if name not in part.get("settings", {})}
+        for name, values in own_grid.items():
+            if not isinstance(values, list):
+                raise ValueError(f"{what}: the grid of {name} must be a list of values, not {values!r}")
+        for combination in itertools.product(*own_grid.values()):
+            yield own | dict(zip(own_grid, combination, strict=True))
+
+
+def _gridded(content: Mapping[str, Any]) -> Collection[str]:
+    """Options that the file varies, or could if its lists had more values."""
+    parts = content.get("parts", [])
+    return {name for table in (content, *parts) for name in table.get("grid", {})} | {
+        name for part in parts for name in part.get("settings", {})
+    }

@@ -1,0 +1,143 @@
+"""Runs on processes of this machine: each process does one at a time, and a run whose process dies is done again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from einlinear.experiments.execute import execute
+from einlinear.experiments.run import Run
+from einlinear.experiments.sweep import Event
+
+ATTEMPTS = 3  # of a run whose process dies every time
+_EVERY = 0.2  # seconds between two messages of a run
+_PATIENCE = 30  # seconds to wait for a process that an earlier driver left behind
+
+Task = tuple[Run, Path]
+_spawning = multiprocessing.get_context("spawn")  # a fork of a process with threads, such as torch's, may hang
+
+
+@dataclass(frozen=True)
+class Workers:
+    """A `Pool` of processes.
+
+    Attributes:
+        count: how many.
+        threads: of each; a run's own setting comes first.
+        setup: called in every process before its first run, to register families; can be pickled.
+    """
+
+    count: int
+    threads: int = 1
+    setup: Sequence[Callable[[], None]] = ()
+
+    def __call__(self, tasks: Sequence[Task]) -> Iterator[Event]:
+        waiting, deaths = deque(tasks), Counter[str]()
+        workers = [_Worker(self) for _ in range(min(self.count, len(tasks)))]
+        try:
+            while waiting or any(worker.task for worker in workers):
+                for worker in workers:
+                    if waiting and not worker.task:
+                        worker.start(waiting.popleft())
+                busy = {worker.connection: worker for worker in workers if worker.task}
+                for connection in wait(list(busy)):
+                    worker = busy[connection]  # type: ignore[index]
+                    run, folder = worker.task  # type: ignore[misc]
+                    event = worker.event()
+                    if event is None:  # it died
+                        workers[workers.index(worker)] = _Worker(self)
+                        deaths[run.key] += 1
+                        if deaths[run.key] < ATTEMPTS:
+                            waiting.append((run, folder))
+                            yield Event(run, "lost", message="its process died; it goes on from its last checkpoint")
+                        else:
+                            message = f"its process died {ATTEMPTS} times: it was killed, or the memory was not enough"
+                            yield Event(run, "failed", message=message)
+                    else:
+                        yield event
+        finally:
+            for worker in workers:
+                worker.process.terminate()
+            for worker in workers:
+                worker.process.join()
+
+
+class _Worker:
+    """A process, as its driver sees it."""
+
+    def __init__(self, pool: Workers) -> None:
+        self.connection, theirs = _spawning.Pipe()
+        self.task: Task | None = None
+        self.process: BaseProcess = _spawning.Process(target=_work, args=(theirs, pool.threads, pool.setup), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its death ends the connection
+
+    def start(self, task: Task) -> None:
+        self.task = task
+        run, folder = task
+        try:
+            self.connection.send((run.options, folder))
+        except OSError:
+            pass  # it is dead, as `event` will say
+
+    def event(self) -> Event | None:
+        """The next of the run, or None if the process died."""
+        assert self.task is not None
+        try:
+            event = Event(self.task[0], **self.connection.recv())
+        except (EOFError, OSError):
+            self.process.join()
+            return None
+        if event.status != "running":
+            self.task = None
+        return event
+
+
+def _work(connection: Connection, threads: int, setup: Sequence[Callable[[], None]]) -> None:
+    """The life of a process: it does what it is sent, and ends with its driver."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which stops all
+    torch.set_num_threads(threads)
+    for prepare in setup:
+        prepare()
+    while True:
+        try:
+            options, folder = connection.recv()
+        except EOFError:
+            return
+        connection.send(_done(options, folder, connection))
+
+
+def _done(options: dict[str, Any], folder: Path, connection: Connection) -> dict[str, Any]:
+    said = 0.0
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        nonlocal said
+        if time.monotonic() > said + _EVERY:
+            said = time.monotonic()
+            connection.send({"status": "running", "step": step, "steps": steps, "loss": loss})
+
+    began = time.monotonic()
+    while True:
+        try:
+            execute(Run.of(options), folder, progress)
+            return {"status": "finished"}
+        except BlockingIOError as error:
+            if time.monotonic() > began + _PATIENCE:
+                return {"status": "failed", "message": str(error)}
+            time.sleep(1)
+        except BrokenPipeError:
+            raise  # the driver is gone
+        except Exception as error:
+            message = str(error) if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
+            return {"status": "failed", "message": message}
