@@ -24,7 +24,7 @@ class Classification:
         self._test_x = test_x if batches.permutation is None else test_x[:, batches.permutation]
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return self.batches[step]
+        return self.batches.batch(step)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The mean cross-entropy."""
