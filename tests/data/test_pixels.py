@@ -89,5 +89,5 @@ def test_what_is_refused() -> None:
         PixelSequences(images, batch_size=0, seed=0)
     with pytest.raises(ValueError, match="step=-1: it must"):
         PixelSequences(images, batch_size=4, seed=0).batch(-1)
-    with pytest.raises(ValueError, match="batches=0"):
+    with pytest.raises(ValueError, match="count=0"):
         PixelSequences(images, batch_size=4, seed=0).evaluation(0)

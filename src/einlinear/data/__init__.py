@@ -22,7 +22,7 @@ writer.py         writes these files so that none is ever half there
 tokens.py         Tokens: opens and checks them
 
 draws.py          random numbers by seed and step
-epochs.py         which rows a batch has
+rows.py           which rows a batch has
 sequences.py      batches of windows of a text, any of them by its number
 pixels.py         the same of the pixels of images
 teacher.py        what a random network computes, by seed and step

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from einlinear.data.augment import Augment
 from einlinear.data.draws import shuffled, torch_draws
-from einlinear.data.epochs import Epochs
 from einlinear.data.images import Images
+from einlinear.data.rows import Epochs, spread
 
-_AUGMENTATION, _PERMUTATION = 1, 2  # streams; 0 has the order of the images
+_AUGMENTATION, _PERMUTATION, _SAMPLE = 1, 2, 3  # streams; 0 has the order of the images
 
 
 class Batches:
@@ -23,6 +25,7 @@ class Batches:
         seed: of the shuffling and the augmentation. The global generator is neither read nor changed.
         augment: applied to each batch. Default: none.
         permutation: (features,) order of the flattened pixels, applied last. Default: row-major as they are.
+        flatten: False keeps the shape (C, H, W) of images, for models that take them.
 
     Raises:
         ValueError: a batch_size below 1 or above the number of training images, a negative seed, or a permutation of
@@ -37,16 +40,17 @@ class Batches:
         seed: int,
         augment: Augment | None = None,
         permutation: Tensor | None = None,
+        flatten: bool = True,
     ) -> None:
         self._epochs = Epochs(len(images.train_x), batch_size, seed)
         if permutation is not None and len(permutation) != images.features:
             raise ValueError(f"a permutation of {len(permutation)} for images of {images.features} features")
         self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.augment, self.permutation = augment, permutation
+        self.augment, self.permutation, self.flatten = augment, permutation, flatten
         self.per_epoch = self._epochs.per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """x (B, features) float32 and y, (B,) int64, or (B, classes) float32 with mixup.
+        """x (B, features) float32, or (B, C, H, W), and y, (B,) int64, or (B, classes) float32 with mixup.
 
         Raises:
             ValueError: a negative step.
@@ -58,8 +62,26 @@ class Batches:
             x = self.augment(x, generator)
             if self.augment.mixup:
                 x, y = self.augment.mix(x, y, len(self.images.classes), generator)
-        x = x.flatten(1)
-        return (x if self.permutation is None else x[:, self.permutation]), y
+        return self.inputs(x), y
+
+    def sample(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """So many training images (at most all), evenly spread over them: always the same ones, whatever the seed.
+
+        They are augmented, but never mixed up.
+
+        Returns:
+            An iterator over x as in `batch` and labels (B,) int64, with B of `batch_size` but for the last pair.
+        """
+        for number, rows in enumerate(spread(len(self.images.train_x), count, batch_size)):
+            x = self.images.train_x[rows]
+            if self.augment is not None:
+                x = self.augment(x, torch_draws(0, number, _SAMPLE))
+            yield self.inputs(x), self.images.train_y[rows]
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) as the model takes them: permuted, and flattened if it has to be."""
+        flat = x.flatten(1) if self.permutation is None else x.flatten(1)[:, self.permutation]
+        return flat if self.flatten else flat.view_as(x)
 
 
 def pixel_permutation(features: int, seed: int) -> Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from einlinear.data.epochs import Epochs
 from einlinear.data.images import Images, resize
+from einlinear.data.rows import Epochs
 from einlinear.data.sequences import Sequences
 
 LEVELS = 256
@@ -47,10 +47,9 @@ class PixelSequences(Sequences):
         """The training images of batch `step`, counted on from epoch to epoch; an epoch has each image at most once."""
         return _shifted(self._train[self._epochs.rows(step)])
 
-    def evaluation(self, batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Test images, in their order."""
-        chosen = self._chosen(len(self._test), batches)
-        return (_shifted(self._test[torch.from_numpy(numbers)]) for numbers in chosen)
+        return (_shifted(self._test[rows]) for rows in self._chosen(len(self._test), count))
 
 
 def _quantise(x: Tensor, dark: Tensor, bright: Tensor, size: int | None) -> Tensor:

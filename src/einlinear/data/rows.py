@@ -1,7 +1,10 @@
-"""Which rows of a data set a batch has, by the number of the batch."""
+"""Which rows of a data set a batch has: of training by the number of the batch, of evaluation always the same ones."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from einlinear.data.draws import shuffled
@@ -39,3 +42,13 @@ class Epochs:
         if epoch != self._epoch:  # kept only to save time: it is the order of the epoch, whatever was asked for before
             self._epoch, self._order = epoch, shuffled(self.count, self.seed, epoch)
         return self._order[place * self.batch_size :][: self.batch_size]
+
+
+def spread(available: int, count: int, batch_size: int) -> Iterator[Tensor]:
+    """So many rows of those available (at most all), evenly spread over them, in batches: (B,) int64, the last smaller.
+
+    >>> [rows.tolist() for rows in spread(available=10, count=4, batch_size=3)]
+    [[0, 2, 5], [7]]
+    """
+    count = min(count, available)
+    return iter((torch.arange(count) * available // count).split(batch_size))
