@@ -83,11 +83,11 @@ def test_what_is_refused() -> None:
     images, _ = photographs()
     with pytest.raises(ValueError, match="size=0: it must be at least 1 pixel"):
         PixelSequences(images, size=0, batch_size=1, seed=0)
-    with pytest.raises(ValueError, match="batch_size=13: there are 12 training images"):
+    with pytest.raises(ValueError, match="batch_size=13: it must lie between 1 and the 12 training images"):
         PixelSequences(images, batch_size=13, seed=0)
     with pytest.raises(ValueError, match="batch_size=0: it must be at least 1"):
         PixelSequences(images, batch_size=0, seed=0)
     with pytest.raises(ValueError, match="step=-1: it must"):
         PixelSequences(images, batch_size=4, seed=0).batch(-1)
-    with pytest.raises(ValueError, match="batches=0"):
+    with pytest.raises(ValueError, match="count=0"):
         PixelSequences(images, batch_size=4, seed=0).evaluation(0)

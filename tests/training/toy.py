@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.data import seeded
+from einlinear.data.draws import torch_draws
 from einlinear.nn import ResidualMLP
 from einlinear.training import Outcome, Training, train
 
@@ -27,7 +27,10 @@ class Toy:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         time.sleep(self.pause)
-        x = torch.randn(16, 12, generator=seeded(0, step))
+        return self._drawn(step, stream=0)
+
+    def _drawn(self, step: int, stream: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(16, 12, generator=torch_draws(0, step, stream))
         return x, torch.stack([x[:, :6].sum(1), x.prod(1)], 1)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -35,7 +38,7 @@ class Toy:
         return F.mse_loss(model(x).float(), y)
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        x, y = Toy().batch(-1)
+        x, y = self._drawn(0, stream=1)
         return {"error": float(F.mse_loss(model(x.to(device)).float(), y.to(device)))}
 
 

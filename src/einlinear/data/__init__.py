@@ -10,7 +10,7 @@ folder.py         a source: a user's folder
 split.py          a test set for sources without one
 load.py           load_images: from a name to standardised Images
 augment.py        shifts, flips and mixup
-batching.py       shuffled batches, by their number
+batching.py       shuffled batches of them, any by its number
 
 part.py           Part: what every source of text gives
 text.py           read_text: from a name to documents, in parts
@@ -22,13 +22,14 @@ writer.py         writes these files so that none is ever half there
 tokens.py         Tokens: opens and checks them
 
 draws.py          random numbers by seed and step
+rows.py           which rows a batch has
 sequences.py      batches of windows of a text, any of them by its number
 pixels.py         the same of the pixels of images
 teacher.py        what a random network computes, by seed and step
 """
 
 from einlinear.data.augment import Augment
-from einlinear.data.batching import Batches, pixel_permutation, seeded
+from einlinear.data.batching import Batches, pixel_permutation
 from einlinear.data.images import Images
 from einlinear.data.load import load_images
 from einlinear.data.pixels import PixelSequences
@@ -51,5 +52,4 @@ __all__ = [
     "load_tokens",
     "pixel_permutation",
     "prepare_tokens",
-    "seeded",
 ]

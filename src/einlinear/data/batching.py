@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from einlinear.data.augment import Augment
+from einlinear.data.draws import shuffled, torch_draws
 from einlinear.data.images import Images
+from einlinear.data.rows import Epochs, spread
+
+_AUGMENTATION, _PERMUTATION, _SAMPLE = 1, 2, 3  # streams; 0 has the order of the images
 
 
 class Batches:
@@ -23,10 +25,11 @@ class Batches:
         seed: of the shuffling and the augmentation. The global generator is neither read nor changed.
         augment: applied to each batch. Default: none.
         permutation: (features,) order of the flattened pixels, applied last. Default: row-major as they are.
+        flatten: False keeps the shape (C, H, W) of images, for models that take them.
 
     Raises:
-        ValueError: a batch_size below 1 or above the number of training images, or a permutation of another
-            width.
+        ValueError: a batch_size below 1 or above the number of training images, a negative seed, or a permutation of
+            another width.
     """
 
     def __init__(
@@ -37,44 +40,50 @@ class Batches:
         seed: int,
         augment: Augment | None = None,
         permutation: Tensor | None = None,
+        flatten: bool = True,
     ) -> None:
-        count = len(images.train_x)
-        if not 1 <= batch_size <= count:
-            raise ValueError(f"batch_size={batch_size}: it must lie between 1 and the {count} training images")
+        self._epochs = Epochs(len(images.train_x), batch_size, seed)
         if permutation is not None and len(permutation) != images.features:
             raise ValueError(f"a permutation of {len(permutation)} for images of {images.features} features")
         self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.augment, self.permutation = augment, permutation
-        self.per_epoch = count // batch_size
-        self._order = lru_cache(2)(self._shuffled)
+        self.augment, self.permutation, self.flatten = augment, permutation, flatten
+        self.per_epoch = self._epochs.per_epoch
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """x (B, features) float32 and y, (B,) int64, or (B, classes) float32 with mixup."""
-        epoch, position = divmod(number, self.per_epoch)
-        rows = self._order(epoch)[position * self.batch_size :][: self.batch_size]
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """x (B, features) float32, or (B, C, H, W), and y, (B,) int64, or (B, classes) float32 with mixup.
+
+        Raises:
+            ValueError: a negative step.
+        """
+        rows = self._epochs.rows(step)
         x, y = self.images.train_x[rows], self.images.train_y[rows]
         if self.augment is not None:
-            generator = seeded(self.seed, "batch", number)
+            generator = torch_draws(self.seed, step, _AUGMENTATION)
             x = self.augment(x, generator)
             if self.augment.mixup:
                 x, y = self.augment.mix(x, y, len(self.images.classes), generator)
-        x = x.flatten(1)
-        return (x if self.permutation is None else x[:, self.permutation]), y
+        return self.inputs(x), y
 
-    def _shuffled(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.images.train_x), generator=seeded(self.seed, "epoch", epoch))
+    def sample(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """So many training images (at most all), evenly spread over them: always the same ones, whatever the seed.
 
+        They are augmented, but never mixed up.
 
-def seeded(*parts: int | str) -> torch.Generator:
-    """A generator of its own for every combination of numbers and words.
+        Returns:
+            An iterator over x as in `batch` and labels (B,) int64, with B of `batch_size` but for the last pair.
+        """
+        for number, rows in enumerate(spread(len(self.images.train_x), count, batch_size)):
+            x = self.images.train_x[rows]
+            if self.augment is not None:
+                x = self.augment(x, torch_draws(0, number, _SAMPLE))
+            yield self.inputs(x), self.images.train_y[rows]
 
-    >>> seeded(0, "batch", 1).initial_seed() == seeded(0, "batch", 2).initial_seed()
-    False
-    """
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    def inputs(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) as the model takes them: permuted, and flattened if it has to be."""
+        flat = x.flatten(1) if self.permutation is None else x.flatten(1)[:, self.permutation]
+        return flat if self.flatten else flat.view_as(x)
 
 
 def pixel_permutation(features: int, seed: int) -> Tensor:
     """A fixed random order of the input features, (features,) int64: it takes locality away from images."""
-    return torch.randperm(features, generator=torch.Generator().manual_seed(seed))
+    return shuffled(features, seed, 0, _PERMUTATION)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _LIMIT = 2**64
 
@@ -23,3 +25,18 @@ def draws(seed: int, step: int, stream: int = 0) -> np.random.Generator:
     key = np.array([seed, step], dtype=np.uint64)
     counter = np.array([0, 0, 0, stream], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def torch_draws(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """The same as a generator of torch's, on the CPU."""
+    return torch.Generator().manual_seed(int(draws(seed, step, stream).bit_generator.random_raw()) >> 1)
+
+
+def shuffled(count: int, seed: int, step: int, stream: int = 0) -> Tensor:
+    """The numbers below `count` in random order, (count,) int64; the same one in every version of NumPy and torch.
+
+    >>> shuffled(6, seed=0, step=0).tolist()
+    [0, 2, 1, 5, 4, 3]
+    """
+    raw = draws(seed, step, stream).bit_generator.random_raw(count)  # uint64, of the same bits for ever
+    return torch.from_numpy(np.argsort(raw, kind="stable"))

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from einlinear.data.draws import draws
 from einlinear.data.images import Images, resize
+from einlinear.data.rows import Epochs
 from einlinear.data.sequences import Sequences
 
 LEVELS = 256
@@ -41,24 +41,15 @@ class PixelSequences(Sequences):
         dark, bright = (end(images.train_x, (0, 2, 3)) for end in (torch.amin, torch.amax))  # (C,)
         self._train, self._test = (_quantise(x, dark, bright, size) for x in (images.train_x, images.test_x))
         super().__init__(LEVELS + 1, self._train.shape[1], batch_size, seed)
-        if batch_size > len(self._train):
-            raise ValueError(f"batch_size={batch_size}: there are {len(self._train)} training images")
-        self._epoch: int | None = None
-        self._order = torch.empty(0)
+        self._epochs = Epochs(len(self._train), batch_size, seed)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The training images of batch `step`, counted on from epoch to epoch; an epoch has each image at most once."""
-        epoch, place = divmod(step, len(self._train) // self.batch_size)
-        if epoch != self._epoch:  # only to save time: the order is that of the epoch, whatever was asked for before
-            order = draws(self.seed, epoch).permutation(len(self._train))
-            self._epoch, self._order = epoch, torch.from_numpy(order)
-        start = place * self.batch_size
-        return _shifted(self._train[self._order[start : start + self.batch_size]])
+        return _shifted(self._train[self._epochs.rows(step)])
 
-    def evaluation(self, batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Test images, in their order."""
-        chosen = self._chosen(len(self._test), batches)
-        return (_shifted(self._test[torch.from_numpy(numbers)]) for numbers in chosen)
+        return (_shifted(self._test[rows]) for rows in self._chosen(len(self._test), count))
 
 
 def _quantise(x: Tensor, dark: Tensor, bright: Tensor, size: int | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from einlinear.data.draws import draws
+from einlinear.data.rows import spread
 from einlinear.data.tokens import Tokens
 
 
@@ -50,26 +51,24 @@ class Sequences(ABC):
         """
 
     @abstractmethod
-    def evaluation(self, batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of held-out sequences, always the same ones in the same order.
 
         Args:
-            batches: how many, spread evenly over all there are. Default, and at most: all.
+            count: how many sequences, spread evenly over all there are. Default, and at most: all.
 
         Returns:
             An iterator over inputs and targets as in `batch`; the last pair may have fewer than B rows.
 
         Raises:
-            ValueError: `batches` below 1.
+            ValueError: `count` below 1.
         """
 
-    def _chosen(self, available: int, batches: int | None) -> Iterator[npt.NDArray[np.int64]]:
+    def _chosen(self, available: int, count: int | None) -> Iterator[Tensor]:
         """The numbers of the held-out sequences of each evaluation batch, of so many that there are."""
-        if batches is not None and batches < 1:
-            raise ValueError(f"batches={batches}: evaluation needs at least 1")
-        count = available if batches is None else min(available, batches * self.batch_size)
-        numbers = np.arange(count) * available // count
-        return (numbers[at : at + self.batch_size] for at in range(0, count, self.batch_size))
+        if count is not None and count < 1:
+            raise ValueError(f"count={count}: evaluation needs at least 1 sequence")
+        return spread(available, available if count is None else count, self.batch_size)
 
 
 class TextSequences(Sequences):
@@ -102,11 +101,11 @@ class TextSequences(Sequences):
         starts = (raw % np.uint64(len(text) - self.context)).astype(np.int64)
         return self._windows(text, starts)
 
-    def evaluation(self, batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Windows of the validation text, side by side: each token but the first, and a rest, is a target once."""
         text = self.tokens.validation
-        chosen = self._chosen((len(text) - 1) // self.context, batches)
-        return (self._windows(text, numbers * self.context) for numbers in chosen)
+        chosen = self._chosen((len(text) - 1) // self.context, count)
+        return (self._windows(text, rows.numpy() * self.context) for rows in chosen)
 
     def _windows(self, text: npt.NDArray[Any], starts: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         found = text[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)  # (B, T + 1)

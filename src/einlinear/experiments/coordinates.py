@@ -85,7 +85,7 @@ def measure(
     """
     order = pixel_permutation(images.features, PERMUTATION_SEED)
     batches = Batches(images, settings.batch_size, seed=0, permutation=order)
-    data = [batches[number] for number in range(min(steps, _BATCHES))]
+    data = [batches.batch(step) for step in range(min(steps, _BATCHES))]
     probe = images.test_x[: settings.batch_size].flatten(1)[:, order]
     base = base_model(images, settings)
     for spec, structure_aware in cases(structures):
