@@ -26,7 +26,7 @@ from einlinear.data import (
 from einlinear.data.tokens import DESCRIPTION
 from einlinear.experiments.models import Shape
 from einlinear.training.loop import Task
-from einlinear.training.tasks import Classification, LanguageModel, Regression
+from einlinear.training.tasks import VALIDATION_TOKENS, Classification, LanguageModel, Regression
 
 PIXELS, TEACHER = "pixels:", "teacher"
 PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
@@ -111,7 +111,7 @@ class ImageData(Data):
         images = _images(self.data, self.image_size, self.limit)
         order = pixel_permutation(images.features, PERMUTATION_SEED) if self.permute else None
         augment = Augment.suited_to(images, self.mixup) if self.augment else None
-        batches = Batches(images, self.batch_size, seed=seed, augment=augment, permutation=order)
+        batches = Batches(images, self.batch_size, seed=seed, augment=augment, permutation=order, flatten=False)
         task = Classification(images, batches, self.label_smoothing)
         digest = _digest(images.train_x, images.train_y, images.test_x, images.test_y)
         return Problem(task, Shape.of_images(images), self.batch_size, "train_error", images.source, digest)
@@ -123,15 +123,15 @@ class SequenceData(Data):
 
     Attributes:
         batch_size: sequences of a step.
-        validation_batches: how many of them a model is evaluated on, the same every time.
+        validation_tokens: how many a model is evaluated on, at most; the same every time.
     """
 
     batch_size: int = 32
-    validation_batches: int = 16
+    validation_tokens: int = VALIDATION_TOKENS
 
     def _problem(self, sequences: Sequences, source: str, digest: str) -> Problem:
         shape = Shape(sequences.vocabulary, sequences.vocabulary, context=sequences.context)
-        task = LanguageModel(sequences, self.validation_batches)
+        task = LanguageModel(sequences, self.validation_tokens)
         return Problem(task, shape, self.batch_size * sequences.context, "validation_loss", source, digest)
 
 
@@ -194,7 +194,7 @@ class TeacherData(Data):
 
     def load(self, seed: int) -> Problem:
         teacher = Teacher(self.features, width=self.teacher_width, depth=self.teacher_depth)
-        task = Regression(teacher, self.batch_size, seed)
+        task = Regression(teacher, self.batch_size, seed=seed)
         source = f"a random network of {self.teacher_depth} layers of width {self.teacher_width}"
         return Problem(task, Shape(self.features, 1), self.batch_size, "test_loss", source, _digest(*teacher.evaluation()))
 

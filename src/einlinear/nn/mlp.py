@@ -25,7 +25,7 @@ class ResidualMLP(ReferenceModel):
         bias: whether linear layers and norms have one.
 
     Shapes:
-        (n, in_features) to (n, out_features).
+        (n, ...) of in_features values, such as images, to (n, out_features).
     """
 
     ZERO = ("*.fc2", "head")
@@ -48,5 +48,5 @@ class ResidualMLP(ReferenceModel):
         self.head = nn.Linear(width, out_features, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.blocks(self.input(x))))
+        out: Tensor = self.head(self.norm(self.blocks(self.input(x.flatten(1)))))
         return out
