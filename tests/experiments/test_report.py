@@ -6,13 +6,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from einlinear.experiments.train import Result
 
 from einlinear.experiments import report
 from einlinear.experiments.plots import colour, nice_ticks, symbol
 from einlinear.experiments.report import write_report
 from einlinear.experiments.store import Experiment, Store
 from einlinear.experiments.summary import summarise
-from einlinear.experiments.train import Result
 
 SHARED = {
     "depth": 2,

@@ -1,23 +1,208 @@
-"""Scaling curves given as pairs of MACs and loss: what `scaling` offers for arrays."""
+"""The scaling laws of runs: every structure's losses over compute, as curves that `scaling` makes laws of."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from einlinear.experiments.scaling.laws import PowerLaw, power_law
-from einlinear.experiments.scaling.multipliers import Multiplier, Point, Spread, compute_multiplier, spread
+import numpy as np
 
-__all__ = ["Multiplier", "Point", "PowerLaw", "Spread", "compute_multiplier", "fit_power_law", "spread"]
+from einlinear.experiments.records import METRICS, Record
+from einlinear.experiments.scaling import (
+    Interval,
+    LossCurves,
+    MultiplierAt,
+    Prediction,
+    ScalingFit,
+    fit_scaling,
+    multipliers_along,
+)
+from einlinear.experiments.summary import LENGTHS, Curve, Row, Study, dense_of, make_curves, result
+from einlinear.training import metrics
+
+PER_INPUT, TRAINING = "MACs per {input}", "MACs of the training"  # forward passes only
+_RESAMPLES = 300  # a second for a few structures
 
 
-def fit_power_law(points: Sequence[Point]) -> PowerLaw | None:
-    """The least-squares line through log loss over log MACs; None where all points have the same MACs, or none exist.
+@dataclass(frozen=True)
+class Law:
+    """One curve's losses over compute, and the law through the best of them.
 
-    >>> law = fit_power_law([(100, 0.4), (400, 0.2)])
-    >>> round(law.exponent, 6), round(law(1600), 6)
-    (0.5, 0.1)
+    Attributes:
+        curve: which.
+        rows: its models, each at its best learning rate; those without a positive loss are left out.
+        losses: of these, in the same order.
+        fit: None where no law can be fitted.
+        why: there is none.
+        multipliers: along its frontier, against dense's; none where there is no dense.
     """
-    if len({macs for macs, _ in points}) < 2:
+
+    curve: Curve
+    rows: tuple[Row, ...]
+    losses: tuple[LossCurves, ...]
+    fit: ScalingFit | None
+    why: str = ""
+    multipliers: tuple[MultiplierAt, ...] = ()
+
+    @property
+    def interval(self) -> Interval | None:
+        """Of the exponent: from seeds where every model has several, else from the regression."""
+        if self.fit is None:
+            return None
+        return self.fit.interval("exponent") or self.fit.interval("exponent", "regression")
+
+    def predict(self, compute: float) -> Prediction | None:
+        """The loss at a compute, with an interval of the same source."""
+        if self.fit is None:
+            return None
+        return self.fit.predict(compute, "seeds" if self.fit.draws else "regression")
+
+
+@dataclass(frozen=True)
+class Laws:
+    """The laws of one study for one measure.
+
+    Attributes:
+        measure: what is fitted.
+        compute: what it is fitted over, in words.
+        floor: that was assumed; None where it was fitted.
+        laws: of the curves, in their order.
+    """
+
+    measure: str
+    compute: str
+    floor: float | None
+    laws: tuple[Law, ...]
+
+
+def laws_per_input(study: Study, measure: str, floor: float | None = 0.0) -> Laws:
+    """Final losses over the MACs of one input; every model at its best learning rate.
+
+    Args:
+        study: the runs.
+        measure: "train_loss", or the name of another.
+        floor: the loss that no model gets below; None fits it.
+    """
+    laws = [_law(curve, lambda row: _final(row, measure), floor) for curve in study.curves]
+    return Laws(measure, PER_INPUT.format(input=study.input), floor, _against_dense(laws))
+
+
+def laws_of_training(study: Study, floor: float | None = 0.0) -> Laws | None:
+    """The error, whenever it was measured, over the MACs of all forward passes so far; None where only at the end.
+
+    Runs of several lengths (`steps`) share a frontier. See `laws_per_input`.
+    """
+    curves = make_curves(study.records, apart_from=LENGTHS)
+    laws = [_law(curve, lambda row: evaluations(row, study.error), floor) for curve in curves]
+    if all(len(own.compute) == 1 for law in laws for own in law.losses):
         return None
-    macs, losses = zip(*points)
-    return power_law(macs, losses)
+    return Laws(study.error, TRAINING, floor, _against_dense(laws))
+
+
+def evaluations(row: Row, measure: str) -> LossCurves:
+    """What was measured during the training of one model, at those steps at which all of its seeds were measured."""
+    own = [_measured(record, measure) for record in row.good]
+    steps = sorted(set(own[0]).intersection(*own))
+    losses = [[measured[step] for step in steps] for measured in own]
+    per_step = row.result.macs * row.result.inputs
+    return LossCurves(np.array(steps, dtype=float) * per_step, np.array(losses, dtype=float))
+
+
+def as_json(laws: Laws, at: Sequence[float] = ()) -> dict[str, Any]:
+    """All numbers, as JSON values; NaN and infinities become None.
+
+    Args:
+        laws: of one study.
+        at: computes to predict the loss for.
+    """
+    return {
+        "measure": laws.measure,
+        "compute": laws.compute,
+        "assumed_floor": laws.floor,
+        "structures": [_law_as_json(law, at) for law in laws.laws],
+    }
+
+
+def _measured(record: Record, measure: str) -> dict[int, float]:
+    """Step -> measure."""
+    lines = metrics.read(record.folder / METRICS)
+    found = {line["step"]: line[measure] for line in lines if line.get(measure) is not None}
+    return found or {result(record).steps: result(record).measures[measure]}
+
+
+def _final(row: Row, measure: str) -> LossCurves:
+    return LossCurves(np.array([row.result.macs], dtype=float), np.array(row.values(measure), dtype=float)[:, None])
+
+
+def _law(curve: Curve, losses: Callable[[Row], LossCurves], floor: float | None) -> Law:
+    """What has no logarithm is left out: an error of zero, or one at an assumed floor."""
+    found = [(row, _positive(losses(row), floor or 0.0)) for row in curve.best if row.good]
+    found = [(row, own) for row, own in found if own.compute.size]
+    rows, curves = tuple(row for row, _ in found), tuple(own for _, own in found)
+    try:
+        return Law(curve, rows, curves, fit_scaling(curves, floor=floor, resamples=_RESAMPLES))
+    except ValueError as error:
+        return Law(curve, rows, curves, None, str(error))
+
+
+def _positive(curve: LossCurves, floor: float) -> LossCurves:
+    good = (curve.losses > floor).all(0)
+    return LossCurves(curve.compute[good], curve.losses[:, good])
+
+
+def _against_dense(laws: Sequence[Law]) -> tuple[Law, ...]:
+    fits = {law.curve.name: law.fit for law in laws}
+    curves = [law.curve for law in laws]
+
+    def compared(law: Law) -> Law:
+        dense = dense_of(law.curve, curves)
+        reference = fits[dense.name] if dense else None
+        if law.fit is None or reference is None or dense is law.curve:
+            return law
+        return replace(law, multipliers=multipliers_along(law.fit, reference))
+
+    return tuple(map(compared, laws))
+
+
+def _law_as_json(law: Law, at: Sequence[float]) -> dict[str, Any]:
+    content: dict[str, Any] = {"name": law.curve.name, "structure": law.curve.structure, "models": len(law.rows)}
+    if law.fit is None:
+        return content | {"no_law_because": law.why}
+    numbers = law.fit.law
+    predictions = [prediction for compute in at if (prediction := law.predict(compute))]
+    return content | {
+        "exponent": numbers.exponent,
+        "exponent_interval": _interval_as_json(law.interval),
+        "scale": numbers.scale,
+        "floor": numbers.floor,
+        "floor_identified": numbers.floor_identified,
+        "r_squared": _finite(numbers.r_squared),
+        "frontier": [[float(c), float(l)] for c, l in zip(law.fit.frontier.compute, law.fit.frontier.loss)],
+        "compute_multipliers": [
+            {
+                "compute": along.compute,
+                "loss": along.loss,
+                "multiplier": along.multiplier.value,
+                "bound": along.multiplier.bound,
+                "interval": _interval_as_json(along.interval),
+            }
+            for along in law.multipliers
+        ],
+        "predictions": [
+            {"compute": found.compute, "loss": found.loss, "interval": _interval_as_json(found.interval)}
+            for found in predictions
+        ],
+    }
+
+
+def _interval_as_json(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    ends = {"low": _finite(interval.low), "high": _finite(interval.high)}
+    return {**ends, "level": interval.level, "source": interval.source}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

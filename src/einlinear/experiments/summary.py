@@ -1,106 +1,273 @@
-"""What the runs of a comparison say, as numbers: one row per structure and width, one curve per structure."""
+"""What runs say together: runs on the same data make a study, its structures make curves, and their seeds make rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean, median
+from typing import Any
 
-from einlinear.experiments.config import DENSE
-from einlinear.experiments.fit import Multiplier, PowerLaw, Spread, compute_multiplier, fit_power_law, spread
-from einlinear.experiments.train import Result
+from einlinear.experiments.models import DENSE
+from einlinear.experiments.records import Record, Result
+from einlinear.experiments.run import Run
+from einlinear.experiments.scaling import Multiplier, Spread, compute_multiplier, spread
+
+TRAIN_LOSS = "train_loss"
+SIZES = ("width", "depth", "expansion", "heads", "d_head")  # a curve runs over models of all sizes
+LENGTHS = ("steps", "warmup")
+_NOT_NAMED = {"structure", "lr", "seed", *SIZES}
+_SAME = {"data", "data_kind", "evaluate_every"}  # they change no result of runs on data of the same digest
 
 
 @dataclass(frozen=True)
 class Row:
-    """One structure at one width. The means are over the seeds that did not diverge; None where all did.
+    """One model at one learning rate: runs that differ by their seed. Those that diverged are in no mean.
 
     Attributes:
-        structure, width, params, macs: of the model.
-        train_loss, test_accuracy: means.
-        train_losses, test_accuracies: of the seeds that they are over.
-        step_seconds: median over the seeds.
-        multiplier: compute multiplier against dense of the same seeds; of dense itself, 1.
-        seeds, diverged: how many runs there are, and how many of them diverged.
+        curve: the name of the curve it is of.
+        records: by seed, all finished.
+        multipliers: compute multiplier against dense of the same seeds, by measure; of dense itself, 1.
     """
 
-    structure: str
-    width: int
-    params: int
-    macs: int
-    train_losses: tuple[float, ...]
-    test_accuracies: tuple[float, ...]
-    step_seconds: float
-    multiplier: Spread | None
-    seeds: int
-    diverged: int
+    curve: str
+    records: tuple[Record, ...]
+    multipliers: Mapping[str, Spread]
 
     @property
-    def train_loss(self) -> float | None:
-        return fmean(self.train_losses) if self.train_losses else None
+    def run(self) -> Run:
+        """Any of them: it stands for what they have in common."""
+        return self.records[0].run
 
     @property
-    def test_accuracy(self) -> float | None:
-        return fmean(self.test_accuracies) if self.test_accuracies else None
+    def result(self) -> Result:
+        """Any of theirs: it stands for what they have in common, the costs."""
+        return result(self.records[0])
+
+    @property
+    def good(self) -> tuple[Record, ...]:
+        """Those that did not diverge."""
+        return tuple(record for record in self.records if not result(record).diverged)
+
+    @property
+    def diverged(self) -> int:
+        return len(self.records) - len(self.good)
 
     @property
     def seed_count(self) -> str:
         """How many seeds the means are over: "3", or "2 of 3" where one diverged."""
-        return f"{self.seeds - self.diverged} of {self.seeds}" if self.diverged else str(self.seeds)
+        return f"{len(self.good)} of {len(self.records)}" if self.diverged else str(len(self.good))
+
+    def values(self, measure: str) -> list[float]:
+        """Of the seeds that did not diverge."""
+        found = [value(record, measure) for record in self.good]
+        return [value for value in found if value is not None]
+
+    def mean(self, measure: str) -> float | None:
+        """None where all diverged."""
+        values = self.values(measure)
+        return fmean(values) if values else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median over the seeds."""
+        found = [seconds for record in self.records if (seconds := result(record).step_seconds) is not None]
+        return median(found) if found else None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One structure over all its widths: the rows by MACs, and the power law through all seeds' training losses."""
+    """One structure, with one choice of all options but sizes, learning rate and seed.
 
+    Attributes:
+        name: the structure, and those of the options that other curves have differently.
+        structure: its spec.
+        options: those of the name.
+        rows: by MACs, then by learning rate.
+        best: of every model, the row of the learning rate with the lowest error among those at which the fewest
+            seeds diverged.
+    """
+
+    name: str
     structure: str
+    options: Mapping[str, Any]
     rows: tuple[Row, ...]
-    law: PowerLaw | None
+    best: tuple[Row, ...]
 
 
-def summarise(results: Sequence[Result], order: Iterable[str] = ()) -> list[Curve]:
-    """One curve per structure, in the given order; structures it does not name follow."""
-    found = dict.fromkeys(result.structure for result in results)
-    names = [name for name in order if name in found]
-    names += [name for name in found if name not in names]
-    curves = []
-    for name in names:
-        own = [result for result in results if result.structure == name]
-        widths = sorted({(result.macs, result.width) for result in own})
-        rows = tuple(_row([result for result in own if result.width == width], results) for _, width in widths)
-        points = [(result.macs, result.train_loss) for result in own if result.train_loss is not None]
-        curves.append(Curve(name, rows, fit_power_law(points)))
-    return curves
+@dataclass(frozen=True)
+class Study:
+    """Finished runs on the same data, whose measures can be compared.
+
+    Attributes:
+        records: all of them.
+        varied: the options in which they differ, with their values in order.
+        curves: dense first, the others by name.
+    """
+
+    records: tuple[Record, ...]
+    varied: Mapping[str, tuple[Any, ...]]
+    curves: tuple[Curve, ...]
+
+    @property
+    def error(self) -> str:
+        """The measure that stands for the quality of a model."""
+        return self.records[0].error
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What curves are drawn and fitted for."""
+        return (self.error, TRAIN_LOSS)
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for curve in self.curves for row in curve.rows]
+
+    @cached_property
+    def input(self) -> str:
+        """What MACs are counted for."""
+        return {"images": "image", "teacher": "vector"}.get(self.records[0].run.data.KIND, "token")
+
+    def size(self, run: Run) -> str:
+        """ "width 64", and the other sizes that vary."""
+        names = ("width", *(name for name in SIZES[1:] if name in self.varied and name in run.options))
+        return ", ".join(f"{name} {run.options[name]}" for name in names)
+
+    def __str__(self) -> str:
+        run = self.records[0].run
+        return f"{run.model.NAME} on {run.data.data}"
 
 
-def _row(runs: Sequence[Result], results: Sequence[Result]) -> Row:
-    """The row of one structure and width, whose runs differ by their seed."""
-    good = [run for run in runs if not run.diverged]
-    return Row(
-        structure=runs[0].structure,
-        width=runs[0].width,
-        params=runs[0].params,
-        macs=runs[0].macs,
-        train_losses=tuple(run.train_loss for run in good if run.train_loss is not None),
-        test_accuracies=tuple(run.test_accuracy for run in good if run.test_accuracy is not None),
-        step_seconds=median(run.step_seconds for run in runs),
-        multiplier=_multiplier(good, results),
-        seeds=len(runs),
-        diverged=len(runs) - len(good),
+def studies(records: Iterable[Record]) -> list[Study]:
+    """The finished ones of the records, those on the same data together."""
+    groups: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in records:
+        if record.result:
+            groups.setdefault((record.digest, record.error), {})[record.run.key] = record
+    return [_study(list(group.values())) for group in groups.values()]
+
+
+def result(record: Record) -> Result:
+    """Of a finished run."""
+    assert record.result is not None
+    return record.result
+
+
+def value(record: Record, measure: str) -> float | None:
+    """A measure of a finished run by its name, "train_loss" included; None where it diverged."""
+    own = result(record)
+    return own.train_loss if measure == TRAIN_LOSS else own.measures.get(measure)
+
+
+def make_curves(records: Sequence[Record], apart_from: Collection[str] = ()) -> list[Curve]:
+    """The curves of runs on the same data, dense first; options that are named here make no curves of their own."""
+    named = [name for name in _varied(records) if name not in {*_NOT_NAMED, *apart_from}]
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(_name(record.run, named), []).append(record)
+    curves = [_curve(name, named, own) for name, own in groups.items()]
+    return sorted(curves, key=lambda curve: (curve.structure != DENSE, curve.name))
+
+
+def dense_of(curve: Curve, curves: Sequence[Curve]) -> Curve | None:
+    """The dense curve of the same options; where there is none of these but only one dense curve at all, that one."""
+    candidates = [own for own in curves if own.structure == DENSE and own.options.get("structure_aware", True)]
+    same = [own for own in candidates if _comparable(own) == _comparable(curve)]
+    found = same or candidates
+    return found[0] if len(found) == 1 else None
+
+
+def in_words(measure: str) -> str:
+    """For titles and headings."""
+    return "training loss" if measure == TRAIN_LOSS else measure.replace("_", " ")
+
+
+def _study(records: Sequence[Record]) -> Study:
+    curves, measures = make_curves(records), (records[0].error, TRAIN_LOSS)
+    return Study(
+        tuple(records), _varied(records), tuple(_with_multipliers(curve, curves, measures) for curve in curves)
     )
 
 
-def _multiplier(runs: Sequence[Result], results: Sequence[Result]) -> Spread | None:
+def _varied(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
+    """The options of more than one value, of those runs that have the option."""
+    values: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, given in record.run.identity.items():
+            values.setdefault(name, {})[json.dumps(given)] = given
+    varied = {name: found for name, found in values.items() if len(found) > 1 and name not in _SAME}
+    return {name: tuple(sorted(found.values(), key=_order)) for name, found in varied.items()}
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, before all else."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not number, value if number else 0.0, str(value)
+
+
+def _name(run: Run, named: Sequence[str]) -> str:
+    words = [_words(name, run.options[name]) for name in named if name in run.options]
+    return ", ".join(filter(None, (run.model.structure, *words)))
+
+
+def _words(name: str, value: Any) -> str:
+    if name == "structure_aware":
+        return "" if value else "naive"
+    return str(value) if name == "model" else f"{name}={value}"
+
+
+def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
+    models: dict[str, dict[float, list[Record]]] = {}
+    for record in sorted(records, key=lambda record: (result(record).macs, record.run.training.lr, record.run.seed)):
+        model = [record.run.options.get(name) for name in (*SIZES, *LENGTHS)]
+        models.setdefault(json.dumps(model), {}).setdefault(record.run.training.lr, []).append(record)
+    rows = [[Row(name, tuple(own), {}) for own in rates.values()] for rates in models.values()]
+    options = {name: records[0].run.options[name] for name in named if name in records[0].run.options}
+    return Curve(
+        name,
+        records[0].run.model.structure,
+        options,
+        tuple(row for own in rows for row in own),
+        tuple(min(own, key=_badness) for own in rows),
+    )
+
+
+def _badness(row: Row) -> tuple[int, float]:
+    mean = row.mean(row.records[0].error)
+    return row.diverged, float("inf") if mean is None else mean
+
+
+def _with_multipliers(curve: Curve, curves: Sequence[Curve], measures: Sequence[str]) -> Curve:
+    dense = dense_of(curve, curves)
+    if dense is None:
+        return curve
+
+    def multiplied(row: Row) -> Row:
+        found = {measure: _multiplier(row, dense, measure) for measure in measures}
+        return replace(row, multipliers={measure: spread for measure, spread in found.items() if spread})
+
+    made = {id(row): multiplied(row) for row in curve.rows}
+    return replace(curve, rows=tuple(made.values()), best=tuple(made[id(row)] for row in curve.best))
+
+
+def _comparable(curve: Curve) -> dict[str, Any]:
+    return {name: value for name, value in curve.options.items() if name != "structure_aware"}
+
+
+def _multiplier(row: Row, dense: Curve, measure: str) -> Spread | None:
     """Every run against the dense runs of its own seed, which saw the same batches."""
-    if runs and runs[0].structure == DENSE:  # also where its curve has a bump and a cheaper model reached this loss
-        return spread([Multiplier(1.0)] * len(runs))
+    if any(row is own for own in dense.best):  # also where its curve has a bump and a cheaper model reached this loss
+        return spread([Multiplier(1.0)] * len(row.good))
     found = []
-    for run in runs:
-        dense = [
-            (other.macs, other.train_loss)
-            for other in results
-            if other.structure == DENSE and other.seed == run.seed and other.train_loss is not None
+    for record in row.good:
+        points = [
+            (result(other).macs, loss)
+            for best in dense.best
+            for other in best.good
+            if other.run.seed == record.run.seed and (loss := value(other, measure))
         ]
-        if dense and run.train_loss is not None:
-            found.append(compute_multiplier(dense, run.macs, run.train_loss))
+        own = value(record, measure)
+        if points and own:  # an error of zero has no logarithm
+            found.append(compute_multiplier(points, result(record).macs, own))
     return spread(found)

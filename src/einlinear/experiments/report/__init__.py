@@ -1,0 +1,110 @@
+"""One self-contained page about one or several results folders: it loads nothing from the network.
+
+page.py         figures with their numbers, tables, sections; the page that they make
+overview.py     the main result, and what was run
+scaling.py      losses over compute, laws, compute multipliers
+landscapes.py   learning rates
+training.py     training curves
+updates.py      feature updates, of a coordinate check
+taxonomy.py     what the exponents of the structures have to do with their losses
+tables.py       all models, all runs
+
+A section is a function of a study that gives None where its runs have nothing to show.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from einlinear.experiments.records import Record, write_text
+from einlinear.experiments.report.landscapes import learning_rates
+from einlinear.experiments.report.overview import code_warning, headline, what_was_run
+from einlinear.experiments.report.page import Part, Section, render
+from einlinear.experiments.report.scaling import scaling, scaling_of_training
+from einlinear.experiments.report.tables import all_models
+from einlinear.experiments.report.taxonomy import taxonomy
+from einlinear.experiments.report.training import training_curves
+from einlinear.experiments.report.updates import feature_updates
+from einlinear.experiments.store import RUNS, Store
+from einlinear.experiments.summary import Study, studies
+from einlinear.experiments.updates import read_updates
+
+__all__ = ["write_report"]
+
+PAGE = "report.html"
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path | None = None, floor: float | None = 0.0) -> Path:
+    """Write the page about all runs of the folders, and about their coordinate checks.
+
+    Args:
+        folders: results folders; runs on the same data are shown together, whichever folder they are in.
+        out: the file. None writes report.html into the folder, of which there must then be one.
+        floor: of the scaling laws, see `laws_per_input`.
+
+    Raises:
+        ValueError: a folder has neither runs nor a coordinate check, nothing is finished, or several folders and no
+            file is given.
+    """
+    paths = [Path(folder) for folder in folders]
+    if out is None and len(paths) != 1:
+        raise ValueError(f"{len(paths)} folders: name the file for the page (--out)")
+    stores = [Store(path) for path in paths]
+    checks = [(path, check) for path in paths if (check := read_updates(path))]
+    records, damaged = _read(stores, {path for path, _ in checks})
+    found = studies(records)
+    if not found and not checks:
+        raise ValueError(f"{' and '.join(map(str, paths))}: no finished runs yet")
+    parts = [_part(study, records, stores, floor) for study in found]
+    parts += [Part(f"Coordinate check in {path}", [feature_updates(check)]) for path, check in checks]
+    page = render(
+        title="Structured linear layers side by side",
+        headline=" ".join(map(headline, found)) or "How much a step of training moves the features, by width.",
+        warnings=[*code_warning([record for study in found for record in study.records]), *damaged],
+        parts=parts,
+        footer=_footer(paths, records),
+    )
+    path = Path(out) if out is not None else paths[0] / PAGE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return path
+
+
+def _read(stores: Sequence[Store], may_be_empty: set[Path]) -> tuple[list[Record], list[str]]:
+    records: list[Record] = []
+    damaged: list[str] = []
+    for store in stores:
+        if not (store.folder / RUNS).is_dir() and store.folder not in may_be_empty:
+            raise ValueError(f"{store.folder} holds no results of einlinear ({store.folder / RUNS} is missing)")
+        records += store.records()
+        damaged += store.damaged()
+    return records, damaged
+
+
+def _part(study: Study, records: Sequence[Record], stores: Sequence[Store], floor: float | None) -> Part:
+    folders = {record.folder.parent.parent for record in study.records}
+    commands = [command for store in stores if store.folder in folders for command in store.commands()]
+    unfinished = sum(record.result is None and record.digest == study.records[0].digest for record in records)
+    sections: list[Section | None] = [
+        what_was_run(study, commands, unfinished),
+        scaling(study, commands, floor),
+        scaling_of_training(study, commands, floor),
+        learning_rates(study, commands),
+        training_curves(study, commands),
+        taxonomy(study, commands),
+        all_models(study, commands),
+    ]
+    return Part(str(study), [section for section in sections if section])
+
+
+def _footer(paths: Sequence[Path], records: Sequence[Record]) -> dict[str, str]:
+    return {
+        "made by": shlex.join(["einlinear", "report", *map(os.fspath, paths)]),
+        "date": datetime.now().strftime("%d %B %Y, %H:%M"),
+        "runs by": "; ".join(sorted({record.made_with for record in records})) or "–",
+        "code": ", ".join(sorted({record.code for record in records})) or "–",
+    }
