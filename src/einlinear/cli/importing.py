@@ -5,8 +5,17 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+
+_targets: list[str] = []  # of this process
+
+
+def setup() -> tuple[Callable[[], None], ...]:
+    """What another process has to call, so that it knows what this one knows."""
+    return tuple(partial(import_user_code, target) for target in _targets)
 
 
 def import_user_code(target: str) -> None:
@@ -28,6 +37,7 @@ def import_user_code(target: str) -> None:
         else:
             why = "".join(traceback.format_exception(error, limit=-2)).rstrip()
         raise ValueError(f"--import {target}: {why}") from None
+    _targets.append(target)
 
 
 def _import_file(path: Path) -> None:

@@ -1,9 +1,11 @@
-"""Lists that are written as one argument: structures, numbers."""
+"""What is written as one argument: lists of structures, lists of numbers, NAME=VALUE."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 
 def specs(texts: list[str] | None) -> tuple[str, ...] | None:
@@ -36,6 +38,23 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     if not found:
         raise ValueError(f"{option} is empty; write numbers such as 50k,100k,1.5M")
     return tuple(found)
+
+
+def assignments(words: Sequence[str] | None) -> dict[str, Any]:
+    """["lr=1e-3", "structure=btt(rank=2)"] -> {"lr": "1e-3", "structure": "btt(rank=2)"}.
+
+    Raises:
+        ValueError: a word that assigns nothing, an option given twice.
+    """
+    options: dict[str, Any] = {}
+    for word in words or ():
+        name, equals, value = word.partition("=")
+        if not equals or not name or not value:
+            raise ValueError(f"{word!r} sets no option; write NAME=VALUE, such as lr=1e-3")
+        if name in options:
+            raise ValueError(f"{name} is given twice")
+        options[name.strip().replace("-", "_")] = value.strip()
+    return options
 
 
 def _split_at_commas(text: str) -> list[str]:
