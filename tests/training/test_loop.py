@@ -33,8 +33,10 @@ def test_it_learns_and_says_what_happened(tmp_path: Path) -> None:
     assert lines[0]["train_loss"] == found.losses[9]
 
 
-def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     options: dict[str, Any] = {"steps": 20, "checkpoint_every": 4, "log_every": 1, "warmup": 3, "clip": 1.0}
+    options["optimizer"] = optimizer
     whole = toy.run(tmp_path / "whole", **options)
     batch = toy.Toy.batch
 
@@ -92,7 +94,8 @@ def test_groups_keep_their_ratios_and_gradients_are_clipped(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "options", [{"precision": "bfloat16"}, {"optimizer": "sgd", "lr": 1e-3}, {"optimizer": "adam"}]
+    "options",
+    [{"precision": "bfloat16"}, {"optimizer": "sgd", "lr": 1e-3}, {"optimizer": "adam"}, {"optimizer": "muon"}],
 )
 def test_other_ways(options: dict[str, Any]) -> None:
     found = toy.run(steps=60, **options)
@@ -110,7 +113,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "adagrad"}, "optimizer must be adamw or adam or sgd, not 'adagrad'"),
+        ({"optimizer": "adagrad"}, "optimizer must be adamw or adam or sgd or muon, not 'adagrad'"),
         ({"schedule": "step"}, "schedule must be constant or cosine or linear"),
         ({"precision": "int8"}, "precision must be"),
         ({"warmup": 20}, "warmup must be from 0 to below the 20 steps"),

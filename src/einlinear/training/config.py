@@ -9,7 +9,7 @@ import torch
 
 from einlinear.training.schedule import SCHEDULES
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PARALLEL = ("ddp", "fsdp")
 
@@ -21,7 +21,8 @@ class Training:
     Attributes:
         steps: of the optimizer.
         lr: learning rate of the dense base model; muP carries it over.
-        optimizer: "adamw", "adam" or "sgd" (with momentum 0.9).
+        optimizer: "adamw", "adam", "sgd" (with momentum 0.9), or "muon" (for the matrices in the model's `blocks`, or
+            all where it has none; AdamW for the rest).
         betas: of Adam.
         weight_decay: of matrices and embeddings, see `param_groups`.
         schedule: "constant", "cosine" or "linear", after the warm-up.

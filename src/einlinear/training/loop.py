@@ -20,6 +20,7 @@ from einlinear.training.checkpoint import Checkpoint
 from einlinear.training.config import Training
 from einlinear.training.distributed import World
 from einlinear.training.metrics import Metrics
+from einlinear.training.muon import Muon
 from einlinear.training.schedule import factor
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, a row per sample
@@ -107,8 +108,9 @@ class _Run:
     ) -> None:
         self.task, self.config, self.facts, self.world = task, config, facts, world
         self.folder = folder
+        blocks = "blocks.*" if config.optimizer == "muon" and hasattr(model, "blocks") else None
         self.model = distributed.wrap(model.to(world.device), config.parallel, world)
-        self.groups = param_groups(
+        groups = param_groups(
             self.model,
             config.lr,
             base=base,
@@ -116,8 +118,9 @@ class _Run:
             weight_decay=config.weight_decay,
             structure_aware=config.structure_aware,
             lr_scale=lr_scale,
+            hidden=blocks,
         )
-        self.optimizer = _optimizer(self.groups, config)
+        self.optimizers = _optimizers(groups, config)
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.losses: list[float] = []
@@ -147,14 +150,15 @@ class _Run:
 
     def _step(self, index: int) -> float:
         """One step of the optimizer; the mean loss of its batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(index) * group["lr_mult"]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr(index) * group["lr_mult"]
         x, y = (self.world.share(part) for part in self.task.batch(index))
         began = time.perf_counter()
         if len(x) % self.config.accumulate:
             raise ValueError(f"accumulate={self.config.accumulate} does not divide the {len(x)} samples of a process")
         self.model.train()
-        self.optimizer.zero_grad()
         total = torch.zeros((), device=self.world.device)
         parts = list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
         for i, (inputs, targets) in enumerate(parts):
@@ -165,9 +169,11 @@ class _Run:
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
         if self.config.clip is not None:
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.losses.append(self.world.mean(total))  # waits for the device
         self.seconds.append(time.perf_counter() - began)
@@ -203,23 +209,27 @@ class _Run:
             raise ValueError(
                 f"{self.folder} holds a run of other settings: {'; '.join(differences)}. Name another folder"
             )
-        state.restore(self.model, self.optimizer, self.scaler, found.tensors)
+        state.restore(self.model, self.optimizers, self.scaler, found.tensors)
         self.losses = found.tensors["losses"].tolist()
 
     def _save(self) -> None:
         if self.folder is None:
             return
-        tensors = state.gather(self.model, self.optimizer, self.scaler)  # all processes take part
+        tensors = state.gather(self.model, self.optimizers, self.scaler)  # all processes take part
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         if self.world.rank == 0:
             checkpoint.save(self.folder / "checkpoints", Checkpoint(len(self.losses), tensors, self.facts))
 
 
-def _optimizer(groups: list[dict[str, Any]], config: Training) -> torch.optim.Optimizer:
+def _optimizers(groups: list[dict[str, Any]], config: Training) -> list[torch.optim.Optimizer]:
+    """One, or two with Muon, which leaves what is not a hidden matrix to AdamW."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.lr, betas=config.betas, fused=True)
+        return [torch.optim.SGD(groups, lr=config.lr, momentum=0.9)]
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    matrices = [group for group in groups if "matrices" in group]
+    others = [group for group in groups if "matrices" not in group]
+    found: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
+    return [*found, kind(others, lr=config.lr, betas=config.betas, fused=True)] if others else found
 
 
 def _due(step: int, every: int | None) -> bool:
