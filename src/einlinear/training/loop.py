@@ -47,7 +47,7 @@ class Outcome:
     Attributes:
         losses: of every step; fewer than asked for where one became NaN or infinite.
         measures: of the final model, by name.
-        step_seconds: median duration of a step of this process, without its data; NaN where it made none.
+        step_seconds: median duration of a step, without its data and without evaluation.
     """
 
     losses: tuple[float, ...]
@@ -124,29 +124,30 @@ class _Run:
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.losses: list[float] = []
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # of every step; like the losses, those before an interruption as well
 
     def train(self, progress: Progress | None) -> Outcome:
         self._resume()
         first, steps = self.world.rank == 0, self.config.steps
         metrics = Metrics(self.folder / "metrics.jsonl" if self.folder and first else None, len(self.losses))
+        training_seconds, measures = sum(self.seconds), dict[str, float]()
         for step in range(len(self.losses) + 1, steps + 1):
             loss = self._step(step - 1)
+            training_seconds += self.seconds[-1]
             if progress and first:
                 progress(step, steps, loss)
             going = math.isfinite(loss)
-            if _due(step, self.config.log_every) or step == steps or not going:
-                metrics.write(step=step, train_loss=loss, lr=self._lr(step - 1), seconds=self.seconds[-1])
+            last = step == steps or not going
+            if _due(step, self.config.log_every) or last:
+                metrics.write(step=step, training_seconds=training_seconds, train_loss=loss, lr=self._lr(step - 1))
+            if _due(step, self.config.evaluate_every) or last:
+                measures = self._evaluate()
+                metrics.write(step=step, training_seconds=training_seconds, **measures)
             if not going:
                 break
-            if _due(step, self.config.evaluate_every) and step < steps:
-                metrics.write(step=step, **self._evaluate())
-            if _due(step, self.config.checkpoint_every) or step == steps:
+            if _due(step, self.config.checkpoint_every) or last:  # last of all: what it follows is in the metrics
                 self._save()
-        measures = self._evaluate()
-        if self.seconds:  # else they are there already
-            metrics.write(step=len(self.losses), **measures)
-        return Outcome(tuple(self.losses), measures, statistics.median(self.seconds or [math.nan]))
+        return Outcome(tuple(self.losses), measures or self._evaluate(), statistics.median(self.seconds))
 
     def _step(self, index: int) -> float:
         """One step of the optimizer; the mean loss of its batch."""
@@ -210,13 +211,14 @@ class _Run:
                 f"{self.folder} holds a run of other settings: {'; '.join(differences)}. Name another folder"
             )
         state.restore(self.model, self.optimizers, self.scaler, found.tensors)
-        self.losses = found.tensors["losses"].tolist()
+        self.losses, self.seconds = (found.tensors[name].tolist() for name in ("losses", "seconds"))
 
     def _save(self) -> None:
         if self.folder is None:
             return
         tensors = state.gather(self.model, self.optimizers, self.scaler)  # all processes take part
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        for name, values in (("losses", self.losses), ("seconds", self.seconds)):
+            tensors[name] = torch.tensor(values, dtype=torch.float64)
         if self.world.rank == 0:
             checkpoint.save(self.folder / "checkpoints", Checkpoint(len(self.losses), tensors, self.facts))
 

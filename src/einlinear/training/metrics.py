@@ -1,4 +1,8 @@
-"""What happened in a run, a JSON object per line: `{"step": 20, "train_loss": 0.7, ...}`."""
+"""What happened in a run, a JSON object per line: `{"step": 20, "training_seconds": 1.5, "train_loss": 0.7, ...}`.
+
+Every line has the steps made and the seconds that they took: of training alone, without loading data, evaluating and
+saving, and without what an interrupted run did in vain. So the time to a loss can be read off.
+"""
 
 from __future__ import annotations
 
