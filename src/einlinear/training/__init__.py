@@ -6,6 +6,7 @@ checkpoint.py   files that are whole or absent
 state.py        what a run has to remember, as tensors by name
 distributed.py  the processes that torchrun starts
 metrics.py      what happened, a JSON line at a time
+trackers.py     and where else it is told: TensorBoard, W&B, MLflow
 muon.py         Muon, for structured matrices too
 tasks.py        what models are trained to do
 loop.py         train: the loop itself

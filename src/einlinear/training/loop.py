@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from einlinear.parametrize import param_groups
 from einlinear.parametrize.mup import Base
-from einlinear.training import checkpoint, distributed, state
+from einlinear.training import checkpoint, distributed, state, trackers
 from einlinear.training.checkpoint import Checkpoint
 from einlinear.training.config import Training
 from einlinear.training.distributed import World
@@ -82,8 +83,15 @@ def train(
         progress: called after every step, by the first process only.
 
     Raises:
-        ValueError: the folder holds a checkpoint of another run; a batch that cannot be shared or divided.
+        ValueError: the folder holds a checkpoint of another run; a batch that cannot be shared or divided; a tracker
+            without a folder.
+        ModuleNotFoundError: the tracker's package is not installed.
+        OSError: the folder cannot be written, or its disk is full. What was saved before is still there.
     """
+    if config.tracker:
+        trackers.check_installed(config.tracker)
+        if folder is None:
+            raise ValueError(f"tracker={config.tracker!r} needs a folder, where the run goes on if it is interrupted")
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -128,8 +136,11 @@ class _Run:
 
     def train(self, progress: Progress | None) -> Outcome:
         self._resume()
+        with self._metrics() as metrics:
+            return self._train(progress, metrics)
+
+    def _train(self, progress: Progress | None, metrics: Metrics) -> Outcome:
         first, steps = self.world.rank == 0, self.config.steps
-        metrics = Metrics(self.folder / "metrics.jsonl" if self.folder and first else None, len(self.losses))
         training_seconds, measures = sum(self.seconds), dict[str, float]()
         for step in range(len(self.losses) + 1, steps + 1):
             loss = self._step(step - 1)
@@ -212,6 +223,16 @@ class _Run:
             )
         state.restore(self.model, self.optimizers, self.scaler, found.tensors)
         self.losses, self.seconds = (found.tensors[name].tolist() for name in ("losses", "seconds"))
+
+    @contextmanager
+    def _metrics(self) -> Iterator[Metrics]:
+        """The first process keeps them, where there is a folder."""
+        if self.folder is None or self.world.rank > 0:
+            yield Metrics(None, 0)
+            return
+        name, start = self.config.tracker, len(self.losses)
+        with trackers.opened(name, self.folder, start, self.facts) if name else nullcontext() as tracker:
+            yield Metrics(self.folder / "metrics.jsonl", start, tracker)
 
     def _save(self) -> None:
         if self.folder is None:
