@@ -15,7 +15,7 @@ from einlinear.cli.bench import bench
 from einlinear.cli.compare import compare
 from einlinear.cli.coord_check import coord_check
 from einlinear.cli.endings import user_errors
-from einlinear.cli.importing import import_user_code
+from einlinear.cli.importing import import_all
 from einlinear.cli.prepare import prepare
 from einlinear.cli.report import report
 from einlinear.cli.train import recipes, sweep, train
@@ -49,8 +49,7 @@ def _main(
     ] = None,
 ) -> None:
     with user_errors():
-        for target in imports or ():
-            import_user_code(target)
+        import_all(imports or ())
 
 
 @app.command()
@@ -72,5 +71,8 @@ def describe(
         display.plan(structure, tokens)
 
 
-for command in (compare, train, sweep, recipes, report, coord_check, bench, prepare):
+_SETTINGS = {"ignore_unknown_options": True}  # those of runs, which are a run's to know
+for command in (compare, train, sweep, coord_check):
+    app.command(context_settings=_SETTINGS)(command)
+for command in (recipes, report, bench, prepare):
     app.command()(command)

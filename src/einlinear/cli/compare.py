@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -73,7 +73,6 @@ def compare(
     from einlinear.experiments.compare import configure, plan
 
     with user_errors():
-        options: dict[str, Any] = assignments(settings)
         config = configure(
             preset,
             structures=specs(structures),
@@ -83,7 +82,7 @@ def compare(
             data=data,
             seeds=seeds,
             epochs=epochs,
-            **options,
+            **assignments(settings),
         )
         sweep = plan(config)
     carry_out(sweep, out, workers, mix_code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 
 def specs(texts: list[str] | None) -> tuple[str, ...] | None:
@@ -40,20 +39,26 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(found)
 
 
-def assignments(words: Sequence[str] | None) -> dict[str, Any]:
-    """["lr=1e-3", "structure=btt(rank=2)"] -> {"lr": "1e-3", "structure": "btt(rank=2)"}.
+def assignments(words: Sequence[str] | None) -> dict[str, str]:
+    """["lr=1e-3", "--batch-size", "64", "--depth=2"] -> {"lr": "1e-3", "batch_size": "64", "depth": "2"}.
 
     Raises:
-        ValueError: a word that assigns nothing, an option given twice.
+        ValueError: a word that sets nothing, an option given twice.
     """
-    options: dict[str, Any] = {}
-    for word in words or ():
-        name, equals, value = word.partition("=")
-        if not equals or not name or not value:
+    options: dict[str, str] = {}
+    rest = iter(words or ())
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and not equals:
+            value = next(rest, "")
+        elif not equals:
             raise ValueError(f"{word!r} sets no option; write NAME=VALUE, such as lr=1e-3")
+        name = name.strip().replace("-", "_")
+        if not value:
+            raise ValueError(f"{word!r} has no value; write NAME=VALUE, such as lr=1e-3")
         if name in options:
             raise ValueError(f"{name} is given twice")
-        options[name.strip().replace("-", "_")] = value.strip()
+        options[name] = value.strip()
     return options
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +29,8 @@ def command_line() -> str:
 
 def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None) -> None:
     """Do what is missing of a sweep, on processes of this machine unless another pool is given, and report."""
+    from joblib import cpu_count
+
     from einlinear.experiments.store import Store
     from einlinear.experiments.sweep import do
     from einlinear.experiments.workers import Workers
@@ -44,7 +45,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     already = f"; {there} of {len(sweep.runs)} are already there" if there else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
     if missing:
-        cores = os.cpu_count() or 1
+        cores = cpu_count()
         count = workers or min(cores, len(missing))
         pool = pool or Workers(count, max(1, cores // count), setup())
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
