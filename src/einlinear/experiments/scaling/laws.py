@@ -1,0 +1,193 @@
+"""Power laws of the loss over compute, without a floor, with an assumed one, or with one that is fitted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import least_squares
+from scipy.special import expit
+from scipy.stats import f, linregress
+
+Array = NDArray[np.float64]
+
+MIN_POINTS = 2  # a line
+MIN_POINTS_WITH_FLOOR = 4  # three numbers fit any three points
+STEEPEST = 10.0  # exponents beyond it mean that all but the first points lie on the floor
+HUBER = 0.02  # log residuals larger than this weigh linearly: points this far off the law are not noise of a frontier
+FLOOR_STARTS = (0.0, 0.5, 0.9)  # shares of the lowest loss from which the floor is searched
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """loss = floor + scale * compute ** -exponent.
+
+    Attributes:
+        exponent, scale: of the law.
+        stderr: standard error of the exponent by regression; NaN with two points, which any line fits.
+        r_squared: share of the variance that the law explains, of the logarithm of what the fit is of: of loss - floor
+            with an assumed floor, of the loss with a fitted one.
+        floor: the loss that no compute gets below.
+        floor_identified: whether the points tell a fitted floor from none and from the lowest loss seen; None where
+            the floor was assumed.
+    """
+
+    exponent: float
+    scale: float
+    stderr: float
+    r_squared: float
+    floor: float = 0.0
+    floor_identified: bool | None = None
+
+    @overload
+    def __call__(self, compute: float) -> float: ...
+    @overload
+    def __call__(self, compute: Array) -> Array: ...
+    def __call__(self, compute: float | Array) -> float | Array:
+        return self.floor + self.scale * compute**-self.exponent
+
+
+def power_law(compute: ArrayLike, loss: ArrayLike, *, floor: float = 0.0) -> PowerLaw:
+    """The least-squares line through the logarithms of compute and of loss - floor.
+
+    >>> law = power_law([100, 400], [0.4, 0.2])
+    >>> round(law.exponent, 6), round(law(1600), 6)
+    (0.5, 0.1)
+
+    Args:
+        compute, loss: of every point, both (points,).
+        floor: assumed, in units of the loss.
+
+    Raises:
+        ValueError: points that have no logarithm, or fewer than two different computes.
+    """
+    x, y = log_points(compute, loss, floor)
+    _require_points(x, MIN_POINTS, "a power law")
+    line = linregress(x, y)
+    stderr = float(line.stderr) if len(x) > MIN_POINTS else math.nan
+    return PowerLaw(-float(line.slope), math.exp(line.intercept), stderr, float(line.rvalue) ** 2, floor)
+
+
+def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | None = None) -> PowerLaw:
+    """A power law and its floor, between zero and the lowest loss, by robust regression of the log loss.
+
+    Huber's loss is minimised from several starts. Where the best law with no
+    floor, or that with its floor at the lowest loss, is not significantly worse (F-test at 5 %), the points do not say
+    where the floor is: `floor_identified` is False, and exponent and scale, which trade with the floor, mean little.
+
+    >>> compute = 10.0 ** np.arange(6, 13)
+    >>> law = power_law_with_floor(compute, 1.5 + 200 * compute**-0.3)
+    >>> round(law.floor, 4), round(law.exponent, 4), law.floor_identified
+    (1.5, 0.3, True)
+
+    Args:
+        compute, loss: of every point, both (points,).
+        near: the one floor to start from, where it is known about.
+
+    Raises:
+        ValueError: points that have no logarithm, or fewer than four different computes.
+    """
+    x, y = log_points(compute, loss)
+    _require_points(x, MIN_POINTS_WITH_FLOOR, "a power law with a floor")
+    lowest, centre = float(np.exp(y.min())), float(x.mean())
+
+    def search(start: float, fixed: bool = False) -> tuple[float, Array]:
+        return _search(x - centre, y, lowest, start, fixed)
+
+    starts = FLOOR_STARTS if near is None else (min(near / lowest, 1.0),)
+    cost, (log_scale, exponent, share) = min((search(start) for start in starts), key=lambda found: found[0])
+    free = len(x) - 3
+    worse = cost * (1 + f.ppf(0.95, 1, free) / free) + 1e-16 * len(x)  # the second term: rounding, of exact points
+    identified = min(search(end, fixed=True)[0] for end in (0.0, 1.0)) > worse
+    scale = math.exp(log_scale + exponent * centre)
+    law = PowerLaw(float(exponent), scale, math.nan, math.nan, float(share) * lowest, bool(identified))
+    stderr = math.sqrt(covariance(law, compute, loss)[1, 1])
+    spread = float(np.sum((y - y.mean()) ** 2))
+    r_squared = 1 - float(np.sum((y - np.log(law(np.exp(x)))) ** 2)) / spread if spread else math.nan
+    return PowerLaw(law.exponent, law.scale, stderr, r_squared, law.floor, law.floor_identified)
+
+
+def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
+    """Of a fitted law's (log scale, exponent), and floor where that was fitted, by regression of independent points.
+
+    For a line this is the textbook formula, otherwise its linearisation at the law. NaN where no degrees of freedom
+    are left.
+    """
+    x, y = log_points(compute, loss, assumed_floor(law))
+    jacobian = gradient(law, np.exp(x))
+    free = len(x) - jacobian.shape[1]
+    if free < 1:
+        return np.full(2 * jacobian.shape[1:], math.nan)
+    residuals = y - np.log(law(np.exp(x)) - assumed_floor(law))
+    return np.asarray(np.sum(residuals**2) / free * np.linalg.pinv(jacobian.T @ jacobian))
+
+
+def gradient(law: PowerLaw, compute: Array) -> Array:
+    """Of log(loss - assumed floor) by (log scale, exponent), and floor where that was fitted: (points, 2 or 3)."""
+    line = np.stack([np.ones_like(compute), -np.log(compute)], axis=-1)
+    if law.floor_identified is None:
+        return line
+    loss = law(compute)[:, None]
+    return np.concatenate([line * (1 - law.floor / loss), 1 / loss], axis=-1)
+
+
+def assumed_floor(law: PowerLaw) -> float:
+    """What is subtracted before logarithms are taken: nothing where the floor was fitted."""
+    return law.floor if law.floor_identified is None else 0.0
+
+
+def log_points(compute: ArrayLike, loss: ArrayLike, floor: float = 0.0) -> tuple[Array, Array]:
+    """Logarithms of compute and of loss - floor.
+
+    Raises:
+        ValueError: no points, arrays that are not of one equal length, compute that is not positive and finite, or
+            loss that is not finite and above the floor.
+    """
+    compute, loss = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
+    if compute.ndim != 1 or compute.shape != loss.shape or not compute.size:
+        raise ValueError(
+            f"compute and loss are of the same points, at least one: give two arrays of one length, "
+            f"not of shapes {compute.shape} and {loss.shape}"
+        )
+    for values, what, least in ((compute, "compute", 0.0), (loss, "loss", floor)):
+        wrong = np.flatnonzero(~(np.isfinite(values) & (values > least)))
+        if wrong.size:
+            raise ValueError(
+                f"{what} must be finite and above {least:g}, but point {wrong[0]} has {values[wrong[0]]:g}"
+            )
+    return np.log(compute), np.log(loss - floor)
+
+
+def _search(x: Array, y: Array, lowest: float, start: float, fixed: bool) -> tuple[float, Array]:
+    """Huber's loss and (log scale, exponent, floor as a share of the lowest loss) at the minimum nearest to a start."""
+
+    def parts(numbers: Array) -> tuple[Array, Array]:
+        """Floor and power law, as logarithms."""
+        share = start if fixed else numbers[2]
+        with np.errstate(divide="ignore"):  # the logarithm of no floor
+            return np.log(np.full_like(x, share * lowest)), numbers[0] - numbers[1] * x
+
+    def residuals(numbers: Array) -> Array:
+        return np.asarray(np.logaddexp(*parts(numbers)) - y)
+
+    def jacobian(numbers: Array) -> Array:
+        log_floor, log_power = parts(numbers)
+        power = np.asarray(expit(log_power - log_floor))  # its share of the loss
+        columns = [power, -power * x, lowest * np.exp(-np.logaddexp(log_floor, log_power))]
+        return np.stack(columns[: len(numbers)], axis=1)
+
+    line = linregress(x, y + np.log1p(-0.99 * start * lowest * np.exp(-y)))  # a point on the floor has no logarithm
+    count = 2 if fixed else 3
+    first = [float(line.intercept), min(max(-float(line.slope), 0.0), STEEPEST), start][:count]
+    bounds = ([-math.inf, 0.0, 0.0][:count], [math.inf, STEEPEST, 1.0][:count])
+    found = least_squares(residuals, first, jacobian, bounds, "dogbox", loss="huber", f_scale=HUBER)
+    return float(found.cost), np.append(found.x, [start] if fixed else [])
+
+
+def _require_points(log_compute: Array, least: int, what: str) -> None:
+    different = len(np.unique(log_compute))
+    if different < least:
+        raise ValueError(f"{what} needs points of at least {least} different computes, got {different}")
