@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,17 @@ from typer.testing import CliRunner
 import einlinear as el
 from einlinear.cli import packages
 from einlinear.cli.app import app
-from einlinear.cli.parsing import numbers, specs
-from einlinear.experiments import compare, coordinates
+from einlinear.cli.parsing import assignments, numbers, specs
+from einlinear.experiments import coordinates, workers
 from einlinear.experiments.coordinates import Updates, write_page
-from einlinear.experiments.store import read_results
-from einlinear.experiments.train import Result, Run, train
+from einlinear.experiments.execute import execute
+from einlinear.experiments.run import Run
+from einlinear.experiments.store import Store
+from einlinear.experiments.sweep import Event
 from einlinear.structures import FAMILIES
 from einlinear.structures.scaling import adam_multipliers, init_std
 
-QUICK = ("--data", "digits", "--epochs", "1", "--batch-size", "256", "--depth", "1", "--seeds", "1")
+QUICK = ("--data", "digits", "--epochs", "1", "--batch-size", "256", "depth=1", "--seeds", "1")
 TINY = ("--structures", "dense; btt", "--macs", "10k,20k", "--dense-reach", "1", *QUICK)
 
 
@@ -44,77 +47,103 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """The runs that were trained, in order."""
+    """The runs that were trained, in order, in this process."""
     runs: list[Run] = []
 
-    def counting(images: object, run: Run, *rest: object) -> Result:
-        runs.append(run)
-        return train(images, run, *rest)
+    def here(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
+        for run, folder in tasks:
+            runs.append(run)
+            yield Event(run, "running", 1, 5, 2.0)
+            execute(run, folder)
+            yield Event(run, "finished")
 
-    monkeypatch.setattr(compare, "train", counting)
+    monkeypatch.setattr(workers, "Workers", lambda *_: here)
     return runs
 
 
 def test_compare_from_images_to_report_and_again(tmp_path: Path, trained: list[Run]) -> None:
     code, out, err = run("compare", *TINY, "--out", tmp_path / "out")
     assert (code, err) == (0, "")
-    results, _ = read_results(tmp_path / "out")
-    assert len(results) == len(trained) == 4
-    for found in results:
-        line = next(
-            line for line in out.splitlines() if line.startswith(f"{found.structure} ") and f" {found.width} " in line
-        )
-        assert f"{found.macs:,}" in line
-        assert f"{found.train_loss:.4f}" in line
-        assert f"{found.test_accuracy:.1%}" in line
+    found = Store(tmp_path / "out").records()
+    assert len(found) == len(trained) == 4
+    for record in found:
+        assert record.result is not None
+        model = record.run.model
+        lines = [
+            line for line in out.splitlines() if line.startswith(f"{model.structure} ") and f" {model.width} " in line
+        ]
+        assert any(f"{record.result.macs:,}" in line and f"{record.result.train_loss:.4f}" in line for line in lines)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert all(str(found.train_loss) in page for found in results)
     assert "scikit-learn&#39;s digits" in page
 
     (tmp_path / "out" / "report.html").unlink()
     code, again, _ = run("compare", *TINY, "--out", tmp_path / "out")
     assert (code, len(trained)) == (0, 4)
-    assert "0 runs to train" in again
+    assert "0 runs to do" in again
+    assert "4 of 4 are already there" in again
     assert (tmp_path / "out" / "report.html").exists()
 
     code, table, _ = run("report", tmp_path / "out")
     assert code == 0
-    assert all(f"{found.train_loss:.4f}" in table for found in results)
+    assert all(f"{record.result.train_loss:.4f}" in table for record in found if record.result)
+
+
+def test_workers_are_processes(tmp_path: Path) -> None:
+    code, out, err = run("compare", *TINY, "--widths", 16, "--macs", "20k", "--out", tmp_path / "no")
+    assert_refused((code, out, err), "not both")
+    options = (*QUICK, "--structures", "dense;btt", "--widths", 16, "--workers", 2, "--out", tmp_path / "out")
+    assert run("compare", *options)[0] == 0
+    assert len(Store(tmp_path / "out").records()) == 2
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def impatient(images: object, run: Run, *rest: object) -> Result:
-        if run.structure == "btt":
-            raise KeyboardInterrupt
-        return Result(run.structure, run.width, run.seed, 1, 1, 0.5, 0.5, 0.5, 0.001)
+    def impatient(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
+        run, folder = tasks[0]
+        execute(run, folder)
+        yield Event(run, "finished")
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "train", impatient)
-    code, _, err = run("compare", *TINY, "--out", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "Workers", lambda *_: impatient)
+        code, _, err = run("compare", *TINY, "--out", tmp_path / "out")
     assert code == 130
-    assert "keeps every finished run; the same command goes on from there" in err
+    assert "keeps what was done; the same command goes on from there" in err
     assert "Traceback" not in err
-    assert [found.structure for found in read_results(tmp_path / "out")[0]] == ["dense"]
-
-    monkeypatch.setattr(compare, "train", train)
+    assert len(Store(tmp_path / "out").records()) == 1
     code, out, _ = run("compare", *TINY, "--out", tmp_path / "out")
     assert code == 0
-    assert "3 runs to train" in out
+    assert "3 runs to do" in out
     assert "1 of 4 are already there" in out
 
 
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
+        for i, (run, folder) in enumerate(tasks):
+            if i:
+                execute(run, folder)
+            yield Event(run, "finished") if i else Event(run, "failed", message="no more memory")
+
+    monkeypatch.setattr(workers, "Workers", lambda *_: failing)
+    code, _, err = run("compare", *TINY, "--out", tmp_path / "out")
+    assert code == 1
+    assert "failed: no more memory" in err
+    assert len(Store(tmp_path / "out").records()) == 3
+
+
+@pytest.mark.usefixtures("trained")
 def test_a_diverged_run_is_shown_and_others_go_on(tmp_path: Path) -> None:
     code, out, _ = run("compare", *TINY, "--lr", 1e30, "--out", tmp_path / "out")
     assert code == 0
-    assert [line.split()[4] for line in out.splitlines() if line.startswith(("dense", "btt"))] == 4 * ["diverged"]
+    assert sum("diverged" in line for line in out.splitlines() if line.startswith(("dense", "btt"))) == 4
 
 
 def test_a_truncated_run_is_reported(tmp_path: Path, trained: list[Run]) -> None:
     run("compare", *TINY, "--out", tmp_path / "out")
-    victim = next((tmp_path / "out" / "runs").iterdir())
-    victim.write_text("{")
+    victim = Store(tmp_path / "out").path(trained[1])
+    (victim / "result.json").write_text("{")
     code, _, err = run("compare", *TINY, "--out", tmp_path / "out")
     assert (code, len(trained)) == (0, 5)
-    assert f"{victim} is truncated or damaged; that run is done again" in err
+    assert f"the run in {victim} cannot be read" in err
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path, trained: list[Run]) -> None:
@@ -136,6 +165,10 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path, trained: list[Run
         (("--widths", "64.5"), "--widths: '64.5' is not a whole number"),
         (("--preset", "paper-ish"), "the presets are demo, paper"),
         (("--batch-size", "5000"), "batch_size=5000"),
+        (("--batchsize", "50"), "no option 'batchsize': did you mean 'batch_size'"),
+        (("wide",), "'wide' sets no option; write NAME=VALUE"),
+        (("lr=",), "'lr=' has no value"),
+        (("width=64",), "width cannot be set: a comparison varies"),
         (("--data", "digts"), "did you mean 'digits'"),
         (("--data", "no/such/folder"), "does not exist"),
     ],
@@ -164,6 +197,7 @@ def test_an_image_with_nan_pixels(tmp_path: Path) -> None:
     assert_refused(answer, "NaN", "1.tif")
 
 
+@pytest.mark.usefixtures("trained")
 def test_a_folder_of_images(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for label in ("cat", "dog"):
@@ -171,19 +205,10 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
         for i in range(10):
             pixels = random.integers(0, 256, (6, 7, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
-    options = (*TINY, "--data", tmp_path / "images", "--batch-size", 4, "--image-size", 6, "--limit", 8)
+    options = (*TINY, "--data", tmp_path / "images", "--batch-size", 4, "--image-size", 6, "limit=8")
     code, out, _ = run("compare", *options, "--out", tmp_path / "out")
     assert code == 0
-    assert "20 images from" in out
-
-
-def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(compare, "train", broken)
-    with pytest.raises(ValueError, match="a bug"):
-        run("compare", *TINY, "--out", tmp_path / "out")
+    assert "4 runs to do" in out
 
 
 def test_describe_against_numbers_worked_out_here() -> None:
@@ -249,7 +274,7 @@ CHECK = ("coord-check", "--data", "digits", "--widths", "16,64", "--depth", 1, "
 
 
 def test_coordinate_check(tmp_path: Path) -> None:
-    code, out, _ = run(*CHECK, "--steps", 3, "--out", tmp_path / "new" / "check.html")
+    code, out, _ = run(*CHECK, "--steps", 3, "--out", tmp_path / "new" / "check")
     assert code == 0
     rows = [line.split() for line in out.splitlines() if line.startswith(("dense", "btt"))]
     assert [row[0] for row in rows] == ["dense", "btt", "btt"]
@@ -258,27 +283,27 @@ def test_coordinate_check(tmp_path: Path) -> None:
         assert 0 < small < large < 10
         assert float(row[-1]) == pytest.approx(large / small, rel=0.01)
     assert rows[1][-3:] != rows[2][-3:]  # its own learning rates, those of dense
-    page = (tmp_path / "new" / "check.html").read_text()
+    page = (tmp_path / "new" / "check" / "coord-check.html").read_text()
     assert "btt, dense learning rates" in page
     assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
 
 
 def test_a_coordinate_check_of_a_structure_that_does_not_fit_the_base_width(tmp_path: Path) -> None:
     arguments = ("--structures", "monarch(blocks=8)", "--widths", "64", "--base-width", 16, "--steps", 2)
-    code, out, _ = run(*CHECK, *arguments, "--out", tmp_path / "check.html")
+    code, out, _ = run(*CHECK, *arguments, "--out", tmp_path / "check")
     assert code == 0
     assert "monarch(blocks=8)" in out
 
 
 @pytest.mark.parametrize("structures", ["dense", "dense; btt"])
 def test_a_diverged_coordinate_check_is_shown(structures: str, tmp_path: Path) -> None:
-    arguments = ("--steps", 3, "--lr", 1e30, "--structures", structures, "--out", tmp_path / "check.html")
+    arguments = ("--steps", 3, "--lr", 1e30, "--structures", structures, "--out", tmp_path / "check")
     code, out, _ = run(*CHECK, *arguments)
     assert code == 0
     rows = [line.split() for line in out.splitlines() if line.startswith(("dense", "btt"))]
     assert [row[-3:] for row in rows] == len(rows) * [["diverged", "diverged", "–"]]
     assert len(rows) == (1 if structures == "dense" else 3)
-    assert (tmp_path / "check.html").exists()
+    assert (tmp_path / "check" / "coord-check.html").exists()
 
 
 def test_a_single_diverged_width_leaves_the_others_in_the_figure(tmp_path: Path) -> None:
@@ -296,7 +321,7 @@ def test_a_single_diverged_width_leaves_the_others_in_the_figure(tmp_path: Path)
         (("--structures", "btt;bt"), "unknown family 'bt'"),
         (("--steps", "1"), "steps must be at least 2, not 1: the first moves only the head"),
         (("--widths", "16,64.5"), "--widths: '64.5' is not a whole number"),
-        (("--out", "."), "--out . is a folder; name a file, such as coord-check.html"),
+        (("heads=2",), "has no option 'heads'"),
     ],
 )
 def test_a_coordinate_check_refuses_before_it_trains(
@@ -312,7 +337,7 @@ def test_version_and_help() -> None:
     assert run("--version")[:2] == (0, f"einlinear {el.__version__}\n")
     assert all(command in run("--help")[1] for command in ("describe", "compare", "report", "coord-check"))
     options = re.sub(r"[\s│]+", " ", run("compare", "--help")[1])
-    assert "Largest share of a second image, 0 to 1. Default: 0.0." in options
+    assert "Any other option of the runs, as for train" in options
 
 
 @pytest.mark.parametrize(
@@ -335,6 +360,18 @@ def test_version_and_help() -> None:
 )
 def test_lists_of_structures(written: list[str] | None, read: tuple[str, ...] | None) -> None:
     assert specs(written) == read
+
+
+def test_options_of_runs() -> None:
+    assert assignments(["lr=1e-3", "--batch-size", "64", "--depth=2", "structure=btt(rank=2)"]) == {
+        "lr": "1e-3",
+        "batch_size": "64",
+        "depth": "2",
+        "structure": "btt(rank=2)",
+    }
+    assert assignments(None) == {}
+    with pytest.raises(ValueError, match="lr is given twice"):
+        assignments(["lr=1", "--lr", "2"])
 
 
 def test_lists_of_numbers() -> None:

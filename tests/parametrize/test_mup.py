@@ -293,7 +293,7 @@ def test_globs_may_stand_alone_or_in_a_list() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match=r"optimizer must be 'sgd' or one of adam, adamw, .*, not 'adamm'"):
+    with pytest.raises(ValueError, match=r"optimizer must be 'sgd', 'muon' or one of adam, adamw, .*, not 'adamm'"):
         el.param_groups(mlp(64), lr=0.1, base=None, optimizer="adamm")
     with pytest.raises(ValueError, match=r"the base has no 'blocks.1.norm.weight'"):
         el.param_groups(mlp(64), lr=0.1, base=ResidualMLP(48, 64, 10, depth=1))

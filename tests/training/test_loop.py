@@ -1,6 +1,7 @@
 """The loop: what a step does, and that a run that was interrupted is the run undisturbed."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -16,7 +17,7 @@ import torch
 from tests.training import toy
 from torch import Tensor, nn
 
-from einlinear.training import Training, metrics
+from einlinear.training import Training, loop, metrics
 from einlinear.training.loop import _Run
 from einlinear.training.schedule import factor
 
@@ -33,8 +34,10 @@ def test_it_learns_and_says_what_happened(tmp_path: Path) -> None:
     assert lines[0]["train_loss"] == found.losses[9]
 
 
-def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     options: dict[str, Any] = {"steps": 20, "checkpoint_every": 4, "log_every": 1, "warmup": 3, "clip": 1.0}
+    options["optimizer"] = optimizer
     whole = toy.run(tmp_path / "whole", **options)
     batch = toy.Toy.batch
 
@@ -56,6 +59,35 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.
     assert steps == list(range(1, 21))
     again = toy.run(tmp_path / "parts", **options)
     assert (again.losses, again.measures) == (whole.losses, whole.measures)
+
+
+def test_the_time_to_a_loss_can_be_read_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after an interruption, and whatever data and evaluation take."""
+    clock = itertools.count()  # a second passes whenever it is looked at
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+    batch, evaluate = toy.Toy.batch, toy.Toy.evaluate
+
+    def slow_batch(self: toy.Toy, step: int) -> tuple[Tensor, Tensor]:
+        for _ in range(50):
+            next(clock)
+        if step == stop:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    monkeypatch.setattr(toy.Toy, "batch", slow_batch)
+    monkeypatch.setattr(toy.Toy, "evaluate", lambda *args: next(clock) and evaluate(*args))
+    options: dict[str, Any] = {"steps": 12, "checkpoint_every": 5, "log_every": 2, "evaluate_every": 3}
+    stop = 9
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path, **options)
+    stop = -1
+    found = toy.run(tmp_path, **options)
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert [(line["step"], "error" in line) for line in lines] == [
+        (step, measured) for step in range(1, 13) for measured in (False, True) if step % (3 if measured else 2) == 0
+    ]
+    assert all(line["training_seconds"] == line["step"] for line in lines)
+    assert found.step_seconds == 1
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -92,7 +124,8 @@ def test_groups_keep_their_ratios_and_gradients_are_clipped(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "options", [{"precision": "bfloat16"}, {"optimizer": "sgd", "lr": 1e-3}, {"optimizer": "adam"}]
+    "options",
+    [{"precision": "bfloat16"}, {"optimizer": "sgd", "lr": 1e-3}, {"optimizer": "adam"}, {"optimizer": "muon"}],
 )
 def test_other_ways(options: dict[str, Any]) -> None:
     found = toy.run(steps=60, **options)
@@ -110,7 +143,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "adagrad"}, "optimizer must be adamw or adam or sgd, not 'adagrad'"),
+        ({"optimizer": "adagrad"}, "optimizer must be adamw or adam or sgd or muon, not 'adagrad'"),
         ({"schedule": "step"}, "schedule must be constant or cosine or linear"),
         ({"precision": "int8"}, "precision must be"),
         ({"warmup": 20}, "warmup must be from 0 to below the 20 steps"),

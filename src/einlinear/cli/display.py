@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -20,10 +20,9 @@ from einlinear.structures import Structure
 from einlinear.structures.scaling import adam_multipliers, init_std
 
 if TYPE_CHECKING:  # heavy: loaded only by the commands that train
-    from einlinear.experiments.compare import Comparison
     from einlinear.experiments.coordinates import Updates
-    from einlinear.experiments.summary import Curve
-    from einlinear.experiments.train import Run
+    from einlinear.experiments.records import Result
+    from einlinear.experiments.run import Run
 
 
 def note(message: str) -> None:
@@ -77,40 +76,14 @@ def plan(s: Structure, tokens: int) -> None:
             note(f"  {s.factors[step.index].name}  {step}")
 
 
-def start(comparison: Comparison, missing: Sequence[Run]) -> None:
-    """What is about to happen."""
-    store, total = comparison.store, len(comparison.runs)
-    note(f"Data: {comparison.images.source}.")
-    for path in store.damaged():
-        again = path in map(store.path, missing)
-        warning(f"{path} is truncated or damaged; {'that run is done again' if again else 'it is left out'}")
-    done = f"; {total - len(missing)} of {total} are already there" if len(missing) < total else ""
-    note(f"{len(missing)} runs to train, results in {store.folder}{done}.")
-
-
-def train(comparison: Comparison, runs: Sequence[Run]) -> None:
-    """Train the runs with progress bars."""
-    with _progress() as progress:
-        overall = progress.add_task("runs", total=len(runs), loss="")
-        current = progress.add_task("", loss="")
-
-        def step(done: int, total: int, loss: float) -> None:
-            progress.update(current, completed=done, total=total, loss=f"loss {loss:.3f}")
-
-        for run in runs:
-            progress.reset(current, description=f"{run.structure}, width {run.width}, seed {run.seed}", loss="")
-            comparison.run(run, step)
-            progress.advance(overall)
-
-
 @contextmanager
 def steps(total: int) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar, and the function that advances it by a step of a structure at a width."""
-    with _progress() as progress:
-        task = progress.add_task("", total=total, loss="")
+    with progress() as bars:
+        task = bars.add_task("", total=total, loss="")
 
         def advance(spec: str, width: int, _: int) -> None:
-            progress.update(task, advance=1, description=f"{spec}, width {width}")
+            bars.update(task, advance=1, description=f"{spec}, width {width}")
 
         yield advance
 
@@ -128,27 +101,20 @@ def updates(found: Sequence[Updates]) -> None:
     note("Change of the features after the last block in one step, over their size (root mean squares).")
 
 
-def results(curves: Iterable[Curve]) -> None:
-    """The table of a comparison."""
-    headings = ("structure", "width", "params", "MACs", "train loss", "× compute", "test acc.", "ms/step", "seeds")
-    table = _table(*headings)
-    for row in (row for curve in curves for row in curve.rows):
-        table.add_row(
-            row.structure,
-            str(row.width),
-            f"{row.params:,}",
-            f"{row.macs:,}",
-            "diverged" if row.train_loss is None else f"{row.train_loss:.4f}",
-            str(row.multiplier or "–"),
-            "–" if row.test_accuracy is None else f"{row.test_accuracy:.1%}",
-            f"{1000 * row.step_seconds:.1f}",
-            row.seed_count,
-        )
+def result(run: Run, found: Result) -> None:
+    """What a single run came to."""
+    table = _table("", run.name)
+    table.add_row("parameters", f"{found.params:,}")
+    table.add_row("MACs of an input", f"{found.macs:,}")
+    table.add_row("train loss", "diverged" if found.train_loss is None else f"{found.train_loss:.4f}")
+    for name, value in found.measures.items():
+        table.add_row(name.replace("_", " "), f"{value:.4f}")
+    if found.step_seconds:
+        table.add_row("inputs a second", f"{found.inputs / found.step_seconds:,.0f}")
     _console().print(table)
-    note("× compute: how many times these MACs dense needs for the same train loss.")
 
 
-def _progress() -> Progress:
+def progress() -> Progress:
     """Progress bars, which only a terminal shows."""
     console = Console()
     columns = (

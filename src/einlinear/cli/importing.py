@@ -5,8 +5,24 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+
+_imported: list[str] = []  # by this process
+
+
+def import_all(targets: Sequence[str]) -> None:
+    """Import what --import names, one after the other; raises as `import_user_code`."""
+    _imported[:] = targets
+    for target in targets:
+        import_user_code(target)
+
+
+def setup() -> tuple[Callable[[], None], ...]:
+    """What another process has to call, so that it knows the families that this one knows."""
+    return tuple(partial(import_user_code, target) for target in _imported)
 
 
 def import_user_code(target: str) -> None:

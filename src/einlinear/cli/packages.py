@@ -6,10 +6,11 @@ import sys
 from importlib.util import find_spec
 
 CLI = ("rich", "typer")  # any command
-EXPERIMENTS = ("jinja2", "kornia", "PIL", "plotly", "scipy", "sklearn")  # those that train or report
+EXPERIMENTS = ("jinja2", "kornia", "PIL", "plotly", "pydantic", "scipy", "sklearn")  # those that train or report
 TOKENIZERS = ("tokenizers",)  # byte pairs
 STREAMED = ("datasets",)  # text of the Hugging Face hub
-_EXTRAS = {CLI: "cli", EXPERIMENTS: "experiments", TOKENIZERS: "text", STREAMED: "text"}
+RAY = ("ray",)  # a cluster
+_EXTRAS = {CLI: "cli", EXPERIMENTS: "experiments", TOKENIZERS: "text", STREAMED: "text", RAY: "ray"}
 
 
 def require(modules: tuple[str, ...]) -> None:

@@ -1,8 +1,9 @@
-"""Lists that are written as one argument: structures, numbers."""
+"""What is written as one argument: lists of structures, lists of numbers, NAME=VALUE."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 
@@ -36,6 +37,29 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     if not found:
         raise ValueError(f"{option} is empty; write numbers such as 50k,100k,1.5M")
     return tuple(found)
+
+
+def assignments(words: Sequence[str] | None) -> dict[str, str]:
+    """["lr=1e-3", "--batch-size", "64", "--depth=2"] -> {"lr": "1e-3", "batch_size": "64", "depth": "2"}.
+
+    Raises:
+        ValueError: a word that sets nothing, an option given twice.
+    """
+    options: dict[str, str] = {}
+    rest = iter(words or ())
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and not equals:
+            value = next(rest, "")
+        elif not equals:
+            raise ValueError(f"{word!r} sets no option; write NAME=VALUE, such as lr=1e-3")
+        name = name.strip().replace("-", "_")
+        if not value:
+            raise ValueError(f"{word!r} has no value; write NAME=VALUE, such as lr=1e-3")
+        if name in options:
+            raise ValueError(f"{name} is given twice")
+        options[name] = value.strip()
+    return options
 
 
 def _split_at_commas(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,9 @@ class Cluster:
 
         started = not ray.is_initialized()
         if started:
-            ray.init(address=self.address, logging_level="warning", log_to_driver=False)
+            ray.init(address=self.address, logging_level=logging.WARNING, log_to_driver=False)
         try:
-            resources = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": ATTEMPTS - 1}
-            remote = ray.remote(**resources)(_done)
+            remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_done)
             waiting = {
                 remote.remote(run.options, str(folder.resolve()), tuple(self.setup)): run for run, folder in tasks
             }

@@ -10,8 +10,10 @@ import torch
 
 from einlinear.experiments.budget import widest
 from einlinear.experiments.models import DENSE, Model, Shape
+from einlinear.experiments.problems import ImageData, kind_of
 from einlinear.experiments.run import Run
 from einlinear.experiments.sweep import Sweep
+from einlinear.nn import ReferenceModel
 from einlinear.structures import structure
 from einlinear.training.tasks import Classification
 
@@ -32,8 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.3,
     },
 }
-# What a comparison sets differently from a single run: the multilayer perceptron of arXiv 2406.06248 in small.
-_DEFAULTS = {"model": "mlp", "permute": True, "depth": 2, "betas": (0.9, 0.999)}
+# What it sets differently from a single run for an mlp on images: that of arXiv 2406.06248, section 4, in small.
+_DEFAULTS: dict[str, Any] = {"depth": 2, "permute": True, "betas": (0.9, 0.999)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,13 @@ def configure(preset: str | None = None, **options: Any) -> Config:
     return Config(**{name: value for name, value in chosen.items() if name in own}, options=of_runs)
 
 
+def template(options: Mapping[str, Any]) -> Run:
+    """A run with the defaults of a comparison, on top of which come the options."""
+    images = kind_of(str(options.get("data", "auto"))) is ImageData
+    defaults = _DEFAULTS if images and options.get("model", "mlp") == "mlp" else {}
+    return Run.of({**defaults, **options})
+
+
 def plan(config: Config) -> Sweep:
     """The runs of a comparison: seed by seed, the cheapest models first. Nothing is trained.
 
@@ -97,33 +106,34 @@ def plan(config: Config) -> Sweep:
         ValueError, OSError: what is wrong with the data or an option; a structure that is unknown, cannot be built at a
             width asked for or not within the MACs.
     """
-    template = Run.of(_DEFAULTS | {"steps": 1} | config.options)
-    problem = template.data.load(seed=0)
+    base = template({"steps": 1} | dict(config.options))
+    problem = base.data.load(seed=0)
     if "steps" not in config.options:
         if not isinstance(problem.task, Classification):
-            raise ValueError(f"data={template.data.data} has no epochs: give steps")
-        training = replace(template.training, steps=config.epochs * problem.task.batches.per_epoch)
-        template = replace(template, training=training)
+            raise ValueError(f"data={base.data.data} has no epochs: give steps")
+        training = replace(base.training, steps=config.epochs * problem.task.batches.per_epoch)
+        base = replace(base, training=training)
 
     targets = sorted(config.widths or config.macs)
-    models = [model for target in targets for model in _models(template, problem.shape, config, target)]
+    models = [model for target in targets for model in _models(base, problem.shape, config, target)]
     if not config.widths and DENSE in config.structures:
         dense, times = replace(config, structures=(DENSE,)), 2
         while times <= config.dense_reach:
-            models += _models(template, problem.shape, dense, times * targets[-1])
+            models += _models(base, problem.shape, dense, times * targets[-1])
             times *= 2
-    runs = tuple(replace(template, model=model, seed=s) for s in range(config.seeds) for model in dict.fromkeys(models))
+    runs = tuple(replace(base, model=model, seed=s) for s in range(config.seeds) for model in dict.fromkeys(models))
     return Sweep(runs, AXES)
 
 
-def _models(template: Run, shape: Shape, config: Config, target: int) -> Iterator[Model]:
+def _models(base: Run, shape: Shape, config: Config, target: int) -> Iterator[Model]:
     """Every structure's model for one target, a width or a number of MACs, its structure written canonically."""
     for spec in config.structures:
 
-        def of(width: int, spec: str = spec) -> Model:
-            return replace(template.model, structure=spec, width=width)
+        def build(width: int, spec: str = spec) -> ReferenceModel:
+            return replace(base.model, structure=spec, width=width).build(shape)
 
-        width = target if config.widths else widest(spec, lambda width, of=of: of(width).build(shape), target)
+        width = target if config.widths else widest(spec, build, target)
         with torch.device("meta"):
-            of(width).build(shape)
-        yield replace(of(width), structure=structure(spec, width, template.model.expansion * width).spec)
+            build(width)
+        canonical = structure(spec, width, base.model.expansion * width).spec
+        yield replace(base.model, structure=canonical, width=width)

@@ -1,23 +1,26 @@
-"""The coordinate check on images: whether the features of wide models move as much as those of narrow ones."""
+"""The coordinate check on real data: whether the features of wide models move as much as those of narrow ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from einlinear.data import Batches, Images, pixel_permutation
-from einlinear.experiments.config import DENSE, Settings
+from einlinear.experiments.execute import initialised
+from einlinear.experiments.models import DENSE
 from einlinear.experiments.plots import colour, nice_ticks, style, symbol
-from einlinear.experiments.store import write_text
-from einlinear.experiments.train import PERMUTATION_SEED, Run, base_model, build_model, initialised
+from einlinear.experiments.problems import Problem
+from einlinear.experiments.records import write_json, write_text
+from einlinear.experiments.run import Run
 from einlinear.parametrize.coord_check import coord_check
 
+FILE = "coord-check.json"
 _BATCHES = 16  # different ones, used in turn
 
 
@@ -47,18 +50,21 @@ def _measured(value: float) -> bool:
     return 0 < value < math.inf
 
 
-def check(images: Images, structures: Sequence[str], widths: Sequence[int], depth: int, steps: int) -> None:
+def check(template: Run, problem: Problem, structures: Sequence[str], widths: Sequence[int]) -> None:
     """Build every model without memory.
 
     Raises:
         ValueError: a structure that is unknown or does not fit a width, or too few steps.
     """
-    if steps < 2:
-        raise ValueError(f"steps must be at least 2, not {steps}: the first moves only the head, which starts at zero")
+    if template.training.steps < 2:
+        raise ValueError(
+            f"steps must be at least 2, not {template.training.steps}: the first moves only the head, which starts at "
+            "zero"
+        )
     with torch.device("meta"):
         for spec in structures:
             for width in widths:
-                build_model(images, spec, width, depth)
+                replace(template.model, structure=spec, width=width).build(problem.shape)
 
 
 def cases(structures: Sequence[str]) -> list[tuple[str, bool]]:
@@ -67,31 +73,30 @@ def cases(structures: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def measure(
-    images: Images,
+    template: Run,
+    problem: Problem,
     structures: Sequence[str],
     widths: Sequence[int],
-    settings: Settings,
-    steps: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Updates]:
     """The updates of all `cases`.
 
     Args:
-        images, settings: as for `train`.
+        template: a run, of which structure and width are varied; of its training count steps and lr.
+        problem: its data.
         structures: specs.
         widths: to compare.
-        steps: of training at each.
         progress: called with (structure, width, step) after every step.
     """
-    order = pixel_permutation(images.features, PERMUTATION_SEED)
-    batches = Batches(images, settings.batch_size, seed=0, permutation=order)
-    data = [batches.batch(step) for step in range(min(steps, _BATCHES))]
-    probe = images.test_x[: settings.batch_size].flatten(1)[:, order]
-    base = base_model(images, settings)
+    steps = template.training.steps
+    batches = [problem.task.batch(step) for step in range(min(steps, _BATCHES))]
+    probe, _ = problem.task.batch(_BATCHES)
+    base = template.model.base(problem.shape)
     for spec, structure_aware in cases(structures):
 
         def build(width: int, spec: str = spec) -> nn.Module:
-            return initialised(images, Run(spec, width, 0), settings.depth)
+            model = replace(template.model, structure=spec, width=width)
+            return initialised(replace(template, model=model), problem)
 
         def report(width: int, step: int, spec: str = spec) -> None:
             if progress:
@@ -100,17 +105,38 @@ def measure(
         found = coord_check(
             build,
             widths,
-            data,
+            batches,
             probe,
-            lr=settings.lr,
+            lr=template.training.lr,
             base=base,
             layers=base.last_block,
             steps=steps,
+            loss=_loss,
             lr_scale=base.LR_SCALE,
             structure_aware=structure_aware,
             progress=report,
         )
         yield Updates(spec, structure_aware, {measured.width: measured.relative_update for measured in found})
+
+
+def write_updates(updates: Sequence[Updates], folder: Path) -> None:
+    """Keep them in a results folder, for its report; where a run diverged, null stands."""
+    content = [
+        {
+            "structure": update.structure,
+            "structure_aware": update.structure_aware,
+            "by_width": {str(w): value if _measured(value) else None for w, value in update.by_width.items()},
+        }
+        for update in updates
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, content)
+
+
+def _loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        return F.mse_loss(outputs, targets)
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
 
 def write_page(updates: Sequence[Updates], path: Path) -> None:

@@ -8,20 +8,17 @@ FOLDER/result.json    what it came to; where this file is, the run is finished
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import shutil
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from einlinear import training
 from einlinear.experiments.problems import Problem
-from einlinear.experiments.records import Result, code_version, write_result, write_run
+from einlinear.experiments.records import Result, alone, code_version, write_result, write_run
 from einlinear.experiments.run import Run
 from einlinear.nn import ReferenceModel, counts
 from einlinear.parametrize import init_
@@ -47,12 +44,14 @@ def execute(
     """
     if folder is None:
         return _train(run, None, progress)
-    with _alone(folder):
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun started it beside the first process, which keeps the files
+        return _train(run, folder, progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder / ".lock", f"another process is at work in {folder}"):
         result = _train(run, folder, progress)
-        if int(os.environ.get("RANK", "0")) == 0:
-            write_result(folder, result)
-            if not keep_checkpoints:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_result(folder, result)
+    if not keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 
@@ -70,7 +69,7 @@ def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
     facts = {**run.identity, "data_digest": problem.digest, "code": code}
     model = initialised(run, problem)
     params, macs = counts.params(model), model.macs
-    if folder is not None:
+    if folder is not None and int(os.environ.get("RANK", "0")) == 0:
         write_run(folder, run, code, problem)
     outcome = training.train(
         model,
@@ -98,18 +97,3 @@ def _result(outcome: Outcome, problem: Problem, params: int, macs: int) -> Resul
         error=outcome.measures[problem.error] if finished else None,
         step_seconds=None if math.isnan(outcome.step_seconds) else outcome.step_seconds,
     )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, but those that torchrun started beside this one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("RANK", "0")) > 0:
-        yield
-        return
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is at work in {folder}") from None
-        yield

@@ -71,13 +71,10 @@ class Model:
     def base(self, shape: Shape) -> ReferenceModel:
         """The model that learning rates refer to: dense, of base_width; on the meta device."""
         with torch.device("meta"):
-            return replace(
-                self, structure=DENSE, width=self.base_width, expansion=self.base_expansion, **self._dense()
-            ).build(shape)
+            return self._dense().build(shape)
 
-    def _dense(self) -> dict[str, str]:
-        """Structures other than `structure`, made dense."""
-        return {}
+    def _dense(self) -> Model:
+        return replace(self, structure=DENSE, width=self.base_width, expansion=self.base_expansion)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +160,8 @@ class Gpt(Model):
             normalize=self.normalize,
         )
 
-    def _dense(self) -> dict[str, str]:
-        return {"head_structure": DENSE}
+    def _dense(self) -> Model:
+        return replace(super()._dense(), head_structure=DENSE)  # type: ignore[call-arg]
 
 
 MODELS: dict[str, type[Model]] = {kind.NAME: kind for kind in (MLP, Vit, Gpt)}

@@ -196,7 +196,8 @@ class TeacherData(Data):
         teacher = Teacher(self.features, width=self.teacher_width, depth=self.teacher_depth)
         task = Regression(teacher, self.batch_size, seed=seed)
         source = f"a random network of {self.teacher_depth} layers of width {self.teacher_width}"
-        return Problem(task, Shape(self.features, 1), self.batch_size, "test_loss", source, _digest(*teacher.evaluation()))
+        digest = _digest(*teacher.evaluation())
+        return Problem(task, Shape(self.features, 1), self.batch_size, "test_loss", source, digest)
 
 
 KINDS: dict[str, type[Data]] = {kind.KIND: kind for kind in (ImageData, TextData, PixelData, TeacherData)}

@@ -7,12 +7,15 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 import einlinear
 from einlinear.experiments.problems import Problem
@@ -87,7 +90,8 @@ def code_version() -> str:
     """The version of einlinear, and a hash of those of its sources that decide how a run goes."""
     root = Path(einlinear.__file__).parent
     digest = hashlib.sha256()
-    for file in sorted(path for name in _DECISIVE for path in (root / name).rglob("*") if path.suffix in (".py", ".cpp")):
+    files = (file for name in _DECISIVE for file in (root / name).rglob("*") if file.suffix in (".py", ".cpp"))
+    for file in sorted(files):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     return f"{einlinear.__version__}+{digest.hexdigest()[:8]}"
 
@@ -132,6 +136,20 @@ def read_record(folder: Path) -> Record:
         raise ValueError(f"the run in {folder} cannot be read: {error}") from None
 
 
+@contextmanager
+def alone(path: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock file, of which the system lets go when the process dies; BlockingIOError if another one holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(otherwise) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is never seen half written."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -142,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """`write_text` of JSON; what JSON has no words for, such as NaN, is an error."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 

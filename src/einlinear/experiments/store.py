@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from einlinear.experiments.records import RUN, Record, code_version, read_record
+from einlinear.experiments.records import RUN, Record, alone, code_version, read_record
 from einlinear.experiments.run import Run
 
 RUNS, HISTORY = "runs", "history.jsonl"
@@ -83,11 +82,7 @@ class Store:
         Raises:
             BlockingIOError: one is at work.
         """
-        with (self.folder / ".driver").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-            except BlockingIOError:
-                raise BlockingIOError(f"another einlinear is at work in {self.folder}") from None
+        with alone(self.folder / ".driver", f"another einlinear is at work in {self.folder}"):
             yield
 
     def _read(self) -> Iterator[Record | ValueError]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from einlinear.experiments.models import Shape
 from einlinear.experiments.options import refuse_unknown
+from einlinear.experiments.problems import Data
 from einlinear.experiments.run import Run
 from einlinear.experiments.store import Store
 from einlinear.experiments.table import Table
@@ -101,6 +105,20 @@ def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     return Sweep(runs, frozenset(varied | _gridded(content)))
 
 
+def check(runs: Iterable[Run]) -> None:
+    """Load the data of all runs and build every model without memory, so that nothing is trained in vain.
+
+    Raises:
+        ValueError, OSError: what is wrong with the data, a structure or a size.
+    """
+    shapes: dict[Data, Shape] = {}
+    for run in runs:
+        if run.data not in shapes:
+            shapes[run.data] = run.data.load(run.seed).shape
+        with torch.device("meta"):
+            run.model.build(shapes[run.data])
+
+
 def do(
     runs: Sequence[Run],
     store: Store,
@@ -137,7 +155,7 @@ def _expand(content: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
     for part in content.get("parts", [{}]):
         refuse_unknown(part, _KEYS[:2], f"a part of {what}")
         own_grid = grid | part.get("grid", {})
-        own = {name: value for name, value in (settings | part.get("settings", {})).items()}
+        own = settings | part.get("settings", {})
         own_grid = {name: values for name, values in own_grid.items() if name not in part.get("settings", {})}
         for name, values in own_grid.items():
             if not isinstance(values, list):
@@ -146,7 +164,7 @@ def _expand(content: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
             yield own | dict(zip(own_grid, combination, strict=True))
 
 
-def _gridded(content: Mapping[str, Any]) -> Collection[str]:
+def _gridded(content: Mapping[str, Any]) -> set[str]:
     """Options that the file varies, or could if its lists had more values."""
     parts = content.get("parts", [])
     return {name for table in (content, *parts) for name in table.get("grid", {})} | {

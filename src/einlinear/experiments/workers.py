@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -25,7 +27,12 @@ _EVERY = 0.2  # seconds between two messages of a run
 _PATIENCE = 30  # seconds to wait for a process that an earlier driver left behind
 
 Task = tuple[Run, Path]
-_spawning = multiprocessing.get_context("spawn")  # a fork of a process with threads, such as torch's, may hang
+# Not "fork": a fork of a process with threads, such as torch's, may hang. A server that has done no more than import
+# torch can be forked, and saves every new process the seconds that this takes.
+if sys.platform == "win32":
+    _processes = multiprocessing.get_context("spawn")
+else:
+    _processes = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Workers:
 
     def __call__(self, tasks: Sequence[Task]) -> Iterator[Event]:
         waiting, deaths = deque(tasks), Counter[str]()
+        _processes.set_forkserver_preload(["einlinear.experiments.execute"])
         workers = [_Worker(self) for _ in range(min(self.count, len(tasks)))]
         try:
             while waiting or any(worker.task for worker in workers):
@@ -77,19 +85,18 @@ class _Worker:
     """A process, as its driver sees it."""
 
     def __init__(self, pool: Workers) -> None:
-        self.connection, theirs = _spawning.Pipe()
+        self.connection, theirs = _processes.Pipe()
         self.task: Task | None = None
-        self.process: BaseProcess = _spawning.Process(target=_work, args=(theirs, pool.threads, pool.setup), daemon=True)
+        arguments = theirs, pool.threads, pool.setup
+        self.process: BaseProcess = _processes.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # so that its death ends the connection
 
     def start(self, task: Task) -> None:
         self.task = task
         run, folder = task
-        try:
+        with suppress(OSError):  # it is dead, as `event` will say
             self.connection.send((run.options, folder))
-        except OSError:
-            pass  # it is dead, as `event` will say
 
     def event(self) -> Event | None:
         """The next of the run, or None if the process died."""

@@ -20,9 +20,11 @@ from torch import nn
 from einlinear.nn import Linear
 from einlinear.nn.names import as_globs, as_rules
 from einlinear.parametrize.roles import Parameter, check_matches, parameters
-from einlinear.structures.scaling import adam_multipliers, sgd_multipliers, spectral_std
+from einlinear.structures.scaling import adam_multipliers, muon_multipliers, sgd_multipliers, spectral_std
 
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")  # their update does not depend on the gradient's size
+_FACTORS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}  # by rule
+_ADAM_RMS = 0.2  # of an entry of Adam's updates, over the learning rate: arXiv 2502.16982, section 2.2
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
@@ -50,6 +52,7 @@ def param_groups(
     structure_aware: bool = True,
     lr_scale: Mapping[str, float] | None = None,
     roles: Mapping[str, str] | None = None,
+    hidden: str | Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups with structure-aware learning rates, for any torch optimizer of the kind named.
 
@@ -59,7 +62,12 @@ def param_groups(
         base: the model of base width, whose layers have the same names and may be dense (on the meta device it costs
             nothing); or its `base_shapes`, as a mapping or as the path of a JSON file. None says that this model has
             the base width itself.
-        optimizer: "adamw" or another of `ADAM`, or "sgd".
+        optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.training.Muon` for matrices and AdamW for
+            the rest, at the same `lr`. Muon makes all singular values of an update one, and muP asks for a spectral
+            norm of sqrt(fan_out / fan_in) of every matrix (Yang et al., arXiv 2310.17813, condition 1). So the
+            multiplier of a matrix is the root of fan_out / fan_in over that in the base, and a structured one is seen
+            as the batches of matrices its k factors are, each at 1 / k of theirs. In the base, updates have the
+            root mean square of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), hence the same `lr`.
         weight_decay: for matrices and embeddings, that is parameters of two or more dimensions, as in timm and in the
             paper; biases, norms and scalars get none. It is passed on as it is: AdamW decays a group by its own
             learning rate times this. None leaves it out of their groups, so that the optimizer's own applies, which is
@@ -68,15 +76,18 @@ def param_groups(
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
         roles: glob on qualified names -> "matrix" or "vector", for the parameters of modules of one's own, and to
             override what is known of others (a head tied to an embedding has the role of the one registered first).
+        hidden: a glob, or several, on the matrices that Muon takes; its authors leave heads to AdamW. Default: all.
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless it is left to the
-        optimizer, "weight_decay". Parameters of equal settings share a group.
+        optimizer, "weight_decay"; those for Muon with "matrices" (the order of axes and shape that make matrices of a
+        parameter) and "size" (what a unit spectral norm is multiplied with). Parameters of equal settings share a
+        group.
 
     Raises:
-        ValueError: an unknown optimizer, a parameter that the base lacks, a glob that matches none, or a parameter of
-            unknown role: no layer of torch's or this library's holds it, `roles` does not name it, and its shape is not
-            that in the base (what does not grow with the width is a vector).
+        ValueError: an unknown optimizer, `hidden` for another one than Muon, a parameter that the base lacks, a glob
+            that matches none, or a parameter of unknown role: no layer of torch's or this library's holds it, `roles`
+            does not name it, and its shape is not that in the base (what does not grow with the width is a vector).
 
     Example:
         >>> import torch, einlinear as el
@@ -86,19 +97,30 @@ def param_groups(
         [(['A', 'B'], 2.0, 0.1), (['bias'], 1.0, 0.0)]
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    if optimizer not in (*ADAM, "sgd"):
-        raise ValueError(f"optimizer must be 'sgd' or one of {', '.join(ADAM)}, not {optimizer!r}")
+    if optimizer not in (*ADAM, "sgd", "muon"):
+        raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
     found = parameters(model, roles)
     shapes = _base(base, found, roles)
     scales = as_rules(lr_scale, "lr_scale")
     check_matches(scales, found, "lr_scale")
-    groups: dict[tuple[float, float | None], dict[str, Any]] = {}
+    if hidden is not None and optimizer != "muon":
+        raise ValueError(f"hidden says what Muon takes, but the optimizer is {optimizer!r}")
+    hidden_globs = as_globs("*" if hidden is None else hidden, "hidden")
+    if hidden is not None:
+        check_matches(hidden_globs, [p for p in found if p.matrix], "hidden")
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in found:
-        multiplier = _multiplier(p, shapes, "sgd" if optimizer == "sgd" else "adam", structure_aware)
+        muon = optimizer == "muon" and p.matrix is not None and any(p.matches(glob) for glob in hidden_globs)
+        rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
+        multiplier = _multiplier(p, shapes, rule, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
         decay = weight_decay if p.matrix or p.tensor.dim() >= 2 else 0.0
+        own: dict[str, Any] = (
+            {"matrices": p.matrices, "size": _ADAM_RMS * math.sqrt(max(shapes[p.key]))} if muon else {}
+        )
         group = groups.setdefault(
-            (multiplier, decay), {"params": [], "param_names": [], "lr": lr * multiplier, "lr_mult": multiplier}
+            (multiplier, decay, *own.values(), p.shape if muon else None),  # Muon takes equal shapes together
+            {"params": [], "param_names": [], "lr": lr * multiplier, "lr_mult": multiplier, **own},
         )
         if decay is not None:
             group["weight_decay"] = decay
@@ -166,10 +188,9 @@ def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) 
         return growth if rule == "sgd" else 1.0
     fan_in, fan_out = p.matrix
     base_out, base_in = shapes[p.key]
-    width = base_in / fan_in if rule == "adam" else (fan_out / fan_in) / (base_out / base_in)
-    if p.structure is None or not structure_aware:
-        return width
-    return width * (adam_multipliers if rule == "adam" else sgd_multipliers)(p.structure)[p.factor]
+    aspect = (fan_out / fan_in) / (base_out / base_in)
+    width = {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
+    return width if p.structure is None or not structure_aware else width * _FACTORS[rule](p.structure)[p.factor]
 
 
 def _shapes(found: Sequence[Parameter]) -> dict[str, list[int]]:

@@ -64,6 +64,18 @@ class Parameter:
         return any(fnmatchcase(name, glob) for name in self.matched)
 
     @property
+    def matrices(self) -> tuple[tuple[int, ...], int, int]:
+        """How to see it as a batch of the matrices that the input meets: the order of its axes, then a matrix's shape.
+
+        ``p.permute(order).reshape(-1, fan_out, fan_in)``; a single matrix as it lies if it is of no structure.
+        """
+        if self.structure is None:
+            return tuple(range(len(self.shape))), self.shape[0], math.prod(self.shape[1:])
+        factor = self.structure.factors[self.factor]
+        order = tuple(factor.axes.index(axis) for axis in (*factor.batch, *factor.introduced, *factor.summed))
+        return order, factor.fan_out, factor.fan_in
+
+    @property
     def is_last_factor(self) -> bool:
         """Whether it is all of the matrix, or the factor of a term that is contracted last."""
         if self.structure is None:

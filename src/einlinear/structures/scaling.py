@@ -1,7 +1,8 @@
 """Structure-aware muP as numbers: how a factor is initialised, and how fast it learns compared with dense.
 
 Every factor is treated as the batch of dense matrices that its step multiplies with, of fan_in summed and fan_out
-introduced features (Qiu et al., arXiv 2406.06248, section 3; the SGD rule after Yang and Hu, arXiv 2011.14522).
+introduced features (Qiu et al., arXiv 2406.06248, section 3; the SGD rule after Yang and Hu, arXiv 2011.14522, that
+for Muon after Yang et al., arXiv 2310.17813).
 
 These are the rules for one structure; `parametrize/mup.py` applies them to whole models. They stand here because
 `nn.Linear` draws its factors by them, and the folder parametrize, which knows about modules, comes after nn.
@@ -57,6 +58,20 @@ def sgd_multipliers(structure: Structure) -> tuple[float, ...]:
     aspect = structure.out_features / structure.in_features
     return tuple(
         factor.fan_out / factor.fan_in / aspect / len(term.factors)
+        for term in structure.terms
+        for factor in term.factors
+    )
+
+
+def muon_multipliers(structure: Structure) -> tuple[float, ...]:
+    """The learning rate of every factor over that of a dense layer of the same size, for Muon.
+
+    sqrt((fan_out / fan_in) / (out_features / in_features)) / k for each of the k factors of a term: Muon's updates have
+    a spectral norm of one, and the spectral condition asks for sqrt(fan_out / fan_in) of every matrix.
+    """
+    aspect = structure.out_features / structure.in_features
+    return tuple(
+        math.sqrt(factor.fan_out / factor.fan_in / aspect) / len(term.factors)
         for term in structure.terms
         for factor in term.factors
     )

@@ -54,6 +54,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         if place.exists():  # a damaged one, or else this step would not have been made again
             shutil.rmtree(place)
         scratch.rename(place)
+    except (OSError, SafetensorError) as error:  # which says neither what nor where if the disk is full
+        raise OSError(f"the checkpoint {place} cannot be written, those before it are as they were: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for old in _folders(folder)[KEPT:]:

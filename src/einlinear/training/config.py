@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from einlinear.training.schedule import SCHEDULES
+from einlinear.training.trackers import TRACKERS
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PARALLEL = ("ddp", "fsdp")
 
@@ -21,7 +22,8 @@ class Training:
     Attributes:
         steps: of the optimizer.
         lr: learning rate of the dense base model; muP carries it over.
-        optimizer: "adamw", "adam" or "sgd" (with momentum 0.9).
+        optimizer: "adamw", "adam", "sgd" (with momentum 0.9), or "muon" (for the matrices in the model's `blocks`, or
+            all where it has none; AdamW for the rest).
         betas: of Adam.
         weight_decay: of matrices and embeddings, see `param_groups`.
         schedule: "constant", "cosine" or "linear", after the warm-up.
@@ -34,6 +36,7 @@ class Training:
         parallel: how several processes share the model: "ddp" (each has all of it) or "fsdp" (each has a part).
         structure_aware: False is the control: factors learn at the rate of a dense layer.
         log_every, evaluate_every, checkpoint_every: in steps; None: at the end only.
+        tracker: "tensorboard", "wandb" or "mlflow", which then get the metrics as well.
         device: "cpu" or "cuda".
         threads: of the CPU; None leaves torch's.
     """
@@ -55,6 +58,7 @@ class Training:
     log_every: int = 10
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
+    tracker: str | None = None
     device: str = "cpu"
     threads: int | None = None
 
@@ -64,10 +68,11 @@ class Training:
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
             ("parallel", PARALLEL),
+            ("tracker", (None, *TRACKERS)),
             ("device", ("cpu", "cuda")),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {' or '.join(map(str, known))}, not {getattr(self, name)!r}")
         for name in ("steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from einlinear.parametrize import param_groups
 from einlinear.parametrize.mup import Base
-from einlinear.training import checkpoint, distributed, state
+from einlinear.training import checkpoint, distributed, state, trackers
 from einlinear.training.checkpoint import Checkpoint
 from einlinear.training.config import Training
 from einlinear.training.distributed import World
 from einlinear.training.metrics import Metrics
+from einlinear.training.muon import Muon
 from einlinear.training.schedule import factor
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, a row per sample
@@ -46,7 +48,7 @@ class Outcome:
     Attributes:
         losses: of every step; fewer than asked for where one became NaN or infinite.
         measures: of the final model, by name.
-        step_seconds: median duration of a step of this process, without its data; NaN where it made none.
+        step_seconds: median duration of a step, without its data and without evaluation.
     """
 
     losses: tuple[float, ...]
@@ -81,8 +83,15 @@ def train(
         progress: called after every step, by the first process only.
 
     Raises:
-        ValueError: the folder holds a checkpoint of another run; a batch that cannot be shared or divided.
+        ValueError: the folder holds a checkpoint of another run; a batch that cannot be shared or divided; a tracker
+            without a folder.
+        ModuleNotFoundError: the tracker's package is not installed.
+        OSError: the folder cannot be written, or its disk is full. What was saved before is still there.
     """
+    if config.tracker:
+        trackers.check_installed(config.tracker)
+        if folder is None:
+            raise ValueError(f"tracker={config.tracker!r} needs a folder, where the run goes on if it is interrupted")
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -107,8 +116,9 @@ class _Run:
     ) -> None:
         self.task, self.config, self.facts, self.world = task, config, facts, world
         self.folder = folder
+        blocks = "blocks.*" if config.optimizer == "muon" and hasattr(model, "blocks") else None
         self.model = distributed.wrap(model.to(world.device), config.parallel, world)
-        self.groups = param_groups(
+        groups = param_groups(
             self.model,
             config.lr,
             base=base,
@@ -116,45 +126,51 @@ class _Run:
             weight_decay=config.weight_decay,
             structure_aware=config.structure_aware,
             lr_scale=lr_scale,
+            hidden=blocks,
         )
-        self.optimizer = _optimizer(self.groups, config)
+        self.optimizers = _optimizers(groups, config)
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.losses: list[float] = []
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # of every step; like the losses, those before an interruption as well
 
     def train(self, progress: Progress | None) -> Outcome:
         self._resume()
+        with self._metrics() as metrics:
+            return self._train(progress, metrics)
+
+    def _train(self, progress: Progress | None, metrics: Metrics) -> Outcome:
         first, steps = self.world.rank == 0, self.config.steps
-        metrics = Metrics(self.folder / "metrics.jsonl" if self.folder and first else None, len(self.losses))
+        training_seconds, measures = sum(self.seconds), dict[str, float]()
         for step in range(len(self.losses) + 1, steps + 1):
             loss = self._step(step - 1)
+            training_seconds += self.seconds[-1]
             if progress and first:
                 progress(step, steps, loss)
             going = math.isfinite(loss)
-            if _due(step, self.config.log_every) or step == steps or not going:
-                metrics.write(step=step, train_loss=loss, lr=self._lr(step - 1), seconds=self.seconds[-1])
+            last = step == steps or not going
+            if _due(step, self.config.log_every) or last:
+                metrics.write(step=step, training_seconds=training_seconds, train_loss=loss, lr=self._lr(step - 1))
+            if _due(step, self.config.evaluate_every) or last:
+                measures = self._evaluate()
+                metrics.write(step=step, training_seconds=training_seconds, **measures)
             if not going:
                 break
-            if _due(step, self.config.evaluate_every) and step < steps:
-                metrics.write(step=step, **self._evaluate())
-            if _due(step, self.config.checkpoint_every) or step == steps:
+            if _due(step, self.config.checkpoint_every) or last:  # last of all: what it follows is in the metrics
                 self._save()
-        measures = self._evaluate()
-        if self.seconds:  # else they are there already
-            metrics.write(step=len(self.losses), **measures)
-        return Outcome(tuple(self.losses), measures, statistics.median(self.seconds or [math.nan]))
+        return Outcome(tuple(self.losses), measures or self._evaluate(), statistics.median(self.seconds))
 
     def _step(self, index: int) -> float:
         """One step of the optimizer; the mean loss of its batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(index) * group["lr_mult"]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr(index) * group["lr_mult"]
         x, y = (self.world.share(part) for part in self.task.batch(index))
         began = time.perf_counter()
         if len(x) % self.config.accumulate:
             raise ValueError(f"accumulate={self.config.accumulate} does not divide the {len(x)} samples of a process")
         self.model.train()
-        self.optimizer.zero_grad()
         total = torch.zeros((), device=self.world.device)
         parts = list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
         for i, (inputs, targets) in enumerate(parts):
@@ -165,9 +181,11 @@ class _Run:
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
         if self.config.clip is not None:
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         self.losses.append(self.world.mean(total))  # waits for the device
         self.seconds.append(time.perf_counter() - began)
@@ -203,23 +221,38 @@ class _Run:
             raise ValueError(
                 f"{self.folder} holds a run of other settings: {'; '.join(differences)}. Name another folder"
             )
-        state.restore(self.model, self.optimizer, self.scaler, found.tensors)
-        self.losses = found.tensors["losses"].tolist()
+        state.restore(self.model, self.optimizers, self.scaler, found.tensors)
+        self.losses, self.seconds = (found.tensors[name].tolist() for name in ("losses", "seconds"))
+
+    @contextmanager
+    def _metrics(self) -> Iterator[Metrics]:
+        """The first process keeps them, where there is a folder."""
+        if self.folder is None or self.world.rank > 0:
+            yield Metrics(None, 0)
+            return
+        name, start = self.config.tracker, len(self.losses)
+        with trackers.opened(name, self.folder, start, self.facts) if name else nullcontext() as tracker:
+            yield Metrics(self.folder / "metrics.jsonl", start, tracker)
 
     def _save(self) -> None:
         if self.folder is None:
             return
-        tensors = state.gather(self.model, self.optimizer, self.scaler)  # all processes take part
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors = state.gather(self.model, self.optimizers, self.scaler)  # all processes take part
+        for name, values in (("losses", self.losses), ("seconds", self.seconds)):
+            tensors[name] = torch.tensor(values, dtype=torch.float64)
         if self.world.rank == 0:
             checkpoint.save(self.folder / "checkpoints", Checkpoint(len(self.losses), tensors, self.facts))
 
 
-def _optimizer(groups: list[dict[str, Any]], config: Training) -> torch.optim.Optimizer:
+def _optimizers(groups: list[dict[str, Any]], config: Training) -> list[torch.optim.Optimizer]:
+    """One, or two with Muon, which leaves what is not a hidden matrix to AdamW."""
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.lr, betas=config.betas, fused=True)
+        return [torch.optim.SGD(groups, lr=config.lr, momentum=0.9)]
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    matrices = [group for group in groups if "matrices" in group]
+    others = [group for group in groups if "matrices" not in group]
+    found: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
+    return [*found, kind(others, lr=config.lr, betas=config.betas, fused=True)] if others else found
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,11 +1,18 @@
-"""What happened in a run, a JSON object per line: `{"step": 20, "train_loss": 0.7, ...}`."""
+"""What happened in a run, a JSON object per line: `{"step": 20, "training_seconds": 1.5, "train_loss": 0.7, ...}`.
+
+Every line has the steps made and the seconds that they took: of training alone, without loading data, evaluating and
+saving, and without what an interrupted run did in vain. So the time to a loss can be read off.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+from einlinear.training.trackers import Tracker
 
 
 class Metrics:
@@ -14,21 +21,27 @@ class Metrics:
     Args:
         path: of the file, or None to keep nothing.
         start: the step that the run goes on from.
+        tracker: gets what is written as well, but for NaN and infinite numbers.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
     """
 
-    def __init__(self, path: Path | None, start: int) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, start: int, tracker: Tracker | None = None) -> None:
+        self._path, self._tracker = path, tracker
         if path is not None:
             kept = [line for line in read(path) if line["step"] <= start]
             scratch = path.with_name(f".{path.name}.{os.getpid()}")
-            scratch.write_text("".join(map(_line, kept)), encoding="utf-8")
+            _append(scratch, "".join(map(_line, kept)))
             os.replace(scratch, path)
 
-    def write(self, **values: Any) -> None:
+    def write(self, step: int, **values: float) -> None:
         """Add a line. NaN and infinite numbers become null, which every reader of JSON knows."""
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(values))
+        if self._path is None:
+            return
+        _append(self._path, _line({"step": step, **values}))
+        if self._tracker is not None:
+            self._tracker(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -44,9 +57,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _append(path: Path, text: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:  # does not name the file where its disk is full
+        raise OSError(error.errno, f"the metrics of the run cannot be written: {error.strerror}", str(path)) from None
+
+
 def _line(values: dict[str, Any]) -> str:
     finite = {
-        name: None if isinstance(value, float) and not abs(value) < float("inf") else value
-        for name, value in values.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
     return json.dumps(finite, allow_nan=False) + "\n"

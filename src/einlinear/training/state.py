@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+Optimizers: TypeAlias = list[torch.optim.Optimizer]  # of different parameters each
+
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _MODEL, _OPTIMIZER, _SCALER, _RANDOM = "model.", "optimizer.", "scaler.", "random"
 
 
-def gather(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
-    """The parameters and buffers, the optimizer's state of each, the scaler's, and that of torch's generator.
+def gather(model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """The parameters and buffers, the optimizers' state of each, the scaler's, and that of torch's generator.
 
-    All processes have to call it; the first one gets what the model and the optimizer hold. Names are those of the
+    All processes have to call it; the first one gets what the model and the optimizers hold. Names are those of the
     plain model. Settings of parameter groups are left out: they follow from the run's own.
     """
     parameters: dict[str, Any] = get_model_state_dict(model, options=_OPTIONS)
-    optimised: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    optimised: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_OPTIONS)
     tensors = {f"{_MODEL}{name}": value for name, value in parameters.items()}
     for name, values in optimised.get("state", {}).items():
         tensors |= {f"{_OPTIMIZER}{name}.{key}": torch.as_tensor(value) for key, value in values.items()}
@@ -36,7 +38,7 @@ def gather(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp
 
 def restore(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     scaler: torch.amp.GradScaler,
     tensors: Mapping[str, Tensor],
 ) -> None:
@@ -50,11 +52,11 @@ def restore(
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     set_model_state_dict(model, part(_MODEL), options=_OPTIONS)
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
     state: dict[str, Any] = {}
     for name, value in part(_OPTIMIZER).items():
         parameter, key = name.rsplit(".", 1)
         state.setdefault(parameter, {})[key] = value
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_OPTIONS)
+    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=_OPTIONS)
     scaler.load_state_dict({name: value.item() for name, value in part(_SCALER).items()})
     torch.set_rng_state(tensors[_RANDOM])

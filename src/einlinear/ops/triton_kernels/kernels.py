@@ -38,10 +38,15 @@ def _sum(b, m, n, BATCHED: tl.constexpr):
 
 @triton.jit
 def _all(b, m, n, BATCHED: tl.constexpr):
+    """The mask of a tile from those along its dimensions.
+
+    Without a batch dimension b is a number that always holds: `_batch` gives each program a single one that exists. It
+    is left out, also because triton 3.9's interpreter refuses masks that a number has gone into.
+    """
     if BATCHED:
         return b[:, None, None] & m[None, :, None] & n[None, None, :]
     else:
-        return b & m[:, None] & n[None, :]
+        return m[:, None] & n[None, :]
 
 
 @triton.jit

@@ -1,0 +1,7 @@
+"""`einlinear report`."""
+
+from pathlib import Path
+
+
+def report(folders: list[Path]) -> None:
+    """Placeholder."""

@@ -1,0 +1,102 @@
+"""Doing the runs of a command: what is missing, with progress bars, then the report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.progress import Progress, TaskID
+
+from einlinear.cli import display
+from einlinear.cli.endings import interruptible, user_errors
+from einlinear.cli.importing import setup
+from einlinear.cli.report import report
+
+if TYPE_CHECKING:  # heavy: imported where it is needed
+    from einlinear.experiments.run import Run
+    from einlinear.experiments.sweep import Event, Pool, Sweep
+
+
+def command_line() -> str:
+    """The command that was given, for the record."""
+    return shlex.join(["einlinear", *sys.argv[1:]])
+
+
+def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None) -> None:
+    """Do what is missing of a sweep, on processes of this machine unless another pool is given, and report."""
+    from joblib import cpu_count
+
+    from einlinear.experiments.store import Store
+    from einlinear.experiments.sweep import do
+    from einlinear.experiments.workers import Workers
+
+    store = Store(folder)
+    with user_errors():
+        store.open(sweep.runs, sweep.axes, command_line(), mix_code)
+        for problem in store.damaged():
+            display.warning(f"{problem}; if it belongs here it is done again")
+        missing = store.missing(sweep.runs)
+    there = len(sweep.runs) - len(missing)
+    already = f"; {there} of {len(sweep.runs)} are already there" if there else ""
+    display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
+    if missing:
+        cores = cpu_count()
+        count = workers or min(cores, len(missing))
+        pool = pool or Workers(count, max(1, cores // count), setup())
+        interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
+        with interruptible(interrupted), _bars(len(missing)) as watch, user_errors():
+            failed = do(sweep.runs, store, pool, watch.see)
+        for event in failed:
+            display.error(f"{event.run.name} failed: {event.message}")
+    else:
+        failed = []
+    report([folder])
+    if failed:
+        raise typer.Exit(1)
+
+
+class _Watch:
+    """Bars: one for all runs, one for each that is running."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._all = progress.add_task("runs", total=total, loss="")
+        self._bars: dict[str, TaskID] = {}
+
+    def see(self, event: Event) -> None:
+        if event.status == "running":
+            if event.run.key not in self._bars:
+                self._bars[event.run.key] = self._progress.add_task(title(event.run), loss="")
+            loss = f"loss {event.loss:.3f}" if event.step else ""
+            self._progress.update(self._bars[event.run.key], completed=event.step, total=event.steps or None, loss=loss)
+            return
+        if event.run.key in self._bars:
+            self._progress.remove_task(self._bars.pop(event.run.key))
+        if event.status == "lost":
+            display.warning(f"{title(event.run)}: {event.message}")
+        else:
+            self._progress.advance(self._all)
+
+
+def title(run: Run) -> str:
+    """A run in a few words."""
+    return f"{run.model.structure}, width {run.model.width}, lr {run.training.lr:g}, seed {run.seed}"
+
+
+@contextmanager
+def _bars(total: int) -> Iterator[_Watch]:
+    with display.progress() as progress:
+        yield _Watch(progress, total)
+
+
+@contextmanager
+def bar(run: Run) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar for a single run, and the function that moves it."""
+    with display.progress() as progress:
+        task = progress.add_task(title(run), loss="")
+        yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=f"loss {loss:.3f}")

@@ -1,0 +1,99 @@
+"""`einlinear train`, `sweep` and `recipes`: one run, many, and those of the literature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from einlinear.cli import display
+from einlinear.cli.compare import MixCode, Workers
+from einlinear.cli.endings import interruptible, user_errors
+from einlinear.cli.importing import setup
+from einlinear.cli.packages import EXPERIMENTS, RAY, require
+from einlinear.cli.parsing import assignments
+from einlinear.cli.running import bar, carry_out
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[NAME=VALUE]...",
+        help="model=mlp, vit or gpt; data=NAME, a folder or a prepared text; structure, width, depth, steps, lr, "
+        "batch_size, seed, ...: a name that is unknown is answered with all there are.",
+    ),
+]
+
+
+def train(
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run: its checkpoints, metrics and result.")] = Path(
+        "results/train"
+    ),
+) -> None:
+    """Train one model; interrupted, the same command goes on from the last checkpoint.
+
+    Under torchrun, all its processes train together: parallel=ddp or parallel=fsdp.
+
+    For example:  einlinear train model=gpt data=data/english structure="btt(rank=2)" width=256 steps=2000 lr=3e-3
+    """
+    require(EXPERIMENTS)
+    from einlinear.experiments.execute import execute
+    from einlinear.experiments.run import Run
+
+    with user_errors():
+        run = Run.of(assignments(settings))
+        with (
+            interruptible(f"Interrupted. The same command goes on from the last checkpoint in {out}."),
+            bar(run) as progress,
+        ):
+            result = execute(run, out, progress, keep_checkpoints=True)
+    display.result(run, result)
+
+
+def sweep(
+    what: Annotated[str, typer.Argument(metavar="FILE|RECIPE", help="A .toml or .json file, or a recipe's name.")],
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder. Default: results/ and the name.")] = None,
+    scale: Annotated[str, typer.Option(help="Of a recipe: small or paper.")] = "small",
+    on: Annotated[str, typer.Option(help="local (processes of this machine) or ray (a cluster).")] = "local",
+    workers: Workers = None,
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: a new one on this machine.")] = None,
+    cpus: Annotated[float, typer.Option(help="CPU cores of a run on Ray.")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs of a run on Ray.")] = 0,
+    mix_code: MixCode = False,
+) -> None:
+    """Do all runs that a file or a recipe describes; those that are finished are left as they are.
+
+    While it runs, FOLDER/runs.sqlite is a table of all runs. Interrupted, or with its processes killed, the same
+    command does what is missing.
+    """
+    require(EXPERIMENTS)
+    from einlinear.experiments import recipes
+    from einlinear.experiments.sweep import read_sweep
+
+    with user_errors():
+        if on not in ("local", "ray"):
+            raise ValueError(f"--on must be local or ray, not {on!r}")
+        if on == "ray":
+            require(RAY)
+        overrides = assignments(settings)
+        is_file = Path(what).suffix in (".toml", ".json")
+        found = read_sweep(what, overrides) if is_file else recipes.sweep(what, scale, overrides)
+        name = Path(what).stem if is_file else f"{what}-{scale}"
+    pool = None
+    if on == "ray":
+        from einlinear.experiments.cluster import Cluster
+
+        pool = Cluster(address, cpus, gpus, setup())
+    carry_out(found, out or Path("results") / name, workers, mix_code, pool)
+
+
+def recipes() -> None:
+    """List the experiments of the literature that `sweep` knows by name, with what each should show."""
+    require(EXPERIMENTS)
+    from einlinear.experiments import recipes as known
+
+    for name in known.names():
+        recipe = known.load(name)
+        display.note(f"{name}  {recipe.title}\n    {recipe.shows}\n    {recipe.source}\n")

@@ -1,0 +1,323 @@
+"""Sweeps: which runs a file describes, doing what is missing, and surviving whatever is killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from einlinear.experiments import records, workers
+from einlinear.experiments.execute import execute
+from einlinear.experiments.run import Run
+from einlinear.experiments.store import Store
+from einlinear.experiments.sweep import Event, Pool, Sweep, check, do, make_sweep, read_sweep
+from einlinear.experiments.table import FILE, read_table
+from einlinear.experiments.workers import Workers
+
+SETTINGS: dict[str, Any] = {"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 6}
+FOUR: dict[str, Any] = {"settings": SETTINGS, "grid": {"structure": ["dense", "btt"], "seed": [0, 1]}}
+
+
+def here(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
+    """A pool of this process alone."""
+    for run, folder in tasks:
+        execute(run, folder)
+        yield Event(run, "finished")
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """What matters of every run, by its key: not how long it took."""
+    found = {}
+    for record in Store(folder).records():
+        assert record.result is not None
+        found[record.run.key] = {
+            "train_loss": record.result.train_loss,
+            "steps": record.result.steps,
+            **record.result.measures,
+        }
+    return found
+
+
+def carry_out(sweep: Sweep, folder: Path, pool: Pool = here, **options: Any) -> list[Event]:
+    seen: list[Event] = []
+    store = Store(folder)
+    store.open(sweep.runs, sweep.axes, **options)
+    do(sweep.runs, store, pool, seen.append)
+    return seen
+
+
+# Files
+
+
+def test_settings_grid_and_parts(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text("""
+        [settings]
+        data = "digits"
+        steps = 6
+        width = 64
+        [grid]
+        seed = [0, 1]
+        lr = [1e-3, 3e-3]
+        [[parts]]
+        settings = { structure = "dense" }
+        [[parts]]
+        settings = { structure = "btt", lr = 1e-2 }
+        grid = { width = [32, 48, 32] }
+    """)
+    sweep = read_sweep(path)
+    dense = {(run.model.width, run.training.lr, run.seed) for run in sweep.runs if run.model.structure == "dense"}
+    assert dense == {(64, lr, seed) for lr in (1e-3, 3e-3) for seed in (0, 1)}
+    btt = [(run.model.width, run.training.lr, run.seed) for run in sweep.runs if run.model.structure == "btt"]
+    assert sorted(btt) == [(width, 1e-2, seed) for width in (32, 48) for seed in (0, 1)]
+    assert sweep.axes == {"structure", "seed", "lr", "width"}
+    overridden = read_sweep(path, {"steps": "9", "seed": "3"})
+    assert {(run.training.steps, run.seed) for run in overridden.runs} == {(9, 3)}
+    (tmp_path / "sweep.json").write_text(json.dumps(FOUR))
+    assert len(read_sweep(tmp_path / "sweep.json").runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"setings": {}}, "has no option 'setings': did you mean 'settings'"),
+        ({"settings": SETTINGS, "parts": [{"grids": {}}]}, "a part of a sweep has no option 'grids'"),
+        ({"settings": SETTINGS, "grid": {"lr": 1e-3}}, "the grid of lr must be a list of values, not 0.001"),
+        ({"settings": SETTINGS, "grid": {"lr": []}}, "describes no runs"),
+        ({"settings": SETTINGS, "grid": {"lerning_rate": [1]}}, "no option 'lerning_rate'"),
+        ({"settings": SETTINGS, "grid": {"lr": [0.1, -1]}}, "lr must be a positive number, not -1"),
+    ],
+)
+def test_a_wrong_file_says_what_is_right(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_sweep(content)
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[settings")
+    with pytest.raises(ValueError, match=r"a\.toml cannot be read"):
+        read_sweep(tmp_path / "a.toml")
+
+
+# Folders
+
+
+def test_the_same_sweep_again_does_nothing_and_more_can_be_added(tmp_path: Path) -> None:
+    sweep = make_sweep(FOUR)
+    seen = carry_out(sweep, tmp_path, command="first")
+    assert sorted(event.run.key for event in seen if event.status == "finished") == sorted(
+        run.key for run in sweep.runs
+    )
+    before = results(tmp_path)
+    assert carry_out(sweep, tmp_path, command="first") == []
+    more = make_sweep({**FOUR, "grid": {"structure": ["btt", "low_rank"], "seed": [1]}})
+    (added,) = {event.run.key for event in carry_out(more, tmp_path, command="second")}
+    assert results(tmp_path).keys() == before.keys() | {added}
+    assert {key: results(tmp_path)[key] for key in before} == before
+    assert Store(tmp_path).commands() == ["first", "second"]
+    rows = {row["key"]: row for row in read_table(tmp_path)}
+    assert rows.keys() == before.keys() | {added}
+    assert {row["status"] for row in rows.values()} == {"finished"}
+    for key, found in results(tmp_path).items():
+        assert {name: rows[key][name] for name in found} == found
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"lr": 1e-2}, "lr was 0.003, now 0.01"),
+        ({"steps": 7}, "steps was 6, now 7"),
+        ({"betas": [0.9, 0.99]}, r"betas was \(0.9, 0.95\), now \(0.9, 0.99\)"),
+    ],
+)
+def test_other_settings_are_refused(change: dict[str, Any], difference: str, tmp_path: Path) -> None:
+    carry_out(make_sweep(FOUR), tmp_path)
+    other = make_sweep({"settings": SETTINGS | change, "grid": FOUR["grid"]})
+    with pytest.raises(ValueError, match=f"other settings: {difference}.*Name another folder"):
+        Store(tmp_path).open(other.runs, other.axes)
+    varied = make_sweep({"settings": SETTINGS, "grid": FOUR["grid"] | {name: [v] for name, v in change.items()}})
+    Store(tmp_path).open(varied.runs, varied.axes)  # said to be varied: nothing is mixed up
+
+
+def test_another_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = make_sweep(FOUR)
+    carry_out(sweep, tmp_path)
+    monkeypatch.setattr("einlinear.experiments.store.code_version", lambda: "9.9+beef")
+    with pytest.raises(ValueError, match=r"another code made \(.*; this is 9.9\+beef\).*--mix-code"):
+        Store(tmp_path).open(sweep.runs, sweep.axes)
+    Store(tmp_path).open(sweep.runs, sweep.axes, mix_code=True)
+
+
+def test_the_code_is_that_of_the_sources() -> None:
+    version, digest = records.code_version().split("+")
+    assert version
+    assert len(digest) == 8
+
+
+def test_damaged_results_are_done_again(tmp_path: Path) -> None:
+    sweep = make_sweep(FOUR)
+    carry_out(sweep, tmp_path)
+    whole = results(tmp_path)
+    store = Store(tmp_path)
+    victim = store.path(sweep.runs[1])
+    (victim / "result.json").write_text((victim / "result.json").read_text()[:30])
+    assert len(store.damaged()) == 1
+    assert store.missing(sweep.runs) == [sweep.runs[1]]
+    carry_out(sweep, tmp_path)
+    assert results(tmp_path) == whole
+
+
+def test_files_of_the_users_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="no results of einlinear; name another folder"):
+        Store(tmp_path).open([], [])
+    with pytest.raises(ValueError, match="is a file"):
+        Store(tmp_path / "thesis.txt").open([], [])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_two_drivers_do_not_meet(tmp_path: Path) -> None:
+    sweep = make_sweep(FOUR)
+    store = Store(tmp_path)
+    store.open(sweep.runs, sweep.axes)
+    with store.driving(), pytest.raises(BlockingIOError, match="another einlinear is at work"):
+        do(sweep.runs, store, here)
+
+
+def test_a_run_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    sweep = make_sweep({"settings": SETTINGS, "grid": {"accumulate": [1, 3]}})
+    seen = carry_out(sweep, tmp_path, Workers(2))
+    ends = {event.run.training.accumulate: event for event in seen if event.status != "running"}
+    assert ends[1].status == "finished"
+    assert ends[3].status == "failed"
+    assert "accumulate=3 does not divide the 128 samples" in ends[3].message
+    assert {row["accumulate"]: row["status"] for row in read_table(tmp_path)} == {1: "finished", 3: "failed"}
+
+
+def test_what_cannot_be_built_is_found_before_anything_is_trained() -> None:
+    with pytest.raises(ValueError, match="fewer than blocks"):
+        check(make_sweep({"settings": SETTINGS, "grid": {"structure": ["dense", "monarch(blocks=100)"]}}).runs)
+    with pytest.raises(ValueError, match="unknown data 'digit'"):
+        check(make_sweep({"settings": SETTINGS | {"data": "digit"}}).runs)
+
+
+def test_a_diverged_run_is_finished(tmp_path: Path) -> None:
+    carry_out(make_sweep({"settings": SETTINGS | {"lr": 1e30, "steps": 50}}), tmp_path)
+    assert [row["status"] for row in read_table(tmp_path)] == ["diverged"]
+    assert Store(tmp_path).missing(make_sweep({"settings": SETTINGS | {"lr": 1e30, "steps": 50}}).runs) == []
+
+
+def test_the_table_can_be_read_while_runs_are_on(tmp_path: Path) -> None:
+    seen = []
+
+    def look(event: Event) -> None:
+        seen.append({row["status"] for row in read_table(tmp_path)})
+
+    sweep = make_sweep(FOUR)
+    store = Store(tmp_path)
+    store.open(sweep.runs, sweep.axes)
+    do(sweep.runs, store, Workers(1), look)
+    assert {"running", "waiting"} <= seen[0]
+    assert seen[-1] == {"finished"}
+    (tmp_path / FILE).unlink()  # it is made anew
+    do(sweep.runs, store, here)
+    assert len(read_table(tmp_path)) == 4
+
+
+def test_a_full_disk_is_said_and_what_was_done_stays(tmp_path: Path) -> None:
+    """Files of more than some kilobytes cannot be written, as on a disk that has no more room."""
+    sweep = make_sweep({"settings": SETTINGS | {"checkpoint_every": 2, "steps": 20}, "grid": FOUR["grid"]})
+    seen = carry_out(sweep, tmp_path, Workers(1, setup=(small_files,)))
+    failed = [event for event in seen if event.status == "failed"]
+    assert len(failed) == 4
+    assert all("too large" in event.message or "space" in event.message for event in failed)
+    carry_out(sweep, tmp_path)
+    assert len(results(tmp_path)) == 4
+
+
+def small_files() -> None:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+# Kills
+
+SURVIVOR = {
+    "settings": SETTINGS | {"steps": 300, "checkpoint_every": 10, "log_every": 1, "batch_size": 32},
+    "grid": {"structure": ["dense", "btt"], "seed": [0, 1]},
+}
+
+
+def drive(folder: Path) -> None:
+    sweep = make_sweep(SURVIVOR)
+    store = Store(folder)
+    store.open(sweep.runs, sweep.axes)
+    sys.exit(len(do(sweep.runs, store, Workers(2))))
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, and of those in turn."""
+    own = Path(f"/proc/{pid}/task/{pid}/children")
+    direct = [int(word) for word in own.read_text().split()] if own.exists() else []
+    return direct + [grandchild for child in direct for grandchild in children(child)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds processes in /proc")
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Drivers and workers, 20 of them: every run ends as if there had been none, no result is lost or doubled."""
+    whole = tmp_path / "whole"
+    carry_out(make_sweep(SURVIVOR), whole)
+    folder, draw, kills = tmp_path / "killed", random.Random(0), 0
+    while True:
+        driver = subprocess.Popen([sys.executable, __file__, str(folder)], cwd=Path(__file__).parents[2])
+        while kills < 20:
+            try:
+                driver.wait(draw.uniform(0.1, 0.7))
+                break
+            except subprocess.TimeoutExpired:
+                pass
+            found = [pid for pid in children(driver.pid) if is_worker(pid)]
+            if not found:  # still starting
+                continue
+            victim = driver.pid if kills % 5 == 4 else draw.choice(found)
+            os.kill(victim, signal.SIGKILL)
+            kills += 1
+        if driver.wait(120) == 0:
+            break
+    assert kills == 20
+    assert results(folder) == results(whole)
+    assert len(read_table(folder)) == 4
+    for record in Store(folder).records():
+        lines = (record.folder / "metrics.jsonl").read_text().splitlines()
+        steps = [line["step"] for line in map(json.loads, lines) if "train_loss" in line]
+        assert steps == list(range(1, 301))
+
+
+def is_worker(pid: int) -> bool:
+    """A process that has started a run: it holds the lock of its folder."""
+    try:
+        return any(".lock" in os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+
+
+def test_a_process_that_always_dies_fails_its_run(tmp_path: Path) -> None:
+    seen = carry_out(make_sweep({"settings": SETTINGS}), tmp_path, Workers(1, setup=(die,)))
+    assert [event.status for event in seen] == ["lost"] * (workers.ATTEMPTS - 1) + ["failed"]
+    assert "died 3 times" in seen[-1].message
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    drive(Path(sys.argv[1]))
