@@ -15,6 +15,7 @@ from einlinear.cli.bench import bench
 from einlinear.cli.compare import compare
 from einlinear.cli.coord_check import coord_check
 from einlinear.cli.endings import user_errors
+from einlinear.cli.fit import fit
 from einlinear.cli.importing import import_all
 from einlinear.cli.prepare import prepare
 from einlinear.cli.report import report
@@ -74,5 +75,5 @@ def describe(
 _SETTINGS = {"ignore_unknown_options": True}  # those of runs, which are a run's to know
 for command in (compare, train, sweep, coord_check):
     app.command(context_settings=_SETTINGS)(command)
-for command in (recipes, report, bench, prepare):
+for command in (recipes, fit, report, bench, prepare):
     app.command()(command)

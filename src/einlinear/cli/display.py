@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -111,6 +111,14 @@ def result(run: Run, found: Result) -> None:
         table.add_row(name.replace("_", " "), f"{value:.4f}")
     if found.step_seconds:
         table.add_row("inputs a second", f"{found.inputs / found.step_seconds:,.0f}")
+    _console().print(table)
+
+
+def show(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of texts, the first column to the left, the others to the right."""
+    table = _table(*headings)
+    for row in rows:
+        table.add_row(*map(Text, row))
     _console().print(table)
 
 

@@ -1,7 +1,81 @@
-"""`einlinear report`."""
+"""`einlinear report`: its options, and what it prints."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from einlinear.cli import display
+from einlinear.cli.endings import user_errors
+from einlinear.cli.fit import Floor, Folders, floor_of
+from einlinear.cli.packages import EXPERIMENTS, require
+
+if TYPE_CHECKING:  # heavy: imported by the command itself
+    from einlinear.experiments.summary import Study
 
 
-def report(folders: list[Path]) -> None:
-    """Placeholder."""
+def report(
+    folders: Folders,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write. Default: report.html in the folder, if there is one only.")
+    ] = None,
+    floor: Floor = "0",
+) -> None:
+    """Print the table of the models in results folders, and write one page about all their runs."""
+    require(EXPERIMENTS)
+    from einlinear.experiments.report import write_report
+    from einlinear.experiments.report.overview import code_warning
+    from einlinear.experiments.store import Store
+    from einlinear.experiments.summary import studies
+
+    with user_errors():
+        page = write_report(folders, out, floor_of(floor))
+        found = studies(record for folder in folders for record in Store(folder).records())
+    for study in found:
+        _print(study)
+    for warning in code_warning([record for study in found for record in study.records]):
+        display.warning(warning)
+    display.note(f"Report: {page}")
+
+
+def _print(study: Study) -> None:
+    """Every model, at its best learning rate where there are several."""
+    from einlinear.experiments.summary import TRAIN_LOSS, in_words
+
+    others = dict.fromkeys(name for record in study.records if record.result for name in record.result.measures)
+    measures = [TRAIN_LOSS, study.error, *(name for name in others if name != study.error)]
+    options = [name for name in study.varied if name not in ("structure", "width", "seed")]
+    rows = []
+    for row in (row for curve in study.curves for row in curve.best):
+        means = [row.mean(measure) for measure in measures]
+        seconds = row.step_seconds
+        rows.append(
+            [
+                row.run.model.structure,
+                str(row.run.model.width),
+                *(str(row.run.options.get(name, "–")) for name in options),
+                f"{row.result.params:,}",
+                f"{row.result.macs:,}",
+                *("diverged" if mean is None else f"{mean:.4f}" for mean in means),
+                str(row.multipliers.get(study.error, "–")),
+                "–" if seconds is None else f"{1000 * seconds:.1f}",
+                row.seed_count,
+            ]
+        )
+    words = [name.replace("_", " ") for name in options]
+    headings = (
+        "structure",
+        "width",
+        *words,
+        "params",
+        "MACs",
+        *map(in_words, measures),
+        "× compute",
+        "ms/step",
+        "seeds",
+    )
+    display.note(f"{study}{', every model at its best learning rate' if 'lr' in study.varied else ''}:")
+    display.show(headings, rows)
+    display.note(f"× compute: how many times these MACs dense needs for the same {in_words(study.error)}.\n")

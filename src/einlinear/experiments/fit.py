@@ -24,6 +24,8 @@ from einlinear.training import metrics
 
 PER_INPUT, TRAINING = "MACs per {input}", "MACs of the training"  # forward passes only
 _RESAMPLES = 300  # a second for a few structures
+_ANY = 1e9  # tolerance of a frontier that holds every model that no cheaper one beats, however far above the hull
+_HULL = 0.02  # that of arXiv 2410.02117 for the points of training curves
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,25 @@ class Laws:
 def laws_per_input(study: Study, measure: str, floor: float | None = 0.0) -> Laws:
     """Final losses over the MACs of one input; every model at its best learning rate.
 
+    A law is fitted to all models of a curve that no cheaper one of them beats (arXiv 2406.06248 takes all).
+
     Args:
         study: the runs.
         measure: "train_loss", or the name of another.
         floor: the loss that no model gets below; None fits it.
     """
-    laws = [_law(curve, lambda row: _final(row, measure), floor) for curve in study.curves]
+    laws = [_law(curve, lambda row: _final(row, measure), floor, _ANY) for curve in study.curves]
     return Laws(measure, PER_INPUT.format(input=study.input), floor, _against_dense(laws))
 
 
 def laws_of_training(study: Study, floor: float | None = 0.0) -> Laws | None:
     """The error, whenever it was measured, over the MACs of all forward passes so far; None where only at the end.
 
-    Runs of several lengths (`steps`) share a frontier. See `laws_per_input`.
+    A law is fitted to the points at the lower convex hull of all training curves. Runs of several lengths (`steps`)
+    share it. See `laws_per_input`.
     """
     curves = make_curves(study.records, apart_from=LENGTHS)
-    laws = [_law(curve, lambda row: evaluations(row, study.error), floor) for curve in curves]
+    laws = [_law(curve, lambda row: evaluations(row, study.error), floor, _HULL) for curve in curves]
     if all(len(own.compute) == 1 for law in laws for own in law.losses):
         return None
     return Laws(study.error, TRAINING, floor, _against_dense(laws))
@@ -136,15 +141,16 @@ def _final(row: Row, measure: str) -> LossCurves:
     return LossCurves(np.array([row.result.macs], dtype=float), np.array(row.values(measure), dtype=float)[:, None])
 
 
-def _law(curve: Curve, losses: Callable[[Row], LossCurves], floor: float | None) -> Law:
+def _law(curve: Curve, losses: Callable[[Row], LossCurves], floor: float | None, tolerance: float) -> Law:
     """What has no logarithm is left out: an error of zero, or one at an assumed floor."""
     found = [(row, _positive(losses(row), floor or 0.0)) for row in curve.best if row.good]
     found = [(row, own) for row, own in found if own.compute.size]
     rows, curves = tuple(row for row, _ in found), tuple(own for _, own in found)
     try:
-        return Law(curve, rows, curves, fit_scaling(curves, floor=floor, resamples=_RESAMPLES))
+        fit = fit_scaling(curves, floor=floor, tolerance=tolerance, resamples=_RESAMPLES)
     except ValueError as error:
         return Law(curve, rows, curves, None, str(error))
+    return Law(curve, rows, curves, fit)
 
 
 def _positive(curve: LossCurves, floor: float) -> LossCurves:

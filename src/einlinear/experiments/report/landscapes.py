@@ -175,12 +175,12 @@ def _table(found: Found, study: Study) -> Table:
         times = factor(own)
         cells = [_optimum(by_size[size]) if size in by_size else Cell("") for size in ordered]
         last = Cell(f"{times:.2f}", times) if times else Cell("–")
-        rows.append([Cell(curve.name, curve.name, i), *cells, last])
+        rows.append([Cell(curve.name, curve.name, i), last, *cells])
     note = Markup(
         "Best learning rate by {}, in brackets the range over single seeds. ≤ and ≥: at an end of those that "
         "were tried. <b>Largest / smallest</b>: 1 where one learning rate is best at every size."
     )
-    return Table(("best learning rate", *ordered, "largest / smallest"), rows, note.format(in_words(study.error)))
+    return Table(("best learning rate", "largest / smallest", *ordered), rows, note.format(in_words(study.error)))
 
 
 def _optimum(best: Optimum | None) -> Cell:

@@ -27,9 +27,13 @@ from einlinear.experiments.scaling import Interval, Multiplier, MultiplierAt
 from einlinear.experiments.summary import TRAIN_LOSS, Study, in_words, result, value
 
 _LAW = Markup("loss = {floor}scale × MACs<sup>−exponent</sup>")
+_MODELS = "<b>Frontier</b>: the models that no cheaper one of the same structure beats, means over the seeds. "
+_HULL = (
+    "<b>Frontier</b>: the points on the lower convex hull of log loss over log MACs, or at most 2 % above it, of means "
+    "over the seeds (arXiv 2410.02117). "
+)
 _NOTE = Markup(
-    "<b>Frontier</b>: the points on the lower convex hull of log loss over log MACs, or at most 2 % above it, as "
-    "arXiv 2410.02117 has it, of means over the seeds. <b>Exponent</b>: of the least-squares line through these, "
+    "<b>Exponent</b>: of the least-squares line through these, "
     "{law}. <b>95 % interval</b>: from resampling the seeds where every model has several, otherwise from the "
     "regression, as if points were independent. <b>× compute</b>: how many times the compute dense needs for the same "
     "loss, at the most compute that both frontiers reach."
@@ -57,7 +61,7 @@ def scaling(study: Study, commands: Sequence[str], floor: float | None = 0.0) ->
         *_multiplier_figures(study),
     ]
     first, last = laws.values()
-    tables = [replace(_law_table(first), note=Markup()), _law_table(last)]
+    tables = [replace(_law_table(first, _MODELS), note=Markup()), _law_table(last, _MODELS)]
     return Section(f"Loss and compute per {study.input}", text, [*figures, *tables], commands)
 
 
@@ -76,7 +80,9 @@ def scaling_of_training(study: Study, commands: Sequence[str], floor: float | No
         plot = _along(laws)
         caption = "How many times the compute dense needs for the same error, along each frontier; bars: 95 %."
         figures.append(Figure("compute-multipliers", Markup(caption), {"": [Panel("", plot)]}, _along_data(laws)))
-    return Section("Error and compute of the training", text.format(name), [*figures, _law_table(laws)], commands)
+    return Section(
+        "Error and compute of the training", text.format(name), [*figures, _law_table(laws, _HULL)], commands
+    )
 
 
 def _final_losses(laws: Laws) -> go.Figure:
@@ -321,7 +327,7 @@ def _ends(interval: Interval | None, value: float) -> tuple[float, float]:
     return interval.low or value, interval.high if math.isfinite(interval.high) else value
 
 
-def _law_table(laws: Laws) -> Table:
+def _law_table(laws: Laws, frontier: str) -> Table:
     floor = laws.floor is None or laws.floor > 0
     headings = ["exponent", "95 % interval", "R²", "scale", *(["floor"] if floor else []), "models", "on the frontier"]
     rows = [
@@ -329,7 +335,7 @@ def _law_table(laws: Laws) -> Table:
         for i, law in enumerate(laws.laws)
     ]
     formula = _LAW.format(floor=Markup("floor + ") if floor else Markup())
-    return Table((in_words(laws.measure), *headings, "× compute"), rows, _NOTE.format(law=formula))
+    return Table((in_words(laws.measure), *headings, "× compute"), rows, Markup(frontier) + _NOTE.format(law=formula))
 
 
 def _law_row(law: Law, floor: bool) -> list[Cell]:

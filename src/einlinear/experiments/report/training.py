@@ -47,7 +47,7 @@ def training_curves(study: Study, commands: Sequence[str]) -> Section | None:
     text = "" if len(lines) == len(study.records) else f"{len(lines)} of {len(study.records)} runs. "
     caption = Markup(
         "{}Loss of the batches, smoothed by a running mean over {:.0%} of the steps; wider models have wider lines. "
-        "Seconds: of the steps, without their data and without evaluations."
+        "Seconds: of training alone, without loading data and evaluations."
     ).format(text, 2 * _SMOOTH)
     return Section("Training curves", Markup(), [Figure("training-curves", caption, views, _data(lines))], commands)
 
@@ -69,7 +69,7 @@ def _line(curve: str, record: Record) -> _Line | None:
     if len(lines) < 2:
         return None
     steps = np.array([line["step"] for line in lines], dtype=float)
-    seconds = np.cumsum(np.array([line["seconds"] for line in lines]) * np.diff(steps, prepend=0.0))
+    seconds = np.array([line["training_seconds"] for line in lines], dtype=float)
     losses = _smooth(steps, np.array([line["train_loss"] for line in lines]))
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _POINTS)).round().astype(int))
     return _Line(curve, record, steps[shown], seconds[shown], losses[shown])

@@ -1,0 +1,111 @@
+"""`einlinear fit`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from einlinear.cli import display
+from einlinear.cli.endings import user_errors
+from einlinear.cli.packages import EXPERIMENTS, require
+from einlinear.cli.parsing import numbers
+
+if TYPE_CHECKING:  # heavy: imported by the command itself
+    from einlinear.experiments.fit import Law, Laws
+
+Folders = Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Results folders, taken together.")]
+Floor = Annotated[
+    str, typer.Option(help="Of scaling laws, the loss that no model gets below: a number, or fit to fit it as well.")
+]
+
+
+def fit(
+    folders: Folders,
+    floor: Floor = "0",
+    at: Annotated[
+        str | None, typer.Option(help="Also say what loss the laws give for these computes, such as 1M,1G or 1e12.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for all numbers.")] = None,
+) -> None:
+    """Fit scaling laws to the runs in results folders: loss = floor + scale × compute^-exponent, by structure."""
+    require(EXPERIMENTS)
+    from einlinear.experiments.fit import as_json, laws_of_training, laws_per_input
+    from einlinear.experiments.records import write_json
+    from einlinear.experiments.store import open_store
+    from einlinear.experiments.summary import studies
+
+    with user_errors():
+        assumed, computes = floor_of(floor), numbers(at, "--at") or ()
+        found = studies(record for folder in folders for record in open_store(folder).records())
+        if not found:
+            raise ValueError(f"{' and '.join(map(str, folders))}: no finished runs yet")
+    content = []
+    for study in found:
+        display.note(f"{study}, {len(study.records)} runs")
+        final = [laws_per_input(study, measure, assumed) for measure in study.measures]
+        training = laws_of_training(study, assumed)
+        laws = [*final, *([training] if training else [])]
+        for own in laws:
+            _print(own, computes)
+        content.append({"study": str(study), "laws": [as_json(own, computes) for own in laws]})
+    display.note(
+        "Means over the seeds. × compute: how many times the compute dense needs for the same loss, at the most compute "
+        "that both reach."
+    )
+    if out:
+        with user_errors():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, content)
+        display.note(f"Numbers: {out}")
+
+
+def floor_of(text: str) -> float | None:
+    """The option --floor; None where the floor is to be fitted.
+
+    Raises:
+        ValueError: it is neither a number of at least zero nor "fit".
+    """
+    if text == "fit":
+        return None
+    try:
+        floor = float(text)
+    except ValueError:
+        floor = math.nan
+    if not 0 <= floor < math.inf:
+        raise ValueError(f"--floor must be a number of at least 0, or fit, not {text!r}")
+    return floor
+
+
+def _print(laws: Laws, computes: Sequence[float]) -> None:
+    from einlinear.experiments.summary import in_words
+
+    display.note(f"\n{in_words(laws.measure)} over {laws.compute}")
+    headings = ["structure", "exponent", "95 % interval", "R²", "scale", "floor", "points", "× compute"]
+    headings += [f"at {compute:.3g}" for compute in computes]
+    display.show(headings, [_row(law, computes) for law in laws.laws])
+    for law in laws.laws:
+        if law.fit is None:
+            display.note(f"{law.curve.name}: {law.why}")
+
+
+def _row(law: Law, computes: Sequence[float]) -> list[str]:
+    if law.fit is None:
+        return [law.curve.name, *["–"] * (7 + len(computes))]
+    numbers, interval = law.fit.law, law.interval
+    doubt = " (not identified)" if numbers.floor_identified is False else ""
+    predictions = [law.predict(compute) for compute in computes]
+    return [
+        law.curve.name,
+        f"{numbers.exponent:.4f}",
+        f"{interval.low:.4f} to {interval.high:.4f}, {interval.source}" if interval else "–",
+        "–" if math.isnan(numbers.r_squared) else f"{numbers.r_squared:.4f}",
+        f"{numbers.scale:.4g}",
+        f"{numbers.floor:.4g}{doubt}",
+        str(len(law.fit.frontier.index)),
+        str(law.multipliers[-1].multiplier) if law.multipliers else "–",
+        *(f"{found.loss:.4g}" if found else "–" for found in predictions),
+    ]
