@@ -1,112 +1,124 @@
-"""Scaling curves: power laws, and compute multipliers against a dense curve whose law is known."""
+"""The scaling laws of runs: those that made-up losses were drawn from."""
 
-import math
-from itertools import pairwise
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.experiments.made_up import run_of, write
 
-from einlinear.experiments.fit import Multiplier, compute_multiplier, fit_power_law, spread
+from einlinear.experiments.fit import Law, as_json, laws_of_training, laws_per_input
+from einlinear.experiments.records import Record
+from einlinear.experiments.summary import TRAIN_LOSS, studies
 
-EXPONENT, SCALE = 0.12, 2.0
-MACS = (1e4, 3e4, 1e5, 2e5, 1e6)
-
-
-def law(macs: float) -> float:
-    return SCALE * macs**-EXPONENT
-
-
-DENSE = [(macs, law(macs)) for macs in MACS]
+BATCH = 256  # the default of images
+WIDTHS = (16, 32, 64, 128)
 
 
-def test_fits_the_law_it_was_given() -> None:
-    fit = fit_power_law(DENSE)
-    assert fit is not None
-    assert fit.exponent == pytest.approx(EXPONENT)
-    assert fit.scale == pytest.approx(SCALE)
-    assert fit.stderr == pytest.approx(0, abs=1e-8)
-    assert fit.r_squared == pytest.approx(1)
-    assert fit(5e5) == pytest.approx(law(5e5))
+def law(macs: float, times: float = 1.0) -> float:
+    return 3 * (times * macs) ** -0.12
 
 
-def test_two_points_have_no_standard_error() -> None:
-    fit = fit_power_law(DENSE[:2])
-    assert fit is not None
-    assert fit.exponent == pytest.approx(EXPONENT)
-    assert math.isnan(fit.stderr)
+def final(folder: Path, structure: str, times: float, **options: Any) -> list[Record]:
+    """Models that are as good as dense ones of so many times their MACs."""
+    return [
+        write(folder, run_of(structure, width, **options), 10 * width**2, law(10 * width**2, times)) for width in WIDTHS
+    ]
 
 
-@pytest.mark.parametrize("points", [[], DENSE[:1], [(1e4, 0.5), (1e4, 0.6)]])
-def test_no_line_through_a_single_number_of_macs(points: list[tuple[float, float]]) -> None:
-    assert fit_power_law(points) is None
+def test_a_law_over_the_macs_of_an_input(tmp_path: Path) -> None:
+    (study,) = studies([*final(tmp_path, "dense", 1), *final(tmp_path, "btt", 2)])
+    laws = laws_per_input(study, TRAIN_LOSS)
+    assert laws.compute == "MACs per image"
+    for own, times in zip(laws.laws, (1, 2), strict=True):
+        assert own.fit is not None
+        assert own.fit.law.exponent == pytest.approx(0.12)
+        assert own.fit.law(1e6) == pytest.approx(law(1e6, times))
+    dense, btt = laws.laws
+    assert dense.multipliers == ()
+    assert [at.multiplier.value for at in btt.multipliers if not at.multiplier.bound] == pytest.approx(
+        [2] * sum(not at.multiplier.bound for at in btt.multipliers)
+    )
+    assert btt.interval is not None
+    assert btt.interval.source == "regression"  # there is one seed only
+    halves = laws_per_input(study, "train_error").laws[0].fit
+    assert halves is not None
+    assert halves.law(1e6) == pytest.approx(law(1e6) / 2)
 
 
-def assert_recovers(multiplier: object, times: float, macs: float) -> None:
-    """A structure that is `times` as good as the dense law has this multiplier, wherever it lies on the curve."""
-    assert callable(multiplier)
-    assert multiplier(DENSE, macs, law(times * macs)).value == pytest.approx(times)
+def test_models_above_the_hull_belong_to_the_law_but_not_those_that_cheaper_ones_beat(tmp_path: Path) -> None:
+    losses = {16: 1.0, 32: 0.95, 64: 0.5, 128: 0.6, 256: 0.25}
+    records = [write(tmp_path, run_of("dense", width), 10 * width**2, loss) for width, loss in losses.items()]
+    (own,) = laws_per_input(studies(records)[0], TRAIN_LOSS).laws
+    assert own.fit is not None
+    assert own.fit.frontier.loss.tolist() == [1.0, 0.95, 0.5, 0.25]
 
 
-@pytest.mark.parametrize("times", [0.25, 1.0, 3.7])
-@pytest.mark.parametrize("macs", [4.1e4, 1e5, 2.2e5])
-def test_recovers_a_known_multiplier(times: float, macs: float) -> None:
-    assert_recovers(compute_multiplier, times, macs)
-    assert compute_multiplier(DENSE, macs, law(times * macs)).bound == ""
+def lines(macs: int, steps: int) -> list[dict[str, Any]]:
+    """Evaluated during training, above its law where it had too little or too much of it."""
+    return [
+        {
+            "step": step,
+            "training_seconds": 0.1 * step,
+            "train_error": law(macs * BATCH * step) * (1 + 0.3 * (k % 3 == 0)),
+        }
+        for k, step in enumerate(range(steps // 5, steps + 1, steps // 5))
+    ]
 
 
-def test_wrong_formulas_are_noticed() -> None:
-    def linear(dense: list[tuple[float, float]], macs: float, loss: float) -> Multiplier:  # not in log-log space
-        for (m0, l0), (m1, l1) in pairwise(dense):
-            if l1 <= loss <= l0:
-                return Multiplier((m0 + (l0 - loss) / (l0 - l1) * (m1 - m0)) / macs)
-        raise AssertionError
-
-    def loss_ratio(dense: list[tuple[float, float]], macs: float, loss: float) -> Multiplier:
-        return Multiplier(law(macs) / loss)
-
-    for wrong in (linear, loss_ratio):
-        with pytest.raises(AssertionError):
-            assert_recovers(wrong, 3.7, 4.1e4)
-
-
-def test_the_order_of_the_dense_points_does_not_matter() -> None:
-    loss = law(2.5e5)
-    assert compute_multiplier(DENSE[::-1], 1e5, loss) == compute_multiplier(DENSE, 1e5, loss)
+def trained(folder: Path, steps: int) -> list[Record]:
+    return [
+        write(
+            folder,
+            run_of("dense", width, steps=steps),
+            10 * width**2,
+            1.0,
+            error=lines(10 * width**2, steps)[-1]["train_error"],
+            lines=lines(10 * width**2, steps),
+        )
+        for width in WIDTHS
+    ]
 
 
-def test_every_dense_point_has_multiplier_one() -> None:
-    assert all(compute_multiplier(DENSE, macs, loss) == Multiplier(pytest.approx(1.0)) for macs, loss in DENSE)
+def test_a_law_over_the_compute_of_the_training(tmp_path: Path) -> None:
+    """Runs of both lengths are on one curve here, and on two in what compares final losses."""
+    (study,) = studies([*trained(tmp_path, 100), *trained(tmp_path, 200)])
+    assert [curve.name for curve in study.curves] == ["dense, steps=100", "dense, steps=200"]
+    laws = laws_of_training(study)
+    assert laws is not None
+    (own,) = laws.laws
+    assert own.curve.name == "dense"
+    assert len(own.rows) == 8
+    assert [len(losses.compute) for losses in own.losses] == [5] * 8
+    assert own.fit is not None
+    assert own.fit.law.exponent == pytest.approx(0.12, abs=1e-3)
+    assert max(own.fit.frontier.compute) == 10 * 128**2 * BATCH * 160  # the evaluation at the end was above the law
 
 
-def test_beyond_the_dense_curve_there_are_bounds_only() -> None:
-    assert compute_multiplier(DENSE, 2e5, law(1e6) - 0.01) == Multiplier(1e6 / 2e5, ">")
-    assert compute_multiplier(DENSE, 2e4, law(1e4) + 0.01) == Multiplier(1e4 / 2e4, "<")
+def test_without_evaluations_during_training_there_is_no_such_law(tmp_path: Path) -> None:
+    (study,) = studies(final(tmp_path, "dense", 1))
+    assert laws_of_training(study) is None
 
 
-def test_a_bump_in_the_dense_curve_counts_where_it_first_reaches_the_loss() -> None:
-    bumpy = [(100.0, 0.8), (200.0, 0.4), (400.0, 0.5), (800.0, 0.3)]
-    assert compute_multiplier(bumpy, 100.0, 0.4).value == pytest.approx(2)
-    assert compute_multiplier(bumpy, 100.0, 0.45).value == pytest.approx(2 ** (math.log(0.8 / 0.45) / math.log(2)))
+def test_an_assumed_floor_and_errors_at_it(tmp_path: Path) -> None:
+    losses = [*(0.5 + law(10 * width**2) for width in WIDTHS), 0.5]
+    records = [
+        write(tmp_path, run_of("dense", width), 10 * width**2, loss)
+        for width, loss in zip((*WIDTHS, 256), losses, strict=True)
+    ]
+    (own,) = laws_per_input(studies(records)[0], TRAIN_LOSS, floor=0.5).laws
+    assert own.fit is not None
+    assert own.fit.law.exponent == pytest.approx(0.12)
+    assert [row.run.model.width for row in own.rows] == list(WIDTHS)
 
 
-def test_a_single_dense_point() -> None:
-    assert compute_multiplier([(100.0, 0.5)], 50.0, 0.5) == Multiplier(2.0)
-    assert compute_multiplier([(100.0, 0.5)], 50.0, 0.4) == Multiplier(2.0, ">")
-    with pytest.raises(ValueError, match="at least one point"):
-        compute_multiplier([], 50.0, 0.4)
-
-
-def test_spread_is_a_geometric_mean_with_its_range() -> None:
-    found = spread([Multiplier(4.0), Multiplier(1.0), Multiplier(2.0)])
-    assert found is not None
-    assert found.mean == Multiplier(pytest.approx(2.0))
-    assert (found.smallest, found.largest, found.seeds) == (Multiplier(1.0), Multiplier(4.0), 3)
-    assert str(found) == "2.00× (1.00 to 4.00)"
-
-
-def test_bounds_stay_bounds_in_a_mean() -> None:
-    below, above, exact = Multiplier(2.0, "<"), Multiplier(8.0, ">"), Multiplier(4.0)
-    assert str(spread([exact, above])).startswith("> 5.66×")
-    assert str(spread([exact, below])).startswith("< 2.83×")
-    assert str(spread([above])) == "> 8.00×"
-    assert str(spread([below, above])) == "unclear (< 2.00 to > 8.00)"
-    assert spread([]) is None
+def test_json_has_all_numbers_and_says_why_there_is_no_law(tmp_path: Path) -> None:
+    records = [*final(tmp_path, "dense", 1), *final(tmp_path, "btt", 2), write(tmp_path, run_of("tt"), 99, 0.5)]
+    laws = laws_per_input(studies(records)[0], TRAIN_LOSS)
+    content = json.loads(json.dumps(as_json(laws, at=[1e9]), allow_nan=False))
+    dense, btt, tt = content["structures"]
+    assert dense["exponent"] == pytest.approx(0.12)
+    assert btt["predictions"][0]["loss"] == pytest.approx(law(1e9, 2))
+    assert btt["compute_multipliers"][0]["multiplier"] == pytest.approx(2)
+    assert "at least 2 points" in tt["no_law_because"]
+    assert isinstance(laws.laws[2], Law)

@@ -53,8 +53,8 @@ def fit(
             _print(own, computes)
         content.append({"study": str(study), "laws": [as_json(own, computes) for own in laws]})
     display.note(
-        "Means over the seeds. × compute: how many times the compute dense needs for the same loss, at the most compute "
-        "that both reach."
+        "Means over the seeds. × compute: how many times the compute dense needs for the same loss, at the most "
+        "compute that both reach."
     )
     if out:
         with user_errors():

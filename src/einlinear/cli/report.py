@@ -64,18 +64,7 @@ def _print(study: Study) -> None:
                 row.seed_count,
             ]
         )
-    words = [name.replace("_", " ") for name in options]
-    headings = (
-        "structure",
-        "width",
-        *words,
-        "params",
-        "MACs",
-        *map(in_words, measures),
-        "× compute",
-        "ms/step",
-        "seeds",
-    )
+    names = (*(name.replace("_", " ") for name in options), "params", "MACs", *map(in_words, measures))
     display.note(f"{study}{', every model at its best learning rate' if 'lr' in study.varied else ''}:")
-    display.show(headings, rows)
+    display.show(("structure", "width", *names, "× compute", "ms/step", "seeds"), rows)
     display.note(f"× compute: how many times these MACs dense needs for the same {in_words(study.error)}.\n")
