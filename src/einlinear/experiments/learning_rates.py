@@ -76,8 +76,9 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
     It is the vertex of the parabola through the lowest point and its two neighbours, in the logarithm of the learning
     rate; or the lowest point itself, where it is at an end or beside a learning rate that diverges.
 
-    >>> best_lr([(0.001, 2.0), (0.01, 1.0), (0.1, 2.0)])
-    (0.01, '')
+    >>> lr, _ = best_lr([(0.001, 2.0), (0.01, 1.0), (0.1, 2.0)])
+    >>> round(lr, 6)
+    0.01
     >>> best_lr([(0.001, 1.0), (0.01, 2.0), (0.1, None)])
     (0.001, '<')
     """

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)  # making one takes longer than a thousand options
 
 
 def names(kind: type) -> tuple[str, ...]:
@@ -25,7 +28,7 @@ def parse(kind: type[T], options: Mapping[str, Any]) -> T:
     """
     values = {name: None if value == "none" else value for name, value in options.items()}
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return cast(T, _adapter(kind).validate_python(values))
     except ValidationError as error:
         raise ValueError("; ".join(map(_message, error.errors()))) from None
 
