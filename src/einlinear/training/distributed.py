@@ -36,6 +36,11 @@ class World:
         return float(value) / self.size
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints: the only one, or the first that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def world(device: str) -> Iterator[World]:
     """Join the processes that torchrun started, if it did; otherwise one process is the world."""
