@@ -20,7 +20,7 @@ def fitted(seeds: int = 4, **options: object) -> ScalingFit:
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     hits = np.zeros(3)
     for seed in range(200):
-        fit = fit_scaling(final_losses(np.random.default_rng(seed), seeds=5), resamples=79, seed=seed)
+        fit = fit_scaling(final_losses(np.random.default_rng(seed), seeds=5), resamples=39, seed=seed)
         found = [fit.interval("exponent"), fit.interval("scale"), fit.predict(1e12).interval]
         truths = (0.12, 3.0, 3 * 1e12**-0.12)
         hits += [i is not None and i.low <= truth <= i.high for i, truth in zip(found, truths, strict=True)]

@@ -50,9 +50,18 @@ def test_no_floor_is_not_taken_for_one() -> None:
         assert law.exponent == pytest.approx(0.3, rel=0.05)
 
 
-def test_a_curve_that_has_flattened_out_does_not_say_its_floor_from_below() -> None:
+def test_a_flat_curve_does_not_say_its_floor() -> None:
     loss = 1.5 * np.exp(0.01 * np.random.default_rng(1).standard_normal(10))
     assert power_law_with_floor(COMPUTE, loss).floor_identified is False
+
+
+def test_a_curve_that_has_reached_its_floor_says_it() -> None:
+    """Half of the points there have a loss below the floor."""
+    loss = (1.5 + 3 * (COMPUTE / 1e6) ** -0.8) * np.exp(0.01 * np.random.default_rng(1).standard_normal(10))
+    law = power_law_with_floor(COMPUTE, loss)
+    assert law.floor_identified
+    assert law.floor > loss.min()
+    assert law.floor == pytest.approx(1.5, rel=0.01)
 
 
 def test_a_start_nearby_finds_the_same_floor() -> None:
