@@ -64,6 +64,14 @@ def test_a_curve_that_has_reached_its_floor_says_it() -> None:
     assert law.floor == pytest.approx(1.5, rel=0.01)
 
 
+def test_an_exponent_that_nothing_says_has_no_small_standard_error() -> None:
+    """All points but the first, and a trace of the second, are on the floor."""
+    loss = (1.5 + 2 * (COMPUTE / 1e6) ** -8.0) * np.exp(0.01 * np.random.default_rng(2).standard_normal(10))
+    law = power_law_with_floor(COMPUTE, loss)
+    assert law.floor == pytest.approx(1.5, rel=0.01)
+    assert law.stderr > 10
+
+
 def test_a_start_nearby_finds_the_same_floor() -> None:
     loss = noisy(1.5, 0.01)
     found = power_law_with_floor(COMPUTE, loss)

@@ -89,8 +89,8 @@ def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | N
     """
     x, y = log_points(compute, loss)
     _require_points(x, MIN_POINTS_WITH_FLOOR, "a power law with a floor")
-    centre, lowest, highest = float(x.mean()), math.exp(y.min()), math.exp(y.max())
-    starts = [share * lowest for share in FLOOR_STARTS] if near is None else [min(near, highest)]
+    centre = float(x.mean())
+    starts = [share * math.exp(y.min()) for share in FLOOR_STARTS] if near is None else [near]
     found = [_search(x - centre, y, start) for start in starts]
     cost, (log_scale, exponent, floor) = min(found, key=lambda each: each[0])
     free = len(x) - 3
@@ -111,7 +111,9 @@ def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
     jacobian = gradient(law, np.exp(x))
     free = len(x) - jacobian.shape[1]
     variance = _squares(_residuals(law, x, y)) / free if free > 0 else math.nan
-    return np.asarray(variance * np.linalg.pinv(jacobian.T @ jacobian))
+    sizes = np.linalg.norm(jacobian, axis=0)  # very different: columns are scaled to one
+    inverse = np.linalg.pinv(jacobian / sizes) / sizes[:, None]
+    return np.asarray(variance * inverse @ inverse.T)
 
 
 def gradient(law: PowerLaw, compute: Array) -> Array:
@@ -186,7 +188,7 @@ def _search(x: Array, y: Array, floor: float, fixed: bool = False) -> tuple[floa
     loss = np.exp(y)
     slope, intercept = np.polyfit(x, np.log(np.maximum(loss - floor, 0.01 * loss)), 1)
     free = 2 if fixed else 3
-    first = [intercept, min(max(-slope, 0.0), STEEPEST), floor][:free]
+    first = [intercept, min(max(-slope, 0.0), STEEPEST), min(floor, loss.max())][:free]
     bounds = ([-math.inf, 0.0, 0.0][:free], [math.inf, STEEPEST, loss.max()][:free])
     found = least_squares(residuals, first, jacobian, bounds, "dogbox", loss="huber", f_scale=HUBER)
     return float(found.cost), np.append(found.x, [floor] if fixed else [])
