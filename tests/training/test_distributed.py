@@ -1,6 +1,8 @@
 """Two processes on gloo: the losses, learning rates and checkpoints of one."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,38 +13,64 @@ from tests.training import toy
 
 from einlinear.training import checkpoint
 
+OPTIONS: dict[str, Any] = {"lr": 3e-3, "schedule": "constant", "warmup": 5, "clip": 1.0}
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp, normalized": {"normalize": True},
+    "fsdp": {},
+    "fsdp, normalized": {"normalize": True},
+    "fsdp, muon": {"normalize": True, "optimizer": "muon"},
+}
 
-def torchrun(folder: Path, options: dict[str, Any]) -> list[float]:
-    folder.mkdir(parents=True, exist_ok=True)
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes have done, one run after the other."""
+    folder = tmp_path_factory.mktemp("together")
+    runs = {
+        name: OPTIONS | {"steps": 50, "checkpoint_every": 25, "accumulate": 2, "parallel": name.split(",")[0]} | options
+        for name, options in CASES.items()
+    }
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, toy.__file__, str(folder), json.dumps(options)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*launch, toy.__file__, str(folder), json.dumps(runs)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
-    losses: list[float] = json.loads((folder / "done.json").read_text())[0]
-    return losses
+    return folder
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_follow_one(tmp_path: Path, parallel: str) -> None:
-    options: dict[str, Any] = {"steps": 50, "checkpoint_every": 25, "clip": 1.0, "schedule": "constant"}
-    alone = toy.run(tmp_path / "alone", **options)
-    together = torchrun(tmp_path / "together", options | {"parallel": parallel, "accumulate": 2})
-    assert together == pytest.approx(alone.losses, rel=1e-4)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_follow_one(together: Path, tmp_path: Path, case: str) -> None:
+    options = OPTIONS | CASES[case]
+    alone, rates = toy.run_gpt(tmp_path, steps=60, checkpoint_every=50, **options)
+    losses: list[float]
+    for rank in (0, 1):
+        losses, own_rates = json.loads((together / case / f"rank-{rank}.json").read_text())
+        assert losses == pytest.approx(alone.losses[:50], rel=1e-4)
+        assert own_rates == rates
+    assert losses[-1] < 0.95 * losses[0]
+    assert len(set(rates.values())) > 2
+    assert ("blocks.0.attention.out.gamma_A" in rates) == ("normalize" in options)
 
-    # One process goes on from what two have saved, and exactly as it does from what it then saves itself.
-    saved = checkpoint.latest(tmp_path / "together" / "checkpoints")
-    own = checkpoint.latest(tmp_path / "alone" / "checkpoints")
+    saved, own = (checkpoint.latest(folder / "checkpoints") for folder in (together / case, tmp_path))
     assert saved is not None
     assert own is not None
     assert saved.step == 50
-    assert {name: tensor.shape for name, tensor in saved.tensors.items()} == {
-        name: tensor.shape for name, tensor in own.tensors.items()
+    assert {name: tensor.shape for name, tensor in saved.tensors.items() if name not in ("losses", "seconds")} == {
+        name: tensor.shape for name, tensor in own.tensors.items() if name not in ("losses", "seconds")
     }
+
+    # One process goes on from what two have saved, and exactly as it does from what it then saves itself.
     longer = options | {"steps": 60, "checkpoint_every": 5}
-    first = toy.run(tmp_path / "together", **longer)
-    assert first.losses[:50] == tuple(together)
-    newest = max((tmp_path / "together" / "checkpoints").iterdir())
-    for file in newest.iterdir():
-        file.unlink()
-    newest.rmdir()
-    assert toy.run(tmp_path / "together", **longer).losses == first.losses
+    first, _ = toy.run_gpt(together / case, **longer)
+    assert first.losses[:50] == tuple(losses)
+    assert first.losses == pytest.approx(alone.losses, rel=1e-4)
+    shutil.rmtree(together / case / "checkpoints" / "step-00000060")
+    again, _ = toy.run_gpt(together / case, **longer)
+    assert again.losses == first.losses
+    assert again.measures == first.measures

@@ -205,7 +205,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def test_the_model_is_not_changed_by_measuring() -> None:
-    model = toy.initialised()
+    model = toy.initialised(toy.build)
     config = Training(steps=1, threads=1)
     from einlinear.training.distributed import World
 

@@ -1,22 +1,28 @@
-"""A small task and model; as a script, a training run of them that can be started by torchrun, killed and continued.
+"""Small tasks and models. As a script, runs of them that torchrun can start:
 
-python tests/training/toy.py FOLDER '{"steps": 30, "checkpoint_every": 5}' [SECONDS PER STEP]
+torchrun --nproc-per-node 2 tests/training/toy.py FOLDER '{"a": {"kind": "gpt", "parallel": "fsdp"}, "b": {...}}'
 """
 
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import einlinear as el
+from einlinear.data import Images, PixelSequences
 from einlinear.data.draws import torch_draws
-from einlinear.nn import ResidualMLP
-from einlinear.training import Outcome, Training, train
+from einlinear.nn import GPT, ReferenceModel, ResidualMLP
+from einlinear.training import Outcome, Task, Training, train
+from einlinear.training.loop import Progress
+from einlinear.training.tasks import LanguageModel
 
 
 class Toy:
@@ -42,20 +48,61 @@ class Toy:
         return {"error": float(F.mse_loss(model(x.to(device)).float(), y.to(device)))}
 
 
-def build(width: int = 16, structure: str = "btt", dtype: torch.dtype = torch.float32) -> nn.Module:
-    return ResidualMLP(12, width, 2, depth=2, structure=structure).to(dtype)
+def pixels() -> LanguageModel:
+    """The next pixel of images of 16 pixels, each a little brighter or darker than the one before."""
+    x = torch.randn(80, 16, generator=torch_draws(0, 0)).cumsum(1).view(80, 1, 4, 4)
+    y = torch.zeros(80, dtype=torch.int64)
+    images = Images("pixels", "made up", x[:64], y[:64], x[64:], y[64:], ("all",))
+    return LanguageModel(PixelSequences(images, size=None, batch_size=16, seed=0))
 
 
-def initialised(structure: str = "btt") -> nn.Module:
+def build(width: int = 16, structure: str = "btt") -> ReferenceModel:
+    return ResidualMLP(12, width, 2, depth=2, structure=structure)
+
+
+def build_gpt(width: int = 32, structure: str = "btt", normalize: bool = False) -> ReferenceModel:
+    return GPT(257, width, 16, depth=2, d_head=16, structure=structure, bias=True, normalize=normalize)
+
+
+def initialised(builder: Callable[..., ReferenceModel], **options: Any) -> ReferenceModel:
     torch.manual_seed(0)
-    return el.init_(build(structure=structure), zero=ResidualMLP.ZERO)
+    model = builder(**options)
+    el.init_(model, zero=model.ZERO)
+    return model
 
 
-def run(folder: Path | None = None, pause: float = 0.0, facts: dict[str, Any] | None = None, **options: Any) -> Outcome:
+def run(
+    folder: Path | None = None,
+    pause: float = 0.0,
+    facts: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Outcome:
     config = Training(**{"steps": 20, "lr": 1e-2, "threads": 1, **options})
-    return train(initialised(), build(8, "dense"), Toy(pause), config, folder, facts=facts)
+    return train(initialised(build), build(8, "dense"), Toy(pause), config, folder, facts=facts, progress=progress)
+
+
+def run_gpt(folder: Path, normalize: bool = False, **options: Any) -> tuple[Outcome, dict[str, float]]:
+    """What a run came to, and the learning rate of every parameter in its last step, by the name that it has."""
+    model = initialised(build_gpt, normalize=normalize)
+    task: Task = pixels()
+    rates: dict[str, float] = {}
+
+    def spy(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        used = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        rates.update({name: used[id(p)] for name, p in model.named_parameters() if id(p) in used})
+
+    config = Training(**{"threads": 1, **options})
+    hook = register_optimizer_step_post_hook(spy)
+    try:
+        outcome = train(model, build_gpt(16, "dense"), task, config, folder)
+    finally:
+        hook.remove()
+    return outcome, rates
 
 
 if __name__ == "__main__":
-    outcome = run(Path(sys.argv[1]), float((sys.argv[3:] or ["0"])[0]), **json.loads(sys.argv[2]))
-    (Path(sys.argv[1]) / "done.json").write_text(json.dumps([outcome.losses, dict(outcome.measures)]))
+    for case, options in json.loads(sys.argv[2]).items():
+        folder = Path(sys.argv[1], case)
+        outcome, rates = run_gpt(folder, **options)
+        (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps([outcome.losses, rates]))

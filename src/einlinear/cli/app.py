@@ -5,6 +5,7 @@ What trains or draws is heavy and needs further packages: the commands that use 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -72,8 +73,9 @@ def describe(
         display.plan(structure, tokens)
 
 
-_SETTINGS = {"ignore_unknown_options": True}  # those of runs, which are a run's to know
-for command in (compare, train, sweep, coord_check):
-    app.command(context_settings=_SETTINGS)(command)
-for command in (recipes, fit, report, bench, prepare):
+_OF_RUNS: tuple[Callable[..., None], ...] = (compare, train, sweep, coord_check)
+_OTHERS: tuple[Callable[..., None], ...] = (recipes, fit, report, bench, prepare)
+for command in _OF_RUNS:  # an option they do not know is one of a run, which says what is right
+    app.command(context_settings={"ignore_unknown_options": True})(command)
+for command in _OTHERS:
     app.command()(command)

@@ -40,10 +40,13 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def assignments(words: Sequence[str] | None) -> dict[str, str]:
-    """["lr=1e-3", "--batch-size", "64", "--depth=2"] -> {"lr": "1e-3", "batch_size": "64", "depth": "2"}.
+    """Options by name; of one that is given twice, the last value.
+
+    >>> assignments(["lr=1e-3", "--batch-size", "64", "--depth=2"])
+    {'lr': '1e-3', 'batch_size': '64', 'depth': '2'}
 
     Raises:
-        ValueError: a word that sets nothing, an option given twice.
+        ValueError: a word that sets nothing.
     """
     options: dict[str, str] = {}
     rest = iter(words or ())
@@ -56,8 +59,6 @@ def assignments(words: Sequence[str] | None) -> dict[str, str]:
         name = name.strip().replace("-", "_")
         if not value:
             raise ValueError(f"{word!r} has no value; write NAME=VALUE, such as lr=1e-3")
-        if name in options:
-            raise ValueError(f"{name} is given twice")
         options[name] = value.strip()
     return options
 

@@ -40,6 +40,7 @@ def train(
     require(EXPERIMENTS)
     from einlinear.experiments.execute import execute
     from einlinear.experiments.run import Run
+    from einlinear.training.distributed import is_first
 
     with user_errors():
         run = Run.of(assignments(settings))
@@ -48,7 +49,8 @@ def train(
             bar(run) as progress,
         ):
             result = execute(run, out, progress, keep_checkpoints=True)
-    display.result(run, result)
+    if is_first():
+        display.result(run, result)
 
 
 def sweep(

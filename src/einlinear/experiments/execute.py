@@ -9,7 +9,6 @@ FOLDER/result.json    what it came to; where this file is, the run is finished
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import statistics
 from pathlib import Path
@@ -22,6 +21,7 @@ from einlinear.experiments.records import Result, alone, code_version, write_res
 from einlinear.experiments.run import Run
 from einlinear.nn import ReferenceModel, counts
 from einlinear.parametrize import init_
+from einlinear.training.distributed import is_first
 from einlinear.training.loop import Outcome, Progress
 
 LAST = 0.1  # share of the steps whose mean loss is the training loss of a run
@@ -44,7 +44,7 @@ def execute(
     """
     if folder is None:
         return _train(run, None, progress)
-    if int(os.environ.get("RANK", "0")) > 0:  # torchrun started it beside the first process, which keeps the files
+    if not is_first():  # the first one keeps the files
         return _train(run, folder, progress)
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder / ".lock", f"another process is at work in {folder}"):
@@ -69,7 +69,7 @@ def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
     facts = {**run.identity, "data_digest": problem.digest, "code": code}
     model = initialised(run, problem)
     params, macs = counts.params(model), model.macs
-    if folder is not None and int(os.environ.get("RANK", "0")) == 0:
+    if folder is not None and is_first():
         write_run(folder, run, code, problem)
     outcome = training.train(
         model,

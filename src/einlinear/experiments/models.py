@@ -79,14 +79,31 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class MLP(Model):
-    """A residual multilayer perceptron, `einlinear.nn.ResidualMLP`; its head is dense."""
+    """A residual multilayer perceptron, `einlinear.nn.ResidualMLP`; its head is dense.
+
+    Attributes:
+        input_structure: of the input layer; None: that of the others.
+    """
 
     NAME = "mlp"
+
+    input_structure: str | None = None
 
     def build(self, shape: Shape) -> ReferenceModel:
         if shape.context is not None:
             raise ValueError("an mlp takes images or vectors, not sequences of tokens: choose model=gpt")
-        return ResidualMLP(shape.inputs, self.width, shape.outputs, self.depth, self.structure, self.expansion)
+        return ResidualMLP(
+            shape.inputs,
+            self.width,
+            shape.outputs,
+            self.depth,
+            self.structure,
+            self.expansion,
+            input_structure=self.input_structure,
+        )
+
+    def _dense(self) -> Model:
+        return replace(super()._dense(), input_structure=DENSE)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +113,7 @@ class Vit(Model):
     Attributes:
         heads: of the attention.
         patch_size: side of a patch in pixels.
+        input_structure: of the layer that embeds patches; None: that of the others.
         qk_norm: whether queries and keys are normalised.
         normalize: whether the weights of structured layers are, as by `einlinear.Linear`.
     """
@@ -104,6 +122,7 @@ class Vit(Model):
 
     heads: int = 4
     patch_size: int = 4
+    input_structure: str | None = None
     qk_norm: bool = False
     normalize: bool = False
 
@@ -123,7 +142,11 @@ class Vit(Model):
             expansion=self.expansion,
             qk_norm=self.qk_norm,
             normalize=self.normalize,
+            input_structure=self.input_structure,
         )
+
+    def _dense(self) -> Model:
+        return replace(super()._dense(), input_structure=DENSE)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +154,8 @@ class Gpt(Model):
     """A language model, `einlinear.nn.GPT`, without biases.
 
     Attributes:
-        d_head: features of an attention head.
+        d_head: features of an attention head; None: width / heads.
+        heads: of the attention; None: width / d_head.
         head_structure: of the head.
         qk_norm: whether queries and keys are normalised.
         normalize: whether the weights of structured layers are, as by `einlinear.Linear`.
@@ -139,7 +163,8 @@ class Gpt(Model):
 
     NAME = "gpt"
 
-    d_head: int = 64
+    d_head: int | None = 64
+    heads: int | None = None
     head_structure: str = DENSE
     qk_norm: bool = True
     normalize: bool = True
@@ -153,6 +178,7 @@ class Gpt(Model):
             shape.context,
             depth=self.depth,
             d_head=self.d_head,
+            heads=self.heads,
             structure=self.structure,
             head_structure=self.head_structure,
             expansion=self.expansion,

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 T = TypeVar("T")
 
@@ -31,6 +38,15 @@ def parse(kind: type[T], options: Mapping[str, Any]) -> T:
         return cast(T, _adapter(kind).validate_python(values))
     except ValidationError as error:
         raise ValueError("; ".join(map(_message, error.errors()))) from None
+
+
+def from_text(text: str, what: str, kind: str = "toml") -> dict[str, Any]:
+    """The tables of a text in TOML, or the objects of one in JSON. Raises ValueError if it is damaged."""
+    try:
+        content: dict[str, Any] = json.loads(text) if kind == "json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be read: {error}") from None
+    return content
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:

@@ -81,7 +81,7 @@ class Curve:
     """One structure, with one choice of all options but sizes, learning rate and seed.
 
     Attributes:
-        name: the structure, and those of the options that other curves have differently.
+        name: the structure, and those options of which a structure has several values.
         structure: its spec.
         options: those of the name.
         rows: by MACs, then by learning rate.
@@ -131,7 +131,7 @@ class Study:
 
     def size(self, run: Run) -> str:
         """ "width 64", and the other sizes that vary."""
-        names = ("width", *(name for name in SIZES[1:] if name in self.varied and name in run.options))
+        names = ("width", *(name for name in SIZES[1:] if name in self.varied and run.options.get(name) is not None))
         return ", ".join(f"{name} {run.options[name]}" for name in names)
 
     def __str__(self) -> str:
@@ -162,7 +162,11 @@ def value(record: Record, measure: str) -> float | None:
 
 def make_curves(records: Sequence[Record], apart_from: Collection[str] = ()) -> list[Curve]:
     """The curves of runs on the same data, dense first; options that are named here make no curves of their own."""
-    named = [name for name in _varied(records) if name not in {*_NOT_NAMED, *apart_from}]
+    of_structures: dict[str, list[Record]] = {}
+    for record in records:
+        of_structures.setdefault(record.run.model.structure, []).append(record)
+    varied = {name: None for own in of_structures.values() for name in _varied(own)}
+    named = [name for name in varied if name not in {*_NOT_NAMED, *apart_from}]
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(_name(record.run, named), []).append(record)
@@ -214,6 +218,8 @@ def _name(run: Run, named: Sequence[str]) -> str:
 def _words(name: str, value: Any) -> str:
     if name == "structure_aware":
         return "" if value else "naive"
+    if value is None:
+        return ""
     return str(value) if name == "model" else f"{name}={value}"
 
 

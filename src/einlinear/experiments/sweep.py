@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from einlinear.experiments.models import Shape
-from einlinear.experiments.options import refuse_unknown
+from einlinear.experiments.options import from_text, refuse_unknown
 from einlinear.experiments.problems import Data
 from einlinear.experiments.run import Run
 from einlinear.experiments.store import Store
 from einlinear.experiments.table import Table
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _KEYS = ("settings", "grid", "parts")
 
@@ -77,11 +71,7 @@ def read_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         OSError: it cannot be read.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    content = from_text(path.read_text(encoding="utf-8"), str(path), path.suffix.removeprefix("."))
     return make_sweep(content, overrides, str(path))
 
 

@@ -44,8 +44,9 @@ class Attention(nn.Module):
     all others under muP (Yang et al., arXiv 2203.03466), since a query and its key correlate.
 
     Args:
-        width: of the residual stream; a multiple of `heads`.
-        heads: each of d_head = width / heads features.
+        width: of the residual stream.
+        heads: how many.
+        d_head: features of a head; by default width / heads, which has to be a whole number.
         structure, bias: of the four linear layers, as for `Linear`; norms have a bias if these do.
         causal: whether a token sees only itself and those before it.
         qk_norm: whether every head's queries and keys pass through a LayerNorm.
@@ -63,18 +64,20 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         normalize: bool = False,
         multiplier: float = 1.0,
+        d_head: int | None = None,
     ) -> None:
         super().__init__()
-        if heads < 1 or width % heads:
+        if heads < 1 or (d_head is None and width % heads):
             raise ValueError(f"a width of {width} cannot be divided into {heads} heads")
-        self.width, self.heads, self.causal, self.multiplier = width, heads, causal, multiplier
+        d_head = d_head or width // heads
+        self.heads, self.features, self.causal, self.multiplier = heads, heads * d_head, causal, multiplier
         self.norm = nn.LayerNorm(width, bias=bias)
-        self.query = Linear(width, width, structure, bias, normalize, gamma=not qk_norm)
-        self.key = Linear(width, width, structure, bias, normalize, gamma=not qk_norm)
-        self.value = Linear(width, width, structure, bias, normalize)
-        self.out = Linear(width, width, structure, bias, normalize)
-        self.query_norm = nn.LayerNorm(width // heads, bias=bias) if qk_norm else nn.Identity()
-        self.key_norm = nn.LayerNorm(width // heads, bias=bias) if qk_norm else nn.Identity()
+        self.query = Linear(width, self.features, structure, bias, normalize, gamma=not qk_norm)
+        self.key = Linear(width, self.features, structure, bias, normalize, gamma=not qk_norm)
+        self.value = Linear(width, self.features, structure, bias, normalize)
+        self.out = Linear(self.features, width, structure, bias, normalize)
+        self.query_norm = nn.LayerNorm(d_head, bias=bias) if qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(d_head, bias=bias) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -98,9 +101,10 @@ class TransformerBlock(nn.Module):
         qk_norm: bool = False,
         normalize: bool = False,
         multiplier: float = 1.0,
+        d_head: int | None = None,
     ) -> None:
         super().__init__()
-        self.attention = Attention(width, heads, structure, bias, causal, qk_norm, normalize, multiplier)
+        self.attention = Attention(width, heads, structure, bias, causal, qk_norm, normalize, multiplier, d_head)
         self.feed_forward = FeedForward(width, structure, expansion, bias, normalize, multiplier)
 
     def forward(self, x: Tensor) -> Tensor:

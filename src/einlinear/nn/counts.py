@@ -18,7 +18,7 @@ def macs_per_token(model: nn.Module, tokens: int | None = None) -> int:
     """Multiply-accumulates that one token, or one vector, takes to pass through every layer of a model once.
 
     Counted are linear layers (structured ones, torch's, transformers' Conv1D) and the two products of `Attention`:
-    2 * tokens * width. Causal attention counts in full, also what its mask hides, as torch's FlopCounterMode does it.
+    2 * tokens * heads * d_head. Causal attention counts in full, also what its mask hides, as torch's FlopCounterMode does it.
     Biases, norms, activation functions and lookups are not counted.
 
     Args:
@@ -50,7 +50,7 @@ def _own_macs(name: str, module: nn.Module, tokens: int | None) -> int:
     elif isinstance(module, Attention):
         if tokens is None:
             raise ValueError(f"{name or 'the model'} is attention, whose cost depends on the sequence: give tokens=")
-        macs = 2 * tokens * module.width
+        macs = 2 * tokens * module.features
     elif holds_vectors(module):
         known = weights
     if weights - known:

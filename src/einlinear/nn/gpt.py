@@ -21,10 +21,11 @@ class GPT(ReferenceModel):
 
     Args:
         vocab: the number of different tokens.
-        width: of the residual stream; a multiple of `d_head`.
+        width: of the residual stream.
         context: the most tokens of a sequence.
         depth: the number of blocks, whose branches are multiplied by sqrt(3 / depth).
-        d_head: features of an attention head.
+        d_head: features of an attention head; None: width / heads.
+        heads: of the attention; None: width / d_head.
         structure: of every linear layer of the blocks, as for `Linear`.
         head_structure: of the head.
         expansion: of the blocks' hidden layer.
@@ -48,7 +49,8 @@ class GPT(ReferenceModel):
         context: int,
         *,
         depth: int = 3,
-        d_head: int = 64,
+        d_head: int | None = 64,
+        heads: int | None = None,
         structure: str = "dense",
         head_structure: str = "dense",
         expansion: int = 4,
@@ -57,8 +59,12 @@ class GPT(ReferenceModel):
         normalize: bool = False,
     ) -> None:
         super().__init__()
-        if d_head < 1 or width % d_head:
-            raise ValueError(f"a width of {width} cannot be divided into heads of {d_head} features")
+        if heads is None:
+            if d_head is None:
+                raise ValueError("give d_head, heads or both: neither says how attention is divided into heads")
+            if d_head < 1 or width % d_head:
+                raise ValueError(f"a width of {width} cannot be divided into heads of {d_head} features")
+            heads = width // d_head
         self.context = context
         self.embedding = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(context, width)
@@ -66,7 +72,7 @@ class GPT(ReferenceModel):
             depth,
             lambda: TransformerBlock(
                 width,
-                width // d_head,
+                heads,
                 structure,
                 expansion,
                 bias,
@@ -74,6 +80,7 @@ class GPT(ReferenceModel):
                 qk_norm=qk_norm,
                 normalize=normalize and not is_dense(structure, width, width),
                 multiplier=math.sqrt(3 / depth),
+                d_head=d_head,
             ),
         )
         self.norm = nn.LayerNorm(width, bias=bias)

@@ -23,6 +23,7 @@ class ResidualMLP(ReferenceModel):
         structure: of every linear layer but the head, as for `Linear`.
         expansion: of the blocks' hidden layer.
         bias: whether linear layers and norms have one.
+        input_structure: of the input layer; by default that of the others.
 
     Shapes:
         (n, ...) of in_features values, such as images, to (n, out_features).
@@ -40,9 +41,10 @@ class ResidualMLP(ReferenceModel):
         structure: str = "dense",
         expansion: int = 4,
         bias: bool = True,
+        input_structure: str | None = None,
     ) -> None:
         super().__init__()
-        self.input = Linear(in_features, width, structure, bias)
+        self.input = Linear(in_features, width, input_structure or structure, bias)
         self.blocks = stack(depth, lambda: FeedForward(width, structure, expansion, bias))
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)

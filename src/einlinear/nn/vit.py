@@ -32,6 +32,7 @@ class ViT(ReferenceModel):
         bias: whether linear layers and norms have one.
         qk_norm: whether queries and keys pass through a LayerNorm, which large models need to train stably.
         normalize: whether the weights of structured layers, that is all but dense ones, are normalised as by `Linear`.
+        input_structure: of the layer that embeds patches; by default that of the others.
 
     Shapes:
         (n, channels, height, width) to (n, out_features).
@@ -57,19 +58,28 @@ class ViT(ReferenceModel):
         bias: bool = True,
         qk_norm: bool = False,
         normalize: bool = False,
+        input_structure: str | None = None,
     ) -> None:
         super().__init__()
         rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
         if patch_size < 1 or rows % patch_size or columns % patch_size:
             raise ValueError(f"images of {rows} x {columns} cannot be cut into patches of {patch_size} x {patch_size}")
-        normalize = normalize and not is_dense(structure, width, width)
+        values, of_patches = channels * patch_size**2, input_structure or structure
         self.image_shape, self.patch_size = (channels, rows, columns), patch_size
         self.tokens = (rows // patch_size) * (columns // patch_size)
-        self.patches = Linear(channels * patch_size**2, width, structure, bias, normalize)
+        self.patches = Linear(values, width, of_patches, bias, normalize and not is_dense(of_patches, values, width))
         self.positions = nn.Embedding(self.tokens, width)
         self.blocks = stack(
             depth,
-            lambda: TransformerBlock(width, heads, structure, expansion, bias, qk_norm=qk_norm, normalize=normalize),
+            lambda: TransformerBlock(
+                width,
+                heads,
+                structure,
+                expansion,
+                bias,
+                qk_norm=qk_norm,
+                normalize=normalize and not is_dense(structure, width, width),
+            ),
         )
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)

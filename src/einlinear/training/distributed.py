@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,21 +37,27 @@ class World:
         return float(value) / self.size
 
 
-@contextmanager
-def world(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, if it did; otherwise one process is the world."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        size = dist.get_world_size() if dist.is_initialized() else 1
-        yield World(dist.get_rank() if size > 1 else 0, size, torch.device(device))
-        return
-    local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), local)
-    finally:
-        dist.destroy_process_group()
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints: the only one, or the first that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def world(device: str) -> World:
+    """Join the processes that torchrun started, if it did; otherwise one process is the world.
+
+    They stay together until they end: a group that was left cannot be joined again for the next run, as the processes
+    would find each other's old addresses.
+    """
+    distributed = "RANK" in os.environ
+    if device == "cuda" and distributed:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if distributed and not dist.is_initialized():
+        dist.init_process_group()  # gloo for tensors on the CPU, NCCL for those on GPUs
+        atexit.register(dist.destroy_process_group)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return World(
+        rank, size, torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    )
 
 
 def wrap(model: nn.Module, parallel: str, world: World) -> nn.Module:
@@ -62,6 +69,8 @@ def wrap(model: nn.Module, parallel: str, world: World) -> nn.Module:
         return model
     if parallel == "ddp":
         return DistributedDataParallel(model)
+    # The loop does nothing to an output in place, and some layers' are views.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh)

@@ -96,8 +96,8 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        with distributed.world(config.device) as world:
-            return _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train(progress)
+        world = distributed.world(config.device)
+        return _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train(progress)
     finally:
         torch.set_num_threads(threads)
 

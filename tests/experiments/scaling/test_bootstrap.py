@@ -20,7 +20,7 @@ def fitted(seeds: int = 4, **options: object) -> ScalingFit:
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     hits = np.zeros(3)
     for seed in range(200):
-        fit = fit_scaling(final_losses(np.random.default_rng(seed), seeds=5), resamples=79, seed=seed)
+        fit = fit_scaling(final_losses(np.random.default_rng(seed), seeds=5), resamples=39, seed=seed)
         found = [fit.interval("exponent"), fit.interval("scale"), fit.predict(1e12).interval]
         truths = (0.12, 3.0, 3 * 1e12**-0.12)
         hits += [i is not None and i.low <= truth <= i.high for i, truth in zip(found, truths, strict=True)]
@@ -34,12 +34,11 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
 
 
 def test_seeds_are_averaged() -> None:
-    mean = [LossCurves(curve.compute, curve.losses.mean(0, keepdims=True)) for curve in final_losses(RNG(), 4)]
-    assert fit_scaling(final_losses(RNG(), 4), resamples=0).law == fit_scaling(mean).law
-
-
-def RNG() -> np.random.Generator:
-    return np.random.default_rng(3)
+    mean = [
+        LossCurves(curve.compute, curve.losses.mean(0, keepdims=True))
+        for curve in final_losses(np.random.default_rng(3), 4)
+    ]
+    assert fit_scaling(final_losses(np.random.default_rng(3), 4), resamples=0).law == fit_scaling(mean).law
 
 
 def test_every_model_draws_one_seed_less_than_it_has_by_itself() -> None:
@@ -65,7 +64,7 @@ def test_one_seed_says_nothing_about_seeds() -> None:
 
 
 def test_one_model_of_one_seed_is_enough_to_say_nothing() -> None:
-    first, *others = final_losses(RNG(), 3)
+    first, *others = final_losses(np.random.default_rng(3), 3)
     fit = fit_scaling([LossCurves(first.compute, first.losses[:1]), *others])
     assert fit.draws == ()
     assert "1 of 6" in fit.note
@@ -88,7 +87,7 @@ def test_which_curve_a_point_of_the_frontier_is_of() -> None:
 
 
 def test_a_floor_can_be_assumed_or_fitted() -> None:
-    rng = RNG()
+    rng = np.random.default_rng(3)
     curves = [LossCurves(c[None], 1.5 + 200 * c**-0.3 + 0.003 * rng.standard_normal((3, 1))) for c in COMPUTE]
     assert fit_scaling(curves, floor=1.5, resamples=0).law.exponent == pytest.approx(0.3, abs=0.01)
     fit = fit_scaling(curves, floor=None, resamples=40)

@@ -50,9 +50,26 @@ def test_no_floor_is_not_taken_for_one() -> None:
         assert law.exponent == pytest.approx(0.3, rel=0.05)
 
 
-def test_a_curve_that_has_flattened_out_does_not_say_its_floor_from_below() -> None:
+def test_a_flat_curve_does_not_say_its_floor() -> None:
     loss = 1.5 * np.exp(0.01 * np.random.default_rng(1).standard_normal(10))
     assert power_law_with_floor(COMPUTE, loss).floor_identified is False
+
+
+def test_a_curve_that_has_reached_its_floor_says_it() -> None:
+    """Half of the points there have a loss below the floor."""
+    loss = (1.5 + 3 * (COMPUTE / 1e6) ** -0.8) * np.exp(0.01 * np.random.default_rng(1).standard_normal(10))
+    law = power_law_with_floor(COMPUTE, loss)
+    assert law.floor_identified
+    assert law.floor > loss.min()
+    assert law.floor == pytest.approx(1.5, rel=0.01)
+
+
+def test_an_exponent_that_nothing_says_has_no_small_standard_error() -> None:
+    """All points but the first, and a trace of the second, are on the floor."""
+    loss = (1.5 + 2 * (COMPUTE / 1e6) ** -8.0) * np.exp(0.01 * np.random.default_rng(2).standard_normal(10))
+    law = power_law_with_floor(COMPUTE, loss)
+    assert law.floor == pytest.approx(1.5, rel=0.01)
+    assert law.stderr > 10
 
 
 def test_a_start_nearby_finds_the_same_floor() -> None:

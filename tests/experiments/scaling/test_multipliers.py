@@ -14,7 +14,7 @@ def fit(times: float, seeds: int = 4, sd: float = 0.01, seed: int = 0, compute: 
     """Models as good as dense ones of `times` the compute."""
     rng = np.random.default_rng(seed)
     losses = [3 * (times * c) ** -0.12 * np.exp(sd * rng.standard_normal((seeds, 1))) for c in compute]
-    return fit_scaling([LossCurves(c[None], loss) for c, loss in zip(compute, losses)], resamples=79, seed=seed)
+    return fit_scaling([LossCurves(c[None], loss) for c, loss in zip(compute, losses)], resamples=39, seed=seed)
 
 
 def test_a_known_multiplier_at_every_compute_of_the_overlap() -> None:

@@ -55,7 +55,7 @@ class Prediction:
     interval: Interval | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draw:
     """The frontier and the law of one resample of the seeds."""
 
@@ -63,7 +63,7 @@ class Draw:
     law: PowerLaw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScalingFit:
     """The frontier of several models, and the law through it.
 

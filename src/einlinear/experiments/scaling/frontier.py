@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import ConvexHull
-from scipy.stats import linregress
 
 from einlinear.experiments.scaling.laws import Array, log_points
 
@@ -84,17 +83,17 @@ def pareto_frontier(
 
 
 def _lower_hull(x: Array, y: Array) -> NDArray[np.intp]:
-    """The corners of the convex hull that face less of both, by x.
+    """The corners of the convex hull that face down, by x.
 
-    The published rule is a dummy point at (max + 1, max + 1). With the two other corners of the box that it spans, all
-    the rest of the hull are dummies, and the hull is never flat, whatever the points.
+    The published rule is a dummy point at (max + 1, max + 1). With another one above the point of least x, the rest of
+    the hull are dummies, and the hull is never flat, whatever the points.
     """
-    right, top = x.max() + 1, y.max() + 1
-    box = [(x.min(), top), (right, top), (right, y.min())]
-    corners = ConvexHull(np.concatenate([np.stack([x, y], axis=1), box])).vertices
+    top = y.max() + 1
+    dummies = [(x.min(), top), (x.max() + 1, top)]
+    corners = ConvexHull(np.concatenate([np.stack([x, y], axis=1), dummies])).vertices
     corners = corners[corners < len(x)]
     return np.asarray(corners[np.argsort(x[corners])])
 
 
 def _r_squared(x: Array, y: Array, index: NDArray[np.intp]) -> float:
-    return float(linregress(x[index], y[index]).rvalue) ** 2
+    return float(np.corrcoef(x[index], y[index])[0, 1]) ** 2

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 from scipy.special import expit
-from scipy.stats import f, linregress
+from scipy.stats import f
 
 Array = NDArray[np.float64]
 
@@ -31,8 +31,7 @@ class PowerLaw:
         r_squared: share of the variance that the law explains, of the logarithm of what the fit is of: of loss - floor
             with an assumed floor, of the loss with a fitted one.
         floor: the loss that no compute gets below.
-        floor_identified: whether the points tell a fitted floor from none and from the lowest loss seen; None where
-            the floor was assumed.
+        floor_identified: whether the points tell a fitted floor from none; None where the floor was assumed.
     """
 
     exponent: float
@@ -66,17 +65,15 @@ def power_law(compute: ArrayLike, loss: ArrayLike, *, floor: float = 0.0) -> Pow
     """
     x, y = log_points(compute, loss, floor)
     _require_points(x, MIN_POINTS, "a power law")
-    line = linregress(x, y)
-    stderr = float(line.stderr) if len(x) > MIN_POINTS else math.nan
-    return PowerLaw(-float(line.slope), math.exp(line.intercept), stderr, float(line.rvalue) ** 2, floor)
+    slope, intercept = np.polyfit(x, y, 1)
+    return _with_quality(PowerLaw(-float(slope), math.exp(intercept), math.nan, math.nan, floor), compute, loss)
 
 
 def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | None = None) -> PowerLaw:
-    """A power law and its floor, between zero and the lowest loss, by robust regression of the log loss.
+    """A power law and its floor, by robust regression of the log loss: Huber's loss is minimised from several starts.
 
-    Huber's loss is minimised from several starts. Where the best law with no
-    floor, or that with its floor at the lowest loss, is not significantly worse (F-test at 5 %), the points do not say
-    where the floor is: `floor_identified` is False, and exponent and scale, which trade with the floor, mean little.
+    Where the best law with no floor is not significantly worse (F-test at 5 %), the points do not say where the floor
+    is: `floor_identified` is False, and exponent and scale, which trade with the floor, mean little.
 
     >>> compute = 10.0 ** np.arange(6, 13)
     >>> law = power_law_with_floor(compute, 1.5 + 200 * compute**-0.3)
@@ -92,22 +89,16 @@ def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | N
     """
     x, y = log_points(compute, loss)
     _require_points(x, MIN_POINTS_WITH_FLOOR, "a power law with a floor")
-    lowest, centre = float(np.exp(y.min())), float(x.mean())
-
-    def search(start: float, fixed: bool = False) -> tuple[float, Array]:
-        return _search(x - centre, y, lowest, start, fixed)
-
-    starts = FLOOR_STARTS if near is None else (min(near / lowest, 1.0),)
-    cost, (log_scale, exponent, share) = min((search(start) for start in starts), key=lambda found: found[0])
+    centre = float(x.mean())
+    starts = [share * math.exp(y.min()) for share in FLOOR_STARTS] if near is None else [near]
+    found = [_search(x - centre, y, start) for start in starts]
+    cost, (log_scale, exponent, floor) = min(found, key=lambda each: each[0])
     free = len(x) - 3
     worse = cost * (1 + f.ppf(0.95, 1, free) / free) + 1e-16 * len(x)  # the second term: rounding, of exact points
-    identified = min(search(end, fixed=True)[0] for end in (0.0, 1.0)) > worse
+    identified = _search(x - centre, y, 0.0, fixed=True)[0] > worse
     scale = math.exp(log_scale + exponent * centre)
-    law = PowerLaw(float(exponent), scale, math.nan, math.nan, float(share) * lowest, bool(identified))
-    stderr = math.sqrt(covariance(law, compute, loss)[1, 1])
-    spread = float(np.sum((y - y.mean()) ** 2))
-    r_squared = 1 - float(np.sum((y - np.log(law(np.exp(x)))) ** 2)) / spread if spread else math.nan
-    return PowerLaw(law.exponent, law.scale, stderr, r_squared, law.floor, law.floor_identified)
+    law = PowerLaw(float(exponent), scale, math.nan, math.nan, float(floor), bool(identified))
+    return _with_quality(law, compute, loss)
 
 
 def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
@@ -119,10 +110,10 @@ def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
     x, y = log_points(compute, loss, assumed_floor(law))
     jacobian = gradient(law, np.exp(x))
     free = len(x) - jacobian.shape[1]
-    if free < 1:
-        return np.full(2 * jacobian.shape[1:], math.nan)
-    residuals = y - np.log(law(np.exp(x)) - assumed_floor(law))
-    return np.asarray(np.sum(residuals**2) / free * np.linalg.pinv(jacobian.T @ jacobian))
+    variance = _squares(_residuals(law, x, y)) / free if free > 0 else math.nan
+    sizes = np.linalg.norm(jacobian, axis=0)  # very different: columns are scaled to one
+    inverse = np.linalg.pinv(jacobian / sizes) / sizes[:, None]
+    return np.asarray(variance * inverse @ inverse.T)
 
 
 def gradient(law: PowerLaw, compute: Array) -> Array:
@@ -137,6 +128,22 @@ def gradient(law: PowerLaw, compute: Array) -> Array:
 def assumed_floor(law: PowerLaw) -> float:
     """What is subtracted before logarithms are taken: nothing where the floor was fitted."""
     return law.floor if law.floor_identified is None else 0.0
+
+
+def _with_quality(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
+    """The law with its standard error and R²."""
+    x, y = log_points(compute, loss, assumed_floor(law))
+    spread = _squares(y - y.mean())
+    r_squared = 1 - _squares(_residuals(law, x, y)) / spread if spread else math.nan
+    return replace(law, stderr=math.sqrt(covariance(law, compute, loss)[1, 1]), r_squared=r_squared)
+
+
+def _residuals(law: PowerLaw, x: Array, y: Array) -> Array:
+    return y - np.log(law(np.exp(x)) - assumed_floor(law))
+
+
+def _squares(values: Array) -> float:
+    return float(values @ values)
 
 
 def log_points(compute: ArrayLike, loss: ArrayLike, floor: float = 0.0) -> tuple[Array, Array]:
@@ -161,14 +168,13 @@ def log_points(compute: ArrayLike, loss: ArrayLike, floor: float = 0.0) -> tuple
     return np.log(compute), np.log(loss - floor)
 
 
-def _search(x: Array, y: Array, lowest: float, start: float, fixed: bool) -> tuple[float, Array]:
-    """Huber's loss and (log scale, exponent, floor as a share of the lowest loss) at the minimum nearest to a start."""
+def _search(x: Array, y: Array, floor: float, fixed: bool = False) -> tuple[float, Array]:
+    """Huber's loss and (log scale, exponent, floor) at the minimum nearest to a floor, or with this floor."""
 
     def parts(numbers: Array) -> tuple[Array, Array]:
         """Floor and power law, as logarithms."""
-        share = start if fixed else numbers[2]
         with np.errstate(divide="ignore"):  # the logarithm of no floor
-            return np.log(np.full_like(x, share * lowest)), numbers[0] - numbers[1] * x
+            return np.log(np.full_like(x, floor if fixed else numbers[2])), numbers[0] - numbers[1] * x
 
     def residuals(numbers: Array) -> Array:
         return np.asarray(np.logaddexp(*parts(numbers)) - y)
@@ -176,15 +182,16 @@ def _search(x: Array, y: Array, lowest: float, start: float, fixed: bool) -> tup
     def jacobian(numbers: Array) -> Array:
         log_floor, log_power = parts(numbers)
         power = np.asarray(expit(log_power - log_floor))  # its share of the loss
-        columns = [power, -power * x, lowest * np.exp(-np.logaddexp(log_floor, log_power))]
+        columns = [power, -power * x, np.exp(-np.logaddexp(log_floor, log_power))]
         return np.stack(columns[: len(numbers)], axis=1)
 
-    line = linregress(x, y + np.log1p(-0.99 * start * lowest * np.exp(-y)))  # a point on the floor has no logarithm
-    count = 2 if fixed else 3
-    first = [float(line.intercept), min(max(-float(line.slope), 0.0), STEEPEST), start][:count]
-    bounds = ([-math.inf, 0.0, 0.0][:count], [math.inf, STEEPEST, 1.0][:count])
+    loss = np.exp(y)
+    slope, intercept = np.polyfit(x, np.log(np.maximum(loss - floor, 0.01 * loss)), 1)
+    free = 2 if fixed else 3
+    first = [intercept, min(max(-slope, 0.0), STEEPEST), min(floor, loss.max())][:free]
+    bounds = ([-math.inf, 0.0, 0.0][:free], [math.inf, STEEPEST, loss.max()][:free])
     found = least_squares(residuals, first, jacobian, bounds, "dogbox", loss="huber", f_scale=HUBER)
-    return float(found.cost), np.append(found.x, [start] if fixed else [])
+    return float(found.cost), np.append(found.x, [floor] if fixed else [])
 
 
 def _require_points(log_compute: Array, least: int, what: str) -> None:
