@@ -98,8 +98,9 @@ def browser() -> Iterator[Browser]:
     their_read, our_write = os.pipe()
     our_read, their_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = f"--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --user-data-dir={profile}"
-        command = f"exec {FOUND} {options} about:blank 3<&{their_read} 4>&{their_write}"  # these numbers are fixed
+        options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe"
+        pipes = f"3<&{their_read} 4>&{their_write}"  # Chromium knows the pipes by these numbers
+        command = f"exec {FOUND} {options} --user-data-dir={profile} about:blank {pipes}"
         process = subprocess.Popen(
             ["bash", "-c", command],
             pass_fds=(their_read, their_write),

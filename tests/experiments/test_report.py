@@ -164,6 +164,14 @@ def test_feature_updates_with_and_without_runs(tmp_path: Path) -> None:
     assert sections(page_about(tmp_path / "runs", tmp_path / "check"))[-1] == "Feature updates"
 
 
+def test_a_single_diverged_width_leaves_the_others_in_the_figure(tmp_path: Path) -> None:
+    update = Updates("btt", True, {16: 0.1, 32: math.nan, 64: 0.2, 128: math.inf})
+    assert update.largest_over_smallest is None
+    write_updates(tmp_path, [update], "", "")
+    (y,) = re.findall(r'"y":(\[[^\]]*\]),"type":"scatter"', page_about(tmp_path))
+    assert y == "[0.1,null,0.2,null]"
+
+
 def test_several_folders_are_shown_together_where_their_data_are_the_same(tmp_path: Path) -> None:
     comparison(tmp_path / "a", ("dense",))
     comparison(tmp_path / "b", ("btt",))

@@ -1,9 +1,8 @@
 """The command line: parses, calls, prints.
 
-app.py        the commands
-bench.py      one of them, with what it prints
-prepare.py    another one
-display.py    what they print
+app.py        the commands; bench, compare, coord_check, fit, prepare, report and train.py: one each, with what it prints
+running.py    doing the runs of a command
+display.py    what several print
 endings.py    how they end early
 importing.py  code of the user's, for --import
 packages.py   the packages that they need

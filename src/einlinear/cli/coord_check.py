@@ -11,6 +11,7 @@ from einlinear.cli import display
 from einlinear.cli.endings import interruptible, user_errors
 from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import assignments, numbers, specs
+from einlinear.cli.running import command_line
 
 
 def coord_check(
@@ -26,14 +27,16 @@ def coord_check(
     data: Annotated[str, typer.Option(help="As for compare.")] = "auto",
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results/coord-check"),
 ) -> None:
-    """Measure how much a training step moves the features at several widths, and plot it.
+    """Measure how much a training step moves the features at several widths, and write report.html.
 
     With structure-aware learning rates the change should be about the same at every width; as a control, every
     structure is also trained with those of dense.
     """
     require(EXPERIMENTS)
     from einlinear.experiments.compare import template
-    from einlinear.experiments.coordinates import cases, check, measure, write_page, write_updates
+    from einlinear.experiments.coordinates import cases, check, measure
+    from einlinear.experiments.report import write_report
+    from einlinear.experiments.updates import write_updates
 
     with user_errors():
         chosen = specs(structures) or ("dense", "low_rank", "kronecker", "monarch", "btt")
@@ -46,6 +49,5 @@ def coord_check(
     with interruptible("Interrupted."), display.steps(total) as step:
         updates = list(measure(run, problem, chosen, sizes, step))
     display.updates(updates)
-    write_updates(updates, out)
-    write_page(updates, out / "coord-check.html")
-    display.note(f"Figure: {out / 'coord-check.html'}")
+    write_updates(out, updates, command_line(), problem.source)
+    display.note(f"Report: {write_report([out])}")

@@ -20,9 +20,9 @@ from einlinear.structures import Structure
 from einlinear.structures.scaling import adam_multipliers, init_std
 
 if TYPE_CHECKING:  # heavy: loaded only by the commands that train
-    from einlinear.experiments.coordinates import Updates
     from einlinear.experiments.records import Result
     from einlinear.experiments.run import Run
+    from einlinear.experiments.updates import Updates
 
 
 def note(message: str) -> None:

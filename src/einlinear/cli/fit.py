@@ -54,7 +54,7 @@ def fit(
         content.append({"study": str(study), "laws": [as_json(own, computes) for own in laws]})
     display.note(
         "Means over the seeds. × compute: how many times the compute dense needs for the same loss, at the most "
-        "compute that both reach."
+        "compute at which its runs tell."
     )
     if out:
         with user_errors():
@@ -106,6 +106,6 @@ def _row(law: Law, computes: Sequence[float]) -> list[str]:
         f"{numbers.scale:.4g}",
         f"{numbers.floor:.4g}{doubt}",
         str(len(law.fit.frontier.index)),
-        str(law.multipliers[-1].multiplier) if law.multipliers else "–",
+        str(law.multiplier.multiplier) if law.multiplier else "–",
         *(f"{found.loss:.4g}" if found else "–" for found in predictions),
     ]

@@ -55,6 +55,12 @@ class Law:
             return None
         return self.fit.interval("exponent") or self.fit.interval("exponent", "regression")
 
+    @property
+    def multiplier(self) -> MultiplierAt | None:
+        """At the most compute at which dense's frontier tells it; a bound where that is nowhere."""
+        exact = [along for along in self.multipliers if not along.multiplier.bound]
+        return next(reversed(exact or self.multipliers), None)
+
     def predict(self, compute: float) -> Prediction | None:
         """The loss at a compute, with an interval of the same source."""
         if self.fit is None:

@@ -36,7 +36,7 @@ _NOTE = Markup(
     "<b>Exponent</b>: of the least-squares line through these, "
     "{law}. <b>95 % interval</b>: from resampling the seeds where every model has several, otherwise from the "
     "regression, as if points were independent. <b>× compute</b>: how many times the compute dense needs for the same "
-    "loss, at the most compute that both frontiers reach."
+    "loss, at the most compute at which the frontier of dense tells."
 )
 
 
@@ -342,7 +342,6 @@ def _law_row(law: Law, floor: bool) -> list[Cell]:
     assert law.fit
     numbers, interval, points = law.fit.law, law.interval, len(law.fit.frontier.index)
     doubt = " (not identified)" if numbers.floor_identified is False else ""
-    last = law.multipliers[-1] if law.multipliers else None
     return [
         Cell(f"{numbers.exponent:.3f}", numbers.exponent),
         Cell(f"{interval.low:.3f} to {interval.high:.3f}, {interval.source}" if interval else "–"),
@@ -351,7 +350,7 @@ def _law_row(law: Law, floor: bool) -> list[Cell]:
         *([Cell(f"{numbers.floor:.3g}{doubt}", numbers.floor)] if floor else []),
         Cell(str(len(law.rows)), len(law.rows)),
         Cell(f"{points} points", points),
-        Cell(_with_interval(last), last.multiplier.value) if last else Cell("–"),
+        Cell(_with_interval(law.multiplier), law.multiplier.multiplier.value) if law.multiplier else Cell("–"),
     ]
 
 

@@ -1,0 +1,87 @@
+"""`einlinear fit` and `einlinear report`, from the arguments to what is printed and written."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.experiments.made_up import run_of, write
+from typer.testing import CliRunner
+
+from einlinear.cli.app import app
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Dense, and btt that is as good as dense of twice its MACs."""
+    for structure, times in (("dense", 1), ("btt", 2)):
+        for width in (16, 32, 64):
+            macs = 10 * width**2
+            write(tmp_path / "out", run_of(structure, width), macs, 3 * (times * macs) ** -0.12)
+    return tmp_path / "out"
+
+
+def rows(out: str) -> list[list[str]]:
+    return [line.split() for line in out.splitlines() if line.startswith(("dense ", "btt "))]
+
+
+def test_fit_prints_exponents_multipliers_and_predictions(folder: Path, tmp_path: Path) -> None:
+    code, out, err = run("fit", folder, "--at", "1M", "--out", tmp_path / "new" / "laws.json")
+    assert (code, err) == (0, "")
+    assert "train error over MACs per image" in out
+    assert "training loss over MACs per image" in out
+    error_of_dense, error_of_btt, loss_of_dense, loss_of_btt = rows(out)
+    for row in rows(out):
+        assert row[1] == "0.1200"
+    assert error_of_dense[-2] == "–"
+    assert error_of_btt[-2] == loss_of_btt[-2] == "2.00×"
+    assert float(loss_of_dense[-1]) == pytest.approx(3 * 1e6**-0.12, rel=1e-3)
+    (study,) = json.loads((tmp_path / "new" / "laws.json").read_text())
+    assert [laws["measure"] for laws in study["laws"]] == ["train_error", "train_loss"]
+    assert study["laws"][1]["structures"][1]["predictions"][0]["loss"] == pytest.approx(3 * 2e6**-0.12)
+
+
+def test_an_assumed_floor_changes_the_law_and_one_that_cannot_be_fitted_is_said(folder: Path) -> None:
+    assert rows(run("fit", folder, "--floor", "0.1")[1])[0][1] != "0.1200"
+    code, out, _ = run("fit", folder, "--floor", "fit")
+    assert code == 0
+    assert "dense: the law needs at least 4 points" in out
+
+
+def test_report_prints_the_table_and_writes_the_page(folder: Path, tmp_path: Path) -> None:
+    code, out, err = run("report", folder)
+    assert (code, err) == (0, "")
+    assert (folder / "report.html").exists()
+    assert [row[:2] for row in rows(out)] == [[s, w] for s in ("dense", "btt") for w in ("16", "32", "64")]
+    assert rows(out)[0][3] == "2,560"
+    assert rows(out)[3][-3] == "2.00×"
+    write(tmp_path / "more", run_of("monarch", 16), 1000, 0.5, code="v2")
+    code, out, err = run("report", folder, tmp_path / "more", "--out", tmp_path / "pages" / "both.html")
+    assert code == 0
+    assert "monarch" in (tmp_path / "pages" / "both.html").read_text()
+    assert "2 versions of the code" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fit", "nowhere"), "nowhere holds no results of einlinear"),
+        (("fit", "out", "--floor", "high"), "--floor must be a number of at least 0, or fit, not 'high'"),
+        (("report", "out", "--floor", "-1"), "--floor must be"),
+        (("fit", "out", "--at", "soon"), "--at: 'soon' is no number"),
+        (("report", "out", "out"), "2 folders: name the file for the page (--out)"),
+        (("report", "nowhere"), "nowhere holds no results of einlinear"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    arguments: tuple[str, ...], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err
