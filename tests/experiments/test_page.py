@@ -17,7 +17,7 @@ from tests.experiments.made_up import run_of, write
 from einlinear.experiments.report import write_report
 from einlinear.experiments.updates import Updates, write_updates
 
-PHONE = 390  # pixels
+PHONE, PAPER = 390, 718  # pixels; A4 without its margins
 STRUCTURES = ("dense", "btt", "low_rank", "kronecker", "(g a), g r f a, f e g r -> (f e) where r=2")
 WIDTHS, RATES = (16, 32, 64), (1e-3, 3e-3, 9e-3)
 
@@ -161,15 +161,17 @@ def test_a_hover_says_which_run_it_is(page: Browser) -> None:
 
 
 def test_buttons_choose_what_a_figure_shows(page: Browser) -> None:
-    axis = """[...document.querySelectorAll("section")[1].querySelector("figure").querySelectorAll(".js-plotly-plot")]
-                .filter(plot => plot.offsetParent).map(plot => plot.layout.yaxis.title.text)"""
-    assert page.run(axis) == ["train error"]
-    page.run("[...document.querySelectorAll('.views button')].find(b => b.innerText === 'training loss').click()")
-    assert page.run(axis) == ["training loss"]
-    assert (
-        page.run("[...document.querySelectorAll('.views button')].map(b => b.getAttribute('aria-pressed'))[1]")
-        == "true"
-    )
+    first = """[...document.querySelectorAll("section")[1].querySelector("figure").querySelectorAll(".js-plotly-plot")]
+                 .filter(plot => plot.offsetParent).map(plot => plot.layout.yaxis.title.text)"""
+    panels = first.replace("[1]", "[3]")
+    assert page.run(first) == ["train error"]
+    assert page.run(panels) == ["train error"] * len(STRUCTURES)
+    for section in (1, 3):
+        page.run(f"document.querySelectorAll('section')[{section}].querySelectorAll('.views button')[1].click()")
+    assert page.run(first) == ["training loss"]
+    assert page.run(panels) == ["training loss"] * len(STRUCTURES)
+    pressed = "[...document.querySelector('.views').children].map(button => button.getAttribute('aria-pressed'))"
+    assert page.run(pressed) == ["false", "true"]
 
 
 def test_a_click_on_a_heading_sorts_the_table_and_another_turns_it_round(page: Browser) -> None:
@@ -213,14 +215,18 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(chromium: Browser, folder: 
     assert min(sizes) >= 12
 
 
-def test_on_paper_plots_are_no_wider_than_the_page(page: Browser) -> None:
+def test_on_paper_plots_fit_into_their_places(page: Browser) -> None:
+    page.resize(PAPER)
+    page.call("Emulation.setEmulatedMedia", media="print")
     page.run("dispatchEvent(new Event('beforeprint'))")
-    widths = (
-        "[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent).map(p => p._fullLayout.width)"
-    )
-    assert max(page.run(widths)) <= 640
+    beyond = """[...document.querySelectorAll(".js-plotly-plot")].filter(plot => plot.offsetParent).map(plot => {
+                  const right = part => part.getBoundingClientRect().right;
+                  return right(plot.querySelector("svg")) - right(plot.parentElement);
+                })"""
+    assert max(page.run(beyond)) <= 0
+    page.call("Emulation.setEmulatedMedia", media="")
     page.run("dispatchEvent(new Event('afterprint'))")
-    assert max(page.run(widths)) > 640
+    page.resize(1000)
 
 
 def test_errors_of_a_page_are_noticed(chromium: Browser, tmp_path: Path) -> None:

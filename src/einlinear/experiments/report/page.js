@@ -32,5 +32,8 @@ document.querySelectorAll(".views").forEach(views => {
 
 // Paper is narrower than most screens, and plots do not notice by themselves.
 const plots = () => [...document.querySelectorAll(".js-plotly-plot")].filter(plot => plot.offsetParent);
-addEventListener("beforeprint", () => plots().forEach(plot => Plotly.relayout(plot, { width: 640, autosize: false })));
+addEventListener("beforeprint", () => plots().forEach(plot => {
+  const width = plot.closest(".panels") ? 335 : 690;
+  Plotly.relayout(plot, { width, autosize: false });
+}));
 addEventListener("afterprint", () => plots().forEach(plot => Plotly.relayout(plot, { width: null, autosize: true })));
