@@ -56,9 +56,10 @@ def test_a_disk_that_is_full_when_metrics_are_written(tmp_path: Path) -> None:
     assert toy.run(folder, **OPTIONS).losses == whole.losses
 
     # Also when the lines that are kept are written anew.
-    with no_room_beyond() as limit, pytest.raises(OSError, match="the metrics of the run cannot be written"):
+    with no_room_beyond() as limit:
         limit(100)
-        toy.run(folder, **OPTIONS)
+        with pytest.raises(OSError, match="the metrics of the run cannot be written"):
+            toy.run(folder, **OPTIONS)
     assert [line["step"] for line in metrics.read(folder / "metrics.jsonl")] == [*range(1, 21), 20]
     assert toy.run(folder, **OPTIONS).losses == whole.losses
 
