@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -173,35 +173,41 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
     assert found[4:] == pytest.approx(expected, abs=1e-3)
 
 
-def start(folder: Path, options: dict[str, Any], pause: float = 0.0) -> subprocess.Popen[bytes]:
-    command = [sys.executable, toy.__file__, str(folder), json.dumps(options), str(pause)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def run_and_tell(folder: Path, options: dict[str, Any], steps_made: Connection) -> None:
+    """What a process does that is killed again and again."""
+    found = toy.run(folder, pause=0.01, progress=lambda step, *_: steps_made.send(step), **options)
+    (folder / "done.json").write_text(json.dumps([found.losses, dict(found.measures)]))
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Every kill costs at most what was made since the last checkpoint, and the run ends as if there had been none."""
-    options: dict[str, Any] = {"steps": 100, "checkpoint_every": 2, "log_every": 1}
+    options: dict[str, Any] = {"steps": 150, "checkpoint_every": 3, "log_every": 1, "evaluate_every": 7}
     whole = toy.run(tmp_path / "whole", **options)
-    killed, folder, draw = 0, tmp_path / "killed", random.Random(0)
+    folder, draw = tmp_path / "killed", random.Random(0)
     folder.mkdir()
-    while not (folder / "done.json").exists():
-        process = start(folder, options, pause=0.05)
-        waited = time.monotonic()
-        while process.poll() is None and not list(folder.glob("checkpoints/step-*")) and time.monotonic() < waited + 60:
-            time.sleep(0.01)
-        try:
-            process.wait(draw.uniform(0.0, 1.5) if killed < 4 else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        _, said = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), said.decode()
+    processes = multiprocessing.get_context("forkserver")  # forks one that has imported all of this already
+    processes.set_forkserver_preload([__name__])
+    for kill in range(21):
+        receiver, sender = processes.Pipe(duplex=False)
+        process = processes.Process(target=run_and_tell, args=(folder, options, sender))
+        process.start()
+        sender.close()
+        if kill < 20:
+            for _ in range(draw.randrange(6)):
+                receiver.recv()
+            time.sleep(draw.uniform(0, 0.02))
+            process.kill()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if kill < 20 else 0)
     losses, measures = json.loads((folder / "done.json").read_text())
-    assert killed == 4
     assert losses == list(whole.losses)
     assert measures == whole.measures
-    steps = [line["step"] for line in metrics.read(folder / "metrics.jsonl") if "train_loss" in line]
-    assert steps == list(range(1, 101))
+    lines = metrics.read(folder / "metrics.jsonl")
+    assert [(line["step"], line.get("train_loss"), line.get("error")) for line in lines] == [
+        (line["step"], line.get("train_loss"), line.get("error"))
+        for line in metrics.read(tmp_path / "whole" / "metrics.jsonl")
+    ]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000147", "step-00000150"]
 
 
 def test_the_model_is_not_changed_by_measuring() -> None:

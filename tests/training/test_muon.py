@@ -1,6 +1,7 @@
 """Muon: every matrix of every factor moves by an orthogonal step, as far as muP says."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -48,20 +49,35 @@ def step(layer: el.Linear, base: nn.Module, lr: float) -> dict[str, Tensor]:
     return {name: p.detach() - before[name] for name, p in layer.named_parameters()}
 
 
-def test_every_matrix_of_a_factor_moves_on_its_own() -> None:
+@pytest.mark.parametrize(
+    ("pattern", "as_blocks"),
+    [  # of factors A and B, to (g, r f, a) and (f, e, g r)
+        ("(g a), g r f a, f e g r -> (f e)", ("g r f a -> g (r f) a", "f e g r -> f e (g r)")),
+        ("(g a), a g r f, r f g e -> (f e)", ("a g r f -> g (r f) a", "r f g e -> f e (g r)")),
+    ],
+)
+def test_every_matrix_of_a_factor_moves_on_its_own(pattern: str, as_blocks: tuple[str, str]) -> None:
     torch.manual_seed(0)
     # 24 = g a = 4 * 6 inputs; 30 = f e = 5 * 6 outputs: A maps a to (r f) for each g, B maps (g r) to e for each f
     sizes = {"g": 4, "a": 6, "f": 5, "e": 6, "r": 2}
-    layer = el.Linear(24, 30, el.structure("(g a), g r f a, f e g r -> (f e)", 24, 30, sizes=sizes))
-    assert layer.A.shape == (4, 2, 5, 6)
-    assert layer.B.shape == (5, 6, 4, 2)
+    layer = el.Linear(24, 30, el.structure(pattern, 24, 30, sizes=sizes))
     moved = step(layer, nn.Linear(16, 20), lr=0.01)
     of_dense = 0.01 * 0.2 * math.sqrt(20)  # the base's spectral norm; its aspect is that of the layer
-    for blocks, fan_out, fan_in in ((moved["A"].flatten(1, 2), 10, 6), (moved["B"].flatten(2), 6, 8)):
-        assert blocks.shape[1:] == (fan_out, fan_in)
-        values = torch.linalg.svdvals(blocks) / (of_dense * math.sqrt(fan_out / fan_in / (30 / 24)) / 2)
+    for name, blocks, fan_out, fan_in in (("A", as_blocks[0], 10, 6), ("B", as_blocks[1], 6, 8)):
+        matrices = rearranged(moved[name], blocks, sizes)
+        assert matrices.shape[1:] == (fan_out, fan_in)
+        values = torch.linalg.svdvals(matrices) / (of_dense * math.sqrt(fan_out / fan_in / (30 / 24)) / 2)
         assert 0.65 < values.min() <= values.max() < 1.25
     assert not moved["bias"].any()
+
+
+def rearranged(x: Tensor, axes: str, sizes: dict[str, int]) -> Tensor:
+    """As einops has it: "a b c -> c (a b)"."""
+    before, after = axes.split(" -> ")
+    assert list(x.shape) == [sizes[axis] for axis in before.split()]
+    groups = re.findall(r"\(.*?\)|\w", after)
+    x = torch.einsum(f"{before.replace(' ', '')}->{''.join(re.findall(r'[a-z]', after))}", x)
+    return x.reshape([math.prod(sizes[axis] for axis in re.findall(r"\w", group)) for group in groups])
 
 
 def test_the_base_moves_by_the_root_mean_square_of_adamw() -> None:

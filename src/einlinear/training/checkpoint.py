@@ -47,7 +47,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         facts = {"step": checkpoint.step, **checkpoint.facts}
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
         save_file(tensors, scratch / _STATE, metadata={"format": FORMAT, "facts": json.dumps(facts)})
-        (scratch / _DIGEST).write_text(_digest(scratch / _STATE) + "\n", encoding="ascii")
+        (scratch / _DIGEST).write_text(_digest(scratch / _STATE), encoding="ascii")
         for file in scratch.iterdir():  # on disk before the folder has its name, even if the power fails
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
@@ -72,8 +72,7 @@ def load(place: Path) -> Checkpoint:
         ValueError: it is damaged or of another format; the message says which.
     """
     try:
-        expected, found = (place / _DIGEST).read_text(encoding="ascii").strip(), _digest(place / _STATE)
-        if expected != found:
+        if (place / _DIGEST).read_text(encoding="ascii") != _digest(place / _STATE):
             raise ValueError("its content is not what was written")
         with safe_open(place / _STATE, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -105,4 +104,4 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return digest.hexdigest() + "\n"

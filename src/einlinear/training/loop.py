@@ -147,16 +147,16 @@ class _Run:
             training_seconds += self.seconds[-1]
             if progress and first:
                 progress(step, steps, loss)
-            going = math.isfinite(loss)
-            last = step == steps or not going
+            diverged = not math.isfinite(loss)
+            last = step == steps or diverged
             if _due(step, self.config.log_every) or last:
                 metrics.write(step=step, training_seconds=training_seconds, train_loss=loss, lr=self._lr(step - 1))
             if _due(step, self.config.evaluate_every) or last:
                 measures = self._evaluate()
                 metrics.write(step=step, training_seconds=training_seconds, **measures)
-            if not going:
+            if diverged:
                 break
-            if _due(step, self.config.checkpoint_every) or last:  # last of all: what it follows is in the metrics
+            if _due(step, self.config.checkpoint_every) or last:  # after the metrics, which a resumed run relies on
                 self._save()
         return Outcome(tuple(self.losses), measures or self._evaluate(), statistics.median(self.seconds))
 
