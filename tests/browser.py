@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 FOUND = shutil.which("chromium") or shutil.which("google-chrome")
+
+_PATIENCE = 60  # seconds
 
 
 class Browser:
@@ -72,6 +75,8 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._read], [], [], _PATIENCE)
+            assert ready, f"the browser has said nothing for {_PATIENCE} seconds"
             data = os.read(self._read, 1 << 20)
             assert data, "the browser has ended"
             self._rest += data

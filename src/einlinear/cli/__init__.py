@@ -1,6 +1,6 @@
 """The command line: parses, calls, prints.
 
-app.py        the commands; bench, compare, coord_check, fit, prepare, report and train.py: one each, with what it prints
+app.py        the commands, of which most have a file of their own, with what they print
 running.py    doing the runs of a command
 display.py    what several print
 endings.py    how they end early
