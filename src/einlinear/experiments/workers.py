@@ -117,12 +117,10 @@ def _work(connection: Connection, threads: int, setup: Sequence[Callable[[], Non
     torch.set_num_threads(threads)
     for prepare in setup:
         prepare()
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):  # the driver is gone
+        while True:
             options, folder = connection.recv()
-        except EOFError:
-            return
-        connection.send(_done(options, folder, connection))
+            connection.send(_done(options, folder, connection))
 
 
 def _done(options: dict[str, Any], folder: Path, connection: Connection) -> dict[str, Any]:
@@ -144,7 +142,7 @@ def _done(options: dict[str, Any], folder: Path, connection: Connection) -> dict
                 return {"status": "failed", "message": str(error)}
             time.sleep(1)
         except BrokenPipeError:
-            raise  # the driver is gone
+            raise
         except Exception as error:
             message = str(error) if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
             return {"status": "failed", "message": message}
