@@ -33,6 +33,7 @@ def test_what_is_counted_is_what_is_computed(structure: str) -> None:
         (ViT((8, 12), 24, 10, patch_size=4, depth=2, heads=2, structure=structure), torch.randn(3, 3, 8, 12), 3),
         (ViT(8, 24, 10, channels=1, patch_size=2, heads=4, qk_norm=True), torch.randn(3, 1, 8, 8), 3),
         (GPT(20, 24, 12, depth=2, d_head=8, structure=structure), torch.randint(20, (3, 12)), 3 * 12),
+        (GPT(20, 24, 12, d_head=8, heads=2, structure=structure), torch.randint(20, (3, 12)), 3 * 12),
         (GPT(23, 24, 12, d_head=24, structure=structure, head_structure=structure), torch.randint(23, (1, 12)), 12),
     ]
     for model, x, inputs in models:

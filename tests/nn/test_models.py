@@ -81,7 +81,7 @@ def plain_block(block: TransformerBlock, x: Tensor, d_head: int, causal: bool, m
     a = block.attention
     h = plain_norm(a.norm, x)
     heads = []
-    for start in range(0, x.shape[1], d_head):
+    for start in range(0, a.query.out_features, d_head):
         q, k, v = (plain_linear(layer, h)[:, start : start + d_head] for layer in (a.query, a.key, a.value))
         q, k = plain_norm(a.query_norm, q), plain_norm(a.key_norm, k)
         rows = []
@@ -96,7 +96,9 @@ def plain_block(block: TransformerBlock, x: Tensor, d_head: int, causal: bool, m
     return x + multiplier * plain_linear(f.fc2, h * (1 + torch.erf(h / 2**0.5)) / 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_norm": False, "bias": True, "depth": 4}, {"normalize": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": False, "bias": True, "depth": 4}, {"normalize": True}, {"heads": 3}]
+)
 def test_gpt_is_what_is_written_out(options: dict[str, Any]) -> None:
     model: Any = shaken(gpt(**options))
     (tokens,) = inputs(gpt, 1)
@@ -117,6 +119,24 @@ def test_vit_is_what_is_written_out(options: dict[str, Any]) -> None:
         x = plain_block(block, x, 8, False, 1.0)
     expected = plain_linear(model.head, plain_norm(model.norm, x).mean(0))
     torch.testing.assert_close(model(image[None])[0], expected, rtol=0, atol=1e-10)
+
+
+def test_heads_say_how_wide_attention_is() -> None:
+    def features(**options: Any) -> tuple[int, int]:
+        attention: Any = gpt(**options).get_submodule("blocks.0.attention")
+        return attention.heads, attention.query.out_features
+
+    assert features(heads=8, d_head=None) == (8, 32)
+    assert features(heads=3, d_head=16) == (3, 48)  # wider than the model
+
+
+def test_the_input_layer_may_have_a_structure_of_its_own() -> None:
+    specs = [
+        [layer.structure.spec for layer in model.modules() if isinstance(layer, el.Linear)]
+        for model in (ResidualMLP(48, 32, 5, 1, "btt", input_structure="dense"), vit(depth=1, input_structure="dense"))
+    ]
+    assert [own[0] for own in specs] == ["dense", "dense"]
+    assert all(set(own[1:]) == {"btt"} for own in specs)
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:
@@ -142,6 +162,9 @@ def test_only_structured_layers_are_normalised_and_layernorm_replaces_gamma(buil
     if build is gpt:
         assert "head.gamma_A" not in gammas(normalize=True, head_structure="dense")
         assert "head.gamma_A" in gammas(normalize=True, structure="dense", head_structure="btt")
+    if build is vit:
+        assert "patches.gamma_A" not in gammas(normalize=True, input_structure="dense")
+        assert "patches.gamma_A" in gammas(normalize=True, structure="dense", input_structure="btt")
     query: Any = build(normalize=True, qk_norm=True).get_submodule("blocks.0.attention.query")
     with torch.no_grad():
         query.A.mul_(100)
@@ -285,6 +308,8 @@ def test_features_move_alike_at_every_width_with_the_structure_aware_rule_only(b
     [
         (lambda: gpt(40), "a width of 40 cannot be divided into heads of 16 features"),
         (lambda: gpt(d_head=0), "a width of 32 cannot be divided into heads of 0 features"),
+        (lambda: gpt(d_head=None), "give d_head, heads or both"),
+        (lambda: gpt(heads=0), "a width of 32 cannot be divided into 0 heads"),
         (lambda: vit(34), "a width of 34 cannot be divided into 4 heads"),
         (lambda: vit(heads=0), "a width of 32 cannot be divided into 0 heads"),
         (lambda: vit(patch_size=3), "images of 8 x 12 cannot be cut into patches of 3 x 3"),

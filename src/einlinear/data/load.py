@@ -80,7 +80,9 @@ def _read(data: str | Path, image_size: int | None, test_fraction: float) -> Ima
             return _resized(read_cifar(path), image_size)
         return read_folder(path, image_size, test_fraction)
     if path.name != str(data):  # has a separator, so it was meant as a path
-        raise FileNotFoundError(f"{path} does not exist; give a folder with one subfolder of images per class")
+        raise FileNotFoundError(
+            f"{path} does not exist; give a folder with one subfolder of images per class, or with CIFAR's .bin files"
+        )
     near = difflib.get_close_matches(str(data).lower(), NAMES, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"unknown data {str(data)!r}: {hint}Give one of {', '.join(NAMES)}, or an existing folder")

@@ -128,7 +128,10 @@ def sha256_of(path: Path) -> str:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist; name a folder that einlinear prepare wrote")
+        raise FileNotFoundError(
+            f"{folder} does not exist; name a folder that einlinear prepare wrote, or write it, for example with "
+            f"einlinear prepare english --out {folder}"
+        )
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; name the folder that einlinear prepare wrote")
     if not path.exists():

@@ -18,8 +18,8 @@ def macs_per_token(model: nn.Module, tokens: int | None = None) -> int:
     """Multiply-accumulates that one token, or one vector, takes to pass through every layer of a model once.
 
     Counted are linear layers (structured ones, torch's, transformers' Conv1D) and the two products of `Attention`:
-    2 * tokens * heads * d_head. Causal attention counts in full, also what its mask hides, as torch's FlopCounterMode does it.
-    Biases, norms, activation functions and lookups are not counted.
+    2 * tokens * heads * d_head. Causal attention counts in full, also what its mask hides, as torch's FlopCounterMode
+    does it. Biases, norms, activation functions and lookups are not counted.
 
     Args:
         model: any module whose layers see one token each time; what sees several, such as a layer before a pooling and

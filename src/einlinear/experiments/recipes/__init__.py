@@ -1,7 +1,7 @@
 """Recipes: the figures of the papers, each a TOML file in this folder, at two scales.
 
-The scale "paper" has the settings of the paper; its comments say which of them cannot be set here. "small" asks the same
-question of models that two CPU cores train in minutes, or in an hour or two. A scale is a table of its own:
+The scale "paper" has the settings of the paper; its comments say which of them cannot be set here. "small" asks the
+same question of models that two CPU cores train in minutes, or in an hour or two. A scale is a table of its own:
 
     about     what of the paper can be seen at this scale
     prepare   the command that gets its data, where that is to be done first
@@ -82,8 +82,8 @@ def load(name: str) -> Recipe:
 def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None = None) -> Sweep:
     """The runs of a recipe.
 
-    >>> {run.model.width for run in sweep("lr-transfer", "paper").runs}
-    {64, 256, 4096, 16, 1024}
+    >>> sorted({run.model.width for run in sweep("lr-transfer", "paper").runs})
+    [16, 64, 256, 1024, 4096]
 
     Args:
         name: of the recipe.
