@@ -46,5 +46,15 @@ def test_a_folder_imports_only_from_those_above_it(folder: str) -> None:
         assert found <= above, file
 
 
+def test_so_do_those_of_the_experiments() -> None:
+    order = ("runs", "sweeps", "findings", "report")
+    inside = ROOT / "experiments"
+    assert {path.parent.name for path in inside.glob("*/__init__.py")} == {*order}
+    for i, folder in enumerate(order):
+        for file in (inside / folder).rglob("*.py"):
+            parts = [name.split(".") for name in imported(file) if name.startswith("einlinear.experiments")]
+            assert {part[2] for part in parts} <= {*order[: i + 1]} - ({"sweeps"} if i > 1 else set()), file
+
+
 def test_every_folder_has_its_place() -> None:
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {*ORDER} - {"einlinear"}

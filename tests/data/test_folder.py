@@ -1,7 +1,6 @@
 """A user's folder of images: layouts, image files, and what is wrong with them."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,6 @@ from tests.data.samples import MakeFolder, assert_standardised
 
 from einlinear.data import load_images
 from einlinear.data.folder import _read_files, _read_image
-from einlinear.experiments.compare import prepare
-from einlinear.experiments.config import Config, Settings
 
 
 def test_folder_is_split_by_class(make_folder: MakeFolder) -> None:
@@ -32,16 +29,6 @@ def test_folder_is_split_by_class(make_folder: MakeFolder) -> None:
     assert torch.equal(again.test_x, images.test_x)
     unique = torch.cat([images.train_x, images.test_x]).flatten(1).unique(dim=0)
     assert len(unique) == 32, "an image is in both sets, or in neither"
-
-
-def test_folders_that_end_alike_are_different_data(make_folder: MakeFolder, tmp_path: Path) -> None:
-    first, second = (make_folder({"cat": 9, "dog": 9}, at=f"{at}/pets") for at in "ab")
-    (tmp_path / "link").symlink_to(first)
-    config = Config(structures=("dense",), widths=(8,), settings=Settings(batch_size=4))
-    prepare(replace(config, data=str(first)), tmp_path / "out")
-    prepare(replace(config, data=str(tmp_path / "link")), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"other settings: data was '.*/a/pets', now '.*/b/pets'\."):
-        prepare(replace(config, data=str(second)), tmp_path / "out")
 
 
 def test_folder_with_its_own_test_set(make_folder: MakeFolder, tmp_path: Path) -> None:

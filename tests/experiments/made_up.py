@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from einlinear.experiments.models import Shape
-from einlinear.experiments.problems import Problem
-from einlinear.experiments.records import METRICS, Record, Result, read_record, write_result, write_run
-from einlinear.experiments.run import Run
-from einlinear.experiments.store import HISTORY, Store
+from einlinear.experiments.runs.models import Shape
+from einlinear.experiments.runs.problems import Problem
+from einlinear.experiments.runs.records import METRICS, Record, Result, read_record, write_result, write_run
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.runs.store import HISTORY, Store
 
 COMMAND = "einlinear compare --lr 0.01 '<made up>'"
 

@@ -15,11 +15,12 @@ import einlinear as el
 from einlinear.cli import packages
 from einlinear.cli.app import app
 from einlinear.cli.parsing import assignments, numbers, specs
-from einlinear.experiments import coordinates, workers
-from einlinear.experiments.execute import execute
-from einlinear.experiments.run import Run
-from einlinear.experiments.store import Store
-from einlinear.experiments.sweep import Event
+from einlinear.experiments.findings import coordinates
+from einlinear.experiments.runs.execute import execute
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.runs.store import Store
+from einlinear.experiments.sweeps import workers
+from einlinear.experiments.sweeps.sweep import Event
 from einlinear.structures import FAMILIES
 from einlinear.structures.scaling import adam_multipliers, init_std
 

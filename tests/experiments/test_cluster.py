@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from einlinear.experiments.store import Store
-from einlinear.experiments.sweep import do, make_sweep
-from einlinear.experiments.table import read_table
-from einlinear.experiments.workers import Workers
+from einlinear.experiments.runs.store import Store
+from einlinear.experiments.runs.table import read_table
+from einlinear.experiments.sweeps.sweep import do, make_sweep
+from einlinear.experiments.sweeps.workers import Workers
 
 SWEEP: dict[str, Any] = {
     "settings": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},
@@ -31,7 +31,7 @@ def drive(folder: Path) -> None:
     """In a process of its own: Ray leaves threads and warnings behind."""
     import ray
 
-    from einlinear.experiments.cluster import Cluster
+    from einlinear.experiments.sweeps.cluster import Cluster
 
     sweep = make_sweep(SWEEP)
     store = Store(folder)

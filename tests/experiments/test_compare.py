@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from einlinear.experiments.budget import widest
-from einlinear.experiments.compare import PRESETS, Config, configure, plan
-from einlinear.experiments.models import MLP, Shape
-from einlinear.experiments.run import Run
+from einlinear.experiments.runs.models import MLP, Shape
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.sweeps.budget import widest
+from einlinear.experiments.sweeps.compare import PRESETS, Config, configure, plan
 
 OPTIONS: dict[str, Any] = {"data": "digits", "batch_size": 128, "depth": 1}
 SHAPE = Shape(64, 10, (1, 8, 8))  # of the digits

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tests.experiments.made_up import run_of, write
 
-from einlinear.experiments.fit import Law, as_json, laws_of_training, laws_per_input
-from einlinear.experiments.records import Record
-from einlinear.experiments.summary import TRAIN_LOSS, studies
+from einlinear.experiments.findings.fit import Law, as_json, laws_of_training, laws_per_input
+from einlinear.experiments.findings.summary import TRAIN_LOSS, studies
+from einlinear.experiments.runs.records import Record
 
 BATCH = 256  # the default of images
 WIDTHS = (16, 32, 64, 128)

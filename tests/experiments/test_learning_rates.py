@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tests.experiments.made_up import run_of, write
 
-from einlinear.experiments.learning_rates import best_lr, factor, landscapes
-from einlinear.experiments.summary import TRAIN_LOSS, Study, studies
+from einlinear.experiments.findings.learning_rates import best_lr, factor, landscapes
+from einlinear.experiments.findings.summary import TRAIN_LOSS, Study, studies
 
 RATES = (1e-3, 2e-3, 6e-3, 1e-2)  # not equally far apart
 

@@ -14,8 +14,8 @@ from tests import browser
 from tests.browser import Browser
 from tests.experiments.made_up import run_of, write
 
+from einlinear.experiments.findings.updates import Updates, write_updates
 from einlinear.experiments.report import write_report
-from einlinear.experiments.updates import Updates, write_updates
 
 PHONE, PAPER = 390, 718  # pixels; A4 without its margins
 STRUCTURES = ("dense", "btt", "low_rank", "kronecker", "(g a), g r f a, f e g r -> (f e) where r=2")

@@ -17,10 +17,10 @@ from torch import nn
 
 from einlinear.data import Recipe as TextRecipe
 from einlinear.data import prepare_tokens
-from einlinear.experiments import recipes
-from einlinear.experiments.execute import execute
-from einlinear.experiments.models import Model, Shape
-from einlinear.experiments.run import Run
+from einlinear.experiments.runs.execute import execute
+from einlinear.experiments.runs.models import Model, Shape
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.sweeps import recipes
 from einlinear.nn import Linear
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -163,7 +163,7 @@ def test_the_documentation_says_what_the_files_say() -> None:
 
 def _row(name: str) -> str:
     recipe = recipes.load(name)
-    folder = "../src/einlinear/experiments/recipes"
+    folder = "../src/einlinear/experiments/sweeps/recipes"
     counts = [
         "a command" if scale.commands else f"{len(recipes.sweep(name, which).runs)} runs"
         for which, scale in zip(recipes.SCALES, (recipe.small, recipe.paper), strict=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from tests.experiments.made_up import COMMAND, run_of, write
 
-from einlinear.experiments.plots import colour, glyph, nice_ticks, symbol
-from einlinear.experiments.records import Record
+from einlinear.experiments.findings.summary import TRAIN_LOSS, studies
+from einlinear.experiments.findings.updates import Updates, write_updates
 from einlinear.experiments.report import write_report
 from einlinear.experiments.report.overview import headline
-from einlinear.experiments.summary import TRAIN_LOSS, studies
-from einlinear.experiments.updates import Updates, write_updates
+from einlinear.experiments.report.plots import colour, glyph, nice_ticks, symbol
+from einlinear.experiments.runs.records import Record
 
 PATTERN = "(g a), g r f a, f e g r -> (f e) where r=2"
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from einlinear.data import Recipe, prepare_tokens
-from einlinear.experiments.execute import LAST, execute
-from einlinear.experiments.models import MLP, MODELS, Shape
-from einlinear.experiments.problems import KINDS, ImageData
-from einlinear.experiments.records import read_record
-from einlinear.experiments.run import Run
+from einlinear.experiments.runs.execute import LAST, execute
+from einlinear.experiments.runs.models import MLP, MODELS, Shape
+from einlinear.experiments.runs.problems import KINDS, ImageData
+from einlinear.experiments.runs.records import read_record
+from einlinear.experiments.runs.run import Run
 from einlinear.training import metrics
 
 QUICK: dict[str, Any] = {"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 12, "threads": 1}

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from tests.experiments.made_up import run_of, write
 
-from einlinear.experiments.records import Record
-from einlinear.experiments.summary import TRAIN_LOSS, Study, studies
+from einlinear.experiments.findings.summary import TRAIN_LOSS, Study, studies
+from einlinear.experiments.runs.records import Record
 
 
 class Folder:

@@ -10,15 +10,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from einlinear.experiments import records, workers
-from einlinear.experiments.execute import execute
-from einlinear.experiments.run import Run
-from einlinear.experiments.store import Store
-from einlinear.experiments.sweep import Event, Pool, Sweep, check, do, make_sweep, read_sweep
-from einlinear.experiments.table import FILE, read_table
-from einlinear.experiments.workers import Workers
+from einlinear.experiments.runs import records
+from einlinear.experiments.runs.execute import execute
+from einlinear.experiments.runs.problems import _images
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.runs.store import Store
+from einlinear.experiments.runs.table import FILE, read_table
+from einlinear.experiments.sweeps import workers
+from einlinear.experiments.sweeps.sweep import Event, Pool, Sweep, check, do, make_sweep, read_sweep
+from einlinear.experiments.sweeps.workers import Workers
 
 SETTINGS: dict[str, Any] = {"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 6}
 FOUR: dict[str, Any] = {"settings": SETTINGS, "grid": {"structure": ["dense", "btt"], "seed": [0, 1]}}
@@ -145,10 +149,31 @@ def test_other_settings_are_refused(change: dict[str, Any], difference: str, tmp
     Store(tmp_path).open(varied.runs, varied.axes)  # said to be varied: nothing is mixed up
 
 
+def test_other_data_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0)
+
+    def draw() -> None:
+        for label in ("cat", "dog"):
+            (tmp_path / "pets" / label).mkdir(parents=True, exist_ok=True)
+            for i in range(9):
+                image = Image.fromarray(pixels.integers(0, 256, (6, 6), dtype=np.uint8))
+                image.save(tmp_path / "pets" / label / f"{i}.png")
+
+    draw()
+    sweep = make_sweep({"settings": SETTINGS | {"data": str(tmp_path / "pets"), "batch_size": 4}})
+    store = Store(tmp_path / "out")
+    carry_out(sweep, store.folder)
+    store.open(sweep.runs, sweep.axes, digests=check(sweep.runs))
+    draw()
+    _images.cache_clear()
+    with pytest.raises(ValueError, match=r"holds runs on other data of the name .*pets .*it has changed"):
+        store.open(sweep.runs, sweep.axes, digests=check(sweep.runs))
+
+
 def test_another_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make_sweep(FOUR)
     carry_out(sweep, tmp_path)
-    monkeypatch.setattr("einlinear.experiments.store.code_version", lambda: "9.9+beef")
+    monkeypatch.setattr("einlinear.experiments.runs.store.code_version", lambda: "9.9+beef")
     with pytest.raises(ValueError, match=r"another code made \(.*; this is 9.9\+beef\).*--mix-code"):
         Store(tmp_path).open(sweep.runs, sweep.axes)
     Store(tmp_path).open(sweep.runs, sweep.axes, mix_code=True)

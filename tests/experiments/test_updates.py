@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from einlinear.experiments.updates import FILE, Updates, read_updates, write_updates
+from einlinear.experiments.findings.updates import FILE, Updates, read_updates, write_updates
 
 UPDATES = [Updates("dense", True, {16: 0.1, 64: 0.2}), Updates("btt", False, {16: 0.1, 64: math.inf})]
 

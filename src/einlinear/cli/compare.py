@@ -70,7 +70,7 @@ def compare(
     Running the same command again trains only what is missing; structures, targets and seeds can be added.
     """
     require(EXPERIMENTS)
-    from einlinear.experiments.compare import configure, plan
+    from einlinear.experiments.sweeps.compare import configure, plan
 
     with user_errors():
         config = configure(

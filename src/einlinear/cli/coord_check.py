@@ -33,10 +33,10 @@ def coord_check(
     structure is also trained with those of dense.
     """
     require(EXPERIMENTS)
-    from einlinear.experiments.compare import template
-    from einlinear.experiments.coordinates import cases, check, measure
+    from einlinear.experiments.findings.coordinates import cases, check, measure
+    from einlinear.experiments.findings.updates import write_updates
     from einlinear.experiments.report import write_report
-    from einlinear.experiments.updates import write_updates
+    from einlinear.experiments.sweeps.compare import template
 
     with user_errors():
         chosen = specs(structures) or ("dense", "low_rank", "kronecker", "monarch", "btt")

@@ -15,7 +15,7 @@ from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import numbers
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
-    from einlinear.experiments.fit import Law, Laws
+    from einlinear.experiments.findings.fit import Law, Laws
 
 Folders = Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Results folders, taken together.")]
 Floor = Annotated[
@@ -33,10 +33,10 @@ def fit(
 ) -> None:
     """Fit scaling laws to the runs in results folders: loss = floor + scale × compute^-exponent, by structure."""
     require(EXPERIMENTS)
-    from einlinear.experiments.fit import as_json, laws_of_training, laws_per_input
-    from einlinear.experiments.records import write_json
-    from einlinear.experiments.store import open_store
-    from einlinear.experiments.summary import studies
+    from einlinear.experiments.findings.fit import as_json, laws_of_training, laws_per_input
+    from einlinear.experiments.findings.summary import studies
+    from einlinear.experiments.runs.records import write_json
+    from einlinear.experiments.runs.store import open_store
 
     with user_errors():
         assumed, computes = floor_of(floor), numbers(at, "--at") or ()
@@ -81,7 +81,7 @@ def floor_of(text: str) -> float | None:
 
 
 def _print(laws: Laws, computes: Sequence[float]) -> None:
-    from einlinear.experiments.summary import in_words
+    from einlinear.experiments.findings.summary import in_words
 
     display.note(f"\n{in_words(laws.measure)} over {laws.compute}")
     headings = ["structure", "exponent", "95 % interval", "R²", "scale", "floor", "points", "× compute"]

@@ -13,7 +13,7 @@ from einlinear.cli.fit import Floor, Folders, floor_of
 from einlinear.cli.packages import EXPERIMENTS, require
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
-    from einlinear.experiments.summary import Study
+    from einlinear.experiments.findings.summary import Study
 
 
 def report(
@@ -25,10 +25,10 @@ def report(
 ) -> None:
     """Print the table of the models in results folders, and write one page about all their runs."""
     require(EXPERIMENTS)
+    from einlinear.experiments.findings.summary import studies
     from einlinear.experiments.report import write_report
     from einlinear.experiments.report.overview import code_warning
-    from einlinear.experiments.store import Store
-    from einlinear.experiments.summary import studies
+    from einlinear.experiments.runs.store import Store
 
     with user_errors():
         page = write_report(folders, out, floor_of(floor))
@@ -42,7 +42,7 @@ def report(
 
 def _print(study: Study) -> None:
     """Every model, at its best learning rate where there are several."""
-    from einlinear.experiments.summary import TRAIN_LOSS, in_words
+    from einlinear.experiments.findings.summary import TRAIN_LOSS, in_words
 
     others = dict.fromkeys(name for record in study.records if record.result for name in record.result.measures)
     measures = [TRAIN_LOSS, study.error, *(name for name in others if name != study.error)]

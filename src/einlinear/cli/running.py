@@ -18,8 +18,8 @@ from einlinear.cli.importing import setup
 from einlinear.cli.report import report
 
 if TYPE_CHECKING:  # heavy: imported where it is needed
-    from einlinear.experiments.run import Run
-    from einlinear.experiments.sweep import Event, Pool, Sweep
+    from einlinear.experiments.runs.run import Run
+    from einlinear.experiments.sweeps.sweep import Event, Pool, Sweep
 
 
 def command_line() -> str:
@@ -31,13 +31,13 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     """Do what is missing of a sweep, on processes of this machine unless another pool is given, and report."""
     from joblib import cpu_count
 
-    from einlinear.experiments.store import Store
-    from einlinear.experiments.sweep import do
-    from einlinear.experiments.workers import Workers
+    from einlinear.experiments.runs.store import Store
+    from einlinear.experiments.sweeps.sweep import check, do
+    from einlinear.experiments.sweeps.workers import Workers
 
     store = Store(folder)
     with user_errors():
-        store.open(sweep.runs, sweep.axes, command_line(), mix_code)
+        store.open(sweep.runs, sweep.axes, command_line(), mix_code, check(sweep.runs))
         for problem in store.damaged():
             display.warning(f"{problem}; if it belongs here it is done again")
         missing = store.missing(sweep.runs)

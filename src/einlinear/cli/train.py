@@ -38,8 +38,8 @@ def train(
     For example:  einlinear train model=gpt data=data/english structure="btt(rank=2)" width=256 steps=2000 lr=3e-3
     """
     require(EXPERIMENTS)
-    from einlinear.experiments.execute import execute
-    from einlinear.experiments.run import Run
+    from einlinear.experiments.runs.execute import execute
+    from einlinear.experiments.runs.run import Run
     from einlinear.training.distributed import is_first
 
     with user_errors():
@@ -71,8 +71,8 @@ def sweep(
     command does what is missing.
     """
     require(EXPERIMENTS)
-    from einlinear.experiments import recipes
-    from einlinear.experiments.sweep import read_sweep
+    from einlinear.experiments.sweeps import recipes
+    from einlinear.experiments.sweeps.sweep import read_sweep
 
     with user_errors():
         if on not in ("local", "ray"):
@@ -85,7 +85,7 @@ def sweep(
         name = Path(what).stem if is_file else f"{what}-{scale}"
     pool = None
     if on == "ray":
-        from einlinear.experiments.cluster import Cluster
+        from einlinear.experiments.sweeps.cluster import Cluster
 
         pool = Cluster(address, cpus, gpus, setup())
     carry_out(found, out or Path("results") / name, workers, mix_code, pool)
@@ -94,7 +94,7 @@ def sweep(
 def recipes() -> None:
     """List the experiments of the literature that `sweep` knows by name, with what each should show."""
     require(EXPERIMENTS)
-    from einlinear.experiments import recipes as known
+    from einlinear.experiments.sweeps import recipes as known
 
     for name in known.names():
         recipe = known.load(name)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from einlinear.experiments.scaling import LossCurves, ScalingFit, fit_scaling
+from einlinear.experiments.findings.scaling import LossCurves, ScalingFit, fit_scaling
 
 COMPUTE = np.geomspace(1e6, 1e10, 6)
 

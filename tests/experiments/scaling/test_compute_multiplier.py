@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from einlinear.experiments.scaling import Multiplier, compute_multiplier, spread
+from einlinear.experiments.findings.scaling import Multiplier, compute_multiplier, spread
 
 EXPONENT, SCALE = 0.12, 2.0
 MACS = (1e4, 3e4, 1e5, 2e5, 1e6)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from einlinear.experiments.scaling import exponent_effects
+from einlinear.experiments.findings.scaling import exponent_effects
 
 PSI = np.array([1, 1, 1, 1, 0.5, 0.75, 0.75, 1, 1])
 NU = np.array([1, 0.5, 0.5, 0.75, 0.5, 0.75, 0.25, 0.75, 0.25])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from einlinear.experiments.scaling import Frontier, pareto_frontier, power_law, power_law_with_floor
+from einlinear.experiments.findings.scaling import Frontier, pareto_frontier, power_law, power_law_with_floor
 
 # a coarse grid, so that points repeat, share their compute or their loss, and lie on lines
 POINTS = st.lists(st.tuples(st.integers(0, 8), st.integers(-6, 6)), min_size=1, max_size=25).map(

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from einlinear.experiments.scaling import power_law, power_law_with_floor
-from einlinear.experiments.scaling.intervals import law_interval, prediction_interval
+from einlinear.experiments.findings.scaling import power_law, power_law_with_floor
+from einlinear.experiments.findings.scaling.intervals import law_interval, prediction_interval
 
 COMPUTE = np.geomspace(1e6, 1e12, 10)
 

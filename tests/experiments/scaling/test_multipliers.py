@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from einlinear.experiments.scaling import LossCurves, ScalingFit, fit_scaling, multipliers_along
+from einlinear.experiments.findings.scaling import LossCurves, ScalingFit, fit_scaling, multipliers_along
 
 COMPUTE = np.geomspace(1e6, 1e10, 9)
 

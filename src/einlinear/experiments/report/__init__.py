@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from einlinear.experiments.records import Record, write_text
+from einlinear.experiments.findings.summary import Study, studies
+from einlinear.experiments.findings.updates import read_updates
 from einlinear.experiments.report.landscapes import learning_rates
 from einlinear.experiments.report.overview import code_warning, headline, what_was_run
 from einlinear.experiments.report.page import Part, Section, render
@@ -29,9 +30,8 @@ from einlinear.experiments.report.tables import all_models
 from einlinear.experiments.report.taxonomy import taxonomy
 from einlinear.experiments.report.training import training_curves
 from einlinear.experiments.report.updates import feature_updates
-from einlinear.experiments.store import RUNS, Store
-from einlinear.experiments.summary import Study, studies
-from einlinear.experiments.updates import read_updates
+from einlinear.experiments.runs.records import Record, write_text
+from einlinear.experiments.runs.store import RUNS, Store
 
 __all__ = ["write_report"]
 

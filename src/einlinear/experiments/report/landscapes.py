@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from einlinear.experiments.learning_rates import Landscape, Optimum, factor, landscapes
-from einlinear.experiments.plots import colour, log_axis, shade, style, symbol
+from einlinear.experiments.findings.learning_rates import Landscape, Optimum, factor, landscapes
+from einlinear.experiments.findings.summary import TRAIN_LOSS, Curve, Study, in_words, result, value
 from einlinear.experiments.report.page import Cell, CsvRow, Figure, Panel, Section, Table, csv_row, hover, hover_of_mean
-from einlinear.experiments.summary import TRAIN_LOSS, Curve, Study, in_words, result, value
+from einlinear.experiments.report.plots import colour, log_axis, shade, style, symbol
 
 Found = Sequence[tuple[Curve, Sequence[Landscape]]]
 

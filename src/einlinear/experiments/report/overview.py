@@ -8,10 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from einlinear.experiments.models import DENSE
-from einlinear.experiments.records import Record
+from einlinear.experiments.findings.summary import Study, in_words, result
 from einlinear.experiments.report.page import Section, definitions, paragraphs
-from einlinear.experiments.summary import Study, in_words, result
+from einlinear.experiments.runs.models import DENSE
+from einlinear.experiments.runs.records import Record
 
 _AT_MOST = 12  # values of an option that are listed
 

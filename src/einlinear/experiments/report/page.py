@@ -14,9 +14,9 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from einlinear.experiments.plots import colour, glyph
-from einlinear.experiments.records import Record
-from einlinear.experiments.summary import result
+from einlinear.experiments.findings.summary import result
+from einlinear.experiments.report.plots import colour, glyph
+from einlinear.experiments.runs.records import Record
 
 CsvRow = Mapping[str, object]
 

@@ -10,8 +10,9 @@ from statistics import fmean
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from einlinear.experiments.fit import Law, Laws, laws_of_training, laws_per_input
-from einlinear.experiments.plots import colour, log_axis, style, symbol
+from einlinear.experiments.findings.fit import Law, Laws, laws_of_training, laws_per_input
+from einlinear.experiments.findings.scaling import Interval, Multiplier, MultiplierAt
+from einlinear.experiments.findings.summary import TRAIN_LOSS, Study, in_words, result, value
 from einlinear.experiments.report.page import (
     Cell,
     CsvRow,
@@ -23,8 +24,7 @@ from einlinear.experiments.report.page import (
     hover,
     hover_of_mean,
 )
-from einlinear.experiments.scaling import Interval, Multiplier, MultiplierAt
-from einlinear.experiments.summary import TRAIN_LOSS, Study, in_words, result, value
+from einlinear.experiments.report.plots import colour, log_axis, style, symbol
 
 _LAW = Markup("loss = {floor}scale × MACs<sup>−exponent</sup>")
 _MODELS = "<b>Frontier</b>: the models that no cheaper one of the same structure beats, means over the seeds. "

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from einlinear.experiments.findings.summary import TRAIN_LOSS, Row, Study, in_words, result, value
 from einlinear.experiments.report.page import Cell, Section, Table
-from einlinear.experiments.summary import TRAIN_LOSS, Row, Study, in_words, result, value
 
 
 def all_models(study: Study, commands: Sequence[str]) -> Section:

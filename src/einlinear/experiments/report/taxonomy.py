@@ -10,11 +10,11 @@ import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from einlinear.experiments.models import DENSE
-from einlinear.experiments.plots import colour, log_axis, short, style, symbol
+from einlinear.experiments.findings.scaling import Effect, exponent_effects
+from einlinear.experiments.findings.summary import Curve, Study, in_words
 from einlinear.experiments.report.page import Cell, Figure, Panel, Section, Table
-from einlinear.experiments.scaling import Effect, exponent_effects
-from einlinear.experiments.summary import Curve, Study, in_words
+from einlinear.experiments.report.plots import colour, log_axis, short, style, symbol
+from einlinear.experiments.runs.models import DENSE
 from einlinear.structures import structure
 
 AT_LEAST = 5  # structures

@@ -11,10 +11,10 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from einlinear.experiments.plots import colour, log_axis, style
-from einlinear.experiments.records import METRICS, Record
+from einlinear.experiments.findings.summary import Study
 from einlinear.experiments.report.page import CsvRow, Figure, Panel, Section, csv_row, hover
-from einlinear.experiments.summary import Study
+from einlinear.experiments.report.plots import colour, log_axis, style
+from einlinear.experiments.runs.records import METRICS, Record
 from einlinear.training import metrics
 
 _AT_MOST = 48  # runs that are drawn; more are a carpet

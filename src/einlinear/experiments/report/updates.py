@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from einlinear.experiments.plots import colour, log_axis, style, symbol
+from einlinear.experiments.findings.updates import CoordinateCheck, Updates, measured
 from einlinear.experiments.report.page import Cell, Figure, Panel, Section, Table
-from einlinear.experiments.updates import CoordinateCheck, Updates, measured
+from einlinear.experiments.report.plots import colour, log_axis, style, symbol
 
 
 def feature_updates(check: CoordinateCheck) -> Section:

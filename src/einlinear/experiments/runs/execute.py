@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from einlinear import training
-from einlinear.experiments.problems import Problem
-from einlinear.experiments.records import Result, alone, code_version, write_result, write_run
-from einlinear.experiments.run import Run
+from einlinear.experiments.runs.problems import Problem
+from einlinear.experiments.runs.records import Result, alone, code_version, write_result, write_run
+from einlinear.experiments.runs.run import Run
 from einlinear.nn import ReferenceModel, counts
 from einlinear.parametrize import init_
 from einlinear.training.distributed import is_first

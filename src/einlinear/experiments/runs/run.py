@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from einlinear.experiments.models import MODELS, Model
-from einlinear.experiments.options import names, parse, refuse_unknown
-from einlinear.experiments.problems import Data, kind_of
+from einlinear.experiments.runs.models import MODELS, Model
+from einlinear.experiments.runs.options import names, parse, refuse_unknown
+from einlinear.experiments.runs.problems import Data, kind_of
 from einlinear.training import Training
 
 _HIDDEN = ("device", "threads", "log_every", "checkpoint_every")  # they change no result

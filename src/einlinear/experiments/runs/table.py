@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from einlinear.experiments.records import Record, Result, read_record
-from einlinear.experiments.run import Run
+from einlinear.experiments.runs.records import Record, Result, read_record
+from einlinear.experiments.runs.run import Run
 
 FILE = "runs.sqlite"
 _RESULTS = tuple(field.name for field in fields(Result) if field.name != "measures")

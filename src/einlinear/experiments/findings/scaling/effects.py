@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from einlinear.experiments.scaling.intervals import Interval, check_level, t_interval
+from einlinear.experiments.findings.scaling.intervals import Interval, check_level, t_interval
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from filelock import FileLock, Timeout
 
 import einlinear
-from einlinear.experiments.problems import Problem
-from einlinear.experiments.run import Run
+from einlinear.experiments.runs.problems import Problem
+from einlinear.experiments.runs.run import Run
 
 FORMAT = 2  # of the files; raised when an older program could misread them
 RUN, RESULT, METRICS = "run.json", "result.json", "metrics.jsonl"

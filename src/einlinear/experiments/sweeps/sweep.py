@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
-from einlinear.experiments.models import Shape
-from einlinear.experiments.options import from_text, refuse_unknown
-from einlinear.experiments.problems import Data
-from einlinear.experiments.run import Run
-from einlinear.experiments.store import Store
-from einlinear.experiments.table import Table
+from einlinear.experiments.runs.options import from_text, refuse_unknown
+from einlinear.experiments.runs.problems import Data, Problem
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.runs.store import Store
+from einlinear.experiments.runs.table import Table
 
 _KEYS = ("settings", "grid", "parts")
 
@@ -95,18 +94,22 @@ def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     return Sweep(runs, frozenset(varied | _gridded(content)))
 
 
-def check(runs: Iterable[Run]) -> None:
+def check(runs: Iterable[Run]) -> dict[str, str]:
     """Load the data of all runs and build every model without memory, so that nothing is trained in vain.
+
+    Returns:
+        The digest of each data, by its name.
 
     Raises:
         ValueError, OSError: what is wrong with the data, a structure or a size.
     """
-    shapes: dict[Data, Shape] = {}
+    problems: dict[Data, Problem] = {}
     for run in runs:
-        if run.data not in shapes:
-            shapes[run.data] = run.data.load(run.seed).shape
+        if run.data not in problems:
+            problems[run.data] = run.data.load(run.seed)
         with torch.device("meta"):
-            run.model.build(shapes[run.data])
+            run.model.build(problems[run.data].shape)
+    return {data.data: problem.digest for data, problem in problems.items()}
 
 
 def do(

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from einlinear.experiments.execute import execute
-from einlinear.experiments.run import Run
-from einlinear.experiments.sweep import Event
+from einlinear.experiments.runs.execute import execute
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.sweeps.sweep import Event
 
 ATTEMPTS = 3  # of a run whose process dies every time
 _EVERY = 0.2  # seconds between two messages of a run
@@ -51,7 +51,7 @@ class Workers:
 
     def __call__(self, tasks: Sequence[Task]) -> Iterator[Event]:
         waiting, deaths = deque(tasks), Counter[str]()
-        _processes.set_forkserver_preload(["einlinear.experiments.execute"])
+        _processes.set_forkserver_preload(["einlinear.experiments.runs.execute"])
         workers = [_Worker(self) for _ in range(min(self.count, len(tasks)))]
         try:
             while waiting or any(worker.task for worker in workers):

@@ -10,12 +10,12 @@ effects.py      what psi, nu and omega do to the loss
 Nothing here knows of files, structures or runs. Compute is in any unit: only exponents do not depend on it.
 """
 
-from einlinear.experiments.scaling.bootstrap import LossCurves, Prediction, ScalingFit, fit_scaling
-from einlinear.experiments.scaling.effects import Effect, ExponentEffects, exponent_effects
-from einlinear.experiments.scaling.frontier import Frontier, pareto_frontier
-from einlinear.experiments.scaling.intervals import Interval
-from einlinear.experiments.scaling.laws import PowerLaw, power_law, power_law_with_floor
-from einlinear.experiments.scaling.multipliers import (
+from einlinear.experiments.findings.scaling.bootstrap import LossCurves, Prediction, ScalingFit, fit_scaling
+from einlinear.experiments.findings.scaling.effects import Effect, ExponentEffects, exponent_effects
+from einlinear.experiments.findings.scaling.frontier import Frontier, pareto_frontier
+from einlinear.experiments.findings.scaling.intervals import Interval
+from einlinear.experiments.findings.scaling.laws import PowerLaw, power_law, power_law_with_floor
+from einlinear.experiments.findings.scaling.multipliers import (
     Multiplier,
     MultiplierAt,
     Spread,

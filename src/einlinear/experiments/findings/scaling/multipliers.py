@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from einlinear.experiments.scaling.bootstrap import ScalingFit
-from einlinear.experiments.scaling.frontier import Frontier
-from einlinear.experiments.scaling.intervals import Interval, percentile_interval
-from einlinear.experiments.scaling.laws import Array
+from einlinear.experiments.findings.scaling.bootstrap import ScalingFit
+from einlinear.experiments.findings.scaling.frontier import Frontier
+from einlinear.experiments.findings.scaling.intervals import Interval, percentile_interval
+from einlinear.experiments.findings.scaling.laws import Array
 
 Point = tuple[float, float]  # (compute, loss), both positive
 Bound = Literal["", ">", "<"]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import ConvexHull
 
-from einlinear.experiments.scaling.laws import Array, log_points
+from einlinear.experiments.findings.scaling.laws import Array, log_points
 
 ROUNDING = 1e-9  # of logarithms: points on one line belong to its hull
 

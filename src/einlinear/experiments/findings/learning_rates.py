@@ -9,9 +9,9 @@ from statistics import fmean
 
 import numpy as np
 
-from einlinear.experiments.records import Record
-from einlinear.experiments.scaling.multipliers import Bound
-from einlinear.experiments.summary import Curve, Row, Study, value
+from einlinear.experiments.findings.scaling.multipliers import Bound
+from einlinear.experiments.findings.summary import Curve, Row, Study, value
+from einlinear.experiments.runs.records import Record
 
 RATES = 3  # so many make a landscape
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t
 
-from einlinear.experiments.scaling.laws import PowerLaw, assumed_floor, covariance, gradient
+from einlinear.experiments.findings.scaling.laws import PowerLaw, assumed_floor, covariance, gradient
 
 Source = Literal["seeds", "regression"]
 Quantity = Literal["exponent", "scale", "floor"]

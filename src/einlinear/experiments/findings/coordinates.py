@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.experiments.execute import initialised
-from einlinear.experiments.models import DENSE
-from einlinear.experiments.problems import Problem
-from einlinear.experiments.run import Run
-from einlinear.experiments.updates import Updates
+from einlinear.experiments.findings.updates import Updates
+from einlinear.experiments.runs.execute import initialised
+from einlinear.experiments.runs.models import DENSE
+from einlinear.experiments.runs.problems import Problem
+from einlinear.experiments.runs.run import Run
 from einlinear.parametrize.coord_check import coord_check
 
 _BATCHES = 16  # different ones, used in turn

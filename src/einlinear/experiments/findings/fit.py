@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from einlinear.experiments.records import METRICS, Record
-from einlinear.experiments.scaling import (
+from einlinear.experiments.findings.scaling import (
     Interval,
     LossCurves,
     MultiplierAt,
@@ -19,7 +18,8 @@ from einlinear.experiments.scaling import (
     fit_scaling,
     multipliers_along,
 )
-from einlinear.experiments.summary import LENGTHS, Curve, Row, Study, dense_of, make_curves, result
+from einlinear.experiments.findings.summary import LENGTHS, Curve, Row, Study, dense_of, make_curves, result
+from einlinear.experiments.runs.records import METRICS, Record
 from einlinear.training import metrics
 
 PER_INPUT, TRAINING = "MACs per {input}", "MACs of the training"  # forward passes only

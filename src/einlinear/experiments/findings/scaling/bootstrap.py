@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from einlinear.experiments.scaling.frontier import Frontier, pareto_frontier
-from einlinear.experiments.scaling.intervals import (
+from einlinear.experiments.findings.scaling.frontier import Frontier, pareto_frontier
+from einlinear.experiments.findings.scaling.intervals import (
     Interval,
     Quantity,
     Source,
@@ -18,7 +18,7 @@ from einlinear.experiments.scaling.intervals import (
     percentile_interval,
     prediction_interval,
 )
-from einlinear.experiments.scaling.laws import (
+from einlinear.experiments.findings.scaling.laws import (
     MIN_POINTS,
     MIN_POINTS_WITH_FLOOR,
     Array,

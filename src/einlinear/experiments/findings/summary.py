@@ -9,10 +9,10 @@ from functools import cached_property
 from statistics import fmean, median
 from typing import Any
 
-from einlinear.experiments.models import DENSE
-from einlinear.experiments.records import Record, Result
-from einlinear.experiments.run import Run
-from einlinear.experiments.scaling import Multiplier, Spread, compute_multiplier, spread
+from einlinear.experiments.findings.scaling import Multiplier, Spread, compute_multiplier, spread
+from einlinear.experiments.runs.models import DENSE
+from einlinear.experiments.runs.records import Record, Result
+from einlinear.experiments.runs.run import Run
 
 TRAIN_LOSS = "train_loss"
 SIZES = ("width", "depth", "expansion", "heads", "d_head")  # a curve runs over models of all sizes

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from einlinear.experiments.budget import widest
-from einlinear.experiments.models import DENSE, Model, Shape
-from einlinear.experiments.problems import ImageData, kind_of
-from einlinear.experiments.run import Run
-from einlinear.experiments.sweep import Sweep
+from einlinear.experiments.runs.models import DENSE, Model, Shape
+from einlinear.experiments.runs.problems import ImageData, kind_of
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.sweeps.budget import widest
+from einlinear.experiments.sweeps.sweep import Sweep
 from einlinear.nn import ReferenceModel
 from einlinear.structures import structure
 from einlinear.training.tasks import Classification

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from einlinear.experiments.execute import execute
-from einlinear.experiments.run import Run
-from einlinear.experiments.sweep import Event
+from einlinear.experiments.runs.execute import execute
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.sweeps.sweep import Event
 
 ATTEMPTS = 3  # of a run whose process dies every time
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from einlinear.experiments import options
-from einlinear.experiments.sweep import Sweep, make_sweep
+from einlinear.experiments.runs import options
+from einlinear.experiments.sweeps.sweep import Sweep, make_sweep
 
 SCALES = ("small", "paper")
 

@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from einlinear.experiments.records import RUN, Record, alone, code_version, read_record
-from einlinear.experiments.run import Run
+from einlinear.experiments.runs.records import RUN, Record, alone, code_version, read_record
+from einlinear.experiments.runs.run import Run
 
 RUNS, HISTORY = "runs", "history.jsonl"
 
@@ -44,7 +44,14 @@ class Store:
         finished = {record.run.key for record in self.records() if record.result}
         return [run for run in runs if run.key not in finished]
 
-    def open(self, runs: Collection[Run], axes: Collection[str], command: str = "", mix_code: bool = False) -> None:
+    def open(
+        self,
+        runs: Collection[Run],
+        axes: Collection[str],
+        command: str = "",
+        mix_code: bool = False,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         """Make the folder ready for more runs.
 
         Args:
@@ -52,9 +59,11 @@ class Store:
             axes: the options in which they may differ from those that are there, and from each other.
             command: that adds them, for the record.
             mix_code: take runs that another version of the code made.
+            digests: of the data, by name: that of a name that is known may have changed.
 
         Raises:
-            ValueError: the folder holds other files, runs of other settings or runs of another code: it says which.
+            ValueError: the folder holds other files, or runs of other settings, other data or another code: it says
+                which.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; name a folder for the results")
@@ -62,6 +71,7 @@ class Store:
             raise ValueError(f"{self.folder} holds files that are no results of einlinear; name another folder")
         found = self.records()
         self._check_settings(found, runs, axes)
+        self._check_data(found, digests or {})
         if not mix_code:
             self._check_code(found)
         (self.folder / RUNS).mkdir(parents=True, exist_ok=True)
@@ -108,6 +118,15 @@ class Store:
                 f"{self.folder} holds results of other settings: {'; '.join(differences)}. "
                 "Name another folder (--out), or repeat the settings to add to this one"
             )
+
+    def _check_data(self, found: Collection[Record], digests: Mapping[str, str]) -> None:
+        for record in found:
+            name = record.run.data.data
+            if digests.get(name, record.digest) != record.digest:
+                raise ValueError(
+                    f"{self.folder} holds runs on other data of the name {name} ({record.source}): it has changed "
+                    "since. Name another folder (--out)"
+                )
 
     def _check_code(self, found: Collection[Record]) -> None:
         others = sorted({record.code for record in found} - {code_version()})
