@@ -45,7 +45,8 @@ def write(
         error = train_loss / 2 if error is None and train_loss is not None else error
         good = train_loss is not None
         measures = {name: error, "test_accuracy": 1 - error} if good and error is not None else {}
-        result = Result(macs + 123, macs, problem.inputs, run.training.steps, train_loss, measures, error, 0.00456)
+        steps, inputs = run.training.steps, problem.inputs
+        result = Result(macs + 123, macs, inputs, steps, macs * inputs * steps, train_loss, measures, error, 0.00456)
         write_result(path, result)
     if lines:
         (path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -17,7 +17,9 @@ import torch
 from tests.training import toy
 from torch import Tensor, nn
 
+import einlinear as el
 from einlinear.training import Training, loop, metrics
+from einlinear.training.distributed import World
 from einlinear.training.loop import _Run
 from einlinear.training.schedule import factor
 
@@ -90,6 +92,52 @@ def test_the_time_to_a_loss_can_be_read_off(tmp_path: Path, monkeypatch: pytest.
     assert found.step_seconds == 1
 
 
+def test_structured_layers_become_dense_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"steps": 20, "checkpoint_every": 4, "schedule": "constant"}
+    sparse = toy.run(**options)
+    whole = toy.run(tmp_path / "whole", densify_at=10, **options)
+    assert whole.losses[:10] == sparse.losses[:10]
+    assert whole.losses[10] == pytest.approx(sparse.losses[10], rel=1e-4)  # the same function, a step later
+    assert whole.losses[11:] != pytest.approx(sparse.losses[11:], rel=1e-4)
+    batch = toy.Toy.batch
+
+    for stopped in (9, 14):  # before and after
+        folder = tmp_path / str(stopped)
+
+        def interrupted(self: toy.Toy, step: int, stopped: int = stopped) -> tuple[Tensor, Tensor]:
+            if step == stopped:
+                raise KeyboardInterrupt
+            return batch(self, step)
+
+        monkeypatch.setattr(toy.Toy, "batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            toy.run(folder, densify_at=10, **options)
+        monkeypatch.setattr(toy.Toy, "batch", batch)
+        assert toy.run(folder, densify_at=10, **options).losses == whole.losses
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_known_of_other_parameters_stays(optimizer: str) -> None:
+    config = Training(steps=9, densify_at=4, optimizer=optimizer, threads=1)
+    world = World(0, 1, torch.device("cpu"))
+    run = _Run(toy.initialised(toy.build), toy.build(8, "dense"), toy.Toy(), config, None, None, {}, world)
+    run._step(0)
+    before = {name: run.optimizers[-1].state.get(p) for name, p in run.plain.named_parameters()}
+    run._densify()
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    rates = {id(p): group["lr_mult"] for group in groups for p in group["params"]}
+    dense = _Run(toy.build(16, "dense"), toy.build(8, "dense"), toy.Toy(), config, None, None, {}, world)
+    expected = [group for optimizer in dense.optimizers for group in optimizer.param_groups]
+    of_dense = {id(p): group["lr_mult"] for group in expected for p in group["params"]}
+    names = {name.replace(".A", ".weight"): p for name, p in dense.plain.named_parameters()}
+    assert dict(run.plain.named_parameters()).keys() == names.keys()
+    for name, p in run.plain.named_parameters():
+        assert rates[id(p)] == of_dense[id(names[name])]
+        if name in before:
+            assert run.optimizers[-1].state.get(p) is before[name]
+    assert not any(isinstance(layer, el.Linear) for layer in run.plain.modules())
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     toy.run(tmp_path, facts={"lr": 0.1, "data": "a"})
     with pytest.raises(ValueError, match=r"other settings: lr was 0.1, now 0.2\. Name another folder"):
@@ -152,6 +200,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         ({"final_lr": 2.0}, "a share of lr, from 0 to 1"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"precision": "float16", "parallel": "fsdp"}, "take bfloat16"),
+        ({"densify_at": 20}, "densify_at must be from 1 to below the 20 steps, not 20"),
+        ({"densify_at": 10, "parallel": "fsdp"}, "take ddp"),
     ],
 )
 def test_wrong_settings_say_what_is_right(options: dict[str, Any], message: str) -> None:

@@ -34,6 +34,9 @@ class Training:
         precision: of the arithmetic, "float32" or, by autocast, "bfloat16" or "float16".
         compile: whether torch.compile compiles the model.
         parallel: how several processes share the model: "ddp" (each has all of it) or "fsdp" (each has a part).
+        densify_at: after so many steps structured layers become the dense ones that compute the same, and training
+            goes on (sparse-to-dense of Dao et al., arXiv 2204.00595, after 90 % of the steps); None: never. The
+            optimizer keeps what it knows of all other parameters.
         structure_aware: False is the control: factors learn at the rate of a dense layer.
         log_every, evaluate_every, checkpoint_every: in steps; None: at the end only.
         tracker: "tensorboard", "wandb" or "mlflow", which then get the metrics as well.
@@ -54,6 +57,7 @@ class Training:
     precision: str = "float32"
     compile: bool = False
     parallel: str = "ddp"
+    densify_at: int | None = None
     structure_aware: bool = True
     log_every: int = 10
     evaluate_every: int | None = None
@@ -85,6 +89,10 @@ class Training:
             raise ValueError(f"final_lr is a share of lr, from 0 to 1, not {self.final_lr}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be positive, or None, not {self.clip}")
+        if self.densify_at is not None and not 0 < self.densify_at < self.steps:
+            raise ValueError(f"densify_at must be from 1 to below the {self.steps} steps, not {self.densify_at}")
+        if self.densify_at is not None and self.parallel == "fsdp":
+            raise ValueError("densify_at needs whole layers, of which FSDP leaves each process a part: take ddp")
         if self.precision == "float16" and self.parallel == "fsdp":
             raise ValueError("float16 needs its gradients scaled, which FSDP does not do here: take bfloat16")
         if self.device == "cuda" and not torch.cuda.is_available():

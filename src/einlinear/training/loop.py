@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from einlinear.conversion import densify
 from einlinear.parametrize import param_groups
 from einlinear.parametrize.mup import Base
 from einlinear.training import checkpoint, distributed, state, trackers
@@ -114,25 +115,42 @@ class _Run:
         facts: dict[str, Any],
         world: World,
     ) -> None:
+        self.plain, self.base, self.lr_scale = model.to(world.device), base, lr_scale
         self.task, self.config, self.facts, self.world = task, config, facts, world
         self.folder = folder
-        blocks = "blocks.*" if config.optimizer == "muon" and hasattr(model, "blocks") else None
-        self.model = distributed.wrap(model.to(world.device), config.parallel, world)
+        self._set_up()
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
+        self.losses: list[float] = []
+        self.seconds: list[float] = []  # of every step; like the losses, those before an interruption as well
+
+    def _set_up(self) -> None:
+        """What depends on which parameters there are."""
+        config = self.config
+        blocks = "blocks.*" if config.optimizer == "muon" and hasattr(self.plain, "blocks") else None
+        self.model = distributed.wrap(self.plain, config.parallel, self.world)
         groups = param_groups(
             self.model,
             config.lr,
-            base=base,
+            base=self.base,
             optimizer=config.optimizer,
             weight_decay=config.weight_decay,
             structure_aware=config.structure_aware,
-            lr_scale=lr_scale,
+            lr_scale=self.lr_scale,
             hidden=blocks,
         )
         self.optimizers = _optimizers(groups, config)
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
-        self.losses: list[float] = []
-        self.seconds: list[float] = []  # of every step; like the losses, those before an interruption as well
+
+    def _densify(self) -> None:
+        """Make structured layers dense; what the optimizers know of other parameters stays."""
+        states = {p: known for optimizer in self.optimizers for p, known in optimizer.state.items()}
+        before = {name: states[p] for name, p in self.plain.named_parameters() if p in states}
+        densify(self.plain)
+        self._set_up()
+        names = {p: name for name, p in self.plain.named_parameters()}
+        for optimizer in self.optimizers:
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.state.update({p: before[names[p]] for p in own if names[p] in before})
 
     def train(self, progress: Progress | None) -> Outcome:
         self._resume()
@@ -143,6 +161,8 @@ class _Run:
         first, steps = self.world.rank == 0, self.config.steps
         training_seconds, measures = sum(self.seconds), dict[str, float]()
         for step in range(len(self.losses) + 1, steps + 1):
+            if step - 1 == self.config.densify_at:
+                self._densify()
             loss = self._step(step - 1)
             training_seconds += self.seconds[-1]
             if progress and first:
@@ -221,6 +241,8 @@ class _Run:
             raise ValueError(
                 f"{self.folder} holds a run of other settings: {'; '.join(differences)}. Name another folder"
             )
+        if self.config.densify_at is not None and found.step > self.config.densify_at:
+            self._densify()
         state.restore(self.model, self.optimizers, self.scaler, found.tensors)
         self.losses, self.seconds = (found.tensors[name].tolist() for name in ("losses", "seconds"))
 

@@ -117,7 +117,7 @@ def evaluations(row: Row, measure: str) -> LossCurves:
     own = [_measured(record, measure) for record in row.good]
     steps = sorted(set(own[0]).intersection(*own))
     losses = [[measured[step] for step in steps] for measured in own]
-    per_step = row.result.macs * row.result.inputs
+    per_step = row.result.compute / row.result.steps
     return LossCurves(np.array(steps, dtype=float) * per_step, np.array(losses, dtype=float))
 
 

@@ -81,10 +81,12 @@ def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
         facts=facts,
         progress=progress,
     )
-    return _result(outcome, problem, params, macs)
+    dense_steps = len(outcome.losses) - min(run.training.densify_at or len(outcome.losses), len(outcome.losses))
+    compute = problem.inputs * (macs * (len(outcome.losses) - dense_steps) + model.macs * dense_steps)
+    return _result(outcome, problem, params, macs, compute)
 
 
-def _result(outcome: Outcome, problem: Problem, params: int, macs: int) -> Result:
+def _result(outcome: Outcome, problem: Problem, params: int, macs: int, compute: int) -> Result:
     last = max(1, round(LAST * len(outcome.losses)))
     finished = not outcome.diverged
     return Result(
@@ -92,6 +94,7 @@ def _result(outcome: Outcome, problem: Problem, params: int, macs: int) -> Resul
         macs=macs,
         inputs=problem.inputs,
         steps=len(outcome.losses),
+        compute=compute,
         train_loss=statistics.fmean(outcome.losses[-last:]) if finished else None,
         measures=dict(outcome.measures) if finished else {},
         error=outcome.measures[problem.error] if finished else None,

@@ -33,9 +33,10 @@ class Result:
 
     Attributes:
         params: of the model, biases and norms included.
-        macs: multiply-accumulates of a forward pass, for one input: an image, a token, a vector.
+        macs: multiply-accumulates of a forward pass, for one input: an image, a token, a vector; as the model began.
         inputs: of a step.
         steps: that were made.
+        compute: multiply-accumulates of all forward passes of the training.
         train_loss: mean over the last tenth of the steps, as the batches were trained on.
         measures: of the final model, by name.
         error: the one of the measures that runs on the same data are compared by, see `Problem.error`.
@@ -46,6 +47,7 @@ class Result:
     macs: int
     inputs: int
     steps: int
+    compute: int
     train_loss: float | None
     measures: dict[str, float] = field(default_factory=dict)
     error: float | None = None
@@ -54,11 +56,6 @@ class Result:
     @property
     def diverged(self) -> bool:
         return self.train_loss is None
-
-    @property
-    def compute(self) -> int:
-        """Multiply-accumulates of all forward passes of the training."""
-        return self.macs * self.inputs * self.steps
 
 
 @dataclass(frozen=True)

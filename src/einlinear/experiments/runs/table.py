@@ -76,7 +76,7 @@ def _of_record(record: Record) -> dict[str, Any]:
     assert record.result is not None
     row = _row(record.run, record.folder, "diverged" if record.result.diverged else "finished")
     results = {name: value for name, value in asdict(record.result).items() if name in _RESULTS}
-    return row | results | record.result.measures | {"compute": record.result.compute, "code": record.code}
+    return row | results | record.result.measures | {"code": record.code}
 
 
 def _row(run: Run, folder: Path | None, status: str, message: str = "") -> dict[str, Any]:
