@@ -17,6 +17,7 @@ from einlinear.cli.app import app
 from einlinear.cli.parsing import assignments, numbers, specs
 from einlinear.experiments.findings import coordinates
 from einlinear.experiments.runs.execute import execute
+from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.sweeps import workers
@@ -455,3 +456,53 @@ def test_the_entry_point_needs_no_extra_package_to_say_so() -> None:
     assert "(rich, typer)" in done.stderr
     assert "pip install 'einlinear[cli]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# Single runs, sweeps, recipes
+
+
+def test_train_and_go_on(tmp_path: Path) -> None:
+    options = ("data=digits", "structure=btt", "steps=20", "depth=1", "threads=1", "--out", tmp_path / "run")
+    code, out, _ = run("train", *options)
+    assert code == 0
+    record = read_record(tmp_path / "run")
+    assert record.result is not None
+    assert f"{record.result.train_loss:.4f}" in out
+    assert "test accuracy" in out
+    assert (tmp_path / "run" / "checkpoints").exists()
+    assert run("train", *options)[0] == 0
+    assert_refused(run("train", *options, "lr=1e-2"), "lr was 0.003, now 0.01")
+    assert_refused(run("train", "data=digits", "--out", tmp_path / "other"), "steps must be given")
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_sweep_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "sizes.toml"
+    path.write_text('[settings]\ndata = "digits"\nsteps = 9\ndepth = 1\n[grid]\nstructure = ["dense", "btt"]\n')
+    code, out, _ = run("sweep", path, "width=16", "--out", tmp_path / "out")
+    assert code == 0
+    assert "2 runs to do" in out
+    assert {record.run.model.width for record in Store(tmp_path / "out").records()} == {16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lr-tranfer",), "lr-transfer"),
+        (("lr-transfer", "--scale", "huge"), "huge"),
+        (("feature-updates",), "einlinear coord-check"),
+        (("lr-transfer", "--on", "slurm"), "--on must be local or ray, not 'slurm'"),
+        (("absent.toml",), "absent.toml"),
+        (("image-mlp", "--scale", "paper"), "data/cifar-10"),
+    ],
+)
+def test_a_sweep_that_cannot_be(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    assert_refused(run("sweep", *arguments, "--out", tmp_path / "out"), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_listed() -> None:
+    code, out, _ = run("recipes")
+    assert code == 0
+    assert "einlinear sweep lr-transfer" in out
+    assert "einlinear coord-check" in out

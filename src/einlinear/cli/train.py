@@ -82,6 +82,8 @@ def sweep(
         overrides = assignments(settings)
         is_file = Path(what).suffix in (".toml", ".json")
         found = read_sweep(what, overrides) if is_file else recipes.sweep(what, scale, overrides)
+        if not is_file and (how := getattr(recipes.load(what), scale).prepare):
+            display.note(f"Its data has to be there: {how}")
         name = Path(what).stem if is_file else f"{what}-{scale}"
     pool = None
     if on == "ray":
@@ -98,4 +100,8 @@ def recipes() -> None:
 
     for name in known.names():
         recipe = known.load(name)
-        display.note(f"{name}  {recipe.title}\n    {recipe.shows}\n    {recipe.source}\n")
+        commands = recipe.small.commands or (f"einlinear sweep {name}",)
+        minutes = f"{recipe.small.minutes} minutes on two cores" if recipe.small.minutes else "not timed"
+        display.note(f"{name}: {recipe.title.strip()} ({recipe.source.strip()})")
+        display.note(f"    {recipe.shows.strip()}")
+        display.note(f"    {'; '.join(commands)}    ({minutes}; --scale paper is the original)\n")
