@@ -5,6 +5,7 @@ overview.py     the main result, and what was run
 scaling.py      losses over compute, laws, compute multipliers
 landscapes.py   learning rates
 training.py     training curves
+wall_clock.py   time to a loss
 updates.py      feature updates, of a coordinate check
 taxonomy.py     what the exponents of the structures have to do with their losses
 tables.py       all models, all runs
@@ -30,6 +31,7 @@ from einlinear.experiments.report.tables import all_models
 from einlinear.experiments.report.taxonomy import taxonomy
 from einlinear.experiments.report.training import training_curves
 from einlinear.experiments.report.updates import feature_updates
+from einlinear.experiments.report.wall_clock import wall_clock
 from einlinear.experiments.runs.records import Record, write_text
 from einlinear.experiments.runs.store import RUNS, Store
 
@@ -95,6 +97,7 @@ def _part(study: Study, records: Sequence[Record], stores: Sequence[Store], floo
         scaling_of_training(study, commands, floor),
         learning_rates(study, commands),
         training_curves(study, commands),
+        wall_clock(study, commands),
         taxonomy(study, commands),
         all_models(study, commands),
     ]
