@@ -99,13 +99,14 @@ def test_it_has_every_section_and_every_section_its_plots(page: Browser) -> None
         "Error and compute of the training",
         "Learning rates",
         "Training curves",
+        "Time to a loss",
         "Taxonomy of the structures",
         "All models",
         "Feature updates",
     ]
     plots = page.run("[...document.querySelectorAll('section')].map(s => s.querySelectorAll('.js-plotly-plot').length)")
     both = 2  # measures
-    assert plots == [0, both + both, 2, both * len(STRUCTURES) + both, 2, 3 * both, 0, 1]
+    assert plots == [0, both + both, 2, both * len(STRUCTURES) + both, 2, 0, 3 * both, 0, 1]
 
 
 def test_every_plot_draws_all_of_its_points(page: Browser) -> None:
