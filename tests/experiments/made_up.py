@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from einlinear.experiments.runs.models import Shape
 from einlinear.experiments.runs.problems import Problem
-from einlinear.experiments.runs.records import METRICS, Record, Result, read_record, write_result, write_run
+from einlinear.experiments.runs.records import METRICS, Record, Result, describe, read_record, write_result, write_run
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import HISTORY, Store
 
@@ -40,7 +41,7 @@ def write(
     names = {"images": "train_error", "teacher": "test_loss"}
     name = names.get(run.data.KIND, "validation_loss")
     problem = Problem(None, Shape(64, 10), run.data.batch_size, name, source, digest)  # type: ignore[arg-type]
-    write_run(path, run, code, problem)
+    write_run(replace(describe(path, run, problem), code=code))
     if finished:
         error = train_loss / 2 if error is None and train_loss is not None else error
         good = train_loss is not None

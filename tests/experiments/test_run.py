@@ -36,7 +36,7 @@ def test_options_are_typed_and_read_back() -> None:
 
 def test_the_key_is_that_of_what_can_change_the_result() -> None:
     plain = run()
-    assert run(threads=2, log_every=3, checkpoint_every=5).key == plain.key
+    assert run(threads=2, log_every=3, checkpoint_every=5, tracker="wandb", parallel="fsdp").key == plain.key
     others = [run(lr=1e-2), run(seed=1), run(structure="btt"), run(permute=True), run(base_width=32)]
     assert len({plain.key, *(other.key for other in others)}) == 6
     assert run(structure="a i, b a -> b i").name != run(structure="a i,b a->b i").name
@@ -198,6 +198,33 @@ def test_a_damaged_run_says_so(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match="cannot be read"):
         read_record(tmp_path)
+
+
+def test_a_folder_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
+    for first in (run(), run(lr=1e30)):  # one that diverges leaves no checkpoint
+        folder = tmp_path / first.key
+        execute(first, folder)
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        with pytest.raises(ValueError, match=r"holds a run of other settings: .*width was 16, now 64.* Name another"):
+            execute(run(width=64), folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+        assert read_record(folder).run == first
+
+
+def test_a_run_of_a_gpu_can_be_read_without_one(tmp_path: Path) -> None:
+    execute(run(), tmp_path)
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    assert read_record(tmp_path).run.training.device == "cuda"
+    with pytest.raises(ValueError, match="this torch finds no CUDA device"):
+        execute(run(device="cuda", seed=1), tmp_path / "other")
+
+
+def test_what_is_made_dense_costs_what_it_is(tmp_path: Path) -> None:
+    sparse, dense = (execute(run(structure=name)) for name in ("btt", "dense"))
+    both = execute(run(structure="btt", densify_at=8))
+    assert (both.macs, both.params) == (dense.macs, dense.params)
+    assert both.compute == sparse.inputs * (8 * sparse.macs + 4 * dense.macs)
 
 
 def test_only_another_thread_count_or_pace_continues_a_run(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import einlinear as el
 from einlinear.experiments.runs import records
 from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.problems import _images
@@ -23,6 +24,7 @@ from einlinear.experiments.runs.table import FILE, read_table
 from einlinear.experiments.sweeps import workers
 from einlinear.experiments.sweeps.sweep import Event, Pool, Sweep, check, do, make_sweep, read_sweep
 from einlinear.experiments.sweeps.workers import Workers
+from einlinear.structures import FAMILIES
 
 SETTINGS: dict[str, Any] = {"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 6}
 FOUR: dict[str, Any] = {"settings": SETTINGS, "grid": {"structure": ["dense", "btt"], "seed": [0, 1]}}
@@ -176,7 +178,29 @@ def test_another_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("einlinear.experiments.runs.store.code_version", lambda: "9.9+beef")
     with pytest.raises(ValueError, match=r"another code made \(.*; this is 9.9\+beef\).*--mix-code"):
         Store(tmp_path).open(sweep.runs, sweep.axes)
+    begun = Store(tmp_path).path(sweep.runs[0])
+    (begun / "result.json").unlink()
     Store(tmp_path).open(sweep.runs, sweep.axes, mix_code=True)
+    assert not begun.exists()  # a run is of one code
+    assert len(results(tmp_path)) == 3
+
+
+def test_a_family_that_has_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
+    el.register_family("grouped", lambda: "(g a), g r a, g e r -> (g e) where g=4, r=2")
+    sweep = make_sweep({"settings": SETTINGS | {"structure": "grouped"}})
+    carry_out(sweep, tmp_path)
+    Store(tmp_path).open(sweep.runs, sweep.axes)
+    el.register_family("grouped", lambda: "(g a), g r a, g e r -> (g e) where g=4, r=3", overwrite=True)
+    again = make_sweep({"settings": SETTINGS | {"structure": "grouped"}})
+    with pytest.raises(ValueError, match="holds runs in which grouped was another structure"):
+        Store(tmp_path).open(again.runs, again.axes)
+
+
+def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
+    sweep = make_sweep({"settings": SETTINGS, "grid": {"limit": [200, 300]}})
+    carry_out(sweep, tmp_path)
+    Store(tmp_path).open(sweep.runs, sweep.axes, digests=check(sweep.runs))
 
 
 def test_the_code_is_that_of_the_sources() -> None:

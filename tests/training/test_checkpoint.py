@@ -1,6 +1,8 @@
 """Checkpoints: whole or absent, and checked before they are believed."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +76,27 @@ def test_foreign_and_of_another_format(tmp_path: Path) -> None:
         (place / "sha256").write_text(checkpoint._digest(place / "state.safetensors"))
         with pytest.raises(ValueError, match=message):
             load(place)
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / f".step-00000001.{os.getpid()}").mkdir()
+    checkpoint.save(tmp_path, Checkpoint(1, {"x": torch.ones(2)}, {}))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_tied_weights(tmp_path: Path) -> None:
+    weight = torch.arange(6.0).view(2, 3)
+    checkpoint.save(tmp_path, Checkpoint(1, {"embedding": weight, "head": weight, "part": weight[1:]}, {}))
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert torch.equal(found.tensors["embedding"], weight)
+    assert torch.equal(found.tensors["head"], weight)
+    assert torch.equal(found.tensors["part"], weight[1:])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
+def test_a_file_that_was_read_is_let_go(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, Checkpoint(1, {"x": torch.ones(1 << 16)}, {}))
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -138,6 +138,14 @@ def test_what_is_known_of_other_parameters_stays(optimizer: str) -> None:
     assert not any(isinstance(layer, el.Linear) for layer in run.plain.modules())
 
 
+def test_processes_have_to_find_the_same_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(0, 2, torch.device("cpu"))
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda found, own: found.__setitem__(slice(2), [own, 4]))
+    world.check_equal(4, "checkpoints")
+    with pytest.raises(ValueError, match="the processes found different checkpoints in x: 0, 4"):
+        world.check_equal(0, "checkpoints in x")
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     toy.run(tmp_path, facts={"lr": 0.1, "data": "a"})
     with pytest.raises(ValueError, match=r"other settings: lr was 0.1, now 0.2\. Name another folder"):

@@ -42,14 +42,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     place = folder / f"step-{checkpoint.step:08d}"
     scratch = folder / f".{place.name}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed, and had the same number
     scratch.mkdir(parents=True)
     try:
         facts = {"step": checkpoint.step, **checkpoint.facts}
-        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-        save_file(tensors, scratch / _STATE, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+        save_file(_apart(checkpoint.tensors), scratch / _STATE, metadata={"format": FORMAT, "facts": json.dumps(facts)})
         (scratch / _DIGEST).write_text(_digest(scratch / _STATE), encoding="ascii")
         for file in scratch.iterdir():  # on disk before the folder has its name, even if the power fails
-            with file.open("rb") as opened:
+            with file.open("rb+") as opened:  # which Windows wants to be writable
                 os.fsync(opened.fileno())
         if place.exists():  # a damaged one, or else this step would not have been made again
             shutil.rmtree(place)
@@ -59,7 +59,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for old in _folders(folder)[KEPT:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     for left in folder.glob(".step-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     return place
@@ -79,7 +79,9 @@ def load(place: Path) -> Checkpoint:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"it has format {metadata.get('format')}, but this version reads {FORMAT}")
             facts = json.loads(metadata["facts"])
-            return Checkpoint(facts.pop("step"), {name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
+            # Copies: a file that is still mapped cannot be removed everywhere.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return Checkpoint(facts.pop("step"), tensors, facts)
     except (OSError, UnicodeError, SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint {place} cannot be used: {error}") from None
 
@@ -92,6 +94,18 @@ def latest(folder: Path) -> Checkpoint | None:
         except ValueError as error:
             warnings.warn(f"{error}; going on from the one before", stacklevel=2)
     return None
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each with memory of its own, as safetensors wants it: tied weights are written twice."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        place = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    return found
 
 
 def _folders(folder: Path) -> list[Path]:

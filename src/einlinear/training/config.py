@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from einlinear.training.schedule import SCHEDULES
 from einlinear.training.trackers import TRACKERS
 
@@ -95,5 +93,3 @@ class Training:
             raise ValueError("densify_at needs whole layers, of which FSDP leaves each process a part: take ddp")
         if self.precision == "float16" and self.parallel == "fsdp":
             raise ValueError("float16 needs its gradients scaled, which FSDP does not do here: take bfloat16")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but this torch finds no CUDA device")

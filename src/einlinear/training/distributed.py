@@ -29,6 +29,14 @@ class World:
             raise ValueError(f"a batch of {len(x)} cannot be shared equally among {self.size} processes")
         return x.tensor_split(self.size)[self.rank]
 
+    def check_equal(self, value: int, what: str) -> None:
+        """Raise ValueError, on every process, where this number is not the same on all of them."""
+        if self.size > 1:
+            found: list[int] = [0] * self.size
+            dist.all_gather_object(found, value)
+            if len(set(found)) > 1:
+                raise ValueError(f"the processes found different {what}: {', '.join(map(str, found))}")
+
     def mean(self, value: Tensor) -> float:
         """The mean of a number over all processes."""
         value = value.detach().double()

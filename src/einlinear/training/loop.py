@@ -21,6 +21,7 @@ from einlinear.training import checkpoint, distributed, state, trackers
 from einlinear.training.checkpoint import Checkpoint
 from einlinear.training.config import Training
 from einlinear.training.distributed import World
+from einlinear.training.facts import check_same
 from einlinear.training.metrics import Metrics
 from einlinear.training.muon import Muon
 from einlinear.training.schedule import factor
@@ -84,7 +85,8 @@ def train(
         progress: called after every step, by the first process only.
 
     Raises:
-        ValueError: the folder holds a checkpoint of another run; a batch that cannot be shared or divided; a tracker
+        ValueError: there is no such device; the folder holds a checkpoint of another run, or not the same ones for all
+            processes; a batch that cannot be shared or divided; a tracker
             without a folder.
         ModuleNotFoundError: the tracker's package is not installed.
         OSError: the folder cannot be written, or its disk is full. What was saved before is still there.
@@ -93,6 +95,8 @@ def train(
         trackers.check_installed(config.tracker)
         if folder is None:
             raise ValueError(f"tracker={config.tracker!r} needs a folder, where the run goes on if it is interrupted")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but this torch finds no CUDA device")
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -228,19 +232,13 @@ class _Run:
     def _resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
         found = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
+        self.world.check_equal(found.step if found else 0, f"checkpoints in {self.folder}, which all have to see")
         if found is None:
             if self.folder:
                 self.folder.mkdir(parents=True, exist_ok=True)
             return
-        if found.facts != self.facts:
-            differences = [
-                f"{name} was {found.facts.get(name)!r}, now {self.facts.get(name)!r}"
-                for name in dict.fromkeys([*found.facts, *self.facts])
-                if found.facts.get(name) != self.facts.get(name)
-            ]
-            raise ValueError(
-                f"{self.folder} holds a run of other settings: {'; '.join(differences)}. Name another folder"
-            )
+        assert self.folder is not None
+        check_same(self.folder, found.facts, self.facts)
         if self.config.densify_at is not None and found.step > self.config.densify_at:
             self._densify()
         state.restore(self.model, self.optimizers, self.scaler, found.tensors)

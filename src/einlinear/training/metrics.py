@@ -32,6 +32,7 @@ class Metrics:
         if path is not None:
             kept = [line for line in read(path) if line["step"] <= start]
             scratch = path.with_name(f".{path.name}.{os.getpid()}")
+            scratch.unlink(missing_ok=True)  # of a process that was killed, and had the same number
             _append(scratch, "".join(map(_line, kept)))
             os.replace(scratch, path)
 

@@ -117,8 +117,8 @@ def evaluations(row: Row, measure: str) -> LossCurves:
     own = [_measured(record, measure) for record in row.good]
     steps = sorted(set(own[0]).intersection(*own))
     losses = [[measured[step] for step in steps] for measured in own]
-    per_step = row.result.compute / row.result.steps
-    return LossCurves(np.array(steps, dtype=float) * per_step, np.array(losses, dtype=float))
+    compute = [_compute_at(row, step) for step in steps]
+    return LossCurves(np.array(compute, dtype=float), np.array(losses, dtype=float))
 
 
 def as_json(laws: Laws, at: Sequence[float] = ()) -> dict[str, Any]:
@@ -134,6 +134,16 @@ def as_json(laws: Laws, at: Sequence[float] = ()) -> dict[str, Any]:
         "assumed_floor": laws.floor,
         "structures": [_law_as_json(law, at) for law in laws.laws],
     }
+
+
+def _compute_at(row: Row, step: int) -> float:
+    """MACs of all forward passes up to a step; a model that was made dense has cost less before."""
+    own, dense_from = row.result, row.run.training.densify_at
+    final = own.macs * own.inputs
+    if dense_from is None or own.steps <= dense_from:
+        return step * final
+    before = (own.compute - (own.steps - dense_from) * final) / dense_from
+    return min(step, dense_from) * before + max(step - dense_from, 0) * final
 
 
 def _measured(record: Record, measure: str) -> dict[int, float]:

@@ -224,11 +224,12 @@ def _words(name: str, value: Any) -> str:
 
 
 def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
-    models: dict[str, dict[float, list[Record]]] = {}
+    models: dict[str, dict[float, dict[int, Record]]] = {}
     for record in sorted(records, key=lambda record: (result(record).macs, record.run.training.lr, record.run.seed)):
         model = [record.run.options.get(name) for name in (*SIZES, *LENGTHS)]
-        models.setdefault(json.dumps(model), {}).setdefault(record.run.training.lr, []).append(record)
-    rows = [[Row(name, tuple(own), {}) for own in rates.values()] for rates in models.values()]
+        of_rate = models.setdefault(json.dumps(model), {}).setdefault(record.run.training.lr, {})
+        of_rate.setdefault(record.run.seed, record)  # one of a seed: the same run may have been made twice, see _SAME
+    rows = [[Row(name, tuple(own.values()), {}) for own in rates.values()] for rates in models.values()]
     options = {name: records[0].run.options[name] for name in named if name in records[0].run.options}
     return Curve(
         name,

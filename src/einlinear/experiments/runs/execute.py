@@ -17,7 +17,7 @@ import torch
 
 from einlinear import training
 from einlinear.experiments.runs.problems import Problem
-from einlinear.experiments.runs.records import Result, alone, code_version, write_result, write_run
+from einlinear.experiments.runs.records import Result, alone, describe, write_result, write_run
 from einlinear.experiments.runs.run import Run
 from einlinear.nn import ReferenceModel, counts
 from einlinear.parametrize import init_
@@ -65,12 +65,11 @@ def initialised(run: Run, problem: Problem) -> ReferenceModel:
 
 def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
     problem = run.data.load(run.seed)
-    code = code_version()
-    facts = {**run.identity, "data_digest": problem.digest, "code": code}
+    record = describe(folder or Path(), run, problem)
     model = initialised(run, problem)
-    params, macs = counts.params(model), model.macs
+    macs = model.macs
     if folder is not None and is_first():
-        write_run(folder, run, code, problem)
+        write_run(record)
     outcome = training.train(
         model,
         run.model.base(problem.shape),
@@ -78,20 +77,21 @@ def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
         run.training,
         folder,
         lr_scale=model.LR_SCALE,
-        facts=facts,
+        facts=record.facts,
         progress=progress,
     )
-    dense_steps = len(outcome.losses) - min(run.training.densify_at or len(outcome.losses), len(outcome.losses))
-    compute = problem.inputs * (macs * (len(outcome.losses) - dense_steps) + model.macs * dense_steps)
-    return _result(outcome, problem, params, macs, compute)
+    steps = len(outcome.losses)
+    before = min(run.training.densify_at or steps, steps)
+    compute = problem.inputs * (macs * before + model.macs * (steps - before))
+    return _result(outcome, problem, model, compute)
 
 
-def _result(outcome: Outcome, problem: Problem, params: int, macs: int, compute: int) -> Result:
+def _result(outcome: Outcome, problem: Problem, model: ReferenceModel, compute: int) -> Result:
     last = max(1, round(LAST * len(outcome.losses)))
     finished = not outcome.diverged
     return Result(
-        params=params,
-        macs=macs,
+        params=counts.params(model),
+        macs=model.macs,
         inputs=problem.inputs,
         steps=len(outcome.losses),
         compute=compute,

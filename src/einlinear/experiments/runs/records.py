@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from filelock import FileLock, Timeout
 import einlinear
 from einlinear.experiments.runs.problems import Problem
 from einlinear.experiments.runs.run import Run
+from einlinear.training.facts import check_same
 
 FORMAT = 2  # of the files; raised when an older program could misread them
 RUN, RESULT, METRICS = "run.json", "result.json", "metrics.jsonl"
 # What decides how a run goes; changes elsewhere leave results comparable.
-_DECISIVE = ("structures", "ops", "nn", "parametrize", "data", "training")
+_DECISIVE = ("structures", "ops", "nn", "parametrize", "conversion", "data", "training", "experiments/runs")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Result:
     """What a run came to. The losses are None where the loss became NaN or infinite: it diverged.
 
     Attributes:
-        params: of the model, biases and norms included.
-        macs: multiply-accumulates of a forward pass, for one input: an image, a token, a vector; as the model began.
+        params: of the final model, biases and norms included.
+        macs: multiply-accumulates of a forward pass of it, for one input: an image, a token, a vector.
         inputs: of a step.
         steps: that were made.
         compute: multiply-accumulates of all forward passes of the training.
@@ -67,6 +68,7 @@ class Record:
         run: its options.
         result: what it came to; None while it is not finished.
         code: of einlinear, that it was made with.
+        pattern: what the name of its structure stood for.
         digest, source: of its data.
         error: the name of the measure that `Result.error` is.
         made_with: versions and machine.
@@ -76,10 +78,19 @@ class Record:
     run: Run
     result: Result | None
     code: str
+    pattern: str
     digest: str
     source: str
     error: str
     made_with: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What identifies it."""
+        return {**self.run.identity, "pattern": self.pattern, "data_digest": self.digest, "code": self.code}
+
+
+_NOTED = ("code", "pattern", "digest", "source", "error", "made_with")
 
 
 @cache
@@ -93,18 +104,34 @@ def code_version() -> str:
     return f"{einlinear.__version__}+{digest.hexdigest()[:8]}"
 
 
-def write_run(folder: Path, run: Run, code: str, problem: Problem) -> None:
-    """Note down what a run is, before it starts."""
-    content = {
-        "format": FORMAT,
-        "code": code,
-        "made_with": _made_with(),
-        "source": problem.source,
-        "digest": problem.digest,
-        "error": problem.error,
-        "options": run.options,
-    }
-    write_json(folder / RUN, content)
+def describe(folder: Path, run: Run, problem: Problem) -> Record:
+    """A run that is about to start."""
+    return Record(
+        folder=folder,
+        run=run,
+        result=None,
+        code=code_version(),
+        pattern=run.pattern,
+        digest=problem.digest,
+        source=problem.source,
+        error=problem.error,
+        made_with=_made_with(),
+    )
+
+
+def write_run(record: Record) -> None:
+    """Note down what a run is, before it starts.
+
+    Raises:
+        ValueError: its folder holds another run.
+    """
+    try:
+        before = _read_description(record.folder)
+    except ValueError:  # there is none, or it is damaged
+        before = record
+    check_same(record.folder, before.facts, record.facts)
+    noted = {name: getattr(record, name) for name in _NOTED}
+    write_json(record.folder / RUN, {"format": FORMAT, **noted, "options": record.run.options})
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -118,17 +145,22 @@ def read_record(folder: Path) -> Record:
     Raises:
         ValueError: its files are damaged or of another format.
     """
+    record, path = _read_description(folder), folder / RESULT
+    if not path.exists():
+        return record
+    try:
+        return replace(record, result=Result(**json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"the run in {folder} cannot be read: {error}") from None
+
+
+def _read_description(folder: Path) -> Record:
+    """What run.json says."""
     try:
         content = json.loads((folder / RUN).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"it has format {content['format']}, but this version reads {FORMAT}")
-        run = Run.of(content["options"])
-        result = None
-        if (folder / RESULT).exists():
-            result = Result(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
-        return Record(
-            folder, run, result, **{name: content[name] for name in ("code", "digest", "source", "error", "made_with")}
-        )
+        return Record(folder, Run.of(content["options"]), None, **{name: content[name] for name in _NOTED})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the run in {folder} cannot be read: {error}") from None
 
@@ -151,7 +183,10 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that it is never seen half written."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # on disk before it has its name, even if the power fails
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

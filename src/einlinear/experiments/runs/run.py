@@ -14,9 +14,11 @@ from typing import Any
 from einlinear.experiments.runs.models import MODELS, Model
 from einlinear.experiments.runs.options import names, parse, refuse_unknown
 from einlinear.experiments.runs.problems import Data, kind_of
+from einlinear.structures import structure
 from einlinear.training import Training
 
-_HIDDEN = ("device", "threads", "log_every", "checkpoint_every")  # they change no result
+# They change no result, but for how floating-point sums are rounded.
+_HIDDEN = ("device", "threads", "parallel", "tracker", "log_every", "checkpoint_every")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ class Run:
     def key(self) -> str:
         """Of runs of the same identity the same: 12 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @cached_property
+    def pattern(self) -> str:
+        """What the structure's name stands for at this width: a family of the user's may have changed."""
+        width = self.model.width
+        return str(structure(self.model.structure, width, self.model.expansion * width).pattern)
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from einlinear.experiments.runs.problems import Data
 from einlinear.experiments.runs.records import RUN, Record, alone, code_version, read_record
 from einlinear.experiments.runs.run import Run
 
@@ -50,7 +52,7 @@ class Store:
         axes: Collection[str],
         command: str = "",
         mix_code: bool = False,
-        digests: Mapping[str, str] | None = None,
+        digests: Mapping[Data, str] | None = None,
     ) -> None:
         """Make the folder ready for more runs.
 
@@ -58,8 +60,8 @@ class Store:
             runs: to be added.
             axes: the options in which they may differ from those that are there, and from each other.
             command: that adds them, for the record.
-            mix_code: take runs that another version of the code made.
-            digests: of the data, by name: that of a name that is known may have changed.
+            mix_code: take finished runs that another version of the code made; those that it has begun start anew.
+            digests: of the data: what is behind a name may have changed.
 
         Raises:
             ValueError: the folder holds other files, or runs of other settings, other data or another code: it says
@@ -72,8 +74,12 @@ class Store:
         found = self.records()
         self._check_settings(found, runs, axes)
         self._check_data(found, digests or {})
+        self._check_families(found, runs)
         if not mix_code:
             self._check_code(found)
+        for record in found:
+            if record.result is None and record.code != code_version():
+                shutil.rmtree(record.folder)
         (self.folder / RUNS).mkdir(parents=True, exist_ok=True)
         if command and command not in self.commands():
             with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
@@ -119,13 +125,24 @@ class Store:
                 "Name another folder (--out), or repeat the settings to add to this one"
             )
 
-    def _check_data(self, found: Collection[Record], digests: Mapping[str, str]) -> None:
+    def _check_data(self, found: Collection[Record], digests: Mapping[Data, str]) -> None:
         for record in found:
             name = record.run.data.data
-            if digests.get(name, record.digest) != record.digest:
+            if digests.get(record.run.data, record.digest) != record.digest:
                 raise ValueError(
                     f"{self.folder} holds runs on other data of the name {name} ({record.source}): it has changed "
                     "since. Name another folder (--out)"
+                )
+
+    def _check_families(self, found: Collection[Record], runs: Iterable[Run]) -> None:
+        """A name that a user has registered has to stand for what it did."""
+        now = {(run.model.structure, run.model.width): run.pattern for run in runs}
+        for record in found:
+            name = record.run.model.structure
+            if now.get((name, record.run.model.width), record.pattern) != record.pattern:
+                raise ValueError(
+                    f"{self.folder} holds runs in which {name} was another structure ({record.pattern}). Name another "
+                    "folder (--out)"
                 )
 
     def _check_code(self, found: Collection[Record]) -> None:

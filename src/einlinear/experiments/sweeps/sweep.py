@@ -94,11 +94,11 @@ def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     return Sweep(runs, frozenset(varied | _gridded(content)))
 
 
-def check(runs: Iterable[Run]) -> dict[str, str]:
+def check(runs: Iterable[Run]) -> dict[Data, str]:
     """Load the data of all runs and build every model without memory, so that nothing is trained in vain.
 
     Returns:
-        The digest of each data, by its name.
+        The digest of each data.
 
     Raises:
         ValueError, OSError: what is wrong with the data, a structure or a size.
@@ -109,7 +109,7 @@ def check(runs: Iterable[Run]) -> dict[str, str]:
             problems[run.data] = run.data.load(run.seed)
         with torch.device("meta"):
             run.model.build(problems[run.data].shape)
-    return {data.data: problem.digest for data, problem in problems.items()}
+    return {data: problem.digest for data, problem in problems.items()}
 
 
 def do(
