@@ -1,13 +1,14 @@
 """The scaling laws of runs: those that made-up losses were drawn from."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.experiments.made_up import run_of, write
 
-from einlinear.experiments.findings.fit import Law, as_json, laws_of_training, laws_per_input
+from einlinear.experiments.findings.fit import Law, as_json, evaluations, laws_of_training, laws_per_input
 from einlinear.experiments.findings.summary import TRAIN_LOSS, studies
 from einlinear.experiments.runs.records import Record
 
@@ -119,3 +120,16 @@ def test_json_has_all_numbers_and_says_why_there_is_no_law(tmp_path: Path) -> No
     assert btt["compute_multipliers"][0]["multiplier"] == pytest.approx(2)
     assert "at least 2 points" in tt["no_law_because"]
     assert isinstance(laws.laws[2], Law)
+
+
+def test_a_model_that_is_made_dense_costs_less_before(tmp_path: Path) -> None:
+    run = run_of("btt", 16, densify_at=60)
+    (row,) = studies([write(tmp_path, run, 1000, 0.5, lines=lines(1000, 100))])[0].rows
+    cheap = 100
+    compute = BATCH * (60 * cheap + 40 * 1000)
+    row = replace(row, records=(replace(row.records[0], result=replace(row.result, compute=compute)),))
+    measured = evaluations(row, "train_error")
+    assert measured.compute[-1] == compute
+    steps = [line["step"] for line in lines(1000, 100)]
+    expected = [BATCH * (min(step, 60) * cheap + max(step - 60, 0) * 1000) for step in steps]
+    assert measured.compute.tolist() == pytest.approx(expected)

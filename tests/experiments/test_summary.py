@@ -131,3 +131,12 @@ def test_a_run_that_is_in_two_folders_counts_once(tmp_path: Path) -> None:
     records = [write(tmp_path / name, run_of(), 100, 0.5) for name in ("a", "b")]
     (study,) = studies(records)
     assert len(study.records) == 1
+
+
+def test_a_run_that_was_made_twice_counts_once(folder: Folder) -> None:
+    for every in (10, 20):  # what changes no result makes another run, but not another seed
+        for seed in (0, 1):
+            folder.add("dense", 16, seed, 1600, 0.5 + seed / 10, evaluate_every=every)
+    ((row,),) = [curve.rows for curve in folder.study.curves]
+    assert row.seed_count == "2"
+    assert row.mean(TRAIN_LOSS) == pytest.approx(0.55)
