@@ -46,7 +46,8 @@ def learning_rates(study: Study, commands: Sequence[str]) -> Section | None:
             _optima_data(found),
         ),
     ]
-    return Section("Learning rates", Markup(), [*figures, _table(found[study.error], study)], commands)
+    tables = [_table(own, measure) for measure, own in found.items()]
+    return Section("Learning rates", Markup(), [*figures, *tables], commands)
 
 
 def _landscapes(study: Study, measure: str) -> Found:
@@ -165,8 +166,8 @@ def _optima(found: Found) -> go.Figure:
     return figure
 
 
-def _table(found: Found, study: Study) -> Table:
-    """The optima of the error: a row per curve, a column per size."""
+def _table(found: Found, measure: str) -> Table:
+    """The optima: a row per curve, a column per size."""
     widths = _widths(found)
     ordered = sorted(widths, key=widths.__getitem__)
     rows = []
@@ -180,7 +181,7 @@ def _table(found: Found, study: Study) -> Table:
         "Best learning rate by {}, in brackets the range over single seeds. ≤ and ≥: at an end of those that "
         "were tried. <b>Largest / smallest</b>: 1 where one learning rate is best at every size."
     )
-    return Table(("best learning rate", "largest / smallest", *ordered), rows, note.format(in_words(study.error)))
+    return Table((f"best by {in_words(measure)}", "largest / smallest", *ordered), rows, note.format(in_words(measure)))
 
 
 def _optimum(best: Optimum | None) -> Cell:
