@@ -13,7 +13,7 @@ from einlinear.cli.parsing import assignments, numbers, specs
 from einlinear.cli.running import carry_out
 
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes that train at the same time. Default: one per CPU core.")
+    int | None, typer.Option(min=1, help="Processes that train at the same time. Default: one per CPU core, or GPU.")
 ]
 MixCode = Annotated[
     bool, typer.Option("--mix-code", help="Add to runs that another version of the code made, or of changed sources.")

@@ -33,7 +33,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
 
     from einlinear.experiments.runs.store import Store
     from einlinear.experiments.sweeps.sweep import check, do
-    from einlinear.experiments.sweeps.workers import Workers
+    from einlinear.experiments.sweeps.workers import Workers, suited
 
     store = Store(folder)
     with user_errors():
@@ -45,9 +45,8 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     already = f"; {there} of {len(sweep.runs)} are already there" if there else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
     if missing:
-        cores = cpu_count()
-        count = workers or min(cores, len(missing))
-        pool = pool or Workers(count, max(1, cores // count), setup())
+        count = workers or suited(missing)
+        pool = pool or Workers(count, max(1, cpu_count() // count), setup())
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
         with interruptible(interrupted), _bars(len(missing)) as watch, user_errors():
             failed = do(sweep.runs, store, pool, watch.see)
