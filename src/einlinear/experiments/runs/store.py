@@ -12,6 +12,7 @@ from typing import Any
 
 from einlinear.experiments.runs.records import RUN, Record, alone, code_version, read_record
 from einlinear.experiments.runs.run import Run
+from einlinear.training import metrics
 
 RUNS, HISTORY = "runs", "history.jsonl"
 
@@ -81,9 +82,7 @@ class Store:
 
     def commands(self) -> list[str]:
         """Those that added to the folder, in order."""
-        path = self.folder / HISTORY
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line)["command"] for line in lines]
+        return [line["command"] for line in metrics.read(self.folder / HISTORY)]
 
     @contextmanager
     def driving(self) -> Iterator[None]:
@@ -148,6 +147,31 @@ def open_store(folder: str | Path) -> Store:
     if not (store.folder / RUNS).is_dir():
         raise ValueError(f"{folder} holds no results of einlinear ({store.folder / RUNS} is missing)")
     return store
+
+
+def check_same_run(folder: Path, run: Run, digest: str) -> None:
+    """See that the folder of a single run is new, or holds this very run.
+
+    Args:
+        folder: of the run.
+        run: that is to be done in it.
+        digest: of its data.
+
+    Raises:
+        ValueError: it holds another run, or one that cannot be read.
+    """
+    if not (folder / RUN).exists():
+        return
+    there = read_record(folder)
+    before = {**there.run.identity, "data_digest": there.digest, "code": there.code}
+    now = {**run.identity, "data_digest": digest, "code": code_version()}
+    differences = [
+        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    if differences:
+        raise ValueError(f"{folder} holds another run: {'; '.join(differences)}. Name another folder (--out)")
 
 
 def _values(options: Iterable[Mapping[str, Any]]) -> dict[str, set[Any]]:
