@@ -45,7 +45,7 @@ def coord_check(
         problem = run.data.load(run.seed)
         check(run, problem, chosen, sizes)
         out.mkdir(parents=True, exist_ok=True)
-    total = len(cases(chosen)) * len(sizes) * steps
+    total = len(cases(chosen)) * len(sizes) * run.training.steps
     with interruptible("Interrupted."), display.steps(total) as step:
         updates = list(measure(run, problem, chosen, sizes, step))
     display.updates(updates)
