@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from einlinear.experiments.runs import records, table
 from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.problems import _images
 from einlinear.experiments.runs.run import Run
-from einlinear.experiments.runs.store import Store
+from einlinear.experiments.runs.store import HISTORY, Store
 from einlinear.experiments.runs.table import FILE, Table
 from einlinear.experiments.sweeps import attempts, workers
 from einlinear.experiments.sweeps.sweep import Event, Pool, Sweep, check, do, make_sweep, read_sweep
@@ -97,6 +98,11 @@ def test_settings_grid_and_parts(tmp_path: Path) -> None:
         ({"settings": SETTINGS, "parts": [{"grids": {}}]}, "a part of a sweep has no option 'grids'"),
         ({"settings": SETTINGS, "grid": {"lr": 1e-3}}, "the grid of lr must be a list of values, not 0.001"),
         ({"settings": SETTINGS, "grid": {"lr": []}}, "describes no runs"),
+        ({"settings": SETTINGS, "grid": {"width": [16]}}, "a sweep has width both in its settings and in its grid"),
+        (
+            {"settings": SETTINGS, "parts": [{"settings": {"lr": 0.1}, "grid": {"lr": [0.1, 0.2]}}]},
+            "a part of a sweep has lr both in its settings and in its grid",
+        ),
         ({"settings": SETTINGS, "grid": {"lerning_rate": [1]}}, "no option 'lerning_rate'"),
         ({"settings": SETTINGS, "grid": {"lr": [0.1, -1]}}, "lr must be a positive number, not -1"),
     ],
@@ -201,6 +207,16 @@ def test_damaged_results_are_done_again(tmp_path: Path) -> None:
     assert results(tmp_path) == whole
 
 
+def test_a_line_of_the_history_that_was_cut_off(tmp_path: Path) -> None:
+    sweep = make_sweep(FOUR)
+    store = Store(tmp_path)
+    store.open(sweep.runs, sweep.axes, "first")
+    with (tmp_path / HISTORY).open("a") as file:
+        file.write('{"command": "sec')
+    assert store.commands() == ["first"]
+    store.open(sweep.runs, sweep.axes, "first")
+
+
 def test_files_of_the_users_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="no results of einlinear; name another folder"):
@@ -290,7 +306,7 @@ def test_the_table_is_written_when_a_status_changes(tmp_path: Path) -> None:
                 written.note(runs[0], tmp_path / "a", status)
             versions += reader.execute("pragma data_version").fetchone()
         reader.close()
-    assert [new - old for old, new in zip(versions, versions[1:])] == [1, 0, 0, 1, 1, 1]
+    assert [new - old for old, new in pairwise(versions)] == [1, 0, 0, 1, 1, 1]
 
 
 def test_a_reader_that_holds_the_table_ends_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

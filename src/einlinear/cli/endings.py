@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,15 +12,19 @@ from einlinear.cli import display
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)) -> Iterator[None]:
     """Turn what the library says about wrong arguments and files into one message and exit code 2.
 
-    Only around what checks and reads what the user gave: an error of the same type later on is a bug.
+    Only around what checks and reads what the user gave: an error of the same type later on is a bug. Around training,
+    OSError alone is none: the folder is in use, or the disk is full.
+
+    Under torchrun all processes find the same mistake, and the first one of every machine says so.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        display.error(str(error))
+    except kinds as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            display.error(str(error))
         raise typer.Exit(2) from None
 
 

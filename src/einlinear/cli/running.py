@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
 
     store = Store(folder)
     with user_errors():
+        if "RANK" in os.environ:
+            raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
         store.open(sweep.runs, sweep.axes, command_line(), mix_code, check(sweep.runs))
         for problem in store.damaged():
             display.warning(f"{problem}; if it belongs here it is done again")
@@ -48,7 +51,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
         count = workers or suited(missing)
         pool = pool or Workers(count, max(1, cpu_count() // count), setup())
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
-        with interruptible(interrupted), _bars(len(missing)) as watch, user_errors():
+        with interruptible(interrupted), _bars(len(missing)) as watch, user_errors((OSError,)):
             failed = do(sweep.runs, store, pool, watch.see)
         for event in failed:
             display.error(f"{event.run.name} failed: {event.message}")
