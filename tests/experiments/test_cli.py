@@ -18,6 +18,7 @@ from einlinear.cli.app import app
 from einlinear.cli.parsing import assignments, numbers, specs
 from einlinear.experiments.findings import coordinates
 from einlinear.experiments.runs.execute import execute
+from einlinear.experiments.runs.options import from_text
 from einlinear.experiments.runs.records import alone, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
@@ -453,6 +454,15 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "pip install 'einlinear[experiments]'" in out + err
 
 
+def test_the_packages_that_are_asked_for_are_those_of_the_extra() -> None:
+    project = from_text((Path(__file__).parents[2] / "pyproject.toml").read_text(), "pyproject.toml")["project"]
+    wanted = {re.split(r"[>=\[]", package)[0] for package in project["optional-dependencies"]["experiments"]}
+    modules = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    wanted = {modules.get(name, name) for name in wanted - {"einlinear", "matplotlib"}}  # which only bench.png needs
+    assert set(packages.EXPERIMENTS) | {"tomli"} == wanted
+    assert ("tomli" in packages.EXPERIMENTS) == (sys.version_info < (3, 11))
+
+
 def without(modules: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a Python where these modules cannot be imported."""
     code = f"import sys; sys.modules.update(dict.fromkeys({modules})); import einlinear.cli; einlinear.cli.main()"
@@ -462,7 +472,8 @@ def without(modules: tuple[str, ...], *arguments: object) -> subprocess.Complete
 
 def test_describe_needs_neither_data_nor_plots(tmp_path: Path) -> None:
     (tmp_path / "families.py").write_text(GROUPED)
-    heavy = tuple(module for module in packages.EXPERIMENTS if module != "pydantic")  # which typer may need
+    used = ("numpy", "pydantic")  # by torch and, perhaps, typer
+    heavy = tuple(module for module in packages.EXPERIMENTS if module not in used)
     done = without(heavy, "--import", tmp_path / "families.py", "describe", "grouped", 64, 64)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("grouped, 64 -> 64")
