@@ -50,4 +50,4 @@ def coord_check(
         updates = list(measure(run, problem, chosen, sizes, step))
     display.updates(updates)
     write_updates(out, updates, command_line(), problem.source)
-    display.note(f"Report: {write_report([out])}")
+    display.note(f"Report: {write_report([out]).path}")
