@@ -14,7 +14,7 @@ import typer
 from rich.progress import Progress, TaskID
 
 from einlinear.cli import display
-from einlinear.cli.endings import interruptible, user_errors
+from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.importing import setup
 from einlinear.cli.report import report
 
@@ -51,7 +51,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
         count = workers or suited(missing)
         pool = pool or Workers(count, max(1, cpu_count() // count), setup())
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
-        with interruptible(interrupted), _bars(len(missing)) as watch, user_errors((OSError,)):
+        with interruptible(interrupted), _bars(len(missing)) as watch, system_errors():
             failed = do(sweep.runs, store, pool, watch.see)
         for event in failed:
             display.error(f"{event.run.name} failed: {event.message}")

@@ -10,7 +10,7 @@ import typer
 
 from einlinear.cli import display
 from einlinear.cli.compare import MixCode, Workers
-from einlinear.cli.endings import interruptible, user_errors
+from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.importing import setup
 from einlinear.cli.packages import EXPERIMENTS, RAY, require
 from einlinear.cli.parsing import assignments
@@ -50,7 +50,7 @@ def train(
         (digest,) = check([run]).values()
         check_same_run(out, run, digest)
     interrupted = f"Interrupted. The same command goes on from the last checkpoint in {out}."
-    with interruptible(interrupted), bar(run) as progress, user_errors((OSError,)):
+    with interruptible(interrupted), bar(run) as progress, system_errors():
         result = execute(run, out, progress, keep_checkpoints=True)
     if is_first():
         display.result(run, result)

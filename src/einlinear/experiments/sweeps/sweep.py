@@ -144,26 +144,19 @@ def do(
 def _expand(content: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
     """The options of every run."""
     refuse_unknown(content, _KEYS, what)
-    _refuse_twice(content, what)
     settings, grid = dict(content.get("settings", {})), dict(content.get("grid", {}))
     for part in content.get("parts", [{}]):
         refuse_unknown(part, _KEYS[:2], f"a part of {what}")
-        _refuse_twice(part, f"a part of {what}")
         own_grid = grid | part.get("grid", {})
         own = settings | part.get("settings", {})
+        if twice := part.get("grid", {}).keys() & part.get("settings", {}).keys():
+            raise ValueError(f"a part of {what} has {' and '.join(sorted(twice))} in its settings and in its grid")
         own_grid = {name: values for name, values in own_grid.items() if name not in part.get("settings", {})}
         for name, values in own_grid.items():
             if not isinstance(values, list):
                 raise ValueError(f"{what}: the grid of {name} must be a list of values, not {values!r}")
         for combination in itertools.product(*own_grid.values()):
             yield own | dict(zip(own_grid, combination, strict=True))
-
-
-def _refuse_twice(table: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError if an option has a value and a list of values in one place."""
-    twice = [name for name in table.get("settings", {}) if name in table.get("grid", {})]
-    if twice:
-        raise ValueError(f"{what} has {' and '.join(twice)} both in its settings and in its grid: leave one of them")
 
 
 def _gridded(content: Mapping[str, Any]) -> set[str]:
