@@ -341,9 +341,19 @@ def test_rows_that_a_reader_kept_out_are_written_later(tmp_path: Path, monkeypat
             written.note(runs[0], tmp_path / "a", "running")
         reader.execute("commit")
         written.note(runs[1], tmp_path / "b", "running")
+        assert statuses(tmp_path, runs) == ["running", "running", "waiting", "waiting"]
+        reader.execute("begin")
+        reader.execute("select * from runs").fetchall()
+        with pytest.warns(UserWarning, match="locked"):
+            written.note(runs[0], tmp_path / "a", "failed")
+        reader.execute("commit")
     reader.close()
-    status = {row["key"]: row["status"] for row in read_table(tmp_path)}
-    assert [status[run.key] for run in runs] == ["running", "running", "waiting", "waiting"]
+    assert statuses(tmp_path, runs) == ["failed", "running", "waiting", "waiting"]
+
+
+def statuses(folder: Path, runs: Sequence[Run]) -> list[str]:
+    found = {row["key"]: row["status"] for row in read_table(folder)}
+    return [found[run.key] for run in runs]
 
 
 @pytest.mark.parametrize(("damage", "message"), [("cut", "cannot be read"), ("gone", "no result that can be seen")])
