@@ -541,6 +541,13 @@ def test_another_run_is_refused_before_it_is_trained(tmp_path: Path, monkeypatch
     assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "now '9.9+beef'")
 
 
+def test_a_damaged_run_is_done_again(tmp_path: Path) -> None:
+    assert run(*TRAIN, "--out", tmp_path / "run")[0] == 0
+    (tmp_path / "run" / "result.json").write_text("{")
+    assert run(*TRAIN, "--out", tmp_path / "run")[0] == 0
+    assert read_record(tmp_path / "run").result
+
+
 def test_under_torchrun_the_first_process_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, bars in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)

@@ -158,11 +158,12 @@ def check_same_run(folder: Path, run: Run, digest: str) -> None:
         digest: of its data.
 
     Raises:
-        ValueError: it holds another run, or one that cannot be read.
+        ValueError: it holds another run.
     """
-    if not (folder / RUN).exists():
+    try:
+        there = read_record(folder)
+    except ValueError:  # there is none, or it is damaged and done again
         return
-    there = read_record(folder)
     before = {**there.run.identity, "data_digest": there.digest, "code": there.code}
     now = {**run.identity, "data_digest": digest, "code": code_version()}
     differences = [
