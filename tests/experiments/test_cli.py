@@ -1,5 +1,6 @@
 """The command line, from the arguments to the exit code."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import einlinear as el
-from einlinear.cli import packages
+from einlinear.cli import display, packages
 from einlinear.cli.app import app
 from einlinear.cli.parsing import assignments, numbers, specs
 from einlinear.experiments.findings import coordinates
 from einlinear.experiments.runs.execute import execute
-from einlinear.experiments.runs.records import read_record
+from einlinear.experiments.runs.options import from_text
+from einlinear.experiments.runs.records import alone, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.sweeps import workers
@@ -86,6 +88,19 @@ def test_compare_from_images_to_report_and_again(tmp_path: Path, trained: list[R
     code, table, _ = run("report", tmp_path / "out")
     assert code == 0
     assert all(f"{record.result.train_loss:.4f}" in table for record in found if record.result)
+
+
+@pytest.mark.usefixtures("trained")
+def test_options_of_the_comparison_may_be_written_as_those_of_runs(tmp_path: Path) -> None:
+    words = ("data=digits", "seeds=2", "epochs=1", "structures=dense;btt", "widths=16,32", "warmup=3", "betas=0.9,0.99")
+    code, _, err = run("compare", *words, "batch_size=256", "depth=1", "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    runs = [record.run for record in Store(tmp_path / "out").records()]
+    assert {(run.model.structure, run.model.width, run.seed) for run in runs} == {
+        (structure, width, seed) for structure in ("dense", "btt") for width in (16, 32) for seed in (0, 1)
+    }
+    assert {run.training.betas for run in runs} == {(0.9, 0.99)}
+    assert {run.training.warmup for run in runs} == {3}
 
 
 def test_workers_are_processes(tmp_path: Path) -> None:
@@ -164,6 +179,10 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path, trained: list[Run
         (("--widths", ","), "--widths is empty"),
         (("--widths", "64.5"), "--widths: '64.5' is not a whole number"),
         (("--preset", "paper-ish"), "the presets are demo, paper"),
+        (("macs=50k,many",), "--macs: 'many' is no number"),
+        (("preset=paper-ish",), "the presets are demo, paper"),
+        (("seeds=two",), "seeds should be a valid integer"),
+        (("--epochs", "2", "steps=9"), "not both"),
         (("--batch-size", "5000"), "batch_size=5000"),
         (("--batchsize", "50"), "no option 'batchsize': did you mean 'batch_size'"),
         (("wide",), "'wide' sets no option; write NAME=VALUE"),
@@ -435,6 +454,15 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "pip install 'einlinear[experiments]'" in out + err
 
 
+def test_the_packages_that_are_asked_for_are_those_of_the_extra() -> None:
+    project = from_text((Path(__file__).parents[2] / "pyproject.toml").read_text(), "pyproject.toml")["project"]
+    wanted = {re.split(r"[>=\[]", package)[0] for package in project["optional-dependencies"]["experiments"]}
+    modules = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    wanted = {modules.get(name, name) for name in wanted - {"einlinear", "matplotlib"}}  # which only bench.png needs
+    assert set(packages.EXPERIMENTS) | {"tomli"} == wanted
+    assert ("tomli" in packages.EXPERIMENTS) == (sys.version_info < (3, 11))
+
+
 def without(modules: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a Python where these modules cannot be imported."""
     code = f"import sys; sys.modules.update(dict.fromkeys({modules})); import einlinear.cli; einlinear.cli.main()"
@@ -444,7 +472,8 @@ def without(modules: tuple[str, ...], *arguments: object) -> subprocess.Complete
 
 def test_describe_needs_neither_data_nor_plots(tmp_path: Path) -> None:
     (tmp_path / "families.py").write_text(GROUPED)
-    heavy = tuple(module for module in packages.EXPERIMENTS if module != "pydantic")  # which typer may need
+    used = ("numpy", "pydantic")  # by torch and, perhaps, typer
+    heavy = tuple(module for module in packages.EXPERIMENTS if module not in used)
     done = without(heavy, "--import", tmp_path / "families.py", "describe", "grouped", 64, 64)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("grouped, 64 -> 64")
@@ -475,6 +504,66 @@ def test_train_and_go_on(tmp_path: Path) -> None:
     assert_refused(run("train", "data=digits", "--out", tmp_path / "other"), "steps must be given")
 
 
+TRAIN = ("train", "data=digits", "steps=4", "depth=1", "width=16", "threads=1")
+
+
+@pytest.mark.parametrize("bug", [ValueError, TypeError])
+def test_a_bug_in_training_is_no_mistake_of_the_users(
+    bug: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise bug("shapes")
+
+    monkeypatch.setattr("einlinear.experiments.runs.execute.training.train", fail)
+    with pytest.raises(bug, match="shapes"):
+        run(*TRAIN, "--out", tmp_path / "run")
+    monkeypatch.setattr(workers, "Workers", lambda *_: fail)
+    with pytest.raises(bug, match="shapes"):
+        run("compare", *TINY, "--out", tmp_path / "out")
+
+
+def test_a_full_disk_and_a_folder_in_use_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    (tmp_path / "run").mkdir()
+    with alone(tmp_path / "run" / ".lock", ""):
+        assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "another process is at work")
+    monkeypatch.setattr("einlinear.experiments.runs.execute.training.train", full)
+    assert_refused(run(*TRAIN, "--out", tmp_path / "new"), "No space left on device: 'metrics.jsonl'")
+
+
+def test_another_run_is_refused_before_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*TRAIN, "--out", tmp_path / "run")[0] == 0
+    monkeypatch.setattr("einlinear.experiments.runs.execute.training.train", None)
+    assert_refused(run(*TRAIN, "width=32", "--out", tmp_path / "run"), "width was 16, now 32", "Name another folder")
+    monkeypatch.setattr("einlinear.experiments.runs.store.code_version", lambda: "9.9+beef")
+    assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "now '9.9+beef'")
+
+
+def test_a_damaged_run_is_done_again(tmp_path: Path) -> None:
+    assert run(*TRAIN, "--out", tmp_path / "run")[0] == 0
+    (tmp_path / "run" / "result.json").write_text("{")
+    assert run(*TRAIN, "--out", tmp_path / "run")[0] == 0
+    assert read_record(tmp_path / "run").result
+
+
+def test_under_torchrun_the_first_process_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, bars in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with monkeypatch.context() as patched:
+            patched.setattr("rich.console.Console.is_terminal", True)
+            assert display.progress().disable is not bars
+        code, out, err = run("train", "data=digits", "stps=4", "--out", tmp_path / "run")
+        assert (code, out) == (2, "")
+        assert ("no option 'stps'" in err) == bars
+        answer = run("compare", *TINY, "--out", tmp_path / "out")
+        assert answer[0] == 2
+        assert ("start this without it" in answer[2]) == bars
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("trained")
 def test_a_sweep_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "sizes.toml"
@@ -489,8 +578,14 @@ def test_a_sweep_of_a_file(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("lr-tranfer",), "lr-transfer"),
+        (("lr-transfer", "device=cuda"), "this torch finds no CUDA device"),
         (("lr-transfer", "--scale", "huge"), "huge"),
         (("feature-updates",), "einlinear coord-check"),
+        (("lr-transfer", "--gpus", "0"), "--gpus goes with --on ray"),
+        (("lr-transfer", "--cpus", "1"), "--cpus goes with --on ray"),
+        (("lr-transfer", "--address", "auto"), "--address goes with --on ray"),
+        (("lr-transfer", "--on", "ray", "--workers", "2"), "--workers goes with --on local"),
+        (("absent.toml", "--scale", "small"), "--scale is that of a recipe, and absent.toml is a file"),
         (("lr-transfer", "--on", "slurm"), "--on must be local or ray, not 'slurm'"),
         (("absent.toml",), "absent.toml"),
         (("image-mlp", "--scale", "paper"), "data/cifar-10"),

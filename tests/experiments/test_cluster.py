@@ -1,18 +1,24 @@
-"""A sweep on a Ray cluster of two worker processes, one of which dies: the table that local mode gives."""
+"""What a worker of a cluster does; a sweep on one of two processes, one of which dies: the table of local mode."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from tests.experiments.tables import read_table
 
+from einlinear.experiments.runs.records import alone, read_record
+from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
-from einlinear.experiments.runs.table import read_table
+from einlinear.experiments.sweeps import attempts, cluster
 from einlinear.experiments.sweeps.sweep import do, make_sweep
 from einlinear.experiments.sweeps.workers import Workers
 
@@ -20,7 +26,57 @@ SWEEP: dict[str, Any] = {
     "settings": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},
     "grid": {"width": [16, 32], "structure": ["dense", "btt"], "seed": [0, 1]},
 }
+QUICK = Run.of({"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 2}).options
 TIMES = {"step_seconds", "folder"}
+
+
+@pytest.fixture
+def new_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the start of a process; where it is in the end does not matter."""
+    monkeypatch.setattr(cluster, "_set_up", False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("new_worker")
+def test_a_worker_takes_paths_as_the_driver_does(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "driver" / "pets" / label).mkdir(parents=True)
+        for i in range(9):
+            image = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8))
+            image.save(tmp_path / "driver" / "pets" / label / f"{i}.png")
+    options = QUICK | {"data": "pets", "batch_size": 4}
+    assert cluster._done(options, "runs/one", str(tmp_path / "driver"), ()) == {"status": "finished"}
+    assert read_record(tmp_path / "driver" / "runs" / "one").run.data.data == "pets"
+
+
+@pytest.mark.usefixtures("new_worker")
+def test_a_worker_is_set_up_once(tmp_path: Path) -> None:
+    calls: list[str] = []
+    for name in ("one", "two"):
+        assert cluster._done(QUICK, name, str(tmp_path), (lambda: calls.append("x"),))["status"] == "finished"
+    assert calls == ["x"]
+
+
+@pytest.mark.usefixtures("new_worker")
+def test_a_bug_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "execute", lambda *_: {}["bug"])
+    told = cluster._done(QUICK, "one", str(tmp_path), ())
+    assert told["status"] == "failed"
+    assert "Traceback" in told["message"]
+    assert "KeyError: 'bug'" in told["message"]
+
+
+@pytest.mark.usefixtures("new_worker")
+def test_a_worker_waits_for_one_that_was_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one").mkdir()
+    with alone(tmp_path / "one" / ".lock", "nobody"):
+        with monkeypatch.context() as patched:
+            patched.setattr(attempts, "_PATIENCE", 0)
+            told = cluster._done(QUICK, "one", str(tmp_path), ())
+        assert told == {"status": "failed", "message": "another process is at work in one"}
+        threading.Timer(0.5, (tmp_path / "one" / ".lock").unlink).start()  # it ends
+        assert cluster._done(QUICK, "one", str(tmp_path), ()) == {"status": "finished"}
 
 
 def table(folder: Path) -> dict[str, dict[str, Any]]:
@@ -50,16 +106,15 @@ def drive(folder: Path) -> None:
                     killed.append(holder)
                     return
 
-    waiting = True
+    statuses: list[str] = []
 
     def watch(event: Any) -> None:
-        nonlocal waiting
-        if waiting:  # all runs have been handed to the cluster
-            waiting = False
+        if not statuses:  # others have begun
             kill_one(event)
+        statuses.append(event.status)
 
-    failed = do(sweep.runs, store, Cluster(), watch)
-    (folder / "done.json").write_text(json.dumps({"failed": [e.message for e in failed], "killed": len(killed)}))
+    do(sweep.runs, store, Cluster(), watch)
+    (folder / "done.json").write_text(json.dumps({"statuses": statuses, "killed": len(killed)}))
 
 
 def holder_of(path: Path) -> int | None:
@@ -83,7 +138,7 @@ def test_a_cluster_gives_the_table_of_local_workers(tmp_path: Path) -> None:
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "ray" / "done.json").read_text()) == {"failed": [], "killed": 1}
+    assert json.loads((tmp_path / "ray" / "done.json").read_text()) == {"statuses": 8 * ["finished"], "killed": 1}
 
     sweep = make_sweep(SWEEP)
     store = Store(tmp_path / "local")

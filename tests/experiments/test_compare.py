@@ -67,6 +67,10 @@ def test_epochs_become_steps_of_the_training_images() -> None:
     assert of_epochs.training.steps == 3 * (1438 // 128)
     of_steps = plan(Config(structures=("dense",), widths=(16,), options=OPTIONS | {"steps": 7})).runs[0]
     assert of_steps.training.steps == 7
+    warm = plan(Config(structures=("dense",), widths=(16,), options=OPTIONS | {"warmup": 100, "densify_at": 150}))
+    assert (warm.runs[0].training.warmup, warm.runs[0].training.steps) == (100, 20 * (1438 // 128))
+    with pytest.raises(ValueError, match="warmup must be from 0 to below the 220 steps, not 300"):
+        plan(Config(structures=("dense",), widths=(16,), options=OPTIONS | {"warmup": 300}))
     with pytest.raises(ValueError, match="data=teacher has no epochs: give steps"):
         plan(Config(structures=("dense",), widths=(16,), options={"data": "teacher", "teacher_width": 8}))
 
@@ -99,6 +103,12 @@ def test_options_override_the_preset_and_the_preset_the_defaults() -> None:
     assert config.widths == (16,)
     assert config.seeds == PRESETS["demo"]["seeds"]
     assert config.options == {"lr": 1e-2}
+    assert configure("demo", steps=100).options == {"steps": 100}
+
+
+def test_texts_become_what_the_options_are() -> None:
+    config = configure(seeds="2", dense_reach="8", lr="1e-2")
+    assert (config.seeds, config.dense_reach) == (2, 8)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +116,8 @@ def test_options_override_the_preset_and_the_preset_the_defaults() -> None:
     [
         ({"preset": "quick"}, "the presets are demo, paper"),
         ({"macs": (1,), "widths": (1,)}, "not both"),
+        ({"epochs": 2, "steps": 9}, "give either epochs, of which the steps follow, or steps, not both"),
+        ({"seeds": "two"}, "seeds should be a valid integer, .* not 'two'"),
         ({"structures": ()}, "at least one structure"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"widths": (0,)}, "widths must be positive"),

@@ -58,6 +58,7 @@ def test_it_says_what_it_is(name: str, scale: str) -> None:
     if chosen.commands:
         assert not chosen.settings
         assert all(command.startswith("einlinear ") for command in chosen.commands)
+        assert all(re.search(r" --out [\w/-]+$", command) for command in chosen.commands)
     else:
         data = chosen.settings["data"].removeprefix("pixels:")
         assert data.startswith("data/") == bool(chosen.prepare)  # what has to be put there first

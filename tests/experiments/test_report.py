@@ -51,7 +51,7 @@ def resources(page: str) -> list[str]:
 
 
 def page_about(*folders: Path) -> str:
-    return write_report(folders, folders[0] / "page.html").read_text()
+    return write_report(folders, folders[0] / "page.html").path.read_text()
 
 
 def text_of(page: str) -> str:
@@ -68,7 +68,7 @@ def figures(page: str) -> str:
 
 def test_the_page_has_every_point_and_loads_nothing(tmp_path: Path) -> None:
     records = comparison(tmp_path, seeds=2)
-    page = write_report([tmp_path]).read_text()
+    page = write_report([tmp_path]).path.read_text()
     assert page == (tmp_path / "report.html").read_text()
     assert resources(page) == []
     drawn, text = figures(page), text_of(page)

@@ -1,9 +1,11 @@
 """`einlinear fit` and `einlinear report`, from the arguments to what is printed and written."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 from tests.experiments.made_up import run_of, write
 from typer.testing import CliRunner
 
@@ -65,6 +67,21 @@ def test_report_prints_the_table_and_writes_the_page(folder: Path, tmp_path: Pat
     assert code == 0
     assert "monarch" in (tmp_path / "pages" / "both.html").read_text()
     assert "2 versions of the code" in err
+
+
+@pytest.mark.parametrize("options", [[], ["--floor", "0.1"], ["--floor", "fit"]])
+def test_the_page_says_what_makes_it(options: list[str], folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a page.html"
+    assert run("report", folder, "--out", out, *options)[0] == 0
+    assert escape(shlex.join(["einlinear", "report", str(folder), "--out", str(out), *options])) in out.read_text()
+
+
+def test_a_damaged_run_is_told(folder: Path) -> None:
+    victim = next((folder / "runs").glob("btt*"))
+    (victim / "result.json").write_text("{")
+    code, _, err = run("report", folder)
+    assert code == 0
+    assert f"the run in {victim} cannot be read" in err
 
 
 @pytest.mark.parametrize(

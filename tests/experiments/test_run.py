@@ -29,6 +29,7 @@ def run(**options: Any) -> Run:
 def test_options_are_typed_and_read_back() -> None:
     made = run(model="vit", structure="btt(rank=2)", lr="1e-2", clip="none", betas=[0.9, 0.99], heads="2", patch_size=2)
     assert (made.training.lr, made.training.clip, made.training.betas) == (0.01, None, (0.9, 0.99))
+    assert run(betas="0.9, 0.99").training.betas == (0.9, 0.99)
     assert made.options["model"] == "vit"
     assert made.options["heads"] == 2
     assert Run.of(json.loads(json.dumps(made.options))) == made
@@ -51,6 +52,7 @@ def test_the_key_is_that_of_what_can_change_the_result() -> None:
         ({"context": 64}, "has no option 'context'"),
         ({"data_kind": "audio"}, "data_kind must be images, text, pixels, teacher, not 'audio'"),
         ({"lr": "fast"}, "lr should be a valid number, unable to parse string as a number, not 'fast'"),
+        ({"betas": "0.9,fast"}, "betas.1 should be a valid number"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"width": 0}, "width must be at least 1, not 0"),
         ({"steps": None}, "steps should be a valid integer, not None"),

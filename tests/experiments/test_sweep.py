@@ -4,24 +4,28 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.experiments.tables import read_table
 
 import einlinear as el
-from einlinear.experiments.runs import records
+from einlinear.experiments.runs import records, table
 from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.problems import _images
 from einlinear.experiments.runs.run import Run
-from einlinear.experiments.runs.store import Store
-from einlinear.experiments.runs.table import FILE, read_table
-from einlinear.experiments.sweeps import workers
+from einlinear.experiments.runs.store import HISTORY, Store
+from einlinear.experiments.runs.table import FILE, Table
+from einlinear.experiments.sweeps import attempts, workers
 from einlinear.experiments.sweeps.sweep import Event, Pool, Sweep, check, do, make_sweep, read_sweep
 from einlinear.experiments.sweeps.workers import Workers
 from einlinear.structures import FAMILIES
@@ -96,6 +100,10 @@ def test_settings_grid_and_parts(tmp_path: Path) -> None:
         ({"settings": SETTINGS, "parts": [{"grids": {}}]}, "a part of a sweep has no option 'grids'"),
         ({"settings": SETTINGS, "grid": {"lr": 1e-3}}, "the grid of lr must be a list of values, not 0.001"),
         ({"settings": SETTINGS, "grid": {"lr": []}}, "describes no runs"),
+        (
+            {"settings": SETTINGS, "parts": [{"settings": {"lr": 0.1}, "grid": {"lr": [0.1, 0.2]}}]},
+            "a part of a sweep has lr in its settings and in its grid",
+        ),
         ({"settings": SETTINGS, "grid": {"lerning_rate": [1]}}, "no option 'lerning_rate'"),
         ({"settings": SETTINGS, "grid": {"lr": [0.1, -1]}}, "lr must be a positive number, not -1"),
     ],
@@ -222,6 +230,17 @@ def test_damaged_results_are_done_again(tmp_path: Path) -> None:
     assert results(tmp_path) == whole
 
 
+def test_a_line_of_the_history_that_was_cut_off(tmp_path: Path) -> None:
+    sweep = make_sweep(FOUR)
+    store = Store(tmp_path)
+    store.open(sweep.runs, sweep.axes, "first")
+    with (tmp_path / HISTORY).open("a") as file:
+        file.write('{"command": "sec')
+    assert store.commands() == ["first"]
+    store.open(sweep.runs, sweep.axes, "second")
+    assert store.commands() == ["first", "second"]
+
+
 def test_files_of_the_users_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="no results of einlinear; name another folder"):
@@ -258,7 +277,9 @@ def test_what_cannot_be_built_is_found_before_anything_is_trained() -> None:
 
 def test_a_diverged_run_is_finished(tmp_path: Path) -> None:
     carry_out(make_sweep({"settings": SETTINGS | {"lr": 1e30, "steps": 50}}), tmp_path)
-    assert [row["status"] for row in read_table(tmp_path)] == ["diverged"]
+    (row,) = read_table(tmp_path)
+    assert row["status"] == "diverged"
+    assert row["steps_made"] < row["steps"] == 50
     assert Store(tmp_path).missing(make_sweep({"settings": SETTINGS | {"lr": 1e30, "steps": 50}}).runs) == []
 
 
@@ -277,6 +298,104 @@ def test_the_table_can_be_read_while_runs_are_on(tmp_path: Path) -> None:
     (tmp_path / FILE).unlink()  # it is made anew
     do(sweep.runs, store, here)
     assert len(read_table(tmp_path)) == 4
+
+
+DOCUMENTED = "select structure, width, lr, train_loss from runs where status = 'finished' order by train_loss"
+
+
+def test_the_table_has_its_columns_before_the_first_run_ends(tmp_path: Path) -> None:
+    found: list[int] = []
+
+    def look(event: Event) -> None:
+        with sqlite3.connect(tmp_path / FILE) as reader:
+            found.append(len(reader.execute(DOCUMENTED).fetchall()))
+        reader.close()
+
+    sweep = make_sweep(FOUR)
+    store = Store(tmp_path)
+    store.open(sweep.runs, sweep.axes)
+    do(sweep.runs, store, Workers(1), look)
+    assert found[0] == 0
+    assert found[-1] == 4
+
+
+def test_the_table_is_written_when_a_status_changes(tmp_path: Path) -> None:
+    runs = make_sweep(FOUR).runs
+    with Table(tmp_path) as written:
+        written.rebuild([], runs)
+        reader = sqlite3.connect(tmp_path / FILE)
+        versions = []
+        for status in ("waiting", "running", "running", "running", "lost", "running", "failed"):
+            if status != "waiting":
+                written.note(runs[0], tmp_path / "a", status)
+            versions += reader.execute("pragma data_version").fetchone()
+        reader.close()
+    assert [new - old for old, new in pairwise(versions)] == [1, 0, 0, 1, 1, 1]
+
+
+def test_a_reader_that_holds_the_table_ends_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_PATIENCE", 0.05)
+    readers: list[sqlite3.Connection] = []
+
+    def read_on(event: Event) -> None:
+        if not readers:
+            readers.append(sqlite3.connect(tmp_path / FILE))
+            readers[0].execute("begin")
+            assert len(readers[0].execute("select * from runs").fetchall()) == 4
+
+    sweep = make_sweep(FOUR)
+    store = Store(tmp_path)
+    store.open(sweep.runs, sweep.axes)
+    with pytest.warns(UserWarning, match=r"runs\.sqlite cannot be written now: database is locked"):
+        assert do(sweep.runs, store, here, read_on) == []
+    assert len(results(tmp_path)) == 4
+    readers[0].close()
+    do(sweep.runs, store, here)
+    assert {row["status"] for row in read_table(tmp_path)} == {"finished"}
+
+
+def test_rows_that_a_reader_kept_out_are_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_PATIENCE", 0.05)
+    runs = make_sweep(FOUR).runs
+    reader = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    with Table(tmp_path) as written:
+        written.rebuild([], runs)
+        reader.execute("begin")
+        reader.execute("select * from runs").fetchall()
+        with pytest.warns(UserWarning, match="locked"):
+            written.note(runs[0], tmp_path / "a", "running")
+        reader.execute("commit")
+        written.note(runs[1], tmp_path / "b", "running")
+        assert statuses(tmp_path, runs) == ["running", "running", "waiting", "waiting"]
+        reader.execute("begin")
+        reader.execute("select * from runs").fetchall()
+        with pytest.warns(UserWarning, match="locked"):
+            written.note(runs[0], tmp_path / "a", "failed")
+        reader.execute("commit")
+    reader.close()
+    assert statuses(tmp_path, runs) == ["failed", "running", "waiting", "waiting"]
+
+
+def statuses(folder: Path, runs: Sequence[Run]) -> list[str]:
+    found = {row["key"]: row["status"] for row in read_table(folder)}
+    return [found[run.key] for run in runs]
+
+
+@pytest.mark.parametrize(("damage", "message"), [("cut", "cannot be read"), ("gone", "no result that can be seen")])
+def test_a_result_that_cannot_be_read_ends_no_sweep(damage: str, message: str, tmp_path: Path) -> None:
+    def unlucky(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
+        for event, (_, folder) in zip(here(tasks), tasks):
+            if folder == tasks[0][1]:
+                (folder / "result.json").write_text("{")
+                if damage == "gone":
+                    (folder / "result.json").unlink()
+            yield event
+
+    with pytest.warns(UserWarning, match=message):
+        carry_out(make_sweep(FOUR), tmp_path, unlucky)
+    rows = read_table(tmp_path)
+    assert [row["status"] for row in rows] == 4 * ["finished"]
+    assert sum(row["train_loss"] is None for row in rows) == 1
 
 
 def test_a_full_disk_is_said_and_what_was_done_stays(tmp_path: Path) -> None:
@@ -326,7 +445,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     carry_out(make_sweep(SURVIVOR), whole)
     folder, draw, kills = tmp_path / "killed", random.Random(0), 0
     while True:
-        driver = subprocess.Popen([sys.executable, __file__, str(folder)], cwd=Path(__file__).parents[2])
+        command = [sys.executable, "-m", "tests.experiments.test_sweep", str(folder)]
+        driver = subprocess.Popen(command, cwd=Path(__file__).parents[2])
         while kills < 20:
             try:
                 driver.wait(draw.uniform(0.1, 0.7))
@@ -360,8 +480,44 @@ def is_worker(pid: int) -> bool:
 
 def test_a_process_that_always_dies_fails_its_run(tmp_path: Path) -> None:
     seen = carry_out(make_sweep({"settings": SETTINGS}), tmp_path, Workers(1, setup=(die,)))
-    assert [event.status for event in seen] == ["lost"] * (workers.ATTEMPTS - 1) + ["failed"]
+    assert [event.status for event in seen] == ["lost"] * (attempts.ATTEMPTS - 1) + ["failed"]
     assert "died 3 times" in seen[-1].message
+
+
+@pytest.mark.parametrize(("visible", "seen"), [(None, {"0", "1"}), ("3,GPU-5", {"3", "GPU-5"})])
+def test_each_process_sees_one_gpu(
+    visible: str | None, seen: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    carry_out(make_sweep(FOUR), tmp_path, Workers(3, setup=(partial(note_gpu, tmp_path),)))
+    found = [path.read_text() for path in tmp_path.glob("gpu-*")]
+    assert len(found) == 3
+    assert set(found) == seen
+
+
+def test_a_process_that_died_is_replaced_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,8")
+    carry_out(make_sweep({"settings": SETTINGS}), tmp_path, Workers(1, setup=(partial(note_gpu, tmp_path), die)))
+    assert [path.read_text() for path in tmp_path.glob("gpu-*")][:3] == ["7", "7", "7"]
+
+
+def test_runs_on_gpus_get_a_process_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(workers, "cpu_count", lambda: 16)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    grid = {"grid": {"seed": list(range(20))}}
+    on_cpu, on_gpu = (make_sweep({"settings": SETTINGS | {"device": d}} | grid).runs for d in ("cpu", "cuda"))
+    assert (workers.suited(on_cpu), workers.suited(on_gpu), workers.suited(on_gpu[:2])) == (16, 3, 2)
+
+
+def note_gpu(folder: Path) -> None:
+    (folder / f"gpu-{os.getpid()}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
 
 
 def die() -> None:

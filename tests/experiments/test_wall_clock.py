@@ -58,7 +58,7 @@ def test_losses_that_two_structures_reach(study: Study) -> None:
 
 
 def test_the_page_says_how_many_times_as_long_dense_needs(study: Study, tmp_path: Path) -> None:
-    page = write_report([tmp_path]).read_text()
+    page = write_report([tmp_path]).path.read_text()
     assert "Time to a loss" in page
     assert "4 s (width 64, 0.75×)" in page  # to a loss of 2, which dense of width 32 has after 3 seconds
 
@@ -68,4 +68,4 @@ def test_there_is_none_without_evaluations(tmp_path: Path) -> None:
     run(tmp_path, "btt", 32, 0, (1.0, 3.0))
     (found,) = studies(made_up.Store(tmp_path).records())
     assert losses_to_reach(found) == []
-    assert "Time to a loss" not in write_report([tmp_path]).read_text()
+    assert "Time to a loss" not in write_report([tmp_path]).path.read_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from einlinear.cli.parsing import assignments, numbers, specs
 from einlinear.cli.running import carry_out
 
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes that train at the same time. Default: one per CPU core.")
+    int | None, typer.Option(min=1, help="Processes that train at the same time. Default: one per CPU core, or GPU.")
 ]
 MixCode = Annotated[
     bool, typer.Option("--mix-code", help="Add to runs that another version of the code made, or of changed sources.")
@@ -73,16 +73,21 @@ def compare(
     from einlinear.experiments.sweeps.compare import configure, plan
 
     with user_errors():
-        config = configure(
-            preset,
-            structures=specs(structures),
-            macs=numbers(macs, "--macs"),
-            widths=numbers(widths, "--widths"),
-            dense_reach=dense_reach,
-            data=data,
-            seeds=seeds,
-            epochs=epochs,
+        given: dict[str, Any] = {
+            "structures": structures,
+            "macs": macs,
+            "widths": widths,
+            "dense_reach": dense_reach,
+            "data": data,
+            "preset": preset,
+            "seeds": seeds,
+            "epochs": epochs,
             **assignments(settings),
-        )
-        sweep = plan(config)
+        }
+        lists: dict[str, Any] = {
+            "structures": specs(given["structures"]),
+            "macs": numbers(given["macs"], "--macs"),
+            "widths": numbers(given["widths"], "--widths"),
+        }
+        sweep = plan(configure(**given | lists))
     carry_out(sweep, out, workers, mix_code)

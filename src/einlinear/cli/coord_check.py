@@ -45,9 +45,9 @@ def coord_check(
         problem = run.data.load(run.seed)
         check(run, problem, chosen, sizes)
         out.mkdir(parents=True, exist_ok=True)
-    total = len(cases(chosen)) * len(sizes) * steps
+    total = len(cases(chosen)) * len(sizes) * run.training.steps
     with interruptible("Interrupted."), display.steps(total) as step:
         updates = list(measure(run, problem, chosen, sizes, step))
     display.updates(updates)
     write_updates(out, updates, command_line(), problem.source)
-    display.note(f"Report: {write_report([out])}")
+    display.note(f"Report: {write_report([out]).path}")

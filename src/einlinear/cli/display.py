@@ -123,7 +123,9 @@ def show(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def progress() -> Progress:
-    """Progress bars, which only a terminal shows."""
+    """Progress bars, which only a terminal shows, and of several processes the first one."""
+    from einlinear.training.distributed import is_first  # heavy
+
     console = Console()
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=44)),
@@ -133,7 +135,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and is_first()))
 
 
 def _console() -> Console:

@@ -6,7 +6,20 @@ import sys
 from importlib.util import find_spec
 
 CLI = ("rich", "typer")  # any command
-EXPERIMENTS = ("jinja2", "kornia", "PIL", "plotly", "pydantic", "scipy", "sklearn")  # those that train or report
+EXPERIMENTS = (  # those that train or report
+    "filelock",
+    "jinja2",
+    "joblib",
+    "kornia",
+    "numpy",
+    "PIL",
+    "plotly",
+    "pydantic",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    *(() if sys.version_info >= (3, 11) else ("tomli",)),
+)
 TOKENIZERS = ("tokenizers",)  # byte pairs
 STREAMED = ("datasets",)  # text of the Hugging Face hub
 RAY = ("ray",)  # a cluster

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 
-def specs(texts: list[str] | None) -> tuple[str, ...] | None:
+def specs(texts: str | list[str] | None) -> tuple[str, ...] | None:
     """["dense; tt(rank=2, cores=3), btt", "monarch"] -> ("dense", "tt(rank=2, cores=3)", "btt", "monarch")."""
     if not texts:
         return None
     found: list[str] = []
-    for part in (part for text in texts for part in text.split(";")):
+    for part in ";".join([texts] if isinstance(texts, str) else texts).split(";"):
         pieces = _split_at_commas(part)
         families = all(re.fullmatch(r"[\w-]+\s*(\(.*)?", piece) for piece in pieces)
         found += pieces if families else [part.strip()]  # the commas of a pattern are its own

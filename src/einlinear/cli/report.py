@@ -25,19 +25,15 @@ def report(
 ) -> None:
     """Print the table of the models in results folders, and write one page about all their runs."""
     require(EXPERIMENTS)
-    from einlinear.experiments.findings.summary import studies
     from einlinear.experiments.report import write_report
-    from einlinear.experiments.report.overview import code_warning
-    from einlinear.experiments.runs.store import Store
 
     with user_errors():
-        page = write_report(folders, out, floor_of(floor))
-        found = studies(record for folder in folders for record in Store(folder).records())
-    for study in found:
+        made = write_report(folders, out, floor_of(floor))
+    for study in made.studies:
         _print(study)
-    for warning in code_warning([record for study in found for record in study.records]):
+    for warning in made.warnings:
         display.warning(warning)
-    display.note(f"Report: {page}")
+    display.note(f"Report: {made.path}")
 
 
 def _print(study: Study) -> None:

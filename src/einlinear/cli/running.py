@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import typer
 from rich.progress import Progress, TaskID
 
 from einlinear.cli import display
-from einlinear.cli.endings import interruptible, user_errors
+from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.importing import setup
 from einlinear.cli.report import report
 
@@ -33,10 +34,16 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
 
     from einlinear.experiments.runs.store import Store
     from einlinear.experiments.sweeps.sweep import check, do
-    from einlinear.experiments.sweeps.workers import Workers
+    from einlinear.experiments.sweeps.workers import Workers, suited
+    from einlinear.training.distributed import check_device
 
     store = Store(folder)
     with user_errors():
+        if "RANK" in os.environ:
+            raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
+        if pool is None:
+            for device in {run.training.device for run in sweep.runs}:
+                check_device(device)
         store.open(sweep.runs, sweep.axes, command_line(), mix_code, check(sweep.runs))
         for problem in store.damaged():
             display.warning(f"{problem}; if it belongs here it is done again")
@@ -45,11 +52,10 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     already = f"; {there} of {len(sweep.runs)} are already there" if there else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
     if missing:
-        cores = cpu_count()
-        count = workers or min(cores, len(missing))
-        pool = pool or Workers(count, max(1, cores // count), setup())
+        count = workers or suited(missing)
+        pool = pool or Workers(count, max(1, cpu_count() // count), setup())
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
-        with interruptible(interrupted), _bars(len(missing)) as watch, user_errors():
+        with interruptible(interrupted), _bars(len(missing)) as watch, system_errors():
             failed = do(sweep.runs, store, pool, watch.see)
         for event in failed:
             display.error(f"{event.run.name} failed: {event.message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from einlinear.cli import display
 from einlinear.cli.compare import MixCode, Workers
-from einlinear.cli.endings import interruptible, user_errors
+from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.importing import setup
 from einlinear.cli.packages import EXPERIMENTS, RAY, require
 from einlinear.cli.parsing import assignments
@@ -39,16 +40,19 @@ def train(
     """
     require(EXPERIMENTS)
     from einlinear.experiments.runs.execute import execute
+    from einlinear.experiments.runs.records import check_folder, describe
     from einlinear.experiments.runs.run import Run
-    from einlinear.training.distributed import is_first
+    from einlinear.experiments.sweeps.sweep import check
+    from einlinear.training.distributed import check_device, is_first
 
     with user_errors():
         run = Run.of(assignments(settings))
-        with (
-            interruptible(f"Interrupted. The same command goes on from the last checkpoint in {out}."),
-            bar(run) as progress,
-        ):
-            result = execute(run, out, progress, keep_checkpoints=True)
+        check([run])
+        check_device(run.training.device)
+        check_folder(describe(out, run, run.data.load(run.seed)))
+    interrupted = f"Interrupted. The same command goes on from the last checkpoint in {out}."
+    with interruptible(interrupted), bar(run) as progress, system_errors():
+        result = execute(run, out, progress, keep_checkpoints=True)
     if is_first():
         display.result(run, result)
 
@@ -57,12 +61,12 @@ def sweep(
     what: Annotated[str, typer.Argument(metavar="FILE|RECIPE", help="A .toml or .json file, or a recipe's name.")],
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Results folder. Default: results/ and the name.")] = None,
-    scale: Annotated[str, typer.Option(help="Of a recipe: small or paper.")] = "small",
+    scale: Annotated[str | None, typer.Option(help="Of a recipe: small (default) or paper.")] = None,
     on: Annotated[str, typer.Option(help="local (processes of this machine) or ray (a cluster).")] = "local",
     workers: Workers = None,
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: a new one on this machine.")] = None,
-    cpus: Annotated[float, typer.Option(help="CPU cores of a run on Ray.")] = 1,
-    gpus: Annotated[float, typer.Option(help="GPUs of a run on Ray.")] = 0,
+    cpus: Annotated[float | None, typer.Option(help="CPU cores of a run on Ray. Default: 1.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of a run on Ray. Default: none.")] = None,
     mix_code: MixCode = False,
 ) -> None:
     """Do all runs that a file or a recipe describes; those that are finished are left as they are.
@@ -77,10 +81,16 @@ def sweep(
     with user_errors():
         if on not in ("local", "ray"):
             raise ValueError(f"--on must be local or ray, not {on!r}")
+        is_file = Path(what).suffix in (".toml", ".json")
+        if on == "local":
+            _refuse({"--address": address, "--cpus": cpus, "--gpus": gpus}, "goes with --on ray")
+        else:
+            _refuse({"--workers": workers}, "goes with --on local: on Ray --cpus and --gpus say how many runs fit")
+        if is_file:
+            _refuse({"--scale": scale}, f"is that of a recipe, and {what} is a file")
         if on == "ray":
             require(RAY)
-        overrides = assignments(settings)
-        is_file = Path(what).suffix in (".toml", ".json")
+        overrides, scale = assignments(settings), scale or "small"
         found = read_sweep(what, overrides) if is_file else recipes.sweep(what, scale, overrides)
         if not is_file and (how := getattr(recipes.load(what), scale).prepare):
             display.note(f"Its data has to be there: {how}")
@@ -89,8 +99,15 @@ def sweep(
     if on == "ray":
         from einlinear.experiments.sweeps.cluster import Cluster
 
-        pool = Cluster(address, cpus, gpus, setup())
+        pool = Cluster(address, 1 if cpus is None else cpus, gpus or 0, setup())
     carry_out(found, out or Path("results") / name, workers, mix_code, pool)
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Raise ValueError if one of these options was given, which would do nothing."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} {why}")
 
 
 def recipes() -> None:

@@ -50,6 +50,12 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError if there is no such device here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but this torch finds no CUDA device")
+
+
 def world(device: str) -> World:
     """Join the processes that torchrun started, if it did; otherwise one process is the world.
 

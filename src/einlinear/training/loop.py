@@ -95,8 +95,7 @@ def train(
         trackers.check_installed(config.tracker)
         if folder is None:
             raise ValueError(f"tracker={config.tracker!r} needs a folder, where the run goes on if it is interrupted")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but this torch finds no CUDA device")
+    distributed.check_device(config.device)
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -52,7 +52,6 @@ def test_one_seed_says_nothing_about_seeds() -> None:
     fit = fitted(seeds=1)
     assert fit.interval("exponent") is None
     assert fit.predict(1e12).interval is None
-    assert "6 of 6 models have a single seed" in fit.note
     interval = fit.interval("exponent", "regression")
     assert interval is not None
     assert interval.source == "regression"
@@ -67,7 +66,6 @@ def test_one_model_of_one_seed_is_enough_to_say_nothing() -> None:
     first, *others = final_losses(np.random.default_rng(3), 3)
     fit = fit_scaling([LossCurves(first.compute, first.losses[:1]), *others])
     assert fit.draws == ()
-    assert "1 of 6" in fit.note
 
 
 def test_a_prediction_is_less_sure_the_farther_it_is() -> None:
@@ -98,12 +96,11 @@ def test_a_floor_can_be_assumed_or_fitted() -> None:
     assert 0 < interval.high - interval.low < 0.05
 
 
-def test_resamples_too_poor_for_a_law_are_counted() -> None:
+def test_resamples_too_poor_for_a_law_are_left_out() -> None:
     """The second model is better in two of three seeds only."""
     curves = [LossCurves(np.array([c]), losses) for c, losses in ((1.0, [[2.0], [2.0]]), (2.0, [[1.9], [2.05]]))]
     fit = fit_scaling([LossCurves(curve.compute, np.array(curve.losses)) for curve in curves], resamples=100)
-    assert len(fit.draws) + fit.failed == 100
-    assert 30 < fit.failed < 70
+    assert 30 < len(fit.draws) < 70
 
 
 def test_bad_curves() -> None:

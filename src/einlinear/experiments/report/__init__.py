@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -35,12 +36,27 @@ from einlinear.experiments.report.wall_clock import wall_clock
 from einlinear.experiments.runs.records import Record, write_text
 from einlinear.experiments.runs.store import RUNS, Store
 
-__all__ = ["write_report"]
+__all__ = ["Report", "write_report"]
 
 PAGE = "report.html"
 
 
-def write_report(folders: Sequence[str | Path], out: str | Path | None = None, floor: float | None = 0.0) -> Path:
+@dataclass(frozen=True)
+class Report:
+    """A page, and what it is about.
+
+    Attributes:
+        path: of the page.
+        studies: that it shows.
+        warnings: that it begins with.
+    """
+
+    path: Path
+    studies: tuple[Study, ...]
+    warnings: tuple[str, ...]
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path | None = None, floor: float | None = 0.0) -> Report:
     """Write the page about all runs of the folders, and about their coordinate checks.
 
     Args:
@@ -63,17 +79,18 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
         raise ValueError(f"{' and '.join(map(str, paths))}: no finished runs yet")
     parts = [_part(study, records, stores, floor) for study in found]
     parts += [Part(f"Coordinate check in {path}", [feature_updates(check)]) for path, check in checks]
+    warnings = [*code_warning([record for study in found for record in study.records]), *damaged]
     page = render(
         title="Structured linear layers side by side",
         headline=" ".join(map(headline, found)) or "How much a step of training moves the features, by width.",
-        warnings=[*code_warning([record for study in found for record in study.records]), *damaged],
+        warnings=warnings,
         parts=parts,
-        footer=_footer(paths, records),
+        footer=_footer(_command(paths, out, floor), records),
     )
     path = Path(out) if out is not None else paths[0] / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
-    return path
+    return Report(path, tuple(found), tuple(warnings))
 
 
 def _read(stores: Sequence[Store], may_be_empty: set[Path]) -> tuple[list[Record], list[str]]:
@@ -104,9 +121,17 @@ def _part(study: Study, records: Sequence[Record], stores: Sequence[Store], floo
     return Part(str(study), [section for section in sections if section])
 
 
-def _footer(paths: Sequence[Path], records: Sequence[Record]) -> dict[str, str]:
+def _command(paths: Sequence[Path], out: str | Path | None, floor: float | None) -> str:
+    """That makes the page again."""
+    words = ["einlinear", "report", *map(os.fspath, paths)]
+    words += [] if out is None else ["--out", os.fspath(out)]
+    words += [] if floor == 0 else ["--floor", "fit" if floor is None else repr(floor)]
+    return shlex.join(words)
+
+
+def _footer(command: str, records: Sequence[Record]) -> dict[str, str]:
     return {
-        "made by": shlex.join(["einlinear", "report", *map(os.fspath, paths)]),
+        "made by": command,
         "date": datetime.now().strftime("%d %B %Y, %H:%M"),
         "runs by": "; ".join(sorted({record.made_with for record in records})) or "–",
         "code": ", ".join(sorted({record.code for record in records})) or "–",

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)  # making one takes longer than a thousand options
 
+_hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)
+
 
 def names(kind: type) -> tuple[str, ...]:
     """The options of a dataclass."""
@@ -28,12 +30,15 @@ def names(kind: type) -> tuple[str, ...]:
 
 
 def parse(kind: type[T], options: Mapping[str, Any]) -> T:
-    """A dataclass from its options. Texts become what the field is: "3e-3" a number, "none" None.
+    """A dataclass from its options. Texts become what the field is: "3e-3" a number, "0.9,0.99" a tuple, "none" None.
 
     Raises:
         ValueError: a value of the wrong type, one that the dataclass refuses, or an option that is missing.
     """
     values = {name: None if value == "none" else value for name, value in options.items()}
+    for name, value in values.items():
+        if isinstance(value, str) and get_origin(_hints(kind).get(name)) is tuple:
+            values[name] = value.split(",")
     try:
         return cast(T, _adapter(kind).validate_python(values))
     except ValidationError as error:
@@ -54,9 +59,13 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
     known = list(known)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{what} has no option {name!r}: {hint}It has {', '.join(known)}")
+            raise ValueError(f"{what} has no option {name!r}: {nearest(name, known)}It has {', '.join(known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question that names the most similar of those that are known; empty where none is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _message(error: Any) -> str:

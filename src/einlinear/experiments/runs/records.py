@@ -125,13 +125,18 @@ def write_run(record: Record) -> None:
     Raises:
         ValueError: its folder holds another run.
     """
+    check_folder(record)
+    noted = {name: getattr(record, name) for name in _NOTED}
+    write_json(record.folder / RUN, {"format": FORMAT, **noted, "options": record.run.options})
+
+
+def check_folder(record: Record) -> None:
+    """Raise ValueError if the folder of a run holds another one; a damaged one may be done again."""
     try:
         before = _read_description(record.folder)
     except ValueError:  # there is none, or it is damaged
-        before = record
+        return
     check_same(record.folder, before.facts, record.facts)
-    noted = {name: getattr(record, name) for name in _NOTED}
-    write_json(record.folder / RUN, {"format": FORMAT, **noted, "options": record.run.options})
 
 
 def write_result(folder: Path, result: Result) -> None:

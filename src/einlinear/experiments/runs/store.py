@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from einlinear.experiments.runs.problems import Data
-from einlinear.experiments.runs.records import RUN, Record, alone, code_version, read_record
+from einlinear.experiments.runs.records import RUN, Record, alone, code_version, read_record, write_text
 from einlinear.experiments.runs.run import Run
+from einlinear.training import metrics
 
 RUNS, HISTORY = "runs", "history.jsonl"
 
@@ -82,14 +83,15 @@ class Store:
                 shutil.rmtree(record.folder)
         (self.folder / RUNS).mkdir(parents=True, exist_ok=True)
         if command and command not in self.commands():
-            with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"command": command, "date": datetime.now().isoformat("T", "seconds")}) + "\n")
+            lines = [*self._history(), {"command": command, "date": datetime.now().isoformat("T", "seconds")}]
+            write_text(self.folder / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
 
     def commands(self) -> list[str]:
         """Those that added to the folder, in order."""
-        path = self.folder / HISTORY
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line)["command"] for line in lines]
+        return [line["command"] for line in self._history()]
+
+    def _history(self) -> list[dict[str, Any]]:
+        return metrics.read(self.folder / HISTORY)
 
     @contextmanager
     def driving(self) -> Iterator[None]:

@@ -1,9 +1,10 @@
 """Many runs: which they are, and doing those that are missing.
 
-sweep.py    the runs that a file describes; doing what is missing of them
-workers.py  on processes of this machine
-cluster.py  on a Ray cluster
-compare.py  structures side by side at matched compute
-budget.py   the widest model within a budget of MACs
-recipes/    experiments of the literature
+sweep.py     the runs that a file describes; doing what is missing of them
+workers.py   on processes of this machine
+cluster.py   on a Ray cluster
+attempts.py  one run, on either
+compare.py   structures side by side at matched compute
+budget.py    the widest model within a budget of MACs
+recipes/     experiments of the literature
 """

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.run import Run
+from einlinear.experiments.sweeps.attempts import ATTEMPTS, attempt
 from einlinear.experiments.sweeps.sweep import Event
 
-ATTEMPTS = 3  # of a run whose process dies every time
+_set_up = False  # whether this process is, which may do several runs
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A `Pool` that hands runs to Ray.
+    """A `Pool` that hands runs to Ray. Paths are those of the driver's working folder; events come at the end of a run.
 
     Attributes:
         address: of the cluster; None: that of $RAY_ADDRESS, or a new one on this machine.
         cpus, gpus: that a run takes.
-        setup: called before every run, to register families; can be pickled.
+        setup: called in every process before its first run, to register families; can be pickled.
     """
 
     address: str | None = None
@@ -38,16 +39,15 @@ class Cluster:
             ray.init(address=self.address, logging_level=logging.WARNING, log_to_driver=False)
         try:
             remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_done)
-            waiting = {
-                remote.remote(run.options, str(folder.resolve()), tuple(self.setup)): run for run, folder in tasks
-            }
-            for run, _ in tasks:
-                yield Event(run, "running", steps=run.training.steps)
+            here, setup = os.getcwd(), tuple(self.setup)
+            waiting = {remote.remote(run.options, str(folder), here, setup): run for run, folder in tasks}
             while waiting:
                 (reference,), _ = ray.wait(list(waiting), num_returns=1)
                 run = waiting.pop(reference)
                 try:
                     yield Event(run, **ray.get(reference))
+                except ray.exceptions.RayTaskError as error:  # before the run began
+                    yield Event(run, "failed", message=str(error))
                 except ray.exceptions.RayError as error:
                     yield Event(run, "failed", message=f"its process died {ATTEMPTS} times: {error}")
         finally:
@@ -55,11 +55,12 @@ class Cluster:
                 ray.shutdown()
 
 
-def _done(options: dict[str, Any], folder: str, setup: Sequence[Callable[[], None]]) -> dict[str, Any]:
-    for prepare in setup:
-        prepare()
-    try:
-        execute(Run.of(options), Path(folder))
-    except (ValueError, OSError) as error:
-        return {"status": "failed", "message": str(error)}
-    return {"status": "finished"}
+def _done(options: dict[str, Any], folder: str, where: str, setup: Sequence[Callable[[], None]]) -> dict[str, str]:
+    """What became of a run; its folder, its data and the code to set up may be given from the driver's folder."""
+    global _set_up
+    os.chdir(where)
+    if not _set_up:
+        for prepare in setup:
+            prepare()
+        _set_up = True
+    return attempt(options, Path(folder))

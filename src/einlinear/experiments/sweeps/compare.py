@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from einlinear.experiments.runs.models import DENSE, Model, Shape
+from einlinear.experiments.runs.options import names, parse
 from einlinear.experiments.runs.problems import ImageData, kind_of
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps.budget import widest
 from einlinear.experiments.sweeps.sweep import Sweep
 from einlinear.nn import ReferenceModel
 from einlinear.structures import structure
+from einlinear.training import Training
 from einlinear.training.tasks import Classification
 
 STRUCTURES = (DENSE, "low_rank", "kronecker", "tt(rank=4)", "monarch", "btt", "dyad")
@@ -49,7 +51,7 @@ class Config:
         dense_reach: dense also gets the targets 2, 4, ... times the largest one, up to this many, so that its curve
             reaches the losses that better structures have at the targets.
         seeds: how many runs of each.
-        epochs: passes over the training images; instead of the option `steps`, of which they make so many.
+        epochs: passes over the training images, unless the options have `steps`.
         options: of all runs, see `Run.of`.
     """
 
@@ -79,17 +81,20 @@ def configure(preset: str | None = None, **options: Any) -> Config:
     """A `Config` from its options and those of runs by name: those that are not None, then the preset's.
 
     Raises:
-        ValueError: an unknown preset, both macs and widths, or a value out of range.
+        ValueError: an unknown preset; both macs and widths, or epochs and steps; a value of the wrong type or out of
+            range.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
     given = {name: value for name, value in options.items() if value is not None}
     if "macs" in given and "widths" in given:
         raise ValueError("give either macs, of which the widths follow, or widths, not both")
+    if "epochs" in given and "steps" in given:
+        raise ValueError("give either epochs, of which the steps follow, or steps, not both")
     chosen = (PRESETS[preset] if preset else {}) | given
     own = Config.__dataclass_fields__.keys() - {"options"}
     of_runs = {name: value for name, value in chosen.items() if name not in own}
-    return Config(**{name: value for name, value in chosen.items() if name in own}, options=of_runs)
+    return parse(Config, {name: value for name, value in chosen.items() if name in own} | {"options": of_runs})
 
 
 def template(options: Mapping[str, Any]) -> Run:
@@ -106,13 +111,15 @@ def plan(config: Config) -> Sweep:
         ValueError, OSError: what is wrong with the data or an option; a structure that is unknown, cannot be built at a
             width asked for or not within the MACs.
     """
-    base = template({"steps": 1} | dict(config.options))
-    problem = base.data.load(seed=0)
-    if "steps" not in config.options:
+    untrained = {name: value for name, value in config.options.items() if name not in names(Training)}
+    data = template({"steps": 1} | untrained).data
+    problem = data.load(seed=0)
+    steps = config.options.get("steps")
+    if steps is None:
         if not isinstance(problem.task, Classification):
-            raise ValueError(f"data={base.data.data} has no epochs: give steps")
-        training = replace(base.training, steps=config.epochs * problem.task.batches.per_epoch)
-        base = replace(base, training=training)
+            raise ValueError(f"data={data.data} has no epochs: give steps")
+        steps = config.epochs * problem.task.batches.per_epoch
+    base = template({**config.options, "steps": steps})
 
     targets = sorted(config.widths or config.macs)
     models = [model for target in targets for model in _models(base, problem.shape, config, target)]

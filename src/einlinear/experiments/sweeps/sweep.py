@@ -149,6 +149,8 @@ def _expand(content: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
         refuse_unknown(part, _KEYS[:2], f"a part of {what}")
         own_grid = grid | part.get("grid", {})
         own = settings | part.get("settings", {})
+        if twice := part.get("grid", {}).keys() & part.get("settings", {}).keys():
+            raise ValueError(f"a part of {what} has {' and '.join(sorted(twice))} in its settings and in its grid")
         own_grid = {name: values for name, values in own_grid.items() if name not in part.get("settings", {})}
         for name, values in own_grid.items():
             if not isinstance(values, list):

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
+from joblib import cpu_count
 
-from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.run import Run
+from einlinear.experiments.sweeps.attempts import ATTEMPTS, attempt
 from einlinear.experiments.sweeps.sweep import Event
+from einlinear.training.loop import Progress
 
-ATTEMPTS = 3  # of a run whose process dies every time
 _EVERY = 0.2  # seconds between two messages of a run
-_PATIENCE = 30  # seconds to wait for a process that an earlier driver left behind
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 Task = tuple[Run, Path]
 # Not "fork": a fork of a process with threads, such as torch's, may hang. A server that has done no more than import
@@ -37,7 +38,7 @@ else:
 
 @dataclass(frozen=True)
 class Workers:
-    """A `Pool` of processes.
+    """A `Pool` of processes. Where there are GPUs, each process sees one, the first one again after the last.
 
     Attributes:
         count: how many.
@@ -52,7 +53,9 @@ class Workers:
     def __call__(self, tasks: Sequence[Task]) -> Iterator[Event]:
         waiting, deaths = deque(tasks), Counter[str]()
         _processes.set_forkserver_preload(["einlinear.experiments.runs.execute"])
-        workers = [_Worker(self) for _ in range(min(self.count, len(tasks)))]
+        devices: Sequence[str | None] = _devices() or [None]
+        count = min(self.count, len(tasks))
+        workers = [_Worker(self, device) for device in islice(cycle(devices), count)]
         try:
             while waiting or any(worker.task for worker in workers):
                 for worker in workers:
@@ -64,7 +67,7 @@ class Workers:
                     run, folder = worker.task  # type: ignore[misc]
                     event = worker.event()
                     if event is None:  # it died
-                        workers[workers.index(worker)] = _Worker(self)
+                        workers[workers.index(worker)] = _Worker(self, worker.device)
                         deaths[run.key] += 1
                         if deaths[run.key] < ATTEMPTS:
                             waiting.append((run, folder))
@@ -81,13 +84,27 @@ class Workers:
                 worker.process.join()
 
 
+def suited(runs: Sequence[Run]) -> int:
+    """How many processes suit these runs: one for each core, or for each GPU if they are on GPUs."""
+    on_gpus = any(run.training.device == "cuda" for run in runs)
+    return max(1, min(len(_devices()) if on_gpus else cpu_count(), len(runs)))
+
+
+def _devices() -> list[str]:
+    """The GPUs that this process sees, as CUDA knows them."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get(_VISIBLE)
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
+
+
 class _Worker:
     """A process, as its driver sees it."""
 
-    def __init__(self, pool: Workers) -> None:
+    def __init__(self, pool: Workers, device: str | None) -> None:
         self.connection, theirs = _processes.Pipe()
+        self.device = device
         self.task: Task | None = None
-        arguments = theirs, pool.threads, pool.setup
+        arguments = theirs, pool.threads, pool.setup, device
         self.process: BaseProcess = _processes.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # so that its death ends the connection
@@ -111,19 +128,22 @@ class _Worker:
         return event
 
 
-def _work(connection: Connection, threads: int, setup: Sequence[Callable[[], None]]) -> None:
+def _work(connection: Connection, threads: int, setup: Sequence[Callable[[], None]], device: str | None) -> None:
     """The life of a process: it does what it is sent, and ends with its driver."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which stops all
+    if device is not None:
+        os.environ[_VISIBLE] = device  # CUDA reads it when it is first used
     torch.set_num_threads(threads)
     for prepare in setup:
         prepare()
     with suppress(EOFError, BrokenPipeError):  # the driver is gone
         while True:
             options, folder = connection.recv()
-            connection.send(_done(options, folder, connection))
+            connection.send(attempt(options, folder, _reports(connection)))
 
 
-def _done(options: dict[str, Any], folder: Path, connection: Connection) -> dict[str, Any]:
+def _reports(connection: Connection) -> Progress:
+    """Tells the driver how far a run is, now and then."""
     said = 0.0
 
     def progress(step: int, steps: int, loss: float) -> None:
@@ -132,17 +152,4 @@ def _done(options: dict[str, Any], folder: Path, connection: Connection) -> dict
             said = time.monotonic()
             connection.send({"status": "running", "step": step, "steps": steps, "loss": loss})
 
-    began = time.monotonic()
-    while True:
-        try:
-            execute(Run.of(options), folder, progress)
-            return {"status": "finished"}
-        except BlockingIOError as error:
-            if time.monotonic() > began + _PATIENCE:
-                return {"status": "failed", "message": str(error)}
-            time.sleep(1)
-        except BrokenPipeError:
-            raise
-        except Exception as error:
-            message = str(error) if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
-            return {"status": "failed", "message": message}
+    return progress

@@ -72,20 +72,17 @@ class ScalingFit:
             the other.
         curve: which of the given curves each point of the frontier is of, (points,).
         law: through the frontier.
-        draws: the same for resamples of the seeds; empty where seeds say nothing.
-        failed: how many resamples left too few points for a law.
-        note: why there is no interval from seeds; empty where there is one.
+        draws: the same for resamples of the seeds, but for those that leave too few points for a law; empty where a
+            model has a single seed.
     """
 
     frontier: Frontier
     curve: NDArray[np.intp]
     law: PowerLaw
     draws: tuple[Draw, ...]
-    failed: int
-    note: str
 
     def interval(self, quantity: Quantity, source: Source = "seeds", level: float = 0.95) -> Interval | None:
-        """Of a number of the law; None where there are no resamples (see `note`) or no points to spare.
+        """Of a number of the law; None where there are no resamples or no points to spare.
 
         Args:
             quantity: "exponent", "scale" or "floor".
@@ -173,8 +170,7 @@ def fit_scaling(
             f"the law needs at least {enough} points on the frontier, in the window, got {len(best.index)}"
         )
     law = fit(best)
-    single = sum(len(curve.losses) == 1 for curve in curves)
-    note = f"no interval from seeds: {single} of {len(curves)} models have a single seed" if single else ""
+    single = any(len(curve.losses) == 1 for curve in curves)
     frontiers = [frontier(losses) for losses in _resamples(curves, 0 if single else resamples, seed)]
     draws = tuple(Draw(found, fit(found, near=law.floor)) for found in frontiers if len(found.index) >= enough)
     return ScalingFit(
@@ -182,8 +178,6 @@ def fit_scaling(
         curve=np.repeat(np.arange(len(curves)), [len(curve.compute) for curve in curves])[best.index],
         law=law,
         draws=draws,
-        failed=len(frontiers) - len(draws),
-        note=note,
     )
 
 

@@ -12,7 +12,6 @@ same question of models that two CPU cores train in minutes, or in an hour or tw
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -68,8 +67,7 @@ def load(name: str) -> Recipe:
         ValueError: there is none of this name.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = options.nearest(name, names())
         raise ValueError(f"unknown recipe {name!r}: {hint}The recipes are {', '.join(names())}")
     file = resources.files(__name__) / f"{name}.toml"
     content = options.from_text(file.read_text(encoding="utf-8"), file.name)
