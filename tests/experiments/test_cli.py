@@ -537,7 +537,7 @@ def test_another_run_is_refused_before_it_is_trained(tmp_path: Path, monkeypatch
     assert run(*TRAIN, "--out", tmp_path / "run")[0] == 0
     monkeypatch.setattr("einlinear.experiments.runs.execute.training.train", None)
     assert_refused(run(*TRAIN, "width=32", "--out", tmp_path / "run"), "width was 16, now 32", "Name another folder")
-    monkeypatch.setattr("einlinear.experiments.runs.store.code_version", lambda: "9.9+beef")
+    monkeypatch.setattr("einlinear.experiments.runs.records.code_version", lambda: "9.9+beef")
     assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "now '9.9+beef'")
 
 

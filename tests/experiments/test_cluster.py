@@ -136,7 +136,7 @@ def test_a_cluster_gives_the_table_of_local_workers(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.experiments.test_cluster", str(tmp_path / "ray")]
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "ray" / "done.json").read_text()) == {"statuses": 8 * ["finished"], "killed": 1}
 

@@ -442,7 +442,7 @@ def children(pid: int) -> list[int]:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Drivers and workers, 20 of them: every run ends as if there had been none, no result is lost or doubled."""
     whole = tmp_path / "whole"
-    carry_out(make_sweep(SURVIVOR), whole)
+    carry_out(make_sweep(SURVIVOR), whole, Workers(2))
     folder, draw, kills = tmp_path / "killed", random.Random(0), 0
     while True:
         command = [sys.executable, "-m", "tests.experiments.test_sweep", str(folder)]
