@@ -5,6 +5,7 @@ import csv
 import io
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,16 @@ def test_every_plot_draws_all_of_its_points(page: Browser) -> None:
     assert [plot["drawn"] for plot in found] == [plot["marks"] for plot in found]
     assert [plot["paths"] for plot in found] == [plot["lines"] for plot in found]
     assert [plot["outside"] for plot in found] == [0] * len(found)
+
+
+def test_no_plot_is_wider_than_its_place(page: Browser) -> None:
+    wider = """[...document.querySelectorAll(".js-plotly-plot")].filter(plot => plot.offsetParent)
+      .filter(plot => plot.querySelector(".main-svg").getBoundingClientRect().width > plot.parentNode.clientWidth + 1)
+      .length"""
+    deadline = time.monotonic() + 5
+    while page.run(wider) and time.monotonic() < deadline:  # plotly takes a moment to draw again
+        time.sleep(0.05)
+    assert page.run(wider) == 0
 
 
 def test_the_points_of_the_scaling_plot_are_those_of_the_runs(page: Browser) -> None:

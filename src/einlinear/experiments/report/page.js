@@ -30,8 +30,11 @@ document.querySelectorAll(".views").forEach(views => {
   })));
 });
 
-// Paper is narrower than most screens, and plots do not notice by themselves.
+// The first plots of a row were drawn before the others were there and took their place.
 const plots = () => [...document.querySelectorAll(".js-plotly-plot")].filter(plot => plot.offsetParent);
+addEventListener("load", () => plots().forEach(plot => Plotly.Plots.resize(plot)));
+
+// Paper is narrower than most screens, and plots do not notice by themselves.
 addEventListener("beforeprint", () => plots().forEach(plot => {
   const width = plot.closest(".panels") ? 335 : 690;
   Plotly.relayout(plot, { width, autosize: false });
