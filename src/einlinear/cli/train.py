@@ -32,7 +32,7 @@ def train(
         "results/train"
     ),
 ) -> None:
-    """Train one model; interrupted, the same command goes on from the last checkpoint.
+    """Train one model; interrupted, the same command goes on from the last checkpoint (checkpoint_every=100).
 
     Under torchrun, all its processes train together: parallel=ddp or parallel=fsdp.
 
@@ -50,7 +50,7 @@ def train(
         check([run])
         check_device(run.training.device)
         check_folder(describe(out, run, run.data.load(run.seed)))
-    interrupted = f"Interrupted. The same command goes on from the last checkpoint in {out}."
+    interrupted = "Interrupted. The same command goes on from the last checkpoint, if checkpoint_every was set."
     with interruptible(interrupted), bar(run) as progress, system_errors():
         result = execute(run, out, progress, keep_checkpoints=True)
     if is_first():

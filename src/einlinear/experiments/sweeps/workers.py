@@ -71,7 +71,11 @@ class Workers:
                         deaths[run.key] += 1
                         if deaths[run.key] < ATTEMPTS:
                             waiting.append((run, folder))
-                            yield Event(run, "lost", message="its process died; it goes on from its last checkpoint")
+                            yield Event(
+                                run,
+                                "lost",
+                                message="its process died; it is done again, from a checkpoint if it has one",
+                            )
                         else:
                             message = f"its process died {ATTEMPTS} times: it was killed, or the memory was not enough"
                             yield Event(run, "failed", message=message)
