@@ -587,7 +587,7 @@ def test_a_sweep_of_a_file(tmp_path: Path) -> None:
         (("lr-transfer", "--on", "ray", "--workers", "2"), "--workers goes with --on local"),
         (("absent.toml", "--scale", "small"), "--scale is that of a recipe, and absent.toml is a file"),
         (("lr-transfer", "--on", "slurm"), "--on must be local or ray, not 'slurm'"),
-        (("absent.toml",), "absent.toml"),
+        (("absent.toml",), "absent.toml does not exist; give a .toml or .json file, or the name of a recipe"),
         (("image-mlp", "--scale", "paper"), "data/cifar-10"),
     ],
 )
@@ -601,3 +601,8 @@ def test_recipes_are_listed() -> None:
     assert code == 0
     assert "einlinear sweep lr-transfer" in out
     assert "einlinear coord-check" in out
+
+
+def test_a_text_that_is_not_there_says_how_to_prepare_it(tmp_path: Path) -> None:
+    answer = run("train", "model=gpt", "data=data/absent", "steps=5", "--out", tmp_path / "out")
+    assert_refused(answer, "data/absent", "einlinear prepare")

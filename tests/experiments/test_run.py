@@ -60,6 +60,7 @@ def test_the_key_is_that_of_what_can_change_the_result() -> None:
         ({"mixup": 0.5, "augment": False}, "mixup=0.5 needs augment=true"),
         ({"schedule": "square"}, "schedule must be constant or cosine or linear"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"accumulate": 3}, "accumulate=3 does not divide the batch_size of 128"),
         ({"device": "tpu"}, "device must be cpu or cuda"),
     ],
 )

@@ -22,6 +22,7 @@ import einlinear as el
 from einlinear.experiments.runs import records, table
 from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.problems import _images
+from einlinear.experiments.runs.records import Result
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import HISTORY, Store
 from einlinear.experiments.runs.table import FILE, Table
@@ -259,13 +260,23 @@ def test_two_drivers_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path: Path) -> None:
-    sweep = make_sweep({"settings": SETTINGS, "grid": {"accumulate": [1, 3]}})
-    seen = carry_out(sweep, tmp_path, Workers(2))
-    ends = {event.run.training.accumulate: event for event in seen if event.status != "running"}
-    assert ends[1].status == "finished"
-    assert ends[3].status == "failed"
-    assert "accumulate=3 does not divide the 128 samples" in ends[3].message
-    assert {row["accumulate"]: row["status"] for row in read_table(tmp_path)} == {1: "finished", 3: "failed"}
+    sweep = make_sweep({"settings": SETTINGS, "grid": {"seed": [0, 1]}})
+    seen = carry_out(sweep, tmp_path, Workers(2, setup=(refuse_seed_one,)))
+    ends = {event.run.seed: event for event in seen if event.status != "running"}
+    assert ends[0].status == "finished"
+    assert (ends[1].status, ends[1].message) == ("failed", "not this one")
+    assert {row["seed"]: row["status"] for row in read_table(tmp_path)} == {0: "finished", 1: "failed"}
+
+
+def refuse_seed_one() -> None:
+    """In a worker: from now on, a run of seed 1 is wrong."""
+
+    def refuse(run: Run, *rest: Any) -> Result:
+        if run.seed == 1:
+            raise ValueError("not this one")
+        return execute(run, *rest)
+
+    attempts.execute = refuse  # type: ignore[assignment]
 
 
 def test_what_cannot_be_built_is_found_before_anything_is_trained() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,7 +36,7 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(ABC):
     """What all models have in common.
 
     Attributes:
@@ -60,21 +61,20 @@ class Model:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
+    @abstractmethod
     def build(self, shape: Shape) -> ReferenceModel:
         """The model, its weights not yet initialised.
 
         Raises:
             ValueError: data of a kind that it is not made for; sizes or a structure that do not fit.
         """
-        raise NotImplementedError
 
     def base(self, shape: Shape) -> ReferenceModel:
         """The model that learning rates refer to: dense, of base_width; on the meta device."""
+        changes: dict[str, Any] = {own.name: DENSE for own in fields(self) if own.name.endswith("structure")}
+        changes |= {"width": self.base_width, "expansion": self.base_expansion}
         with torch.device("meta"):
-            return self._dense().build(shape)
-
-    def _dense(self) -> Model:
-        return replace(self, structure=DENSE, width=self.base_width, expansion=self.base_expansion)
+            return replace(self, **changes).build(shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,6 @@ class MLP(Model):
             self.expansion,
             input_structure=self.input_structure,
         )
-
-    def _dense(self) -> Model:
-        return replace(super()._dense(), input_structure=DENSE)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +142,6 @@ class Vit(Model):
             input_structure=self.input_structure,
         )
 
-    def _dense(self) -> Model:
-        return replace(super()._dense(), input_structure=DENSE)  # type: ignore[call-arg]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gpt(Model):
@@ -185,9 +179,6 @@ class Gpt(Model):
             qk_norm=self.qk_norm,
             normalize=self.normalize,
         )
-
-    def _dense(self) -> Model:
-        return replace(super()._dense(), head_structure=DENSE)  # type: ignore[call-arg]
 
 
 MODELS: dict[str, type[Model]] = {kind.NAME: kind for kind in (MLP, Vit, Gpt)}

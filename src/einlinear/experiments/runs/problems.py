@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,7 +55,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(ABC):
     """What all kinds of data have in common.
 
     Attributes:
@@ -67,13 +68,13 @@ class Data:
     data: str
     batch_size: int = 256
 
+    @abstractmethod
     def load(self, seed: int) -> Problem:
         """The problem, whose batches are those of a seed.
 
         Raises:
             ValueError, OSError: the data cannot be had or is damaged; a setting that it does not allow.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +204,13 @@ class TeacherData(Data):
 KINDS: dict[str, type[Data]] = {kind.KIND: kind for kind in (ImageData, TextData, PixelData, TeacherData)}
 
 
-def kind_of(data: str, kind: str | None = None) -> type[Data]:
+def kind_of(data: str, kind: str | None = None, sequences: bool = False) -> type[Data]:
     """Which kind of data a name or path stands for; the kind itself may be named, as where the data is elsewhere.
+
+    Args:
+        data: the name or path.
+        kind: one of `KINDS`, whatever is there.
+        sequences: a model is to be trained that takes nothing else: what is not there yet should be a text.
 
     Raises:
         ValueError: an unknown kind.
@@ -217,7 +223,7 @@ def kind_of(data: str, kind: str | None = None) -> type[Data]:
         return TeacherData
     if data.startswith(PIXELS):
         return PixelData
-    return TextData if (Path(data).expanduser() / DESCRIPTION).is_file() else ImageData
+    return TextData if sequences or (Path(data).expanduser() / DESCRIPTION).is_file() else ImageData
 
 
 @lru_cache(2)

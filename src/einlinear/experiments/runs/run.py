@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-from einlinear.experiments.runs.models import MODELS, Model
+from einlinear.experiments.runs.models import MODELS, Gpt, Model
 from einlinear.experiments.runs.options import names, parse, refuse_unknown
 from einlinear.experiments.runs.problems import Data, kind_of
 from einlinear.structures import structure
@@ -19,6 +19,9 @@ from einlinear.training import Training
 
 # They change no result, but for how floating-point sums are rounded.
 _HIDDEN = ("device", "threads", "parallel", "tracker", "log_every", "checkpoint_every")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Run:
     training: Training
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.data.batch_size % self.training.accumulate:
+            raise ValueError(
+                f"accumulate={self.training.accumulate} does not divide the batch_size of {self.data.batch_size}"
+            )
+
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Run:
         """A run from options by name, all in one: `model` and `data` say which others there are.
@@ -53,15 +62,15 @@ class Run:
         if kind not in MODELS:
             raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
         data = str(given.get("data", "auto"))
-        model, of_data = MODELS[kind], kind_of(data, given.pop("data_kind", None))
+        model = MODELS[kind]
+        of_data = kind_of(data, given.pop("data_kind", None), sequences=model is Gpt)
         known = [*names(model), *names(of_data), *names(Training), "seed"]
         refuse_unknown(given, known, f"a run of model={kind} on data={data} ({of_data.KIND})")
-        parts = (
-            parse(part, {name: given[name] for name in names(part) if name in given})
-            for part in (model, of_data, Training, _Seed)
-        )
-        made_model, made_data, training, seed = parts
-        return cls(made_model, made_data, training, seed.seed)  # type: ignore[arg-type, attr-defined]
+
+        def part(kind: type[T]) -> T:
+            return parse(kind, {name: given[name] for name in names(kind) if name in given})
+
+        return cls(part(model), part(of_data), part(Training), part(_Seed).seed)
 
     @cached_property
     def options(self) -> dict[str, Any]:

@@ -70,6 +70,8 @@ def read_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         OSError: it cannot be read.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a .toml or .json file, or the name of a recipe")
     content = from_text(path.read_text(encoding="utf-8"), str(path), path.suffix.removeprefix("."))
     return make_sweep(content, overrides, str(path))
 

@@ -15,6 +15,7 @@ from itertools import cycle, islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from joblib import cpu_count
@@ -61,10 +62,11 @@ class Workers:
                 for worker in workers:
                     if waiting and not worker.task:
                         worker.start(waiting.popleft())
-                busy = {worker.connection: worker for worker in workers if worker.task}
+                busy: dict[Any, _Worker] = {worker.connection: worker for worker in workers if worker.task}
                 for connection in wait(list(busy)):
-                    worker = busy[connection]  # type: ignore[index]
-                    run, folder = worker.task  # type: ignore[misc]
+                    worker = busy[connection]
+                    assert worker.task is not None
+                    run, folder = worker.task
                     event = worker.event()
                     if event is None:  # it died
                         workers[workers.index(worker)] = _Worker(self, worker.device)
