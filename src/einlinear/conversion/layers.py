@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.nn.linear import features, is_conv1d
+from einlinear.nn.known import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from einlinear.nn.blocks import TransformerBlock, is_dense, stack
 from einlinear.nn.counts import macs_per_token
-from einlinear.nn.linear import Linear
-from einlinear.nn.model import ReferenceModel
+from einlinear.nn.models.blocks import Attention, FeedForward, TransformerBlock, linear_layers, stack
+from einlinear.nn.models.model import ReferenceModel
 
 
 class GPT(ReferenceModel):
@@ -68,23 +67,18 @@ class GPT(ReferenceModel):
         self.context = context
         self.embedding = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(context, width)
-        self.blocks = stack(
-            depth,
-            lambda: TransformerBlock(
-                width,
-                heads,
-                structure,
-                expansion,
-                bias,
-                causal=True,
-                qk_norm=qk_norm,
-                normalize=normalize and not is_dense(structure, width, width),
-                multiplier=math.sqrt(3 / depth),
-                d_head=d_head,
-            ),
-        )
+        layer = linear_layers(structure, bias, normalize)
+
+        def block() -> TransformerBlock:
+            multiplier = math.sqrt(3 / depth)
+            attention = Attention(
+                width, heads, layer, d_head=d_head, bias=bias, causal=True, qk_norm=qk_norm, multiplier=multiplier
+            )
+            return TransformerBlock(attention, FeedForward(width, layer, expansion, bias=bias, multiplier=multiplier))
+
+        self.blocks = stack(depth, block)
         self.norm = nn.LayerNorm(width, bias=bias)
-        self.head = Linear(width, vocab, head_structure, bias, normalize and not is_dense(head_structure, width, vocab))
+        self.head = linear_layers(head_structure, bias, normalize)(width, vocab)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.blocks import TransformerBlock, is_dense, stack
 from einlinear.nn.counts import macs_per_token
-from einlinear.nn.linear import Linear
-from einlinear.nn.model import ReferenceModel
+from einlinear.nn.models.blocks import Attention, FeedForward, TransformerBlock, linear_layers, stack
+from einlinear.nn.models.model import ReferenceModel
 
 
 class ViT(ReferenceModel):
@@ -64,23 +63,17 @@ class ViT(ReferenceModel):
         rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
         if patch_size < 1 or rows % patch_size or columns % patch_size:
             raise ValueError(f"images of {rows} x {columns} cannot be cut into patches of {patch_size} x {patch_size}")
-        values, of_patches = channels * patch_size**2, input_structure or structure
         self.image_shape, self.patch_size = (channels, rows, columns), patch_size
         self.tokens = (rows // patch_size) * (columns // patch_size)
-        self.patches = Linear(values, width, of_patches, bias, normalize and not is_dense(of_patches, values, width))
+        self.patches = linear_layers(input_structure or structure, bias, normalize)(channels * patch_size**2, width)
         self.positions = nn.Embedding(self.tokens, width)
-        self.blocks = stack(
-            depth,
-            lambda: TransformerBlock(
-                width,
-                heads,
-                structure,
-                expansion,
-                bias,
-                qk_norm=qk_norm,
-                normalize=normalize and not is_dense(structure, width, width),
-            ),
-        )
+        layer = linear_layers(structure, bias, normalize)
+
+        def block() -> TransformerBlock:
+            attention = Attention(width, heads, layer, bias=bias, qk_norm=qk_norm)
+            return TransformerBlock(attention, FeedForward(width, layer, expansion, bias=bias))
+
+        self.blocks = stack(depth, block)
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)
 

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from einlinear.nn.blocks import FeedForward, stack
-from einlinear.nn.linear import Linear
-from einlinear.nn.model import ReferenceModel
+from einlinear.nn.models.blocks import FeedForward, linear_layers, stack
+from einlinear.nn.models.model import ReferenceModel
 
 
 class ResidualMLP(ReferenceModel):
@@ -44,8 +43,9 @@ class ResidualMLP(ReferenceModel):
         input_structure: str | None = None,
     ) -> None:
         super().__init__()
-        self.input = Linear(in_features, width, input_structure or structure, bias)
-        self.blocks = stack(depth, lambda: FeedForward(width, structure, expansion, bias))
+        self.input = linear_layers(input_structure or structure, bias)(in_features, width)
+        layer = linear_layers(structure, bias)
+        self.blocks = stack(depth, lambda: FeedForward(width, layer, expansion, bias=bias))
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)
 
