@@ -1,4 +1,4 @@
-"""Swap the linear layers of a model for structured ones, and back.
+"""Swap the linear layers of a model for structured ones.
 
 Layers are chosen by globs on their qualified names. What is not converted is never passed over in silence: the report
 lists it with the reason.
@@ -6,70 +6,20 @@ lists it with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
+from einlinear.conversion.replace import describe, has_hooks, layers_of, replace_in
+from einlinear.conversion.report import Conversion, ConversionReport
 from einlinear.nn import Linear
 from einlinear.nn.known import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """One converted layer. `params` and `macs` are those of the weight; `error` is relative, in Frobenius norm."""
-
-    name: str
-    before: str
-    after: str
-    params_before: int
-    params: int
-    macs_before: int
-    macs: int
-    error: float | None = None
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What became of every layer that was matched: `converted`, and `skipped` as (name, reason)."""
-
-    converted: tuple[Conversion, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def params_before(self) -> int:
-        return sum(c.params_before for c in self.converted)
-
-    @property
-    def params(self) -> int:
-        return sum(c.params for c in self.converted)
-
-    @property
-    def macs_before(self) -> int:
-        return sum(c.macs_before for c in self.converted)
-
-    @property
-    def macs(self) -> int:
-        return sum(c.macs for c in self.converted)
-
-    def __str__(self) -> str:
-        rows = [("layer", "before", "after", "params", "MACs", "error")]
-        for c in self.converted:
-            error = "" if c.error is None else f"{c.error:.3g}"
-            params, macs = f"{c.params_before:,} -> {c.params:,}", f"{c.macs_before:,} -> {c.macs:,}"
-            rows.append((c.name, c.before, c.after, params, macs, error))
-        total_params = f"{self.params_before:,} -> {self.params:,}"
-        rows.append(("total", "", "", total_params, f"{self.macs_before:,} -> {self.macs:,}", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped]
-        return "\n".join(lines)
 
 
 def convert(
@@ -119,7 +69,7 @@ def convert(
     for spec in plan.values():
         check_spec(spec)
     wanted = as_globs(layers, "layers")
-    linears = _layers(
+    linears = layers_of(
         model, "el.Linear.from_dense(layer, structure)", lambda m: isinstance(m, nn.Linear | Linear) or is_conv1d(m)
     )
     check_globs(wanted, list(linears), "layers", "linear layer")
@@ -130,47 +80,7 @@ def convert(
         if any(fnmatchcase(name, glob) for glob in wanted) and any(fnmatchcase(name, glob) for glob in plan)
     }
     new, converted, skipped = _build(model, linears, matched, weights, normalize)
-    return _apply(model, new, converted, skipped, "no layer matches layers and structure")
-
-
-def densify(model: nn.Module) -> ConversionReport:
-    """Replace every structured layer by the `torch.nn.Linear` that computes the same function, in place.
-
-    Layers that share a module or all their factors share their weight afterwards. Bias, device, dtype, training mode
-    and requires_grad are kept; a weight is frozen if all its factors were.
-
-    Returns:
-        What was done to every layer, and what was skipped for which reason, such as hooks, which would be lost.
-
-    Raises:
-        ValueError: there is no structured layer inside the model, or none that could be replaced.
-
-    Example:
-        >>> import torch, einlinear as el
-        >>> model = torch.nn.Sequential(el.Linear(64, 64, "btt"))
-        >>> report = el.densify(model)
-        >>> report.params_before, report.params
-        (1024, 4096)
-        >>> model[0]
-        Linear(in_features=64, out_features=64, bias=True)
-    """
-    structured = _layers(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
-    new: dict[int, nn.Module] = {}
-    converted: list[Conversion] = []
-    skipped: list[tuple[str, str]] = []
-    weights: dict[tuple[int, ...], nn.Parameter] = {}
-    factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
-    hooked = {factors[name] for name, layer in structured.items() if _has_hooks(layer)}
-    for name, layer in structured.items():
-        if factors[name] in hooked:
-            skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
-        elif id(layer) not in new:
-            dense = layer.to_dense()
-            dense.weight = weights.setdefault(factors[name], dense.weight)
-            new[id(layer)] = dense
-            s, entries = layer.structure, layer.in_features * layer.out_features
-            converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, s.macs, entries))
-    return _apply(model, new, converted, skipped, "there is no structured layer in the model")
+    return replace_in(model, new, converted, skipped, "no layer matches layers and structure")
 
 
 def _build(
@@ -241,14 +151,7 @@ def _conversion(name: str, old: Any, layer: Linear, weights: str) -> Conversion:
         difference = (layer.dense_weight().float() - weight.float()).norm()
         error = float(difference / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
     s, entries = layer.structure, layer.in_features * layer.out_features
-    return Conversion(name, _describe(old), s.spec, entries, s.params, entries, s.macs, error)
-
-
-def _layers(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
-    """The layers of a kind, by every qualified name they have."""
-    if is_one(model):
-        raise ValueError(f"the model is itself a linear layer, which cannot be replaced in place: use {instead}")
-    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_one(module)}
+    return Conversion(name, describe(old), s.spec, entries, s.params, entries, s.macs, error)
 
 
 def _reason_to_skip(module: nn.Module) -> str | None:
@@ -256,14 +159,7 @@ def _reason_to_skip(module: nn.Module) -> str | None:
         return f"is already structured: {module.structure.spec}"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"is a {type(module).__name__}, a subclass of nn.Linear that may be used in other ways"
-    return "has hooks, which would be lost" if _has_hooks(module) else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks of any kind, on calls or on its state_dict, or its parameters have."""
-    of_module = [value for name, value in vars(module).items() if name.endswith("_hooks")]
-    of_parameters = [hooks for p in module.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
-    return any(of_module + of_parameters)
+    return "has hooks, which would be lost" if has_hooks(module) else None
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -291,25 +187,3 @@ def _tied_elsewhere(
         if not same or _reason_to_skip(other):
             return f"its weight is tied to {name}, which is not converted to the same structure"
     return None
-
-
-def _apply(
-    model: nn.Module,
-    new: Mapping[int, nn.Module],
-    converted: Sequence[Conversion],
-    skipped: Sequence[tuple[str, str]],
-    otherwise: str,
-) -> ConversionReport:
-    """Put the new modules into the model. If there are none it is an error, for the reasons found or for another."""
-    if not converted:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or otherwise
-        raise ValueError(f"no layer could be converted: {reasons}")
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in new:
-                setattr(parent, name, new[id(child)])
-    return ConversionReport(tuple(converted), tuple(skipped))
-
-
-def _describe(module: nn.Module) -> str:
-    return "{} {} -> {}".format(type(module).__name__, *features(module))
