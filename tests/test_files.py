@@ -31,8 +31,11 @@ def test_nothing_is_written_that_is_no_json(tmp_path: Path) -> None:
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
-    with alone(tmp_path / ".lock", "taken"):
-        with pytest.raises(BlockingIOError, match="taken"), alone(tmp_path / ".lock", "taken"):
-            pass
+    with (
+        alone(tmp_path / ".lock", "taken"),
+        pytest.raises(BlockingIOError, match="taken"),
+        alone(tmp_path / ".lock", "taken"),
+    ):
+        pass
     with alone(tmp_path / ".lock", "taken"):
         pass

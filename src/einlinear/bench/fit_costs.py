@@ -1,14 +1,18 @@
 """Fit the dispatcher's cost model to measurements.
 
-``python -m einlinear.bench.fitting docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how much is lost
-by choosing with the model instead of always taking the fastest executor.
+``python -m einlinear.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how much is
+lost by choosing with the model instead of always taking the fastest executor. With ``--check`` it writes nothing, and
+ends with exit status 1 if the file is not the fit of the measurements that it names.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from scipy.optimize import nnls
 from einlinear.bench.cases import Case
 from einlinear.bench.results import Bench, read
 from einlinear.bench.variants import DENSE
+from einlinear.files import write_json
 from einlinear.ops import dispatch
 
 
@@ -67,10 +72,36 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
     return sorted(found, key=lambda loss: -loss[0])
 
 
-def main(*paths: str) -> None:
-    benches = [read(Path(path)) for path in paths]
-    costs = {"fitted_to": paths, **fit(benches)}
-    dispatch.COSTS_FILE.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
+def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
+    """The executors whose coefficients in ops/costs.json are not these, to 1 %."""
+    kept = dispatch.read_costs()
+    return [
+        f"{name} ({mode})"
+        for mode, own in costs.items()
+        for name, fitted in own.items()
+        for pairs in [zip_longest(fitted, kept[mode].get(name, []), fillvalue=math.nan)]
+        if not all(math.isclose(*pair, rel_tol=0.01) for pair in pairs)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser("python -m einlinear.bench.fit_costs", description=__doc__)
+    parser.add_argument("files", nargs="*", help="bench.json of some runs (default: those that ops/costs.json names)")
+    parser.add_argument("--check", action="store_true", help="only say whether ops/costs.json is the fit of the files")
+    options = parser.parse_args(arguments)
+    files = options.files or json.loads(dispatch.COSTS_FILE.read_text(encoding="utf-8"))["fitted_to"]
+    try:
+        benches = [read(Path(file)) for file in files]
+        costs = fit(benches)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.check:
+        wrong = stale(costs)
+        said = f"is not the fit of these files: {', '.join(wrong)}" if wrong else "is the fit of these files"
+        print(f"{dispatch.COSTS_FILE} {said}")
+        return 1 if wrong else 0
+    write_json(dispatch.COSTS_FILE, {"fitted_to": files, **costs})
     dispatch.COSTS.clear()
     dispatch.COSTS.update(dispatch.read_costs())
     dispatch.forget()
@@ -79,7 +110,8 @@ def main(*paths: str) -> None:
     print(f"{len(found)} cases; chosen within 10 % of the fastest: {close:.0%}; the worst:")
     for loss, case in found[:5]:
         print(f"  {loss:.2f}  {case}")
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())
