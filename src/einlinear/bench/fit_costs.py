@@ -27,7 +27,7 @@ from einlinear.ops import dispatch
 
 
 def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, float]]]:
-    """Of every case on the CPU in float32: the kind of pass, and microseconds by executor (dense is one)."""
+    """All cases on the CPU in float32, each with its kind of pass and its microseconds by executor ("dense" is one)."""
     for result in (result for bench in benches for result in bench.results):
         if (result.case.device, result.case.dtype) == ("cpu", "float32"):
             mode = "train" if result.case.mode == "train" else "forward"

@@ -30,7 +30,7 @@ class Measurement:
         runs: how many were timed.
         speedup: over nn.Linear.
         over_copying: speed-up over the copying baseline.
-        peak_bytes: that a training step allocates at once.
+        peak_bytes: the most that a training step has allocated at once.
     """
 
     name: str

@@ -33,7 +33,7 @@ def torch_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 
 
 def shuffled(count: int, seed: int, step: int, stream: int = 0) -> Tensor:
-    """The numbers below `count` in random order, (count,) int64; the same one in every version of NumPy and torch.
+    """The numbers below `count` in random order, (count,) int64: the same order in every version of NumPy and torch.
 
     >>> shuffled(6, seed=0, step=0).tolist()
     [0, 2, 1, 5, 4, 3]

@@ -60,7 +60,7 @@ class Sequences(ABC):
         """
 
     def _chosen(self, available: int, count: int | None) -> Iterator[Tensor]:
-        """The numbers of the held-out sequences of each evaluation batch, of so many that there are."""
+        """Which of the held-out sequences that are available each evaluation batch has, by their numbers."""
         if count is not None and count < 1:
             raise ValueError(f"count={count}: evaluation needs at least 1 sequence")
         return spread(available, available if count is None else count, self.batch_size)

@@ -11,11 +11,11 @@ from torch import Tensor
 from einlinear.data.rng import numpy_generator
 
 _TRAINING, _EVALUATION, _SCALE, _WEIGHTS = range(4)  # streams
-_SAMPLE = 4096  # inputs that the mean and the standard deviation are measured on, and that are computed at a time
+_SAMPLE = 4096  # so many inputs give the mean and the standard deviation, and as many are computed at a time
 
 
 class Teacher:
-    """A random network of ReLUs, and data of its making: the regression task of arXiv 2410.02117.
+    """A random network of ReLUs, and the data that it makes: the regression task of arXiv 2410.02117.
 
     Inputs are drawn from N(0, I). Each of `depth` layers is sqrt(2) relu(W x) with the entries of W from
     N(0, 1 / fan-in), which keeps the size of its input; a last layer gives one number, shifted and scaled to mean 0 and

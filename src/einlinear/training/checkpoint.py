@@ -105,7 +105,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each with memory of its own, as safetensors wants it: tied weights are written twice."""
+    """The tensors, each with memory of its own, as safetensors wants it: tied weights are written twice."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -117,5 +117,5 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The newest first."""
+    """The checkpoints in a folder, the newest first."""
     return sorted(folder.glob("step-*"), reverse=True)

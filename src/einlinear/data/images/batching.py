@@ -65,7 +65,7 @@ class Batches:
         return self.inputs(x), y
 
     def sample(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """So many training images (at most all), evenly spread over them: always the same ones, whatever the seed.
+        """`count` training images (at most all), evenly spread over them: always the same ones, whatever the seed.
 
         They are augmented, but never mixed up.
 

@@ -48,6 +48,12 @@ def load_images(
         ValueError: an unknown name or a bad argument; a folder without classes or images; an image that
             cannot be read, differs in size or has NaN or infinite pixels; a corrupt data file.
         FileNotFoundError: the folder does not exist, or Fashion-MNIST was asked for and cannot be had.
+
+    Example:
+        >>> from einlinear.data import load_images
+        >>> images = load_images("digits", limit=100)
+        >>> images.train_x.shape, len(images.classes)
+        (torch.Size([100, 1, 8, 8]), 10)
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: it must be at least 1 pixel")

@@ -21,9 +21,9 @@ BOS = LEVELS  # the token before the first pixel
 class PixelSequences(Sequences):
     """Next-pixel sequences of images: rows from the top, pixels from the left, the channels of a pixel one by one.
 
-    Values become the tokens 0 to 255, from the darkest to the brightest of the training images of full size, in each
-    channel: for images that use the whole range of 8 bits, as photographs do, these are the 8 bits. The inputs are the
-    token `BOS` and all pixels but the last, the targets all pixels. Labels are not used.
+    In each channel, values become the tokens 0 to 255, from the darkest to the brightest value of the training images
+    before they are resized. For images that use the whole range of 8 bits, as photographs do, these are the 8 bits. The
+    inputs are the token `BOS` and all pixels but the last, the targets are all pixels. Labels are not used.
 
     Args:
         images: training images to train on, test images to evaluate on.

@@ -64,8 +64,8 @@ class Cleaned:
 def to_characters(text: str) -> Cleaned | None:
     """A document in the 96 characters, or None where too much would be lost.
 
-    A character outside becomes its likeness, such as e for é, or is dropped where it has none. A document of which more
-    than 1 % would be dropped is no text in these characters, and None.
+    A character outside becomes its likeness, such as e for é, or is dropped where it has none. If more than 1 % of
+    a document would be dropped, it is no text in these characters, and the result is None.
     """
     outside = Counter(_OUTSIDE.findall(text))
     if not outside:
@@ -157,7 +157,7 @@ class BytePairs(Vocabulary):
         content: the tokenizer as JSON, as the tokenizers library writes it.
 
     Raises:
-        ValueError: it is none, or lacks the token that ends a document.
+        ValueError: the content is no byte-pair encoding, or lacks the token that ends a document.
     """
 
     kind = "bpe"

@@ -13,9 +13,9 @@ class Part:
     Attributes:
         name: which it is; the full path of a file or folder.
         origin: one sentence that says where it came from.
-        size: about how many characters it has, None if nobody knows.
-        documents: starts over with its documents, the same ones in the same order. An empty one could not be read as
-            text.
+        size: about how many characters it has, None if that is not known.
+        documents: gives its documents from the first one, at every call the same ones in the same order. A document
+            that could not be read as text is empty.
     """
 
     name: str

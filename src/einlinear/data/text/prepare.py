@@ -33,8 +33,8 @@ class Recipe:
         tokens: "char" or "bpe".
         vocabulary: tokens of a byte-pair encoding, 4,096 if None; the characters are always 96.
         validation: share of the text that is held out. Documents are cut at line ends into pieces of about 32,768
-            characters (a hundredth of a part that is smaller than that makes), and of each part of the text every
-            1 / validation-th piece is held out, the first one from the middle of these.
+            characters, or in a small part of the text of a hundredth of it, but of no fewer than 256. In each part, one
+            of every 1 / validation pieces in a row is held out, the middle one.
         limit: take at most this many characters of each part of the text. Default: all.
 
     Raises:
@@ -100,6 +100,17 @@ def prepare_tokens(
         ValueError: a text that cannot be read, is empty or too short to hold out any of it; a vocabulary that is too
             large for it; a folder that holds something else.
         OSError: a text that is out of reach, a full disk, another process that prepares a text in the folder.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from einlinear.data import Recipe, prepare_tokens
+        >>> with TemporaryDirectory() as folder:
+        ...     text = Path(folder) / "numbers.txt"
+        ...     _ = text.write_text("one two three four\\n" * 1000)
+        ...     tokens = prepare_tokens(Recipe(sources=(str(text),)), Path(folder) / "tokens")
+        ...     print(tokens.train.shape, tokens.validation.shape, tokens.vocabulary.decode(tokens.train[:7]))
+        (18050,) (951,) one two
     """
     folder = Path(folder).expanduser()
     if not fresh and (found := finished(recipe, folder)):
@@ -152,7 +163,7 @@ def _vocabulary(recipe: Recipe, parts: list[Part], progress: Progress) -> Vocabu
 
 
 def _sample(recipe: Recipe, parts: list[Part], counts: Counts, progress: Progress) -> Iterator[str]:
-    """The first of the training text."""
+    """The beginning of the training text, as much of it as a tokenizer is trained on."""
     rest = _SAMPLE
     for part in parts:
         for piece in _pieces(part, recipe, counts, partial(progress, f"tokenizer: {part.name}")):

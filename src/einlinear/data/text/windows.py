@@ -50,7 +50,7 @@ class TextSequences(Sequences):
         return self._windows(text, starts)
 
     def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Windows of the validation text, side by side: each token but the first, and a rest, is a target once."""
+        """Windows of the validation text, side by side: each token is a target once, but for the first and a rest."""
         text = self.tokens.validation
         chosen = self._chosen((len(text) - 1) // self.context, count)
         return (self._windows(text, rows.numpy() * self.context) for rows in chosen)
