@@ -39,8 +39,8 @@ def imported(file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("folder", ORDER)
 def test_a_folder_imports_only_from_those_above_it(folder: str) -> None:
-    file = "__init__" if folder == "einlinear" else folder
-    files = [*ROOT.glob(f"{file}.py"), *(ROOT / folder).rglob("*.py")]
+    own = "__init__" if folder == "einlinear" else folder
+    files = [*ROOT.glob(f"{own}.py"), *(ROOT / folder).rglob("*.py")]
     above = {*ORDER[: ORDER.index(folder) + 1]} - ({"parametrize", "conversion"} if folder == "bench" else set())
     assert files
     for file in files:

@@ -74,14 +74,13 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
 
 def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
     """The executors whose coefficients in ops/costs.json are not these, to 1 %."""
-    kept = dispatch.read_costs()
-    return [
-        f"{name} ({mode})"
-        for mode, own in costs.items()
-        for name, fitted in own.items()
-        for pairs in [zip_longest(fitted, kept[mode].get(name, []), fillvalue=math.nan)]
-        if not all(math.isclose(*pair, rel_tol=0.01) for pair in pairs)
-    ]
+    kept, found = dispatch.read_costs(), []
+    for mode, own in costs.items():
+        for name, fitted in own.items():
+            pairs = zip_longest(fitted, kept[mode].get(name, []), fillvalue=math.nan)
+            if not all(math.isclose(*pair, rel_tol=0.01) for pair in pairs):
+                found.append(f"{name} ({mode})")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
