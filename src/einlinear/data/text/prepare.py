@@ -110,7 +110,7 @@ def prepare_tokens(
         ...     _ = text.write_text("one two three four\\n" * 1000)
         ...     tokens = prepare_tokens(Recipe(sources=(str(text),)), Path(folder) / "tokens")
         ...     print(tokens.train.shape, tokens.validation.shape, tokens.vocabulary.decode(tokens.train[:7]))
-        (18050,) (951,) one two
+        (17975,) (1026,) one two
     """
     folder = Path(folder).expanduser()
     if not fresh and (found := finished(recipe, folder)):
