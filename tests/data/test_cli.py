@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from einlinear.cli import packages
 from einlinear.cli.app import app
-from einlinear.data import load_tokens, prepare
+from einlinear.data import load_tokens
+from einlinear.data.text import prepare
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

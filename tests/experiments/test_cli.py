@@ -19,11 +19,12 @@ from einlinear.cli.parsing import assignments, numbers, specs
 from einlinear.experiments.findings import coordinates
 from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.options import from_text
-from einlinear.experiments.runs.records import alone, read_record
+from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.sweeps import workers
 from einlinear.experiments.sweeps.sweep import Event
+from einlinear.files import alone
 from einlinear.structures import FAMILIES
 from einlinear.structures.scaling import adam_multipliers, init_std
 

@@ -21,7 +21,6 @@ from einlinear.training import checkpoint, distributed, state, trackers
 from einlinear.training.checkpoint import Checkpoint
 from einlinear.training.config import Training
 from einlinear.training.distributed import World
-from einlinear.training.facts import check_same
 from einlinear.training.metrics import Metrics
 from einlinear.training.muon import Muon
 from einlinear.training.schedule import factor
@@ -237,7 +236,7 @@ class _Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             return
         assert self.folder is not None
-        check_same(self.folder, found.facts, self.facts)
+        checkpoint.check_same(self.folder, found.facts, self.facts)
         if self.config.densify_at is not None and found.step > self.config.densify_at:
             self._densify()
         state.restore(self.model, self.optimizers, self.scaler, found.tensors)
