@@ -89,6 +89,21 @@ def train(
             without a folder.
         ModuleNotFoundError: the tracker's package is not installed.
         OSError: the folder cannot be written, or its disk is full. What was saved before is still there.
+
+    Example:
+        >>> import einlinear as el
+        >>> from einlinear.data import Teacher
+        >>> from einlinear.nn import ResidualMLP
+        >>> from einlinear.training import Training, train
+        >>> from einlinear.training.tasks import Regression
+        >>> model = ResidualMLP(8, 64, 1, structure="btt")
+        >>> model = el.init_(model, zero=model.ZERO)
+        >>> task = Regression(Teacher(8, width=32, depth=2), batch_size=64, seed=0)
+        >>> outcome = train(model, base=ResidualMLP(8, 32, 1), task=task, config=Training(steps=20))
+        >>> len(outcome.losses), list(outcome.measures)
+        (20, ['test_loss'])
+        >>> outcome.losses[-1] < outcome.losses[0]
+        True
     """
     if config.tracker:
         trackers.check_installed(config.tracker)

@@ -37,6 +37,16 @@ class GPT(ReferenceModel):
 
     Raises:
         ValueError: sizes that do not divide as they must, an unknown structure; on call, a sequence that is too long.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> from einlinear.nn import GPT
+        >>> model = GPT(vocab=96, width=128, context=32, structure="btt(rank=2)", normalize=True)
+        >>> model = el.init_(model, zero=model.ZERO)
+        >>> model(torch.randint(96, (2, 32))).shape
+        torch.Size([2, 32, 96])
+        >>> model.non_embedding_macs, GPT(vocab=96, width=128, context=32).non_embedding_macs
+        (172032, 614400)
     """
 
     ZERO = ("*.out", "*.fc2", "head")

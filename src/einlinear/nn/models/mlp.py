@@ -26,6 +26,19 @@ class ResidualMLP(ReferenceModel):
 
     Shapes:
         (n, ...) of in_features values, such as images, to (n, out_features).
+
+    Raises:
+        ValueError: a depth below 1, an unknown structure.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> from einlinear.nn import ResidualMLP
+        >>> model = ResidualMLP(784, 64, 10, structure="btt(rank=2)")
+        >>> model = el.init_(model, zero=model.ZERO)
+        >>> model(torch.randn(8, 1, 28, 28)).shape
+        torch.Size([8, 10])
+        >>> model.macs, ResidualMLP(784, 64, 10).macs
+        (53632, 149120)
     """
 
     ZERO = ("*.fc2", "head")

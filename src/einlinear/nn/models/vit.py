@@ -38,6 +38,16 @@ class ViT(ReferenceModel):
 
     Raises:
         ValueError: sizes that do not divide as they must, an unknown structure; on call, images of another size.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> from einlinear.nn import ViT
+        >>> model = ViT(32, 64, 10, structure="monarch(blocks=4)")
+        >>> model = el.init_(model, zero=model.ZERO)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> model.macs, ViT(32, 64, 10).macs
+        (1049216, 2654848)
     """
 
     ZERO = ("*.query", "*.out", "*.fc2", "head")
