@@ -16,13 +16,12 @@ import einlinear as el
 from einlinear.cli import display, packages
 from einlinear.cli.app import app
 from einlinear.cli.parsing import assignments, numbers, specs
-from einlinear.experiments.findings import coordinates
 from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.options import from_text
 from einlinear.experiments.runs.records import alone, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
-from einlinear.experiments.sweeps import workers
+from einlinear.experiments.sweeps import coord_check, workers
 from einlinear.experiments.sweeps.sweep import Event
 from einlinear.structures import FAMILIES
 from einlinear.structures.scaling import adam_multipliers, init_std
@@ -332,13 +331,15 @@ def test_a_diverged_coordinate_check_is_shown(structures: str, tmp_path: Path) -
         (("--steps", "1"), "steps must be at least 2, not 1: the first moves only the head"),
         (("--widths", "16,64.5"), "--widths: '64.5' is not a whole number"),
         (("heads=2",), "has no option 'heads'"),
+        (("optimizer=sgd", "depth=2", "clip=1"), "optimizer, clip cannot be set: a coordinate check varies"),
+        (("structure=btt",), "structure cannot be set: a coordinate check varies structure, width"),
     ],
 )
 def test_a_coordinate_check_refuses_before_it_trains(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(coordinates, "coord_check", None)
+    monkeypatch.setattr(coord_check, "coord_check", None)
     assert_refused(run(*CHECK, *arguments), message)
     assert list(tmp_path.iterdir()) == []
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.experiments.made_up import COMMAND, run_of, write
 
+from einlinear.experiments.findings.coord_check import Updates, write_updates
 from einlinear.experiments.findings.summary import TRAIN_LOSS, studies
-from einlinear.experiments.findings.updates import Updates, write_updates
 from einlinear.experiments.report import write_report
 from einlinear.experiments.report.overview import headline
 from einlinear.experiments.report.plots import colour, glyph, nice_ticks, symbol

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from einlinear.data import Recipe, prepare_tokens
+from einlinear.experiments.runs.data import KINDS, ImageData
 from einlinear.experiments.runs.execute import LAST, execute
 from einlinear.experiments.runs.models import MLP, MODELS, Shape
-from einlinear.experiments.runs.problems import KINDS, ImageData
 from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.training import metrics

@@ -20,8 +20,8 @@ from tests.experiments.tables import read_table
 
 import einlinear as el
 from einlinear.experiments.runs import records, table
+from einlinear.experiments.runs.data import _images
 from einlinear.experiments.runs.execute import execute
-from einlinear.experiments.runs.problems import _images
 from einlinear.experiments.runs.records import Result
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import HISTORY, Store

@@ -2,11 +2,11 @@
 
 page.py         figures with their numbers, tables, sections; the page that they make
 overview.py     the main result, and what was run
-scaling.py      losses over compute, laws, compute multipliers
-landscapes.py   learning rates
+scaling_laws.py  losses over compute, laws, compute multipliers
+learning_rates.py   learning rates
 training.py     training curves
 wall_clock.py   time to a loss
-updates.py      feature updates, of a coordinate check
+coord_check.py      feature updates, of a coordinate check
 taxonomy.py     what the exponents of the structures have to do with their losses
 tables.py       all models, all runs
 
@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from einlinear.experiments.findings.coord_check import read_updates
 from einlinear.experiments.findings.summary import Study, studies
-from einlinear.experiments.findings.updates import read_updates
-from einlinear.experiments.report.landscapes import learning_rates
+from einlinear.experiments.report.coord_check import coord_check
+from einlinear.experiments.report.learning_rates import learning_rates
 from einlinear.experiments.report.overview import code_warning, headline, what_was_run
 from einlinear.experiments.report.page import Part, Section, render
-from einlinear.experiments.report.scaling import scaling, scaling_of_training
+from einlinear.experiments.report.scaling_laws import scaling, scaling_of_training
 from einlinear.experiments.report.tables import all_models
 from einlinear.experiments.report.taxonomy import taxonomy
 from einlinear.experiments.report.training import training_curves
-from einlinear.experiments.report.updates import feature_updates
 from einlinear.experiments.report.wall_clock import wall_clock
 from einlinear.experiments.runs.records import Record, write_text
 from einlinear.experiments.runs.store import RUNS, Store
@@ -78,7 +78,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     if not found and not checks:
         raise ValueError(f"{' and '.join(map(str, paths))}: no finished runs yet")
     parts = [_part(study, records, stores, floor) for study in found]
-    parts += [Part(f"Coordinate check in {path}", [feature_updates(check)]) for path, check in checks]
+    parts += [Part(f"Coordinate check in {path}", [coord_check(check)]) for path, check in checks]
     warnings = [*code_warning([record for study in found for record in study.records]), *damaged]
     page = render(
         title="Structured linear layers side by side",

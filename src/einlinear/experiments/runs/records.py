@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import einlinear
-from einlinear.experiments.runs.problems import Problem
+from einlinear.experiments.runs.data import Problem
 from einlinear.experiments.runs.run import Run
 from einlinear.training.facts import check_same
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+from einlinear.experiments.runs.data import Data, kind_of
 from einlinear.experiments.runs.models import MODELS, Gpt, Model
 from einlinear.experiments.runs.options import names, parse, refuse_unknown
-from einlinear.experiments.runs.problems import Data, kind_of
 from einlinear.structures import structure
 from einlinear.training import Training
 

@@ -6,5 +6,6 @@ cluster.py   on a Ray cluster
 attempts.py  one run, on either
 compare.py   structures side by side at matched compute
 budget.py    the widest model within a budget of MACs
+coord_check.py  how much a step moves the features, by width
 recipes/     experiments of the literature
 """

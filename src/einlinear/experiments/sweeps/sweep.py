@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from einlinear.experiments.runs.data import Data, Problem
 from einlinear.experiments.runs.options import from_text, refuse_unknown
-from einlinear.experiments.runs.problems import Data, Problem
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.runs.table import Table

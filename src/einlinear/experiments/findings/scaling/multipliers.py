@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from einlinear.experiments.findings.scaling.bootstrap import ScalingFit
+from einlinear.experiments.findings.scaling.fit import ScalingFit
 from einlinear.experiments.findings.scaling.frontier import Frontier
 from einlinear.experiments.findings.scaling.intervals import Interval, percentile_interval
 from einlinear.experiments.findings.scaling.laws import Array

@@ -10,8 +10,8 @@ from statistics import fmean
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from einlinear.experiments.findings.fit import Law, Laws, laws_of_training, laws_per_input
 from einlinear.experiments.findings.scaling import Interval, Multiplier, MultiplierAt
+from einlinear.experiments.findings.scaling_laws import Law, Laws, laws_of_training, laws_per_input
 from einlinear.experiments.findings.summary import TRAIN_LOSS, Study, in_words, result, value
 from einlinear.experiments.report.page import (
     Cell,

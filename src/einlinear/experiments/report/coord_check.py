@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from einlinear.experiments.findings.updates import CoordinateCheck, Updates, measured
+from einlinear.experiments.findings.coord_check import CoordinateCheck, Updates, measured
 from einlinear.experiments.report.page import Cell, Figure, Panel, Section, Table
 from einlinear.experiments.report.plots import colour, log_axis, style, symbol
 
 
-def feature_updates(check: CoordinateCheck) -> Section:
+def coord_check(check: CoordinateCheck) -> Section:
     """A figure and a table of a coordinate check."""
     text = Markup("<p>A level line means that the learning rate carries over from one width to another. {}.</p>")
     caption = Markup(
