@@ -22,7 +22,7 @@ from einlinear.experiments.runs.records import alone, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.sweeps import coord_check, workers
-from einlinear.experiments.sweeps.sweep import Event
+from einlinear.experiments.sweeps.driver import Event, Job
 from einlinear.structures import FAMILIES
 from einlinear.structures.scaling import adam_multipliers, init_std
 
@@ -51,8 +51,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """The runs that were trained, in order, in this process."""
     runs: list[Run] = []
 
-    def here(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
-        for run, folder in tasks:
+    def here(jobs: Sequence[Job]) -> Iterator[Event]:
+        for run, folder in jobs:
             runs.append(run)
             yield Event(run, "running", 1, 5, 2.0)
             execute(run, folder)
@@ -111,8 +111,8 @@ def test_workers_are_processes(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def impatient(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
-        run, folder = tasks[0]
+    def impatient(jobs: Sequence[Job]) -> Iterator[Event]:
+        run, folder = jobs[0]
         execute(run, folder)
         yield Event(run, "finished")
         raise KeyboardInterrupt
@@ -131,8 +131,8 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
-        for i, (run, folder) in enumerate(tasks):
+    def failing(jobs: Sequence[Job]) -> Iterator[Event]:
+        for i, (run, folder) in enumerate(jobs):
             if i:
                 execute(run, folder)
             yield Event(run, "finished") if i else Event(run, "failed", message="no more memory")

@@ -62,7 +62,5 @@ def test_what_can_be_set_changes_the_updates(change: dict[str, Any]) -> None:
 def test_what_would_change_nothing_is_refused() -> None:
     others = [name for name in names(Training) if name not in ("steps", "lr")]
     for name in (*others, "structure", "width", "validation_tokens"):
-        with pytest.raises(
-            ValueError, match=f"{name} cannot be set: a coordinate check .* only steps and lr can be"
-        ):
+        with pytest.raises(ValueError, match=f"{name} cannot be set: a coordinate check .* only steps and lr can be"):
             template(QUICK | {name: 1})

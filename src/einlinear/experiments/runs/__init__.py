@@ -4,6 +4,7 @@ options.py  options by name -> checked settings
 models.py   the models, and what can be set about each
 data.py     the data, and what can be set about it
 run.py      a run: its model, data and training as flat options; their hash
+check.py    what can be wrong with runs before they are trained
 execute.py  one run in its folder
 records.py  the files of a run
 store.py    a results folder: many runs

@@ -23,7 +23,7 @@ _RESULTS = {field.name: _NAMES.get(field.name, field.name) for field in fields(R
 _PATIENCE = 1  # seconds to wait for somebody who reads
 
 
-class Table:
+class RunTable:
     """One row per run: its key, folder and status; its options; its results and measures.
 
     Status is "waiting", "running", "finished", "diverged", "lost" or "failed". What cannot be written, or read from the
@@ -37,7 +37,7 @@ class Table:
         self._said: dict[str, str] = {}  # key -> status
         self._unwritten: dict[str, dict[str, Any]] = {}
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> RunTable:
         return self
 
     def __exit__(

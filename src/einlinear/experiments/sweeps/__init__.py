@@ -1,6 +1,7 @@
 """Many runs: which they are, and doing those that are missing.
 
-sweep.py     the runs that a file describes; doing what is missing of them
+sweep.py     the runs that a file describes
+driver.py    doing those that are missing
 workers.py   on processes of this machine
 cluster.py   on a Ray cluster
 attempts.py  one run, on either

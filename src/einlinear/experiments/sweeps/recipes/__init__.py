@@ -86,7 +86,7 @@ def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None =
     Args:
         name: of the recipe.
         scale: "small" or "paper".
-        overrides: options that come before those of the recipe.
+        overrides: options that override those of the recipe.
 
     Raises:
         ValueError: there is no such recipe or scale; an option that its runs do not have; the recipe has no runs, but
