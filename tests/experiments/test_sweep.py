@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -214,10 +215,20 @@ def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
     Store(tmp_path).open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
 
 
-def test_the_code_is_that_of_the_sources() -> None:
-    version, digest = records.code_version().split("+")
-    assert version
-    assert len(digest) == 8
+@pytest.mark.parametrize(("changed", "decides"), [("ops/tiles.cpp", True), ("cli/app.py", False)])
+def test_the_code_is_that_of_the_sources_that_decide_how_a_run_goes(
+    changed: str, decides: bool, tmp_path: Path
+) -> None:
+    ignored = shutil.ignore_patterns("__pycache__")
+    copy = shutil.copytree(Path(el.__file__).parent, tmp_path / "einlinear", ignore=ignored)
+    with (copy / changed).open("a") as file:
+        file.write("\n")
+    command = "from einlinear.experiments.runs.records import code_version; print(code_version())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    here, there = records.code_version(), found.stdout.strip()
+    assert (here != there) == decides
+    assert here.split("+")[0] == there.split("+")[0] == el.__version__
 
 
 def test_damaged_results_are_done_again(tmp_path: Path) -> None:

@@ -22,9 +22,14 @@ Point = tuple[float, float | None]  # (learning rate, loss); None where it diver
 class Optimum:
     """The best learning rate of one model.
 
+    The optimum of the means need not lie between those of the single seeds. Each parabola goes through the lowest point
+    of its own curve and the two beside it, and where the loss hardly changes with the learning rate, the curves have
+    their lowest points at different ones. So the range shows how well the runs tell the optimum; it is not an interval
+    around `lr`.
+
     Attributes:
-        lr: of the means over the seeds.
-        smallest, largest: of single seeds.
+        lr: the best one by the mean loss over the seeds.
+        smallest, largest: the range of those that are best by the losses of single seeds.
         bound: "<" or ">" where the loss is lowest at the smallest or at the largest learning rate that was tried: the
             true optimum is that or beyond.
     """

@@ -18,7 +18,9 @@ TRAIN_LOSS = "train_loss"
 SIZES = ("width", "depth", "expansion", "heads", "d_head")  # a curve runs over models of all sizes
 LENGTHS = ("steps", "warmup")
 _NOT_NAMED = {"structure", "lr", "seed", *SIZES}
-_SAME = {"data", "data_kind", "evaluate_every"}  # they change no result of runs on data of the same digest
+# Parts of a run's identity on which the results of runs on data of the same digest do not depend: data may have two
+# names, and an evaluation changes nothing.
+_SAME = {"data", "data_kind", "evaluate_every"}
 
 
 @dataclass(frozen=True)

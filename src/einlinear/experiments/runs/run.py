@@ -17,7 +17,8 @@ from einlinear.experiments.runs.options import names, parse, refuse_unknown
 from einlinear.structures import structure
 from einlinear.training import Training
 
-# They change no result, but for how floating-point sums are rounded.
+# They change no result, but for how floating-point sums are rounded. Nor does evaluate_every, but a run that was never
+# evaluated is not the one that is asked for where its errors over time are wanted.
 _HIDDEN = ("device", "threads", "parallel", "tracker", "log_every", "checkpoint_every")
 
 
