@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from einlinear.experiments.findings.scaling.fit import ScalingFit
 from einlinear.experiments.findings.scaling.frontier import Frontier
@@ -17,6 +16,8 @@ from einlinear.experiments.findings.scaling.laws import Array
 
 Point = tuple[float, float]  # (compute, loss), both positive
 Bound = Literal["", ">", "<"]
+
+_PLACES = 10  # along a frontier
 
 
 @dataclass(frozen=True)
@@ -121,31 +122,24 @@ def spread(multipliers: Sequence[Multiplier]) -> Spread | None:
     return Spread(mean, ordered[0], ordered[-1], len(multipliers))
 
 
-def multipliers_along(
-    fit: ScalingFit, dense: ScalingFit, *, compute: ArrayLike | None = None, points: int = 10, level: float = 0.95
-) -> tuple[MultiplierAt, ...]:
+def multipliers_along(fit: ScalingFit, dense: ScalingFit, *, level: float = 0.95) -> tuple[MultiplierAt, ...]:
     """Compute multipliers along a structure's frontier, against dense's frontier, both interpolated in log-log space.
+
+    They are those of ten computes, log-spaced over what both frontiers cover; of none where they have no compute in
+    common.
 
     The seeds of the two are resampled independently. Where they share their batches, so that the difference varies
     less than that, the intervals are too wide rather than too narrow.
 
     Args:
         fit, dense: frontiers of the structure and of dense.
-        compute: where, none below the structure's first point; None takes `points` values, log-spaced over what both
-            frontiers cover, which is none where they have no compute in common.
-        points: how many.
         level: of confidence.
-
-    Raises:
-        ValueError: compute below the structure's frontier.
     """
-    if compute is None:
-        low = max(fit.frontier.compute[0], dense.frontier.compute[0])
-        high = min(fit.frontier.compute[-1], dense.frontier.compute[-1])
-        compute = np.geomspace(low, high, points) if low <= high else []
-    places = np.atleast_1d(np.asarray(compute, dtype=float))
-    if places.size and not places.min() >= fit.frontier.compute[0]:
-        raise ValueError(f"the frontier begins at compute {fit.frontier.compute[0]:g}, after {places.min():g}")
+    low = max(fit.frontier.compute[0], dense.frontier.compute[0])
+    high = min(fit.frontier.compute[-1], dense.frontier.compute[-1])
+    if low > high:
+        return ()
+    places = np.geomspace(low, high, _PLACES)
     # both draw with the same seed as a rule: next to each other, not at the same place, their draws are independent
     pairs = list(zip(fit.draws, dense.draws[1:] + dense.draws[:1]))
     drawn = [_multipliers(own.frontier, other.frontier, places) for own, other in pairs]
