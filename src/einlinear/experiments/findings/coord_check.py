@@ -37,7 +37,7 @@ class Updates:
     def largest_over_smallest(self) -> float | None:
         """Near 1 where learning rates carry over; None where a run diverged or its features did not move at all."""
         values = self.by_width.values()
-        return max(values) / min(values) if all(map(measured, values)) else None
+        return max(values) / min(values) if all(map(is_change, values)) else None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class CoordinateCheck:
     source: str
 
 
-def measured(value: float) -> bool:
+def is_change(value: float) -> bool:
     """Whether it is a change: not NaN or infinite, as where a run diverged, and not zero."""
     return 0 < value < math.inf
 

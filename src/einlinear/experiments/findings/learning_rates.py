@@ -69,7 +69,7 @@ def landscapes(study: Study, curve: Curve, measure: str) -> list[Landscape]:
     ]
 
 
-def factor(found: Sequence[Landscape]) -> float | None:
+def largest_over_smallest(found: Sequence[Landscape]) -> float | None:
     """How many times the smallest of the optima the largest is; None of fewer than two."""
     optima = [landscape.optimum.lr for landscape in found if landscape.optimum]
     return max(optima) / min(optima) if len(optima) > 1 else None

@@ -39,7 +39,7 @@ def arrival(curve: Curve, measure: str, loss: float) -> Arrival | None:
     """None where no model of the curve has all its seeds reach the loss."""
     found = []
     for row in curve.best:
-        times = [seconds_to(measured(record, measure), loss) for record in row.good]
+        times = [seconds_to(losses_over_time(record, measure), loss) for record in row.good]
         reached = [seconds for seconds in times if seconds is not None]
         if reached and len(reached) == len(row.records):
             found.append(Arrival(row, fmean(reached)))
@@ -51,7 +51,7 @@ def losses_to_reach(study: Study, count: int = 5) -> list[float]:
     of them reach; none where runs were not evaluated while they were trained."""
     lowest, soon = [], []
     for curve in study.curves:
-        points = [measured(record, study.error) for row in curve.best for record in row.good]
+        points = [losses_over_time(record, study.error) for row in curve.best for record in row.good]
         points = [own for own in points if len(own) > 1]
         if points:
             lowest.append(min(loss for own in points for _, loss in own))
@@ -78,7 +78,7 @@ def seconds_to(points: Sequence[Point], loss: float) -> float | None:
     return None
 
 
-def measured(record: Record, measure: str) -> list[Point]:
+def losses_over_time(record: Record, measure: str) -> list[Point]:
     """The evaluations of a run."""
     lines = metrics.read(record.folder / METRICS)
     points = [(line["training_seconds"], line[measure]) for line in lines if line.get(measure) is not None]

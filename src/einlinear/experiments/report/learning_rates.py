@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from einlinear.experiments.findings.learning_rates import Landscape, Optimum, factor, landscapes
+from einlinear.experiments.findings.learning_rates import Landscape, Optimum, landscapes, largest_over_smallest
 from einlinear.experiments.findings.summary import TRAIN_LOSS, Curve, Study, in_words, result, value
 from einlinear.experiments.report.page import Cell, CsvRow, Figure, Panel, Section, Table, csv_row, hover, hover_of_mean
 from einlinear.experiments.report.plots import colour, log_axis, shade, style, symbol
@@ -173,7 +173,7 @@ def _table(found: Found, measure: str) -> Table:
     rows = []
     for i, (curve, own) in enumerate(found):
         by_size = {landscape.size: landscape.optimum for landscape in own}
-        times = factor(own)
+        times = largest_over_smallest(own)
         cells = [_optimum(by_size[size]) if size in by_size else Cell("") for size in ordered]
         last = Cell(f"{times:.2f}", times) if times else Cell("–")
         rows.append([Cell(curve.name, curve.name, i), last, *cells])
