@@ -123,6 +123,12 @@ class Study:
         return (self.error, TRAIN_LOSS)
 
     @property
+    def all_measures(self) -> tuple[str, ...]:
+        """The training loss, the error, and what else was measured of any run."""
+        others = (name for record in self.records for name in result(record).measures)
+        return tuple(dict.fromkeys((TRAIN_LOSS, self.error, *others)))
+
+    @property
     def rows(self) -> list[Row]:
         return [row for curve in self.curves for row in curve.rows]
 
