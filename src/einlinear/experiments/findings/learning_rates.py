@@ -58,7 +58,7 @@ class Landscape:
 
 
 def landscapes(study: Study, curve: Curve, measure: str) -> list[Landscape]:
-    """Those of a curve's models that were trained at three learning rates or more, by size."""
+    """The landscapes, by size, of those models of a curve that were trained at three learning rates or more."""
     groups: dict[str, list[Row]] = {}
     for row in curve.rows:
         groups.setdefault(study.size(row.run), []).append(row)
@@ -70,13 +70,13 @@ def landscapes(study: Study, curve: Curve, measure: str) -> list[Landscape]:
 
 
 def largest_over_smallest(found: Sequence[Landscape]) -> float | None:
-    """How many times the smallest of the optima the largest is; None of fewer than two."""
+    """How many times the smallest optimum the largest one is; None where there are fewer than two."""
     optima = [landscape.optimum.lr for landscape in found if landscape.optimum]
     return max(optima) / min(optima) if len(optima) > 1 else None
 
 
 def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
-    """Where the loss is lowest, with a bound where that is at an end of what was tried; None where all diverged.
+    """The learning rate of the lowest loss, with a bound where it is at an end of those tried; None if all diverged.
 
     It is the vertex of the parabola through the lowest point and its two neighbours, in the logarithm of the learning
     rate; or the lowest point itself, where it is at an end or beside a learning rate that diverges.
@@ -103,7 +103,7 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
 
 
 def _optimum_of(rows: Sequence[Row], measure: str) -> Optimum | None:
-    """A learning rate at which one of the seeds diverges counts as one that diverges."""
+    """The optimum of the means, and its range. Where one seed diverges, the learning rate counts as diverging."""
     means = [(row.run.training.lr, None if row.diverged else fmean(row.values(measure))) for row in rows]
     found = best_lr(means)
     if found is None:

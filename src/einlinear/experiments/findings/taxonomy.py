@@ -48,9 +48,9 @@ class Taxonomy:
 
 
 def taxonomy_of(study: Study, measure: str) -> Taxonomy | None:
-    """Of the curves that have a loss at a compute they all reach; None of fewer than five structures.
+    """Compare the curves that have a loss at a compute they all reach; None of fewer than five structures.
 
-    Naive curves are controls, and left out.
+    Naive curves are controls and left out.
     """
     found = []
     for curve in study.curves:
@@ -72,7 +72,7 @@ def _loss_at(compute: float, means: Sequence[tuple[float, float]]) -> float:
 
 
 def _exponents(curve: Curve) -> dict[str, float]:
-    """Those of its widest model; none where its family is not registered here."""
+    """The exponents of a curve's widest model; none where its family is not registered here."""
     model = curve.best[-1].run.model
     try:
         found = structure(curve.structure, model.width, model.expansion * model.width)

@@ -36,7 +36,7 @@ class Arrival:
 
 
 def arrival(curve: Curve, measure: str, loss: float) -> Arrival | None:
-    """None where no model of the curve has all its seeds reach the loss."""
+    """The first arrival of a curve at a loss; None where of no model all seeds reach it."""
     found = []
     for row in curve.best:
         times = [seconds_to(losses_over_time(record, measure), loss) for record in row.good]
@@ -47,8 +47,11 @@ def arrival(curve: Curve, measure: str, loss: float) -> Arrival | None:
 
 
 def losses_to_reach(study: Study, count: int = 5) -> list[float]:
-    """Losses, the highest first, evenly spread in log between those that every curve soon has and the lowest that two
-    of them reach; none where runs were not evaluated while they were trained."""
+    """Losses to compare times at, the highest first.
+
+    They are evenly spread in log, from one that every curve soon has to the lowest that two of them reach. There are
+    none where runs were not evaluated while they were trained.
+    """
     lowest, soon = [], []
     for curve in study.curves:
         points = [losses_over_time(record, study.error) for row in curve.best for record in row.good]
@@ -79,7 +82,7 @@ def seconds_to(points: Sequence[Point], loss: float) -> float | None:
 
 
 def losses_over_time(record: Record, measure: str) -> list[Point]:
-    """The evaluations of a run."""
+    """The evaluations of a run; none where it diverged."""
     lines = metrics.read(record.folder / METRICS)
     points = [(line["training_seconds"], line[measure]) for line in lines if line.get(measure) is not None]
     return [] if result(record).diverged else [point for point in points if math.isfinite(point[1])]

@@ -124,7 +124,7 @@ def _chapter(study: Study, records: Sequence[Record], stores: Sequence[Store], f
 
 
 def _command(paths: Sequence[Path], out: str | Path | None, floor: float | None) -> str:
-    """That makes the page again."""
+    """The command that makes the page again."""
     words = ["einlinear", "report", *map(os.fspath, paths)]
     words += [] if out is None else ["--out", os.fspath(out)]
     words += [] if floor == 0 else ["--floor", "fit" if floor is None else repr(floor)]

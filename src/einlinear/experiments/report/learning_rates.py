@@ -18,7 +18,7 @@ _HEIGHT = 340
 
 
 def learning_rates(study: Study, commands: Sequence[str]) -> Section | None:
-    """Where some model was trained at three learning rates or more."""
+    """The section, if some model was trained at three learning rates or more."""
     found = {measure: _landscapes(study, measure) for measure in study.measures}
     if not any(found.values()):
         return None
@@ -51,7 +51,7 @@ def learning_rates(study: Study, commands: Sequence[str]) -> Section | None:
 
 
 def _landscapes(study: Study, measure: str) -> Found:
-    """A structure's own learning rates first, then its naive ones."""
+    """The landscapes of every curve that has any."""
     found = [(curve, landscapes(study, curve, measure)) for curve in study.curves]
     return [(curve, own) for curve, own in found if own]
 
@@ -77,7 +77,7 @@ def _panels(found: Found, measure: str) -> list[Panel]:
 
 
 def _add(figure: go.Figure, landscape: Landscape, measure: str, i: int, count: int, top: float) -> None:
-    """One size: seeds, means, those that diverged, and the optimum."""
+    """Draw one size: seeds, means, those that diverged, and the optimum."""
     look = {"color": shade(i, count), "symbol": symbol(i)}
     template = "%{customdata}<br>%{y:.4g}<extra></extra>"
     good = [row for row in landscape.rows if row.good]
@@ -193,7 +193,7 @@ def _optimum(best: Optimum | None) -> Cell:
 
 
 def _widths(found: Found) -> dict[str, int]:
-    """Of every size."""
+    """The width of every size."""
     return {model.size: model.width for _, models in found for model in models}
 
 

@@ -50,7 +50,7 @@ def multipliers_of_models(study: Study) -> list[Figure]:
 
 
 def multipliers_of_frontiers(laws: Laws) -> list[Figure]:
-    """Those along the frontiers of training curves; no figure where there are none."""
+    """The compute multipliers along the frontiers of training curves; no figure where there are none."""
     if not any(law.multipliers for law in laws.laws):
         return []
     caption = Markup("How many times the compute dense needs for the same error, along each frontier; bars: 95 %.")
@@ -118,14 +118,14 @@ def _of_frontiers(laws: Laws) -> go.Figure:
 
 
 def _ends(interval: Interval | None, value: float) -> tuple[float, float]:
-    """Of a bar; an end that the data does not set is not drawn."""
+    """The ends of a bar; one that the data does not set is not drawn."""
     if interval is None:
         return value, value
     return interval.low or value, interval.high if math.isfinite(interval.high) else value
 
 
 def _add_multipliers(figure: go.Figure, i: int, name: str, places: Sequence[_Place]) -> None:
-    """A line through those that are known, and triangles for the bounds."""
+    """Draw a line through those that are known, and triangles for the bounds."""
     exact = [place for place in places if not place.multiplier.bound]
     bounds = [place for place in places if place.multiplier.bound]
     common = {"legendgroup": name, "name": name, "hovertemplate": "%{customdata}<extra></extra>"}

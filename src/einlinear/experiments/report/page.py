@@ -58,7 +58,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a table.
+    """One cell of a table.
 
     Attributes:
         text: that is shown.

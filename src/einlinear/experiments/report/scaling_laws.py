@@ -41,7 +41,7 @@ _NOTE = Markup(
 
 
 def scaling(study: Study, commands: Sequence[str], floor: float | None = 0.0) -> Section | None:
-    """Final losses over the compute of an input, where a structure has models of two sizes or more."""
+    """The section on final losses over the compute of an input, if a structure has models of two sizes or more."""
     if not any(len({row.result.macs for row in curve.best}) > 1 for curve in study.curves):
         return None
     laws = {in_words(measure): laws_per_input(study, measure, floor) for measure in study.measures}
@@ -66,7 +66,7 @@ def scaling(study: Study, commands: Sequence[str], floor: float | None = 0.0) ->
 
 
 def scaling_of_training(study: Study, commands: Sequence[str], floor: float | None = 0.0) -> Section | None:
-    """The error during training over the compute so far, where it was measured during training."""
+    """The section on the error over the compute so far, if it was measured during training."""
     laws = laws_of_training(study, floor)
     if laws is None:
         return None
@@ -92,7 +92,7 @@ def _final_losses(laws: Laws) -> go.Figure:
 
 
 def _add_models(figure: go.Figure, i: int, law: Law) -> list[float]:
-    """The means of one curve, and behind them the seeds where there are several; what was drawn."""
+    """Draw the means of one curve, and behind them the seeds where there are several; returns the losses drawn."""
     models = list(zip(law.rows, (own.losses[:, 0].tolist() for own in law.losses), strict=True))
     seeds = [
         (record, own) for row, losses in models if len(losses) > 1 for record, own in zip(row.good, losses, strict=True)

@@ -23,7 +23,7 @@ _AXES = {
 
 
 def taxonomy(study: Study, commands: Sequence[str]) -> Section | None:
-    """Where five structures or more have models around the same compute."""
+    """The section, if five structures or more have models around the same compute."""
     found = {measure: own for measure in study.measures if (own := taxonomy_of(study, measure))}
     if not found:
         return None
@@ -74,7 +74,7 @@ def _plot(entries: Sequence[Entry], marks: Mapping[str, int], exponent: str, mea
 
 
 def _table(found: Mapping[str, Taxonomy], marks: Mapping[str, int]) -> Table:
-    """The structures, which is the legend of the figure as well."""
+    """The table of the structures, which is the legend of the figure as well."""
     exponents = {own.curve.name: own.exponents for each in found.values() for own in each.entries}
     losses = [{own.curve.name: own.loss for own in each.entries} for each in found.values()]
     rows = [
@@ -89,7 +89,7 @@ def _table(found: Mapping[str, Taxonomy], marks: Mapping[str, int]) -> Table:
 
 
 def _effects(found: Mapping[str, Taxonomy]) -> list[Table]:
-    """The regression on all three at once; where dense is among the structures."""
+    """The table of the regression on all three at once, if dense is among the structures."""
     rows = []
     for measure, own in found.items():
         if own.effects is None:

@@ -120,7 +120,7 @@ class _Worker:
             self.connection.send((run.options, folder))
 
     def event(self) -> Event | None:
-        """The next of the run, or None if the process died."""
+        """The next event of the run, or None if the process died."""
         assert self.job is not None
         try:
             event = Event(self.job[0], **self.connection.recv())

@@ -81,7 +81,7 @@ class ScalingFit:
     draws: tuple[Draw, ...]
 
     def interval(self, quantity: Quantity, source: Source = "seeds", level: float = 0.95) -> Interval | None:
-        """Of a number of the law; None where there are no resamples or no points to spare.
+        """The interval of a number of the law; None where there are no resamples or no points to spare.
 
         Args:
             quantity: "exponent", "scale" or "floor".

@@ -22,7 +22,7 @@ _PLACES = 10  # along a frontier
 
 @dataclass(frozen=True)
 class Multiplier:
-    """How many times the compute dense needs for the same loss; with a bound where its curve ends before it says.
+    """How many times the compute dense needs for the same loss, or a bound where the curve of dense ends before it.
 
     Attributes:
         value: the multiplier, or what it is above (">") or below ("<").
@@ -37,7 +37,7 @@ class Multiplier:
 
     @property
     def text(self) -> str:
-        """Without the multiplication sign."""
+        """The number and its bound, without the multiplication sign."""
         return f"{self.bound} {self.value:.2f}".lstrip()
 
 
@@ -106,7 +106,7 @@ def compute_multiplier(dense: Iterable[Point], compute: float, loss: float) -> M
 
 
 def spread(multipliers: Sequence[Multiplier]) -> Spread | None:
-    """The geometric mean and the range of several seeds' multipliers; None of none.
+    """The geometric mean and the range of several seeds' multipliers; None where there are none.
 
     >>> print(spread([Multiplier(2.0), Multiplier(8.0, ">")]))
     > 4.00× (2.00 to > 8.00)
@@ -161,7 +161,7 @@ def _multipliers(frontier: Frontier, dense: Frontier, places: Array) -> list[Mul
 
 
 def _interval(multipliers: Sequence[Multiplier], level: float) -> Interval:
-    """Percentiles, where a bound may be anything beyond it."""
+    """The percentile interval; a multiplier that is a bound may be anything beyond it."""
     lows = [0.0 if multiplier.bound == "<" else multiplier.value for multiplier in multipliers]
     highs = [math.inf if multiplier.bound == ">" else multiplier.value for multiplier in multipliers]
     return percentile_interval(lows, highs, level)
