@@ -74,7 +74,7 @@ def scaling_of_training(study: Study, commands: Sequence[str], floor: float | No
     caption = "Thin lines: single runs; thick lines: the frontier of each structure; dashed: power laws through it."
     name = in_words(laws.measure)
     figure = Figure("error-over-training-compute", Markup(caption), {name: [Panel("", _training(laws))]}, _runs(laws))
-    parts = [figure, *multipliers_of_frontiers(laws), _law_table(laws, _HULL)]
+    parts: list[Figure | Table] = [figure, *multipliers_of_frontiers(laws), _law_table(laws, _HULL)]
     return Section("Error and compute of the training", text.format(name), parts, commands)
 
 

@@ -50,7 +50,7 @@ def taxonomy(study: Study, commands: Sequence[str]) -> Section | None:
         for entry in own.entries
     ]
     figure = Figure("taxonomy", Markup("Down is better; one mark per structure, the same in all panels."), views, data)
-    parts = [figure, _table(in_titles, marks), *_effects(in_titles)]
+    parts: list[Figure | Table] = [figure, _table(in_titles, marks), *_effects(in_titles)]
     return Section("Taxonomy of the structures", text, parts, commands)
 
 
