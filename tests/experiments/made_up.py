@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from einlinear.experiments.runs.data import Problem
 from einlinear.experiments.runs.models import Shape
-from einlinear.experiments.runs.problems import Problem
 from einlinear.experiments.runs.records import METRICS, Record, Result, describe, read_record, write_result, write_run
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import HISTORY, Store

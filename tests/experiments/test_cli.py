@@ -16,14 +16,13 @@ import einlinear as el
 from einlinear.cli import display, packages
 from einlinear.cli.app import app
 from einlinear.cli.parsing import assignments, numbers, specs
-from einlinear.experiments.findings import coordinates
 from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.options import from_text
 from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
-from einlinear.experiments.sweeps import workers
-from einlinear.experiments.sweeps.sweep import Event
+from einlinear.experiments.sweeps import coord_check, workers
+from einlinear.experiments.sweeps.driver import Event, Job
 from einlinear.files import alone
 from einlinear.structures import FAMILIES
 from einlinear.structures.scaling import adam_multipliers, init_std
@@ -53,8 +52,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """The runs that were trained, in order, in this process."""
     runs: list[Run] = []
 
-    def here(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
-        for run, folder in tasks:
+    def here(jobs: Sequence[Job]) -> Iterator[Event]:
+        for run, folder in jobs:
             runs.append(run)
             yield Event(run, "running", 1, 5, 2.0)
             execute(run, folder)
@@ -113,8 +112,8 @@ def test_workers_are_processes(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def impatient(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
-        run, folder = tasks[0]
+    def impatient(jobs: Sequence[Job]) -> Iterator[Event]:
+        run, folder = jobs[0]
         execute(run, folder)
         yield Event(run, "finished")
         raise KeyboardInterrupt
@@ -133,8 +132,8 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
-        for i, (run, folder) in enumerate(tasks):
+    def failing(jobs: Sequence[Job]) -> Iterator[Event]:
+        for i, (run, folder) in enumerate(jobs):
             if i:
                 execute(run, folder)
             yield Event(run, "finished") if i else Event(run, "failed", message="no more memory")
@@ -333,13 +332,15 @@ def test_a_diverged_coordinate_check_is_shown(structures: str, tmp_path: Path) -
         (("--steps", "1"), "steps must be at least 2, not 1: the first moves only the head"),
         (("--widths", "16,64.5"), "--widths: '64.5' is not a whole number"),
         (("heads=2",), "has no option 'heads'"),
+        (("optimizer=sgd", "depth=2", "clip=1"), "optimizer, clip cannot be set: a coordinate check varies"),
+        (("structure=btt",), "structure cannot be set: a coordinate check varies structure, width"),
     ],
 )
 def test_a_coordinate_check_refuses_before_it_trains(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(coordinates, "coord_check", None)
+    monkeypatch.setattr(coord_check, "coord_check", None)
     assert_refused(run(*CHECK, *arguments), message)
     assert list(tmp_path.iterdir()) == []
 

@@ -19,7 +19,8 @@ from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.sweeps import attempts, cluster
-from einlinear.experiments.sweeps.sweep import do, make_sweep
+from einlinear.experiments.sweeps.driver import do
+from einlinear.experiments.sweeps.sweep import make_sweep
 from einlinear.experiments.sweeps.workers import Workers
 from einlinear.files import alone
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.experiments.made_up import run_of, write
 
-from einlinear.experiments.findings.fit import Law, as_json, evaluations, laws_of_training, laws_per_input
+from einlinear.experiments.findings.scaling_laws import Law, as_json, evaluations, laws_of_training, laws_per_input
 from einlinear.experiments.findings.summary import TRAIN_LOSS, studies
 from einlinear.experiments.runs.records import Record
 

@@ -15,7 +15,7 @@ from tests import browser
 from tests.browser import Browser
 from tests.experiments.made_up import run_of, write
 
-from einlinear.experiments.findings.updates import Updates, write_updates
+from einlinear.experiments.findings.coord_check import Updates, write_updates
 from einlinear.experiments.report import write_report
 
 PHONE, PAPER = 390, 718  # pixels; A4 without its margins

@@ -123,7 +123,7 @@ def test_its_settings_train(name: str, tmp_path: Path) -> None:
     assert recipes.load(name).small.settings["model"] == run.model.NAME
 
 
-def test_overrides_come_before_the_settings() -> None:
+def test_overrides_replace_the_settings() -> None:
     runs = recipes.sweep("lr-transfer", "small", {"lr": "1e-2", "width": 64, "seed": 5}).runs
     assert {(run.training.lr, run.model.width, run.seed) for run in runs} == {(1e-2, 64, 5)}
     assert len(runs) == 5  # one of each structure, and the control

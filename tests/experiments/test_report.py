@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.experiments.made_up import COMMAND, run_of, write
 
+from einlinear.experiments.findings.coord_check import Updates, write_updates
 from einlinear.experiments.findings.summary import TRAIN_LOSS, studies
-from einlinear.experiments.findings.updates import Updates, write_updates
 from einlinear.experiments.report import write_report
 from einlinear.experiments.report.overview import headline
 from einlinear.experiments.report.plots import colour, glyph, nice_ticks, symbol
@@ -150,6 +150,16 @@ def test_five_structures_make_a_taxonomy(tmp_path: Path) -> None:
     assert "Losses at 201k MACs" in page
     comparison(tmp_path / "four", structures[:4])
     assert "Taxonomy of the structures" not in sections(page_about(tmp_path / "four"))
+
+
+def test_a_structure_without_errors_is_in_the_taxonomy_of_the_losses_only(tmp_path: Path) -> None:
+    comparison(tmp_path, ("dense", "btt", "low_rank", "kronecker", "tt(rank=4)"))
+    for width, macs in ((32, 41_792), (128, 201_007)):
+        write(tmp_path, run_of("monarch", width), macs, 0.5, error=0.0)
+    (table,) = re.findall(r"<table>.*?ω.*?</table>", text_of(page_about(tmp_path)).split("Taxonomy")[1], re.DOTALL)[:1]
+    (row,) = [row for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL) if ">monarch" in row]
+    cells = [cell.split(">")[-1] for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)]
+    assert cells[-2:] == ["–", "0.5000"]
 
 
 def test_feature_updates_with_and_without_runs(tmp_path: Path) -> None:

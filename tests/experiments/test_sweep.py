@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,14 +21,16 @@ from tests.experiments.tables import read_table
 
 import einlinear as el
 from einlinear.experiments.runs import records, table
+from einlinear.experiments.runs.check import check_runs
+from einlinear.experiments.runs.data import _images
 from einlinear.experiments.runs.execute import execute
-from einlinear.experiments.runs.problems import _images
 from einlinear.experiments.runs.records import Result
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import HISTORY, Store
-from einlinear.experiments.runs.table import FILE, Table
+from einlinear.experiments.runs.table import FILE, RunTable
 from einlinear.experiments.sweeps import attempts, workers
-from einlinear.experiments.sweeps.sweep import Event, Pool, Sweep, check, do, make_sweep, read_sweep
+from einlinear.experiments.sweeps.driver import Event, Job, Pool, do
+from einlinear.experiments.sweeps.sweep import Sweep, make_sweep, read_sweep
 from einlinear.experiments.sweeps.workers import Workers
 from einlinear.structures import FAMILIES
 
@@ -35,9 +38,9 @@ SETTINGS: dict[str, Any] = {"data": "digits", "width": 16, "depth": 1, "batch_si
 FOUR: dict[str, Any] = {"settings": SETTINGS, "grid": {"structure": ["dense", "btt"], "seed": [0, 1]}}
 
 
-def here(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
+def here(jobs: Sequence[Job]) -> Iterator[Event]:
     """A pool of this process alone."""
-    for run, folder in tasks:
+    for run, folder in jobs:
         execute(run, folder)
         yield Event(run, "finished")
 
@@ -174,11 +177,11 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path) -> None:
     sweep = make_sweep({"settings": SETTINGS | {"data": str(tmp_path / "pets"), "batch_size": 4}})
     store = Store(tmp_path / "out")
     carry_out(sweep, store.folder)
-    store.open(sweep.runs, sweep.axes, digests=check(sweep.runs))
+    store.open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
     draw()
     _images.cache_clear()
     with pytest.raises(ValueError, match=r"holds runs on other data of the name .*pets .*it has changed"):
-        store.open(sweep.runs, sweep.axes, digests=check(sweep.runs))
+        store.open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
 
 
 def test_another_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,13 +212,23 @@ def test_a_family_that_has_changed_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
     sweep = make_sweep({"settings": SETTINGS, "grid": {"limit": [200, 300]}})
     carry_out(sweep, tmp_path)
-    Store(tmp_path).open(sweep.runs, sweep.axes, digests=check(sweep.runs))
+    Store(tmp_path).open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
 
 
-def test_the_code_is_that_of_the_sources() -> None:
-    version, digest = records.code_version().split("+")
-    assert version
-    assert len(digest) == 8
+@pytest.mark.parametrize(("changed", "decides"), [("ops/tiles.cpp", True), ("cli/app.py", False)])
+def test_the_code_is_that_of_the_sources_that_decide_how_a_run_goes(
+    changed: str, decides: bool, tmp_path: Path
+) -> None:
+    ignored = shutil.ignore_patterns("__pycache__")
+    copy = shutil.copytree(Path(el.__file__).parent, tmp_path / "einlinear", ignore=ignored)
+    with (copy / changed).open("a") as file:
+        file.write("\n")
+    command = "from einlinear.experiments.runs.records import code_version; print(code_version())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    here, there = records.code_version(), found.stdout.strip()
+    assert (here != there) == decides
+    assert here.split("+")[0] == there.split("+")[0] == el.__version__
 
 
 def test_damaged_results_are_done_again(tmp_path: Path) -> None:
@@ -281,9 +294,9 @@ def refuse_seed_one() -> None:
 
 def test_what_cannot_be_built_is_found_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match="fewer than blocks"):
-        check(make_sweep({"settings": SETTINGS, "grid": {"structure": ["dense", "monarch(blocks=100)"]}}).runs)
+        check_runs(make_sweep({"settings": SETTINGS, "grid": {"structure": ["dense", "monarch(blocks=100)"]}}).runs)
     with pytest.raises(ValueError, match="unknown data 'digit'"):
-        check(make_sweep({"settings": SETTINGS | {"data": "digit"}}).runs)
+        check_runs(make_sweep({"settings": SETTINGS | {"data": "digit"}}).runs)
 
 
 def test_a_diverged_run_is_finished(tmp_path: Path) -> None:
@@ -332,7 +345,7 @@ def test_the_table_has_its_columns_before_the_first_run_ends(tmp_path: Path) -> 
 
 def test_the_table_is_written_when_a_status_changes(tmp_path: Path) -> None:
     runs = make_sweep(FOUR).runs
-    with Table(tmp_path) as written:
+    with RunTable(tmp_path) as written:
         written.rebuild([], runs)
         reader = sqlite3.connect(tmp_path / FILE)
         versions = []
@@ -369,7 +382,7 @@ def test_rows_that_a_reader_kept_out_are_written_later(tmp_path: Path, monkeypat
     monkeypatch.setattr(table, "_PATIENCE", 0.05)
     runs = make_sweep(FOUR).runs
     reader = sqlite3.connect(tmp_path / FILE, isolation_level=None)
-    with Table(tmp_path) as written:
+    with RunTable(tmp_path) as written:
         written.rebuild([], runs)
         reader.execute("begin")
         reader.execute("select * from runs").fetchall()
@@ -394,9 +407,9 @@ def statuses(folder: Path, runs: Sequence[Run]) -> list[str]:
 
 @pytest.mark.parametrize(("damage", "message"), [("cut", "cannot be read"), ("gone", "no result that can be seen")])
 def test_a_result_that_cannot_be_read_ends_no_sweep(damage: str, message: str, tmp_path: Path) -> None:
-    def unlucky(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
-        for event, (_, folder) in zip(here(tasks), tasks):
-            if folder == tasks[0][1]:
+    def unlucky(jobs: Sequence[Job]) -> Iterator[Event]:
+        for event, (_, folder) in zip(here(jobs), jobs):
+            if folder == jobs[0][1]:
                 (folder / "result.json").write_text("{")
                 if damage == "gone":
                     (folder / "result.json").unlink()

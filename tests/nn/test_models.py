@@ -269,8 +269,9 @@ def test_learning_rates(build: Build, structure: str) -> None:
 
 @with_tokens
 def test_features_move_alike_at_every_width_with_the_structure_aware_rule_only(build: Build) -> None:
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, -2), target.flatten())
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
     def start(width: int) -> ReferenceModel:
         torch.manual_seed(width)

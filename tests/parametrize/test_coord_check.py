@@ -96,6 +96,18 @@ def test_nothing_decays_unless_it_is_asked_to() -> None:
     assert decayed.size < 0.8 * plain.size
 
 
+def test_a_loss_may_be_of_the_model_itself() -> None:
+    def no_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return 0 * model(batch[0]).sum()
+
+    def of_weights(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        weight: Tensor = model.get_parameter("fc.weight")
+        return weight.square().sum()
+
+    assert check(lr=1e-2, layers="fc", loss=no_loss)[0].update == 0
+    assert check(lr=1e-2, layers="fc", loss=of_weights)[0].relative_update > 1e-3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

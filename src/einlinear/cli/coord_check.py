@@ -17,7 +17,9 @@ from einlinear.cli.running import command_line
 def coord_check(
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Any option of a run, as for train: lr=1e-3, depth=3, ..."),
+        typer.Argument(
+            metavar="[NAME=VALUE]...", help="lr, and options of the model and the data, as for train: depth=3, ..."
+        ),
     ] = None,
     structures: Annotated[
         list[str] | None, typer.Option(help="As for compare. Default: dense; low_rank; kronecker; monarch; btt.")
@@ -33,10 +35,9 @@ def coord_check(
     structure is also trained with those of dense.
     """
     require(EXPERIMENTS)
-    from einlinear.experiments.findings.coordinates import cases, check, measure
-    from einlinear.experiments.findings.updates import write_updates
+    from einlinear.experiments.findings.coord_check import Updates, write_updates
     from einlinear.experiments.report import write_report
-    from einlinear.experiments.sweeps.compare import template
+    from einlinear.experiments.sweeps.coord_check import cases, check, measure, template
 
     with user_errors():
         chosen = specs(structures) or ("dense", "low_rank", "kronecker", "monarch", "btt")
@@ -47,7 +48,7 @@ def coord_check(
         out.mkdir(parents=True, exist_ok=True)
     total = len(cases(chosen)) * len(sizes) * run.training.steps
     with interruptible("Interrupted."), display.steps(total) as step:
-        updates = list(measure(run, problem, chosen, sizes, step))
+        updates = [Updates(*found) for found in measure(run, problem, chosen, sizes, step)]
     display.updates(updates)
     write_updates(out, updates, command_line(), problem.source)
     display.note(f"Report: {write_report([out]).path}")

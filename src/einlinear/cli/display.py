@@ -20,7 +20,7 @@ from einlinear.structures import Structure
 from einlinear.structures.scaling import adam_multipliers, init_std
 
 if TYPE_CHECKING:  # heavy: loaded only by the commands that train
-    from einlinear.experiments.findings.updates import Updates
+    from einlinear.experiments.findings.coord_check import Updates
     from einlinear.experiments.runs.records import Result
     from einlinear.experiments.runs.run import Run
 

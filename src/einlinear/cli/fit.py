@@ -15,7 +15,7 @@ from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import numbers
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
-    from einlinear.experiments.findings.fit import Law, Laws
+    from einlinear.experiments.findings.scaling_laws import Law, Laws
 
 Folders = Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Results folders, taken together.")]
 Floor = Annotated[
@@ -33,7 +33,7 @@ def fit(
 ) -> None:
     """Fit scaling laws to the runs in results folders: loss = floor + scale × compute^-exponent, by structure."""
     require(EXPERIMENTS)
-    from einlinear.experiments.findings.fit import as_json, laws_of_training, laws_per_input
+    from einlinear.experiments.findings.scaling_laws import as_json, laws_of_training, laws_per_input
     from einlinear.experiments.findings.summary import studies
     from einlinear.experiments.runs.store import open_store
     from einlinear.files import write_json

@@ -38,10 +38,9 @@ def report(
 
 def _print(study: Study) -> None:
     """Every model, at its best learning rate where there are several."""
-    from einlinear.experiments.findings.summary import TRAIN_LOSS, in_words
+    from einlinear.experiments.findings.summary import in_words
 
-    others = dict.fromkeys(name for record in study.records if record.result for name in record.result.measures)
-    measures = [TRAIN_LOSS, study.error, *(name for name in others if name != study.error)]
+    measures = study.all_measures
     options = [name for name in study.varied if name not in ("structure", "width", "seed")]
     rows = []
     for row in (row for curve in study.curves for row in curve.best):

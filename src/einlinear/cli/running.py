@@ -20,7 +20,8 @@ from einlinear.cli.report import report
 
 if TYPE_CHECKING:  # heavy: imported where it is needed
     from einlinear.experiments.runs.run import Run
-    from einlinear.experiments.sweeps.sweep import Event, Pool, Sweep
+    from einlinear.experiments.sweeps.driver import Event, Pool
+    from einlinear.experiments.sweeps.sweep import Sweep
 
 
 def command_line() -> str:
@@ -32,8 +33,9 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     """Do what is missing of a sweep, on processes of this machine unless another pool is given, and report."""
     from joblib import cpu_count
 
+    from einlinear.experiments.runs.check import check_runs
     from einlinear.experiments.runs.store import Store
-    from einlinear.experiments.sweeps.sweep import check, do
+    from einlinear.experiments.sweeps.driver import do
     from einlinear.experiments.sweeps.workers import Workers, suited
     from einlinear.training.distributed import check_device
 
@@ -44,7 +46,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
         if pool is None:
             for device in {run.training.device for run in sweep.runs}:
                 check_device(device)
-        store.open(sweep.runs, sweep.axes, command_line(), mix_code, check(sweep.runs))
+        store.open(sweep.runs, sweep.axes, command_line(), mix_code, check_runs(sweep.runs))
         for problem in store.damaged():
             display.warning(f"{problem}; if it belongs here it is done again")
         missing = store.missing(sweep.runs)

@@ -39,15 +39,15 @@ def train(
     For example:  einlinear train model=gpt data=data/english structure="btt(rank=2)" width=256 steps=2000 lr=3e-3
     """
     require(EXPERIMENTS)
+    from einlinear.experiments.runs.check import check_runs
     from einlinear.experiments.runs.execute import execute
     from einlinear.experiments.runs.records import check_folder, describe
     from einlinear.experiments.runs.run import Run
-    from einlinear.experiments.sweeps.sweep import check
     from einlinear.training.distributed import check_device, is_first
 
     with user_errors():
         run = Run.of(assignments(settings))
-        check([run])
+        check_runs([run])
         check_device(run.training.device)
         check_folder(describe(out, run, run.data.load(run.seed)))
     interrupted = "Interrupted. The same command goes on from the last checkpoint, if checkpoint_every was set."

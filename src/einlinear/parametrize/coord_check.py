@@ -22,11 +22,19 @@ from torch import Tensor, nn
 from einlinear.nn.names import as_globs, check_globs, plain_modules
 from einlinear.parametrize.mup import Base, param_groups
 
+Batch = tuple[Tensor, Tensor]  # inputs and targets, a row per sample
+
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": partial(torch.optim.AdamW, weight_decay=0.0),  # it would be measured too; weight_decay= asks for it
     "sgd": torch.optim.SGD,
 }
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean cross-entropy of what the model gives for the inputs."""
+    inputs, targets = batch
+    return F.cross_entropy(model(inputs), targets)
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Coordinates:
 def coord_check(
     build: Callable[[int], nn.Module],
     widths: Sequence[int],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[Batch],
     probe: Tensor,
     *,
     lr: float,
@@ -65,7 +73,7 @@ def coord_check(
     layers: str | Sequence[str] = "*",
     steps: int = 100,
     optimizer: str = "adamw",
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss: Callable[[nn.Module, Batch], Tensor] = cross_entropy,
     progress: Callable[[int, int], None] | None = None,
     **groups: Any,
 ) -> list[Coordinates]:
@@ -82,7 +90,8 @@ def coord_check(
             measured.
         steps: of training, at least one.
         optimizer: "adamw", "adam" or "sgd".
-        loss: of output and target.
+        loss: of a model and a batch, the one that the model is trained on: with a term of the model itself, such as the
+            balance of a mixture of experts, where training has one. Default: the cross-entropy of its outputs.
         progress: called with (width, step) after every step.
         **groups: further arguments of `param_groups`, such as structure_aware=False for the control.
 
@@ -117,9 +126,9 @@ def coord_check(
         stepper = _OPTIMIZERS[optimizer](settings, lr=lr)
         before = _features(model, probe, layers)
         size, update = dict.fromkeys(before, 0.0), dict.fromkeys(before, 0.0)
-        for step, (x, y) in enumerate(islice(cycle(batches), steps)):
+        for step, batch in enumerate(islice(cycle(batches), steps)):
             stepper.zero_grad()
-            loss(model(x), y).backward()
+            loss(model, batch).backward()
             stepper.step()
             after = _features(model, probe, layers)
             for layer, h in after.items():

@@ -22,9 +22,14 @@ Point = tuple[float, float | None]  # (learning rate, loss); None where it diver
 class Optimum:
     """The best learning rate of one model.
 
+    The optimum of the means need not lie between those of the single seeds. Each parabola goes through the lowest point
+    of its own curve and the two beside it, and where the loss hardly changes with the learning rate, the curves have
+    their lowest points at different ones. So the range shows how well the runs tell the optimum; it is not an interval
+    around `lr`.
+
     Attributes:
-        lr: of the means over the seeds.
-        smallest, largest: of single seeds.
+        lr: the best one by the mean loss over the seeds.
+        smallest, largest: the range of those that are best by the losses of single seeds.
         bound: "<" or ">" where the loss is lowest at the smallest or at the largest learning rate that was tried: the
             true optimum is that or beyond.
     """
@@ -53,7 +58,7 @@ class Landscape:
 
 
 def landscapes(study: Study, curve: Curve, measure: str) -> list[Landscape]:
-    """Those of a curve's models that were trained at three learning rates or more, by size."""
+    """The landscapes, by size, of those models of a curve that were trained at three learning rates or more."""
     groups: dict[str, list[Row]] = {}
     for row in curve.rows:
         groups.setdefault(study.size(row.run), []).append(row)
@@ -64,14 +69,14 @@ def landscapes(study: Study, curve: Curve, measure: str) -> list[Landscape]:
     ]
 
 
-def factor(found: Sequence[Landscape]) -> float | None:
-    """How many times the smallest of the optima the largest is; None of fewer than two."""
+def largest_over_smallest(found: Sequence[Landscape]) -> float | None:
+    """How many times the smallest optimum the largest one is; None where there are fewer than two."""
     optima = [landscape.optimum.lr for landscape in found if landscape.optimum]
     return max(optima) / min(optima) if len(optima) > 1 else None
 
 
 def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
-    """Where the loss is lowest, with a bound where that is at an end of what was tried; None where all diverged.
+    """The learning rate of the lowest loss, with a bound where it is at an end of those tried; None if all diverged.
 
     It is the vertex of the parabola through the lowest point and its two neighbours, in the logarithm of the learning
     rate; or the lowest point itself, where it is at an end or beside a learning rate that diverges.
@@ -98,7 +103,7 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
 
 
 def _optimum_of(rows: Sequence[Row], measure: str) -> Optimum | None:
-    """A learning rate at which one of the seeds diverges counts as one that diverges."""
+    """The optimum of the means, and its range. Where one seed diverges, the learning rate counts as diverging."""
     means = [(row.run.training.lr, None if row.diverged else fmean(row.values(measure))) for row in rows]
     found = best_lr(means)
     if found is None:

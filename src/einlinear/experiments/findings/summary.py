@@ -18,7 +18,9 @@ TRAIN_LOSS = "train_loss"
 SIZES = ("width", "depth", "expansion", "heads", "d_head")  # a curve runs over models of all sizes
 LENGTHS = ("steps", "warmup")
 _NOT_NAMED = {"structure", "lr", "seed", *SIZES}
-_SAME = {"data", "data_kind", "evaluate_every"}  # they change no result of runs on data of the same digest
+# Parts of a run's identity on which the results of runs on data of the same digest do not depend: data may have two
+# names, and an evaluation changes nothing.
+_SAME = {"data", "data_kind", "evaluate_every"}
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,17 @@ class Row:
 
     @property
     def run(self) -> Run:
-        """Any of them: it stands for what they have in common."""
+        """The first of the runs, which stands for what they have in common."""
         return self.records[0].run
 
     @property
     def result(self) -> Result:
-        """Any of theirs: it stands for what they have in common, the costs."""
+        """The first of the results, which stands for what they have in common: the costs."""
         return result(self.records[0])
 
     @property
     def good(self) -> tuple[Record, ...]:
-        """Those that did not diverge."""
+        """The runs that did not diverge."""
         return tuple(record for record in self.records if not result(record).diverged)
 
     @property
@@ -60,18 +62,18 @@ class Row:
         return f"{len(self.good)} of {len(self.records)}" if self.diverged else str(len(self.good))
 
     def values(self, measure: str) -> list[float]:
-        """Of the seeds that did not diverge."""
+        """The measure of every seed that did not diverge."""
         found = [value(record, measure) for record in self.good]
         return [value for value in found if value is not None]
 
     def mean(self, measure: str) -> float | None:
-        """None where all diverged."""
+        """The mean over these; None where all diverged."""
         values = self.values(measure)
         return fmean(values) if values else None
 
     @property
     def step_seconds(self) -> float | None:
-        """Median over the seeds."""
+        """The median over the seeds."""
         found = [seconds for record in self.records if (seconds := result(record).step_seconds) is not None]
         return median(found) if found else None
 
@@ -117,8 +119,14 @@ class Study:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What curves are drawn and fitted for."""
+        """The measures that curves are drawn and fitted for."""
         return (self.error, TRAIN_LOSS)
+
+    @property
+    def all_measures(self) -> tuple[str, ...]:
+        """The training loss, the error, and what else was measured of any run."""
+        others = (name for record in self.records for name in result(record).measures)
+        return tuple(dict.fromkeys((TRAIN_LOSS, self.error, *others)))
 
     @property
     def rows(self) -> list[Row]:
@@ -126,7 +134,7 @@ class Study:
 
     @cached_property
     def input(self) -> str:
-        """What MACs are counted for."""
+        """What MACs are counted for: "image", "vector" or "token"."""
         return {"images": "image", "teacher": "vector"}.get(self.records[0].run.data.KIND, "token")
 
     def size(self, run: Run) -> str:
@@ -140,7 +148,7 @@ class Study:
 
 
 def studies(records: Iterable[Record]) -> list[Study]:
-    """The finished ones of the records, those on the same data together."""
+    """The studies of the finished runs among the records: those on the same data together."""
     groups: dict[tuple[str, str], dict[str, Record]] = {}
     for record in records:
         if record.result:
@@ -149,7 +157,7 @@ def studies(records: Iterable[Record]) -> list[Study]:
 
 
 def result(record: Record) -> Result:
-    """Of a finished run."""
+    """The result of a run that is known to be finished."""
     assert record.result is not None
     return record.result
 
@@ -161,7 +169,7 @@ def value(record: Record, measure: str) -> float | None:
 
 
 def make_curves(records: Sequence[Record], apart_from: Collection[str] = ()) -> list[Curve]:
-    """The curves of runs on the same data, dense first; options that are named here make no curves of their own."""
+    """The curves of runs on the same data, dense first; options in `apart_from` make no curves of their own."""
     of_structures: dict[str, list[Record]] = {}
     for record in records:
         of_structures.setdefault(record.run.model.structure, []).append(record)
@@ -183,7 +191,7 @@ def dense_of(curve: Curve, curves: Sequence[Curve]) -> Curve | None:
 
 
 def in_words(measure: str) -> str:
-    """For titles and headings."""
+    """The name of a measure as titles and headings have it."""
     return "training loss" if measure == TRAIN_LOSS else measure.replace("_", " ")
 
 
@@ -195,7 +203,7 @@ def _study(records: Sequence[Record]) -> Study:
 
 
 def _varied(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
-    """The options of more than one value, of those runs that have the option."""
+    """The options that have more than one value among the runs that have them."""
     values: dict[str, dict[str, Any]] = {}
     for record in records:
         for name, given in record.run.identity.items():
@@ -205,7 +213,7 @@ def _varied(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, before all else."""
+    """The key to sort values by: numbers by size, then all others as texts."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return not number, value if number else 0.0, str(value)
 
@@ -263,7 +271,7 @@ def _comparable(curve: Curve) -> dict[str, Any]:
 
 
 def _multiplier(row: Row, dense: Curve, measure: str) -> Spread | None:
-    """Every run against the dense runs of its own seed, which saw the same batches."""
+    """The multipliers of a row: every run against the dense runs of its own seed, which saw the same batches."""
     if any(row is own for own in dense.best):  # also where its curve has a bump and a cheaper model reached this loss
         return spread([Multiplier(1.0)] * len(row.good))
     found = []

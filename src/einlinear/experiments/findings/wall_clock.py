@@ -36,10 +36,10 @@ class Arrival:
 
 
 def arrival(curve: Curve, measure: str, loss: float) -> Arrival | None:
-    """None where no model of the curve has all its seeds reach the loss."""
+    """The first arrival of a curve at a loss; None where of no model all seeds reach it."""
     found = []
     for row in curve.best:
-        times = [seconds_to(measured(record, measure), loss) for record in row.good]
+        times = [seconds_to(losses_over_time(record, measure), loss) for record in row.good]
         reached = [seconds for seconds in times if seconds is not None]
         if reached and len(reached) == len(row.records):
             found.append(Arrival(row, fmean(reached)))
@@ -47,11 +47,14 @@ def arrival(curve: Curve, measure: str, loss: float) -> Arrival | None:
 
 
 def losses_to_reach(study: Study, count: int = 5) -> list[float]:
-    """Losses, the highest first, evenly spread in log between those that every curve soon has and the lowest that two
-    of them reach; none where runs were not evaluated while they were trained."""
+    """Losses to compare times at, the highest first.
+
+    They are evenly spread in log, from one that every curve soon has to the lowest that two of them reach. There are
+    none where runs were not evaluated while they were trained.
+    """
     lowest, soon = [], []
     for curve in study.curves:
-        points = [measured(record, study.error) for row in curve.best for record in row.good]
+        points = [losses_over_time(record, study.error) for row in curve.best for record in row.good]
         points = [own for own in points if len(own) > 1]
         if points:
             lowest.append(min(loss for own in points for _, loss in own))
@@ -78,8 +81,8 @@ def seconds_to(points: Sequence[Point], loss: float) -> float | None:
     return None
 
 
-def measured(record: Record, measure: str) -> list[Point]:
-    """The evaluations of a run."""
+def losses_over_time(record: Record, measure: str) -> list[Point]:
+    """The evaluations of a run; none where it diverged."""
     lines = metrics.read(record.folder / METRICS)
     points = [(line["training_seconds"], line[measure]) for line in lines if line.get(measure) is not None]
     return [] if result(record).diverged else [point for point in points if math.isfinite(point[1])]

@@ -1,14 +1,16 @@
 """One self-contained page about one or several results folders: it loads nothing from the network.
 
-page.py         figures with their numbers, tables, sections; the page that they make
-overview.py     the main result, and what was run
-scaling.py      losses over compute, laws, compute multipliers
-landscapes.py   learning rates
-training.py     training curves
-wall_clock.py   time to a loss
-updates.py      feature updates, of a coordinate check
-taxonomy.py     what the exponents of the structures have to do with their losses
-tables.py       all models, all runs
+page.py            figures with their numbers, tables, sections; the page that they make
+plots.py           the look of all figures
+overview.py        the main result, and what was run
+scaling_laws.py    losses over compute, and their laws
+multipliers.py     compute multipliers, by model and along frontiers
+learning_rates.py  losses over the learning rate, and the best ones by width
+training.py        training curves
+wall_clock.py      time to a loss
+coord_check.py     feature updates, of a coordinate check
+taxonomy.py        what the exponents of the structures have to do with their losses
+tables.py          all models, all runs
 
 A section is a function of a study that gives None where its runs have nothing to show.
 """
@@ -22,16 +24,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from einlinear.experiments.findings.coord_check import read_updates
 from einlinear.experiments.findings.summary import Study, studies
-from einlinear.experiments.findings.updates import read_updates
-from einlinear.experiments.report.landscapes import learning_rates
+from einlinear.experiments.report.coord_check import coord_check
+from einlinear.experiments.report.learning_rates import learning_rates
 from einlinear.experiments.report.overview import code_warning, headline, what_was_run
-from einlinear.experiments.report.page import Part, Section, render
-from einlinear.experiments.report.scaling import scaling, scaling_of_training
+from einlinear.experiments.report.page import Chapter, Section, render
+from einlinear.experiments.report.scaling_laws import scaling, scaling_of_training
 from einlinear.experiments.report.tables import all_models
 from einlinear.experiments.report.taxonomy import taxonomy
 from einlinear.experiments.report.training import training_curves
-from einlinear.experiments.report.updates import feature_updates
 from einlinear.experiments.report.wall_clock import wall_clock
 from einlinear.experiments.runs.records import Record
 from einlinear.experiments.runs.store import RUNS, Store
@@ -78,14 +80,14 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     found = studies(records)
     if not found and not checks:
         raise ValueError(f"{' and '.join(map(str, paths))}: no finished runs yet")
-    parts = [_part(study, records, stores, floor) for study in found]
-    parts += [Part(f"Coordinate check in {path}", [feature_updates(check)]) for path, check in checks]
+    chapters = [_chapter(study, records, stores, floor) for study in found]
+    chapters += [Chapter(f"Coordinate check in {path}", [coord_check(check)]) for path, check in checks]
     warnings = [*code_warning([record for study in found for record in study.records]), *damaged]
     page = render(
         title="Structured linear layers side by side",
         headline=" ".join(map(headline, found)) or "How much a step of training moves the features, by width.",
         warnings=warnings,
-        parts=parts,
+        chapters=chapters,
         footer=_footer(_command(paths, out, floor), records),
     )
     path = Path(out) if out is not None else paths[0] / PAGE
@@ -105,7 +107,7 @@ def _read(stores: Sequence[Store], may_be_empty: set[Path]) -> tuple[list[Record
     return records, damaged
 
 
-def _part(study: Study, records: Sequence[Record], stores: Sequence[Store], floor: float | None) -> Part:
+def _chapter(study: Study, records: Sequence[Record], stores: Sequence[Store], floor: float | None) -> Chapter:
     folders = {record.folder.parent.parent for record in study.records}
     commands = [command for store in stores if store.folder in folders for command in store.commands()]
     unfinished = sum(record.result is None and record.digest == study.records[0].digest for record in records)
@@ -119,11 +121,11 @@ def _part(study: Study, records: Sequence[Record], stores: Sequence[Store], floo
         taxonomy(study, commands),
         all_models(study, commands),
     ]
-    return Part(str(study), [section for section in sections if section])
+    return Chapter(str(study), [section for section in sections if section])
 
 
 def _command(paths: Sequence[Path], out: str | Path | None, floor: float | None) -> str:
-    """That makes the page again."""
+    """The command that makes the page again."""
     words = ["einlinear", "report", *map(os.fspath, paths)]
     words += [] if out is None else ["--out", os.fspath(out)]
     words += [] if floor == 0 else ["--floor", "fit" if floor is None else repr(floor)]

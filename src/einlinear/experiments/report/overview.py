@@ -58,7 +58,7 @@ def what_was_run(study: Study, commands: Sequence[str], unfinished: int) -> Sect
 
 
 def code_warning(records: Sequence[Record]) -> list[str]:
-    """That the runs were made by several versions of the code; nothing where one made all of them."""
+    """The warning that several versions of the code made the runs; none where one made all of them."""
     codes: dict[str, int] = {}
     for record in records:
         codes[record.code] = codes.get(record.code, 0) + 1

@@ -58,7 +58,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a table.
+    """One cell of a table.
 
     Attributes:
         text: that is shown.
@@ -106,20 +106,22 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Sections about one study; the title is shown where there are several."""
+class Chapter:
+    """Sections about one study or coordinate check; the title is shown where there are several chapters."""
 
     title: str
     sections: Sequence[Section]
 
 
-def render(title: str, headline: str, warnings: Sequence[str], parts: Sequence[Part], footer: Mapping[str, str]) -> str:
+def render(
+    title: str, headline: str, warnings: Sequence[str], chapters: Sequence[Chapter], footer: Mapping[str, str]
+) -> str:
     """The page.
 
     Args:
         title, headline: at the top.
         warnings: that the reader must not miss.
-        parts: all there is to show.
+        chapters: all there is to show.
         footer: how the page was made.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -128,7 +130,7 @@ def render(title: str, headline: str, warnings: Sequence[str], parts: Sequence[P
         title=title,
         headline=headline,
         warnings=warnings,
-        parts=parts,
+        chapters=chapters,
         footer=definitions(footer),
         css=Markup(_asset("page.css")),
         script=Markup(_asset("page.js")),

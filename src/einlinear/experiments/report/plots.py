@@ -18,12 +18,12 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif
 
 
 def colour(i: int) -> str:
-    """Of the i-th structure; after eight they repeat, and the symbols tell them apart."""
+    """The colour of the i-th structure; after eight they repeat, and the symbols tell them apart."""
     return _COLOURS[i % len(_COLOURS)]
 
 
 def symbol(i: int) -> str:
-    """Of the i-th structure."""
+    """The symbol of the i-th structure."""
     return _SYMBOLS[i % len(_SYMBOLS)]
 
 
@@ -86,7 +86,7 @@ def log_axis(values: Sequence[float], title: str) -> dict[str, Any]:
 
 
 def shade(i: int, count: int) -> str:
-    """Of the i-th of ordered things, such as widths: from dark to light, as colour-blind people see it too."""
+    """The colour of the i-th of ordered things, such as widths: from dark to light, for colour-blind people too."""
     place = 0.9 * i / max(1, count - 1)  # the end of the scale is a yellow, weak on white
     return str(sample_colorscale("Viridis", [place])[0])
 

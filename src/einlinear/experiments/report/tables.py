@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from einlinear.experiments.findings.summary import TRAIN_LOSS, Row, Study, in_words, result, value
+from einlinear.experiments.findings.summary import Row, Study, in_words, result, value
 from einlinear.experiments.report.page import Cell, Section, Table
 
 
@@ -18,7 +18,7 @@ def all_models(study: Study, commands: Sequence[str]) -> Section:
 
 def _models(study: Study) -> Table:
     options = ["width", *(name for name in study.varied if name not in ("structure", "width", "seed"))]
-    measures = _measures(study)
+    measures = study.all_measures
     times = [measure for measure in study.measures if any(measure in row.multipliers for row in study.rows)]
     headings = (
         "structure",
@@ -61,7 +61,7 @@ def _models(study: Study) -> Table:
 
 def _runs(study: Study) -> Table:
     options = ["structure", *(name for name in study.varied if name != "structure")]
-    measures = _measures(study)
+    measures = study.all_measures
     headings = ("run", *(name.replace("_", " ") for name in options), *map(in_words, measures), "code")
     rows = [
         [
@@ -74,11 +74,6 @@ def _runs(study: Study) -> Table:
     ]
     note = Markup("Each is in a folder whose name ends with its key: runs/…-KEY, with all its settings in run.json.")
     return Table(headings, rows, note, summary=f"All {len(rows)} runs")
-
-
-def _measures(study: Study) -> list[str]:
-    """The training loss, then the others by name of those runs that have any."""
-    return list(dict.fromkeys([TRAIN_LOSS, study.error, *(m for r in study.records for m in result(r).measures)]))
 
 
 def _option(value: object) -> Cell:

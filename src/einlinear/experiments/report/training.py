@@ -35,7 +35,7 @@ class _Line:
 
 
 def training_curves(study: Study, commands: Sequence[str]) -> Section | None:
-    """Where runs noted down their losses at several steps."""
+    """The section, if runs noted down their losses at several steps."""
     lines = [line for name, record in _order(study)[:_AT_MOST] if (line := _line(name, record))]
     if not lines:
         return None

@@ -13,7 +13,7 @@ from einlinear.experiments.runs.models import DENSE
 
 
 def wall_clock(study: Study, commands: Sequence[str]) -> Section | None:
-    """Where runs were evaluated while they were trained, and two curves reach a loss."""
+    """The section, if runs were evaluated while they were trained and two curves reach a loss."""
     losses = losses_to_reach(study)
     if not losses:
         return None

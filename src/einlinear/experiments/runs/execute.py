@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from einlinear import training
-from einlinear.experiments.runs.problems import Problem
+from einlinear.experiments.runs.data import Problem
 from einlinear.experiments.runs.records import Result, describe, write_result, write_run
 from einlinear.experiments.runs.run import Run
 from einlinear.files import alone

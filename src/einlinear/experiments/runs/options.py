@@ -69,7 +69,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _message(error: Any) -> str:
-    """One of pydantic's errors in a line; what the dataclass itself raised, as it is."""
+    """One of pydantic's errors in a line; what the dataclass itself raised stays as it is."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     where = ".".join(map(str, error["loc"]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from einlinear.experiments.runs.problems import Problem
+from einlinear.experiments.runs.data import Problem
 from einlinear.experiments.runs.run import Run
 from einlinear.files import write_json
 from einlinear.training.checkpoint import check_same

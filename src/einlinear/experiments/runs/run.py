@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+from einlinear.experiments.runs.data import Data, kind_of
 from einlinear.experiments.runs.models import MODELS, Gpt, Model
 from einlinear.experiments.runs.options import names, parse, refuse_unknown
-from einlinear.experiments.runs.problems import Data, kind_of
 from einlinear.structures import structure
 from einlinear.training import Training
 
-# They change no result, but for how floating-point sums are rounded.
+# They change no result, but for how floating-point sums are rounded. Nor does evaluate_every, but a run that was never
+# evaluated is not the one that is asked for where its errors over time are wanted.
 _HIDDEN = ("device", "threads", "parallel", "tracker", "log_every", "checkpoint_every")
 
 
@@ -82,12 +83,12 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The options that can change what comes out; not on which device, or how often it is noted down."""
+        """The options that can change what comes out: all but the device, how often it is noted down and the like."""
         return {name: value for name, value in self.options.items() if name not in _HIDDEN}
 
     @cached_property
     def key(self) -> str:
-        """Of runs of the same identity the same: 12 hexadecimal digits."""
+        """12 hexadecimal digits, which are the same for runs of the same identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @cached_property
@@ -98,7 +99,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For people and folders: "btt-rank-2-w64-s0-" and the key."""
+        """The name for people and folders: "btt-rank-2-w64-s0-" and the key."""
         words = re.sub(r"[^a-z0-9]+", "-", self.model.structure.lower()).strip("-")[:40].strip("-")
         return f"{words}-w{self.model.width}-s{self.seed}-{self.key}"
 

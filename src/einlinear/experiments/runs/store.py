@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from einlinear.experiments.runs.problems import Data
+from einlinear.experiments.runs.data import Data
 from einlinear.experiments.runs.records import RUN, Record, code_version, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.files import alone, write_text

@@ -23,7 +23,7 @@ _RESULTS = {field.name: _NAMES.get(field.name, field.name) for field in fields(R
 _PATIENCE = 1  # seconds to wait for somebody who reads
 
 
-class Table:
+class RunTable:
     """One row per run: its key, folder and status; its options; its results and measures.
 
     Status is "waiting", "running", "finished", "diverged", "lost" or "failed". What cannot be written, or read from the
@@ -37,7 +37,7 @@ class Table:
         self._said: dict[str, str] = {}  # key -> status
         self._unwritten: dict[str, dict[str, Any]] = {}
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> RunTable:
         return self
 
     def __exit__(
@@ -48,14 +48,14 @@ class Table:
         self._connection.close()
 
     def rebuild(self, records: Iterable[Record], waiting: Iterable[Run]) -> None:
-        """Make it from what is on disk, and the runs that are to be done."""
+        """Make the table from what is on disk, and the runs that are to be done."""
         rows = [_row(run, None, "waiting") for run in waiting]
         rows += [_of_record(record) for record in records if record.result]
         self._columns, self._unwritten = set(), {row["key"]: row for row in rows}
         self._write()
 
     def note(self, run: Run, folder: Path, status: str, message: str = "") -> None:
-        """What became of a run, if that is new; of a finished one, its results are read from its folder."""
+        """Note what became of a run, if that is new; the results of a finished one are read from its folder."""
         if self._said.get(run.key) == status:
             return
         self._said[run.key] = status
@@ -69,7 +69,7 @@ class Table:
         self._write()
 
     def _write(self) -> None:
-        """All rows that are left over, or none of them."""
+        """Write all rows that are left over, or none of them."""
         columns = set(self._columns)
         try:
             self._connection.execute("begin immediate")

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps.attempts import ATTEMPTS, attempt
-from einlinear.experiments.sweeps.sweep import Event
+from einlinear.experiments.sweeps.driver import Event, Job
 
 _set_up = False  # whether this process is, which may do several runs
 
@@ -31,7 +30,7 @@ class Cluster:
     gpus: float = 0
     setup: Sequence[Callable[[], None]] = ()
 
-    def __call__(self, tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Event]:
         import ray
 
         started = not ray.is_initialized()
@@ -40,7 +39,7 @@ class Cluster:
         try:
             remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_done)
             here, setup = os.getcwd(), tuple(self.setup)
-            waiting = {remote.remote(run.options, str(folder), here, setup): run for run, folder in tasks}
+            waiting = {remote.remote(run.options, str(folder), here, setup): run for run, folder in jobs}
             while waiting:
                 (reference,), _ = ray.wait(list(waiting), num_returns=1)
                 run = waiting.pop(reference)

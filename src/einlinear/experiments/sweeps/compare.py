@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from einlinear.experiments.runs.data import ImageData, kind_of
 from einlinear.experiments.runs.models import DENSE, Model, Shape
 from einlinear.experiments.runs.options import names, parse
-from einlinear.experiments.runs.problems import ImageData, kind_of
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps.budget import widest
 from einlinear.experiments.sweeps.sweep import Sweep

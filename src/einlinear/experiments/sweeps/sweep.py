@@ -1,21 +1,16 @@
-"""Sweeps: which runs a file describes, and doing those that are missing."""
+"""Sweeps: which runs a file describes."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from einlinear.experiments.runs.options import from_text, refuse_unknown
-from einlinear.experiments.runs.problems import Data, Problem
 from einlinear.experiments.runs.run import Run
-from einlinear.experiments.runs.store import Store
-from einlinear.experiments.runs.table import Table
 
 _KEYS = ("settings", "grid", "parts")
 
@@ -28,32 +23,6 @@ class Sweep:
     axes: frozenset[str]
 
 
-@dataclass(frozen=True)
-class Event:
-    """What became of a run.
-
-    Attributes:
-        run: which.
-        status: "running", "finished", "lost" (its worker died: it is tried again) or "failed".
-        step, steps, loss: how far it is, where it is running.
-        message: what went wrong, where it failed.
-    """
-
-    run: Run
-    status: str
-    step: int = 0
-    steps: int = 0
-    loss: float = float("nan")
-    message: str = ""
-
-
-class Pool(Protocol):
-    """Where runs are done: processes of this machine, or a cluster."""
-
-    def __call__(self, tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
-        """Do runs, each in its folder; every run ends with one event that is "finished" or "failed"."""
-
-
 def read_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     """The runs that a TOML or JSON file describes.
 
@@ -63,7 +32,7 @@ def read_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 
     Args:
         path: of the file.
-        overrides: options that come before those of the file.
+        overrides: options that override those of the file.
 
     Raises:
         ValueError: the file is damaged, has unknown entries, or describes a run that is wrong.
@@ -94,53 +63,6 @@ def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None =
             values.setdefault(name, set()).add(json.dumps(value))
     varied = {name for name, found in values.items() if len(found) > 1}
     return Sweep(runs, frozenset(varied | _gridded(content)))
-
-
-def check(runs: Iterable[Run]) -> dict[Data, str]:
-    """Load the data of all runs and build every model without memory, so that nothing is trained in vain.
-
-    Returns:
-        The digest of each data.
-
-    Raises:
-        ValueError, OSError: what is wrong with the data, a structure or a size.
-    """
-    problems: dict[Data, Problem] = {}
-    for run in runs:
-        if run.data not in problems:
-            problems[run.data] = run.data.load(run.seed)
-        with torch.device("meta"):
-            run.model.build(problems[run.data].shape)
-    return {data: problem.digest for data, problem in problems.items()}
-
-
-def do(
-    runs: Sequence[Run],
-    store: Store,
-    pool: Pool,
-    watch: Callable[[Event], None] = lambda event: None,
-) -> list[Event]:
-    """Do the runs that are not finished, keep the table of all up to date, and say which failed.
-
-    Args:
-        runs: to be done.
-        store: opened for them.
-        pool: where.
-        watch: called with everything that happens.
-
-    Raises:
-        BlockingIOError: another driver is at work in the folder.
-    """
-    failed = []
-    with store.driving(), Table(store.folder) as table:
-        missing = store.missing(runs)
-        table.rebuild(store.records(), missing)
-        for event in pool([(run, store.path(run)) for run in missing]):
-            table.note(event.run, store.path(event.run), event.status, event.message)
-            if event.status == "failed":
-                failed.append(event)
-            watch(event)
-    return failed
 
 
 def _expand(content: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +21,12 @@ from joblib import cpu_count
 
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps.attempts import ATTEMPTS, attempt
-from einlinear.experiments.sweeps.sweep import Event
+from einlinear.experiments.sweeps.driver import Event, Job
 from einlinear.training.loop import Progress
 
 _EVERY = 0.2  # seconds between two messages of a run
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-Task = tuple[Run, Path]
 # Not "fork": a fork of a process with threads, such as torch's, may hang. A server that has done no more than import
 # torch can be forked, and saves every new process the seconds that this takes.
 if sys.platform == "win32":
@@ -43,7 +41,7 @@ class Workers:
 
     Attributes:
         count: how many.
-        threads: of each; a run's own setting comes first.
+        threads: of each; a run's own setting overrides it.
         setup: called in every process before its first run, to register families; can be pickled.
     """
 
@@ -51,22 +49,22 @@ class Workers:
     threads: int = 1
     setup: Sequence[Callable[[], None]] = ()
 
-    def __call__(self, tasks: Sequence[Task]) -> Iterator[Event]:
-        waiting, deaths = deque(tasks), Counter[str]()
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Event]:
+        waiting, deaths = deque(jobs), Counter[str]()
         _processes.set_forkserver_preload(["einlinear.experiments.runs.execute"])
         devices: Sequence[str | None] = _devices() or [None]
-        count = min(self.count, len(tasks))
+        count = min(self.count, len(jobs))
         workers = [_Worker(self, device) for device in islice(cycle(devices), count)]
         try:
-            while waiting or any(worker.task for worker in workers):
+            while waiting or any(worker.job for worker in workers):
                 for worker in workers:
-                    if waiting and not worker.task:
+                    if waiting and not worker.job:
                         worker.start(waiting.popleft())
-                busy: dict[Any, _Worker] = {worker.connection: worker for worker in workers if worker.task}
+                busy: dict[Any, _Worker] = {worker.connection: worker for worker in workers if worker.job}
                 for connection in wait(list(busy)):
                     worker = busy[connection]
-                    assert worker.task is not None
-                    run, folder = worker.task
+                    assert worker.job is not None
+                    run, folder = worker.job
                     event = worker.event()
                     if event is None:  # it died
                         workers[workers.index(worker)] = _Worker(self, worker.device)
@@ -109,28 +107,28 @@ class _Worker:
     def __init__(self, pool: Workers, device: str | None) -> None:
         self.connection, theirs = _processes.Pipe()
         self.device = device
-        self.task: Task | None = None
+        self.job: Job | None = None
         arguments = theirs, pool.threads, pool.setup, device
         self.process: BaseProcess = _processes.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # so that its death ends the connection
 
-    def start(self, task: Task) -> None:
-        self.task = task
-        run, folder = task
+    def start(self, job: Job) -> None:
+        self.job = job
+        run, folder = job
         with suppress(OSError):  # it is dead, as `event` will say
             self.connection.send((run.options, folder))
 
     def event(self) -> Event | None:
-        """The next of the run, or None if the process died."""
-        assert self.task is not None
+        """The next event of the run, or None if the process died."""
+        assert self.job is not None
         try:
-            event = Event(self.task[0], **self.connection.recv())
+            event = Event(self.job[0], **self.connection.recv())
         except (EOFError, OSError):
             self.process.join()
             return None
         if event.status != "running":
-            self.task = None
+            self.job = None
         return event
 
 

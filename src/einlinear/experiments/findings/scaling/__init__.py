@@ -1,17 +1,17 @@
 """Scaling laws as mathematics: arrays of compute and loss -> laws, multipliers and effects, each with its interval.
 
+fit.py          start here: frontier and law of several models, and of resamples of their seeds
 laws.py         loss = floor + scale * compute ** -exponent, fitted
 frontier.py     the best loss for every compute: the Pareto frontier of many training runs
 intervals.py    intervals of a law's numbers, and where they come from
-bootstrap.py    frontier and law of several seeds, and of their resamples
 multipliers.py  how much more compute dense needs for the same loss
 effects.py      what psi, nu and omega do to the loss
 
 Nothing here knows of files, structures or runs. Compute is in any unit: only exponents do not depend on it.
 """
 
-from einlinear.experiments.findings.scaling.bootstrap import LossCurves, Prediction, ScalingFit, fit_scaling
 from einlinear.experiments.findings.scaling.effects import Effect, ExponentEffects, exponent_effects
+from einlinear.experiments.findings.scaling.fit import LossCurves, Prediction, ScalingFit, fit_scaling
 from einlinear.experiments.findings.scaling.frontier import Frontier, pareto_frontier
 from einlinear.experiments.findings.scaling.intervals import Interval
 from einlinear.experiments.findings.scaling.laws import PowerLaw, power_law, power_law_with_floor

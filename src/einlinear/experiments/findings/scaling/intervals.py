@@ -42,7 +42,7 @@ class Interval:
 
 
 def percentile_interval(lows: Sequence[float], highs: Sequence[float], level: float = 0.95) -> Interval:
-    """From the ends of what every resample says, equal where it says a number. Infinite ends are allowed."""
+    """The interval from the ends of what every resample says, which are equal where it says a number, or infinite."""
     beyond = (1 - check_level(level)) / 2
     # order statistics rather than interpolated quantiles, which are NaN beside an infinity
     below = math.floor(beyond * (len(lows) - 1))
@@ -50,7 +50,7 @@ def percentile_interval(lows: Sequence[float], highs: Sequence[float], level: fl
 
 
 def t_interval(value: float, stderr: float, free: int, level: float = 0.95) -> Interval:
-    """Of a number estimated by least squares, with `free` degrees of freedom."""
+    """The interval of a number that was estimated by least squares, with `free` degrees of freedom."""
     half = float(t.ppf((1 + check_level(level)) / 2, free)) * stderr
     return Interval(value - half, value + half, "regression", level)
 
@@ -58,7 +58,7 @@ def t_interval(value: float, stderr: float, free: int, level: float = 0.95) -> I
 def law_interval(
     law: PowerLaw, compute: ArrayLike, loss: ArrayLike, quantity: Quantity, level: float = 0.95
 ) -> Interval | None:
-    """Of a number of a law, from the regression on the points it was fitted to; None where it goes through all of them.
+    """The interval of a number of a law, from the regression on its points; None where it goes through all of them.
 
     An assumed floor has the interval of one value.
     """
@@ -78,7 +78,7 @@ def law_interval(
 def prediction_interval(
     law: PowerLaw, compute: ArrayLike, loss: ArrayLike, at: float, level: float = 0.95
 ) -> Interval | None:
-    """Of the law's loss at a compute, from the regression on the points it was fitted to; None as in `law_interval`.
+    """The interval of a law's loss at a compute, from the regression on its points; None as in `law_interval`.
 
     It is about the law itself: a single run scatters around it in addition.
     """
@@ -91,7 +91,7 @@ def prediction_interval(
 
 
 def check_level(level: float) -> float:
-    """The level itself.
+    """The level, checked.
 
     Raises:
         ValueError: a level that is not between 0 and 1.

@@ -102,7 +102,7 @@ def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | N
 
 
 def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
-    """Of a fitted law's (log scale, exponent), and floor where that was fitted, by regression of independent points.
+    """The covariance of a law's (log scale, exponent), and floor where it was fitted, as if points were independent.
 
     For a line this is the textbook formula, otherwise its linearisation at the law. NaN where no degrees of freedom
     are left.
@@ -117,7 +117,7 @@ def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
 
 
 def gradient(law: PowerLaw, compute: Array) -> Array:
-    """Of log(loss - assumed floor) by (log scale, exponent), and floor where that was fitted: (points, 2 or 3)."""
+    """The gradient of log(loss - assumed floor) by (log scale, exponent), and by a fitted floor: (points, 2 or 3)."""
     line = np.stack([np.ones_like(compute), -np.log(compute)], axis=-1)
     if law.floor_identified is None:
         return line

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from einlinear.experiments.findings.scaling.bootstrap import ScalingFit
+from einlinear.experiments.findings.scaling.fit import ScalingFit
 from einlinear.experiments.findings.scaling.frontier import Frontier
 from einlinear.experiments.findings.scaling.intervals import Interval, percentile_interval
 from einlinear.experiments.findings.scaling.laws import Array
@@ -18,10 +17,12 @@ from einlinear.experiments.findings.scaling.laws import Array
 Point = tuple[float, float]  # (compute, loss), both positive
 Bound = Literal["", ">", "<"]
 
+_PLACES = 10  # along a frontier
+
 
 @dataclass(frozen=True)
 class Multiplier:
-    """How many times the compute dense needs for the same loss; with a bound where its curve ends before it says.
+    """How many times the compute dense needs for the same loss, or a bound where the curve of dense ends before it.
 
     Attributes:
         value: the multiplier, or what it is above (">") or below ("<").
@@ -36,7 +37,7 @@ class Multiplier:
 
     @property
     def text(self) -> str:
-        """Without the multiplication sign."""
+        """The number and its bound, without the multiplication sign."""
         return f"{self.bound} {self.value:.2f}".lstrip()
 
 
@@ -105,7 +106,7 @@ def compute_multiplier(dense: Iterable[Point], compute: float, loss: float) -> M
 
 
 def spread(multipliers: Sequence[Multiplier]) -> Spread | None:
-    """The geometric mean and the range of several seeds' multipliers; None of none.
+    """The geometric mean and the range of several seeds' multipliers; None where there are none.
 
     >>> print(spread([Multiplier(2.0), Multiplier(8.0, ">")]))
     > 4.00× (2.00 to > 8.00)
@@ -121,31 +122,24 @@ def spread(multipliers: Sequence[Multiplier]) -> Spread | None:
     return Spread(mean, ordered[0], ordered[-1], len(multipliers))
 
 
-def multipliers_along(
-    fit: ScalingFit, dense: ScalingFit, *, compute: ArrayLike | None = None, points: int = 10, level: float = 0.95
-) -> tuple[MultiplierAt, ...]:
+def multipliers_along(fit: ScalingFit, dense: ScalingFit, *, level: float = 0.95) -> tuple[MultiplierAt, ...]:
     """Compute multipliers along a structure's frontier, against dense's frontier, both interpolated in log-log space.
+
+    They are those of ten computes, log-spaced over what both frontiers cover; of none where they have no compute in
+    common.
 
     The seeds of the two are resampled independently. Where they share their batches, so that the difference varies
     less than that, the intervals are too wide rather than too narrow.
 
     Args:
         fit, dense: frontiers of the structure and of dense.
-        compute: where, none below the structure's first point; None takes `points` values, log-spaced over what both
-            frontiers cover, which is none where they have no compute in common.
-        points: how many.
         level: of confidence.
-
-    Raises:
-        ValueError: compute below the structure's frontier.
     """
-    if compute is None:
-        low = max(fit.frontier.compute[0], dense.frontier.compute[0])
-        high = min(fit.frontier.compute[-1], dense.frontier.compute[-1])
-        compute = np.geomspace(low, high, points) if low <= high else []
-    places = np.atleast_1d(np.asarray(compute, dtype=float))
-    if places.size and not places.min() >= fit.frontier.compute[0]:
-        raise ValueError(f"the frontier begins at compute {fit.frontier.compute[0]:g}, after {places.min():g}")
+    low = max(fit.frontier.compute[0], dense.frontier.compute[0])
+    high = min(fit.frontier.compute[-1], dense.frontier.compute[-1])
+    if low > high:
+        return ()
+    places = np.geomspace(low, high, _PLACES)
     # both draw with the same seed as a rule: next to each other, not at the same place, their draws are independent
     pairs = list(zip(fit.draws, dense.draws[1:] + dense.draws[:1]))
     drawn = [_multipliers(own.frontier, other.frontier, places) for own, other in pairs]
@@ -167,7 +161,7 @@ def _multipliers(frontier: Frontier, dense: Frontier, places: Array) -> list[Mul
 
 
 def _interval(multipliers: Sequence[Multiplier], level: float) -> Interval:
-    """Percentiles, where a bound may be anything beyond it."""
+    """The percentile interval; a multiplier that is a bound may be anything beyond it."""
     lows = [0.0 if multiplier.bound == "<" else multiplier.value for multiplier in multipliers]
     highs = [math.inf if multiplier.bound == ">" else multiplier.value for multiplier in multipliers]
     return percentile_interval(lows, highs, level)

@@ -38,7 +38,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A figure, and how to make it.
+    """A figure of a paper, and how to make it.
 
     Attributes:
         title: what is compared.
@@ -55,13 +55,13 @@ class Recipe:
 
 
 def names() -> tuple[str, ...]:
-    """All recipes."""
+    """The names of all recipes."""
     files = (file.name for file in resources.files(__name__).iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml")))
 
 
 def load(name: str) -> Recipe:
-    """A recipe.
+    """The recipe of a name.
 
     Raises:
         ValueError: there is none of this name.
@@ -86,7 +86,7 @@ def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None =
     Args:
         name: of the recipe.
         scale: "small" or "paper".
-        overrides: options that come before those of the recipe.
+        overrides: options that override those of the recipe.
 
     Raises:
         ValueError: there is no such recipe or scale; an option that its runs do not have; the recipe has no runs, but

@@ -1,18 +1,18 @@
-"""Losses over compute: every model, the frontier and the law of every structure, and compute multipliers."""
+"""Losses over compute: every model, and the frontier and the law of every structure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean
 
 import plotly.graph_objects as go
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from einlinear.experiments.findings.fit import Law, Laws, laws_of_training, laws_per_input
-from einlinear.experiments.findings.scaling import Interval, Multiplier, MultiplierAt
+from einlinear.experiments.findings.scaling_laws import Law, Laws, laws_of_training, laws_per_input
 from einlinear.experiments.findings.summary import TRAIN_LOSS, Study, in_words, result, value
+from einlinear.experiments.report.multipliers import multipliers_of_frontiers, multipliers_of_models, with_interval
 from einlinear.experiments.report.page import (
     Cell,
     CsvRow,
@@ -41,7 +41,7 @@ _NOTE = Markup(
 
 
 def scaling(study: Study, commands: Sequence[str], floor: float | None = 0.0) -> Section | None:
-    """Final losses over the compute of an input, where a structure has models of two sizes or more."""
+    """The section on final losses over the compute of an input, if a structure has models of two sizes or more."""
     if not any(len({row.result.macs for row in curve.best}) > 1 for curve in study.curves):
         return None
     laws = {in_words(measure): laws_per_input(study, measure, floor) for measure in study.measures}
@@ -58,7 +58,7 @@ def scaling(study: Study, commands: Sequence[str], floor: float | None = 0.0) ->
             {name: [Panel("", _final_losses(own))] for name, own in laws.items()},
             _final_data(next(iter(laws.values())), study),
         ),
-        *_multiplier_figures(study),
+        *multipliers_of_models(study),
     ]
     first, last = laws.values()
     tables = [replace(_law_table(first, _MODELS), note=Markup()), _law_table(last, _MODELS)]
@@ -66,23 +66,16 @@ def scaling(study: Study, commands: Sequence[str], floor: float | None = 0.0) ->
 
 
 def scaling_of_training(study: Study, commands: Sequence[str], floor: float | None = 0.0) -> Section | None:
-    """The error during training over the compute so far, where it was measured during training."""
+    """The section on the error over the compute so far, if it was measured during training."""
     laws = laws_of_training(study, floor)
     if laws is None:
         return None
     text = Markup("<p>The {} of every model, whenever it was measured, by the compute of all training so far.</p>")
     caption = "Thin lines: single runs; thick lines: the frontier of each structure; dashed: power laws through it."
     name = in_words(laws.measure)
-    figures = [
-        Figure("error-over-training-compute", Markup(caption), {name: [Panel("", _training(laws))]}, _runs(laws))
-    ]
-    if any(law.multipliers for law in laws.laws):
-        plot = _along(laws)
-        caption = "How many times the compute dense needs for the same error, along each frontier; bars: 95 %."
-        figures.append(Figure("compute-multipliers", Markup(caption), {"": [Panel("", plot)]}, _along_data(laws)))
-    return Section(
-        "Error and compute of the training", text.format(name), [*figures, _law_table(laws, _HULL)], commands
-    )
+    figure = Figure("error-over-training-compute", Markup(caption), {name: [Panel("", _training(laws))]}, _runs(laws))
+    parts: list[Figure | Table] = [figure, *multipliers_of_frontiers(laws), _law_table(laws, _HULL)]
+    return Section("Error and compute of the training", text.format(name), parts, commands)
 
 
 def _final_losses(laws: Laws) -> go.Figure:
@@ -99,7 +92,7 @@ def _final_losses(laws: Laws) -> go.Figure:
 
 
 def _add_models(figure: go.Figure, i: int, law: Law) -> list[float]:
-    """The means of one curve, and behind them the seeds where there are several; what was drawn."""
+    """Draw the means of one curve, and behind them the seeds where there are several; returns the losses drawn."""
     models = list(zip(law.rows, (own.losses[:, 0].tolist() for own in law.losses), strict=True))
     seeds = [
         (record, own) for row, losses in models if len(losses) > 1 for record, own in zip(row.good, losses, strict=True)
@@ -148,116 +141,6 @@ def _add_law(figure: go.Figure, i: int, law: Law, dash: str = "solid") -> None:
     )
 
 
-def _multiplier_figures(study: Study) -> list[Figure]:
-    """The compute multiplier of every model against dense, for both measures."""
-    views = {}
-    for measure in study.measures:
-        plot = _multipliers(study, measure)
-        if plot is not None:
-            views[in_words(measure)] = [Panel("", plot)]
-    data = [
-        {
-            "curve": row.curve,
-            "structure": row.run.model.structure,
-            "width": row.run.model.width,
-            "lr": row.run.training.lr,
-            "macs": row.result.macs,
-            "measure": measure,
-            "multiplier": spread.mean.value if spread.mean else "",
-            "bound": spread.mean.bound if spread.mean else "",
-            "smallest": spread.smallest.value,
-            "largest": spread.largest.value,
-            "seeds": spread.seeds,
-        }
-        for curve in study.curves
-        for row in curve.best
-        for measure, spread in row.multipliers.items()
-    ]
-    caption = Markup(
-        "Compute multiplier: how many times these MACs dense of the same seeds needs for the same loss. Up is better, "
-        "dense is 1. Bars: the range over seeds. Open triangles are bounds, where the curve of dense ends before it "
-        "says: lower bounds point up, upper ones down."
-    )
-    return [Figure("compute-multipliers", caption, views, data)] if views else []
-
-
-def _multipliers(study: Study, measure: str) -> go.Figure | None:
-    figure, shown = go.Figure(), [1.0]
-    macs: list[float] = []
-    for i, curve in enumerate(study.curves):
-        models = [(row, own, own.mean) for row in curve.best if (own := row.multipliers.get(measure)) and own.mean]
-        if all(str(spread) == "1.00×" for _, spread, _ in models):  # dense
-            continue
-        places = [
-            _Place(
-                row.result.macs,
-                mean,
-                (spread.smallest.value, spread.largest.value),
-                f"{hover_of_mean(row.good)}<br>{spread}",
-            )
-            for row, spread, mean in models
-        ]
-        _add_multipliers(figure, i, curve.name, places)
-        macs += [place.macs for place in places]
-        shown += [end for place in places for end in place.ends]
-    if not macs:
-        return None
-    _finish(figure, macs, shown, f"MACs per {study.input}")
-    return figure
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A compute multiplier at some compute, the ends of its bar, and what the pointer shows."""
-
-    macs: float
-    multiplier: Multiplier
-    ends: tuple[float, float]
-    hover: str
-
-
-def _add_multipliers(figure: go.Figure, i: int, name: str, places: Sequence[_Place]) -> None:
-    """A line through those that are known, and triangles for the bounds."""
-    exact = [place for place in places if not place.multiplier.bound]
-    bounds = [place for place in places if place.multiplier.bound]
-    common = {"legendgroup": name, "name": name, "hovertemplate": "%{customdata}<extra></extra>"}
-    if exact:
-        figure.add_scatter(
-            x=[place.macs for place in exact],
-            y=[place.multiplier.value for place in exact],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [place.ends[1] - place.multiplier.value for place in exact],
-                "arrayminus": [place.multiplier.value - place.ends[0] for place in exact],
-                "thickness": 1,
-            },
-            customdata=[place.hover for place in exact],
-            mode="lines+markers",
-            marker={"color": colour(i), "symbol": symbol(i), "size": 8},
-            line={"color": colour(i), "width": 1.5},
-            **common,
-        )
-    if bounds:
-        symbols = {">": "triangle-up-open", "<": "triangle-down-open"}
-        figure.add_scatter(
-            x=[place.macs for place in bounds],
-            y=[place.multiplier.value for place in bounds],
-            customdata=[place.hover for place in bounds],
-            mode="markers",
-            marker={"color": colour(i), "symbol": [symbols[place.multiplier.bound] for place in bounds], "size": 8},
-            showlegend=not exact,
-            **common,
-        )
-
-
-def _finish(figure: go.Figure, macs: Sequence[float], shown: Sequence[float], title: str) -> None:
-    style(figure)
-    figure.add_hline(y=1, line={"color": colour(0), "width": 1, "dash": "dot"})
-    figure.update_xaxes(**log_axis(macs, title))
-    figure.update_yaxes(**log_axis(shown, "compute multiplier"))
-
-
 def _training(laws: Laws) -> go.Figure:
     figure = go.Figure()
     compute: list[float] = []
@@ -302,31 +185,6 @@ def _add_frontier(figure: go.Figure, i: int, law: Law) -> None:
     )
 
 
-def _along(laws: Laws) -> go.Figure:
-    figure, shown = go.Figure(), [1.0]
-    for i, law in enumerate(laws.laws):
-        places = [
-            _Place(
-                own.compute,
-                own.multiplier,
-                _ends(own.interval, own.multiplier.value),
-                f"{escape(law.curve.name)}<br>{own.compute:.3g} MACs: {_with_interval(own)}",
-            )
-            for own in law.multipliers
-        ]
-        _add_multipliers(figure, i, law.curve.name, places)
-        shown += [end for place in places for end in place.ends]
-    _finish(figure, [own.compute for law in laws.laws for own in law.multipliers], shown, laws.compute)
-    return figure
-
-
-def _ends(interval: Interval | None, value: float) -> tuple[float, float]:
-    """Of a bar; an end that the data does not set is not drawn."""
-    if interval is None:
-        return value, value
-    return interval.low or value, interval.high if math.isfinite(interval.high) else value
-
-
 def _law_table(laws: Laws, frontier: str) -> Table:
     floor = laws.floor is None or laws.floor > 0
     headings = ["exponent", "95 % interval", "R²", "scale", *(["floor"] if floor else []), "models", "on the frontier"]
@@ -350,18 +208,12 @@ def _law_row(law: Law, floor: bool) -> list[Cell]:
         *([Cell(f"{numbers.floor:.3g}{doubt}", numbers.floor)] if floor else []),
         Cell(str(len(law.rows)), len(law.rows)),
         Cell(f"{points} points", points),
-        Cell(_with_interval(law.multiplier), law.multiplier.multiplier.value) if law.multiplier else Cell("–"),
+        Cell(with_interval(law.multiplier), law.multiplier.multiplier.value) if law.multiplier else Cell("–"),
     ]
 
 
 def _no_law(law: Law, cells: int) -> list[Cell]:
     return [Cell("–"), Cell(law.why), *(cells - 1) * [Cell("–")]]
-
-
-def _with_interval(at: MultiplierAt) -> str:
-    if at.multiplier.bound or at.interval is None:
-        return str(at.multiplier)
-    return f"{at.multiplier} ({at.interval.low:.2f} to {at.interval.high:.2f})"
 
 
 def _final_data(laws: Laws, study: Study) -> list[CsvRow]:
@@ -380,20 +232,4 @@ def _runs(laws: Laws) -> list[CsvRow]:
         for row, own in zip(law.rows, law.losses, strict=True)
         for record, losses in zip(row.good, own.losses.tolist(), strict=True)
         for compute, loss in zip(own.compute.tolist(), losses, strict=True)
-    ]
-
-
-def _along_data(laws: Laws) -> list[CsvRow]:
-    return [
-        {
-            "curve": law.curve.name,
-            "training_macs": own.compute,
-            "loss": own.loss,
-            "multiplier": own.multiplier.value,
-            "bound": own.multiplier.bound,
-            "low": own.interval.low if own.interval else "",
-            "high": own.interval.high if own.interval else "",
-        }
-        for law in laws.laws
-        for own in law.multipliers
     ]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from einlinear.experiments.findings.updates import CoordinateCheck, Updates, measured
+from einlinear.experiments.findings.coord_check import CoordinateCheck, Updates, is_change
 from einlinear.experiments.report.page import Cell, Figure, Panel, Section, Table
 from einlinear.experiments.report.plots import colour, log_axis, style, symbol
 
 
-def feature_updates(check: CoordinateCheck) -> Section:
+def coord_check(check: CoordinateCheck) -> Section:
     """A figure and a table of a coordinate check."""
     text = Markup("<p>A level line means that the learning rate carries over from one width to another. {}.</p>")
     caption = Markup(
@@ -24,7 +24,7 @@ def feature_updates(check: CoordinateCheck) -> Section:
             "structure": update.structure,
             "structure_aware": update.structure_aware,
             "width": width,
-            "relative_update": value if measured(value) else "",
+            "relative_update": value if is_change(value) else "",
         }
         for update in check.updates
         for width, value in update.by_width.items()
@@ -42,7 +42,7 @@ def _plot(updates: Sequence[Updates]) -> go.Figure:
         name = _name(update)
         figure.add_scatter(
             x=list(update.by_width),
-            y=[value if measured(value) else None for value in update.by_width.values()],
+            y=[value if is_change(value) else None for value in update.by_width.values()],
             name=name,
             mode="lines+markers",
             marker={
@@ -55,7 +55,7 @@ def _plot(updates: Sequence[Updates]) -> go.Figure:
         )
     style(figure)
     widths = _widths(updates)
-    values = [value for update in updates for value in update.by_width.values() if measured(value)]
+    values = [value for update in updates for value in update.by_width.values() if is_change(value)]
     figure.update_xaxes(title="width", type="log", tickvals=widths, ticktext=[str(width) for width in widths])
     figure.update_yaxes(**log_axis(values, "relative change of features in a step"))
     return figure
@@ -74,7 +74,7 @@ def _table(updates: Sequence[Updates]) -> Table:
 
 
 def _change(value: float) -> Cell:
-    return Cell(f"{value:.4g}", value) if measured(value) or value == 0 else Cell("diverged")
+    return Cell(f"{value:.4g}", value) if is_change(value) or value == 0 else Cell("diverged")
 
 
 def _name(update: Updates) -> str:

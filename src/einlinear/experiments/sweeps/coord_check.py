@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from einlinear.experiments.findings.updates import Updates
+from einlinear.experiments.runs.data import Problem
 from einlinear.experiments.runs.execute import initialised
 from einlinear.experiments.runs.models import DENSE
-from einlinear.experiments.runs.problems import Problem
+from einlinear.experiments.runs.options import names
 from einlinear.experiments.runs.run import Run
+from einlinear.experiments.sweeps import compare
 from einlinear.parametrize.coord_check import coord_check
+from einlinear.training import Training
 
 _BATCHES = 16  # different ones, used in turn
+_OF_TRAINING = ("steps", "lr")
+_WITHOUT_EFFECT = {"structure", "width", *names(Training), "validation_tokens"} - {*_OF_TRAINING}
+
+
+def template(options: Mapping[str, Any]) -> Run:
+    """A run with the defaults of a comparison, on top of which come the options.
+
+    Raises:
+        ValueError: an option that is unknown or wrong, or one of a run that a coordinate check has no use for.
+    """
+    refused = [name for name in options if name in _WITHOUT_EFFECT]
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)} cannot be set: a coordinate check varies structure, width and structure_aware, and "
+            "trains in float32 on the CPU with AdamW at a constant learning rate; it evaluates nothing. Of training "
+            f"only {' and '.join(_OF_TRAINING)} can be set"
+        )
+    return compare.template(options)
 
 
 def check(template: Run, problem: Problem, structures: Sequence[str], widths: Sequence[int]) -> None:
@@ -47,15 +67,19 @@ def measure(
     structures: Sequence[str],
     widths: Sequence[int],
     progress: Callable[[str, int, int], None] | None = None,
-) -> Iterator[Updates]:
-    """The updates of all `cases`.
+) -> Iterator[tuple[str, bool, dict[int, float]]]:
+    """Train the models of all `cases`, and measure how much one step changes the features after the last block.
 
     Args:
-        template: a run, of which structure and width are varied; of its training count steps and lr.
+        template: a run of which structure and width are varied; of its training only steps and lr count.
         problem: its data.
         structures: specs.
         widths: to compare.
         progress: called with (structure, width, step) after every step.
+
+    Yields:
+        The structure, whether its factors had their own learning rates, and width -> relative update: what
+        `einlinear.experiments.findings.coord_check.Updates` is made of.
     """
     steps = template.training.steps
     batches = [problem.task.batch(step) for step in range(min(steps, _BATCHES))]
@@ -80,15 +104,9 @@ def measure(
             base=base,
             layers=base.last_block,
             steps=steps,
-            loss=_loss,
+            loss=problem.task.loss,
             lr_scale=base.LR_SCALE,
             structure_aware=structure_aware,
             progress=report,
         )
-        yield Updates(spec, structure_aware, {measured.width: measured.relative_update for measured in found})
-
-
-def _loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    if targets.is_floating_point():
-        return F.mse_loss(outputs, targets)
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+        yield spec, structure_aware, {measured.width: measured.relative_update for measured in found}

@@ -50,14 +50,14 @@ class Law:
 
     @property
     def interval(self) -> Interval | None:
-        """Of the exponent: from seeds where every model has several, else from the regression."""
+        """The interval of the exponent: from the seeds where every model has several, else from the regression."""
         if self.fit is None:
             return None
         return self.fit.interval("exponent") or self.fit.interval("exponent", "regression")
 
     @property
     def multiplier(self) -> MultiplierAt | None:
-        """At the most compute at which dense's frontier tells it; a bound where that is nowhere."""
+        """The multiplier at the most compute at which dense's frontier tells it; a bound where it tells it nowhere."""
         exact = [along for along in self.multipliers if not along.multiplier.bound]
         return next(reversed(exact or self.multipliers), None)
 
@@ -86,7 +86,7 @@ class Laws:
 
 
 def laws_per_input(study: Study, measure: str, floor: float | None = 0.0) -> Laws:
-    """Final losses over the MACs of one input; every model at its best learning rate.
+    """The laws of final losses over the MACs of one input, with every model at its best learning rate.
 
     A law is fitted to all models of a curve that no cheaper one of them beats (arXiv 2406.06248 takes all).
 
@@ -100,10 +100,10 @@ def laws_per_input(study: Study, measure: str, floor: float | None = 0.0) -> Law
 
 
 def laws_of_training(study: Study, floor: float | None = 0.0) -> Laws | None:
-    """The error, whenever it was measured, over the MACs of all forward passes so far; None where only at the end.
+    """The laws of the error during training over the MACs so far; None where it was measured at the end only.
 
-    A law is fitted to the points at the lower convex hull of all training curves. Runs of several lengths (`steps`)
-    share it. See `laws_per_input`.
+    MACs are those of all forward passes. A law is fitted to the points at the lower convex hull of all training
+    curves. Runs of several lengths (`steps`) share it. See `laws_per_input`.
     """
     curves = make_curves(study.records, apart_from=LENGTHS)
     laws = [_law(curve, lambda row: evaluations(row, study.error), floor, _HULL) for curve in curves]
@@ -137,7 +137,7 @@ def as_json(laws: Laws, at: Sequence[float] = ()) -> dict[str, Any]:
 
 
 def _compute_at(row: Row, step: int) -> float:
-    """MACs of all forward passes up to a step; a model that was made dense has cost less before."""
+    """The MACs of all forward passes up to a step; before a model was made dense, a step cost less."""
     own, dense_from = row.result, row.run.training.densify_at
     final = own.macs * own.inputs
     if dense_from is None or own.steps <= dense_from:
@@ -147,7 +147,7 @@ def _compute_at(row: Row, step: int) -> float:
 
 
 def _measured(record: Record, measure: str) -> dict[int, float]:
-    """Step -> measure."""
+    """The measure by step; at the last one only where it was not measured during training."""
     lines = metrics.read(record.folder / METRICS)
     found = {line["step"]: line[measure] for line in lines if line.get(measure) is not None}
     return found or {result(record).steps: result(record).measures[measure]}
@@ -158,7 +158,7 @@ def _final(row: Row, measure: str) -> LossCurves:
 
 
 def _law(curve: Curve, losses: Callable[[Row], LossCurves], floor: float | None, tolerance: float) -> Law:
-    """What has no logarithm is left out: an error of zero, or one at an assumed floor."""
+    """Fit a curve. What has no logarithm is left out: an error of zero, or one at an assumed floor."""
     found = [(row, _positive(losses(row), floor or 0.0)) for row in curve.best if row.good]
     found = [(row, own) for row, own in found if own.compute.size]
     rows, curves = tuple(row for row, _ in found), tuple(own for _, own in found)

@@ -35,9 +35,9 @@ class Updates:
 
     @property
     def largest_over_smallest(self) -> float | None:
-        """Near 1 where learning rates carry over; None where a run diverged or its features did not move at all."""
+        """It is near 1 where learning rates carry over; None where a run diverged or its features did not move."""
         values = self.by_width.values()
-        return max(values) / min(values) if all(map(measured, values)) else None
+        return max(values) / min(values) if all(map(is_change, values)) else None
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class CoordinateCheck:
     source: str
 
 
-def measured(value: float) -> bool:
-    """Whether it is a change: not NaN or infinite, as where a run diverged, and not zero."""
+def is_change(value: float) -> bool:
+    """Whether a value is a change: where a run diverged it is NaN or infinite, where nothing moved it is zero."""
     return 0 < value < math.inf
 
 
@@ -77,7 +77,7 @@ def write_updates(folder: Path, updates: Sequence[Updates], command: str, source
 
 
 def read_updates(folder: Path) -> CoordinateCheck | None:
-    """The file of a folder; None where there is none.
+    """Read the file of a folder; None where there is none.
 
     Raises:
         ValueError: it is damaged, or of another format.

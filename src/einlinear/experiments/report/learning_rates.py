@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from einlinear.experiments.findings.learning_rates import Landscape, Optimum, factor, landscapes
+from einlinear.experiments.findings.learning_rates import Landscape, Optimum, landscapes, largest_over_smallest
 from einlinear.experiments.findings.summary import TRAIN_LOSS, Curve, Study, in_words, result, value
 from einlinear.experiments.report.page import Cell, CsvRow, Figure, Panel, Section, Table, csv_row, hover, hover_of_mean
 from einlinear.experiments.report.plots import colour, log_axis, shade, style, symbol
@@ -18,7 +18,7 @@ _HEIGHT = 340
 
 
 def learning_rates(study: Study, commands: Sequence[str]) -> Section | None:
-    """Where some model was trained at three learning rates or more."""
+    """The section, if some model was trained at three learning rates or more."""
     found = {measure: _landscapes(study, measure) for measure in study.measures}
     if not any(found.values()):
         return None
@@ -51,7 +51,7 @@ def learning_rates(study: Study, commands: Sequence[str]) -> Section | None:
 
 
 def _landscapes(study: Study, measure: str) -> Found:
-    """A structure's own learning rates first, then its naive ones."""
+    """The landscapes of every curve that has any."""
     found = [(curve, landscapes(study, curve, measure)) for curve in study.curves]
     return [(curve, own) for curve, own in found if own]
 
@@ -77,7 +77,7 @@ def _panels(found: Found, measure: str) -> list[Panel]:
 
 
 def _add(figure: go.Figure, landscape: Landscape, measure: str, i: int, count: int, top: float) -> None:
-    """One size: seeds, means, those that diverged, and the optimum."""
+    """Draw one size: seeds, means, those that diverged, and the optimum."""
     look = {"color": shade(i, count), "symbol": symbol(i)}
     template = "%{customdata}<br>%{y:.4g}<extra></extra>"
     good = [row for row in landscape.rows if row.good]
@@ -173,7 +173,7 @@ def _table(found: Found, measure: str) -> Table:
     rows = []
     for i, (curve, own) in enumerate(found):
         by_size = {landscape.size: landscape.optimum for landscape in own}
-        times = factor(own)
+        times = largest_over_smallest(own)
         cells = [_optimum(by_size[size]) if size in by_size else Cell("") for size in ordered]
         last = Cell(f"{times:.2f}", times) if times else Cell("–")
         rows.append([Cell(curve.name, curve.name, i), last, *cells])
@@ -193,7 +193,7 @@ def _optimum(best: Optimum | None) -> Cell:
 
 
 def _widths(found: Found) -> dict[str, int]:
-    """Of every size."""
+    """The width of every size."""
     return {model.size: model.width for _, models in found for model in models}
 
 
