@@ -93,6 +93,24 @@ def test_a_law_over_the_compute_of_the_training(tmp_path: Path) -> None:
     assert max(own.fit.frontier.compute) == 10 * 128**2 * BATCH * 200
 
 
+def test_the_frontier_of_training_has_rules(tmp_path: Path) -> None:
+    (study,) = studies(trained(tmp_path, 200))
+
+    def points(**rules: Any) -> list[float]:
+        laws = laws_of_training(study, **rules)
+        assert laws is not None
+        assert laws.laws[0].fit is not None
+        return laws.laws[0].fit.frontier.compute.tolist()
+
+    everything = points()
+    low, high = everything[1], everything[-2]
+    assert points(window=(low, high)) == everything[1:-1]
+    with pytest.raises(ValueError, match="tolerance is a share of the loss"):
+        points(tolerance=-0.5)
+    with pytest.raises(ValueError, match="window is from the least to the most compute, not from 2 to 1"):
+        points(window=(2.0, 1.0))
+
+
 def test_without_evaluations_during_training_there_is_no_such_law(tmp_path: Path) -> None:
     (study,) = studies(final(tmp_path, "dense", 1))
     assert laws_of_training(study) is None

@@ -102,3 +102,11 @@ def test_what_is_wrong_is_said(
     code, _, err = run(*arguments)
     assert code == 2
     assert message in err
+
+
+def test_fit_takes_rules_for_the_frontier_of_training(folder: Path) -> None:
+    assert run("fit", folder, "--window", "1k,1T", "--prune", "--tolerance", "0.05")[0] == 0
+    code, _, err = run("fit", folder, "--window", "1T")
+    assert (code, "must be two numbers" in err) == (2, True)
+    code, _, err = run("fit", folder, "--window", "1T,1k")
+    assert (code, "from the least to the most" in err) == (2, True)

@@ -29,6 +29,15 @@ def fit(
     at: Annotated[
         str | None, typer.Option(help="Also say what loss the laws give for these computes, such as 1M,1G or 1e12.")
     ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Of laws over training: how far above the hull a point of the frontier may be.")
+    ] = 0.02,
+    window: Annotated[
+        str | None, typer.Option(help="Of laws over training: the least and the most MACs, such as 1T,100T.")
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Of laws over training: drop the last points where that explains more.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="A JSON file for all numbers.")] = None,
 ) -> None:
     """Fit scaling laws to the runs in results folders: loss = floor + scale × compute^-exponent, by structure."""
@@ -40,6 +49,9 @@ def fit(
 
     with user_errors():
         assumed, computes = floor_of(floor), numbers(at, "--at") or ()
+        ends = numbers(window, "--window") or (0.0, math.inf)
+        if len(ends) != 2:
+            raise ValueError(f"--window must be two numbers, the least and the most MACs, not {window!r}")
         found = studies(record for folder in folders for record in open_store(folder).records())
         if not found:
             raise ValueError(f"{' and '.join(map(str, folders))}: no finished runs yet")
@@ -47,7 +59,8 @@ def fit(
     for study in found:
         display.note(f"{study}, {len(study.records)} runs")
         final = [laws_per_input(study, measure, assumed) for measure in study.measures]
-        training = laws_of_training(study, assumed)
+        with user_errors():
+            training = laws_of_training(study, assumed, tolerance=tolerance, window=ends, prune=prune)
         laws = [*final, *([training] if training else [])]
         for own in laws:
             _print(own, computes)

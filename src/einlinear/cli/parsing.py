@@ -23,7 +23,7 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     """ "50k,1.5M" -> (50000, 1500000)."""
     if text is None:
         return None
-    sizes = {"k": 10**3, "m": 10**6, "g": 10**9}
+    sizes = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     found: list[int] = []
     for word in filter(None, map(str.strip, text.split(","))):
         size = sizes.get(word[-1].lower())

@@ -107,9 +107,9 @@ def test_bad_curves() -> None:
     good = LossCurves(np.array([1.0]), np.array([[2.0]]))
     with pytest.raises(ValueError, match="got none"):
         fit_scaling([])
-    with pytest.raises(ValueError, match=r"at least 2 points on the frontier, got 1"):
+    with pytest.raises(ValueError, match=r"at least 2 points on the frontier, in the window, got 1"):
         fit_scaling([good])
-    with pytest.raises(ValueError, match=r"at least 4 points on the frontier, got 3"):
+    with pytest.raises(ValueError, match=r"at least 4 points on the frontier, in the window, got 3"):
         fit_scaling([LossCurves(np.array([1.0, 2, 3]), np.array([[6.0, 3, 2]]))], floor=None)
     with pytest.raises(ValueError, match=r"curve 1 has compute of shape \(1,\) and losses of shape \(1,\)"):
         fit_scaling([good, LossCurves(np.array([1.0]), np.array([2.0]))])

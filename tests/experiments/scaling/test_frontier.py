@@ -47,6 +47,24 @@ def test_the_floor_is_subtracted_before_the_hull_is_taken() -> None:
     assert pareto_frontier(compute, loss, floor=1.0).loss.tolist() == [2.0, 1.1]  # as given
 
 
+def test_the_window_selects_from_the_frontier_of_all_points() -> None:
+    compute, loss = [1, 10, 20, 100], [8, 4, 3.9, 2]
+    assert kept(compute, loss) == [0, 1, 3]
+    assert kept(compute, loss, window=(5, 50)) == [1]
+    assert kept(compute, loss, window=(10, 100)) == [1, 3]
+    assert kept(compute, loss, window=(200, 300)) == []
+
+
+def test_pruning_takes_the_runs_that_were_not_finished() -> None:
+    compute = np.geomspace(1, 1e6, 7)
+    loss = 8 * compute**-0.1
+    loss[5:] = loss[4] * np.array([0.99, 0.985])
+    assert kept(compute.tolist(), loss.tolist()) == [0, 1, 2, 3, 4, 5, 6]
+    assert kept(compute.tolist(), loss.tolist(), prune=True) == [0, 1, 2, 3, 4]
+    convex = 1 + 8 * compute**-0.1  # every point less explains more
+    assert kept(compute.tolist(), convex.tolist(), prune=True) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("compute", "loss", "index"),
     [
@@ -75,6 +93,8 @@ def test_bad_arguments() -> None:
         pareto_frontier([1, 2], [3, 2], floor=2)
     with pytest.raises(ValueError, match="tolerance is a share"):
         pareto_frontier([1, 2], [2, 1], tolerance=-0.1)
+    with pytest.raises(ValueError, match="from the least to the most compute"):
+        pareto_frontier([1, 2], [2, 1], window=(2, 1))
 
 
 def test_the_loss_between_points() -> None:
@@ -129,13 +149,12 @@ def test_the_envelope_of_training_curves(floor: float) -> None:
     compute = np.concatenate([width * np.geomspace(1e3, 1e8, 60) for width in widths])
     width = np.repeat(widths, 60)
     loss = floor + 30 * width**-0.3 + 30 * (compute / width) ** -0.3
-    index = pareto_frontier(compute, loss, floor=floor).index
-    index = index[(compute[index] > 2e8) & (compute[index] < 5e13)]  # where it is that of narrower and of wider ones
-    assert set(width[index]) == set(widths)
-    law = power_law(compute[index], loss[index], floor=floor)
+    frontier = pareto_frontier(compute, loss, floor=floor, window=(2e8, 5e13))
+    assert set(width[frontier.index]) == set(widths)
+    law = power_law(frontier.compute, frontier.loss, floor=floor)
     assert law.exponent == pytest.approx(0.15, rel=0.01)
     assert law(1e15) == pytest.approx(floor + 60 * 1e15**-0.15, rel=0.03)
-    fitted = power_law_with_floor(compute[index], loss[index])
+    fitted = power_law_with_floor(frontier.compute, frontier.loss)
     assert fitted.floor == pytest.approx(floor, abs=0.02)
     assert fitted.exponent == pytest.approx(0.15, rel=0.03)
     everything = power_law(compute, loss, floor=floor)

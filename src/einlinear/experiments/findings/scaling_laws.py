@@ -15,6 +15,7 @@ from einlinear.experiments.findings.scaling import (
     MultiplierAt,
     Prediction,
     ScalingFit,
+    check_rules,
     fit_scaling,
     multipliers_along,
 )
@@ -25,7 +26,7 @@ from einlinear.training import metrics
 PER_INPUT, TRAINING = "MACs per {input}", "MACs of the training"  # forward passes only
 _RESAMPLES = 300  # a second for a few structures
 _ANY = 1e9  # tolerance of a frontier that holds every model that no cheaper one beats, however far above the hull
-_HULL = 0.02  # that of arXiv 2410.02117 for the points of training curves
+HULL = 0.02  # that of arXiv 2410.02117 for the points of training curves
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,29 @@ def laws_per_input(study: Study, measure: str, floor: float | None = 0.0) -> Law
     return Laws(measure, PER_INPUT.format(input=study.input), floor, _against_dense(laws))
 
 
-def laws_of_training(study: Study, floor: float | None = 0.0) -> Laws | None:
+def laws_of_training(
+    study: Study,
+    floor: float | None = 0.0,
+    *,
+    tolerance: float = HULL,
+    window: tuple[float, float] = (0.0, math.inf),
+    prune: bool = False,
+) -> Laws | None:
     """The laws of the error during training over the MACs so far; None where it was measured at the end only.
 
     MACs are those of all forward passes. A law is fitted to the points at the lower convex hull of all training
-    curves. Runs of several lengths (`steps`) share it. See `laws_per_input`.
+    curves. Runs of several lengths (`steps`) share it.
+
+    Args:
+        study, floor: as for `laws_per_input`.
+        tolerance, window, prune: of the frontier, see `scaling.pareto_frontier`.
+
+    Raises:
+        ValueError: a tolerance or a window that no frontier can have.
     """
+    check_rules(tolerance, window)
     curves = make_curves(study.records, apart_from=LENGTHS)
-    laws = [_law(curve, lambda row: evaluations(row, study.error), floor, _HULL) for curve in curves]
+    laws = [_law(curve, lambda row: evaluations(row, study.error), floor, tolerance, window, prune) for curve in curves]
     if all(len(own.compute) == 1 for law in laws for own in law.losses):
         return None
     return Laws(study.error, TRAINING, floor, _against_dense(laws))
@@ -157,13 +173,20 @@ def _final(row: Row, measure: str) -> LossCurves:
     return LossCurves(np.array([row.result.macs], dtype=float), np.array(row.values(measure), dtype=float)[:, None])
 
 
-def _law(curve: Curve, losses: Callable[[Row], LossCurves], floor: float | None, tolerance: float) -> Law:
+def _law(
+    curve: Curve,
+    losses: Callable[[Row], LossCurves],
+    floor: float | None,
+    tolerance: float,
+    window: tuple[float, float] = (0.0, math.inf),
+    prune: bool = False,
+) -> Law:
     """Fit a curve. What has no logarithm is left out: an error of zero, or one at an assumed floor."""
     found = [(row, _positive(losses(row), floor or 0.0)) for row in curve.best if row.good]
     found = [(row, own) for row, own in found if own.compute.size]
     rows, curves = tuple(row for row, _ in found), tuple(own for _, own in found)
     try:
-        fit = fit_scaling(curves, floor=floor, tolerance=tolerance, resamples=_RESAMPLES)
+        fit = fit_scaling(curves, floor=floor, tolerance=tolerance, window=window, prune=prune, resamples=_RESAMPLES)
     except ValueError as error:
         return Law(curve, rows, curves, None, str(error))
     return Law(curve, rows, curves, fit)

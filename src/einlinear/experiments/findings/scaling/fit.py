@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -114,6 +115,8 @@ def fit_scaling(
     *,
     floor: float | None = 0.0,
     tolerance: float = 0.02,
+    window: tuple[float, float] = (0.0, math.inf),
+    prune: bool = False,
     resamples: int = 1000,
     seed: int = 0,
 ) -> ScalingFit:
@@ -135,7 +138,7 @@ def fit_scaling(
     Args:
         curves: one for every model.
         floor: assumed; or None, to fit it.
-        tolerance: of the frontier, see `pareto_frontier`.
+        tolerance, window, prune: of the frontier, see `pareto_frontier`.
         resamples: how many.
         seed: of the resamples, which are the same for the same seed.
 
@@ -154,7 +157,7 @@ def fit_scaling(
 
     def frontier(losses: Sequence[Array]) -> Frontier:
         mean = np.concatenate([seeds.mean(0) for seeds in losses])
-        return pareto_frontier(compute, mean, floor=floor or 0.0, tolerance=tolerance)
+        return pareto_frontier(compute, mean, floor=floor or 0.0, tolerance=tolerance, window=window, prune=prune)
 
     def fit(frontier: Frontier, near: float | None = None) -> PowerLaw:
         x, y = frontier.compute, frontier.loss
@@ -163,7 +166,9 @@ def fit_scaling(
     enough = MIN_POINTS if floor is not None else MIN_POINTS_WITH_FLOOR
     best = frontier([curve.losses for curve in curves])
     if len(best.index) < enough:
-        raise ValueError(f"the law needs at least {enough} points on the frontier, got {len(best.index)}")
+        raise ValueError(
+            f"the law needs at least {enough} points on the frontier, in the window, got {len(best.index)}"
+        )
     law = fit(best)
     single = any(len(curve.losses) == 1 for curve in curves)
     frontiers = [frontier(losses) for losses in _resamples(curves, 0 if single else resamples, seed)]

@@ -42,6 +42,8 @@ def pareto_frontier(
     *,
     floor: float = 0.0,
     tolerance: float = 0.02,
+    window: tuple[float, float] = (0.0, math.inf),
+    prune: bool = False,
 ) -> Frontier:
     """The points that lie on the lower convex hull of (log compute, log(loss - floor)), or hardly above it.
 
@@ -56,12 +58,14 @@ def pareto_frontier(
         compute, loss: of every point, both (points,), in any order.
         floor: assumed; subtracted from the loss.
         tolerance: points belong to the frontier whose loss - floor is above the hull's by at most this share.
+        window: the least and the most compute of points that are kept. The hull is that of all points.
+        prune: drop the point of most compute, one by one, as long as a power law then explains more (its R² grows):
+            runs that did not get to their frontier before training ended. Three points are always left.
 
     Raises:
-        ValueError: points that have no logarithm, or a negative tolerance.
+        ValueError: points that have no logarithm, a negative tolerance, or an empty window.
     """
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance is a share of the loss, 0.02 for 2 %, not {tolerance}")
+    check_rules(tolerance, window)
     x, y = log_points(compute, loss, floor)
     hull = _lower_hull(x, y)
     near = np.flatnonzero(y <= np.interp(x, x[hull], y[hull]) + math.log1p(tolerance) + ROUNDING)
@@ -69,7 +73,18 @@ def pareto_frontier(
     best_before = np.minimum.accumulate(np.concatenate([[math.inf], y[order][:-1]]))
     index = order[y[order] < best_before]
     compute, loss = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
+    index = index[(window[0] <= compute[index]) & (compute[index] <= window[1])]
+    while prune and len(index) > 3 and _r_squared(x, y, index[:-1]) > _r_squared(x, y, index):
+        index = index[:-1]
     return Frontier(index, compute[index], loss[index])
+
+
+def check_rules(tolerance: float, window: tuple[float, float]) -> None:
+    """Raise ValueError for a tolerance or a window that no frontier can have."""
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance is a share of the loss, 0.02 for 2 %, not {tolerance}")
+    if not window[0] < window[1]:
+        raise ValueError(f"window is from the least to the most compute, not from {window[0]:g} to {window[1]:g}")
 
 
 def _lower_hull(x: Array, y: Array) -> NDArray[np.intp]:
@@ -83,3 +98,7 @@ def _lower_hull(x: Array, y: Array) -> NDArray[np.intp]:
     corners = ConvexHull(np.concatenate([np.stack([x, y], axis=1), dummies])).vertices
     corners = corners[corners < len(x)]
     return np.asarray(corners[np.argsort(x[corners])])
+
+
+def _r_squared(x: Array, y: Array, index: NDArray[np.intp]) -> float:
+    return float(np.corrcoef(x[index], y[index])[0, 1]) ** 2
