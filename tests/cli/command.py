@@ -1,5 +1,9 @@
 """Calling the command line, from the arguments to the exit code, and what several tests call it with."""
 
+import inspect
+import re
+from collections.abc import Callable
+
 from typer.testing import CliRunner
 
 from einlinear.cli.app import app
@@ -23,3 +27,11 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
     assert "Traceback" not in out + err
     for part in parts:
         assert part in err
+
+
+def said_default(command: Callable[..., None], option: str) -> str:
+    """What the help of an option says. It is typed there, as help is shown without the packages of what has it."""
+    annotation = inspect.signature(command, eval_str=True).parameters[option].annotation
+    found = re.search(r"Default: (.+)\.$", annotation.__metadata__[0].help)
+    assert found
+    return found[1]

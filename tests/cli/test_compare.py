@@ -6,12 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.cli.command import QUICK, TINY, assert_refused, run
+from tests.cli.command import QUICK, TINY, assert_refused, run, said_default
 
+from einlinear.cli.compare import compare
+from einlinear.cli.parsing import numbers, specs
 from einlinear.experiments.runs.execute import execute
+from einlinear.experiments.runs.problems import ImageData
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.sweeps import workers
+from einlinear.experiments.sweeps.compare import Config
 from einlinear.experiments.sweeps.sweep import Event
 
 
@@ -143,6 +147,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path, trained: list[Run
         (("width=64",), "width cannot be set: a comparison varies"),
         (("--data", "digts"), "did you mean 'digits'"),
         (("--data", "no/such/folder"), "does not exist"),
+        (("--tracker", "comet"), "tracker must be None or tensorboard or wandb or mlflow, not 'comet'"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_trained(
@@ -151,6 +156,15 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
     assert_refused(run("compare", *QUICK, "--out", tmp_path / "out", *arguments), message)
     assert trained == []
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_says_the_defaults() -> None:
+    config = Config()
+    assert specs(said_default(compare, "structures")) == config.structures
+    assert numbers(said_default(compare, "macs"), "--macs") == config.macs
+    for name in ("dense_reach", "seeds", "epochs"):
+        assert int(said_default(compare, name)) == getattr(config, name)
+    assert said_default(compare, "data") == ImageData().data
 
 
 def test_an_empty_folder_of_images(tmp_path: Path) -> None:

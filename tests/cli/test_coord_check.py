@@ -48,6 +48,7 @@ def test_a_diverged_coordinate_check_is_shown(structures: str, tmp_path: Path) -
     ("arguments", "message"),
     [
         (("--structures", "btt;bt"), "unknown family 'bt'"),
+        (("--structures", ";"), "--structures is empty"),
         (("--steps", "1"), "steps must be at least 2, not 1: the first moves only the head"),
         (("--widths", "16,64.5"), "--widths: '64.5' is not a whole number"),
         (("heads=2",), "has no option 'heads'"),

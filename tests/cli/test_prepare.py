@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.cli.command import assert_refused, run
+from tests.cli.command import assert_refused, run, said_default
 from tests.data.samples import needs, prose
 
 from einlinear.cli import packages
-from einlinear.data import load_tokens, prepare
+from einlinear.cli.prepare import prepare as command
+from einlinear.data import Recipe, load_tokens, prepare
 
 
 @pytest.fixture
@@ -48,6 +49,10 @@ def test_byte_pairs(source: Path, tmp_path: Path) -> None:
     assert code == 0
     assert "a vocabulary of 300" in out
     assert load_tokens(tmp_path / "out").counts[0].characters == 10_000
+
+
+def test_the_help_says_the_default() -> None:
+    assert int(said_default(command, "vocab")) == Recipe(sources=("a.txt",), tokens="bpe").vocabulary
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,25 @@ def test_under_torchrun_the_first_process_speaks(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("batch_size=50",), "a batch of 50 cannot be shared equally among 4 processes"),
+        (("batch_size=72", "accumulate=4"), "accumulate=4 does not divide the 18 samples of a process"),
+        (("tracker=wandb",), "tracker='wandb' needs a package that is not installed: pip install wandb"),
+        (("device=cuda",), "this torch finds no CUDA device"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_said_before_anything_is_trained(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr("einlinear.training.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_refused(run(*TRAIN, *options, "--out", tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_text_that_is_not_there_says_how_to_prepare_it(tmp_path: Path) -> None:
     answer = run("train", "model=gpt", "data=data/absent", "steps=5", "--out", tmp_path / "out")
     assert_refused(answer, "data/absent", "einlinear prepare")
