@@ -18,7 +18,7 @@ def compare(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=VALUE]...",
+            metavar="NAME=VALUE",
             help="Any other option of the runs, as for train: model=vit, lr=1e-3, batch_size=128, mixup=0.8, ...",
         ),
     ] = None,

@@ -25,7 +25,7 @@ _STRUCTURES = ["dense; low_rank; kronecker; monarch; btt"]
 def coord_check(
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=VALUE]...", help="Any option of a run, as for train: lr=1e-3, depth=3, ..."),
+        typer.Argument(metavar="NAME=VALUE", help="Any option of a run, as for train: lr=1e-3, depth=3, ..."),
     ] = None,
     structures: Annotated[list[str], typer.Option(help="As for compare.")] = _STRUCTURES,
     widths: Annotated[str, typer.Option(help="Widths to compare, separated by ','.")] = "64,256,1024",

@@ -22,7 +22,7 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="english (tools/fetch_english.sh fetches it), code (Python's standard library), openwebtext, "
             "hub:OWNER/NAME, a .parquet or .jsonl file with a column text, a text file, or a folder of .txt files.",
         ),
