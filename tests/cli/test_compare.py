@@ -67,6 +67,7 @@ def test_workers_are_processes(tmp_path: Path) -> None:
     assert len(Store(tmp_path / "out").records()) == 2
 
 
+@pytest.mark.usefixtures("trained")
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def impatient(tasks: Sequence[tuple[Run, Path]]) -> Iterator[Event]:
         first, folder = tasks[0]
