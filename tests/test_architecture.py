@@ -9,18 +9,20 @@ import pytest
 import einlinear
 
 ROOT = Path(einlinear.__file__).parent
-# "einlinear" is the library's own __init__, which the folders below it may import
+# "einlinear" is the library's own __init__: what it may export comes before it
 ORDER = (
+    "files",
+    "version",
     "structures",
     "ops",
     "nn",
     "parametrize",
     "conversion",
-    "einlinear",
     "bench",
     "data",
     "training",
     "experiments",
+    "einlinear",
     "cli",
 )
 
@@ -37,7 +39,8 @@ def imported(file: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("folder", ORDER)
 def test_a_folder_imports_only_from_those_above_it(folder: str) -> None:
-    files = [ROOT / "__init__.py"] if folder == "einlinear" else list((ROOT / folder).rglob("*.py"))
+    own = "__init__" if folder == "einlinear" else folder
+    files = [*ROOT.glob(f"{own}.py"), *(ROOT / folder).rglob("*.py")]
     above = {*ORDER[: ORDER.index(folder) + 1]} - ({"parametrize", "conversion"} if folder == "bench" else set())
     assert files
     for file in files:
@@ -56,5 +59,15 @@ def test_so_do_those_of_the_experiments() -> None:
             assert {part[2] for part in parts} <= {*order[: i + 1]} - ({"sweeps"} if i > 1 else set()), file
 
 
+def test_images_and_text_know_nothing_of_each_other() -> None:
+    for folder, other in (("images", "text"), ("text", "images")):
+        files = list((ROOT / "data" / folder).rglob("*.py"))
+        assert files
+        for file in files:
+            assert not any(name.startswith(f"einlinear.data.{other}.") for name in imported(file)), file
+
+
 def test_every_folder_has_its_place() -> None:
-    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {*ORDER} - {"einlinear"}
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    files = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__"}
+    assert folders | files == {*ORDER} - {"einlinear"}

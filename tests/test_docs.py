@@ -1,28 +1,48 @@
-"""The examples of the README and of the contributing guide run."""
+"""The examples of the documents run, their links lead somewhere, and the reference lists what there is."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import math
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+from torch.distributed.tensor import DTensor
 
 import einlinear as el
+from einlinear.cli.app import app
+from einlinear.nn import ResidualMLP
 from einlinear.structures import FAMILIES
 from tests.families import SAMPLES
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/benchmarks/*.md")]
+
+
+def read(document: str | Path) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
 
 
 def blocks(document: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```python\n(.*?)^```", read(document), re.DOTALL | re.MULTILINE)
+
+
+def listed(section: str) -> list[str]:
+    """What stands in code in the first column of the tables of a section of the reference, or of all for ""."""
+    text = read("docs/reference.md").partition(f"\n## {section}")[2]
+    cells = re.findall(r"^\| (`.*?) \|", text.partition("\n## ")[0] if section else text, re.MULTILINE)
+    return [name for cell in cells for name in re.findall("`(.*?)`", cell)]
 
 
 def test_readme(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +72,82 @@ def test_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = [group["lr"] / group["lr_mult"] for group in names["optimizer"].param_groups]
     assert len({group["lr_mult"] for group in names["groups"]}) > 1
     assert rates == pytest.approx(len(rates) * rates[:1])  # the scheduler kept what structure-aware muP set
+
+
+def test_patterns() -> None:
+    """Every example, from top to bottom, gives what the page says."""
+    examples = "\n".join(blocks("docs/patterns.md"))
+    test = doctest.DocTestParser().get_doctest(examples, {}, "docs/patterns.md", None, None)
+    result = doctest.DocTestRunner().run(test)
+    assert result.failed == 0
+    assert result.attempted > 15
+
+
+def test_a_loop_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of the reference, in the one process that it is run by: it trains the sharded parameters."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    names: dict[str, Any] = {}
+    (example,) = blocks("docs/reference.md")
+    try:
+        exec(compile(example, "docs/reference.md", "exec"), names)
+    finally:
+        torch.distributed.destroy_process_group()
+    groups, parameters = names["groups"], list(names["model"].parameters())
+    assert all(isinstance(p, DTensor) for p in parameters)
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in parameters}
+    plain = ResidualMLP(64, 128, 10, structure="btt(rank=2)")
+    expected = el.param_groups(plain, lr=3e-3, base=names["base"], lr_scale=plain.LR_SCALE)
+    assert [(g["param_names"], g["lr"]) for g in groups] == [(g["param_names"], g["lr"]) for g in expected]
+
+
+def test_the_reference_has_every_public_name_and_no_other() -> None:
+    packages = [name for _, name, is_package in pkgutil.walk_packages(el.__path__, "einlinear.") if is_package]
+    modules = [importlib.import_module(name) for name in ("einlinear", *packages)]
+    public = {f"{m.__name__}.{name}": getattr(m, name) for m in modules for name in getattr(m, "__all__", ())}
+    found: dict[str, Any] = {}
+    for name in (name for name in listed("") if name.startswith(("el.", "einlinear."))):
+        module, _, attribute = re.sub(r"^el\.", "einlinear.", name).rpartition(".")
+        thing = getattr(importlib.import_module(module), attribute)
+        own = getattr(thing, "__module__", module) == module  # what is not a class or a function belongs to no module
+        assert f"{module}.{attribute}" in public or own, f"{name} is not public"
+        assert not any(thing is other for other in found.values()), f"{name} is there twice"
+        found[name] = thing
+    missing = [name for name, thing in public.items() if not any(thing is other for other in found.values())]
+    assert not missing
+
+
+def test_the_reference_has_every_command() -> None:
+    assert {*listed("Commands")} == {*typer.main.get_command(app).commands}  # type: ignore[attr-defined]
+
+
+def test_the_reference_has_every_environment_variable() -> None:
+    known, asked = {*listed("Environment variables")}, {*read_variables()}
+    assert asked <= known
+    assert {name for name in known - asked if name.startswith("EINLINEAR")} == set()
+
+
+def read_variables() -> Iterator[str]:
+    """Those that the sources ask for, by their name or by that of a constant; of the scripts, the library's own."""
+    for file in (ROOT / "src").rglob("*.py"):
+        text = read(file)
+        for key in re.findall(r'environ(?:\.get\(|\[)("?\w+)|("\w+)" in os\.environ', text):
+            name = "".join(key)
+            constant = re.search(rf'^{name} = "(\w+)"', text, re.MULTILINE)
+            yield constant[1] if constant else name.removeprefix('"')
+    for file in (ROOT / "Makefile", *(ROOT / "tools").glob("*.sh")):
+        yield from re.findall(r"EINLINEAR_\w+", read(file))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", read(document)):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", read(target), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], link
 
 
 def test_contributing(tmp_path: Path) -> None:

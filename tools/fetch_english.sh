@@ -8,13 +8,10 @@ set -euo pipefail
 
 packages=(anarchism bible-kjv bible-kjv-text dict-foldoc)
 verses=31102
-dir=${1:-${EINLINEAR_DATA:-$HOME/.cache/einlinear}}
-target=$dir/english
-
-fail() {
-    echo "The English text could not be fetched: $*" >&2
-    exit 1
-}
+what="The English text"
+target=${1:-${EINLINEAR_DATA:-$HOME/.cache/einlinear}}/english
+elsewhere="give einlinear prepare a text of your own."
+source "${BASH_SOURCE[0]%fetch_*}debian.sh"
 
 complete() { # is the text in folder $1 what was once put there?
     (cd "$1" && sha256sum --check --strict --status SHA256SUMS) 2>/dev/null
@@ -24,31 +21,7 @@ if complete "$target"; then
     echo "The English text is in $target"
     exit 0
 fi
-command -v apt-get >/dev/null && command -v dpkg >/dev/null ||
-    fail "this needs apt-get and dpkg (Debian, Ubuntu). Elsewhere, give einlinear prepare a text of your own."
-mkdir -p "$dir" || fail "$dir cannot be written"
-
-# Beside the target, so that the last step is a rename: nobody ever sees half of the text.
-scratch=$(mktemp -d "$dir/.fetch-XXXXXX")
-trap 'rm -rf "$scratch"' EXIT
-chmod 755 "$scratch"
-
-apt=(apt-get --quiet -o Acquire::Retries=1 -o Acquire::http::Timeout=10)
-download() { (cd "$scratch" && "${apt[@]}" download "$1" >log 2>&1); }
-
-echo "Fetching English text (12 MB) into $target"
-for package in "${packages[@]}"; do
-    if ! download "$package" && [ "$(id -u)" = 0 ] && ! apt-cache show "$package" >/dev/null 2>&1; then
-        echo "  package lists"
-        "${apt[@]}" update >"$scratch/log" 2>&1 || fail "apt-get update failed: $(tail -n 1 "$scratch/log")"
-        download "$package" || true
-    fi
-    deb=$(find "$scratch" -maxdepth 1 -name "${package}_*.deb")
-    [ -n "$deb" ] ||
-        fail "apt-get download $package: $(tail -n 1 "$scratch/log") (package lists missing? run apt-get update)"
-    echo "  $package, $(($(stat -c %s "$deb") / 1024)) KB"
-    dpkg -x "$deb" "$scratch/root" || fail "$package could not be unpacked"
-done
+unpack "12 MB" "${packages[@]}"
 
 text=$scratch/english
 mkdir -p "$text/copyright"

@@ -4,13 +4,10 @@
 set -euo pipefail
 
 package=dataset-fashion-mnist
-dir=${1:-${EINLINEAR_DATA:-$HOME/.cache/einlinear}}
-target=$dir/fashion-mnist
-
-fail() {
-    echo "Fashion-MNIST could not be fetched: $*" >&2
-    exit 1
-}
+what="Fashion-MNIST"
+target=${1:-${EINLINEAR_DATA:-$HOME/.cache/einlinear}}/fashion-mnist
+elsewhere="the library downloads the data itself."
+source "${BASH_SOURCE[0]%fetch_*}debian.sh"
 
 complete() { # is every file of the data set in folder $1 and whole?
     local name
@@ -20,27 +17,7 @@ complete() { # is every file of the data set in folder $1 and whole?
 }
 
 complete "$target" && exit 0
-command -v apt-get >/dev/null && command -v dpkg >/dev/null ||
-    fail "this needs apt-get and dpkg (Debian, Ubuntu). Elsewhere the library downloads the data itself."
-mkdir -p "$dir" || fail "$dir cannot be written"
-
-# Beside the target, so that the last step is a rename: nobody ever sees half of the data.
-scratch=$(mktemp -d "$dir/.fetch-XXXXXX")
-trap 'rm -rf "$scratch"' EXIT
-chmod 755 "$scratch"
-
-apt=(apt-get --quiet -o Acquire::Retries=1 -o Acquire::http::Timeout=10)
-download() { (cd "$scratch" && "${apt[@]}" download "$package" >log 2>&1); }
-
-echo "Fetching Fashion-MNIST (31 MB) into $target"
-if ! download && [ "$(id -u)" = 0 ] && ! apt-cache show "$package" >/dev/null 2>&1; then
-    "${apt[@]}" update >"$scratch/log" 2>&1 || fail "apt-get update failed: $(tail -n 1 "$scratch/log")"
-    download || true
-fi
-deb=$(find "$scratch" -name "${package}_*.deb")
-[ -n "$deb" ] || fail "apt-get download $package: $(tail -n 1 "$scratch/log") (package lists missing? run apt-get update)"
-
-dpkg -x "$deb" "$scratch/root" || fail "$package could not be unpacked"
+unpack "31 MB" "$package"
 unpacked=$scratch/root/usr/share/datasets/fashion-mnist
 complete "$unpacked" || fail "$package does not hold the files it should"
 cp "$scratch/root/usr/share/doc/$package/copyright" "$unpacked/"

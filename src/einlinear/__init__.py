@@ -1,18 +1,16 @@
 """Structured linear layers for PyTorch: any einsum as a drop-in `nn.Linear`, with the learning rates it needs."""
 
-from importlib.metadata import version as _version
-
 from einlinear.conversion import convert, densify
 from einlinear.nn import Linear
 from einlinear.ops import backend, explain
 from einlinear.parametrize import base_shapes, coord_check, init_, param_groups
 from einlinear.structures import Structure, register_family, structure
-
-__version__ = _version("einlinear")
+from einlinear.version import __version__
 
 __all__ = [
     "Linear",
     "Structure",
+    "__version__",
     "backend",
     "base_shapes",
     "convert",

@@ -9,7 +9,8 @@ from tests.data.samples import needs, prose
 
 from einlinear.cli import packages
 from einlinear.cli.prepare import prepare as command
-from einlinear.data import Recipe, load_tokens, prepare
+from einlinear.data import Recipe, load_tokens
+from einlinear.data.text import prepare
 
 
 @pytest.fixture

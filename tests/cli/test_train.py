@@ -7,8 +7,9 @@ import pytest
 from tests.cli.command import TINY, assert_refused, run
 
 from einlinear.cli import display
-from einlinear.experiments.runs.records import alone, read_record
+from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.sweeps import workers
+from einlinear.files import alone
 
 TRAIN = ("train", "data=digits", "steps=4", "depth=1", "width=16", "threads=1")
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tests.data.samples import MakeFolder
 
-from einlinear.data import fashion_mnist
+from einlinear.data.images import fashion_mnist
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 import einlinear as el
 from einlinear.nn import GPT, ReferenceModel, ResidualMLP, ViT
-from einlinear.nn.blocks import Attention
-from einlinear.nn.counts import macs_per_token, params
+from einlinear.nn.counts import linear_macs, macs_per_token, params
+from einlinear.nn.models.blocks import Attention, linear_layers
 
 
 def computed(model: nn.Module, x: torch.Tensor) -> int:
@@ -79,9 +80,30 @@ class LoRA(nn.Linear):
         (nn.Bilinear(3, 3, 3), "a Bilinear, are unknown"),
         (LoRA(), "a LoRA, are unknown: it has weights of its own, down, up$"),
         (spectral_norm(nn.Linear(3, 3)), "a ParametrizationList, are unknown"),
-        (Attention(8, 2, "dense"), "0 is attention, whose cost depends on the sequence: give tokens="),
+        (Attention(8, 2, linear_layers("dense")), "0 is attention, whose cost depends on the sequence: give tokens="),
     ],
 )
 def test_what_is_not_known_is_not_counted_wrongly(module: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         macs_per_token(nn.Sequential(module))
+
+
+class OthersAttention(nn.Module):
+    """Its linear layers are known, the products between them are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
+
+
+def test_attention_of_others_is_not_passed_over() -> None:
+    model = nn.Sequential(OthersAttention(), nn.Linear(4, 5))
+    with pytest.raises(ValueError, match="0 is a OthersAttention: the products of its attention are unknown"):
+        macs_per_token(model, tokens=8)
+    assert linear_macs(model) == 3 * 4 * 4 + 4 * 5
+
+
+def test_wrappers_do_not_count_twice() -> None:
+    layer = el.Linear(8, 8, "btt")
+    wrapped = checkpoint_wrapper(torch.compile(layer, backend="eager"))  # both pass on the attributes of what they wrap
+    assert macs_per_token(wrapped) == layer.structure.macs

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from einlinear.files import sha256_of
 from einlinear.training import checkpoint
 from einlinear.training.checkpoint import Checkpoint, latest, load, save
 
@@ -73,7 +74,7 @@ def test_foreign_and_of_another_format(tmp_path: Path) -> None:
         ({"format": "7", "facts": json.dumps({"step": 2})}, "it has format 7, but this version reads 1"),
     ):
         save_file({"a": torch.zeros(1)}, place / "state.safetensors", metadata=metadata)
-        (place / "sha256").write_text(checkpoint._digest(place / "state.safetensors"))
+        (place / "sha256").write_text(sha256_of(place / "state.safetensors") + "\n")
         with pytest.raises(ValueError, match=message):
             load(place)
 

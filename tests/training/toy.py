@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import einlinear as el
 from einlinear.data import Images, PixelSequences
-from einlinear.data.draws import torch_draws
+from einlinear.data.rng import torch_generator
 from einlinear.nn import GPT, ReferenceModel, ResidualMLP
 from einlinear.training import Outcome, Task, Training, train
 from einlinear.training.loop import Progress
@@ -37,7 +37,7 @@ class Toy:
         return self._drawn(step, stream=0)
 
     def _drawn(self, step: int, stream: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(16, 12, generator=torch_draws(0, step, stream))
+        x = torch.randn(16, 12, generator=torch_generator(0, step, stream))
         return x, torch.stack([x[:, :6].sum(1), x.prod(1)], 1)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -51,7 +51,7 @@ class Toy:
 
 def pixels() -> LanguageModel:
     """The next pixel of images of 16 pixels, each a little brighter or darker than the one before."""
-    x = torch.randn(80, 16, generator=torch_draws(0, 0)).cumsum(1).view(80, 1, 4, 4)
+    x = torch.randn(80, 16, generator=torch_generator(0, 0)).cumsum(1).view(80, 1, 4, 4)
     y = torch.zeros(80, dtype=torch.int64)
     images = Images("pixels", "made up", x[:64], y[:64], x[64:], y[64:], ("all",))
     return LanguageModel(PixelSequences(images, size=None, batch_size=16, seed=0))

@@ -14,5 +14,5 @@ claims.py     what the library promises, judged
 changes.py    two runs compared
 tables.py     all of it as tables
 plot.py       and as one picture
-fitting.py    the dispatcher's cost model, fitted to a run
+fit_costs.py  the dispatcher's cost model, fitted to runs
 """

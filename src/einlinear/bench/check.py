@@ -22,7 +22,7 @@ NAMES = ("output", "gradient of the input", "gradient of the weight", "gradient 
 
 @dataclass(frozen=True)
 class _Error:
-    """Of a tensor, over the root mean square of what it should be: its own root mean square, and the largest entry."""
+    """How far off a tensor is, relative to its right values (root mean square): in the mean, and at the worst entry."""
 
     mean: float
     largest: float

@@ -14,7 +14,7 @@ Applies = Callable[[Result], bool]
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement: of every result that it applies to, a value that is at least so large."""
+    """A statement: of every result that it applies to, this value is at least `least`."""
 
     text: str
     least: float
@@ -56,7 +56,7 @@ def _verdict(claim: Claim, results: Iterable[Result]) -> Verdict:
 
 
 def _where(mode: str = "", structure: str = "", least: int = 0, below: int = 2**31, tokens: int = 0) -> Applies:
-    """Results of a pass and structure, of features from `least` to `below`, of at least so many tokens."""
+    """Whether a result is of this pass and structure, has from `least` to `below` features, and at least `tokens`."""
 
     def applies(result: Result) -> bool:
         case = result.case
@@ -102,7 +102,7 @@ def _not_slower(result: Result, than: str) -> float | None:
 
 
 def _memory(result: Result, name: str, states: int) -> float | None:
-    """The peak memory of dense, plus so many times the intermediate states, over that of a variant; within a page."""
+    """The peak memory of dense plus `states` times the intermediate states, over that of a variant, within a page."""
     ours, dense = result.of(name), result.of(DENSE)
     if not (ours and dense and ours.peak_bytes and dense.peak_bytes):
         return None

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 
-import einlinear
 from einlinear.bench.cases import DTYPES
 from einlinear.bench.timing import seconds
+from einlinear.version import __version__, code_digest
 
 _ENVIRONMENT = ("OMP_", "GOMP_", "KMP_AFFINITY", "KMP_BLOCKTIME", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
@@ -60,8 +58,8 @@ def this_machine(device: str) -> Machine:
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         torch=torch.__version__,
-        einlinear=einlinear.__version__,
-        code=_digest(),
+        einlinear=__version__,
+        code=code_digest("structures", "ops", "nn"),
         environment=tuple(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)),
     )
 
@@ -111,13 +109,3 @@ def _cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
-
-
-@cache  # what this process runs, whatever becomes of the files
-def _digest() -> str:
-    digest = hashlib.sha256()
-    root = Path(einlinear.__file__).parent
-    for path in sorted(path for folder in ("structures", "ops", "nn") for path in (root / folder).rglob("*")):
-        if path.suffix in (".py", ".cpp"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from einlinear.bench.machine import Machine, Roof
 from einlinear.bench.timing import Spread
 from einlinear.bench.traffic import Traffic
 from einlinear.bench.variants import OURS
+from einlinear.files import differences, write_text
 
 FORMAT = 1  # of the file; raised when an older program could misread it
 
@@ -30,7 +30,7 @@ class Measurement:
         runs: how many were timed.
         speedup: over nn.Linear.
         over_copying: speed-up over the copying baseline.
-        peak_bytes: that a training step allocates at once.
+        peak_bytes: the most that a training step has allocated at once.
     """
 
     name: str
@@ -128,20 +128,15 @@ class Bench:
     def differences(self, before: Bench) -> list[str]:
         """What makes the times of the two not comparable, one phrase each."""
         old, new = (dataclasses.asdict(bench.machine) | dataclasses.asdict(bench.settings) for bench in (before, self))
-        return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in new if old.get(key) != new.get(key)]
+        return differences(old, new)
 
 
 def write(bench: Bench, path: Path) -> None:
     """Write a file so that it is never seen half written: a line per case, without what is None."""
     head = {"format": FORMAT} | {f.name: _plain(getattr(bench, f.name)) for f in dataclasses.fields(bench)[:-1]}
     lines = ",\n".join(json.dumps(_plain(result), ensure_ascii=False) for result in bench.results)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        head_text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
-        scratch.write_text(f'{head_text},\n  "results": [\n{lines}\n]}}\n', encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    head_text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    write_text(path, f'{head_text},\n  "results": [\n{lines}\n]}}\n')
 
 
 def read(path: Path) -> Bench:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import einlinear
 from einlinear import ops
 from einlinear.bench import results
 from einlinear.bench.cases import Case, Settings
@@ -128,7 +127,7 @@ def measure(case: Case, settings: Settings, roof: Roof) -> Result:
         del reference
         peaks = {name: peak_bytes(call, case.device) for name, call in calls.items() if case.mode == "train"}
         seconds = interleave(calls, case.device, settings.budget)
-        choice = einlinear.explain(p.layer, p.x).executor  # inside: it depends on whether there are gradients
+        choice = ops.explain(p.layer, p.x).executor  # inside: it depends on whether there are gradients
     measured = [_measurement(name, seconds, peaks.get(name)) for name in seconds]
     measured += [Measurement(name, why, wrong=True) for name, why in wrong.items()]
     measured += [Measurement(name, why) for name, why in refused.items()]

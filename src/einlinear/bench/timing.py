@@ -32,7 +32,8 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """
+    """The median of some values, with their quartiles.
+
     >>> spread([5.0, 1.0, 2.0, 3.0, 4.0])
     Spread(median=3.0, low=2.0, high=4.0)
     """

@@ -34,8 +34,8 @@ def fit(
     require(EXPERIMENTS)
     from einlinear.experiments.findings.fit import as_json, laws_of_training, laws_per_input
     from einlinear.experiments.findings.summary import studies
-    from einlinear.experiments.runs.records import write_json
     from einlinear.experiments.runs.store import open_store
+    from einlinear.files import write_json
 
     with user_errors():
         assumed, computes = floor_of(floor), numbers(at, "--at") or ()

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 CLI = ("rich", "typer")  # any command
 EXPERIMENTS = (  # those that train or report
-    "filelock",
     "jinja2",
     "joblib",
     "kornia",

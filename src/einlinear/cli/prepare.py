@@ -44,8 +44,8 @@ def prepare(
     """
     require(EXPERIMENTS)
     from einlinear.data import Recipe, prepare_tokens
-    from einlinear.data.prepare import finished
-    from einlinear.data.text import streams
+    from einlinear.data.text.prepare import finished
+    from einlinear.data.text.read import streams
 
     if tokens == "bpe":
         require(TOKENIZERS)

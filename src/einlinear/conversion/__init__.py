@@ -1,5 +1,7 @@
 """Whole models: swap layers, project pretrained weights, go back to dense."""
 
-from einlinear.conversion.layers import Conversion, ConversionReport, convert, densify
+from einlinear.conversion.convert import convert
+from einlinear.conversion.densify import densify
+from einlinear.conversion.report import Conversion, ConversionReport
 
 __all__ = ["Conversion", "ConversionReport", "convert", "densify"]

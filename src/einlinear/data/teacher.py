@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from einlinear.data.draws import draws
+from einlinear.data.rng import numpy_generator
 
 _TRAINING, _EVALUATION, _SCALE, _WEIGHTS = range(4)  # streams
-_SAMPLE = 4096  # inputs that the mean and the standard deviation are measured on, and that are computed at a time
+_SAMPLE = 4096  # so many inputs give the mean and the standard deviation, and as many are computed at a time
 
 
 class Teacher:
-    """A random network of ReLUs, and data of its making: the regression task of arXiv 2410.02117.
+    """A random network of ReLUs, and the data that it makes: the regression task of arXiv 2410.02117.
 
     Inputs are drawn from N(0, I). Each of `depth` layers is sqrt(2) relu(W x) with the entries of W from
     N(0, 1 / fan-in), which keeps the size of its input; a last layer gives one number, shifted and scaled to mean 0 and
@@ -45,7 +45,7 @@ class Teacher:
                 raise ValueError(f"{name}={value}: it must be at least 1")
         self.features = features
         self.device = torch.device(device)
-        random = draws(seed, 0, _WEIGHTS)
+        random = numpy_generator(seed, 0, _WEIGHTS)
         fans = [features, *depth * [width]]
         shapes = [*((width, fan) for fan in fans[:-1]), (1, width)]
         weights = [random.standard_normal(shape, np.float32) / math.sqrt(shape[1]) for shape in shapes]
@@ -80,7 +80,7 @@ class Teacher:
         return x, self(x)
 
     def _inputs(self, seed: int, step: int, stream: int, count: int) -> Tensor:
-        x = draws(seed, step, stream).standard_normal((count, self.features), np.float32)
+        x = numpy_generator(seed, step, stream).standard_normal((count, self.features), np.float32)
         return torch.from_numpy(x).to(self.device)
 
     @torch.no_grad()

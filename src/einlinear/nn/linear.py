@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
+from einlinear.nn.known import Described, Known, Matrix, is_conv1d
 from einlinear.structures import Structure, structure
 from einlinear.structures.scaling import init_std
 
 
-class Linear(nn.Module):
+class Linear(Described):
     """y = x W^T + bias with a structured W of shape (out_features, in_features).
 
     The factors are plain parameters named A, B, C, ... as in the pattern, of the shapes that `structure.factors` says.
@@ -161,6 +162,12 @@ class Linear(nn.Module):
             linear.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return linear.train(self.training)
 
+    def known(self) -> Known:
+        s = self.structure
+        names = [factor.name for factor in s.factors]
+        matrices = {name: Matrix(self.in_features, self.out_features, s, i) for i, name in enumerate(names)}
+        return Known(matrices, ("bias", *(f"gamma_{name}" for name in names)), s.macs)
+
     # Different structures can have factors of the same shapes: the metadata of a state_dict says which it is of.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -183,18 +190,6 @@ class Linear(nn.Module):
             f"{', gamma=False' if self.normalize and not self.has_gamma else ''}, params={s.params}, "
             f"macs={s.macs} ({s.macs / (s.in_features * s.out_features):.1%} of dense)"
         )
-
-
-def is_conv1d(module: Any) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer of weight (in_features, out_features)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def features(linear: Any) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer, structured or not."""
-    if is_conv1d(linear):
-        return linear.weight.shape[0], linear.weight.shape[1]
-    return linear.in_features, linear.out_features
 
 
 def _dense_parameters(linear: Any) -> tuple[Tensor, Tensor | None]:

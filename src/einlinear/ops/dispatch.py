@@ -24,7 +24,7 @@ from einlinear.structures import Structure
 EXECUTORS = ("reference", "bmm", "tiles", "triton")
 CPU_EXECUTORS = EXECUTORS[:3]
 _MODULES = {"bmm": "bmm", "tiles": "tiles", "triton": "triton_kernels.executor"}
-COSTS_FILE = Path(__file__).with_name("costs.json")  # written by einlinear.bench.fitting
+COSTS_FILE = Path(__file__).with_name("costs.json")  # written by einlinear.bench.fit_costs
 CACHED = 2**18  # weights: a core's cache of a megabyte, in float32
 CHEAP = 100  # MACs that take the compiled kernel as long as to write a number and read it: by docs/benchmarks/cpu
 

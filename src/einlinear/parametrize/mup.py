@@ -31,9 +31,9 @@ Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
 
 
 def base_shapes(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, list[int]]:
-    """What a model tells as a base, to be saved as JSON: the shape of every weight and every other parameter, by name.
+    """The shapes that identify a base model, by name, to be saved as JSON: of every weight and every other parameter.
 
-    A structured layer tells the shape [out_features, in_features] of its whole weight.
+    Of a structured layer it is the shape [out_features, in_features] of its whole weight.
 
     >>> import einlinear as el
     >>> el.base_shapes(el.Linear(64, 256, "btt"))
@@ -173,9 +173,8 @@ def init_(
         if p.matrix is None and p.name in biases:
             nn.init.zeros_(p.tensor)
     for p in matrices:
-        assert p.matrix is not None
-        if p.structure is None:
-            nn.init.normal_(p.tensor, std=spectral_std(*p.matrix))
+        if p.matrix is not None and p.matrix.structure is None:
+            nn.init.normal_(p.tensor, std=spectral_std(p.matrix.in_features, p.matrix.out_features))
         if p.is_last_factor and any(p.matches(glob) for glob in zero):
             nn.init.zeros_(p.tensor)
     return model
@@ -186,15 +185,17 @@ def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) 
     if p.matrix is None:
         growth = math.prod(p.shape) / math.prod(shapes[p.key]) if p.tensor.numel() > 1 else 1.0
         return growth if rule == "sgd" else 1.0
-    fan_in, fan_out = p.matrix
+    fan_in, fan_out = p.matrix.in_features, p.matrix.out_features
     base_out, base_in = shapes[p.key]
     aspect = (fan_out / fan_in) / (base_out / base_in)
     width = {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
-    return width if p.structure is None or not structure_aware else width * _FACTORS[rule](p.structure)[p.factor]
+    if p.matrix.structure is None or not structure_aware:
+        return width
+    return width * _FACTORS[rule](p.matrix.structure)[p.matrix.factor]
 
 
 def _shapes(found: Sequence[Parameter]) -> dict[str, list[int]]:
-    return {p.key: [p.matrix[1], p.matrix[0]] if p.matrix else list(p.shape) for p in found}
+    return {p.key: [p.matrix.out_features, p.matrix.in_features] if p.matrix else list(p.shape) for p in found}
 
 
 def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> Shapes:

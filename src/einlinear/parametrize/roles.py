@@ -1,27 +1,21 @@
 """What every parameter of a model is: a matrix with a fan-in that grows with the width, or a vector.
 
-Roles are found by module and looked up by qualified name. Nothing is attached to tensors, whose attributes are lost
-under FSDP2, torch.compile and deepcopy. Known are the parameters of torch's and this library's layers, by name; what a
-module of the user's own holds is not guessed at.
+Roles are found by module (`nn/known.py`) and looked up by qualified name. Nothing is attached to tensors, whose
+attributes are lost under FSDP2, torch.compile and deepcopy. What a module of the user's own holds is not guessed at.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import Tensor, nn
 
-from einlinear.nn import Linear
-from einlinear.nn.kinds import holds_vectors
-from einlinear.nn.linear import features, is_conv1d
+from einlinear.nn.known import Known, Matrix, known
 from einlinear.nn.names import as_rules, check_globs, plain_modules
-from einlinear.structures import Structure
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -33,18 +27,15 @@ class Parameter:
             in the order in which the modules are registered.
         key: its name in a base: for a factor that of the weight it is part of (fc1.weight for fc1.A).
         tensor: the parameter itself.
-        known: whether its role is.
-        matrix: (in_features, out_features) of the matrix that it is, or is a factor of; None for a vector.
-        structure, factor: of a structured layer, its structure and which of `structure.factors` this is.
+        known: whether its role is known.
+        matrix: the matrix that it is, or is a factor of; None for a vector.
     """
 
     names: tuple[str, ...]
     key: str
     tensor: Tensor
     known: bool = True
-    matrix: tuple[int, int] | None = None
-    structure: Structure | None = None
-    factor: int = 0
+    matrix: Matrix | None = None
 
     @property
     def name(self) -> str:
@@ -69,22 +60,19 @@ class Parameter:
 
         ``p.permute(order).reshape(-1, fan_out, fan_in)``; a single matrix as it lies if it is of no structure.
         """
-        if self.structure is None:
+        if self.matrix is None or self.matrix.structure is None:
             return tuple(range(len(self.shape))), self.shape[0], math.prod(self.shape[1:])
-        factor = self.structure.factors[self.factor]
+        factor = self.matrix.structure.factors[self.matrix.factor]
         order = tuple(factor.axes.index(axis) for axis in (*factor.batch, *factor.introduced, *factor.summed))
         return order, factor.fan_out, factor.fan_in
 
     @property
     def is_last_factor(self) -> bool:
         """Whether it is all of the matrix, or the factor of a term that is contracted last."""
-        if self.structure is None:
+        if self.matrix is None or self.matrix.structure is None:
             return self.matrix is not None
-        ends, count = set[int](), -1
-        for term in self.structure.terms:
-            count += len(term.factors)
-            ends.add(count)
-        return self.factor in ends
+        ends = itertools.accumulate(len(term.factors) for term in self.matrix.structure.terms)
+        return self.matrix.factor + 1 in ends
 
 
 def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Parameter]:
@@ -128,49 +116,28 @@ def check_matches(globs: Iterable[str], found: Iterable[Parameter], argument: st
 def _with_role(parameter: Parameter, role: str | None) -> Parameter:
     """The parameter with the role that the user gives it."""
     if role == "vector":
-        if parameter.structure is not None:
+        if parameter.matrix is not None and parameter.matrix.structure is not None:
             raise ValueError(
                 f"roles: {parameter.name} is a factor of a structured layer, which is a matrix; to change how fast it "
                 "learns, use lr_scale"
             )
         return replace(parameter, known=True, matrix=None)
     if role == "matrix" and parameter.matrix is None and len(parameter.shape) > 1:
-        return replace(parameter, known=True, matrix=(math.prod(parameter.shape[1:]), parameter.shape[0]))
+        return replace(parameter, known=True, matrix=Matrix(math.prod(parameter.shape[1:]), parameter.shape[0]))
     return parameter
 
 
-def _of_module(module: Any, prefix: str) -> Iterator[Parameter]:
-    """The module's own parameters: matrices with their shape as a map, vectors, and unknown ones."""
-    matrices: dict[str, tuple[int, int]] = {}
-    vectors: Collection[str] = ("bias",)
-    structure: Structure | None = None
-    factors: dict[str, int] = {}
-    if isinstance(module, Linear):
-        structure = module.structure
-        factors = {factor.name: index for index, factor in enumerate(structure.factors)}
-        matrices = dict.fromkeys(factors, (module.in_features, module.out_features))
-        vectors = ("bias", *(f"gamma_{name}" for name in factors))
-    elif isinstance(module, nn.Linear) or is_conv1d(module):
-        matrices["weight"] = features(module)
-    elif isinstance(module, _CONVOLUTIONS):
-        matrices["weight"] = (math.prod(module.weight.shape[1:]), module.weight.shape[0])
-    elif isinstance(module, nn.MultiheadAttention):
-        vectors = ("in_proj_bias", "bias_k", "bias_v")
-        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            if getattr(module, name) is not None:
-                matrices[name] = (getattr(module, name).shape[1], getattr(module, name).shape[0])
-    elif holds_vectors(module):
-        vectors = dict(module.named_parameters(recurse=False))
-    else:
-        vectors = ()
+def _of_module(module: nn.Module, prefix: str) -> Iterator[Parameter]:
+    """The module's own parameters, with their roles as far as they are known."""
+    facts = known(module) or Known()
     for name, tensor in module.named_parameters(recurse=False):
-        is_factor = name in factors
+        matrix = facts.matrices.get(name)
+        is_factor = matrix is not None and matrix.structure is not None
         yield Parameter(
             names=(prefix + name,),
             key=prefix + ("weight" if is_factor else name),
             tensor=tensor,
-            known=name in matrices or name in vectors or tensor.numel() == 1,  # a scalar does not grow with the width
-            matrix=matrices.get(name),
-            structure=structure if is_factor else None,
-            factor=factors.get(name, 0),
+            # a scalar does not grow with the width, whatever it is
+            known=matrix is not None or name in facts.vectors or tensor.numel() == 1,
+            matrix=matrix,
         )

@@ -6,7 +6,6 @@ FOLDER/step-00000500/sha256              of that file
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from einlinear.files import differences, sha256_of
 
 FORMAT = "1"
 KEPT = 2  # the newest one, and one to fall back on
@@ -47,7 +48,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     try:
         facts = {"step": checkpoint.step, **checkpoint.facts}
         save_file(_apart(checkpoint.tensors), scratch / _STATE, metadata={"format": FORMAT, "facts": json.dumps(facts)})
-        (scratch / _DIGEST).write_text(_digest(scratch / _STATE), encoding="ascii")
+        (scratch / _DIGEST).write_text(f"{sha256_of(scratch / _STATE)}\n", encoding="ascii")
         for file in scratch.iterdir():  # on disk before the folder has its name, even if the power fails
             with file.open("rb+") as opened:  # which Windows wants to be writable
                 os.fsync(opened.fileno())
@@ -72,7 +73,7 @@ def load(place: Path) -> Checkpoint:
         ValueError: it is damaged or of another format; the message says which.
     """
     try:
-        if (place / _DIGEST).read_text(encoding="ascii") != _digest(place / _STATE):
+        if (place / _DIGEST).read_text(encoding="ascii") != f"{sha256_of(place / _STATE)}\n":
             raise ValueError("its content is not what was written")
         with safe_open(place / _STATE, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -96,8 +97,15 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError, saying what differs, if the facts of the run in a folder are not those of this one."""
+    found = differences(before, now)
+    if found:
+        raise ValueError(f"{folder} holds a run of other settings: {'; '.join(found)}. Name another folder")
+
+
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each with memory of its own, as safetensors wants it: tied weights are written twice."""
+    """The tensors, each with memory of its own, as safetensors wants it: tied weights are written twice."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -109,13 +117,5 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The newest first."""
+    """The checkpoints in a folder, the newest first."""
     return sorted(folder.glob("step-*"), reverse=True)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest() + "\n"

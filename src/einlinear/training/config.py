@@ -40,6 +40,19 @@ class Training:
         tracker: "tensorboard", "wandb" or "mlflow", which then get the metrics as well.
         device: "cpu" or "cuda".
         threads: of the CPU; None leaves torch's.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, settings that do not go together.
+
+    Example:
+        >>> from einlinear.training import Training
+        >>> config = Training(steps=1000, lr=3e-3, warmup=100, final_lr=0.1, precision="bfloat16")
+        >>> config.optimizer, config.schedule
+        ('adamw', 'cosine')
+        >>> Training(steps=1000, schedule="step")
+        Traceback (most recent call last):
+            ...
+        ValueError: schedule must be constant or cosine or linear, not 'step'
     """
 
     steps: int

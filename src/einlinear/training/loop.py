@@ -21,7 +21,6 @@ from einlinear.training import checkpoint, distributed, state, trackers
 from einlinear.training.checkpoint import Checkpoint
 from einlinear.training.config import Training
 from einlinear.training.distributed import World
-from einlinear.training.facts import check_same
 from einlinear.training.metrics import Metrics
 from einlinear.training.muon import Muon
 from einlinear.training.schedule import factor
@@ -89,6 +88,21 @@ def train(
             processes; a batch that cannot be shared or divided; a tracker without a folder.
         ModuleNotFoundError: the tracker's package is not installed.
         OSError: the folder cannot be written, or its disk is full. What was saved before is still there.
+
+    Example:
+        >>> import einlinear as el
+        >>> from einlinear.data import Teacher
+        >>> from einlinear.nn import ResidualMLP
+        >>> from einlinear.training import Training, train
+        >>> from einlinear.training.tasks import Regression
+        >>> model = ResidualMLP(8, 64, 1, structure="btt")
+        >>> model = el.init_(model, zero=model.ZERO)
+        >>> task = Regression(Teacher(8, width=32, depth=2), batch_size=64, seed=0)
+        >>> outcome = train(model, base=ResidualMLP(8, 32, 1), task=task, config=Training(steps=20))
+        >>> len(outcome.losses), list(outcome.measures)
+        (20, ['test_loss'])
+        >>> outcome.losses[-1] < outcome.losses[0]
+        True
     """
     if config.tracker:
         trackers.check_installed(config.tracker)
@@ -236,7 +250,7 @@ class _Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             return
         assert self.folder is not None
-        check_same(self.folder, found.facts, self.facts)
+        checkpoint.check_same(self.folder, found.facts, self.facts)
         if self.config.densify_at is not None and found.step > self.config.densify_at:
             self._densify()
         state.restore(self.model, self.optimizers, self.scaler, found.tensors)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from einlinear.files import write_text
 from einlinear.training.trackers import Tracker
 
 
@@ -31,16 +33,15 @@ class Metrics:
         self._path, self._tracker = path, tracker
         if path is not None:
             kept = [line for line in read(path) if line["step"] <= start]
-            scratch = path.with_name(f".{path.name}.{os.getpid()}")
-            scratch.unlink(missing_ok=True)  # of a process that was killed, and had the same number
-            _append(scratch, "".join(map(_line, kept)))
-            os.replace(scratch, path)
+            with _naming(path):
+                write_text(path, "".join(map(_line, kept)))
 
     def write(self, step: int, **values: float) -> None:
         """Add a line. NaN and infinite numbers become null, which every reader of JSON knows."""
         if self._path is None:
             return
-        _append(self._path, _line({"step": step, **values}))
+        with _naming(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(_line({"step": step, **values}))
         if self._tracker is not None:
             self._tracker(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
@@ -58,11 +59,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _append(path: Path, text: str) -> None:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing it: where its disk is full, the error does not."""
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:  # does not name the file where its disk is full
+        yield
+    except OSError as error:
         raise OSError(error.errno, f"the metrics of the run cannot be written: {error.strerror}", str(path)) from None
 
 

@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 from tests.experiments.sweeps.tables import read_table
 
-from einlinear.experiments.runs.records import alone, read_record
+from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.sweeps import attempts, cluster
 from einlinear.experiments.sweeps.sweep import do, make_sweep
 from einlinear.experiments.sweeps.workers import Workers
+from einlinear.files import alone
 
 SWEEP: dict[str, Any] = {
     "settings": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},

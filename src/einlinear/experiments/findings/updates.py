@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from einlinear.experiments.runs.records import write_json
+from einlinear.files import write_json
 
 FILE = "coord-check.json"
 _FORMAT = 1

@@ -33,8 +33,9 @@ from einlinear.experiments.report.taxonomy import taxonomy
 from einlinear.experiments.report.training import training_curves
 from einlinear.experiments.report.updates import feature_updates
 from einlinear.experiments.report.wall_clock import wall_clock
-from einlinear.experiments.runs.records import Record, write_text
+from einlinear.experiments.runs.records import Record
 from einlinear.experiments.runs.store import RUNS, Store
+from einlinear.files import write_text
 
 __all__ = ["Report", "write_report"]
 

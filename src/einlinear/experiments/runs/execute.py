@@ -17,8 +17,9 @@ import torch
 
 from einlinear import training
 from einlinear.experiments.runs.problems import Problem
-from einlinear.experiments.runs.records import Result, alone, describe, write_result, write_run
+from einlinear.experiments.runs.records import Result, describe, write_result, write_run
 from einlinear.experiments.runs.run import Run
+from einlinear.files import alone
 from einlinear.nn import ReferenceModel, counts
 from einlinear.parametrize import init_
 from einlinear.training.distributed import is_first

@@ -24,7 +24,7 @@ from einlinear.data import (
     load_tokens,
     pixel_permutation,
 )
-from einlinear.data.tokens import DESCRIPTION
+from einlinear.data.text.tokens import DESCRIPTION
 from einlinear.experiments.runs.models import Shape
 from einlinear.training.loop import Task
 from einlinear.training.tasks import VALIDATION_TOKENS, Classification, LanguageModel, Regression

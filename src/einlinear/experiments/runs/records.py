@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-import einlinear
 from einlinear.experiments.runs.problems import Problem
 from einlinear.experiments.runs.run import Run
-from einlinear.training.facts import check_same
+from einlinear.files import write_json
+from einlinear.training.checkpoint import check_same
+from einlinear.version import __version__, code_digest
 
 FORMAT = 2  # of the files; raised when an older program could misread them
 RUN, RESULT, METRICS = "run.json", "result.json", "metrics.jsonl"
@@ -93,15 +88,9 @@ class Record:
 _NOTED = ("code", "pattern", "digest", "source", "error", "made_with")
 
 
-@cache
 def code_version() -> str:
-    """The version of einlinear, and a hash of those of its sources that decide how a run goes."""
-    root = Path(einlinear.__file__).parent
-    digest = hashlib.sha256()
-    files = (file for name in _DECISIVE for file in (root / name).rglob("*") if file.suffix in (".py", ".cpp"))
-    for file in sorted(files):
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return f"{einlinear.__version__}+{digest.hexdigest()[:8]}"
+    """The version of einlinear, and a digest of those of its sources that decide how a run goes."""
+    return f"{__version__}+{code_digest(*_DECISIVE)}"
 
 
 def describe(folder: Path, run: Run, problem: Problem) -> Record:
@@ -170,38 +159,6 @@ def _read_description(folder: Path) -> Record:
         raise ValueError(f"the run in {folder} cannot be read: {error}") from None
 
 
-@contextmanager
-def alone(path: Path, otherwise: str) -> Iterator[None]:
-    """Hold a lock file, of which the system lets go when the process dies; BlockingIOError if another one holds it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BlockingIOError(otherwise) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half written."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # on disk before it has its name, even if the power fails
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`write_text` of JSON; what JSON has no words for, such as NaN, is an error."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
 def _made_with() -> str:
-    versions = f"einlinear {einlinear.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"einlinear {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     return f"{versions}, {platform.system()} {platform.machine()}"

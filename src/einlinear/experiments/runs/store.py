@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from einlinear.experiments.runs.problems import Data
-from einlinear.experiments.runs.records import RUN, Record, alone, code_version, read_record, write_text
+from einlinear.experiments.runs.records import RUN, Record, code_version, read_record
 from einlinear.experiments.runs.run import Run
+from einlinear.files import alone, write_text
 from einlinear.training import metrics
 
 RUNS, HISTORY = "runs", "history.jsonl"

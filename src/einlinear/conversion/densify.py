@@ -1,0 +1,49 @@
+"""Swap the structured layers of a model for dense ones that compute the same."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from einlinear.conversion.replace import describe, has_hooks, layers_of, replace_in
+from einlinear.conversion.report import Conversion, ConversionReport
+from einlinear.nn import Linear
+
+
+def densify(model: nn.Module) -> ConversionReport:
+    """Replace every structured layer by the `torch.nn.Linear` that computes the same function, in place.
+
+    Layers that share a module or all their factors share their weight afterwards. Bias, device, dtype, training mode
+    and requires_grad are kept; a weight is frozen if all its factors were.
+
+    Returns:
+        What was done to every layer, and what was skipped for which reason, such as hooks, which would be lost.
+
+    Raises:
+        ValueError: there is no structured layer inside the model, or none that could be replaced.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> model = torch.nn.Sequential(el.Linear(64, 64, "btt"))
+        >>> report = el.densify(model)
+        >>> report.params_before, report.params
+        (1024, 4096)
+        >>> model[0]
+        Linear(in_features=64, out_features=64, bias=True)
+    """
+    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
+    new: dict[int, nn.Module] = {}
+    converted: list[Conversion] = []
+    skipped: list[tuple[str, str]] = []
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
+    hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}
+    for name, layer in structured.items():
+        if factors[name] in hooked:
+            skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
+        elif id(layer) not in new:
+            dense = layer.to_dense()
+            dense.weight = weights.setdefault(factors[name], dense.weight)
+            new[id(layer)] = dense
+            s, entries = layer.structure, layer.in_features * layer.out_features
+            converted.append(Conversion(name, s.spec, describe(dense), s.params, entries, s.macs, entries))
+    return replace_in(model, new, converted, skipped, "there is no structured layer in the model")

@@ -1,0 +1,127 @@
+"""A user's folder with one subfolder of images per class."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from einlinear.data.images.dataset import Images, check_finite, resize
+from einlinear.data.images.split import stratified_split
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def read_folder(root: Path, image_size: int | None, test_fraction: float) -> Images:
+    """A user's folder of class folders, or of train/ and test/ with class folders."""
+    if not root.is_dir():
+        raise ValueError(f"{root} is a file; give a folder with one subfolder of images per class")
+    given = [split for split in ("train", "test") if _subfolders(root / split)]
+    if len(given) == 1:
+        missing = "test" if given == ["train"] else "train"
+        raise ValueError(f"{root} has class folders in {given[0]}/ but none in {missing}/; give both or neither")
+    if given:
+        train, classes = _class_files(root / "train")
+        test, test_classes = _class_files(root / "test")
+        if classes != test_classes:
+            odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+            raise ValueError(f"{root}: train/ and test/ must have the same classes; only one of them has {odd}")
+        how = "with its own test set"
+    else:
+        labelled, classes = _class_files(root)
+        rows = stratified_split(torch.tensor([label for _, label in labelled]), classes, test_fraction)
+        train, test = ([labelled[i] for i in split.tolist()] for split in rows)
+        how = f"of which {len(test)} are held out for testing"
+
+    files = [path for path, _ in train + test]
+    x = _read_files(files, image_size)
+    y = torch.tensor([label for _, label in train + test])
+    n = len(train)
+    images = Images(
+        name=str(root.resolve()),  # two folders may end alike, or like the name of a built-in data set
+        source=f"{len(files)} images from {root}, {how}",
+        train_x=x[:n],
+        train_y=y[:n],
+        test_x=x[n:],
+        test_y=y[n:],
+        classes=classes,
+    )
+    check_finite(images, files)
+    return images
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    files = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+
+
+def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Each image of root's class folders with its label, and the names of the classes."""
+    folders = _subfolders(root)
+    layout = "one subfolder of images per class is expected"
+    if not folders:
+        found = "images but no class subfolders" if _image_files(root) else "neither subfolders nor images"
+        raise ValueError(f"{root} has {found}; {layout}")
+    if len(folders) == 1:
+        raise ValueError(f"{root} has a single class, {folders[0].name!r}; classification needs at least 2")
+    labelled = []
+    for label, folder in enumerate(folders):
+        files = _image_files(folder)
+        if not files:
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise ValueError(f"class folder {folder} has no images ({kinds}) directly in it; {layout}")
+        labelled += [(path, label) for path in files]
+    return labelled, tuple(folder.name for folder in folders)
+
+
+def _read_files(files: Sequence[Path], image_size: int | None) -> Tensor:
+    """Images of one size, (N, C, H, W) float32: C = 1 if all of them are grey, else 3."""
+    images: list[Tensor] = []
+    for path in files:
+        image = _read_image(path)
+        if image_size is not None:
+            image = resize(image[None], image_size)[0]
+        elif images and image.shape[1:] != images[0].shape[1:]:
+            (h0, w0), (h1, w1) = images[0].shape[1:], image.shape[1:]
+            raise ValueError(
+                f"images differ in size: {files[0]} is {w0} x {h0} pixels, {path} is {w1} x {h1}; "
+                "give an image_size to resize all of them to"
+            )
+        images.append(image)
+    channels = max(image.shape[0] for image in images)
+    return torch.stack([image.expand(channels, -1, -1) for image in images])
+
+
+def _read_image(path: Path) -> Tensor:
+    """(1, H, W) if the image is grey, else (3, H, W); float32, in [0, 1] unless the file stores floats."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F":
+                pixels, scale = image, 1.0
+            elif image.mode.startswith("I"):  # 16 bits
+                pixels, scale = image, 65535.0
+            elif image.mode in ("1", "L", "LA"):
+                pixels, scale = image.convert("L"), 255.0
+            else:
+                # Through RGBA: a palette with transparency does not convert to RGB without a warning.
+                pixels, scale = image.convert("RGBA").convert("RGB"), 255.0
+            values = torch.from_numpy(np.array(pixels, dtype=np.float32)) / scale
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if values.ndim == 2:
+        return values.unsqueeze(0)
+    image_chw = values.movedim(-1, 0)
+    is_grey = bool((image_chw == image_chw[:1]).all())
+    return image_chw[:1] if is_grey else image_chw

@@ -1,0 +1,100 @@
+"""What is known of a module: which of its parameters are matrices and which are vectors, and what it costs.
+
+Layers of this library say it themselves, in a method `known`; those of torch and transformers are listed below. The
+roles of muP and the counting of MACs both read it, so that a new kind of layer is described once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from einlinear.structures import Structure
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OF_VECTORS = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+    nn.PReLU,
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter that is a matrix, or a factor of a structured one.
+
+    Attributes:
+        in_features, out_features: of the whole matrix.
+        structure, factor: of a structured matrix, what it is, and which of `structure.factors` the parameter is.
+    """
+
+    in_features: int
+    out_features: int
+    structure: Structure | None = None
+    factor: int = 0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a module without its children.
+
+    Attributes:
+        matrices: of its own parameters, those that are matrices or factors of them, by name.
+        vectors: the names of those that are looked up, added or multiplied elementwise, so that they have no fan-in.
+        macs: multiply-accumulates that one token takes; None where they depend on more than the module.
+        macs_per_position: those that every token takes for each token of its sequence, as in attention.
+    """
+
+    matrices: Mapping[str, Matrix] = field(default_factory=dict)
+    vectors: Collection[str] = ()
+    macs: int | None = 0
+    macs_per_position: int = 0
+
+
+class Described(nn.Module):
+    """A module that says itself what it is. (A base class: wrappers pass on attributes, which would count twice.)"""
+
+    def known(self) -> Known:
+        """What its parameters are, and what it costs, without its children."""
+        raise NotImplementedError
+
+
+def known(module: Any) -> Known | None:
+    """What is known of a module, or None for one of a kind that nobody has described."""
+    if isinstance(module, Described):
+        return module.known()
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        fan_in, fan_out = features(module)
+        return Known({"weight": Matrix(fan_in, fan_out)}, ("bias",), fan_in * fan_out)
+    if isinstance(module, _CONVOLUTIONS):
+        out_channels, *of_one = module.weight.shape
+        return Known({"weight": Matrix(math.prod(of_one), out_channels)}, ("bias",), macs=None)
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights = {name: getattr(module, name) for name in names if getattr(module, name) is not None}
+        matrices = {name: Matrix(weight.shape[1], weight.shape[0]) for name, weight in weights.items()}
+        return Known(matrices, ("in_proj_bias", "bias_k", "bias_v"), macs=None)
+    # every library has norms of its own (LlamaRMSNorm): they are known by their name
+    if isinstance(module, _OF_VECTORS) or type(module).__name__.endswith("Norm"):
+        return Known(vectors=dict(module.named_parameters(recurse=False)))
+    return None
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer of weight (in_features, out_features)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def features(linear: Any) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, structured or not."""
+    if is_conv1d(linear):
+        return linear.weight.shape[0], linear.weight.shape[1]
+    return linear.in_features, linear.out_features

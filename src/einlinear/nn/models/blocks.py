@@ -1,0 +1,122 @@
+"""Residual blocks, which the reference models are made of: feed-forward, self-attention, and one after the other.
+
+All are x + multiplier * branch(norm(x)), shapes (..., width) to the same. Their linear layers are made by a function
+that they are given, so that no block needs to know what kinds of layers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from einlinear.nn.known import Described, Known
+from einlinear.nn.linear import Linear
+from einlinear.structures import structure as make_structure
+
+
+class MakeLayer(Protocol):
+    """Makes a linear layer; without gamma where its output is normalised anyway."""
+
+    def __call__(self, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module: ...
+
+
+def linear_layers(structure: str, bias: bool = True, normalize: bool = False) -> MakeLayer:
+    """Makes layers of a structure, whose weights are normalised if that is asked for, unless the structure is dense."""
+
+    def make(in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
+        made = make_structure(structure, in_features, out_features)
+        return Linear(in_features, out_features, made, bias, normalize and made.spec != "dense", gamma=gamma)
+
+    return make
+
+
+class FeedForward(nn.Module):
+    """x + multiplier * fc2(gelu(fc1(norm(x)))), with a hidden layer `expansion` times as wide."""
+
+    def __init__(
+        self, width: int, layer: MakeLayer, expansion: int = 4, *, bias: bool = True, multiplier: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.multiplier = multiplier
+        self.norm = nn.LayerNorm(width, bias=bias)
+        self.fc1 = layer(width, expansion * width)
+        self.fc2 = layer(expansion * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.fc2(F.gelu(self.fc1(self.norm(x)))), alpha=self.multiplier)
+
+
+class Attention(Described):
+    """x + multiplier * out(attention(norm(x))): multi-head self-attention, (n, t, width) to the same.
+
+    Scores are multiplied by 8 / d_head rather than 1 / sqrt(d_head): the same for heads of 64 features, and right for
+    all others under muP (Yang et al., arXiv 2203.03466), since a query and its key correlate.
+
+    Args:
+        width: of the residual stream.
+        heads: how many.
+        layer: makes the four linear layers; those of queries and keys without gamma if qk_norm undoes it.
+        d_head: features of a head; by default width / heads, which has to be a whole number.
+        bias: whether norms have one.
+        causal: whether a token sees only itself and those before it.
+        qk_norm: whether every head's queries and keys pass through a LayerNorm.
+        multiplier: of the branch.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        layer: MakeLayer,
+        *,
+        d_head: int | None = None,
+        bias: bool = True,
+        causal: bool = False,
+        qk_norm: bool = False,
+        multiplier: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or (d_head is None and width % heads):
+            raise ValueError(f"a width of {width} cannot be divided into {heads} heads")
+        d_head = d_head or width // heads
+        self.heads, self.features, self.causal, self.multiplier = heads, heads * d_head, causal, multiplier
+        self.norm = nn.LayerNorm(width, bias=bias)
+        self.query = layer(width, self.features, gamma=not qk_norm)
+        self.key = layer(width, self.features, gamma=not qk_norm)
+        self.value = layer(width, self.features)
+        self.out = layer(self.features, width)
+        self.query_norm = nn.LayerNorm(d_head, bias=bias) if qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(d_head, bias=bias) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        q, k, v = (z.transpose(1, 2) for z in (self.query_norm(q), self.key_norm(k), v))  # (n, heads, t, d_head)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=8 / q.shape[-1])
+        return torch.add(x, self.out(mixed.transpose(1, 2).flatten(2)), alpha=self.multiplier)
+
+    def known(self) -> Known:
+        return Known(macs_per_position=2 * self.features)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, then feed-forward: (n, t, width) to the same."""
+
+    def __init__(self, attention: nn.Module, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.feed_forward = attention, feed_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.feed_forward(self.attention(x))
+        return out
+
+
+def stack(depth: int, block: Callable[[], nn.Module]) -> nn.Sequential:
+    """So many blocks, one after the other."""
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+    return nn.Sequential(*(block() for _ in range(depth)))

@@ -1,0 +1,41 @@
+"""Files that are whole or absent, and locks."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from einlinear.files import alone, sha256_of, write_json, write_text
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".note"
+    write_text(path, "abc")
+    assert path.read_text(encoding="utf-8") == "abc"
+    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+    def full(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_text(path, "another")
+    assert path.read_text(encoding="utf-8") == "abc"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_written_that_is_no_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    with (
+        alone(tmp_path / ".lock", "taken"),
+        pytest.raises(BlockingIOError, match="taken"),
+        alone(tmp_path / ".lock", "taken"),
+    ):
+        pass
+    with alone(tmp_path / ".lock", "taken"):
+        pass
