@@ -1,12 +1,9 @@
-"""One thread, and no waiting for the machine's peaks."""
+"""No waiting for the machine's peaks."""
 
 import pytest
-import torch
 
 from einlinear.bench import run
 from einlinear.bench.machine import Roof
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 from tests.training import toy
-from torch import Tensor, nn
+from torch import Tensor
 
 import einlinear as el
 from einlinear.training import Training, loop, metrics
 from einlinear.training.distributed import World
-from einlinear.training.loop import _Run
 from einlinear.training.schedule import factor
 
 
@@ -118,24 +117,20 @@ def test_structured_layers_become_dense_ones(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_is_known_of_other_parameters_stays(optimizer: str) -> None:
-    config = Training(steps=9, densify_at=4, optimizer=optimizer, threads=1)
-    world = World(0, 1, torch.device("cpu"))
-    run = _Run(toy.initialised(toy.build), toy.build(8, "dense"), toy.Toy(), config, None, None, {}, world)
-    run._step(0)
-    before = {name: run.optimizers[-1].state.get(p) for name, p in run.plain.named_parameters()}
-    run._densify()
-    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
-    rates = {id(p): group["lr_mult"] for group in groups for p in group["params"]}
-    dense = _Run(toy.build(16, "dense"), toy.build(8, "dense"), toy.Toy(), config, None, None, {}, world)
-    expected = [group for optimizer in dense.optimizers for group in optimizer.param_groups]
-    of_dense = {id(p): group["lr_mult"] for group in expected for p in group["params"]}
-    names = {name.replace(".A", ".weight"): p for name, p in dense.plain.named_parameters()}
-    assert dict(run.plain.named_parameters()).keys() == names.keys()
-    for name, p in run.plain.named_parameters():
-        assert rates[id(p)] == of_dense[id(names[name])]
-        if name in before:
-            assert run.optimizers[-1].state.get(p) is before[name]
-    assert not any(isinstance(layer, el.Linear) for layer in run.plain.modules())
+    """When layers become dense, Adam starts anew for theirs alone, and all learn at the rates of a dense model."""
+    model, dense = toy.initialised(toy.build), toy.initialised(toy.build, structure="dense")
+    others = {name for name, _ in model.named_parameters()}
+    with toy.last_step(model) as found:
+        toy.run(model=model, steps=9, densify_at=4, optimizer=optimizer)
+    with toy.last_step(dense) as expected:
+        toy.run(model=dense, steps=9, optimizer=optimizer)
+    assert {name: lr for name, (lr, _) in found.items()} == {
+        name.replace(".A", ".weight"): lr for name, (lr, _) in expected.items()
+    }
+    counted = {name: float(steps) for name, (_, steps) in found.items() if steps is not None}  # of Adam, not of Muon
+    assert counted == {name: 9 if name in others else 5 for name in counted}
+    assert {*counted.values()} == {9, 5}
+    assert not any(isinstance(layer, el.Linear) for layer in model.modules())
 
 
 def test_processes_have_to_find_the_same_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,12 +264,4 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def test_the_model_is_not_changed_by_measuring() -> None:
-    model = toy.initialised(toy.build)
-    config = Training(steps=1, threads=1)
-    from einlinear.training.distributed import World
-
-    runner = _Run(model, toy.build(8, "dense"), toy.Toy(), config, None, None, {}, World(0, 1, torch.device("cpu")))
-    before = [p.clone() for p in model.parameters()]
-    runner._evaluate()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert isinstance(model, nn.Module)
+    assert toy.run(steps=10, evaluate_every=1).losses == toy.run(steps=10).losses

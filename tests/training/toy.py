@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +77,41 @@ def run(
     pause: float = 0.0,
     facts: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    model: ReferenceModel | None = None,
     **options: Any,
 ) -> Outcome:
     config = Training(**{"steps": 20, "lr": 1e-2, "threads": 1, **options})
-    return train(initialised(build), build(8, "dense"), Toy(pause), config, folder, facts=facts, progress=progress)
+    model = model or initialised(build)
+    return train(model, build(8, "dense"), Toy(pause), config, folder, facts=facts, progress=progress)
+
+
+@contextmanager
+def last_step(model: nn.Module) -> Iterator[dict[str, tuple[float, Tensor | None]]]:
+    """Of every parameter, by name: its learning rate in the last step, and how many steps Adam has counted."""
+    found: dict[str, tuple[float, Tensor | None]] = {}
+
+    def spy(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                found[names[id(p)]] = group["lr"], optimizer.state.get(p, {}).get("step")
+
+    hook = register_optimizer_step_post_hook(spy)
+    try:
+        yield found
+    finally:
+        hook.remove()
+        for name in found.keys() - {name for name, _ in model.named_parameters()}:  # that it had before
+            del found[name]
 
 
 def run_gpt(folder: Path, normalize: bool = False, **options: Any) -> tuple[Outcome, dict[str, float]]:
     """What a run came to, and the learning rate of every parameter in its last step, by the name that it has."""
     model = initialised(build_gpt, normalize=normalize)
     task: Task = pixels()
-    rates: dict[str, float] = {}
-
-    def spy(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        used = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        rates.update({name: used[id(p)] for name, p in model.named_parameters() if id(p) in used})
-
-    config = Training(**{"threads": 1, **options})
-    hook = register_optimizer_step_post_hook(spy)
-    try:
-        outcome = train(model, build_gpt(16, "dense"), task, config, folder)
-    finally:
-        hook.remove()
-    return outcome, rates
+    with last_step(model) as found:
+        outcome = train(model, build_gpt(16, "dense"), task, Training(**{"threads": 1, **options}), folder)
+    return outcome, {name: lr for name, (lr, _) in found.items()}
 
 
 if __name__ == "__main__":

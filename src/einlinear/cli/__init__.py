@@ -1,12 +1,13 @@
-"""The command line: parses, calls, prints.
+"""The command line: parses, calls, prints. Every command has a file of its name; what they share:
 
-app.py        the commands, of which most have a file of their own, with what they print
-running.py    doing the runs of a command
-display.py    what several print
-endings.py    how they end early
-importing.py  code of the user's, for --import
+app.py        all of them, as one program
+options.py    arguments and options
+parsing.py    what is written as one argument: lists, NAME=VALUE
 packages.py   the packages that they need
-parsing.py    lists that are written as one argument
+importing.py  code of the user's, for --import
+running.py    doing the runs of a command
+display.py    messages, tables, progress bars
+endings.py    how they end early
 """
 
 from einlinear.cli.packages import CLI, require

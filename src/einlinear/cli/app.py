@@ -11,19 +11,22 @@ from typing import Annotated
 import typer
 
 import einlinear
-from einlinear.cli import display
 from einlinear.cli.bench import bench
 from einlinear.cli.compare import compare
 from einlinear.cli.coord_check import coord_check
+from einlinear.cli.describe import describe
 from einlinear.cli.endings import user_errors
 from einlinear.cli.fit import fit
 from einlinear.cli.importing import import_all
 from einlinear.cli.prepare import prepare
+from einlinear.cli.recipes import recipes
 from einlinear.cli.report import report
-from einlinear.cli.train import recipes, sweep, train
+from einlinear.cli.sweep import sweep
+from einlinear.cli.train import train
 
 app = typer.Typer(
-    help="Structured linear layers: what they cost, and what they are worth on a budget of compute.",
+    help="Structured linear layers: what they cost, and what they are worth on a budget of compute.\n\n"
+    'To begin with:  einlinear describe "btt(rank=2)" 1024 4096  or  einlinear compare --preset demo',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a bug shows its plain traceback
@@ -46,7 +49,7 @@ def _main(
         typer.Option(
             "--import",
             metavar="MODULE_OR_FILE",
-            help="A module, or a .py file, that registers families of yours. May be given several times.",
+            help="A module or .py file that registers your own families. Goes before the command; may be repeated.",
         ),
     ] = None,
 ) -> None:
@@ -54,28 +57,13 @@ def _main(
         import_all(imports or ())
 
 
-@app.command()
-def describe(
-    spec: Annotated[str, typer.Argument(help='A structure, such as "btt(rank=2)", or a pattern.')],
-    in_features: Annotated[int, typer.Argument(help="Input features of the layer.")],
-    out_features: Annotated[int, typer.Argument(help="Output features of the layer.")],
-    max_macs: Annotated[
-        float | None, typer.Option(help="Choose the richest rank within this fraction of the MACs of dense.")
-    ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Also say how it is run on this machine's CPU.")] = False,
-    tokens: Annotated[int, typer.Option(help="For --plan: how many inputs at a time.", min=1)] = 2048,
-) -> None:
-    """Say what a structure is at one size: factors, parameters, MACs, rank, exponents, learning rates, beside dense."""
-    with user_errors():
-        structure = einlinear.structure(spec, in_features, out_features, max_macs=max_macs)
-    display.structure(structure)
-    if plan:
-        display.plan(structure, tokens)
-
-
-_OF_RUNS: tuple[Callable[..., None], ...] = (compare, train, sweep, coord_check)
-_OTHERS: tuple[Callable[..., None], ...] = (recipes, fit, report, bench, prepare)
-for command in _OF_RUNS:  # an option they do not know is one of a run, which says what is right
-    app.command(context_settings={"ignore_unknown_options": True})(command)
-for command in _OTHERS:
-    app.command()(command)
+_OF_RUNS = (compare, train, sweep, coord_check)  # an option they do not know is one of a run, which says what is right
+_PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Layers": (describe, bench),
+    "Training": (prepare, compare, train, sweep, recipes, coord_check),
+    "Results": (report, fit),
+}
+for panel, commands in _PANELS.items():
+    for command in commands:
+        settings = {"ignore_unknown_options": command in _OF_RUNS}
+        app.command(rich_help_panel=panel, context_settings=settings)(command)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from einlinear.cli import display
 from einlinear.cli.endings import interruptible, user_errors
 from einlinear.cli.parsing import numbers, specs
+from einlinear.cli.running import command_line
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear.bench.run import Recorder
@@ -28,19 +23,30 @@ def bench(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="quick (default), small, standard (20 minutes on two cores) or gpu; other options override it."
+            help="What to measure: quick (the default), small, standard (20 minutes on two cores) or gpu. The other "
+            "options override it."
         ),
     ] = None,
     structures: Annotated[
         list[str] | None,
-        typer.Option(help="Structures, separated by ';' (families also by ','). {d/8}: an eighth of the features."),
+        typer.Option(
+            help="Structures, separated by ';' (names of families also by ','); may be repeated. {d/8} stands for an "
+            "eighth of the features."
+        ),
     ] = None,
-    sizes: Annotated[str | None, typer.Option(help="Features, in x out, such as 1024,1024x4096.")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Features of the layers, or in x out, such as 1024,1024x4096.")
+    ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Input vectors: up to 16 are a decode pass, more a forward and a train pass.")
+        str | None,
+        typer.Option(
+            help="Input vectors at a time, such as 1,2048. Up to 16 are a decode pass, more a forward and a train pass."
+        ),
     ] = None,
-    passes: Annotated[str | None, typer.Option(help="Of forward, train, decode. Default: all.")] = None,
-    dtypes: Annotated[str | None, typer.Option("--dtype", help="Of float32, bfloat16, float16.")] = None,
+    passes: Annotated[
+        str | None, typer.Option(help="Which of forward, train, decode to measure. Default: all.")
+    ] = None,
+    dtypes: Annotated[str | None, typer.Option("--dtype", help="Which of float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     bias: Annotated[bool | None, typer.Option(help="Whether the layers have a bias. Default: no.")] = None,
     executors: Annotated[
@@ -49,22 +55,26 @@ def bench(
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Whether to measure torch.compile of the einsum too.")
     ] = None,
-    budget: Annotated[float | None, typer.Option(min=0, help="Seconds to repeat each case for.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: those of torch.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Results folder, continued. Default: results/bench-SUITE.")] = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="Seconds that each case is repeated for.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Results folder; what it lacks is measured. Default: results/bench-SUITE.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the results folder holds.")] = False,
     compared: Annotated[
         Path | None,
         typer.Option(
-            "--compare", help="An earlier bench.json: measure its cases (unless --out has them), show changes."
+            "--compare", help="An earlier bench.json, or its folder: measure the same cases and show what changed."
         ),
     ] = None,
-    variants: Annotated[bool, typer.Option("--variants", help="Print a row per variant, not only ours.")] = False,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Print a row for every variant, not only for el.Linear.")
+    ] = False,
 ) -> None:
-    """Measure speed and memory of structures and executors beside nn.Linear, all in turns.
+    """Measure speed and memory of structures and executors beside nn.Linear, in turns.
 
-    Results are checked first, against the dense matrix in float64: a wrong one gets no speed-up, and the exit status 1.
-    Running the same command again measures only what is missing.
+    Outputs and gradients are first checked against the dense matrix in float64: where they are wrong no speed-up is
+    given, and the exit status is 1. The same command again measures only what is missing.
     """
     import torch
 
@@ -92,8 +102,7 @@ def bench(
         else:
             cases, settings = chosen.cases(), chosen.settings
         folder = out or Path("results") / f"bench-{suite or ('compare' if past else 'quick')}"
-        command = shlex.join(["einlinear", *sys.argv[1:]])
-        recorder = Recorder(folder, cases, settings, command, fresh, reading=past is not None)
+        recorder = Recorder(folder, cases, settings, command_line(), fresh, reading=past is not None)
 
     with interruptible(f"Interrupted. {recorder.path} keeps every finished case; the same command goes on from there."):
         _measure(recorder)
@@ -130,9 +139,7 @@ def _measure(recorder: Recorder) -> None:
         f"{len(missing)} of {len(recorder.cases)} cases to measure, about {_duration(recorder.estimate())}; "
         f"results in {recorder.path}."
     )
-    console = Console()
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with display.progress() as progress:
         task = progress.add_task("", total=len(missing))
         for case in missing:
             progress.update(task, description=str(case))
@@ -141,19 +148,11 @@ def _measure(recorder: Recorder) -> None:
 
 
 def _print(found: Iterable[Table]) -> None:
-    """Tables to the terminal, those that have rows; a pipe or file has no width to fit them into."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=250)
+    """Those that have rows."""
     for table in found:
         if table.rows:
-            rich = RichTable(
-                title=Text(table.title), title_justify="left", box=None, pad_edge=False, header_style="bold"
-            )
-            for heading in table.headings:
-                rich.add_column(heading, overflow="fold")
-            for row in table.rows:
-                rich.add_row(*map(Text, row))
-            console.print(rich, "")
+            display.show(table.headings, table.rows, table.title, prose=True)
+            display.note("")
 
 
 def _duration(seconds: float) -> str:

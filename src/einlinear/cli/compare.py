@@ -8,66 +8,68 @@ from typing import Annotated, Any
 import typer
 
 from einlinear.cli.endings import user_errors
+from einlinear.cli.options import MixCode, Workers
 from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import assignments, numbers, specs
 from einlinear.cli.running import carry_out
-
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes that train at the same time. Default: one per CPU core, or GPU.")
-]
-MixCode = Annotated[
-    bool, typer.Option("--mix-code", help="Add to runs that another version of the code made, or of changed sources.")
-]
 
 
 def compare(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=VALUE]...",
+            metavar="NAME=VALUE",
             help="Any other option of the runs, as for train: model=vit, lr=1e-3, batch_size=128, mixup=0.8, ...",
         ),
     ] = None,
     structures: Annotated[
         list[str] | None,
         typer.Option(
-            help="Structures, separated by ';' (families also by ','), or the option several times. Default: dense; "
+            help="Structures, separated by ';' (names of families also by ','); may be repeated. Default: dense; "
             "low_rank; kronecker; tt(rank=4); monarch; btt; dyad."
         ),
     ] = None,
     macs: Annotated[
         str | None,
         typer.Option(
-            help="Compute targets: every structure gets its widest model within each. Default: 50k,100k,200k,400k."
+            help="Multiply-accumulates per input: for each of these, every structure gets its widest model within it. "
+            "Default: 50k,100k,200k,400k."
         ),
     ] = None,
-    widths: Annotated[str | None, typer.Option(help="Widths such as 64,128, instead of --macs.")] = None,
+    widths: Annotated[
+        str | None, typer.Option(help="Instead of --macs: the widths of the models, such as 64,128.")
+    ] = None,
     dense_reach: Annotated[
-        int | None, typer.Option(help="Dense also gets 2, 4, ... times the largest target, up to this. Default: 4.")
+        int | None,
+        typer.Option(
+            help="Dense models also get 2, 4, ... times the largest of --macs, up to this multiple. Default: 4."
+        ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="auto (Fashion-MNIST, or else digits), fashion-mnist, digits, a folder with CIFAR's .bin files, one "
-            "with a subfolder of images per class, or a prepared text."
+            help="auto (Fashion-MNIST if it can be had, otherwise digits), fashion-mnist, digits, or a folder: with "
+            "CIFAR's .bin files, with a subfolder of images for each class, or with a prepared text. Default: auto."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Results folder. One of the same settings is added to.")] = Path(
+    out: Annotated[Path, typer.Option(help="Results folder. Runs are added to what it holds.")] = Path(
         "results/compare"
     ),
     preset: Annotated[
         str | None, typer.Option(help="demo (minutes) or paper (hours on a GPU); options given here override it.")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Runs of every model. Default: 3.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each model, which differ in their seed. Default: 3.")
+    ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training images. Default: 20. Or write steps=1000.")
+        int | None, typer.Option(help="Passes over the training images, unless steps=NUMBER is given. Default: 20.")
     ] = None,
     workers: Workers = None,
     mix_code: MixCode = False,
 ) -> None:
-    """Train structures side by side at matched compute, print the table, write report.html.
+    """Train structures side by side at matched compute, print a table and write report.html.
 
-    Running the same command again trains only what is missing; structures, targets and seeds can be added.
+    The same command again trains only what is missing; structures, MACs and seeds can be added to a results folder.
     """
     require(EXPERIMENTS)
     from einlinear.experiments.sweeps.compare import configure, plan

@@ -13,14 +13,14 @@ from einlinear.cli import display
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what the library says about wrong arguments and files into one message and exit code 2.
+    """Turn what the library says about wrong arguments, files and missing packages into one message and exit code 2.
 
     Only around what checks and reads what the user gave: an error of the same type later on is a bug. Under torchrun
     all processes find the same mistake, and the first one of every machine says so.
     """
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             display.error(str(error))
         raise typer.Exit(2) from None

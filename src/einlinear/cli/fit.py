@@ -11,23 +11,22 @@ import typer
 
 from einlinear.cli import display
 from einlinear.cli.endings import user_errors
+from einlinear.cli.options import Floor, Folders
 from einlinear.cli.packages import EXPERIMENTS, require
-from einlinear.cli.parsing import numbers
+from einlinear.cli.parsing import floor_of, numbers
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear.experiments.findings.scaling_laws import Law, Laws
-
-Folders = Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Results folders, taken together.")]
-Floor = Annotated[
-    str, typer.Option(help="Of scaling laws, the loss that no model gets below: a number, or fit to fit it as well.")
-]
 
 
 def fit(
     folders: Folders,
     floor: Floor = "0",
     at: Annotated[
-        str | None, typer.Option(help="Also say what loss the laws give for these computes, such as 1M,1G or 1e12.")
+        str | None,
+        typer.Option(
+            help="Also print the losses that the laws predict at this compute (in MACs), such as 1M,1G or 1e12."
+        ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Of laws over training: how far above the hull a point of the frontier may be.")
@@ -38,9 +37,9 @@ def fit(
     prune: Annotated[
         bool, typer.Option("--prune", help="Of laws over training: drop the last points where that explains more.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for all numbers.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write all numbers to this JSON file.")] = None,
 ) -> None:
-    """Fit scaling laws to the runs in results folders: loss = floor + scale × compute^-exponent, by structure."""
+    """Fit scaling laws to the runs in results folders: loss = floor + scale × compute^-exponent, for each structure."""
     require(EXPERIMENTS)
     from einlinear.experiments.findings.scaling_laws import as_json, laws_of_training, laws_per_input
     from einlinear.experiments.findings.summary import studies
@@ -74,23 +73,6 @@ def fit(
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, content)
         display.note(f"Numbers: {out}")
-
-
-def floor_of(text: str) -> float | None:
-    """The option --floor; None where the floor is to be fitted.
-
-    Raises:
-        ValueError: it is neither a number of at least zero nor "fit".
-    """
-    if text == "fit":
-        return None
-    try:
-        floor = float(text)
-    except ValueError:
-        floor = math.nan
-    if not 0 <= floor < math.inf:
-        raise ValueError(f"--floor must be a number of at least 0, or fit, not {text!r}")
-    return floor
 
 
 def _print(laws: Laws, computes: Sequence[float]) -> None:

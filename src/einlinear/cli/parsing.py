@@ -1,10 +1,12 @@
-"""What is written as one argument: lists of structures, lists of numbers, NAME=VALUE."""
+"""What is written as one argument: lists of structures, lists of numbers, NAME=VALUE, a floor."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from fractions import Fraction
+
+from einlinear.structures.spec import is_family
 
 
 def specs(texts: str | list[str] | None) -> tuple[str, ...] | None:
@@ -14,8 +16,9 @@ def specs(texts: str | list[str] | None) -> tuple[str, ...] | None:
     found: list[str] = []
     for part in ";".join([texts] if isinstance(texts, str) else texts).split(";"):
         pieces = _split_at_commas(part)
-        families = all(re.fullmatch(r"[\w-]+\s*(\(.*)?", piece) for piece in pieces)
-        found += pieces if families else [part.strip()]  # the commas of a pattern are its own
+        found += pieces if all(map(is_family, pieces)) else [part.strip()]  # the commas of a pattern are its own
+    if not any(found):
+        raise ValueError("--structures is empty; write structures such as dense; btt(rank=2)")
     return tuple(filter(None, found))
 
 
@@ -61,6 +64,23 @@ def assignments(words: Sequence[str] | None) -> dict[str, str]:
             raise ValueError(f"{word!r} has no value; write NAME=VALUE, such as lr=1e-3")
         options[name] = value.strip()
     return options
+
+
+def floor_of(text: str) -> float | None:
+    """The option --floor; None where the floor is to be fitted.
+
+    Raises:
+        ValueError: it is neither a number of at least zero nor "fit".
+    """
+    if text == "fit":
+        return None
+    try:
+        floor = float(text)
+    except ValueError:
+        floor = math.nan
+    if not 0 <= floor < math.inf:
+        raise ValueError(f"--floor must be a number of at least 0, or fit, not {text!r}")
+    return floor
 
 
 def _split_at_commas(text: str) -> list[str]:

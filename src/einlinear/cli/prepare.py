@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import Progress
 
 from einlinear.cli import display
 from einlinear.cli.endings import interruptible, user_errors
@@ -26,24 +22,25 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
-            help="english (tools/fetch_english.sh fetches it), code (Python's own), openwebtext, hub:OWNER/NAME, a "
-            ".parquet or .jsonl file with a column text, a text file, or a folder of .txt files.",
+            metavar="SOURCE",
+            help="english (tools/fetch_english.sh fetches it), code (Python's standard library), openwebtext, "
+            "hub:OWNER/NAME, a .parquet or .jsonl file with a column text, a text file, or a folder of .txt files.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the tokens.")],
     tokens: Annotated[str, typer.Option(help="char (96 characters) or bpe (byte pairs).")] = "char",
-    vocab: Annotated[int | None, typer.Option(help="Tokens of bpe, 257 to 65536. Default: 4096.")] = None,
+    vocab: Annotated[
+        int | None, typer.Option(help="Size of the vocabulary of bpe, 257 to 65536. Default: 4096.")
+    ] = None,
     validation: Annotated[float, typer.Option(help="Share of each part of the text that is held out.")] = 0.05,
     limit: Annotated[
-        str | None, typer.Option(help="Take at most so many characters of each part, such as 500k or 2M.")
+        str | None, typer.Option(help="Take at most this many characters of each part of the text, such as 500k or 2M.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again a text that the folder holds.")] = False,
 ) -> None:
-    """Turn text into the tokens that language models are trained on, a share of it held out for validation.
+    """Turn text into the tokens that language models are trained on, a share of them held out for validation.
 
-    Interrupted, it leaves nothing that looks finished; the same command starts over. A text that is there already is
-    left as it is.
+    A text that the folder holds already is left as it is. After an interruption the same command starts over.
     """
     require(EXPERIMENTS)
     from einlinear.data import Recipe, prepare_tokens
@@ -69,20 +66,14 @@ def prepare(
         if found:
             display.note(f"{out} holds this text already; --fresh prepares it again.")
         else:
-            with _bar() as progress:
+            with display.progress() as progress:
                 found = prepare_tokens(recipe, out, fresh=fresh, progress=partial(_advance, progress))
     _print(found)
 
 
-def _bar() -> Progress:
-    console = Console()
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 def _advance(progress: Progress, what: str, done: int, total: int | None) -> None:
     """Show how far one thing has come, the only one at a time."""
-    what = escape(what if len(what) <= 40 else f"…{what[-39:]}")  # a path may be long, and have brackets
+    what = what if len(what) <= 40 else f"…{what[-39:]}"  # a path may be long
     for task in progress.tasks:
         if task.description != what:
             progress.remove_task(task.id)
@@ -93,12 +84,10 @@ def _advance(progress: Progress, what: str, done: int, total: int | None) -> Non
 
 def _print(tokens: Tokens) -> None:
     """What became of the text."""
-    names = ("documents", "dropped", "characters", "replaced", "dropped", "training", "validation")
-    table = Table("text", *names, box=None, pad_edge=False, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    headings = ("text", "documents", "dropped", "characters", "replaced", "dropped", "training", "validation")
+    rows = []
     for part in tokens.counts:
-        values = (
+        counts = (
             part.documents,
             part.documents_dropped,
             part.characters,
@@ -107,9 +96,8 @@ def _print(tokens: Tokens) -> None:
             part.train_tokens,
             part.validation_tokens,
         )
-        table.add_row(Text(part.name), *(f"{value:,}" for value in values))
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
+        rows.append((part.name, *(f"{count:,}" for count in counts)))
+    display.show(headings, rows)
     for part in tokens.counts:
         display.note(f"{part.name}: {part.origin}.")
     train, validation = len(tokens.train), len(tokens.validation)

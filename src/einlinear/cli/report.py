@@ -9,8 +9,9 @@ import typer
 
 from einlinear.cli import display
 from einlinear.cli.endings import user_errors
-from einlinear.cli.fit import Floor, Folders, floor_of
+from einlinear.cli.options import Floor, Folders
 from einlinear.cli.packages import EXPERIMENTS, require
+from einlinear.cli.parsing import floor_of
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear.experiments.findings.summary import Study
@@ -19,11 +20,14 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
 def report(
     folders: Folders,
     out: Annotated[
-        Path | None, typer.Option(help="The page to write. Default: report.html in the folder, if there is one only.")
+        Path | None,
+        typer.Option(
+            help="The page to write. Default: report.html in the folder; of several folders it has to be given."
+        ),
     ] = None,
     floor: Floor = "0",
 ) -> None:
-    """Print the table of the models in results folders, and write one page about all their runs."""
+    """Print a table of the models in results folders, and write a page about all their runs."""
     require(EXPERIMENTS)
     from einlinear.experiments.report import write_report
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.progress import Progress, TaskID
+from rich.progress import Progress, TaskID, TextColumn
 
 from einlinear.cli import display
 from einlinear.cli.endings import interruptible, system_errors, user_errors
@@ -23,10 +23,29 @@ if TYPE_CHECKING:  # heavy: imported where it is needed
     from einlinear.experiments.sweeps.driver import Event, Pool
     from einlinear.experiments.sweeps.sweep import Sweep
 
+_LOSS = TextColumn("{task.fields[loss]}")  # beside every bar
+
 
 def command_line() -> str:
     """The command that was given, for the record."""
     return shlex.join(["einlinear", *sys.argv[1:]])
+
+
+def check_here(runs: Iterable[Run]) -> None:
+    """What training would find wrong with this machine, before it starts.
+
+    Raises:
+        ValueError: there is no such device; the processes that torchrun started cannot share a batch.
+        ModuleNotFoundError: a tracker's package is not installed.
+    """
+    from einlinear.training.distributed import check_batch, check_device, processes
+    from einlinear.training.trackers import check_installed
+
+    for run in runs:
+        check_device(run.training.device)
+        check_batch(run.data.batch_size, processes(), run.training.accumulate)
+        if run.training.tracker:
+            check_installed(run.training.tracker)
 
 
 def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None) -> None:
@@ -37,15 +56,13 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     from einlinear.experiments.runs.store import Store
     from einlinear.experiments.sweeps.driver import do
     from einlinear.experiments.sweeps.workers import Workers, suited
-    from einlinear.training.distributed import check_device
 
     store = Store(folder)
     with user_errors():
         if "RANK" in os.environ:
             raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
         if pool is None:
-            for device in {run.training.device for run in sweep.runs}:
-                check_device(device)
+            check_here(sweep.runs)
         store.open(sweep.runs, sweep.axes, command_line(), mix_code, check_runs(sweep.runs))
         for problem in store.damaged():
             display.warning(f"{problem}; if it belongs here it is done again")
@@ -57,8 +74,8 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
         count = workers or suited(missing)
         pool = pool or Workers(count, max(1, cpu_count() // count), setup())
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
-        with interruptible(interrupted), _bars(len(missing)) as watch, system_errors():
-            failed = do(sweep.runs, store, pool, watch.see)
+        with interruptible(interrupted), display.progress(_LOSS) as bars, system_errors():
+            failed = do(sweep.runs, store, pool, _Watch(bars, len(missing)).see)
         for event in failed:
             display.error(f"{event.run.name} failed: {event.message}")
     else:
@@ -97,14 +114,8 @@ def title(run: Run) -> str:
 
 
 @contextmanager
-def _bars(total: int) -> Iterator[_Watch]:
-    with display.progress() as progress:
-        yield _Watch(progress, total)
-
-
-@contextmanager
 def bar(run: Run) -> Iterator[Callable[[int, int, float], None]]:
     """A bar for a single run, and the function that moves it."""
-    with display.progress() as progress:
+    with display.progress(_LOSS) as progress:
         task = progress.add_task(title(run), loss="")
         yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=f"loss {loss:.3f}")

@@ -15,7 +15,6 @@ from einlinear.structures.families import find_family
 from einlinear.structures.pattern import Pattern, PatternError, parse
 from einlinear.structures.structure import Structure, build
 
-_FAMILY = re.compile(r"\s*[\w-]+\s*(\(.*)?$", re.DOTALL)  # a name, alone or with a bracket; all else is a pattern
 _FEATURES = {"in_features", "out_features"}  # arguments that a builder is given, not the user
 
 
@@ -64,7 +63,7 @@ def structure(
         raise ValueError(
             f"max_macs is a fraction of the MACs of dense, above 0 and at most 1, such as 0.25, not {max_macs!r}"
         )
-    if not _FAMILY.match(spec):
+    if not is_family(spec):
         if arguments:
             named = ", ".join(arguments)
             raise ValueError(
@@ -81,6 +80,11 @@ def structure(
         raise ValueError(f"{', '.join(sorted(twice))} is given twice: in {spec!r} and as an argument")
     given = {name: _number(value) for name, value in arguments.items()}
     return _from_family(family, written | given, in_features, out_features, max_macs)
+
+
+def is_family(spec: str) -> bool:
+    """Whether a spec names a family, alone or with a bracket; all else is a pattern."""
+    return re.fullmatch(r"\s*[\w-]+\s*(\(.*)?", spec, re.DOTALL) is not None
 
 
 def parse_family(spec: str) -> tuple[str, dict[str, Any]]:
@@ -166,7 +170,7 @@ def check_spec(spec: str) -> None:
         raise TypeError(f"a Structure has one size: give its spec, {spec.spec!r}, which is for layers of any size")
     if not isinstance(spec, str):
         raise TypeError(f"a structure is given as text such as 'btt(rank=2)', not {spec!r}")
-    if not _FAMILY.match(spec):
+    if not is_family(spec):
         parse(" ".join(spec.split()))
         return
     name, given = parse_family(spec)

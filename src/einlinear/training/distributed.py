@@ -25,8 +25,6 @@ class World:
 
     def share(self, x: Tensor) -> Tensor:
         """This process's rows of a batch."""
-        if len(x) % self.size:
-            raise ValueError(f"a batch of {len(x)} cannot be shared equally among {self.size} processes")
         return x.tensor_split(self.size)[self.rank]
 
     def check_equal(self, value: int, what: str) -> None:
@@ -48,6 +46,19 @@ class World:
 def is_first() -> bool:
     """Whether this process is the one that writes and prints: the only one, or the first that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def processes() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_batch(samples: int, processes: int, accumulate: int) -> None:
+    """Raise ValueError if so many processes cannot share a batch equally, or each its share in so many parts."""
+    if samples % processes:
+        raise ValueError(f"a batch of {samples} cannot be shared equally among {processes} processes")
+    if samples // processes % accumulate:
+        raise ValueError(f"accumulate={accumulate} does not divide the {samples // processes} samples of a process")
 
 
 def check_device(device: str) -> None:

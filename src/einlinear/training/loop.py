@@ -85,8 +85,7 @@ def train(
 
     Raises:
         ValueError: there is no such device; the folder holds a checkpoint of another run, or not the same ones for all
-            processes; a batch that cannot be shared or divided; a tracker
-            without a folder.
+            processes; a batch that cannot be shared or divided; a tracker without a folder.
         ModuleNotFoundError: the tracker's package is not installed.
         OSError: the folder cannot be written, or its disk is full. What was saved before is still there.
 
@@ -203,18 +202,18 @@ class _Run:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = self._lr(index) * group["lr_mult"]
-        x, y = (self.world.share(part) for part in self.task.batch(index))
+        batch = self.task.batch(index)
+        distributed.check_batch(len(batch[0]), self.world.size, self.config.accumulate)
+        x, y = map(self.world.share, batch)
         began = time.perf_counter()
-        if len(x) % self.config.accumulate:
-            raise ValueError(f"accumulate={self.config.accumulate} does not divide the {len(x)} samples of a process")
         self.model.train()
         total = torch.zeros((), device=self.world.device)
         parts = list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
         for i, (inputs, targets) in enumerate(parts):
             with distributed.accumulating(self.model, more=i + 1 < len(parts)):
                 with self._autocast():
-                    batch = inputs.to(self.world.device), targets.to(self.world.device)
-                    loss = self.task.loss(self.forward, batch) / len(parts)
+                    own = inputs.to(self.world.device), targets.to(self.world.device)
+                    loss = self.task.loss(self.forward, own) / len(parts)
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
         if self.config.clip is not None:

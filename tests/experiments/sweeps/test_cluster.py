@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.experiments.tables import read_table
+from tests.experiments.sweeps.tables import read_table
 
 from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.runs.run import Run
@@ -135,8 +135,8 @@ def test_a_cluster_gives_the_table_of_local_workers(tmp_path: Path) -> None:
     if os.environ.get("CI") != "true":
         pytest.importorskip("ray", reason="needs ray: pip install 'einlinear[ray]'")
     (tmp_path / "ray").mkdir()
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.experiments.test_cluster", str(tmp_path / "ray")]
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-m", "tests.experiments.sweeps.test_cluster", str(tmp_path / "ray")]
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr[-2000:]

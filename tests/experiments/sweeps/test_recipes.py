@@ -23,7 +23,7 @@ from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps import recipes
 from einlinear.nn import Linear
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "recipes.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
 EVERY = [(name, scale) for name in recipes.names() for scale in recipes.SCALES]
 SWEEPS = [(name, scale) for name, scale in EVERY if not getattr(recipes.load(name), scale).commands]
 VOCABULARIES = {"data/english": 96, "data/openwebtext": 96, "data/english-bpe": 4096, "data/openwebtext-bpe": 50_304}

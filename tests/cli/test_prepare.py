@@ -1,22 +1,16 @@
-"""`einlinear prepare`, from its arguments to its exit code."""
+"""`einlinear prepare`."""
 
 import re
 from pathlib import Path
 
 import pytest
+from tests.cli.command import assert_refused, run, said_default
 from tests.data.samples import needs, prose
-from typer.testing import CliRunner
 
 from einlinear.cli import packages
-from einlinear.cli.app import app
-from einlinear.data import load_tokens
+from einlinear.cli.prepare import prepare as command
+from einlinear.data import Recipe, load_tokens
 from einlinear.data.text import prepare
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    result = CliRunner().invoke(app, ["prepare", *map(str, arguments)], catch_exceptions=False)
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture
@@ -26,7 +20,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_prepared_and_again(source: Path, tmp_path: Path) -> None:
-    code, out, err = run(source, "--out", tmp_path / "out")
+    code, out, err = run("prepare", source, "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     found = load_tokens(tmp_path / "out")
     (part,) = found.counts
@@ -39,21 +33,27 @@ def test_prepared_and_again(source: Path, tmp_path: Path) -> None:
     )
 
     before = (tmp_path / "out" / "train.bin").stat()
-    code, out, _ = run(source, "--out", tmp_path / "out")
+    code, out, _ = run("prepare", source, "--out", tmp_path / "out")
     assert code == 0
     assert "holds this text already; --fresh prepares it again." in out
     assert (tmp_path / "out" / "train.bin").stat() == before
-    code, out, _ = run(source, "--out", tmp_path / "out", "--fresh")
+    code, out, _ = run("prepare", source, "--out", tmp_path / "out", "--fresh")
     assert code == 0
     assert (tmp_path / "out" / "train.bin").stat().st_ino != before.st_ino
 
 
 @needs("tokenizers")
 def test_byte_pairs(source: Path, tmp_path: Path) -> None:
-    code, out, _ = run(source, "--out", tmp_path / "out", "--tokens", "bpe", "--vocab", 300, "--limit", "10k")
+    code, out, _ = run(
+        "prepare", source, "--out", tmp_path / "out", "--tokens", "bpe", "--vocab", 300, "--limit", "10k"
+    )
     assert code == 0
     assert "a vocabulary of 300" in out
     assert load_tokens(tmp_path / "out").counts[0].characters == 10_000
+
+
+def test_the_help_says_the_default() -> None:
+    assert int(said_default(command, "vocab")) == Recipe(sources=("a.txt",), tokens="bpe").vocabulary
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,11 @@ def test_byte_pairs(source: Path, tmp_path: Path) -> None:
 )
 def test_refused(arguments: tuple[str, ...], message: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(source.parent)
+    monkeypatch.setenv("EINLINEAR_DATA", str(source.parent / "none"))
     monkeypatch.setattr("einlinear.cli.packages.find_spec", lambda module: module)
     Path("latin.txt").write_bytes(prose(300).encode() + b"\xe9")
     Path("empty.txt").touch()
-    code, out, err = run(*arguments, "--out", "out")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert message in err
+    assert_refused(run("prepare", *arguments, "--out", "out"), message)
     assert not Path("out").exists()
 
 
@@ -89,7 +87,7 @@ def test_interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare, "_encode", impatient)
-    code, _, err = run(source, "--out", tmp_path / "out")
+    code, _, err = run("prepare", source, "--out", tmp_path / "out")
     assert code == 130
     assert f"Interrupted. The same command prepares {tmp_path / 'out'} from the start." in err
     assert not (tmp_path / "out").exists()
@@ -106,7 +104,7 @@ def test_interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_missing_packages_are_named(absent: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "find_spec", lambda module: None if module == absent else module)
-    code, out, err = run(*arguments, "--out", "out")
+    code, out, err = run("prepare", *arguments, "--out", "out")
     assert code == 1
     assert f"({absent})" in out + err
     assert "pip install 'einlinear[text]'" in out + err

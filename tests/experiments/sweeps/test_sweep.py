@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.experiments.tables import read_table
+from tests.experiments.sweeps.tables import read_table
 
 import einlinear as el
 from einlinear.experiments.runs import records, table
@@ -469,8 +469,8 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     carry_out(make_sweep(SURVIVOR), whole, Workers(2))
     folder, draw, kills = tmp_path / "killed", random.Random(0), 0
     while True:
-        command = [sys.executable, "-m", "tests.experiments.test_sweep", str(folder)]
-        driver = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+        command = [sys.executable, "-m", "tests.experiments.sweeps.test_sweep", str(folder)]
+        driver = subprocess.Popen(command, cwd=Path(__file__).parents[3])
         while kills < 20:
             try:
                 driver.wait(draw.uniform(0.1, 0.7))

@@ -1,51 +1,33 @@
-"""The command, from the arguments to the exit code."""
-
-from __future__ import annotations
+"""`einlinear bench`."""
 
 import dataclasses
 import re
 from pathlib import Path
 
 import pytest
-import typer
+import torch
 from tests.bench.made_up import made_up
+from tests.cli.command import assert_refused, run
 from torch import Tensor
-from typer.testing import CliRunner
 
 from einlinear import ops
-from einlinear.bench import results, run
+from einlinear.bench import results
 from einlinear.bench.cases import Case, Settings
 from einlinear.bench.machine import Roof
 from einlinear.bench.results import Result
-from einlinear.cli.bench import bench
 
-TINY = (
-    "--suite",
-    "quick",
-    "--structures",
-    "btt",
-    "--sizes",
-    "64",
-    "--tokens",
-    "32",
-    "--passes",
-    "forward",
-    "--budget",
-    "0",
-)
-
-app = typer.Typer()
-app.command()(bench)
+BENCH = ("bench", "--structures", "btt", "--sizes", 64, "--tokens", 32, "--budget", 0)
+TINY = (*BENCH, "--passes", "forward")
 
 
-def call(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    return result.exit_code, result.stdout, result.stderr
+@pytest.fixture(autouse=True)
+def _known_roof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the machine's peaks."""
+    monkeypatch.setattr("einlinear.bench.run.measure_roof", lambda *_: Roof(1e11, 1e10))
 
 
 def test_a_tiny_case_and_again(tmp_path: Path) -> None:
-    code, out, _ = call(*TINY, "--out", tmp_path, "--variants")
+    code, out, _ = run(*TINY, "--out", tmp_path, "--variants")
     assert code == 0
     assert "1 of 1 cases to measure" in out
     for name in ("nn.Linear", "el.Linear", "reference", "bmm", "copying"):
@@ -53,26 +35,25 @@ def test_a_tiny_case_and_again(tmp_path: Path) -> None:
     assert "64 → 64" in (tmp_path / "bench.md").read_text()
     kept = (tmp_path / "bench.json").read_text()
 
-    code, out, _ = call(*TINY, "--out", tmp_path)
+    code, out, _ = run(*TINY, "--out", tmp_path)
     assert code == 0
     assert "has all cases already" in out
     assert (tmp_path / "bench.json").read_text() == kept
 
-    code, out, err = call(*TINY, "--out", tmp_path, "--threads", 2)
-    assert code == 2
-    assert "threads was 1, now 2" in err
+    assert_refused(run(*TINY, "--out", tmp_path, "--threads", 2), "threads was 1, now 2")
+    torch.set_num_threads(1)
 
 
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    code, _, _ = call(*TINY, "--out", tmp_path)
+    code, _, _ = run(*TINY, "--out", tmp_path)
     assert code == 0
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("einlinear.cli.bench.find_spec", lambda name: None)
-    code, _, err = call(*TINY, "--out", tmp_path)
+    code, _, err = run(*TINY, "--out", tmp_path)
     assert code == 0
     assert "drawn with matplotlib" in err
     assert not (tmp_path / "bench.png").exists()
@@ -85,7 +66,7 @@ def test_a_wrong_result_gets_no_speedup_and_exit_status_1(tmp_path: Path, monkey
         return 1.01 * right(structure, factors, x, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ops, "linear", wrong)
-    code, out, err = call(*TINY, "--out", tmp_path)
+    code, out, err = run(*TINY, "--out", tmp_path)
     assert code == 1
     assert "el.Linear: the output is off by" in err
     row = next(line for line in out.splitlines() if line.startswith("btt "))
@@ -98,27 +79,27 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
             raise KeyboardInterrupt
         return made_up(case, el_Linear=0.2)
 
-    monkeypatch.setattr(run, "measure", impatient)
-    code, _, err = call(*TINY[:-4], "--out", tmp_path)
+    monkeypatch.setattr("einlinear.bench.run.measure", impatient)
+    code, _, err = run(*BENCH, "--out", tmp_path)
     assert code == 130
     assert "the same command goes on from there" in err
     assert [result.case.mode for result in results.read(tmp_path / "bench.json").results] == ["forward"]
 
 
 def test_compare_shows_what_changed(tmp_path: Path) -> None:
-    call(*TINY, "--out", tmp_path / "old")
+    run(*TINY, "--out", tmp_path / "old")
     old = tmp_path / "old" / "bench.json"
     before = results.read(old)
     slower = made_up(before.results[0].case, el_Linear=500.0)
     results.write(dataclasses.replace(before, results=(slower,)), old)
-    code, out, _ = call("--compare", old, "--out", tmp_path / "new")
+    code, out, _ = run("bench", "--compare", old, "--out", tmp_path / "new")
     assert code == 0
     assert "1 of 1 cases to measure" in out
     lines = out[out.index("Changes of the speed-up") :].splitlines()
     line = next(line.split() for line in lines if " el.Linear " in line)
     assert line[-1] == "faster"
 
-    code, out, _ = call("--compare", tmp_path / "old", "--out", tmp_path / "new")
+    code, out, _ = run("bench", "--compare", tmp_path / "old", "--out", tmp_path / "new")
     assert "has all cases already" in out
 
 
@@ -138,8 +119,5 @@ def test_compare_shows_what_changed(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_before_anything_is_measured(
     arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    code, _, err = call(*arguments, "--out", tmp_path / "out")
-    assert code == 2
-    assert err.startswith("error: ")
-    assert message in err
+    assert_refused(run("bench", *arguments, "--out", tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 from markupsafe import escape
+from tests.cli.command import assert_refused, run
 from tests.experiments.made_up import run_of, write
-from typer.testing import CliRunner
-
-from einlinear.cli.app import app
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture
@@ -92,21 +84,17 @@ def test_a_damaged_run_is_told(folder: Path) -> None:
         (("report", "out", "--floor", "-1"), "--floor must be"),
         (("fit", "out", "--at", "soon"), "--at: 'soon' is no number"),
         (("report", "out", "out"), "2 folders: name the file for the page (--out)"),
-        (("report", "nowhere"), "nowhere holds no results of einlinear"),
+        (("report", "."), ". holds no results of einlinear"),
     ],
 )
 def test_what_is_wrong_is_said(
     arguments: tuple[str, ...], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    code, _, err = run(*arguments)
-    assert code == 2
-    assert message in err
+    assert_refused(run(*arguments), message)
 
 
 def test_fit_takes_rules_for_the_frontier_of_training(folder: Path) -> None:
     assert run("fit", folder, "--window", "1k,1T", "--prune", "--tolerance", "0.05")[0] == 0
-    code, _, err = run("fit", folder, "--window", "1T")
-    assert (code, "must be two numbers" in err) == (2, True)
-    code, _, err = run("fit", folder, "--window", "1T,1k")
-    assert (code, "from the least to the most" in err) == (2, True)
+    assert_refused(run("fit", folder, "--window", "1T"), "must be two numbers")
+    assert_refused(run("fit", folder, "--window", "1T,1k"), "from the least to the most")
