@@ -26,7 +26,7 @@ from einlinear.ops import reference
 from einlinear.ops.triton_kernels import executor as kernels
 from einlinear.ops.triton_kernels import tiles
 from einlinear.ops.triton_kernels.steps import plan
-from einlinear.structures import Structure
+from einlinear.structures import DoesNotFit, Structure
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI") == "true":
@@ -51,7 +51,7 @@ def draw(spec: str, in_features: int, out_features: int, n: int, dtype: torch.dt
     """A structure; factors, x, bias and the output's gradient."""
     try:
         s = el.structure(spec, in_features, out_features)
-    except ValueError as error:
+    except DoesNotFit as error:
         pytest.skip(str(error))
     generator = torch.Generator().manual_seed(0)
 

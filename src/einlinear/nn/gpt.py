@@ -11,6 +11,7 @@ from einlinear.nn.blocks import TransformerBlock, is_dense, stack
 from einlinear.nn.counts import macs_per_token
 from einlinear.nn.linear import Linear
 from einlinear.nn.model import ReferenceModel
+from einlinear.structures import DoesNotFit
 
 
 class GPT(ReferenceModel):
@@ -63,7 +64,7 @@ class GPT(ReferenceModel):
             if d_head is None:
                 raise ValueError("give d_head, heads or both: neither says how attention is divided into heads")
             if d_head < 1 or width % d_head:
-                raise ValueError(f"a width of {width} cannot be divided into heads of {d_head} features")
+                raise DoesNotFit(f"a width of {width} cannot be divided into heads of {d_head} features")
             heads = width // d_head
         self.context = context
         self.embedding = nn.Embedding(vocab, width)

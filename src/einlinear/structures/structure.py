@@ -122,7 +122,7 @@ def build(pattern: Pattern, in_features: int, out_features: int, spec: str | Non
     These are compared with rank axes of size 1, so that a structure keeps its axes as its rank grows.
 
     Raises:
-        ValueError: the pattern's sizes do not suit the features (see `sizes.candidate_sizes`).
+        DoesNotFit, ValueError: as `sizes.candidate_sizes`.
     """
     candidates = list(candidate_sizes(pattern, in_features, out_features))
 
