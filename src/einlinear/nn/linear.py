@@ -77,7 +77,7 @@ class Linear(nn.Module):
         """The structured layer closest to a dense one: best approximation of its weight in Frobenius norm.
 
         Exactly the best for structures of two factors and for sums of terms of one factor; for others as good as
-        successive SVDs and alternating least squares make it (`ops/project.py`).
+        successive SVDs and alternating least squares make it (`ops/projection`).
 
         Args:
             linear: a `torch.nn.Linear`, transformers' Conv1D, a structured layer, or a weight of shape (out, in).

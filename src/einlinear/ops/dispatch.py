@@ -124,7 +124,7 @@ def recomputes(executor: str, structure: Structure) -> bool:
 @lru_cache(maxsize=4096)
 def _repeats(structure: Structure) -> bool:
     again = sum(factor.macs for term in structure.terms for factor in term.factors[:-1])
-    return again < CHEAP * sum(term.states for term in structure.terms)
+    return again < CHEAP * sum(term.state_size for term in structure.terms)
 
 
 @dataclass(frozen=True)

@@ -67,13 +67,13 @@ def forward(
         save: whether to return what `backward` can reuse. It is opaque.
         design: "steps" or "fused" (ValueError where it does not fit); None takes the one that moves fewer bytes.
     """
-    x, remaining = _unit_stride(x), iter(factors)
+    x = _unit_stride(x)
     if not len(x):
         return x.new_empty(0, structure.out_features), []
     y: Tensor | None = None
     saved: list[Tensor] = []
-    for steps in plan(structure):
-        weights = [next(remaining).contiguous() for _ in steps]
+    for steps, (_, own) in zip(plan(structure), structure.by_term(factors), strict=True):
+        weights = [factor.contiguous() for factor in own]
         y, states = _chain(steps, weights, x, bias if y is None else None, y, save, design)
         saved += states
     assert y is not None
@@ -106,9 +106,9 @@ def backward(
     states = iter(saved)
     grad_x: Tensor | None = None
     grad_factors: list[Tensor | None] = []
-    for steps in plan(structure):
-        here = slice(len(grad_factors), len(grad_factors) + len(steps))
-        weights, needs = [factor.contiguous() for factor in factors[here]], needs_factors[here]
+    parts = structure.by_term(list(zip(factors, needs_factors, strict=True)))
+    for steps, (_, own) in zip(plan(structure), parts, strict=True):
+        weights, needs = [factor.contiguous() for factor, _ in own], [need for _, need in own]
         between = [next(states) for _ in steps[1:]] if saved else []
         if any(needs):
             if any(needs[1:]) and not between:
