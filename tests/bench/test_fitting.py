@@ -8,7 +8,7 @@ import pytest
 
 from einlinear.bench import fitting
 from einlinear.bench.results import Bench, read
-from einlinear.ops import dispatch
+from einlinear.ops import costs as costs_model
 
 KEPT = sorted((Path(__file__).parents[2] / "docs" / "benchmarks").glob("cpu*/bench.json"))
 
@@ -29,11 +29,11 @@ def test_little_is_lost_by_believing_the_model(kept: list[Bench]) -> None:
 
 def test_the_model_is_the_fit_of_what_is_kept(kept: list[Bench]) -> None:
     found = fitting.fit(kept)
-    assert found.keys() == dispatch.COSTS.keys()
+    assert found.keys() == costs_model.COSTS.keys()
     for mode, costs in found.items():
-        assert costs.keys() == dispatch.COSTS[mode].keys()
+        assert costs.keys() == costs_model.COSTS[mode].keys()
         for name, coefficients in costs.items():
-            assert coefficients == pytest.approx(dispatch.COSTS[mode][name], rel=1e-2)
+            assert coefficients == pytest.approx(costs_model.COSTS[mode][name], rel=1e-2)
 
 
 def test_a_run_without_an_executor_is_refused(kept: list[Bench]) -> None:

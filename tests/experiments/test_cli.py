@@ -25,7 +25,7 @@ from einlinear.experiments.runs.store import Store
 from einlinear.experiments.sweeps import workers
 from einlinear.experiments.sweeps.sweep import Event
 from einlinear.structures import FAMILIES
-from einlinear.structures.scaling import adam_multipliers, init_std
+from einlinear.structures.mup import adam_multipliers, init_std
 
 QUICK = ("--data", "digits", "--epochs", "1", "--batch-size", "256", "depth=1", "--seeds", "1")
 TINY = ("--structures", "dense; btt", "--macs", "10k,20k", "--dense-reach", "1", *QUICK)

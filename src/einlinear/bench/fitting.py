@@ -18,7 +18,9 @@ from scipy.optimize import nnls
 from einlinear.bench.cases import Case
 from einlinear.bench.results import Bench, read
 from einlinear.bench.variants import DENSE
+from einlinear.ops import costs as model
 from einlinear.ops import dispatch
+from einlinear.ops.executors import CPU_EXECUTORS
 
 
 def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, float]]]:
@@ -27,11 +29,10 @@ def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, flo
         if (result.case.device, result.case.dtype) == ("cpu", "float32"):
             mode = "train" if result.case.mode == "train" else "forward"
             names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
-            known = dispatch.CPU_EXECUTORS
             yield (
                 result.case,
                 mode,
-                {"dense": names[DENSE], **{name: us for name, us in names.items() if name in known}},
+                {model.DENSE: names[DENSE], **{name: us for name, us in names.items() if name in CPU_EXECUTORS}},
             )
 
 
@@ -40,12 +41,11 @@ def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
     rows: dict[tuple[str, str], list[list[float]]] = {}
     for case, mode, times in timings(benches):
         for name, us in times.items():
-            amounts = dispatch.amounts(name, case.build(), case.tokens)
+            amounts = model.amounts(name, case.build(), case.tokens)
             rows.setdefault((mode, name), []).append([amount / us for amount in amounts])
     costs: dict[str, dict[str, list[float]]] = {"forward": {}, "train": {}}
-    missing = [
-        f"{name} ({mode})" for mode in costs for name in ("dense", *dispatch.CPU_EXECUTORS) if (mode, name) not in rows
-    ]
+    known = (model.DENSE, *CPU_EXECUTORS)
+    missing = [f"{name} ({mode})" for mode in costs for name in known if (mode, name) not in rows]
     if missing:
         raise ValueError(f"there are no measurements in float32 on the CPU of {', '.join(missing)}")
     for (mode, name), relative in rows.items():
@@ -63,16 +63,16 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
         chosen = dispatch.choose(
             case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train"
         ).executor
-        found.append((times[chosen] / min(us for name, us in times.items() if name != "dense"), case))
+        found.append((times[chosen] / min(us for name, us in times.items() if name != model.DENSE), case))
     return sorted(found, key=lambda loss: -loss[0])
 
 
 def main(*paths: str) -> None:
     benches = [read(Path(path)) for path in paths]
     costs = {"fitted_to": paths, **fit(benches)}
-    dispatch.COSTS_FILE.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
-    dispatch.COSTS.clear()
-    dispatch.COSTS.update(dispatch.read_costs())
+    model.COSTS_FILE.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
+    model.COSTS.clear()
+    model.COSTS.update(model.read_costs())
     dispatch.forget()
     found = losses(benches)
     close = sum(loss <= 1.1 for loss, _ in found) / len(found)

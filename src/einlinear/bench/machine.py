@@ -118,6 +118,6 @@ def _digest() -> str:
     digest = hashlib.sha256()
     root = Path(einlinear.__file__).parent
     for path in sorted(path for folder in ("structures", "ops", "nn") for path in (root / folder).rglob("*")):
-        if path.suffix in (".py", ".cpp"):
+        if path.suffix in (".py", ".cpp", ".h"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:8]

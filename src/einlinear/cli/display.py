@@ -15,9 +15,9 @@ from rich.text import Text
 
 import einlinear
 from einlinear import ops
-from einlinear.ops.plan import plan as make_plan
+from einlinear.ops.bmm.plan import plan as make_plan
 from einlinear.structures import Structure
-from einlinear.structures.scaling import adam_multipliers, init_std
+from einlinear.structures.mup import adam_multipliers, init_std
 
 if TYPE_CHECKING:  # heavy: loaded only by the commands that train
     from einlinear.experiments.findings.updates import Updates

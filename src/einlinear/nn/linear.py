@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.structures import Structure, structure
-from einlinear.structures.scaling import init_std
+from einlinear.structures.mup import init_std
 
 
 class Linear(nn.Module):

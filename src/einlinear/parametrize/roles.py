@@ -80,8 +80,11 @@ class Parameter:
         """Whether it is all of the matrix, or the factor of a term that is contracted last."""
         if self.structure is None:
             return self.matrix is not None
-        numbered = range(len(self.structure.factors))
-        return any(self.factor == numbers[-1] for _, numbers in self.structure.by_term(numbered))
+        ends, count = set[int](), -1
+        for term in self.structure.terms:
+            count += len(term.factors)
+            ends.add(count)
+        return self.factor in ends
 
 
 def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Parameter]:

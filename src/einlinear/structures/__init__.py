@@ -7,7 +7,7 @@ structure.py  Structure: all of it together, at one size
 families.py   the named families, one function each
 budget.py     the richest member that a budget of MACs allows
 spec.py       "btt(rank=2)" or a pattern -> Structure
-scaling.py    structure-aware muP as numbers
+mup.py        structure-aware muP as numbers
 """
 
 from einlinear.structures.families import FAMILIES, register_family

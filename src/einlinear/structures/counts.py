@@ -1,7 +1,7 @@
 """What follows from a term and its sizes alone: contraction order, MACs, exponents, generic rank.
 
 A term is contracted factor by factor, from the input axes to the output axes. Its *state* after some of the
-factors are the axes of the input and of these factors that are still needed. The cost of the next factor is the
+factors has the axes of the input and of these factors that are still needed. The cost of the next factor is the
 product of all axes of the state and of the factor; an axis is summed with the last factor that carries it.
 """
 

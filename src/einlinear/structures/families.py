@@ -33,8 +33,8 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
         builder: a function of keyword arguments (a default makes one optional) that returns the pattern, as text. If it
             has parameters called in_features and out_features, it is told the size of the layer as well; for features
             that suit none of the family's members it raises `DoesNotFit`.
-        overwrite: whether the name may be taken, by an earlier run of the same notebook cell say; structures made
-            before keep the pattern they have.
+        overwrite: whether the name may be taken already, for example by an earlier run of the same notebook cell.
+            Structures made before keep the pattern they have.
 
     Returns:
         The builder.

@@ -34,8 +34,9 @@ def structure(
     Args:
         spec: a family, ``"btt(rank=2)"`` or ``"btt"``, or a pattern, ``"(g a), g r f a, f e g r -> (f e)"``.
         in_features, out_features: the size of the layer.
-        max_macs: a fraction of the MACs of dense, at most 1. The argument that spends compute and is not given (the
-            rank, else the blocks; of a pattern its one axis of unknown rank) is chosen as rich as this budget allows.
+        max_macs: a fraction of the MACs of dense, at most 1. What spends compute and is not given is chosen as rich as
+            this budget allows: of a family the rank, else the number of blocks; of a pattern its one rank axis without
+            a size.
         sizes: sizes of axes of a pattern, by name.
         **arguments: arguments of the family, as if written in the spec.
 

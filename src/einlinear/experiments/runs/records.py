@@ -98,7 +98,7 @@ def code_version() -> str:
     """The version of einlinear, and a hash of those of its sources that decide how a run goes."""
     root = Path(einlinear.__file__).parent
     digest = hashlib.sha256()
-    files = (file for name in _DECISIVE for file in (root / name).rglob("*") if file.suffix in (".py", ".cpp"))
+    files = (file for name in _DECISIVE for file in (root / name).rglob("*") if file.suffix in (".py", ".cpp", ".h"))
     for file in sorted(files):
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     return f"{einlinear.__version__}+{digest.hexdigest()[:8]}"
