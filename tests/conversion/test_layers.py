@@ -254,7 +254,7 @@ def test_a_structure_of_one_size_is_refused() -> None:
 def test_a_family_with_a_mistake_in_it_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
     el.register_family("wrong", lambda in_features=0: f"i, o i -> o where i={int('many')}")
-    with pytest.raises(ValueError, match=r"attn\.q: invalid literal for int\(\) with base 10: 'many'"):
+    with pytest.raises(ValueError, match=r"^attn\.q: invalid literal for int\(\) with base 10: 'many'"):
         el.convert(Block(), "wrong")
 
 

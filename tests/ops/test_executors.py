@@ -1,4 +1,4 @@
-"""What all executors of the CPU owe: the numbers of the dense matrix, for any input, and nothing but what is asked for."""
+"""What all executors of the CPU owe: the dense matrix's numbers, for any input, and nothing but what is asked for."""
 
 from __future__ import annotations
 
