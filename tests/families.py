@@ -1,9 +1,15 @@
 """Example specs of every registered family, and of patterns a user might write: what conformance tests run over.
 
-`FEATURES` are sizes that all of them fit with little or no padding; a new family needs one row in `SAMPLES`.
+A new family needs one row in `SAMPLES`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+import einlinear as el
+from einlinear.structures import DoesNotFit, Structure
 
 SAMPLES: dict[str, list[str]] = {
     "dense": ["dense"],
@@ -30,3 +36,13 @@ PATTERNS: list[str] = [
     "(n k), n o k -> (n o) + i, r i, p r -> p where n=4, r=2",  # block-diagonal plus low-rank: a multi-factor term
     "(b a), d a, e b -> (e d) + i, i -> i",  # Kronecker plus a diagonal (square only)
 ]
+
+
+def structures(spec: str, sizes: Iterable[tuple[int, int]]) -> list[Structure]:
+    """The structures at those of the sizes, (in_features, out_features), that the spec fits: at least one."""
+    found = []
+    for size in sizes:
+        with suppress(DoesNotFit):
+            found.append(el.structure(spec, *size))
+    assert found, f"{spec} fits none of these sizes"
+    return found

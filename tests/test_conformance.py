@@ -6,35 +6,43 @@ compared with; that it is the matrix the family promises is tested in `test_inde
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear import ops
-from einlinear.structures import FAMILIES, Structure
-from tests.families import PATTERNS, SAMPLES
+from einlinear.structures import FAMILIES, DoesNotFit, Structure
+from einlinear.structures.spec import parse_family
+from tests.families import PATTERNS, SAMPLES, structures
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS
 FEATURES = st.one_of(st.integers(1, 40), st.sampled_from([16, 32, 36, 47, 48, 60, 64, 97, 127, 128]))
+SIZES = st.one_of(st.tuples(FEATURES, FEATURES), FEATURES.map(lambda n: (n, n)))
 RANDOM = st.integers(0, 2**32 - 1)
 
 
-def draw(spec: str, in_features: int, out_features: int, seed: int) -> tuple[Structure, list[Tensor]] | None:
-    """The structure and random float64 factors; None where these features would have to be padded too far."""
+def draw(spec: str, size: tuple[int, int], seed: int) -> tuple[Structure, list[Tensor]]:
+    """The structure and random float64 factors. A size that does not fit is drawn again; it is an error if most do."""
     try:
-        s = el.structure(spec, in_features, out_features)
-    except ValueError as error:
-        assert "nearby sizes that fit" in str(error) or "fewer than" in str(error)
-        return None
+        s = el.structure(spec, *size)
+    except DoesNotFit:
+        reject()
+    return s, random_factors(s, seed)
+
+
+def random_factors(s: Structure, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return s, [torch.randn(f.shape, dtype=torch.float64, generator=generator, requires_grad=True) for f in s.factors]
+    return [torch.randn(f.shape, dtype=torch.float64, generator=generator, requires_grad=True) for f in s.factors]
 
 
 def executors(s: Structure) -> list[str]:
@@ -44,7 +52,7 @@ def executors(s: Structure) -> list[str]:
 
 def over_sizes(test: Callable[..., None]) -> Callable[..., None]:
     """Run a test for every spec, at sizes that hypothesis draws: odd, prime, rectangular both ways."""
-    return pytest.mark.parametrize("spec", SPECS)(settings(max_examples=25)(given(FEATURES, FEATURES, RANDOM)(test)))
+    return pytest.mark.parametrize("spec", SPECS)(settings(max_examples=20)(given(SIZES, RANDOM)(test)))
 
 
 def test_every_family_has_a_row() -> None:
@@ -52,18 +60,15 @@ def test_every_family_has_a_row() -> None:
 
 
 @over_sizes
-def test_layer_and_gradients_equal_the_dense_path(spec: str, in_features: int, out_features: int, seed: int) -> None:
-    drawn = draw(spec, in_features, out_features, seed)
-    if drawn is None:
-        return
-    s, factors = drawn
-    layer = el.Linear(in_features, out_features, s, dtype=torch.float64)
+def test_layer_and_gradients_equal_the_dense_path(spec: str, size: tuple[int, int], seed: int) -> None:
+    s, factors = draw(spec, size, seed)
+    layer = el.Linear(*size, s, dtype=torch.float64)
     with torch.no_grad():
         for factor, value in zip(s.factors, factors, strict=True):
             getattr(layer, factor.name).copy_(value / math.sqrt(factor.fan_in))
         assert layer.bias is not None
         layer.bias.normal_()
-    x = torch.randn(2, 3, in_features, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, s.in_features, dtype=torch.float64, requires_grad=True)
     inputs = [x, *layer.parameters()]
     expected = x @ layer.dense_weight().T + layer.bias
     grad = torch.randn_like(expected)
@@ -77,38 +82,32 @@ def test_layer_and_gradients_equal_the_dense_path(spec: str, in_features: int, o
 
 
 @over_sizes
-def test_counts(spec: str, in_features: int, out_features: int, seed: int) -> None:
-    drawn = draw(spec, in_features, out_features, seed)
-    if drawn is None:
-        return
-    s, factors = drawn
+def test_counts(spec: str, size: tuple[int, int], seed: int) -> None:
+    s, factors = draw(spec, size, seed)
     assert s.params == sum(factor.numel() for factor in factors)
     # torch runs a product over an axis of size 1 as an elementwise multiplication, which it does not count by itself
     count_products = {torch.ops.aten.mul: lambda *shapes, out_shape, **kwargs: 2 * math.prod(out_shape)}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=count_products) as counter:
-        ops.linear(s, factors, torch.randn(3, in_features, dtype=torch.float64), executor="reference")
+        ops.linear(s, factors, torch.randn(3, s.in_features, dtype=torch.float64), executor="reference")
     assert counter.get_total_flops() == 2 * 3 * s.macs
 
 
 @over_sizes
-def test_rank_is_that_of_random_factors(spec: str, in_features: int, out_features: int, seed: int) -> None:
-    drawn = draw(spec, in_features, out_features, seed)
-    if drawn is None:
-        return
-    s, factors = drawn
+def test_rank_is_that_of_random_factors(spec: str, size: tuple[int, int], seed: int) -> None:
+    s, factors = draw(spec, size, seed)
     singular = torch.linalg.svdvals(ops.dense_weight(s, factors).detach())
     assert int((singular > 1e-11 * singular[0]).sum()) == s.rank
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(("in_features", "out_features"), [(8, 8), (4, 12), (12, 7), (7, 8)])
-def test_gradcheck(spec: str, in_features: int, out_features: int) -> None:
-    drawn = draw(spec, in_features, out_features, 0)
-    if drawn is None:  # `test_sizes_that_do_not_suit` says so
-        return
-    s, factors = drawn
-    x = torch.randn(2, in_features, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(out_features, dtype=torch.float64, requires_grad=True)
+# sizes at which it is quick; monarch has none below 16 x 16
+SMALL = [s for spec in SPECS for s in structures(spec, [(8, 8), (4, 12), (12, 7), (7, 8), (16, 16)])[:4]]
+
+
+@pytest.mark.parametrize("s", SMALL, ids=str)
+def test_gradcheck(s: Structure) -> None:
+    factors = random_factors(s, 0)
+    x = torch.randn(2, s.in_features, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(s.out_features, dtype=torch.float64, requires_grad=True)
     for executor in executors(s):
 
         def f(x: Tensor, bias: Tensor, *factors: Tensor, executor: str = executor) -> Tensor:
@@ -125,3 +124,28 @@ def test_initialisation_gives_a_matrix_of_norm_about_one(spec: str) -> None:
     layer = el.Linear(256, 256, spec)
     norm = float(torch.linalg.matrix_norm(layer.dense_weight().detach(), ord=2))
     assert 0.2 < norm < 2 ** (1 + max(len(term.factors) for term in layer.structure.terms))
+
+
+def with_a_budget() -> list[tuple[str, dict[str, Any], str]]:
+    """The samples of families that can spend one: the family, the other arguments, and the one that spends."""
+    found = []
+    for name, arguments in map(parse_family, (spec for specs in SAMPLES.values() for spec in specs)):
+        knob = next((k for k in ("rank", "blocks") if k in inspect.signature(FAMILIES[name]).parameters), None)
+        case = (name, {k: v for k, v in arguments.items() if k != knob}, knob)
+        if knob is not None and case not in found:
+            found.append(case)
+    return found
+
+
+@pytest.mark.parametrize(("family", "others", "knob"), with_a_budget())
+def test_a_budget_buys_the_richest_member(family: str, others: dict[str, Any], knob: str) -> None:
+    members: dict[int, Structure] = {}
+    for value in range(1, 40):
+        with suppress(DoesNotFit):
+            members[value] = el.structure(family, 512, 1024, **others, **{knob: value})
+    richest = max if knob == "rank" else min
+    budgets = [m.macs for value, m in members.items() if value < 20 and m.macs <= 512 * 1024]
+    assert budgets
+    for budget in budgets:
+        best = richest(value for value, member in members.items() if member.macs <= budget)
+        assert el.structure(family, 512, 1024, max_macs=budget / (512 * 1024), **others) == members[best]

@@ -2,7 +2,8 @@
 
 from einlinear.conversion import convert, densify
 from einlinear.nn import Linear
-from einlinear.ops import backend, explain
+from einlinear.nn.explain import explain
+from einlinear.ops import backend
 from einlinear.parametrize import base_shapes, coord_check, init_, param_groups
 from einlinear.structures import Structure, register_family, structure
 from einlinear.version import __version__

@@ -14,6 +14,7 @@ from einlinear.bench.cases import Case, Settings, Suite
 from einlinear.bench.machine import this_machine
 from einlinear.bench.results import Bench, Result
 from einlinear.bench.variants import DENSE
+from einlinear.ops import costs as costs_model
 from einlinear.ops import dispatch
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ COSTS = {"forward": FORWARD, "train": {name: tuple(3 * c for c in own) for name,
 def timed(case: Case) -> Result:
     """A result whose times are those of the cost model."""
     costs, structure = COSTS["train" if case.mode == "train" else "forward"], case.build()
-    amounts = {name: dispatch.amounts(name, structure, case.tokens) for name in costs}
+    amounts = {name: costs_model.amounts(name, structure, case.tokens) for name in costs}
     us = {name: sum(c * a for c, a in zip(costs[name], amounts[name], strict=True)) for name in costs}
     return made_up(case, **{DENSE if name == "dense" else name: us[name] / 1e6 for name in costs})
 
@@ -48,8 +49,8 @@ def bench() -> Bench:
 @pytest.fixture
 def other_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file of costs to be written over."""
-    monkeypatch.setattr(dispatch, "COSTS_FILE", tmp_path / "costs.json")
-    monkeypatch.setattr(dispatch, "COSTS", {})
+    monkeypatch.setattr(costs_model, "COSTS_FILE", tmp_path / "costs.json")
+    monkeypatch.setattr(costs_model, "COSTS", {})
     yield tmp_path / "costs.json"
     dispatch.forget()
 
@@ -90,7 +91,7 @@ def test_written_and_checked(
     results.write(bench, file)
     assert fit_costs.main([str(file)]) == 0
     assert f"{len(bench.results)} cases; chosen within 10 % of the fastest: " in capsys.readouterr().out
-    assert dispatch.read_costs() == dispatch.COSTS == fit_costs.fit([results.read(file)])
+    assert costs_model.read_costs() == costs_model.COSTS == fit_costs.fit([results.read(file)])
     assert fit_costs.main(["--check"]) == 0
 
     content = json.loads(other_costs.read_text())

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 import einlinear as el
+from einlinear.structures import FAMILIES
 
 
 class Block(nn.Module):
@@ -248,6 +249,13 @@ def test_a_structure_of_one_size_is_refused() -> None:
             el.convert(Block(), structure)
     with pytest.raises(TypeError, match=r"a structure is given as text such as 'btt\(rank=2\)', not 3"):
         el.convert(Block(), 3)
+
+
+def test_a_family_with_a_mistake_in_it_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
+    el.register_family("wrong", lambda in_features=0: f"i, o i -> o where i={int('many')}")
+    with pytest.raises(ValueError, match=r"^attn\.q: invalid literal for int\(\) with base 10: 'many'"):
+        el.convert(Block(), "wrong")
 
 
 def test_globs_match_whole_names() -> None:

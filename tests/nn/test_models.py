@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import einlinear as el
 from einlinear.nn import GPT, ReferenceModel, ResidualMLP, ViT
 from einlinear.nn.models.blocks import Attention, FeedForward, TransformerBlock
-from einlinear.structures.scaling import adam_multipliers
+from einlinear.structures.mup import adam_multipliers
 
 VOCAB, CONTEXT, CLASSES = 20, 12, 5
 Build = Callable[..., ReferenceModel]

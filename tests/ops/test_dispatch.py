@@ -7,7 +7,8 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import bmm, dispatch, reference
+from einlinear.ops import dispatch, executors, reference
+from einlinear.ops.bmm import executor as bmm
 
 
 def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +20,7 @@ def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "a forward pass of 16 tokens" in el.explain(layer, x).reason
     assert dict(choice.refusals)["triton"]
     ran = []
-    executor = dispatch.find(choice.executor)
+    executor = executors.find(choice.executor)
     forward = executor.forward
     monkeypatch.setattr(executor, "forward", lambda *args, **kw: (ran.append(1), forward(*args, **kw))[1])
     layer(x)
@@ -108,7 +109,11 @@ def test_mistakes() -> None:
         ops.linear(layer.structure, [f.half() for f in layer.factors()], x.half(), executor="tiles")
     with pytest.raises(RuntimeError, match="not on cpu"), el.backend("triton"):
         layer(x)
-    with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not Linear|not ReLU"):
+    with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not ReLU"):
         el.explain(torch.nn.ReLU(), x)
+    other = torch.nn.Identity()
+    other.structure = layer.structure  # which says nothing of how it computes
+    with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not Identity"):
+        el.explain(other, x)
     with pytest.raises(RuntimeError, match=r"the input is of torch.float64, but the layer of torch.float32"):
         layer(x.double())

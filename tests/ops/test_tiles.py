@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import dispatch, tiles
+from einlinear.ops import costs, dispatch
+from einlinear.ops.tiles import build as kernels
+from einlinear.ops.tiles import executor as tiles
+from einlinear.ops.tiles.program import program_of
 
 
 @pytest.fixture
@@ -19,7 +24,7 @@ def fresh() -> object:
     """Forget what was compiled and chosen, before and after."""
 
     def forget() -> None:
-        tiles.load.cache_clear()
+        kernels.load.cache_clear()
         dispatch.forget()
 
     forget()
@@ -37,8 +42,8 @@ def test_it_is_compiled_where_tests_have_to_be_complete() -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
 @pytest.mark.parametrize("flags", [("-msse4.2",), ("-mavx2", "-mfma")])
 def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
-    build = tiles.build
-    monkeypatch.setattr(tiles, "build", lambda native: build(flags))
+    build = kernels.build
+    monkeypatch.setattr(kernels, "build", lambda native: build(flags))
     for spec in ("btt(rank=2)", "dyad", "btt(cores=3)"):
         for tokens in (1, 7, 50):
             for dtype, close in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
@@ -59,8 +64,8 @@ def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyP
 def test_large_factors_have_larger_tiles(spec: str, recompute: bool) -> None:
     layer = el.Linear(1024, 1000, spec, dtype=torch.float64)
     x = torch.randn(300, 1024, dtype=torch.float64, requires_grad=True)
-    tile, own = tiles._function("tile", x.dtype), tiles._program(layer.structure)
-    assert tile(own.address, 300) > tile(tiles._program(el.structure("btt", 1024, 1000)).address, 300)
+    tile, own = tiles._function("tile", x.dtype), program_of(layer.structure)
+    assert tile(own.address, 300) > tile(program_of(el.structure("btt", 1024, 1000)).address, 300)
     inputs = [x, *layer.parameters()]
     expected = x @ layer.dense_weight().T + layer.bias
     grad = torch.randn_like(expected)
@@ -75,7 +80,7 @@ def test_large_factors_have_larger_tiles(spec: str, recompute: bool) -> None:
 def test_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: object) -> None:
     """Fewer threads run than are asked for, which has to leave no memory unwritten."""
     monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(tiles, "_THREADS", ((),))
+    monkeypatch.setattr(kernels, "_THREADS", ((),))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -107,9 +112,18 @@ def test_without_a_compiler_others_do_the_work(
 
 def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
-    path = tiles.build(("-O0",))
+    path = kernels.build(("-O0",))
     assert path.parent == tmp_path / "kernels"
     made = path.stat().st_mtime_ns
-    assert tiles.build(("-O0",)) == path
+    assert kernels.build(("-O0",)) == path
     assert path.stat().st_mtime_ns == made
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing else is left behind"
+    changed = Path(shutil.copytree(kernels.SOURCE.parent, tmp_path / "changed"))
+    (changed / "few.h").write_text((changed / "few.h").read_text() + "// more\n")
+    monkeypatch.setattr(kernels, "SOURCE", changed / kernels.SOURCE.name)
+    assert kernels.build(("-O0",)) != path
+
+
+def test_the_cost_model_presumes_the_cache_that_the_kernel_does() -> None:
+    (exponent,) = re.findall(r"HEAVY_ENTRIES = 1 << (\d+)", (kernels.SOURCE.parent / "program.h").read_text())
+    assert 2 ** int(exponent) == costs.CACHED

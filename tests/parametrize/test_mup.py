@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import einlinear as el
 from einlinear.nn import ResidualMLP
 from einlinear.nn.models.blocks import FeedForward
-from einlinear.structures.scaling import adam_multipliers, init_std, sgd_multipliers
+from einlinear.structures.mup import adam_multipliers, init_std, sgd_multipliers
 
 D = 1024
 ROOT = math.sqrt(D)

@@ -10,7 +10,7 @@ from tests.training import toy
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.structures.scaling import muon_multipliers
+from einlinear.structures.mup import muon_multipliers
 from einlinear.training import Muon
 from einlinear.training.muon import orthogonalised
 

@@ -39,16 +39,15 @@ def copying(structure: Structure, weights: Sequence[Tensor], x: Tensor, bias: Te
         x (n, in_features), weights as `copying_weights` says, to (n, out_features).
     """
     sizes = {**dict(structure.sizes), _TOKENS: x.shape[0]}
-    remaining = iter(weights)
     total: Tensor | None = None
-    for term in structure.terms:
+    for term, own in structure.by_term(weights):
         axes: Axes = (_TOKENS, *term.inputs)
         z = pad(x, math.prod(sizes[a] for a in term.inputs)).reshape([sizes[a] for a in axes])
-        for factor in term.factors:
-            columns = tuple(a for a in axes if a not in factor.axes)
+        for factor, w in zip(term.factors, own):
+            columns = (_TOKENS, *factor.columns)
             z = z.permute([axes.index(a) for a in factor.batch + columns + factor.summed])
             z = z if factor is term.factors[0] else z.contiguous()
-            z = _matrices(z, factor, math.prod(sizes[a] for a in columns), sizes) @ next(remaining)
+            z = _matrices(z, factor, math.prod(sizes[a] for a in columns), sizes) @ w
             axes = factor.batch + columns + factor.introduced
             z = z.reshape([sizes[a] for a in axes])
         z = z.permute([axes.index(a) for a in (_TOKENS, *term.outputs)]).contiguous()

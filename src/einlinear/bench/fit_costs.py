@@ -23,7 +23,9 @@ from einlinear.bench.cases import Case
 from einlinear.bench.results import Bench, read
 from einlinear.bench.variants import DENSE
 from einlinear.files import write_json
+from einlinear.ops import costs as model
 from einlinear.ops import dispatch
+from einlinear.ops.executors import CPU_EXECUTORS
 
 
 def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, float]]]:
@@ -32,11 +34,10 @@ def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, flo
         if (result.case.device, result.case.dtype) == ("cpu", "float32"):
             mode = "train" if result.case.mode == "train" else "forward"
             names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
-            known = dispatch.CPU_EXECUTORS
             yield (
                 result.case,
                 mode,
-                {"dense": names[DENSE], **{name: us for name, us in names.items() if name in known}},
+                {model.DENSE: names[DENSE], **{name: us for name, us in names.items() if name in CPU_EXECUTORS}},
             )
 
 
@@ -45,12 +46,11 @@ def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
     rows: dict[tuple[str, str], list[list[float]]] = {}
     for case, mode, times in timings(benches):
         for name, us in times.items():
-            amounts = dispatch.amounts(name, case.build(), case.tokens)
+            amounts = model.amounts(name, case.build(), case.tokens)
             rows.setdefault((mode, name), []).append([amount / us for amount in amounts])
     costs: dict[str, dict[str, list[float]]] = {"forward": {}, "train": {}}
-    missing = [
-        f"{name} ({mode})" for mode in costs for name in ("dense", *dispatch.CPU_EXECUTORS) if (mode, name) not in rows
-    ]
+    known = (model.DENSE, *CPU_EXECUTORS)
+    missing = [f"{name} ({mode})" for mode in costs for name in known if (mode, name) not in rows]
     if missing:
         raise ValueError(f"there are no measurements in float32 on the CPU of {', '.join(missing)}")
     for (mode, name), relative in rows.items():
@@ -68,13 +68,13 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
         chosen = dispatch.choose(
             case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train"
         ).executor
-        found.append((times[chosen] / min(us for name, us in times.items() if name != "dense"), case))
+        found.append((times[chosen] / min(us for name, us in times.items() if name != model.DENSE), case))
     return sorted(found, key=lambda loss: -loss[0])
 
 
 def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
     """The executors whose coefficients in ops/costs.json are not these, to 1 %."""
-    kept, found = dispatch.read_costs(), []
+    kept, found = model.read_costs(), []
     for mode, own in costs.items():
         for name, fitted in own.items():
             pairs = zip_longest(fitted, kept[mode].get(name, []), fillvalue=math.nan)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", help="bench.json of some runs (default: those that ops/costs.json names)")
     parser.add_argument("--check", action="store_true", help="only say whether ops/costs.json is the fit of the files")
     options = parser.parse_args(arguments)
-    files = options.files or json.loads(dispatch.COSTS_FILE.read_text(encoding="utf-8"))["fitted_to"]
+    files = options.files or json.loads(model.COSTS_FILE.read_text(encoding="utf-8"))["fitted_to"]
     try:
         benches = [read(Path(file)) for file in files]
         costs = fit(benches)
@@ -98,11 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         wrong = stale(costs)
         said = f"is not the fit of these files: {', '.join(wrong)}" if wrong else "is the fit of these files"
-        print(f"{dispatch.COSTS_FILE} {said}")
+        print(f"{model.COSTS_FILE} {said}")
         return 1 if wrong else 0
-    write_json(dispatch.COSTS_FILE, {"fitted_to": files, **costs})
-    dispatch.COSTS.clear()
-    dispatch.COSTS.update(dispatch.read_costs())
+    write_json(model.COSTS_FILE, {"fitted_to": files, **costs})
+    model.COSTS.clear()
+    model.COSTS.update(model.read_costs())
     dispatch.forget()
     found = losses(benches)
     close = sum(loss <= 1.1 for loss, _ in found) / len(found)

@@ -20,6 +20,7 @@ from einlinear.bench.results import Bench, Measurement, Result, Session
 from einlinear.bench.timing import LEAST, interleave, spread
 from einlinear.bench.traffic import traffic
 from einlinear.bench.variants import BLOCKTT, COMPILED, COPYING, DENSE, Variant, problem, variants
+from einlinear.nn.explain import explain
 
 FILE = "bench.json"
 
@@ -127,7 +128,7 @@ def measure(case: Case, settings: Settings, roof: Roof) -> Result:
         del reference
         peaks = {name: peak_bytes(call, case.device) for name, call in calls.items() if case.mode == "train"}
         seconds = interleave(calls, case.device, settings.budget)
-        choice = ops.explain(p.layer, p.x).executor  # inside: it depends on whether there are gradients
+        choice = explain(p.layer, p.x).executor  # inside: it depends on whether there are gradients
     measured = [_measurement(name, seconds, peaks.get(name)) for name in seconds]
     measured += [Measurement(name, why, wrong=True) for name, why in wrong.items()]
     measured += [Measurement(name, why) for name, why in refused.items()]

@@ -11,9 +11,9 @@ import einlinear
 from einlinear import ops
 from einlinear.cli import display
 from einlinear.cli.endings import user_errors
-from einlinear.ops.plan import plan as make_plan
+from einlinear.ops.bmm.plan import plan as make_plan
 from einlinear.structures import Structure
-from einlinear.structures.scaling import adam_multipliers, init_std
+from einlinear.structures.mup import adam_multipliers, init_std
 
 
 def describe(

@@ -18,6 +18,7 @@ from einlinear.conversion.report import Conversion, ConversionReport
 from einlinear.nn import Linear
 from einlinear.nn.known import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
+from einlinear.structures import DoesNotFit
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
 
@@ -105,7 +106,7 @@ def _build(
         if reason is None:
             try:
                 layer = _converted(old, spec, weights, normalize)
-            except _DoesNotFit as error:
+            except DoesNotFit as error:
                 reason = str(error)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
@@ -121,16 +122,9 @@ def _build(
     return new, converted, skipped
 
 
-class _DoesNotFit(Exception):
-    """The structure cannot be had at the layer's size."""
-
-
 def _converted(old: Any, spec: str, weights: str, normalize: bool) -> Linear:
     fan_in, fan_out = features(old)
-    try:
-        s = make_structure(spec, fan_in, fan_out)
-    except ValueError as error:
-        raise _DoesNotFit(str(error)) from None
+    s = make_structure(spec, fan_in, fan_out)
     if weights == "project":
         if old.weight.is_meta:
             raise ValueError("layers on the meta device have no weight to project: load it first, or weights='fresh'")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from einlinear import ops
 from einlinear.nn.known import Described, Known, Matrix, is_conv1d
 from einlinear.structures import Structure, structure
-from einlinear.structures.scaling import init_std
+from einlinear.structures.mup import init_std
 
 
 class Linear(Described):
@@ -78,7 +78,7 @@ class Linear(Described):
         """The structured layer closest to a dense one: best approximation of its weight in Frobenius norm.
 
         Exactly the best for structures of two factors and for sums of terms of one factor; for others as good as
-        successive SVDs and alternating least squares make it (`ops/project.py`).
+        successive SVDs and alternating least squares make it (`ops/projection`).
 
         Args:
             linear: a `torch.nn.Linear`, transformers' Conv1D, a structured layer, or a weight of shape (out, in).

@@ -1,8 +1,21 @@
-"""How a structured product is run: a reference, executors that must agree with it, and the choice among them."""
+"""How a structured product is run: a reference, executors that must agree with it, and the choice among them.
 
-from einlinear.ops.dispatch import EXECUTORS, Choice, backend, choose, explain, unsupported
-from einlinear.ops.functional import linear
-from einlinear.ops.project import project
+reference.py     plain einsum, and the dense W
+bmm/             an executor: batched matmuls
+tiles/           an executor: a compiled kernel for the CPU
+triton_kernels/  an executor: kernels for GPUs
+executors.py     what they have in common, and which there are
+costs.py         what they cost on a CPU
+dispatch.py      which one runs
+autograd.py      how torch sees them
+linear.py        `linear`: all of it, called as torch.nn.functional.linear is
+projection/      the other way: from a dense W to factors
+"""
+
+from einlinear.ops.dispatch import Choice, backend, choose
+from einlinear.ops.executors import EXECUTORS, unsupported
+from einlinear.ops.linear import linear
+from einlinear.ops.projection import project
 from einlinear.ops.reference import dense_weight
 
-__all__ = ["EXECUTORS", "Choice", "backend", "choose", "dense_weight", "explain", "linear", "project", "unsupported"]
+__all__ = ["EXECUTORS", "Choice", "backend", "choose", "dense_weight", "linear", "project", "unsupported"]

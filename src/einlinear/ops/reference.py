@@ -20,18 +20,14 @@ from einlinear.structures.pattern import Axes
 def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias by einsum, for x of shape (n, in_features)."""
     sizes = dict(structure.sizes)
-    remaining = iter(factors)
     outputs = []
-    for term in structure.terms:
-        state = term.inputs
-        shape = [sizes[a] for a in state]
+    for term, own in structure.by_term(factors):
+        shape = [sizes[a] for a in term.inputs]
         z = pad(x, math.prod(shape)).reshape(x.shape[0], *shape)
-        for factor in term.factors:
-            kept = [a for a in state if a not in factor.summed]
-            after = (*kept, *factor.introduced)
-            z = einsum([("tokens", *state), factor.axes], ("tokens", *after), z, next(remaining))
-            state = after
-        z = z.permute([0, *[1 + state.index(a) for a in term.outputs]])
+        for factor, w in zip(term.factors, own):
+            z = einsum([("tokens", *factor.before), factor.axes], ("tokens", *factor.after), z, w)
+        last = term.factors[-1].after
+        z = z.permute([0, *[1 + last.index(a) for a in term.outputs]])
         outputs.append(z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features])
     y = outputs[0]
     for more in outputs[1:]:
@@ -39,29 +35,30 @@ def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tens
     return y if bias is None else y + bias
 
 
-def dense_weight(structure: Structure, factors: Sequence[Tensor], terms: Sequence[Term] = ()) -> Tensor:
-    """W of shape (out_features, in_features): every term's factors in a single einsum, added up.
-
-    With `terms`, the sum of these alone, of which the factors are then.
-    """
-    sizes = dict(structure.sizes)
-    remaining = iter(factors)
+def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
+    """W of shape (out_features, in_features): the weights of all terms, added up."""
     total: Tensor | None = None
-    for term in terms or structure.terms:
-        operands = [next(remaining) for _ in term.factors]
-        subscripts = [factor.axes for factor in term.factors]
-        outputs = []
-        for axis in term.outputs:  # an axis both read and written is a diagonal: einsum writes it with an identity
-            if axis in term.inputs:
-                operands.append(torch.eye(sizes[axis], dtype=operands[0].dtype, device=operands[0].device))
-                subscripts.append((axis, f"{axis}'"))
-            outputs.append(f"{axis}'" if axis in term.inputs else axis)
-        weight = einsum(subscripts, (*outputs, *term.inputs), *operands)
-        weight = weight.reshape(math.prod(sizes[a] for a in term.outputs), math.prod(sizes[a] for a in term.inputs))
-        weight = weight[: structure.out_features, : structure.in_features]
+    for term, own in structure.by_term(factors):
+        weight = term_weight(structure, term, own)
         total = weight if total is None else total + weight
     assert total is not None
     return total
+
+
+def term_weight(structure: Structure, term: Term, factors: Sequence[Tensor]) -> Tensor:
+    """A term's share of W, of the same shape: its factors in a single einsum."""
+    sizes = dict(structure.sizes)
+    operands = list(factors)
+    subscripts = [factor.axes for factor in term.factors]
+    outputs = []
+    for axis in term.outputs:  # an axis both read and written is a diagonal: einsum writes it with an identity
+        if axis in term.inputs:
+            operands.append(torch.eye(sizes[axis], dtype=operands[0].dtype, device=operands[0].device))
+            subscripts.append((axis, f"{axis}'"))
+        outputs.append(f"{axis}'" if axis in term.inputs else axis)
+    weight = einsum(subscripts, (*outputs, *term.inputs), *operands)
+    weight = weight.reshape(math.prod(sizes[a] for a in term.outputs), math.prod(sizes[a] for a in term.inputs))
+    return weight[: structure.out_features, : structure.in_features]
 
 
 def pad(x: Tensor, features: int) -> Tensor:

@@ -3,7 +3,7 @@
 One learning rate, found at the width of a small dense base model, serves every width and every structure: a dense
 matrix learns at base_in / in of it under Adam, and every factor of a structured matrix at that times its own
 multiplier (Qiu et al., arXiv 2406.06248, section 3; Yang et al., arXiv 2203.03466). The numbers of a single structure
-are in `structures/scaling.py`.
+are in `structures/mup.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from einlinear.nn import Linear
 from einlinear.nn.names import as_globs, as_rules
 from einlinear.parametrize.roles import Parameter, check_matches, parameters
-from einlinear.structures.scaling import adam_multipliers, muon_multipliers, sgd_multipliers, spectral_std
+from einlinear.structures.mup import adam_multipliers, muon_multipliers, sgd_multipliers, spectral_std
 
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")  # their update does not depend on the gradient's size
 _FACTORS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}  # by rule

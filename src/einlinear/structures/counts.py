@@ -1,7 +1,7 @@
 """What follows from a term and its sizes alone: contraction order, MACs, exponents, generic rank.
 
 A term is contracted factor by factor, from the input axes to the output axes. Its *state* after some of the
-factors are the axes of the input and of these factors that are still needed. The cost of the next factor is the
+factors has the axes of the input and of these factors that are still needed. The cost of the next factor is the
 product of all axes of the state and of the factor; an axis is summed with the last factor that carries it.
 """
 
@@ -19,14 +19,14 @@ _MAX_ORDERED = 12  # factors; all subsets are compared up to here, beyond it the
 
 
 def state(term: TermPattern, done: Iterable[int]) -> Axes:
-    """The axes that are alive once these factors have been contracted."""
-    done = set(done)
+    """The axes that are alive once these factors have been contracted: in the order in which they came."""
+    done = tuple(done)
     needed = set(term.outputs)
     for index, axes in enumerate(term.factors):
         if index not in done:
             needed.update(axes)
     alive = dict.fromkeys(term.inputs)
-    for index in sorted(done):
+    for index in done:
         alive.update(dict.fromkeys(term.factors[index]))
     return tuple(axis for axis in alive if axis in needed)
 

@@ -16,6 +16,8 @@ import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from einlinear.structures.sizes import DoesNotFit
+
 Builder = Callable[..., str]
 
 FAMILIES: dict[str, Builder] = {}
@@ -29,9 +31,10 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
     Args:
         name: an identifier that is not taken.
         builder: a function of keyword arguments (a default makes one optional) that returns the pattern, as text. If it
-            has parameters called in_features and out_features, it is told the size of the layer as well.
-        overwrite: whether the name may be taken, by an earlier run of the same notebook cell say; structures made
-            before keep the pattern they have.
+            has parameters called in_features and out_features, it is told the size of the layer as well; for features
+            that suit none of the family's members it raises `DoesNotFit`.
+        overwrite: whether the name may be taken already, for example by an earlier run of the same notebook cell.
+            Structures made before keep the pattern they have.
 
     Returns:
         The builder.
@@ -123,7 +126,7 @@ def _monarch(blocks: int = 4, *, in_features: int, out_features: int) -> str:
     _count("monarch", blocks=blocks)
     smaller = min(in_features, out_features)
     if blocks**2 > smaller:  # the rank would be below 1
-        raise ValueError(
+        raise DoesNotFit(
             f"monarch: min(in_features, out_features) = {smaller} is fewer than blocks^2 = {blocks**2}; "
             f"take at most {math.isqrt(smaller)} blocks"
         )

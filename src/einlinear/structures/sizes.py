@@ -21,6 +21,25 @@ _CLOSE = math.log(2) + 1e-9  # how far from its target, as a log ratio, a size m
 _MAX_ORDERS = 6  # assignments of equally good factors to axes that are handed on to be compared
 
 
+class DoesNotFit(ValueError):
+    """What is asked for does not exist at this size, but may at another one.
+
+    Raised where sizes contradict the features or would pad them too far; a family's builder raises it for features that
+    the family has no member for. All other mistakes, such as an unknown family, are wrong at every size: they are plain
+    ValueErrors.
+
+    Example:
+        >>> import einlinear as el
+        >>> def fits(width):
+        ...     try:
+        ...         return bool(el.structure("dyad(blocks=30)", width, width))
+        ...     except el.structures.DoesNotFit:
+        ...         return False
+        >>> fits(60), fits(64)
+        (True, False)
+    """
+
+
 @dataclass(frozen=True)
 class Group:
     """Axes that together index the features of one side."""
@@ -43,7 +62,8 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
     """Yield the size of every axis, equally good assignments one after another, the preferred order first.
 
     Raises:
-        ValueError: a rank axis has no size; fixed sizes contradict the features; padding would exceed MAX_PADDING.
+        DoesNotFit: fixed sizes contradict the features, or padding would exceed MAX_PADDING.
+        ValueError: a rank axis has no size.
     """
     all_groups = groups(pattern, in_features, out_features)
     given = dict(pattern.sizes)
@@ -114,7 +134,7 @@ def _check_padding(group: Group, total: int, fixed: Mapping[str, int]) -> None:
     known = {axis: fixed[axis] for axis in group.axes if axis in fixed}
     named = ", ".join(f"{axis}={size}" for axis, size in known.items())
     if total < group.features:
-        raise ValueError(
+        raise DoesNotFit(
             f"the sizes {named} multiply to {total}, fewer than {group.side}_features={group.features}: "
             "give larger sizes, or leave one axis free"
         )
@@ -122,7 +142,7 @@ def _check_padding(group: Group, total: int, fixed: Mapping[str, int]) -> None:
         step = math.prod(known.values())
         down, up = group.features // step * step, math.ceil(group.features / step) * step
         nearby = " and ".join(str(size) for size in dict.fromkeys((down, up)) if size)
-        raise ValueError(
+        raise DoesNotFit(
             f"{group.side}_features={group.features} is not divisible by {step} (the axes {named}) and would be padded "
             f"to {total}, by more than {MAX_PADDING:.0%}; nearby sizes that fit: {nearby}"
         )

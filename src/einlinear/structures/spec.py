@@ -6,11 +6,12 @@ import ast
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from einlinear.structures.budget import fewest_blocks, largest_rank, within
 from einlinear.structures.families import find_family
 from einlinear.structures.pattern import Pattern, PatternError, parse
 from einlinear.structures.structure import Structure, build
@@ -32,14 +33,17 @@ def structure(
     Args:
         spec: a family, ``"btt(rank=2)"`` or ``"btt"``, or a pattern, ``"(g a), g r f a, f e g r -> (f e)"``.
         in_features, out_features: the size of the layer.
-        max_macs: a fraction of the MACs of dense, at most 1. The argument that spends compute and is not given (the
-            rank, else the blocks; of a pattern its one axis of unknown rank) is chosen as rich as this budget allows.
+        max_macs: a fraction of the MACs of dense, at most 1. What spends compute and is not given is chosen as rich as
+            this budget allows: of a family the rank, else the number of blocks; of a pattern its one rank axis without
+            a size.
         sizes: sizes of axes of a pattern, by name.
         **arguments: arguments of the family, as if written in the spec.
 
     Raises:
-        ValueError: unknown family (the nearest is named) or argument, a pattern that cannot be read (the place is
-            shown), sizes that contradict, features that would have to be padded by more than 15 %, a budget too small.
+        DoesNotFit: sizes that contradict the features, or features that would have to be padded by more than 15 %:
+            there is no such structure at this size.
+        ValueError: an unknown family (the nearest is named) or argument, a pattern that cannot be read (the place is
+            shown), a budget that is too small. DoesNotFit is one as well.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -150,18 +154,18 @@ def _from_pattern(pattern: Pattern, in_features: int, out_features: int, max_mac
     unknown = [axis for axis in pattern.rank_axes if axis not in dict(pattern.sizes)]
     if len(unknown) == 1:
         axis = unknown[0]
-        return _largest(lambda n: _build(pattern.with_sizes({axis: n}), in_features, out_features), max_macs)
+        return largest_rank(lambda n: _build(pattern.with_sizes({axis: n}), in_features, out_features), max_macs)
     if unknown:
         raise ValueError(f"max_macs can choose one rank axis, but {', '.join(unknown)} have no size: give all but one")
-    return _within(_build(pattern, in_features, out_features), max_macs)
+    return within(_build(pattern, in_features, out_features), max_macs)
 
 
 @lru_cache(maxsize=4096)
 def _build(pattern: Pattern, in_features: int, out_features: int, spec: str | None = None) -> Structure:
     try:
         return build(pattern, in_features, out_features, spec)
-    except ValueError as error:
-        raise ValueError(f"{spec or pattern}: {error}") from None
+    except ValueError as error:  # a DoesNotFit stays one
+        raise type(error)(f"{spec or pattern}: {error}") from None
 
 
 def check_spec(spec: str) -> None:
@@ -191,10 +195,10 @@ def _from_family(
     arguments = inspect.signature(find_family(name)).parameters
     knob = next((argument for argument in ("rank", "blocks") if argument in arguments and argument not in given), None)
     if knob == "rank":
-        return _largest(lambda n: make(rank=n), max_macs)
+        return largest_rank(lambda n: make(rank=n), max_macs)
     if knob == "blocks":
-        return _fewest_blocks(lambda n: make(blocks=n), min(in_features, out_features), max_macs)
-    return _within(make(), max_macs)
+        return fewest_blocks(lambda n: make(blocks=n), min(in_features, out_features), max_macs)
+    return within(make(), max_macs)
 
 
 def _family_pattern(name: str, given: Mapping[str, Any], in_features: int, out_features: int) -> tuple[Pattern, str]:
@@ -232,52 +236,3 @@ def _text(value: Any) -> str:
     if isinstance(value, Fraction) and value.denominator > 1000:
         return repr(float(value))  # 0.37123 rather than 37123/100000
     return str(value)
-
-
-def _fraction(s: Structure) -> float:
-    return s.macs / (s.in_features * s.out_features)
-
-
-def _within(s: Structure, max_macs: float) -> Structure:
-    if _fraction(s) > max_macs:
-        raise ValueError(
-            f"max_macs={max_macs:g} of dense is too small for {s.spec} at {s.in_features} -> {s.out_features}: "
-            f"it needs {_fraction(s):.4g}"
-        )
-    return s
-
-
-def _largest(make: Callable[[int], Structure], max_macs: float) -> Structure:
-    """The structure of largest rank within the budget: doubling, then bisection."""
-    best = _within(make(1), max_macs)
-    low, high = 1, 2
-    while _fraction(candidate := make(high)) <= max_macs:
-        if candidate.macs == best.macs:  # the pattern makes no use of the rank
-            return best
-        best, low, high = candidate, high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _fraction(candidate := make(middle)) <= max_macs:
-            best, low = candidate, middle
-        else:
-            high = middle
-    return best
-
-
-def _fewest_blocks(make: Callable[[int], Structure], most: int, max_macs: float) -> Structure:
-    """The structure of fewest blocks within the budget, of those that fit the features."""
-    cheapest: Structure | None = None
-    refused: ValueError | None = None
-    for blocks in range(1, most + 1):
-        try:
-            candidate = make(blocks)
-        except ValueError as error:  # too many for these features, or too much padding
-            refused = error
-            continue
-        if _fraction(candidate) <= max_macs:
-            return candidate
-        if cheapest is None or candidate.macs < cheapest.macs:
-            cheapest = candidate
-    if cheapest is None:
-        raise refused or ValueError("no number of blocks fits these features")
-    return _within(cheapest, max_macs)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import TypeVar
 
 from einlinear.structures import counts
 from einlinear.structures.pattern import Axes, Pattern, TermPattern
 from einlinear.structures.sizes import candidate_sizes, groups
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,10 @@ class Factor:
         name: A, B, C, ... in the order the pattern writes them; also the name of the layer's parameter.
         axes: the axes as the pattern writes them.
         shape: their sizes, the shape of the parameter.
-        batch, summed, introduced: the axes that the factor shares with the state and leaves in it, sums away, and adds.
+        before, after: the axes of the state that its step reads, and of the one that the step leaves.
+        batch, summed: the axes that it shares with the state and leaves in it, and those that it sums away.
+        columns: the axes that only the state has: the same matrices serve all of them.
+        introduced: the axes that it adds to the state.
         fan_in, fan_out: the products of the sizes of `summed` and of `introduced`.
         macs: multiply-accumulates of this step for one input vector.
     """
@@ -29,8 +36,11 @@ class Factor:
     name: str
     axes: Axes
     shape: tuple[int, ...]
+    before: Axes
+    after: Axes
     batch: Axes
     summed: Axes
+    columns: Axes
     introduced: Axes
     fan_in: int
     fan_out: int
@@ -56,7 +66,7 @@ class Term:
     outputs: Axes
 
     @property
-    def states(self) -> int:
+    def state_size(self) -> int:
         """The size of all states between its steps, for one input vector."""
         return sum(factor.width for factor in self.factors[:-1])
 
@@ -94,6 +104,24 @@ class Structure:
         """The factors of all terms, in order of contraction."""
         return tuple(factor for term in self.terms for factor in term.factors)
 
+    def by_term(self, entries: Sequence[T]) -> list[tuple[Term, Sequence[T]]]:
+        """The terms, each with its part of a sequence that has an entry for each of `factors`, in their order.
+
+        >>> import einlinear as el
+        >>> [part for _, part in el.structure("i, r i, o r -> o + i, o i -> o where r=2", 4, 4).by_term("XYZ")]
+        ['XY', 'Z']
+
+        Raises:
+            ValueError: more or fewer entries than factors.
+        """
+        parts, first = [], 0
+        for term in self.terms:
+            parts.append((term, entries[first : first + len(term.factors)]))
+            first += len(term.factors)
+        if len(entries) != first:
+            raise ValueError(f"{self} has {first} factors, not {len(entries)}")
+        return parts
+
     @property
     def params(self) -> int:
         """Entries of all factors, as stored (the bias is not counted)."""
@@ -122,7 +150,7 @@ def build(pattern: Pattern, in_features: int, out_features: int, spec: str | Non
     These are compared with rank axes of size 1, so that a structure keeps its axes as its rank grows.
 
     Raises:
-        ValueError: the pattern's sizes do not suit the features (see `sizes.candidate_sizes`).
+        DoesNotFit, ValueError: as `sizes.candidate_sizes`.
     """
     candidates = list(candidate_sizes(pattern, in_features, out_features))
 
@@ -161,8 +189,11 @@ def _term(term: TermPattern, names: list[str], sizes: dict[str, int]) -> Term:
                 name=names[index],
                 axes=axes,
                 shape=tuple(sizes[axis] for axis in axes),
+                before=before,
+                after=after,
                 batch=tuple(axis for axis in before if axis in axes and axis in after),
                 summed=summed,
+                columns=tuple(axis for axis in before if axis not in axes),
                 introduced=introduced,
                 fan_in=math.prod(sizes[axis] for axis in summed),
                 fan_out=math.prod(sizes[axis] for axis in introduced),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from einlinear.experiments.runs.models import MLP, Shape
+from einlinear.experiments.runs.models import MLP, Gpt, Shape
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps.budget import widest
 from einlinear.experiments.sweeps.compare import PRESETS, Config, configure, plan
@@ -34,6 +34,15 @@ def test_the_widest_model_within_the_budget(spec: str, budget: int) -> None:
 def test_a_budget_that_is_too_small_says_what_the_cheapest_model_takes() -> None:
     with pytest.raises(ValueError, match=r"btt: 100 MACs are too few, the cheapest model takes \d"):
         widest("btt", lambda width: MLP(structure="btt", width=width, depth=2).build(SHAPE), 100)
+
+
+def test_only_widths_that_do_not_fit_are_passed_over() -> None:
+    sentences = Shape(64, 64, context=8)
+    assert widest("dense", lambda width: Gpt(width=width, d_head=48, depth=1).build(sentences), 100_000) % 48 == 0
+    tried = []
+    with pytest.raises(ValueError, match="unknown family 'bttt'"):
+        widest("bttt", lambda width: (tried.append(width), MLP(structure="bttt", width=width).build(SHAPE))[1], 10_000)
+    assert tried == [16]
 
 
 # Plans

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from einlinear.nn import ReferenceModel
+from einlinear.structures import DoesNotFit
 
 _SMALLEST = 16  # the narrowest model that is tried
 _GIVE_UP = 1024  # where no model could be built up to this width, none will be
@@ -31,7 +32,7 @@ def widest(name: str, build: Callable[[int], ReferenceModel], budget: int) -> in
         try:
             with torch.device("meta"):
                 macs = build(width).macs
-        except ValueError:  # this width cannot be factored as asked; another may
+        except DoesNotFit:  # another width may
             if not seen and width >= _GIVE_UP:
                 raise
             continue

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from einlinear.nn.known import Described, Known
 from einlinear.nn.linear import Linear
+from einlinear.structures import DoesNotFit
 from einlinear.structures import structure as make_structure
 
 
@@ -81,7 +82,7 @@ class Attention(Described):
     ) -> None:
         super().__init__()
         if heads < 1 or (d_head is None and width % heads):
-            raise ValueError(f"a width of {width} cannot be divided into {heads} heads")
+            raise DoesNotFit(f"a width of {width} cannot be divided into {heads} heads")
         d_head = d_head or width // heads
         self.heads, self.features, self.causal, self.multiplier = heads, heads * d_head, causal, multiplier
         self.norm = nn.LayerNorm(width, bias=bias)

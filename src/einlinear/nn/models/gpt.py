@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from einlinear.nn.counts import macs_per_token
 from einlinear.nn.models.blocks import Attention, FeedForward, TransformerBlock, linear_layers, stack
 from einlinear.nn.models.model import ReferenceModel
+from einlinear.structures import DoesNotFit
 
 
 class GPT(ReferenceModel):
@@ -72,7 +73,7 @@ class GPT(ReferenceModel):
             if d_head is None:
                 raise ValueError("give d_head, heads or both: neither says how attention is divided into heads")
             if d_head < 1 or width % d_head:
-                raise ValueError(f"a width of {width} cannot be divided into heads of {d_head} features")
+                raise DoesNotFit(f"a width of {width} cannot be divided into heads of {d_head} features")
             heads = width // d_head
         self.context = context
         self.embedding = nn.Embedding(vocab, width)

@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs: the launches (executor), their layouts (steps), tiles (tiles) and code (kernels)."""
+"""Kernels for NVIDIA GPUs: the launches (executor), their layouts (steps), tiles (tile_sizes) and code (kernels)."""

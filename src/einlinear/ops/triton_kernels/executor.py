@@ -2,8 +2,8 @@
 
 Two designs. *Steps*: one launch per factor; the state between two factors is written once, in a layout that both reach
 in whole sectors. *Fused*: both factors of a term in one launch, the state between them stays on chip. The second is
-taken where `tiles.fusing_pays`. Going back, one launch per factor gives both gradients of a step wherever a tile holds
-a whole matrix of the factor, so that nothing is read twice. docs/gpu-kernels.md counts the bytes.
+taken where `fusing_pays` (tile_sizes.py). Going back, one launch per factor gives both gradients of a step wherever a
+tile holds a whole matrix of the factor, so that nothing is read twice. docs/gpu-kernels.md counts the bytes.
 
 This package can be imported without triton; `unsupported` says what is missing. Nothing here knows of autograd.
 """
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einlinear.ops.triton_kernels import tiles
+from einlinear.ops.triton_kernels import tile_sizes
 from einlinear.ops.triton_kernels.steps import Layout, Step, count, plan, roles
-from einlinear.ops.triton_kernels.tiles import Tile
+from einlinear.ops.triton_kernels.tile_sizes import Tile
 from einlinear.structures import Structure
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,13 +67,13 @@ def forward(
         save: whether to return what `backward` can reuse. It is opaque.
         design: "steps" or "fused" (ValueError where it does not fit); None takes the one that moves fewer bytes.
     """
-    x, remaining = _unit_stride(x), iter(factors)
+    x = _unit_stride(x)
     if not len(x):
         return x.new_empty(0, structure.out_features), []
     y: Tensor | None = None
     saved: list[Tensor] = []
-    for steps in plan(structure):
-        weights = [next(remaining).contiguous() for _ in steps]
+    for steps, (_, own) in zip(plan(structure), structure.by_term(factors), strict=True):
+        weights = [factor.contiguous() for factor in own]
         y, states = _chain(steps, weights, x, bias if y is None else None, y, save, design)
         saved += states
     assert y is not None
@@ -106,9 +106,9 @@ def backward(
     states = iter(saved)
     grad_x: Tensor | None = None
     grad_factors: list[Tensor | None] = []
-    for steps in plan(structure):
-        here = slice(len(grad_factors), len(grad_factors) + len(steps))
-        weights, needs = [factor.contiguous() for factor in factors[here]], needs_factors[here]
+    parts = structure.by_term(list(zip(factors, needs_factors, strict=True)))
+    for steps, (_, own) in zip(plan(structure), parts, strict=True):
+        weights, needs = [factor.contiguous() for factor, _ in own], [need for _, need in own]
         between = [next(states) for _ in steps[1:]] if saved else []
         if any(needs):
             if any(needs[1:]) and not between:
@@ -137,11 +137,11 @@ def _chain(
         raise ValueError(f"unknown design {design!r}: choose {' or '.join(DESIGNS)}")
     if len(steps) == 2 and design != "steps":
         first, second = steps
-        limits = tiles.device_limits(x.device)
-        if design is None and tiles.fusing_pays(first, second, x.itemsize, len(x), limits, save):
+        limits = tile_sizes.device_limits(x.device)
+        if design is None and tile_sizes.fusing_pays(first, second, x.itemsize, len(x), limits, save):
             design = "fused"
         if design == "fused":
-            if not tiles.fused_tiles(first, second, x.itemsize, limits):
+            if not tile_sizes.fused_tiles(first, second, x.itemsize, limits):
                 raise ValueError("the state between these factors does not fit on the chip: choose the design 'steps'")
             return _launch_fused(first, second, weights, x, bias, residual, save)
     states = _between(steps, weights, x)
@@ -193,7 +193,7 @@ def _launch_step(
     y = _new(step.result, n, x)
     source, result = _address(x, step.source), _address(y, step.result)
     blocks, bucket = _blocks(step, max(source[2], result[2])), _bucket(n)
-    found = tiles.forward_tiles(step, x.itemsize, bucket, tiles.device_limits(x.device))
+    found = tile_sizes.forward_tiles(step, x.itemsize, bucket, tile_sizes.device_limits(x.device))
     _launch(forward_step, blocks, found, x, weight, bias, residual, y, *source, *result, bucket, **_constants(step, x))
     return y
 
@@ -207,7 +207,7 @@ def _launch_back(
     grad_x = _new(step.source, n, x) if joint else None
     target = (0, 0, 0) if grad_x is None else _address(grad_x, step.source)
     source, result = _address(x, step.source), _address(grad, step.result)
-    share = tiles.share(step, x.itemsize, _bucket(n), tiles.device_limits(x.device), joint)
+    share = tile_sizes.share(step, x.itemsize, _bucket(n), tile_sizes.device_limits(x.device), joint)
     found = _tiles_back(step, weight, n, joint)
     splits = max(_shares(step, max(source[2], target[2], result[2]), share, dict(tile.blocks)) for tile in found)
     partial = weight.new_empty((splits, *weight.shape), dtype=torch.float32 if splits > 1 else weight.dtype)
@@ -241,6 +241,7 @@ def _launch_fused(
     middle = (0, 0, 0) if z is None else _address(z, first.result)
     groups = {role.upper(): group for role, group in roles(first, second)._asdict().items()}
     sizes = {f"N_{role}": count(group) for role, group in groups.items()}
+    limits = tile_sizes.device_limits(x.device)
 
     def programs(tile: Mapping[str, int]) -> int:
         shares = _cdiv(sizes["N_F"], tile["BLOCK_F"]) * _cdiv(sizes["N_D"], tile["BLOCK_D"])
@@ -248,7 +249,7 @@ def _launch_fused(
 
     _launch(
         forward_fused, programs,
-        tuple(fused.tile for fused in tiles.fused_tiles(first, second, x.itemsize, tiles.device_limits(x.device))),
+        tuple(fused.tile for fused in tile_sizes.fused_tiles(first, second, x.itemsize, limits)),
         x, *weights, bias, residual, z, y, *source, *middle, *result, _bucket(len(x)),
         **groups, **sizes, X_LIMIT=first.source.limit, Y_LIMIT=second.result.limit, PRECISION=_precision(x.dtype),
     )  # fmt: skip
@@ -288,7 +289,7 @@ def _shares(step: Step, tokens: int, share: int, tile: Mapping[str, int]) -> int
 
 
 def _tiles_back(step: Step, weight: Tensor, n: int, joint: bool) -> tuple[Tile, ...]:
-    return tiles.backward_tiles(step, weight.itemsize, _bucket(n), tiles.device_limits(weight.device), joint)
+    return tile_sizes.backward_tiles(step, weight.itemsize, _bucket(n), tile_sizes.device_limits(weight.device), joint)
 
 
 def _constants(step: Step, x: Tensor) -> dict[str, Any]:

@@ -125,15 +125,14 @@ def _plan_term(term: Term, structure: Structure) -> tuple[Step, ...]:
     sizes, steps = structure.sizes, []
     source = Layout(term.inputs, sizes, structure.in_features)
     for position, factor in enumerate(term.factors):
-        columns = tuple(axis for axis in source.axes if axis not in factor.axes)
         if position + 1 < len(term.factors):
             after = term.factors[position + 1]
-            result = _between(
-                (*factor.batch, *columns, *factor.introduced), factor.introduced, after.axes, after.summed, sizes
-            )
+            axes = (*factor.batch, *factor.columns, *factor.introduced)
+            result = _between(axes, factor.introduced, after.axes, after.summed, sizes)
         else:
             result = Layout(term.outputs, sizes, structure.out_features)
-        steps.append(Step(factor.axes, factor.batch, columns, factor.introduced, factor.summed, source, result, sizes))
+        groups = factor.batch, factor.columns, factor.introduced, factor.summed
+        steps.append(Step(factor.axes, *groups, source, result, sizes))
         source = result
     return tuple(steps)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from einlinear.ops import dispatch, function, reference
+from einlinear.ops import autograd, dispatch, executors, reference
 from einlinear.structures import Structure
 
 _MANY_TOKENS = 2048  # what a compiler chooses for: it traces once for any number
@@ -75,19 +75,19 @@ def _run(
         else:
             training = dispatch.wants_gradients(x, bias, *factors)
             executor = dispatch.choose(structure, x.shape[0], x.dtype, x.device, training).executor
-    elif (why := dispatch.unsupported(executor, structure, x.dtype, x.device)) is not None:
+    elif (why := executors.unsupported(executor, structure, x.dtype, x.device)) is not None:
         raise RuntimeError(f"the executor {executor!r} cannot run this: {why}")
     if executor == "reference":
         return reference.apply(structure, factors, x, bias)
     if tracing:
-        op: Tensor = function.linear_op(x, list(factors), bias, structure.spec, structure.out_features, executor)
+        op: Tensor = autograd.linear_op(x, list(factors), bias, structure.spec, structure.out_features, executor)
         return op
-    return function.run(executor, structure, factors, x, bias)
+    return autograd.run(executor, structure, factors, x, bias)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose_compiled(spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> str:
-    """The compiler fuses the reference itself; our own kernels it takes as they are."""
-    structure = function.structure_of(spec, in_features, out_features)
+    """What torch's compiler gets: it fuses the reference itself; our own kernels it takes as they are."""
+    structure = autograd.structure_of(spec, in_features, out_features)
     choice = dispatch.choose(structure, _MANY_TOKENS, dtype, torch.device(device)).executor
-    return "reference" if choice == "bmm" and dispatch.forced.executor is None else choice
+    return "reference" if executors.DECLARED[choice].fusible and dispatch.forced.executor is None else choice

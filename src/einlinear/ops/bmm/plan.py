@@ -86,11 +86,8 @@ def plan(structure: Structure) -> Plan:
     batch (g), rows (r f), inner (a), columns (tokens): (tokens g a) -> (g r f tokens)
     batch (f), rows (e), inner (g r), columns (tokens): (g r f tokens) -> (tokens f e)
     """
-    first, terms = 0, []
-    for term in structure.terms:
-        terms.append(_plan_term(term, first, dict(structure.sizes)))
-        first += len(term.factors)
-    return tuple(terms)
+    sizes, numbered = dict(structure.sizes), range(len(structure.factors))
+    return tuple(_plan_term(term, numbers[0], sizes) for term, numbers in structure.by_term(numbered))
 
 
 def is_run(group: Axes, layout: Axes) -> bool:

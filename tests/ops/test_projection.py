@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from tests.families import PATTERNS, SAMPLES
@@ -11,7 +9,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops.project import _sweeps
+from einlinear.ops.projection import als
 from einlinear.structures import Structure
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs]
@@ -138,13 +136,19 @@ def test_ranks_that_a_matrix_cannot_have_stay_trainable() -> None:
 
 def test_blast_of_a_rank_beyond_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too large for random starts: what successive SVDs leave at zero must come to life (0.51 if it does not)."""
-    monkeypatch.setattr(sys.modules["einlinear.ops.project"], "_sweeps", lambda w: 20)
+    monkeypatch.setattr(als, "_sweeps", lambda w: 20)
     s = el.structure("blast(blocks=8, rank=48)", 256, 272)
     assert error(s, ops.dense_weight(s, factors_of(s, dtype=torch.float32))) < 0.4
 
 
 def test_large_matrices_take_fewer_sweeps() -> None:
-    assert [_sweeps(torch.empty(n, n, device="meta")) for n in (64, 512, 1024, 2048, 4096)] == [300, 300, 75, 20, 20]
+    assert [als._sweeps(torch.empty(n, n, device="meta")) for n in (64, 512, 1024, 2048, 4096)] == [
+        300,
+        300,
+        75,
+        20,
+        20,
+    ]
 
 
 def test_dtype_and_mistakes() -> None:

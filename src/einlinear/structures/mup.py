@@ -4,8 +4,8 @@ Every factor is treated as the batch of dense matrices that its step multiplies 
 introduced features (Qiu et al., arXiv 2406.06248, section 3; the SGD rule after Yang and Hu, arXiv 2011.14522, that
 for Muon after Yang et al., arXiv 2310.17813).
 
-These are the rules for one structure; `parametrize/mup.py` applies them to whole models. They stand here because
-`nn.Linear` draws its factors by them, and the folder parametrize, which knows about modules, comes after nn.
+These are the rules for one structure: `nn.Linear` draws its factors by them, and `parametrize/mup.py` applies them to
+whole models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def spectral_std(fan_in: int, fan_out: int) -> float:
 def init_std(structure: Structure) -> tuple[float, ...]:
     """The standard deviation of every factor's entries at initialisation, in the order of `structure.factors`.
 
-    That of `spectral_std`, and a sum of T terms shares the variance: divided by sqrt(T).
+    It is that of `spectral_std`, divided by sqrt(T) in a sum of T terms, which share the variance.
 
     >>> import einlinear as el
     >>> init_std(el.structure("btt", 256, 256))

@@ -2,7 +2,7 @@
 
 The operator (``torch.ops.einlinear.linear``) is what torch.compile, fake tensors, dispatch modes such as
 FlopCounterMode and selective activation checkpointing work with. The function does the same with a fifth of the
-overhead per call. Neither knows of autocast: a rule of an operator casts to one dtype for good, so it is `ops.linear`
+overhead per call. Neither knows of autocast: a rule of an operator casts to one dtype for good, so it is `linear.py`
 that casts to the dtype of the moment.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from einlinear import structures
-from einlinear.ops import dispatch, reference
+from einlinear.ops import dispatch, executors, reference
 from einlinear.structures import Structure
 
 
@@ -26,7 +26,7 @@ def run(executor: str, structure: Structure, factors: Sequence[Tensor], x: Tenso
     if dispatch.wants_gradients(x, bias, *factors):
         y: Tensor = _Linear.apply(structure, executor, x, bias, *factors)  # type: ignore[no-untyped-call]
         return y
-    return dispatch.find(executor).forward(structure, factors, x, bias, save=False)[0]
+    return executors.find(executor).forward(structure, factors, x, bias, save=False)[0]
 
 
 class _Linear(torch.autograd.Function):
@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, structure: Structure, executor: str, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:
         save = not dispatch.recomputes(executor, structure)
-        y, saved = dispatch.find(executor).forward(structure, factors, x, bias, save)
+        y, saved = executors.find(executor).forward(structure, factors, x, bias, save)
         ctx.structure, ctx.executor, ctx.count = structure, executor, len(factors)
         ctx.save_for_backward(x, bias, *factors, *saved)
         return y
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted: let autograd see plain operators
             return (None, None, *_reference_gradients(ctx, x, bias, factors, grad))
         grad_bias = grad.sum(0) if needs_bias else None
-        grad_x, grad_factors = dispatch.find(ctx.executor).backward(
+        grad_x, grad_factors = executors.find(ctx.executor).backward(
             ctx.structure, factors, x, grad, saved, needs_x, needs_factors
         )
         return (None, None, grad_x, grad_bias, *grad_factors)
@@ -80,7 +80,7 @@ def linear_op(
 ) -> Tensor:
     """`run` without autograd: (n, in_features) to (n, out_features)."""
     structure = structure_of(spec, x.shape[1], out_features)
-    return dispatch.find(executor).forward(structure, factors, x, bias, save=False)[0]
+    return executors.find(executor).forward(structure, factors, x, bias, save=False)[0]
 
 
 @linear_op.register_fake
@@ -94,7 +94,7 @@ def linear_backward_op(
 ) -> list[Tensor]:
     """The gradients that are needed, of x first, then of the factors; intermediate states are computed again."""
     structure = structure_of(spec, x.shape[1], grad.shape[1])
-    grad_x, grad_factors = dispatch.find(executor).backward(structure, factors, x, grad, [], needs_x, needs_factors)
+    grad_x, grad_factors = executors.find(executor).backward(structure, factors, x, grad, [], needs_x, needs_factors)
     return [g for g in (grad_x, *grad_factors) if g is not None]
 
 

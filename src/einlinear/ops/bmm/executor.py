@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops import reference
-from einlinear.ops.plan import TOKENS, Step, is_run, plan
+from einlinear.ops.bmm.plan import TOKENS, Step, is_run, plan
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes
 

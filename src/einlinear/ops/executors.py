@@ -1,0 +1,101 @@
+"""The executors: what all of them do, which there are, and what the choice among them has to know of each.
+
+An executor is a module with the functions of `Executor`; the reference is not one of these, since autograd itself
+differentiates it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from einlinear.structures import Structure
+
+
+class Executor(Protocol):
+    """What the module of an executor has."""
+
+    def unsupported(self, structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why it cannot run, or None."""
+
+    def forward(
+        self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """y of shape (n, out_features) for x of shape (n, in_features), and intermediates saved for backward."""
+
+    def backward(
+        self,
+        structure: Structure,
+        factors: Sequence[Tensor],
+        x: Tensor,
+        grad: Tensor,
+        saved: Sequence[Tensor],
+        needs_x: bool,
+        needs_factors: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients of x and of the factors; what was not saved is computed again."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """An executor as it is known before its module is imported.
+
+    Attributes:
+        module: in `einlinear.ops`; None for the reference.
+        on_cpu: whether it competes on the CPU, by the cost model, which has coefficients for it.
+        recomputes: whether its backward pass may compute the states between factors again where that is cheaper than
+            to save them; the others always save them.
+        fusible: whether it is made of torch's operators alone. A compiler then does better with the reference, whose
+            operators it fuses.
+    """
+
+    module: str | None
+    on_cpu: bool = False
+    recomputes: bool = False
+    fusible: bool = False
+
+
+# Where nothing is measured, the last one that can run is taken.
+DECLARED = {
+    "reference": Declaration(None, on_cpu=True, fusible=True),
+    "bmm": Declaration("bmm.executor", on_cpu=True, fusible=True),
+    "tiles": Declaration("tiles.executor", on_cpu=True, recomputes=True),
+    "triton": Declaration("triton_kernels.executor"),
+}
+EXECUTORS = tuple(DECLARED)
+CPU_EXECUTORS = tuple(name for name, declared in DECLARED.items() if declared.on_cpu)
+
+
+@cache
+def find(name: str) -> Executor:
+    """The module of an executor other than the reference, imported when it is first wanted."""
+    return cast(Executor, importlib.import_module(f"einlinear.ops.{DECLARED[name].module}"))
+
+
+def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: torch.device | str) -> str | None:
+    """Why an executor cannot run a structure, or None if it can.
+
+    Raises:
+        ValueError: an unknown executor.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> unsupported("tiles", el.structure("btt", 64, 64), torch.float32, "cuda")
+        'it runs on the CPU, not on cuda'
+    """
+    if check_name(name) == "reference":
+        return None
+    return find(name).unsupported(structure, dtype, torch.device(device))
+
+
+def check_name(name: str) -> str:
+    """The name, which is that of an executor. Raises ValueError that lists them if it is not."""
+    if name not in EXECUTORS:
+        raise ValueError(f"unknown executor {name!r}: choose {', '.join(EXECUTORS[:-1])} or {EXECUTORS[-1]}")
+    return name

@@ -1,0 +1,50 @@
+"""`project`: which way to the closest structured matrix is taken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from einlinear.ops.projection.als import best_of_restarts
+from einlinear.ops.projection.svd import is_optimal, split_terms
+from einlinear.ops.projection.unfold import outer_axes, permute, unfold
+from einlinear.ops.reference import dense_weight
+from einlinear.structures import Structure
+
+
+@torch.no_grad()
+def project(structure: Structure, weight: Tensor) -> list[Tensor]:
+    """Factors of the best approximation of a matrix.
+
+    Args:
+        structure: what to approximate with.
+        weight: (out_features, in_features), any floating dtype; float32 is used to compute where it is narrower.
+
+    Returns:
+        The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device.
+
+    Raises:
+        ValueError: the weight has another shape, or values that are NaN or infinite.
+    """
+    expected = (structure.out_features, structure.in_features)
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"the weight has shape {tuple(weight.shape)}, the structure {expected} (out, in)")
+    if not weight.isfinite().all():
+        raise ValueError("the weight has values that are NaN or infinite: there is nothing close to it")
+    w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    if all(len(term.factors) == 1 for term in structure.terms):
+        factors = _share(structure, w)
+    else:
+        factors = split_terms(structure, w)
+        if not is_optimal(structure):
+            factors = best_of_restarts(structure, w, factors)
+    return [factor.to(weight.dtype).contiguous() for factor in factors]
+
+
+def _share(structure: Structure, w: Tensor) -> list[Tensor]:
+    """Least squares of least norm for terms of one factor: their entries are entries of W, or parts of one."""
+    ones = [w.new_ones(factor.shape) for factor in structure.factors]
+    shared = w / dense_weight(structure, ones).clamp(min=1)
+    return [
+        permute(unfold(shared, structure, term), outer_axes(term), term.factors[0].axes) for term in structure.terms
+    ]

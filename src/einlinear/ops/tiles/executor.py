@@ -1,0 +1,95 @@
+"""The compiled CPU executor: tiles of tokens that stay in cache.
+
+The kernel (tiles.cpp) knows no structure, it gets a program (program.py). Without a compiler (build.py) the other
+executors do its work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from einlinear.ops.tiles.build import DTYPES, Library, load
+from einlinear.ops.tiles.program import program_of
+from einlinear.structures import Structure
+
+
+def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why this executor cannot run, or None if it can."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    if dtype not in DTYPES:
+        return f"it computes in float32 and float64, not in {str(dtype).removeprefix('torch.')}"
+    library = load()
+    return library if isinstance(library, str) else None
+
+
+def forward(
+    structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """y = x W^T + bias for x of shape (n, in_features), and the intermediate states if they are to be saved."""
+    program, x = program_of(structure), x.contiguous()
+    held = [factor.contiguous() for factor in factors]
+    bias = None if bias is None else bias.contiguous()
+    n = x.shape[0]
+    y = x.new_empty(n, structure.out_features)
+    saved = []
+    if save and program.state_rows:
+        tile: int = _function("tile", x.dtype)(program.address, n)
+        saved = [x.new_empty(-(-n // tile) * tile * program.state_rows)]
+    if n:
+        _function("forward", x.dtype)(
+            program.address,
+            program.pointers(*(factor.data_ptr() for factor in held)),
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            saved[0].data_ptr() if saved else None,
+            n,
+            _threads(structure.macs * n),
+        )
+    return y, saved
+
+
+def backward(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    needs_x: bool,
+    needs_factors: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of the factors, those that are needed; without saved states these are computed again."""
+    program, x, grad = program_of(structure), x.contiguous(), grad.contiguous()
+    held = [factor.contiguous() for factor in factors]
+    grad_x = torch.empty_like(x) if needs_x else None
+    fresh = torch.empty_like if x.shape[0] else torch.zeros_like
+    grad_factors = [fresh(factor) if wanted else None for factor, wanted in zip(held, needs_factors, strict=True)]
+    if x.shape[0]:
+        _function("backward", x.dtype)(
+            program.address,
+            program.pointers(*(factor.data_ptr() for factor in held)),
+            x.data_ptr(),
+            grad.data_ptr(),
+            saved[0].data_ptr() if saved else None,
+            None if grad_x is None else grad_x.data_ptr(),
+            program.pointers(*(None if g is None else g.data_ptr() for g in grad_factors)),
+            x.shape[0],
+            _threads(structure.macs * x.shape[0]),
+        )
+    return grad_x, grad_factors
+
+
+def _threads(macs: int) -> int:
+    """More than one only where starting them is worth it: that takes about as long as 100,000 MACs."""
+    return torch.get_num_threads() if macs > 300_000 else 1
+
+
+def _function(role: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    library = load()
+    assert isinstance(library, Library), "the dispatcher asks `unsupported` first"
+    return library.functions[role, dtype]
