@@ -15,10 +15,10 @@ from einlinear.experiments.findings.scaling import (
     MultiplierAt,
     Prediction,
     ScalingFit,
-    check_rules,
     fit_scaling,
     multipliers_along,
 )
+from einlinear.experiments.findings.scaling.frontier import check_rules
 from einlinear.experiments.findings.summary import LENGTHS, Curve, Row, Study, dense_of, make_curves, result
 from einlinear.experiments.runs.records import METRICS, Record
 from einlinear.training import metrics

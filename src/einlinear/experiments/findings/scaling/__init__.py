@@ -12,7 +12,7 @@ Nothing here knows of files, structures or runs. Compute is in any unit: only ex
 
 from einlinear.experiments.findings.scaling.effects import Effect, ExponentEffects, exponent_effects
 from einlinear.experiments.findings.scaling.fit import LossCurves, Prediction, ScalingFit, fit_scaling
-from einlinear.experiments.findings.scaling.frontier import Frontier, check_rules, pareto_frontier
+from einlinear.experiments.findings.scaling.frontier import Frontier, pareto_frontier
 from einlinear.experiments.findings.scaling.intervals import Interval
 from einlinear.experiments.findings.scaling.laws import PowerLaw, power_law, power_law_with_floor
 from einlinear.experiments.findings.scaling.multipliers import (
@@ -36,7 +36,6 @@ __all__ = [
     "Prediction",
     "ScalingFit",
     "Spread",
-    "check_rules",
     "compute_multiplier",
     "exponent_effects",
     "fit_scaling",
