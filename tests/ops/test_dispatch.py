@@ -27,6 +27,15 @@ def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == [1]
 
 
+def test_on_a_gpu_what_was_never_measured_there_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
+    dispatch.forget()
+    choice = ops.choose(el.structure("btt", 64, 64), 2048, torch.bfloat16, torch.device("cuda"))
+    assert choice.executor == "bmm"
+    assert "einlinear.backend('triton')" in dict(choice.refusals)["triton"]
+    dispatch.forget()
+
+
 def test_explain_says_where_dense_is_faster() -> None:
     assert "a dense layer would be faster" in str(el.explain(el.Linear(16, 16, "btt"), torch.randn(1, 16)))
     assert "a dense layer" not in str(el.explain(el.Linear(4096, 4096, "btt"), torch.randn(64, 4096)))

@@ -118,8 +118,10 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
     refused = {name: unsupported(name, structure, dtype, device) for name in EXECUTORS}
     able = [name for name, why in refused.items() if why is None]
     refusals = tuple((name, why) for name, why in refused.items() if why is not None)
-    if device_type != "cpu":  # not measured yet
-        return Choice(able[-1], f"the last of {', '.join(EXECUTORS)} that can run", (), refusals)
+    if device_type != "cpu":
+        if "triton" in able:
+            refusals += (("triton", "it has not been measured on a GPU yet: einlinear.backend('triton') takes it"),)
+        return Choice("bmm", "strided matmuls of torch, which run on every device", (), refusals)
     if dtype not in (torch.float32, torch.float64):
         return Choice("reference", "strided matmuls of half precision are slow on the CPU", (), refusals)
     if "tiles" in able:

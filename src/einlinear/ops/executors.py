@@ -61,7 +61,6 @@ class Declaration:
     fusible: bool = False
 
 
-# Where nothing is measured, the last one that can run is taken.
 DECLARED = {
     "reference": Declaration(None, on_cpu=True, fusible=True),
     "bmm": Declaration("bmm.executor", on_cpu=True, fusible=True),
