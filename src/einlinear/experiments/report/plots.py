@@ -18,8 +18,8 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif
 
 
 def colour(i: int) -> str:
-    """The colour of the i-th structure; after eight they repeat, and the symbols tell them apart."""
-    return _COLOURS[i % len(_COLOURS)]
+    """The colour of the i-th structure. The first, dense, is black; the others repeat, and symbols tell them apart."""
+    return _COLOURS[0] if i == 0 else _COLOURS[1 + (i - 1) % (len(_COLOURS) - 1)]
 
 
 def symbol(i: int) -> str:
