@@ -69,6 +69,7 @@ class Gate(Described):
             raise ValueError(f"active={active}: a token goes to at least one and at most all of the {experts} experts")
         self.in_features, self.experts, self.active = in_features, experts, active
         self.router = nn.Parameter(torch.empty(experts, in_features, device=device, dtype=dtype))
+        self.last: Routing | None = None  # of the last forward pass
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,7 +82,8 @@ class Gate(Described):
             logits = x.to(wide) @ self.router.to(wide).T
         with torch.no_grad():
             experts = (logits + _TIE * self._ties(x.to(wide))).topk(self.active).indices
-        return Routing(experts, logits.gather(1, experts).softmax(1), logits)
+        self.last = Routing(experts, logits.gather(1, experts).softmax(1), logits)
+        return self.last
 
     def _ties(self, x: Tensor) -> Tensor:
         """(n, experts): for every expert the sum of some features with signs, about as large for all."""

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.nn.known import Described, Known, Matrix
-from einlinear.nn.moe.gate import Gate, Routing
+from einlinear.nn.moe.gate import Gate
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
-from einlinear.structures.scaling import init_std
+from einlinear.structures.mup import init_std
 
 
 class MoELinear(Described):
@@ -76,7 +76,6 @@ class MoELinear(Described):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
-        self.routing: Routing | None = None  # of the last forward pass
         self.reset_parameters()
 
     @torch.no_grad()
@@ -92,7 +91,7 @@ class MoELinear(Described):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
-        self.routing = routing = self.gate(tokens)
+        routing = self.gate(tokens)
         y = ops.grouped_linear(self.structure, self.factors(), tokens, routing.experts, routing.gates.to(x.dtype))
         if self.bias is not None:
             y = y + self.bias
