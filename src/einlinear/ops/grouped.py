@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from einlinear.ops import dispatch, executors
+from einlinear.ops.tiles import executor as tiles
 from einlinear.structures import Structure
 
 
@@ -58,6 +59,9 @@ class _Grouped(torch.autograd.Function):
         pairs = _Pairs(experts, factors[0].shape[0])
         ctx.structure = structure
         ctx.save_for_backward(x, experts, gates, *factors)
+        if tiles.unsupported(structure, x.dtype, x.device) is None:
+            first = torch.tensor([0, *(part.stop for part in pairs.slices)])
+            return tiles.forward_grouped(structure, factors, x, first, pairs.order, gates).sum(1)
         scales = gates.flatten()
         y = x.new_empty(experts.numel(), structure.out_features)
         for e, part in pairs.nonempty():

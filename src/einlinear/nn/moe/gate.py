@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from einlinear.nn.known import Described, Known, Matrix
 
 _TIE = 1e-30  # far below what a logit that a router has learned can differ by
+_FEATURES = 4  # of a token, for every expert: what breaks ties need not cost as much as the router
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Gate(Described):
 
     def _ties(self, x: Tensor) -> Tensor:
         """(n, experts): for every expert the sum of some features with signs, about as large for all."""
-        missing = -self.in_features % self.experts
-        x = nn.functional.pad(x, (0, missing)).unflatten(1, (-1, self.experts))
+        x = x[:, : _FEATURES * self.experts]
+        x = nn.functional.pad(x, (0, -x.shape[1] % self.experts)).unflatten(1, (-1, self.experts))
         turn = torch.arange(x.shape[1], device=x.device)[:, None] + torch.arange(self.experts, device=x.device)
         return (x * (1 - 2 * (turn % 2))).sum(1)
 

@@ -84,6 +84,38 @@ def backward(
     return grad_x, grad_factors
 
 
+def forward_grouped(
+    structure: Structure, factors: Sequence[Tensor], x: Tensor, first: Tensor, order: Tensor, gates: Tensor
+) -> Tensor:
+    """The output of every pair of a token and an expert, (n, active, out_features); see `ops.grouped`.
+
+    Args:
+        structure: of every expert.
+        factors: stacked, (experts, *shape of the factor).
+        x: (n, in_features).
+        first: (experts + 1,), where the pairs of every expert begin in `order`; int64, as `order` is.
+        order: (n * active,), the pairs sorted by expert; pair i is of token i // active.
+        gates: (n, active), what the input of a pair is multiplied with.
+    """
+    program, x, gates = program_of(structure), x.contiguous(), gates.contiguous()
+    held = [factor.contiguous() for factor in factors]
+    y = x.new_empty(*gates.shape, structure.out_features)
+    if y.numel():
+        _function("forward_grouped", x.dtype)(
+            program.address,
+            program.pointers(*(factor.data_ptr() for factor in held)),
+            first.data_ptr(),
+            order.data_ptr(),
+            gates.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            len(first) - 1,
+            gates.shape[1],
+            _threads(structure.macs * gates.numel()),
+        )
+    return y
+
+
 def _threads(macs: int) -> int:
     """More than one only where starting them is worth it: that takes about as long as 100,000 MACs."""
     return torch.get_num_threads() if macs > 300_000 else 1

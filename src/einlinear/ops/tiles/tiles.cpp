@@ -284,6 +284,82 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
     }
 }
 
+// ---------------------------------------------------------------- one of several matrices for every token
+
+// Pairs of a token and an expert, sorted by expert: those of expert e are order[first[e]] to order[first[e + 1] - 1].
+// Pair i is of token i / active; it reads that row of x, times gates[i], and writes row i of y.
+struct Pairs {
+    const Index *first, *order;
+    Index experts, active;
+};
+
+// Tiles of at most `tile` pairs, each of one expert.
+struct PairTile {
+    Index expert, start, count;
+};
+static std::vector<PairTile> pair_tiles(const Pairs& pairs, Index tile) {
+    std::vector<PairTile> tiles;
+    for (Index e = 0; e < pairs.experts; e++)
+        for (Index i = pairs.first[e]; i < pairs.first[e + 1]; i += tile)
+            tiles.push_back({e, i, std::min(tile, pairs.first[e + 1] - i)});
+    return tiles;
+}
+
+// The factors of an expert, which are stacked.
+template <class S>
+static std::vector<const S*> of_expert(const Program& p, const S* const* factors, Index expert) {
+    std::vector<const S*> found;
+    for (auto& term : p.terms)
+        for (auto& s : term) {
+            found.resize(std::max<size_t>(found.size(), s.factor + 1));
+            found[s.factor] = factors[s.factor] + expert * s.batches * s.rows * s.inner;
+        }
+    return found;
+}
+
+template <class S>
+static void forward_grouped(const Program& p, const S* const* factors, const Pairs& pairs, const S* gates, const S* x,
+                            S* y, int threads) {
+    constexpr Index L = Simd<S>::lanes;
+    Index tile = 2 * L, states = p.states();
+    auto tiles = pair_tiles(pairs, tile);
+    bool single = p.terms.size() == 1;
+    bool stream_in = single && before(p.first()).run(), stream_out = single && after(p.last()).run();
+    Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
+    expect(y, pairs.first[pairs.experts] * p.out_features * sizeof(S));
+#pragma omp parallel num_threads(threads)
+    {
+        Team all = everyone(), alone{0, 1};
+        Buffer<S> packed(p.factor_entries()), own((rows_in + rows_out + states) * tile), scratch(2 * p.widest * tile);
+        Buffer<S> inputs(tile * p.in_features), outputs(tile * p.out_features);
+        S *xs = own.data, *ys = xs + rows_in * tile, *states_memory = ys + rows_out * tile;
+        std::vector<Weights<S>> w;
+        Index expert = -1;
+        for (Index i = all.first(tiles.size()); i < all.last(tiles.size()); i++) {
+            const PairTile& t = tiles[i];
+            if (t.expert != expert) {
+                expert = t.expert;
+                bool small = pairs.first[expert + 1] - pairs.first[expert] < 4 * tile;
+                w = all_weights(p, of_expert(p, factors, expert).data(), packed.data, false, small, alone);
+            }
+            const Index* order = pairs.order + t.start;
+            for (Index r = 0; r < t.count; r++) {
+                const S* from = x + order[r] / pairs.active * p.in_features;
+                S *to = inputs.data + r * p.in_features, gate = gates[order[r]];
+                for (Index k = 0; k < p.in_features; k++) to[k] = gate * from[k];
+            }
+            Source<S> source{inputs.data, p.in_features, t.count};
+            Sink<S> sink{outputs.data, p.out_features, t.count};
+            if (!stream_in) read_tile(source, xs, p.width_in, tile, alone);
+            run_forward(p, w, xs, states_memory, ys, stream_in ? &source : nullptr, stream_out ? &sink : nullptr,
+                        (const S*)nullptr, scratch.data, tile, alone);
+            if (!stream_out) write_tile(ys, tile, sink, (const S*)nullptr, alone);
+            for (Index r = 0; r < t.count; r++)
+                std::copy_n(outputs.data + r * p.out_features, p.out_features, y + order[r] * p.out_features);
+        }
+    }
+}
+
 }  // namespace
 
 #define EXPORT(S, NAME)                                                                                            \
@@ -294,6 +370,11 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
     extern "C" void NAME##_backward(const Index* program, const S* const* factors, const S* x, const S* dy,        \
                                     const S* saved, S* dx, S* const* dfactors, Index n, int threads) {             \
         backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                            \
+    }                                                                                                              \
+    extern "C" void NAME##_forward_grouped(const Index* program, const S* const* factors, const Index* first,      \
+                                           const Index* order, const S* gates, const S* x, S* y, Index experts,    \
+                                           Index active, int threads) {                                            \
+        forward_grouped<S>(Program(program), factors, Pairs{first, order, experts, active}, gates, x, y, threads); \
     }                                                                                                              \
     extern "C" Index NAME##_tile(const Index* program, Index tokens) {                                             \
         return tile_of<S>(Program(program), tokens);                                                               \
