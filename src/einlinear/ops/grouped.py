@@ -77,6 +77,12 @@ class _Grouped(torch.autograd.Function):
         structure: Structure = ctx.structure
         pairs = _Pairs(experts, factors[0].shape[0])
         needs_x, _, needs_gates, *needs_factors = ctx.needs_input_grad[1:]
+        if tiles.unsupported(structure, x.dtype, x.device) is None:
+            first = torch.tensor([0, *(part.stop for part in pairs.slices)])
+            dx, found = tiles.backward_grouped(
+                structure, factors, x, first, pairs.order, gates, grad, needs_x or needs_gates, needs_factors
+            )
+            return (None, *_through_gates(dx, x, experts, gates, needs_x, needs_gates), *found)
         scales = gates.flatten()
         dx = x.new_empty(experts.numel(), structure.in_features) if needs_x or needs_gates else None
         found = [torch.zeros_like(factor) if needed else None for factor, needed in zip(factors, needs_factors)]
@@ -92,11 +98,18 @@ class _Grouped(torch.autograd.Function):
             for total, own in zip(found, part_factors):
                 if total is not None:
                     total[e] = own
-        if dx is None:
-            return (None, None, None, None, *found)
-        dx = dx.view(*experts.shape, -1)
-        dgates = torch.einsum("nki,ni->nk", dx, x) if needs_gates else None
-        return (None, torch.einsum("nki,nk->ni", dx, gates) if needs_x else None, None, dgates, *found)
+        return (None, *_through_gates(dx, x, experts, gates, needs_x, needs_gates), *found)
+
+
+def _through_gates(
+    dx: Tensor | None, x: Tensor, experts: Tensor, gates: Tensor, needs_x: bool, needs_gates: bool
+) -> tuple[Tensor | None, None, Tensor | None]:
+    """From the gradients of the gated inputs of all pairs those of x and of the gates."""
+    if dx is None:
+        return None, None, None
+    dx = dx.view(*experts.shape, -1)
+    dgates = torch.einsum("nki,ni->nk", dx, x) if needs_gates else None
+    return torch.einsum("nki,nk->ni", dx, gates) if needs_x else None, None, dgates
 
 
 def _executor(structure: Structure, x: Tensor, training: bool) -> Any:

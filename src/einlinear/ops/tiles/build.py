@@ -40,9 +40,10 @@ class Library:
                 function = library[f"{name}_{role}"]
                 function.argtypes, function.restype = [*[pointer] * pointers, count, threads], None
                 self.functions[role, dtype] = function
-            function = library[f"{name}_forward_grouped"]
-            function.argtypes, function.restype = [*[pointer] * 7, count, count, threads], None
-            self.functions["forward_grouped", dtype] = function
+            for role, pointers in (("forward_grouped", 7), ("backward_grouped", 9)):
+                function = library[f"{name}_{role}"]
+                function.argtypes, function.restype = [*[pointer] * pointers, count, count, threads], None
+                self.functions[role, dtype] = function
             function = library[f"{name}_tile"]
             function.argtypes, function.restype = [pointer, count], count
             self.functions["tile", dtype] = function

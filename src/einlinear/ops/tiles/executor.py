@@ -116,6 +116,41 @@ def forward_grouped(
     return y
 
 
+def backward_grouped(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    first: Tensor,
+    order: Tensor,
+    gates: Tensor,
+    grad: Tensor,
+    needs_x: bool,
+    needs_factors: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of the gated input of every pair, (n, active, in_features), and of the stacked factors."""
+    program, x, gates, grad = program_of(structure), x.contiguous(), gates.contiguous(), grad.contiguous()
+    held = [factor.contiguous() for factor in factors]
+    grad_x = x.new_empty(*gates.shape, structure.in_features) if needs_x else None
+    # experts without tokens are not written
+    found = [torch.zeros_like(factor) if wanted else None for factor, wanted in zip(held, needs_factors, strict=True)]
+    if gates.numel():
+        _function("backward_grouped", x.dtype)(
+            program.address,
+            program.pointers(*(factor.data_ptr() for factor in held)),
+            first.data_ptr(),
+            order.data_ptr(),
+            gates.data_ptr(),
+            x.data_ptr(),
+            grad.data_ptr(),
+            None if grad_x is None else grad_x.data_ptr(),
+            program.pointers(*(None if g is None else g.data_ptr() for g in found)),
+            len(first) - 1,
+            gates.shape[1],
+            _threads(structure.macs * gates.numel()),
+        )
+    return grad_x, found
+
+
 def _threads(macs: int) -> int:
     """More than one only where starting them is worth it: that takes about as long as 100,000 MACs."""
     return torch.get_num_threads() if macs > 300_000 else 1

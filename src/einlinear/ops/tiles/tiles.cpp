@@ -178,13 +178,13 @@ static void add_factor_gradient(const Step& s, const FactorGradient& g, const So
 
 // The sums of the threads -> the factor's own layout.
 template <class S>
-static void write_factor_gradient(const Step& s, const FactorGradient& g, const std::vector<Buffer<S>>& sums,
-                                  size_t count, Index offset, S* to, Team all) {
+static void write_factor_gradient(const Step& s, const FactorGradient& g, const std::vector<S*>& sums, Index offset,
+                                  S* to, Team all) {
     bool transposed = !g.by_inner && s.w_row && s.w_inner == 1;
     for (Index b = all.first(s.batches); b < all.last(s.batches); b++) {
-        S* total = sums[0].data + offset + b * g.entries();
-        for (size_t c = 1; c < count; c++) {
-            const S* more = sums[c].data + offset + b * g.entries();
+        S* total = sums[0] + offset + b * g.entries();
+        for (size_t c = 1; c < sums.size(); c++) {
+            const S* more = sums[c] + offset + b * g.entries();
             for (Index e = 0; e < g.entries(); e++) total[e] += more[e];
         }
         S* into = to + s.w_b[b];
@@ -197,23 +197,72 @@ static void write_factor_gradient(const Step& s, const FactorGradient& g, const 
     }
 }
 
+// Those of all factors, and what they take.
+struct FactorGradients {
+    std::vector<std::vector<FactorGradient>> of;  // by term and step
+    Index panel = 0, entries = 0;
+
+    template <class S>
+    FactorGradients(const Program& p, Index tile, S) {
+        for (auto& term : p.terms) {
+            of.emplace_back();
+            for (auto& s : term) {
+                auto g = FactorGradient::of(s, &s == &term.front(), &s == &term.back(), S());
+                of.back().push_back(g);
+                panel = std::max(panel, s.columns * g.padded * tile);
+                entries += s.batches * g.entries();
+            }
+        }
+    }
+};
+
+// A tile back through all steps: its share of the factors' gradients into `sum`, the input's into `sink` or `dxs`.
+// `middle` are the intermediate states, `dys` is the gradient of the output where it is not read from `output`.
+template <class S>
+struct BackwardTile {
+    const Program& p;
+    const FactorGradients& gradients;
+    const std::vector<Weights<S>>& w_back;
+    S* const* dfactors;  // null for those that are not wanted
+    bool wants_x, stream_in, stream_out;
+    Index tile;
+    S *dys, *dxs, *turns[2], *panels, *scratch;
+
+    void run(const Source<S>& input, const Source<S>& output, const S* middle, const Sink<S>& sink, S* sum, bool add,
+             Team team) const {
+        Index offset = gradients.entries, back = w_back.size();
+        for (auto& term : p.terms) middle += term_states(term) * tile;
+        for (size_t j = p.terms.size(); j-- > 0;) {  // terms and steps from the last to the first
+            auto& term = p.terms[j];
+            const S* g = dys;
+            for (size_t k = term.size(); k-- > 0;) {
+                const Step& s = term[k];
+                const FactorGradient& gradient = gradients.of[j][k];
+                bool begins = k == 0, ends = k + 1 == term.size();
+                if (!begins) middle -= s.width_in * tile;
+                offset -= s.batches * gradient.entries(), back--;
+                const Source<S>* major = begins ? &input : (ends ? &output : nullptr);
+                if (dfactors[s.factor])
+                    add_factor_gradient(s, gradient, major, middle, gradient.by_inner ? g : middle, input.tokens, tile,
+                                        panels, sum + offset, add, team);
+                if (begins && !wants_x) continue;
+                S* to = begins ? dxs : turns[k % 2];
+                run_step(s, w_back[back], after(s), before(s), g, to, ends && stream_out ? &output : nullptr,
+                         begins && stream_in ? &sink : nullptr, (const S*)nullptr, scratch, tile,
+                         begins && j + 1 < p.terms.size(), team);
+                g = to;
+            }
+        }
+    }
+};
+
 template <class S>
 static void backward(const Program& p, const S* const* factors, const S* x, const S* dy, const S* saved, S* dx,
                      S* const* dfactors, Index n, int threads) {
     Division<S> division(p, n, threads);
     Index tile = division.tile, states = p.states();
     if (dx) expect(dx, n * p.in_features * sizeof(S));
-    std::vector<std::vector<FactorGradient>> gradients;
-    Index panel = 0, entries = 0;
-    for (auto& term : p.terms) {
-        gradients.emplace_back();
-        for (auto& s : term) {
-            auto g = FactorGradient::of(s, &s == &term.front(), &s == &term.back(), S());
-            gradients.back().push_back(g);
-            panel = std::max(panel, s.columns * g.padded * tile);
-            entries += s.batches * g.entries();
-        }
-    }
+    FactorGradients gradients(p, tile, S());
     bool recompute = !saved && states, single = p.terms.size() == 1 && p.terms[0].size() > 1;
     bool stream_in = single && before(p.first()).run(), stream_out = single && after(p.last()).run();
     Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
@@ -221,18 +270,20 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
     Buffer<S> packed(p.factor_entries()), packed_forward(recompute ? p.factor_entries() : 0);
     Buffer<S> common(division.shared ? room : 0);
     std::vector<Buffer<S>> sums;
-    for (int i = 0; i < (division.shared ? 1 : threads); i++) sums.emplace_back(entries);
+    for (int i = 0; i < (division.shared ? 1 : threads); i++) sums.emplace_back(gradients.entries);
 #pragma omp parallel num_threads(threads)
     {
         Team all = everyone(), team = division.team(all);
         auto w_back = all_weights(p, factors, packed.data, true, division.small, all);
         std::vector<Weights<S>> w;
         if (recompute) w = all_weights(p, factors, packed_forward.data, false, division.small, all);
-        Buffer<S> own(division.shared ? 0 : room), panels(panel), scratch(2 * p.widest * tile);
+        Buffer<S> own(division.shared ? 0 : room), panels(gradients.panel), scratch(2 * p.widest * tile);
         S* sum = sums[division.shared ? 0 : all.rank].data;
         S* dys = division.shared ? common.data : own.data;
-        S *dxs = dys + rows_out * tile, *turns[2] = {dxs + rows_in * tile, dxs + (rows_in + p.widest) * tile};
-        S* recomputed = turns[1] + p.widest * tile;
+        S *dxs = dys + rows_out * tile, *turn = dxs + rows_in * tile, *recomputed = turn + 2 * p.widest * tile;
+        BackwardTile<S> steps{p,    gradients, w_back, dfactors,    dx != nullptr,
+                              stream_in, stream_out, tile, dys, dxs, {turn, turn + p.widest * tile},
+                              panels.data, scratch.data};
         all.barrier();
         for (Index i = division.first(all); i < division.last(all); i++) {
             Index tokens = std::min(tile, n - i * tile);
@@ -246,40 +297,20 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
             }
             if (!stream_out) read_tile(output, dys, p.width_out, tile, team);
             const S* middle = saved ? saved + i * states * tile : recomputed;
-            Index offset = entries, back = w_back.size();
-            for (auto& term : p.terms) middle += term_states(term) * tile;
-            for (size_t j = p.terms.size(); j-- > 0;) {  // terms and steps from the last to the first
-                auto& term = p.terms[j];
-                const S* g = dys;
-                for (size_t k = term.size(); k-- > 0;) {
-                    const Step& s = term[k];
-                    const FactorGradient& gradient = gradients[j][k];
-                    bool begins = k == 0, ends = k + 1 == term.size();
-                    if (!begins) middle -= s.width_in * tile;
-                    offset -= s.batches * gradient.entries(), back--;
-                    const Source<S>* major = begins ? &input : (ends ? &output : nullptr);
-                    if (dfactors[s.factor])
-                        add_factor_gradient(s, gradient, major, middle, gradient.by_inner ? g : middle, tokens, tile,
-                                            panels.data, sum + offset, i > division.first(all), team);
-                    if (begins && !dx) continue;
-                    S* to = begins ? dxs : turns[k % 2];
-                    run_step(s, w_back[back], after(s), before(s), g, to, ends && stream_out ? &output : nullptr,
-                             begins && stream_in ? &sink : nullptr, (const S*)nullptr, scratch.data, tile,
-                             begins && j + 1 < p.terms.size(), team);
-                    g = to;
-                }
-            }
+            steps.run(input, output, middle, sink, sum, i > division.first(all), team);
             team.barrier();
             if (dx && !stream_in) write_tile(dxs, tile, sink, (const S*)nullptr, team);
         }
         all.barrier();
         Index offset = 0;
-        size_t count = division.shared ? 1 : all.size;  // fewer threads may run than were asked for
+        std::vector<S*> parts;
+        for (int i = 0; i < (division.shared ? 1 : all.size); i++)  // fewer threads may run than were asked for
+            parts.push_back(sums[i].data);
         for (size_t j = 0; j < p.terms.size(); j++)
             for (size_t k = 0; k < p.terms[j].size(); k++) {
                 const Step& s = p.terms[j][k];
-                if (S* to = dfactors[s.factor]) write_factor_gradient(s, gradients[j][k], sums, count, offset, to, all);
-                offset += s.batches * gradients[j][k].entries();
+                if (S* to = dfactors[s.factor]) write_factor_gradient(s, gradients.of[j][k], parts, offset, to, all);
+                offset += s.batches * gradients.of[j][k].entries();
             }
     }
 }
@@ -360,6 +391,99 @@ static void forward_grouped(const Program& p, const S* const* factors, const Pai
     }
 }
 
+// The gradients of what every pair read (before the gate), into row i of dx for pair i, and of the stacked factors.
+template <class S>
+static void backward_grouped(const Program& p, const S* const* factors, const Pairs& pairs, const S* gates, const S* x,
+                             const S* dy, S* dx, S* const* dfactors, int threads) {
+    Index tile = 2 * Simd<S>::lanes, states = p.states();
+    auto tiles = pair_tiles(pairs, tile);
+    FactorGradients gradients(p, tile, S());
+    if (dx) expect(dx, pairs.first[pairs.experts] * p.in_features * sizeof(S));
+    bool single = p.terms.size() == 1 && p.terms[0].size() > 1;
+    bool stream_in = single && before(p.first()).run(), stream_out = single && after(p.last()).run();
+    Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
+    // An expert's tiles may be shared by neighbouring threads. So a thread keeps the sums of its first expert and of its
+    // last, and whose tiles begin with the expert adds them up, in order: results do not depend on who is faster.
+    std::vector<Buffer<S>> firsts, lasts;
+    for (int i = 0; i < threads; i++) firsts.emplace_back(gradients.entries), lasts.emplace_back(gradients.entries);
+#pragma omp parallel num_threads(threads)
+    {
+        Team all = everyone(), alone{0, 1};
+        Buffer<S> packed(p.factor_entries()), packed_forward(states ? p.factor_entries() : 0);
+        Buffer<S> own((rows_out + rows_in + states + 2 * p.widest) * tile), scratch(2 * p.widest * tile);
+        Buffer<S> panels(gradients.panel), inputs(tile * p.in_features), outputs(tile * p.out_features);
+        Buffer<S> found(tile * p.in_features);
+        S *dys = own.data, *dxs = dys + rows_out * tile, *turn = dxs + rows_in * tile;
+        S* recomputed = turn + 2 * p.widest * tile;
+        std::vector<Weights<S>> w, w_back;
+        BackwardTile<S> steps{p,          gradients, w_back, dfactors, dx != nullptr, stream_in,
+                              stream_out, tile,      dys,    dxs,      {turn, turn + p.widest * tile},
+                              panels.data, scratch.data};
+        Index begin = all.first(tiles.size()), end = all.last(tiles.size()), expert = -1;
+        Index head = begin < end ? tiles[begin].expert : -1;
+        auto write = [&](Index e, std::vector<S*> parts) {
+            Index offset = 0;
+            for (size_t j = 0; j < p.terms.size(); j++)
+                for (size_t k = 0; k < p.terms[j].size(); k++) {
+                    const Step& s = p.terms[j][k];
+                    Index size = s.batches * s.rows * s.inner;
+                    if (S* to = dfactors[s.factor])
+                        write_factor_gradient(s, gradients.of[j][k], parts, offset, to + e * size, alone);
+                    offset += s.batches * gradients.of[j][k].entries();
+                }
+        };
+        auto sum_of = [&](Index e) { return (e == head ? firsts : lasts)[all.rank].data; };
+        for (Index i = begin; i < end; i++) {
+            const PairTile& t = tiles[i];
+            bool fresh = t.expert != expert;
+            if (fresh) {
+                if (expert >= 0 && expert != head) write(expert, {sum_of(expert)});
+                expert = t.expert;
+                auto own_factors = of_expert(p, factors, expert);
+                bool small = pairs.first[expert + 1] - pairs.first[expert] < 4 * tile;
+                w_back = all_weights(p, own_factors.data(), packed.data, true, small, alone);
+                if (states) w = all_weights(p, own_factors.data(), packed_forward.data, false, small, alone);
+            }
+            const Index* order = pairs.order + t.start;
+            for (Index r = 0; r < t.count; r++) {
+                Index token = order[r] / pairs.active;
+                const S *from = x + token * p.in_features, gate = gates[order[r]];
+                S* to = inputs.data + r * p.in_features;
+                for (Index k = 0; k < p.in_features; k++) to[k] = gate * from[k];
+                std::copy_n(dy + token * p.out_features, p.out_features, outputs.data + r * p.out_features);
+            }
+            Source<S> input{inputs.data, p.in_features, t.count}, output{outputs.data, p.out_features, t.count};
+            Sink<S> sink{found.data, p.in_features, t.count};
+            if (states) {
+                if (!stream_in) read_tile(input, dxs, p.width_in, tile, alone);
+                run_forward(p, w, dxs, recomputed, (S*)nullptr, stream_in ? &input : nullptr, (const Sink<S>*)nullptr,
+                            (const S*)nullptr, scratch.data, tile, alone);
+            }
+            if (!stream_out) read_tile(output, dys, p.width_out, tile, alone);
+            steps.run(input, output, recomputed, sink, sum_of(expert), !fresh, alone);
+            if (!dx) continue;
+            if (!stream_in) write_tile(dxs, tile, sink, (const S*)nullptr, alone);
+            for (Index r = 0; r < t.count; r++)
+                std::copy_n(found.data + r * p.in_features, p.in_features, dx + order[r] * p.in_features);
+        }
+        all.barrier();
+        for (Index e : {head, expert}) {  // what is left: those that others may share
+            if (e < 0 || (e == head && pairs.first[e] != tiles[begin].start)) continue;  // none, or another's
+            std::vector<S*> parts{sum_of(e)};
+            if (e == expert)
+                for (int r = all.rank + 1; r < all.size; r++) {
+                    Team other{r, all.size};
+                    Index at = other.first(tiles.size());
+                    if (at == other.last(tiles.size())) continue;
+                    if (tiles[at].expert != e) break;
+                    parts.push_back(firsts[r].data);
+                }
+            write(e, parts);
+            if (head == expert) break;  // one and the same
+        }
+    }
+}
+
 }  // namespace
 
 #define EXPORT(S, NAME)                                                                                            \
@@ -375,6 +499,12 @@ static void forward_grouped(const Program& p, const S* const* factors, const Pai
                                            const Index* order, const S* gates, const S* x, S* y, Index experts,    \
                                            Index active, int threads) {                                            \
         forward_grouped<S>(Program(program), factors, Pairs{first, order, experts, active}, gates, x, y, threads); \
+    }                                                                                                              \
+    extern "C" void NAME##_backward_grouped(const Index* program, const S* const* factors, const Index* first,     \
+                                            const Index* order, const S* gates, const S* x, const S* dy, S* dx,    \
+                                            S* const* dfactors, Index experts, Index active, int threads) {        \
+        backward_grouped<S>(Program(program), factors, Pairs{first, order, experts, active}, gates, x, dy, dx,     \
+                            dfactors, threads);                                                                    \
     }                                                                                                              \
     extern "C" Index NAME##_tile(const Index* program, Index tokens) {                                             \
         return tile_of<S>(Program(program), tokens);                                                               \
