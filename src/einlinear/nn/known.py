@@ -7,6 +7,7 @@ roles of muP and the counting of MACs both read it, so that a new kind of layer 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,12 +60,12 @@ class Known:
     macs_per_position: int = 0
 
 
-class Described(nn.Module):
+class Described(nn.Module, ABC):
     """A module that says itself what it is. (A base class: wrappers pass on attributes, which would count twice.)"""
 
+    @abstractmethod
     def known(self) -> Known:
         """What its parameters are, and what it costs, without its children."""
-        raise NotImplementedError
 
 
 def known(module: Any) -> Known | None:

@@ -1,7 +1,7 @@
 """Which executor runs: one place decides, by what was measured, and says so.
 
-On the CPU that is the cheapest of those that can run, by the cost model (`costs.py`); elsewhere the last of them in the
-order of `executors.py`. A user can force one (`backend`).
+On the CPU that is the cheapest of those that can run, by the cost model (`costs.py`). On a GPU nothing is measured yet,
+so it is torch's batched matmuls. A user can force one (`backend`).
 """
 
 from __future__ import annotations
