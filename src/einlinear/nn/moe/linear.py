@@ -92,9 +92,8 @@ class MoELinear(Described):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
         routing = self.gate(tokens)
-        y = ops.grouped_linear(self.structure, self.factors(), tokens, routing.experts, routing.gates.to(x.dtype))
-        if self.bias is not None:
-            y = y + self.bias
+        gates = routing.gates
+        y = ops.grouped_linear(self.structure, self.factors(), tokens, routing.experts, gates, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def factors(self) -> list[Tensor]:

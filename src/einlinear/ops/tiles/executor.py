@@ -17,6 +17,9 @@ from einlinear.ops.tiles.program import program_of
 from einlinear.structures import Structure
 
 
+_PAIRS = 128  # of a block and an expert: fewer leave tiles half empty, more do not stay in cache
+
+
 def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this executor cannot run, or None if it can."""
     if device.type != "cpu":
@@ -85,21 +88,20 @@ def backward(
 
 
 def forward_grouped(
-    structure: Structure, factors: Sequence[Tensor], x: Tensor, first: Tensor, order: Tensor, gates: Tensor
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
-    """The output of every pair of a token and an expert, (n, active, out_features); see `ops.grouped`.
-
-    Args:
-        structure: of every expert.
-        factors: stacked, (experts, *shape of the factor).
-        x: (n, in_features).
-        first: (experts + 1,), where the pairs of every expert begin in `order`; int64, as `order` is.
-        order: (n * active,), the pairs sorted by expert; pair i is of token i // active.
-        gates: (n, active), what the input of a pair is multiplied with.
-    """
+    """For every token the sum over its experts of W_expert (gate * x), plus a bias; see `ops.grouped`."""
     program, x, gates = program_of(structure), x.contiguous(), gates.contiguous()
     held = [factor.contiguous() for factor in factors]
-    y = x.new_empty(*gates.shape, structure.out_features)
+    bias = None if bias is None else bias.contiguous()
+    threads = _threads(structure.macs * gates.numel())
+    block, first, order = _pairs(experts, len(held[0]), threads)
+    y = x.new_empty(x.shape[0], structure.out_features)
     if y.numel():
         _function("forward_grouped", x.dtype)(
             program.address,
@@ -108,10 +110,13 @@ def forward_grouped(
             order.data_ptr(),
             gates.data_ptr(),
             x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
             y.data_ptr(),
-            len(first) - 1,
+            x.shape[0],
+            block,
+            len(held[0]),
             gates.shape[1],
-            _threads(structure.macs * gates.numel()),
+            threads,
         )
     return y
 
@@ -120,35 +125,52 @@ def backward_grouped(
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
-    first: Tensor,
-    order: Tensor,
+    experts: Tensor,
     gates: Tensor,
     grad: Tensor,
     needs_x: bool,
     needs_factors: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of the gated input of every pair, (n, active, in_features), and of the stacked factors."""
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of the gates, if they are needed, and of those of the stacked factors that are."""
     program, x, gates, grad = program_of(structure), x.contiguous(), gates.contiguous(), grad.contiguous()
     held = [factor.contiguous() for factor in factors]
-    grad_x = x.new_empty(*gates.shape, structure.in_features) if needs_x else None
-    # experts without tokens are not written
-    found = [torch.zeros_like(factor) if wanted else None for factor, wanted in zip(held, needs_factors, strict=True)]
-    if gates.numel():
-        _function("backward_grouped", x.dtype)(
-            program.address,
-            program.pointers(*(factor.data_ptr() for factor in held)),
-            first.data_ptr(),
-            order.data_ptr(),
-            gates.data_ptr(),
-            x.data_ptr(),
-            grad.data_ptr(),
-            None if grad_x is None else grad_x.data_ptr(),
-            program.pointers(*(None if g is None else g.data_ptr() for g in found)),
-            len(first) - 1,
-            gates.shape[1],
-            _threads(structure.macs * gates.numel()),
-        )
-    return grad_x, found
+    threads = _threads(structure.macs * gates.numel())
+    block, first, order = _pairs(experts, len(held[0]), threads)
+    grad_x, grad_gates = (torch.empty_like(x), torch.empty_like(gates)) if needs_x else (None, None)
+    found = [torch.empty_like(factor) if wanted else None for factor, wanted in zip(held, needs_factors, strict=True)]
+    _function("backward_grouped", x.dtype)(
+        program.address,
+        program.pointers(*(factor.data_ptr() for factor in held)),
+        first.data_ptr(),
+        order.data_ptr(),
+        gates.data_ptr(),
+        x.data_ptr(),
+        grad.data_ptr(),
+        None if grad_x is None else grad_x.data_ptr(),
+        None if grad_gates is None else grad_gates.data_ptr(),
+        program.pointers(*(None if g is None else g.data_ptr() for g in found)),
+        x.shape[0],
+        block,
+        len(held[0]),
+        gates.shape[1],
+        threads,
+    )
+    return grad_x, grad_gates, found
+
+
+def _pairs(experts: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tensor]:
+    """How many tokens make a block, and the pairs of a token and an expert, sorted by block and expert: where those of
+    every (block, expert) begin, and which they are."""
+    n, active = experts.shape
+    # a block should have some full tiles of every expert, and every thread needs one
+    block = max(1, min(-(-n // threads), -(-_PAIRS * count // active)))
+    keys = experts
+    if block < n:
+        keys = experts + (torch.arange(n) // block * count)[:, None]
+    blocks = -(-n // block)
+    first = torch.zeros(blocks * count + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(keys.flatten(), minlength=blocks * count), 0, out=first[1:])
+    return block, first, keys.flatten().argsort(stable=True)
 
 
 def _threads(macs: int) -> int:
