@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from einlinear.nn.known import Described, Known, Matrix
 
-_TIE = 1e-30  # far below what a logit that a router has learned can differ by
-_FEATURES = 4  # of a token, for every expert: what breaks ties need not cost as much as the router
+_TIE = 1e-30  # lost in any weight that a router has learned, but not in a zero
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Gate(Described):
     """The `active` experts of largest logit for every token, weighted by the softmax of their logits.
 
     The router is a matrix without bias that starts at zero (arXiv 2410.02117, appendix on BTT-MoE, and its code), so
-    all logits tie at first. Ties go to the experts for which a fixed function of the token is largest, a sum of its
-    features with signs: the choice depends on nothing but the token, and different tokens go different ways.
+    all logits tie at first, and whatever picks the largest would send every token the same way. So weights are read
+    with 1e-30 of a fixed pattern added, which is lost in all but zeros: ties go by a fixed function of the token.
 
     Args:
         in_features: of a token.
@@ -80,18 +79,17 @@ class Gate(Described):
     def forward(self, x: Tensor) -> Routing:
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = x.to(wide) @ self.router.to(wide).T
-        with torch.no_grad():
-            experts = (logits + _TIE * self._ties(x.to(wide))).topk(self.active).indices
+            logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _TIE * self._pattern(wide))
+        experts = logits.detach().topk(self.active).indices
         self.last = Routing(experts, logits.gather(1, experts).softmax(1), logits)
         return self.last
 
-    def _ties(self, x: Tensor) -> Tensor:
-        """(n, experts): for every expert the sum of some features with signs, about as large for all."""
-        x = x[:, : _FEATURES * self.experts]
-        x = nn.functional.pad(x, (0, -x.shape[1] % self.experts)).unflatten(1, (-1, self.experts))
-        turn = torch.arange(x.shape[1], device=x.device)[:, None] + torch.arange(self.experts, device=x.device)
-        return (x * (1 - 2 * (turn % 2))).sum(1)
+    def _pattern(self, dtype: torch.dtype) -> Tensor:
+        """(experts, in_features): a sequence that looks random, from one element further on for every expert. Its mean
+        is zero, so that a mean of the features does not decide."""
+        steps = torch.arange(self.experts + self.in_features - 1, dtype=torch.float64, device=self.router.device)
+        pattern = steps.square().cos().to(dtype).unfold(0, self.in_features, 1)
+        return pattern - pattern.mean(1, keepdim=True)
 
     def known(self) -> Known:
         return Known({"router": Matrix(self.in_features, self.experts)}, macs=self.in_features * self.experts)
