@@ -214,9 +214,7 @@ def grouped_backward_op(
 
 
 @grouped_backward_op.register_fake
-def _(
-    grad: Tensor, x: Tensor, factors: list[Tensor], experts: Tensor, gates: Tensor, spec: str
-) -> list[Tensor]:
+def _(grad: Tensor, x: Tensor, factors: list[Tensor], experts: Tensor, gates: Tensor, spec: str) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gates, *factors)]
 
 

@@ -1,7 +1,19 @@
 """Mixtures of experts: which experts a token goes to, layers that compute with those alone, and their losses."""
 
-from einlinear.nn.moe.gate import Gate, Routing
+from einlinear.nn.moe.experts import Experts
+from einlinear.nn.moe.feed_forward import MoEFeedForward
 from einlinear.nn.moe.linear import MoELinear
 from einlinear.nn.moe.losses import Load, moe_loads, moe_loss
+from einlinear.nn.moe.mixture import Mixture, Routing, check_experts
 
-__all__ = ["Gate", "Load", "MoELinear", "Routing", "moe_loads", "moe_loss"]
+__all__ = [
+    "Experts",
+    "Load",
+    "Mixture",
+    "MoEFeedForward",
+    "MoELinear",
+    "Routing",
+    "check_experts",
+    "moe_loads",
+    "moe_loss",
+]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from einlinear.nn.moe.gate import Gate, Routing
+from einlinear.nn.moe.mixture import Mixture, Routing
 from einlinear.nn.names import plain_modules
 
 Z = 0.1  # of the z-loss, over that of the balance: the code of arXiv 2410.02117
@@ -20,8 +20,8 @@ def moe_loss(model: nn.Module, z: float = Z, group: distributed.ProcessGroup | N
 
     The balance of E experts is E * sum of p_e f_e: p_e is the mean probability of an expert before the choice, f_e its
     share of the pairs of tokens and experts. It is one for an even load, and the gradient lowers what is chosen most
-    (Fedus et al., arXiv 2101.03961, equation 4). The z-loss is the mean of logsumexp(logits)^2, which keeps logits small
-    (Zoph et al., arXiv 2202.08906, equation 5). The published weight of the whole is 0.01 (arXiv 2410.02117, code).
+    (Fedus et al., arXiv 2101.03961, equation 4). The z-loss is the mean of logsumexp(logits)^2, which keeps logits
+    small (Zoph et al., arXiv 2202.08906, equation 5). The whole has a weight of 0.01 in arXiv 2410.02117 (its code).
 
     Args:
         model: that has run forward.
@@ -48,7 +48,7 @@ def moe_loss(model: nn.Module, z: float = Z, group: distributed.ProcessGroup | N
         distributed.all_reduce(together, group=group)
         counts = list(together.split([len(own) for own in counts]))
     losses = []
-    for (name, routing), load in zip(found, counts, strict=True):
+    for (_, routing), load in zip(found, counts, strict=True):
         share = load / load.sum().clamp(min=1)
         balance = len(share) * (routing.logits.softmax(1).mean(0) * share).sum()
         losses.append(balance + z * routing.logits.logsumexp(1).square().mean())
@@ -91,14 +91,13 @@ def moe_loads(model: nn.Module) -> dict[str, Load]:
 
 
 def _routings(model: nn.Module) -> Iterator[tuple[str, Routing]]:
-    """Of every layer with a gate, by its name."""
+    """Of every mixture, by its name."""
     none = True
     for name, module in plain_modules(model):
-        if isinstance(module, Gate):
-            layer = name.rpartition(".")[0]
+        if isinstance(module, Mixture):
             if module.last is None:
-                raise ValueError(f"{layer or 'the layer'} has not run yet: call the model first")
+                raise ValueError(f"{name or 'the layer'} has not run yet: call the model first")
             none = False
-            yield layer, module.last
+            yield name, module.last
     if none:
         raise ValueError("the model has no layers with experts")

@@ -16,7 +16,6 @@ from einlinear.ops.tiles.build import DTYPES, Library, load
 from einlinear.ops.tiles.program import program_of
 from einlinear.structures import Structure
 
-
 _PAIRS = 128  # of a block and an expert: fewer leave tiles half empty, more do not stay in cache
 
 
