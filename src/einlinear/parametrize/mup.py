@@ -207,7 +207,7 @@ def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | Non
         _check_roles([p for p in found if not p.known])
         return own
     if isinstance(base, nn.Module):
-        shapes = base_shapes(base, roles)
+        shapes = {**base_shapes(base, roles)}
     elif isinstance(base, Mapping):
         shapes = dict(base)
     elif isinstance(base, str | Path):

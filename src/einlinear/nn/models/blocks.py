@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from einlinear.nn.known import Described, Known
 from einlinear.nn.linear import Linear
-from einlinear.nn.moe import MoEFeedForward, MoELinear, check_experts
+from einlinear.nn.moe import MoEFeedForward, MoELinear
+from einlinear.nn.moe.mixture import check_experts
 from einlinear.structures import DoesNotFit
 from einlinear.structures import structure as make_structure
 

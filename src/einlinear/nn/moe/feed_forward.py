@@ -11,7 +11,7 @@ from einlinear.nn.moe.experts import Experts
 from einlinear.nn.moe.mixture import Mixture
 
 
-class MoEFeedForward(Mixture, Described):  # type: ignore[misc]
+class MoEFeedForward(Mixture, Described):
     """x + multiplier * sum of gate_e * fc2_e(gelu(fc1_e(norm(x)))) over the `active` experts of largest logit.
 
     The counterpart of `FeedForward` (Shazeer et al., arXiv 1701.06538, with the gate of `MoELinear`). Experts have no

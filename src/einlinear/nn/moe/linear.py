@@ -13,7 +13,7 @@ from einlinear.nn.moe.mixture import Mixture
 from einlinear.structures import Structure
 
 
-class MoELinear(Mixture, Experts):  # type: ignore[misc]
+class MoELinear(Mixture, Experts):
     """y = sum of gate_e(x) * W_e x over the `active` experts of largest logit, plus a bias; every W_e structured.
 
     With "btt" the experts are the slices of a BTT's rank, routed (Potapczynski et al., arXiv 2410.02117, section on
