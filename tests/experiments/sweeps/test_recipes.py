@@ -109,11 +109,12 @@ def tiny(tmp_path: Path) -> dict[str, Mapping[str, Any]]:
         "image-vit": {**images, "patch_size": 4},
         "mlp-regression": {"width": 32, "batch_size": 8, "teacher_width": 16},
         "char-gpt": {**sequences, "data": str(tmp_path / "tokens")},
+        "btt-moe": {**sequences, "data": str(tmp_path / "tokens"), "experts": 4, "routed": "both"},
         "next-pixel": {**sequences, "data": "pixels:digits"},
     }
 
 
-@pytest.mark.parametrize("name", ["image-mlp", "image-vit", "mlp-regression", "char-gpt", "next-pixel"])
+@pytest.mark.parametrize("name", ["image-mlp", "image-vit", "mlp-regression", "char-gpt", "btt-moe", "next-pixel"])
 def test_its_settings_train(name: str, tmp_path: Path) -> None:
     overrides = {"structure": "btt", "steps": 3, "warmup": 0, "evaluate_every": 2, **tiny(tmp_path)[name]}
     run, *_ = recipes.sweep(name, "small", overrides).runs
