@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear import ops
@@ -123,7 +125,9 @@ def test_no_tokens(executor: str) -> None:
     y = ops.grouped_linear(structure, factors, x[:0], experts[:0], gates[:0], bias)
     assert y.shape == (0, 42)
     y.sum().backward()
-    assert all(not factor.grad.any() for factor in factors if factor.grad is not None)
+    for factor in factors:
+        assert factor.grad is not None
+        assert not factor.grad.any()
 
 
 def test_a_token_does_not_depend_on_the_others(executor: str) -> None:
@@ -136,6 +140,32 @@ def test_a_token_does_not_depend_on_the_others(executor: str) -> None:
     torch.testing.assert_close(part, whole[some], rtol=0, atol=1e-12)
     assert changed[some[0]].isnan().all()
     assert changed.isnan().any(1).sum() == 1
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_in_float32(spec: str, executor: str) -> None:
+    structure, factors, experts, others = drawn(spec, 5, "random", 300, 2)
+    grad = torch.randn(300, 42).double()
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        x, gates, bias, *own = inputs = [t.detach().to(dtype).requires_grad_() for t in (*others, *factors)]
+        return [
+            *torch.autograd.grad(ops.grouped_linear(structure, own, x, experts, gates, bias), inputs, grad.to(dtype))
+        ]
+
+    for a, b in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-5 * float(b.abs().max()))
+
+
+def test_strides(executor: str) -> None:
+    structure, factors, experts, (x, gates, bias) = drawn("btt", 5, "random", 50, 2)
+    strided = [t.detach().T.contiguous().T.requires_grad_() for t in (x, gates)]
+    y = ops.grouped_linear(structure, factors, x, experts, gates, bias)
+    other = ops.grouped_linear(structure, factors, strided[0], experts.T.contiguous().T, strided[1], bias)
+    torch.testing.assert_close(other, y)
+    grad = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(other, strided, grad), torch.autograd.grad(y, [x, gates], grad), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,9 +210,32 @@ def test_functional_transforms_see_plain_operators() -> None:
     torch.testing.assert_close(torch.vmap(one)(x), expected)
 
 
+@pytest.mark.parametrize("executor", ["bmm", "tiles"], indirect=True)
+def test_experts_that_there_are_not(executor: str) -> None:
+    structure, factors, experts, (x, gates, _) = drawn("btt", 5, "random", 60, 2)
+    for bad in (-1, 5):
+        with pytest.raises(IndexError, match=f"expert {bad}: there are 5"):
+            ops.grouped_linear(structure, factors, x, experts.index_fill(0, torch.tensor([30]), bad), gates)
+
+
+def test_flops_and_fake_tensors() -> None:
+    structure, factors, experts, (x, gates, bias) = drawn("btt", 5, "random", 60, 2)
+    with FlopCounterMode(display=False) as counter:
+        ops.grouped_linear(structure, factors, x, experts, gates, bias).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 120 * structure.macs
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in (x, experts, gates)]
+        assert ops.grouped_linear(structure, [mode.from_tensor(f) for f in factors], *fake).shape == (60, 42)
+
+
 def test_wrong_inputs() -> None:
     structure, factors, experts, (x, gates, _) = drawn("btt", 5, "random", 6, 2)
     with pytest.raises(RuntimeError, match="in_features=30"):
         ops.grouped_linear(structure, factors, x[:, 1:], experts, gates)
     with pytest.raises(RuntimeError, match=r"float32.*float64"):
         ops.grouped_linear(structure, factors, x.float(), experts, gates)
+    for wrong in ((experts, gates[:, :1]), (experts[:5], gates[:5]), (experts[:, :0], gates[:, :0])):
+        with pytest.raises(RuntimeError, match=r"both must be \(6, active\)"):
+            ops.grouped_linear(structure, factors, x, *wrong)
+    with pytest.raises(RuntimeError, match="out_features=42"):
+        ops.grouped_linear(structure, factors, x, experts, gates, torch.zeros(1).double())

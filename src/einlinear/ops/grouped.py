@@ -6,15 +6,18 @@ that backward has at hand, and nothing but the input needs to be saved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from einlinear.ops import dispatch, executors, reference
 from einlinear.ops.autograd import structure_of
 from einlinear.ops.tiles import executor as tiles
+from einlinear.ops.tiles.executor import check_range
 from einlinear.structures import Structure
 
 
@@ -41,10 +44,18 @@ def grouped_linear(
         (n, out_features); differentiable in factors, x, gates and bias.
 
     Raises:
-        RuntimeError: x has another number of features or another dtype than the factors.
+        RuntimeError: x has another number of features or another dtype than the factors; other shapes do not fit.
+        IndexError: an expert that there is not.
     """
     if x.dim() != 2 or x.shape[1] != structure.in_features:
         raise RuntimeError(f"the input has shape {tuple(x.shape)}, not (n, in_features={structure.in_features})")
+    if experts.shape != gates.shape or experts.dim() != 2 or len(experts) != len(x) or not experts.shape[1]:
+        raise RuntimeError(
+            f"experts of shape {tuple(experts.shape)} and gates of shape {tuple(gates.shape)}: "
+            f"both must be ({len(x)}, active), with an active expert or more"
+        )
+    if bias is not None and bias.shape != (structure.out_features,):
+        raise RuntimeError(f"the bias has shape {tuple(bias.shape)}, not (out_features={structure.out_features},)")
     dtype = dispatch.autocast_dtype(x)
     if dtype is not None:
         x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
@@ -52,26 +63,16 @@ def grouped_linear(
     if x.dtype != factors[0].dtype:
         raise RuntimeError(f"the input is of {x.dtype}, but the layer of {factors[0].dtype}: convert one of them")
     gates = gates.to(x.dtype)
-    if (
-        dispatch.forced.executor == "reference"
-        or torch.compiler.is_exporting()
-        or (not torch.compiler.is_compiling() and _looked_through(x, bias, *factors))
-    ):
+    way = dispatch.seen(x, bias, *factors)
+    if way == "plain" or dispatch.forced.executor == "reference" or x.is_meta:
         return _reference(structure, factors, x, experts, gates, bias)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if way == "traced":
         op: Tensor = grouped_op(x, list(factors), experts, gates, bias, structure.spec, structure.out_features)
         return op
     if dispatch.wants_gradients(x, gates, bias, *factors):
         y: Tensor = _Grouped.apply(structure, x, experts, gates, bias, *factors)  # type: ignore[no-untyped-call]
         return y
     return _forward(structure, factors, x, experts, gates, bias)
-
-
-def _looked_through(*tensors: Tensor | None) -> bool:
-    """Whether something has to see plain operators: torch.func or a kind of tensor of its own."""
-    return torch._C._are_functorch_transforms_active() or bool(
-        {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter, type(None)}
-    )
 
 
 def _reference(
@@ -129,8 +130,13 @@ def _backward(
     executor = _executor(structure, x, experts.numel(), factors[0].shape[0], training=True)
     if executor == "tiles":
         return tiles.backward_grouped(structure, factors, x, experts, gates, grad, needs_x, needs_factors)
-    grad_x, grad_gates = (torch.zeros_like(x), torch.empty_like(gates)) if needs_x else (None, None)
-    found = [torch.zeros_like(factor) if needed else None for factor, needed in zip(factors, needs_factors)]
+    plain = torch.contiguous_format
+    grad_x = torch.zeros_like(x, memory_format=plain) if needs_x else None
+    grad_gates = torch.empty_like(gates, memory_format=plain) if needs_x else None
+    found = [
+        torch.zeros_like(factor, memory_format=plain) if needed else None
+        for factor, needed in zip(factors, needs_factors)
+    ]
     for e, pairs, tokens in _of_experts(experts, factors[0].shape[0]):
         own, scales = x[tokens], gates.flatten()[pairs, None]
         of_expert = [factor[e] for factor in factors]
@@ -148,6 +154,7 @@ def _backward(
 
 def _of_experts(experts: Tensor, count: int) -> list[tuple[int, Tensor, Tensor]]:
     """Of every expert that has any: which pairs are its own, and of which tokens they are."""
+    check_range(experts, count)
     flat = experts.flatten()
     parts = flat.argsort(stable=True).split(torch.bincount(flat, minlength=count).tolist())
     return [(e, pairs, pairs // experts.shape[1]) for e, pairs in enumerate(parts) if len(pairs)]
@@ -235,3 +242,13 @@ def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 grouped_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.einlinear.grouped_linear)
+def _(x: Any, factors: Any, experts: Any, gates: Any, bias: Any, spec: str, out_features: int, **_: Any) -> int:
+    return 2 * int(math.prod(experts)) * structure_of(spec, x[1], out_features).macs
+
+
+@register_flop_formula(torch.ops.einlinear.grouped_linear_backward)
+def _(grad: Any, x: Any, factors: Any, experts: Any, gates: Any, spec: str, **_: Any) -> int:
+    return 4 * int(math.prod(experts)) * structure_of(spec, x[1], grad[1]).macs

@@ -37,7 +37,7 @@ class Training:
             goes on (sparse-to-dense of Dao et al., arXiv 2204.00595, after 90 % of the steps); None: never. The
             optimizer keeps what it knows of all other parameters.
         moe_loss: weight of `einlinear.moe_loss` in what is minimised, for models with mixtures of experts. Losses that
-            are written down are without it.
+            are written down are without it. With `accumulate` the load is that of every part of a batch by itself.
         structure_aware: False is the control: factors learn at the rate of a dense layer.
         log_every, evaluate_every, checkpoint_every: in steps; None: at the end only.
         tracker: "tensorboard", "wandb" or "mlflow", which then get the metrics as well.
@@ -108,7 +108,11 @@ class Training:
             raise ValueError(f"clip must be positive, or None, not {self.clip}")
         if self.densify_at is not None and not 0 < self.densify_at < self.steps:
             raise ValueError(f"densify_at must be from 1 to below the {self.steps} steps, not {self.densify_at}")
-        if self.densify_at is not None and self.parallel == "fsdp":
-            raise ValueError("densify_at needs whole layers, of which FSDP leaves each process a part: take ddp")
-        if self.precision == "float16" and self.parallel == "fsdp":
-            raise ValueError("float16 needs its gradients scaled, which FSDP does not do here: take bfloat16")
+        if self.densify_at is not None and self.parallel != "ddp":
+            raise ValueError(
+                f"densify_at needs whole layers, of which {self.parallel} leaves each process a part: take ddp"
+            )
+        if self.precision == "float16" and self.parallel != "ddp":
+            raise ValueError(
+                f"float16 needs its gradients scaled, which {self.parallel} does not do here: take bfloat16"
+            )

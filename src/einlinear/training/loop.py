@@ -157,6 +157,8 @@ class _Run:
         )
         self.optimizers = _optimizers(groups, config)
         self.mixtures = any(isinstance(module, Mixture) for module in self.plain.modules())
+        if self.mixtures and config.densify_at is not None:
+            raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
 
     def _densify(self) -> None:
@@ -236,13 +238,13 @@ class _Run:
         return self.losses[-1]
 
     def _with_moe_loss(self, loss: Tensor) -> Tensor:
-        """The loss to minimise. One that is not finite ends the run, whatever the experts did."""
-        if not self.mixtures or not loss.isfinite():
+        """The loss to minimise. One that is not finite ends the run, on all processes: nothing is checked here."""
+        if not self.mixtures:
             return loss
-        return loss + self.config.moe_loss * moe_loss(self.model, group=self.world.group)
+        return loss + self.config.moe_loss * moe_loss(self.model, group=self.world.group, check=False)
 
     def _loads(self) -> dict[str, float]:
-        """How evenly the experts of all mixtures were used in the last step: on average, and at worst."""
+        """How evenly experts were used in what this process computed last: on average over mixtures, and at worst."""
         if not self.mixtures:
             return {}
         loads = moe_loads(self.model).values()

@@ -21,7 +21,7 @@ from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.models import Model, Shape
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps import recipes
-from einlinear.nn import Linear
+from einlinear.nn.factored import Factored
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
 EVERY = [(name, scale) for name in recipes.names() for scale in recipes.SCALES]
@@ -78,7 +78,7 @@ def test_no_run_is_there_twice(name: str, scale: str) -> None:
 
 @pytest.mark.parametrize(("name", "scale"), SWEEPS)
 def test_its_models_can_be_built_and_span_the_compute(name: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for layer in (Linear, nn.Linear, nn.Embedding):  # to draw numbers without memory takes most of the time
+    for layer in (Factored, nn.Linear, nn.Embedding):  # to draw numbers without memory takes most of the time
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     macs: dict[str, set[int]] = {}
     whole = (name, scale) in SPANS
@@ -132,7 +132,7 @@ def test_overrides_replace_the_settings() -> None:
 
 def test_what_is_unknown_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown recipe 'char_gpt': did you mean 'char-gpt'\? The recipes are char-gpt,"
+        ValueError, match=r"unknown recipe 'char_gpt': did you mean 'char-gpt'\? The recipes are btt-moe, char-gpt,"
     ):
         recipes.load("char_gpt")
     with pytest.raises(ValueError, match="scale must be small or paper, not 'large'"):

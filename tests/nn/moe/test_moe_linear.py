@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import einlinear as el
 from einlinear import ops
@@ -197,6 +199,10 @@ def test_structures_that_do_not_fit_or_exist() -> None:
         el.MoELinear(16, 16, "bttt")
     with pytest.raises(ValueError, match="blocks"):
         el.MoELinear(16, 16, "monarch(blocks=40)")
+    with pytest.raises(ValueError, match="the structure is of 16 -> 24 features, the layer of 16 -> 16"):
+        el.MoELinear(16, 16, el.structure("btt", 16, 24))
+    with pytest.raises(TypeError):
+        el.MoELinear(16, 16, nn.Linear(16, 16))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="in_features=16"):
         el.MoELinear(16, 16, "btt")(torch.randn(2, 15))
 
@@ -246,14 +252,39 @@ def test_thousands_of_steps_of_adversarial_routing(steps: int, threads: int) -> 
         torch.set_num_threads(before)
 
 
-def test_copies_files_and_compilation(tmp_path: object) -> None:
+def test_checkpointed_activations_are_let_go() -> None:
+    moe = layer()
+    x = torch.randn(20, 32).double()
+    y = checkpoint(moe, x, use_reentrant=False)
+    routing = moe.last
+    (y.square().mean() + el.moe_loss(moe)).backward()
+    assert moe.last is routing  # not that of the second computation
+    found = [p.grad for p in moe.parameters()]
+    moe.zero_grad()
+    (moe(x).square().mean() + el.moe_loss(moe)).backward()
+    for p, grad in zip(moe.parameters(), found, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_on_the_meta_device() -> None:
+    assert el.MoELinear(16, 24, "btt", device="meta")(torch.empty(3, 16, device="meta")).shape == (3, 24)
+
+
+def test_no_tokens_have_no_loss() -> None:
+    moe = layer()
+    assert moe(torch.randn(0, 32).double()).shape == (0, 48)
+    assert el.moe_loss(moe).item() == 0
+
+
+def test_copies_files_and_compilation(tmp_path: Path) -> None:
     model = GPT(96, 32, 16, depth=1, d_head=16, structure="btt", normalize=True, experts=4)
     tokens = torch.randint(96, (2, 16))
     y = model(tokens)
     other = copy.deepcopy(model)  # though its last routing hangs in a graph
     torch.testing.assert_close(other(tokens), y)
     again = GPT(96, 32, 16, depth=1, d_head=16, structure="btt", normalize=True, experts=4)
-    again.load_state_dict(model.state_dict())
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    again.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     torch.testing.assert_close(again(tokens), y)
     with pytest.raises(RuntimeError, match=r"monarch.*saved as btt"):
         el.MoELinear(16, 16, "monarch(blocks=4)").load_state_dict(el.MoELinear(16, 16, "btt").state_dict())

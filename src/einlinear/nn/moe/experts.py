@@ -11,6 +11,7 @@ from einlinear import ops
 from einlinear.nn.factored import Factored
 from einlinear.nn.known import Known
 from einlinear.nn.moe.mixture import check_experts
+from einlinear.ops.dispatch import autocast_dtype
 from einlinear.structures import Structure
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ class Experts(Factored):
         bias, normalize, device, dtype, gamma: as for `Linear`; every expert is normalised by itself.
 
     Shapes:
-        tokens (n, in_features), experts (n, k) int64 and gates (n, k), for any k, to (n, out_features). The factors are
-        parameters of shape (experts, *shape of the factor).
+        tokens (n, in_features), experts (n, k) int64 and gates (n, k), for any k ≥ 1, to (n, out_features). The factors
+        are parameters of shape (experts, *shape of the factor).
 
     Raises:
         ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
+        RuntimeError, IndexError: on call, as `einlinear.ops.grouped_linear`.
 
     Example:
         >>> import torch
@@ -68,18 +70,21 @@ class Experts(Factored):
         if self.exchange is None:
             return ops.grouped_linear(self.structure, self.factors(), x, experts, gates, self.bias)
 
+        dtype = autocast_dtype(x)  # so that what travels is no larger than it has to be
+        x = x if dtype is None else x.to(dtype)
+
         def multiply(tokens: Tensor, own: Tensor) -> Tensor:
             ones = tokens.new_ones(len(own), 1)
             return ops.grouped_linear(self.structure, self.factors(), tokens, own[:, None], ones)
 
         y = self.exchange(x, experts, gates, multiply)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def stacked(self) -> list[str]:
         """The names of the parameters that have an entry for every expert."""
         known = super().known()
-        return [*known.matrices, *known.scalars]
+        return [name for name in (*known.matrices, *known.scalars) if name in self._parameters]
 
     def _parameter(self, name: str) -> Tensor:
         parameter = super()._parameter(name)

@@ -52,7 +52,12 @@ class MoEFeedForward(Mixture, Described):
         self.norm = nn.LayerNorm(width, bias=bias)
         self.fc1 = Experts(width, expansion * width, structure, experts, active, normalize=normalize)
         self.fc2 = Experts(expansion * width, width, structure, experts, active, normalize=normalize)
-        self._make_router(width, experts, active, None, None)
+        self.make_router(width, experts, active)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The router zero; the norm and the experts have their own."""
+        self.router.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).reshape(-1, self.width)

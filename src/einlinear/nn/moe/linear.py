@@ -24,7 +24,8 @@ class MoELinear(Mixture, Experts):
         in_features, out_features, structure, bias, normalize, device, dtype, gamma: as for `Linear`; every expert is
             normalised by itself.
         experts: how many.
-        active: how many of them a token goes to.
+        active: how many of them a token goes to. With one, its gate is always 1, and the router learns from `moe_loss`
+            alone.
 
     Shapes:
         (..., in_features) to (..., out_features). The factors are parameters of shape (experts, *shape of the factor),
@@ -58,7 +59,7 @@ class MoELinear(Mixture, Experts):
         super().__init__(
             in_features, out_features, structure, experts, active, bias, normalize, device, dtype, gamma=gamma
         )
-        self._make_router(in_features, experts, active, device, dtype)
+        self.make_router(in_features, experts, active, device, dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -15,8 +15,10 @@ from einlinear.nn.names import plain_modules
 Z = 0.1  # of the z-loss, over that of the balance: the code of arXiv 2410.02117
 
 
-def moe_loss(model: nn.Module, z: float = Z, group: distributed.ProcessGroup | None = None) -> Tensor:
-    """The mean over all gates of a load-balancing loss and `z` times a z-loss, both of the last forward pass.
+def moe_loss(
+    model: nn.Module, z: float = Z, group: distributed.ProcessGroup | None = None, check: bool = True
+) -> Tensor:
+    """The mean over all mixtures of a load-balancing loss and `z` times a z-loss, of the last batch that each has seen.
 
     The balance of E experts is E * sum of p_e f_e: p_e is the mean probability of an expert before the choice, f_e its
     share of the pairs of tokens and experts. It is one for an even load, and the gradient lowers what is chosen most
@@ -24,10 +26,11 @@ def moe_loss(model: nn.Module, z: float = Z, group: distributed.ProcessGroup | N
     small (Zoph et al., arXiv 2202.08906, equation 5). The whole has a weight of 0.01 in arXiv 2410.02117 (its code).
 
     Args:
-        model: that has run forward.
+        model: that has run forward, with gradients if this is to have one.
         z: the weight of the z-loss.
-        group: of processes that see parts of one batch. The load is then that of all of it, so that the mean of this
-            loss over the processes is that of one process that sees everything.
+        group: of processes that see parts of one batch, equally many tokens each. The load is then that of all of it,
+            so that the mean of this loss over the processes is that of one process that sees everything.
+        check: whether to raise for logits that are not finite, which waits for the device.
 
     Returns:
         A scalar, differentiable in the routers.
@@ -50,9 +53,12 @@ def moe_loss(model: nn.Module, z: float = Z, group: distributed.ProcessGroup | N
     losses = []
     for (_, routing), load in zip(found, counts, strict=True):
         share = load / load.sum().clamp(min=1)
-        balance = len(share) * (routing.logits.softmax(1).mean(0) * share).sum()
-        losses.append(balance + z * routing.logits.logsumexp(1).square().mean())
+        tokens = max(1, len(routing.logits))
+        balance = len(share) * (routing.logits.softmax(1).sum(0) / tokens * share).sum()
+        losses.append(balance + z * routing.logits.logsumexp(1).square().sum() / tokens)
     total = torch.stack(losses)
+    if not check:
+        return total.mean()
     bad = [name for (name, _), ok in zip(found, total.isfinite().tolist(), strict=True) if not ok]
     if bad:
         raise ValueError(f"{bad[0] or 'the layer'}: the logits of its experts are not finite, so its input was not")

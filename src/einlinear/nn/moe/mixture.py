@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ class Mixture:
     Attributes:
         router: (experts, in_features).
         experts, active: how many there are, and how many a token goes to.
-        last: of the last forward pass.
+        last: of the last forward pass, with its graph until the next one. What activation checkpointing computes again
+            in a backward pass is not noted.
     """
 
     router: nn.Parameter
@@ -49,21 +51,35 @@ class Mixture:
     active: int
     last: Routing | None
 
-    def _make_router(self, in_features: int, experts: int, active: int, device: Any, dtype: torch.dtype | None) -> None:
+    def make_router(
+        self, in_features: int, experts: int, active: int, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """To be called once, after `nn.Module.__init__`.
+
+        Raises:
+            ValueError: fewer experts than one, or more active ones than there are.
+        """
+        check_experts(experts, active)
         self.experts, self.active, self.last = experts, active, None
         self.router = nn.Parameter(torch.zeros(experts, in_features, device=device, dtype=dtype))
 
     def route(self, x: Tensor) -> Routing:
         """(n, in_features) to a routing; logits and gates are computed in float32 or, if the tokens are, in float64."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _TIE * _pattern(self.router, wide))
         experts = _largest(logits.detach(), self.active)
-        self.last = Routing(experts, logits.gather(1, experts).softmax(1), logits)
-        return self.last
+        routing = Routing(experts, logits.gather(1, experts).softmax(1), logits)
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            self.last = routing
+        return routing
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}  # it is of one batch, and hangs in that one's graph
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:

@@ -24,30 +24,33 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
 
     Args:
         model: whose parameters are the same on all processes, before it is wrapped and before an optimizer is made.
-        mesh: of one dimension.
+        mesh: of one dimension, of all processes that share a batch.
 
     Returns:
         The names of the parameters that are divided.
 
     Raises:
-        ValueError: no mixture, or one whose experts the processes cannot share equally.
+        ValueError: no mixture, one whose experts the processes cannot share equally, a mesh of another dimension. The
+            model is as it was.
     """
-    found: list[str] = []
-    for name, module in plain_modules(model):
-        if not isinstance(module, Experts):
-            continue
+    if mesh.ndim != 1:
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions: experts are divided among the processes of one")
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, Experts)}
+    if not layers:
+        raise ValueError("the model has no layers with experts")
+    for name, module in layers.items():
         if module.experts % mesh.size():
             raise ValueError(
                 f"{name or 'the layer'} has {module.experts} experts: {mesh.size()} processes cannot share them equally"
             )
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            if own in module.stacked:
-                whole = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
-                setattr(module, own, nn.Parameter(whole, requires_grad=parameter.requires_grad))
-                found.append(f"{name}.{own}".lstrip("."))
+    found: list[str] = []
+    for name, module in layers.items():
+        for own in module.stacked:
+            parameter = getattr(module, own)
+            whole = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+            setattr(module, own, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+            found.append(f"{name}.{own}".lstrip("."))
         module.exchange = Exchange(mesh, module.experts)
-    if not found:
-        raise ValueError("the model has no layers with experts")
     return found
 
 
@@ -60,8 +63,12 @@ class Exchange:
     """
 
     def __init__(self, mesh: DeviceMesh, experts: int) -> None:
-        self.group, self.size = mesh.get_group(), mesh.size()
-        self.experts = experts // self.size
+        self.mesh, self.size = mesh, mesh.size()
+        self.share = experts // self.size  # of every process
+
+    @property
+    def group(self) -> distributed.ProcessGroup:
+        return self.mesh.get_group()  # asked for each time: copies and files can have a mesh, but no group
 
     def own(self, parameter: Tensor) -> Tensor:
         """This process's experts. Their gradient is a sum over the tokens of all processes, where a mean is wanted."""
@@ -82,13 +89,13 @@ class Exchange:
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         tokens = order // experts.shape[1]
-        sent = torch.bincount(flat // self.experts, minlength=self.size)
+        sent = torch.bincount(flat // self.share, minlength=self.size)
         received = torch.empty_like(sent)
         distributed.all_to_all_single(received, sent, group=self.group)
         there, here = sent.tolist(), received.tolist()
         inputs = x[tokens] * gates.flatten()[order, None].to(x.dtype)
         arrived = self._travel(inputs, there, here)
-        wanted = self._travel(flat[order] % self.experts, there, here)
+        wanted = self._travel(flat[order] % self.share, there, here)
         back = self._travel(multiply(arrived, wanted), here, there)
         return back.new_zeros(x.shape[0], back.shape[1]).index_add(0, tokens, back)
 

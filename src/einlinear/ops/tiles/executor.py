@@ -160,16 +160,25 @@ def backward_grouped(
 def _pairs(experts: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tensor]:
     """How many tokens make a block, and the pairs of a token and an expert, sorted by block and expert: where those of
     every (block, expert) begin, and which they are."""
+    check_range(experts, count)
     n, active = experts.shape
     # a block should have some full tiles of every expert, and every thread needs one
     block = max(1, min(-(-n // threads), -(-_PAIRS * count // active)))
     keys = experts
     if block < n:
-        keys = experts + (torch.arange(n) // block * count)[:, None]
+        keys = experts + (torch.arange(n, device=experts.device) // block * count)[:, None]
     blocks = -(-n // block)
-    first = torch.zeros(blocks * count + 1, dtype=torch.int64)
+    first = experts.new_zeros(blocks * count + 1)
     torch.cumsum(torch.bincount(keys.flatten(), minlength=blocks * count), 0, out=first[1:])
     return block, first, keys.flatten().argsort(stable=True)
+
+
+def check_range(experts: Tensor, count: int) -> None:
+    """Raise IndexError for an expert that is none of so many."""
+    if experts.numel():
+        low, high = (int(bound) for bound in experts.aminmax())
+        if low < 0 or high >= count:
+            raise IndexError(f"expert {low if low < 0 else high}: there are {count}, from 0 to {count - 1}")
 
 
 def _threads(macs: int) -> int:

@@ -119,7 +119,7 @@ static void backward_grouped(const Program& p, const S* const* factors, const Pa
     bool single = p.terms.size() == 1 && p.terms[0].size() > 1;
     bool stream_in = single && before(p.first()).run(), stream_out = single && after(p.last()).run();
     Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
-    Index few = std::max<Index>(1, SUMS / gradients.entries);  // experts at a time
+    Index few = std::min(pairs.experts, std::max<Index>(1, SUMS / gradients.entries));  // experts at a time
     std::vector<Buffer<S>> sums;
     std::vector<std::vector<char>> met(threads, std::vector<char>(few));  // whether a thread has a sum for an expert
     for (int i = 0; i < threads; i++) sums.emplace_back(few * gradients.entries);
