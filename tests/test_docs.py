@@ -49,7 +49,7 @@ def test_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every example, from top to bottom: later ones use the names of earlier ones."""
     monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
     torch.manual_seed(0)
-    first, invent, compress, schedule = blocks("README.md")
+    first, invent, compress, mix, schedule = blocks("README.md")
     names: dict[str, Any] = {}
 
     def run(code: str) -> None:
@@ -68,6 +68,10 @@ def test_readme(monkeypatch: pytest.MonkeyPatch) -> None:
     run(compress)
     assert 0 < float(names["error"].detach()) < 1
 
+    run(mix)
+    assert names["loss"].requires_grad
+    assert sum(el.moe_loads(names["moe"])[""].counts) == 2 * 32
+
     run(schedule)
     rates = [group["lr"] / group["lr_mult"] for group in names["optimizer"].param_groups]
     assert len({group["lr_mult"] for group in names["groups"]}) > 1
@@ -81,6 +85,14 @@ def test_patterns() -> None:
     result = doctest.DocTestRunner().run(test)
     assert result.failed == 0
     assert result.attempted > 15
+
+
+def test_mixtures() -> None:
+    names: dict[str, Any] = {}
+    for example in blocks("docs/mixtures.md"):
+        exec(compile(example, "docs/mixtures.md", "exec"), names)
+    assert names["y"].shape == (4, 100, 1024)
+    assert names["loss"].requires_grad
 
 
 def test_a_loop_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

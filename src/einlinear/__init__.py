@@ -1,7 +1,7 @@
 """Structured linear layers for PyTorch: any einsum as a drop-in `nn.Linear`, with the learning rates it needs."""
 
 from einlinear.conversion import convert, densify
-from einlinear.nn import Linear
+from einlinear.nn import Linear, MoELinear, moe_loads, moe_loss
 from einlinear.nn.explain import explain
 from einlinear.ops import backend
 from einlinear.parametrize import base_shapes, coord_check, init_, param_groups
@@ -10,6 +10,7 @@ from einlinear.version import __version__
 
 __all__ = [
     "Linear",
+    "MoELinear",
     "Structure",
     "__version__",
     "backend",
@@ -19,6 +20,8 @@ __all__ = [
     "densify",
     "explain",
     "init_",
+    "moe_loads",
+    "moe_loss",
     "param_groups",
     "register_family",
     "structure",

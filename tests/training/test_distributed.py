@@ -14,12 +14,18 @@ from tests.training import toy
 from einlinear.training import checkpoint
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "schedule": "constant", "warmup": 5, "clip": 1.0}
+MIXTURES = {"normalize": True, "experts": 4}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "ddp, normalized": {"normalize": True},
+    "ddp, normalized": {"model": {"normalize": True}},
     "fsdp": {},
-    "fsdp, normalized": {"normalize": True},
-    "fsdp, muon": {"normalize": True, "optimizer": "muon"},
+    "fsdp, normalized": {"model": {"normalize": True}},
+    "fsdp, muon": {"model": {"normalize": True}, "optimizer": "muon"},
+    "ddp, mixtures": {"model": MIXTURES, "accumulate": 1},
+    "fsdp, mixtures": {"model": MIXTURES, "accumulate": 1},
+    "experts": {"model": MIXTURES, "accumulate": 1},
+    "experts, feed_forward": {"model": MIXTURES | {"routed": "feed_forward"}, "accumulate": 1},
+    "experts, muon": {"model": MIXTURES, "accumulate": 1, "optimizer": "muon"},
 }
 
 
@@ -55,7 +61,7 @@ def test_two_processes_follow_one(together: Path, tmp_path: Path, case: str) -> 
         assert own_rates == rates
     assert losses[-1] < 0.95 * losses[0]
     assert len(set(rates.values())) > 2
-    assert ("blocks.0.attention.out.gamma_A" in rates) == ("normalize" in options)
+    assert ("blocks.0.attention.out.gamma_A" in rates) == ("model" in options)
 
     saved, own = (checkpoint.latest(folder / "checkpoints") for folder in (together / case, tmp_path))
     assert saved is not None

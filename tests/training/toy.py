@@ -61,8 +61,8 @@ def build(width: int = 16, structure: str = "btt") -> ReferenceModel:
     return ResidualMLP(12, width, 2, depth=2, structure=structure)
 
 
-def build_gpt(width: int = 32, structure: str = "btt", normalize: bool = False) -> ReferenceModel:
-    return GPT(257, width, 16, depth=2, d_head=16, structure=structure, bias=True, normalize=normalize)
+def build_gpt(width: int = 32, structure: str = "btt", **options: Any) -> ReferenceModel:
+    return GPT(257, width, 16, depth=2, d_head=16, structure=structure, bias=True, **options)
 
 
 def initialised(builder: Callable[..., ReferenceModel], **options: Any) -> ReferenceModel:
@@ -105,9 +105,9 @@ def last_step(model: nn.Module) -> Iterator[dict[str, tuple[float, Tensor | None
             del found[name]
 
 
-def run_gpt(folder: Path, normalize: bool = False, **options: Any) -> tuple[Outcome, dict[str, float]]:
+def run_gpt(folder: Path, model: dict[str, Any] | None = None, **options: Any) -> tuple[Outcome, dict[str, float]]:
     """What a run came to, and the learning rate of every parameter in its last step, by the name that it has."""
-    model = initialised(build_gpt, normalize=normalize)
+    model = initialised(build_gpt, **(model or {}))
     task: Task = pixels()
     with last_step(model) as found:
         outcome = train(model, build_gpt(16, "dense"), task, Training(**{"threads": 1, **options}), folder)

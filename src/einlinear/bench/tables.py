@@ -57,14 +57,14 @@ def conclusions(verdicts: Iterable[Verdict]) -> Table:
     for verdict in verdicts:
         worst, value = verdict.values[0] if verdict.values else (None, None)
         missed = f"{len(verdict.missed)} of {len(verdict.values)}"
-        rows.append((verdict.summary, verdict.claim.text, _number(value), str(worst.case) if worst else "–", missed))
+        rows.append((verdict.summary, verdict.claim.text, number(value), str(worst.case) if worst else "–", missed))
     return Table("Conclusions", ("verdict", "claim", "worst", "where", "missed"), tuple(rows))
 
 
 def misses(verdicts: Iterable[Verdict]) -> Table:
     """Every result that refutes a claim."""
     rows = [
-        (verdict.claim.text, str(result.case), _number(value), _number(verdict.claim.least))
+        (verdict.claim.text, str(result.case), number(value), number(verdict.claim.least))
         for verdict in verdicts
         for result, value in verdict.missed
     ]
@@ -74,7 +74,7 @@ def misses(verdicts: Iterable[Verdict]) -> Table:
 def dense_wins(results: Iterable[Result]) -> Table:
     """Where nn.Linear is the faster choice, beyond the spread."""
     rows = [
-        (str(result.case), f"{1 / result.limit:.1%}", _number(ours.speedup.median))
+        (str(result.case), f"{1 / result.limit:.1%}", number(ours.speedup.median))
         for result in results
         if result.dense_wins and (ours := result.of(OURS)) and ours.speedup
     ]
@@ -90,8 +90,8 @@ def changed(changes: Iterable[Change]) -> Table:
             str(change.case.tokens),
             change.case.mode,
             change.name,
-            _number(change.before.median),
-            _number(change.now.median),
+            number(change.before.median),
+            number(change.now.median),
             f"{change.ratio - 1:+.0%}",
             ("faster" if change.ratio > 1 else "slower") if change.beyond_spread else "within the spread",
         )
@@ -132,7 +132,7 @@ def _summary_row(result: Result) -> tuple[str, ...]:
     ours = next(m for m in result.measurements if m.name == OURS)
     *ratios, peak = _ratios(result, ours)
     if dense and dense.peak_bytes:
-        peak = f"{peak} / {_number(dense.peak_bytes / 1e6)}"
+        peak = f"{peak} / {number(dense.peak_bytes / 1e6)}"
     times = (_milliseconds(m.seconds) if m else "–" for m in (dense, ours))
     remarks = ["dense wins"] * result.dense_wins + [f"{m.name} is wrong: {m.refusal}" for m in result.failures]
     remarks += [f"{name} is faster" for name in _faster(result, ours)]
@@ -148,8 +148,8 @@ def _faster(result: Result, ours: Measurement) -> list[str]:
 
 def _detail_row(result: Result, m: Measurement) -> tuple[str, ...]:
     case, t = result.case, m.seconds
-    quartiles = f"{_number(1000 * t.low)} to {_number(1000 * t.high)}" if t else "–"
-    times = (_number(1000 * t.median if t else None), quartiles, str(m.runs or "–"))
+    quartiles = f"{number(1000 * t.low)} to {number(1000 * t.high)}" if t else "–"
+    times = (number(1000 * t.median if t else None), quartiles, str(m.runs or "–"))
     remark = f"wrong: {m.refusal}" if m.wrong else ""
     return (case.structure, case.size, str(case.tokens), m.name, *times, *_ratios(result, m), remark)
 
@@ -166,8 +166,8 @@ def _ratios(result: Result, m: Measurement) -> tuple[str, ...]:
         bandwidth and bandwidth / 1e9,
     )
     about_dense = m.name == DENSE  # it has other MACs and moves other bytes than the structure
-    cells = ["–"] * len(values) if about_dense else [_number(value) for value in values]
-    return (*cells, _number(m.peak_bytes and m.peak_bytes / 1e6))
+    cells = ["–"] * len(values) if about_dense else [number(value) for value in values]
+    return (*cells, number(m.peak_bytes and m.peak_bytes / 1e6))
 
 
 def _by_kind(results: Iterable[Result]) -> Iterator[tuple[str, list[Result]]]:
@@ -190,10 +190,10 @@ def _milliseconds(seconds: Spread | None) -> str:
     """Such as "1.23 ±4%", half of what lies between the quartiles."""
     if seconds is None:
         return "–"
-    return f"{_number(1000 * seconds.median)} ±{(seconds.high - seconds.low) / 2 / seconds.median:.0%}"
+    return f"{number(1000 * seconds.median)} ±{(seconds.high - seconds.low) / 2 / seconds.median:.0%}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three digits, without exponents."""
     if value is None:
         return "–"

@@ -18,13 +18,15 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear.bench.run import Recorder
     from einlinear.bench.tables import Table
 
+MIXTURES = "moe"  # the suite of mixtures
+
 
 def bench(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="What to measure: quick (the default), small, standard (20 minutes on two cores) or gpu. The other "
-            "options override it."
+            help="What to measure: quick (the default), small, standard (20 minutes on two cores), gpu, moe (mixtures "
+            "of experts). The other options override it."
         ),
     ] = None,
     structures: Annotated[
@@ -95,6 +97,22 @@ def bench(
         }
         if threads is not None:
             torch.set_num_threads(threads)
+        if suite == MIXTURES:
+            useless: dict[str, object] = {
+                "structures": structures,
+                "dtype": dtypes,
+                "device": device,
+                "bias": bias,
+                "variants": variants,
+            }
+            useless |= {"executors": executors, "compile": compiled, "compare": compared}
+            for name, value in useless.items():
+                if value not in (None, False):
+                    raise ValueError(
+                        f"--{name} has no meaning for --suite {MIXTURES}: btt experts, float32, on the CPU"
+                    )
+            _mixtures(_sizes(sizes), numbers(tokens, "--tokens"), _words(passes), budget, out)
+            return
         past = None if compared is None else read(compared / FILE if compared.is_dir() else compared)
         chosen = choose(suite or "quick", **grid, executors=_words(executors), compiled=compiled, budget=budget)
         if past and suite is None and all(value is None for value in grid.values()):
@@ -126,6 +144,33 @@ def bench(
         display.error(message)
     if wrong:
         raise typer.Exit(1)
+
+
+def _mixtures(
+    sizes: tuple[tuple[int, int], ...] | None,
+    tokens: tuple[int, ...] | None,
+    passes: tuple[str, ...] | None,
+    budget: float | None,
+    out: Path | None,
+) -> None:
+    """Measure mixtures of experts, all anew."""
+    from einlinear.bench import mixtures
+    from einlinear.bench.machine import this_machine
+
+    folder, machine = out or Path("results") / f"bench-{MIXTURES}", this_machine("cpu")
+    cases = mixtures.cases(sizes, tokens, passes)
+    display.note(str(machine))
+    results = []
+    with display.progress() as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=str(case))
+            results.append(mixtures.measure(case, 10.0 if budget is None else budget))
+            progress.advance(task)
+    folder.mkdir(parents=True, exist_ok=True)
+    mixtures.write(machine, command_line(), results, folder)
+    _print([mixtures.times(results), mixtures.conclusions(results)])
+    display.note(f"Results: {folder / mixtures.FILE}, moe.md beside it.")
 
 
 def _measure(recorder: Recorder) -> None:

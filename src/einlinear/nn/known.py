@@ -34,13 +34,17 @@ class Matrix:
 
     Attributes:
         in_features, out_features: of the whole matrix.
-        structure, factor: of a structured matrix, what it is, and which of `structure.factors` the parameter is.
+        structure, factor: of a structured matrix, what it is, and which of `structure.factors` the parameter is, or a
+            stack of them along a first axis.
+        beside: of a router, the weight in or below its module that has the same input: a base of dense layers has that
+            one alone. Routers start at zero.
     """
 
     in_features: int
     out_features: int
     structure: Structure | None = None
     factor: int = 0
+    beside: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,14 @@ class Known:
         vectors: the names of those that are looked up, added or multiplied elementwise, so that they have no fan-in.
         macs: multiply-accumulates that one token takes; None where they depend on more than the module.
         macs_per_position: those that every token takes for each token of its sequence, as in attention.
+        scalars: the names of those that scale whole matrices, which a base need not have.
     """
 
     matrices: Mapping[str, Matrix] = field(default_factory=dict)
     vectors: Collection[str] = ()
     macs: int | None = 0
     macs_per_position: int = 0
+    scalars: Collection[str] = ()
 
 
 class Described(nn.Module, ABC):

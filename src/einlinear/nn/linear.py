@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.nn.known import Described, Known, Matrix, is_conv1d
-from einlinear.structures import Structure, structure
-from einlinear.structures.mup import init_std
+from einlinear.nn.factored import Factored
+from einlinear.nn.known import is_conv1d
+from einlinear.structures import Structure
 
 
-class Linear(Described):
+class Linear(Factored):
     """y = x W^T + bias with a structured W of shape (out_features, in_features).
 
     The factors are plain parameters named A, B, C, ... as in the pattern, of the shapes that `structure.factors` says.
@@ -44,8 +44,6 @@ class Linear(Described):
         0.09375
     """
 
-    bias: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -58,18 +56,7 @@ class Linear(Described):
         *,
         gamma: bool = True,
     ) -> None:
-        super().__init__()
-        self.structure = _resolve(structure, in_features, out_features)
-        self.in_features, self.out_features = in_features, out_features
-        self.normalize, self.has_gamma = normalize, normalize and gamma
-        for factor in self.structure.factors:
-            self.register_parameter(factor.name, nn.Parameter(torch.empty(factor.shape, device=device, dtype=dtype)))
-            if self.has_gamma:
-                scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-                self.register_parameter(f"gamma_{factor.name}", scale)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        super().__init__(in_features, out_features, structure, bias, normalize, gamma, device, dtype)
         self.reset_parameters()
 
     @classmethod
@@ -109,32 +96,8 @@ class Linear(Described):
             layer.bias.copy_(bias).requires_grad_(bias.requires_grad)
         return layer.train(linear.training if isinstance(linear, nn.Module) else True)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw every factor from a normal distribution of the structure-aware width; bias zero, gammas one."""
-        for factor, std in zip(self.structure.factors, init_std(self.structure), strict=True):
-            nn.init.normal_(getattr(self, factor.name), std=std)
-            if self.has_gamma:
-                nn.init.ones_(getattr(self, f"gamma_{factor.name}"))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(self.structure, self.factors(), x, self.bias)
-
-    def factors(self) -> list[Tensor]:
-        """The factors as they multiply: in the order of `structure.factors`, normalised where that is asked for."""
-        factors = [getattr(self, factor.name) for factor in self.structure.factors]
-        if not self.normalize:
-            return factors
-        normalized = [
-            m / (m.square().mean().add(1e-8).sqrt() / std).clamp(min=1)
-            for m, std in zip(factors, init_std(self.structure), strict=True)
-        ]
-        if not self.has_gamma:
-            return normalized
-        gammas = [getattr(self, f"gamma_{factor.name}") for factor in self.structure.factors]
-        return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
 
     def dense_weight(self) -> Tensor:
         """W, of shape (out_features, in_features); differentiable in the factors."""
@@ -162,34 +125,10 @@ class Linear(Described):
             linear.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return linear.train(self.training)
 
-    def known(self) -> Known:
-        s = self.structure
-        names = [factor.name for factor in s.factors]
-        matrices = {name: Matrix(self.in_features, self.out_features, s, i) for i, name in enumerate(names)}
-        return Known(matrices, ("bias", *(f"gamma_{name}" for name in names)), s.macs)
-
-    # Different structures can have factors of the same shapes: the metadata of a state_dict says which it is of.
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})["structure"] = self.structure.spec
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        saved = local_metadata.get("structure", self.structure.spec)
-        if saved != self.structure.spec:
-            lists[-1].append(f"{prefix[:-1] or 'the layer'} is {self.structure.spec}, but was saved as {saved}")
-
     def extra_repr(self) -> str:
         s = self.structure
-        return (
-            f"in_features={s.in_features}, out_features={s.out_features}, structure={s.spec!r}, "
-            f"bias={self.bias is not None}{', normalize=True' if self.normalize else ''}"
-            f"{', gamma=False' if self.normalize and not self.has_gamma else ''}, params={s.params}, "
-            f"macs={s.macs} ({s.macs / (s.in_features * s.out_features):.1%} of dense)"
-        )
+        share = s.macs / (s.in_features * s.out_features)
+        return f"{super().extra_repr()}, params={s.params}, macs={s.macs} ({share:.1%} of dense)"
 
 
 def _dense_parameters(linear: Any) -> tuple[Tensor, Tensor | None]:
@@ -204,12 +143,3 @@ def _dense_parameters(linear: Any) -> tuple[Tensor, Tensor | None]:
     if is_conv1d(linear):
         return linear.weight.T.requires_grad_(linear.weight.requires_grad), linear.bias
     raise TypeError(f"expected an nn.Linear, a Conv1D or a weight of shape (out, in), not {type(linear).__name__}")
-
-
-def _resolve(spec: str | Structure, in_features: int, out_features: int) -> Structure:
-    if isinstance(spec, Structure) and (spec.in_features, spec.out_features) != (in_features, out_features):
-        raise ValueError(
-            f"the structure is of {spec.in_features} -> {spec.out_features} features, "
-            f"the layer of {in_features} -> {out_features}; give its spec, {spec.spec!r}, to have it resized"
-        )
-    return structure(spec, in_features, out_features)

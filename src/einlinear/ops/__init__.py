@@ -14,8 +14,19 @@ projection/      the other way: from a dense W to factors
 
 from einlinear.ops.dispatch import Choice, backend, choose
 from einlinear.ops.executors import EXECUTORS, unsupported
+from einlinear.ops.grouped import grouped_linear
 from einlinear.ops.linear import linear
 from einlinear.ops.projection import project
 from einlinear.ops.reference import dense_weight
 
-__all__ = ["EXECUTORS", "Choice", "backend", "choose", "dense_weight", "linear", "project", "unsupported"]
+__all__ = [
+    "EXECUTORS",
+    "Choice",
+    "backend",
+    "choose",
+    "dense_weight",
+    "grouped_linear",
+    "linear",
+    "project",
+    "unsupported",
+]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from einlinear.ops.costs import DENSE, microseconds
 from einlinear.ops.executors import CPU_EXECUTORS, DECLARED, EXECUTORS, check_name, unsupported
@@ -159,6 +160,21 @@ def forget() -> None:
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def seen(*tensors: Tensor | None) -> str:
+    """How tensors are to be worked on: "plain", in operators that any runtime, transform or kind of tensor knows;
+    "traced", by an operator of our own; or "eager"."""
+    if torch.compiler.is_exporting():
+        return "plain"
+    if torch.compiler.is_compiling():
+        return "traced"
+    if torch._C._are_functorch_transforms_active():
+        return "plain"
+    kinds = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter, type(None)}
+    if kinds - {FakeTensor}:
+        return "plain"
+    return "traced" if kinds or torch._C._len_torch_dispatch_stack() > 0 else "eager"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

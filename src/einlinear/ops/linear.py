@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 
 from einlinear.ops import autograd, dispatch, executors, reference
 from einlinear.structures import Structure
@@ -58,16 +57,9 @@ def _run(
     structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, executor: str | None
 ) -> Tensor:
     """`linear` for x of shape (n, in_features), along the way that suits whoever is looking."""
-    tracing = torch.compiler.is_compiling()
-    if torch.compiler.is_exporting():  # a program for other runtimes: operators that they know
+    way = dispatch.seen(x, bias, *factors)
+    if way == "plain":
         return reference.apply(structure, factors, x, bias)
-    if not tracing:
-        if torch._C._are_functorch_transforms_active():
-            return reference.apply(structure, factors, x, bias)
-        kinds = {type(tensor) for tensor in (x, bias, *factors)} - {Tensor, nn.Parameter, type(None)}
-        if kinds - {FakeTensor}:
-            return reference.apply(structure, factors, x, bias)
-        tracing = bool(kinds) or torch._C._len_torch_dispatch_stack() > 0
     if executor is None:
         if torch.compiler.is_compiling():
             spec, in_features, out_features = structure.spec, structure.in_features, structure.out_features
@@ -79,7 +71,7 @@ def _run(
         raise RuntimeError(f"the executor {executor!r} cannot run this: {why}")
     if executor == "reference":
         return reference.apply(structure, factors, x, bias)
-    if tracing:
+    if way == "traced":
         op: Tensor = autograd.linear_op(x, list(factors), bias, structure.spec, structure.out_features, executor)
         return op
     return autograd.run(executor, structure, factors, x, bias)

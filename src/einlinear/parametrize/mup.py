@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from einlinear.nn import Linear
+from einlinear.nn.factored import Factored
 from einlinear.nn.names import as_globs, as_rules
 from einlinear.parametrize.roles import Parameter, check_matches, parameters
 from einlinear.structures.mup import adam_multipliers, muon_multipliers, sgd_multipliers, spectral_std
@@ -33,7 +33,7 @@ Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
 def base_shapes(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, list[int]]:
     """The shapes that identify a base model, by name, to be saved as JSON: of every weight and every other parameter.
 
-    Of a structured layer it is the shape [out_features, in_features] of its whole weight.
+    Of a structured layer it is the shape [out_features, in_features] of its whole weight, also of each of its experts.
 
     >>> import einlinear as el
     >>> el.base_shapes(el.Linear(64, 256, "btt"))
@@ -119,7 +119,8 @@ def param_groups(
             {"matrices": p.matrices, "size": _ADAM_RMS * math.sqrt(max(shapes[p.key]))} if muon else {}
         )
         group = groups.setdefault(
-            (multiplier, decay, *own.values(), p.shape if muon else None),  # Muon takes equal shapes together
+            # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
+            (multiplier, decay, *own.values(), p.shape if muon else None, type(p.tensor)),
             {"params": [], "param_names": [], "lr": lr * multiplier, "lr_mult": multiplier, **own},
         )
         if decay is not None:
@@ -136,8 +137,8 @@ def init_(
     """Structure-aware initialisation, in place.
 
     Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in: structured layers as by
-    `Linear.reset_parameters`, others as by that of a "dense" one. Biases of these layers are zero. Embeddings, norms
-    and other vectors stay as they are.
+    `Linear.reset_parameters`, others as by that of a "dense" one. Biases of these layers and routers of mixtures are
+    zero. Embeddings, norms and other vectors stay as they are.
 
     Args:
         model: any model `param_groups` takes.
@@ -166,16 +167,16 @@ def init_(
     zero = as_globs(zero, "zero")
     check_matches(zero, matrices, "zero")
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Factored):
             module.reset_parameters()
     biases = {f"{name.removesuffix('weight')}bias" for p in matrices for name in p.names}
     for p in found:
         if p.matrix is None and p.name in biases:
             nn.init.zeros_(p.tensor)
     for p in matrices:
-        if p.matrix is not None and p.matrix.structure is None:
+        if p.matrix is not None and p.matrix.structure is None and p.beside is None:
             nn.init.normal_(p.tensor, std=spectral_std(p.matrix.in_features, p.matrix.out_features))
-        if p.is_last_factor and any(p.matches(glob) for glob in zero):
+        if p.beside is not None or (p.is_last_factor and any(p.matches(glob) for glob in zero)):
             nn.init.zeros_(p.tensor)
     return model
 
@@ -183,7 +184,7 @@ def init_(
 def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) -> float:
     """The learning rate of a parameter over that of the base model."""
     if p.matrix is None:
-        growth = math.prod(p.shape) / math.prod(shapes[p.key]) if p.tensor.numel() > 1 else 1.0
+        growth = 1.0 if p.scalar else math.prod(p.shape) / math.prod(shapes[p.key])
         return growth if rule == "sgd" else 1.0
     fan_in, fan_out = p.matrix.in_features, p.matrix.out_features
     base_out, base_in = shapes[p.key]
@@ -201,20 +202,23 @@ def _shapes(found: Sequence[Parameter]) -> dict[str, list[int]]:
 def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> Shapes:
     """The base shape of every parameter, which must be there and of as many dimensions. Every role must be known."""
     own = _shapes(found)
+    shapes: dict[str, Sequence[int]]
     if base is None:
         _check_roles([p for p in found if not p.known])
         return own
     if isinstance(base, nn.Module):
-        shapes: Shapes = base_shapes(base, roles)
+        shapes = {**base_shapes(base, roles)}
     elif isinstance(base, Mapping):
-        shapes = base
+        shapes = dict(base)
     elif isinstance(base, str | Path):
         shapes = json.loads(Path(base).read_text(encoding="utf-8"))
     else:
         raise TypeError(f"base must be a model, a mapping of shapes, the path of a JSON file or None, not {base!r}")
     for p in found:
-        if p.tensor.numel() == 1 and p.matrix is None:
-            continue  # scalars, such as gammas, learn at the base rate whether the base has them or not
+        if p.scalar:
+            continue  # these, such as gammas, learn at the base rate whether the base has them or not
+        if p.key not in shapes and p.beside in shapes:  # a router, and a base without experts
+            shapes[p.key] = [own[p.key][0], shapes[p.beside][1]]
         if p.key not in shapes:
             raise ValueError(
                 f"the base has no {p.key!r}: it must be the same model, at another width, with equal names"

@@ -29,6 +29,8 @@ class Parameter:
         tensor: the parameter itself.
         known: whether its role is known.
         matrix: the matrix that it is, or is a factor of; None for a vector.
+        scalar: whether it scales something as a whole, so that a base need not have it.
+        beside: of a router, the key of a weight with the same input, which a base has even without experts.
     """
 
     names: tuple[str, ...]
@@ -36,6 +38,8 @@ class Parameter:
     tensor: Tensor
     known: bool = True
     matrix: Matrix | None = None
+    scalar: bool = False
+    beside: str | None = None
 
     @property
     def name(self) -> str:
@@ -58,13 +62,15 @@ class Parameter:
     def matrices(self) -> tuple[tuple[int, ...], int, int]:
         """How to see it as a batch of the matrices that the input meets: the order of its axes, then a matrix's shape.
 
-        ``p.permute(order).reshape(-1, fan_out, fan_in)``; a single matrix as it lies if it is of no structure.
+        ``p.permute(order).reshape(-1, fan_out, fan_in)``; a single matrix as it lies if it is of no structure. Axes
+        before those of a factor are of a stack.
         """
         if self.matrix is None or self.matrix.structure is None:
             return tuple(range(len(self.shape))), self.shape[0], math.prod(self.shape[1:])
         factor = self.matrix.structure.factors[self.matrix.factor]
-        order = tuple(factor.axes.index(axis) for axis in (*factor.batch, *factor.introduced, *factor.summed))
-        return order, factor.fan_out, factor.fan_in
+        stacked = self.tensor.dim() - len(factor.axes)
+        order = (stacked + factor.axes.index(axis) for axis in (*factor.batch, *factor.introduced, *factor.summed))
+        return (*range(stacked), *order), factor.fan_out, factor.fan_in
 
     @property
     def is_last_factor(self) -> bool:
@@ -137,7 +143,9 @@ def _of_module(module: nn.Module, prefix: str) -> Iterator[Parameter]:
             names=(prefix + name,),
             key=prefix + ("weight" if is_factor else name),
             tensor=tensor,
-            # a scalar does not grow with the width, whatever it is
-            known=matrix is not None or name in facts.vectors or tensor.numel() == 1,
+            # a single number does not grow with the width, whatever it is
+            known=matrix is not None or name in (*facts.vectors, *facts.scalars) or tensor.numel() == 1,
             matrix=matrix,
+            scalar=matrix is None and (name in facts.scalars or tensor.numel() == 1),
+            beside=prefix + matrix.beside if matrix is not None and matrix.beside else None,
         )

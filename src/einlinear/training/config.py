@@ -10,7 +10,7 @@ from einlinear.training.trackers import TRACKERS
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 PRECISIONS = ("float32", "bfloat16", "float16")
-PARALLEL = ("ddp", "fsdp")
+PARALLEL = ("ddp", "fsdp", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,13 @@ class Training:
         accumulate: parts of a batch that are computed one after the other, to save memory.
         precision: of the arithmetic, "float32" or, by autocast, "bfloat16" or "float16".
         compile: whether torch.compile compiles the model.
-        parallel: how several processes share the model: "ddp" (each has all of it) or "fsdp" (each has a part).
+        parallel: how several processes share the model: "ddp" (each has all of it), "fsdp" (each has a part) or
+            "experts" (each has all but the experts of mixtures, and a part of these).
         densify_at: after so many steps structured layers become the dense ones that compute the same, and training
             goes on (sparse-to-dense of Dao et al., arXiv 2204.00595, after 90 % of the steps); None: never. The
             optimizer keeps what it knows of all other parameters.
+        moe_loss: weight of `einlinear.moe_loss` in what is minimised, for models with mixtures of experts. Losses that
+            are written down are without it. With `accumulate` the load is that of every part of a batch by itself.
         structure_aware: False is the control: factors learn at the rate of a dense layer.
         log_every, evaluate_every, checkpoint_every: in steps; None: at the end only.
         tracker: "tensorboard", "wandb" or "mlflow", which then get the metrics as well.
@@ -69,6 +72,7 @@ class Training:
     compile: bool = False
     parallel: str = "ddp"
     densify_at: int | None = None
+    moe_loss: float = 0.01
     structure_aware: bool = True
     log_every: int = 10
     evaluate_every: int | None = None
@@ -98,11 +102,17 @@ class Training:
             raise ValueError(f"lr must be a positive number, not {self.lr}")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr is a share of lr, from 0 to 1, not {self.final_lr}")
+        if not 0 <= self.moe_loss < math.inf:
+            raise ValueError(f"moe_loss must be zero or a positive number, not {self.moe_loss}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be positive, or None, not {self.clip}")
         if self.densify_at is not None and not 0 < self.densify_at < self.steps:
             raise ValueError(f"densify_at must be from 1 to below the {self.steps} steps, not {self.densify_at}")
-        if self.densify_at is not None and self.parallel == "fsdp":
-            raise ValueError("densify_at needs whole layers, of which FSDP leaves each process a part: take ddp")
-        if self.precision == "float16" and self.parallel == "fsdp":
-            raise ValueError("float16 needs its gradients scaled, which FSDP does not do here: take bfloat16")
+        if self.densify_at is not None and self.parallel != "ddp":
+            raise ValueError(
+                f"densify_at needs whole layers, of which {self.parallel} leaves each process a part: take ddp"
+            )
+        if self.precision == "float16" and self.parallel != "ddp":
+            raise ValueError(
+                f"float16 needs its gradients scaled, which {self.parallel} does not do here: take bfloat16"
+            )

@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from einlinear.nn.moe.parallel import expert_parallel
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,11 @@ class World:
     rank: int
     size: int
     device: torch.device
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All of them; None where there is one."""
+        return dist.group.WORLD if self.size > 1 else None
 
     def share(self, x: Tensor) -> Tensor:
         """This process's rows of a batch."""
@@ -88,11 +96,16 @@ def world(device: str) -> World:
 def wrap(model: nn.Module, parallel: str, world: World) -> nn.Module:
     """A model that is trained by all processes together; a model of one process is left as it is.
 
-    With "fsdp" every block (the children of `blocks`) is a unit of its own, gathered when it is needed.
+    With "fsdp" every block (the children of `blocks`) is a unit of its own, gathered when it is needed. With "experts"
+    every process has all but the experts of mixtures, of which each has a part.
     """
     if world.size == 1:
         return model
     if parallel == "ddp":
+        return DistributedDataParallel(model)
+    if parallel == "experts":
+        divided = expert_parallel(model, dist.device_mesh.init_device_mesh(world.device.type, (world.size,)))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, divided)
         return DistributedDataParallel(model)
     # The loop does nothing to an output in place, and some layers' are views.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -101,6 +114,17 @@ def wrap(model: nn.Module, parallel: str, world: World) -> nn.Module:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def clip_gradients(model: nn.Module, limit: float) -> None:
+    """Scale the gradients of all parameters so that their norm, over all processes, is at most `limit`."""
+    moved = [p for p in model.parameters() if p.grad is not None]
+    kinds = [[p for p in moved if isinstance(p, DTensor) == divided] for divided in (False, True)]
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.stack(whole).norm()
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, limit, total)
 
 
 def accumulating(model: nn.Module, more: bool) -> AbstractContextManager[object]:

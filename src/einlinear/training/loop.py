@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.conversion import densify
+from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.parametrize import param_groups
 from einlinear.parametrize.mup import Base
 from einlinear.training import checkpoint, distributed, state, trackers
@@ -155,6 +156,9 @@ class _Run:
             hidden=blocks,
         )
         self.optimizers = _optimizers(groups, config)
+        self.mixtures = any(isinstance(module, Mixture) for module in self.plain.modules())
+        if self.mixtures and config.densify_at is not None:
+            raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
 
     def _densify(self) -> None:
@@ -186,7 +190,13 @@ class _Run:
             diverged = not math.isfinite(loss)
             last = step == steps or diverged
             if _due(step, self.config.log_every) or last:
-                metrics.write(step=step, training_seconds=training_seconds, train_loss=loss, lr=self._lr(step - 1))
+                metrics.write(
+                    step=step,
+                    training_seconds=training_seconds,
+                    train_loss=loss,
+                    lr=self._lr(step - 1),
+                    **self._loads(),
+                )
             if _due(step, self.config.evaluate_every) or last:
                 measures = self._evaluate()
                 metrics.write(step=step, training_seconds=training_seconds, **measures)
@@ -213,19 +223,35 @@ class _Run:
             with distributed.accumulating(self.model, more=i + 1 < len(parts)):
                 with self._autocast():
                     own = inputs.to(self.world.device), targets.to(self.world.device)
-                    loss = self.task.loss(self.forward, own) / len(parts)
-                self.scaler.scale(loss).backward()
-                total += loss.detach()
+                    loss = self.task.loss(self.forward, own)
+                total += loss.detach() / len(parts)
+                self.scaler.scale(self._with_moe_loss(loss) / len(parts)).backward()
         if self.config.clip is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            distributed.clip_gradients(self.model, self.config.clip)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.losses.append(self.world.mean(total))  # waits for the device
         self.seconds.append(time.perf_counter() - began)
         return self.losses[-1]
+
+    def _with_moe_loss(self, loss: Tensor) -> Tensor:
+        """The loss to minimise. One that is not finite ends the run, on all processes: nothing is checked here."""
+        if not self.mixtures:
+            return loss
+        return loss + self.config.moe_loss * moe_loss(self.model, group=self.world.group, check=False)
+
+    def _loads(self) -> dict[str, float]:
+        """How evenly experts were used in what this process computed last: on average over mixtures, and at worst."""
+        if not self.mixtures:
+            return {}
+        loads = moe_loads(self.model).values()
+        return {
+            "moe_entropy": statistics.mean(load.entropy for load in loads),
+            "moe_largest": max(load.largest for load in loads),
+        }
 
     def _lr(self, index: int) -> float:
         c = self.config

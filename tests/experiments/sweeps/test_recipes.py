@@ -21,7 +21,7 @@ from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.models import Model, Shape
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps import recipes
-from einlinear.nn import Linear
+from einlinear.nn.factored import Factored
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
 EVERY = [(name, scale) for name in recipes.names() for scale in recipes.SCALES]
@@ -78,7 +78,7 @@ def test_no_run_is_there_twice(name: str, scale: str) -> None:
 
 @pytest.mark.parametrize(("name", "scale"), SWEEPS)
 def test_its_models_can_be_built_and_span_the_compute(name: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for layer in (Linear, nn.Linear, nn.Embedding):  # to draw numbers without memory takes most of the time
+    for layer in (Factored, nn.Linear, nn.Embedding):  # to draw numbers without memory takes most of the time
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     macs: dict[str, set[int]] = {}
     whole = (name, scale) in SPANS
@@ -109,11 +109,12 @@ def tiny(tmp_path: Path) -> dict[str, Mapping[str, Any]]:
         "image-vit": {**images, "patch_size": 4},
         "mlp-regression": {"width": 32, "batch_size": 8, "teacher_width": 16},
         "char-gpt": {**sequences, "data": str(tmp_path / "tokens")},
+        "btt-moe": {**sequences, "data": str(tmp_path / "tokens"), "experts": 4, "routed": "both"},
         "next-pixel": {**sequences, "data": "pixels:digits"},
     }
 
 
-@pytest.mark.parametrize("name", ["image-mlp", "image-vit", "mlp-regression", "char-gpt", "next-pixel"])
+@pytest.mark.parametrize("name", ["image-mlp", "image-vit", "mlp-regression", "char-gpt", "btt-moe", "next-pixel"])
 def test_its_settings_train(name: str, tmp_path: Path) -> None:
     overrides = {"structure": "btt", "steps": 3, "warmup": 0, "evaluate_every": 2, **tiny(tmp_path)[name]}
     run, *_ = recipes.sweep(name, "small", overrides).runs
@@ -131,7 +132,7 @@ def test_overrides_replace_the_settings() -> None:
 
 def test_what_is_unknown_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown recipe 'char_gpt': did you mean 'char-gpt'\? The recipes are char-gpt,"
+        ValueError, match=r"unknown recipe 'char_gpt': did you mean 'char-gpt'\? The recipes are btt-moe, char-gpt,"
     ):
         recipes.load("char_gpt")
     with pytest.raises(ValueError, match="scale must be small or paper, not 'large'"):

@@ -45,6 +45,10 @@ class Model(ABC):
         depth: residual blocks.
         expansion: how many times wider the blocks' hidden layers are.
         base_width, base_expansion: of the dense model that the learning rate refers to, elsewhere the same.
+        experts: makes the blocks mixtures of so many experts; None: none.
+        active: how many of them a token goes to.
+        routed: what is a mixture: "linear", every linear layer of the blocks; "feed_forward", whole feed-forward
+            networks; "both", these and every linear layer of the attention.
     """
 
     NAME: ClassVar[str]
@@ -55,6 +59,9 @@ class Model(ABC):
     expansion: int = 4
     base_width: int = 64
     base_expansion: int = 4
+    experts: int | None = None
+    active: int = 2
+    routed: str = "linear"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "expansion", "base_width", "base_expansion"):
@@ -100,6 +107,9 @@ class MLP(Model):
             self.structure,
             self.expansion,
             input_structure=self.input_structure,
+            experts=self.experts,
+            active=self.active,
+            routed=self.routed,
         )
 
 
@@ -140,6 +150,9 @@ class Vit(Model):
             qk_norm=self.qk_norm,
             normalize=self.normalize,
             input_structure=self.input_structure,
+            experts=self.experts,
+            active=self.active,
+            routed=self.routed,
         )
 
 
@@ -178,6 +191,9 @@ class Gpt(Model):
             expansion=self.expansion,
             qk_norm=self.qk_norm,
             normalize=self.normalize,
+            experts=self.experts,
+            active=self.active,
+            routed=self.routed,
         )
 
 

@@ -7,6 +7,7 @@ that they are given, so that no block needs to know what kinds of layers there a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 
 from einlinear.nn.known import Described, Known
 from einlinear.nn.linear import Linear
+from einlinear.nn.moe import MoEFeedForward, MoELinear
+from einlinear.nn.moe.mixture import check_experts
 from einlinear.structures import DoesNotFit
 from einlinear.structures import structure as make_structure
+
+ROUTED = ("linear", "feed_forward", "both")
 
 
 class MakeLayer(Protocol):
@@ -33,6 +38,60 @@ def linear_layers(structure: str, bias: bool = True, normalize: bool = False) ->
         return Linear(in_features, out_features, made, bias, normalize and made.spec != "dense", gamma=gamma)
 
     return make
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Makes the layers of a model's blocks: of a structure, and mixtures of experts where that is asked for.
+
+    Attributes:
+        structure: of every linear layer, or of every expert.
+        bias: whether linear layers and norms have one; experts that are whole networks have none.
+        normalize: whether the weights of structured layers, that is all but dense ones, are normalised as by `Linear`.
+        experts: how many; None for none.
+        active: how many of them a token goes to.
+        routed: which parts are mixtures: "linear", every linear layer; "feed_forward", whole feed-forward networks;
+            "both", these and every linear layer of the attention.
+
+    Raises:
+        ValueError: another `routed`, fewer experts than one, more active ones than experts.
+    """
+
+    structure: str
+    bias: bool = True
+    normalize: bool = False
+    experts: int | None = None
+    active: int = 2
+    routed: str = ROUTED[0]
+
+    def __post_init__(self) -> None:
+        if self.routed not in ROUTED:
+            raise ValueError(f"routed must be {' or '.join(ROUTED)}, not {self.routed!r}")
+        if self.experts is not None:
+            check_experts(self.experts, self.active)
+
+    def linear(self, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
+        """A linear layer of the attention, or of a feed-forward network that is no expert."""
+        if self.experts is None or self.routed == "feed_forward":
+            return linear_layers(self.structure, self.bias, self.normalize)(in_features, out_features, gamma=gamma)
+        made = make_structure(self.structure, in_features, out_features)
+        normalize = self.normalize and made.spec != "dense"
+        return MoELinear(in_features, out_features, made, self.experts, self.active, self.bias, normalize, gamma=gamma)
+
+    def feed_forward(self, width: int, expansion: int, multiplier: float = 1.0) -> nn.Module:
+        """A feed-forward block."""
+        if self.experts is None or self.routed == "linear":
+            return FeedForward(width, self.linear, expansion, bias=self.bias, multiplier=multiplier)
+        return MoEFeedForward(
+            width,
+            self.experts,
+            self.active,
+            self.structure,
+            expansion,
+            bias=self.bias,
+            normalize=self.normalize,
+            multiplier=multiplier,
+        )
 
 
 class FeedForward(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.nn.counts import macs_per_token
-from einlinear.nn.models.blocks import Attention, FeedForward, TransformerBlock, linear_layers, stack
+from einlinear.nn.models.blocks import Attention, Layers, TransformerBlock, linear_layers, stack
 from einlinear.nn.models.model import ReferenceModel
 from einlinear.structures import DoesNotFit
 
@@ -32,6 +32,9 @@ class GPT(ReferenceModel):
         bias: whether linear layers and norms have one.
         qk_norm: whether queries and keys pass through a LayerNorm.
         normalize: whether the weights of structured layers, that is all but dense ones, are normalised as by `Linear`.
+        experts: makes mixtures of so many experts; None: none.
+        active: how many of them a token goes to.
+        routed: what is a mixture, see `Layers`: "linear", "feed_forward" or "both".
 
     Shapes:
         integers (n, t) to logits (n, t, vocab), for t up to `context`.
@@ -67,6 +70,9 @@ class GPT(ReferenceModel):
         bias: bool = False,
         qk_norm: bool = True,
         normalize: bool = False,
+        experts: int | None = None,
+        active: int = 2,
+        routed: str = "linear",
     ) -> None:
         super().__init__()
         if heads is None:
@@ -78,14 +84,21 @@ class GPT(ReferenceModel):
         self.context = context
         self.embedding = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(context, width)
-        layer = linear_layers(structure, bias, normalize)
+        layers = Layers(structure, bias, normalize, experts, active, routed)
 
         def block() -> TransformerBlock:
             multiplier = math.sqrt(3 / depth)
             attention = Attention(
-                width, heads, layer, d_head=d_head, bias=bias, causal=True, qk_norm=qk_norm, multiplier=multiplier
+                width,
+                heads,
+                layers.linear,
+                d_head=d_head,
+                bias=bias,
+                causal=True,
+                qk_norm=qk_norm,
+                multiplier=multiplier,
             )
-            return TransformerBlock(attention, FeedForward(width, layer, expansion, bias=bias, multiplier=multiplier))
+            return TransformerBlock(attention, layers.feed_forward(width, expansion, multiplier))
 
         self.blocks = stack(depth, block)
         self.norm = nn.LayerNorm(width, bias=bias)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from einlinear.nn.models.blocks import FeedForward, linear_layers, stack
+from einlinear.nn.models.blocks import Layers, linear_layers, stack
 from einlinear.nn.models.model import ReferenceModel
 
 
@@ -23,6 +23,9 @@ class ResidualMLP(ReferenceModel):
         expansion: of the blocks' hidden layer.
         bias: whether linear layers and norms have one.
         input_structure: of the input layer; by default that of the others.
+        experts: makes mixtures of so many experts; None: none.
+        active: how many of them a token goes to.
+        routed: what is a mixture, see `Layers`: "linear" or "feed_forward".
 
     Shapes:
         (n, ...) of in_features values, such as images, to (n, out_features).
@@ -54,11 +57,14 @@ class ResidualMLP(ReferenceModel):
         expansion: int = 4,
         bias: bool = True,
         input_structure: str | None = None,
+        experts: int | None = None,
+        active: int = 2,
+        routed: str = "linear",
     ) -> None:
         super().__init__()
         self.input = linear_layers(input_structure or structure, bias)(in_features, width)
-        layer = linear_layers(structure, bias)
-        self.blocks = stack(depth, lambda: FeedForward(width, layer, expansion, bias=bias))
+        layers = Layers(structure, bias, False, experts, active, routed)
+        self.blocks = stack(depth, lambda: layers.feed_forward(width, expansion))
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear.nn.counts import macs_per_token
-from einlinear.nn.models.blocks import Attention, FeedForward, TransformerBlock, linear_layers, stack
+from einlinear.nn.models.blocks import Attention, Layers, TransformerBlock, linear_layers, stack
 from einlinear.nn.models.model import ReferenceModel
 
 
@@ -32,6 +32,9 @@ class ViT(ReferenceModel):
         qk_norm: whether queries and keys pass through a LayerNorm, which large models need to train stably.
         normalize: whether the weights of structured layers, that is all but dense ones, are normalised as by `Linear`.
         input_structure: of the layer that embeds patches; by default that of the others.
+        experts: makes mixtures of so many experts; None: none.
+        active: how many of them a token goes to.
+        routed: what is a mixture, see `Layers`: "linear", "feed_forward" or "both".
 
     Shapes:
         (n, channels, height, width) to (n, out_features).
@@ -68,6 +71,9 @@ class ViT(ReferenceModel):
         qk_norm: bool = False,
         normalize: bool = False,
         input_structure: str | None = None,
+        experts: int | None = None,
+        active: int = 2,
+        routed: str = "linear",
     ) -> None:
         super().__init__()
         rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -77,11 +83,11 @@ class ViT(ReferenceModel):
         self.tokens = (rows // patch_size) * (columns // patch_size)
         self.patches = linear_layers(input_structure or structure, bias, normalize)(channels * patch_size**2, width)
         self.positions = nn.Embedding(self.tokens, width)
-        layer = linear_layers(structure, bias, normalize)
+        layers = Layers(structure, bias, normalize, experts, active, routed)
 
         def block() -> TransformerBlock:
-            attention = Attention(width, heads, layer, bias=bias, qk_norm=qk_norm)
-            return TransformerBlock(attention, FeedForward(width, layer, expansion, bias=bias))
+            attention = Attention(width, heads, layers.linear, bias=bias, qk_norm=qk_norm)
+            return TransformerBlock(attention, layers.feed_forward(width, expansion))
 
         self.blocks = stack(depth, block)
         self.norm = nn.LayerNorm(width, bias=bias)

@@ -40,6 +40,10 @@ class Library:
                 function = library[f"{name}_{role}"]
                 function.argtypes, function.restype = [*[pointer] * pointers, count, threads], None
                 self.functions[role, dtype] = function
+            for role, pointers in (("forward_grouped", 8), ("backward_grouped", 10)):
+                function = library[f"{name}_{role}"]
+                function.argtypes, function.restype = [*[pointer] * pointers, *[count] * 4, threads], None
+                self.functions[role, dtype] = function
             function = library[f"{name}_tile"]
             function.argtypes, function.restype = [pointer, count], count
             self.functions["tile", dtype] = function

@@ -60,7 +60,9 @@ static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const I
 template <class S>
 static void multiply(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index inner, S* to,
                      const Index* to_rows, Index rows, Index tile, bool add) {
-    if (wk)
+    if (wk && tile % (2 * Simd<S>::lanes) == 0)
+        multiply_rows<S, 8, 2, false>(w, wk, wm, from, from_rows, inner, to, to_rows, rows, tile, add);
+    else if (wk)
         multiply_rows<S, 8, 1, false>(w, wk, wm, from, from_rows, inner, to, to_rows, rows, tile, add);
     else if (tile % (2 * Simd<S>::lanes))
         multiply_rows<S, MICRO_ROWS, 1, true>(w, 0, 0, from, from_rows, inner, to, to_rows, rows, tile, add);

@@ -19,6 +19,7 @@ struct Step {
     // what lies between two entries of in_k, out_r, w_r and w_k, or 0 where that is not always the same
     Index in_stride, out_stride, w_row, w_inner;
     Index pairs() const { return batches * columns; }
+    Index entries() const { return batches * rows * inner; }  // of the factor
 };
 
 static Index term_states(const std::vector<Step>& term) {
@@ -66,7 +67,7 @@ struct Program {
     Index factor_entries() const {
         Index total = 0;
         for (auto& term : terms)
-            for (auto& s : term) total += s.batches * s.rows * s.inner;
+            for (auto& s : term) total += s.entries();
         return total;
     }
     // Whether it is the factors that do not stay in cache, and not the states.

@@ -80,11 +80,14 @@ static void pack(const Step& s, const S* factor, S* to, bool backward, Team team
     }
 }
 
-// Token-major memory behind a tile: `tokens` rows of `features`.
+// Token-major memory behind a tile: `tokens` rows of `features`, one after the other or, if `rows` is given, there.
+// Rows given so are scaled when they are read, and added to when they are written.
 template <class S, class Pointer>
 struct Tokens {
     Pointer data;
     Index features, tokens;
+    const Pointer* rows = nullptr;
+    const S* scales = nullptr;
 };
 template <class S>
 using Source = Tokens<S, const S*>;
@@ -95,14 +98,19 @@ using Sink = Tokens<S, S*>;
 template <class S>
 static void read_rows(Source<S> from, Index first, Index count, S* to, Index tile) {
     Index present = std::max<Index>(0, std::min(count, from.features - first));
-    if (from.tokens < tile) std::fill_n(to, present * tile, S(0));  // arithmetic on leftovers may be slow
-    transpose(from.data + first, from.features, to, tile, from.tokens, present);
+    if (from.rows)
+        gather(from.rows, from.scales, from.tokens, first, present, to, tile);
+    else {
+        if (from.tokens < tile) std::fill_n(to, present * tile, S(0));  // arithmetic on leftovers may be slow
+        transpose(from.data + first, from.features, to, tile, from.tokens, present);
+    }
     std::fill_n(to + present * tile, (count - present) * tile, S(0));
 }
 template <class S>
 static void write_rows(const S* from, Index tile, Sink<S> to, Index first, Index count, const S* bias) {
     count = std::min(count, to.features - first);
     if (count <= 0) return;
+    if (to.rows) return scatter_add(from, tile, to.rows, to.tokens, first, count);
     transpose(from, tile, to.data + first, to.features, count, to.tokens);
     if (bias)
         for (Index t = 0; t < to.tokens; t++)

@@ -9,14 +9,17 @@
 // transpose.h   between token-major and feature-major
 // multiply.h    the small matrix products
 // steps.h       a step of a tile, by one thread or several
+// passes.h      a tile through all steps, forward and back
 // few.h         fewer tokens than make a tile
+// grouped.h     one of several matrices for every token
 //
 // Here: forward, backward, and the functions that Python calls.
 #include <algorithm>
 #include <vector>
 
 #include "few.h"
-#include "steps.h"
+#include "grouped.h"
+#include "passes.h"
 
 namespace {
 
@@ -25,11 +28,6 @@ template <class S>
 static Index tile_of(const Program& p, Index tokens) {
     constexpr Index L = Simd<S>::lanes;
     return tokens <= L ? L : p.heavy() && tokens >= 8 * L ? 8 * L : 2 * L;
-}
-template <class S>
-static Index round_up(Index count) {
-    constexpr Index L = Simd<S>::lanes;
-    return (count + L - 1) / L * L;
 }
 
 // How a call is divided: its tiles among the threads or, where there are fewer tiles than threads, every tile's
@@ -46,49 +44,6 @@ struct Division {
     Index first(Team all) const { return shared ? 0 : all.first(tiles); }
     Index last(Team all) const { return shared ? tiles : all.last(tiles); }
 };
-
-// A factor for its step, or for the step back; packed into `room`, of which what is left is returned in it.
-template <class S>
-static Weights<S> weights(const Step& s, const S* factor, S*& room, bool backward, bool small, Team team) {
-    if (small && s.w_row && s.w_inner)
-        return backward ? Weights<S>{factor, s.w_b, 0, s.w_row, s.w_inner}
-                        : Weights<S>{factor, s.w_b, 0, s.w_inner, s.w_row};
-    S* to = room;
-    room += s.batches * s.rows * s.inner;
-    pack(s, factor, to, backward, team);
-    return {to, nullptr, s.rows * s.inner, 0, 0};
-}
-
-// All factors as their steps multiply with them, in order.
-template <class S>
-static std::vector<Weights<S>> all_weights(const Program& p, const S* const* factors, S* packed, bool backward,
-                                           bool small, Team all) {
-    std::vector<Weights<S>> result;
-    for (auto& term : p.terms)
-        for (auto& s : term) result.push_back(weights(s, factors[s.factor], packed, backward, small, all));
-    return result;
-}
-
-// The states after every step but each term's last, into `middle`, one after the other; the last ones into `sink`, or
-// added up in `to`; neither where only the intermediate states are wanted.
-template <class S>
-static void run_forward(const Program& p, const std::vector<Weights<S>>& w, const S* from, S* middle, S* to,
-                        const Source<S>* source, const Sink<S>* sink, const S* bias, S* scratch, Index tile,
-                        Team team) {
-    size_t at = 0;
-    for (auto& term : p.terms) {
-        const S* state = from;
-        for (auto& s : term) {
-            bool begins = &s == &term.front(), ends = &s == &term.back();
-            const Weights<S>& matrices = w[at++];
-            if (ends && !to && !sink) break;
-            run_step(s, matrices, before(s), after(s), state, ends ? to : middle, begins ? source : nullptr,
-                     ends ? sink : nullptr, bias, scratch, tile, ends && &term != &p.terms[0], team);
-            state = middle;
-            if (!ends) middle += s.width_out * tile;
-        }
-    }
-}
 
 template <class S>
 static void forward(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, S* saved, Index n,
@@ -123,97 +78,13 @@ static void forward(const Program& p, const S* const* factors, const S* x, const
     }
 }
 
-// The gradient of a factor is a sum over tokens of products of the state before its step and the gradient of the state
-// after it. One of them is read feature-major, a token at a time; the other token-major, in vectors of features:
-// `major`. At the ends of a term that is the input or the gradient of the output as they lie in memory.
-struct FactorGradient {
-    bool by_inner;  // whether the vectors are of the inner features, else of the rows
-    Side vectors, other;
-    Index width, padded;  // of the vectors, and rounded up to whole ones
-
-    template <class S>
-    static FactorGradient of(const Step& s, bool begins, bool ends, S) {
-        bool by_inner = begins || !ends;
-        FactorGradient g{by_inner, by_inner ? before(s) : after(s), by_inner ? after(s) : before(s), 0, 0};
-        g.width = g.vectors.rows, g.padded = round_up<S>(g.width);
-        return g;
-    }
-    Index entries() const { return other.rows * padded; }  // of one batch entry
-};
-
-// This tile's share into, or added to, `sum`, laid out (batch, other rows, padded vectors).
-template <class S>
-static void add_factor_gradient(const Step& s, const FactorGradient& g, const Source<S>* major, const S* vectors_state,
-                                const S* other_state, Index tokens, Index tile, S* panel_memory, S* sum, bool add,
-                                Team team) {
-    std::vector<const S*> panels(s.columns);
-    bool whole = major && g.vectors.run() && g.width == g.padded;
-    for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
-        bool direct = whole;
-        for (Index c = 0; direct && c < s.columns; c++) {
-            Index at = g.vectors.batch[b] + g.vectors.column[c];
-            direct = at + g.width <= major->features;
-            panels[c] = major->data + at;
-        }
-        for (Index c = 0; !direct && c < s.columns; c++) {
-            Index at = g.vectors.batch[b] + g.vectors.column[c];
-            S* panel = panel_memory + c * tile * g.padded;
-            panels[c] = panel;
-            for (Index t = 0; t < tokens; t++)
-                for (Index k = 0; k < g.padded; k++) {
-                    Index feature = k < g.width ? at + g.vectors.row[k] : -1;
-                    S value = 0;
-                    if (feature >= 0 && !major)
-                        value = vectors_state[feature * tile + t];
-                    else if (feature >= 0 && feature < major->features)
-                        value = major->data[t * major->features + feature];
-                    panel[t * g.padded + k] = value;
-                }
-        }
-        accumulate_rows<S, MICRO_ROWS>(other_state + g.other.batch[b] * tile, g.other.row, g.other.rows, g.other.column,
-                                       s.columns, tile, panels.data(), direct ? major->features : g.padded, g.padded,
-                                       tokens, sum + b * g.entries(), add);
-    }
-}
-
-// The sums of the threads -> the factor's own layout.
-template <class S>
-static void write_factor_gradient(const Step& s, const FactorGradient& g, const std::vector<Buffer<S>>& sums,
-                                  size_t count, Index offset, S* to, Team all) {
-    bool transposed = !g.by_inner && s.w_row && s.w_inner == 1;
-    for (Index b = all.first(s.batches); b < all.last(s.batches); b++) {
-        S* total = sums[0].data + offset + b * g.entries();
-        for (size_t c = 1; c < count; c++) {
-            const S* more = sums[c].data + offset + b * g.entries();
-            for (Index e = 0; e < g.entries(); e++) total[e] += more[e];
-        }
-        S* into = to + s.w_b[b];
-        if (transposed)
-            transpose(total, g.padded, into, s.w_row, s.inner, s.rows);
-        else
-            for (Index r = 0; r < s.rows; r++)
-                for (Index k = 0; k < s.inner; k++)
-                    into[s.w_r[r] + s.w_k[k]] = total[g.by_inner ? r * g.padded + k : k * g.padded + r];
-    }
-}
-
 template <class S>
 static void backward(const Program& p, const S* const* factors, const S* x, const S* dy, const S* saved, S* dx,
                      S* const* dfactors, Index n, int threads) {
     Division<S> division(p, n, threads);
     Index tile = division.tile, states = p.states();
     if (dx) expect(dx, n * p.in_features * sizeof(S));
-    std::vector<std::vector<FactorGradient>> gradients;
-    Index panel = 0, entries = 0;
-    for (auto& term : p.terms) {
-        gradients.emplace_back();
-        for (auto& s : term) {
-            auto g = FactorGradient::of(s, &s == &term.front(), &s == &term.back(), S());
-            gradients.back().push_back(g);
-            panel = std::max(panel, s.columns * g.padded * tile);
-            entries += s.batches * g.entries();
-        }
-    }
+    FactorGradients gradients(p, tile, S());
     bool recompute = !saved && states, single = p.terms.size() == 1 && p.terms[0].size() > 1;
     bool stream_in = single && before(p.first()).run(), stream_out = single && after(p.last()).run();
     Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
@@ -221,18 +92,20 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
     Buffer<S> packed(p.factor_entries()), packed_forward(recompute ? p.factor_entries() : 0);
     Buffer<S> common(division.shared ? room : 0);
     std::vector<Buffer<S>> sums;
-    for (int i = 0; i < (division.shared ? 1 : threads); i++) sums.emplace_back(entries);
+    for (int i = 0; i < (division.shared ? 1 : threads); i++) sums.emplace_back(gradients.entries);
 #pragma omp parallel num_threads(threads)
     {
         Team all = everyone(), team = division.team(all);
         auto w_back = all_weights(p, factors, packed.data, true, division.small, all);
         std::vector<Weights<S>> w;
         if (recompute) w = all_weights(p, factors, packed_forward.data, false, division.small, all);
-        Buffer<S> own(division.shared ? 0 : room), panels(panel), scratch(2 * p.widest * tile);
+        Buffer<S> own(division.shared ? 0 : room), panels(gradients.panel), scratch(2 * p.widest * tile);
         S* sum = sums[division.shared ? 0 : all.rank].data;
         S* dys = division.shared ? common.data : own.data;
-        S *dxs = dys + rows_out * tile, *turns[2] = {dxs + rows_in * tile, dxs + (rows_in + p.widest) * tile};
-        S* recomputed = turns[1] + p.widest * tile;
+        S *dxs = dys + rows_out * tile, *turn = dxs + rows_in * tile, *recomputed = turn + 2 * p.widest * tile;
+        BackwardTile<S> steps{p,    gradients, w_back, dfactors,    dx != nullptr,
+                              stream_in, stream_out, tile, dys, dxs, {turn, turn + p.widest * tile},
+                              panels.data, scratch.data};
         all.barrier();
         for (Index i = division.first(all); i < division.last(all); i++) {
             Index tokens = std::min(tile, n - i * tile);
@@ -246,41 +119,15 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
             }
             if (!stream_out) read_tile(output, dys, p.width_out, tile, team);
             const S* middle = saved ? saved + i * states * tile : recomputed;
-            Index offset = entries, back = w_back.size();
-            for (auto& term : p.terms) middle += term_states(term) * tile;
-            for (size_t j = p.terms.size(); j-- > 0;) {  // terms and steps from the last to the first
-                auto& term = p.terms[j];
-                const S* g = dys;
-                for (size_t k = term.size(); k-- > 0;) {
-                    const Step& s = term[k];
-                    const FactorGradient& gradient = gradients[j][k];
-                    bool begins = k == 0, ends = k + 1 == term.size();
-                    if (!begins) middle -= s.width_in * tile;
-                    offset -= s.batches * gradient.entries(), back--;
-                    const Source<S>* major = begins ? &input : (ends ? &output : nullptr);
-                    if (dfactors[s.factor])
-                        add_factor_gradient(s, gradient, major, middle, gradient.by_inner ? g : middle, tokens, tile,
-                                            panels.data, sum + offset, i > division.first(all), team);
-                    if (begins && !dx) continue;
-                    S* to = begins ? dxs : turns[k % 2];
-                    run_step(s, w_back[back], after(s), before(s), g, to, ends && stream_out ? &output : nullptr,
-                             begins && stream_in ? &sink : nullptr, (const S*)nullptr, scratch.data, tile,
-                             begins && j + 1 < p.terms.size(), team);
-                    g = to;
-                }
-            }
+            steps.run(input, output, middle, sink, sum, i > division.first(all), team);
             team.barrier();
             if (dx && !stream_in) write_tile(dxs, tile, sink, (const S*)nullptr, team);
         }
         all.barrier();
-        Index offset = 0;
-        size_t count = division.shared ? 1 : all.size;  // fewer threads may run than were asked for
-        for (size_t j = 0; j < p.terms.size(); j++)
-            for (size_t k = 0; k < p.terms[j].size(); k++) {
-                const Step& s = p.terms[j][k];
-                if (S* to = dfactors[s.factor]) write_factor_gradient(s, gradients[j][k], sums, count, offset, to, all);
-                offset += s.batches * gradients[j][k].entries();
-            }
+        std::vector<S*> parts;
+        for (int i = 0; i < (division.shared ? 1 : all.size); i++)  // fewer threads may run than were asked for
+            parts.push_back(sums[i].data);
+        write_factor_gradients(p, gradients, parts, dfactors, 0, all);
     }
 }
 
@@ -294,6 +141,19 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
     extern "C" void NAME##_backward(const Index* program, const S* const* factors, const S* x, const S* dy,        \
                                     const S* saved, S* dx, S* const* dfactors, Index n, int threads) {             \
         backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                            \
+    }                                                                                                              \
+    extern "C" void NAME##_forward_grouped(const Index* program, const S* const* factors, const Index* first,      \
+                                           const Index* order, const S* gates, const S* x, const S* bias, S* y,    \
+                                           Index tokens, Index block, Index experts, Index active, int threads) {  \
+        Pairs<S> pairs{first, order, gates, tokens, block, experts, active};                                       \
+        forward_grouped<S>(Program(program), factors, pairs, x, bias, y, threads);                                 \
+    }                                                                                                              \
+    extern "C" void NAME##_backward_grouped(const Index* program, const S* const* factors, const Index* first,     \
+                                            const Index* order, const S* gates, const S* x, const S* dy, S* dx,    \
+                                            S* dgates, S* const* dfactors, Index tokens, Index block,              \
+                                            Index experts, Index active, int threads) {                            \
+        Pairs<S> pairs{first, order, gates, tokens, block, experts, active};                                       \
+        backward_grouped<S>(Program(program), factors, pairs, x, dy, dx, dgates, dfactors, threads);               \
     }                                                                                                              \
     extern "C" Index NAME##_tile(const Index* program, Index tokens) {                                             \
         return tile_of<S>(Program(program), tokens);                                                               \

@@ -49,4 +49,50 @@ static void transpose(const S* from, Index from_ld, S* to, Index to_ld, Index ro
         }
 }
 
+// The same from rows that lie anywhere, times their scales, into rows of `to_ld`: what there is no row for is zero.
+template <class S>
+static void gather(const S* const* rows, const S* scales, Index count, Index first, Index cols, S* to, Index to_ld) {
+    constexpr int L = Simd<S>::lanes;
+    for (Index i = 0; i < to_ld; i += L)
+        for (Index j = 0; j < cols; j += L) {
+            if (j + L <= cols) {
+                Vec<S> r[L];
+#pragma GCC unroll 16
+                for (int l = 0; l < L; l++) {
+                    r[l] = i + l < count ? load(rows[i + l] + first + j) * scales[i + l] : Vec<S>{};
+                    if (i + l < count) __builtin_prefetch(rows[i + l] + first + cols + j, 0, 2);
+                }
+                stage<S, 1>(r);
+#pragma GCC unroll 16
+                for (int l = 0; l < L; l++) store(to + (j + l) * to_ld + i, r[l]);
+            } else
+                for (Index a = i; a < i + L; a++)
+                    for (Index b = j; b < cols; b++)
+                        to[b * to_ld + a] = a < count ? rows[a][first + b] * scales[a] : S(0);
+        }
+}
+// And back, added to the rows.
+template <class S>
+static void scatter_add(const S* from, Index from_ld, S* const* rows, Index count, Index first, Index cols) {
+    constexpr int L = Simd<S>::lanes;
+    for (Index i = 0; i < count; i += L)
+        for (Index j = 0; j < cols; j += L) {
+            if (j + L <= cols) {
+                Vec<S> r[L];
+#pragma GCC unroll 16
+                for (int l = 0; l < L; l++) r[l] = load(from + (j + l) * from_ld + i);
+                stage<S, 1>(r);
+#pragma GCC unroll 16
+                for (int l = 0; l < L; l++)
+                    if (i + l < count) {
+                        S* to = rows[i + l] + first + j;
+                        store(to, load(to) + r[l]);
+                        __builtin_prefetch(to + cols, 1, 2);
+                    }
+            } else
+                for (Index a = i; a < std::min(count, i + L); a++)
+                    for (Index b = j; b < cols; b++) rows[a][first + b] += from[b * from_ld + a];
+        }
+}
+
 }  // namespace

@@ -37,6 +37,18 @@ static inline void store(S* p, Vec<S> v) {
 }
 
 template <class S>
+static S dot(const S* a, const S* b, Index count) {
+    constexpr Index L = Simd<S>::lanes;
+    Vec<S> sum{};
+    Index k = 0;
+    for (; k + L <= count; k += L) sum += load(a + k) * load(b + k);
+    S total = 0;
+    for (Index l = 0; l < L; l++) total += sum[l];
+    for (; k < count; k++) total += a[k] * b[k];
+    return total;
+}
+
+template <class S>
 struct Buffer {  // aligned scratch memory, not initialised
     std::unique_ptr<S[]> memory;
     S* data;

@@ -1,0 +1,9 @@
+"""Mixtures of experts: which experts a token goes to, layers that compute with those alone, and their losses."""
+
+from einlinear.nn.moe.experts import Experts
+from einlinear.nn.moe.feed_forward import MoEFeedForward
+from einlinear.nn.moe.linear import MoELinear
+from einlinear.nn.moe.losses import Load, moe_loads, moe_loss
+from einlinear.nn.moe.mixture import Mixture, Routing
+
+__all__ = ["Experts", "Load", "Mixture", "MoEFeedForward", "MoELinear", "Routing", "moe_loads", "moe_loss"]

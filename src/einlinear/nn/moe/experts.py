@@ -1,0 +1,98 @@
+"""`Experts`: several structured matrices, of which every token meets a few."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from einlinear import ops
+from einlinear.nn.factored import Factored
+from einlinear.nn.known import Known
+from einlinear.nn.moe.mixture import check_experts
+from einlinear.ops.dispatch import autocast_dtype
+from einlinear.structures import Structure
+
+if TYPE_CHECKING:
+    from einlinear.nn.moe.parallel import Exchange
+
+
+class Experts(Factored):
+    """For every token the sum of gate * W_e x over the experts e that it is sent to, plus a bias.
+
+    Only these are multiplied, forward and backward, whatever the load: no token is dropped, no expert has a capacity.
+
+    Args:
+        in_features, out_features: of every expert.
+        structure: of every expert, as for `Linear`.
+        experts: how many.
+        active: how many a token meets, as counted in MACs.
+        bias, normalize, device, dtype, gamma: as for `Linear`; every expert is normalised by itself.
+
+    Shapes:
+        tokens (n, in_features), experts (n, k) int64 and gates (n, k), for any k ≥ 1, to (n, out_features). The factors
+        are parameters of shape (experts, *shape of the factor).
+
+    Raises:
+        ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
+        RuntimeError, IndexError: on call, as `einlinear.ops.grouped_linear`.
+
+    Example:
+        >>> import torch
+        >>> from einlinear.nn import Experts
+        >>> layer = Experts(64, 256, "btt", experts=8, active=2)
+        >>> layer(torch.randn(5, 64), torch.randint(8, (5, 2)), torch.full((5, 2), 0.5)).shape
+        torch.Size([5, 256])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        structure: str | Structure,
+        experts: int,
+        active: int = 1,
+        bias: bool = False,
+        normalize: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gamma: bool = True,
+    ) -> None:
+        check_experts(experts, active)
+        super().__init__(in_features, out_features, structure, bias, normalize, gamma, device, dtype, stack=experts)
+        self.experts, self.active = experts, active
+        self.exchange: Exchange | None = None  # what expert_parallel sets
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        if self.exchange is None:
+            return ops.grouped_linear(self.structure, self.factors(), x, experts, gates, self.bias)
+
+        dtype = autocast_dtype(x)  # so that what travels is no larger than it has to be
+        x = x if dtype is None else x.to(dtype)
+
+        def multiply(tokens: Tensor, own: Tensor) -> Tensor:
+            ones = tokens.new_ones(len(own), 1)
+            return ops.grouped_linear(self.structure, self.factors(), tokens, own[:, None], ones)
+
+        y = self.exchange(x, experts, gates, multiply)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def stacked(self) -> list[str]:
+        """The names of the parameters that have an entry for every expert."""
+        known = super().known()
+        return [name for name in (*known.matrices, *known.scalars) if name in self._parameters]
+
+    def _parameter(self, name: str) -> Tensor:
+        parameter = super()._parameter(name)
+        return parameter if self.exchange is None else self.exchange.own(parameter)
+
+    def known(self) -> Known:
+        known = super().known()
+        return Known(known.matrices, known.vectors, self.active * self.structure.macs, scalars=known.scalars)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, experts={self.experts}, active={self.active}"

@@ -1,0 +1,73 @@
+"""`MoEFeedForward`: whole feed-forward networks as experts, the mixture that others have."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from einlinear.nn.known import Described, Known, Matrix
+from einlinear.nn.moe.experts import Experts
+from einlinear.nn.moe.mixture import Mixture
+
+
+class MoEFeedForward(Mixture, Described):
+    """x + multiplier * sum of gate_e * fc2_e(gelu(fc1_e(norm(x)))) over the `active` experts of largest logit.
+
+    The counterpart of `FeedForward` (Shazeer et al., arXiv 1701.06538, with the gate of `MoELinear`). Experts have no
+    biases.
+
+    Args:
+        width: of the residual stream.
+        experts: how many.
+        active: how many of them a token goes to.
+        structure: of the experts' two layers.
+        expansion: of their hidden layer.
+        bias: whether the norm has one.
+        normalize: of the experts' weights, as for `Linear`, unless they are dense.
+        multiplier: of the branch.
+
+    Shapes:
+        (..., width) to the same.
+
+    Raises:
+        ValueError: as for `MoELinear`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        experts: int = 8,
+        active: int = 2,
+        structure: str = "dense",
+        expansion: int = 4,
+        *,
+        bias: bool = True,
+        normalize: bool = False,
+        multiplier: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.width, self.multiplier = width, multiplier
+        normalize = normalize and structure != "dense"
+        self.norm = nn.LayerNorm(width, bias=bias)
+        self.fc1 = Experts(width, expansion * width, structure, experts, active, normalize=normalize)
+        self.fc2 = Experts(expansion * width, width, structure, experts, active, normalize=normalize)
+        self.make_router(width, experts, active)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The router zero; the norm and the experts have their own."""
+        self.router.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).reshape(-1, self.width)
+        experts, gates, _ = self.route(tokens)
+        experts = experts.reshape(-1, 1)  # from here on every pair of a token and an expert is a token
+        hidden = self.fc1(tokens.repeat_interleave(self.active, 0), experts, torch.ones_like(experts, dtype=x.dtype))
+        out: Tensor = self.fc2(F.gelu(hidden), experts, gates.reshape(-1, 1))
+        out = out.view(-1, self.active, self.width).sum(1).reshape(x.shape)
+        return torch.add(x, out, alpha=self.multiplier)
+
+    def known(self) -> Known:
+        router = Matrix(self.width, self.experts, beside="fc1.weight")
+        return Known({"router": router}, macs=self.width * self.experts)
