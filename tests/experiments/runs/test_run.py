@@ -61,6 +61,7 @@ def test_the_key_is_that_of_what_can_change_the_result() -> None:
         ({"schedule": "square"}, "schedule must be constant or cosine or linear"),
         ({"seed": -1}, "seed must be from 0"),
         ({"accumulate": 3}, "accumulate=3 does not divide the batch_size of 128"),
+        ({"densify_at": 5, "experts": 4}, "mixtures of experts cannot be made"),
         ({"device": "tpu"}, "device must be cpu or cuda"),
     ],
 )

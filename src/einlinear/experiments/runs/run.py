@@ -46,6 +46,8 @@ class Run:
             raise ValueError(
                 f"accumulate={self.training.accumulate} does not divide the batch_size of {self.data.batch_size}"
             )
+        if self.training.densify_at is not None and self.model.experts is not None:
+            raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Run:
