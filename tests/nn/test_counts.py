@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import einlinear as el
 from einlinear.nn import GPT, ReferenceModel, ResidualMLP, ViT
 from einlinear.nn.counts import linear_macs, macs_per_token, params
-from einlinear.nn.models.blocks import Attention, linear_layers
+from einlinear.nn.models.blocks import Attention, Layers
 
 
 def computed(model: nn.Module, x: torch.Tensor) -> int:
@@ -80,7 +80,7 @@ class LoRA(nn.Linear):
         (nn.Bilinear(3, 3, 3), "a Bilinear, are unknown"),
         (LoRA(), "a LoRA, are unknown: it has weights of its own, down, up$"),
         (spectral_norm(nn.Linear(3, 3)), "a ParametrizationList, are unknown"),
-        (Attention(8, 2, linear_layers("dense")), "0 is attention, whose cost depends on the sequence: give tokens="),
+        (Attention(8, 2, Layers("dense").linear), "0 is attention, whose cost depends on the sequence: give tokens="),
     ],
 )
 def test_what_is_not_known_is_not_counted_wrongly(module: Any, message: str) -> None:

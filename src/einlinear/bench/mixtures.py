@@ -154,7 +154,7 @@ class MaskedExperts(nn.Module):
 
     def _some(self, x: Tensor) -> Tensor:
         routing = self.mixture.route(x)
-        gates = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)
+        gates = torch.zeros_like(routing.logits).scatter(1, routing.indices, routing.gates)
         a, b = self.mixture.factors()  # (r, g, 1, f, a) and (r, f, e, g, 1), where r are the experts
         experts, groups, _, outer, inner = a.shape
         first = a.permute(1, 0, 2, 3, 4).reshape(groups, experts * outer, inner)

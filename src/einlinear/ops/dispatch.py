@@ -6,7 +6,7 @@ so it is torch's batched matmuls. A user can force one (`backend`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -175,6 +175,22 @@ def seen(*tensors: Tensor | None) -> str:
     if kinds - {FakeTensor}:
         return "plain"
     return "traced" if kinds or torch._C._len_torch_dispatch_stack() > 0 else "eager"
+
+
+def of_one_dtype(
+    x: Tensor, factors: Sequence[Tensor], bias: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    """All of them as autocast makes them.
+
+    Raises:
+        RuntimeError: it leaves them alone, and the input is of another dtype than the factors.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        return x.to(dtype), [factor.to(dtype) for factor in factors], None if bias is None else bias.to(dtype)
+    if x.dtype != factors[0].dtype:
+        raise RuntimeError(f"the input is of {x.dtype}, but the layer of {factors[0].dtype}: convert one of them")
+    return x, factors, bias
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -25,7 +25,7 @@ def grouped_linear(
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
-    experts: Tensor,
+    indices: Tensor,
     gates: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -36,7 +36,7 @@ def grouped_linear(
         factors: one tensor per factor, in the order of `structure.factors`, each of shape (number of experts, *shape
             of the factor).
         x: (n, in_features), of the dtype of the factors (or under autocast).
-        experts: (n, active), int64, which ones; any load, none for some and all for one included.
+        indices: (n, active), int64, the experts of every token; any load, none for some and all for one included.
         gates: (n, active), their weights.
         bias: (out_features,) or None.
 
@@ -49,44 +49,39 @@ def grouped_linear(
     """
     if x.dim() != 2 or x.shape[1] != structure.in_features:
         raise RuntimeError(f"the input has shape {tuple(x.shape)}, not (n, in_features={structure.in_features})")
-    if experts.shape != gates.shape or experts.dim() != 2 or len(experts) != len(x) or not experts.shape[1]:
+    if indices.shape != gates.shape or indices.dim() != 2 or len(indices) != len(x) or not indices.shape[1]:
         raise RuntimeError(
-            f"experts of shape {tuple(experts.shape)} and gates of shape {tuple(gates.shape)}: "
+            f"indices of shape {tuple(indices.shape)} and gates of shape {tuple(gates.shape)}: "
             f"both must be ({len(x)}, active), with an active expert or more"
         )
     if bias is not None and bias.shape != (structure.out_features,):
         raise RuntimeError(f"the bias has shape {tuple(bias.shape)}, not (out_features={structure.out_features},)")
-    dtype = dispatch.autocast_dtype(x)
-    if dtype is not None:
-        x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
-        bias = None if bias is None else bias.to(dtype)
-    if x.dtype != factors[0].dtype:
-        raise RuntimeError(f"the input is of {x.dtype}, but the layer of {factors[0].dtype}: convert one of them")
+    x, factors, bias = dispatch.of_one_dtype(x, factors, bias)
     gates = gates.to(x.dtype)
     way = dispatch.seen(x, bias, *factors)
     if way == "plain" or dispatch.forced.executor == "reference" or x.is_meta:
-        return _reference(structure, factors, x, experts, gates, bias)
+        return _reference(structure, factors, x, indices, gates, bias)
     if way == "traced":
-        op: Tensor = grouped_op(x, list(factors), experts, gates, bias, structure.spec, structure.out_features)
+        op: Tensor = grouped_op(x, list(factors), indices, gates, bias, structure.spec, structure.out_features)
         return op
     if dispatch.wants_gradients(x, gates, bias, *factors):
-        y: Tensor = _Grouped.apply(structure, x, experts, gates, bias, *factors)  # type: ignore[no-untyped-call]
+        y: Tensor = _Grouped.apply(structure, x, indices, gates, bias, *factors)  # type: ignore[no-untyped-call]
         return y
-    return _forward(structure, factors, x, experts, gates, bias)
+    return _forward(structure, factors, x, indices, gates, bias)
 
 
 def _reference(
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
-    experts: Tensor,
+    indices: Tensor,
     gates: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
     """In plain operators, which compute all experts for all tokens."""
     y = x.new_zeros(x.shape[0], structure.out_features)
     for e in range(factors[0].shape[0]):
-        gate = torch.where(experts == e, gates, 0).sum(1, keepdim=True)
+        gate = torch.where(indices == e, gates, 0).sum(1, keepdim=True)
         y = y + gate * reference.apply(structure, [factor[e] for factor in factors], x, None)
     return y if bias is None else y + bias
 
@@ -101,15 +96,15 @@ def _forward(
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
-    experts: Tensor,
+    indices: Tensor,
     gates: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    executor = _executor(structure, x, experts.numel(), factors[0].shape[0], training=False)
+    executor = _executor(structure, x, indices.numel(), factors[0].shape[0], training=False)
     if executor == "tiles":
-        return tiles.forward_grouped(structure, factors, x, experts, gates, bias)
+        return tiles.forward_grouped(structure, factors, x, indices, gates, bias)
     y = x.new_zeros(x.shape[0], structure.out_features) if bias is None else bias.repeat(x.shape[0], 1)
-    for e, pairs, tokens in _of_experts(experts, factors[0].shape[0]):
+    for e, pairs, tokens in _of_experts(indices, factors[0].shape[0]):
         inputs = x[tokens] * gates.flatten()[pairs, None]
         of_expert = [factor[e] for factor in factors]
         y.index_add_(0, tokens, executors.find(executor).forward(structure, of_expert, inputs, None, False)[0])
@@ -120,16 +115,16 @@ def _backward(
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
-    experts: Tensor,
+    indices: Tensor,
     gates: Tensor,
     grad: Tensor,
     needs_x: bool,
     needs_factors: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """The gradients of x and of the gates, if `needs_x`, and of those of the factors that are needed."""
-    executor = _executor(structure, x, experts.numel(), factors[0].shape[0], training=True)
+    executor = _executor(structure, x, indices.numel(), factors[0].shape[0], training=True)
     if executor == "tiles":
-        return tiles.backward_grouped(structure, factors, x, experts, gates, grad, needs_x, needs_factors)
+        return tiles.backward_grouped(structure, factors, x, indices, gates, grad, needs_x, needs_factors)
     plain = torch.contiguous_format
     grad_x = torch.zeros_like(x, memory_format=plain) if needs_x else None
     grad_gates = torch.empty_like(gates, memory_format=plain) if needs_x else None
@@ -137,7 +132,7 @@ def _backward(
         torch.zeros_like(factor, memory_format=plain) if needed else None
         for factor, needed in zip(factors, needs_factors)
     ]
-    for e, pairs, tokens in _of_experts(experts, factors[0].shape[0]):
+    for e, pairs, tokens in _of_experts(indices, factors[0].shape[0]):
         own, scales = x[tokens], gates.flatten()[pairs, None]
         of_expert = [factor[e] for factor in factors]
         back, of_factors = executors.find(executor).backward(
@@ -152,36 +147,36 @@ def _backward(
     return grad_x, grad_gates, found
 
 
-def _of_experts(experts: Tensor, count: int) -> list[tuple[int, Tensor, Tensor]]:
+def _of_experts(indices: Tensor, count: int) -> list[tuple[int, Tensor, Tensor]]:
     """Of every expert that has any: which pairs are its own, and of which tokens they are."""
-    check_range(experts, count)
-    flat = experts.flatten()
+    check_range(indices, count)
+    flat = indices.flatten()
     parts = flat.argsort(stable=True).split(torch.bincount(flat, minlength=count).tolist())
-    return [(e, pairs, pairs // experts.shape[1]) for e, pairs in enumerate(parts) if len(pairs)]
+    return [(e, pairs, pairs // indices.shape[1]) for e, pairs in enumerate(parts) if len(pairs)]
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, structure: Structure, x: Tensor, experts: Tensor, gates: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any, structure: Structure, x: Tensor, indices: Tensor, gates: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:
         ctx.structure = structure
-        ctx.save_for_backward(x, experts, gates, bias, *factors)
-        return _forward(structure, factors, x, experts, gates, bias)
+        ctx.save_for_backward(x, indices, gates, bias, *factors)
+        return _forward(structure, factors, x, indices, gates, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, experts, gates, bias, *factors = ctx.saved_tensors
+        x, indices, gates, bias, *factors = ctx.saved_tensors
         _, needs_x, _, needs_gates, needs_bias, *needs_factors = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted: let autograd see plain operators
-            inputs = (x, experts, gates, bias, *factors)
+            inputs = (x, indices, gates, bias, *factors)
             wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
-            y = _reference(ctx.structure, factors, x, experts, gates, bias)
+            y = _reference(ctx.structure, factors, x, indices, gates, bias)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
         grad_x, grad_gates, grad_factors = _backward(
-            ctx.structure, factors, x, experts, gates, grad, needs_x or needs_gates, needs_factors
+            ctx.structure, factors, x, indices, gates, grad, needs_x or needs_gates, needs_factors
         )
         return None, grad_x, None, grad_gates, grad.sum(0) if needs_bias else None, *grad_factors
 
@@ -190,21 +185,21 @@ class _Grouped(torch.autograd.Function):
 def grouped_op(
     x: Tensor,
     factors: list[Tensor],
-    experts: Tensor,
+    indices: Tensor,
     gates: Tensor,
     bias: Tensor | None,
     spec: str,
     out_features: int,
 ) -> Tensor:
     """`grouped_linear` as an operator, for what traces."""
-    return _forward(structure_of(spec, x.shape[1], out_features), factors, x, experts, gates, bias)
+    return _forward(structure_of(spec, x.shape[1], out_features), factors, x, indices, gates, bias)
 
 
 @grouped_op.register_fake
 def _(
     x: Tensor,
     factors: list[Tensor],
-    experts: Tensor,
+    indices: Tensor,
     gates: Tensor,
     bias: Tensor | None,
     spec: str,
@@ -215,28 +210,28 @@ def _(
 
 @torch.library.custom_op("einlinear::grouped_linear_backward", mutates_args=())
 def grouped_backward_op(
-    grad: Tensor, x: Tensor, factors: list[Tensor], experts: Tensor, gates: Tensor, spec: str
+    grad: Tensor, x: Tensor, factors: list[Tensor], indices: Tensor, gates: Tensor, spec: str
 ) -> list[Tensor]:
     """The gradients of x, of the gates and of the factors."""
     structure = structure_of(spec, x.shape[1], grad.shape[1])
     needs_factors = [True] * len(factors)
-    grad_x, grad_gates, grad_factors = _backward(structure, factors, x, experts, gates, grad, True, needs_factors)
+    grad_x, grad_gates, grad_factors = _backward(structure, factors, x, indices, gates, grad, True, needs_factors)
     return [g for g in (grad_x, grad_gates, *grad_factors) if g is not None]
 
 
 @grouped_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, factors: list[Tensor], experts: Tensor, gates: Tensor, spec: str) -> list[Tensor]:
+def _(grad: Tensor, x: Tensor, factors: list[Tensor], indices: Tensor, gates: Tensor, spec: str) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gates, *factors)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, factors, experts, gates, _, ctx.spec, _ = inputs
-    ctx.save_for_backward(x, experts, gates, *factors)
+    x, factors, indices, gates, _, ctx.spec, _ = inputs
+    ctx.save_for_backward(x, indices, gates, *factors)
 
 
 def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, experts, gates, *factors = ctx.saved_tensors
-    grad_x, grad_gates, *grad_factors = grouped_backward_op(grad, x, factors, experts, gates, ctx.spec)
+    x, indices, gates, *factors = ctx.saved_tensors
+    grad_x, grad_gates, *grad_factors = grouped_backward_op(grad, x, factors, indices, gates, ctx.spec)
     grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
     return grad_x, grad_factors, None, grad_gates, grad_bias, None, None
 
@@ -245,10 +240,10 @@ grouped_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.einlinear.grouped_linear)
-def _(x: Any, factors: Any, experts: Any, gates: Any, bias: Any, spec: str, out_features: int, **_: Any) -> int:
-    return 2 * int(math.prod(experts)) * structure_of(spec, x[1], out_features).macs
+def _(x: Any, factors: Any, indices: Any, gates: Any, bias: Any, spec: str, out_features: int, **_: Any) -> int:
+    return 2 * int(math.prod(indices)) * structure_of(spec, x[1], out_features).macs
 
 
 @register_flop_formula(torch.ops.einlinear.grouped_linear_backward)
-def _(grad: Any, x: Any, factors: Any, experts: Any, gates: Any, spec: str, **_: Any) -> int:
-    return 4 * int(math.prod(experts)) * structure_of(spec, x[1], grad[1]).macs
+def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, **_: Any) -> int:
+    return 4 * int(math.prod(indices)) * structure_of(spec, x[1], grad[1]).macs

@@ -42,12 +42,7 @@ def linear(
         raise RuntimeError(
             f"the input has shape {tuple(x.shape)}, but its last dimension must be in_features={structure.in_features}"
         )
-    dtype = dispatch.autocast_dtype(x)
-    if dtype is not None:
-        x, factors = x.to(dtype), [factor.to(dtype) for factor in factors]
-        bias = None if bias is None else bias.to(dtype)
-    if x.dtype != factors[0].dtype:
-        raise RuntimeError(f"the input is of {x.dtype}, but the layer of {factors[0].dtype}: convert one of them")
+    x, factors, bias = dispatch.of_one_dtype(x, factors, bias)
     tokens = x.reshape(-1, structure.in_features)
     y = _run(structure, factors, tokens, bias, executor)
     return y.reshape(*x.shape[:-1], structure.out_features)

@@ -123,8 +123,8 @@ def test_the_first_step_spreads_the_tokens(shift: float) -> None:
     assert load.largest < 1.5
     assert moe.last is not None
     torch.testing.assert_close(moe.last.gates, torch.full((4096, 2), 0.5))
-    assert torch.equal(moe.last.experts, moe.route(x).experts)
-    assert not torch.equal(moe.last.experts[:-1].sort().values, moe.last.experts[1:].sort().values)
+    assert torch.equal(moe.last.indices, moe.route(x).indices)
+    assert not torch.equal(moe.last.indices[:-1].sort().values, moe.last.indices[1:].sort().values)
 
 
 def test_experts_start_as_layers_of_their_own() -> None:
@@ -323,7 +323,7 @@ def test_feed_forward_is_the_weighted_sum_of_networks() -> None:
                 gate * (matrices[e][1] @ nn.functional.gelu(matrices[e][0] @ token))
                 for gate, e in zip(gates, experts, strict=True)
             )
-            for token, gates, experts in zip(tokens, routing.gates, routing.experts.tolist(), strict=True)
+            for token, gates, experts in zip(tokens, routing.gates, routing.indices.tolist(), strict=True)
         ]
     )
     torch.testing.assert_close(block(x), x + 0.5 * expected.view(2, 5, 16))

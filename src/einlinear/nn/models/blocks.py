@@ -18,7 +18,7 @@ from einlinear.nn.known import Described, Known
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import MoEFeedForward, MoELinear
 from einlinear.nn.moe.mixture import check_experts
-from einlinear.structures import DoesNotFit
+from einlinear.structures import DoesNotFit, Structure
 from einlinear.structures import structure as make_structure
 
 ROUTED = ("linear", "feed_forward", "both")
@@ -30,19 +30,9 @@ class MakeLayer(Protocol):
     def __call__(self, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module: ...
 
 
-def linear_layers(structure: str, bias: bool = True, normalize: bool = False) -> MakeLayer:
-    """Makes layers of a structure, whose weights are normalised if that is asked for, unless the structure is dense."""
-
-    def make(in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
-        made = make_structure(structure, in_features, out_features)
-        return Linear(in_features, out_features, made, bias, normalize and made.spec != "dense", gamma=gamma)
-
-    return make
-
-
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers of a model's blocks: of a structure, and mixtures of experts where that is asked for.
+    """Makes the layers of a model: of a structure, and mixtures of experts where that is asked for.
 
     Attributes:
         structure: of every linear layer, or of every expert.
@@ -73,10 +63,17 @@ class Layers:
     def linear(self, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
         """A linear layer of the attention, or of a feed-forward network that is no expert."""
         if self.experts is None or self.routed == "feed_forward":
-            return linear_layers(self.structure, self.bias, self.normalize)(in_features, out_features, gamma=gamma)
+            return self.single(in_features, out_features, gamma=gamma)
         made = make_structure(self.structure, in_features, out_features)
-        normalize = self.normalize and made.spec != "dense"
+        normalize = self._normalizes(made)
         return MoELinear(in_features, out_features, made, self.experts, self.active, self.bias, normalize, gamma=gamma)
+
+    def single(
+        self, in_features: int, out_features: int, structure: str | None = None, *, gamma: bool = True
+    ) -> nn.Module:
+        """A linear layer without experts, such as the first or last of a model; by default of the same structure."""
+        made = make_structure(structure or self.structure, in_features, out_features)
+        return Linear(in_features, out_features, made, self.bias, self._normalizes(made), gamma=gamma)
 
     def feed_forward(self, width: int, expansion: int, multiplier: float = 1.0) -> nn.Module:
         """A feed-forward block."""
@@ -89,9 +86,12 @@ class Layers:
             self.structure,
             expansion,
             bias=self.bias,
-            normalize=self.normalize,
+            normalize=self._normalizes(make_structure(self.structure, width, expansion * width)),
             multiplier=multiplier,
         )
+
+    def _normalizes(self, structure: Structure) -> bool:
+        return self.normalize and structure.spec != "dense"
 
 
 class FeedForward(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.nn.counts import macs_per_token
-from einlinear.nn.models.blocks import Attention, Layers, TransformerBlock, linear_layers, stack
+from einlinear.nn.models.blocks import Attention, Layers, TransformerBlock, stack
 from einlinear.nn.models.model import ReferenceModel
 from einlinear.structures import DoesNotFit
 
@@ -102,7 +102,7 @@ class GPT(ReferenceModel):
 
         self.blocks = stack(depth, block)
         self.norm = nn.LayerNorm(width, bias=bias)
-        self.head = linear_layers(head_structure, bias, normalize)(width, vocab)
+        self.head = layers.single(width, vocab, head_structure)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from einlinear.nn.models.blocks import Layers, linear_layers, stack
+from einlinear.nn.models.blocks import Layers, stack
 from einlinear.nn.models.model import ReferenceModel
 
 
@@ -62,8 +62,8 @@ class ResidualMLP(ReferenceModel):
         routed: str = "linear",
     ) -> None:
         super().__init__()
-        self.input = linear_layers(input_structure or structure, bias)(in_features, width)
         layers = Layers(structure, bias, False, experts, active, routed)
+        self.input = layers.single(in_features, width, input_structure)
         self.blocks = stack(depth, lambda: layers.feed_forward(width, expansion))
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)

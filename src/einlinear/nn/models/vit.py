@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear.nn.counts import macs_per_token
-from einlinear.nn.models.blocks import Attention, Layers, TransformerBlock, linear_layers, stack
+from einlinear.nn.models.blocks import Attention, Layers, TransformerBlock, stack
 from einlinear.nn.models.model import ReferenceModel
 
 
@@ -81,9 +81,9 @@ class ViT(ReferenceModel):
             raise ValueError(f"images of {rows} x {columns} cannot be cut into patches of {patch_size} x {patch_size}")
         self.image_shape, self.patch_size = (channels, rows, columns), patch_size
         self.tokens = (rows // patch_size) * (columns // patch_size)
-        self.patches = linear_layers(input_structure or structure, bias, normalize)(channels * patch_size**2, width)
-        self.positions = nn.Embedding(self.tokens, width)
         layers = Layers(structure, bias, normalize, experts, active, routed)
+        self.patches = layers.single(channels * patch_size**2, width, input_structure)
+        self.positions = nn.Embedding(self.tokens, width)
 
         def block() -> TransformerBlock:
             attention = Attention(width, heads, layers.linear, bias=bias, qk_norm=qk_norm)

@@ -1,4 +1,4 @@
-"""`Experts`: several structured matrices, of which every token meets a few."""
+"""`Experts`: several structured matrices of which every token meets a few, and what they share with `MoELinear`."""
 
 from __future__ import annotations
 
@@ -18,32 +18,12 @@ if TYPE_CHECKING:
     from einlinear.nn.moe.parallel import Exchange
 
 
-class Experts(Factored):
-    """For every token the sum of gate * W_e x over the experts e that it is sent to, plus a bias.
+class Stacked(Factored):
+    """Several structured matrices, stacked, of which every token meets a few; constructed as `Experts`.
 
-    Only these are multiplied, forward and backward, whatever the load: no token is dropped, no expert has a capacity.
-
-    Args:
-        in_features, out_features: of every expert.
-        structure: of every expert, as for `Linear`.
-        experts: how many.
-        active: how many a token meets, as counted in MACs.
-        bias, normalize, device, dtype, gamma: as for `Linear`; every expert is normalised by itself.
-
-    Shapes:
-        tokens (n, in_features), experts (n, k) int64 and gates (n, k), for any k ≥ 1, to (n, out_features). The factors
-        are parameters of shape (experts, *shape of the factor).
-
-    Raises:
-        ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
-        RuntimeError, IndexError: on call, as `einlinear.ops.grouped_linear`.
-
-    Example:
-        >>> import torch
-        >>> from einlinear.nn import Experts
-        >>> layer = Experts(64, 256, "btt", experts=8, active=2)
-        >>> layer(torch.randn(5, 64), torch.randint(8, (5, 2)), torch.full((5, 2), 0.5)).shape
-        torch.Size([5, 256])
+    Attributes:
+        experts, active: how many there are, and how many a token meets.
+        exchange: between the processes that divide the experts among them, as `expert_parallel` sets it; or None.
     """
 
     def __init__(
@@ -63,12 +43,13 @@ class Experts(Factored):
         check_experts(experts, active)
         super().__init__(in_features, out_features, structure, bias, normalize, gamma, device, dtype, stack=experts)
         self.experts, self.active = experts, active
-        self.exchange: Exchange | None = None  # what expert_parallel sets
+        self.exchange: Exchange | None = None
         self.reset_parameters()
 
-    def forward(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+    def mix(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
+        """For every token the sum of gate * W_e x over its experts, plus the bias; shapes as in `Experts`."""
         if self.exchange is None:
-            return ops.grouped_linear(self.structure, self.factors(), x, experts, gates, self.bias)
+            return ops.grouped_linear(self.structure, self.factors(), x, indices, gates, self.bias)
 
         dtype = autocast_dtype(x)  # so that what travels is no larger than it has to be
         x = x if dtype is None else x.to(dtype)
@@ -77,7 +58,7 @@ class Experts(Factored):
             ones = tokens.new_ones(len(own), 1)
             return ops.grouped_linear(self.structure, self.factors(), tokens, own[:, None], ones)
 
-        y = self.exchange(x, experts, gates, multiply)
+        y = self.exchange(x, indices, gates, multiply)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
@@ -96,3 +77,35 @@ class Experts(Factored):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, experts={self.experts}, active={self.active}"
+
+
+class Experts(Stacked):
+    """For every token the sum of gate * W_e x over the experts e that it is sent to, plus a bias.
+
+    Only these are multiplied, forward and backward, whatever the load: no token is dropped, no expert has a capacity.
+
+    Args:
+        in_features, out_features: of every expert.
+        structure: of every expert, as for `Linear`.
+        experts: how many.
+        active: how many a token meets, as counted in MACs.
+        bias, normalize, device, dtype, gamma: as for `Linear`; every expert is normalised by itself.
+
+    Shapes:
+        tokens (n, in_features), the indices of their experts (n, k) in int64 and gates (n, k), for any k ≥ 1, to
+        (n, out_features). The factors are parameters of shape (experts, *shape of the factor).
+
+    Raises:
+        ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
+        RuntimeError, IndexError: on call, as `einlinear.ops.grouped_linear`.
+
+    Example:
+        >>> import torch
+        >>> from einlinear.nn import Experts
+        >>> layer = Experts(64, 256, "btt", experts=8, active=2)
+        >>> layer(torch.randn(5, 64), torch.randint(8, (5, 2)), torch.full((5, 2), 0.5)).shape
+        torch.Size([5, 256])
+    """
+
+    def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
+        return self.mix(x, indices, gates)

@@ -24,7 +24,7 @@ class MoEFeedForward(Mixture, Described):
         structure: of the experts' two layers.
         expansion: of their hidden layer.
         bias: whether the norm has one.
-        normalize: of the experts' weights, as for `Linear`, unless they are dense.
+        normalize: of the experts' weights, as for `Linear`.
         multiplier: of the branch.
 
     Shapes:
@@ -48,7 +48,6 @@ class MoEFeedForward(Mixture, Described):
     ) -> None:
         super().__init__()
         self.width, self.multiplier = width, multiplier
-        normalize = normalize and structure != "dense"
         self.norm = nn.LayerNorm(width, bias=bias)
         self.fc1 = Experts(width, expansion * width, structure, experts, active, normalize=normalize)
         self.fc2 = Experts(expansion * width, width, structure, experts, active, normalize=normalize)
@@ -61,10 +60,10 @@ class MoEFeedForward(Mixture, Described):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).reshape(-1, self.width)
-        experts, gates, _ = self.route(tokens)
-        experts = experts.reshape(-1, 1)  # from here on every pair of a token and an expert is a token
-        hidden = self.fc1(tokens.repeat_interleave(self.active, 0), experts, torch.ones_like(experts, dtype=x.dtype))
-        out: Tensor = self.fc2(F.gelu(hidden), experts, gates.reshape(-1, 1))
+        indices, gates, _ = self.route(tokens)
+        indices = indices.reshape(-1, 1)  # from here on every pair of a token and an expert is a token
+        hidden = self.fc1(tokens.repeat_interleave(self.active, 0), indices, torch.ones_like(indices, dtype=x.dtype))
+        out: Tensor = self.fc2(F.gelu(hidden), indices, gates.reshape(-1, 1))
         out = out.view(-1, self.active, self.width).sum(1).reshape(x.shape)
         return torch.add(x, out, alpha=self.multiplier)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from einlinear.nn.known import Known, Matrix
-from einlinear.nn.moe.experts import Experts
+from einlinear.nn.moe.experts import Stacked
 from einlinear.nn.moe.mixture import Mixture
 from einlinear.structures import Structure
 
 
-class MoELinear(Mixture, Experts):
+class MoELinear(Mixture, Stacked):
     """y = sum of gate_e(x) * W_e x over the `active` experts of largest logit, plus a bias; every W_e structured.
 
     With "btt" the experts are the slices of a BTT's rank, routed (Potapczynski et al., arXiv 2410.02117, section on
@@ -68,14 +68,14 @@ class MoELinear(Mixture, Experts):
         if "router" in self._parameters:
             self.router.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise RuntimeError(
                 f"the input has shape {tuple(x.shape)}, but its last dimension must be in_features={self.in_features}"
             )
         tokens = x.reshape(-1, self.in_features)
         routing = self.route(tokens)
-        y = super().forward(tokens, routing.experts, routing.gates)
+        y = self.mix(tokens, routing.indices, routing.gates)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def known(self) -> Known:

@@ -16,19 +16,19 @@ class Routing(NamedTuple):
     """Where the tokens of a batch went.
 
     Attributes:
-        experts: (n, active), the experts of every token; int64.
+        indices: (n, active), the experts of every token; int64.
         gates: (n, active), their weights, which add up to one for every token; differentiable in the router.
         logits: (n, experts), of all experts; differentiable in the router.
     """
 
-    experts: Tensor
+    indices: Tensor
     gates: Tensor
     logits: Tensor
 
     @property
     def counts(self) -> Tensor:
         """(experts,): how many tokens went to each; int64."""
-        flat = self.experts.flatten()
+        flat = self.indices.flatten()
         return flat.new_zeros(self.logits.shape[1]).scatter_add_(0, flat, torch.ones_like(flat))
 
 
@@ -68,8 +68,8 @@ class Mixture:
         wide = torch.promote_types(x.dtype, torch.float32)
         with _without_autocast(x.device.type):
             logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _TIE * _pattern(self.router, wide))
-        experts = _largest(logits.detach(), self.active)
-        routing = Routing(experts, logits.gather(1, experts).softmax(1), logits)
+        indices = _largest(logits.detach(), self.active)
+        routing = Routing(indices, logits.gather(1, indices).softmax(1), logits)
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a backward pass
             self.last = routing
         return routing

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.nn.functional import all_to_all_single
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from einlinear.nn.moe.experts import Experts
+from einlinear.nn.moe.experts import Stacked
 from einlinear.nn.names import plain_modules
 
 
@@ -30,28 +29,28 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
         The names of the parameters that are divided.
 
     Raises:
-        ValueError: no mixture, one whose experts the processes cannot share equally, a mesh of another dimension. The
-            model is as it was.
+        ValueError: no mixture, one whose experts the processes cannot share equally or share already, a mesh of
+            another dimension. The model is as it was.
     """
     if mesh.ndim != 1:
         raise ValueError(f"the mesh has {mesh.ndim} dimensions: experts are divided among the processes of one")
-    layers = {name: module for name, module in plain_modules(model) if isinstance(module, Experts)}
+    layers = {name: module for name, module in plain_modules(model) if isinstance(module, Stacked)}
     if not layers:
         raise ValueError("the model has no layers with experts")
     for name, module in layers.items():
+        if module.exchange is not None:
+            raise ValueError(f"the experts of {name or 'the layer'} are divided already")
         if module.experts % mesh.size():
             raise ValueError(
                 f"{name or 'the layer'} has {module.experts} experts: {mesh.size()} processes cannot share them equally"
             )
-    found: list[str] = []
-    for name, module in layers.items():
+    for module in dict.fromkeys(layers.values()):  # a layer may have several names
         for own in module.stacked:
             parameter = getattr(module, own)
             whole = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
             setattr(module, own, nn.Parameter(whole, requires_grad=parameter.requires_grad))
-            found.append(f"{name}.{own}".lstrip("."))
         module.exchange = Exchange(mesh, module.experts)
-    return found
+    return [f"{name}.{own}".lstrip(".") for name, module in layers.items() for own in module.stacked]
 
 
 class Exchange:
@@ -77,18 +76,18 @@ class Exchange:
         return own
 
     def __call__(
-        self, x: Tensor, experts: Tensor, gates: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
+        self, x: Tensor, indices: Tensor, gates: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """For every token the sum of gate * W_expert x, of which `multiply` does the products.
 
         Args:
             x: (n, in_features); n may differ between processes.
-            experts, gates: (n, active).
+            indices, gates: (n, active).
             multiply: of (m, in_features) tokens and (m,) of this process's experts, to (m, out_features).
         """
-        flat = experts.flatten()
+        flat = indices.flatten()
         order = flat.argsort(stable=True)
-        tokens = order // experts.shape[1]
+        tokens = order // indices.shape[1]
         sent = torch.bincount(flat // self.share, minlength=self.size)
         received = torch.empty_like(sent)
         distributed.all_to_all_single(received, sent, group=self.group)
@@ -100,10 +99,23 @@ class Exchange:
         return back.new_zeros(x.shape[0], back.shape[1]).index_add(0, tokens, back)
 
     def _travel(self, rows: Tensor, there: list[int], here: list[int]) -> Tensor:
-        arrived: Tensor = all_to_all_single(
-            rows.new_empty(sum(here), *rows.shape[1:]), rows.contiguous(), here, there, group=self.group
-        )
+        arrived: Tensor = _Travel.apply(rows, there, here, self.group)  # type: ignore[no-untyped-call]
         return arrived
+
+
+class _Travel(torch.autograd.Function):
+    """The first `there[0]` rows to the first process and so on; `here` as many come from each. Gradients go back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, there: list[int], here: list[int], group: distributed.ProcessGroup) -> Tensor:
+        ctx.there, ctx.here, ctx.group = there, here, group
+        arrived = rows.new_empty(sum(here), *rows.shape[1:])
+        distributed.all_to_all_single(arrived, rows.contiguous(), here, there, group=group)
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Travel.apply(grads[0], ctx.here, ctx.there, ctx.group), None, None, None  # type: ignore[no-untyped-call]
 
 
 class _Share(torch.autograd.Function):

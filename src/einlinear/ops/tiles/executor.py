@@ -90,33 +90,16 @@ def forward_grouped(
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
-    experts: Tensor,
+    indices: Tensor,
     gates: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
     """For every token the sum over its experts of W_expert (gate * x), plus a bias; see `ops.grouped`."""
-    program, x, gates = program_of(structure), x.contiguous(), gates.contiguous()
-    held = [factor.contiguous() for factor in factors]
     bias = None if bias is None else bias.contiguous()
-    threads = _threads(structure.macs * gates.numel())
-    block, first, order = _pairs(experts, len(held[0]), threads)
     y = x.new_empty(x.shape[0], structure.out_features)
     if y.numel():
-        _function("forward_grouped", x.dtype)(
-            program.address,
-            program.pointers(*(factor.data_ptr() for factor in held)),
-            first.data_ptr(),
-            order.data_ptr(),
-            gates.data_ptr(),
-            x.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.shape[0],
-            block,
-            len(held[0]),
-            gates.shape[1],
-            threads,
-        )
+        last = (None if bias is None else bias.data_ptr(), y.data_ptr())
+        _run_grouped("forward_grouped", structure, factors, x, indices, gates, *last)
     return y
 
 
@@ -124,59 +107,85 @@ def backward_grouped(
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
-    experts: Tensor,
+    indices: Tensor,
     gates: Tensor,
     grad: Tensor,
     needs_x: bool,
     needs_factors: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """The gradients of x and of the gates, if they are needed, and of those of the stacked factors that are."""
-    program, x, gates, grad = program_of(structure), x.contiguous(), gates.contiguous(), grad.contiguous()
+    grad = grad.contiguous()
+    grad_x, grad_gates = (_fresh(x), _fresh(gates)) if needs_x else (None, None)
+    found = [_fresh(factor) if wanted else None for factor, wanted in zip(factors, needs_factors, strict=True)]
+    _run_grouped(
+        "backward_grouped",
+        structure,
+        factors,
+        x,
+        indices,
+        gates,
+        grad.data_ptr(),
+        None if grad_x is None else grad_x.data_ptr(),
+        None if grad_gates is None else grad_gates.data_ptr(),
+        program_of(structure).pointers(*(None if g is None else g.data_ptr() for g in found)),
+    )
+    return grad_x, grad_gates, found
+
+
+def _run_grouped(
+    role: str,
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    *pointers: object,
+) -> None:
+    """Call the kernel of a role with what both have in common, and its own pointers after the input's."""
+    program, x, gates = program_of(structure), x.contiguous(), gates.contiguous()
     held = [factor.contiguous() for factor in factors]
     threads = _threads(structure.macs * gates.numel())
-    block, first, order = _pairs(experts, len(held[0]), threads)
-    grad_x, grad_gates = (torch.empty_like(x), torch.empty_like(gates)) if needs_x else (None, None)
-    found = [torch.empty_like(factor) if wanted else None for factor, wanted in zip(held, needs_factors, strict=True)]
-    _function("backward_grouped", x.dtype)(
+    block, first, order = _pairs(indices, len(held[0]), threads)
+    _function(role, x.dtype)(
         program.address,
         program.pointers(*(factor.data_ptr() for factor in held)),
         first.data_ptr(),
         order.data_ptr(),
         gates.data_ptr(),
         x.data_ptr(),
-        grad.data_ptr(),
-        None if grad_x is None else grad_x.data_ptr(),
-        None if grad_gates is None else grad_gates.data_ptr(),
-        program.pointers(*(None if g is None else g.data_ptr() for g in found)),
+        *pointers,
         x.shape[0],
         block,
         len(held[0]),
         gates.shape[1],
         threads,
     )
-    return grad_x, grad_gates, found
 
 
-def _pairs(experts: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tensor]:
+def _fresh(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _pairs(indices: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tensor]:
     """How many tokens make a block, and the pairs of a token and an expert, sorted by block and expert: where those of
     every (block, expert) begin, and which they are."""
-    check_range(experts, count)
-    n, active = experts.shape
+    check_range(indices, count)
+    n, active = indices.shape
     # a block should have some full tiles of every expert, and every thread needs one
     block = max(1, min(-(-n // threads), -(-_PAIRS * count // active)))
-    keys = experts
+    keys = indices
     if block < n:
-        keys = experts + (torch.arange(n, device=experts.device) // block * count)[:, None]
+        keys = indices + (torch.arange(n, device=indices.device) // block * count)[:, None]
     blocks = -(-n // block)
-    first = experts.new_zeros(blocks * count + 1)
+    first = indices.new_zeros(blocks * count + 1)
     torch.cumsum(torch.bincount(keys.flatten(), minlength=blocks * count), 0, out=first[1:])
     return block, first, keys.flatten().argsort(stable=True)
 
 
-def check_range(experts: Tensor, count: int) -> None:
+def check_range(indices: Tensor, count: int) -> None:
     """Raise IndexError for an expert that is none of so many."""
-    if experts.numel():
-        low, high = (int(bound) for bound in experts.aminmax())
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= count:
             raise IndexError(f"expert {low if low < 0 else high}: there are {count}, from 0 to {count - 1}")
 
