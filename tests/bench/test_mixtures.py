@@ -41,6 +41,16 @@ def test_all_variants_are_timed(mode: str) -> None:
     assert all(spread.median > 0 for spread in result.seconds.values())
 
 
+def test_executors_and_dtypes_by_themselves() -> None:
+    chosen = mixtures.cases([(16, 16)], [8], ["train"], ["float32", "bfloat16"], executors=["bmm"])
+    assert [str(case) for case in chosen] == [
+        "btt, 16 → 16, 8 tokens, train, bmm",
+        "btt, 16 → 16, 8 tokens, train, bfloat16, bmm",
+    ]
+    for case in chosen:
+        assert mixtures.measure(case, 0).ratios[ours(COMPARED)][RANK].median > 0
+
+
 def test_claims_can_be_missed() -> None:
     def said(ratio: float, case: Case) -> list[str]:
         spread = Spread(ratio, ratio, ratio)
@@ -63,4 +73,7 @@ def test_command(tmp_path: Path) -> None:
     assert "all experts, masked" in (tmp_path / "moe.md").read_text(encoding="utf-8")
     assert len(json.loads((tmp_path / "moe.json").read_text(encoding="utf-8"))["results"]) == 1
     assert_refused(run(*tiny, "--passes", "decode"), "unknown pass 'decode'")
+    assert_refused(run(*tiny, "--executors", "abacus"), "unknown executor 'abacus'")
+    if not torch.cuda.is_available():
+        assert_refused(run(*tiny, "--device", "cuda"), "there is no CUDA device here")
     assert_refused(run(*tiny, "--structures", "monarch"), "--structures has no meaning for --suite moe")

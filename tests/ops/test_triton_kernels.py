@@ -24,7 +24,7 @@ import einlinear as el
 from einlinear import ops
 from einlinear.ops import reference
 from einlinear.ops.triton_kernels import executor as kernels
-from einlinear.ops.triton_kernels import tile_sizes
+from einlinear.ops.triton_kernels import launch, tile_sizes
 from einlinear.ops.triton_kernels.steps import plan
 from einlinear.structures import DoesNotFit, Structure
 
@@ -33,7 +33,7 @@ if importlib.util.find_spec("triton") is None:
         raise RuntimeError("triton is not installed, so its kernels would go untested: pip install triton")
     pytest.skip("triton is not installed", allow_module_level=True)
 
-INTERPRETED = kernels.interpreting()
+INTERPRETED = launch.interpreting()
 RUNS = INTERPRETED or torch.cuda.is_available()
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
 H100 = tile_sizes.Device(132, 232_448)
@@ -101,7 +101,7 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, kernels are compiled for one tile, not for all that could be faster."""
-    monkeypatch.setattr(kernels, "TUNE", False)
+    monkeypatch.setattr(launch, "TUNE", False)
 
 
 @pytest.mark.skipif(RUNS, reason="the tests run here")
@@ -193,7 +193,7 @@ class TestKernels:
     @pytest.mark.skipif(INTERPRETED, reason="there is nothing to measure in the interpreter")
     @pytest.mark.parametrize("design", ["steps", "fused"])
     def test_tuned(self, monkeypatch: pytest.MonkeyPatch, design: str) -> None:
-        monkeypatch.setattr(kernels, "TUNE", True)
+        monkeypatch.setattr(launch, "TUNE", True)
         s, factors, x, bias, grad = draw("kronecker", 256, 256, 1000, torch.bfloat16)
         exact = by_torch(s, double(factors), x.double(), bias.double(), grad.double())
         y, saved = kernels.forward(s, factors, x, bias, True, design)
@@ -206,6 +206,121 @@ class TestKernels:
             kernels.forward(s, factors, x, bias, False, "fused")
         with pytest.raises(ValueError, match="choose steps or fused"):
             kernels.forward(s, factors, x, bias, False, "spilled")
+
+
+LOADS: dict[str, Callable[[int, int], Tensor]] = {
+    "random": lambda n, active: torch.rand(n, 5).topk(active).indices,
+    "the same experts": lambda n, active: torch.arange(active).expand(n, active),
+    "one is empty": lambda n, active: 1 + torch.rand(n, 4).topk(active).indices,
+}
+
+
+class TestGrouped:
+    """Products with one of several matrices, chosen for every token."""
+
+    __test__ = RUNS
+
+    @staticmethod
+    def draw(spec: str, features: tuple[int, int], n: int, active: int, load: str, dtype: torch.dtype) -> Any:
+        """A structure; stacked factors, the experts of every token; x, gates, bias and the output's gradient."""
+        s, _, x, bias, grad = draw(spec, *features, n, dtype)
+        torch.manual_seed(0)
+        factors = [(torch.randn(5, *f.shape) / f.fan_in**0.5).to(DEVICE, dtype) for f in s.factors]
+        gates = torch.rand(n, active).to(DEVICE, dtype)
+        return s, factors, LOADS[load](n, active).to(DEVICE), x, gates, bias, grad
+
+    @staticmethod
+    def by_reference(
+        s: Structure, factors: list[Tensor], indices: Tensor, x: Tensor, gates: Tensor, bias: Tensor, grad: Tensor
+    ) -> list[Tensor]:
+        """The output and the gradients of x, gates and factors, in plain operators."""
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, gates, *factors)]
+        with el.backend("reference"):
+            y = ops.grouped_linear(s, inputs[2:], inputs[0], indices, inputs[1], bias)
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+    @pytest.mark.parametrize(
+        ("features", "n", "active", "load", "dtype"),
+        [
+            ((16, 23), 80, 2, "random", torch.float32),
+            ((23, 16), 40, 3, "the same experts", torch.bfloat16),
+            ((16, 16), 30, 1, "one is empty", torch.float16),
+            ((16, 16), 1, 2, "random", torch.float32),
+        ],
+    )
+    @pytest.mark.parametrize("spec", ["btt(rank=2)", "low_rank(rank=4)", "dense", "dyad"])
+    def test_output_and_gradients(
+        self, spec: str, features: tuple[int, int], n: int, active: int, load: str, dtype: torch.dtype
+    ) -> None:
+        s, factors, indices, x, gates, bias, grad = self.draw(spec, features, n, active, load, dtype)
+        exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
+        theirs = map(error, self.by_reference(s, factors, indices, x, gates, bias, grad), exact)
+        floor = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+        bounds = [max(floor, ERROR * one) for one in theirs]
+        if INTERPRETED and dtype == torch.bfloat16:
+            bounds = [2 * bound for bound in bounds]
+        y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
+        found = kernels.backward_grouped(s, factors, x, indices, gates, grad, True, [True] * len(factors))
+        for mine, wanted, bound in zip([y, *found[:2], *found[2]], exact, bounds, strict=True):
+            assert mine is not None
+            assert mine.dtype == dtype
+            assert error(mine, wanted) <= bound
+
+    @pytest.mark.parametrize("spec", ["btt", "dyad", "tt(rank=2, cores=3)"])
+    def test_only_what_is_wanted(self, spec: str) -> None:
+        s, factors, indices, x, gates, _, grad = self.draw(spec, (16, 16), 8, 2, "random", torch.float32)
+        grads = (x, indices, gates, grad)
+        whole = kernels.backward_grouped(s, factors, *grads, True, [True] * len(factors))
+        for wanted in range(len(factors) + 1):
+            needs = [wanted == i for i in range(len(factors))]
+            needs_x = wanted == len(factors)
+            found = kernels.backward_grouped(s, factors, *grads, needs_x, needs)
+            for mine, same, need in zip([*found[:2], *found[2]], [*whole[:2], *whole[2]], [needs_x] * 2 + needs):
+                if not need:
+                    assert mine is None
+                    continue
+                assert mine is not None
+                torch.testing.assert_close(mine, same)
+
+    def test_bad_tokens_spoil_only_their_experts(self) -> None:
+        s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 60, 1, "random", torch.float32)
+        bad = [0, 59]  # the first and the last, which is where those of empty slots would be looked up
+        x[bad], gates[bad] = torch.nan, torch.nan
+        y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
+        assert y.isnan().all(1).nonzero().flatten().tolist() == bad
+        assert y.isnan().any(1).nonzero().flatten().tolist() == bad
+        _, grad_gates, grads = kernels.backward_grouped(s, factors, x, indices, gates, grad, True, [True, True])
+        assert grad_gates is not None
+        assert grad_gates.isnan().nonzero()[:, 0].tolist() == bad
+        for of_factor in grads:
+            assert of_factor is not None
+            spoilt = of_factor.flatten(1).isnan().any(1).nonzero().flatten().tolist()
+            assert spoilt == sorted({*indices[bad].flatten().tolist()})
+            assert len(spoilt) < 5
+
+    def test_no_tokens_and_any_strides(self) -> None:
+        s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 20, 2, "random", torch.float32)
+        assert kernels.forward_grouped(s, factors, x[:0], indices[:0], gates[:0], bias).shape == (0, 16)
+        nothing = kernels.backward_grouped(s, factors, x[:0], indices[:0], gates[:0], grad[:0], True, [True, True])
+        assert [tuple(t.shape) for t in nothing[:2] if t is not None] == [(0, 16), (0, 2)]
+        assert not any(t is None or t.any() for t in nothing[2])
+        exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
+        x, grad, indices, gates = (t.T.contiguous().T for t in (x, grad, indices, gates))
+        factors = [factor.transpose(0, -1).contiguous().transpose(0, -1) for factor in factors]
+        y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
+        found = kernels.backward_grouped(s, factors, x, indices, gates, grad, True, [True, True])
+        assert max(map(error, [y, *found[:2], *found[2]], exact)) < 2e-6
+
+    def test_in_a_layer(self) -> None:
+        torch.manual_seed(0)
+        layer = el.MoELinear(16, 24, "btt", experts=4, normalize=True, device=DEVICE)
+        x = torch.randn(50, 16, device=DEVICE)
+        outputs = []
+        for executor in ("triton", "reference"):
+            with el.backend(executor):
+                y = layer(x)
+                outputs.append([y.detach(), *torch.autograd.grad(y.square().mean(), list(layer.parameters()))])
+        assert max(map(error, *outputs)) < 2e-6
 
 
 class TestPlans:
@@ -227,9 +342,9 @@ class TestPlans:
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("highest")
-            assert kernels._precision(torch.float32) == "ieee"
+            assert launch._precision(torch.float32) == "ieee"
             torch.set_float32_matmul_precision("high")
-            assert kernels._precision(torch.float32) == "tf32"
+            assert launch._precision(torch.float32) == "tf32"
         finally:
             torch.set_float32_matmul_precision(before)
 
@@ -303,12 +418,18 @@ class TestCompiled:
             launches.append((kernel, found[0], args, constants))
 
         monkeypatch.setattr(tile_sizes, "device_limits", lambda device: H100)
-        monkeypatch.setattr(kernels, "_launch", record)
+        monkeypatch.setattr(launch, "_launch", record)
         s = el.structure(spec, in_features, out_features)
         factors = [torch.empty(f.shape, dtype=dtype) for f in s.factors]
         x, bias, grad = (torch.empty(n, dtype=dtype) for n in ((4096, in_features), out_features, (4096, out_features)))
         _, saved = kernels.forward(s, factors, x, bias, True, design)
         kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+        if design == "steps":
+            experts = torch.arange(8192).view(4096, 2) % 8
+            stacked = [torch.empty(8, *f.shape, dtype=dtype) for f in s.factors]
+            gates = torch.zeros(4096, 2, dtype=dtype)
+            kernels.forward_grouped(s, stacked, x, experts, gates, bias)
+            kernels.backward_grouped(s, stacked, x, experts, gates, grad, True, [True] * len(factors))
         assert launches
         for kernel, tile, args, constants in launches:
             compiled = compile_for_hopper(kernel, tile, args, constants)
@@ -323,7 +444,7 @@ def compile_for_hopper(kernel: Any, tile: tile_sizes.Tile, args: Sequence[Any], 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
     constants = {**constants, **dict(tile.blocks)}
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -335,5 +456,5 @@ def compile_for_hopper(kernel: Any, tile: tile_sizes.Tile, args: Sequence[Any], 
         if isinstance(value, Tensor) or value % 16 == 0:
             aligned[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **kernels.OPTIONS}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **launch.OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

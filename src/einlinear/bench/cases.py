@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from einlinear.structures import Structure, structure
 MODES = ("forward", "train", "decode")
 DECODED = 16  # tokens, at most, of a decoding step
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+DEVICES = ("cpu", "cuda")
 
 _SHARE = re.compile(r"\{d/(\d+)\}")
 
@@ -112,12 +114,9 @@ class Suite:
         Raises:
             ValueError: a structure, pass, dtype or device that there is not; nothing to measure.
         """
-        for name, given, known in (("pass", self.modes, MODES), ("dtype", self.dtypes, DTYPES)):
-            for value in given:
-                if value not in known:
-                    raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"unknown device {self.device!r}: choose cpu or cuda")
+        check("pass", self.modes, MODES)
+        check("dtype", self.dtypes, DTYPES)
+        check("device", [self.device], DEVICES)
         if min(self.tokens, default=0) < 1:
             raise ValueError("the numbers of tokens must be positive")
         found = [
@@ -176,6 +175,13 @@ SUITES = {
         settings=Settings(budget=0.25, compiled=True),
     ),
 }
+
+
+def check(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for a name that is none of those known."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
 
 
 def choose(name: str, **options: Any) -> Suite:

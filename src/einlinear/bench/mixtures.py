@@ -15,15 +15,19 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from einlinear.bench.cases import DEVICES, DTYPES, check
 from einlinear.bench.machine import Machine
 from einlinear.bench.tables import Table, number
 from einlinear.bench.timing import Spread, interleave, spread
 from einlinear.files import write_text
 from einlinear.nn import Linear, MoELinear
+from einlinear.ops.dispatch import backend
+from einlinear.ops.executors import EXECUTORS
 
 EXPERTS = (8, 16, 32, 64)
 COMPARED = 16  # experts, where mixtures are compared with something else
@@ -45,9 +49,14 @@ class Case:
     out_features: int
     tokens: int
     mode: str
+    dtype: str = "float32"
+    device: str = "cpu"
+    executor: str | None = None  # None: the dispatcher's choice
 
     def __str__(self) -> str:
-        return f"btt, {self.in_features} → {self.out_features}, {self.tokens} tokens, {self.mode}"
+        usual = {"float32", "cpu", None}
+        unusual = [f", {own}" for own in (self.dtype, self.device, self.executor) if own not in usual]
+        return f"btt, {self.in_features} → {self.out_features}, {self.tokens} tokens, {self.mode}{''.join(unusual)}"
 
 
 @dataclass(frozen=True)
@@ -83,14 +92,27 @@ class Result:
 
 
 def cases(
-    sizes: Iterable[tuple[int, int]] | None, tokens: Sequence[int] | None, modes: Sequence[str] | None
+    sizes: Iterable[tuple[int, int]] | None = None,
+    tokens: Sequence[int] | None = None,
+    modes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    device: str | None = None,
+    executors: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The grid. Raises ValueError for a pass that there is not."""
-    for mode in modes or ():
-        if mode not in MODES:
-            raise ValueError(f"unknown pass {mode!r}: mixtures are measured in {' and '.join(MODES)}")
+    """The grid; of every executor by itself, where some are given. Raises ValueError for what there is not."""
+    check("pass", modes or (), MODES)
+    check("dtype", dtypes or (), DTYPES)
+    check("device", [device or DEVICES[0]], DEVICES)
+    check("executor", executors or (), EXECUTORS)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here")
     return [
-        Case(*size, count, mode) for size in sizes or SIZES for count in tokens or (TOKENS,) for mode in modes or MODES
+        Case(*size, count, mode, dtype, device or DEVICES[0], executor)
+        for size in sizes or SIZES
+        for count in tokens or (TOKENS,)
+        for mode in modes or MODES
+        for dtype in dtypes or ("float32",)
+        for executor in executors or (None,)
     ]
 
 
@@ -98,13 +120,19 @@ def measure(case: Case, budget: float) -> Result:
     """Time all variants of a case in turns.
 
     Raises:
-        RuntimeError: a mixture computes something else than its masked counterpart.
+        RuntimeError: a mixture computes something else than its masked counterpart, or the executor cannot run here.
     """
+    with backend(case.executor):
+        return _measure(case, budget)
+
+
+def _measure(case: Case, budget: float) -> Result:
     torch.manual_seed(0)
+    where: dict[str, Any] = {"device": case.device, "dtype": DTYPES[case.dtype]}
     calls: dict[str, Callable[[], object]] = {}
     size = (case.in_features, case.out_features)
-    x = torch.randn(case.tokens, case.in_features, requires_grad=case.mode == "train")
-    grad = torch.randn(case.tokens, case.out_features)
+    x = torch.randn(case.tokens, case.in_features, **where, requires_grad=case.mode == "train")
+    grad = torch.randn(case.tokens, case.out_features, **where)
 
     def add(name: str, run: Callable[[Tensor], Tensor], weights: Iterable[Tensor]) -> None:
         leaves = [x, *weights]
@@ -118,7 +146,7 @@ def measure(case: Case, budget: float) -> Result:
         calls[name] = step
 
     for experts in EXPERTS:
-        mixture = MoELinear(*size, "btt", experts, ACTIVE, bias=False)
+        mixture = MoELinear(*size, "btt", experts, ACTIVE, bias=False, **where)
         nn.init.normal_(mixture.router, std=case.in_features**-0.5)
         add(ours(experts), mixture, mixture.parameters())
         if experts == COMPARED:
@@ -126,11 +154,11 @@ def measure(case: Case, budget: float) -> Result:
             _check(mixture, all_of_them, x)
             add(MASKED, all_of_them, mixture.parameters())
     for name, rank in ((RANK, ACTIVE), (ALL, COMPARED)):
-        layer = Linear(*size, f"btt(rank={rank})", bias=False)
+        layer = Linear(*size, f"btt(rank={rank})", bias=False, **where)
         add(name, layer, layer.parameters())
     for call in calls.values():
         call()
-    found = interleave(calls, "cpu", budget)
+    found = interleave(calls, case.device, budget)
     ratios: dict[str, dict[str, Spread]] = {}
     for a, b in {(ours(COMPARED), over) for over in (RANK, MASKED, ALL)} | {(c.variant, c.over) for c in CLAIMS}:
         ratios.setdefault(a, {})[b] = spread([mine / theirs for mine, theirs in zip(found[a], found[b], strict=True)])
@@ -160,7 +188,7 @@ class MaskedExperts(nn.Module):
         first = a.permute(1, 0, 2, 3, 4).reshape(groups, experts * outer, inner)
         second = b.permute(1, 2, 3, 0, 4).reshape(outer, -1, groups * experts)
         z = first @ x.view(-1, groups, inner).permute(1, 2, 0)  # (g, r f, tokens)
-        z = z.view(groups, experts, outer, -1) * gates.T[:, None]
+        z = z.view(groups, experts, outer, -1) * gates.T[:, None].to(z.dtype)
         y = second @ z.permute(2, 0, 1, 3).flatten(1, 2)  # (f, e, tokens)
         return y.permute(2, 0, 1).reshape(len(x), -1)
 
@@ -169,7 +197,7 @@ class MaskedExperts(nn.Module):
 def _check(mixture: nn.Module, other: nn.Module, x: Tensor) -> None:
     y, expected = mixture(x), other(x)
     off = float((y - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    if not off < 1e-5:
+    if not off < (1e-5 if x.dtype == torch.float32 else 0.02):
         raise RuntimeError(f"the mixture is off by {off:.1e} of its size")
 
 
@@ -203,7 +231,11 @@ def conclusions(results: Iterable[Result]) -> Table:
         for claim in CLAIMS:
             case = result.case
             most = claim.most.get(case.mode)
-            if most is not None and min(case.in_features, case.out_features, case.tokens) >= LEAST:
+            if (
+                case.device == "cpu"
+                and most is not None
+                and min(case.in_features, case.out_features, case.tokens) >= LEAST
+            ):
                 found = result.ratios[claim.variant][claim.over].median
                 verdict = "passed" if found <= most else f"missed by {found / most - 1:.0%}"
                 shown = f"{number(found)} ≤ {number(most)}" if found <= most else f"{number(found)} > {number(most)}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from einlinear.cli.parsing import numbers, specs
 from einlinear.cli.running import command_line
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
+    from einlinear.bench.mixtures import Case
     from einlinear.bench.run import Recorder
     from einlinear.bench.tables import Table
 
@@ -80,13 +81,13 @@ def bench(
     """
     import torch
 
-    from einlinear.bench import changes, claims, plot, tables
+    from einlinear.bench import changes, claims, mixtures, plot, tables
     from einlinear.bench.cases import choose
     from einlinear.bench.results import read
     from einlinear.bench.run import FILE, Recorder
 
     with user_errors():
-        grid = {
+        grid: dict[str, Any] = {
             "structures": specs(structures),
             "sizes": _sizes(sizes),
             "tokens": numbers(tokens, "--tokens"),
@@ -98,20 +99,13 @@ def bench(
         if threads is not None:
             torch.set_num_threads(threads)
         if suite == MIXTURES:
-            useless: dict[str, object] = {
-                "structures": structures,
-                "dtype": dtypes,
-                "device": device,
-                "bias": bias,
-                "variants": variants,
-            }
-            useless |= {"executors": executors, "compile": compiled, "compare": compared}
+            useless: dict[str, object] = {"structures": structures, "bias": bias, "variants": variants}
+            useless |= {"compile": compiled, "compare": compared}
             for name, value in useless.items():
                 if value not in (None, False):
-                    raise ValueError(
-                        f"--{name} has no meaning for --suite {MIXTURES}: btt experts, float32, on the CPU"
-                    )
-            _mixtures(_sizes(sizes), numbers(tokens, "--tokens"), _words(passes), budget, out)
+                    raise ValueError(f"--{name} has no meaning for --suite {MIXTURES}, which is of btt experts")
+            own = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
+            _mixtures(mixtures.cases(**own, executors=_words(executors)), budget, out)
             return
         past = None if compared is None else read(compared / FILE if compared.is_dir() else compared)
         chosen = choose(suite or "quick", **grid, executors=_words(executors), compiled=compiled, budget=budget)
@@ -146,19 +140,12 @@ def bench(
         raise typer.Exit(1)
 
 
-def _mixtures(
-    sizes: tuple[tuple[int, int], ...] | None,
-    tokens: tuple[int, ...] | None,
-    passes: tuple[str, ...] | None,
-    budget: float | None,
-    out: Path | None,
-) -> None:
+def _mixtures(cases: Sequence[Case], budget: float | None, out: Path | None) -> None:
     """Measure mixtures of experts, all anew."""
     from einlinear.bench import mixtures
     from einlinear.bench.machine import this_machine
 
-    folder, machine = out or Path("results") / f"bench-{MIXTURES}", this_machine("cpu")
-    cases = mixtures.cases(sizes, tokens, passes)
+    folder, machine = out or Path("results") / f"bench-{MIXTURES}", this_machine(cases[0].device)
     display.note(str(machine))
     results = []
     with display.progress() as progress:

@@ -41,6 +41,30 @@ class Executor(Protocol):
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradients of x and of the factors; what was not saved is computed again."""
 
+    def forward_grouped(
+        self,
+        structure: Structure,
+        factors: Sequence[Tensor],
+        x: Tensor,
+        indices: Tensor,
+        gates: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """For every token the sum over its experts of W_expert (gate * x), plus a bias; see `ops.grouped`."""
+
+    def backward_grouped(
+        self,
+        structure: Structure,
+        factors: Sequence[Tensor],
+        x: Tensor,
+        indices: Tensor,
+        gates: Tensor,
+        grad: Tensor,
+        needs_x: bool,
+        needs_factors: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """The gradients of x and of the gates, if `needs_x`, and those of the stacked factors that are needed."""
+
 
 @dataclass(frozen=True)
 class Declaration:

@@ -16,8 +16,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from einlinear.ops import dispatch, executors, reference
 from einlinear.ops.autograd import structure_of
-from einlinear.ops.tiles import executor as tiles
-from einlinear.ops.tiles.executor import check_range
 from einlinear.structures import Structure
 
 
@@ -86,10 +84,17 @@ def _reference(
     return y if bias is None else y + bias
 
 
-def _executor(structure: Structure, x: Tensor, pairs: int, experts: int, training: bool) -> str:
-    """What computes the products of an expert of average load; torch's batched matmuls where that is plain torch."""
-    chosen = dispatch.choose(structure, max(1, pairs // experts), x.dtype, x.device, training).executor
-    return "bmm" if chosen == "reference" else chosen
+def _executor(
+    structure: Structure, factors: Sequence[Tensor], x: Tensor, indices: Tensor, training: bool
+) -> executors.Executor:
+    """What is the fastest for an expert of average load; torch's batched matmuls where that is plain torch."""
+    experts = len(factors[0])
+    if indices.is_cpu and indices.numel():  # a GPU finds out by itself
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= experts:
+            raise IndexError(f"expert {low if low < 0 else high}: there are {experts}, from 0 to {experts - 1}")
+    chosen = dispatch.choose(structure, max(1, indices.numel() // experts), x.dtype, x.device, training).executor
+    return executors.find("bmm" if chosen == "reference" else chosen)
 
 
 def _forward(
@@ -100,15 +105,8 @@ def _forward(
     gates: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    executor = _executor(structure, x, indices.numel(), factors[0].shape[0], training=False)
-    if executor == "tiles":
-        return tiles.forward_grouped(structure, factors, x, indices, gates, bias)
-    y = x.new_zeros(x.shape[0], structure.out_features) if bias is None else bias.repeat(x.shape[0], 1)
-    for e, pairs, tokens in _of_experts(indices, factors[0].shape[0]):
-        inputs = x[tokens] * gates.flatten()[pairs, None]
-        of_expert = [factor[e] for factor in factors]
-        y.index_add_(0, tokens, executors.find(executor).forward(structure, of_expert, inputs, None, False)[0])
-    return y
+    executor = _executor(structure, factors, x, indices, training=False)
+    return executor.forward_grouped(structure, factors, x, indices, gates, bias)
 
 
 def _backward(
@@ -122,37 +120,8 @@ def _backward(
     needs_factors: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """The gradients of x and of the gates, if `needs_x`, and of those of the factors that are needed."""
-    executor = _executor(structure, x, indices.numel(), factors[0].shape[0], training=True)
-    if executor == "tiles":
-        return tiles.backward_grouped(structure, factors, x, indices, gates, grad, needs_x, needs_factors)
-    plain = torch.contiguous_format
-    grad_x = torch.zeros_like(x, memory_format=plain) if needs_x else None
-    grad_gates = torch.empty_like(gates, memory_format=plain) if needs_x else None
-    found = [
-        torch.zeros_like(factor, memory_format=plain) if needed else None
-        for factor, needed in zip(factors, needs_factors)
-    ]
-    for e, pairs, tokens in _of_experts(indices, factors[0].shape[0]):
-        own, scales = x[tokens], gates.flatten()[pairs, None]
-        of_expert = [factor[e] for factor in factors]
-        back, of_factors = executors.find(executor).backward(
-            structure, of_expert, own * scales, grad[tokens], [], needs_x, needs_factors
-        )
-        if grad_x is not None and grad_gates is not None and back is not None:
-            grad_x.index_add_(0, tokens, back * scales)
-            grad_gates.view(-1)[pairs] = (back * own).sum(1)
-        for total, of_factor in zip(found, of_factors):
-            if total is not None and of_factor is not None:
-                total[e] = of_factor
-    return grad_x, grad_gates, found
-
-
-def _of_experts(indices: Tensor, count: int) -> list[tuple[int, Tensor, Tensor]]:
-    """Of every expert that has any: which pairs are its own, and of which tokens they are."""
-    check_range(indices, count)
-    flat = indices.flatten()
-    parts = flat.argsort(stable=True).split(torch.bincount(flat, minlength=count).tolist())
-    return [(e, pairs, pairs // indices.shape[1]) for e, pairs in enumerate(parts) if len(pairs)]
+    executor = _executor(structure, factors, x, indices, training=True)
+    return executor.backward_grouped(structure, factors, x, indices, gates, grad, needs_x, needs_factors)
 
 
 class _Grouped(torch.autograd.Function):

@@ -85,6 +85,60 @@ def backward(
     return grad_x, grad_factors
 
 
+def forward_grouped(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """For every token the sum over its experts of W_expert (gate * x), plus a bias: one expert after the other."""
+    y = x.new_zeros(x.shape[0], structure.out_features) if bias is None else bias.repeat(x.shape[0], 1)
+    for e, pairs, tokens in _of_experts(indices, len(factors[0])):
+        inputs = x[tokens] * gates.flatten()[pairs, None]
+        y.index_add_(0, tokens, forward(structure, [factor[e] for factor in factors], inputs, None, False)[0])
+    return y
+
+
+def backward_grouped(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    grad: Tensor,
+    needs_x: bool,
+    needs_factors: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of the gates, if they are needed, and of those of the stacked factors that are."""
+    plain = torch.contiguous_format
+    grad_x = torch.zeros_like(x, memory_format=plain) if needs_x else None
+    grad_gates = torch.empty_like(gates, memory_format=plain) if needs_x else None
+    found = [
+        torch.zeros_like(factor, memory_format=plain) if needed else None
+        for factor, needed in zip(factors, needs_factors, strict=True)
+    ]
+    for e, pairs, tokens in _of_experts(indices, len(factors[0])):
+        own, scales = x[tokens], gates.flatten()[pairs, None]
+        of_expert = [factor[e] for factor in factors]
+        back, of_factors = backward(structure, of_expert, own * scales, grad[tokens], [], needs_x, needs_factors)
+        if grad_x is not None and grad_gates is not None and back is not None:
+            grad_x.index_add_(0, tokens, back * scales)
+            grad_gates.view(-1)[pairs] = (back * own).sum(1)
+        for total, of_factor in zip(found, of_factors, strict=True):
+            if total is not None and of_factor is not None:
+                total[e] = of_factor
+    return grad_x, grad_gates, found
+
+
+def _of_experts(indices: Tensor, experts: int) -> list[tuple[int, Tensor, Tensor]]:
+    """Of every expert that has any: which pairs are its own, and of which tokens they are."""
+    flat = indices.flatten()
+    parts = flat.argsort(stable=True).split(torch.bincount(flat, minlength=experts).tolist())
+    return [(e, pairs, pairs // indices.shape[1]) for e, pairs in enumerate(parts) if len(pairs)]
+
+
 def _next(factors: Sequence[Tensor], step: Step, z: Tensor, sizes: dict[str, int]) -> Tensor:
     """The state after a step."""
     if step.plain:

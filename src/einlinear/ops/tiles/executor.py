@@ -169,7 +169,6 @@ def _fresh(tensor: Tensor) -> Tensor:
 def _pairs(indices: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tensor]:
     """How many tokens make a block, and the pairs of a token and an expert, sorted by block and expert: where those of
     every (block, expert) begin, and which they are."""
-    check_range(indices, count)
     n, active = indices.shape
     # a block should have some full tiles of every expert, and every thread needs one
     block = max(1, min(-(-n // threads), -(-_PAIRS * count // active)))
@@ -180,14 +179,6 @@ def _pairs(indices: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tens
     first = indices.new_zeros(blocks * count + 1)
     torch.cumsum(torch.bincount(keys.flatten(), minlength=blocks * count), 0, out=first[1:])
     return block, first, keys.flatten().argsort(stable=True)
-
-
-def check_range(indices: Tensor, count: int) -> None:
-    """Raise IndexError for an expert that is none of so many."""
-    if indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= count:
-            raise IndexError(f"expert {low if low < 0 else high}: there are {count}, from 0 to {count - 1}")
 
 
 def _threads(macs: int) -> int:

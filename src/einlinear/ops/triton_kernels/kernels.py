@@ -4,6 +4,9 @@
 A state is a pointer, the strides of its tokens and of its features, and how many of its tokens exist. A group of axes
 is a tuple of (size, strides...), see `steps.py`. B, C, R, K count the entries of batch, columns, rows and inner.
 
+With experts, tokens are slots (`slots.py`): blocks of UNIT of them have an expert each, whose weights are read, and
+`*_rows` say where the tokens of slots lie in a state, if not in their order.
+
 A tile has tokens x columns as its rows, and a batch dimension in front where BLOCK_B > 1. Threads are laid along what
 lies next to each other in memory, which the compiler sees from the strides: they are constants, or known to be 1.
 """
@@ -90,6 +93,25 @@ def _places(state, token, feature, t, b, m, n, BATCHED: tl.constexpr):
 
 
 @triton.jit
+def _find(rows, t, tokens):
+    """Where the tokens of a tile lie in a state, and which of them exist."""
+    if rows is not None:
+        row = tl.load(rows + t)
+        return row, row >= 0
+    else:
+        return t, t < tokens
+
+
+@triton.jit
+def _scale(tile, gate, BATCHED: tl.constexpr):
+    """A tile whose rows are multiplied by their gates."""
+    if BATCHED:
+        return (tile.to(tl.float32) * gate[None, :, None]).to(tile.dtype)
+    else:
+        return (tile.to(tl.float32) * gate[:, None]).to(tile.dtype)
+
+
+@triton.jit
 def _exist(mask, b, m, n, LIMIT: tl.constexpr, BATCHED: tl.constexpr):
     """The mask without the features that are padding."""
     if LIMIT > 0:
@@ -120,11 +142,12 @@ def _store(
 @triton.jit
 def forward_step(
     x, w, bias, residual, y,
+    x_rows, x_gates, y_rows, experts,
     x_token, x_feature, x_tokens,
-    y_token, y_feature, y_tokens, bucket,
+    y_token, y_feature, y_tokens, w_size, bucket,
     BATCH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
     B: tl.constexpr, C: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-    X_LIMIT: tl.constexpr, Y_LIMIT: tl.constexpr, PRECISION: tl.constexpr,
+    X_LIMIT: tl.constexpr, Y_LIMIT: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[b, t c, r] = sum_k x[b, t c, k] w[b, k, r] (+ bias) (+ residual, which lies like y)."""
@@ -139,6 +162,15 @@ def forward_step(
     m = tl.arange(0, BLOCK_T * BLOCK_C)
     c = program % C_BLOCKS * BLOCK_C + m % BLOCK_C
     t = program // C_BLOCKS * BLOCK_T + m // BLOCK_C
+    if experts is not None:
+        expert = tl.load(experts + program // C_BLOCKS * BLOCK_T // UNIT)
+        if expert < 0:
+            return
+        w += expert.to(tl.int64) * w_size
+    x_t, x_there = _find(x_rows, t, x_tokens)
+    y_t, y_there = _find(y_rows, t, y_tokens)
+    if x_gates is not None:
+        gate = tl.load(x_gates + t)
 
     x_b, x_c, w_b = _features(b, BATCH, SOURCE), _features(c, COLUMNS, SOURCE), _features(b, BATCH, FACTOR)
     w_r = _features(r, ROWS, FACTOR)
@@ -146,28 +178,34 @@ def forward_step(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x_k, w_k = _features(k, INNER, SOURCE), _features(k, INNER, FACTOR)
-        inside = _all(b < B, (t < x_tokens) & (c < C), k < K, BATCHED)
-        x_tile = _load(x, x_token, x_feature, t, x_b, x_c, x_k, inside, X_LIMIT, BATCHED)
+        inside = _all(b < B, x_there & (c < C), k < K, BATCHED)
+        x_tile = _load(x, x_token, x_feature, x_t, x_b, x_c, x_k, inside, X_LIMIT, BATCHED)
+        if x_gates is not None:
+            x_tile = _scale(x_tile, gate, BATCHED)
         w_tile = tl.load(w + _sum(w_b, w_k, w_r, BATCHED), _all(b < B, k < K, r < R, BATCHED), 0.0)
         total += _dot(x_tile, w_tile, PRECISION)
 
     y_b, y_c, y_r = _features(b, BATCH, RESULT), _features(c, COLUMNS, RESULT), _features(r, ROWS, RESULT)
-    inside = _all(b < B, (t < y_tokens) & (c < C), r < R, BATCHED)
-    _store(y, bias, residual, y_token, y_feature, t, y_b, y_c, y_r, inside, total, Y_LIMIT, BATCHED)
+    inside = _all(b < B, y_there & (c < C), r < R, BATCHED)
+    _store(y, bias, residual, y_token, y_feature, y_t, y_b, y_c, y_r, inside, total, Y_LIMIT, BATCHED)
 
 
 @triton.jit
 def backward_step(
     grad, w, x, residual, grad_x, grad_w,
+    g_rows, x_rows, x_gates, d_rows, starts,
     g_token, g_feature, g_tokens,
     x_token, x_feature, x_tokens,
     d_token, d_feature, d_tokens, w_size, bucket,
     BATCH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
     B: tl.constexpr, C: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     X_LIMIT: tl.constexpr, Y_LIMIT: tl.constexpr, PRECISION: tl.constexpr, SHARE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_w[split, b, r, k] = sum_(t c) grad[b, t c, r] x[b, t c, k] over a split's SHARE of tokens x columns.
+
+    With experts, a split has all slots of one of them.
 
     Where grad_x is wanted too, a block holds all rows and inner, and each gradient of the result is read only once:
     grad_x[b, t c, k] = sum_r grad[b, t c, r] w[b, r, k] (+ residual, which lies like grad_x).
@@ -188,24 +226,36 @@ def backward_step(
     g_r, x_k = _features(r, ROWS, RESULT), _features(k, INNER, SOURCE)
     w_places = _sum(_features(b, BATCH, FACTOR), _features(r, ROWS, FACTOR), _features(k, INNER, FACTOR), BATCHED)
     w_inside = _all(b < B, r < R, k < K, BATCHED)
+    if starts is not None:
+        w += tl.cast(split, tl.int64) * w_size
+        first = tl.load(starts + split) * (UNIT // BLOCK_T * C_BLOCKS)
+        turns = tl.load(starts + split + 1) * (UNIT // BLOCK_T * C_BLOCKS) - first
+    else:
+        turns = SHARE // (BLOCK_T * BLOCK_C)
+        first = split * turns
     if grad_x is not None:
         w_tile = tl.load(w + w_places, w_inside, 0.0)
     total = _zeros(BLOCK_B, BLOCK_R, BLOCK_K)
     m = tl.arange(0, BLOCK_T * BLOCK_C)
-    for i in range(0, SHARE // (BLOCK_T * BLOCK_C)):
-        block = split * (SHARE // (BLOCK_T * BLOCK_C)) + i
+    for i in range(0, turns):
+        block = first + i
         c = block % C_BLOCKS * BLOCK_C + m % BLOCK_C
         t = block // C_BLOCKS * BLOCK_T + m // BLOCK_C
         g_c, x_c = _features(c, COLUMNS, RESULT), _features(c, COLUMNS, SOURCE)
-        inside = _all(b < B, (t < g_tokens) & (c < C), r < R, BATCHED)
-        g_tile = _load(grad, g_token, g_feature, t, g_b, g_c, g_r, inside, Y_LIMIT, BATCHED)
-        inside = _all(b < B, (t < x_tokens) & (c < C), k < K, BATCHED)
-        x_tile = _load(x, x_token, x_feature, t, x_b, x_c, x_k, inside, X_LIMIT, BATCHED)
+        g_t, g_there = _find(g_rows, t, g_tokens)
+        x_t, x_there = _find(x_rows, t, x_tokens)
+        inside = _all(b < B, g_there & (c < C), r < R, BATCHED)
+        g_tile = _load(grad, g_token, g_feature, g_t, g_b, g_c, g_r, inside, Y_LIMIT, BATCHED)
+        inside = _all(b < B, x_there & (c < C), k < K, BATCHED)
+        x_tile = _load(x, x_token, x_feature, x_t, x_b, x_c, x_k, inside, X_LIMIT, BATCHED)
+        if x_gates is not None:
+            x_tile = _scale(x_tile, tl.load(x_gates + t), BATCHED)
         total += _dot(_swap(g_tile, BATCHED), x_tile, PRECISION)
         if grad_x is not None:
             d_tile = _dot(g_tile, w_tile, PRECISION)
-            inside = _all(b < B, (t < d_tokens) & (c < C), k < K, BATCHED)
-            _store(grad_x, None, residual, d_token, d_feature, t, x_b, x_c, x_k, inside, d_tile, X_LIMIT, BATCHED)
+            d_t, d_there = _find(d_rows, t, d_tokens)
+            inside = _all(b < B, d_there & (c < C), k < K, BATCHED)
+            _store(grad_x, None, residual, d_token, d_feature, d_t, x_b, x_c, x_k, inside, d_tile, X_LIMIT, BATCHED)
     grad_w += tl.cast(split, tl.int64) * w_size
     tl.store(grad_w + w_places, total.to(grad_w.dtype.element_ty), w_inside)
 
