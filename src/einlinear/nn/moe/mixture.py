@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 _FEW = 4
+_PRIMES = 65_521, 40_009
 _TIE = 1e-30  # lost in any weight that a router has learned, but not in a zero
 
 
@@ -105,6 +106,8 @@ def _pattern(router: Tensor, dtype: torch.dtype) -> Tensor:
     """Of the shape of a router: a sequence that looks random, from one element further on for every expert. Its mean is
     zero, so that a mean of the features does not decide."""
     experts, in_features = router.shape
-    steps = torch.arange(experts + in_features - 1, dtype=torch.float64, device=router.device)
-    pattern = steps.square().cos().to(dtype).unfold(0, in_features, 1)
+    first, modulus = _PRIMES
+    steps = torch.arange(modulus, modulus + experts + in_features - 1, device=router.device)
+    mixed = steps * steps % first * steps % modulus  # whole numbers, which are the same on every device
+    pattern = mixed.to(dtype).div(modulus).unfold(0, in_features, 1)
     return pattern - pattern.mean(1, keepdim=True)
