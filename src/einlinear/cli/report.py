@@ -54,7 +54,7 @@ def _print(study: Study) -> None:
             [
                 row.run.model.structure,
                 str(row.run.model.width),
-                *(str(row.run.options.get(name, "–")) for name in options),
+                *("–" if (given := row.run.identity.get(name)) is None else str(given) for name in options),
                 f"{row.result.params:,}",
                 f"{row.result.macs:,}",
                 *("diverged" if mean is None else f"{mean:.4f}" for mean in means),

@@ -120,6 +120,30 @@ def test_dense_of_the_same_options_is_what_others_are_compared_with(folder: Fold
     assert multipliers["btt, optimizer=adamw, naive"] == "6.00×"
 
 
+def test_mixtures_are_compared_with_dense_models_that_are_none(folder: Folder) -> None:
+    kinds: list[tuple[str, dict[str, Any], float]] = [
+        ("dense", {}, 1.0),
+        ("dense", {"experts": 4, "routed": "feed_forward"}, 2.0),
+        ("dense", {"experts": 4}, 3.0),
+        ("btt", {"experts": 4}, 4.0),
+    ]
+    for structure, options, gain in kinds:
+        for width in (16, 64):
+            folder.add(structure, width, 0, 100 * width, 1 / (width * gain**0.5), **options)
+    found = {curve.name: curve.rows[0].multipliers[TRAIN_LOSS].mean for curve in folder.study.curves}
+    assert list(found) == [
+        "dense",
+        "dense, experts=4, routed=feed_forward",
+        "dense, experts=4, routed=linear",
+        "btt, experts=4, routed=linear",
+    ]
+    assert [mean.value for mean in found.values() if mean] == pytest.approx([1, 2**0.5, 3**0.5, 2])
+
+    folder.records = [record for record in folder.records if record.run.model.experts]  # without dense: its own kind
+    dense = [curve for curve in folder.study.curves if curve.structure == "dense"]
+    assert [str(curve.rows[0].multipliers[TRAIN_LOSS]) for curve in dense] == ["1.00×", "1.00×"]
+
+
 def test_runs_on_other_data_are_another_study(folder: Folder) -> None:
     folder.add("dense", 16, 0, 100, 0.5)
     folder.add("dense", 32, 0, 200, 0.4, digest="1")

@@ -1,5 +1,8 @@
 """The page: which sections it has, that it loads nothing, and that it says what went wrong."""
 
+import base64
+import csv
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -139,6 +142,20 @@ def test_training_curves_and_the_compute_of_the_training(tmp_path: Path) -> None
     assert "Error and compute of the training" in sections(page)
     assert "Training curves" in sections(page)
     assert "0.100" in re.findall(r"<td[^>]*>([^<]*)</td>", page)  # the exponent that the lines were made with
+
+
+def test_the_load_of_experts(tmp_path: Path) -> None:
+    for experts in (None, 4):
+        lines: list[dict[str, float]] = [{"step": step, "training_seconds": step, "train_loss": 1.0} for step in (1, 2)]
+        for line, largest in zip(lines, (3.25, 1.5), strict=True):
+            line |= {"moe_largest": largest, "moe_entropy": 1 / largest} if experts else {}
+        write(tmp_path, run_of("btt", 16, experts=experts), 100, 0.5, lines=lines)
+    page = page_about(tmp_path)
+    assert "Load of the experts" in sections(page)
+    encoded = re.findall(r'download="expert-loads\.csv" href="data:text/csv;charset=utf-8;base64,([^"]*)', page)[0]
+    rows = list(csv.DictReader(io.StringIO(base64.b64decode(encoded).decode())))
+    assert [row["smoothed_moe_largest"] for row in rows] == ["3.25", "1.5", "", ""]
+    assert [row["step"] for row in rows] == ["1", "2", "1", "2"]
 
 
 def test_five_structures_make_a_taxonomy(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_options_are_typed_and_read_back() -> None:
 def test_the_key_is_that_of_what_can_change_the_result() -> None:
     plain = run()
     assert run(threads=2, log_every=3, checkpoint_every=5, tracker="wandb", parallel="fsdp").key == plain.key
+    assert run(routed="both", active=3).key == plain.key
+    assert run(experts=4, routed="both").key != run(experts=4).key
     others = [run(lr=1e-2), run(seed=1), run(structure="btt"), run(permute=True), run(base_width=32)]
     assert len({plain.key, *(other.key for other in others)}) == 6
     assert run(structure="a i, b a -> b i").name != run(structure="a i,b a->b i").name

@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from einlinear.experiments.findings.scaling import Multiplier, Spread, compute_multiplier, spread
-from einlinear.experiments.runs.models import DENSE
+from einlinear.experiments.runs.models import DENSE, OF_EXPERTS
 from einlinear.experiments.runs.records import Record, Result
 from einlinear.experiments.runs.run import Run
 
@@ -139,8 +139,8 @@ class Study:
 
     def size(self, run: Run) -> str:
         """ "width 64", and the other sizes that vary."""
-        names = ("width", *(name for name in SIZES[1:] if name in self.varied and run.options.get(name) is not None))
-        return ", ".join(f"{name} {run.options[name]}" for name in names)
+        names = ("width", *(name for name in SIZES[1:] if name in self.varied and run.identity.get(name) is not None))
+        return ", ".join(f"{name} {run.identity[name]}" for name in names)
 
     def __str__(self) -> str:
         run = self.records[0].run
@@ -183,9 +183,19 @@ def make_curves(records: Sequence[Record], apart_from: Collection[str] = ()) -> 
 
 
 def dense_of(curve: Curve, curves: Sequence[Curve]) -> Curve | None:
-    """The dense curve of the same options; where there is none of these but only one dense curve at all, that one."""
+    """The dense curve of the same options; where there is none of these but only one dense curve at all, that one.
+
+    Mixtures of experts, dense ones included, are compared with what is dense and no mixture, if there is any.
+    """
     candidates = [own for own in curves if own.structure == DENSE and own.options.get("structure_aware", True)]
-    same = [own for own in candidates if _comparable(own) == _comparable(curve)]
+    plain = [own for own in candidates if own.options.get("experts") is None and "experts" in own.options]
+    ignored = {"structure_aware", *(("experts", *OF_EXPERTS) if plain else ())}
+
+    def options(curve: Curve) -> dict[str, Any]:
+        return {name: value for name, value in curve.options.items() if name not in ignored}
+
+    candidates = plain or candidates
+    same = [own for own in candidates if options(own) == options(curve)]
     found = same or candidates
     return found[0] if len(found) == 1 else None
 
@@ -219,7 +229,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def _name(run: Run, named: Sequence[str]) -> str:
-    words = [_words(name, run.options[name]) for name in named if name in run.options]
+    words = [_words(name, run.identity[name]) for name in named if name in run.identity]
     return ", ".join(filter(None, (run.model.structure, *words)))
 
 
@@ -234,11 +244,11 @@ def _words(name: str, value: Any) -> str:
 def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
     models: dict[str, dict[float, dict[int, Record]]] = {}
     for record in sorted(records, key=lambda record: (result(record).macs, record.run.training.lr, record.run.seed)):
-        model = [record.run.options.get(name) for name in (*SIZES, *LENGTHS)]
+        model = [record.run.identity.get(name) for name in (*SIZES, *LENGTHS)]
         of_rate = models.setdefault(json.dumps(model), {}).setdefault(record.run.training.lr, {})
         of_rate.setdefault(record.run.seed, record)  # one of a seed: the same run may have been made twice, see _SAME
     rows = [[Row(name, tuple(own.values()), {}) for own in rates.values()] for rates in models.values()]
-    options = {name: records[0].run.options[name] for name in named if name in records[0].run.options}
+    options = {name: records[0].run.identity[name] for name in named if name in records[0].run.identity}
     return Curve(
         name,
         records[0].run.model.structure,
@@ -264,10 +274,6 @@ def _with_multipliers(curve: Curve, curves: Sequence[Curve], measures: Sequence[
 
     made = {id(row): multiplied(row) for row in curve.rows}
     return replace(curve, rows=tuple(made.values()), best=tuple(made[id(row)] for row in curve.best))
-
-
-def _comparable(curve: Curve) -> dict[str, Any]:
-    return {name: value for name, value in curve.options.items() if name != "structure_aware"}
 
 
 def _multiplier(row: Row, dense: Curve, measure: str) -> Spread | None:

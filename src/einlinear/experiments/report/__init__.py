@@ -6,7 +6,7 @@ overview.py        the main result, and what was run
 scaling_laws.py    losses over compute, and their laws
 multipliers.py     compute multipliers, by model and along frontiers
 learning_rates.py  losses over the learning rate, and the best ones by width
-training.py        training curves
+training.py        training curves, and the load of experts
 wall_clock.py      time to a loss
 coord_check.py     feature updates, of a coordinate check
 taxonomy.py        what the exponents of the structures have to do with their losses
@@ -33,7 +33,7 @@ from einlinear.experiments.report.page import Chapter, Section, render
 from einlinear.experiments.report.scaling_laws import scaling, scaling_of_training
 from einlinear.experiments.report.tables import all_models
 from einlinear.experiments.report.taxonomy import taxonomy
-from einlinear.experiments.report.training import training_curves
+from einlinear.experiments.report.training import expert_loads, training_curves
 from einlinear.experiments.report.wall_clock import wall_clock
 from einlinear.experiments.runs.records import Record
 from einlinear.experiments.runs.store import RUNS, Store
@@ -117,6 +117,7 @@ def _chapter(study: Study, records: Sequence[Record], stores: Sequence[Store], f
         scaling_of_training(study, commands, floor),
         learning_rates(study, commands),
         training_curves(study, commands),
+        expert_loads(study, commands),
         wall_clock(study, commands),
         taxonomy(study, commands),
         all_models(study, commands),

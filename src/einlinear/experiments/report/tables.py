@@ -34,7 +34,7 @@ def _models(study: Study) -> Table:
     rows = [
         [
             Cell(row.run.model.structure, row.curve, index[row.curve]),
-            *(_option(row.run.options.get(name)) for name in options),
+            *(_option(row.run.identity.get(name)) for name in options),
             Cell(f"{row.result.macs:,}", row.result.macs),
             *(_mean(row, measure) for measure in measures),
             *(_multiplier(row, measure) for measure in times),
@@ -66,7 +66,7 @@ def _runs(study: Study) -> Table:
     rows = [
         [
             Cell(record.run.key, record.run.key),
-            *(_option(record.run.options.get(name)) for name in options),
+            *(_option(record.run.identity.get(name)) for name in options),
             *(_number(value(record, measure), "diverged" if result(record).diverged else "–") for measure in measures),
             Cell(record.code, record.code),
         ]

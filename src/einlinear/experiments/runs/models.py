@@ -35,6 +35,9 @@ class Shape:
         return cls(images.features, len(images.classes), (images.channels, *images.size))
 
 
+OF_EXPERTS = ("active", "routed")  # options that mean nothing without experts
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model(ABC):
     """What all models have in common.

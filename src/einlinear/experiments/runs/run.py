@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from einlinear.experiments.runs.data import Data, kind_of
-from einlinear.experiments.runs.models import MODELS, Gpt, Model
+from einlinear.experiments.runs.models import MODELS, OF_EXPERTS, Gpt, Model
 from einlinear.experiments.runs.options import names, parse, refuse_unknown
 from einlinear.structures import structure
 from einlinear.training import Training
@@ -85,8 +85,10 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The options that can change what comes out: all but the device, how often it is noted down and the like."""
-        return {name: value for name, value in self.options.items() if name not in _HIDDEN}
+        """The options that can change what comes out: all but the device, how often it is noted down and the like, and
+        those about experts where there are none."""
+        idle = (*_HIDDEN, *(OF_EXPERTS if self.model.experts is None else ()))
+        return {name: value for name, value in self.options.items() if name not in idle}
 
     @cached_property
     def key(self) -> str:
