@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from einlinear.bench import mixtures
 from einlinear.bench.mixtures import ALL, COMPARED, MASKED, RANK, Case, MaskedExperts, Result, ours
 from einlinear.bench.timing import Spread
 from einlinear.nn import MoELinear
+from einlinear.ops import executors
 
 
 def test_the_masked_baseline_computes_the_mixture() -> None:
@@ -27,10 +29,23 @@ def test_the_masked_baseline_computes_the_mixture() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_a_wrong_mixture_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MaskedExperts, "_some", lambda self, x: 1.01 * self.mixture(x))
-    with pytest.raises(RuntimeError, match="off by"):
-        mixtures.measure(Case(16, 16, 8, "forward"), 0)
+def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedExperts, "_some", lambda self, x: 1.01 * self.mixture(x))
+        with pytest.raises(RuntimeError, match="all experts, masked is off by"):
+            mixtures.measure(Case(16, 16, 8, "forward"), 0)
+    found = executors.find("bmm")
+    own = found.backward_grouped
+    for wrong in range(3):  # the gradients of x, gates and factors
+
+        def spoilt(*args: Any, wrong: int = wrong) -> Any:
+            results = list(own(*args))
+            results[wrong] = [2 * each for each in results[2]] if wrong == 2 else 2 * results[wrong]
+            return results
+
+        monkeypatch.setattr(found, "backward_grouped", spoilt)
+        with pytest.raises(RuntimeError, match="8 experts is off by 1"):
+            mixtures.measure(Case(16, 16, 8, "train", executor="bmm"), 0)
 
 
 @pytest.mark.parametrize("mode", mixtures.MODES)
@@ -72,6 +87,10 @@ def test_command(tmp_path: Path) -> None:
     assert "btt, 16 → 16, 8 tokens, forward" in out
     assert "all experts, masked" in (tmp_path / "moe.md").read_text(encoding="utf-8")
     assert len(json.loads((tmp_path / "moe.json").read_text(encoding="utf-8"))["results"]) == 1
+    code, _, err = run(*tiny, "--executors", "triton,bmm", "--passes", "forward", "--out", tmp_path / "two")
+    assert code == 1
+    assert "8 tokens, forward, triton: einlinear.backend('triton') forces an executor that cannot run" in err
+    assert len(json.loads((tmp_path / "two" / "moe.json").read_text(encoding="utf-8"))["results"]) == 1
     assert_refused(run(*tiny, "--passes", "decode"), "unknown pass 'decode'")
     assert_refused(run(*tiny, "--executors", "abacus"), "unknown executor 'abacus'")
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear import ops
+from einlinear.ops import executors
 from einlinear.ops.executors import CPU_EXECUTORS
 from einlinear.structures import Structure
 
@@ -184,7 +185,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_the_operator_is_one_of_torch() -> None:
     structure, factors, experts, others = drawn("btt", 5, "random", 20, 2)
     x, gates, bias = others
-    arguments = (x, factors, experts, gates, bias, structure.spec, structure.out_features)
+    arguments = (x, factors, experts, gates, bias, structure.spec, structure.out_features, "bmm")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.grouped.grouped_op, arguments, test_utils=checks)
 
@@ -198,6 +199,28 @@ def test_the_operator_is_one_of_torch() -> None:
     wanted = torch.autograd.grad(run(x), inputs, grad)
     for a, b in zip(torch.autograd.grad(compiled(x), inputs, grad), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_backward_and_what_is_compiled_keep_their_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure, factors, experts, (x, gates, _) = drawn("btt", 5, "random", 20, 2)
+    found = executors.find("bmm")
+    calls = []
+    for name in ("forward_grouped", "backward_grouped"):
+        own = getattr(found, name)
+        monkeypatch.setattr(found, name, lambda *a, own=own, name=name: calls.append(name) or own(*a))
+
+    def run(x: Tensor) -> Tensor:
+        return ops.grouped_linear(structure, factors, x, experts, gates)
+
+    with el.backend("bmm"):
+        y = run(x)
+    y.sum().backward()
+    assert calls == ["forward_grouped", "backward_grouped"]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with el.backend("bmm"):
+        compiled(x)
+    compiled(x).sum().backward()
+    assert calls[2:] == ["forward_grouped", "forward_grouped", "backward_grouped"]
 
 
 def test_functional_transforms_see_plain_operators() -> None:
@@ -237,5 +260,7 @@ def test_wrong_inputs() -> None:
     for wrong in ((experts, gates[:, :1]), (experts[:5], gates[:5]), (experts[:, :0], gates[:, :0])):
         with pytest.raises(RuntimeError, match=r"both must be \(6, active\)"):
             ops.grouped_linear(structure, factors, x, *wrong)
+    with pytest.raises(RuntimeError, match=r"indices are of torch\.int32"):
+        ops.grouped_linear(structure, factors, x, experts.int(), gates)
     with pytest.raises(RuntimeError, match="out_features=42"):
         ops.grouped_linear(structure, factors, x, experts, gates, torch.zeros(1).double())

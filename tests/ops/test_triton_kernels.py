@@ -24,7 +24,7 @@ import einlinear as el
 from einlinear import ops
 from einlinear.ops import reference
 from einlinear.ops.triton_kernels import executor as kernels
-from einlinear.ops.triton_kernels import launch, tile_sizes
+from einlinear.ops.triton_kernels import launch, slots, tile_sizes
 from einlinear.ops.triton_kernels.steps import plan
 from einlinear.structures import DoesNotFit, Structure
 
@@ -200,6 +200,18 @@ class TestKernels:
         grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True, True])
         assert max(map(error, [y, grad_x, *grad_factors], exact)) < 0.02
 
+    @pytest.mark.skipif(INTERPRETED, reason="there is nothing to measure in the interpreter")
+    def test_tuned_mixtures(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(launch, "TUNE", True)
+        drawn = TestGrouped.draw("kronecker", (256, 256), 1000, 2, "random", torch.bfloat16)
+        s, factors, indices, x, gates, bias, grad = drawn
+        exact = TestGrouped.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
+        with torch.autocast("cuda", torch.bfloat16):
+            y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
+            found = kernels.backward_grouped(s, factors, x, indices, gates, grad.float(), True, [True, True])
+        assert {t.dtype for t in (y, *found[:2], *found[2]) if t is not None} == {torch.bfloat16}
+        assert max(map(error, [y, *found[:2], *found[2]], exact)) < 0.02
+
     def test_designs_that_cannot_be(self) -> None:
         s, factors, x, bias, _ = draw("i, i, o i -> o", 256, 256, 2, torch.float32)
         with pytest.raises(ValueError, match="choose the design 'steps'"):
@@ -265,6 +277,23 @@ class TestGrouped:
             assert mine is not None
             assert mine.dtype == dtype
             assert error(mine, wanted) <= bound
+
+    def test_blocks_of_several_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        launch_with, ratios = launch._launch, set()
+
+        def smallest(kernel: Any, programs: Any, found: Any, *args: Any, **constants: Any) -> None:
+            tile = min(found, key=lambda tile: dict(tile.blocks)["BLOCK_T"])
+            ratios.add(constants["UNIT"] // dict(tile.blocks)["BLOCK_T"])
+            launch_with(kernel, programs, (tile,), *args, **constants)
+
+        monkeypatch.setattr(launch, "_launch", smallest)
+        monkeypatch.setattr(slots, "SMALLEST", 64)
+        s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 150, 1, "random", torch.float32)
+        exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
+        y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
+        found = kernels.backward_grouped(s, factors, x, indices, gates, grad, True, [True, True])
+        assert max(map(error, [y, *found[:2], *found[2]], exact)) < 2e-6
+        assert min(ratios) > 1
 
     @pytest.mark.parametrize("spec", ["btt", "dyad", "tt(rank=2, cores=3)"])
     def test_only_what_is_wanted(self, spec: str) -> None:
@@ -444,7 +473,7 @@ def compile_for_hopper(kernel: Any, tile: tile_sizes.Tile, args: Sequence[Any], 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
     constants = {**constants, **dict(tile.blocks)}
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):

@@ -26,6 +26,7 @@ from einlinear.bench.tables import Table, number
 from einlinear.bench.timing import Spread, interleave, spread
 from einlinear.files import write_text
 from einlinear.nn import Linear, MoELinear
+from einlinear.ops import grouped_linear
 from einlinear.ops.dispatch import backend
 from einlinear.ops.executors import EXECUTORS
 
@@ -37,6 +38,7 @@ TOKENS = 2048
 LEAST = 1024  # features and tokens that claims are about
 MODES = ("forward", "train")
 FILE = "moe.json"
+_CACHED = 256  # tokens whose states of all experts stay in a CPU's cache
 
 RANK, MASKED, ALL = f"rank {ACTIVE}", "all experts, masked", "all experts"
 
@@ -120,7 +122,8 @@ def measure(case: Case, budget: float) -> Result:
     """Time all variants of a case in turns.
 
     Raises:
-        RuntimeError: a mixture computes something else than its masked counterpart, or the executor cannot run here.
+        RuntimeError: a mixture computes something else than plain einsum in float64, or its masked counterpart
+            something else than the mixture; or the executor cannot run here.
     """
     with backend(case.executor):
         return _measure(case, budget)
@@ -149,9 +152,11 @@ def _measure(case: Case, budget: float) -> Result:
         mixture = MoELinear(*size, "btt", experts, ACTIVE, bias=False, **where)
         nn.init.normal_(mixture.router, std=case.in_features**-0.5)
         add(ours(experts), mixture, mixture.parameters())
+        _check(mixture, x, grad, case.mode == "train")
         if experts == COMPARED:
             all_of_them = MaskedExperts(mixture)
-            _check(mixture, all_of_them, x)
+            with torch.no_grad():
+                _compare(MASKED, [all_of_them(x)], [mixture(x)], x.dtype)
             add(MASKED, all_of_them, mixture.parameters())
     for name, rank in ((RANK, ACTIVE), (ALL, COMPARED)):
         layer = Linear(*size, f"btt(rank={rank})", bias=False, **where)
@@ -178,7 +183,7 @@ class MaskedExperts(nn.Module):
         self.mixture = mixture
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self._some(part) for part in x.split(256)])
+        return torch.cat([self._some(part) for part in x.split(_CACHED)]) if x.is_cpu else self._some(x)
 
     def _some(self, x: Tensor) -> Tensor:
         routing = self.mixture.route(x)
@@ -193,12 +198,27 @@ class MaskedExperts(nn.Module):
         return y.permute(2, 0, 1).reshape(len(x), -1)
 
 
-@torch.no_grad()
-def _check(mixture: nn.Module, other: nn.Module, x: Tensor) -> None:
-    y, expected = mixture(x), other(x)
-    off = float((y - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    if not off < (1e-5 if x.dtype == torch.float32 else 0.02):
-        raise RuntimeError(f"the mixture is off by {off:.1e} of its size")
+def _check(mixture: MoELinear, x: Tensor, grad: Tensor, train: bool) -> None:
+    """Compare outputs and, in training, gradients with plain einsum in float64, for some tokens."""
+    x, grad = x.detach()[:_CACHED], grad[:_CACHED]
+    with torch.no_grad():
+        indices, gates, _ = mixture.route(x)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_(train) for t in (x, gates, *mixture.factors())]
+        y = grouped_linear(mixture.structure, leaves[2:], leaves[0], indices, leaves[1])
+        return [y.detach(), *(torch.autograd.grad(y, leaves, grad.to(dtype)) if train else ())]
+
+    with backend("reference"):
+        exact = run(torch.float64)
+    _compare(ours(mixture.experts), run(x.dtype), exact, x.dtype)
+
+
+def _compare(name: str, found: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype) -> None:
+    for mine, right in zip(found, wanted, strict=True):
+        off = float(torch.linalg.norm(mine.double() - right) / torch.linalg.norm(right.double()))
+        if not off < (1e-5 if dtype == torch.float32 else 0.02):
+            raise RuntimeError(f"{name} is off by {off:.1e} of its size")
 
 
 def write(machine: Machine, command: str, results: Sequence[Result], folder: Path) -> None:

@@ -19,6 +19,7 @@ from einlinear.ops.costs import DENSE, microseconds
 from einlinear.ops.executors import CPU_EXECUTORS, DECLARED, EXECUTORS, check_name, unsupported
 from einlinear.structures import Structure
 
+MANY_TOKENS = 2048  # what is chosen for a compiler, which traces once for any number
 CHEAP = 100  # MACs that the compiled kernel does while a number is written and read again (docs/benchmarks/cpu)
 
 

@@ -42,7 +42,8 @@ def grouped_linear(
         (n, out_features); differentiable in factors, x, gates and bias.
 
     Raises:
-        RuntimeError: x has another number of features or another dtype than the factors; other shapes do not fit.
+        RuntimeError: x has another number of features or another dtype than the factors; other shapes or dtypes do not
+            fit.
         IndexError: an expert that there is not.
     """
     if x.dim() != 2 or x.shape[1] != structure.in_features:
@@ -52,20 +53,45 @@ def grouped_linear(
             f"indices of shape {tuple(indices.shape)} and gates of shape {tuple(gates.shape)}: "
             f"both must be ({len(x)}, active), with an active expert or more"
         )
+    if indices.dtype != torch.int64:
+        raise RuntimeError(f"the indices are of {indices.dtype}, but must be of torch.int64")
     if bias is not None and bias.shape != (structure.out_features,):
         raise RuntimeError(f"the bias has shape {tuple(bias.shape)}, not (out_features={structure.out_features},)")
     x, factors, bias = dispatch.of_one_dtype(x, factors, bias)
     gates = gates.to(x.dtype)
     way = dispatch.seen(x, bias, *factors)
-    if way == "plain" or dispatch.forced.executor == "reference" or x.is_meta:
+    if way == "plain" or x.is_meta:
+        return _reference(structure, factors, x, indices, gates, bias)
+    training = dispatch.wants_gradients(x, gates, bias, *factors)
+    if torch.compiler.is_compiling():
+        spec, in_features, out_features = structure.spec, structure.in_features, structure.out_features
+        executor = _choose_compiled(spec, in_features, out_features, x.dtype, x.device.type)
+    else:
+        load = max(1, indices.numel() // len(factors[0]))
+        executor = _choose(structure, load, x.dtype, x.device, training)
+    if executor == "reference":
         return _reference(structure, factors, x, indices, gates, bias)
     if way == "traced":
-        op: Tensor = grouped_op(x, list(factors), indices, gates, bias, structure.spec, structure.out_features)
+        op: Tensor = grouped_op(
+            x, list(factors), indices, gates, bias, structure.spec, structure.out_features, executor
+        )
         return op
-    if dispatch.wants_gradients(x, gates, bias, *factors):
-        y: Tensor = _Grouped.apply(structure, x, indices, gates, bias, *factors)  # type: ignore[no-untyped-call]
+    if training:
+        y: Tensor = _Grouped.apply(executor, structure, x, indices, gates, bias, *factors)  # type: ignore[no-untyped-call]
         return y
-    return _forward(structure, factors, x, indices, gates, bias)
+    return _forward(executor, structure, factors, x, indices, gates, bias)
+
+
+def _choose(structure: Structure, load: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
+    """The fastest for an expert of this many tokens; if not forced, torch's batched matmuls, not plain torch."""
+    chosen = dispatch.choose(structure, load, dtype, device, training).executor
+    return "bmm" if chosen == "reference" and dispatch.forced.executor is None else chosen
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose_compiled(spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> str:
+    structure = structure_of(spec, in_features, out_features)
+    return _choose(structure, dispatch.MANY_TOKENS, dtype, torch.device(device), training=True)
 
 
 def _reference(
@@ -79,25 +105,21 @@ def _reference(
     """In plain operators, which compute all experts for all tokens."""
     y = x.new_zeros(x.shape[0], structure.out_features)
     for e in range(factors[0].shape[0]):
-        gate = torch.where(indices == e, gates, 0).sum(1, keepdim=True)
+        gate = torch.where(indices == e, gates, 0).sum(1, keepdim=True, dtype=gates.dtype)
         y = y + gate * reference.apply(structure, [factor[e] for factor in factors], x, None)
     return y if bias is None else y + bias
 
 
-def _executor(
-    structure: Structure, factors: Sequence[Tensor], x: Tensor, indices: Tensor, training: bool
-) -> executors.Executor:
-    """What is the fastest for an expert of average load; torch's batched matmuls where that is plain torch."""
-    experts = len(factors[0])
-    if indices.is_cpu and indices.numel():  # a GPU finds out by itself
+def _check_range(indices: Tensor, experts: int) -> None:
+    """Raise IndexError for experts that there are not; a GPU finds out by itself, but later."""
+    if indices.is_cpu and indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= experts:
             raise IndexError(f"expert {low if low < 0 else high}: there are {experts}, from 0 to {experts - 1}")
-    chosen = dispatch.choose(structure, max(1, indices.numel() // experts), x.dtype, x.device, training).executor
-    return executors.find("bmm" if chosen == "reference" else chosen)
 
 
 def _forward(
+    executor: str,
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
@@ -105,11 +127,12 @@ def _forward(
     gates: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    executor = _executor(structure, factors, x, indices, training=False)
-    return executor.forward_grouped(structure, factors, x, indices, gates, bias)
+    _check_range(indices, len(factors[0]))
+    return executors.find(executor).forward_grouped(structure, factors, x, indices, gates, bias)
 
 
 def _backward(
+    executor: str,
     structure: Structure,
     factors: Sequence[Tensor],
     x: Tensor,
@@ -120,34 +143,42 @@ def _backward(
     needs_factors: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """The gradients of x and of the gates, if `needs_x`, and of those of the factors that are needed."""
-    executor = _executor(structure, factors, x, indices, training=True)
-    return executor.backward_grouped(structure, factors, x, indices, gates, grad, needs_x, needs_factors)
+    _check_range(indices, len(factors[0]))
+    found = executors.find(executor)
+    return found.backward_grouped(structure, factors, x, indices, gates, grad, needs_x, needs_factors)
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, structure: Structure, x: Tensor, indices: Tensor, gates: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any,
+        executor: str,
+        structure: Structure,
+        x: Tensor,
+        indices: Tensor,
+        gates: Tensor,
+        bias: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
-        ctx.structure = structure
+        ctx.executor, ctx.structure = executor, structure
         ctx.save_for_backward(x, indices, gates, bias, *factors)
-        return _forward(structure, factors, x, indices, gates, bias)
+        return _forward(executor, structure, factors, x, indices, gates, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, indices, gates, bias, *factors = ctx.saved_tensors
-        _, needs_x, _, needs_gates, needs_bias, *needs_factors = ctx.needs_input_grad
+        _, _, needs_x, _, needs_gates, needs_bias, *needs_factors = ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted: let autograd see plain operators
             inputs = (x, indices, gates, bias, *factors)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
             y = _reference(ctx.structure, factors, x, indices, gates, bias)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+            return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
         grad_x, grad_gates, grad_factors = _backward(
-            ctx.structure, factors, x, indices, gates, grad, needs_x or needs_gates, needs_factors
+            ctx.executor, ctx.structure, factors, x, indices, gates, grad, needs_x or needs_gates, needs_factors
         )
-        return None, grad_x, None, grad_gates, grad.sum(0) if needs_bias else None, *grad_factors
+        return None, None, grad_x, None, grad_gates, grad.sum(0) if needs_bias else None, *grad_factors
 
 
 @torch.library.custom_op("einlinear::grouped_linear", mutates_args=())
@@ -159,9 +190,10 @@ def grouped_op(
     bias: Tensor | None,
     spec: str,
     out_features: int,
+    executor: str,
 ) -> Tensor:
     """`grouped_linear` as an operator, for what traces."""
-    return _forward(structure_of(spec, x.shape[1], out_features), factors, x, indices, gates, bias)
+    return _forward(executor, structure_of(spec, x.shape[1], out_features), factors, x, indices, gates, bias)
 
 
 @grouped_op.register_fake
@@ -173,46 +205,52 @@ def _(
     bias: Tensor | None,
     spec: str,
     out_features: int,
+    executor: str,
 ) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.custom_op("einlinear::grouped_linear_backward", mutates_args=())
 def grouped_backward_op(
-    grad: Tensor, x: Tensor, factors: list[Tensor], indices: Tensor, gates: Tensor, spec: str
+    grad: Tensor, x: Tensor, factors: list[Tensor], indices: Tensor, gates: Tensor, spec: str, executor: str
 ) -> list[Tensor]:
     """The gradients of x, of the gates and of the factors."""
     structure = structure_of(spec, x.shape[1], grad.shape[1])
     needs_factors = [True] * len(factors)
-    grad_x, grad_gates, grad_factors = _backward(structure, factors, x, indices, gates, grad, True, needs_factors)
+    found = _backward(executor, structure, factors, x, indices, gates, grad, True, needs_factors)
+    grad_x, grad_gates, grad_factors = found
     return [g for g in (grad_x, grad_gates, *grad_factors) if g is not None]
 
 
 @grouped_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, factors: list[Tensor], indices: Tensor, gates: Tensor, spec: str) -> list[Tensor]:
+def _(
+    grad: Tensor, x: Tensor, factors: list[Tensor], indices: Tensor, gates: Tensor, spec: str, executor: str
+) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gates, *factors)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, factors, indices, gates, _, ctx.spec, _ = inputs
+    x, factors, indices, gates, _, ctx.spec, _, ctx.executor = inputs
     ctx.save_for_backward(x, indices, gates, *factors)
 
 
 def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, indices, gates, *factors = ctx.saved_tensors
-    grad_x, grad_gates, *grad_factors = grouped_backward_op(grad, x, factors, indices, gates, ctx.spec)
+    grad_x, grad_gates, *grad_factors = grouped_backward_op(grad, x, factors, indices, gates, ctx.spec, ctx.executor)
     grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
-    return grad_x, grad_factors, None, grad_gates, grad_bias, None, None
+    return grad_x, grad_factors, None, grad_gates, grad_bias, None, None, None
 
 
 grouped_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.einlinear.grouped_linear)
-def _(x: Any, factors: Any, indices: Any, gates: Any, bias: Any, spec: str, out_features: int, **_: Any) -> int:
+def _(
+    x: Any, factors: Any, indices: Any, gates: Any, bias: Any, spec: str, out_features: int, executor: str, **_: Any
+) -> int:
     return 2 * int(math.prod(indices)) * structure_of(spec, x[1], out_features).macs
 
 
 @register_flop_formula(torch.ops.einlinear.grouped_linear_backward)
-def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, **_: Any) -> int:
+def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, executor: str, **_: Any) -> int:
     return 4 * int(math.prod(indices)) * structure_of(spec, x[1], grad[1]).macs

@@ -10,8 +10,6 @@ from torch import Tensor
 from einlinear.ops import autograd, dispatch, executors, reference
 from einlinear.structures import Structure
 
-_MANY_TOKENS = 2048  # what a compiler chooses for: it traces once for any number
-
 
 def linear(
     structure: Structure,
@@ -76,5 +74,5 @@ def _run(
 def _choose_compiled(spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> str:
     """What torch's compiler gets: it fuses the reference itself; our own kernels it takes as they are."""
     structure = autograd.structure_of(spec, in_features, out_features)
-    choice = dispatch.choose(structure, _MANY_TOKENS, dtype, torch.device(device)).executor
+    choice = dispatch.choose(structure, dispatch.MANY_TOKENS, dtype, torch.device(device)).executor
     return "reference" if executors.DECLARED[choice].fusible and dispatch.forced.executor is None else choice

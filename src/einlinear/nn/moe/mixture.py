@@ -108,6 +108,6 @@ def _pattern(router: Tensor, dtype: torch.dtype) -> Tensor:
     experts, in_features = router.shape
     first, modulus = _PRIMES
     steps = torch.arange(modulus, modulus + experts + in_features - 1, device=router.device)
-    mixed = steps * steps % first * steps % modulus  # whole numbers, which are the same on every device
+    mixed = steps * steps % first * steps % modulus  # whole numbers: not every device has float64
     pattern = mixed.to(dtype).div(modulus).unfold(0, in_features, 1)
     return pattern - pattern.mean(1, keepdim=True)

@@ -91,7 +91,7 @@ class Exchange:
         sent = torch.bincount(flat // self.share, minlength=self.size)
         received = torch.empty_like(sent)
         distributed.all_to_all_single(received, sent, group=self.group)
-        there, here = sent.tolist(), received.tolist()
+        there, here = torch.stack((sent, received)).tolist()
         inputs = x[tokens] * gates.flatten()[order, None].to(x.dtype)
         arrived = self._travel(inputs, there, here)
         wanted = self._travel(flat[order] % self.share, there, here)

@@ -86,9 +86,9 @@ def forward_grouped(
     y: Tensor | None = None
     for steps, (_, own) in zip(plan(structure), structure.by_term(factors), strict=True):
         weights = [factor.contiguous() for factor in own]
-        y, _ = _chain(steps, weights, x, None, y, False, "steps", slots, slots.inputs)
+        y, _ = _chain(steps, weights, x, None, y, False, None, slots, slots.inputs)
     assert y is not None
-    total = y.view(*indices.shape, structure.out_features).sum(1)
+    total = _sum_pairs(y.view(*indices.shape, structure.out_features))
     return total if bias is None else total.add_(bias)
 
 
@@ -149,7 +149,7 @@ def backward_grouped(
     if not len(x):
         zeros = [torch.zeros_like(f) if need else None for f, need in zip(factors, needs_factors, strict=True)]
         return *((torch.empty_like(x), torch.empty_like(gates)) if needs_x else (None, None)), zeros
-    x, grad, slots = _unit_stride(x), _unit_stride(grad), arrange(indices, gates, len(factors[0]))
+    x, grad, slots = _unit_stride(x), _unit_stride(grad.to(x.dtype)), arrange(indices, gates, len(factors[0]))
     back: Tensor | None = None  # of what every pair's expert was given
     grad_factors: list[Tensor | None] = []
     parts = structure.by_term(list(zip(factors, needs_factors, strict=True)))
@@ -161,7 +161,8 @@ def backward_grouped(
     if back is None:
         return None, None, grad_factors
     back = back.view(*indices.shape, structure.in_features)
-    return (back * gates[..., None]).sum(1), (back * x[:, None]).sum(2), grad_factors
+    grad_gates = (back * x[:, None]).sum(2, dtype=back.dtype)
+    return _sum_pairs(back * gates[..., None]), grad_gates, grad_factors
 
 
 def _chain(
@@ -173,15 +174,15 @@ def _chain(
     save: bool,
     design: str | None,
     slots: Slots | None = None,
-    read: Rows | None = None,
+    x_rows: Rows | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """A term's output, plus the bias and the residual, and the states between its steps if they are to be saved.
 
-    Where there are slots, `read` finds their rows in x, and the output has a row for every pair.
+    Where there are slots, `x_rows` finds their rows in x, and the output has a row for every pair.
     """
     if design not in (None, *DESIGNS):
         raise ValueError(f"unknown design {design!r}: choose {' or '.join(DESIGNS)}")
-    if len(steps) == 2 and design != "steps":
+    if len(steps) == 2 and design != "steps" and slots is None:
         first, second = steps
         limits = tile_sizes.device_limits(x.device)
         if design is None and tile_sizes.fusing_pays(first, second, x.itemsize, len(x), limits, save):
@@ -190,10 +191,10 @@ def _chain(
             if not tile_sizes.fused_tiles(first, second, x.itemsize, limits):
                 raise ValueError("the state between these factors does not fit on the chip: choose the design 'steps'")
             return launch_fused(first, second, weights, x, bias, residual, save)
-    states = _between(steps, weights, x, slots, read)
-    n, write = (len(x), None) if slots is None else (slots.size, slots.pairs)
-    read = None if states else read
-    y = launch_step(steps[-1], weights[-1], (states or [x])[-1], n, bias, residual, slots, read, write)
+    states = _between(steps, weights, x, slots, x_rows)
+    n, y_rows = (len(x), None) if slots is None else (slots.size, slots.pairs)
+    x_rows = None if states else x_rows
+    y = launch_step(steps[-1], weights[-1], (states or [x])[-1], n, bias, residual, slots, x_rows, y_rows)
     return y, states if save else []
 
 
@@ -202,14 +203,14 @@ def _between(
     weights: Sequence[Tensor],
     x: Tensor,
     slots: Slots | None = None,
-    read: Rows | None = None,
+    x_rows: Rows | None = None,
 ) -> list[Tensor]:
     """The states between the steps of a term."""
     n = len(x) if slots is None else slots.size
     states: list[Tensor] = []
     for step, weight in zip(steps[:-1], weights, strict=False):
         before = (states or [x])[-1]
-        states.append(launch_step(step, weight, before, n, slots=slots, read=None if states else read))
+        states.append(launch_step(step, weight, before, n, slots=slots, x_rows=None if states else x_rows))
     return states
 
 
@@ -231,23 +232,30 @@ def _chain_back(
     n = len(grad) if slots is None else slots.size
     for i in reversed(range(len(steps))):
         step, weight, added = steps[i], weights[i], None if i else residual
-        read = given = write = None
+        x_rows = grad_rows = grad_x_rows = None
         if slots is not None:
-            read, write = (None, None) if i else (slots.inputs, slots.pairs)
-            given = slots.tokens if i == len(steps) - 1 else None
+            x_rows, grad_x_rows = (None, None) if i else (slots.inputs, slots.pairs)
+            grad_rows = slots.tokens if i == len(steps) - 1 else None
         onward = needs_x or any(needs[:i])
         joint = onward and needs[i] and bool(tiles_back(step, weight, n, True, slots))
         before = None
         if needs[i]:
             beside = added if joint else None
-            found[i], before = launch_back(step, weight, states[i], grad, n, beside, joint, slots, read, given, write)
+            found[i], before = launch_back(
+                step, weight, states[i], grad, n, beside, joint, slots, x_rows, grad_rows, grad_x_rows
+            )
         if not onward:
             return residual, found
         if not joint:
-            before = launch_step(step.transposed, weight, grad, n, None, added, slots, given, write)
+            before = launch_step(step.transposed, weight, grad, n, None, added, slots, grad_rows, grad_x_rows)
         assert before is not None
         grad = before
     return grad, found
+
+
+def _sum_pairs(pairs: Tensor) -> Tensor:
+    """(n, active, features) to (n, features); of the same dtype under autocast, too, which would widen a sum."""
+    return pairs.squeeze(1) if pairs.shape[1] == 1 else pairs.sum(1, dtype=pairs.dtype)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

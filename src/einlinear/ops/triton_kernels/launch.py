@@ -36,25 +36,28 @@ def launch_step(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     slots: Slots | None = None,
-    read: Rows | None = None,
-    write: Rows | None = None,
+    x_rows: Rows | None = None,
+    y_rows: Rows | None = None,
 ) -> Tensor:
     """The state after a step, plus the bias and the residual, which lies like it.
 
     Args:
-        step, weight, x: the state before it; the weight is stacked where there are slots.
-        n: tokens, or slots.
-        read, write: which rows of x and of the result the slots have, where they have not one each.
+        step: which.
+        weight: its factor; stacked where there are slots.
+        x: the state before it.
+        n: the number of tokens, or of slots.
+        slots: of pairs of tokens and experts.
+        x_rows, y_rows: where these lie in x and in the result; None: there is a row for every slot.
     """
     from einlinear.ops.triton_kernels.kernels import forward_step
 
-    y = _new(step.result, n if write is None else write.total, x)
+    y = _new(step.result, n if y_rows is None else y_rows.total, x)
     source, result = _address(x, step.source), _address(y, step.result)
     tokens = max(source[2], result[2]) if slots is None else n
-    found = tile_sizes.forward_tiles(step, x.itemsize, _tokens(n, slots), tile_sizes.device_limits(x.device))
+    found = tile_sizes.forward_tiles(step, x.itemsize, _most(n, slots), tile_sizes.device_limits(x.device))
     _launch(
-        forward_step, _blocks(step, tokens), found,
-        x, weight, bias, residual, y, *_rows(read), _rows(write)[0], None if slots is None else slots.experts,
+        forward_step, _programs(step, tokens), found,
+        x, weight, bias, residual, y, *_given(x_rows), _given(y_rows)[0], None if slots is None else slots.experts,
         *source, *result, step.params, _bucket(n), **_constants(step, x), UNIT=0 if slots is None else slots.unit,
     )  # fmt: skip
     return y
@@ -69,9 +72,9 @@ def launch_back(
     residual: Tensor | None,
     joint: bool,
     slots: Slots | None = None,
-    read: Rows | None = None,
-    given: Rows | None = None,
-    write: Rows | None = None,
+    x_rows: Rows | None = None,
+    grad_rows: Rows | None = None,
+    grad_x_rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the factor and, if joint, that of the source, plus the residual.
 
@@ -79,11 +82,11 @@ def launch_back(
         step, weight, x, n, slots: as in `launch_step`.
         grad: of the state after the step.
         joint: only where `tiles_back` finds any.
-        read, given, write: which rows of x, of grad and of the gradient of x the slots have.
+        x_rows, grad_rows, grad_x_rows: where slots lie in x, in grad and in the gradient of x.
     """
     from einlinear.ops.triton_kernels.kernels import backward_step
 
-    grad_x = _new(step.source, n if write is None else write.total, x) if joint else None
+    grad_x = _new(step.source, n if grad_x_rows is None else grad_x_rows.total, x) if joint else None
     target = (0, 0, 0) if grad_x is None else _address(grad_x, step.source)
     source, result = _address(x, step.source), _address(grad, step.result)
     found = tiles_back(step, weight, n, joint, slots)
@@ -101,7 +104,7 @@ def launch_back(
     _launch(
         backward_step, programs, found,
         grad, weight, x, residual, grad_x, partial,
-        _rows(given)[0], *_rows(read), _rows(write)[0], None if slots is None else slots.starts,
+        _given(grad_rows)[0], *_given(x_rows), _given(grad_x_rows)[0], None if slots is None else slots.starts,
         *result, *source, *target, step.params, _bucket(n),
         **_constants(step, x), SHARE=share, UNIT=0 if slots is None else slots.unit,
     )  # fmt: skip
@@ -113,7 +116,7 @@ def launch_back(
 def tiles_back(step: Step, weight: Tensor, n: int, joint: bool, slots: Slots | None = None) -> tuple[Tile, ...]:
     """The tiles of `launch_back`; none where no tile holds a whole matrix of the factor, as joint needs it."""
     limits = tile_sizes.device_limits(weight.device)
-    return tile_sizes.backward_tiles(step, weight.itemsize, _tokens(n, slots), limits, joint)
+    return tile_sizes.backward_tiles(step, weight.itemsize, _most(n, slots), limits, joint)
 
 
 def launch_fused(
@@ -197,7 +200,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and dtype == torch.float32 else "ieee"
 
 
-def _blocks(step: Step, tokens: int) -> Callable[[Mapping[str, int]], int]:
+def _programs(step: Step, tokens: int) -> Callable[[Mapping[str, int]], int]:
     """The number of programs of a step forward, by its tile."""
     batch, columns, rows, _ = step.counts
 
@@ -208,12 +211,12 @@ def _blocks(step: Step, tokens: int) -> Callable[[Mapping[str, int]], int]:
     return programs
 
 
-def _tokens(n: int, slots: Slots | None) -> int:
+def _most(n: int, slots: Slots | None) -> int:
     """How many tokens a tile may have, at most."""
     return _bucket(n) if slots is None else slots.unit
 
 
-def _rows(rows: Rows | None) -> tuple[Tensor | None, Tensor | None]:
+def _given(rows: Rows | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if rows is None else (rows.numbers, rows.gates)
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 SMALLEST, LARGEST = 16, 128  # slots of a block: the shortest side of a tile, the longest
-FILLED = 4  # blocks that an expert of average load should fill, so that few slots are empty
+FILLED = 4  # blocks that an expert of average load fills, if they are not the smallest, so that few slots are empty
 
 
 class Rows(NamedTuple):
     """Which row of a tensor every slot has.
 
     Attributes:
-        numbers: (slots,), int64; -1 for none.
+        numbers: (slots,), int32; -1 for none.
         total: how many rows the tensor has.
         gates: (slots,), float32: what the rows are multiplied by as they are read; None for one.
     """
@@ -57,7 +57,7 @@ def arrange(indices: Tensor, gates: Tensor, experts: int) -> Slots:
     """The slots of (n, active) pairs; indices from 0 to experts - 1, as on a GPU torch itself asserts."""
     n, active = indices.shape
     pairs = n * active
-    unit = min(LARGEST, max(SMALLEST, 1 << (pairs // (FILLED * experts)).bit_length()))
+    unit = min(LARGEST, max(SMALLEST, 1 << max(0, (pairs // (FILLED * experts)).bit_length() - 1)))
     blocks = pairs // unit + min(experts, pairs)
     flat = indices.flatten()
     loads = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
@@ -71,11 +71,12 @@ def arrange(indices: Tensor, gates: Tensor, experts: int) -> Slots:
     of_block = torch.searchsorted(starts[1:], number, right=True)
     token = pair.div(active, rounding_mode="floor")
     scales = torch.where(pair < 0, 0, gates.flatten()[pair.clamp(min=0)].float())
+    tokens = token.int()
     return Slots(
         unit,
-        torch.where(of_block < experts, of_block, -1),
-        starts,
-        Rows(token, n, scales),
-        Rows(token, n),
-        Rows(pair, pairs),
+        torch.where(of_block < experts, of_block, -1).int(),
+        starts.int(),
+        Rows(tokens, n, scales),
+        Rows(tokens, n),
+        Rows(pair.int(), pairs),
     )
