@@ -146,7 +146,6 @@ def _mixtures(cases: Sequence[Case], budget: float | None, out: Path | None) -> 
     from einlinear.bench.machine import this_machine
 
     folder, machine = out or Path("results") / f"bench-{MIXTURES}", this_machine(cases[0].device)
-    folder.mkdir(parents=True, exist_ok=True)
     display.note(str(machine))
     results, failures = [], []
     with display.progress() as progress:
@@ -157,10 +156,12 @@ def _mixtures(cases: Sequence[Case], budget: float | None, out: Path | None) -> 
                 results.append(mixtures.measure(case, 10.0 if budget is None else budget))
             except RuntimeError as error:  # a wrong result, or an executor that cannot run: the others go on
                 failures.append(f"{case}: {error}")
-            mixtures.write(machine, command_line(), results, folder)
             progress.advance(task)
-    _print([mixtures.times(results), mixtures.conclusions(results)])
-    display.note(f"Results: {folder / mixtures.FILE}, moe.md beside it.")
+    if results:  # earlier ones stay until there are new ones
+        folder.mkdir(parents=True, exist_ok=True)
+        mixtures.write(machine, command_line(), results, folder)
+        _print([mixtures.times(results), mixtures.conclusions(results)])
+        display.note(f"Results: {folder / mixtures.FILE}, moe.md beside it.")
     for message in failures:
         display.error(message)
     if failures:

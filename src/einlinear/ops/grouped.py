@@ -79,7 +79,7 @@ def grouped_linear(
     if training:
         y: Tensor = _Grouped.apply(executor, structure, x, indices, gates, bias, *factors)  # type: ignore[no-untyped-call]
         return y
-    return _forward(executor, structure, factors, x, indices, gates, bias)
+    return _find(executor, factors, indices).forward_grouped(structure, factors, x, indices, gates, bias)
 
 
 def _choose(structure: Structure, load: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
@@ -110,42 +110,13 @@ def _reference(
     return y if bias is None else y + bias
 
 
-def _check_range(indices: Tensor, experts: int) -> None:
-    """Raise IndexError for experts that there are not; a GPU finds out by itself, but later."""
+def _find(executor: str, factors: Sequence[Tensor], indices: Tensor) -> executors.Executor:
+    """The executor. Raises IndexError for experts that there are not; a GPU finds out by itself, but later."""
     if indices.is_cpu and indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
+        experts, (low, high) = len(factors[0]), (int(bound) for bound in indices.aminmax())
         if low < 0 or high >= experts:
             raise IndexError(f"expert {low if low < 0 else high}: there are {experts}, from 0 to {experts - 1}")
-
-
-def _forward(
-    executor: str,
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    indices: Tensor,
-    gates: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    _check_range(indices, len(factors[0]))
-    return executors.find(executor).forward_grouped(structure, factors, x, indices, gates, bias)
-
-
-def _backward(
-    executor: str,
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    indices: Tensor,
-    gates: Tensor,
-    grad: Tensor,
-    needs_x: bool,
-    needs_factors: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The gradients of x and of the gates, if `needs_x`, and of those of the factors that are needed."""
-    _check_range(indices, len(factors[0]))
-    found = executors.find(executor)
-    return found.backward_grouped(structure, factors, x, indices, gates, grad, needs_x, needs_factors)
+    return executors.find(executor)
 
 
 class _Grouped(torch.autograd.Function):
@@ -162,7 +133,7 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         ctx.executor, ctx.structure = executor, structure
         ctx.save_for_backward(x, indices, gates, bias, *factors)
-        return _forward(executor, structure, factors, x, indices, gates, bias)
+        return _find(executor, factors, indices).forward_grouped(structure, factors, x, indices, gates, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,8 +146,8 @@ class _Grouped(torch.autograd.Function):
             y = _reference(ctx.structure, factors, x, indices, gates, bias)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
-        grad_x, grad_gates, grad_factors = _backward(
-            ctx.executor, ctx.structure, factors, x, indices, gates, grad, needs_x or needs_gates, needs_factors
+        grad_x, grad_gates, grad_factors = _find(ctx.executor, factors, indices).backward_grouped(
+            ctx.structure, factors, x, indices, gates, grad, needs_x or needs_gates, needs_factors
         )
         return None, None, grad_x, None, grad_gates, grad.sum(0) if needs_bias else None, *grad_factors
 
@@ -193,7 +164,9 @@ def grouped_op(
     executor: str,
 ) -> Tensor:
     """`grouped_linear` as an operator, for what traces."""
-    return _forward(executor, structure_of(spec, x.shape[1], out_features), factors, x, indices, gates, bias)
+    return _find(executor, factors, indices).forward_grouped(
+        structure_of(spec, x.shape[1], out_features), factors, x, indices, gates, bias
+    )
 
 
 @grouped_op.register_fake
@@ -217,8 +190,9 @@ def grouped_backward_op(
     """The gradients of x, of the gates and of the factors."""
     structure = structure_of(spec, x.shape[1], grad.shape[1])
     needs_factors = [True] * len(factors)
-    found = _backward(executor, structure, factors, x, indices, gates, grad, True, needs_factors)
-    grad_x, grad_gates, grad_factors = found
+    grad_x, grad_gates, grad_factors = _find(executor, factors, indices).backward_grouped(
+        structure, factors, x, indices, gates, grad, True, needs_factors
+    )
     return [g for g in (grad_x, grad_gates, *grad_factors) if g is not None]
 
 
