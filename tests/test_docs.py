@@ -24,6 +24,7 @@ import einlinear as el
 from einlinear.cli.app import app
 from einlinear.nn import ResidualMLP
 from einlinear.structures import FAMILIES
+from tests.data.samples import needs
 from tests.families import SAMPLES
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,31 @@ def test_mixtures() -> None:
         exec(compile(example, "docs/mixtures.md", "exec"), names)
     assert names["y"].shape == (4, 100, 1024)
     assert names["loss"].requires_grad
+
+
+@needs("scipy")
+def test_compression() -> None:
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    (example,) = blocks("docs/compression.md")
+    exec(compile(example, "docs/compression.md", "exec"), names)
+    assert names["report"].params <= 0.5 * names["report"].params_before
+    assert names["healing"].losses[-1] < names["healing"].losses[0]
+
+
+@needs("peft")
+@needs("accelerate")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for example in blocks("docs/huggingface.md"):
+        exec(compile(example, "docs/huggingface.md", "exec"), names)
+    assert names["loaded"].get_submodule("transformer.h.0.mlp.c_fc.base_layer").structure.spec == "btt(rank=2)"
+    assert len(names["trainer"].optimizer.param_groups) > 2
+    assert isinstance(
+        names["tuned"].get_submodule("base_model.model.transformer.h.1.attn.c_attn.base_layer"), el.Linear
+    )
 
 
 def test_a_loop_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Structured linear layers for PyTorch: any einsum as a drop-in `nn.Linear`, with the learning rates it needs."""
 
+from einlinear.compression import compress, heal
 from einlinear.conversion import convert, densify
+from einlinear.huggingface.registration import register as _register
 from einlinear.nn import Linear, MoELinear, moe_loads, moe_loss
 from einlinear.nn.explain import explain
 from einlinear.ops import backend
@@ -15,10 +17,12 @@ __all__ = [
     "__version__",
     "backend",
     "base_shapes",
+    "compress",
     "convert",
     "coord_check",
     "densify",
     "explain",
+    "heal",
     "init_",
     "moe_loads",
     "moe_loss",
@@ -26,3 +30,5 @@ __all__ = [
     "register_family",
     "structure",
 ]
+
+_register()

@@ -1,6 +1,7 @@
 """`einlinear fit` and `einlinear report`, from the arguments to what is printed and written."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_report_prints_the_table_and_writes_the_page(folder: Path, tmp_path: Pat
     assert (folder / "report.html").exists()
     assert [row[:2] for row in rows(out)] == [[s, w] for s in ("dense", "btt") for w in ("16", "32", "64")]
     assert rows(out)[0][3] == "2,560"
-    assert rows(out)[3][-3] == "2.00×"
+    assert rows(out)[3][-4:] == ["2.00×", "4.6", "7.9", "1"]
+    assert re.search(r"× compute +ms/step +MB +seeds", out)
     write(tmp_path / "more", run_of("monarch", 16), 1000, 0.5, code="v2")
     code, out, err = run("report", folder, tmp_path / "more", "--out", tmp_path / "pages" / "both.html")
     assert code == 0

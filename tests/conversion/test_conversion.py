@@ -189,6 +189,15 @@ def test_conv1d_of_transformers() -> None:
     el.convert(model, "low_rank(rank=16)", layers="0", weights="project")
     assert (model[0].in_features, model[0].out_features) == (16, 24)
     torch.testing.assert_close(model(x), y)
+    model[0].A.requires_grad_(False)
+    model[0].B.requires_grad_(False)
+    el.densify(model.eval())
+    assert type(model[0]) is Conv1D  # as the code around it, and its files, expect
+    assert (model[0].weight.shape, model[0].weight.requires_grad, model[0].training) == ((16, 24), False, False)
+    torch.testing.assert_close(model(x), y)
+    el.convert(model, "btt", layers="0")
+    el.densify(model)
+    assert type(model[0]) is Conv1D
 
 
 def test_what_is_skipped_is_listed_with_the_reason() -> None:

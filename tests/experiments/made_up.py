@@ -47,7 +47,9 @@ def write(
         good = train_loss is not None
         measures = {name: error, "test_accuracy": 1 - error} if good and error is not None else {}
         steps, inputs = run.training.steps, problem.inputs
-        result = Result(macs + 123, macs, inputs, steps, macs * inputs * steps, train_loss, measures, error, 0.00456)
+        result = Result(
+            macs + 123, macs, inputs, steps, macs * inputs * steps, train_loss, measures, error, 0.00456, 7_890_000
+        )
         write_result(path, result)
     if lines:
         (path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))

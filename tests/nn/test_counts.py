@@ -103,6 +103,13 @@ def test_attention_of_others_is_not_passed_over() -> None:
     assert linear_macs(model) == 3 * 4 * 4 + 4 * 5
 
 
+def test_attention_is_known_of_transformers_alone() -> None:
+    """A class of a user's that has the same name may compute something else."""
+    own = type("OPTAttention", (OthersAttention,), {})()
+    with pytest.raises(ValueError, match="is a OPTAttention: the products of its attention are unknown"):
+        macs_per_token(nn.Sequential(own), tokens=8)
+
+
 def test_wrappers_do_not_count_twice() -> None:
     layer = el.Linear(8, 8, "btt")
     wrapped = checkpoint_wrapper(torch.compile(layer, backend="eager"))  # both pass on the attributes of what they wrap

@@ -192,3 +192,16 @@ def test_mistakes() -> None:
         el.Linear(16, 24, el.structure("btt", 16, 16))
     with pytest.raises(TypeError):
         el.Linear(16, 24, "btt", rank=2)
+
+
+@pytest.mark.parametrize("structure", ["dense", "btt"])
+def test_the_weight_is_a_copy(structure: str) -> None:
+    """Whoever writes into it, as models of others do, changes nothing."""
+    layer = el.Linear(16, 16, structure)
+    before = layer.dense_weight()
+    torch.testing.assert_close(layer.weight, before)
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert torch.equal(layer.dense_weight(), before)
+    layer.A = torch.nn.Parameter(layer.A.to("meta"))  # half of a layer that is being loaded
+    assert (layer.weight.shape, layer.weight.is_meta) == ((16, 16), True)

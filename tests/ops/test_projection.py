@@ -9,7 +9,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops.projection import als
+from einlinear.ops.projection import als, truncate
 from einlinear.structures import Structure
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs]
@@ -166,3 +166,21 @@ def test_dtype_and_mistakes() -> None:
             el.Linear.from_dense(w, "dense")
     with pytest.raises(ValueError, match=r"the weight has shape \(16, 12\), the structure \(16, 16\) \(out, in\)"):
         ops.project(s, torch.randn(16, 12))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
+@pytest.mark.parametrize("rank", [1, 7, 40, 48])
+def test_truncation_in_float32_is_as_good_as_the_svd(decay: float, shape: tuple[int, int], rank: int) -> None:
+    """Also of singular values that fall by orders of magnitude, which a Gram matrix squares."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(20, n, 48, dtype=torch.float64, generator=generator))[0] for n in shape)
+    values = torch.arange(1, 49, dtype=torch.float64) ** -decay
+    matrices = (u * values) @ v.mT
+    first, second = truncate.truncated(matrices.float(), rank)
+    assert first.shape == (20, shape[0], rank)
+    torch.testing.assert_close(first.norm(dim=1), second.norm(dim=2))
+    assert bool((first.norm(dim=1).diff(dim=1) <= 1e-6).all())  # the largest first
+    best = values[rank:].square().sum().sqrt()
+    found = (first.double() @ second.double() - matrices).flatten(1).norm(dim=1)
+    assert float(found.max()) <= 1.001 * float(best) + 2e-6 * float(values.norm())

@@ -18,6 +18,7 @@ MIXTURES = {"normalize": True, "experts": 4}
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "ddp, normalized": {"model": {"normalize": True}},
+    "ddp, guided": {"model": {"normalize": True}, "guide_until": 30},
     "fsdp": {},
     "fsdp, normalized": {"model": {"normalize": True}},
     "fsdp, muon": {"model": {"normalize": True}, "optimizer": "muon"},

@@ -8,6 +8,8 @@ import multiprocessing
 import random
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,26 @@ from tests.training import toy
 from torch import Tensor
 
 import einlinear as el
-from einlinear.training import Training, loop, metrics
+from einlinear.nn.guided import Guided
+from einlinear.training import Training, checkpoint, loop, metrics
 from einlinear.training.distributed import World
 from einlinear.training.schedule import factor
+
+
+@contextmanager
+def interrupted(step: int) -> Iterator[None]:
+    """Ctrl-C before a step of a toy run."""
+    batch = toy.Toy.batch
+
+    def stopping(self: toy.Toy, now: int) -> tuple[Tensor, Tensor]:
+        if now == step:
+            raise KeyboardInterrupt
+        return batch(self, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy.Toy, "batch", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def test_it_learns_and_says_what_happened(tmp_path: Path) -> None:
@@ -42,13 +61,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.
     whole = toy.run(tmp_path / "whole", **options)
     batch = toy.Toy.batch
 
-    def interrupted(self: toy.Toy, step: int) -> tuple[Tensor, Tensor]:
-        if step == 14:
-            raise KeyboardInterrupt
-        return batch(self, step)
-
-    monkeypatch.setattr(toy.Toy, "batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(14):
         toy.run(tmp_path / "parts", **options)
     made: list[int] = []
     monkeypatch.setattr(toy.Toy, "batch", lambda self, step: (made.append(step), batch(self, step))[1])
@@ -91,6 +104,38 @@ def test_the_time_to_a_loss_can_be_read_off(tmp_path: Path, monkeypatch: pytest.
     assert found.step_seconds == 1
 
 
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("sgd", 1)])
+def test_the_memory_is_that_of_parameters_gradients_and_state(optimizer: str, moments: int, tmp_path: Path) -> None:
+    model = toy.initialised(toy.build)
+    numbers = sum(p.numel() for p in model.parameters())
+    model.get_submodule("head").bias.requires_grad_(False)
+    trained = numbers - 2  # the outputs of the toy
+    counters = len(list(model.parameters())) - 1 if optimizer == "adamw" else 0  # of the steps of every parameter
+    found = toy.run(tmp_path, model=model, steps=2, optimizer=optimizer)
+    assert found.memory == 4 * (numbers + trained + moments * trained + counters)
+
+
+def test_a_run_that_went_on_takes_the_memory_of_the_undisturbed(tmp_path: Path) -> None:
+    whole = toy.run(tmp_path, steps=4)
+    assert toy.run(tmp_path, steps=4).memory == whole.memory  # with no step left to make there are no gradients
+
+
+def test_the_memory_on_a_gpu_is_the_highest_peak_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no GPU here: what torch says of one is made up."""
+    peaks, calls = iter([700, 900, 800]), list[str]()
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: calls.append("read") or next(peaks))
+    init = loop._Run.__init__
+
+    def on_gpu(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.on_gpu = True
+
+    monkeypatch.setattr(loop._Run, "__init__", on_gpu)
+    assert toy.run(steps=3, evaluate_every=1).memory == 900
+    assert calls == ["reset", "read"] * 3
+
+
 def test_structured_layers_become_dense_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"steps": 20, "checkpoint_every": 4, "schedule": "constant"}
     sparse = toy.run(**options)
@@ -98,21 +143,75 @@ def test_structured_layers_become_dense_ones(tmp_path: Path, monkeypatch: pytest
     assert whole.losses[:10] == sparse.losses[:10]
     assert whole.losses[10] == pytest.approx(sparse.losses[10], rel=1e-4)  # the same function, a step later
     assert whole.losses[11:] != pytest.approx(sparse.losses[11:], rel=1e-4)
-    batch = toy.Toy.batch
-
     for stopped in (9, 14):  # before and after
         folder = tmp_path / str(stopped)
-
-        def interrupted(self: toy.Toy, step: int, stopped: int = stopped) -> tuple[Tensor, Tensor]:
-            if step == stopped:
-                raise KeyboardInterrupt
-            return batch(self, step)
-
-        monkeypatch.setattr(toy.Toy, "batch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted(stopped):
             toy.run(folder, densify_at=10, **options)
-        monkeypatch.setattr(toy.Toy, "batch", batch)
         assert toy.run(folder, densify_at=10, **options).losses == whole.losses
+
+
+def test_guides_hand_over_along_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = toy.initialised(toy.build), toy.Toy.batch
+    layers = [layer for layer in model.modules() if isinstance(layer, el.Linear)]
+    plain, shares, factors = toy.run(), list[float](), list[dict[str, Tensor]]()
+
+    def spy(self: toy.Toy, step: int) -> tuple[Tensor, Tensor]:
+        shares.extend({float(layer.get_buffer("share")) for layer in layers if isinstance(layer, Guided)})
+        factors.append({name: p.detach().clone() for name, p in model.named_parameters() if "guide" not in name})
+        return batch(self, step)
+
+    monkeypatch.setattr(toy.Toy, "batch", spy)
+    found = toy.run(model=model, guide_until=8, progress=lambda step, *_: step == 8 and spy(toy.Toy(), 8))
+    assert found.losses[:2] == pytest.approx(plain.losses[:2], rel=1e-6)  # the head, which starts at zero, moves first
+    assert found.losses[2:] != pytest.approx(plain.losses[2:], rel=1e-4)
+    expected = [0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(8)]
+    assert shares == pytest.approx([*expected, expected[-1]])  # and none after these
+    for name, p in factors[8].items():
+        assert torch.equal(factors[9][name], p)  # it stays when guides are taken out
+        assert not torch.equal(factors[0][name], p)  # but moved while they were there
+    assert all(type(layer) is el.Linear for layer in layers)
+    assert {*model.state_dict()} == {*toy.build().state_dict()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_guided_runs_go_on_exactly(tmp_path: Path, optimizer: str) -> None:
+    options: dict[str, Any] = {"checkpoint_every": 1, "guide_until": 10, "evaluate_every": 3, "optimizer": optimizer}
+    model = toy.initialised(toy.build)
+    whole = toy.run(tmp_path / "whole", model=model, **options)
+    for stopped in (7, 10, 11, 17):  # before guides are taken out, then, and after
+        folder, other = tmp_path / str(stopped), toy.initialised(toy.build)
+        with interrupted(stopped):
+            toy.run(folder, model=other, **options)
+        assert {*other.state_dict()} == {*model.state_dict()}  # guides are taken out however it ends
+        saved = checkpoint.latest(folder / "checkpoints")
+        assert saved is not None
+        assert any("guide" in name for name in saved.tensors) == (saved.step <= 10)
+        found = toy.run(folder, model=other, **options)
+        assert (found.losses, found.measures) == (whole.losses, whole.measures)
+        for name, value in other.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name])
+        lines = [
+            [{**line, "training_seconds": 0} for line in metrics.read(place / "metrics.jsonl")]
+            for place in (folder, tmp_path / "whole")
+        ]
+        assert lines[0] == lines[1]
+
+
+def test_no_state_is_lost_with_the_guides() -> None:
+    """They learn at the rates of a dense model; when they go, what Adam knows of all others stays."""
+    model, plain = toy.initialised(toy.build), toy.initialised(toy.build)
+    with toy.last_step(model) as found:
+        toy.run(model=model, steps=9, guide_until=4)
+    with toy.last_step(plain) as expected:
+        toy.run(model=plain, steps=9)
+    assert {name: lr for name, (lr, _) in found.items()} == {name: lr for name, (lr, _) in expected.items()}
+    assert {float(steps) for _, steps in found.values() if steps is not None} == {9}
+
+
+def test_a_mixture_has_no_guide() -> None:
+    model = toy.initialised(toy.build_gpt, experts=4)
+    with pytest.raises(ValueError, match="is a MoELinear: guides are for layers"):
+        toy.run(model=model, guide_until=4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -205,6 +304,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         ({"precision": "float16", "parallel": "fsdp"}, "take bfloat16"),
         ({"densify_at": 20}, "densify_at must be from 1 to below the 20 steps, not 20"),
         ({"densify_at": 10, "parallel": "fsdp"}, "take ddp"),
+        ({"guide_until": 0}, "guide_until must be from 1 to below the 20 steps, not 0"),
+        ({"guide_until": 20}, "guide_until must be from 1 to below the 20 steps, not 20"),
+        ({"guide_until": 10, "parallel": "experts"}, "guide_until needs whole layers, .* take ddp"),
+        ({"guide_until": 10, "densify_at": 9}, "must be at least guide_until, 10"),
     ],
 )
 def test_wrong_settings_say_what_is_right(options: dict[str, Any], message: str) -> None:

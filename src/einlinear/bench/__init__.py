@@ -9,6 +9,7 @@ memory.py     peak memory of a training step
 traffic.py    the bytes that a case has to move
 machine.py    the machine, and the best it can do
 mixtures.py   mixtures of experts, which have claims of their own
+projections.py  projections beside the SVDs that they stand for
 run.py        measuring, case by case
 results.py    what was measured, and its file
 claims.py     what the library promises, judged

@@ -13,6 +13,7 @@ import typer
 import einlinear
 from einlinear.cli.bench import bench
 from einlinear.cli.compare import compare
+from einlinear.cli.compress import compress
 from einlinear.cli.coord_check import coord_check
 from einlinear.cli.describe import describe
 from einlinear.cli.endings import user_errors
@@ -62,6 +63,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Layers": (describe, bench),
     "Training": (prepare, compare, train, sweep, recipes, coord_check),
     "Results": (report, fit),
+    "Pretrained models": (compress,),
 }
 for panel, commands in _PANELS.items():
     for command in commands:

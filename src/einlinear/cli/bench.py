@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear.bench.run import Recorder
     from einlinear.bench.tables import Table
 
-MIXTURES = "moe"  # the suite of mixtures
+MIXTURES, PROJECTIONS = "moe", "projection"  # suites that measure something else than layers
 
 
 def bench(
@@ -27,7 +28,7 @@ def bench(
         str | None,
         typer.Option(
             help="What to measure: quick (the default), small, standard (20 minutes on two cores), gpu, moe (mixtures "
-            "of experts). The other options override it."
+            "of experts), projection (of a large weight). The other options override it."
         ),
     ] = None,
     structures: Annotated[
@@ -81,7 +82,7 @@ def bench(
     """
     import torch
 
-    from einlinear.bench import changes, claims, mixtures, plot, tables
+    from einlinear.bench import changes, claims, mixtures, plot, projections, tables
     from einlinear.bench.cases import choose
     from einlinear.bench.results import read
     from einlinear.bench.run import FILE, Recorder
@@ -99,13 +100,14 @@ def bench(
         if threads is not None:
             torch.set_num_threads(threads)
         if suite == MIXTURES:
-            useless: dict[str, object] = {"structures": structures, "bias": bias, "variants": variants}
-            useless |= {"compile": compiled, "compare": compared}
-            for name, value in useless.items():
-                if value not in (None, False):
-                    raise ValueError(f"--{name} has no meaning for --suite {MIXTURES}, which is of btt experts")
+            _refuse(suite, structures=structures, bias=bias, variants=variants, compile=compiled, compare=compared)
             own = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
             _mixtures(mixtures.cases(**own, executors=_words(executors)), budget, out)
+            return
+        if suite == PROJECTIONS:
+            _refuse(suite, tokens=tokens, passes=passes, dtype=dtypes, bias=bias, executors=executors, budget=budget)
+            _refuse(suite, variants=variants, compile=compiled, compare=compared)
+            _projections(grid["structures"] or projections.SPECS, grid["sizes"] or (projections.SIZE,), device, out)
             return
         past = None if compared is None else read(compared / FILE if compared.is_dir() else compared)
         chosen = choose(suite or "quick", **grid, executors=_words(executors), compiled=compiled, budget=budget)
@@ -166,6 +168,35 @@ def _mixtures(cases: Sequence[Case], budget: float | None, out: Path | None) -> 
         display.error(message)
     if failures:
         raise typer.Exit(1)
+
+
+def _refuse(suite: str, **given: object) -> None:
+    """Raise ValueError for options that were given, but mean nothing for a suite."""
+    for name, value in given.items():
+        if value not in (None, False):
+            raise ValueError(f"--{name} has no meaning for --suite {suite}")
+
+
+def _projections(chosen: Sequence[str], sizes: Sequence[tuple[int, int]], device: str | None, out: Path | None) -> None:
+    """Measure projections, all anew."""
+    from einlinear.bench import projections
+    from einlinear.bench.cases import DEVICES, check
+    from einlinear.bench.machine import this_machine
+
+    check("device", [device or DEVICES[0]], DEVICES)
+    folder, machine = out or Path("results") / f"bench-{PROJECTIONS}", this_machine(device or DEVICES[0])
+    display.note(str(machine))
+    results = []
+    with display.progress() as progress:
+        task = progress.add_task("", total=len(chosen) * len(sizes))
+        for spec, size in product(chosen, sizes):
+            progress.update(task, description=spec)
+            results.append(projections.measure(spec, size, device or DEVICES[0]))
+            progress.advance(task)
+    folder.mkdir(parents=True, exist_ok=True)
+    projections.write(machine, command_line(), results, folder)
+    _print([projections.table(results)])
+    display.note(f"Results: {folder / projections.FILE}, projection.md beside it.")
 
 
 def _measure(recorder: Recorder) -> None:

@@ -63,3 +63,14 @@ def progress(*more: ProgressColumn) -> Progress:
     )
     shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
     return Progress(*columns, console=console, transient=True, disable=not shown)
+
+
+def advance(bars: Progress, what: str, done: int, total: int | None) -> None:
+    """Show how far one thing has come, the only one at a time."""
+    what = what if len(what) <= 40 else f"…{what[-39:]}"  # a path may be long
+    for task in bars.tasks:
+        if task.description != what:
+            bars.remove_task(task.id)
+    if not bars.tasks:
+        bars.add_task(what, total=total)
+    bars.update(bars.tasks[0].id, completed=done)

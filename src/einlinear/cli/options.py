@@ -11,8 +11,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="NAME=VALUE",
-        help="model=mlp, vit or gpt; data=NAME, a folder or a prepared text; structure, width, depth, steps, lr, "
-        "batch_size, seed, ... An unknown name is answered with the list of all.",
+        help="model=mlp, vit, gpt, opt or pythia; data=NAME, a folder or a prepared text; structure, width, depth, "
+        "steps, lr, batch_size, seed, ... An unknown name is answered with the list of all.",
     ),
 ]
 Workers = Annotated[

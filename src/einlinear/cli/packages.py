@@ -22,7 +22,15 @@ EXPERIMENTS = (  # those that train or report
 TOKENIZERS = ("tokenizers",)  # byte pairs
 STREAMED = ("datasets",)  # text of the Hugging Face hub
 RAY = ("ray",)  # a cluster
-_EXTRAS = {CLI: "cli", EXPERIMENTS: "experiments", TOKENIZERS: "text", STREAMED: "text", RAY: "ray"}
+PRETRAINED = ("safetensors", "scipy", "transformers")  # models of transformers
+_EXTRAS = {
+    CLI: "cli",
+    EXPERIMENTS: "experiments",
+    TOKENIZERS: "text",
+    STREAMED: "text",
+    RAY: "ray",
+    PRETRAINED: "pretrained",
+}
 
 
 def require(modules: tuple[str, ...]) -> None:

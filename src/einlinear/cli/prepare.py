@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
 from einlinear.cli import display
 from einlinear.cli.endings import interruptible, user_errors
@@ -67,19 +66,8 @@ def prepare(
             display.note(f"{out} holds this text already; --fresh prepares it again.")
         else:
             with display.progress() as progress:
-                found = prepare_tokens(recipe, out, fresh=fresh, progress=partial(_advance, progress))
+                found = prepare_tokens(recipe, out, fresh=fresh, progress=partial(display.advance, progress))
     _print(found)
-
-
-def _advance(progress: Progress, what: str, done: int, total: int | None) -> None:
-    """Show how far one thing has come, the only one at a time."""
-    what = what if len(what) <= 40 else f"…{what[-39:]}"  # a path may be long
-    for task in progress.tasks:
-        if task.description != what:
-            progress.remove_task(task.id)
-    if not progress.tasks:
-        progress.add_task(what, total=total)
-    progress.update(progress.tasks[0].id, completed=done)
 
 
 def _print(tokens: Tokens) -> None:

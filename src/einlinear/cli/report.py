@@ -60,10 +60,12 @@ def _print(study: Study) -> None:
                 *("diverged" if mean is None else f"{mean:.4f}" for mean in means),
                 str(row.multipliers.get(study.error, "–")),
                 "–" if seconds is None else f"{1000 * seconds:.1f}",
+                "–" if row.result.memory is None else f"{row.result.memory / 1e6:,.1f}",
                 row.seed_count,
             ]
         )
     names = (*(name.replace("_", " ") for name in options), "params", "MACs", *map(in_words, measures))
     display.note(f"{study}{', every model at its best learning rate' if 'lr' in study.varied else ''}:")
-    display.show(("structure", "width", *names, "× compute", "ms/step", "seeds"), rows)
-    display.note(f"× compute: how many times these MACs dense needs for the same {in_words(study.error)}.\n")
+    display.show(("structure", "width", *names, "× compute", "ms/step", "MB", "seeds"), rows)
+    display.note(f"× compute: how many times these MACs dense needs for the same {in_words(study.error)}.")
+    display.note("MB: on a GPU the most that a step took; on a CPU parameters, gradients and the optimizer's state.\n")

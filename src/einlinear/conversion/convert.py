@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from einlinear.conversion.replace import describe, has_hooks, layers_of, replace_in
+from einlinear.conversion.replace import describe, replace_in
 from einlinear.conversion.report import Conversion, ConversionReport
+from einlinear.conversion.suitable import (
+    fresh,
+    fused_experts,
+    linear_layers,
+    owners_of,
+    reason_to_skip,
+    uncalled_layers,
+)
 from einlinear.nn import Linear
 from einlinear.nn.known import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
@@ -32,8 +40,9 @@ def convert(
 ) -> ConversionReport:
     """Replace linear layers by structured ones, in place.
 
-    `torch.nn.Linear` and transformers' Conv1D are converted. Layers that share a module or a weight share their factors
-    afterwards. Bias, device, dtype, requires_grad and training mode are kept.
+    `torch.nn.Linear` and transformers' Conv1D are converted; experts whose weights are stacked in one parameter are
+    skipped. Layers that share a module or a weight share their factors afterwards. Bias, device, dtype, requires_grad
+    and training mode are kept.
 
     Args:
         model: any module that has linear layers inside.
@@ -70,17 +79,21 @@ def convert(
     for spec in plan.values():
         check_spec(spec)
     wanted = as_globs(layers, "layers")
-    linears = layers_of(
-        model, "el.Linear.from_dense(layer, structure)", lambda m: isinstance(m, nn.Linear | Linear) or is_conv1d(m)
-    )
-    check_globs(wanted, list(linears), "layers", "linear layer")
-    check_globs(plan, list(linears), "structure", "linear layer")
+    linears = linear_layers(model)
+    fused = fused_experts(model)
+    check_globs(wanted, [*linears, *fused], "layers", "linear layer")
+    check_globs(plan, [*linears, *fused], "structure", "linear layer")
+
+    def is_matched(name: str) -> bool:
+        return all(any(fnmatchcase(name, glob) for glob in globs) for globs in (wanted, plan))
+
     matched = {
         name: next(spec for glob, spec in plan.items() if fnmatchcase(name, glob))
         for name in linears
-        if any(fnmatchcase(name, glob) for glob in wanted) and any(fnmatchcase(name, glob) for glob in plan)
+        if is_matched(name)
     }
     new, converted, skipped = _build(model, linears, matched, weights, normalize)
+    skipped += [(name, reason) for name, reason in fused.items() if is_matched(name)]
     return replace_in(model, new, converted, skipped, "no layer matches layers and structure")
 
 
@@ -92,17 +105,13 @@ def _build(
     converted: list[Conversion] = []
     skipped: list[tuple[str, str]] = []
     by_weight: dict[tuple[int, str], Linear] = {}
-    owners = _owners(model)
-    uncalled = {
-        id(module.out_proj): "nn.MultiheadAttention reads its weight and never calls it: nothing would be saved"
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }
+    owners = owners_of(model)
+    uncalled = uncalled_layers(model)
     for name, spec in matched.items():
         old: Any = linears[name]
         if id(old) in new:
             continue
-        reason = uncalled.get(id(old)) or _reason_to_skip(old) or _tied_elsewhere(old, owners, linears, matched, spec)
+        reason = uncalled.get(id(old)) or reason_to_skip(old) or _tied_elsewhere(old, owners, linears, matched, spec)
         if reason is None:
             try:
                 layer = _converted(old, spec, weights, normalize)
@@ -129,12 +138,7 @@ def _converted(old: Any, spec: str, weights: str, normalize: bool) -> Linear:
         if old.weight.is_meta:
             raise ValueError("layers on the meta device have no weight to project: load it first, or weights='fresh'")
         return Linear.from_dense(old, s)
-    layer = Linear(fan_in, fan_out, s, old.bias is not None, normalize, old.weight.device, old.weight.dtype)
-    for parameter in layer.parameters():
-        parameter.requires_grad_(old.weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(old.bias.requires_grad)
-    return layer.train(old.training)
+    return fresh(old, s, normalize)
 
 
 @torch.no_grad()
@@ -146,24 +150,6 @@ def _conversion(name: str, old: Any, layer: Linear, weights: str) -> Conversion:
         error = float(difference / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
     s, entries = layer.structure, layer.in_features * layer.out_features
     return Conversion(name, describe(old), s.spec, entries, s.params, entries, s.macs, error)
-
-
-def _reason_to_skip(module: nn.Module) -> str | None:
-    if isinstance(module, Linear):
-        return f"is already structured: {module.structure.spec}"
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"is a {type(module).__name__}, a subclass of nn.Linear that may be used in other ways"
-    return "has hooks, which would be lost" if has_hooks(module) else None
-
-
-def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Which modules hold a parameter, by the parameter's id."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((name, module))
-    return owners
 
 
 def _tied_elsewhere(
@@ -178,6 +164,6 @@ def _tied_elsewhere(
         if other is module:
             continue
         same = name in linears and matched.get(name) == spec and type(other) is type(module)
-        if not same or _reason_to_skip(other):
+        if not same or reason_to_skip(other):
             return f"its weight is tied to {name}, which is not converted to the same structure"
     return None

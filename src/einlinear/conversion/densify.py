@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from einlinear.conversion.replace import describe, has_hooks, layers_of, replace_in
@@ -10,10 +13,11 @@ from einlinear.nn import Linear
 
 
 def densify(model: nn.Module) -> ConversionReport:
-    """Replace every structured layer by the `torch.nn.Linear` that computes the same function, in place.
+    """Replace every structured layer by the dense one that computes the same function, in place.
 
-    Layers that share a module or all their factors share their weight afterwards. Bias, device, dtype, training mode
-    and requires_grad are kept; a weight is frozen if all its factors were.
+    That is a `torch.nn.Linear`, or transformers' Conv1D where the structured layer took the place of one. Layers that
+    share a module or all their factors share their weight afterwards. Bias, device, dtype, training mode and
+    requires_grad are kept; a weight is frozen if all its factors were.
 
     Returns:
         What was done to every layer, and what was skipped for which reason, such as hooks, which would be lost.
@@ -41,9 +45,20 @@ def densify(model: nn.Module) -> ConversionReport:
         if factors[name] in hooked:
             skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
         elif id(layer) not in new:
-            dense = layer.to_dense()
+            dense = _dense(layer)
             dense.weight = weights.setdefault(factors[name], dense.weight)
             new[id(layer)] = dense
             s, entries = layer.structure, layer.in_features * layer.out_features
             converted.append(Conversion(name, s.spec, describe(dense), s.params, entries, s.macs, entries))
     return replace_in(model, new, converted, skipped, "there is no structured layer in the model")
+
+
+def _dense(layer: Linear) -> Any:
+    linear = layer.to_dense()
+    if layer.dense_class is nn.Linear:
+        return linear
+    with torch.device("meta"):  # it gets the parameters of the linear layer
+        conv1d: Any = layer.dense_class(layer.out_features, layer.in_features)
+    conv1d.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
+    conv1d.bias = linear.bias
+    return conv1d.train(layer.training)

@@ -36,11 +36,16 @@ def replace_in(
     if not converted:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or otherwise
         raise ValueError(f"no layer could be converted: {reasons}")
+    put(model, new)
+    return ConversionReport(tuple(converted), tuple(skipped))
+
+
+def put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put new modules into all the places of old ones, of which the id is given."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 setattr(parent, name, new[id(child)])
-    return ConversionReport(tuple(converted), tuple(skipped))
 
 
 def describe(module: nn.Module) -> str:

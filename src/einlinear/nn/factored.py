@@ -111,6 +111,10 @@ class Factored(Described):
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        # an empty weight stands in files of transformers models for those who do not know this layer
+        key = f"{prefix}weight"
+        if key in lists[1] and not state_dict[key].numel():
+            lists[1].remove(key)
         saved = local_metadata.get("structure", self.structure.spec)
         if saved != self.structure.spec:
             lists[-1].append(f"{prefix[:-1] or 'the layer'} is {self.structure.spec}, but was saved as {saved}")

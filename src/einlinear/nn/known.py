@@ -27,6 +27,8 @@ _OF_VECTORS = (
     nn.PReLU,
 )
 
+_ATTENTION = ("OPTAttention", "GPTNeoXAttention")  # of transformers: its heads are as wide as the model, all together
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -89,6 +91,8 @@ def known(module: Any) -> Known | None:
         weights = {name: getattr(module, name) for name in names if getattr(module, name) is not None}
         matrices = {name: Matrix(weight.shape[1], weight.shape[0]) for name, weight in weights.items()}
         return Known(matrices, ("in_proj_bias", "bias_k", "bias_v"), macs=None)
+    if _is_of_transformers(module, *_ATTENTION):  # the linear layers in them are modules of their own
+        return Known(macs_per_position=2 * module.config.hidden_size)
     # every library has norms of its own (LlamaRMSNorm): they are known by their name
     if isinstance(module, _OF_VECTORS) or type(module).__name__.endswith("Norm"):
         return Known(vectors=dict(module.named_parameters(recurse=False)))
@@ -97,7 +101,12 @@ def known(module: Any) -> Known | None:
 
 def is_conv1d(module: Any) -> bool:
     """Whether it is transformers' Conv1D, a linear layer of weight (in_features, out_features)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    return _is_of_transformers(module, "Conv1D")
+
+
+def _is_of_transformers(module: Any, *names: str) -> bool:
+    """Whether it is of one of transformers' classes of these names, without importing transformers."""
+    return type(module).__name__ in names and type(module).__module__.startswith("transformers.")
 
 
 def features(linear: Any) -> tuple[int, int]:

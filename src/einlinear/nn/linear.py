@@ -44,6 +44,8 @@ class Linear(Factored):
         0.09375
     """
 
+    dense_class: type[nn.Module] = nn.Linear  # what it stands in the place of: `einlinear.densify` puts that back
+
     def __init__(
         self,
         in_features: int,
@@ -61,7 +63,7 @@ class Linear(Factored):
 
     @classmethod
     @torch.no_grad()
-    def from_dense(cls, linear: nn.Module | Tensor, structure: str | Structure) -> Linear:
+    def from_dense(cls, linear: nn.Module | Tensor, structure: str | Structure, moment: Tensor | None = None) -> Linear:
         """The structured layer closest to a dense one: best approximation of its weight in Frobenius norm.
 
         Exactly the best for structures of two factors and for sums of terms of one factor; for others as good as
@@ -70,6 +72,8 @@ class Linear(Factored):
         Args:
             linear: a `torch.nn.Linear`, transformers' Conv1D, a structured layer, or a weight of shape (out, in).
             structure: as for the constructor.
+            moment: E[x x^T] of the layer's inputs, (in_features, in_features). Then it is the outputs for such inputs
+                that are closest, in mean square, and not the weight (`ops/projection/weighted.py`).
 
         Returns:
             A layer with the bias, dtype, device, training mode and requires_grad of the given one.
@@ -90,7 +94,9 @@ class Linear(Factored):
             raise ValueError("a weight on the meta device has no values to project: load it first")
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, structure, bias is not None, device=weight.device, dtype=weight.dtype)
-        for factor, value in zip(layer.structure.factors, ops.project(layer.structure, weight), strict=True):
+        if isinstance(linear, nn.Module) and is_conv1d(linear):
+            layer.dense_class = type(linear)
+        for factor, value in zip(layer.structure.factors, ops.project(layer.structure, weight, moment), strict=True):
             getattr(layer, factor.name).copy_(value).requires_grad_(weight.requires_grad)
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias).requires_grad_(bias.requires_grad)
@@ -109,8 +115,16 @@ class Linear(Factored):
 
     @property
     def weight(self) -> Tensor:
-        """`dense_weight()`, for code that expects a layer to have one. It is built on every access: that costs."""
-        return self.dense_weight()
+        """`dense_weight()`, for code that expects a layer to have one. It is built on every access: that costs.
+
+        What is written into it is lost, whatever the structure: models of transformers initialise the weights of layers
+        that are inside others, also after they were loaded. While some factors are still on the meta device, so is it.
+        """
+        parameters = self.weight_parameters()
+        if any(parameter.is_meta for parameter in parameters):
+            return torch.empty(self.out_features, self.in_features, device="meta", dtype=parameters[0].dtype)
+        weight = self.dense_weight()
+        return weight.clone() if len(self.structure.factors) == 1 else weight  # one factor is its own dense weight
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:

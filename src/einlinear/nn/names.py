@@ -28,6 +28,11 @@ def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
             yield from plain_modules(child, name if wrapped else f"{name}.{part}".lstrip("."))
 
 
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    """The first qualified name that a module has in a model."""
+    return next(name for name, found in plain_modules(model) if found is module)
+
+
 def as_globs(given: str | Sequence[str], argument: str) -> list[str]:
     """A glob, or several, as a list."""
     globs = [given] if isinstance(given, str) else given

@@ -33,6 +33,9 @@ class Training:
         compile: whether torch.compile compiles the model.
         parallel: how several processes share the model: "ddp" (each has all of it), "fsdp" (each has a part) or
             "experts" (each has all but the experts of mixtures, and a part of these).
+        guide_until: for so many steps every structured layer has a dense weight beside it, which starts as its own and
+            hands over to it along a cosine (self-guided training of Wei et al., arXiv 2406.16450; `nn/guided.py`).
+            Until then a step costs what a dense model's does on top. None: no guides.
         densify_at: after so many steps structured layers become the dense ones that compute the same, and training
             goes on (sparse-to-dense of Dao et al., arXiv 2204.00595, after 90 % of the steps); None: never. The
             optimizer keeps what it knows of all other parameters.
@@ -71,6 +74,7 @@ class Training:
     precision: str = "float32"
     compile: bool = False
     parallel: str = "ddp"
+    guide_until: int | None = None
     densify_at: int | None = None
     moe_loss: float = 0.01
     structure_aware: bool = True
@@ -106,11 +110,18 @@ class Training:
             raise ValueError(f"moe_loss must be zero or a positive number, not {self.moe_loss}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be positive, or None, not {self.clip}")
-        if self.densify_at is not None and not 0 < self.densify_at < self.steps:
-            raise ValueError(f"densify_at must be from 1 to below the {self.steps} steps, not {self.densify_at}")
-        if self.densify_at is not None and self.parallel != "ddp":
+        for name in ("guide_until", "densify_at"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < self.steps:
+                raise ValueError(f"{name} must be from 1 to below the {self.steps} steps, not {value}")
+            if value is not None and self.parallel != "ddp":
+                raise ValueError(
+                    f"{name} needs whole layers, of which {self.parallel} leaves each process a part: take ddp"
+                )
+        if self.guide_until is not None and self.densify_at is not None and self.densify_at < self.guide_until:
             raise ValueError(
-                f"densify_at needs whole layers, of which {self.parallel} leaves each process a part: take ddp"
+                f"densify_at={self.densify_at} would make layers dense that have guides: it must be at least "
+                f"guide_until, {self.guide_until}"
             )
         if self.precision == "float16" and self.parallel != "ddp":
             raise ValueError(

@@ -13,9 +13,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from einlinear.conversion import densify
+from einlinear.nn.guided import guide, set_share, unguide
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
+from einlinear.nn.names import name_of
 from einlinear.parametrize import param_groups
 from einlinear.parametrize.mup import Base
 from einlinear.training import checkpoint, distributed, state, trackers
@@ -51,11 +54,15 @@ class Outcome:
         losses: of every step; fewer than asked for where one became NaN or infinite.
         measures: of the final model, by name.
         step_seconds: median duration of a step, without its data and without evaluation.
+        memory: bytes on the device of this process. On a GPU, the most that torch's tensors took at any time of a step;
+            None where no step was left to make. On a CPU parameters, their gradients and the optimizer's state, without
+            activations.
     """
 
     losses: tuple[float, ...]
     measures: Mapping[str, float]
     step_seconds: float
+    memory: int | None
 
     @property
     def diverged(self) -> bool:
@@ -76,7 +83,7 @@ def train(
     """Train a model; under torchrun, with all processes.
 
     Args:
-        model: initialised, the same on every process; trained in place.
+        model: initialised, the same on every process; trained in place. Guides are taken out again however it ends.
         base, lr_scale: as for `param_groups`.
         task: batches, loss and measures.
         config: how.
@@ -86,7 +93,8 @@ def train(
 
     Raises:
         ValueError: there is no such device; the folder holds a checkpoint of another run, or not the same ones for all
-            processes; a batch that cannot be shared or divided; a tracker without a folder.
+            processes; a batch that cannot be shared or divided; a tracker without a folder; no layer for a guide, or a
+            mixture of experts, where guides are asked for.
         ModuleNotFoundError: the tracker's package is not installed.
         OSError: the folder cannot be written, or its disk is full. What was saved before is still there.
 
@@ -117,6 +125,8 @@ def train(
         world = distributed.world(config.device)
         return _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train(progress)
     finally:
+        if config.guide_until is not None:
+            unguide(model)
         torch.set_num_threads(threads)
 
 
@@ -135,15 +145,20 @@ class _Run:
         self.plain, self.base, self.lr_scale = model.to(world.device), base, lr_scale
         self.task, self.config, self.facts, self.world = task, config, facts, world
         self.folder = folder
+        if config.guide_until is not None:
+            guide(self.plain)
         self._set_up()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         self.losses: list[float] = []
         self.seconds: list[float] = []  # of every step; like the losses, those before an interruption as well
+        self.on_gpu = world.device.type == "cuda"
+        self.peak: int | None = None  # bytes
 
     def _set_up(self) -> None:
         """What depends on which parameters there are."""
         config = self.config
-        blocks = "blocks.*" if config.optimizer == "muon" and hasattr(self.plain, "blocks") else None
+        blocks: Any = getattr(self.plain, "blocks", None)
+        of_muon = config.optimizer == "muon" and blocks is not None
         self.model = distributed.wrap(self.plain, config.parallel, self.world)
         groups = param_groups(
             self.model,
@@ -153,7 +168,7 @@ class _Run:
             weight_decay=config.weight_decay,
             structure_aware=config.structure_aware,
             lr_scale=self.lr_scale,
-            hidden=blocks,
+            hidden=f"{name_of(self.plain, blocks)}.*" if of_muon else None,
         )
         self.optimizers = _optimizers(groups, config)
         self.mixtures = any(isinstance(module, Mixture) for module in self.plain.modules())
@@ -161,11 +176,18 @@ class _Run:
             raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
 
-    def _densify(self) -> None:
-        """Make structured layers dense; what the optimizers know of other parameters stays."""
+    def _after(self, step: int) -> None:
+        """Change layers after so many steps, if that is asked for."""
+        if step == self.config.guide_until:
+            self._change(unguide)
+        if step == self.config.densify_at:
+            self._change(densify)
+
+    def _change(self, change: Callable[[nn.Module], object]) -> None:
+        """Change layers; what the optimizers know of parameters that stay, stays."""
         states = {p: known for optimizer in self.optimizers for p, known in optimizer.state.items()}
         before = {name: states[p] for name, p in self.plain.named_parameters() if p in states}
-        densify(self.plain)
+        change(self.plain)
         self._set_up()
         names = {p: name for name, p in self.plain.named_parameters()}
         for optimizer in self.optimizers:
@@ -181,8 +203,7 @@ class _Run:
         first, steps = self.world.rank == 0, self.config.steps
         training_seconds, measures = sum(self.seconds), dict[str, float]()
         for step in range(len(self.losses) + 1, steps + 1):
-            if step - 1 == self.config.densify_at:
-                self._densify()
+            self._after(step - 1)
             loss = self._step(step - 1)
             training_seconds += self.seconds[-1]
             if progress and first:
@@ -204,7 +225,8 @@ class _Run:
                 break
             if _due(step, self.config.checkpoint_every) or last:  # after the metrics, which a resumed run relies on
                 self._save()
-        return Outcome(tuple(self.losses), measures or self._evaluate(), statistics.median(self.seconds))
+        seconds = statistics.median(self.seconds)
+        return Outcome(tuple(self.losses), measures or self._evaluate(), seconds, self._memory())
 
     def _step(self, index: int) -> float:
         """One step of the optimizer; the mean loss of its batch."""
@@ -212,9 +234,13 @@ class _Run:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = self._lr(index) * group["lr_mult"]
+        if self.config.guide_until is not None and index < self.config.guide_until:
+            set_share(self.plain, factor("cosine", index, self.config.guide_until))
         batch = self.task.batch(index)
         distributed.check_batch(len(batch[0]), self.world.size, self.config.accumulate)
         x, y = map(self.world.share, batch)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.world.device)
         began = time.perf_counter()
         self.model.train()
         total = torch.zeros((), device=self.world.device)
@@ -235,7 +261,18 @@ class _Run:
         self.scaler.update()
         self.losses.append(self.world.mean(total))  # waits for the device
         self.seconds.append(time.perf_counter() - began)
+        if self.on_gpu:
+            self.peak = max(self.peak or 0, torch.cuda.max_memory_allocated(self.world.device))
         return self.losses[-1]
+
+    def _memory(self) -> int | None:
+        """What `Outcome.memory` is. Gradients are counted by their parameters: a run that went on may have none yet."""
+        if self.on_gpu:
+            return self.peak
+        parameters = list(self.model.parameters())
+        states = [value for own in self.optimizers for state in own.state.values() for value in state.values()]
+        tensors = [*parameters, *(p for p in parameters if p.requires_grad), *filter(torch.is_tensor, states)]
+        return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
     def _with_moe_loss(self, loss: Tensor) -> Tensor:
         """The loss to minimise. One that is not finite ends the run, on all processes: nothing is checked here."""
@@ -277,8 +314,8 @@ class _Run:
             return
         assert self.folder is not None
         checkpoint.check_same(self.folder, found.facts, self.facts)
-        if self.config.densify_at is not None and found.step > self.config.densify_at:
-            self._densify()
+        for step in range(found.step):  # what changes after the last of them, changes when the run goes on
+            self._after(step)
         state.restore(self.model, self.optimizers, self.scaler, found.tensors)
         self.losses, self.seconds = (found.tensors[name].tolist() for name in ("losses", "seconds"))
 

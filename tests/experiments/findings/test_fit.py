@@ -151,3 +151,14 @@ def test_a_model_that_is_made_dense_costs_less_before(tmp_path: Path) -> None:
     steps = [line["step"] for line in lines(1000, 100)]
     expected = [BATCH * (min(step, 60) * cheap + max(step - 60, 0) * 1000) for step in steps]
     assert measured.compute.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("densify_at", "cheap"), [(None, 1000), (60, 100)])
+def test_a_model_with_guides_costs_more_before(tmp_path: Path, densify_at: int | None, cheap: int) -> None:
+    run, guides = run_of("btt", 16, guide_until=30, densify_at=densify_at), 500
+    (row,) = studies([write(tmp_path, run, 1000, 0.5, lines=lines(1000, 100))])[0].rows
+    steps = [line["step"] for line in lines(1000, 100)]
+    expected = [BATCH * (min(t, 30) * guides + min(t, 60) * cheap + max(t - 60, 0) * 1000) for t in steps]
+    own = replace(row.result, compute=expected[-1], guide_macs=guides)
+    row = replace(row, records=(replace(row.records[0], result=own),))
+    assert evaluations(row, "train_error").compute.tolist() == pytest.approx(expected)

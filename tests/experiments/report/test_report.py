@@ -87,6 +87,7 @@ def test_the_page_has_every_point_and_loads_nothing(tmp_path: Path) -> None:
     for row in study.rows:
         assert f"{row.mean(TRAIN_LOSS):.4f}" in text
         assert str(row.multipliers[TRAIN_LOSS]).replace(">", "&gt;").replace("<", "&lt;") in text
+    assert text.count(">4.56<") == text.count(">7.9<") == len(study.rows)  # milliseconds per step, and MB
     assert sections(page) == ["What was run", "Loss and compute per image", "All models"]
     assert 'role="alert"' not in text
 

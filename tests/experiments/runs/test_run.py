@@ -48,7 +48,7 @@ def test_the_key_is_that_of_what_can_change_the_result() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "cnn"}, "model must be mlp, vit, gpt, not 'cnn'"),
+        ({"model": "cnn"}, "model must be mlp, vit, gpt, opt, pythia, not 'cnn'"),
         ({"wdith": 64}, r"a run of model=mlp on data=digits \(images\) has no option 'wdith': did you mean 'width'\?"),
         ({"heads": 2}, "has no option 'heads'"),
         ({"context": 64}, "has no option 'context'"),
@@ -64,7 +64,13 @@ def test_the_key_is_that_of_what_can_change_the_result() -> None:
         ({"seed": -1}, "seed must be from 0"),
         ({"accumulate": 3}, "accumulate=3 does not divide the batch_size of 128"),
         ({"densify_at": 5, "experts": 4}, "mixtures of experts cannot be made"),
+        ({"guide_until": 5, "experts": 4}, "a dense guide, which mixtures of experts cannot have"),
         ({"device": "tpu"}, "device must be cpu or cuda"),
+        ({"model": "opt", "experts": 4}, "model=opt has no mixtures of experts"),
+        (
+            {"model": "pythia", "qk_norm": True},
+            r"a run of model=pythia on data=digits \(text\) has no option 'qk_norm'",
+        ),
     ],
 )
 def test_wrong_options_say_what_is_right(options: dict[str, Any], message: str) -> None:
@@ -78,7 +84,8 @@ def test_steps_must_be_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"), [("mlp", Shape(9, 9, context=8)), ("vit", Shape(8, 1)), ("gpt", Shape(8, 1))]
+    ("model", "shape"),
+    [("mlp", Shape(9, 9, context=8)), *((model, Shape(8, 1)) for model in ("vit", "gpt", "opt", "pythia"))],
 )
 def test_models_say_which_data_they_take(model: str, shape: Shape) -> None:
     with pytest.raises(ValueError, match=r"takes .*model=|takes .* prepare"):
@@ -112,6 +119,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model": "vit", "patch_size": 4, "heads": 2, "normalize": True, "structure": "btt"}, "train_error"),
         ({"model": "gpt", "data": "TEXT", "context": 16, "d_head": 8, "structure": "btt"}, "validation_loss"),
         ({"model": "gpt", "data": "pixels:digits", "image_size": 4, "d_head": 8}, "validation_loss"),
+        ({"model": "opt", "data": "TEXT", "context": 16, "structure": "dyad"}, "validation_loss"),
+        ({"model": "pythia", "data": "pixels:digits", "image_size": 4, "structure": "dyad"}, "validation_loss"),
         ({"model": "mlp", "data": "teacher", "teacher_width": 16, "structure": "low_rank"}, "test_loss"),
     ],
 )
@@ -232,6 +241,22 @@ def test_what_is_made_dense_costs_what_it_is(tmp_path: Path) -> None:
     both = execute(run(structure="btt", densify_at=8))
     assert (both.macs, both.params) == (dense.macs, dense.params)
     assert both.compute == sparse.inputs * (8 * sparse.macs + 4 * dense.macs)
+
+
+def test_guides_are_counted_as_long_as_they_are_there() -> None:
+    sparse, dense = (execute(run(structure=name)) for name in ("btt", "dense"))
+    guides = dense.macs - 16 * 10  # the head is no structured layer
+    found = execute(run(structure="btt", guide_until=5))
+    assert (found.macs, found.params, found.guide_macs) == (sparse.macs, sparse.params, guides)
+    assert found.compute == found.inputs * (12 * sparse.macs + 5 * guides)
+    both = execute(run(structure="btt", guide_until=5, densify_at=8))
+    assert (both.macs, both.params) == (dense.macs, dense.params)
+    assert both.compute == found.inputs * (8 * sparse.macs + 5 * guides + 4 * dense.macs)
+    early = execute(run(structure="btt", guide_until=5, lr=1e30))  # ends with a loss that is not finite
+    assert early.diverged
+    assert early.steps < 5
+    assert (early.macs, early.params) == (sparse.macs, sparse.params)
+    assert early.compute == early.inputs * early.steps * (sparse.macs + guides)
 
 
 def test_only_another_thread_count_or_pace_continues_a_run(tmp_path: Path) -> None:

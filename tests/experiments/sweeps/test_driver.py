@@ -70,6 +70,16 @@ def test_other_settings_are_refused(change: dict[str, Any], difference: str, tmp
     Store(tmp_path).open(varied.runs, varied.axes)  # said to be varied: nothing is mixed up
 
 
+def test_options_that_meant_nothing_so_far_are_no_other_settings(tmp_path: Path) -> None:
+    carry_out(make_sweep(FOUR), tmp_path)
+    mixtures = make_sweep({"settings": SETTINGS, "grid": FOUR["grid"] | {"experts": [2]}})
+    Store(tmp_path).open(mixtures.runs, mixtures.axes)  # how many of the experts are active: asked for the first time
+    carry_out(mixtures, tmp_path)
+    others = make_sweep({"settings": SETTINGS | {"active": 1}, "grid": FOUR["grid"] | {"experts": [2]}})
+    with pytest.raises(ValueError, match="other settings: active was 2, now 1"):
+        Store(tmp_path).open(others.runs, others.axes)
+
+
 def test_other_data_of_the_same_name_is_refused(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0)
 

@@ -26,7 +26,13 @@ from einlinear.nn.factored import Factored
 DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
 EVERY = [(name, scale) for name in recipes.names() for scale in recipes.SCALES]
 SWEEPS = [(name, scale) for name, scale in EVERY if not getattr(recipes.load(name), scale).commands]
-VOCABULARIES = {"data/english": 96, "data/openwebtext": 96, "data/english-bpe": 4096, "data/openwebtext-bpe": 50_304}
+VOCABULARIES = {
+    "data/english": 96,
+    "data/openwebtext": 96,
+    "data/english-bpe": 4096,
+    "data/openwebtext-bpe": 50_304,
+    "data/babylm": 50_272,
+}
 SHAPES = {
     "teacher": Shape(8, 1),
     "fashion-mnist": Shape(28 * 28, 10, (1, 28, 28)),
@@ -110,18 +116,22 @@ def tiny(tmp_path: Path) -> dict[str, Mapping[str, Any]]:
         "mlp-regression": {"width": 32, "batch_size": 8, "teacher_width": 16},
         "char-gpt": {**sequences, "data": str(tmp_path / "tokens")},
         "btt-moe": {**sequences, "data": str(tmp_path / "tokens"), "experts": 4, "routed": "both"},
+        "dyad": {**sequences, "data": str(tmp_path / "tokens"), "model": "pythia", "structure": "dyad"},
         "next-pixel": {**sequences, "data": "pixels:digits"},
     }
 
 
-@pytest.mark.parametrize("name", ["image-mlp", "image-vit", "mlp-regression", "char-gpt", "btt-moe", "next-pixel"])
+@pytest.mark.parametrize(
+    "name", ["image-mlp", "image-vit", "mlp-regression", "char-gpt", "btt-moe", "next-pixel", "dyad"]
+)
 def test_its_settings_train(name: str, tmp_path: Path) -> None:
     overrides = {"structure": "btt", "steps": 3, "warmup": 0, "evaluate_every": 2, **tiny(tmp_path)[name]}
     run, *_ = recipes.sweep(name, "small", overrides).runs
     result = execute(run, tmp_path / "run")
     assert result.steps == 3
     assert not result.diverged
-    assert recipes.load(name).small.settings["model"] == run.model.NAME
+    small = recipes.load(name).small
+    assert run.model.NAME in small.grid.get("model", [small.settings.get("model")])
 
 
 def test_overrides_replace_the_settings() -> None:

@@ -153,13 +153,13 @@ def as_json(laws: Laws, at: Sequence[float] = ()) -> dict[str, Any]:
 
 
 def _compute_at(row: Row, step: int) -> float:
-    """The MACs of all forward passes up to a step; before a model was made dense, a step cost less."""
-    own, dense_from = row.result, row.run.training.densify_at
-    final = own.macs * own.inputs
+    """The MACs of all forward passes up to a step: with guides one costs more, before a model was made dense less."""
+    own, dense_from, guided = row.result, row.run.training.densify_at, row.run.training.guide_until or 0
+    final, guides = own.macs * own.inputs, own.guide_macs * own.inputs
     if dense_from is None or own.steps <= dense_from:
-        return step * final
-    before = (own.compute - (own.steps - dense_from) * final) / dense_from
-    return min(step, dense_from) * before + max(step - dense_from, 0) * final
+        return step * final + min(step, guided) * guides
+    before = (own.compute - guided * guides - (own.steps - dense_from) * final) / dense_from
+    return min(step, guided) * guides + min(step, dense_from) * before + max(step - dense_from, 0) * final
 
 
 def _measured(record: Record, measure: str) -> dict[int, float]:

@@ -143,8 +143,8 @@ class Study:
         return ", ".join(f"{name} {run.identity[name]}" for name in names)
 
     def __str__(self) -> str:
-        run = self.records[0].run
-        return f"{run.model.NAME} on {run.data.data}"
+        models = sorted({record.run.model.NAME for record in self.records})
+        return f"{' and '.join(models)} on {self.records[0].run.data.data}"
 
 
 def studies(records: Iterable[Record]) -> list[Study]:

@@ -28,6 +28,7 @@ def _models(study: Study) -> Table:
         *(f"× compute, {in_words(measure)}" for measure in times),
         "parameters",
         "ms per step",
+        "MB",
         "seeds",
     )
     index = {curve.name: i for i, curve in enumerate(study.curves)}
@@ -40,6 +41,7 @@ def _models(study: Study) -> Table:
             *(_multiplier(row, measure) for measure in times),
             Cell(f"{row.result.params:,}", row.result.params),
             _milliseconds(row.step_seconds),
+            _megabytes(row.result.memory),
             Cell(row.seed_count, len(row.good)),
         ]
         for row in study.rows
@@ -50,6 +52,7 @@ def _models(study: Study) -> Table:
         "<b>× compute</b>: how many times these MACs dense needs for the same loss, interpolated on the curve of the "
         "dense models of the same seed{}; &gt; and &lt; where that curve ends before it says. Over several seeds: "
         "geometric mean and, in brackets, the range. <b>ms per step</b>: median training step on {}, without the data. "
+        "<b>MB</b>: on a GPU the most that a step took, on a CPU parameters, gradients and the optimizer's state. "
         "<b>Seeds</b>: runs that the means are over, of all where some diverged."
     ).format(
         study.input,
@@ -101,3 +104,7 @@ def _multiplier(row: Row, measure: str) -> Cell:
 
 def _milliseconds(seconds: float | None) -> Cell:
     return Cell("–") if seconds is None else Cell(f"{1000 * seconds:.2f}", seconds)
+
+
+def _megabytes(memory: int | None) -> Cell:
+    return Cell("–") if memory is None else Cell(f"{memory / 1e6:,.1f}", memory)

@@ -21,6 +21,7 @@ from einlinear.experiments.runs.records import Result, describe, write_result, w
 from einlinear.experiments.runs.run import Run
 from einlinear.files import alone
 from einlinear.nn import ReferenceModel, counts
+from einlinear.nn.guided import guide, unguide
 from einlinear.parametrize import init_
 from einlinear.training.distributed import is_first
 from einlinear.training.loop import Outcome, Progress
@@ -69,6 +70,7 @@ def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
     record = describe(folder or Path(), run, problem)
     model = initialised(run, problem)
     macs = model.macs
+    guide_macs = 0 if run.training.guide_until is None else _guide_macs(model)
     if folder is not None and is_first():
         write_run(record)
     outcome = training.train(
@@ -83,11 +85,21 @@ def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
     )
     steps = len(outcome.losses)
     before = min(run.training.densify_at or steps, steps)
-    compute = problem.inputs * (macs * before + model.macs * (steps - before))
-    return _result(outcome, problem, model, compute)
+    guided = min(run.training.guide_until or 0, steps)
+    compute = problem.inputs * (macs * before + model.macs * (steps - before) + guide_macs * guided)
+    return _result(outcome, problem, model, compute, guide_macs)
 
 
-def _result(outcome: Outcome, problem: Problem, model: ReferenceModel, compute: int) -> Result:
+def _guide_macs(model: ReferenceModel) -> int:
+    """What guides add to the MACs of an input."""
+    before = model.macs
+    guide(model)
+    added = model.macs - before
+    unguide(model)
+    return added
+
+
+def _result(outcome: Outcome, problem: Problem, model: ReferenceModel, compute: int, guide_macs: int) -> Result:
     last = max(1, round(LAST * len(outcome.losses)))
     finished = not outcome.diverged
     return Result(
@@ -100,4 +112,6 @@ def _result(outcome: Outcome, problem: Problem, model: ReferenceModel, compute: 
         measures=dict(outcome.measures) if finished else {},
         error=outcome.measures[problem.error] if finished else None,
         step_seconds=None if math.isnan(outcome.step_seconds) else outcome.step_seconds,
+        memory=outcome.memory,
+        guide_macs=guide_macs,
     )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from einlinear.data import Images
+from einlinear.experiments.runs import causal_lm
 from einlinear.nn import GPT, ReferenceModel, ResidualMLP, ViT
 
 DENSE = "dense"
@@ -52,9 +53,11 @@ class Model(ABC):
         active: how many of them a token goes to.
         routed: what is a mixture: "linear", every linear layer of the blocks; "feed_forward", whole feed-forward
             networks; "both", these and every linear layer of the attention.
+        SEQUENCES: whether it takes sequences of tokens, and nothing else.
     """
 
     NAME: ClassVar[str]
+    SEQUENCES: ClassVar[bool] = False
 
     structure: str = DENSE
     width: int = 64
@@ -172,6 +175,7 @@ class Gpt(Model):
     """
 
     NAME = "gpt"
+    SEQUENCES = True
 
     d_head: int | None = 64
     heads: int | None = None
@@ -200,4 +204,53 @@ class Gpt(Model):
         )
 
 
-MODELS: dict[str, type[Model]] = {kind.NAME: kind for kind in (MLP, Vit, Gpt)}
+@dataclass(frozen=True, kw_only=True)
+class OfTransformers(Model):
+    """A language model of transformers, made from a config; only its feed-forward layers take `structure`.
+
+    Attributes:
+        heads: of the attention, of width / heads features each.
+        KIND: the class of the model.
+    """
+
+    SEQUENCES = True
+    KIND: ClassVar[type[causal_lm.CausalLM]]
+
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts is not None:
+            raise ValueError(f"model={self.NAME} has no mixtures of experts: choose model=gpt, or leave out experts")
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        if shape.context is None:
+            raise ValueError(f"model={self.NAME} takes sequences of tokens: prepare a text, or name pixels:DATA")
+        return self.KIND(
+            shape.outputs,
+            self.width,
+            shape.context,
+            depth=self.depth,
+            heads=self.heads,
+            structure=self.structure,
+            expansion=self.expansion,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opt(OfTransformers):
+    """OPT, `einlinear.experiments.runs.causal_lm.OPT`."""
+
+    NAME = "opt"
+    KIND = causal_lm.OPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pythia(OfTransformers):
+    """Pythia, that is GPT-NeoX, `einlinear.experiments.runs.causal_lm.Pythia`."""
+
+    NAME = "pythia"
+    KIND = causal_lm.Pythia
+
+
+MODELS: dict[str, type[Model]] = {kind.NAME: kind for kind in (MLP, Vit, Gpt, Opt, Pythia)}

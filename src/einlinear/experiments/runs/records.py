@@ -32,11 +32,13 @@ class Result:
         macs: multiply-accumulates of a forward pass of it, for one input: an image, a token, a vector.
         inputs: of a step.
         steps: that were made.
-        compute: multiply-accumulates of all forward passes of the training.
+        compute: multiply-accumulates of all forward passes of the training, those of guides included.
         train_loss: mean over the last tenth of the steps, as the batches were trained on.
         measures: of the final model, by name.
         error: the one of the measures that runs on the same data are compared by, see `Problem.error`.
         step_seconds: median duration of a training step, without its data.
+        memory: bytes, of the first process: see `einlinear.training.Outcome`.
+        guide_macs: of the guides, for one input, as long as there were any: `Training.guide_until`.
     """
 
     params: int
@@ -48,6 +50,8 @@ class Result:
     measures: dict[str, float] = field(default_factory=dict)
     error: float | None = None
     step_seconds: float | None = None
+    memory: int | None = None
+    guide_macs: int = 0
 
     @property
     def diverged(self) -> bool:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from einlinear.experiments.runs.data import Data, kind_of
-from einlinear.experiments.runs.models import MODELS, OF_EXPERTS, Gpt, Model
+from einlinear.experiments.runs.models import MODELS, OF_EXPERTS, Model
 from einlinear.experiments.runs.options import names, parse, refuse_unknown
 from einlinear.structures import structure
 from einlinear.training import Training
@@ -48,6 +48,8 @@ class Run:
             )
         if self.training.densify_at is not None and self.model.experts is not None:
             raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
+        if self.training.guide_until is not None and self.model.experts is not None:
+            raise ValueError("guide_until gives layers a dense guide, which mixtures of experts cannot have")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Run:
@@ -66,7 +68,7 @@ class Run:
             raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
         data = str(given.get("data", "auto"))
         model = MODELS[kind]
-        of_data = kind_of(data, given.pop("data_kind", None), sequences=model is Gpt)
+        of_data = kind_of(data, given.pop("data_kind", None), sequences=model.SEQUENCES)
         known = [*names(model), *names(of_data), *names(Training), "seed"]
         refuse_unknown(given, known, f"a run of model={kind} on data={data} ({of_data.KIND})")
 

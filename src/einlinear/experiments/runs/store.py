@@ -117,10 +117,10 @@ class Store:
         there = _values(record.run.identity for record in found)
         here = _values(run.identity for run in runs)
         differences = [
-            f"{name} was {' and '.join(map(repr, sorted(there.get(name, {None}), key=str)))}, now {value!r}"
+            f"{name} was {' and '.join(map(repr, sorted(there[name], key=str)))}, now {value!r}"
             for name, values in here.items()
-            if name not in axes and found
-            for value in values - there.get(name, set())
+            if name not in axes and name in there  # else it means nothing to the runs that are there
+            for value in values - there[name]
         ]
         if differences:
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from einlinear.nn.counts import macs_per_token
+from einlinear.nn.names import name_of
 
 
 class ReferenceModel(nn.Module):
@@ -26,7 +27,7 @@ class ReferenceModel(nn.Module):
     @property
     def last_block(self) -> str:
         """The qualified name of the last block, whose output is what a coordinate check measures."""
-        return f"blocks.{len(self.blocks) - 1}"
+        return name_of(self, self.blocks[-1])
 
     @property
     def macs(self) -> int:

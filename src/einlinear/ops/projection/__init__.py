@@ -13,10 +13,15 @@ Three ways, from the exact to the general:
   512, and MIN_SWEEPS from 2048 x 2048 on, which costs less than 0.1 % of the error of a chain, 1 to 2 % of BLAST's.
   Sums and BLAST can end in a local optimum: up to 256 x 256 random starts are tried too.
 
-project.py  the entry; terms of one factor
-svd.py      two factors, and the start for more
-als.py      alternating least squares: TOLERANCE, MAX_SWEEPS, MIN_SWEEPS
-unfold.py   a matrix as a tensor of a term's axes
+Where the second moment of the inputs is known, the outputs can be made closest instead of the weights: a closed form
+for low rank, the start of a descent for the others (weighted.py).
+
+project.py   the entry; terms of one factor
+truncate.py  matrices of a lower rank, many at once
+svd.py       two factors, and the start for more
+als.py       alternating least squares: TOLERANCE, MAX_SWEEPS, MIN_SWEEPS
+weighted.py  the same for outputs
+unfold.py    a matrix as a tensor of a term's axes
 
 Seconds for a Gaussian float32 matrix on one core of an AMD EPYC:
 

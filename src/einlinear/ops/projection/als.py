@@ -140,9 +140,11 @@ def _contract(operands: Sequence[tuple[Axes, Tensor]], result: Axes) -> Tensor:
 
 def _balanced(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
     """The same matrices by factors of equal norm within each term."""
-    balanced: list[Tensor] = []
-    for _, own in structure.by_term(factors):
-        norms = [float(factor.norm()) for factor in own]
-        mean = math.prod(norms) ** (1 / len(norms))
-        balanced += [factor * (mean / norm) if mean > 0 else factor for factor, norm in zip(own, norms)]
-    return balanced
+    return [factor for _, own in structure.by_term(factors) for factor in of_equal_norm(own)]
+
+
+def of_equal_norm(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors of one term, scaled so that their product stays the same."""
+    norms = [float(torch.linalg.vector_norm(factor)) for factor in factors]
+    mean = math.prod(norms) ** (1 / len(norms))
+    return [factor * (mean / norm) if mean > 0 else factor for factor, norm in zip(factors, norms, strict=True)]

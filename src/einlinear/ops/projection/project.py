@@ -8,23 +8,31 @@ from torch import Tensor
 from einlinear.ops.projection.als import best_of_restarts
 from einlinear.ops.projection.svd import is_optimal, split_terms
 from einlinear.ops.projection.unfold import outer_axes, permute, unfold
+from einlinear.ops.projection.weighted import closest_outputs
 from einlinear.ops.reference import dense_weight
 from einlinear.structures import Structure
 
+_FLOOR = 1e-6  # of the mean variance: what a direction counts at least
+
 
 @torch.no_grad()
-def project(structure: Structure, weight: Tensor) -> list[Tensor]:
+def project(
+    structure: Structure, weight: Tensor, moment: Tensor | None = None, steps: int | None = None
+) -> list[Tensor]:
     """Factors of the best approximation of a matrix.
 
     Args:
         structure: what to approximate with.
         weight: (out_features, in_features), any floating dtype; float32 is used to compute where it is narrower.
+        moment: E[x x^T] of the inputs, (in_features, in_features): then the outputs for such inputs are to be closest,
+            and not the weight. It may be singular: directions that never occur count as next to nothing.
+        steps: at most so many of the descent that the moment asks for; by default as many as pay.
 
     Returns:
         The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device.
 
     Raises:
-        ValueError: the weight has another shape, or values that are NaN or infinite.
+        ValueError: the weight or the moment has another shape, or values that are NaN or infinite.
     """
     expected = (structure.out_features, structure.in_features)
     if tuple(weight.shape) != expected:
@@ -32,13 +40,25 @@ def project(structure: Structure, weight: Tensor) -> list[Tensor]:
     if not weight.isfinite().all():
         raise ValueError("the weight has values that are NaN or infinite: there is nothing close to it")
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    if all(len(term.factors) == 1 for term in structure.terms):
+    if moment is not None and moment.any():
+        factors = closest_outputs(structure, w, _definite(moment.to(w.device, torch.float64), structure), steps)
+    elif all(len(term.factors) == 1 for term in structure.terms):
         factors = _share(structure, w)
     else:
         factors = split_terms(structure, w)
         if not is_optimal(structure):
             factors = best_of_restarts(structure, w, factors)
     return [factor.to(weight.dtype).contiguous() for factor in factors]
+
+
+def _definite(moment: Tensor, structure: Structure) -> Tensor:
+    """The moment over its mean variance, a little of which is added to the diagonal."""
+    n = structure.in_features
+    if tuple(moment.shape) != (n, n):
+        raise ValueError(f"the moment has shape {tuple(moment.shape)}; of {n} inputs it has ({n}, {n})")
+    if not moment.isfinite().all():
+        raise ValueError("the moment has values that are NaN or infinite: so had the inputs it is of")
+    return moment / moment.diagonal().mean() + _FLOOR * torch.eye(n).to(moment)
 
 
 def _share(structure: Structure, w: Tensor) -> list[Tensor]:

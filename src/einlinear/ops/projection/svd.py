@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from einlinear.ops.projection.truncate import truncated
 from einlinear.ops.projection.unfold import count, is_padded, outer_axes, permute, unfold
 from einlinear.ops.reference import term_weight
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
+Truncate = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # as `truncated` does it
 
-def split_terms(structure: Structure, w: Tensor) -> list[Tensor]:
+
+def split_terms(structure: Structure, w: Tensor, truncate: Truncate = truncated) -> list[Tensor]:
     """The factors of every term by successive SVDs, of what the terms before it have left."""
     factors: list[Tensor] = []
-    found = torch.zeros_like(w)
+    left = w
     for term in structure.terms:
-        own = _split(structure, term, unfold(w - found, structure, term))
-        found = found + term_weight(structure, term, own)
+        own = split(structure, term, unfold(left, structure, term), truncate)
+        if term is not structure.terms[-1]:
+            left = left - term_weight(structure, term, own)
         factors += own
     return factors
 
@@ -41,7 +47,7 @@ def is_optimal(structure: Structure) -> bool:
     return bool(torch.equal(mask, mask.amax(2, keepdim=True) * mask.amax(1, keepdim=True)))
 
 
-def _split(structure: Structure, term: Term, target: Tensor) -> list[Tensor]:
+def split(structure: Structure, term: Term, target: Tensor, truncate: Truncate = truncated) -> list[Tensor]:
     """Factors of one term whose product is close to the target, a tensor of the term's outer axes."""
     sizes = dict(structure.sizes)
     axes = outer_axes(term)
@@ -61,11 +67,10 @@ def _split(structure: Structure, term: Term, target: Tensor) -> list[Tensor]:
         matrices = permute(target, axes, batch + rows + columns).reshape(
             count(batch, sizes), count(rows, sizes), count(columns, sizes)
         )
-        u, s, v = torch.linalg.svd(matrices, full_matrices=False)
-        root = s[:, :rank].sqrt()
-        spare = max(0, rank - s.shape[1])  # ranks that these matrices cannot have
-        first = F.pad(u[:, :, :rank] * root[:, None, :], (0, spare))
-        second = v[:, :rank] * root[:, :, None]
+        most = min(rank, *matrices.shape[1:])
+        first, second = truncate(matrices, most)
+        spare = rank - most  # ranks that these matrices cannot have
+        first = F.pad(first, (0, spare))
         if spare:  # not zero on both sides, where no later step could bring them to life
             noise = torch.randn(second.shape[0], spare, second.shape[2], generator=generator, dtype=torch.float64)
             second = torch.cat([second, noise.to(second) * second.square().mean().sqrt()], 1)

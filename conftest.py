@@ -1,0 +1,16 @@
+"""Settings of all tests and examples: the same draws on every machine, no deadline on a busy one, and one thread."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.load_profile("default")
+
+torch.set_num_threads(1)  # models this small run slower on several, and far slower on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draws that a test does not seed itself are the same in every run."""
+    torch.manual_seed(0)

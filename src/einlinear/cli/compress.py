@@ -1,0 +1,132 @@
+"""`einlinear compress`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from einlinear.cli import display
+from einlinear.cli.endings import interruptible, system_errors, user_errors
+from einlinear.cli.packages import PRETRAINED, require
+
+if TYPE_CHECKING:
+    from einlinear.compression import CompressionReport
+    from einlinear.compression.speed import Speed
+
+
+def compress(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder of a transformers model, or its name on the hub.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the compressed model; from_pretrained loads it.")],
+    keep_params: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Fraction of the layers' parameters to keep, such as 0.5.")
+    ] = None,
+    keep_macs: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Or of their multiply-accumulates.")] = None,
+    structure: Annotated[
+        list[str] | None,
+        typer.Option(help="A family that layers may become a member of; may be repeated. Default: several."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A text file: outputs on it are kept. Without it, weights are, which is much worse."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Lines or pieces of the text to calibrate on.")] = 256,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, at most.")] = 256,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Globs on the layers' names. Default: all but the output head.")
+    ] = None,
+    heal: Annotated[float, typer.Option(min=0.0, help="Minutes of training to do what the original does.")] = 0.0,
+    lr: Annotated[float, typer.Option(help="Its learning rate.")] = 3e-4,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential/--parallel", help="Layers after those that are compressed already, or at once."),
+    ] = True,
+    dtype: Annotated[str, typer.Option(help="Of the parameters: auto, float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Make a pretrained Hugging Face model smaller.
+
+    Every linear layer gets a structure and a rank of its own, or stays dense: what changes the model's outputs least
+    within the budget. After an interruption the same command goes on; healing begins anew.
+    """
+    require(PRETRAINED)
+    from transformers.utils import logging
+
+    from einlinear.compression import compress as compress_model
+    from einlinear.compression import heal as heal_model
+    from einlinear.compression.candidates import DEFAULT
+    from einlinear.compression.pretrained import load, save, text_batches
+    from einlinear.compression.speed import speeds
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one of our own
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    with interruptible(f"Interrupted. The same command goes on; so far: {unfinished}"):
+        with user_errors():
+            budgets = {"params": keep_params, "macs": keep_macs}
+            asked = {count: budget for count, budget in budgets.items() if budget is not None}
+            if len(asked) != 1:
+                raise ValueError("give either --keep-params or --keep-macs: the fraction to keep, such as 0.5")
+            ((count, budget),) = asked.items()
+            if out.exists():
+                raise ValueError(f"{out} exists: name a folder that does not")
+            if heal and calibration is None:
+                raise ValueError("--heal needs text to train on: --calibration FILE")
+            found, tokenizer = load(model, dtype)
+            batches = None if calibration is None else text_batches(found, tokenizer, calibration, samples, tokens)
+            original = copy.deepcopy(found)
+            with display.progress() as progress:
+                report = compress_model(
+                    found,
+                    budget,
+                    structure or DEFAULT,
+                    batches,
+                    count=count,
+                    layers=layers,
+                    sequential=sequential,
+                    progress=partial(display.advance, progress),
+                    folder=unfinished,
+                )
+            if heal and calibration is not None:
+                more = text_batches(found, tokenizer, calibration, samples=10**6, tokens=tokens)
+                with display.progress() as progress:
+                    healing = heal_model(
+                        found,
+                        original,
+                        more,
+                        steps=10**9,
+                        lr=lr,
+                        seconds=60 * heal,
+                        progress=lambda done, _, loss: display.advance(progress, "healing", done, None),
+                    )
+        with system_errors():
+            save(found, tokenizer, report, out)
+            shutil.rmtree(unfinished)
+    _print(report)
+    if heal and calibration is not None:
+        first, last = healing.losses[0], healing.losses[-1]
+        display.note(f"Healed in {len(healing.losses):,} steps: the loss fell from {first:.4f} to {last:.4f}.")
+    if hasattr(found.config, "vocab_size") and not getattr(found.config, "is_encoder_decoder", False):  # reads text
+        _print_speeds(speeds({"original": original, "compressed": found}))
+    display.note(f"In {out}. from_pretrained loads it after import einlinear.")
+
+
+def _print(report: CompressionReport) -> None:
+    from einlinear.compression.report import HEADINGS
+
+    display.show(HEADINGS, report.rows())
+    for name, reason in report.skipped:
+        display.note(f"Left as it was: {name} {reason}.")
+
+
+def _print_speeds(found: dict[str, Speed]) -> None:
+    original = found["original"]
+    rows = []
+    for name, speed in found.items():
+        decode = "–" if speed.decode is None else f"{speed.decode:,.0f}"
+        rows.append((name, f"{speed.prefill:,.0f}", f"{speed.prefill / original.prefill:.2f}", decode))
+    display.show(("", "tokens/s read at once", "times the original's", "generated"), rows)

@@ -1,0 +1,22 @@
+"""Pretrained models made smaller: which layer becomes what, within a budget, so that outputs change least.
+
+select.py       which layers
+running.py      the model on calibration data, and the inputs of its layers on the way
+moments.py      what is kept of these inputs
+importance.py   how much a layer's errors change the model's outputs
+calibration.py  all of that for one model
+candidates.py   what a layer could become, with the errors
+allocation.py   what each layer becomes, within the budget
+compress.py     `compress`
+journal.py      what it has found so far, on disk
+report.py       what it did
+speed.py        how fast layers and models are
+pretrained.py   models of transformers in folders, and text for them
+heal.py         `heal`: training the compressed model to do what the original does
+"""
+
+from einlinear.compression.compress import compress
+from einlinear.compression.heal import Healing, heal
+from einlinear.compression.report import Compressed, CompressionReport
+
+__all__ = ["Compressed", "CompressionReport", "Healing", "compress", "heal"]

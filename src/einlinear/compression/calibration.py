@@ -1,0 +1,100 @@
+"""What calibration data say of the layers of a model: the moments of their inputs, and how much their errors matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from einlinear.compression.importance import importance
+from einlinear.compression.moments import Inputs, Moments
+from einlinear.compression.running import Batch, Stage, inputs_of, stages_of, tokens_of
+from einlinear.nn.known import features
+
+MEMORY = 2**31  # bytes of moments that are collected in one pass over the data
+
+
+class Calibration:
+    """A model on its calibration data.
+
+    Args:
+        model: as it was trained.
+        layers: linear ones, by qualified name.
+        batches: see `running.call`; None: nothing is known of the inputs, and all directions count alike.
+
+    Attributes:
+        stages: the layers that are called, in order, those of one input together.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Batch] | None) -> None:
+        self._model, self._batches, self.layers = model, batches, layers
+        self.stages = [Stage((name,), 1) for name in layers] if batches is None else stages_of(model, layers, batches)
+
+    def inputs(self, stages: Sequence[Stage], compressed: nn.Module | None = None) -> Iterator[tuple[str, Inputs]]:
+        """What is known of the inputs of the layers of some stages, layer by layer.
+
+        Args:
+            stages: some of the model's.
+            compressed: the model with some of its layers replaced: then its inputs are meant, beside the original's.
+
+        Raises:
+            ValueError: inputs that are NaN or infinite, or other tokens than the original's; names the layer.
+        """
+        if self._batches is None:
+            for stage in stages:
+                for name in stage.names:
+                    yield name, Inputs.white(features(self.layers[name])[0], self.layers[name].weight.device)
+            return
+        for part in self._parts(stages, copies=1 if compressed is None else 3):
+            for stage, moments in zip(part, self._moments(part, compressed), strict=True):
+                for name in stage.names:
+                    yield name, moments.inputs(centred=self.layers[name].bias is not None)
+
+    def importance(self) -> dict[str, float]:
+        """What a unit of squared error of a layer's outputs counts, if the model's output depends on the layer."""
+        if self._batches is None:  # the relative errors of all weights alike
+            squares = {name: layer.weight.detach().float().square().sum() for name, layer in self.layers.items()}
+            return {name: 1 / max(1e-30, float(square)) for name, square in squares.items()}
+        return importance(self._model, self.layers, self._batches)
+
+    def _parts(self, stages: Sequence[Stage], copies: int) -> Iterator[list[Stage]]:
+        """Stages whose moments fit into memory together."""
+        part: list[Stage] = []
+        size = 0
+        for stage in stages:
+            own = 8 * copies * features(self.layers[stage.names[0]])[0] ** 2
+            if part and size + own > MEMORY:
+                yield part
+                part, size = [], 0
+            part.append(stage)
+            size += own
+        if part:
+            yield part
+
+    def _moments(self, stages: Sequence[Stage], compressed: nn.Module | None) -> list[Moments]:
+        assert self._batches is not None
+        readers = {stage.names[0]: self.layers[stage.names[0]] for stage in stages}  # one layer for all of a stage
+        calls = {stage.names[0]: stage.calls for stage in stages}
+        found = {
+            name: Moments(features(layer)[0], layer.weight.device, paired=compressed is not None)
+            for name, layer in readers.items()
+        }
+        for number, batch in enumerate(self._batches):
+            original = inputs_of(self._model, readers, batch, calls)
+            now = original
+            if compressed is not None:
+                now = inputs_of(compressed, {name: compressed.get_submodule(name) for name in readers}, batch, calls)
+            for name, xs in original.items():
+                where = f"{name}, batch {number} of the calibration data"
+                if [x.shape for x in now.get(name, ())] != [x.shape for x in xs]:
+                    raise ValueError(
+                        f"{where}: the compressed model sends other tokens there than the original, as where experts "
+                        "are chosen. Give sequential=False (--parallel)"
+                    )
+                try:
+                    for x, before in zip(now[name], xs, strict=True):
+                        found[name].add(tokens_of(batch, x), None if compressed is None else tokens_of(batch, before))
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+        return list(found.values())

@@ -1,0 +1,249 @@
+"""`compress`: a pretrained model whose linear layers become structured ones, within a budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from einlinear import ops
+from einlinear.compression.allocation import allocate
+from einlinear.compression.calibration import Calibration
+from einlinear.compression.candidates import CONSIDERED, DEFAULT, Candidate, interpolated, members, probed
+from einlinear.compression.journal import Journal, digest_of
+from einlinear.compression.moments import Inputs
+from einlinear.compression.report import Compressed, CompressionReport
+from einlinear.compression.running import Batch, evaluating
+from einlinear.compression.select import select, weight_of
+from einlinear.compression.speed import speed_up
+from einlinear.conversion.replace import put
+from einlinear.conversion.suitable import fresh
+from einlinear.nn import Linear
+from einlinear.nn.known import features
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+
+_PROBE_STEPS = 15  # of the descent, where only the error is asked for
+
+
+def compress(
+    model: nn.Module,
+    budget: float,
+    structures: Sequence[str] = DEFAULT,
+    calibration: Iterable[Batch] | None = None,
+    *,
+    count: str = "params",
+    layers: str | Sequence[str] | None = None,
+    sequential: bool = True,
+    damping: float = 1e-2,
+    progress: Progress | None = None,
+    folder: str | Path | None = None,
+) -> CompressionReport:
+    """Replace linear layers by structured ones that together keep a share of the parameters or MACs, in place.
+
+    Every layer gets a structure and a rank of its own, or stays dense: what changes the model's outputs least within
+    the budget, by the error that each choice leaves at the layer's outputs and by how much these matter (to first
+    order, `importance.py`). With calibration data it is outputs on them that are kept, not weights.
+
+    Args:
+        model: any module with `torch.nn.Linear` or transformers' Conv1D layers inside.
+        budget: the fraction to keep, above 0 and at most 1, of what `count` says of all the layers' weights together.
+        structures: families, whose rank or blocks are chosen per layer ("low_rank", "blast(blocks=4)"), or complete
+            structures ("btt(rank=2)").
+        calibration: batches that the model is called with: tensors, sequences of positional arguments, or mappings of
+            named ones. An "attention_mask" of (batch, tokens) says what is padding. None: weights are approximated.
+        count: "params" or "macs".
+        layers: a glob, or several, on qualified names; None: all but a language model's head.
+        sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
+            on the original's; False: all on the original's inputs.
+        damping: fraction of the mean variance that is added to that of every direction of the inputs.
+        progress: called with what is being done, and how many steps of how many are.
+        folder: for what has been found so far. After an interruption the same call goes on from there. It is not
+            removed at the end.
+
+    Returns:
+        What became of every layer; print it.
+
+    Raises:
+        ValueError: no layer to compress, a budget that nothing reaches, no calibration data, inputs that are NaN (it
+            names the layer), a folder of another compression. The model is then as it was.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+        >>> report = el.compress(model, 0.5, ["low_rank", "monarch"], calibration=[torch.randn(512, 64)])
+        >>> report.params <= 0.5 * report.params_before
+        True
+    """
+    if count not in ("params", "macs"):
+        raise ValueError(f"count must be 'params' or 'macs', not {count!r}")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is the fraction of {count} to keep, above 0 and at most 1, not {budget!r}")
+    families = [structures] if isinstance(structures, str) else list(structures)
+    if not families:
+        raise ValueError(f"structures is empty: name families, such as {', '.join(DEFAULT)}")
+    batches = None if calibration is None else list(calibration)
+    if batches is not None and not batches:
+        raise ValueError("calibration has no batches")
+    with evaluating(model):
+        found, skipped = select(model, layers)
+        data = Calibration(model, found, batches)
+        called = [name for stage in data.stages for name in stage.names]
+        skipped += [(name, "is never called on the calibration data") for name in found if name not in called]
+        importance = data.importance() if called else {}
+        names = [name for name in called if name in importance]
+        skipped += [(name, "is nothing that the model's output depends on") for name in called if name not in names]
+        if not names:
+            reasons = "; ".join(f"{name} {reason}" for name, reason in skipped) or "the model has none"
+            raise ValueError(f"there is no dense linear layer to compress: {reasons}")
+        settings = {
+            "budget": budget,
+            "structures": families,
+            "count": count,
+            "layers": names,
+            "sequential": sequential,
+            "damping": damping,
+            "model and data": digest_of(model, batches) if folder is not None else None,
+        }
+        journal = Journal(None if folder is None else Path(folder), settings)
+        task = _Task(data, importance, families, count, damping, journal, progress or (lambda what, done, of: None))
+        chosen, matters = task.choose(budget)
+        changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
+        new = task.fit(model, changing, sequential and batches is not None)
+    report = [_reported(name, found[name], new.get(name), chosen[name].error, matters[name]) for name in names]
+    put(model, {id(found[name]): layer.train(found[name].training) for name, (layer, _) in new.items()})
+    return CompressionReport(tuple(report), tuple(skipped))
+
+
+def _reported(
+    name: str, old: nn.Module, new: tuple[Linear, float] | None, expected: float, matters: float
+) -> Compressed:
+    dense = weight_of(old).numel()
+    if new is None:
+        return Compressed(name, "dense", dense, dense, dense, expected, 0.0, matters, speed_up=1.0)
+    layer, error = new
+    s = layer.structure
+    return Compressed(name, s.spec, dense, s.params, s.macs, expected, error, matters, speed_up(old, layer))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The layers of one model, and what all of them are compressed by."""
+
+    data: Calibration
+    importance: Mapping[str, float]
+    families: Sequence[str]
+    count: str
+    damping: float
+    journal: Journal
+    tell: Progress
+
+    def choose(self, budget: float) -> tuple[dict[str, Candidate], dict[str, float]]:
+        """What every layer is to become, and what a relative error of its outputs counts."""
+        names = [name for stage in self.data.stages for name in stage.names if name in self.importance]
+        dense = self._check_budget(names, budget)
+        options: dict[str, list[Candidate]] = {}
+        matters: dict[str, float] = {}
+        for name in names:
+            if known := self.journal.read(f"candidates of {name}"):
+                matters[name] = known["matters"]
+                options[name] = [Candidate(**candidate) for candidate in known["candidates"]]
+        left = [stage for stage in self.data.stages if any(n in names and n not in options for n in stage.names)]
+        for name, inputs in self.data.inputs(left):
+            if name not in names or name in options:
+                continue
+            self.tell("comparing structures", len(options), len(names))
+            matters[name] = self.importance[name] * inputs.energy(weight_of(self.data.layers[name]))
+            options[name] = self._candidates(self.data.layers[name], inputs)
+            candidates = [asdict(candidate) for candidate in options[name]]
+            self.journal.write(f"candidates of {name}", {"matters": matters[name], "candidates": candidates})
+        self.tell("comparing structures", len(names), len(names))
+        specs: dict[str, str] | None = self.journal.read("choice")
+        if specs is None:
+            weighted = {name: [replace(c, error=c.error * matters[name]) for c in options[name]] for name in names}
+            specs = {name: c.spec for name, c in allocate(weighted, int(budget * dense)).items()}
+            self.journal.write("choice", specs)
+        return {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}, matters
+
+    def _check_budget(self, names: Sequence[str], budget: float) -> int:
+        """The number of parameters of the dense layers. Raises ValueError if nothing is within the budget."""
+        dense, least = 0, 0
+        for name in names:
+            size = weight_of(self.data.layers[name]).numel()
+            costs = [
+                getattr(s, self.count)
+                for family in self.families
+                for s in members(family, *features(self.data.layers[name]), CONSIDERED)
+            ]
+            dense, least = dense + size, least + min([size, *costs])
+        if least > budget * dense:
+            raise ValueError(
+                f"{budget:g} of the {dense:,} {self.count} of {len(names)} layers cannot be reached with "
+                f"{', '.join(self.families)}: these keep {least / dense:.4f} at least"
+            )
+        return dense
+
+    def _candidates(self, layer: nn.Module, inputs: Inputs) -> list[Candidate]:
+        """What a layer could become, dense among them."""
+        weight = weight_of(layer)
+        moment = inputs.damped(self.damping)
+        found = [Candidate("dense", weight.numel(), 0.0)]
+        for family in self.families:
+            considered = list(members(family, *features(layer), CONSIDERED))
+            fitted = []
+            for s in probed(considered):
+                v = ops.dense_weight(s, ops.project(s, weight, moment, _PROBE_STEPS))
+                fitted.append((getattr(s, self.count), inputs.error(weight, v)))
+            found += interpolated([(s.spec, getattr(s, self.count)) for s in considered], fitted)
+        return found
+
+    def fit(self, model: nn.Module, chosen: Mapping[str, str], sequential: bool) -> dict[str, tuple[Linear, float]]:
+        """The new layers by name, each with the error of its outputs."""
+        new: dict[str, tuple[Linear, float]] = {}
+        # a copy of the modules, not of their parameters: the original has to go on saying what is right
+        compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+        changing = [stage for stage in self.data.stages if any(name in chosen for name in stage.names)]
+        for part in [[stage] for stage in changing] if sequential else [changing]:
+            names = [name for stage in part for name in stage.names if name in chosen]
+            self.tell("fitting", len(new), len(chosen))
+            found = {name: self._known(name, chosen[name]) for name in names}
+            new.update({name: known for name, known in found.items() if known is not None})
+            left = [stage for stage in part if any(name in names and name not in new for name in stage.names)]
+            for name, inputs in self.data.inputs(left, compressed if sequential else None):
+                if name in names and name not in new:
+                    self.tell("fitting", len(new), len(chosen))
+                    new[name] = self._fitted(name, chosen[name], inputs)
+            put(compressed, {id(compressed.get_submodule(name)): new[name][0] for name in names})
+        self.tell("fitting", len(chosen), len(chosen))
+        return new
+
+    @torch.no_grad()
+    def _fitted(self, name: str, spec: str, inputs: Inputs) -> tuple[Linear, float]:
+        """The structured layer in the place of a dense one, and the error of its outputs."""
+        old = self.data.layers[name]
+        weight = weight_of(old)
+        target = inputs.target(weight, self.damping)
+        layer = fresh(old, spec)
+        moment = None if inputs.is_white else inputs.damped(self.damping)
+        for factor, value in zip(layer.structure.factors, ops.project(layer.structure, target, moment), strict=True):
+            layer.get_parameter(factor.name).copy_(value)
+        found = layer.dense_weight()
+        if layer.bias is not None:
+            layer.bias.copy_(inputs.bias(old.bias, weight, found))
+        error = inputs.error(weight, found)
+        self.journal.write_tensors(f"layer {name}", layer.state_dict())
+        self.journal.write(f"error of {name}", error)
+        return layer, error
+
+    def _known(self, name: str, spec: str) -> tuple[Linear, float] | None:
+        """The same, if it was found before."""
+        tensors, error = self.journal.read_tensors(f"layer {name}"), self.journal.read(f"error of {name}")
+        if tensors is None or error is None:
+            return None
+        layer = fresh(self.data.layers[name], spec)
+        layer.load_state_dict(tensors)
+        return layer, error

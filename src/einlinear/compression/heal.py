@@ -1,0 +1,165 @@
+"""`heal`: a compressed model learns to do what the original does again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from einlinear.compression.running import Batch, call, evaluating, hooked, output_of, tokens_of
+from einlinear.nn.names import as_globs, check_globs
+from einlinear.parametrize import param_groups
+
+Progress = Callable[[int, int, float], None]  # steps done, of how many, the loss
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What healing did: the loss at every step, and the seconds that all took."""
+
+    losses: tuple[float, ...]
+    seconds: float
+
+
+def heal(
+    model: nn.Module,
+    original: nn.Module,
+    batches: Iterable[Batch],
+    steps: int,
+    lr: float = 1e-3,
+    *,
+    match: str | Sequence[str] = (),
+    task_loss: float = 0.0,
+    weight_decay: float = 0.0,
+    warmup: float = 0.1,
+    clip: float | None = 1.0,
+    seconds: float | None = None,
+    progress: Progress | None = None,
+) -> Healing:
+    """Train a compressed model to put out what the original does, in place, at structure-aware learning rates.
+
+    Of a model that puts out logits, the divergence between the two distributions is minimised (Hinton et al.,
+    arXiv 1503.02531); of another, the squared error over the variance. By AdamW, at a rate that rises and falls as a
+    cosine, without dropout.
+
+    Args:
+        model: compressed; what requires gradients is trained.
+        original: the model that it was, which is not changed.
+        batches: training data, called as in `compress`; gone through again and again if it can be.
+        steps: batches to train on.
+        lr: that the original would be trained with; what structured layers get follows from it (`param_groups`).
+        match: globs on qualified names of modules: their outputs are to agree as well, each as much as the model's.
+        task_loss: the weight of the loss that the model itself returns, for batches with labels.
+        weight_decay, clip: of AdamW; of the gradient's norm, None for none.
+        warmup: fraction of the steps in which the rate rises.
+        seconds: stop after so many; the rate falls in time for it.
+        progress: called after every step with the number of steps done, of all, and the loss.
+
+    Returns:
+        The losses.
+
+    Raises:
+        ValueError: no batches, a glob that matches nothing, nothing to train or in float16; a loss that is NaN, and the
+            model has then been trained so far.
+
+    Example:
+        >>> import copy, torch, einlinear as el
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+        >>> original, data = copy.deepcopy(model), [torch.randn(64, 16) for _ in range(8)]
+        >>> report = el.compress(model, 0.5, ["low_rank"], calibration=data)
+        >>> healing = el.heal(model, original, data, steps=97)  # so that it ends on the batch it began with
+        >>> healing.losses[-1] < healing.losses[0]
+        True
+    """
+    modules, others = dict(model.named_modules()), dict(original.named_modules())
+    globs = as_globs(match, "match")
+    both = [name for name in modules if name and name in others]
+    check_globs(globs, both, "match", "module of both models")
+    names = [name for name in both if any(fnmatchcase(name, glob) for glob in globs)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
+    if any(p.dtype == torch.float16 for p in trained):
+        raise ValueError("float16 parameters cannot be trained: load the model in float32 or bfloat16")
+    groups = param_groups(model, lr, base=original, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(groups)
+    losses: list[float] = []
+    start = time.monotonic()
+    with evaluating(model, original):
+        for batch in _endless(batches):
+            done = max(len(losses) / steps, (time.monotonic() - start) / seconds if seconds else 0.0)
+            if done >= 1:
+                break
+            for group, known in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = lr * known["lr_mult"] * _factor(done, warmup)
+            loss = _loss(model, original, batch, names, task_loss)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"the loss is {losses[-1]} at step {len(losses)}: take a lower lr than {lr:g}")
+            optimizer.zero_grad()
+            loss.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            if progress:
+                progress(len(losses), steps, losses[-1])
+    return Healing(tuple(losses), time.monotonic() - start)
+
+
+def _loss(model: nn.Module, original: nn.Module, batch: Batch, names: Sequence[str], task_loss: float) -> Tensor:
+    wanted, found = dict[str, Tensor](), dict[str, Tensor]()
+
+    def note(outputs: dict[str, Tensor], name: str, output: Any) -> None:
+        outputs[name] = output_of(output)
+
+    with torch.no_grad(), hooked({name: original.get_submodule(name) for name in names}, partial(note, wanted)):
+        right = call(original, batch)
+    with hooked({name: model.get_submodule(name) for name in names}, partial(note, found)):
+        result = call(model, batch)
+    loss = _distance(result, right, batch)
+    for name in names:
+        loss = loss + _square(found[name], wanted[name], batch)
+    return loss + task_loss * result.loss if task_loss else loss
+
+
+def _distance(found: Any, right: Any, batch: Batch) -> Tensor:
+    """Between what two models put out."""
+    x, y = output_of(found), output_of(right)
+    if not hasattr(right, "logits"):
+        return _square(x, y, batch)
+    x, y = (tokens_of(batch, tensor).float() for tensor in (x, y))
+    if y.shape[-1] == 1:  # a regression
+        return F.mse_loss(x, y) / y.var().clamp_min(1e-12)
+    return F.kl_div(x.log_softmax(-1), y.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def _square(found: Tensor, right: Tensor, batch: Batch) -> Tensor:
+    """The squared error over the variance of the features."""
+    x, y = tokens_of(batch, found).float(), tokens_of(batch, right).float()
+    return (x - y).square().mean() / (y - y.mean(0)).square().mean().clamp_min(1e-12)
+
+
+def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches again and again."""
+    while True:
+        count = 0
+        for batch in batches:
+            count += 1
+            yield batch
+        if not count:
+            raise ValueError("there are no batches to train on: give some, in a list or a DataLoader")
+
+
+def _factor(done: float, warmup: float) -> float:
+    """The learning rate over its peak, when a fraction of the training is done."""
+    if done < warmup:
+        return max(done / warmup, 0.01)
+    return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))

@@ -1,0 +1,131 @@
+"""Models of transformers in folders: read, run on text, and written again, compressed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from einlinear.compression.report import CompressionReport
+from einlinear.files import write_json
+
+REPORT = "compression.json"
+
+
+def load(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
+    """A model, of the class that it was saved from, and its tokenizer, or None if it has none.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, or a name on the Hugging Face hub.
+        dtype: of the parameters, such as "float32"; "auto" is that of the file.
+
+    Raises:
+        ValueError: there is no model; says what transformers says.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        named = [getattr(transformers, name, None) for name in config.architectures or ()]
+        kind: Any = next((found for found in named if found is not None), transformers.AutoModel)
+        model = kind.from_pretrained(source, dtype=dtype).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is not a model that transformers can load: {error}") from None
+    try:
+        return model, transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return model, None
+
+
+def text_batches(
+    model: Any, tokenizer: Any, file: Path, samples: int = 256, tokens: int = 256, batch_size: int = 16
+) -> list[dict[str, Tensor]]:
+    """Calibration data from a text file, as a model takes them.
+
+    A model that generates text gets the text cut into pieces of equal length, taken from all over it; another gets its
+    lines, padded, those of like length together. The order is random, and always the same.
+
+    Args:
+        model, tokenizer: from `load`.
+        file: UTF-8.
+        samples: pieces or lines, at most.
+        tokens: of a piece, or of a line at most.
+        batch_size: samples in a batch.
+
+    Returns:
+        Batches for the keyword arguments of the model, on the CPU.
+
+    Raises:
+        ValueError: no tokenizer, no text in the file, or an encoder with a decoder, which takes pairs of texts.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} takes pairs of texts, which a text file has not: call el.compress in Python, with "
+            "batches of your own"
+        )
+    if tokenizer is None:
+        raise ValueError("the model comes without a tokenizer, so text cannot calibrate it")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{file} holds no text")
+    tokens = min(tokens, getattr(model.config, "max_position_embeddings", None) or tokens)
+    if model.can_generate():
+        ids = torch.tensor(tokenizer("\n".join(lines), verbose=False)["input_ids"])
+        tokens = min(tokens, len(ids))
+        starts = torch.arange(0, len(ids) - tokens + 1, tokens)
+        starts = _spread(starts, samples)[torch.randperm(min(samples, len(starts)), generator=_generator())]
+        pieces = torch.stack([ids[start : start + tokens] for start in starts])
+        return [{"input_ids": part} for part in pieces.split(batch_size)]
+    chosen = [lines[int(i)] for i in _spread(torch.arange(len(lines)), samples)]
+    chosen.sort(key=len)  # lines of like length together: less padding
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    parts = [parts[i] for i in torch.randperm(len(parts), generator=_generator()).tolist()]
+    return [
+        dict(tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=tokens)) for part in parts
+    ]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _spread(items: Tensor, count: int) -> Tensor:
+    """At most so many of the items, evenly spread."""
+    return items[torch.linspace(0, len(items) - 1, min(count, len(items))).round().long()]
+
+
+@contextmanager
+def written(out: Path) -> Iterator[Path]:
+    """A folder to write into that has its name once all is written.
+
+    Raises:
+        ValueError: something of that name is there.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: name a folder that does not")
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save(model: nn.Module, tokenizer: Any, report: CompressionReport, out: Path) -> None:
+    """Write a compressed model, its tokenizer and what was done, so that `from_pretrained` loads it."""
+    saved: Any = model
+    with written(out) as folder:
+        saved.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        layers = [asdict(layer) for layer in report.layers]
+        write_json(folder / REPORT, {"layers": layers, "skipped": dict(report.skipped)})

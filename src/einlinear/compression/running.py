@@ -1,0 +1,146 @@
+"""Running a model on calibration data: batches in, outputs out, and the inputs of layers on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Any  # what the model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
+
+
+class _Enough(Exception):
+    """The last layer of interest has been reached."""
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch, which is moved to the model's device."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        return model(**{name: _to(value, device) for name, value in batch.items()})
+    if isinstance(batch, list | tuple):
+        return model(*[_to(value, device) for value in batch])
+    return model(_to(batch, device))
+
+
+def output_of(result: Any) -> Tensor:
+    """The tensor that counts in what a model returns: logits, the last hidden state, or the first tensor there is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(result, Tensor):
+        return result
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(value := getattr(result, name, None), Tensor):
+            return value
+    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, list | tuple) else ()
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise ValueError(f"the model returns a {type(result).__name__}, in which no tensor was found")
+
+
+def tokens_of(batch: Batch, tensor: Tensor) -> Tensor:
+    """(tokens, features): an input or output without padding, where an attention mask says which tokens that is."""
+    flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == len(flat):
+        return flat[mask.flatten().to(flat.device, torch.bool)]
+    return flat
+
+
+@torch.no_grad()
+def inputs_of(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch, calls: Mapping[str, int] | None = None
+) -> dict[str, list[Tensor]]:
+    """The inputs of layers, call by call, in the order in which the layers are first called.
+
+    Args:
+        model, batch: see `call`.
+        layers: by name.
+        calls: how often each is called: the rest of the model is left out once they all were.
+    """
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(name, []).append(args[0] if args else next(iter(kwargs.values())))
+        if calls is not None and all(len(seen.get(other, ())) >= count for other, count in calls.items()):
+            raise _Enough
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        call(model, batch)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that read the same input, such as the projections to queries, keys and values.
+
+    Attributes:
+        names: of the layers.
+        calls: how often each is called in one pass.
+    """
+
+    names: tuple[str, ...]
+    calls: int
+
+
+def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Stage]:
+    """The layers that the data reach, in the order in which they are called. Mostly one batch says it."""
+    stages: list[Stage] = []
+    left = dict(layers)
+    for batch in batches:
+        by_input: dict[tuple[int, ...], list[str]] = {}
+        seen = inputs_of(model, left, batch)  # holds all inputs, so that no two have the same id
+        for name, inputs in seen.items():
+            by_input.setdefault(tuple(map(id, inputs)), []).append(name)
+            del left[name]
+        stages += [Stage(tuple(names), len(key)) for key, names in by_input.items()]
+        if not left:
+            break
+    return stages
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], note: Callable[[str, Any], Any]) -> Iterator[None]:
+    """Call `note` with the name and the output of every module that is called; what it returns goes on in its place."""
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: note(name, output))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Without dropout; every module is in the mode it was in afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,59 @@
+"""Which layers of a model are compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from einlinear.conversion.suitable import (
+    fused_experts,
+    linear_layers,
+    owners_of,
+    reason_to_skip,
+    uncalled_layers,
+)
+from einlinear.nn.known import is_conv1d
+from einlinear.nn.names import as_globs, check_globs
+
+
+def select(model: nn.Module, layers: str | Sequence[str] | None) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The dense linear layers that can be compressed, by name, and those that cannot, with the reason.
+
+    Args:
+        model: whose layers.
+        layers: globs on qualified names; None: all but the output head.
+    """
+    linears, fused = linear_layers(model), fused_experts(model)
+    globs = as_globs("*" if layers is None else layers, "layers")
+    check_globs(globs, [*linears, *fused], "layers", "linear layer")
+    head = getattr(model, "get_output_embeddings", lambda: None)() if layers is None else None
+    owners, uncalled = owners_of(model), uncalled_layers(model)
+    chosen: dict[str, Any] = {}
+    skipped = [(name, reason) for name, reason in fused.items() if any(fnmatchcase(name, glob) for glob in globs)]
+    seen = set[int]()
+    for name, layer in linears.items():
+        if id(layer) in seen or not any(fnmatchcase(name, glob) for glob in globs):
+            continue
+        seen.add(id(layer))
+        reason = uncalled.get(id(layer)) or reason_to_skip(layer)
+        if reason is None and len(owners[id(layer.weight)]) > 1:
+            others = [other for other, module in owners[id(layer.weight)] if module is not layer]
+            reason = f"its weight is tied to {', '.join(others)}"
+        if reason is None and layer is head:
+            reason = "is the output head: name it in layers to compress it"
+        if reason is None and layer.weight.is_meta:
+            raise ValueError(f"{name} is on the meta device: load the model before you compress it")
+        if reason is None:
+            chosen[name] = layer
+        else:
+            skipped.append((name, reason))
+    return chosen, skipped
+
+
+def weight_of(layer: Any) -> Tensor:
+    """(out_features, in_features)."""
+    weight: Tensor = layer.weight.detach()
+    return weight.T if is_conv1d(layer) else weight

@@ -1,0 +1,60 @@
+"""The closest matrices of a lower rank, of many matrices at once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_RESOLVED = 100.0  # how far above the rounding error of a Gram matrix must lie what is left out
+_SMALL = 256  # rows up to which LAPACK, which takes one matrix after the other, uses one core of a CPU
+
+
+def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The two factors, of equal norms, of the closest matrix of a rank to each (Eckart and Young).
+
+    In float64 by SVD. In float32 by the eigenvectors of M M^T, which is several times faster on a CPU; that squares the
+    singular values, so that small ones drown in the rounding error of the largest. Where what is left out is not far
+    above that, the SVD is taken as well.
+
+    Args:
+        matrices: (batch, rows, columns), float32 or float64.
+        rank: at most the smaller of rows and columns.
+
+    Returns:
+        (batch, rows, rank) and (batch, rank, columns), largest singular values first.
+    """
+    if matrices.dtype == torch.float64:
+        return by_svd(matrices, rank)
+    if matrices.shape[1] > matrices.shape[2]:
+        second, first = truncated(matrices.mT, rank)
+        return first.mT, second.mT
+    cores = torch.get_num_threads()
+    if matrices.device.type != "cpu" or matrices.shape[1] > _SMALL or len(matrices) < 8 * cores:
+        return _by_gram(matrices, rank)
+    with ThreadPoolExecutor(cores) as pool:
+        parts = list(pool.map(lambda part: _by_gram(part, rank), matrices.chunk(cores)))
+    return torch.cat([first for first, _ in parts]), torch.cat([second for _, second in parts])
+
+
+def _by_gram(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """No more rows than columns."""
+    values, vectors = torch.linalg.eigh(matrices @ matrices.mT)
+    first = vectors[:, :, -rank:].flip(2)
+    second = first.mT @ matrices
+    root = torch.linalg.vector_norm(second, dim=2).sqrt()
+    first = first * root[:, None, :]
+    second = second / root[:, :, None].clamp_min(torch.finfo(root.dtype).tiny)
+    rounding = torch.finfo(values.dtype).eps * values.shape[1] ** 0.5 * values[:, -1]
+    drowned = values[:, :-rank].sum(1) <= _RESOLVED * rounding
+    if drowned.any():
+        first[drowned], second[drowned] = by_svd(matrices[drowned], rank)
+    return first, second
+
+
+def by_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same, always by SVD."""
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    root = s[:, :rank].sqrt()
+    return u[:, :, :rank] * root[:, None, :], v[:, :rank] * root[:, :, None]

@@ -1,0 +1,175 @@
+"""The structured matrix whose outputs are closest, for inputs x of which the second moment C = E[x x^T] is known.
+
+Minimised is E|(W - V) x|^2 = tr((W - V) C (W - V)^T) over all V of the structure. Were C block-diagonal, with a block
+C_g = L_g L_g^T for all that the first factor sums at once, this would be the plain projection in other variables: V L
+closest to W L. So it is for low rank, which has a single block; for the others it is the start. From there L-BFGS
+reduces the true error over all factors at once, in those variables: in them the problem is well conditioned, however C
+is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from einlinear.ops.projection.als import of_equal_norm
+from einlinear.ops.projection.svd import is_optimal, split
+from einlinear.ops.projection.unfold import count, outer_axes, permute, unfold
+from einlinear.ops.reference import dense_weight, einsum, term_weight
+from einlinear.structures import Factor, Structure, Term, structure
+from einlinear.structures.pattern import Axes, TermPattern
+
+MIN_STEPS, MAX_STEPS = 10, 60  # of L-BFGS
+TOLERANCE = 1e-3  # of the squared error: when so little is gained by _BETWEEN steps, they are the last
+_BETWEEN = 10
+_WORK = 10**12  # multiply-accumulates that limit the number of steps, between the two
+
+
+def closest_outputs(s: Structure, w: Tensor, moment: Tensor, steps: int | None = None) -> list[Tensor]:
+    """Factors whose outputs are closest to those of W.
+
+    Args:
+        s: the structure.
+        w: (out_features, in_features), float32 or float64.
+        moment: (in_features, in_features), positive definite, of W's device.
+        steps: at most so many of L-BFGS; None: as many as pay.
+    """
+    readers = [_Reader.of(s, term, moment.double()) for term in s.terms]
+    c = moment.to(w.dtype)
+    starts = [_split(s, w, readers), *_simpler(s, w, moment)]
+    start = min(starts, key=lambda factors: _error(s, w, c, factors))
+    if _is_exact(s):
+        return start
+    most = min(MAX_STEPS, max(MIN_STEPS, _WORK // (w.numel() * len(c))))
+    return _descend(s, w, c, readers, start, most if steps is None else min(steps, most))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The factor of a term that reads the input, and what whitens the features that it sums.
+
+    Attributes:
+        factor: the first of its term.
+        sizes: of the axes.
+        roots: L, (batch, n, n), lower triangular, for the axes that the factor shares with the input and leaves in it;
+            n features are summed.
+    """
+
+    factor: Factor
+    sizes: dict[str, int]
+    roots: Tensor
+
+    @classmethod
+    def of(cls, s: Structure, term: Term, moment: Tensor) -> _Reader:
+        factor, sizes = term.factors[0], dict(s.sizes)
+        spare = count(term.inputs, sizes) - s.in_features
+        c = F.pad(moment, (0, spare, 0, spare))
+        c.diagonal()[s.in_features :] = moment.diagonal().mean()  # of what is always zero: any variance will do
+        other = tuple(f"{axis}'" if axis in factor.summed else axis for axis in term.inputs)
+        shape = [sizes[axis] for axis in term.inputs]
+        kept = factor.batch + factor.summed + tuple(f"{axis}'" for axis in factor.summed)
+        n = count(factor.summed, sizes)
+        blocks = einsum([(*term.inputs, *other)], kept, c.reshape(shape + shape)).reshape(-1, n, n)
+        return cls(factor, sizes, torch.linalg.cholesky(blocks / count(factor.columns, sizes)))
+
+    def whiten(self, tensor: Tensor, axes: Axes) -> Tensor:
+        """Times L: a tensor that has, among others, the axes that the factor shares with the input."""
+        return self._along(tensor, axes, torch.matmul)
+
+    def colour(self, tensor: Tensor, axes: Axes) -> Tensor:
+        """Times the inverse of L."""
+        return self._along(
+            tensor, axes, lambda flat, roots: torch.linalg.solve_triangular(roots, flat, upper=False, left=False)
+        )
+
+    def _along(self, tensor: Tensor, axes: Axes, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        batch, summed = self.factor.batch, self.factor.summed
+        order = batch + tuple(axis for axis in axes if axis not in batch + summed) + summed
+        ordered = permute(tensor, axes, order)
+        flat = ordered.reshape(len(self.roots), -1, self.roots.shape[1])
+        return permute(product(flat, self.roots.to(tensor.dtype)).reshape(ordered.shape), order, axes)
+
+
+def _split(s: Structure, w: Tensor, readers: Sequence[_Reader]) -> list[Tensor]:
+    """Successive SVDs of the whitened matrix, one term after the other."""
+    factors: list[Tensor] = []
+    left = w
+    for reader, term in zip(readers, s.terms, strict=True):
+        target = reader.whiten(unfold(left, s, term), outer_axes(term))
+        first, *others = split(s, term, target)
+        own = [reader.colour(first, term.factors[0].axes), *others]
+        left = left - term_weight(s, term, own)
+        factors += own
+    return factors
+
+
+def _simpler(s: Structure, w: Tensor, moment: Tensor) -> list[list[Tensor]]:
+    """Another start, if the structure has factors that only scale, as BLAST: the best there is with ones for them."""
+    if len(s.terms) > 1 or len(s.factors) < 3:
+        return []
+    (term,) = s.terms
+    first, *between, last = term.factors
+    ends, outer = {*first.axes, *last.axes}, {*outer_axes(term)}
+    if not {*first.axes} ^ {*last.axes} <= outer or any(not {*factor.axes} <= ends for factor in between):
+        return []
+    without = TermPattern(term.inputs, (first.axes, last.axes), term.outputs)
+    simple = structure(str(without), s.in_features, s.out_features, sizes={a: n for a, n in s.sizes})
+    found = {f.axes: factor for f, factor in zip(simple.factors, closest_outputs(simple, w, moment), strict=True)}
+    return [[found[f.axes] if f in (first, last) else w.new_ones(f.shape) for f in term.factors]]
+
+
+def _is_exact(s: Structure) -> bool:
+    """Whether the start is the best there is: two factors, the first of which reads all features at once."""
+    return is_optimal(s) and s.factors[0].fan_in == s.in_features
+
+
+def _error(s: Structure, w: Tensor, c: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    difference = dense_weight(s, factors) - w
+    return ((difference @ c) * difference).sum()
+
+
+def _descend(
+    s: Structure, w: Tensor, c: Tensor, readers: Sequence[_Reader], factors: Sequence[Tensor], steps: int
+) -> list[Tensor]:
+    """The factors after L-BFGS from those given."""
+    scale = float(((w @ c) * w).sum())
+    if scale == 0:
+        return list(factors)
+    by_term = zip(readers, s.by_term(factors), strict=True)
+    variables = [
+        variable.contiguous().clone().requires_grad_()
+        for reader, (_, (first, *others)) in by_term
+        for variable in of_equal_norm([reader.whiten(first, reader.factor.axes), *others])
+    ]
+
+    def coloured(given: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            factor
+            for reader, (_, (first, *others)) in zip(readers, s.by_term(given), strict=True)
+            for factor in (reader.colour(first, reader.factor.axes), *others)
+        ]
+
+    def closure() -> Tensor:
+        error = _error(s, w, c, coloured(variables)) / scale
+        gradients = torch.autograd.grad(error, variables)
+        for variable, gradient in zip(variables, gradients, strict=True):
+            variable.grad = gradient.contiguous()
+        return error.detach()
+
+    descent = torch.optim.LBFGS(
+        variables, max_iter=_BETWEEN, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+    before = math.inf
+    with torch.enable_grad():
+        for done in range(0, steps, _BETWEEN):
+            descent.param_groups[0]["max_iter"] = min(_BETWEEN, steps - done)
+            error = float(descent.step(closure))  # before these steps
+            if before - error < TOLERANCE * error:
+                break
+            before = error
+    return coloured([variable.detach() for variable in variables])

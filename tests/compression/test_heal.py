@@ -1,0 +1,123 @@
+"""Compressed models that learn to do what the original does again."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import pytest
+import torch
+from tests.compression.test_compress import distance, inputs, trained
+from torch import Tensor, nn
+
+import einlinear as el
+
+
+class Labelled(nn.Module):
+    """A classifier as transformers has them: logits, and a loss where labels are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = trained((24, 48, 8))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        class Output:
+            logits = self.body(x)
+            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+
+        return Output()
+
+
+def compressed(model: nn.Module, batches: list[Any]) -> nn.Module:
+    smaller = copy.deepcopy(model)
+    el.compress(smaller, 0.3, ["low_rank"], batches)
+    return smaller
+
+
+def test_outputs_come_closer_and_the_original_stays() -> None:
+    model, batches = trained(), [inputs(200, seed=seed) for seed in range(8)]
+    smaller = compressed(model, batches)
+    state = copy.deepcopy(model.state_dict())
+    before = distance(model, smaller, inputs(seed=99))
+    model.train()
+    healing = el.heal(smaller, model, batches, steps=300, lr=1e-2)
+    assert len(healing.losses) == 300
+    assert distance(model, smaller, inputs(seed=99)) < 0.7 * before
+    assert model.training
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert not any(p.grad is not None for p in model.parameters())
+    assert not any(module._forward_hooks for module in (*model.modules(), *smaller.modules()))
+
+
+def test_logits_are_compared_as_distributions() -> None:
+    model, batches = Labelled(), [{"x": inputs(200, seed=seed)} for seed in range(8)]
+    smaller = compressed(model, batches)
+    shifted = copy.deepcopy(smaller)
+    shifted.body[-1].bias.data += 3.0  # type: ignore[union-attr,index]  # the same distribution
+    first = el.heal(copy.deepcopy(smaller), model, batches, steps=1).losses[0]
+    assert el.heal(shifted, model, batches, steps=1).losses[0] == pytest.approx(first, rel=1e-3)
+    p, q = (m(**batches[0]).logits.detach().log_softmax(1) for m in (model, smaller))
+    assert first == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+    assert el.heal(smaller, model, batches, steps=300, lr=1e-2).losses[-1] < 0.7 * first
+
+
+def test_labels_count_if_asked_for() -> None:
+    model = Labelled()
+    batches: list[Any] = [{"x": inputs(200), "labels": torch.zeros(200, dtype=torch.long)}]
+    smaller = compressed(model, batches)
+    plain, labelled = (
+        el.heal(copy.deepcopy(smaller), model, batches, steps=1, task_loss=weight).losses[0] for weight in (0.0, 2.0)
+    )
+    assert labelled - plain == pytest.approx(2 * float(smaller(**batches[0]).loss.detach()), rel=1e-3)
+
+
+def test_modules_in_between_are_matched() -> None:
+    model, batches = trained(), [inputs(200, seed=seed) for seed in range(8)]
+    smaller = compressed(model, batches)
+    alone = el.heal(copy.deepcopy(smaller), model, batches, steps=1).losses[0]
+    assert el.heal(smaller, model, batches, steps=1, match=["0", "2"]).losses[0] > alone
+    with pytest.raises(ValueError, match="match: 'nothing' matches no module of both models"):
+        el.heal(smaller, model, batches, steps=1, match="nothing")
+
+
+def test_structured_layers_learn_at_their_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = trained(), [inputs(200)]
+    smaller = compressed(model, batches)
+    expected = {tuple(g["param_names"]): g["lr_mult"] for g in el.param_groups(smaller, 1.0, base=model)}
+    seen: list[dict[tuple[str, ...], float]] = []
+    step = torch.optim.AdamW.step
+
+    def note(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        seen.append({tuple(g["param_names"]): g["lr"] for g in self.param_groups})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    el.heal(smaller, model, batches, steps=20, lr=1e-2)
+    peak = max(max(rates.values()) for rates in seen) / max(expected.values())
+    assert peak == pytest.approx(1e-2, rel=0.1)
+    for rates in seen:
+        factors = {rates[names] / mult for names, mult in expected.items()}
+        assert max(factors) == pytest.approx(min(factors))
+    assert len(set(expected.values())) > 1
+
+
+def test_it_ends_in_time() -> None:
+    model, batches = trained(), [inputs(200)]
+    start = time.monotonic()
+    healing = el.heal(compressed(model, batches), model, batches, steps=10**9, seconds=1.0)
+    assert 0.5 < healing.seconds < 3
+    assert time.monotonic() - start < 10
+
+
+def test_mistakes() -> None:
+    model, batches = trained(), [inputs(200)]
+    smaller = compressed(model, batches)
+    with pytest.raises(ValueError, match="there are no batches to train on"):
+        el.heal(smaller, model, [], steps=5)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1: take a lower lr than 0\.001"):
+        el.heal(smaller, model, [inputs(200) * torch.nan], steps=5)
+    with pytest.raises(ValueError, match="float16 parameters cannot be trained"):
+        el.heal(copy.deepcopy(smaller).half(), model, batches, steps=5)
+    with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
+        el.heal(smaller.requires_grad_(False), model, batches, steps=5)

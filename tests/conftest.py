@@ -1,9 +1,0 @@
-"""Settings of all tests: the same draws on every machine, no deadline on a busy one, and one thread."""
-
-import torch
-from hypothesis import settings
-
-settings.register_profile("default", deadline=None, derandomize=True)
-settings.load_profile("default")
-
-torch.set_num_threads(1)  # models this small run slower on several, and far slower on a busy machine

@@ -1,0 +1,159 @@
+"""The Triton kernels without running them: which layouts, tiles and designs are chosen, and what the compiler makes of
+the kernels for a Hopper GPU, which takes no GPU. The interpreter is lenient where the compiler is not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tests.data.samples import needs
+from torch import Tensor
+
+import einlinear as el
+from einlinear.ops.triton_kernels import executor as kernels
+from einlinear.ops.triton_kernels import launch, tile_sizes
+from einlinear.ops.triton_kernels.steps import plan
+
+H100 = tile_sizes.Device(132, 232_448)
+
+
+class TestPlans:
+    """What needs no kernel to run."""
+
+    def test_what_is_unsupported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        s = el.structure("btt", 16, 16)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert "not on cpu" in str(kernels.unsupported(s, torch.float32, torch.device("cpu")))
+        assert "not float64" in str(kernels.unsupported(s, torch.float64, torch.device("cuda")))
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert kernels.unsupported(s, torch.float32, torch.device("cpu")) is None
+        assert "on the CPU" in str(kernels.unsupported(s, torch.float32, torch.device("cuda")))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert kernels.unsupported(s, torch.float32, torch.device("cuda")) == "triton is not installed"
+
+    def test_float32_products_are_computed_as_torch_computes_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            assert launch._precision(torch.float32) == "ieee"
+            torch.set_float32_matmul_precision("high")
+            assert launch._precision(torch.float32) == "tf32"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    @pytest.mark.parametrize(
+        ("spec", "tokens_last"),
+        [
+            ("btt", True),
+            ("btt(rank=32)", False),
+            ("kronecker", False),
+            ("low_rank(rank=64)", False),
+            ("monarch", False),
+        ],
+    )
+    def test_the_state_between_is_reached_in_runs(self, spec: str, tokens_last: bool) -> None:
+        ((first, second),) = plan(el.structure(spec, 1024, 1024))
+        assert first.result is second.source
+        assert first.result.tokens_last is tokens_last
+        if not tokens_last:
+            assert first.result.unit in first.rows
+            assert first.result.unit in second.inner + second.columns
+
+    @pytest.mark.parametrize(
+        ("spec", "features", "tokens", "pays"),
+        [
+            ("kronecker", 4096, 16384, True),  # small factors, all of a token's state in one tile
+            ("tt(rank=4)", 1024, 16384, True),
+            ("btt", 1024, 16384, True),
+            ("btt", 4096, 16384, False),  # a tile of the state needs too many factors
+            ("monarch", 4096, 16384, False),
+            ("low_rank(rank=64)", 4096, 16384, False),  # the state is small: nothing to gain
+            ("kronecker", 1024, 64, False),  # too few tokens for all processors
+        ],
+    )
+    def test_when_fusing_pays(self, spec: str, features: int, tokens: int, pays: bool) -> None:
+        ((first, second),) = plan(el.structure(spec, features, features))
+        assert tile_sizes.fusing_pays(first, second, 2, tokens, H100, save=False) is pays
+        assert tile_sizes.fusing_pays(first, second, 2, tokens, H100, save=True) <= pays
+        assert not tile_sizes.fusing_pays(first, second, 4, tokens, H100, save=False)
+
+
+@needs("triton")
+class TestCompiled:
+    """What the compiler makes of the kernels for an H100; the interpreter accepts what it does not."""
+
+    __test__ = not launch.interpreting()
+
+    @pytest.mark.parametrize(
+        ("spec", "in_features", "out_features", "dtype", "design"),
+        [
+            ("btt", 1024, 4096, torch.bfloat16, "steps"),
+            ("btt", 512, 512, torch.float16, "fused"),
+            ("monarch", 1024, 1024, torch.bfloat16, "steps"),
+            ("kronecker", 1024, 1024, torch.bfloat16, "steps"),
+            ("kronecker", 1024, 1024, torch.bfloat16, "fused"),
+            ("low_rank(rank=32)", 1024, 1024, torch.float32, "steps"),
+            ("dyad(variant=dt)", 1000, 1000, torch.float32, "steps"),
+            ("tt(rank=3)", 1009, 331, torch.bfloat16, "fused"),
+        ],
+    )
+    def test_compiles_and_fits(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        spec: str,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        design: str,
+    ) -> None:
+        launches: list[tuple[Any, ...]] = []
+
+        def record(kernel: Any, programs: Callable[..., int], found: Any, *args: Any, **constants: Any) -> None:
+            launches.append((kernel, found[0], args, constants))
+
+        monkeypatch.setattr(tile_sizes, "device_limits", lambda device: H100)
+        monkeypatch.setattr(launch, "_launch", record)
+        s = el.structure(spec, in_features, out_features)
+        factors = [torch.empty(f.shape, dtype=dtype) for f in s.factors]
+        x, bias, grad = (torch.empty(n, dtype=dtype) for n in ((4096, in_features), out_features, (4096, out_features)))
+        _, saved = kernels.forward(s, factors, x, bias, True, design)
+        kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+        if design == "steps":
+            experts = torch.arange(8192).view(4096, 2) % 8
+            stacked = [torch.empty(8, *f.shape, dtype=dtype) for f in s.factors]
+            gates = torch.zeros(4096, 2, dtype=dtype)
+            kernels.forward_grouped(s, stacked, x, experts, gates, bias)
+            kernels.backward_grouped(s, stacked, x, experts, gates, grad, True, [True] * len(factors))
+        assert launches
+        for kernel, tile, args, constants in launches:
+            compiled = compile_for_hopper(kernel, tile, args, constants)
+            assert compiled.metadata.shared <= H100.shared
+            if not any(limit for name, limit in constants.items() if name.endswith("LIMIT")) and dtype.itemsize == 2:
+                assert ".global.b16" not in compiled.asm["ptx"]  # neighbours are moved together
+
+
+def compile_for_hopper(kernel: Any, tile: tile_sizes.Tile, args: Sequence[Any], constants: dict[str, Any]) -> Any:
+    """Compile a launch as triton's launcher would: it knows which arguments are 1 and which are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+    constants = {**constants, **dict(tile.blocks)}
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = constants.get(name, args[position] if position < len(args) else None)
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            constants[name], signature[name] = value, "constexpr"
+            continue
+        signature[name] = names[value.dtype] if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or value % 16 == 0:
+            aligned[position,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **launch.OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
