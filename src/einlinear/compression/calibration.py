@@ -9,7 +9,8 @@ from torch import nn
 
 from einlinear.compression.importance import importance
 from einlinear.compression.moments import Inputs, Moments
-from einlinear.compression.running import Batch, Stage, inputs_of, stages_of, tokens_of
+from einlinear.compression.passes import Passes
+from einlinear.compression.running import Batch, Stage, stages_of, tokens_of
 from einlinear.nn.known import features
 
 MEMORY = 2**31  # bytes of moments that are collected in one pass over the data
@@ -29,14 +30,19 @@ class Calibration:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Batch] | None) -> None:
         self._model, self._batches, self.layers = model, batches, layers
+        self._passes = self.passes(model)
         self.stages = [Stage((name,), 1) for name in layers] if batches is None else stages_of(model, layers, batches)
 
-    def inputs(self, stages: Sequence[Stage], compressed: nn.Module | None = None) -> Iterator[tuple[str, Inputs]]:
+    def passes(self, model: nn.Module) -> Passes:
+        """Of another model on the same data."""
+        return Passes(model, self._batches or ())
+
+    def inputs(self, stages: Sequence[Stage], compressed: Passes | None = None) -> Iterator[tuple[str, Inputs]]:
         """What is known of the inputs of the layers of some stages, layer by layer.
 
         Args:
             stages: some of the model's.
-            compressed: the model with some of its layers replaced: then its inputs are meant, beside the original's.
+            compressed: of the model with some of its layers replaced: then its inputs are meant, beside the original's.
 
         Raises:
             ValueError: inputs that are NaN or infinite, or other tokens than the original's; names the layer.
@@ -72,19 +78,18 @@ class Calibration:
         if part:
             yield part
 
-    def _moments(self, stages: Sequence[Stage], compressed: nn.Module | None) -> list[Moments]:
+    def _moments(self, stages: Sequence[Stage], compressed: Passes | None) -> list[Moments]:
         assert self._batches is not None
-        readers = {stage.names[0]: self.layers[stage.names[0]] for stage in stages}  # one layer for all of a stage
-        calls = {stage.names[0]: stage.calls for stage in stages}
+        calls = {stage.names[0]: stage.calls for stage in stages}  # one layer for all of a stage
         found = {
-            name: Moments(features(layer)[0], layer.weight.device, paired=compressed is not None)
-            for name, layer in readers.items()
+            name: Moments(features(self.layers[name])[0], self.layers[name].weight.device, compressed is not None)
+            for name in calls
         }
+        originals = self._passes.inputs(calls)
+        nows = originals if compressed is None else compressed.inputs(calls)
         for number, batch in enumerate(self._batches):
-            original = inputs_of(self._model, readers, batch, calls)
-            now = original
-            if compressed is not None:
-                now = inputs_of(compressed, {name: compressed.get_submodule(name) for name in readers}, batch, calls)
+            original = next(originals)
+            now = original if compressed is None else next(nows)
             for name, xs in original.items():
                 where = f"{name}, batch {number} of the calibration data"
                 if [x.shape for x in now.get(name, ())] != [x.shape for x in xs]:

@@ -206,6 +206,7 @@ class _Task:
         new: dict[str, tuple[Linear, float]] = {}
         # a copy of the modules, not of their parameters: the original has to go on saying what is right
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+        passes = self.data.passes(compressed) if sequential else None
         changing = [stage for stage in self.data.stages if any(name in chosen for name in stage.names)]
         for part in [[stage] for stage in changing] if sequential else [changing]:
             names = [name for stage in part for name in stage.names if name in chosen]
@@ -213,7 +214,7 @@ class _Task:
             found = {name: self._known(name, chosen[name]) for name in names}
             new.update({name: known for name, known in found.items() if known is not None})
             left = [stage for stage in part if any(name in names and name not in new for name in stage.names)]
-            for name, inputs in self.data.inputs(left, compressed if sequential else None):
+            for name, inputs in self.data.inputs(left, passes):
                 if name in names and name not in new:
                     self.tell("fitting", len(new), len(chosen))
                     new[name] = self._fitted(name, chosen[name], inputs)

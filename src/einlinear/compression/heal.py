@@ -34,7 +34,7 @@ def heal(
     original: nn.Module,
     batches: Iterable[Batch],
     steps: int,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     *,
     match: str | Sequence[str] = (),
     task_loss: float = 0.0,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 Batch = Any  # what the model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
 
 
-class _Enough(Exception):
-    """The last layer of interest has been reached."""
+class Enough(Exception):
+    """What was of interest has been seen: the rest of the model need not be run."""
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -70,7 +70,7 @@ def inputs_of(
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.setdefault(name, []).append(args[0] if args else next(iter(kwargs.values())))
         if calls is not None and all(len(seen.get(other, ())) >= count for other, count in calls.items()):
-            raise _Enough
+            raise Enough
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True)
@@ -78,7 +78,7 @@ def inputs_of(
     ]
     try:
         call(model, batch)
-    except _Enough:
+    except Enough:
         pass
     finally:
         for handle in handles:

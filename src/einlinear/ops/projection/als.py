@@ -22,15 +22,23 @@ _RESTARTS = 2  # random starts beside the SVD's, where that is not known to be g
 _SMALL = 2**16  # entries of a matrix up to which they are made; the SVD's start was the best of larger ones
 
 
-def best_of_restarts(structure: Structure, w: Tensor, start: list[Tensor]) -> list[Tensor]:
-    """The best of alternating least squares from the SVD's factors and, while that is not exact, from random ones."""
-    best, error = _alternate(structure, w, start)
+def best_of_restarts(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int | None = None) -> list[Tensor]:
+    """The best of alternating least squares from the SVD's factors and, while that is not exact, from random ones.
+
+    Args:
+        structure: what W is approximated with.
+        w: (out_features, in_features).
+        start: the SVD's factors.
+        sweeps: at most so many from each start; None: as many as pay.
+    """
+    most = _sweeps(w) if sweeps is None else min(sweeps, _sweeps(w))
+    best, error = _alternate(structure, w, start, most)
     generator = torch.Generator().manual_seed(0)  # of its own: a projection can be repeated
     for _ in range(_RESTARTS if _is_hard(structure) and w.numel() <= _SMALL else 0):
         if error < 1e-3:
             break
         drawn = [torch.randn(f.shape, generator=generator, dtype=torch.float64).to(w) for f in structure.factors]
-        candidate, its_error = _alternate(structure, w, drawn)
+        candidate, its_error = _alternate(structure, w, drawn, most)
         if its_error < error:
             best, error = candidate, its_error
     return best
@@ -50,7 +58,7 @@ def _sweeps(w: Tensor) -> int:
     return min(MAX_SWEEPS, max(MIN_SWEEPS, _WORK // w.numel()))
 
 
-def _alternate(structure: Structure, w: Tensor, start: list[Tensor]) -> tuple[list[Tensor], float]:
+def _alternate(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int) -> tuple[list[Tensor], float]:
     """Alternating least squares from a start. Returns the factors and the relative error, which never grows."""
     scale = float(w.norm())
     if scale == 0:
@@ -58,7 +66,7 @@ def _alternate(structure: Structure, w: Tensor, start: list[Tensor]) -> tuple[li
     factors = list(start)
     error = float((w - dense_weight(structure, factors)).norm()) / scale
     before, stretch = factors, 1.0
-    for sweep in range(_sweeps(w)):
+    for sweep in range(sweeps):
         if error < (_EXACT if w.dtype == torch.float64 else 1e-6):
             break
         swept = _sweep(structure, w, _balanced(structure, factors), damping=1e-2 * error)

@@ -26,7 +26,8 @@ def project(
         weight: (out_features, in_features), any floating dtype; float32 is used to compute where it is narrower.
         moment: E[x x^T] of the inputs, (in_features, in_features): then the outputs for such inputs are to be closest,
             and not the weight. It may be singular: directions that never occur count as next to nothing.
-        steps: at most so many of the descent that the moment asks for; by default as many as pay.
+        steps: at most so many of what is iterative, the descent that the moment asks for or alternating least squares;
+            by default as many as pay.
 
     Returns:
         The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device.
@@ -47,7 +48,7 @@ def project(
     else:
         factors = split_terms(structure, w)
         if not is_optimal(structure):
-            factors = best_of_restarts(structure, w, factors)
+            factors = best_of_restarts(structure, w, factors, steps)
     return [factor.to(weight.dtype).contiguous() for factor in factors]
 
 
