@@ -110,6 +110,38 @@ def test_interrupted_it_leaves_no_model_and_goes_on(
     assert not (tmp_path / "out.unfinished").exists()
 
 
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from einlinear import checkpoint, compression
+
+    heal = compression.heal
+
+    def often(*args: Any, **kwargs: Any) -> compression.Healing:
+        return heal(*args, **kwargs, checkpoint_every=0)
+
+    steps: list[int] = []
+    save = checkpoint.save
+
+    def interrupted(folder: Path, state: checkpoint.Checkpoint) -> Path:
+        steps.append(state.step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return save(folder, state)
+
+    monkeypatch.setattr(compression, "heal", often)
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    command = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text)
+    code, _, err = run(*command, "--heal", 0.02)
+    assert code == 130
+    assert "The same command goes on" in err
+    assert not (tmp_path / "out").exists()
+    code, out, err = run(*command, "--heal", 0.02)
+    assert (code, err) == (0, "")
+    assert steps[:4] == [1, 2, 3, 3]
+    assert f"Healed in {steps[-1]:,} steps" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
 @pytest.mark.parametrize("source", ["bert"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "parts"),

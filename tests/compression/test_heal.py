@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +109,49 @@ def test_it_ends_in_time() -> None:
     healing = el.heal(compressed(model, batches), model, batches, steps=10**9, seconds=1.0)
     assert 0.5 < healing.seconds < 3
     assert time.monotonic() - start < 10
+
+
+def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    model, batches = trained(), [inputs(200, seed=seed) for seed in range(3)]
+    whole, stopped = (compressed(model, batches) for _ in range(2))
+    options: dict[str, Any] = {"steps": 20, "lr": 1e-2}
+    expected = el.heal(whole, model, batches, **options)
+
+    def interrupt(done: int, *_: object) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        el.heal(stopped, model, batches, **options, folder=tmp_path, checkpoint_every=0, progress=interrupt)
+    again, other = compressed(model, batches), copy.deepcopy(model)
+    other[0].weight.data.mul_(1.1)  # type: ignore[union-attr,operator]
+    with pytest.raises(ValueError, match=r"other settings: lr"):
+        el.heal(again, model, batches, steps=20, lr=1e-3, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"other settings: original"):
+        el.heal(again, other, batches, **options, folder=tmp_path)
+    found = el.heal(again, model, batches, **options, folder=tmp_path)
+    assert found.losses == expected.losses
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), whole.parameters(), strict=True))
+    more = el.heal(compressed(model, batches), model, batches, **options, folder=tmp_path)
+    assert more.losses == expected.losses  # it was done
+
+
+def test_bfloat16_learns_what_float32_does(tmp_path: Path) -> None:
+    model, batches = trained(), [inputs(200, seed=seed) for seed in range(8)]
+    smaller = compressed(model, batches)
+    half, full = (copy.deepcopy(smaller).bfloat16() for _ in range(2))
+    original = copy.deepcopy(model).bfloat16()
+    data = [batch.bfloat16() for batch in batches]
+    # steps of a thousandth of what bfloat16 can tell apart from the parameters
+    options: dict[str, Any] = {"steps": 200, "lr": 3e-5}
+    start = copy.deepcopy(full)
+    expected = el.heal(full.float(), copy.deepcopy(original).float(), [b.float() for b in data], **options)
+    found = el.heal(half, original, data, **options, folder=tmp_path, checkpoint_every=0)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    moved = [(p.float() - q.float()).norm() for p, q in zip(half.parameters(), start.parameters(), strict=True)]
+    wanted = [(p - q.float()).norm() for p, q in zip(full.parameters(), start.parameters(), strict=True)]
+    assert sum(moved) > 0.5 * sum(wanted)
+    assert found.losses[-1] == pytest.approx(expected.losses[-1], rel=0.05)
 
 
 def test_mistakes() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tests.training import toy
 
-from einlinear.training import checkpoint, metrics
+from einlinear import checkpoint
+from einlinear.training import metrics
 
 OPTIONS: dict[str, Any] = {"steps": 20, "checkpoint_every": 4, "log_every": 1}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.training import toy
 
-from einlinear.training import checkpoint
+from einlinear import checkpoint
 
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "schedule": "constant", "warmup": 5, "clip": 1.0}
 MIXTURES = {"normalize": True, "experts": 4}

@@ -20,8 +20,9 @@ from tests.training import toy
 from torch import Tensor
 
 import einlinear as el
+from einlinear import checkpoint
 from einlinear.nn.guided import Guided
-from einlinear.training import Training, checkpoint, loop, metrics
+from einlinear.training import Training, loop, metrics
 from einlinear.training.distributed import World
 from einlinear.training.schedule import factor
 

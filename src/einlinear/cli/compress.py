@@ -52,7 +52,7 @@ def compress(
     """Make a pretrained Hugging Face model smaller.
 
     Every linear layer gets a structure and a rank of its own, or stays dense: what changes the model's outputs least
-    within the budget. After an interruption the same command goes on; healing begins anew.
+    within the budget. After an interruption the same command goes on.
     """
     require(PRETRAINED)
     from transformers.utils import logging
@@ -101,6 +101,7 @@ def compress(
                         steps=10**9,
                         lr=lr,
                         seconds=60 * heal,
+                        folder=unfinished / f"healing of {heal:g} minutes at {lr:g}",
                         progress=lambda done, _, loss: display.advance(progress, "healing", done, None),
                     )
         with system_errors():

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from einlinear.compression.journal import digest_of
 from einlinear.compression.running import Batch, call, evaluating, hooked, output_of, tokens_of
 from einlinear.nn.names import as_globs, check_globs
 from einlinear.parametrize import param_groups
 
 Progress = Callable[[int, int, float], None]  # steps done, of how many, the loss
+
+_PARAMETER = "parameter"  # in checkpoints
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,12 @@ def heal(
     clip: float | None = 1.0,
     seconds: float | None = None,
     progress: Progress | None = None,
+    folder: str | Path | None = None,
+    checkpoint_every: float = 60.0,
 ) -> Healing:
     """Train a compressed model to put out what the original does, in place, at structure-aware learning rates.
+
+    Parameters in bfloat16 are trained in float32, and rounded after every step.
 
     Of a model that puts out logits, the divergence between the two distributions is minimised (Hinton et al.,
     arXiv 1503.02531); of another, the squared error over the variance. By AdamW, at a rate that rises and falls as a
@@ -62,13 +71,16 @@ def heal(
         warmup: fraction of the steps in which the rate rises.
         seconds: stop after so many; the rate falls in time for it.
         progress: called after every step with the number of steps done, of all, and the loss.
+        folder: for checkpoints. After an interruption the same call goes on from the last one. It is not removed at
+            the end. Needs safetensors.
+        checkpoint_every: seconds between two of them.
 
     Returns:
         The losses.
 
     Raises:
-        ValueError: no batches, a glob that matches nothing, nothing to train or in float16; a loss that is NaN, and the
-            model has then been trained so far.
+        ValueError: no batches, a glob that matches nothing, nothing to train or in float16, a folder of another
+            healing; a loss that is NaN, and the model has then been trained so far.
 
     Example:
         >>> import copy, torch, einlinear as el
@@ -84,34 +96,105 @@ def heal(
     both = [name for name in modules if name and name in others]
     check_globs(globs, both, "match", "module of both models")
     names = [name for name in both if any(fnmatchcase(name, glob) for glob in globs)]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
-    if any(p.dtype == torch.float16 for p in trained):
-        raise ValueError("float16 parameters cannot be trained: load the model in float32 or bfloat16")
-    groups = param_groups(model, lr, base=original, weight_decay=weight_decay)
-    optimizer = torch.optim.AdamW(groups)
-    losses: list[float] = []
-    start = time.monotonic()
+    optimizer = _Optimizer(model, original, lr, weight_decay)
+    settings = {"steps": steps, "lr": lr, "match": names, "task_loss": task_loss, "weight_decay": weight_decay}
+    settings |= {"warmup": warmup, "clip": clip, "seconds": seconds}
+    losses, before = ([], 0.0) if folder is None else optimizer.read(Path(folder), settings)
+    start = saved = time.monotonic()
+
+    def spent() -> float:
+        return before + time.monotonic() - start
+
     with evaluating(model, original):
-        for batch in _endless(batches):
-            done = max(len(losses) / steps, (time.monotonic() - start) / seconds if seconds else 0.0)
+        for batch in islice(_endless(batches), len(losses), None):
+            done = max(len(losses) / steps, spent() / seconds if seconds else 0.0)
             if done >= 1:
                 break
-            for group, known in zip(optimizer.param_groups, groups, strict=True):
-                group["lr"] = lr * known["lr_mult"] * _factor(done, warmup)
             loss = _loss(model, original, batch, names, task_loss)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss is {losses[-1]} at step {len(losses)}: take a lower lr than {lr:g}")
-            optimizer.zero_grad()
             loss.backward()
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
+            optimizer.step(_factor(done, warmup), clip)
             if progress:
                 progress(len(losses), steps, losses[-1])
-    return Healing(tuple(losses), time.monotonic() - start)
+            if folder is not None and time.monotonic() - saved > checkpoint_every:
+                optimizer.write(Path(folder), losses, {"settings": settings, "seconds": spent()})
+                saved = time.monotonic()
+        if folder is not None:
+            optimizer.write(Path(folder), losses, {"settings": settings, "seconds": spent()})
+    return Healing(tuple(losses), spent())
+
+
+class _Optimizer:
+    """AdamW at structure-aware rates. Most of its steps are too small for bfloat16, whose parameters learn in float32.
+
+    Raises:
+        ValueError: nothing requires gradients, or something is in float16.
+    """
+
+    def __init__(self, model: nn.Module, original: nn.Module, lr: float, weight_decay: float) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
+        if any(p.dtype == torch.float16 for p in trained.values()):
+            raise ValueError("float16 parameters cannot be trained: load the model in float32 or bfloat16")
+        self._original, self._lr = original, lr
+        self._learning = {name: p.detach().float() if p.dtype == torch.bfloat16 else p for name, p in trained.items()}
+        self._rounded = {name: p for name, p in trained.items() if p is not self._learning[name]}
+        learning = {id(trained[name]): p for name, p in self._learning.items()}
+        groups = param_groups(model, lr, base=original, weight_decay=weight_decay)
+        for group in groups:
+            group["params"] = [learning.get(id(p), p) for p in group["params"]]
+        self._adamw = torch.optim.AdamW(groups)
+
+    def step(self, factor: float, clip: float | None) -> None:
+        """With the gradients that the model has, at this fraction of the peak rates."""
+        for name, p in self._rounded.items():
+            self._learning[name].grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._learning.values(), clip)
+        for group in self._adamw.param_groups:
+            group["lr"] = self._lr * group["lr_mult"] * factor
+        self._adamw.step()
+        self._adamw.zero_grad()
+        self._round()
+
+    def write(self, folder: Path, losses: Sequence[float], facts: Mapping[str, Any]) -> None:
+        """A checkpoint."""
+        from einlinear import checkpoint  # needs safetensors, which is no dependency of the core
+
+        tensors = {f"{_PARAMETER}.{name}": p.detach() for name, p in self._learning.items()}
+        for name, p in self._learning.items():
+            tensors |= {f"{key}.{name}": value for key, value in self._adamw.state[p].items()}
+        facts = {**facts, "original": digest_of(self._original, None), "losses": list(losses)}
+        checkpoint.save(folder, checkpoint.Checkpoint(len(losses), tensors, facts))
+
+    @torch.no_grad()
+    def read(self, folder: Path, settings: Mapping[str, Any]) -> tuple[list[float], float]:
+        """Go on from the last checkpoint: the losses and the seconds until then."""
+        from einlinear import checkpoint
+
+        found = checkpoint.latest(folder)
+        if found is None:
+            return [], 0.0
+        before = {**found.facts["settings"], "original": found.facts["original"]}
+        checkpoint.check_same(folder, before, {**settings, "original": digest_of(self._original, None)})
+        for full, tensor in found.tensors.items():
+            key, name = full.split(".", 1)
+            if key == _PARAMETER:
+                self._learning[name].copy_(tensor)
+            else:  # the number of steps is kept on the CPU
+                device = tensor.device if key == "step" else self._learning[name].device
+                self._adamw.state[self._learning[name]][key] = tensor.to(device)
+        self._round()
+        return list(found.facts["losses"]), found.facts["seconds"]
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name, p in self._rounded.items():
+            p.copy_(self._learning[name])
 
 
 def _loss(model: nn.Module, original: nn.Module, batch: Batch, names: Sequence[str], task_loss: float) -> Tensor:

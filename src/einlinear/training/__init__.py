@@ -2,7 +2,6 @@
 
 config.py       what can be set
 schedule.py     the learning rate over the steps
-checkpoint.py   files that are whole or absent
 state.py        what a run has to remember, as tensors by name
 distributed.py  the processes that torchrun starts
 metrics.py      what happened, a JSON line at a time

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from einlinear import checkpoint
+from einlinear.checkpoint import Checkpoint
 from einlinear.conversion import densify
 from einlinear.nn.guided import guide, set_share, unguide
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.nn.names import name_of
 from einlinear.parametrize import param_groups
 from einlinear.parametrize.mup import Base
-from einlinear.training import checkpoint, distributed, state, trackers
-from einlinear.training.checkpoint import Checkpoint
+from einlinear.training import distributed, state, trackers
 from einlinear.training.config import Training
 from einlinear.training.distributed import World
 from einlinear.training.metrics import Metrics

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from einlinear.checkpoint import check_same
 from einlinear.experiments.runs.data import Problem
 from einlinear.experiments.runs.run import Run
 from einlinear.files import write_json
-from einlinear.training.checkpoint import check_same
 from einlinear.version import __version__, code_digest
 
 FORMAT = 2  # of the files; raised when an older program could misread them

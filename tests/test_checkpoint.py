@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from einlinear import checkpoint
+from einlinear.checkpoint import Checkpoint, latest, load, save
 from einlinear.files import sha256_of
-from einlinear.training import checkpoint
-from einlinear.training.checkpoint import Checkpoint, latest, load, save
 
 
 def make(step: int) -> Checkpoint:
