@@ -120,13 +120,13 @@ def results(path: Path) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """In Markdown."""
     lines = [
-        "| kept | structures | | cosine | neighbours | cosine, healed | neighbours, healed | compressed in | healed in |",
+        "| kept | structures | | cosine | neighbours | cosine, healed | neighbours, healed | seconds | healing |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(rows, key=lambda row: (-row["budget"], [*FAMILIES].index(row["structures"]), row["how"])):
         numbers = [row[when][what] for when in ("before", "after") for what in ("cosine", "neighbours")]
         cells = [f"{row['kept']:.0%}", row["structures"], row["how"], *(f"{number:.3f}" for number in numbers)]
-        lines.append(" | ".join(["", *cells, f"{row['seconds']:.0f} s", f"{row['healing_seconds']:.0f} s", ""]).strip())
+        lines.append(" | ".join(["", *cells, f"{row['seconds']:.0f}", f"{row['healing_seconds']:.0f}", ""]).strip())
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.cli.command import run
-from tests.data.samples import prose
+from tests.data.samples import needs, prose
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,3 +31,15 @@ def test_dense_to_sparse(tmp_path: Path) -> None:
     macs = {name: int(count.replace(",", "")) for name, _, count in rows}
     assert macs["sparse-to-dense"] == macs["dense"]
     assert macs["dense-to-sparse"] < 1.1 * macs["monarch"] < macs["dense"]
+
+
+@needs("transformers")
+def test_compressed_speed() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "compressed_speed.py"), "--tokens", "8", "--rounds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(
+        [*command, "--layers", "1"], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| (\d+)% \| [\d,]+ \| [\d.]+ \| (–|[\d,.]+) \| (–|[\d.]+) \|$", out, re.M)
+    assert len(rows) == 2 * (1 + 4 * 3)
+    assert [row[2] == "–" for row in rows] == [True] * 13 + [False] * 13  # an encoder generates nothing
