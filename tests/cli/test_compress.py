@@ -101,12 +101,14 @@ def test_interrupted_it_leaves_no_model_and_goes_on(
     assert f"so far: {tmp_path / 'out.unfinished'}" in err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(pretrained, "write_json", write)
+    (source / "preprocessor_config.json").write_text('{"size": 1}')
     monkeypatch.setattr(
         compress.__globals__["_Task"], "_candidates", lambda *_: pytest.fail("what was compared is compared again")
     )
     code, _, err = run(*arguments)
     assert (code, err) == (0, "")
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 1}'
     assert not (tmp_path / "out.unfinished").exists()
 
 
@@ -151,6 +153,8 @@ def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: 
         ({"--keep-params": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
         ({"--structure": "lowrank"}, ["unknown family 'lowrank'. Did you mean 'low_rank'"]),
         ({"--heal": 1}, ["--heal needs text to train on"]),
+        ({"--device": "tpu9"}, ["device 'tpu9' cannot be used"]),
+        ({"--heal": 1, "--calibration": "text.txt", "--dtype": "float16"}, ["float16 parameters cannot be trained"]),
         ({"--out": "model"}, ["exists: name a folder that does not"]),
         ({"--calibration": "empty.txt"}, ["empty.txt holds no text"]),
         ({"--calibration": "none.txt"}, ["none.txt"]),

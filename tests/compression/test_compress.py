@@ -197,6 +197,52 @@ def test_activations_in_place_and_frozen_models() -> None:
     assert results[0] == results[1]
 
 
+def test_residuals_in_place() -> None:
+    class Residual(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            self.layers, self.in_place = trained((24, 24, 24)), in_place
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            for layer in self.layers:
+                y = layer(x)
+                x = x.add_(y) if self.in_place else x + y
+            return x
+
+    for sequential in (True, False):
+        errors = []
+        for in_place in (False, True):
+            model = Residual(in_place)
+            report = compress(model, 0.5, ["low_rank"], [inputs()], sequential=sequential)
+            errors.append([(layer.structure, layer.expected, layer.error) for layer in report.layers])
+        assert errors[0] == errors[1]
+
+
+def test_gradients_that_overflow() -> None:
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = trained((24, 24, 24))[0], trained((24, 24, 24))[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x) * 1e30)  # type: ignore[no-any-return]
+
+    model = Steep()
+    with pytest.raises(ValueError, match=r"first: its gradients overflow\. Load the model in float32"):
+        compress(model, 0.5, ["low_rank"], [inputs()])
+    assert isinstance(model.first, nn.Linear)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_models_that_are_compiled() -> None:
+    model = trained()
+    compiled: Any = torch.compile(copy.deepcopy(model), backend="eager")
+    compiled(inputs())
+    layers = [compress(which, 0.5, ["low_rank"], [inputs()]).layers for which in (model, compiled)]
+    assert [layer.structure for layer in layers[0]] == [layer.structure for layer in layers[1]]
+
+
 def test_layers_that_are_shared_tied_or_left_out() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

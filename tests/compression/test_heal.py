@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.compression.test_compress import distance, inputs, trained
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import einlinear as el
 
@@ -80,6 +81,13 @@ def test_modules_in_between_are_matched() -> None:
     assert el.heal(smaller, model, batches, steps=1, match=["0", "2"]).losses[0] > alone
     with pytest.raises(ValueError, match="match: 'nothing' matches no module of both models"):
         el.heal(smaller, model, batches, steps=1, match="nothing")
+    holder, its = (nn.ModuleDict({"body": m, "unused": nn.Linear(2, 2)}) for m in (model, smaller))
+    for m in (holder, its):
+        m.forward = m["body"].forward  # type: ignore[method-assign]
+    everything = el.heal(its, holder, batches, steps=1, match="*").losses[0]
+    assert everything > alone
+    with pytest.raises(ValueError, match="match: unused is never called"):
+        el.heal(its, holder, batches, steps=1, match="unused")
 
 
 def test_structured_layers_learn_at_their_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +109,34 @@ def test_structured_layers_learn_at_their_own_rates(monkeypatch: pytest.MonkeyPa
         factors = {rates[names] / mult for names, mult in expected.items()}
         assert max(factors) == pytest.approx(min(factors))
     assert len(set(expected.values())) > 1
+
+
+def test_gradient_checkpointing_stays_on_and_dropout_off() -> None:
+    class Checkpointed(nn.Module):
+        gradient_checkpointing = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.dropout, self.runs = trained(), nn.Dropout(0.5), 0
+
+        def _run(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.dropout(self.body(x))  # type: ignore[no-any-return]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return self._run(x)
+            return checkpoint(self._run, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    model, batches = Checkpointed().eval(), [inputs(200)]
+    smaller = compressed(model, batches)
+    smaller.runs = model.runs = 0  # type: ignore[assignment]
+    losses = [el.heal(copy.deepcopy(smaller), model, batches, steps=2).losses for _ in range(2)]
+    assert losses[0] == losses[1]
+    again = copy.deepcopy(smaller)
+    el.heal(again, model, batches, steps=3)
+    assert again.runs == 6  # forward, and once more in the backward pass
+    assert not again.training
 
 
 def test_it_ends_in_time() -> None:
@@ -129,6 +165,9 @@ def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
         el.heal(again, model, batches, steps=20, lr=1e-3, folder=tmp_path)
     with pytest.raises(ValueError, match=r"other settings: original"):
         el.heal(again, other, batches, **options, folder=tmp_path)
+    another = compressed(model, [inputs(200, seed=9)])  # of the same original
+    with pytest.raises(ValueError, match=r"other settings: model"):
+        el.heal(another, model, batches, **options, folder=tmp_path)
     found = el.heal(again, model, batches, **options, folder=tmp_path)
     assert found.losses == expected.losses
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), whole.parameters(), strict=True))
@@ -163,5 +202,9 @@ def test_mistakes() -> None:
         el.heal(smaller, model, [inputs(200) * torch.nan], steps=5)
     with pytest.raises(ValueError, match="float16 parameters cannot be trained"):
         el.heal(copy.deepcopy(smaller).half(), model, batches, steps=5)
+    with pytest.raises(ValueError, match="task_loss needs batches with labels"):
+        el.heal(smaller, model, batches, steps=5, task_loss=1.0)
+    with pytest.raises(ValueError, match=r"0\.weight is the original's own parameter"):
+        el.heal(copy.copy(model), model, batches, steps=5)
     with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
         el.heal(smaller.requires_grad_(False), model, batches, steps=5)

@@ -84,6 +84,28 @@ def test_what_a_whole_pass_sees(block: Callable[[], Block], skips: bool) -> None
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+class Leaving(Block):
+    """Blocks that hand on something beside what they put out, as layers that share keys and values do."""
+
+    def __init__(self, left: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.left = left
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x + self.left.pop("x") if self.runs_late else x)
+        self.left["x"] = x
+        return x
+
+    runs_late = False
+
+
+def test_blocks_that_read_what_others_left() -> None:
+    left: dict[str, Tensor] = {}
+    model = Model(lambda: Leaving(left))
+    model.blocks[2].runs_late = True  # type: ignore[union-attr,assignment]
+    seen_in_turn(model, Passes(model, DATA), NAMES)
+
+
 def test_blocks_of_a_sequential() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(Block() for _ in range(4))))
     passes = Passes(model, DATA)

@@ -48,6 +48,7 @@ def compress(
         typer.Option("--sequential/--parallel", help="Layers after those that are compressed already, or at once."),
     ] = True,
     dtype: Annotated[str, typer.Option(help="Of the parameters: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="That the model runs on: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Make a pretrained Hugging Face model smaller.
 
@@ -55,6 +56,7 @@ def compress(
     within the budget. After an interruption the same command goes on.
     """
     require(PRETRAINED)
+    import torch
     from transformers.utils import logging
 
     from einlinear.compression import compress as compress_model
@@ -76,7 +78,9 @@ def compress(
                 raise ValueError(f"{out} exists: name a folder that does not")
             if heal and calibration is None:
                 raise ValueError("--heal needs text to train on: --calibration FILE")
-            found, tokenizer = load(model, dtype)
+            found, tokenizer = load(model, dtype, device)
+            if heal and found.dtype == torch.float16:
+                raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16 with --heal")
             batches = None if calibration is None else text_batches(found, tokenizer, calibration, samples, tokens)
             original = copy.deepcopy(found)
             with display.progress() as progress:
@@ -105,7 +109,7 @@ def compress(
                         progress=lambda done, _, loss: display.advance(progress, "healing", done, None),
                     )
         with system_errors():
-            save(found, tokenizer, report, out)
+            save(found, tokenizer, report, out, model)
             shutil.rmtree(unfinished)
     _print(report)
     if heal and calibration is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -89,7 +90,9 @@ def compress(
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise ValueError("calibration has no batches")
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):  # what is compiled already ignores new hooks
+        # a copy of the modules, not of their parameters: the original has to go on saying what is right
+        compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         found, skipped = select(model, layers)
         data = Calibration(model, found, batches)
         called = [name for stage in data.stages for name in stage.names]
@@ -113,7 +116,7 @@ def compress(
         task = _Task(data, importance, families, count, damping, journal, progress or (lambda what, done, of: None))
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
-        new = task.fit(model, changing, sequential and batches is not None)
+        new = task.fit(compressed, changing, sequential and batches is not None)
     report = [_reported(name, found[name], new.get(name), chosen[name].error, matters[name]) for name in names]
     put(model, {id(found[name]): layer.train(found[name].training) for name, (layer, _) in new.items()})
     return CompressionReport(tuple(report), tuple(skipped))
@@ -156,6 +159,8 @@ class _Task:
         for name, inputs in self.data.inputs(left):
             if name not in names or name in options:
                 continue
+            if not math.isfinite(self.importance[name]):
+                raise ValueError(f"{name}: its gradients overflow. Load the model in float32 or bfloat16")
             self.tell("comparing structures", len(options), len(names))
             matters[name] = self.importance[name] * inputs.energy(weight_of(self.data.layers[name]))
             options[name] = self._candidates(self.data.layers[name], inputs)
@@ -201,11 +206,11 @@ class _Task:
             found += interpolated([(s.spec, getattr(s, self.count)) for s in considered], fitted)
         return found
 
-    def fit(self, model: nn.Module, chosen: Mapping[str, str], sequential: bool) -> dict[str, tuple[Linear, float]]:
-        """The new layers by name, each with the error of its outputs."""
+    def fit(
+        self, compressed: nn.Module, chosen: Mapping[str, str], sequential: bool
+    ) -> dict[str, tuple[Linear, float]]:
+        """The new layers by name, each with the error of its outputs; they are put into a copy of the model."""
         new: dict[str, tuple[Linear, float]] = {}
-        # a copy of the modules, not of their parameters: the original has to go on saying what is right
-        compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         passes = self.data.passes(compressed) if sequential else None
         changing = [stage for stage in self.data.stages if any(name in chosen for name in stage.names)]
         for part in [[stage] for stage in changing] if sequential else [changing]:

@@ -73,14 +73,14 @@ def heal(
         progress: called after every step with the number of steps done, of all, and the loss.
         folder: for checkpoints. After an interruption the same call goes on from the last one. It is not removed at
             the end. Needs safetensors.
-        checkpoint_every: seconds between two of them.
+        checkpoint_every: seconds of training between two of them.
 
     Returns:
         The losses.
 
     Raises:
-        ValueError: no batches, a glob that matches nothing, nothing to train or in float16, a folder of another
-            healing; a loss that is NaN, and the model has then been trained so far.
+        ValueError: no batches, a glob that matches nothing, nothing to train or in float16, parameters that are the
+            original's own, a folder of another healing; a loss that is NaN, and the model has then been trained so far.
 
     Example:
         >>> import copy, torch, einlinear as el
@@ -99,13 +99,18 @@ def heal(
     optimizer = _Optimizer(model, original, lr, weight_decay)
     settings = {"steps": steps, "lr": lr, "match": names, "task_loss": task_loss, "weight_decay": weight_decay}
     settings |= {"warmup": warmup, "clip": clip, "seconds": seconds}
+    if folder is not None:
+        settings |= {"model": digest_of(model, None), "original": digest_of(original, None)}
     losses, before = ([], 0.0) if folder is None else optimizer.read(Path(folder), settings)
-    start = saved = time.monotonic()
+    start, saved, writing = time.monotonic(), time.monotonic(), 0.0
 
     def spent() -> float:
-        return before + time.monotonic() - start
+        return before + time.monotonic() - start - writing
 
     with evaluating(model, original):
+        for module in model.modules():  # to be checkpointed, it has to be in training; what is inside still is not
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
         for batch in islice(_endless(batches), len(losses), None):
             done = max(len(losses) / steps, spent() / seconds if seconds else 0.0)
             if done >= 1:
@@ -119,8 +124,10 @@ def heal(
             if progress:
                 progress(len(losses), steps, losses[-1])
             if folder is not None and time.monotonic() - saved > checkpoint_every:
+                now = time.monotonic()
                 optimizer.write(Path(folder), losses, {"settings": settings, "seconds": spent()})
                 saved = time.monotonic()
+                writing += saved - now
         if folder is not None:
             optimizer.write(Path(folder), losses, {"settings": settings, "seconds": spent()})
     return Healing(tuple(losses), spent())
@@ -139,7 +146,11 @@ class _Optimizer:
             raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
         if any(p.dtype == torch.float16 for p in trained.values()):
             raise ValueError("float16 parameters cannot be trained: load the model in float32 or bfloat16")
-        self._original, self._lr = original, lr
+        others = {id(p) for p in original.parameters()}
+        shared = next((name for name, p in trained.items() if id(p) in others), None)
+        if shared is not None:
+            raise ValueError(f"{shared} is the original's own parameter: give a deepcopy made before compressing")
+        self._lr = lr
         self._learning = {name: p.detach().float() if p.dtype == torch.bfloat16 else p for name, p in trained.items()}
         self._rounded = {name: p for name, p in trained.items() if p is not self._learning[name]}
         learning = {id(trained[name]): p for name, p in self._learning.items()}
@@ -168,8 +179,7 @@ class _Optimizer:
         tensors = {f"{_PARAMETER}.{name}": p.detach() for name, p in self._learning.items()}
         for name, p in self._learning.items():
             tensors |= {f"{key}.{name}": value for key, value in self._adamw.state[p].items()}
-        facts = {**facts, "original": digest_of(self._original, None), "losses": list(losses)}
-        checkpoint.save(folder, checkpoint.Checkpoint(len(losses), tensors, facts))
+        checkpoint.save(folder, checkpoint.Checkpoint(len(losses), tensors, {**facts, "losses": list(losses)}))
 
     @torch.no_grad()
     def read(self, folder: Path, settings: Mapping[str, Any]) -> tuple[list[float], float]:
@@ -179,8 +189,7 @@ class _Optimizer:
         found = checkpoint.latest(folder)
         if found is None:
             return [], 0.0
-        before = {**found.facts["settings"], "original": found.facts["original"]}
-        checkpoint.check_same(folder, before, {**settings, "original": digest_of(self._original, None)})
+        checkpoint.check_same(folder, found.facts["settings"], settings)
         for full, tensor in found.tensors.items():
             key, name = full.split(".", 1)
             if key == _PARAMETER:
@@ -208,9 +217,17 @@ def _loss(model: nn.Module, original: nn.Module, batch: Batch, names: Sequence[s
     with hooked({name: model.get_submodule(name) for name in names}, partial(note, found)):
         result = call(model, batch)
     loss = _distance(result, right, batch)
-    for name in names:
+    called = [name for name in names if name in found and name in wanted]
+    if names and not called:
+        raise ValueError(f"match: {', '.join(names)} is never called, so there is no output to agree on")
+    for name in called:
         loss = loss + _square(found[name], wanted[name], batch)
-    return loss + task_loss * result.loss if task_loss else loss
+    if not task_loss:
+        return loss
+    if getattr(result, "loss", None) is None:
+        raise ValueError("task_loss needs batches with labels, and a model that returns a loss for them")
+    total: Tensor = loss + task_loss * result.loss
+    return total
 
 
 def _distance(found: Any, right: Any, batch: Batch) -> Tensor:

@@ -9,7 +9,9 @@ random projection of its outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +24,40 @@ def importance(model: nn.Module, layers: Mapping[str, nn.Module], batches: Itera
     """For every layer that the output depends on, the sum over tokens of the mean square of the gradients there.
 
     Tokens are summed over, so that a layer that few tokens pass, such as one that reads the first of a sequence alone,
-    counts for these few.
+    counts for these few. No gradient is kept, nor are those of parameters computed.
     """
     totals: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
-    for batch in batches:
-        outputs: list[tuple[str, Tensor]] = []
+    with torch.enable_grad(), _frozen(model):
+        for batch in batches:
 
-        def note(name: str, output: Tensor, outputs: list[tuple[str, Tensor]] = outputs) -> Tensor:
-            outputs.append((name, output if output.requires_grad else output.requires_grad_()))
-            return outputs[-1][1].clone()  # what is done to it in place is no output of the layer
-
-        with torch.enable_grad(), hooked(layers, note):
-            result = call(model, batch)
-            loss = _probe(output_of(result), batch, logits=hasattr(result, "logits"), generator=generator)
-            gradients = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
-        for (name, _), gradient in zip(outputs, gradients, strict=True):
-            if gradient is not None:
+            def add(gradient: Tensor, name: str, batch: Batch = batch) -> None:
                 own = tokens_of(batch, gradient).float()
                 totals[name] = totals.get(name, 0.0) + float(own.square().mean(1).sum())
+
+            def note(name: str, output: Tensor, add: Callable[..., None] = add) -> Tensor:
+                output.requires_grad_().register_hook(partial(add, name=name))
+                return output.clone()  # what is done to it in place is no output of the layer
+
+            with hooked(layers, note):
+                result = call(model, batch)
+            loss = _probe(output_of(result), batch, logits=hasattr(result, "logits"), generator=generator)
+            if loss.requires_grad:
+                loss.backward()
     return totals
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters need no gradients."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_()
 
 
 def _probe(output: Tensor, batch: Batch, logits: bool, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,35 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils.hub import cached_file
 
 from einlinear.compression.report import CompressionReport
 from einlinear.files import write_json
 
 REPORT = "compression.json"
+_PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
-def load(source: str | Path, dtype: str = "auto") -> tuple[Any, Any]:
+def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """A model, of the class that it was saved from, and its tokenizer, or None if it has none.
 
     Args:
         source: a folder that `save_pretrained` wrote, or a name on the Hugging Face hub.
         dtype: of the parameters, such as "float32"; "auto" is that of the file.
+        device: that the model is moved to.
 
     Raises:
-        ValueError: there is no model; says what transformers says.
+        ValueError: there is no model, or no such device; says what transformers or torch says.
     """
+    try:
+        place = torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise ValueError(f"device {device!r} cannot be used: {error}") from None
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         kind: Any = next((found for found in named if found is not None), transformers.AutoModel)
-        model = kind.from_pretrained(source, dtype=dtype).eval()
+        model = kind.from_pretrained(source, dtype=dtype).eval().to(place)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} is not a model that transformers can load: {error}") from None
     try:
@@ -120,12 +127,27 @@ def written(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def save(model: nn.Module, tokenizer: Any, report: CompressionReport, out: Path) -> None:
-    """Write a compressed model, its tokenizer and what was done, so that `from_pretrained` loads it."""
+def save(
+    model: nn.Module, tokenizer: Any, report: CompressionReport, out: Path, source: str | Path | None = None
+) -> None:
+    """Write a compressed model, its tokenizer and what was done, so that `from_pretrained` loads it.
+
+    Args:
+        model, tokenizer: from `load`; the model is compressed.
+        report: of the compression.
+        out: a folder that is not there yet.
+        source: what was loaded: how it prepares images and sound is copied.
+
+    Raises:
+        ValueError: something of that name is there.
+    """
     saved: Any = model
     with written(out) as folder:
         saved.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        for name in _PROCESSORS if source is not None else ():
+            with suppress(OSError):  # the model has no such file
+                shutil.copyfile(str(cached_file(str(source), name)), folder / name)
         layers = [asdict(layer) for layer in report.layers]
         write_json(folder / REPORT, {"layers": layers, "skipped": dict(report.skipped)})

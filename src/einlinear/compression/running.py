@@ -30,6 +30,8 @@ def call(model: nn.Module, batch: Batch) -> Any:
 def output_of(result: Any) -> Tensor:
     """The tensor that counts in what a model returns: logits, the last hidden state, or the first tensor there is.
 
+    Logits of one shape, such as those of the start and the end of an answer, are stacked. A loss does not count.
+
     Raises:
         ValueError: there is none.
     """
@@ -38,9 +40,13 @@ def output_of(result: Any) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         if isinstance(value := getattr(result, name, None), Tensor):
             return value
+    if isinstance(result, Mapping):
+        logits = [value for name, value in result.items() if name.endswith("_logits") and isinstance(value, Tensor)]
+        if logits and all(value.shape == logits[0].shape for value in logits):
+            return torch.stack(logits)
     values = result.values() if isinstance(result, Mapping) else result if isinstance(result, list | tuple) else ()
     for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
             return value
     raise ValueError(f"the model returns a {type(result).__name__}, in which no tensor was found")
 
@@ -49,26 +55,34 @@ def tokens_of(batch: Batch, tensor: Tensor) -> Tensor:
     """(tokens, features): an input or output without padding, where an attention mask says which tokens that is."""
     flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == len(flat):
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.numel() != len(flat):
+        return flat
+    if tensor.dim() <= 2 or tensor.shape[:-1] == mask.shape:
         return flat[mask.flatten().to(flat.device, torch.bool)]
     return flat
 
 
 @torch.no_grad()
 def inputs_of(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch, calls: Mapping[str, int] | None = None
-) -> dict[str, list[Tensor]]:
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batch: Batch,
+    calls: Mapping[str, int] | None = None,
+    taken: Callable[[Tensor], Any] = Tensor.clone,
+) -> dict[str, list[Any]]:
     """The inputs of layers, call by call, in the order in which the layers are first called.
 
     Args:
         model, batch: see `call`.
         layers: by name.
         calls: how often each is called: the rest of the model is left out once they all were.
+        taken: what is kept of an input: by default a copy, since the model may change it in place afterwards.
     """
-    seen: dict[str, list[Tensor]] = {}
+    seen: dict[str, list[Any]] = {}
 
     def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.setdefault(name, []).append(args[0] if args else next(iter(kwargs.values())))
+        x = args[0] if args else next(iter(kwargs.values()))
+        seen.setdefault(name, []).append(taken(x))
         if calls is not None and all(len(seen.get(other, ())) >= count for other, count in calls.items()):
             raise Enough
 
@@ -104,10 +118,11 @@ def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
     stages: list[Stage] = []
     left = dict(layers)
     for batch in batches:
-        by_input: dict[tuple[int, ...], list[str]] = {}
-        seen = inputs_of(model, left, batch)  # holds all inputs, so that no two have the same id
+        by_input: dict[tuple[tuple[int, int], ...], list[str]] = {}
+        # holds all inputs, so that no two have the same id; one that was changed in place has another version
+        seen = inputs_of(model, left, batch, taken=lambda x: (x, 0 if x.is_inference() else x._version))
         for name, inputs in seen.items():
-            by_input.setdefault(tuple(map(id, inputs)), []).append(name)
+            by_input.setdefault(tuple((id(x), version) for x, version in inputs), []).append(name)
             del left[name]
         stages += [Stage(tuple(names), len(key)) for key, names in by_input.items()]
         if not left:
