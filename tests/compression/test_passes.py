@@ -92,17 +92,18 @@ class Leaving(Block):
         self.left = left
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x + self.left.pop("x") if self.runs_late else x)
+        x = super().forward(x + self.left.pop("x") if self.reads else x)
         self.left["x"] = x
         return x
 
-    runs_late = False
+    reads = False
 
 
 def test_blocks_that_read_what_others_left() -> None:
     left: dict[str, Tensor] = {}
     model = Model(lambda: Leaving(left))
-    model.blocks[2].runs_late = True  # type: ignore[union-attr,assignment]
+    model.blocks[2].reads = True  # type: ignore[union-attr,assignment]
+    model.register_forward_pre_hook(lambda *_: left.clear())
     seen_in_turn(model, Passes(model, DATA), NAMES)
 
 
