@@ -37,7 +37,7 @@ FAMILIES = {
     "mixed": ["low_rank", "monarch", "btt", "blast(blocks=4)"],
 }
 BUDGETS = (0.7, 0.5, 0.3)
-TESTED, CALIBRATED, TRAINED = 1024, 512, 40_000
+TESTED, CALIBRATED, TRAINED = 512, 256, 40_000
 NEIGHBOURS = 10
 
 
@@ -81,7 +81,7 @@ def agreement(right: Tensor, found: Tensor) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/compress-sentence-encoder.jsonl"))
-    parser.add_argument("--steps", type=int, default=150, help="of healing each, 32 sentences a step")
+    parser.add_argument("--steps", type=int, default=60, help="of healing each, 32 sentences a step")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th, for n processes beside each other")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
