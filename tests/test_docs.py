@@ -195,7 +195,8 @@ def test_contributing(tmp_path: Path) -> None:
     family, row = blocks("CONTRIBUTING.md")
     for folder in ("src", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for file in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / file, tmp_path)
     families = tmp_path / "src/einlinear/structures/families.py"
     families.write_text(f"{families.read_text()}\n\n{family}")
     samples = tmp_path / "tests/families.py"
