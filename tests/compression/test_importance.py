@@ -43,6 +43,7 @@ def test_of_logits_the_divergence_of_the_answers() -> None:
     p = model(x).logits.softmax(1).detach()  # type: ignore[attr-defined]
     found = importance(model, {"second": model.second}, [{"x": x}])
     assert found["second"] == pytest.approx(4000 * float((p - p.square()).mean()), rel=0.1)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_padding_does_not_count() -> None:
