@@ -38,7 +38,7 @@ clean: ## remove the virtual environment and all caches
 # is one whose creation was interrupted.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "einlinear needs Python 3.10 or later")'
-	@echo "Setting up $(VENV) (a minute or two the first time)"
+	@echo "Setting up $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[experiments,dev]'
