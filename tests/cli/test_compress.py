@@ -179,6 +179,7 @@ def test_mistakes(source: Path, text: Path, tmp_path: Path, change: dict[str, An
     before = {path: path.read_bytes() for path in source.iterdir()}
     assert_refused(run("compress", model, *given), *parts)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.unfinished").exists()  # the corrected command would stumble over it
     assert {path: path.read_bytes() for path in source.iterdir()} == before
 
 

@@ -103,6 +103,7 @@ def compress(
         if not names:
             reasons = "; ".join(f"{name} {reason}" for name, reason in skipped) or "the model has none"
             raise ValueError(f"there is no dense linear layer to compress: {reasons}")
+        _check_budget({name: found[name] for name in names}, budget, count, families)  # before anything is written
         settings = {
             "budget": budget,
             "structures": families,
@@ -120,6 +121,20 @@ def compress(
     report = [_reported(name, found[name], new.get(name), chosen[name].error, matters[name]) for name in names]
     put(model, {id(found[name]): layer.train(found[name].training) for name, (layer, _) in new.items()})
     return CompressionReport(tuple(report), tuple(skipped))
+
+
+def _check_budget(layers: Mapping[str, nn.Module], budget: float, count: str, families: Sequence[str]) -> None:
+    """Raises ValueError if nothing is within the budget, or a family is unknown."""
+    dense, least = 0, 0
+    for layer in layers.values():
+        size = weight_of(layer).numel()
+        costs = [getattr(s, count) for family in families for s in members(family, *features(layer), CONSIDERED)]
+        dense, least = dense + size, least + min([size, *costs])
+    if least > budget * dense:
+        raise ValueError(
+            f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached with "
+            f"{', '.join(families)}: these keep {least / dense:.4f} at least"
+        )
 
 
 def _reported(
@@ -148,7 +163,7 @@ class _Task:
     def choose(self, budget: float) -> tuple[dict[str, Candidate], dict[str, float]]:
         """What every layer is to become, and what a relative error of its outputs counts."""
         names = [name for stage in self.data.stages for name in stage.names if name in self.importance]
-        dense = self._check_budget(names, budget)
+        dense = sum(weight_of(self.data.layers[name]).numel() for name in names)
         options: dict[str, list[Candidate]] = {}
         matters: dict[str, float] = {}
         for name in names:
@@ -173,24 +188,6 @@ class _Task:
             specs = {name: c.spec for name, c in allocate(weighted, int(budget * dense)).items()}
             self.journal.write("choice", specs)
         return {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}, matters
-
-    def _check_budget(self, names: Sequence[str], budget: float) -> int:
-        """The number of parameters of the dense layers. Raises ValueError if nothing is within the budget."""
-        dense, least = 0, 0
-        for name in names:
-            size = weight_of(self.data.layers[name]).numel()
-            costs = [
-                getattr(s, self.count)
-                for family in self.families
-                for s in members(family, *features(self.data.layers[name]), CONSIDERED)
-            ]
-            dense, least = dense + size, least + min([size, *costs])
-        if least > budget * dense:
-            raise ValueError(
-                f"{budget:g} of the {dense:,} {self.count} of {len(names)} layers cannot be reached with "
-                f"{', '.join(self.families)}: these keep {least / dense:.4f} at least"
-            )
-        return dense
 
     def _candidates(self, layer: nn.Module, inputs: Inputs) -> list[Candidate]:
         """What a layer could become, dense among them."""
