@@ -25,10 +25,11 @@ from einlinear.conversion.replace import put
 from einlinear.conversion.suitable import fresh
 from einlinear.nn import Linear
 from einlinear.nn.known import features
+from einlinear.structures import Structure
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
-_PROBE_STEPS = 15  # of the descent, where only the error is asked for
+_PROBE_STEPS = 10  # of the descent, where only the error is asked for
 
 
 def compress(
@@ -178,7 +179,7 @@ class _Task:
                 raise ValueError(f"{name}: its gradients overflow. Load the model in float32 or bfloat16")
             self.tell("comparing structures", len(options), len(names))
             matters[name] = self.importance[name] * inputs.energy(weight_of(self.data.layers[name]))
-            options[name] = self._candidates(self.data.layers[name], inputs)
+            options[name] = self._candidates(self.data.layers[name], inputs, budget)
             candidates = [asdict(candidate) for candidate in options[name]]
             self.journal.write(f"candidates of {name}", {"matters": matters[name], "candidates": candidates})
         self.tell("comparing structures", len(names), len(names))
@@ -189,18 +190,25 @@ class _Task:
             self.journal.write("choice", specs)
         return {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}, matters
 
-    def _candidates(self, layer: nn.Module, inputs: Inputs) -> list[Candidate]:
+    def _candidates(self, layer: nn.Module, inputs: Inputs, budget: float) -> list[Candidate]:
         """What a layer could become, dense among them."""
         weight = weight_of(layer)
         moment = inputs.damped(self.damping)
+
+        def cost(s: Structure) -> int:
+            return int(getattr(s, self.count))
+
+        def error(s: Structure, steps: int | None) -> float:
+            return inputs.error(weight, ops.dense_weight(s, ops.project(s, weight, moment, steps)))
+
         found = [Candidate("dense", weight.numel(), 0.0)]
         for family in self.families:
-            considered = list(members(family, *features(layer), CONSIDERED))
-            fitted = []
-            for s in probed(considered):
-                v = ops.dense_weight(s, ops.project(s, weight, moment, _PROBE_STEPS))
-                fitted.append((getattr(s, self.count), inputs.error(weight, v)))
-            found += interpolated([(s.spec, getattr(s, self.count)) for s in considered], fitted)
+            if considered := list(members(family, *features(layer), CONSIDERED)):
+                nearest = min(considered, key=lambda s: abs(cost(s) - budget * weight.numel()))
+                brief = {cost(s): error(s, _PROBE_STEPS) for s in (*probed(considered), nearest)}
+                gain = error(nearest, None) / max(brief[cost(nearest)], 1e-30)
+                fitted = [(at, gain * after_few) for at, after_few in brief.items()]
+                found += interpolated([(s.spec, cost(s)) for s in considered], fitted)
         return found
 
     def fit(

@@ -14,13 +14,14 @@ Three ways, from the exact to the general:
   Sums and BLAST can end in a local optimum: up to 256 x 256 random starts are tried too.
 
 Where the second moment of the inputs is known, the outputs can be made closest instead of the weights: a closed form
-for low rank, the start of a descent for the others (weighted.py).
+for low rank, the start of a descent for the others (weighted.py, descent.py).
 
 project.py   the entry; terms of one factor
 truncate.py  matrices of a lower rank, many at once
 svd.py       two factors, and the start for more
 als.py       alternating least squares: TOLERANCE, MAX_SWEEPS, MIN_SWEEPS
-weighted.py  the same for outputs
+weighted.py  the same for outputs: where to start
+descent.py   and how to go on from there
 unfold.py    a matrix as a tensor of a term's axes
 
 Seconds for a Gaussian float32 matrix on one core of an AMD EPYC:

@@ -3,13 +3,12 @@
 Minimised is E|(W - V) x|^2 = tr((W - V) C (W - V)^T) over all V of the structure. Were C block-diagonal, with a block
 C_g = L_g L_g^T for all that the first factor sums at once, this would be the plain projection in other variables: V L
 closest to W L. So it is for low rank, which has a single block; for the others it is the start. From there L-BFGS
-reduces the true error over all factors at once, in those variables: in them the problem is well conditioned, however C
-is.
+reduces the true error over all factors at once, in those variables (descent.py): in them the problem is well
+conditioned, however C is.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,16 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops.projection.als import of_equal_norm
+from einlinear.ops.projection.descent import descend, error_of
 from einlinear.ops.projection.svd import is_optimal, split
 from einlinear.ops.projection.unfold import count, outer_axes, permute, unfold
-from einlinear.ops.reference import dense_weight, einsum, term_weight
+from einlinear.ops.reference import einsum, term_weight
 from einlinear.structures import Factor, Structure, Term, structure
 from einlinear.structures.pattern import Axes, TermPattern
-
-MIN_STEPS, MAX_STEPS = 10, 60  # of L-BFGS
-TOLERANCE = 1e-3  # of the squared error: when so little is gained by _BETWEEN steps, they are the last
-_BETWEEN = 10
-_WORK = 10**12  # multiply-accumulates that limit the number of steps, between the two
 
 
 def closest_outputs(s: Structure, w: Tensor, moment: Tensor, steps: int | None = None) -> list[Tensor]:
@@ -42,11 +37,21 @@ def closest_outputs(s: Structure, w: Tensor, moment: Tensor, steps: int | None =
     readers = [_Reader.of(s, term, moment.double()) for term in s.terms]
     c = moment.to(w.dtype)
     starts = [_split(s, w, readers), *_simpler(s, w, moment)]
-    start = min(starts, key=lambda factors: _error(s, w, c, factors))
+    start = min(starts, key=lambda factors: error_of(s, w, c, factors))
     if _is_exact(s):
         return start
-    most = min(MAX_STEPS, max(MIN_STEPS, _WORK // (w.numel() * len(c))))
-    return _descend(s, w, c, readers, start, most if steps is None else min(steps, most))
+    firsts = {number: reader for reader, (_, (number, *_)) in zip(readers, s.by_term(range(len(start))), strict=True)}
+
+    def coloured(given: Sequence[Tensor]) -> list[Tensor]:
+        return [firsts[i].colour(v, firsts[i].factor.axes) if i in firsts else v for i, v in enumerate(given)]
+
+    by_term = zip(readers, s.by_term(start), strict=True)
+    variables = [
+        variable
+        for reader, (_, (first, *others)) in by_term
+        for variable in of_equal_norm([reader.whiten(first, reader.factor.axes), *others])
+    ]
+    return descend(s, w, c, variables, coloured, steps)
 
 
 @dataclass(frozen=True)
@@ -126,50 +131,3 @@ def _simpler(s: Structure, w: Tensor, moment: Tensor) -> list[list[Tensor]]:
 def _is_exact(s: Structure) -> bool:
     """Whether the start is the best there is: two factors, the first of which reads all features at once."""
     return is_optimal(s) and s.factors[0].fan_in == s.in_features
-
-
-def _error(s: Structure, w: Tensor, c: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    difference = dense_weight(s, factors) - w
-    return ((difference @ c) * difference).sum()
-
-
-def _descend(
-    s: Structure, w: Tensor, c: Tensor, readers: Sequence[_Reader], factors: Sequence[Tensor], steps: int
-) -> list[Tensor]:
-    """The factors after L-BFGS from those given."""
-    scale = float(((w @ c) * w).sum())
-    if scale == 0:
-        return list(factors)
-    by_term = zip(readers, s.by_term(factors), strict=True)
-    variables = [
-        variable.contiguous().clone().requires_grad_()
-        for reader, (_, (first, *others)) in by_term
-        for variable in of_equal_norm([reader.whiten(first, reader.factor.axes), *others])
-    ]
-
-    def coloured(given: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            factor
-            for reader, (_, (first, *others)) in zip(readers, s.by_term(given), strict=True)
-            for factor in (reader.colour(first, reader.factor.axes), *others)
-        ]
-
-    def closure() -> Tensor:
-        error = _error(s, w, c, coloured(variables)) / scale
-        gradients = torch.autograd.grad(error, variables)
-        for variable, gradient in zip(variables, gradients, strict=True):
-            variable.grad = gradient.contiguous()
-        return error.detach()
-
-    descent = torch.optim.LBFGS(
-        variables, max_iter=_BETWEEN, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-    before = math.inf
-    with torch.enable_grad():
-        for done in range(0, steps, _BETWEEN):
-            descent.param_groups[0]["max_iter"] = min(_BETWEEN, steps - done)
-            error = float(descent.step(closure))  # before these steps
-            if before - error < TOLERANCE * error:
-                break
-            before = error
-    return coloured([variable.detach() for variable in variables])
