@@ -105,6 +105,8 @@ class _Last:
             return None
         if count(last.batch + last.summed + last.columns, sizes) > _CHEAP * s.out_features:
             return None
+        if last.columns and count(term.outputs, sizes) > s.out_features:
+            return None  # rows that are no outputs would count, as they share entries of the factor with some that are
         order = (last.batch, last.introduced, last.columns, term.inputs)
         shape = [count(axes, sizes) for axes in order]
 
