@@ -81,6 +81,7 @@ def agreement(right: Tensor, found: Tensor) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/compress-sentence-encoder.jsonl"))
+    parser.add_argument("--candidates", type=Path, default=Path("results/compress-sentence-encoder"))
     parser.add_argument("--steps", type=int, default=60, help="of healing each, 32 sentences a step")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th, for n processes beside each other")
     arguments = parser.parse_args()
@@ -101,7 +102,14 @@ def main() -> None:
         if any((row["budget"], row["structures"], row["how"]) == (budget, name, how) for row in rows):
             continue
         model, start = copy.deepcopy(original), time.monotonic()
-        report = el.compress(model, budget, FAMILIES[name], calibrated if how == "aware" else None, layers="encoder.*")
+        report = el.compress(
+            model,
+            budget,
+            FAMILIES[name],
+            calibrated if how == "aware" else None,
+            layers="encoder.*",
+            shared=arguments.candidates / how,
+        )
         row: dict[str, Any] = {"budget": budget, "structures": name, "how": how}
         row |= {"kept": report.params / report.params_before, "seconds": time.monotonic() - start}
         row["before"] = agreement(right, embeddings(model, tested))

@@ -19,7 +19,7 @@ from einlinear.cli.app import app
 
 pytestmark = needs("transformers")
 
-OPTIONS = ("--structure", "low_rank", "--structure", "btt", "--samples", "8", "--tokens", "16")
+OPTIONS = ("--structure", "low_rank", "--structure", "btt", "--samples", "8", "--tokens", "16", "--batch-size", "4")
 
 
 def tokenizer_of(text: str) -> Any:

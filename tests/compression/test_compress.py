@@ -277,6 +277,20 @@ def test_layers_that_are_shared_tied_or_left_out() -> None:
     assert isinstance(model.head, el.Linear)
 
 
+def test_the_last_layer_of_a_classifier_is_compressed_only_if_it_is_named() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=20)
+    model = transformers.ViTForImageClassification(config)
+    images = [torch.randn(8, 3, 16, 16)]
+    assert dict(compress(copy.deepcopy(model), 0.6, ["low_rank"], images).skipped) == {
+        "classifier": "is the output head: name it in layers to compress it"
+    }
+    named = compress(model, 0.6, ["low_rank"], images, layers="classifier")
+    assert [layer.name for layer in named.layers] == ["classifier"]
+
+
 def test_modes_dtype_and_frozen_layers_are_kept() -> None:
     model = trained().to(torch.bfloat16)
     model[0].requires_grad_(False)

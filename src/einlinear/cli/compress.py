@@ -38,6 +38,7 @@ def compress(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Lines or pieces of the text to calibrate on.")] = 256,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, at most.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines or pieces that are run at once.")] = 16,
     layers: Annotated[
         list[str] | None, typer.Option(help="Globs on the layers' names. Default: all but the output head.")
     ] = None,
@@ -81,7 +82,9 @@ def compress(
             found, tokenizer = load(model, dtype, device)
             if heal and found.dtype == torch.float16:
                 raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16 with --heal")
-            batches = None if calibration is None else text_batches(found, tokenizer, calibration, samples, tokens)
+            batches = None
+            if calibration is not None:
+                batches = text_batches(found, tokenizer, calibration, samples, tokens, batch_size)
             original = copy.deepcopy(found)
             with display.progress() as progress:
                 report = compress_model(
@@ -96,7 +99,7 @@ def compress(
                     folder=unfinished,
                 )
             if heal and calibration is not None:
-                more = text_batches(found, tokenizer, calibration, samples=10**6, tokens=tokens)
+                more = text_batches(found, tokenizer, calibration, 10**6, tokens, batch_size)
                 with display.progress() as progress:
                     healing = heal_model(
                         found,

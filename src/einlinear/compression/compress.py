@@ -14,7 +14,7 @@ from torch import nn
 from einlinear import ops
 from einlinear.compression.allocation import allocate
 from einlinear.compression.calibration import Calibration
-from einlinear.compression.candidates import CONSIDERED, DEFAULT, Candidate, interpolated, members, probed
+from einlinear.compression.candidates import CONSIDERED, DEFAULT, Candidate, Spectrum, estimated, members, probed
 from einlinear.compression.journal import Journal, digest_of
 from einlinear.compression.moments import Inputs
 from einlinear.compression.report import Compressed, CompressionReport
@@ -25,11 +25,9 @@ from einlinear.conversion.replace import put
 from einlinear.conversion.suitable import fresh
 from einlinear.nn import Linear
 from einlinear.nn.known import features
-from einlinear.structures import Structure
+from einlinear.structures import structure
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
-
-_PROBE_STEPS = 10  # of the descent, where only the error is asked for
 
 
 def compress(
@@ -44,6 +42,7 @@ def compress(
     damping: float = 1e-2,
     progress: Progress | None = None,
     folder: str | Path | None = None,
+    shared: str | Path | None = None,
 ) -> CompressionReport:
     """Replace linear layers by structured ones that together keep a share of the parameters or MACs, in place.
 
@@ -59,13 +58,15 @@ def compress(
         calibration: batches that the model is called with: tensors, sequences of positional arguments, or mappings of
             named ones. An "attention_mask" of (batch, tokens) says what is padding. None: weights are approximated.
         count: "params" or "macs".
-        layers: a glob, or several, on qualified names; None: all but a language model's head.
+        layers: a glob, or several, on qualified names; None: all but a language model's head and a classifier's last.
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
         damping: fraction of the mean variance that is added to that of every direction of the inputs.
         progress: called with what is being done, and how many steps of how many are.
         folder: for what has been found so far. After an interruption the same call goes on from there. It is not
             removed at the end.
+        shared: a folder for the errors of candidates, which are most of the work: compressions of the same model on the
+            same data to other budgets, or with other structures, find there what they have in common.
 
     Returns:
         What became of every layer; print it.
@@ -105,17 +106,20 @@ def compress(
             reasons = "; ".join(f"{name} {reason}" for name, reason in skipped) or "the model has none"
             raise ValueError(f"there is no dense linear layer to compress: {reasons}")
         _check_budget({name: found[name] for name in names}, budget, count, families)  # before anything is written
+        kept = folder is not None or shared is not None
+        of_all = {"damping": damping, "model and data": digest_of(model, batches) if kept else None}
         settings = {
+            **of_all,
             "budget": budget,
             "structures": families,
             "count": count,
             "layers": names,
             "sequential": sequential,
-            "damping": damping,
-            "model and data": digest_of(model, batches) if folder is not None else None,
         }
         journal = Journal(None if folder is None else Path(folder), settings)
-        task = _Task(data, importance, families, count, damping, journal, progress or (lambda what, done, of: None))
+        errors = Journal(None if shared is None else Path(shared), of_all)
+        tell = progress or (lambda what, done, of: None)
+        task = _Task(data, importance, families, count, damping, journal, errors, tell)
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
@@ -159,6 +163,7 @@ class _Task:
     count: str
     damping: float
     journal: Journal
+    shared: Journal
     tell: Progress
 
     def choose(self, budget: float) -> tuple[dict[str, Candidate], dict[str, float]]:
@@ -179,7 +184,7 @@ class _Task:
                 raise ValueError(f"{name}: its gradients overflow. Load the model in float32 or bfloat16")
             self.tell("comparing structures", len(options), len(names))
             matters[name] = self.importance[name] * inputs.energy(weight_of(self.data.layers[name]))
-            options[name] = self._candidates(self.data.layers[name], inputs, budget)
+            options[name] = self._candidates(name, inputs)
             candidates = [asdict(candidate) for candidate in options[name]]
             self.journal.write(f"candidates of {name}", {"matters": matters[name], "candidates": candidates})
         self.tell("comparing structures", len(names), len(names))
@@ -190,25 +195,24 @@ class _Task:
             self.journal.write("choice", specs)
         return {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}, matters
 
-    def _candidates(self, layer: nn.Module, inputs: Inputs, budget: float) -> list[Candidate]:
+    def _candidates(self, name: str, inputs: Inputs) -> list[Candidate]:
         """What a layer could become, dense among them."""
+        layer = self.data.layers[name]
         weight = weight_of(layer)
         moment = inputs.damped(self.damping)
-
-        def cost(s: Structure) -> int:
-            return int(getattr(s, self.count))
-
-        def error(s: Structure, steps: int | None) -> float:
-            return inputs.error(weight, ops.dense_weight(s, ops.project(s, weight, moment, steps)))
-
+        spectrum = Spectrum.of(weight, moment)
         found = [Candidate("dense", weight.numel(), 0.0)]
         for family in self.families:
-            if considered := list(members(family, *features(layer), CONSIDERED)):
-                nearest = min(considered, key=lambda s: abs(cost(s) - budget * weight.numel()))
-                brief = {cost(s): error(s, _PROBE_STEPS) for s in (*probed(considered), nearest)}
-                gain = error(nearest, None) / max(brief[cost(nearest)], 1e-30)
-                fitted = [(at, gain * after_few) for at, after_few in brief.items()]
-                found += interpolated([(s.spec, cost(s)) for s in considered], fitted)
+            considered = list(members(family, *features(layer), CONSIDERED))
+            errors = self.shared.read(f"{family} for {name}")
+            if errors is None:
+                errors = {
+                    s.spec: inputs.error(weight, ops.dense_weight(s, ops.project(s, weight, moment)))
+                    for s in probed(considered)
+                }
+                self.shared.write(f"{family} for {name}", errors)
+            for spec, error in estimated(considered, errors, spectrum).items():
+                found.append(Candidate(spec, getattr(structure(spec, *features(layer)), self.count), error))
         return found
 
     def fit(

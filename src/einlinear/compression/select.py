@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,7 +15,7 @@ from einlinear.conversion.suitable import (
     reason_to_skip,
     uncalled_layers,
 )
-from einlinear.nn.known import is_conv1d
+from einlinear.nn.known import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
 
 
@@ -24,12 +24,12 @@ def select(model: nn.Module, layers: str | Sequence[str] | None) -> tuple[dict[s
 
     Args:
         model: whose layers.
-        layers: globs on qualified names; None: all but the output head.
+        layers: globs on qualified names; None: all but a language model's head and a classifier's last layer.
     """
     linears, fused = linear_layers(model), fused_experts(model)
     globs = as_globs("*" if layers is None else layers, "layers")
     check_globs(globs, [*linears, *fused], "layers", "linear layer")
-    head = getattr(model, "get_output_embeddings", lambda: None)() if layers is None else None
+    heads = _heads(model, linears) if layers is None else set()
     owners, uncalled = owners_of(model), uncalled_layers(model)
     chosen: dict[str, Any] = {}
     skipped = [(name, reason) for name, reason in fused.items() if any(fnmatchcase(name, glob) for glob in globs)]
@@ -42,7 +42,7 @@ def select(model: nn.Module, layers: str | Sequence[str] | None) -> tuple[dict[s
         if reason is None and len(owners[id(layer.weight)]) > 1:
             others = [other for other, module in owners[id(layer.weight)] if module is not layer]
             reason = f"its weight is tied to {', '.join(others)}"
-        if reason is None and layer is head:
+        if reason is None and id(layer) in heads:
             reason = "is the output head: name it in layers to compress it"
         if reason is None and layer.weight.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model before you compress it")
@@ -51,6 +51,16 @@ def select(model: nn.Module, layers: str | Sequence[str] | None) -> tuple[dict[s
         else:
             skipped.append((name, reason))
     return chosen, skipped
+
+
+def _heads(model: Any, linears: Mapping[str, Any]) -> set[int]:
+    """The layers that put out logits, of tokens or of labels."""
+    heads = {id(getattr(model, "get_output_embeddings", lambda: None)())}
+    base, labels = getattr(model, "base_model", model), getattr(getattr(model, "config", None), "num_labels", None)
+    if isinstance(base, nn.Module) and base is not model:
+        inside = {id(module) for module in base.modules()}
+        heads |= {id(layer) for layer in linears.values() if id(layer) not in inside and features(layer)[1] == labels}
+    return heads
 
 
 def weight_of(layer: Any) -> Tensor:
