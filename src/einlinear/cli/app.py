@@ -22,6 +22,7 @@ from einlinear.cli.importing import import_all
 from einlinear.cli.prepare import prepare
 from einlinear.cli.recipes import recipes
 from einlinear.cli.report import report
+from einlinear.cli.search import search
 from einlinear.cli.sweep import sweep
 from einlinear.cli.train import train
 
@@ -58,10 +59,16 @@ def _main(
         import_all(imports or ())
 
 
-_OF_RUNS = (compare, train, sweep, coord_check)  # an option they do not know is one of a run, which says what is right
+_OF_RUNS = (
+    compare,
+    train,
+    sweep,
+    search,
+    coord_check,
+)  # an option they do not know is one of a run, which says what is right
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Layers": (describe, bench),
-    "Training": (prepare, compare, train, sweep, recipes, coord_check),
+    "Training": (prepare, compare, train, sweep, search, recipes, coord_check),
     "Results": (report, fit),
     "Pretrained models": (compress,),
 }

@@ -26,7 +26,7 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Structures, separated by ';' (names of families also by ','); may be repeated. Default: dense; "
-            "low_rank; kronecker; tt(rank=4); monarch; btt; dyad."
+            "low_rank; kronecker; tt(rank=4); monarch; btt; dyad. from-study:FOLDER: the three best of a search."
         ),
     ] = None,
     macs: Annotated[
@@ -72,6 +72,7 @@ def compare(
     The same command again trains only what is missing; structures, MACs and seeds can be added to a results folder.
     """
     require(EXPERIMENTS)
+    from einlinear.experiments.search.leaders import with_leaders
     from einlinear.experiments.sweeps.compare import configure, plan
 
     with user_errors():
@@ -86,8 +87,10 @@ def compare(
             "epochs": epochs,
             **assignments(settings),
         }
+        chosen, sized = with_leaders(specs(given["structures"]) or ())
         lists: dict[str, Any] = {
-            "structures": specs(given["structures"]),
+            "structures": chosen or (() if sized else None),
+            "sized": sized or None,
             "macs": numbers(given["macs"], "--macs"),
             "widths": numbers(given["widths"], "--widths"),
         }

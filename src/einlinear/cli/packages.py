@@ -22,6 +22,7 @@ EXPERIMENTS = (  # those that train or report
 TOKENIZERS = ("tokenizers",)  # byte pairs
 STREAMED = ("datasets",)  # text of the Hugging Face hub
 RAY = ("ray",)  # a cluster
+SEARCH = ("optuna",)  # studies
 PRETRAINED = ("safetensors", "scipy", "transformers")  # models of transformers
 _EXTRAS = {
     CLI: "cli",
@@ -29,6 +30,7 @@ _EXTRAS = {
     TOKENIZERS: "text",
     STREAMED: "text",
     RAY: "ray",
+    SEARCH: "search",
     PRETRAINED: "pretrained",
 }
 

@@ -23,7 +23,10 @@ if TYPE_CHECKING:  # heavy: imported where it is needed
     from einlinear.experiments.sweeps.driver import Event, Pool
     from einlinear.experiments.sweeps.sweep import Sweep
 
-_LOSS = TextColumn("{task.fields[loss]}")  # beside every bar
+
+def loss_column() -> TextColumn:
+    """What stands beside every bar."""
+    return TextColumn("{task.fields[loss]}")
 
 
 def command_line() -> str:
@@ -74,8 +77,8 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
         count = workers or suited(missing)
         pool = pool or Workers(count, max(1, cpu_count() // count), setup())
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
-        with interruptible(interrupted), display.progress(_LOSS) as bars, system_errors():
-            failed = do(sweep.runs, store, pool, _Watch(bars, len(missing)).see)
+        with interruptible(interrupted), display.progress(loss_column()) as bars, system_errors():
+            failed = do(sweep.runs, store, pool, Watch(bars, len(missing)).see)
         for event in failed:
             display.error(f"{event.run.name} failed: {event.message}")
     else:
@@ -85,7 +88,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
         raise typer.Exit(1)
 
 
-class _Watch:
+class Watch:
     """Bars: one for all runs, one for each that is running."""
 
     def __init__(self, progress: Progress, total: int) -> None:
@@ -116,6 +119,6 @@ def title(run: Run) -> str:
 @contextmanager
 def bar(run: Run) -> Iterator[Callable[[int, int, float], None]]:
     """A bar for a single run, and the function that moves it."""
-    with display.progress(_LOSS) as progress:
+    with display.progress(loss_column()) as progress:
         task = progress.add_task(title(run), loss="")
         yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=f"loss {loss:.3f}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,13 @@ Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
 
 
 class Task(Protocol):
-    """What a model is trained to do."""
+    """What a model is trained to do.
+
+    Attributes:
+        ERRORS: the measures of which less is better.
+    """
+
+    ERRORS: ClassVar[tuple[str, ...]]
 
     def batch(self, step: int) -> Batch:
         """The whole batch of a step: the same one whenever it is asked for."""

@@ -1,8 +1,9 @@
-"""What models are trained to do: data, a loss and measures."""
+"""What models are trained to do: data, a loss and measures. ERRORS are those measures of which less is better."""
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ class Classification:
     Raises:
         ValueError: a train_sample below 1.
     """
+
+    ERRORS: ClassVar[tuple[str, ...]] = ("train_error", "test_loss")
 
     def __init__(
         self, images: Images, batches: Batches, label_smoothing: float = 0.0, train_sample: int = TRAIN_SAMPLE
@@ -73,6 +76,8 @@ class LanguageModel:
         validation_tokens: how many tokens of these, at most; rounded down to whole sequences, but at least one.
     """
 
+    ERRORS: ClassVar[tuple[str, ...]] = ("validation_loss", "bits_per_token")
+
     def __init__(self, sequences: Sequences, validation_tokens: int = VALIDATION_TOKENS) -> None:
         self.sequences, self.validation_tokens = sequences, validation_tokens
 
@@ -102,6 +107,8 @@ class Regression:
         batch_size: inputs of a batch.
         seed: of the batches.
     """
+
+    ERRORS: ClassVar[tuple[str, ...]] = ("test_loss",)
 
     def __init__(self, teacher: Teacher, batch_size: int, *, seed: int) -> None:
         self.teacher, self.batch_size, self.seed = teacher, batch_size, seed

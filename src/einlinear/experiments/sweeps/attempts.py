@@ -12,24 +12,39 @@ from einlinear.experiments.runs.execute import execute
 from einlinear.experiments.runs.run import Run
 from einlinear.training.loop import Progress
 
+_STOP = "stop"  # the file in a run's folder that ends it
 ATTEMPTS = 3  # of a run whose process dies every time
 _PATIENCE = 30  # seconds to wait for a process that an earlier driver left behind
+
+
+def stop(folder: Path) -> None:
+    """Ask for the end of the run in a folder, wherever it is done: it is not worth its compute."""
+    (folder / _STOP).touch()
 
 
 def attempt(options: Mapping[str, Any], folder: Path, progress: Progress | None = None) -> dict[str, str]:
     """Do a run, from its options. What goes wrong with it becomes a message: a bug, its traceback.
 
     Returns:
-        The status of its last event, "finished" or "failed", and its message.
+        The status of its last event, "finished", "stopped" or "failed", and its message.
 
     Raises:
         BrokenPipeError: the driver that progress is reported to is gone.
     """
     began = time.monotonic()
+
+    def watched(step: int, steps: int, loss: float) -> None:
+        if (folder / _STOP).exists():
+            raise _Stopped
+        if progress is not None:
+            progress(step, steps, loss)
+
     while True:
         try:
-            execute(Run.of(options), folder, progress)
+            execute(Run.of(options), folder, watched)
             return {"status": "finished"}
+        except _Stopped:
+            return {"status": "stopped"}
         except BlockingIOError as error:
             if time.monotonic() > began + _PATIENCE:
                 return {"status": "failed", "message": str(error)}
@@ -39,3 +54,7 @@ def attempt(options: Mapping[str, Any], folder: Path, progress: Progress | None 
         except Exception as error:
             message = str(error) if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
             return {"status": "failed", "message": message}
+
+
+class _Stopped(Exception):
+    """What ends a run that is not to go on."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps.attempts import ATTEMPTS, attempt
 from einlinear.experiments.sweeps.driver import Event, Job
 
@@ -30,7 +32,7 @@ class Cluster:
     gpus: float = 0
     setup: Sequence[Callable[[], None]] = ()
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Event]:
+    def __call__(self, jobs: Iterable[Job]) -> Iterator[Event]:
         import ray
 
         started = not ray.is_initialized()
@@ -39,8 +41,14 @@ class Cluster:
         try:
             remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_done)
             here, setup = os.getcwd(), tuple(self.setup)
-            waiting = {remote.remote(run.options, str(folder), here, setup): run for run, folder in jobs}
-            while waiting:
+            left, waiting = iter(jobs), dict[Any, Run]()
+            while True:
+                # what is there already may all wait, so that the cluster knows how much it could grow
+                room = len(jobs) if isinstance(jobs, Sequence) else self._room(ray.cluster_resources())  # type: ignore[no-untyped-call]
+                for run, folder in islice(left, room - len(waiting)):
+                    waiting[remote.remote(run.options, str(folder), here, setup)] = run
+                if not waiting:
+                    return
                 (reference,), _ = ray.wait(list(waiting), num_returns=1)
                 run = waiting.pop(reference)
                 try:
@@ -52,6 +60,11 @@ class Cluster:
         finally:
             if started:
                 ray.shutdown()
+
+    def _room(self, resources: Mapping[str, float]) -> int:
+        """How many runs the cluster can do at a time."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return max(1, min((int(resources.get(name, 0) // count) for name, count in wanted.items() if count), default=1))
 
 
 def _done(options: dict[str, Any], folder: str, where: str, setup: Sequence[Callable[[], None]]) -> dict[str, str]:

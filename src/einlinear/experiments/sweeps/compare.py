@@ -48,6 +48,7 @@ class Config:
         structures: specs, as for `einlinear.structure`.
         macs: targets: for each, every structure gets its widest model within this many MACs per input.
         widths: instead of macs: the widths every structure is trained at.
+        sized: structures whose widths are given, such as those that a search has found.
         dense_reach: dense also gets the targets 2, 4, ... times the largest one, up to this many, so that its curve
             reaches the losses that better structures have at the targets.
         seeds: how many runs of each.
@@ -58,13 +59,14 @@ class Config:
     structures: tuple[str, ...] = STRUCTURES
     macs: tuple[int, ...] = (50_000, 100_000, 200_000, 400_000)
     widths: tuple[int, ...] = ()
+    sized: tuple[tuple[str, int], ...] = ()
     dense_reach: int = 4
     seeds: int = 3
     epochs: int = 20
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.structures:
+        if not self.structures and not self.sized:
             raise ValueError("name at least one structure")
         for name in ("seeds", "dense_reach", "epochs"):
             if getattr(self, name) < 1:
@@ -123,6 +125,7 @@ def plan(config: Config) -> Sweep:
 
     targets = sorted(config.widths or config.macs)
     models = [model for target in targets for model in _models(base, problem.shape, config, target)]
+    models += [replace(base.model, structure=spec, width=width) for spec, width in config.sized]
     if not config.widths and DENSE in config.structures:
         dense, times = replace(config, structures=(DENSE,)), 2
         while times <= config.dense_reach:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,8 @@ class Event:
 
     Attributes:
         run: which.
-        status: "running", "finished", "lost" (its worker died: it is tried again) or "failed".
+        status: "running", "finished", "stopped" (as `attempts.stop` asked for), "lost" (its worker died: it is tried
+            again) or "failed".
         step, steps, loss: how far it is, where it is running.
         message: what went wrong, where it failed.
     """
@@ -36,8 +37,11 @@ class Event:
 class Pool(Protocol):
     """Where runs are done: processes of this machine, or a cluster."""
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Event]:
-        """Do runs, each in its folder; every run ends with one event that is "finished" or "failed"."""
+    def __call__(self, jobs: Iterable[Job]) -> Iterator[Event]:
+        """Do runs, each in its folder; every run ends with one event that is "finished", "stopped" or "failed".
+
+        The next job is asked for when there is room for it, and all events so far have been seen.
+        """
 
 
 def do(

@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -49,18 +49,25 @@ class Workers:
     threads: int = 1
     setup: Sequence[Callable[[], None]] = ()
 
-    def __call__(self, jobs: Sequence[Job]) -> Iterator[Event]:
-        waiting, deaths = deque(jobs), Counter[str]()
+    def __call__(self, jobs: Iterable[Job]) -> Iterator[Event]:
+        waiting, again, deaths = iter(jobs), deque[Job](), Counter[str]()
         _processes.set_forkserver_preload(["einlinear.experiments.runs.execute"])
-        devices: Sequence[str | None] = _devices() or [None]
-        count = min(self.count, len(jobs))
-        workers = [_Worker(self, device) for device in islice(cycle(devices), count)]
+        devices = cycle(_devices() or [None])
+        workers: list[_Worker] = []
         try:
-            while waiting or any(worker.job for worker in workers):
-                for worker in workers:
-                    if waiting and not worker.job:
-                        worker.start(waiting.popleft())
+            while True:
+                idle = [worker for worker in workers if not worker.job]
+                while idle or len(workers) < self.count:
+                    job = again.popleft() if again else next(waiting, None)
+                    if job is None:
+                        break
+                    if not idle:
+                        workers.append(_Worker(self, next(devices)))
+                        idle = workers[-1:]
+                    idle.pop().start(job)
                 busy: dict[Any, _Worker] = {worker.connection: worker for worker in workers if worker.job}
+                if not busy:
+                    return
                 for connection in wait(list(busy)):
                     worker = busy[connection]
                     assert worker.job is not None
@@ -70,7 +77,7 @@ class Workers:
                         workers[workers.index(worker)] = _Worker(self, worker.device)
                         deaths[run.key] += 1
                         if deaths[run.key] < ATTEMPTS:
-                            waiting.append((run, folder))
+                            again.append((run, folder))
                             yield Event(
                                 run,
                                 "lost",

@@ -1,0 +1,151 @@
+"""`einlinear search`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from einlinear.cli import display
+from einlinear.cli.endings import interruptible, system_errors, user_errors
+from einlinear.cli.importing import setup
+from einlinear.cli.options import MixCode, Settings, Workers
+from einlinear.cli.packages import EXPERIMENTS, RAY, SEARCH, require
+from einlinear.cli.parsing import assignments, numbers
+from einlinear.cli.running import Watch, check_here, command_line, loss_column
+
+if TYPE_CHECKING:
+    from einlinear.experiments.search.search import Search
+
+_SHOWN = 10  # of the candidates
+
+
+def search(
+    settings: Settings = None,
+    budget: Annotated[str, typer.Option(help="Multiply-accumulates for one input, of every model: 400k.")] = "100k",
+    trials: Annotated[int, typer.Option(min=1, help="Candidates to train.")] = 60,
+    hours: Annotated[float | None, typer.Option(help="After these no further one is begun. Default: no limit.")] = None,
+    families: Annotated[
+        str, typer.Option(help="What is searched: einsum (every theta), btt3, blast, dyad; separated by commas.")
+    ] = "einsum",
+    sampler: Annotated[
+        str, typer.Option(help="How candidates are chosen: predictor (of psi, nu, omega and sizes), tpe, random.")
+    ] = "predictor",
+    prune: Annotated[bool, typer.Option(help="End runs early that are behind half of the others.")] = True,
+    measure: Annotated[str | None, typer.Option(help="What is to be least. Default: the error of the data.")] = None,
+    out: Annotated[Path, typer.Option(help="Results folder. The same command goes on with what it holds.")] = Path(
+        "results/search"
+    ),
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the study: journal, or a database such as postgresql+psycopg://user@host/name. Default: SQLite, "
+            "in the results folder."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the study. Default: the folder's.")] = None,
+    on: Annotated[str, typer.Option(help="Where to train: local (processes of this machine) or ray.")] = "local",
+    workers: Workers = None,
+    address: Annotated[str | None, typer.Option(help="Address of the Ray cluster. Default: a new one here.")] = None,
+    cpus: Annotated[float, typer.Option(help="CPU cores for each run on Ray.")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs for each run on Ray.")] = 0,
+    mix_code: MixCode = False,
+) -> None:
+    """Search the space of structures for the lowest loss at a budget of compute.
+
+    Every candidate's model costs the same: its width follows from its structure. Several of these commands may work
+    on one folder, also on several machines that share it. NAME=VALUE are options of the runs, as for train.
+    """
+    require(EXPERIMENTS)
+    require(SEARCH)
+    from joblib import cpu_count
+
+    from einlinear.experiments.runs.store import Store
+    from einlinear.experiments.runs.table import RunTable
+    from einlinear.experiments.search.search import Search, configure
+    from einlinear.experiments.sweeps.driver import Pool
+    from einlinear.experiments.sweeps.workers import Workers as Processes
+    from einlinear.experiments.sweeps.workers import suited
+
+    with user_errors():
+        if on not in ("local", "ray"):
+            raise ValueError(f"--on must be local or ray, not {on!r}")
+        if on == "ray":
+            require(RAY)
+        macs = numbers(budget, "--budget") or ()
+        if len(macs) != 1:
+            raise ValueError(f"--budget is one number, such as 400k, not {budget!r}")
+        chosen = configure(
+            budget=macs[0],
+            trials=trials,
+            hours=hours,
+            families=tuple(filter(None, families.replace(" ", "").split(","))),
+            sampler=sampler,
+            prune=prune,
+            measure=measure,
+            **assignments(settings),
+        )
+        store = Store(out)
+        found = Search(chosen)
+        check_here([found.base])
+        found.open(store, storage, name, command=command_line(), mix_code=mix_code)
+    pool: Pool
+    if on == "ray":
+        from einlinear.experiments.sweeps.cluster import Cluster
+
+        pool = Cluster(address, cpus, gpus, setup())
+    else:
+        count = workers or suited([found.base] * trials)
+        pool = Processes(count, max(1, cpu_count() // count), setup())
+    there = len(found.study.tried())
+    display.note(f"{there} of {trials} candidates are there; results in {out}.")
+    interrupted = f"Interrupted. {out} keeps what was done; the same command goes on from there."
+    with interruptible(interrupted), display.progress(loss_column()) as bars, system_errors():
+        failed = found.do(pool, Watch(bars, max(0, trials - there)).see)
+    with suppress(BlockingIOError), store.driving(), RunTable(out) as table:
+        table.rebuild(store.records(), [])
+    for event in failed:
+        display.error(f"{event.run.name} failed: {event.message}")
+    _print(found)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print(search: Search) -> None:
+    tried = search.study.tried()
+    best = sorted((own for own in tried if own.value is not None), key=lambda own: own.value or 0.0)
+    if not best:
+        display.note("No candidate is finished.")
+        return
+    rows = [
+        (
+            own.candidate.spec,
+            f"{own.value:.4f}",
+            f"{own.candidate.width:,}",
+            f"{own.candidate.macs:,}",
+            *(f"{getattr(own.candidate, exponent):.3g}" for exponent in ("psi", "nu", "omega")),
+        )
+        for own in best[:_SHOWN]
+    ]
+    display.show(("structure", search.measure, "width", "MACs", "psi", "nu", "omega"), rows)
+    ended = len(tried) - len(best)
+    display.note(f"{len(tried)} candidates, {ended} of them ended early or still running.")
+    if search.trust is not None:
+        display.note(f"The predictor: {search.trust}.")
+    winner, width = best[0].candidate.spec, best[0].candidate.width
+    display.note(f"\nTo use the best:\n    import einlinear as el\n    layer = el.Linear({width}, {width}, {winner!r})")
+    display.note(f"    # or in a model of yours: el.convert(model, {winner!r})")
+    where = f"from-study:{search.store.folder}"
+    options = [f"{name}={value}" for name, value in search.config.options.items()]
+    words = [
+        "einlinear",
+        "compare",
+        "--structures",
+        f"dense; btt; monarch; {where}",
+        "--macs",
+        str(search.config.budget),
+    ]
+    display.note(f"To confirm it with several seeds:\n    {shlex.join([*words, *options])}")

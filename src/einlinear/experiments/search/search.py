@@ -1,0 +1,277 @@
+"""The search: candidates one after another, each trained within the same budget, until there are enough."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from einlinear.experiments.runs.options import parse
+from einlinear.experiments.runs.records import METRICS, Result, read_record
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.runs.store import Store
+from einlinear.experiments.search.matching import Matching
+from einlinear.experiments.search.predictor import AT_LEAST, Predictor, Trust
+from einlinear.experiments.search.space import Space
+from einlinear.experiments.search.study import SAME_AS, WHY, Candidate, Tried, open_study
+from einlinear.experiments.sweeps.attempts import stop
+from einlinear.experiments.sweeps.compare import template
+from einlinear.experiments.sweeps.driver import Event, Job, Pool
+from einlinear.structures import DoesNotFit
+from einlinear.training import metrics
+
+SAMPLERS = ("predictor", "tpe", "random")
+AXES = frozenset({"structure", "width"})
+# heads of any size: a width has to be a multiple of them, or of the size of a head
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"gpt": {"heads": 4, "d_head": None}}
+_POOL = 64  # candidates that the predictor chooses from
+_LEAST_TRUST = 0.2  # how often the predictor chooses, even if it is good for nothing
+_DRAWN = 20  # structures, one of which has to have a model of the budget
+_VAIN = 200  # proposals in a row that were tried before: there is nothing left
+_RUNGS = (1 / 4, 1 / 2)  # of the steps, where the worse half of the runs ends
+_RECENT = 0.2  # share of the steps up to there whose mean loss counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to search.
+
+    Attributes:
+        budget: multiply-accumulates for one input, of every candidate's model.
+        trials: candidates to be trained.
+        hours: after which no further one is begun; None: no limit.
+        families: of structures, see `Space`.
+        sampler: how candidates are chosen: "predictor" (`predictor.py`), "tpe" (Optuna's), "random".
+        prune: whether runs end early that are behind half of the others.
+        measure: what is to be least; None: the error that the data is judged by.
+        seed: of the choice.
+        options: of all runs, see `Run.of`; structure and width are chosen.
+    """
+
+    budget: int
+    trials: int = 60
+    hours: float | None = None
+    families: tuple[str, ...] = ("einsum",)
+    sampler: str = SAMPLERS[0]
+    prune: bool = True
+    measure: str | None = None
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be {', '.join(SAMPLERS)}, not {self.sampler!r}")
+        for name in ("budget", "trials"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.hours is not None and not self.hours > 0:
+            raise ValueError(f"hours must be positive, not {self.hours:g}")
+        if taken := sorted(AXES & self.options.keys()):
+            raise ValueError(f"{' and '.join(taken)} cannot be set: they are what is searched for")
+        Space(self.families)
+
+
+def configure(**options: Any) -> Config:
+    """A `Config` from its options and those of runs, by name; those that are None are left out."""
+    given = {name: value for name, value in options.items() if value is not None}
+    own = Config.__dataclass_fields__.keys() - {"options"}
+    of_runs = {name: value for name, value in given.items() if name not in own}
+    return parse(Config, {name: value for name, value in given.items() if name in own} | {"options": of_runs})
+
+
+class Search:
+    """A search in a results folder, once it is opened. It goes on where it was, and others may work in the same folder.
+
+    Args:
+        config: what to search.
+
+    Raises:
+        ValueError, OSError: what is wrong with the options or the data.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.base = template({**_DEFAULTS.get(str(config.options.get("model", "mlp")), {}), **config.options})
+        problem = self.base.data.load(self.base.seed)
+        self.measure = config.measure or problem.error
+        if self.measure not in problem.task.ERRORS:
+            raise ValueError(f"measure must be one of {', '.join(problem.task.ERRORS)}, not {self.measure!r}")
+        self.matching = Matching(self.base.model, problem.shape, config.budget)
+        self.space = Space(config.families)
+        self.trust: Trust | None = None
+        self._digest = problem.digest
+        self._random = random.Random(config.seed)
+        self._trials: dict[str, tuple[int, optuna.Trial | None]] = {}  # by the key of the run
+        self._reported: dict[str, set[int]] = {}
+        self._check_budget()
+
+    def open(
+        self,
+        store: Store,
+        storage: str | None = None,
+        name: str | None = None,
+        *,
+        command: str = "",
+        mix_code: bool = False,
+    ) -> Search:
+        """Make a results folder ready.
+
+        Args:
+            store: the folder.
+            storage, name: of the study, see `open_study`.
+            command, mix_code: as of `Store.open`.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        self.store = store
+        store.open([self.base], AXES, command, mix_code, {self.base.data: self._digest})
+        fixed = {option: value for option, value in self.base.identity.items() if option not in AXES}
+        settings = {"budget": self.config.budget, "measure": self.measure, "data digest": self._digest, **fixed}
+        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+        if self.config.prune:
+            rung = max(1, round(_RUNGS[0] * self.base.training.steps))
+            pruner = optuna.pruners.SuccessiveHalvingPruner(rung, reduction_factor=2)
+        self.study = open_study(store.folder, settings, storage, name, pruner)
+        seed = self.config.seed + len(self.study.optuna.get_trials(deepcopy=False))  # not the same ones again
+        tpe = optuna.samplers.TPESampler(seed=seed)
+        self.study.optuna.sampler = tpe if self.config.sampler == "tpe" else optuna.samplers.RandomSampler(seed)
+        self._random.seed(seed)
+        return self
+
+    def _check_budget(self) -> None:
+        """Raise ValueError if structures drawn at random have no model of the budget."""
+        for _ in range(_DRAWN):
+            try:
+                self.matching.match(self.space.propose(lambda name: self._random.random()))
+                return
+            except DoesNotFit as error:
+                last = error
+        raise ValueError(f"no structure is within 5% of {self.config.budget:,} MACs: {last}")
+
+    def do(self, pool: Pool, watch: Callable[[Event], None] = lambda event: None) -> list[Event]:
+        """Train candidates until there are enough of them, and say which failed."""
+        failed = []
+        with self.study.driving():
+            for event in pool(self._jobs()):
+                number, trial = self._trials[event.run.key]
+                if event.status == "running" and trial is not None and self.config.prune:
+                    self._judge(trial, event)
+                elif event.status == "finished":
+                    self._tell(number, event.run)
+                elif event.status in ("stopped", "failed"):
+                    state = TrialState.PRUNED if event.status == "stopped" else TrialState.FAIL
+                    self.study.optuna.tell(number, state=state, skip_if_finished=True)
+                if event.status == "failed":
+                    failed.append(event)
+                watch(event)
+        self.study.close()
+        return failed
+
+    def _jobs(self) -> Iterator[Job]:
+        """What others have left unfinished, then new candidates, one whenever there is room for it."""
+        end = math.inf if self.config.hours is None else time.monotonic() + 3600 * self.config.hours
+        with self.study.alone():
+            orphans = self.study.orphans()
+        for own in orphans:
+            self._trials[own.run.key] = own.number, None
+            if self._result(own.run) is not None:
+                self._tell(own.number, own.run)
+            else:
+                yield own.run, self.store.path(own.run)
+        while time.monotonic() < end:
+            with self.study.alone():
+                run = self._next()
+            if run is None:
+                return
+            yield run, self.store.path(run)
+
+    def _next(self) -> Run | None:
+        """A candidate that nobody has tried; None if there are enough, or none is left."""
+        tried = self.study.tried()
+        if len(tried) >= self.config.trials:
+            return None
+        known = {own.candidate.signature: own for own in tried}
+        for vain in range(_VAIN):
+            if self.config.sampler == "predictor" and not vain:
+                self._suggest([own for own in tried if own.is_finished], known.keys())
+            trial = self.study.optuna.ask()
+            proposal = self.space.propose(partial(trial.suggest_float, low=0.0, high=1.0))
+            try:
+                candidate = Candidate.of(self.matching.match(proposal))
+            except DoesNotFit as error:
+                trial.set_user_attr(WHY, str(error))
+                self.study.optuna.tell(trial, state=TrialState.FAIL)
+                continue
+            if same := known.get(candidate.signature):
+                trial.set_user_attr(SAME_AS, same.number)
+                state = TrialState.COMPLETE if same.is_finished else TrialState.FAIL
+                self.study.optuna.tell(trial, same.value, state)
+                continue
+            run = replace(self.base, model=replace(self.base.model, structure=candidate.spec, width=candidate.width))
+            self.study.note(trial, candidate, run)
+            self._trials[run.key] = trial.number, trial
+            return run
+        return None
+
+    def _suggest(self, finished: Sequence[Tried], known: Container[str]) -> None:
+        """Have the predictor's choice asked for next: the less it is trusted, the more is left to chance."""
+        scored = [own for own in finished if own.value is not None and 0 < own.value < math.inf]
+        if len(scored) < AT_LEAST:
+            return
+        predictor = Predictor([_features(own.candidate) for own in scored], [own.value or 0.0 for own in scored])
+        self.trust = predictor.trust
+        if self._random.random() > max(_LEAST_TRUST, predictor.trust.rank):
+            return
+        found: list[tuple[dict[str, float], Candidate]] = []
+        for _ in range(_POOL):
+            point = defaultdict[str, float](self._random.random)
+            proposal = self.space.propose(point.__getitem__)
+            with suppress(DoesNotFit):
+                candidate = Candidate.of(self.matching.match(proposal))
+                if candidate.signature not in known:
+                    found.append((point, candidate))
+        if found:
+            gains = predictor.improvement([_features(candidate) for _, candidate in found])
+            self.study.optuna.enqueue_trial(found[int(gains.argmax())][0])
+
+    def _judge(self, trial: optuna.Trial, event: Event) -> None:
+        """Stop a run that is behind half of the others at the same step."""
+        folder = self.store.path(event.run)
+        for rung in (round(share * event.steps) for share in _RUNGS):
+            if event.step >= rung > 0 and rung not in self._reported.setdefault(event.run.key, set()):
+                lines = metrics.read(folder / METRICS)
+                losses = [line["train_loss"] for line in lines if (1 - _RECENT) * rung < line["step"] <= rung]
+                if losses and None not in losses:
+                    self._reported[event.run.key].add(rung)
+                    trial.report(fmean(losses), rung)
+                    if trial.should_prune():
+                        stop(folder)
+
+    def _tell(self, number: int, run: Run) -> None:
+        result = self._result(run)
+        value = math.inf if result is None or result.diverged else result.measures[self.measure]
+        self.study.optuna.tell(number, value, skip_if_finished=True)
+
+    def _result(self, run: Run) -> Result | None:
+        """What a run came to, if it is finished."""
+        try:
+            return read_record(self.store.path(run)).result
+        except ValueError:  # it has not begun
+            return None
+
+
+def _features(candidate: Candidate) -> list[float]:
+    """As the predictor's `FEATURES` say."""
+    c = candidate
+    return [c.psi, c.nu, c.omega, math.log2(c.width), math.log2(c.params)]

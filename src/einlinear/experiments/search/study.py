@@ -1,0 +1,208 @@
+"""What is remembered of a search: an Optuna study, and in the results folder the runs of its trials.
+
+Every trial that trains has noted, before it starts, which driver it belongs to, its candidate and its run. A driver
+holds a lock as long as it lives, so that others can tell which trials nobody works on any more.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from einlinear.experiments.runs.run import Run
+from einlinear.experiments.search.matching import Matched
+from einlinear.files import differences
+from einlinear.structures import structure
+
+SQLITE, JOURNAL = "study.sqlite", "study.journal"
+_DRIVERS, _LOCK = "drivers", ".search"
+_SETTINGS, _DRIVER, _CANDIDATE, _RUN, SAME_AS, WHY = "settings", "driver", "candidate", "run", "same as", "why"
+_TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A structure at its size, as it is noted.
+
+    Attributes:
+        spec, width, macs, params: as of `Matched`.
+        psi, nu, omega: of the structure.
+        signature: equal for candidates that are the same model.
+    """
+
+    spec: str
+    width: int
+    macs: int
+    params: int
+    psi: float
+    nu: float
+    omega: float
+    signature: str
+
+    @classmethod
+    def of(cls, matched: Matched) -> Candidate:
+        (in_features, out_features, *_), *_ = matched.sizes
+        s = structure(matched.spec, in_features, out_features)
+        family = matched.spec.partition("(")[0]
+        return cls(
+            matched.spec, matched.width, matched.macs, matched.params, s.psi, s.nu, s.omega, f"{family} {matched.sizes}"
+        )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that trains, or did.
+
+    Attributes:
+        number: of the trial.
+        state: its state.
+        candidate: what it is about.
+        run: its run.
+        value: what the search minimises; None while it is not finished.
+        driver: that did it last.
+    """
+
+    number: int
+    state: TrialState
+    candidate: Candidate
+    run: Run
+    value: float | None
+    driver: str
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state == TrialState.COMPLETE
+
+
+class Study:
+    """An Optuna study of a results folder, as one driver sees it; made by `open_study`."""
+
+    def __init__(self, study: optuna.Study, storage: BaseStorage, folder: Path) -> None:
+        self.optuna = study
+        self._storage, self._folder = storage, folder
+        self._driver = uuid.uuid4().hex[:12]
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """Be alive, as others see it."""
+        path = self._alive(self._driver)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path):
+            yield
+        path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the database; whoever asks something connects again."""
+        if isinstance(self._storage, RDBStorage):
+            self._storage.remove_session()
+            self._storage.engine.dispose()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else chooses a candidate meanwhile."""
+        with FileLock(self._folder / f"{_LOCK}.lock"):
+            yield
+
+    def tried(self) -> list[Tried]:
+        """All trials that train or did, in order."""
+        return [
+            Tried(
+                trial.number,
+                trial.state,
+                Candidate(**trial.user_attrs[_CANDIDATE]),
+                Run.of(trial.user_attrs[_RUN]),
+                trial.value if trial.state == TrialState.COMPLETE else None,
+                trial.user_attrs[_DRIVER],
+            )
+            for trial in self._trials()
+            if _RUN in trial.user_attrs and trial.state in _TAKEN
+        ]
+
+    def note(self, trial: optuna.Trial, candidate: Candidate, run: Run) -> None:
+        """Say what a trial is about to train. The run comes last: without it nothing was begun."""
+        trial.set_user_attr(_DRIVER, self._driver)
+        trial.set_user_attr(_CANDIDATE, asdict(candidate))
+        trial.set_user_attr(_RUN, run.options)
+
+    def orphans(self) -> list[Tried]:
+        """The trials whose drivers are dead: from now on they are this one's. To be called `alone`."""
+        for trial in self._trials():
+            if trial.state == TrialState.RUNNING and _RUN not in trial.user_attrs:
+                self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)  # it had not begun
+        found = [own for own in self.tried() if own.state == TrialState.RUNNING and self._is_dead(own.driver)]
+        for own in found:
+            optuna.Trial(self.optuna, self._trials()[own.number]._trial_id).set_user_attr(_DRIVER, self._driver)
+        return found
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self.optuna.get_trials(deepcopy=False)
+
+    def _is_dead(self, driver: str) -> bool:
+        if driver == self._driver:
+            return False
+        try:
+            with FileLock(self._alive(driver), timeout=0):
+                return True
+        except Timeout:
+            return False
+
+    def _alive(self, driver: str) -> Path:
+        return self._folder / _DRIVERS / f"{driver}.lock"
+
+
+def open_study(
+    folder: Path,
+    settings: Mapping[str, Any],
+    storage: str | None = None,
+    name: str | None = None,
+    pruner: optuna.pruners.BasePruner | None = None,
+) -> Study:
+    """The study of a results folder, new or to go on with.
+
+    Args:
+        folder: which is there.
+        settings: what makes losses comparable.
+        storage: a database's URL, "journal" for a file that many machines may append to, None for SQLite, both in the
+            folder.
+        name: of the study; None: the folder's.
+        pruner: as of Optuna.
+
+    Raises:
+        ValueError: the study is about something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    kept = _storage(folder, storage)
+    study = optuna.create_study(
+        storage=kept,
+        study_name=name or folder.resolve().name,
+        direction="minimize",
+        load_if_exists=True,
+        pruner=pruner,
+    )
+    before = study.user_attrs.get(_SETTINGS)
+    if before is None:
+        study.set_user_attr(_SETTINGS, dict(settings))
+    elif changed := differences(before, settings):
+        raise ValueError(
+            f"the study {study.study_name} is about something else: {'; '.join(changed)}. Name another folder (--out)"
+        )
+    return Study(study, kept, folder)
+
+
+def _storage(folder: Path, storage: str | None) -> BaseStorage:
+    if storage == "journal":
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    if storage is None:
+        # another process may hold the file for a while
+        return RDBStorage(f"sqlite:///{folder / SQLITE}", engine_kwargs={"connect_args": {"timeout": 60}})
+    return RDBStorage(storage)

@@ -1,0 +1,52 @@
+"""`einlinear search`, and comparing what it found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.cli.command import assert_refused, run
+
+QUICK = ("data=digits", "steps=6", "depth=1", "batch_size=128", "--budget", "8k")
+
+
+def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    code, said, _ = run("search", *QUICK, "--trials", 3, "--workers", 1, "--no-prune", "--out", out)
+    assert code == 0
+    assert "0 of 3 candidates are there" in said
+    assert "el.Linear(" in said
+    code, said, _ = run("search", *QUICK, "--trials", 4, "--workers", 1, "--no-prune", "--out", out)
+    assert code == 0
+    assert "3 of 4 candidates are there" in said
+    assert "4 candidates, 0 of them" in said
+
+    more = ("--macs", "8k", "--seeds", 1, "--dense-reach", 1, "--workers", 1)
+    structures = f"dense; from-study:{out}"
+    code, said, _ = run("compare", "--structures", structures, *more, *QUICK[:-2], "--out", tmp_path / "compared")
+    assert code == 0
+    assert "4 runs to do" in said
+    assert said.count("einsum(theta=") >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--budget", "10k,20k"), "--budget is one number, such as 400k, not '10k,20k'"),
+        (("--budget", "much"), "--budget: 'much' is no number"),
+        (("--sampler", "grid"), "sampler must be predictor, tpe, random, not 'grid'"),
+        (("--families", "monarch"), "families must be some of einsum, btt3, blast, dyad, not monarch"),
+        (("--on", "slurm"), "--on must be local or ray, not 'slurm'"),
+        (("--hours", "-1"), "hours must be positive, not -1"),
+        (("structure=btt",), "structure cannot be set: they are what is searched for"),
+        (("stepz=9",), "did you mean 'steps'?"),
+        (("device=cuda",), "this torch finds no CUDA device"),
+    ],
+)
+def test_a_search_that_cannot_be(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    assert_refused(run("search", *QUICK, *arguments, "--out", tmp_path / "out"), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_a_search_that_is_not_there(tmp_path: Path) -> None:
+    assert_refused(run("compare", "--structures", f"from-study:{tmp_path}"), "holds no results of einlinear")

@@ -1,0 +1,102 @@
+"""Width and rank for a budget."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import einlinear as el
+from einlinear.experiments.runs.models import MLP, Gpt, Model, Shape, Vit
+from einlinear.experiments.search.matching import TOLERANCE, Matching
+from einlinear.experiments.search.space import Proposal, Space
+from einlinear.structures import DoesNotFit
+
+IMAGE = Shape(784, 10, image=(1, 28, 28))
+TEXT = Shape(0, 96, context=64)
+DRAWS = int(os.environ.get("EINLINEAR_DRAWS", "300"))  # 10000: about ten minutes
+KINDS: list[tuple[Model, Shape, int]] = [
+    (MLP(depth=2), IMAGE, 100_000),
+    (MLP(depth=2, input_structure="dense"), IMAGE, 200_000),
+    (Vit(heads=4), IMAGE, 6_000_000),
+    (Gpt(heads=4, d_head=None), TEXT, 400_000),
+]
+
+
+def drawn(space: Space, draw: random.Random) -> Proposal:
+    return space.propose(lambda name: draw.random())
+
+
+@pytest.mark.parametrize(("model", "shape", "budget"), KINDS)
+def test_costs_are_those_of_the_model_that_is_built(model: Model, shape: Shape, budget: int) -> None:
+    draw, matching = random.Random(0), Matching(model, shape, budget)
+    for _ in range(4):
+        found = matching.match(drawn(Space(("einsum", "btt3")), draw))
+        with torch.device("meta"):
+            built = replace(model, structure=found.spec, width=found.width).build(shape)
+        assert built.macs == found.macs
+        own = [m for m in built.modules() if isinstance(m, el.Linear) and m.structure.spec == found.spec]
+        assert found.params == sum(m.structure.params for m in own)
+        assert abs(found.macs / budget - 1) <= TOLERANCE
+
+
+def test_every_draw_costs_the_budget_and_computes_what_its_matrix_says() -> None:
+    draw, matching = random.Random(1), Matching(MLP(depth=1, expansion=2), Shape(96, 10), 100_000)
+    checked = set[tuple[str, int, int]]()
+    for _ in range(DRAWS):
+        proposal = drawn(Space(), draw)
+        found = matching.match(proposal)
+        assert abs(found.macs / 100_000 - 1) <= TOLERANCE
+        for in_features, out_features, *_ in found.sizes:
+            if (found.spec, in_features, out_features) not in checked:
+                checked.add((found.spec, in_features, out_features))
+                conforms(found.spec, in_features, out_features)
+    assert len(checked) > DRAWS
+
+
+def conforms(spec: str, in_features: int, out_features: int) -> None:
+    """A layer's outputs and gradients are those of its dense matrix, which may have the rank that is said."""
+    s = el.structure(spec, in_features, out_features)
+    layer = el.Linear(in_features, out_features, s, bias=False, dtype=torch.float64)
+    x = torch.randn(3, in_features, dtype=torch.float64, requires_grad=True)
+    y, weight = layer(x), layer.dense_weight()
+    torch.testing.assert_close(y, x @ weight.T)
+    direction = torch.randn_like(y)
+    (found,) = torch.autograd.grad((y * direction).sum(), x)
+    torch.testing.assert_close(found, direction @ weight)
+    assert sum(p.numel() for p in layer.parameters()) == s.params
+    assert s.macs > 0
+
+
+def test_the_same_sizes_are_the_same_model() -> None:
+    matching = Matching(MLP(depth=1), Shape(64, 10), 40_000)
+    draw = random.Random(2)
+    found = [matching.match(drawn(Space(), draw)) for _ in range(150)]
+    by_sizes: dict[object, set[int]] = {}
+    for own in found:
+        by_sizes.setdefault(own.sizes, set()).add(own.macs)
+    assert len(by_sizes) < len({own.spec for own in found})  # some specs round to the same sizes
+    assert all(len(macs) == 1 for macs in by_sizes.values())
+
+
+def test_budgets_that_cannot_be_met() -> None:
+    low_rank = Proposal("low_rank", rho=None, arguments=(("rank", 1),))
+    for budget in (50, 10**15):
+        with pytest.raises(DoesNotFit, match=rf"no low_rank\(rank=1\) is within 5% of {budget:,} MACs: "):
+            Matching(MLP(depth=2), IMAGE, budget).match(low_rank)
+    with pytest.raises(DoesNotFit, match="it fits no width"):
+        Matching(MLP(depth=2), Shape(7, 3), 50_000).match(Proposal("monarch", arguments=(("blocks", 6),)))
+
+
+def test_widths_are_multiples_of_what_heads_ask_for() -> None:
+    draw = random.Random(3)
+    for model in (Gpt(heads=6, d_head=None), Gpt(d_head=16)):
+        for _ in range(5):
+            try:
+                width = Matching(model, TEXT, 600_000).match(drawn(Space(), draw)).width
+            except DoesNotFit:
+                continue
+            assert width % (6 if model.heads else 16) == 0

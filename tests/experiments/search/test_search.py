@@ -1,0 +1,210 @@
+"""Searches: candidates that are trained once, whatever dies, whoever else is at work, in every kind of storage."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+from tests.experiments.search.postgres import server
+from tests.experiments.sweeps.test_workers import children, is_worker
+
+from einlinear.experiments.runs.store import Store
+from einlinear.experiments.search.leaders import leaders, with_leaders
+from einlinear.experiments.search.search import Search, configure
+from einlinear.experiments.search.study import SAME_AS
+from einlinear.experiments.sweeps.attempts import attempt
+from einlinear.experiments.sweeps.driver import Event, Job
+from einlinear.experiments.sweeps.workers import Workers
+
+OPTIONS: dict[str, Any] = {"data": "digits", "depth": 1, "batch_size": 128, "steps": 8, "log_every": 1, "budget": 8_000}
+SURVIVOR = OPTIONS | {"steps": 150, "checkpoint_every": 10, "prune": False, "sampler": "random", "trials": 6}
+
+
+def here(jobs: Iterable[Job]) -> Iterator[Event]:
+    """A pool of this process alone, which says how far runs are."""
+    for run, folder in jobs:
+        said: list[tuple[int, int, float]] = []
+        outcome = attempt(run.options, folder, lambda *step, said=said: said.append(step))  # type: ignore[misc]
+        yield from (Event(run, "running", *step) for step in said[-1:])
+        yield Event(run, **outcome)
+
+
+def search(folder: Path, storage: str | None = None, **options: Any) -> Search:
+    return Search(configure(**OPTIONS | options)).open(Store(folder), storage)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "predictor"])
+def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str) -> None:
+    found = search(tmp_path, sampler=sampler, trials=12)
+    assert found.do(here) == []
+    tried = found.study.tried()
+    assert len(tried) == 12 == len({own.candidate.signature for own in tried}) == len({own.run.key for own in tried})
+    for own in tried:
+        record = next(record for record in Store(tmp_path).records() if record.run.key == own.run.key)
+        assert record.result is not None
+        assert record.result.macs == own.candidate.macs
+        assert abs(own.candidate.macs / 8_000 - 1) <= 0.05
+        assert own.value == record.result.measures[found.measure]
+    assert (found.trust is not None) == (sampler == "predictor")
+    best = leaders(tmp_path, 3)
+    assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
+    assert with_leaders(("dense", f"from-study:{tmp_path}")) == (
+        ("dense",),
+        tuple((record.run.model.structure, record.run.model.width) for record in best),
+    )
+
+
+def test_it_goes_on_with_more_trials_and_refuses_other_settings(tmp_path: Path) -> None:
+    search(tmp_path, trials=3).do(here)
+    before = {own.number: own for own in search(tmp_path, trials=3).study.tried()}
+    again = search(tmp_path, trials=5)
+    again.do(here)
+    after = {own.number: own for own in again.study.tried()}
+    assert len(after) == 5
+    assert all(after[number] == own for number, own in before.items())
+    with pytest.raises(ValueError, match=r"budget was 8000, now 9000\. Name another folder"):
+        search(tmp_path, trials=5, budget=9_000)
+    with pytest.raises(ValueError, match="holds results of other settings: lr was"):
+        search(tmp_path, trials=5, lr=0.1)
+
+
+def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> None:
+    found = search(tmp_path, trials=1, sampler="random")
+    found.do(here)
+    (first,) = found.study.optuna.get_trials()
+    found.study.optuna.enqueue_trial(first.params)
+    more = search(tmp_path, trials=2, sampler="random")
+    more.do(here)
+    same = [trial for trial in more.study.optuna.get_trials() if SAME_AS in trial.user_attrs]
+    assert [trial.user_attrs[SAME_AS] for trial in same] == [first.number]
+    assert [trial.value for trial in same] == [first.value]
+    assert len(Store(tmp_path).records()) == 2
+
+
+def test_runs_that_are_behind_end_early(tmp_path: Path) -> None:
+    found = search(tmp_path, trials=10, steps=40, sampler="random")
+    found.do(Workers(2))
+    states = [own.state for own in found.study.tried()]
+    assert TrialState.COMPLETE in states
+    assert TrialState.PRUNED in states
+    finished = {record.run.key for record in Store(tmp_path).records() if record.result}
+    assert finished == {own.run.key for own in found.study.tried() if own.is_finished}
+
+
+def test_a_run_that_fails_says_so_and_the_search_goes_on(tmp_path: Path) -> None:
+    def failing(jobs: Iterable[Job]) -> Iterator[Event]:
+        for number, (run, folder) in enumerate(jobs):
+            if number == 1:
+                yield Event(run, "failed", message="it broke")
+            else:
+                yield from here([(run, folder)])
+
+    found = search(tmp_path, trials=4)
+    failed = found.do(failing)
+    assert [event.message for event in failed] == ["it broke"]
+    assert len(found.study.tried()) == 4  # another one was tried for it
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    found = search(tmp_path, families=("dyad",), trials=50, sampler="random")
+    found.do(here)
+    assert 2 < len(found.study.tried()) <= 21  # seven numbers of blocks, three variants
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "grid"}, "sampler must be predictor, tpe, random, not 'grid'"),
+        ({"families": ("monarch",)}, "families must be some of einsum, btt3, blast, dyad, not monarch"),
+        ({"trials": 0}, "trials must be at least 1"),
+        ({"hours": 0}, "hours must be positive"),
+        ({"structure": "btt"}, "structure cannot be set: they are what is searched for"),
+        ({"measure": "beauty"}, "measure must be one of"),
+        ({"budget": 10}, "no structure is within 5% of 10 MACs"),
+    ],
+)
+def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def drive(folder: Path, storage: str | None) -> None:
+    sys.exit(len(Search(configure(**SURVIVOR)).open(Store(folder), storage).do(Workers(2))))
+
+
+def started(folder: Path, storage: str | None) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "tests.experiments.search.test_search", str(folder), storage or ""]
+    return subprocess.Popen(words, cwd=Path(__file__).parents[3])
+
+
+def check(folder: Path, storage: str | None) -> None:
+    """Every candidate was trained once, from the first step to the last, and all are in the study."""
+    study = Search(configure(**SURVIVOR)).open(Store(folder), storage).study
+    tried = study.tried()
+    study.close()
+    assert len(tried) == SURVIVOR["trials"]
+    assert {own.state for own in tried} == {TrialState.COMPLETE}
+    assert len({own.candidate.signature for own in tried}) == len(tried)
+    records = {record.run.key: record for record in Store(folder).records()}
+    assert records.keys() == {own.run.key for own in tried}
+    for own in tried:
+        result = records[own.run.key].result
+        assert result is not None
+        assert result.steps == SURVIVOR["steps"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds processes in /proc")
+@pytest.mark.parametrize(("kind", "most"), [("sqlite", 6), ("journal", 3), ("postgresql", 3)])
+def test_two_drivers_killed_at_random_moments(tmp_path: Path, kind: str, most: int) -> None:
+    folder, draw = tmp_path / "search", random.Random(0)
+    with server(tmp_path) if kind == "postgresql" else _nothing(kind) as storage:
+        drivers = [started(folder, storage)]
+        time.sleep(1)
+        drivers.append(started(folder, storage))
+        kills = 0
+        while kills < most:
+            time.sleep(draw.uniform(0.3, 1.0))
+            alive = [driver for driver in drivers if driver.poll() is None]
+            workers = [pid for driver in alive for pid in children(driver.pid) if is_worker(pid)]
+            if not workers:
+                if not alive:
+                    break
+                continue
+            if kills % 3 == 2:
+                victim = draw.choice(alive)
+                victim.kill()
+                victim.wait()
+                drivers.remove(victim)
+                drivers.append(started(folder, storage))
+            else:
+                os.kill(draw.choice(workers), signal.SIGKILL)
+            kills += 1
+        assert kills >= 3
+        assert [driver.wait(180) for driver in drivers] == [0, 0]
+        assert started(folder, storage).wait(120) == 0  # what a driver left behind when the others had ended
+        check(folder, storage)
+
+
+class _nothing:
+    def __init__(self, kind: str) -> None:
+        self._storage = {"sqlite": None}.get(kind, kind)
+
+    def __enter__(self) -> str | None:
+        return self._storage
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    drive(Path(sys.argv[1]), sys.argv[2] or None)
