@@ -43,7 +43,7 @@ def allocate(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> dict
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None] / budget, 0, 1)],
-        options={"mip_rel_gap": 1e-4, "time_limit": 60.0},
+        options={"mip_rel_gap": 1e-7, "time_limit": 60.0},
     )
     if found.x is None:
         raise RuntimeError(f"no allocation was found: {found.message}")
