@@ -19,6 +19,7 @@ from einlinear.cli.describe import describe
 from einlinear.cli.endings import user_errors
 from einlinear.cli.fit import fit
 from einlinear.cli.importing import import_all
+from einlinear.cli.map import map_
 from einlinear.cli.prepare import prepare
 from einlinear.cli.recipes import recipes
 from einlinear.cli.report import report
@@ -59,20 +60,16 @@ def _main(
         import_all(imports or ())
 
 
-_OF_RUNS = (
-    compare,
-    train,
-    sweep,
-    search,
-    coord_check,
-)  # an option they do not know is one of a run, which says what is right
+# an option that these do not know is one of a run, which says what is right
+_OF_RUNS = (compare, train, sweep, search, coord_check)
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Layers": (describe, bench),
     "Training": (prepare, compare, train, sweep, search, recipes, coord_check),
-    "Results": (report, fit),
+    "Results": (report, map_, fit),
     "Pretrained models": (compress,),
 }
 for panel, commands in _PANELS.items():
     for command in commands:
         settings = {"ignore_unknown_options": command in _OF_RUNS}
-        app.command(rich_help_panel=panel, context_settings=settings)(command)
+        name = command.__name__.rstrip("_").replace("_", "-")
+        app.command(name, rich_help_panel=panel, context_settings=settings)(command)

@@ -10,6 +10,7 @@ training.py        training curves, and the load of experts
 wall_clock.py      time to a loss
 coord_check.py     feature updates, of a coordinate check
 taxonomy.py        what the exponents of the structures have to do with their losses
+structure_map.py   where structures lie in (psi, nu, omega), what they are worth, and how fast they are
 tables.py          all models, all runs
 
 A section is a function of a study that gives None where its runs have nothing to show.
@@ -31,6 +32,7 @@ from einlinear.experiments.report.learning_rates import learning_rates
 from einlinear.experiments.report.overview import code_warning, headline, what_was_run
 from einlinear.experiments.report.page import Chapter, Section, render
 from einlinear.experiments.report.scaling_laws import scaling, scaling_of_training
+from einlinear.experiments.report.structure_map import map_of_structures
 from einlinear.experiments.report.tables import all_models
 from einlinear.experiments.report.taxonomy import taxonomy
 from einlinear.experiments.report.training import expert_loads, training_curves
@@ -120,6 +122,7 @@ def _chapter(study: Study, records: Sequence[Record], stores: Sequence[Store], f
         expert_loads(study, commands),
         wall_clock(study, commands),
         taxonomy(study, commands),
+        map_of_structures(study, commands),
         all_models(study, commands),
     ]
     return Chapter(str(study), [section for section in sections if section])

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from einlinear.experiments.findings.scaling import Effect
+from einlinear.experiments.findings.scaling import Effect, ExponentEffects
 from einlinear.experiments.findings.summary import Study, in_words
 from einlinear.experiments.findings.taxonomy import EXPONENTS, Entry, Taxonomy, taxonomy_of
 from einlinear.experiments.report.page import Cell, Figure, Panel, Section, Table
 from einlinear.experiments.report.plots import colour, log_axis, short, style, symbol
 
-_SIGNS = {"omega": "ω", "psi": "ψ", "nu": "ν"}
-_AXES = {
+SIGNS = {"omega": "ω", "psi": "ψ", "nu": "ν"}
+AXES = {
     "omega": "ω: parameters / MACs = n^−ω",
     "psi": "ψ: rank = n^ψ",
     "nu": "ν: MACs = n^(1+ν)",
@@ -50,7 +50,11 @@ def taxonomy(study: Study, commands: Sequence[str]) -> Section | None:
         for entry in own.entries
     ]
     figure = Figure("taxonomy", Markup("Down is better; one mark per structure, the same in all panels."), views, data)
-    parts: list[Figure | Table] = [figure, _table(in_titles, marks), *_effects(in_titles)]
+    parts: list[Figure | Table] = [
+        figure,
+        _table(in_titles, marks),
+        *effects_table({title: own.effects for title, own in in_titles.items()}),
+    ]
     return Section("Taxonomy of the structures", text, parts, commands)
 
 
@@ -68,7 +72,7 @@ def _plot(entries: Sequence[Entry], marks: Mapping[str, int], exponent: str, mea
         )
     style(figure)
     figure.update_layout(height=320, showlegend=False)
-    figure.update_xaxes(title=_AXES[exponent], range=[-0.05, 1.05])
+    figure.update_xaxes(title=AXES[exponent], range=[-0.05, 1.05])
     figure.update_yaxes(**log_axis([own.loss for own in entries], measure))
     return figure
 
@@ -85,19 +89,19 @@ def _table(found: Mapping[str, Taxonomy], marks: Mapping[str, int]) -> Table:
         ]
         for name, own in exponents.items()
     ]
-    return Table(("structure", *(_SIGNS[name] for name in EXPONENTS), *found), rows)
+    return Table(("structure", *(SIGNS[name] for name in EXPONENTS), *found), rows)
 
 
-def _effects(found: Mapping[str, Taxonomy]) -> list[Table]:
-    """The table of the regression on all three at once, if dense is among the structures."""
+def effects_table(found: Mapping[str, ExponentEffects | None]) -> list[Table]:
+    """The table of the regression on all three at once, by measure, if there is one."""
     rows = []
     for measure, own in found.items():
-        if own.effects is None:
+        if own is None:
             continue
-        r_squared = Cell(f"{own.effects.r_squared:.2f}", own.effects.r_squared)
+        r_squared = Cell(f"{own.r_squared:.2f}", own.r_squared)
         for name in EXPONENTS:
-            title = f"{_SIGNS[name]}, {measure}"
-            rows.append([Cell(title, title), *_effect(getattr(own.effects, name)), r_squared])
+            title = f"{SIGNS[name]}, {measure}"
+            rows.append([Cell(title, title), *_effect(getattr(own, name)), r_squared])
     note = Markup(
         "Least squares of log(loss / loss of dense) on ψ − 1, ν − 1 and ω together. One unit more of an exponent "
         "multiplies the loss by e to its effect. –: these structures do not tell it from the others."

@@ -1,0 +1,64 @@
+"""`einlinear map`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from einlinear.cli import display
+from einlinear.cli.endings import user_errors
+from einlinear.cli.options import Folders
+from einlinear.cli.packages import EXPERIMENTS, require
+
+_SHOWN = 10
+
+
+def map_(
+    folders: Folders,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page to write. Default: report.html in the folder; of several it has to be given."),
+    ] = None,
+) -> None:
+    """Say where the structures of a search lie in (psi, nu, omega), what they are worth, and draw it."""
+    require(EXPERIMENTS)
+    from einlinear.experiments.findings.structure_map import AT_LEAST, structure_map
+    from einlinear.experiments.findings.summary import in_words, studies
+    from einlinear.experiments.findings.taxonomy import EXPONENTS
+    from einlinear.experiments.report import write_report
+    from einlinear.experiments.runs.store import open_store
+
+    with user_errors():
+        found = studies(record for folder in folders for record in open_store(folder).records())
+        maps = [(study, own) for study in found if (own := structure_map(study, study.error))]
+        if not maps:
+            raise ValueError(
+                f"{' and '.join(map(str, folders))}: a map needs {AT_LEAST} structures of about the same MACs"
+            )
+        made = write_report(folders, out)
+    for study, own in maps:
+        display.note(f"{study}: {len(own.places)} structures at {own.compute:,.0f} MACs per {study.input}")
+        rows = [
+            (
+                place.structure,
+                place.kind,
+                str(place.row.run.model.width),
+                *(f"{place.exponents[name]:.3g}" for name in EXPONENTS),
+                f"{place.loss:.4f}",
+            )
+            for place in own.places[:_SHOWN]
+        ]
+        display.show(("structure", "kind", "width", *EXPONENTS, in_words(study.error)), rows)
+        effects = []
+        for name in EXPONENTS:
+            effect = getattr(own.effects, name)
+            ends = effect.interval
+            interval = f"{ends.low:+.3f} to {ends.high:+.3f}" if ends else "–"
+            effects.append((name, "–" if math.isnan(effect.value) else f"{effect.value:+.3f}", interval))
+        display.show(("one unit more of", f"log of {in_words(study.error)}", "95 % interval"), effects)
+        best = own.places[0]
+        display.note(f"The best:\n    import einlinear as el\n    el.convert(model, {best.structure!r})\n")
+    display.note(f"Map: {made.path}")
