@@ -25,8 +25,9 @@ def compare(
     structures: Annotated[
         list[str] | None,
         typer.Option(
-            help="Structures, separated by ';' (names of families also by ','); may be repeated. Default: dense; "
-            "low_rank; kronecker; tt(rank=4); monarch; btt; dyad. from-study:FOLDER: the three best of a search."
+            help="Structures, separated by ';' (names of families also by ','); may be repeated; "
+            "from-study:FOLDER: the three best of a search. Default: dense; low_rank; kronecker; tt(rank=4); monarch; "
+            "btt; dyad."
         ),
     ] = None,
     macs: Annotated[

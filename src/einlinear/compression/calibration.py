@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from einlinear.compression.effects import Outputs
 from einlinear.compression.importance import importance
 from einlinear.compression.moments import Inputs, Moments
 from einlinear.compression.passes import Passes
@@ -56,6 +58,11 @@ class Calibration:
             for stage, moments in zip(part, self._moments(part, compressed), strict=True):
                 for name in stage.names:
                     yield name, moments.inputs(centred=self.layers[name].bias is not None)
+
+    @cached_property
+    def outputs(self) -> Outputs | None:
+        """What the model puts out; None without data."""
+        return None if self._batches is None else Outputs(self._model, self._batches)
 
     def importance(self) -> dict[str, float]:
         """What a unit of squared error of a layer's outputs counts, if the model's output depends on the layer."""

@@ -15,6 +15,7 @@ from einlinear import ops
 from einlinear.compression.allocation import allocate
 from einlinear.compression.calibration import Calibration
 from einlinear.compression.candidates import CONSIDERED, DEFAULT, Candidate, Spectrum, estimated, members, probed
+from einlinear.compression.effects import SHARES, Effect
 from einlinear.compression.journal import Journal, digest_of
 from einlinear.compression.moments import Inputs
 from einlinear.compression.report import Compressed, CompressionReport
@@ -47,8 +48,8 @@ def compress(
     """Replace linear layers by structured ones that together keep a share of the parameters or MACs, in place.
 
     Every layer gets a structure and a rank of its own, or stays dense: what changes the model's outputs least within
-    the budget, by the error that each choice leaves at the layer's outputs and by how much these matter (to first
-    order, `importance.py`). With calibration data it is outputs on them that are kept, not weights.
+    the budget, by the error that each choice leaves at the layer's outputs and by what such an error does to those of
+    the model (`effects.py`). With calibration data it is outputs on them that are kept, not weights.
 
     Args:
         model: any module with `torch.nn.Linear` or transformers' Conv1D layers inside.
@@ -171,10 +172,10 @@ class _Task:
         names = [name for stage in self.data.stages for name in stage.names if name in self.importance]
         dense = sum(weight_of(self.data.layers[name]).numel() for name in names)
         options: dict[str, list[Candidate]] = {}
-        matters: dict[str, float] = {}
+        effects: dict[str, Effect] = {}
         for name in names:
             if known := self.journal.read(f"candidates of {name}"):
-                matters[name] = known["matters"]
+                effects[name] = Effect.of(known["effects"])
                 options[name] = [Candidate(**candidate) for candidate in known["candidates"]]
         left = [stage for stage in self.data.stages if any(n in names and n not in options for n in stage.names)]
         for name, inputs in self.data.inputs(left):
@@ -183,17 +184,39 @@ class _Task:
             if not math.isfinite(self.importance[name]):
                 raise ValueError(f"{name}: its gradients overflow. Load the model in float32 or bfloat16")
             self.tell("comparing structures", len(options), len(names))
-            matters[name] = self.importance[name] * inputs.energy(weight_of(self.data.layers[name]))
+            effects[name] = self._effect(name, inputs)
             options[name] = self._candidates(name, inputs)
             candidates = [asdict(candidate) for candidate in options[name]]
-            self.journal.write(f"candidates of {name}", {"matters": matters[name], "candidates": candidates})
+            self.journal.write(f"candidates of {name}", {"effects": effects[name].points, "candidates": candidates})
         self.tell("comparing structures", len(names), len(names))
         specs: dict[str, str] | None = self.journal.read("choice")
         if specs is None:
-            weighted = {name: [replace(c, error=c.error * matters[name]) for c in options[name]] for name in names}
+            weighted = {name: [replace(c, error=effects[name].at(c.error)) for c in options[name]] for name in names}
             specs = {name: c.spec for name, c in allocate(weighted, int(budget * dense)).items()}
             self.journal.write("choice", specs)
-        return {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}, matters
+        chosen = {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}
+        return chosen, {name: effects[name].slope for name in names}
+
+    def _effect(self, name: str, inputs: Inputs) -> Effect:
+        """What errors of a layer's outputs do: measured, or where there are no data, alike for all weights."""
+        layer = self.data.layers[name]
+        weight = weight_of(layer)
+        first_order = Effect.of([(1.0, self.importance[name] * inputs.energy(weight))])
+        if self.data.outputs is None:
+            return first_order
+        points = self.shared.read(f"effects of {name}")
+        if points is None:
+            points = []
+            for share in SHARES:
+                rank = max(1, int(share * weight.numel() / sum(weight.shape)))
+                s = structure(f"low_rank(rank={rank})", *features(layer))
+                other = ops.dense_weight(s, ops.project(s, weight, inputs.damped(self.damping)))
+                shift = None if layer.bias is None else inputs.bias(layer.bias, weight, other) - layer.bias
+                error, moved = inputs.error(weight, other), self.data.outputs.moved(layer, other - weight, shift)
+                if error > 0 and math.isfinite(moved):
+                    points.append((error, moved))
+            self.shared.write(f"effects of {name}", points)
+        return Effect.of(points) if points else first_order
 
     def _candidates(self, name: str, inputs: Inputs) -> list[Candidate]:
         """What a layer could become, dense among them."""

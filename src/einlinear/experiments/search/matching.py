@@ -20,7 +20,7 @@ _GRANULE = 2  # widths are its multiples: odd ones factor badly
 _WIDEST = 2**14
 _FIRST, _STEPS = 32, 4  # the width that is tried first, in steps, and how often it is corrected
 _NEIGHBOURS = 0.08  # of the width: how far from where costs cross the budget widths are looked at
-_MARK = "low_rank(rank=1)"  # tells layers that take the structure from those that are dense anyway
+_MARK, _TWICE = "low_rank(rank=1)", "low_rank(rank=2)"  # tell which layers take the structure, and how often
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,13 @@ class _Costs:
 
     Attributes:
         step: of the widths that it can have.
+        positions: of an input, such as the patches of an image, that every one of these layers is applied to.
         layers: that take the structure.
         rest: what else it costs, a + b width + c width^2.
     """
 
     step: int
+    positions: int
     layers: tuple[_Layer, ...]
     rest: tuple[Fraction, Fraction, Fraction]
 
@@ -160,17 +162,21 @@ class _Costs:
         }
         counted = {line: [*lines.values()].count(line) for line in lines.values()}
         layers = tuple(_Layer(count, *line) for line, count in counted.items())
+        once, twice = (_build(replace(model, structure=mark, width=widths[0]), shape) for mark in (_MARK, _TWICE))
+        one_rank = sum(layer.count * structure(_MARK, *layer.at(widths[0])).macs for layer in layers)
+        positions, left = divmod(twice.macs - once.macs, one_rank)
+        if left:
+            raise ValueError(f"the layers of model={model.NAME} are applied to different numbers of positions")
         others = []
         for one, width in zip(built, widths, strict=True):
             own = sum(layer.count * structure(_MARK, *layer.at(width)).macs for layer in layers)
-            others.append(one.macs - own)
-        return cls(step, layers, _parabola(widths, others))
+            others.append(one.macs - positions * own)
+        return cls(step, positions, layers, _parabola(widths, others))
 
     def macs(self, made: tuple[Structure, ...], width: int) -> int:
         a, b, c = self.rest
-        return sum(layer.count * s.macs for layer, s in zip(self.layers, made, strict=True)) + int(
-            a + b * width + c * width**2
-        )
+        own = sum(layer.count * s.macs for layer, s in zip(self.layers, made, strict=True))
+        return self.positions * own + int(a + b * width + c * width**2)
 
 
 @lru_cache(maxsize=2**16)

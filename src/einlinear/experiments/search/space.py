@@ -79,9 +79,9 @@ class Theta:
 def theta_of(alpha: float, epsilon: float, beta: float, delta: float, rho: float) -> Theta:
     """The admissible theta of a point of the cube: all are between 0 and 1, and any will do.
 
-    >>> theta_of(0.5, 0.5, 0.0, 0.0, 0.0).spec
+    >>> theta_of(0.4, 0.4, 0.0, 0.0, 0.0).spec
     'einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))'
-    >>> theta_of(1.0, 1.0, 0.3, 0.9, 0.5).spec  # nothing is left of either side: low rank
+    >>> theta_of(1.0, 1.0, 0.3, 0.9, 0.6).spec  # nothing is left of either side: low rank
     'einsum(theta=(1, 0, 0, 0, 1, 0, 1/2))'
     """
     a, e = (max(_on_grid(_to_faces(u, low=False), Fraction(1)), Fraction(1, GRID)) for u in (alpha, epsilon))
