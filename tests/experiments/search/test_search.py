@@ -168,9 +168,7 @@ def check(folder: Path, storage: str | None) -> None:
 def test_two_drivers_killed_at_random_moments(tmp_path: Path, kind: str, most: int) -> None:
     folder, draw = tmp_path / "search", random.Random(0)
     with server(tmp_path) if kind == "postgresql" else _nothing(kind) as storage:
-        drivers = [started(folder, storage)]
-        time.sleep(1)
-        drivers.append(started(folder, storage))
+        drivers = [started(folder, storage), started(folder, storage)]
         kills = 0
         while kills < most:
             time.sleep(draw.uniform(0.3, 1.0))

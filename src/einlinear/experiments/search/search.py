@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -181,20 +181,22 @@ class Search:
     def _jobs(self) -> Iterator[Job]:
         """What others have left unfinished, then new candidates, one whenever there is room for it."""
         end = math.inf if self.config.hours is None else time.monotonic() + 3600 * self.config.hours
-        with self.study.alone():
-            orphans = self.study.orphans()
-        for own in orphans:
-            self._trials[own.run.key] = own.number, None
-            if self._result(own.run) is not None:
-                self._tell(own.number, own.run)
-            else:
-                yield own.run, self.store.path(own.run)
-        while time.monotonic() < end:
+        orphans = deque[Tried]()
+        while True:
             with self.study.alone():
-                run = self._next()
-            if run is None:
+                orphans += self.study.orphans()
+                run = None if orphans or time.monotonic() > end else self._next()
+            if orphans:
+                own = orphans.popleft()
+                self._trials[own.run.key] = own.number, None
+                if self._result(own.run) is None:
+                    yield own.run, self.store.path(own.run)
+                else:
+                    self._tell(own.number, own.run)
+            elif run is None:
                 return
-            yield run, self.store.path(run)
+            else:
+                yield run, self.store.path(run)
 
     def _next(self) -> Run | None:
         """A candidate that nobody has tried; None if there are enough, or none is left."""

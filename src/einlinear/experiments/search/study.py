@@ -181,18 +181,19 @@ def open_study(
         ValueError: the study is about something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kept = _storage(folder, storage)
-    study = optuna.create_study(
-        storage=kept,
-        study_name=name or folder.resolve().name,
-        direction="minimize",
-        load_if_exists=True,
-        pruner=pruner,
-    )
-    before = study.user_attrs.get(_SETTINGS)
-    if before is None:
-        study.set_user_attr(_SETTINGS, dict(settings))
-    elif changed := differences(before, settings):
+    with FileLock(folder / f"{_LOCK}.lock"):  # two drivers that make the tables of a database at once fail
+        kept = _storage(folder, storage)
+        study = optuna.create_study(
+            storage=kept,
+            study_name=name or folder.resolve().name,
+            direction="minimize",
+            load_if_exists=True,
+            pruner=pruner,
+        )
+        before = study.user_attrs.get(_SETTINGS)
+        if before is None:
+            study.set_user_attr(_SETTINGS, dict(settings))
+    if before is not None and (changed := differences(before, settings)):
         raise ValueError(
             f"the study {study.study_name} is about something else: {'; '.join(changed)}. Name another folder (--out)"
         )
