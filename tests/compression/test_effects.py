@@ -32,6 +32,29 @@ def test_a_change_of_a_weight_and_a_bias() -> None:
     assert not model[0]._forward_hooks
 
 
+def test_layers_that_few_batches_call() -> None:
+    """Such as experts: batches are run until two of them call the layer, or there are no more."""
+
+    class Rare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.often, self.rare = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.often(x)
+            return y + self.rare(x) if float(x[0, 0]) > 0 else y
+
+    model, batches = Rare(), [torch.randn(8, 5) for _ in range(6)]
+    for number, batch in enumerate(batches):
+        batch[0, 0] = 1.0 if number in (2, 4) else -1.0
+    change = torch.randn(5, 5)
+    x = torch.cat([batches[2], batches[4]])
+    with torch.no_grad():
+        squares = sum(float(model(batch).square().sum()) for batch in batches[:5])
+    expected = float((x @ change.T).square().sum()) / squares
+    assert Outputs(model, batches).moved(model.rare, change, None) == pytest.approx(expected, rel=1e-4)
+
+
 def test_of_logits_the_divergence() -> None:
     model = Classifier()
     x, change = torch.randn(50, 5), torch.randn(3, 8)
@@ -77,7 +100,7 @@ def test_errors_that_are_averaged_away_matter_less(tmp_path: Path) -> None:
     assert averaged.params < kept.params / 2
 
 
-def test_outputs_that_are_not_finite_say_nothing() -> None:
+def test_outputs_that_are_not_finite_are_the_worst() -> None:
     class Steep(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -201,22 +201,21 @@ class _Task:
         """What errors of a layer's outputs do: measured, or where there are no data, alike for all weights."""
         layer = self.data.layers[name]
         weight = weight_of(layer)
-        first_order = Effect.of([(1.0, self.importance[name] * inputs.energy(weight))])
         if self.data.outputs is None:
-            return first_order
+            return Effect.of([(1.0, self.importance[name] * inputs.energy(weight))])
         points = self.shared.read(f"effects of {name}")
         if points is None:
             points = []
             for share in SHARES:
-                rank = max(1, int(share * weight.numel() / sum(weight.shape)))
-                s = structure(f"low_rank(rank={rank})", *features(layer))
-                other = ops.dense_weight(s, ops.project(s, weight, inputs.damped(self.damping)))
+                other = torch.zeros_like(weight)
+                if rank := int(share * weight.numel() / sum(weight.shape)):
+                    s = structure(f"low_rank(rank={rank})", *features(layer))
+                    other = ops.dense_weight(s, ops.project(s, weight, inputs.damped(self.damping)))
                 shift = None if layer.bias is None else inputs.bias(layer.bias, weight, other) - layer.bias
-                error, moved = inputs.error(weight, other), self.data.outputs.moved(layer, other - weight, shift)
-                if error > 0 and math.isfinite(moved):
-                    points.append((error, moved))
+                if (error := inputs.error(weight, other)) > 0:
+                    points.append((error, self.data.outputs.moved(layer, other - weight, shift)))
             self.shared.write(f"effects of {name}", points)
-        return Effect.of(points) if points else first_order
+        return Effect.of(points or [(1.0, 0.0)])  # a weight of zeros has no error
 
     def _candidates(self, name: str, inputs: Inputs) -> list[Candidate]:
         """What a layer could become, dense among them."""
@@ -234,8 +233,8 @@ class _Task:
                     for s in probed(considered)
                 }
                 self.shared.write(f"{family} for {name}", errors)
-            for spec, error in estimated(considered, errors, spectrum).items():
-                found.append(Candidate(spec, getattr(structure(spec, *features(layer)), self.count), error))
+            guesses = estimated(considered, errors, spectrum)
+            found += [Candidate(s.spec, getattr(s, self.count), guesses[s.spec]) for s in considered]
         return found
 
     def fit(

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from einlinear.compression.running import Batch, call, output_of, tokens_of
 
-SHARES = (0.1, 0.25, 0.5, 0.75)  # of dense, that the low ranks keep
-_BATCHES = 2  # of the calibration data, that are run for each
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)  # of dense, that the low ranks keep
+_BATCHES = 2  # of the calibration data that call the layer: so many are run for each
+_RUINED = 1e6  # where what the model puts out is no number any more
 
 
 @dataclass(frozen=True)
@@ -74,36 +75,51 @@ class Outputs:
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self._model = model
-        self._right = [(batch, *self._run(batch)) for batch in batches[:_BATCHES]]
+        self._model, self._batches = model, batches
+        self._right: dict[int, tuple[Tensor, bool]] = {}  # by the batch
 
     def moved(self, layer: nn.Module, change: Tensor, shift: Tensor | None) -> float:
         """How far the output moves if a layer's weight changes by (out, in) and its bias by (out,).
 
         The divergence of the answers of a model that puts out logits, in nats; of another, the share of the squared
-        outputs. Means over tokens; NaN or infinite where the outputs are.
+        outputs. It is the mean over the tokens of the first batches, of so many that two of them call the layer.
         """
+        calls = 0
 
         def changed(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
             x = args[0] if args else next(iter(kwargs.values()))
             more = F.linear(x, change.to(x), None if shift is None else shift.to(x))
             return output + more
 
         total = count = 0.0
-        handle = layer.register_forward_hook(changed, with_kwargs=True)
-        try:
-            for batch, right, is_logits in self._right:
+        reached = 0
+        for number, batch in enumerate(self._batches):
+            right, is_logits = self._right_of(number)
+            before = calls
+            handle = layer.register_forward_hook(changed, with_kwargs=True)
+            try:
                 found, _ = self._run(batch)
-                if is_logits:
-                    answers, others = right.log_softmax(1), found.log_softmax(1)
-                    total += float(F.kl_div(others, answers, log_target=True, reduction="sum"))
-                    count += len(right)
-                else:
-                    total += float((found - right).square().sum())
-                    count += float(right.square().sum())
-        finally:
-            handle.remove()
-        return total / max(count, 1e-30)
+            finally:
+                handle.remove()
+            if is_logits:
+                answers, others = right.log_softmax(1), found.log_softmax(1)
+                total += float(F.kl_div(others, answers, log_target=True, reduction="sum"))
+                count += len(right)
+            else:
+                total += float((found - right).square().sum())
+                count += float(right.square().sum())
+            reached += calls > before
+            if reached == _BATCHES:
+                break
+        moved = total / max(count, 1e-30)
+        return min(moved, _RUINED) if math.isfinite(moved) else _RUINED
+
+    def _right_of(self, number: int) -> tuple[Tensor, bool]:
+        if number not in self._right:
+            self._right[number] = self._run(self._batches[number])
+        return self._right[number]
 
     @torch.no_grad()
     def _run(self, batch: Batch) -> tuple[Tensor, bool]:

@@ -18,7 +18,7 @@ class Compressed:
         expected: the error that the choice was made by.
         error: of its outputs on the calibration data, E|y - y'|^2 / E|y|^2 with the means taken out if there is a bias;
             of its weight without calibration.
-        matters: what an error of one counts; the sum of errors times this was kept small.
+        matters: how far the model's output moves, for each unit of a small error; see `effects.py`.
         speed_up: how many times as fast it is as the dense layer was, for 256 tokens at once.
     """
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import queue
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from optuna.trial import TrialState
 from tests.experiments.search.postgres import server
 from tests.experiments.sweeps.test_workers import children, is_worker
 
+from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.leaders import leaders, with_leaders
 from einlinear.experiments.search.search import Search, configure
@@ -36,6 +40,24 @@ def here(jobs: Iterable[Job]) -> Iterator[Event]:
         outcome = attempt(run.options, folder, lambda *step, said=said: said.append(step))  # type: ignore[misc]
         yield from (Event(run, "running", *step) for step in said[-1:])
         yield Event(run, **outcome)
+
+
+def step_by_step(jobs: Iterable[Job]) -> Iterator[Event]:
+    """A pool whose runs wait after every step until the driver has heard of it."""
+    for run, folder in jobs:
+        events: queue.Queue[Event] = queue.Queue()
+
+        def said(step: int, steps: int, loss: float, run: Run = run, events: queue.Queue[Event] = events) -> None:
+            events.put(Event(run, "running", step, steps, loss))
+            events.join()
+
+        with ThreadPoolExecutor(1) as thread:
+            outcome = thread.submit(attempt, run.options, folder, said)
+            while not (outcome.done() and events.empty()):
+                with suppress(queue.Empty):
+                    yield events.get(timeout=0.1)
+                    events.task_done()
+            yield Event(run, **outcome.result())
 
 
 def search(folder: Path, storage: str | None = None, **options: Any) -> Search:
@@ -92,7 +114,7 @@ def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> N
 
 def test_runs_that_are_behind_end_early(tmp_path: Path) -> None:
     found = search(tmp_path, trials=10, steps=40, sampler="random")
-    found.do(Workers(2))
+    found.do(step_by_step)
     states = [own.state for own in found.study.tried()]
     assert TrialState.COMPLETE in states
     assert TrialState.PRUNED in states

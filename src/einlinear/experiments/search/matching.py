@@ -13,6 +13,7 @@ import torch
 from einlinear.experiments.runs.models import Model, Shape
 from einlinear.experiments.search.space import Proposal
 from einlinear.nn import Linear, ReferenceModel
+from einlinear.ops.projection.unfold import is_padded
 from einlinear.structures import DoesNotFit, Structure, structure
 
 TOLERANCE = 0.05  # of the budget
@@ -71,7 +72,7 @@ class Matching:
                 macs = self._costs.macs(made, width)
                 off = abs(macs / self.budget - 1)
                 nearest = min(nearest, off)
-                if off <= TOLERANCE and not any(map(_is_padded, made)):
+                if off <= TOLERANCE and not any(is_padded(s, term) for s in made for term in s.terms):
                     return self._matched(made, width, macs)
                 if off <= TOLERANCE:
                     padded = padded or self._matched(made, width, macs)
@@ -162,9 +163,9 @@ class _Costs:
         }
         counted = {line: [*lines.values()].count(line) for line in lines.values()}
         layers = tuple(_Layer(count, *line) for line, count in counted.items())
-        once, twice = (_build(replace(model, structure=mark, width=widths[0]), shape) for mark in (_MARK, _TWICE))
+        twice = _build(replace(model, structure=_TWICE, width=widths[0]), shape)
         one_rank = sum(layer.count * structure(_MARK, *layer.at(widths[0])).macs for layer in layers)
-        positions, left = divmod(twice.macs - once.macs, one_rank)
+        positions, left = divmod(twice.macs - built[0].macs, one_rank)
         if left:
             raise ValueError(f"the layers of model={model.NAME} are applied to different numbers of positions")
         others = []
@@ -213,12 +214,3 @@ def _parabola(xs: list[int], ys: list[int]) -> tuple[Fraction, Fraction, Fractio
     c = Fraction(ys[2] - 2 * ys[1] + ys[0], 2 * step**2)
     b = Fraction(ys[1] - ys[0], step) - c * (xs[0] + xs[1])
     return ys[0] - b * xs[0] - c * xs[0] ** 2, b, c
-
-
-def _is_padded(s: Structure) -> bool:
-    sizes = dict(s.sizes)
-    return any(
-        math.prod(sizes[axis] for axis in axes) != features
-        for term in s.terms
-        for axes, features in ((term.inputs, s.in_features), (term.outputs, s.out_features))
-    )

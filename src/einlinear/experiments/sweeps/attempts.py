@@ -44,6 +44,7 @@ def attempt(options: Mapping[str, Any], folder: Path, progress: Progress | None 
             execute(Run.of(options), folder, watched)
             return {"status": "finished"}
         except _Stopped:
+            (folder / _STOP).unlink(missing_ok=True)  # whoever asks for the run again wants all of it
             return {"status": "stopped"}
         except BlockingIOError as error:
             if time.monotonic() > began + _PATIENCE:
