@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tests.cli.command import assert_refused, run
 
+from einlinear.experiments.runs.store import Store
+
 QUICK = ("data=digits", "steps=6", "depth=1", "batch_size=128", "--budget", "8k")
 
 
@@ -21,12 +23,19 @@ def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
     assert "3 of 4 candidates are there" in said
     assert "4 candidates, 0 of them" in said
 
-    more = ("--macs", "8k", "--seeds", 1, "--dense-reach", 1, "--workers", 1)
-    structures = f"dense; from-study:{out}"
-    code, said, _ = run("compare", "--structures", structures, *more, *QUICK[:-2], "--out", tmp_path / "compared")
+    again = ("--seeds", 1, "--workers", 1, "--out")
+    structures = ("--structures", f"dense; from-study:{out}")
+    code, said, _ = run("compare", *structures, *again, tmp_path / "confirmed")
     assert code == 0
-    assert "4 runs to do" in said
-    assert said.count("einsum(theta=") >= 3
+    assert "4 runs to do" in said  # at the budget of the search, with its data and its steps
+    records = Store(tmp_path / "confirmed").records()
+    assert {record.run.training.steps for record in records} == {6}
+    assert {record.run.data.data for record in records} == {"digits"}
+    assert all(record.result and abs(record.result.macs / 8_000 - 1) <= 0.05 for record in records)
+
+    code, said, _ = run("compare", *structures, "--macs", "8k,16k", "--dense-reach", 1, *again, tmp_path / "compared")
+    assert code == 0
+    assert "5 runs to do" in said
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Structures, separated by ';' (names of families also by ','); may be repeated; "
-            "from-study:FOLDER: the three best of a search. Default: dense; low_rank; kronecker; tt(rank=4); monarch; "
-            "btt; dyad."
+            "from-study:FOLDER: the three best of a search, whose options become the defaults, and without --macs all "
+            "others at its compute. Default: dense; low_rank; kronecker; tt(rank=4); monarch; btt; dyad."
         ),
     ] = None,
     macs: Annotated[
@@ -73,8 +73,8 @@ def compare(
     The same command again trains only what is missing; structures, MACs and seeds can be added to a results folder.
     """
     require(EXPERIMENTS)
-    from einlinear.experiments.search.leaders import with_leaders
-    from einlinear.experiments.sweeps.compare import configure, plan
+    from einlinear.experiments.search.leaders import alongside, as_searched, without_leaders
+    from einlinear.experiments.sweeps.compare import Config, configure, plan
 
     with user_errors():
         given: dict[str, Any] = {
@@ -88,12 +88,19 @@ def compare(
             "epochs": epochs,
             **assignments(settings),
         }
-        chosen, sized = with_leaders(specs(given["structures"]) or ())
+        others, best = without_leaders(specs(given["structures"]) or ())
+        sized: list[tuple[str, int]] = []
+        if best:
+            given = as_searched(best, given)
+            options = {name: value for name, value in given.items() if name not in Config.__dataclass_fields__}
+            is_matched = given.get("macs") is None and given.get("widths") is None
+            sized = alongside(best, others if is_matched else (), options)
+            others = () if is_matched else others
         lists: dict[str, Any] = {
-            "structures": chosen or (() if sized else None),
-            "sized": sized or None,
-            "macs": numbers(given["macs"], "--macs"),
-            "widths": numbers(given["widths"], "--widths"),
+            "structures": others or (() if best else None),
+            "sized": tuple(sized) or None,
+            "macs": numbers(given.get("macs"), "--macs"),
+            "widths": numbers(given.get("widths"), "--widths"),
         }
         sweep = plan(configure(**given | lists))
     carry_out(sweep, out, workers, mix_code)

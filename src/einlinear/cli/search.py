@@ -139,13 +139,5 @@ def _print(search: Search) -> None:
     display.note(f"\nTo use the best:\n    import einlinear as el\n    layer = el.Linear({width}, {width}, {winner!r})")
     display.note(f"    # or in a model of yours: el.convert(model, {winner!r})")
     where = f"from-study:{search.store.folder}"
-    options = [f"{name}={value}" for name, value in search.config.options.items()]
-    words = [
-        "einlinear",
-        "compare",
-        "--structures",
-        f"dense; btt; monarch; {where}",
-        "--macs",
-        str(search.config.budget),
-    ]
-    display.note(f"To confirm it with several seeds:\n    {shlex.join([*words, *options])}")
+    words = ["einlinear", "compare", "--structures", f"dense; btt; monarch; {where}", "--out", "results/confirmed"]
+    display.note(f"To confirm it with several seeds:\n    {shlex.join(words)}")

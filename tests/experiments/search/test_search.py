@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from optuna.trial import TrialState
 from tests.experiments.search.postgres import server
 from tests.experiments.sweeps.test_workers import children, is_worker
 
+from einlinear.experiments.runs.models import Shape
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
-from einlinear.experiments.search.leaders import leaders, with_leaders
+from einlinear.experiments.search.leaders import alongside, leaders, without_leaders
 from einlinear.experiments.search.search import Search, configure
 from einlinear.experiments.search.study import SAME_AS
 from einlinear.experiments.sweeps.attempts import attempt
@@ -79,10 +81,22 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
     assert (found.trust is not None) == (sampler == "predictor")
     best = leaders(tmp_path, 3)
     assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
-    assert with_leaders(("dense", f"from-study:{tmp_path}")) == (
-        ("dense",),
-        tuple((record.run.model.structure, record.run.model.width) for record in best),
-    )
+    others, records = without_leaders(("dense", f"from-study:{tmp_path}"))
+    assert others == ("dense",)
+    assert [record.run for record in records] == [record.run for record in best]
+    beside = alongside(records, others, records[0].run.options)
+    assert beside[1:] == [(record.run.model.structure, record.run.model.width) for record in best]
+    (dense, width), *_ = beside
+    assert dense == "dense"
+    macs = replace(records[0].run.model, structure=dense, width=width).build(Shape(64, 10)).macs
+    assert abs(macs / 8_000 - 1) <= 0.05
+
+
+def test_searches_that_are_not_alike_are_not_confirmed_together(tmp_path: Path) -> None:
+    search(tmp_path / "one", trials=1).do(here)
+    search(tmp_path / "two", trials=1, steps=9).do(here)
+    with pytest.raises(ValueError, match="searches of different settings cannot be compared: steps was 8, now 9"):
+        without_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
 
 
 def test_it_goes_on_with_more_trials_and_refuses_other_settings(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from einlinear.ops.projection.unfold import is_padded
 from einlinear.structures import DoesNotFit, Structure, structure
 
 TOLERANCE = 0.05  # of the budget
-_GRANULE = 2  # widths are its multiples: odd ones factor badly
 _WIDEST = 2**14
 _FIRST, _STEPS = 32, 4  # the width that is tried first, in steps, and how often it is corrected
 _NEIGHBOURS = 0.08  # of the width: how far from where costs cross the budget widths are looked at
@@ -51,11 +50,13 @@ class Matching:
         model: its structure and width are chosen.
         shape: of the data.
         budget: multiply-accumulates for one input.
+        granule: widths are its multiples, and those of the heads; odd ones factor badly.
     """
 
     model: Model
     shape: Shape
     budget: int
+    granule: int = 2
 
     def match(self, proposal: Proposal) -> Matched:
         """The width, and the rank nearest to the one proposed, at which the model costs the budget within 5 %.
@@ -119,7 +120,7 @@ class Matching:
 
     @cached_property
     def _costs(self) -> _Costs:
-        return _Costs.of(self.model, self.shape)
+        return _Costs.of(self.model, self.shape, self.granule)
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ class _Costs:
     rest: tuple[Fraction, Fraction, Fraction]
 
     @classmethod
-    def of(cls, model: Model, shape: Shape) -> _Costs:
+    def of(cls, model: Model, shape: Shape, granule: int) -> _Costs:
         heads, d_head = getattr(model, "heads", None), getattr(model, "d_head", None)
-        step = math.lcm(_GRANULE, (d_head or 1) if heads is None else heads if d_head is None else 1)
+        step = math.lcm(granule, (d_head or 1) if heads is None else heads if d_head is None else 1)
         widths = [n * step for n in (4, 8, 12)]
         built = [_build(replace(model, structure=_MARK, width=width), shape) for width in widths]
         kinds: list[dict[str, tuple[int, int]]] = [_marked(one) for one in built]

@@ -107,7 +107,7 @@ class Proposal:
     """A structure whose size is still open.
 
     Attributes:
-        family: "einsum", or one of `BESIDE`.
+        family: "einsum", one of `BESIDE`, or any structure of which all is said, as text.
         theta: of an einsum.
         arguments: of another family.
         rho: the rank, as an exponent of the width; None where there is none to choose.
