@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from tests import browser
 from tests.browser import Browser
+from tests.experiments.findings.test_structure_map import SPECS, loss_of, searched
 from tests.experiments.made_up import run_of, write
 
+import einlinear as el
 from einlinear.experiments.findings.coord_check import Updates, write_updates
+from einlinear.experiments.findings.structure_map import kind_of
 from einlinear.experiments.report import write_report
 
 PHONE, PAPER = 390, 718  # pixels; A4 without its margins
@@ -239,6 +242,39 @@ def test_on_paper_plots_fit_into_their_places(page: Browser) -> None:
     page.call("Emulation.setEmulatedMedia", media="")
     page.run("dispatchEvent(new Event('afterprint'))")
     page.resize(1000)
+
+
+def test_the_map_of_the_structures(chromium: Browser, tmp_path: Path) -> None:
+    """Every structure is a mark where its exponents are, the better the darker, and says what it is."""
+    searched(tmp_path)
+    write_report([tmp_path])
+    chromium.errors.clear()
+    chromium.open(tmp_path / "report.html")
+    section = "[...document.querySelectorAll('section')].find(s => s.innerText.startsWith('Map of the structures'))"
+    panels: list[list[dict[str, Any]]] = chromium.run(
+        f"""[...{section}.querySelectorAll(".js-plotly-plot")].filter(plot => plot.offsetParent).map(plot =>
+              plot.data.filter(t => t.mode === "markers").map(t => ({{
+                x: t.x[0], y: t.y[0], text: t.hovertemplate, size: t.marker.size, colour: t.marker.color,
+                kind: t.marker.symbol}})))"""
+    )
+    assert [len(marks) for marks in panels] == [len(SPECS)] * 4
+    drawn = f"[...{section}.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)"
+    count = chromium.run(f"{drawn}.map(plot => plot.querySelectorAll('.scatterlayer .point').length)")
+    assert count == [len(SPECS)] * 4
+    best_last = sorted(SPECS, key=loss_of, reverse=True)
+    for marks, (x, y) in zip(panels, (("nu", "psi"), ("nu", "omega"), ("psi", "omega")), strict=False):
+        assert len({mark["colour"] for mark in marks}) == len(SPECS)
+        assert [mark["size"] for mark in marks] == [10] * (len(SPECS) - 1) + [14]
+        for mark, spec in zip(marks, best_last, strict=True):
+            s = el.structure(spec, 64, 256)
+            assert (mark["x"], mark["y"]) == pytest.approx((float(getattr(s, x)), float(getattr(s, y))))
+            assert mark["text"].startswith(f"{spec}<br>{kind_of(spec)}, loss {loss_of(spec) / 2:.4g}")
+    text = chromium.run(f"{section}.innerText")
+    assert f"el.convert(model, '{best_last[-1]}')" in text
+    assert all(kind_of(spec) in text for spec in SPECS)
+    (first, *_) = chromium.run(f"[...{section}.querySelectorAll('tbody tr')].map(row => row.cells[0].innerText)")
+    assert first == best_last[-1]
+    assert chromium.errors == []
 
 
 def test_errors_of_a_page_are_noticed(chromium: Browser, tmp_path: Path) -> None:

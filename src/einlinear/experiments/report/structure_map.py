@@ -12,7 +12,7 @@ from einlinear.experiments.findings.structure_map import NEAR, Place, StructureM
 from einlinear.experiments.findings.summary import Study, in_words
 from einlinear.experiments.findings.taxonomy import EXPONENTS
 from einlinear.experiments.report.page import Cell, Figure, Panel, Section, Table
-from einlinear.experiments.report.plots import log_axis, shade, short, style, symbol
+from einlinear.experiments.report.plots import glyph, log_axis, shade, short, style, symbol
 from einlinear.experiments.report.taxonomy import AXES, SIGNS, effects_table
 
 _LISTED = 20
@@ -54,10 +54,11 @@ def map_of_structures(study: Study, commands: Sequence[str]) -> Section | None:
         for title, each in found.items()
         for own in each.places
     ]
+    legend = ", ".join(f"{glyph(i)} {kind}" for i, kind in enumerate(kinds))
     caption = Markup(
-        "Each mark is a model; the darker, the lower its loss; its shape says what kind its structure is. In the last "
-        "panel the line joins those that no other is both better and faster than."
-    )
+        "Each mark is a model; the darker, the lower its loss; its shape says what its structure is: {}. The best is "
+        "larger. In the last panel the line joins those that no other is both better and faster than."
+    ).format(legend)
     table = _table(first.places, study)
     effects = effects_table({title: own.effects for title, own in found.items()})
     parts: list[Figure | Table] = [Figure("map", caption, views, data), table, *effects]
