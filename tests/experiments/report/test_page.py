@@ -261,7 +261,7 @@ def test_the_map_of_the_structures(chromium: Browser, tmp_path: Path) -> None:
     drawn = f"[...{section}.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)"
     count = chromium.run(f"{drawn}.map(plot => plot.querySelectorAll('.scatterlayer .point').length)")
     assert count == [len(SPECS)] * 4
-    best_last = sorted(SPECS, key=loss_of, reverse=True)
+    best_last = sorted(SPECS, key=loss_of)[::-1]
     for marks, (x, y) in zip(panels, (("nu", "psi"), ("nu", "omega"), ("psi", "omega")), strict=False):
         assert len({mark["colour"] for mark in marks}) == len(SPECS)
         assert [mark["size"] for mark in marks] == [10] * (len(SPECS) - 1) + [14]
