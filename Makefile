@@ -13,8 +13,8 @@ help: ## list these targets
 demo: $(INSTALLED) data ## train structures side by side on real images (minutes) and write a report
 	@$(BIN)/einlinear compare --out results/demo --preset demo
 
-test: lint ## lint, type check and run the tests
-	@$(BIN)/python -m pytest
+test: lint ## lint, type check and run the tests, on up to four cores
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED) ## ruff, the formatter's check and mypy
 	@$(BIN)/ruff check
