@@ -26,8 +26,9 @@ from scipy.stats import t
 from einlinear.experiments.runs.records import METRICS
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
-from einlinear.experiments.search.search import AXES, Search, configure
-from einlinear.experiments.search.space import Proposal
+from einlinear.experiments.search.matching import at
+from einlinear.experiments.search.search import Search, configure
+from einlinear.experiments.search.space import STRUCTURE, Proposal
 from einlinear.experiments.sweeps import recipes
 from einlinear.experiments.sweeps.driver import do
 from einlinear.experiments.sweeps.workers import Workers
@@ -71,7 +72,7 @@ def main() -> None:
                 curves.setdefault(name, []).append(curve(search.store, runs, arguments.runs))
                 bars.advance(bar)
             store, runs = Store(folder / "paper"), [at_budget(spec, search) for spec in papers()]
-            store.open(runs, AXES)
+            store.open(runs, search.config.axes)
             do(runs, store, Workers(arguments.workers))
             orders = [random.Random(order).sample(runs, len(runs)) for order in range(ORDERS)]
             every = [curve(store, order, arguments.runs) for order in orders]
@@ -95,8 +96,8 @@ def papers() -> list[str]:
 
 def at_budget(spec: str, search: Search) -> Run:
     """The run of a structure that costs what the search's candidates do."""
-    found = search.matching.match(Proposal(spec))
-    return replace(search.base, model=replace(search.base.model, structure=found.spec, width=found.width))
+    found = search.matching.match({STRUCTURE: Proposal(spec)})
+    return replace(search.base, model=at(search.base.model, found.width, found.specs))
 
 
 def curve(store: Store, runs: Sequence[Run], length: int) -> Curve:

@@ -17,7 +17,7 @@ def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
     code, said, _ = run("search", *QUICK, "--trials", 3, "--workers", 1, "--no-prune", "--out", out)
     assert code == 0
     assert "0 of 3 candidates are there" in said
-    assert "el.Linear(" in said
+    assert "el.convert(model, " in said
     code, said, _ = run("search", *QUICK, "--trials", 4, "--workers", 1, "--no-prune", "--out", out)
     assert code == 0
     assert "3 of 4 candidates are there" in said

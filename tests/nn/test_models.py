@@ -53,6 +53,39 @@ every_model = pytest.mark.parametrize("build", [mlp, vit, gpt])
 with_tokens = pytest.mark.parametrize("build", [vit, gpt])
 
 
+# What they are made of
+
+
+@every_model
+def test_roles_have_structures_of_their_own(build: Build) -> None:
+    roles = {"up": "low_rank(rank=2)", "down": "monarch(blocks=2)"}
+    if build is mlp:
+        model: ReferenceModel = ResidualMLP(48, 32, CLASSES, depth=2, structure="btt", roles=roles)
+    else:
+        roles |= {"attention_in": "dense", "attention_out": "kronecker"}
+        model = build(roles=roles)
+    right = {"fc1": "up", "fc2": "down", "out": "attention_out"} | dict.fromkeys(
+        ("query", "key", "value"), "attention_in"
+    )
+    seen = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, el.Linear):
+            role = right.get(name.rpartition(".")[-1])
+            expected = el.structure(roles.get(role or "", "btt"), layer.in_features, layer.out_features).spec
+            assert layer.structure.spec == expected
+            seen.add(role)
+    assert roles.keys() | {None} == seen
+
+
+def test_roles_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="roles must be attention_in, attention_out, up, down, not head"):
+        gpt(roles={"head": "btt"})
+    with pytest.raises(ValueError, match="experts that are whole networks have one structure"):
+        gpt(roles={"up": "btt"}, experts=2, routed="feed_forward")
+    with pytest.raises(ValueError, match="a perceptron has no attention"):
+        ResidualMLP(48, 32, CLASSES, roles={"attention_in": "btt"})
+
+
 # What they compute
 
 

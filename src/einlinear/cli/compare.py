@@ -89,7 +89,7 @@ def compare(
             **assignments(settings),
         }
         others, best = without_leaders(specs(given["structures"]) or ())
-        sized: list[tuple[str, int]] = []
+        sized: list[dict[str, Any]] = []
         if best:
             given = as_searched(best, given)
             options = {name: value for name, value in given.items() if name not in Config.__dataclass_fields__}

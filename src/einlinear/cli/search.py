@@ -31,6 +31,13 @@ def search(
     families: Annotated[
         str, typer.Option(help="What is searched: einsum (every theta), btt3, blast, dyad; separated by commas.")
     ] = "einsum",
+    roles: Annotated[
+        str | None,
+        typer.Option(
+            help="Linear layers that get a structure of their own: attention_in, attention_out, up, down; separated by "
+            "commas. Default: one structure for all."
+        ),
+    ] = None,
     sampler: Annotated[
         str, typer.Option(help="How candidates are chosen: predictor (of psi, nu, omega and sizes), tpe, random.")
     ] = "predictor",
@@ -82,7 +89,8 @@ def search(
             budget=macs[0],
             trials=trials,
             hours=hours,
-            families=tuple(filter(None, families.replace(" ", "").split(","))),
+            families=_words(families),
+            roles=_words(roles or ""),
             sampler=sampler,
             prune=prune,
             measure=measure,
@@ -114,30 +122,36 @@ def search(
         raise typer.Exit(1)
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.replace(" ", "").split(",")))
+
+
 def _print(search: Search) -> None:
     tried = search.study.tried()
     best = sorted((own for own in tried if own.value is not None), key=lambda own: own.value or 0.0)
     if not best:
         display.note("No candidate is finished.")
         return
+    options = [*best[0].candidate.specs]
     rows = [
         (
-            own.candidate.spec,
+            *(own.candidate.specs[option] for option in options),
             f"{own.value:.4f}",
             f"{own.candidate.width:,}",
             f"{own.candidate.macs:,}",
-            *(f"{getattr(own.candidate, exponent):.3g}" for exponent in ("psi", "nu", "omega")),
+            *(f"{exponent:.3g}" for exponent in own.candidate.exponents[options[0]]),
         )
         for own in best[:_SHOWN]
     ]
-    display.show(("structure", search.measure, "width", "MACs", "psi", "nu", "omega"), rows)
+    display.show((*options, search.measure, "width", "MACs", "psi", "nu", "omega"), rows)
     ended = len(tried) - len(best)
     display.note(f"{len(tried)} candidates, {ended} of them ended early or still running.")
     if search.trust is not None:
         display.note(f"The predictor: {search.trust}.")
-    winner, width = best[0].candidate.spec, best[0].candidate.width
-    display.note(f"\nTo use the best:\n    import einlinear as el\n    layer = el.Linear({width}, {width}, {winner!r})")
-    display.note(f"    # or in a model of yours: el.convert(model, {winner!r})")
+    winner = best[0].candidate
+    display.note(f"\nTo use the best:\n    import einlinear as el\n    el.convert(model, {winner.spec!r})")
+    for option in options[1:]:
+        display.note(f"    # {option}: {winner.specs[option]}")
     where = f"from-study:{search.store.folder}"
     words = ["einlinear", "compare", "--structures", f"dense; btt; monarch; {where}", "--out", "results/confirmed"]
     display.note(f"To confirm it with several seeds:\n    {shlex.join(words)}")

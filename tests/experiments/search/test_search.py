@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,12 @@ from einlinear.experiments.runs.models import Shape
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.leaders import alongside, leaders, without_leaders
+from einlinear.experiments.search.matching import at
 from einlinear.experiments.search.search import Search, configure
 from einlinear.experiments.search.study import SAME_AS
+from einlinear.experiments.sweeps import compare
 from einlinear.experiments.sweeps.attempts import attempt
+from einlinear.experiments.sweeps.compare import plan
 from einlinear.experiments.sweeps.driver import Event, Job
 from einlinear.experiments.sweeps.workers import Workers
 
@@ -81,15 +83,33 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
     assert (found.trust is not None) == (sampler == "predictor")
     best = leaders(tmp_path, 3)
     assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
-    others, records = without_leaders(("dense", f"from-study:{tmp_path}"))
+    others, found_best = without_leaders(("dense", f"from-study:{tmp_path}"))
     assert others == ("dense",)
-    assert [record.run for record in records] == [record.run for record in best]
-    beside = alongside(records, others, records[0].run.options)
-    assert beside[1:] == [(record.run.model.structure, record.run.model.width) for record in best]
-    (dense, width), *_ = beside
-    assert dense == "dense"
-    macs = replace(records[0].run.model, structure=dense, width=width).build(Shape(64, 10)).macs
+    assert [own.record.run for own in found_best] == [record.run for record in best]
+    dense, *beside = alongside(found_best, others, best[0].run.options)
+    assert beside == [{"structure": r.run.model.structure, "width": r.run.model.width} for r in best]
+    assert dense["structure"] == "dense"
+    macs = at(best[0].run.model, dense["width"], {"structure": "dense"}).build(Shape(64, 10)).macs
     assert abs(macs / 8_000 - 1) <= 0.05
+
+
+def test_roles_have_structures_of_their_own(tmp_path: Path) -> None:
+    found = search(tmp_path, trials=10, sampler="predictor", roles=("up", "down"))
+    found.do(here)
+    tried = found.study.tried()
+    assert len({own.candidate.signature for own in tried}) == 10
+    for own in tried:
+        model = own.run.model
+        assert own.candidate.specs == {
+            "structure": model.structure,
+            "up_structure": getattr(model, "up_structure"),  # noqa: B009
+            "down_structure": getattr(model, "down_structure"),  # noqa: B009
+        }
+    assert found.trust is not None
+    _, (best, *_) = without_leaders((f"from-study:{tmp_path}",))
+    assert best.chosen.keys() == {"structure", "width", "up_structure", "down_structure"}
+    runs = plan(compare.configure(structures=(), sized=(best.chosen,), seeds=2, **best.common)).runs
+    assert [run.model for run in runs] == [best.record.run.model] * 2
 
 
 def test_searches_that_are_not_alike_are_not_confirmed_together(tmp_path: Path) -> None:
@@ -161,6 +181,9 @@ def test_nothing_is_left(tmp_path: Path) -> None:
     [
         ({"sampler": "grid"}, "sampler must be predictor, tpe, random, not 'grid'"),
         ({"families": ("monarch",)}, "families must be some of einsum, btt3, blast, dyad, not monarch"),
+        ({"roles": ("head",)}, "roles must be some of attention_in, attention_out, up, down, not head"),
+        ({"roles": ("attention_in",)}, "model=mlp has no attention_in_structure"),
+        ({"roles": ("up",), "up_structure": "btt"}, "up_structure cannot be set: they are what is searched for"),
         ({"trials": 0}, "trials must be at least 1"),
         ({"hours": 0}, "hours must be positive"),
         ({"structure": "btt"}, "structure cannot be set: they are what is searched for"),

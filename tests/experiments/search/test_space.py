@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import einlinear as el
-from einlinear.experiments.search.space import GRID, Proposal, Space, Theta, theta_of
+from einlinear.experiments.search.space import GRID, STRUCTURE, Proposal, Space, Theta, theta_of
 
 UNIT = st.floats(0, 1)
 # (1/2, 1/4, ...) in 24ths: those of the papers, beside dense
@@ -69,7 +69,7 @@ def test_families_beside_theta() -> None:
     space = Space(("einsum", "btt3", "blast", "dyad"))
     families = set()
     for n in range(40):
-        proposal = space.propose(lambda name, n=n: (0.37 * n + 0.11 * len(name)) % 1)  # type: ignore[misc]
+        proposal = space.propose(lambda name, n=n: (0.37 * n + 0.11 * len(name)) % 1)[STRUCTURE]  # type: ignore[misc]
         for rho in proposal.ranks[:3]:
             s = el.structure(proposal.spec(rho, 64), 64, 64)
             families.add(s.spec.partition("(")[0])

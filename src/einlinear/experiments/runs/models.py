@@ -11,6 +11,7 @@ import torch
 from einlinear.data import Images
 from einlinear.experiments.runs import causal_lm
 from einlinear.nn import GPT, ReferenceModel, ResidualMLP, ViT
+from einlinear.nn.models.blocks import ROLES
 
 DENSE = "dense"
 
@@ -91,7 +92,38 @@ class Model(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLP(Model):
+class OfBlocks(Model):
+    """A model of feed-forward blocks, whose layers may have structures of their own; None: that of the others.
+
+    Attributes:
+        up_structure, down_structure: of the hidden layers and of the outputs of the feed-forward networks.
+    """
+
+    up_structure: str | None = None
+    down_structure: str | None = None
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The structures of the roles that have their own."""
+        given = {role: getattr(self, f"{role}_structure", None) for role in ROLES}
+        return {role: structure for role, structure in given.items() if structure is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAttention(OfBlocks):
+    """The same with attention.
+
+    Attributes:
+        attention_in_structure: of queries, keys and values.
+        attention_out_structure: of the outputs of the attention.
+    """
+
+    attention_in_structure: str | None = None
+    attention_out_structure: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(OfBlocks):
     """A residual multilayer perceptron, `einlinear.nn.ResidualMLP`; its head is dense.
 
     Attributes:
@@ -116,11 +148,12 @@ class MLP(Model):
             experts=self.experts,
             active=self.active,
             routed=self.routed,
+            roles=self.roles,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vit(Model):
+class Vit(OfAttention):
     """A vision transformer, `einlinear.nn.ViT`; its head is dense.
 
     Attributes:
@@ -159,11 +192,12 @@ class Vit(Model):
             experts=self.experts,
             active=self.active,
             routed=self.routed,
+            roles=self.roles,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gpt(Model):
+class Gpt(OfAttention):
     """A language model, `einlinear.nn.GPT`, without biases.
 
     Attributes:
@@ -201,6 +235,7 @@ class Gpt(Model):
             experts=self.experts,
             active=self.active,
             routed=self.routed,
+            roles=self.roles,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,9 +12,9 @@ from einlinear.experiments.runs.records import Record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import open_store
 from einlinear.experiments.search.matching import Matching
-from einlinear.experiments.search.space import Proposal
-from einlinear.experiments.sweeps.compare import AXES
+from einlinear.experiments.search.space import STRUCTURE, Proposal, option_of
 from einlinear.files import differences
+from einlinear.nn.models.blocks import ROLES
 
 FROM_STUDY = "from-study:"
 
@@ -43,35 +44,61 @@ def leaders(folder: str | Path, count: int, measure: str | None = None) -> list[
     return list(best.values())[:count]
 
 
-def without_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ...], list[Record]]:
-    """Specs without those that read "from-study:FOLDER", and instead of these the best runs of the search.
+@dataclass(frozen=True)
+class Leader:
+    """One of the best of a search.
+
+    Attributes:
+        record: its run.
+        axes: the options of the model that the search chose.
+    """
+
+    record: Record
+    axes: tuple[str, ...]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        return {option: self.record.run.options[option] for option in self.axes}
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The options of all runs of the search."""
+        options = self.record.run.options
+        return {name: options[name] for name in options if name not in (*self.axes, "seed")}
+
+
+def without_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ...], list[Leader]]:
+    """Specs without those that read "from-study:FOLDER", and instead of these the best of the search.
 
     Raises:
         ValueError: as `leaders`; two searches whose runs are not alike.
     """
-    found: list[Record] = []
+    found: list[Leader] = []
     for spec in specs:
         if spec.startswith(FROM_STUDY):
             folder = Path(spec.removeprefix(FROM_STUDY))
             if not folder.exists() and (Path("results") / folder).exists():
                 folder = Path("results") / folder
-            found += leaders(folder, count)
-    for record in found[1:]:
-        if changed := differences(_common(found[0].run.identity), _common(record.run.identity)):
+            best = leaders(folder, count)
+            every = [record.run.options for record in open_store(folder).records()]
+            roles = [option for option in map(option_of, ROLES) if len({run.get(option) for run in every}) > 1]
+            found += [Leader(record, (STRUCTURE, "width", *roles)) for record in best]
+    for own in found[1:]:
+        if changed := differences(found[0].common, own.common):
             raise ValueError(f"searches of different settings cannot be compared: {'; '.join(changed)}")
     return tuple(spec for spec in specs if not spec.startswith(FROM_STUDY)), found
 
 
-def as_searched(best: Sequence[Record], given: Mapping[str, Any]) -> dict[str, Any]:
+def as_searched(best: Sequence[Leader], given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the search's runs, as far as others are not given."""
-    options = _common(best[0].run.options)
+    options = best[0].common
     if given.get("epochs") is not None:
         del options["steps"]
     return options | {name: value for name, value in given.items() if value is not None}
 
 
-def alongside(best: Sequence[Record], specs: Sequence[str], options: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """The best structures of a search with the widths that they were found at, after others at the same compute.
+def alongside(best: Sequence[Leader], specs: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Models, by their options: those of other structures at the compute of a search, then the best of the search.
 
     Args:
         best: of the search.
@@ -82,14 +109,7 @@ def alongside(best: Sequence[Record], specs: Sequence[str], options: Mapping[str
         DoesNotFit: one has no model of that compute.
     """
     base = Run.of(options)
-    macs = [record.result.macs for record in best if record.result]
+    macs = [own.record.result.macs for own in best if own.record.result]
     matching = Matching(base.model, base.data.load(base.seed).shape, round(fmean(macs)), granule=1)
-    matched = [matching.match(Proposal(spec)) for spec in specs]
-    found = [(own.spec, own.width) for own in matched] + [
-        (record.run.model.structure, record.run.model.width) for record in best
-    ]
-    return list(dict.fromkeys(found))
-
-
-def _common(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in AXES}
+    matched = [matching.match({STRUCTURE: Proposal(spec)}) for spec in specs]
+    return [{**own.specs, "width": own.width} for own in matched] + [own.chosen for own in best]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 
 from einlinear.experiments.runs.models import Model, Shape
-from einlinear.experiments.search.space import Proposal
+from einlinear.experiments.search.space import Proposals
 from einlinear.nn import Linear, ReferenceModel
 from einlinear.ops.projection.unfold import is_padded
 from einlinear.structures import DoesNotFit, Structure, structure
@@ -20,7 +21,10 @@ TOLERANCE = 0.05  # of the budget
 _WIDEST = 2**14
 _FIRST, _STEPS = 32, 4  # the width that is tried first, in steps, and how often it is corrected
 _NEIGHBOURS = 0.08  # of the width: how far from where costs cross the budget widths are looked at
-_MARK, _TWICE = "low_rank(rank=1)", "low_rank(rank=2)"  # tell which layers take the structure, and how often
+_MARK = "low_rank(rank={})"  # tells which layers take a structure
+
+Made = tuple[Structure, ...]  # of all kinds of layers
+Ranks = Mapping[str, Fraction]  # exponents, by the option of the model
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,18 @@ class Matched:
     """A structure at the size that fits a budget.
 
     Attributes:
-        spec: the structure.
+        specs: the structures, by the option of the model.
         width: of the model.
         macs: of the model, for one input.
-        sizes: of all axes, for each kind of layer: two candidates of the same sizes are the same model.
+        sizes: in_features, out_features and the sizes of all axes, for each kind of layer by its option: two
+            candidates of the same sizes are the same model.
         params: of the structured layers, biases left out.
     """
 
-    spec: str
+    specs: Mapping[str, str]
     width: int
     macs: int
-    sizes: tuple[tuple[int, ...], ...]
+    sizes: tuple[tuple[str, tuple[int, ...]], ...]
     params: int
 
 
@@ -58,49 +63,60 @@ class Matching:
     budget: int
     granule: int = 2
 
-    def match(self, proposal: Proposal) -> Matched:
-        """The width, and the rank nearest to the one proposed, at which the model costs the budget within 5 %.
+    def match(self, proposals: Proposals) -> Matched:
+        """The width, and the ranks nearest to those proposed, at which the model costs the budget within 5 %.
 
         Raises:
             DoesNotFit: there are none; it says how close one comes.
         """
         nearest = math.inf
-        for rho in proposal.ranks:
+        for ranks in _ranks(proposals):
             padded: Matched | None = None
-            for width in self._widths(proposal, rho):
-                if (made := self._made(proposal, rho, width)) is None:
+            for width in self._widths(proposals, ranks):
+                if (made := self._made(proposals, ranks, width)) is None:
                     continue
-                macs = self._costs.macs(made, width)
+                macs = self._costs_of(proposals).macs(made, width)
                 off = abs(macs / self.budget - 1)
                 nearest = min(nearest, off)
                 if off <= TOLERANCE and not any(is_padded(s, term) for s in made for term in s.terms):
-                    return self._matched(made, width, macs)
+                    return self._matched(proposals, made, width, macs)
                 if off <= TOLERANCE:
-                    padded = padded or self._matched(made, width, macs)
+                    padded = padded or self._matched(proposals, made, width, macs)
             if padded:
                 return padded
         closest = f"the closest is {nearest:.0%} off" if nearest < math.inf else "it fits no width"
-        name = proposal.spec(proposal.ranks[0], self._costs.step)
-        raise DoesNotFit(f"no {name} is within {TOLERANCE:.0%} of {self.budget:,} MACs: {closest}")
+        step = self._costs_of(proposals).step
+        names = " with ".join(own.spec(own.ranks[0], step) for own in proposals.values())
+        raise DoesNotFit(f"no {names} is within {TOLERANCE:.0%} of {self.budget:,} MACs: {closest}")
 
-    def _matched(self, made: tuple[Structure, ...], width: int, macs: int) -> Matched:
-        sizes = tuple((s.in_features, s.out_features, *(size for _, size in s.sizes)) for s in made)
-        params = sum(layer.count * s.params for layer, s in zip(self._costs.layers, made, strict=True))
-        return Matched(made[0].spec, width, macs, sizes, params)
+    def _matched(self, proposals: Proposals, made: Made, width: int, macs: int) -> Matched:
+        layers = self._costs_of(proposals).layers
+        specs = {
+            option: next(s.spec for layer, s in zip(layers, made, strict=True) if layer.option == option)
+            for option in proposals
+        }
+        sizes = tuple(
+            (layer.option, (s.in_features, s.out_features, *(size for _, size in s.sizes)))
+            for layer, s in zip(layers, made, strict=True)
+        )
+        params = sum(layer.count * s.params for layer, s in zip(layers, made, strict=True))
+        return Matched(specs, width, macs, sizes, params)
 
-    def _made(self, proposal: Proposal, rho: Fraction, width: int) -> tuple[Structure, ...] | None:
+    def _made(self, proposals: Proposals, ranks: Ranks, width: int) -> Made | None:
         """The structures of all kinds of layers."""
+        specs = {option: own.spec(ranks[option], width) for option, own in proposals.items()}
         try:
-            return tuple(_structure(proposal.spec(rho, width), *layer.at(width)) for layer in self._costs.layers)
+            layers = self._costs_of(proposals).layers
+            return tuple(_structure(specs[layer.option], *layer.at(width)) for layer in layers)
         except DoesNotFit:
             return None
 
-    def _widths(self, proposal: Proposal, rho: Fraction) -> Iterator[int]:
+    def _widths(self, proposals: Proposals, ranks: Ranks) -> Iterator[int]:
         """Those around which costs cross the budget, from there outwards; they grow like a power, by and large."""
-        step, power = self._costs.step, 1.5
+        step, power = self._costs_of(proposals).step, 1.5
         steps, before = _FIRST, None
         for _ in range(_STEPS):
-            if (cost := self._cost(proposal, rho, steps)) is None:
+            if (cost := self._cost(proposals, ranks, steps)) is None:
                 return
             if before is not None and before[0] != steps and before[1] != cost:
                 power = min(2.0, max(0.5, math.log(cost / before[1]) / math.log(steps / before[0])))
@@ -110,26 +126,33 @@ class Matching:
         for n in sorted(range(max(1, steps - reach), steps + reach + 1), key=lambda n: abs(n - steps)):
             yield n * step
 
-    def _cost(self, proposal: Proposal, rho: Fraction, steps: int) -> int | None:
+    def _cost(self, proposals: Proposals, ranks: Ranks, steps: int) -> int | None:
         """What the first of a few widths that fits costs."""
+        costs = self._costs_of(proposals)
         for n in range(steps, steps + 8):
-            width = n * self._costs.step
-            if made := self._made(proposal, rho, width):
-                return self._costs.macs(made, width)
+            if made := self._made(proposals, ranks, n * costs.step):
+                return costs.macs(made, n * costs.step)
         return None
 
-    @cached_property
-    def _costs(self) -> _Costs:
-        return _Costs.of(self.model, self.shape, self.granule)
+    def _costs_of(self, proposals: Proposals) -> _Costs:
+        return _costs(self.model, self.shape, self.granule, tuple(proposals))
+
+
+def _ranks(proposals: Proposals) -> Iterator[Ranks]:
+    """The exponents of the ranks, those proposed first, and from there step by step away from all of them."""
+    every = {option: own.ranks for option, own in proposals.items()}
+    for n in range(max(map(len, every.values()))):
+        yield {option: ranks[min(n, len(ranks) - 1)] for option, ranks in every.items()}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Layers of one shape that take the structure; features are slope * width + constant."""
+    """Layers of one shape that take the structure of an option; features are slope * width + constant."""
 
-    count: int
+    option: str
     in_features: tuple[int, int]
     out_features: tuple[int, int]
+    count: int
 
     def at(self, width: int) -> tuple[int, int]:
         (a, b), (c, d) = self.in_features, self.out_features
@@ -153,32 +176,43 @@ class _Costs:
     rest: tuple[Fraction, Fraction, Fraction]
 
     @classmethod
-    def of(cls, model: Model, shape: Shape, granule: int) -> _Costs:
+    def of(cls, model: Model, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
+        if unknown := [option for option in options if not hasattr(model, option)]:
+            raise ValueError(f"model={model.NAME} has no {', '.join(unknown)}")
         heads, d_head = getattr(model, "heads", None), getattr(model, "d_head", None)
         step = math.lcm(granule, (d_head or 1) if heads is None else heads if d_head is None else 1)
         widths = [n * step for n in (4, 8, 12)]
-        built = [_build(replace(model, structure=_MARK, width=width), shape) for width in widths]
-        kinds: list[dict[str, tuple[int, int]]] = [_marked(one) for one in built]
-        lines = {
-            name: tuple(_line(widths, [kind[name][side] for kind in kinds]) for side in (0, 1)) for name in kinds[0]
-        }
-        counted = {line: [*lines.values()].count(line) for line in lines.values()}
-        layers = tuple(_Layer(count, *line) for line, count in counted.items())
-        twice = _build(replace(model, structure=_TWICE, width=widths[0]), shape)
-        one_rank = sum(layer.count * structure(_MARK, *layer.at(widths[0])).macs for layer in layers)
-        positions, left = divmod(twice.macs - built[0].macs, one_rank)
+        once = {option: _MARK.format(n) for n, option in enumerate(options, 1)}
+        twice = {option: _MARK.format(2 * n) for n, option in enumerate(options, 1)}
+        built = [_build(at(model, width, once), shape) for width in widths]
+        kinds = [_marked(one, once) for one in built]
+        lines = [
+            (option, _line(widths, [kind[name][1] for kind in kinds]), _line(widths, [kind[name][2] for kind in kinds]))
+            for name, (option, *_) in kinds[0].items()
+        ]
+        layers = tuple(_Layer(*line, lines.count(line)) for line in dict.fromkeys(lines))
+        if unused := set(options) - {layer.option for layer in layers}:
+            raise ValueError(f"no layer of model={model.NAME} takes {', '.join(sorted(unused))}: name fewer roles")
+
+        def own(marks: Mapping[str, str], width: int) -> int:
+            return sum(layer.count * structure(marks[layer.option], *layer.at(width)).macs for layer in layers)
+
+        dearer = _build(at(model, widths[-1], twice), shape)
+        positions, left = divmod(dearer.macs - built[-1].macs, own(twice, widths[-1]) - own(once, widths[-1]))
         if left:
             raise ValueError(f"the layers of model={model.NAME} are applied to different numbers of positions")
-        others = []
-        for one, width in zip(built, widths, strict=True):
-            own = sum(layer.count * structure(_MARK, *layer.at(width)).macs for layer in layers)
-            others.append(one.macs - positions * own)
+        others = [one.macs - positions * own(once, width) for one, width in zip(built, widths, strict=True)]
         return cls(step, positions, layers, _parabola(widths, others))
 
-    def macs(self, made: tuple[Structure, ...], width: int) -> int:
+    def macs(self, made: Made, width: int) -> int:
         a, b, c = self.rest
         own = sum(layer.count * s.macs for layer, s in zip(self.layers, made, strict=True))
         return self.positions * own + int(a + b * width + c * width**2)
+
+
+@cache
+def _costs(model: Model, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
+    return _Costs.of(model, shape, granule, options)
 
 
 @lru_cache(maxsize=2**16)
@@ -186,17 +220,24 @@ def _structure(spec: str, in_features: int, out_features: int) -> Structure:
     return structure(spec, in_features, out_features)
 
 
+def at(model: Model, width: int, specs: Mapping[str, str]) -> Model:
+    """A model of another width, with structures by option."""
+    changes: dict[str, Any] = {"width": width, **specs}
+    return replace(model, **changes)
+
+
 def _build(model: Model, shape: Shape) -> ReferenceModel:
     with torch.device("meta"):
         return model.build(shape)
 
 
-def _marked(model: ReferenceModel) -> dict[str, tuple[int, int]]:
-    """The sizes of the layers that take the structure, by name."""
+def _marked(model: ReferenceModel, marks: Mapping[str, str]) -> dict[str, tuple[str, int, int]]:
+    """The option and the sizes of the layers that take a structure, by name."""
+    options = {mark: option for option, mark in marks.items()}
     return {
-        name: (layer.in_features, layer.out_features)
+        name: (options[layer.structure.spec], layer.in_features, layer.out_features)
         for name, layer in model.named_modules()
-        if isinstance(layer, Linear) and layer.structure.spec == _MARK
+        if isinstance(layer, Linear) and layer.structure.spec in options
     }
 
 

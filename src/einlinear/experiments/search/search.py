@@ -20,9 +20,9 @@ from einlinear.experiments.runs.options import parse
 from einlinear.experiments.runs.records import METRICS, Result, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
-from einlinear.experiments.search.matching import Matching
+from einlinear.experiments.search.matching import Matching, at
 from einlinear.experiments.search.predictor import AT_LEAST, Predictor, Trust
-from einlinear.experiments.search.space import Space
+from einlinear.experiments.search.space import STRUCTURE, Space, option_of
 from einlinear.experiments.search.study import SAME_AS, WHY, Candidate, Tried, open_study
 from einlinear.experiments.sweeps.attempts import stop
 from einlinear.experiments.sweeps.compare import template
@@ -31,7 +31,6 @@ from einlinear.structures import DoesNotFit
 from einlinear.training import metrics
 
 SAMPLERS = ("predictor", "tpe", "random")
-AXES = frozenset({"structure", "width"})
 # heads of any size: a width has to be a multiple of them, or of the size of a head
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {"gpt": {"heads": 4, "d_head": None}}
 _POOL = 64  # candidates that the predictor chooses from
@@ -51,6 +50,8 @@ class Config:
         trials: candidates to be trained.
         hours: after which no further one is begun; None: no limit.
         families: of structures, see `Space`.
+        roles: of linear layers that get a structure of their own, besides the one of all others: "attention_in",
+            "attention_out", "up", "down".
         sampler: how candidates are chosen: "predictor" (`predictor.py`), "tpe" (Optuna's), "random".
         prune: whether runs end early that are behind half of the others.
         measure: what is to be least; None: the error that the data is judged by.
@@ -62,6 +63,7 @@ class Config:
     trials: int = 60
     hours: float | None = None
     families: tuple[str, ...] = ("einsum",)
+    roles: tuple[str, ...] = ()
     sampler: str = SAMPLERS[0]
     prune: bool = True
     measure: str | None = None
@@ -76,9 +78,14 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.hours is not None and not self.hours > 0:
             raise ValueError(f"hours must be positive, not {self.hours:g}")
-        if taken := sorted(AXES & self.options.keys()):
+        Space(self.families, self.roles)
+        if taken := sorted(self.axes & self.options.keys()):
             raise ValueError(f"{' and '.join(taken)} cannot be set: they are what is searched for")
-        Space(self.families)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The options of the model that are chosen."""
+        return frozenset({STRUCTURE, "width", *map(option_of, self.roles)})
 
 
 def configure(**options: Any) -> Config:
@@ -107,7 +114,7 @@ class Search:
         if self.measure not in problem.task.ERRORS:
             raise ValueError(f"measure must be one of {', '.join(problem.task.ERRORS)}, not {self.measure!r}")
         self.matching = Matching(self.base.model, problem.shape, config.budget)
-        self.space = Space(config.families)
+        self.space = Space(config.families, config.roles)
         self.trust: Trust | None = None
         self._digest = problem.digest
         self._random = random.Random(config.seed)
@@ -135,8 +142,8 @@ class Search:
             ValueError: it holds something else.
         """
         self.store = store
-        store.open([self.base], AXES, command, mix_code, {self.base.data: self._digest})
-        fixed = {option: value for option, value in self.base.identity.items() if option not in AXES}
+        store.open([self.base], self.config.axes, command, mix_code, {self.base.data: self._digest})
+        fixed = {option: value for option, value in self.base.identity.items() if option not in self.config.axes}
         settings = {"budget": self.config.budget, "measure": self.measure, "data digest": self._digest, **fixed}
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.config.prune:
@@ -220,7 +227,7 @@ class Search:
                 state = TrialState.COMPLETE if same.is_finished else TrialState.FAIL
                 self.study.optuna.tell(trial, same.value, state)
                 continue
-            run = replace(self.base, model=replace(self.base.model, structure=candidate.spec, width=candidate.width))
+            run = replace(self.base, model=at(self.base.model, candidate.width, candidate.specs))
             self.study.note(trial, candidate, run)
             self._trials[run.key] = trial.number, trial
             return run
@@ -274,6 +281,6 @@ class Search:
 
 
 def _features(candidate: Candidate) -> list[float]:
-    """As the predictor's `FEATURES` say."""
-    c = candidate
-    return [c.psi, c.nu, c.omega, math.log2(c.width), math.log2(c.params)]
+    """As the predictor's `FEATURES` say, the exponents of one structure after the other."""
+    exponents = [value for option in sorted(candidate.exponents) for value in candidate.exponents[option]]
+    return [*exponents, math.log2(candidate.width), math.log2(candidate.params)]

@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from einlinear.nn.models.blocks import ROLES
+
 GRID = 24  # exponents are multiples of 1/24, such as halves, thirds and quarters: a factor of 1.26 at width 256
 _FACE = 0.2  # share of a coordinate that is mapped to each of its ends
 
@@ -141,6 +143,9 @@ class Proposal:
         return f"{self.family}({written})" if written else self.family
 
 
+STRUCTURE = "structure"
+Proposals = Mapping[str, Proposal]  # by the option of the model that it is for: "structure", "up_structure", ...
+
 # Families that are no two-factor einsums: how a point of the cube chooses a member.
 BESIDE: Mapping[str, Callable[[Suggest], Proposal]] = {
     "btt3": lambda suggest: Proposal(
@@ -159,6 +164,11 @@ BESIDE: Mapping[str, Callable[[Suggest], Proposal]] = {
 }
 
 
+def option_of(role: str) -> str:
+    """The option of a model for the structure of a role."""
+    return f"{role}_{STRUCTURE}"
+
+
 def _whole(u: float, low: int, high: int) -> int:
     """A whole number from low to high."""
     return min(high, low + int(u * (high + 1 - low)))
@@ -170,18 +180,29 @@ class Space:
 
     Attributes:
         families: "einsum" for all of theta, and any of `BESIDE`.
+        roles: of linear layers that get a structure of their own.
     """
 
     families: tuple[str, ...] = ("einsum",)
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = ("einsum", *BESIDE)
         unknown = [name for name in self.families if name not in known]
         if unknown or not self.families:
             raise ValueError(f"families must be some of {', '.join(known)}, not {', '.join(unknown) or 'none'}")
+        if wrong := [role for role in self.roles if role not in ROLES]:
+            raise ValueError(f"roles must be some of {', '.join(ROLES)}, not {', '.join(wrong)}")
 
-    def propose(self, suggest: Suggest) -> Proposal:
-        """The structure at a point, whose coordinates are asked for one by one."""
+    def propose(self, suggest: Suggest) -> Proposals:
+        """The structures at a point, whose coordinates are asked for one by one."""
+        own = {
+            option_of(role): self._propose(lambda name, role=role: suggest(f"{role} {name}"))  # type: ignore[misc]
+            for role in self.roles
+        }
+        return {STRUCTURE: self._propose(suggest), **own}
+
+    def _propose(self, suggest: Suggest) -> Proposal:
         family = (
             self.families[_whole(suggest("family"), 0, len(self.families) - 1)]
             if self.families[1:]

@@ -7,7 +7,7 @@ holds a lock as long as it lives, so that others can tell which trials nobody wo
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.search.matching import Matched
+from einlinear.experiments.search.space import STRUCTURE
 from einlinear.files import differences
 from einlinear.structures import structure
 
@@ -32,31 +33,35 @@ _TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A structure at its size, as it is noted.
+    """Structures at their sizes, as they are noted.
 
     Attributes:
-        spec, width, macs, params: as of `Matched`.
-        psi, nu, omega: of the structure.
+        specs, width, macs, params: as of `Matched`.
+        exponents: psi, nu and omega of each structure, by the option of the model.
         signature: equal for candidates that are the same model.
     """
 
-    spec: str
+    specs: Mapping[str, str]
     width: int
     macs: int
     params: int
-    psi: float
-    nu: float
-    omega: float
+    exponents: Mapping[str, Sequence[float]]
     signature: str
+
+    @property
+    def spec(self) -> str:
+        """The structure of the layers whose role has none of its own."""
+        return self.specs[STRUCTURE]
 
     @classmethod
     def of(cls, matched: Matched) -> Candidate:
-        (in_features, out_features, *_), *_ = matched.sizes
-        s = structure(matched.spec, in_features, out_features)
-        family = matched.spec.partition("(")[0]
-        return cls(
-            matched.spec, matched.width, matched.macs, matched.params, s.psi, s.nu, s.omega, f"{family} {matched.sizes}"
-        )
+        exponents = {}
+        for option, (in_features, out_features, *_) in reversed(matched.sizes):  # the first layer's are kept
+            s = structure(matched.specs[option], in_features, out_features)
+            exponents[option] = s.psi, s.nu, s.omega
+        families = {option: spec.partition("(")[0] for option, spec in matched.specs.items()}
+        signature = f"{families} {matched.sizes}"
+        return cls(matched.specs, matched.width, matched.macs, matched.params, exponents, signature)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ class Config:
         structures: specs, as for `einlinear.structure`.
         macs: targets: for each, every structure gets its widest model within this many MACs per input.
         widths: instead of macs: the widths every structure is trained at.
-        sized: structures whose widths are given, such as those that a search has found.
+        sized: models whose sizes are given, such as those that a search has found: their structures and widths, by
+            option.
         dense_reach: dense also gets the targets 2, 4, ... times the largest one, up to this many, so that its curve
             reaches the losses that better structures have at the targets.
         seeds: how many runs of each.
@@ -59,7 +60,7 @@ class Config:
     structures: tuple[str, ...] = STRUCTURES
     macs: tuple[int, ...] = (50_000, 100_000, 200_000, 400_000)
     widths: tuple[int, ...] = ()
-    sized: tuple[tuple[str, int], ...] = ()
+    sized: tuple[Mapping[str, Any], ...] = ()
     dense_reach: int = 4
     seeds: int = 3
     epochs: int = 20
@@ -125,14 +126,14 @@ def plan(config: Config) -> Sweep:
 
     targets = sorted(config.widths or config.macs)
     models = [model for target in targets for model in _models(base, problem.shape, config, target)]
-    models += [replace(base.model, structure=spec, width=width) for spec, width in config.sized]
+    models += [replace(base.model, **sized) for sized in config.sized]
     if not config.widths and DENSE in config.structures:
         dense, times = replace(config, structures=(DENSE,)), 2
         while times <= config.dense_reach:
             models += _models(base, problem.shape, dense, times * targets[-1])
             times *= 2
     runs = tuple(replace(base, model=model, seed=s) for s in range(config.seeds) for model in dict.fromkeys(models))
-    return Sweep(runs, AXES)
+    return Sweep(runs, AXES.union(*config.sized))
 
 
 def _models(base: Run, shape: Shape, config: Config, target: int) -> Iterator[Model]:

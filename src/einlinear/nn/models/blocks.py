@@ -6,8 +6,8 @@ that they are given, so that no block needs to know what kinds of layers there a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,12 +22,14 @@ from einlinear.structures import DoesNotFit, Structure
 from einlinear.structures import structure as make_structure
 
 ROUTED = ("linear", "feed_forward", "both")
+# what linear layers make: queries, keys and values; the attention's output; a feed-forward's hidden layer; its output
+ROLES = ("attention_in", "attention_out", "up", "down")
 
 
 class MakeLayer(Protocol):
-    """Makes a linear layer; without gamma where its output is normalised anyway."""
+    """Makes the linear layer of a role; without gamma where its output is normalised anyway."""
 
-    def __call__(self, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module: ...
+    def __call__(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class Layers:
         active: how many of them a token goes to.
         routed: which parts are mixtures: "linear", every linear layer; "feed_forward", whole feed-forward networks;
             "both", these and every linear layer of the attention.
+        roles: structures of some of the `ROLES`, instead of `structure`.
 
     Raises:
-        ValueError: another `routed`, fewer experts than one, more active ones than experts.
+        ValueError: another `routed` or role, fewer experts than one, more active ones than experts, experts that are
+            whole networks with structures for their roles.
     """
 
     structure: str
@@ -53,18 +57,24 @@ class Layers:
     experts: int | None = None
     active: int = 2
     routed: str = ROUTED[0]
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if unknown := sorted(self.roles.keys() - set(ROLES)):
+            raise ValueError(f"roles must be {', '.join(ROLES)}, not {', '.join(unknown)}")
         if self.routed not in ROUTED:
             raise ValueError(f"routed must be {' or '.join(ROUTED)}, not {self.routed!r}")
         if self.experts is not None:
             check_experts(self.experts, self.active)
+            if self.routed != "linear" and self.roles.keys() & {"up", "down"}:
+                raise ValueError("experts that are whole networks have one structure: leave out roles up and down")
 
-    def linear(self, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
+    def linear(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
         """A linear layer of the attention, or of a feed-forward network that is no expert."""
+        structure = self.roles.get(role, self.structure)
         if self.experts is None or self.routed == "feed_forward":
-            return self.single(in_features, out_features, gamma=gamma)
-        made = make_structure(self.structure, in_features, out_features)
+            return self.single(in_features, out_features, structure, gamma=gamma)
+        made = make_structure(structure, in_features, out_features)
         normalize = self._normalizes(made)
         return MoELinear(in_features, out_features, made, self.experts, self.active, self.bias, normalize, gamma=gamma)
 
@@ -103,8 +113,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.multiplier = multiplier
         self.norm = nn.LayerNorm(width, bias=bias)
-        self.fc1 = layer(width, expansion * width)
-        self.fc2 = layer(expansion * width, width)
+        self.fc1 = layer("up", width, expansion * width)
+        self.fc2 = layer("down", expansion * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.add(x, self.fc2(F.gelu(self.fc1(self.norm(x)))), alpha=self.multiplier)
@@ -145,10 +155,10 @@ class Attention(Described):
         d_head = d_head or width // heads
         self.heads, self.features, self.causal, self.multiplier = heads, heads * d_head, causal, multiplier
         self.norm = nn.LayerNorm(width, bias=bias)
-        self.query = layer(width, self.features, gamma=not qk_norm)
-        self.key = layer(width, self.features, gamma=not qk_norm)
-        self.value = layer(width, self.features)
-        self.out = layer(self.features, width)
+        self.query = layer("attention_in", width, self.features, gamma=not qk_norm)
+        self.key = layer("attention_in", width, self.features, gamma=not qk_norm)
+        self.value = layer("attention_in", width, self.features)
+        self.out = layer("attention_out", self.features, width)
         self.query_norm = nn.LayerNorm(d_head, bias=bias) if qk_norm else nn.Identity()
         self.key_norm = nn.LayerNorm(d_head, bias=bias) if qk_norm else nn.Identity()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class GPT(ReferenceModel):
         experts: makes mixtures of so many experts; None: none.
         active: how many of them a token goes to.
         routed: what is a mixture, see `Layers`: "linear", "feed_forward" or "both".
+        roles: structures of some roles of the linear layers, instead of `structure`: "attention_in" (queries, keys,
+            values), "attention_out", "up" and "down" (of the feed-forward networks).
 
     Shapes:
         integers (n, t) to logits (n, t, vocab), for t up to `context`.
@@ -73,6 +76,7 @@ class GPT(ReferenceModel):
         experts: int | None = None,
         active: int = 2,
         routed: str = "linear",
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if heads is None:
@@ -84,7 +88,7 @@ class GPT(ReferenceModel):
         self.context = context
         self.embedding = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(context, width)
-        layers = Layers(structure, bias, normalize, experts, active, routed)
+        layers = Layers(structure, bias, normalize, experts, active, routed, roles or {})
 
         def block() -> TransformerBlock:
             multiplier = math.sqrt(3 / depth)

@@ -26,6 +26,7 @@ class ResidualMLP(ReferenceModel):
         experts: makes mixtures of so many experts; None: none.
         active: how many of them a token goes to.
         routed: what is a mixture, see `Layers`: "linear" or "feed_forward".
+        roles: structures of some roles of the linear layers, instead of `structure`: "up" and "down".
 
     Shapes:
         (n, ...) of in_features values, such as images, to (n, out_features).
@@ -60,9 +61,14 @@ class ResidualMLP(ReferenceModel):
         experts: int | None = None,
         active: int = 2,
         routed: str = "linear",
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        layers = Layers(structure, bias, False, experts, active, routed)
+        if roles and (unknown := roles.keys() - {"up", "down"}):
+            raise ValueError(
+                f"roles must be up and down, not {', '.join(sorted(unknown))}: a perceptron has no attention"
+            )
+        layers = Layers(structure, bias, False, experts, active, routed, roles or {})
         self.input = layers.single(in_features, width, input_structure)
         self.blocks = stack(depth, lambda: layers.feed_forward(width, expansion))
         self.norm = nn.LayerNorm(width, bias=bias)

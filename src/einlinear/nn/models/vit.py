@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ class ViT(ReferenceModel):
         experts: makes mixtures of so many experts; None: none.
         active: how many of them a token goes to.
         routed: what is a mixture, see `Layers`: "linear", "feed_forward" or "both".
+        roles: structures of some roles of the linear layers, instead of `structure`: "attention_in" (queries, keys,
+            values), "attention_out", "up" and "down" (of the feed-forward networks).
 
     Shapes:
         (n, channels, height, width) to (n, out_features).
@@ -74,6 +78,7 @@ class ViT(ReferenceModel):
         experts: int | None = None,
         active: int = 2,
         routed: str = "linear",
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -81,7 +86,7 @@ class ViT(ReferenceModel):
             raise ValueError(f"images of {rows} x {columns} cannot be cut into patches of {patch_size} x {patch_size}")
         self.image_shape, self.patch_size = (channels, rows, columns), patch_size
         self.tokens = (rows // patch_size) * (columns // patch_size)
-        layers = Layers(structure, bias, normalize, experts, active, routed)
+        layers = Layers(structure, bias, normalize, experts, active, routed, roles or {})
         self.patches = layers.single(channels * patch_size**2, width, input_structure)
         self.positions = nn.Embedding(self.tokens, width)
 
