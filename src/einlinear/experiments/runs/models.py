@@ -85,7 +85,8 @@ class Model(ABC):
 
     def base(self, shape: Shape) -> ReferenceModel:
         """The model that learning rates refer to: dense, of base_width; on the meta device."""
-        changes: dict[str, Any] = {own.name: DENSE for own in fields(self) if own.name.endswith("structure")}
+        structures = [own.name for own in fields(self) if own.name.endswith("structure")]
+        changes: dict[str, Any] = {name: DENSE for name in structures if getattr(self, name) is not None}
         changes |= {"width": self.base_width, "expansion": self.base_expansion}
         with torch.device("meta"):
             return replace(self, **changes).build(shape)
