@@ -11,6 +11,7 @@ import einlinear as el
 from einlinear import ops
 from einlinear.ops.projection import als, truncate
 from einlinear.structures import Structure
+from einlinear.structures.mup import init_std
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs]
 CLOSED = [spec for spec in SPECS if not spec.startswith("blast")]
@@ -118,6 +119,18 @@ def test_never_worse_than_200_restarts_of_gradient_descent(spec: str) -> None:
         schedule.step()
     best = float(squares.detach().min().sqrt() / w.norm())
     assert error(s, w) <= best * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("knows_inputs", [False, True])
+def test_factors_of_a_term_are_equally_far_from_new_ones(spec: str, knows_inputs: bool) -> None:
+    s = el.structure(spec, 24, 36)
+    w = torch.randn(36, 24, dtype=torch.float64)
+    moment = torch.diag(torch.logspace(-2, 2, 24, dtype=torch.float64)) if knows_inputs else None
+    factors = ops.project(s, w, moment, steps=3)
+    sizes = [float(f.square().mean().sqrt()) / std for f, std in zip(factors, init_std(s), strict=True)]
+    for _, own in s.by_term(sizes):
+        assert own == pytest.approx([own[0]] * len(own), rel=1e-5)
 
 
 def test_ranks_that_a_matrix_cannot_have_stay_trainable() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,7 @@ from einlinear.ops.projection.unfold import outer_axes, permute, unfold
 from einlinear.ops.projection.weighted import closest_outputs
 from einlinear.ops.reference import dense_weight
 from einlinear.structures import Structure
+from einlinear.structures.mup import init_std
 
 _FLOOR = 1e-6  # of the mean variance: what a direction counts at least
 
@@ -30,7 +34,9 @@ def project(
             by default as many as pay.
 
     Returns:
-        The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device.
+        The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device. Those of a
+        term could be scaled against each other; here all are the same multiple of what they are at initialisation
+        (`structures.mup.init_std`), so that structure-aware learning rates fit all of them.
 
     Raises:
         ValueError: the weight or the moment has another shape, or values that are NaN or infinite.
@@ -49,7 +55,19 @@ def project(
         factors = split_terms(structure, w)
         if not is_optimal(structure):
             factors = best_of_restarts(structure, w, factors, steps)
-    return [factor.to(weight.dtype).contiguous() for factor in factors]
+    return [factor.to(weight.dtype).contiguous() for factor in _even(structure, factors)]
+
+
+def _even(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same matrices by factors of which, within a term, all are equally many times as large as new ones."""
+    scaled: list[Tensor] = []
+    stds = init_std(structure)
+    for _, numbers in structure.by_term(range(len(factors))):
+        own = [factors[n] for n in numbers]
+        times = [float(factor.square().mean().sqrt()) / stds[n] for n, factor in zip(numbers, own, strict=True)]
+        mean = math.prod(times) ** (1 / len(times))
+        scaled += [factor * (mean / size) if mean > 0 else factor for factor, size in zip(own, times, strict=True)]
+    return scaled
 
 
 def _definite(moment: Tensor, structure: Structure) -> Tensor:
