@@ -43,6 +43,13 @@ def search(
     ] = "predictor",
     prune: Annotated[bool, typer.Option(help="End runs early that are behind half of the others.")] = True,
     measure: Annotated[str | None, typer.Option(help="What is to be least. Default: the error of the data.")] = None,
+    time_weight: Annotated[
+        float,
+        typer.Option(
+            help="How much the time of a training step counts: the measure is multiplied by it to this power. Time is "
+            "best measured with --workers 1."
+        ),
+    ] = 0.0,
     out: Annotated[Path, typer.Option(help="Results folder. The same command goes on with what it holds.")] = Path(
         "results/search"
     ),
@@ -94,6 +101,7 @@ def search(
             sampler=sampler,
             prune=prune,
             measure=measure,
+            time_weight=time_weight,
             **assignments(settings),
         )
         store = Store(out)
@@ -122,6 +130,11 @@ def search(
         raise typer.Exit(1)
 
 
+def _objective(search: Search) -> str:
+    weight = search.objective.time_weight
+    return f"{search.objective.measure}" + (f" × seconds^{weight:g}" if weight else "")
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.replace(" ", "").split(",")))
 
@@ -143,7 +156,7 @@ def _print(search: Search) -> None:
         )
         for own in best[:_SHOWN]
     ]
-    display.show((*options, search.measure, "width", "MACs", "psi", "nu", "omega"), rows)
+    display.show((*options, _objective(search), "width", "MACs", "psi", "nu", "omega"), rows)
     ended = len(tried) - len(best)
     display.note(f"{len(tried)} candidates, {ended} of them ended early or still running.")
     if search.trust is not None:

@@ -79,7 +79,7 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
         assert record.result is not None
         assert record.result.macs == own.candidate.macs
         assert abs(own.candidate.macs / 8_000 - 1) <= 0.05
-        assert own.value == record.result.measures[found.measure]
+        assert own.value == record.result.measures[found.objective.measure or ""]
     assert (found.trust is not None) == (sampler == "predictor")
     best = leaders(tmp_path, 3)
     assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
@@ -91,6 +91,23 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
     assert dense["structure"] == "dense"
     macs = at(best[0].run.model, dense["width"], {"structure": "dense"}).build(Shape(64, 10)).macs
     assert abs(macs / 8_000 - 1) <= 0.05
+
+
+def test_time_may_count(tmp_path: Path) -> None:
+    found = search(tmp_path, trials=6, sampler="random", time_weight=1.0, measure="test_loss")
+    found.do(here)
+    results = {record.run.key: record.result for record in Store(tmp_path).records()}
+    for own in found.study.tried():
+        result = results[own.run.key]
+        assert result is not None
+        assert result.step_seconds is not None
+        assert own.value == result.measures["test_loss"] * result.step_seconds
+    best = leaders(tmp_path, 6)
+    assert [record.run.key for record in best] == [
+        own.run.key for own in sorted(found.study.tried(), key=lambda own: own.value or 0)
+    ]
+    with pytest.raises(ValueError, match=r"time_weight was 1\.0, now 0\.5"):
+        search(tmp_path, trials=6, sampler="random", time_weight=0.5, measure="test_loss")
 
 
 def test_roles_have_structures_of_their_own(tmp_path: Path) -> None:
@@ -187,6 +204,7 @@ def test_nothing_is_left(tmp_path: Path) -> None:
         ({"trials": 0}, "trials must be at least 1"),
         ({"hours": 0}, "hours must be positive"),
         ({"structure": "btt"}, "structure cannot be set: they are what is searched for"),
+        ({"time_weight": -1}, "time_weight must be at least 0, not -1"),
         ({"measure": "beauty"}, "measure must be one of"),
         ({"budget": 10}, "no structure is within 5% of 10 MACs"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from einlinear.experiments.runs.records import Record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import open_store
 from einlinear.experiments.search.matching import Matching
+from einlinear.experiments.search.objective import Objective
 from einlinear.experiments.search.space import STRUCTURE, Proposal, option_of
 from einlinear.files import differences
 from einlinear.nn.models.blocks import ROLES
@@ -19,23 +21,20 @@ from einlinear.nn.models.blocks import ROLES
 FROM_STUDY = "from-study:"
 
 
-def leaders(folder: str | Path, count: int, measure: str | None = None) -> list[Record]:
-    """The finished runs of the least error, the best first, one for each structure.
+def leaders(folder: str | Path, count: int) -> list[Record]:
+    """The best finished runs by the objective of the search, the best first, one for each structure.
 
     Args:
         folder: of results.
         count: how many, at most.
-        measure: what is compared; None: the error that the data is judged by.
 
     Raises:
         ValueError: the folder holds no results, or none that is finished.
     """
-    scored = []
-    for record in open_store(folder).records():
-        if record.result is not None and not record.result.diverged:
-            value = record.result.error if measure is None else record.result.measures.get(measure)
-            if value is not None:
-                scored.append((value, record))
+    store = open_store(folder)
+    objective = Objective.read(store.folder)
+    scored = [(objective.of(record.result), record) for record in store.records() if record.result]
+    scored = [(value, record) for value, record in scored if value < math.inf]
     if not scored:
         raise ValueError(f"{folder} holds no finished runs yet")
     best: dict[str, Record] = {}

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -21,6 +21,7 @@ from einlinear.experiments.runs.records import METRICS, Result, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.matching import Matching, at
+from einlinear.experiments.search.objective import Objective
 from einlinear.experiments.search.predictor import AT_LEAST, Predictor, Trust
 from einlinear.experiments.search.space import STRUCTURE, Space, option_of
 from einlinear.experiments.search.study import SAME_AS, WHY, Candidate, Tried, open_study
@@ -55,6 +56,7 @@ class Config:
         sampler: how candidates are chosen: "predictor" (`predictor.py`), "tpe" (Optuna's), "random".
         prune: whether runs end early that are behind half of the others.
         measure: what is to be least; None: the error that the data is judged by.
+        time_weight: how much the time of a training step counts, see `Objective`.
         seed: of the choice.
         options: of all runs, see `Run.of`; structure and width are chosen.
     """
@@ -67,6 +69,7 @@ class Config:
     sampler: str = SAMPLERS[0]
     prune: bool = True
     measure: str | None = None
+    time_weight: float = 0.0
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,6 +81,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.hours is not None and not self.hours > 0:
             raise ValueError(f"hours must be positive, not {self.hours:g}")
+        if self.time_weight < 0:
+            raise ValueError(f"time_weight must be at least 0, not {self.time_weight:g}")
         Space(self.families, self.roles)
         if taken := sorted(self.axes & self.options.keys()):
             raise ValueError(f"{' and '.join(taken)} cannot be set: they are what is searched for")
@@ -110,9 +115,10 @@ class Search:
         self.config = config
         self.base = template({**_DEFAULTS.get(str(config.options.get("model", "mlp")), {}), **config.options})
         problem = self.base.data.load(self.base.seed)
-        self.measure = config.measure or problem.error
-        if self.measure not in problem.task.ERRORS:
-            raise ValueError(f"measure must be one of {', '.join(problem.task.ERRORS)}, not {self.measure!r}")
+        measure = config.measure or problem.error
+        if measure not in problem.task.ERRORS:
+            raise ValueError(f"measure must be one of {', '.join(problem.task.ERRORS)}, not {measure!r}")
+        self.objective = Objective(measure, config.time_weight)
         self.matching = Matching(self.base.model, problem.shape, config.budget)
         self.space = Space(config.families, config.roles)
         self.trust: Trust | None = None
@@ -144,12 +150,13 @@ class Search:
         self.store = store
         store.open([self.base], self.config.axes, command, mix_code, {self.base.data: self._digest})
         fixed = {option: value for option, value in self.base.identity.items() if option not in self.config.axes}
-        settings = {"budget": self.config.budget, "measure": self.measure, "data digest": self._digest, **fixed}
+        settings = {"budget": self.config.budget, **asdict(self.objective), "data digest": self._digest, **fixed}
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.config.prune:
             rung = max(1, round(_RUNGS[0] * self.base.training.steps))
             pruner = optuna.pruners.SuccessiveHalvingPruner(rung, reduction_factor=2)
         self.study = open_study(store.folder, settings, storage, name, pruner)
+        self.objective.write(store.folder)
         seed = self.config.seed + len(self.study.optuna.get_trials(deepcopy=False))  # not the same ones again
         tpe = optuna.samplers.TPESampler(seed=seed)
         self.study.optuna.sampler = tpe if self.config.sampler == "tpe" else optuna.samplers.RandomSampler(seed)
@@ -269,7 +276,7 @@ class Search:
 
     def _tell(self, number: int, run: Run) -> None:
         result = self._result(run)
-        value = math.inf if result is None or result.diverged else result.measures[self.measure]
+        value = math.inf if result is None else self.objective.of(result)
         self.study.optuna.tell(number, value, skip_if_finished=True)
 
     def _result(self, run: Run) -> Result | None:
