@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument(
         "--calibrated", type=int, default=2048, help="sentences; with another number, name another --out"
     )
-    parser.add_argument("--steps", type=int, default=60, help="of healing each, 32 sentences a step")
+    parser.add_argument("--steps", type=int, default=240, help="of healing each, 32 sentences a step")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th, for n processes beside each other")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))

@@ -28,6 +28,8 @@ from einlinear.nn import Linear
 from einlinear.nn.known import features
 from einlinear.structures import structure
 
+_HARMLESS = [(1.0, 0.0)]  # the effects of a weight of zeros, which has no error
+
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
@@ -177,6 +179,8 @@ class _Task:
             if known := self.journal.read(f"candidates of {name}"):
                 effects[name] = Effect.of(known["effects"])
                 options[name] = [Candidate(**candidate) for candidate in known["candidates"]]
+            elif looked_up := self._looked_up(name):
+                effects[name], options[name] = looked_up
         left = [stage for stage in self.data.stages if any(n in names and n not in options for n in stage.names)]
         for name, inputs in self.data.inputs(left):
             if name not in names or name in options:
@@ -215,7 +219,7 @@ class _Task:
                 if (error := inputs.error(weight, other)) > 0:
                     points.append((error, self.data.outputs.moved(layer, other - weight, shift)))
             self.shared.write(f"effects of {name}", points)
-        return Effect.of(points or [(1.0, 0.0)])  # a weight of zeros has no error
+        return Effect.of(points or _HARMLESS)
 
     def _candidates(self, name: str, inputs: Inputs) -> list[Candidate]:
         """What a layer could become, dense among them."""
@@ -223,17 +227,36 @@ class _Task:
         weight = weight_of(layer)
         moment = inputs.damped(self.damping)
         spectrum = Spectrum.of(weight, moment)
-        found = [Candidate("dense", weight.numel(), 0.0)]
+        self.shared.write(f"spectrum of {name}", asdict(spectrum))
+        errors: dict[str, dict[str, float]] = {}
+        for family in self.families:
+            known = self.shared.read(f"{family} for {name}")
+            if known is None:
+                known = {
+                    s.spec: inputs.error(weight, ops.dense_weight(s, ops.project(s, weight, moment)))
+                    for s in probed(list(members(family, *features(layer), CONSIDERED)))
+                }
+                self.shared.write(f"{family} for {name}", known)
+            errors[family] = known
+        return self._with_guesses(name, spectrum, errors)
+
+    def _looked_up(self, name: str) -> tuple[Effect, list[Candidate]] | None:
+        """The same and the effects, if other compressions have found out all of it: then nothing need be run."""
+        points, spectrum = self.shared.read(f"effects of {name}"), self.shared.read(f"spectrum of {name}")
+        errors = {family: self.shared.read(f"{family} for {name}") for family in self.families}
+        if points is None or spectrum is None or None in errors.values():
+            return None
+        return Effect.of(points or _HARMLESS), self._with_guesses(name, Spectrum(**spectrum), errors)
+
+    def _with_guesses(
+        self, name: str, spectrum: Spectrum, errors: Mapping[str, Mapping[str, float]]
+    ) -> list[Candidate]:
+        """All members of the families, from those whose errors are known."""
+        layer = self.data.layers[name]
+        found = [Candidate("dense", weight_of(layer).numel(), 0.0)]
         for family in self.families:
             considered = list(members(family, *features(layer), CONSIDERED))
-            errors = self.shared.read(f"{family} for {name}")
-            if errors is None:
-                errors = {
-                    s.spec: inputs.error(weight, ops.dense_weight(s, ops.project(s, weight, moment)))
-                    for s in probed(considered)
-                }
-                self.shared.write(f"{family} for {name}", errors)
-            guesses = estimated(considered, errors, spectrum)
+            guesses = estimated(considered, errors[family], spectrum)
             found += [Candidate(s.spec, getattr(s, self.count), guesses[s.spec]) for s in considered]
         return found
 
