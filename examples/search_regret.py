@@ -15,6 +15,7 @@ import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -28,13 +29,14 @@ from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.matching import at
 from einlinear.experiments.search.search import Search, configure
-from einlinear.experiments.search.space import STRUCTURE, Proposal
+from einlinear.experiments.search.space import STRUCTURE, Proposal, Theta
 from einlinear.experiments.sweeps import recipes
 from einlinear.experiments.sweeps.driver import do
 from einlinear.experiments.sweeps.workers import Workers
+from einlinear.structures.spec import parse_family
 from einlinear.training import metrics
 
-OPTIONS = {"data": "fashion-mnist", "depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "lr": 3e-3}
+OPTIONS = {"depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "lr": 3e-3}
 PAPERS = "the paper's 23"
 # how candidates are chosen, whether runs end early, and how many trials are needed for a whole run's worth of MACs each
 WAYS = {
@@ -50,6 +52,7 @@ Curve = list[float]  # the least error after a whole run's worth of MACs, after 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--budget", type=int, default=100_000, help="MACs of every model, for one image")
     parser.add_argument("--steps", type=int, default=300, help="of every training")
     parser.add_argument("--runs", type=int, default=23, help="whole trainings that every way may cost")
@@ -63,7 +66,7 @@ def main() -> None:
         bar = bars.add_task("repetitions", total=arguments.repeats * (len(WAYS) + 1))
         for repeat in range(arguments.repeats):
             folder = arguments.out / f"repeat-{repeat}"
-            options = {**OPTIONS, "steps": arguments.steps, "batch_size": 256, "seed": repeat}
+            options = {**OPTIONS, "data": arguments.data, "steps": arguments.steps, "batch_size": 256, "seed": repeat}
             for name, (sampler, prune, times) in WAYS.items():
                 config = configure(budget=arguments.budget, sampler=sampler, prune=prune, trials=times * arguments.runs)
                 search = Search(replace(config, seed=repeat, options=options))
@@ -95,8 +98,9 @@ def papers() -> list[str]:
 
 
 def at_budget(spec: str, search: Search) -> Run:
-    """The run of a structure that costs what the search's candidates do."""
-    found = search.matching.match({STRUCTURE: Proposal(spec)})
+    """The run of a structure that costs what the search's candidates do, its rank moved by as little as that takes."""
+    theta = Theta(*map(Fraction, parse_family(spec)[1]["theta"]))
+    found = search.matching.match({STRUCTURE: Proposal("einsum", theta, rho=theta.rho)})
     return replace(search.base, model=at(search.base.model, found.width, found.specs))
 
 

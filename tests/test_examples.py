@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.cli.command import run
 from tests.data.samples import needs, prose
@@ -43,3 +46,24 @@ def test_compressed_speed() -> None:
     rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| (\d+)% \| [\d,]+ \| [\d.]+ \| (–|[\d,.]+) \| (–|[\d.]+) \|$", out, re.M)
     assert len(rows) == 2 * (1 + 4 * 3)
     assert [row[2] == "–" for row in rows] == [True] * 13 + [False] * 13  # an encoder generates nothing
+
+
+def test_search_regret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("search_regret", ROOT / "examples" / "search_regret.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert len(example.papers()) == 23
+    monkeypatch.setattr(example, "papers", lambda every=example.papers: every()[:3])
+    words = ["--data", "digits", "--budget", "30000", "--steps", "4", "--runs", "4", "--repeats", "2", "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", ["search_regret.py", *words, "--out", str(tmp_path / "out")])
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| runs' worth of MACs | predictor | predictor, pruned | random | the paper's 23 |"
+    assert lines[2].startswith("| 4 | ")
+    regrets = [[float(number) for number in cell.split(" ± ")] for cell in lines[2].split(" | ")[1:-1]]
+    assert min(mean for mean, _ in regrets) >= 0
+    assert (tmp_path / "out" / "regret.html").exists()
+    example.main()  # nothing is trained again
+    assert capsys.readouterr().out.splitlines() == lines
