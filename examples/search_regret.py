@@ -28,7 +28,7 @@ from einlinear.experiments.runs.records import METRICS
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.matching import at
-from einlinear.experiments.search.search import Search, configure
+from einlinear.experiments.search.search import Config, Search
 from einlinear.experiments.search.space import STRUCTURE, Proposal, Theta
 from einlinear.experiments.sweeps import recipes
 from einlinear.experiments.sweeps.driver import do
@@ -68,8 +68,17 @@ def main() -> None:
             folder = arguments.out / f"repeat-{repeat}"
             options = {**OPTIONS, "data": arguments.data, "steps": arguments.steps, "batch_size": 256, "seed": repeat}
             for name, (sampler, prune, times) in WAYS.items():
-                config = configure(budget=arguments.budget, sampler=sampler, prune=prune, trials=times * arguments.runs)
-                search = Search(replace(config, seed=repeat, options=options))
+                trials = times * arguments.runs
+                search = Search(
+                    Config(
+                        budget=arguments.budget,
+                        trials=trials,
+                        sampler=sampler,
+                        prune=prune,
+                        seed=repeat,
+                        options=options,
+                    )
+                )
                 search.open(Store(folder / name.replace(", ", "-"))).do(Workers(arguments.workers))
                 runs = [own.run for own in search.study.tried()]
                 curves.setdefault(name, []).append(curve(search.store, runs, arguments.runs))

@@ -33,6 +33,12 @@ def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
     assert {record.run.data.data for record in records} == {"digits"}
     assert all(record.result and abs(record.result.macs / 8_000 - 1) <= 0.05 for record in records)
 
+    code, said, _ = run(
+        "compare", *structures, "--epochs", 1, "--preset", "demo", "--widths", 16, *again, tmp_path / "epoch"
+    )
+    assert code == 0
+    assert {record.run.training.steps for record in Store(tmp_path / "epoch").records()} == {11}
+
     code, said, _ = run("compare", *structures, "--macs", "8k,16k", "--dense-reach", 1, *again, tmp_path / "compared")
     assert code == 0
     assert "5 runs to do" in said
@@ -46,6 +52,9 @@ def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
         (("--sampler", "grid"), "sampler must be predictor, tpe, random, not 'grid'"),
         (("--families", "monarch"), "families must be some of einsum, btt3, blast, dyad, not monarch"),
         (("--on", "slurm"), "--on must be local or ray, not 'slurm'"),
+        (("--storage", "nonsense"), "storage must be journal or the URL of a database, not 'nonsense'"),
+        (("trials=5",), "has no option 'trials'"),
+        (("experts=4",), "a search has no mixtures of experts"),
         (("--hours", "-1"), "hours must be positive, not -1"),
         (("structure=btt",), "structure cannot be set: they are what is searched for"),
         (("stepz=9",), "did you mean 'steps'?"),

@@ -92,7 +92,9 @@ def compare(
         sized: list[dict[str, Any]] = []
         if best:
             given = as_searched(best, given)
-            options = {name: value for name, value in given.items() if name not in Config.__dataclass_fields__}
+            options = {
+                name: value for name, value in given.items() if name not in {*Config.__dataclass_fields__, "preset"}
+            }
             is_matched = given.get("macs") is None and given.get("widths") is None
             sized = alongside(best, others if is_matched else (), options)
             others = () if is_matched else others

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +52,7 @@ def search(
             "best measured with --workers 1."
         ),
     ] = 0.0,
+    choice_seed: Annotated[int, typer.Option(help="Seed of the choice; that of the runs is seed=NUMBER.")] = 0,
     out: Annotated[Path, typer.Option(help="Results folder. The same command goes on with what it holds.")] = Path(
         "results/search"
     ),
@@ -79,7 +82,7 @@ def search(
 
     from einlinear.experiments.runs.store import Store
     from einlinear.experiments.runs.table import RunTable
-    from einlinear.experiments.search.search import Search, configure
+    from einlinear.experiments.search.search import Config, Search
     from einlinear.experiments.sweeps.driver import Pool
     from einlinear.experiments.sweeps.workers import Workers as Processes
     from einlinear.experiments.sweeps.workers import suited
@@ -92,7 +95,9 @@ def search(
         macs = numbers(budget, "--budget") or ()
         if len(macs) != 1:
             raise ValueError(f"--budget is one number, such as 400k, not {budget!r}")
-        chosen = configure(
+        if "RANK" in os.environ:
+            raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
+        chosen = Config(
             budget=macs[0],
             trials=trials,
             hours=hours,
@@ -102,7 +107,8 @@ def search(
             prune=prune,
             measure=measure,
             time_weight=time_weight,
-            **assignments(settings),
+            seed=choice_seed,
+            options=assignments(settings),
         )
         store = Store(out)
         found = Search(chosen)
@@ -131,8 +137,8 @@ def search(
 
 
 def _objective(search: Search) -> str:
-    weight = search.objective.time_weight
-    return f"{search.objective.measure}" + (f" × seconds^{weight:g}" if weight else "")
+    weight = search.settings.time_weight
+    return f"{search.settings.measure}" + (f" × seconds^{weight:g}" if weight else "")
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -141,7 +147,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _print(search: Search) -> None:
     tried = search.study.tried()
-    best = sorted((own for own in tried if own.value is not None), key=lambda own: own.value or 0.0)
+    best = sorted((own for own in tried if own.value not in (None, math.inf)), key=lambda own: own.value or 0.0)
     if not best:
         display.note("No candidate is finished.")
         return
@@ -158,13 +164,18 @@ def _print(search: Search) -> None:
     ]
     display.show((*options, _objective(search), "width", "MACs", "psi", "nu", "omega"), rows)
     ended = len(tried) - len(best)
-    display.note(f"{len(tried)} candidates, {ended} of them ended early or still running.")
+    display.note(f"{len(tried)} candidates, {ended} of them ended early, diverged or still running.")
+    if len(tried) < search.config.trials:
+        display.note(
+            "There are fewer than asked for: time was up, runs failed, or no others were found for the budget."
+        )
     if search.trust is not None:
         display.note(f"The predictor: {search.trust}.")
     winner = best[0].candidate
-    display.note(f"\nTo use the best:\n    import einlinear as el\n    el.convert(model, {winner.spec!r})")
-    for option in options[1:]:
-        display.note(f"    # {option}: {winner.specs[option]}")
+    if options[1:]:
+        display.note("\nThe best: " + " ".join(f"{option}={winner.specs[option]!r}" for option in options))
+    else:
+        display.note(f"\nTo use the best:\n    import einlinear as el\n    el.convert(model, {winner.spec!r})")
     where = f"from-study:{search.store.folder}"
     words = ["einlinear", "compare", "--structures", f"dense; btt; monarch; {where}", "--out", "results/confirmed"]
     display.note(f"To confirm it with several seeds:\n    {shlex.join(words)}")

@@ -25,7 +25,7 @@ from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.leaders import alongside, leaders, without_leaders
 from einlinear.experiments.search.matching import at
-from einlinear.experiments.search.search import Search, configure
+from einlinear.experiments.search.search import Search, _base, configure
 from einlinear.experiments.search.study import SAME_AS
 from einlinear.experiments.sweeps import compare
 from einlinear.experiments.sweeps.attempts import attempt
@@ -79,7 +79,7 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
         assert record.result is not None
         assert record.result.macs == own.candidate.macs
         assert abs(own.candidate.macs / 8_000 - 1) <= 0.05
-        assert own.value == record.result.measures[found.objective.measure or ""]
+        assert own.value == record.result.measures[found.settings.measure or ""]
     assert (found.trust is not None) == (sampler == "predictor")
     best = leaders(tmp_path, 3)
     assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
@@ -187,10 +187,58 @@ def test_a_run_that_fails_says_so_and_the_search_goes_on(tmp_path: Path) -> None
     assert len(found.study.tried()) == 4  # another one was tried for it
 
 
+def test_if_all_runs_fail_it_ends(tmp_path: Path) -> None:
+    def failing(jobs: Iterable[Job]) -> Iterator[Event]:
+        for run, _ in jobs:
+            yield Event(run, "failed", message="it broke")
+
+    assert len(search(tmp_path, trials=4).do(failing)) == 4
+
+
+def test_a_study_belongs_to_one_folder(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'both.sqlite'}"
+    search(tmp_path / "one", storage, trials=1).do(here)
+    with pytest.raises(ValueError, match="is about something else: results folder was"):
+        Search(configure(**OPTIONS)).open(Store(tmp_path / "two"), storage, name="one")
+    with pytest.raises(ValueError, match="holds another search: storage was 'database', now 'journal'"):
+        search(tmp_path / "one", "journal", trials=1)
+    with pytest.raises(ValueError, match="holds another search: axes was"):
+        search(tmp_path / "one", storage, trials=1, roles=("up",))
+    with pytest.raises(ValueError, match="storage must be journal or the URL of a database, not 'nonsense'"):
+        search(tmp_path / "three", "nonsense", trials=1)
+
+
+def test_two_that_choose_at_random_choose_differently(tmp_path: Path) -> None:
+    drivers = [search(tmp_path, trials=30, sampler="random", budget=20_000) for _ in range(2)]
+    runs = [driver._next() for _ in range(8) for driver in drivers]
+    assert len({run.key for run in runs if run}) == 16
+    assert len(drivers[0].study.optuna.get_trials()) < 40  # hardly any was proposed in vain
+
+
+def test_losses_are_noted_often_enough_to_be_judged() -> None:
+    for steps in (1, 2, 30, 60, 100, 300):
+        base = Search(configure(**{**OPTIONS, "steps": steps, "log_every": 10})).base
+        logged = [step for step in range(1, steps + 1) if step % base.training.log_every == 0]
+        for rung in {round(steps / 4), round(steps / 2)} - {0}:
+            assert any(rung - round(0.2 * rung) <= step <= rung for step in logged), (steps, rung)
+
+
+def test_heads_of_a_gpt() -> None:
+    def heads(**options: Any) -> tuple[Any, Any]:
+        model = _base(configure(budget=1, model="gpt", steps=4, data="x", **options)).model
+        return getattr(model, "heads"), getattr(model, "d_head")  # noqa: B009
+
+    assert heads() == (4, None)
+    assert heads(d_head=32) == (None, 32)
+    assert heads(heads=2) == (2, None)
+
+
 def test_nothing_is_left(tmp_path: Path) -> None:
     found = search(tmp_path, families=("dyad",), trials=50, sampler="random")
     found.do(here)
-    assert 2 < len(found.study.tried()) <= 21  # seven numbers of blocks, three variants
+    tried = found.study.tried()
+    # three variants of 2, 4, 5, 6, 7 and 8 blocks: with 3 none costs the budget
+    assert len({own.candidate.spec for own in tried}) == len(tried) == 18
 
 
 @pytest.mark.parametrize(
@@ -206,7 +254,8 @@ def test_nothing_is_left(tmp_path: Path) -> None:
         ({"structure": "btt"}, "structure cannot be set: they are what is searched for"),
         ({"time_weight": -1}, "time_weight must be at least 0, not -1"),
         ({"measure": "beauty"}, "measure must be one of"),
-        ({"budget": 10}, "no structure is within 5% of 10 MACs"),
+        ({"budget": 10}, "none of 20 structures drawn at random has a model of the budget: no einsum"),
+        ({"experts": 4}, "a search has no mixtures of experts"),
     ],
 )
 def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -56,11 +56,15 @@ class StructureMap:
 
 
 def structure_map(study: Study, measure: str) -> StructureMap | None:
-    """The map of a study; None of fewer than eight structures of one compute, or where a loss is not positive."""
+    """The map of a study; None of fewer than eight structures of one compute, or where a loss is not positive.
+
+    Models some of whose layers have a structure of their own are left out.
+    """
     found: list[tuple[float, Row]] = []
     for curve in study.curves:
         if curve.options.get("structure_aware", True):
-            found += [(mean, row) for row in curve.best if (mean := row.mean(measure)) is not None]
+            rows = [row for row in curve.best if not getattr(row.run.model, "roles", {})]  # one structure for all
+            found += [(mean, row) for row in rows if (mean := row.mean(measure)) is not None]
     if not found or min(loss for loss, _ in found) <= 0:
         return None
     compute = median(row.result.macs for _, row in found)

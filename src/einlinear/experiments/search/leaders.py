@@ -13,10 +13,9 @@ from einlinear.experiments.runs.records import Record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import open_store
 from einlinear.experiments.search.matching import Matching
-from einlinear.experiments.search.objective import Objective
-from einlinear.experiments.search.space import STRUCTURE, Proposal, option_of
+from einlinear.experiments.search.settings import Settings
+from einlinear.experiments.search.space import STRUCTURE, Proposal
 from einlinear.files import differences
-from einlinear.nn.models.blocks import ROLES
 
 FROM_STUDY = "from-study:"
 
@@ -32,14 +31,15 @@ def leaders(folder: str | Path, count: int) -> list[Record]:
         ValueError: the folder holds no results, or none that is finished.
     """
     store = open_store(folder)
-    objective = Objective.read(store.folder)
-    scored = [(objective.of(record.result), record) for record in store.records() if record.result]
+    settings = Settings.read(store.folder)
+    scored = [(settings.value(record.result), record) for record in store.records() if record.result]
     scored = [(value, record) for value, record in scored if value < math.inf]
     if not scored:
         raise ValueError(f"{folder} holds no finished runs yet")
-    best: dict[str, Record] = {}
+    best: dict[tuple[str, ...], Record] = {}
+    structures = [option for option in settings.axes if option != "width"]
     for _, record in sorted(scored, key=lambda pair: pair[0]):
-        best.setdefault(record.run.model.structure, record)
+        best.setdefault(tuple(record.run.options[option] for option in structures), record)
     return list(best.values())[:count]
 
 
@@ -49,21 +49,26 @@ class Leader:
 
     Attributes:
         record: its run.
-        axes: the options of the model that the search chose.
+        settings: of the search.
     """
 
     record: Record
-    axes: tuple[str, ...]
+    settings: Settings
 
     @property
     def chosen(self) -> dict[str, Any]:
-        return {option: self.record.run.options[option] for option in self.axes}
+        return {option: self.record.run.options[option] for option in self.settings.axes}
 
     @property
     def common(self) -> dict[str, Any]:
         """The options of all runs of the search."""
         options = self.record.run.options
-        return {name: options[name] for name in options if name not in (*self.axes, "seed")}
+        return {name: options[name] for name in options if name not in (*self.settings.axes, "seed")}
+
+    @property
+    def alike(self) -> dict[str, Any]:
+        """What searches have to have in common to be compared."""
+        return {"budget": self.settings.budget, "axes": self.settings.axes, **self.common}
 
 
 def without_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ...], list[Leader]]:
@@ -78,12 +83,9 @@ def without_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ..
             folder = Path(spec.removeprefix(FROM_STUDY))
             if not folder.exists() and (Path("results") / folder).exists():
                 folder = Path("results") / folder
-            best = leaders(folder, count)
-            every = [record.run.options for record in open_store(folder).records()]
-            roles = [option for option in map(option_of, ROLES) if len({run.get(option) for run in every}) > 1]
-            found += [Leader(record, (STRUCTURE, "width", *roles)) for record in best]
+            found += [Leader(record, Settings.read(folder)) for record in leaders(folder, count)]
     for own in found[1:]:
-        if changed := differences(found[0].common, own.common):
+        if changed := differences(found[0].alike, own.alike):
             raise ValueError(f"searches of different settings cannot be compared: {'; '.join(changed)}")
     return tuple(spec for spec in specs if not spec.startswith(FROM_STUDY)), found
 
@@ -107,7 +109,7 @@ def alongside(best: Sequence[Leader], specs: Sequence[str], options: Mapping[str
     Raises:
         DoesNotFit: one has no model of that compute.
     """
-    base = Run.of(options)
+    base = Run.of({"steps": 1, **options})
     macs = [own.record.result.macs for own in best if own.record.result]
     matching = Matching(base.model, base.data.load(base.seed).shape, round(fmean(macs)), granule=1)
     matched = [matching.match({STRUCTURE: Proposal(spec)}) for spec in specs]

@@ -177,6 +177,8 @@ class _Costs:
 
     @classmethod
     def of(cls, model: Model, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
+        if model.experts is not None:
+            raise ValueError("a search has no mixtures of experts: leave out experts")
         if unknown := [option for option in options if not hasattr(model, option)]:
             raise ValueError(f"model={model.NAME} has no {', '.join(unknown)}")
         heads, d_head = getattr(model, "heads", None), getattr(model, "d_head", None)

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -21,10 +21,10 @@ from einlinear.experiments.runs.records import METRICS, Result, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.matching import Matching, at
-from einlinear.experiments.search.objective import Objective
 from einlinear.experiments.search.predictor import AT_LEAST, Predictor, Trust
+from einlinear.experiments.search.settings import Settings
 from einlinear.experiments.search.space import STRUCTURE, Space, option_of
-from einlinear.experiments.search.study import SAME_AS, WHY, Candidate, Tried, open_study
+from einlinear.experiments.search.study import SAME_AS, WHY, Candidate, Tried, kind_of_storage, open_study
 from einlinear.experiments.sweeps.attempts import stop
 from einlinear.experiments.sweeps.compare import template
 from einlinear.experiments.sweeps.driver import Event, Job, Pool
@@ -32,12 +32,11 @@ from einlinear.structures import DoesNotFit
 from einlinear.training import metrics
 
 SAMPLERS = ("predictor", "tpe", "random")
-# heads of any size: a width has to be a multiple of them, or of the size of a head
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"gpt": {"heads": 4, "d_head": None}}
+_HEADS = 4  # of a gpt whose heads are not set, of any size: a width has to be a multiple of them
 _POOL = 64  # candidates that the predictor chooses from
 _LEAST_TRUST = 0.2  # how often the predictor chooses, even if it is good for nothing
 _DRAWN = 20  # structures, one of which has to have a model of the budget
-_VAIN = 200  # proposals in a row that were tried before: there is nothing left
+_VAIN = 200  # proposals in a row that fit no budget or were tried before: there is nothing left
 _RUNGS = (1 / 4, 1 / 2)  # of the steps, where the worse half of the runs ends
 _RECENT = 0.2  # share of the steps up to there whose mean loss counts
 
@@ -56,7 +55,7 @@ class Config:
         sampler: how candidates are chosen: "predictor" (`predictor.py`), "tpe" (Optuna's), "random".
         prune: whether runs end early that are behind half of the others.
         measure: what is to be least; None: the error that the data is judged by.
-        time_weight: how much the time of a training step counts, see `Objective`.
+        time_weight: how much the time of a training step counts, see `Settings`.
         seed: of the choice.
         options: of all runs, see `Run.of`; structure and width are chosen.
     """
@@ -113,12 +112,12 @@ class Search:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.base = template({**_DEFAULTS.get(str(config.options.get("model", "mlp")), {}), **config.options})
+        self.base = _base(config)
         problem = self.base.data.load(self.base.seed)
         measure = config.measure or problem.error
         if measure not in problem.task.ERRORS:
             raise ValueError(f"measure must be one of {', '.join(problem.task.ERRORS)}, not {measure!r}")
-        self.objective = Objective(measure, config.time_weight)
+        self.settings = Settings(measure, config.time_weight, config.budget, tuple(sorted(config.axes)))
         self.matching = Matching(self.base.model, problem.shape, config.budget)
         self.space = Space(config.families, config.roles)
         self.trust: Trust | None = None
@@ -147,21 +146,24 @@ class Search:
         Raises:
             ValueError: it holds something else.
         """
+        kind = kind_of_storage(storage)  # before anything is written
         self.store = store
         store.open([self.base], self.config.axes, command, mix_code, {self.base.data: self._digest})
+        self.settings = replace(self.settings, storage=kind).settle(store.folder)
         fixed = {option: value for option, value in self.base.identity.items() if option not in self.config.axes}
-        settings = {"budget": self.config.budget, **asdict(self.objective), "data digest": self._digest, **fixed}
+        settings = {"results folder": self.settings.id, "data digest": self._digest, **fixed}
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.config.prune:
-            rung = max(1, round(_RUNGS[0] * self.base.training.steps))
-            pruner = optuna.pruners.SuccessiveHalvingPruner(rung, reduction_factor=2)
+            pruner = optuna.pruners.SuccessiveHalvingPruner(_first_rung(self.base), reduction_factor=2)
         self.study = open_study(store.folder, settings, storage, name, pruner)
-        self.objective.write(store.folder)
-        seed = self.config.seed + len(self.study.optuna.get_trials(deepcopy=False))  # not the same ones again
+        return self
+
+    def _seed(self) -> None:
+        """Draw what no other driver of the study has drawn, and the same after an interruption as without one."""
+        seed = self.config.seed + len(self.study.optuna.get_trials(deepcopy=False))
         tpe = optuna.samplers.TPESampler(seed=seed)
         self.study.optuna.sampler = tpe if self.config.sampler == "tpe" else optuna.samplers.RandomSampler(seed)
         self._random.seed(seed)
-        return self
 
     def _check_budget(self) -> None:
         """Raise ValueError if structures drawn at random have no model of the budget."""
@@ -171,7 +173,7 @@ class Search:
                 return
             except DoesNotFit as error:
                 last = error
-        raise ValueError(f"no structure is within 5% of {self.config.budget:,} MACs: {last}")
+        raise ValueError(f"none of {_DRAWN} structures drawn at random has a model of the budget: {last}")
 
     def do(self, pool: Pool, watch: Callable[[Event], None] = lambda event: None) -> list[Event]:
         """Train candidates until there are enough of them, and say which failed."""
@@ -213,11 +215,12 @@ class Search:
                 yield run, self.store.path(run)
 
     def _next(self) -> Run | None:
-        """A candidate that nobody has tried; None if there are enough, or none is left."""
-        tried = self.study.tried()
-        if len(tried) >= self.config.trials:
+        """A candidate that nobody has tried; None if there are enough, as many have failed, or none is left."""
+        self._seed()
+        tried, failed = self.study.tried(), self.study.failed()
+        if max(len(tried), len(failed)) >= self.config.trials:
             return None
-        known = {own.candidate.signature: own for own in tried}
+        known = {own.candidate.signature: own for own in (*tried, *failed)}
         for vain in range(_VAIN):
             if self.config.sampler == "predictor" and not vain:
                 self._suggest([own for own in tried if own.is_finished], known.keys())
@@ -266,17 +269,18 @@ class Search:
         folder = self.store.path(event.run)
         for rung in (round(share * event.steps) for share in _RUNGS):
             if event.step >= rung > 0 and rung not in self._reported.setdefault(event.run.key, set()):
-                lines = metrics.read(folder / METRICS)
-                losses = [line["train_loss"] for line in lines if (1 - _RECENT) * rung < line["step"] <= rung]
+                lines = [line for line in metrics.read(folder / METRICS) if _window(rung) <= line["step"] <= rung]
+                losses = [line["train_loss"] for line in lines]
                 if losses and None not in losses:
                     self._reported[event.run.key].add(rung)
-                    trial.report(fmean(losses), rung)
+                    seconds = lines[-1]["training_seconds"] / lines[-1]["step"]
+                    trial.report(fmean(losses) * self.settings.of_time(seconds), rung)
                     if trial.should_prune():
                         stop(folder)
 
     def _tell(self, number: int, run: Run) -> None:
         result = self._result(run)
-        value = math.inf if result is None else self.objective.of(result)
+        value = math.inf if result is None else self.settings.value(result)
         self.study.optuna.tell(number, value, skip_if_finished=True)
 
     def _result(self, run: Run) -> Result | None:
@@ -285,6 +289,27 @@ class Search:
             return read_record(self.store.path(run)).result
         except ValueError:  # it has not begun
             return None
+
+
+def _base(config: Config) -> Run:
+    """A run with all that candidates have in common; its losses are noted down often enough to be judged."""
+    options = config.options
+    has_heads = options.get("model") == "gpt" and options.get("d_head") is None
+    base = template({**({"heads": _HEADS, "d_head": None} if has_heads else {}), **options})
+    if not config.prune:
+        return base
+    rung = _first_rung(base)
+    often = min(base.training.log_every, rung - _window(rung) + 1)
+    return replace(base, training=replace(base.training, log_every=often))
+
+
+def _first_rung(base: Run) -> int:
+    return max(1, round(_RUNGS[0] * base.training.steps))
+
+
+def _window(rung: int) -> int:
+    """The first step whose loss counts for a rung."""
+    return rung - round(_RECENT * rung)
 
 
 def _features(candidate: Candidate) -> list[float]:

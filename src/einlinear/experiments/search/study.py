@@ -18,16 +18,20 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import create_engine
+from sqlalchemy.exc import ArgumentError
 
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.search.matching import Matched
+from einlinear.experiments.search.settings import LOCK
 from einlinear.experiments.search.space import STRUCTURE
 from einlinear.files import differences
 from einlinear.structures import structure
 
 SQLITE, JOURNAL = "study.sqlite", "study.journal"
-_DRIVERS, _LOCK = "drivers", ".search"
+_DRIVERS = "drivers"
 _SETTINGS, _DRIVER, _CANDIDATE, _RUN, SAME_AS, WHY = "settings", "driver", "candidate", "run", "same as", "why"
+_EINSUM = "einsum"
 _TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
@@ -59,8 +63,9 @@ class Candidate:
         for option, (in_features, out_features, *_) in reversed(matched.sizes):  # the first layer's are kept
             s = structure(matched.specs[option], in_features, out_features)
             exponents[option] = s.psi, s.nu, s.omega
-        families = {option: spec.partition("(")[0] for option, spec in matched.specs.items()}
-        signature = f"{families} {matched.sizes}"
+        # all einsums have one pattern, so that their sizes tell them apart
+        kinds = {option: _EINSUM if spec.startswith(_EINSUM) else spec for option, spec in matched.specs.items()}
+        signature = f"{kinds} {matched.sizes}"
         return cls(matched.specs, matched.width, matched.macs, matched.params, exponents, signature)
 
 
@@ -115,11 +120,18 @@ class Study:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Nobody else chooses a candidate meanwhile."""
-        with FileLock(self._folder / f"{_LOCK}.lock"):
+        with FileLock(self._folder / LOCK):
             yield
 
     def tried(self) -> list[Tried]:
         """All trials that train or did, in order."""
+        return self._of(_TAKEN)
+
+    def failed(self) -> list[Tried]:
+        """Those whose training failed."""
+        return self._of((TrialState.FAIL,))
+
+    def _of(self, states: Sequence[TrialState]) -> list[Tried]:
         return [
             Tried(
                 trial.number,
@@ -130,7 +142,7 @@ class Study:
                 trial.user_attrs[_DRIVER],
             )
             for trial in self._trials()
-            if _RUN in trial.user_attrs and trial.state in _TAKEN
+            if _RUN in trial.user_attrs and trial.state in states
         ]
 
     def note(self, trial: optuna.Trial, candidate: Candidate, run: Run) -> None:
@@ -186,7 +198,7 @@ def open_study(
         ValueError: the study is about something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with FileLock(folder / f"{_LOCK}.lock"):  # two drivers that make the tables of a database at once fail
+    with FileLock(folder / LOCK):  # two drivers that make the tables of a database at once fail
         kept = _storage(folder, storage)
         study = optuna.create_study(
             storage=kept,
@@ -203,6 +215,21 @@ def open_study(
             f"the study {study.study_name} is about something else: {'; '.join(changed)}. Name another folder (--out)"
         )
     return Study(study, kept, folder)
+
+
+def kind_of_storage(storage: str | None) -> str:
+    """ "sqlite" and "journal" are in the results folder, "database" anywhere.
+
+    Raises:
+        ValueError: neither, nor the URL of a database whose driver is installed.
+    """
+    if storage is None or storage == "journal":
+        return storage or "sqlite"
+    try:
+        create_engine(storage)  # it does not connect yet
+    except (ArgumentError, ModuleNotFoundError) as error:
+        raise ValueError(f"storage must be journal or the URL of a database, not {storage!r}: {error}") from None
+    return "database"
 
 
 def _storage(folder: Path, storage: str | None) -> BaseStorage:

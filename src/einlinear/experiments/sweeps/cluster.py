@@ -45,7 +45,7 @@ class Cluster:
             while True:
                 # what is there already may all wait, so that the cluster knows how much it could grow
                 room = len(jobs) if isinstance(jobs, Sequence) else self._room(ray.cluster_resources())  # type: ignore[no-untyped-call]
-                for run, folder in islice(left, room - len(waiting)):
+                for run, folder in islice(left, max(0, room - len(waiting))):
                     waiting[remote.remote(run.options, str(folder), here, setup)] = run
                 if not waiting:
                     return
