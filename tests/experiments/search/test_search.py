@@ -290,7 +290,7 @@ def check(folder: Path, storage: str | None) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds processes in /proc")
-@pytest.mark.parametrize(("kind", "most"), [("sqlite", 6), ("journal", 3), ("postgresql", 3)])
+@pytest.mark.parametrize(("kind", "most"), [("sqlite", 4), ("journal", 3), ("postgresql", 3)])
 def test_two_drivers_killed_at_random_moments(tmp_path: Path, kind: str, most: int) -> None:
     folder, draw = tmp_path / "search", random.Random(0)
     with server(tmp_path) if kind == "postgresql" else _nothing(kind) as storage:
