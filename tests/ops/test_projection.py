@@ -184,16 +184,22 @@ def test_dtype_and_mistakes() -> None:
 @pytest.mark.parametrize("decay", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
 @pytest.mark.parametrize("rank", [1, 7, 40, 48])
-def test_truncation_in_float32_is_as_good_as_the_svd(decay: float, shape: tuple[int, int], rank: int) -> None:
+@pytest.mark.parametrize("panel", [20, 512])
+def test_truncation_in_float32_is_as_good_as_the_svd(
+    monkeypatch: pytest.MonkeyPatch, panel: int, decay: float, shape: tuple[int, int], rank: int
+) -> None:
     """Also of singular values that fall by orders of magnitude, which a Gram matrix squares."""
+    monkeypatch.setattr(truncate, "_PANEL", panel)
+    threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(20, n, 48, dtype=torch.float64, generator=generator))[0] for n in shape)
     values = torch.arange(1, 49, dtype=torch.float64) ** -decay
     matrices = (u * values) @ v.mT
     first, second = truncate.truncated(matrices.float(), rank)
+    assert torch.get_num_threads() == threads
     assert first.shape == (20, shape[0], rank)
     torch.testing.assert_close(first.norm(dim=1), second.norm(dim=2))
-    assert bool((first.norm(dim=1).diff(dim=1) <= 1e-6).all())  # the largest first
+    assert bool((first.norm(dim=1).diff(dim=1) <= 4e-6).all())  # the largest first; equal ones up to rounding
     best = values[rank:].square().sum().sqrt()
     found = (first.double() @ second.double() - matrices).flatten(1).norm(dim=1)
     assert float(found.max()) <= 1.001 * float(best) + 2e-6 * float(values.norm())

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 _RESOLVED = 100.0  # how far above the rounding error of a Gram matrix must lie what is left out
-_SMALL = 256  # rows up to which LAPACK, which takes one matrix after the other, uses one core of a CPU
+_SMALL = 256  # rows up to which LAPACK, which takes one matrix after the other, gains nothing from a second core
+_CHUNKS = 16  # for every core: the less memory, and the better cached
+_PANEL = 512  # columns of a Gram matrix at a time
 
 
 def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -31,16 +33,19 @@ def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         second, first = truncated(matrices.mT, rank)
         return first.mT, second.mT
     cores = torch.get_num_threads()
-    if matrices.device.type != "cpu" or matrices.shape[1] > _SMALL or len(matrices) < 8 * cores:
+    if matrices.device.type != "cpu" or matrices.shape[1] > _SMALL or len(matrices) < 2 * cores:
         return _by_gram(matrices, rank)
-    with ThreadPoolExecutor(cores) as pool:
-        parts = list(pool.map(lambda part: _by_gram(part, rank), matrices.chunk(cores)))
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(lambda part: _by_gram(part, rank), matrices.chunk(_CHUNKS * cores)))
+    finally:
+        torch.set_num_threads(cores)  # what threads to come start with
     return torch.cat([first for first, _ in parts]), torch.cat([second for _, second in parts])
 
 
 def _by_gram(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """No more rows than columns."""
-    values, vectors = torch.linalg.eigh(matrices @ matrices.mT)
+    values, vectors = torch.linalg.eigh(_gram(matrices))
     first = vectors[:, :, -rank:].flip(2)
     second = first.mT @ matrices
     root = torch.linalg.vector_norm(second, dim=2).sqrt()
@@ -51,6 +56,15 @@ def _by_gram(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if drowned.any():
         first[drowned], second[drowned] = by_svd(matrices[drowned], rank)
     return first, second
+
+
+def _gram(matrices: Tensor) -> Tensor:
+    """The lower triangles of M M^T, which is all that `eigh` reads; panels at the diagonal are whole."""
+    rows = matrices.shape[1]
+    gram = matrices.new_zeros(len(matrices), rows, rows)
+    for start in range(0, rows, _PANEL):
+        gram[:, start:, start : start + _PANEL] = matrices[:, start:] @ matrices[:, start : start + _PANEL].mT
+    return gram
 
 
 def by_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
