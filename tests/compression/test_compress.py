@@ -84,6 +84,17 @@ def test_errors_are_what_the_report_says() -> None:
     assert layer.structure in str(report)
 
 
+def test_too_few_tokens_are_told_of() -> None:
+    for tokens, said in ((2000, False), (240, True)):
+        report = compress(trained((24, 48, 24)), 0.5, ["low_rank"], [inputs(tokens // 2), inputs(tokens // 2, seed=2)])
+        assert [layer.tokens_per_input for layer in report.layers] == [tokens / 24, tokens / 48]
+        assert ("fitted to fewer than 10 tokens for each of their inputs" in str(report)) is said
+    assert "1 of 2 layers were fitted to fewer than 10 tokens for each of their inputs (5 at worst)" in str(report)
+    report = compress(trained((24, 48, 24)), 0.5, ["low_rank"])
+    assert [layer.tokens_per_input for layer in report.layers] == [None, None]
+    assert report.notes == []
+
+
 def test_a_budget_of_everything_changes_nothing() -> None:
     model = trained()
     before = copy.deepcopy(model)
@@ -320,7 +331,8 @@ def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
             compress(model, 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path, progress=until(what, done))
         assert not any(isinstance(module, el.Linear) for module in model)
     steps.clear()
-    compress(model, 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path, progress=until("nothing", 0))
+    report = compress(model, 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path, progress=until("nothing", 0))
+    assert {layer.tokens_per_input for layer in report.layers} == {2000 / 24, 2000 / 48}
     assert steps[0] == ("comparing structures", 3)  # nothing is compared twice
     assert torch.equal(model(inputs(9)), expected(inputs(9)))
     with pytest.raises(

@@ -127,8 +127,8 @@ def _print(report: CompressionReport) -> None:
     from einlinear.compression.report import HEADINGS
 
     display.show(HEADINGS, report.rows())
-    for name, reason in report.skipped:
-        display.note(f"Left as it was: {name} {reason}.")
+    for note in report.notes:
+        display.note(note)
 
 
 def _print_speeds(found: dict[str, Speed]) -> None:

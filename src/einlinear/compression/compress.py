@@ -127,7 +127,7 @@ def compress(
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
     report = [_reported(name, found[name], new.get(name), chosen[name].error, matters[name]) for name in names]
-    put(model, {id(found[name]): layer.train(found[name].training) for name, (layer, _) in new.items()})
+    put(model, {id(found[name]): own.layer.train(found[name].training) for name, own in new.items()})
     return CompressionReport(tuple(report), tuple(skipped))
 
 
@@ -145,15 +145,22 @@ def _check_budget(layers: Mapping[str, nn.Module], budget: float, count: str, fa
         )
 
 
-def _reported(
-    name: str, old: nn.Module, new: tuple[Linear, float] | None, expected: float, matters: float
-) -> Compressed:
+def _reported(name: str, old: nn.Module, new: _Fitted | None, expected: float, matters: float) -> Compressed:
     dense = weight_of(old).numel()
     if new is None:
         return Compressed(name, "dense", dense, dense, dense, expected, 0.0, matters, speed_up=1.0)
-    layer, error = new
-    s = layer.structure
-    return Compressed(name, s.spec, dense, s.params, s.macs, expected, error, matters, speed_up(old, layer))
+    s, speed = new.layer.structure, speed_up(old, new.layer)
+    each = new.tokens / s.in_features if new.tokens else None
+    return Compressed(name, s.spec, dense, s.params, s.macs, expected, new.error, matters, speed, each)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A structured layer, the error of its outputs, and how many tokens it was fitted to, 0 of those of its weight."""
+
+    layer: Linear
+    error: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -260,11 +267,9 @@ class _Task:
             found += [Candidate(s.spec, getattr(s, self.count), guesses[s.spec]) for s in considered]
         return found
 
-    def fit(
-        self, compressed: nn.Module, chosen: Mapping[str, str], sequential: bool
-    ) -> dict[str, tuple[Linear, float]]:
-        """The new layers by name, each with the error of its outputs; they are put into a copy of the model."""
-        new: dict[str, tuple[Linear, float]] = {}
+    def fit(self, compressed: nn.Module, chosen: Mapping[str, str], sequential: bool) -> dict[str, _Fitted]:
+        """The new layers by name; they are put into a copy of the model."""
+        new: dict[str, _Fitted] = {}
         passes = self.data.passes(compressed) if sequential else None
         changing = [stage for stage in self.data.stages if any(name in chosen for name in stage.names)]
         for part in [[stage] for stage in changing] if sequential else [changing]:
@@ -277,13 +282,13 @@ class _Task:
                 if name in names and name not in new:
                     self.tell("fitting", len(new), len(chosen))
                     new[name] = self._fitted(name, chosen[name], inputs)
-            put(compressed, {id(compressed.get_submodule(name)): new[name][0] for name in names})
+            put(compressed, {id(compressed.get_submodule(name)): new[name].layer for name in names})
         self.tell("fitting", len(chosen), len(chosen))
         return new
 
     @torch.no_grad()
-    def _fitted(self, name: str, spec: str, inputs: Inputs) -> tuple[Linear, float]:
-        """The structured layer in the place of a dense one, and the error of its outputs."""
+    def _fitted(self, name: str, spec: str, inputs: Inputs) -> _Fitted:
+        """The structured layer in the place of a dense one."""
         old = self.data.layers[name]
         weight = weight_of(old)
         target = inputs.target(weight, self.damping)
@@ -296,14 +301,14 @@ class _Task:
             layer.bias.copy_(inputs.bias(old.bias, weight, found))
         error = inputs.error(weight, found)
         self.journal.write_tensors(f"layer {name}", layer.state_dict())
-        self.journal.write(f"error of {name}", error)
-        return layer, error
+        self.journal.write(f"fit of {name}", {"error": error, "tokens": inputs.tokens})
+        return _Fitted(layer, error, inputs.tokens)
 
-    def _known(self, name: str, spec: str) -> tuple[Linear, float] | None:
+    def _known(self, name: str, spec: str) -> _Fitted | None:
         """The same, if it was found before."""
-        tensors, error = self.journal.read_tensors(f"layer {name}"), self.journal.read(f"error of {name}")
-        if tensors is None or error is None:
+        tensors, facts = self.journal.read_tensors(f"layer {name}"), self.journal.read(f"fit of {name}")
+        if tensors is None or facts is None:
             return None
         layer = fresh(self.data.layers[name], spec)
         layer.load_state_dict(tensors)
-        return layer, error
+        return _Fitted(layer, **facts)

@@ -77,6 +77,7 @@ class Moments:
             second.get(("original", "x"), own),
             mean,
             means.get("original", mean),
+            self.tokens,
             is_paired=("original", "x") in second,
         )
 
@@ -88,6 +89,7 @@ class Inputs:
     Attributes:
         own, original, cross: C, C_0 and K.
         mean, original_mean: of x and of x_0.
+        tokens: how many were seen.
         is_paired: whether the original's inputs are others.
         is_white: whether nothing is known, so that it is weights that are compared.
     """
@@ -97,6 +99,7 @@ class Inputs:
     cross: Tensor
     mean: Tensor
     original_mean: Tensor
+    tokens: int = 0
     is_paired: bool = False
     is_white: bool = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ENOUGH = 10.0  # tokens for each input feature
 HEADINGS = ("layer", "structure", "params", "MACs", "kept", "expected error", "error", "times as fast")
 
 
@@ -20,6 +21,7 @@ class Compressed:
             of its weight without calibration.
         matters: how far the model's output moves, for each unit of a small error; see `effects.py`.
         speed_up: how many times as fast it is as the dense layer was, for 256 tokens at once.
+        tokens_per_input: how many tokens it was fitted to, for each of its input features; None without any.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Compressed:
     error: float
     matters: float
     speed_up: float
+    tokens_per_input: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,19 @@ class CompressionReport:
     def macs(self) -> int:
         return sum(layer.macs for layer in self.layers)
 
+    @property
+    def notes(self) -> list[str]:
+        """What else there is to say: what was left out, and why; where there was little data."""
+        said = [f"Left as it was: {name} {reason}." for name, reason in self.skipped]
+        few = [layer.tokens_per_input for layer in self.layers if layer.tokens_per_input is not None]
+        few = [each for each in few if each < ENOUGH]
+        if few:
+            said.append(
+                f"{len(few)} of {len(self.layers)} layers were fitted to fewer than {ENOUGH:.0f} tokens for each of "
+                f"their inputs ({min(few):.2g} at worst): with more calibration data less is lost."
+            )
+        return said
+
     def rows(self) -> list[tuple[str, ...]]:
         """A row of text per layer, and one for all of them, under `HEADINGS`."""
         rows = []
@@ -66,4 +82,4 @@ class CompressionReport:
         rows = [HEADINGS, *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped)])
+        return "\n".join([*lines, *self.notes])
