@@ -100,8 +100,9 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(RUNS, reason="the tests run here")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("of", ["TestKernels", "TestGrouped"])
+def test_in_the_interpreter(of: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{of}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -113,8 +114,11 @@ class TestKernels:
 
     __test__ = RUNS
 
-    @pytest.mark.parametrize("dtype", CASES, ids=str)
-    @pytest.mark.parametrize("spec", SPECS)
+    @pytest.mark.parametrize(
+        ("spec", "dtype"),
+        [(spec, dtype) for dtype in (torch.float32, torch.bfloat16) for spec in SPECS]
+        + [(specs[0], torch.float16) for specs in SAMPLES.values()],  # the path of bfloat16: one of each family
+    )
     def test_output_and_gradients(self, spec: str, dtype: torch.dtype) -> None:
         s, factors, x, bias, grad = draw(spec, *CASES[dtype], dtype)
         assert kernels.unsupported(s, dtype, DEVICE) is None
@@ -125,7 +129,7 @@ class TestKernels:
         if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter truncates instead of rounding
             bounds = [2 * bound for bound in bounds]
         both = designs(s, dtype)
-        for design in both if dtype != torch.float16 else both[-1:]:  # not both a third time
+        for design in both:
             y, saved = kernels.forward(s, factors, x, bias, True, design)
             grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
             for found, wanted, bound in zip([y, grad_x, *grad_factors], exact, bounds, strict=True):
