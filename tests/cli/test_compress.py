@@ -160,6 +160,7 @@ def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: 
         ({"--calibration": "none.txt"}, ["none.txt"]),
         ({"--layers": "nothing.*"}, ["layers: 'nothing.*' matches no linear layer"]),
         ({"MODEL": "text.txt"}, ["text.txt is not a model that transformers can load"]),
+        ({"MODEL": "mistyped"}, ["there is no folder", "mistyped"]),
         ({"MODEL": "empty"}, ["empty is not a model that transformers can load"]),
     ],
 )

@@ -114,11 +114,8 @@ class TestKernels:
 
     __test__ = RUNS
 
-    @pytest.mark.parametrize(
-        ("spec", "dtype"),
-        [(spec, dtype) for dtype in (torch.float32, torch.bfloat16) for spec in SPECS]
-        + [(specs[0], torch.float16) for specs in SAMPLES.values()],  # the path of bfloat16: one of each family
-    )
+    @pytest.mark.parametrize("dtype", CASES, ids=str)
+    @pytest.mark.parametrize("spec", SPECS)
     def test_output_and_gradients(self, spec: str, dtype: torch.dtype) -> None:
         s, factors, x, bias, grad = draw(spec, *CASES[dtype], dtype)
         assert kernels.unsupported(s, dtype, DEVICE) is None
@@ -129,7 +126,7 @@ class TestKernels:
         if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter truncates instead of rounding
             bounds = [2 * bound for bound in bounds]
         both = designs(s, dtype)
-        for design in both:
+        for design in both if dtype != torch.float16 else both[-1:]:  # not both a third time
             y, saved = kernels.forward(s, factors, x, bias, True, design)
             grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
             for found, wanted, bound in zip([y, grad_x, *grad_factors], exact, bounds, strict=True):

@@ -37,6 +37,8 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
         place = torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise ValueError(f"device {device!r} cannot be used: {error}") from None
+    if str(source).startswith((".", "/")) and not Path(source).exists():  # no name on the hub begins so
+        raise ValueError(f"there is no folder {source}")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
