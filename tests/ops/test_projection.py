@@ -203,3 +203,21 @@ def test_truncation_in_float32_is_as_good_as_the_svd(
     best = values[rank:].square().sum().sqrt()
     found = (first.double() @ second.double() - matrices).flatten(1).norm(dim=1)
     assert float(found.max()) <= 1.001 * float(best) + 2e-6 * float(values.norm())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_a_few_of_many_singular_vectors(monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
+    """LAPACK's way to find some eigenvectors misses some where values are equal, and makes them less orthogonal."""
+    monkeypatch.setattr(truncate, "_LARGE", 100)
+    generator = torch.Generator().manual_seed(0)
+    n, rank = 600, 37
+    u, v = (torch.linalg.qr(torch.randn(k, n, dtype=torch.float64, generator=generator))[0] for k in (n, 1500))
+    values = torch.arange(1, n + 1, dtype=torch.float64) ** -decay
+    matrices = ((u * values) @ v.mT)[None]
+    first, second = truncate.truncated(matrices.float(), rank)
+    assert first.shape == (1, n, rank)
+    best = values[rank:].square().sum().sqrt()
+    assert float((first.double() @ second.double() - matrices).norm()) == pytest.approx(float(best), rel=1e-5)
+    monkeypatch.setattr(truncate, "find_spec", lambda name: None)  # without scipy
+    for found, plain in zip((first, second), truncate.truncated(matrices.float(), rank), strict=True):
+        assert float(found.norm()) == pytest.approx(float(plain.norm()), rel=1e-5)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 _RESOLVED = 100.0  # how far above the rounding error of a Gram matrix must lie what is left out
 _SMALL = 256  # rows up to which LAPACK, which takes one matrix after the other, gains nothing from a second core
+_LARGE = 1024  # rows above which it pays to leave eigenvectors out
+_FEW = (
+    4  # one eigenvector in so many, or fewer: LAPACK's way to find some takes longer for each than its way to find all
+)
 _CHUNKS = 16  # for every core: the less memory, and the better cached
 _PANEL = 512  # columns of a Gram matrix at a time
 
@@ -18,7 +23,7 @@ def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     In float64 by SVD. In float32 by the eigenvectors of M M^T, which is several times faster on a CPU; that squares the
     singular values, so that small ones drown in the rounding error of the largest. Where what is left out is not far
-    above that, the SVD is taken as well.
+    above that, the SVD is taken as well. With scipy, a few eigenvectors of a large matrix are found without the others.
 
     Args:
         matrices: (batch, rows, columns), float32 or float64.
@@ -45,17 +50,43 @@ def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _by_gram(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """No more rows than columns."""
-    values, vectors = torch.linalg.eigh(_gram(matrices))
-    first = vectors[:, :, -rank:].flip(2)
+    gram = _gram(matrices)
+    total = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)  # of all eigenvalues
+    values, vectors = _largest(gram, rank)
+    first = vectors.flip(2)
     second = first.mT @ matrices
     root = torch.linalg.vector_norm(second, dim=2).sqrt()
     first = first * root[:, None, :]
     second = second / root[:, :, None].clamp_min(torch.finfo(root.dtype).tiny)
-    rounding = torch.finfo(values.dtype).eps * values.shape[1] ** 0.5 * values[:, -1]
-    drowned = values[:, :-rank].sum(1) <= _RESOLVED * rounding
+    rounding = torch.finfo(values.dtype).eps * gram.shape[1] ** 0.5 * values[:, -1]
+    drowned = total - values.sum(1, dtype=torch.float64) <= _RESOLVED * rounding
     if drowned.any():
         first[drowned], second[drowned] = by_svd(matrices[drowned], rank)
     return first, second
+
+
+def _largest(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues, ascending, and their vectors, of symmetric matrices whose lower triangles are read."""
+    if gram.is_cpu and gram.shape[1] > _LARGE and _FEW * rank <= gram.shape[1] and find_spec("scipy"):
+        found = [_largest_of_one(own, rank) for own in gram]
+        if all(len(values) == rank for values, _ in found):
+            return torch.stack([values for values, _ in found]), torch.stack([vectors for _, vectors in found])
+    values, vectors = torch.linalg.eigh(gram)
+    return values[:, -rank:], vectors[:, :, -rank:]
+
+
+def _largest_of_one(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Without finding the others. Where values are equal up to rounding, LAPACK may miss some: then there are fewer."""
+    from scipy.linalg import LinAlgError, eigh  # torch finds all or none
+
+    rows = len(gram)
+    try:
+        values, vectors = eigh(gram.numpy(), subset_by_index=(rows - rank, rows - 1), driver="evr", check_finite=False)
+    except LinAlgError:  # no convergence
+        return gram.new_empty(0), gram.new_empty(rows, 0)
+    return torch.from_numpy(values), torch.linalg.qr(torch.from_numpy(vectors))[
+        0
+    ]  # orthogonal also where values are close
 
 
 def _gram(matrices: Tensor) -> Tensor:
