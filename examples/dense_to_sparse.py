@@ -91,8 +91,10 @@ def main() -> None:
             layers="blocks.*",
             folder=folder / "compression",
         )
+        compression = time.monotonic() - start
         model, after = trained(run(arguments.structure, half / ratio), folder / "sparse", model)
-        return model, after | {"seconds": before["seconds"] + after["seconds"] + time.monotonic() - start}
+        seconds = before["seconds"] + compression + after["seconds"]
+        return model, after | {"seconds": seconds, "compression": compression}
 
     sparse_steps = 0.7 * arguments.steps / ratio
     ways: dict[str, Way] = {
@@ -106,7 +108,8 @@ def main() -> None:
         ),
         "dense-to-sparse": dense_to_sparse,
     }
-    print("| way | validation loss | MACs per token, trained | minutes of training |\n| --- | --- | --- | --- |")
+    print("| way | validation loss | MACs per token at the end | seconds | of these, compression |")
+    print("| --- | --- | --- | --- | --- |")
     for name, way in ways.items():
         path = arguments.out / f"{name}.json"
         if not path.exists():
@@ -114,7 +117,9 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"macs": model.macs, **found}))
         row = json.loads(path.read_text())
-        print(f"| {name} | {row['validation_loss']:.4f} | {row['macs']:,} | {row['seconds'] / 60:.1f} |", flush=True)
+        compression = f"{row['compression']:.0f}" if "compression" in row else "–"
+        cells = (name, f"{row['validation_loss']:.4f}", f"{row['macs']:,}", f"{row['seconds']:.1f}", compression)
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

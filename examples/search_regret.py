@@ -36,7 +36,7 @@ from einlinear.experiments.sweeps.workers import Workers
 from einlinear.structures.spec import parse_family
 from einlinear.training import metrics
 
-OPTIONS = {"depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "lr": 3e-3}
+OPTIONS = {"depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "betas": (0.9, 0.999), "lr": 3e-3}
 PAPERS = "the paper's 23"
 # how candidates are chosen, whether runs end early, and how many trials are needed for a whole run's worth of MACs each
 WAYS = {

@@ -29,7 +29,7 @@ def test_dense_to_sparse(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert tables[0] == tables[1]  # all of it is kept
-    rows = re.findall(r"^\| ([a-z-]+) \| ([\d.]+) \| ([\d,]+) \| [\d.]+ \|$", tables[0], re.MULTILINE)
+    rows = re.findall(r"^\| ([a-z-]+) \| ([\d.]+) \| ([\d,]+) \| [\d.]+ \| [\d–]+ \|$", tables[0], re.MULTILINE)
     assert [name for name, *_ in rows] == ["dense", "monarch", "sparse-to-dense", "dense-to-sparse"]
     macs = {name: int(count.replace(",", "")) for name, _, count in rows}
     assert macs["sparse-to-dense"] == macs["dense"]

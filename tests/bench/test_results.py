@@ -157,7 +157,7 @@ def test_tables_and_page() -> None:
     case = Case("btt", 1024, 1024, 2048, "forward")
     wrong = Measurement("bmm", "the output is off", wrong=True)
     absent = Measurement("triton", "it runs on GPUs")
-    result = made_up(case, el_Linear=1.5, tiles=1.0)
+    result = dataclasses.replace(made_up(case, el_Linear=1.5, tiles=1.0), executor="reference")
     result = dataclasses.replace(result, measurements=(*result.measurements, wrong, absent))
     (table,) = tables.summary([result])
     row = dict(zip(table.headings, table.rows[0], strict=True))
@@ -165,6 +165,8 @@ def test_tables_and_page() -> None:
     assert row["fraction"] == "0.0417"
     assert row["MACs"] == f"{result.macs:,}"
     assert row["remarks"] == "dense wins; bmm is wrong: the output is off; tiles is faster"
+    (table,) = tables.summary([dataclasses.replace(result, executor="tiles")])  # the one that ran, without the layer
+    assert table.rows[0][-1] == "dense wins; bmm is wrong: the output is off"
     (detail,) = tables.details([result])
     names = [row[3] for row in detail.rows]
     assert names == [DENSE, COPYING, OURS, "tiles", "bmm"]

@@ -52,6 +52,8 @@ def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
         (("--sampler", "grid"), "sampler must be predictor, tpe, random, not 'grid'"),
         (("--families", "monarch"), "families must be some of einsum, btt3, blast, dyad, not monarch"),
         (("--on", "slurm"), "--on must be local or ray, not 'slurm'"),
+        (("--gpus", "1"), "--gpus goes with --on ray"),
+        (("--on", "ray", "--workers", "2"), "--workers goes with --on local"),
         (("--storage", "nonsense"), "storage must be journal or the URL of a database, not 'nonsense'"),
         (("trials=5",), "has no option 'trials'"),
         (("experts=4",), "a search has no mixtures of experts"),

@@ -9,11 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.compression.test_importance import Classifier
 from torch import Tensor, nn
 
 from einlinear.compression import compress
 from einlinear.compression.effects import Effect, Outputs
+
+
+class Classifier(nn.Module):
+    """What a model of transformers returns, for one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> object:
+        class Output:
+            logits = self.second(self.first(x).tanh())
+
+        return Output()
 
 
 def test_a_change_of_a_weight_and_a_bias() -> None:

@@ -198,6 +198,12 @@ def test_mistakes() -> None:
     smaller = compressed(model, batches)
     with pytest.raises(ValueError, match="there are no batches to train on"):
         el.heal(smaller, model, [], steps=5)
+    with pytest.raises(ValueError, match="the batches ended after 2 steps: give a list or a DataLoader"):
+        el.heal(copy.deepcopy(smaller), model, (inputs(20) for _ in range(2)), steps=5)
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+        el.heal(smaller, model, batches, steps=0)
+    with pytest.raises(ValueError, match="seconds must be positive, or None for no limit, not 0"):
+        el.heal(smaller, model, batches, steps=5, seconds=0.0)
     with pytest.raises(ValueError, match=r"the loss is nan at step 1: take a lower lr than 0\.0003"):
         el.heal(smaller, model, [inputs(200) * torch.nan], steps=5)
     with pytest.raises(ValueError, match="float16 parameters cannot be trained"):

@@ -141,8 +141,9 @@ def _summary_row(result: Result) -> tuple[str, ...]:
 
 
 def _faster(result: Result, ours: Measurement) -> list[str]:
-    """The executors that would have been the better choice, beyond the spread."""
-    rivals = [m for m in result.measurements if m.name in ops.EXECUTORS and m.seconds]
+    """The other executors that would have been the better choice, beyond the spread."""
+    others = {*ops.EXECUTORS} - {result.executor}
+    rivals = [m for m in result.measurements if m.name in others and m.seconds]
     return [m.name for m in rivals if ours.seconds and m.seconds and m.seconds.high < ours.seconds.low]
 
 

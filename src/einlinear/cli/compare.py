@@ -26,7 +26,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Structures, separated by ';' (names of families also by ','); may be repeated; "
-            "from-study:FOLDER: the three best of a search, whose options become the defaults, and without --macs all "
+            "from-study:FOLDER (or a name in results): the three best of a search, whose options become the defaults, "
+            "and without --macs all "
             "others at its compute. Default: dense; low_rank; kronecker; tt(rank=4); monarch; btt; dyad."
         ),
     ] = None,

@@ -13,6 +13,7 @@ import typer
 from einlinear.cli import display
 from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.packages import PRETRAINED, require
+from einlinear.cli.parsing import specs
 
 if TYPE_CHECKING:
     from einlinear.compression import CompressionReport
@@ -28,9 +29,12 @@ def compress(
         float | None, typer.Option(min=0.0, max=1.0, help="Fraction of the layers' parameters to keep, such as 0.5.")
     ] = None,
     keep_macs: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Or of their multiply-accumulates.")] = None,
-    structure: Annotated[
+    structures: Annotated[
         list[str] | None,
-        typer.Option(help="A family that layers may become a member of; may be repeated. Default: several."),
+        typer.Option(
+            help="Families that layers may become members of, separated by ';' or ','; may be repeated. "
+            "Default: low_rank, monarch, btt, blast(blocks=4)."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -43,7 +47,7 @@ def compress(
         list[str] | None, typer.Option(help="Globs on the layers' names. Default: all but the output head.")
     ] = None,
     heal: Annotated[float, typer.Option(min=0.0, help="Minutes of training to do what the original does.")] = 0.0,
-    lr: Annotated[float, typer.Option(help="Its learning rate.")] = 3e-4,
+    lr: Annotated[float, typer.Option(min=0.0, help="Its learning rate.")] = 3e-4,
     sequential: Annotated[
         bool,
         typer.Option("--sequential/--parallel", help="Layers after those that are compressed already, or at once."),
@@ -67,7 +71,7 @@ def compress(
     from einlinear.compression.speed import speeds
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one of our own
-    unfinished = out.with_name(f"{out.name}.unfinished")
+    unfinished = out.parent / f"{out.absolute().name}.unfinished"
     with interruptible(f"Interrupted. The same command goes on; so far: {unfinished}"):
         with user_errors():
             budgets = {"params": keep_params, "macs": keep_macs}
@@ -90,7 +94,7 @@ def compress(
                 report = compress_model(
                     found,
                     budget,
-                    structure or DEFAULT,
+                    specs(structures) or DEFAULT,
                     batches,
                     count=count,
                     layers=layers,
@@ -117,7 +121,7 @@ def compress(
     _print(report)
     if heal and calibration is not None:
         first, last = healing.losses[0], healing.losses[-1]
-        display.note(f"Healed in {len(healing.losses):,} steps: the loss fell from {first:.4f} to {last:.4f}.")
+        display.note(f"Healed in {len(healing.losses):,} steps: the loss of a batch was {first:.4f} and is {last:.4f}.")
     if hasattr(found.config, "vocab_size") and not getattr(found.config, "is_encoder_decoder", False):  # reads text
         _print_speeds(speeds({"original": original, "compressed": found}))
     display.note(f"In {out}. from_pretrained loads it after import einlinear.")

@@ -36,7 +36,8 @@ def map_(
         maps = [(study, own) for study in found if (own := structure_map(study, study.error))]
         if not maps:
             raise ValueError(
-                f"{' and '.join(map(str, folders))}: a map needs {AT_LEAST} structures of about the same MACs"
+                f"{' and '.join(map(str, folders))}: a map needs {AT_LEAST} structures of about the same MACs, each of "
+                "which all layers of a model share"
             )
         made = write_report(folders, out)
     for study, own in maps:

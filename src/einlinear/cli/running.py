@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from rich.progress import Progress, TaskID, TextColumn
 from einlinear.cli import display
 from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.importing import setup
+from einlinear.cli.packages import RAY, require
 from einlinear.cli.report import report
 
 if TYPE_CHECKING:  # heavy: imported where it is needed
@@ -32,6 +33,41 @@ def loss_column() -> TextColumn:
 def command_line() -> str:
     """The command that was given, for the record."""
     return shlex.join(["einlinear", *sys.argv[1:]])
+
+
+def check_place(on: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> None:
+    """Raise ValueError for a place to train that there is not, and for options that would do nothing there."""
+    if on == "local":
+        refuse({"--address": address, "--cpus": cpus, "--gpus": gpus}, "goes with --on ray")
+    elif on == "ray":
+        refuse({"--workers": workers}, "goes with --on local: on Ray --cpus and --gpus say how many runs fit")
+        require(RAY)
+    else:
+        raise ValueError(f"--on must be local or ray, not {on!r}")
+
+
+def refuse(options: Mapping[str, object], why: str) -> None:
+    """Raise ValueError if one of these options was given."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} {why}")
+
+
+def cluster(address: str | None, cpus: float | None, gpus: float | None) -> Pool:
+    """Where --on ray trains."""
+    from einlinear.experiments.sweeps.cluster import Cluster
+
+    return Cluster(address, 1 if cpus is None else cpus, gpus or 0, setup())
+
+
+def processes(workers: int | None, runs: Sequence[Run]) -> Pool:
+    """Where --on local trains."""
+    from joblib import cpu_count
+
+    from einlinear.experiments.sweeps.workers import Workers, suited
+
+    count = workers or suited(runs)
+    return Workers(count, max(1, cpu_count() // count), setup())
 
 
 def check_here(runs: Iterable[Run]) -> None:
@@ -53,12 +89,9 @@ def check_here(runs: Iterable[Run]) -> None:
 
 def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None) -> None:
     """Do what is missing of a sweep, on processes of this machine unless another pool is given, and report."""
-    from joblib import cpu_count
-
     from einlinear.experiments.runs.check import check_runs
     from einlinear.experiments.runs.store import Store
     from einlinear.experiments.sweeps.driver import do
-    from einlinear.experiments.sweeps.workers import Workers, suited
 
     store = Store(folder)
     with user_errors():
@@ -74,8 +107,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     already = f"; {there} of {len(sweep.runs)} are already there" if there else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
     if missing:
-        count = workers or suited(missing)
-        pool = pool or Workers(count, max(1, cpu_count() // count), setup())
+        pool = pool or processes(workers, missing)
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
         with interruptible(interrupted), display.progress(loss_column()) as bars, system_errors():
             failed = do(sweep.runs, store, pool, Watch(bars, len(missing)).see)

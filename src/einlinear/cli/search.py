@@ -13,11 +13,10 @@ import typer
 
 from einlinear.cli import display
 from einlinear.cli.endings import interruptible, system_errors, user_errors
-from einlinear.cli.importing import setup
 from einlinear.cli.options import MixCode, Settings, Workers
-from einlinear.cli.packages import EXPERIMENTS, RAY, SEARCH, require
+from einlinear.cli.packages import EXPERIMENTS, SEARCH, require
 from einlinear.cli.parsing import assignments, numbers
-from einlinear.cli.running import Watch, check_here, command_line, loss_column
+from einlinear.cli.running import Watch, check_here, check_place, cluster, command_line, loss_column, processes
 
 if TYPE_CHECKING:
     from einlinear.experiments.search.search import Search
@@ -67,8 +66,8 @@ def search(
     on: Annotated[str, typer.Option(help="Where to train: local (processes of this machine) or ray.")] = "local",
     workers: Workers = None,
     address: Annotated[str | None, typer.Option(help="Address of the Ray cluster. Default: a new one here.")] = None,
-    cpus: Annotated[float, typer.Option(help="CPU cores for each run on Ray.")] = 1,
-    gpus: Annotated[float, typer.Option(help="GPUs for each run on Ray.")] = 0,
+    cpus: Annotated[float | None, typer.Option(help="CPU cores for each run on Ray. Default: 1.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs for each run on Ray. Default: none.")] = None,
     mix_code: MixCode = False,
 ) -> None:
     """Search the space of structures for the lowest loss at a budget of compute.
@@ -78,20 +77,12 @@ def search(
     """
     require(EXPERIMENTS)
     require(SEARCH)
-    from joblib import cpu_count
-
     from einlinear.experiments.runs.store import Store
     from einlinear.experiments.runs.table import RunTable
     from einlinear.experiments.search.search import Config, Search
-    from einlinear.experiments.sweeps.driver import Pool
-    from einlinear.experiments.sweeps.workers import Workers as Processes
-    from einlinear.experiments.sweeps.workers import suited
 
     with user_errors():
-        if on not in ("local", "ray"):
-            raise ValueError(f"--on must be local or ray, not {on!r}")
-        if on == "ray":
-            require(RAY)
+        check_place(on, workers, address, cpus, gpus)
         macs = numbers(budget, "--budget") or ()
         if len(macs) != 1:
             raise ValueError(f"--budget is one number, such as 400k, not {budget!r}")
@@ -114,14 +105,7 @@ def search(
         found = Search(chosen)
         check_here([found.base])
         found.open(store, storage, name, command=command_line(), mix_code=mix_code)
-    pool: Pool
-    if on == "ray":
-        from einlinear.experiments.sweeps.cluster import Cluster
-
-        pool = Cluster(address, cpus, gpus, setup())
-    else:
-        count = workers or suited([found.base] * trials)
-        pool = Processes(count, max(1, cpu_count() // count), setup())
+    pool = cluster(address, cpus, gpus) if on == "ray" else processes(workers, [found.base] * trials)
     there = len(found.study.tried())
     display.note(f"{there} of {trials} candidates are there; results in {out}.")
     interrupted = f"Interrupted. {out} keeps what was done; the same command goes on from there."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +9,10 @@ import typer
 
 from einlinear.cli import display
 from einlinear.cli.endings import user_errors
-from einlinear.cli.importing import setup
 from einlinear.cli.options import MixCode, Settings, Workers
-from einlinear.cli.packages import EXPERIMENTS, RAY, require
+from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import assignments
-from einlinear.cli.running import carry_out
+from einlinear.cli.running import carry_out, check_place, cluster, refuse
 
 
 def sweep(
@@ -47,32 +45,14 @@ def sweep(
     from einlinear.experiments.sweeps.sweep import read_sweep
 
     with user_errors():
-        if on not in ("local", "ray"):
-            raise ValueError(f"--on must be local or ray, not {on!r}")
+        check_place(on, workers, address, cpus, gpus)
         is_file = Path(what).suffix in (".toml", ".json")
-        if on == "local":
-            _refuse({"--address": address, "--cpus": cpus, "--gpus": gpus}, "goes with --on ray")
-        else:
-            _refuse({"--workers": workers}, "goes with --on local: on Ray --cpus and --gpus say how many runs fit")
         if is_file:
-            _refuse({"--scale": scale}, f"is that of a recipe, and {what} is a file")
-        if on == "ray":
-            require(RAY)
+            refuse({"--scale": scale}, f"is that of a recipe, and {what} is a file")
         overrides, scale = assignments(settings), scale or "small"
         found = read_sweep(what, overrides) if is_file else recipes.sweep(what, scale, overrides)
         if not is_file and (how := getattr(recipes.load(what), scale).prepare):
             display.note(f"Its data has to be there: {how}")
         name = Path(what).stem if is_file else f"{what}-{scale}"
-    pool = None
-    if on == "ray":
-        from einlinear.experiments.sweeps.cluster import Cluster
-
-        pool = Cluster(address, 1 if cpus is None else cpus, gpus or 0, setup())
+    pool = cluster(address, cpus, gpus) if on == "ray" else None
     carry_out(found, out or Path("results") / name, workers, mix_code, pool)
-
-
-def _refuse(options: Mapping[str, object], why: str) -> None:
-    """Raise ValueError if one of these options was given, which would do nothing."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name} {why}")

@@ -1,4 +1,4 @@
-"""What calibration data say of the layers of a model: the moments of their inputs, and how much their errors matter."""
+"""What calibration data say of the layers of a model: moments of their inputs, and whether its output needs them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from einlinear.compression.effects import Outputs
-from einlinear.compression.importance import importance
 from einlinear.compression.moments import Inputs, Moments
 from einlinear.compression.passes import Passes
-from einlinear.compression.running import Batch, Stage, stages_of, tokens_of
+from einlinear.compression.running import Batch, Stage, reached, stages_of, tokens_of
 from einlinear.nn.known import features
 
 MEMORY = 2**31  # bytes of moments that are collected in one pass over the data
@@ -64,12 +63,9 @@ class Calibration:
         """What the model puts out; None without data."""
         return None if self._batches is None else Outputs(self._model, self._batches)
 
-    def importance(self) -> dict[str, float]:
-        """What a unit of squared error of a layer's outputs counts, if the model's output depends on the layer."""
-        if self._batches is None:  # the relative errors of all weights alike
-            squares = {name: layer.weight.detach().float().square().sum() for name, layer in self.layers.items()}
-            return {name: 1 / max(1e-30, float(square)) for name, square in squares.items()}
-        return importance(self._model, self.layers, self._batches)
+    def reached(self) -> set[str]:
+        """The layers that the model's output depends on; all of them where there are no data to tell."""
+        return set(self.layers) if self._batches is None else reached(self._model, self.layers, self._batches)
 
     def _parts(self, stages: Sequence[Stage], copies: int) -> Iterator[list[Stage]]:
         """Stages whose moments fit into memory together."""

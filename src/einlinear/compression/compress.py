@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -61,7 +61,8 @@ def compress(
         calibration: batches that the model is called with: tensors, sequences of positional arguments, or mappings of
             named ones. An "attention_mask" of (batch, tokens) says what is padding. None: weights are approximated.
         count: "params" or "macs".
-        layers: a glob, or several, on qualified names; None: all but a language model's head and a classifier's last.
+        layers: a glob, or several, on qualified names; None: all but the output heads of
+            transformers' language models and classifiers.
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
         damping: fraction of the mean variance that is added to that of every direction of the inputs.
@@ -77,6 +78,7 @@ def compress(
     Raises:
         ValueError: no layer to compress, a budget that nothing reaches, no calibration data, inputs that are NaN (it
             names the layer), a folder of another compression. The model is then as it was.
+        ModuleNotFoundError: scipy is not installed, or with a folder safetensors; the extra `pretrained` has both.
 
     Example:
         >>> import torch, einlinear as el
@@ -92,6 +94,8 @@ def compress(
     families = [structures] if isinstance(structures, str) else list(structures)
     if not families:
         raise ValueError(f"structures is empty: name families, such as {', '.join(DEFAULT)}")
+    kept = folder is not None or shared is not None
+    _check_installed("scipy", *(("safetensors",) if kept else ()))
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise ValueError("calibration has no batches")
@@ -102,14 +106,13 @@ def compress(
         data = Calibration(model, found, batches)
         called = [name for stage in data.stages for name in stage.names]
         skipped += [(name, "is never called on the calibration data") for name in found if name not in called]
-        importance = data.importance() if called else {}
-        names = [name for name in called if name in importance]
+        reached = data.reached() if called else set()
+        names = [name for name in called if name in reached]
         skipped += [(name, "is nothing that the model's output depends on") for name in called if name not in names]
         if not names:
             reasons = "; ".join(f"{name} {reason}" for name, reason in skipped) or "the model has none"
             raise ValueError(f"there is no dense linear layer to compress: {reasons}")
         _check_budget({name: found[name] for name in names}, budget, count, families)  # before anything is written
-        kept = folder is not None or shared is not None
         of_all = {"damping": damping, "model and data": digest_of(model, batches) if kept else None}
         settings = {
             **of_all,
@@ -119,16 +122,25 @@ def compress(
             "layers": names,
             "sequential": sequential,
         }
-        journal = Journal(None if folder is None else Path(folder), settings)
-        errors = Journal(None if shared is None else Path(shared), of_all)
+        journal = Journal(None if folder is None else Path(folder), settings, "an unfinished compression")
+        errors = Journal(None if shared is None else Path(shared), of_all, "errors of candidates")
         tell = progress or (lambda what, done, of: None)
-        task = _Task(data, importance, families, count, damping, journal, errors, tell)
+        task = _Task(data, names, families, count, damping, journal, errors, tell)
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
     report = [_reported(name, found[name], new.get(name), chosen[name].error, matters[name]) for name in names]
     put(model, {id(found[name]): own.layer.train(found[name].training) for name, own in new.items()})
     return CompressionReport(tuple(report), tuple(skipped))
+
+
+def _check_installed(*modules: str) -> None:
+    """Raises ModuleNotFoundError for what is needed only when most of the work is done."""
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise ModuleNotFoundError(
+            f"compress needs packages that are not installed ({', '.join(missing)}). Install them with:  "
+            "pip install 'einlinear[pretrained]'"
+        )
 
 
 def _check_budget(layers: Mapping[str, nn.Module], budget: float, count: str, families: Sequence[str]) -> None:
@@ -168,7 +180,7 @@ class _Task:
     """The layers of one model, and what all of them are compressed by."""
 
     data: Calibration
-    importance: Mapping[str, float]
+    names: Sequence[str]  # of the layers, in the order in which they are called
     families: Sequence[str]
     count: str
     damping: float
@@ -178,7 +190,7 @@ class _Task:
 
     def choose(self, budget: float) -> tuple[dict[str, Candidate], dict[str, float]]:
         """What every layer is to become, and what a relative error of its outputs counts."""
-        names = [name for stage in self.data.stages for name in stage.names if name in self.importance]
+        names = self.names
         dense = sum(weight_of(self.data.layers[name]).numel() for name in names)
         options: dict[str, list[Candidate]] = {}
         effects: dict[str, Effect] = {}
@@ -192,8 +204,6 @@ class _Task:
         for name, inputs in self.data.inputs(left):
             if name not in names or name in options:
                 continue
-            if not math.isfinite(self.importance[name]):
-                raise ValueError(f"{name}: its gradients overflow. Load the model in float32 or bfloat16")
             self.tell("comparing structures", len(options), len(names))
             effects[name] = self._effect(name, inputs)
             options[name] = self._candidates(name, inputs)
@@ -213,7 +223,7 @@ class _Task:
         layer = self.data.layers[name]
         weight = weight_of(layer)
         if self.data.outputs is None:
-            return Effect.of([(1.0, self.importance[name] * inputs.energy(weight))])
+            return Effect.of([(1.0, 1.0)])
         points = self.shared.read(f"effects of {name}")
         if points is None:
             points = []

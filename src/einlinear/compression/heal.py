@@ -62,7 +62,7 @@ def heal(
     Args:
         model: compressed; what requires gradients is trained.
         original: the model that it was, which is not changed.
-        batches: training data, called as in `compress`; gone through again and again if it can be.
+        batches: training data, called as in `compress`; gone through again and again if need be.
         steps: batches to train on.
         lr: that the original would be trained with; what structured layers get follows from it (`param_groups`).
         match: globs on qualified names of modules: their outputs are to agree as well, each as much as the model's.
@@ -79,8 +79,9 @@ def heal(
         The losses.
 
     Raises:
-        ValueError: no batches, a glob that matches nothing, nothing to train or in float16, parameters that are the
-            original's own, a folder of another healing; a loss that is NaN, and the model has then been trained so far.
+        ValueError: no batches or no steps, a glob that matches nothing, nothing to train or in float16, parameters that
+            are the original's own, a folder of another healing; batches that end before the steps and cannot be
+            repeated, or a loss that is NaN, and the model has then been trained so far.
 
     Example:
         >>> import copy, torch, einlinear as el
@@ -91,6 +92,10 @@ def heal(
         >>> healing.losses[-1] < healing.losses[0]
         True
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds must be positive, or None for no limit, not {seconds:g}")
     modules, others = dict(model.named_modules()), dict(original.named_modules())
     globs = as_globs(match, "match")
     both = [name for name in modules if name and name in others]
@@ -112,7 +117,7 @@ def heal(
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True
         for batch in islice(_endless(batches), len(losses), None):
-            done = max(len(losses) / steps, spent() / seconds if seconds else 0.0)
+            done = max(len(losses) / steps, 0.0 if seconds is None else spent() / seconds)
             if done >= 1:
                 break
             loss = _loss(model, original, batch, names, task_loss)
@@ -249,13 +254,16 @@ def _square(found: Tensor, right: Tensor, batch: Batch) -> Tensor:
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches again and again."""
+    count = 0
     while True:
-        count = 0
+        before = count
         for batch in batches:
             count += 1
             yield batch
         if not count:
             raise ValueError("there are no batches to train on: give some, in a list or a DataLoader")
+        if count == before:
+            raise ValueError(f"the batches ended after {count} steps: give a list or a DataLoader, which start anew")
 
 
 def _factor(done: float, warmup: float) -> float:

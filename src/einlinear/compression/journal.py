@@ -24,25 +24,26 @@ class Journal:
     Args:
         folder: made if it is not there; None: nothing is kept.
         settings: what the results depend on, as JSON values.
+        what: they are, in messages.
 
     Raises:
         ValueError: the folder holds something else, or results of other settings: it says which.
     """
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any], what: str) -> None:
         self._folder = folder
         if folder is None:
             return
         if folder.exists() and not (folder / _SETTINGS).is_file() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds files that are no unfinished compression: name another folder")
+            raise ValueError(f"{folder} holds files that are not {what}: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / _SETTINGS).is_file():
             before = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
             changed = [name for name in settings if before.get(name) != settings[name]]
             if changed:
                 raise ValueError(
-                    f"{folder} holds an unfinished compression with other settings ({', '.join(changed)}): repeat "
-                    "these, or delete it to start anew"
+                    f"{folder} holds {what} with other settings ({', '.join(changed)}): repeat these, name another "
+                    "folder, or delete it to start anew"
                 )
         else:
             write_json(folder / _SETTINGS, dict(settings))

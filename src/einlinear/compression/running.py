@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_TRIED = 2  # calls after which the output is taken not to depend on a layer
 Batch = Any  # what the model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
 
 
@@ -128,6 +129,33 @@ def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         if not left:
             break
     return stages
+
+
+def reached(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> set[str]:
+    """The layers that the model's output depends on, of those that the data reach."""
+    found, calls = set[str](), dict.fromkeys(layers, 0)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)  # gradients of what layers put out tell it, and cost less
+    try:
+        for batch in batches:
+            left = {name: layer for name, layer in layers.items() if name not in found and calls[name] < _TRIED}
+            if not left:
+                break
+
+            def note(name: str, output: Tensor) -> Tensor:
+                calls[name] += 1
+                output.requires_grad_().register_hook(lambda _: found.add(name))
+                return output.clone()  # what is done to it in place is no output of the layer
+
+            with torch.enable_grad(), hooked(left, note):
+                output = output_of(call(model, batch))
+                if output.requires_grad:
+                    output.float().sum().backward()
+    finally:
+        for p in learning:
+            p.requires_grad_()
+    return found
 
 
 @contextmanager

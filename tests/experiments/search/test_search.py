@@ -25,7 +25,7 @@ from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.leaders import alongside, leaders, without_leaders
 from einlinear.experiments.search.matching import at
-from einlinear.experiments.search.search import Search, _base, configure
+from einlinear.experiments.search.search import Search, _base, _rungs, configure
 from einlinear.experiments.search.study import SAME_AS
 from einlinear.experiments.sweeps import compare
 from einlinear.experiments.sweeps.attempts import attempt
@@ -163,12 +163,14 @@ def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> N
     assert len(Store(tmp_path).records()) == 2
 
 
-def test_runs_that_are_behind_end_early(tmp_path: Path) -> None:
-    found = search(tmp_path, trials=10, steps=40, sampler="random")
+@pytest.mark.parametrize("steps", [38, 40])
+def test_runs_that_are_behind_end_early(tmp_path: Path, steps: int) -> None:
+    found = search(tmp_path, trials=10, steps=steps, sampler="random")
     found.do(step_by_step)
     states = [own.state for own in found.study.tried()]
     assert TrialState.COMPLETE in states
     assert TrialState.PRUNED in states
+    assert any("completed_rung_1" in trial.system_attrs for trial in found.study.optuna.get_trials())  # Optuna's name
     finished = {record.run.key for record in Store(tmp_path).records() if record.result}
     assert finished == {own.run.key for own in found.study.tried() if own.is_finished}
 
@@ -219,8 +221,8 @@ def test_losses_are_noted_often_enough_to_be_judged() -> None:
     for steps in (1, 2, 30, 60, 100, 300):
         base = Search(configure(**{**OPTIONS, "steps": steps, "log_every": 10})).base
         logged = [step for step in range(1, steps + 1) if step % base.training.log_every == 0]
-        for rung in {round(steps / 4), round(steps / 2)} - {0}:
-            assert any(rung - round(0.2 * rung) <= step <= rung for step in logged), (steps, rung)
+        for rung in _rungs(base):
+            assert rung > steps or any(rung - round(0.2 * rung) <= step <= rung for step in logged), (steps, rung)
 
 
 def test_heads_of_a_gpt() -> None:

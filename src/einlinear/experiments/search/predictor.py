@@ -20,7 +20,6 @@ from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-FEATURES = ("psi", "nu", "omega", "log2 width", "log2 params")  # the first three for every structure of a candidate
 AT_LEAST = 8  # runs, before anything is predicted
 _FOLDS = 5
 
@@ -47,7 +46,7 @@ class Predictor:
     """Fitted to runs.
 
     Args:
-        features: (runs, features), see `FEATURES`.
+        features: (runs, features).
         losses: (runs,), positive and finite.
 
     Raises:

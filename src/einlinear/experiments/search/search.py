@@ -26,7 +26,6 @@ from einlinear.experiments.search.settings import Settings
 from einlinear.experiments.search.space import STRUCTURE, Space, option_of
 from einlinear.experiments.search.study import SAME_AS, WHY, Candidate, Tried, kind_of_storage, open_study
 from einlinear.experiments.sweeps.attempts import stop
-from einlinear.experiments.sweeps.compare import template
 from einlinear.experiments.sweeps.driver import Event, Job, Pool
 from einlinear.structures import DoesNotFit
 from einlinear.training import metrics
@@ -37,7 +36,7 @@ _POOL = 64  # candidates that the predictor chooses from
 _LEAST_TRUST = 0.2  # how often the predictor chooses, even if it is good for nothing
 _DRAWN = 20  # structures, one of which has to have a model of the budget
 _VAIN = 200  # proposals in a row that fit no budget or were tried before: there is nothing left
-_RUNGS = (1 / 4, 1 / 2)  # of the steps, where the worse half of the runs ends
+_FIRST = 1 / 4  # of the steps, where the worse half of the runs ends; of the others again at twice as many
 _RECENT = 0.2  # share of the steps up to there whose mean loss counts
 
 
@@ -154,7 +153,7 @@ class Search:
         settings = {"results folder": self.settings.id, "data digest": self._digest, **fixed}
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.config.prune:
-            pruner = optuna.pruners.SuccessiveHalvingPruner(_first_rung(self.base), reduction_factor=2)
+            pruner = optuna.pruners.SuccessiveHalvingPruner(_rungs(self.base)[0], reduction_factor=2)
         self.study = open_study(store.folder, settings, storage, name, pruner)
         return self
 
@@ -267,8 +266,8 @@ class Search:
     def _judge(self, trial: optuna.Trial, event: Event) -> None:
         """Stop a run that is behind half of the others at the same step."""
         folder = self.store.path(event.run)
-        for rung in (round(share * event.steps) for share in _RUNGS):
-            if event.step >= rung > 0 and rung not in self._reported.setdefault(event.run.key, set()):
+        for rung in _rungs(self.base):
+            if event.step >= rung and rung not in self._reported.setdefault(event.run.key, set()):
                 lines = [line for line in metrics.read(folder / METRICS) if _window(rung) <= line["step"] <= rung]
                 losses = [line["train_loss"] for line in lines]
                 if losses and None not in losses:
@@ -295,16 +294,18 @@ def _base(config: Config) -> Run:
     """A run with all that candidates have in common; its losses are noted down often enough to be judged."""
     options = config.options
     has_heads = options.get("model") == "gpt" and options.get("d_head") is None
-    base = template({**({"heads": _HEADS, "d_head": None} if has_heads else {}), **options})
+    base = Run.of({**({"heads": _HEADS, "d_head": None} if has_heads else {}), **options})
     if not config.prune:
         return base
-    rung = _first_rung(base)
-    often = min(base.training.log_every, rung - _window(rung) + 1)
+    first, _ = _rungs(base)
+    often = min(base.training.log_every, first - _window(first) + 1)
     return replace(base, training=replace(base.training, log_every=often))
 
 
-def _first_rung(base: Run) -> int:
-    return max(1, round(_RUNGS[0] * base.training.steps))
+def _rungs(base: Run) -> tuple[int, int]:
+    """The steps after which runs are judged. Optuna's second rung is at twice the first, whatever the steps."""
+    first = max(1, round(_FIRST * base.training.steps))
+    return first, 2 * first
 
 
 def _window(rung: int) -> int:
@@ -313,6 +314,6 @@ def _window(rung: int) -> int:
 
 
 def _features(candidate: Candidate) -> list[float]:
-    """As the predictor's `FEATURES` say, the exponents of one structure after the other."""
+    """What the predictor knows: psi, nu and omega of one structure after the other, the width and the parameters."""
     exponents = [value for option in sorted(candidate.exponents) for value in candidate.exponents[option]]
     return [*exponents, math.log2(candidate.width), math.log2(candidate.params)]
