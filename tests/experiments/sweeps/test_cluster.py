@@ -1,4 +1,4 @@
-"""What a worker of a cluster does; a sweep on one of two processes, one of which dies: the table of local mode."""
+"""What a worker of a cluster does. On one of two processes: a sweep, though one dies, as in local mode; a search."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from tests.experiments.sweeps.tables import read_table
 from einlinear.experiments.runs.records import read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
+from einlinear.experiments.search.search import Search, configure
 from einlinear.experiments.sweeps import attempts, cluster
 from einlinear.experiments.sweeps.driver import do
 from einlinear.experiments.sweeps.sweep import make_sweep
@@ -111,7 +112,12 @@ def drive(folder: Path) -> None:
     do(sweep.runs, store, Cluster(), lambda event: statuses.append(event.status))
     is_over.set()
     killer.join()
-    (folder / "done.json").write_text(json.dumps({"statuses": statuses, "killed": len(killed)}))
+    options = {"data": "digits", "depth": 1, "batch_size": 128, "steps": 8, "threads": 1}
+    search = Search(configure(budget=8_000, trials=4, **options)).open(Store(folder / "search"))
+    failed = [event.message for event in search.do(Cluster())]
+    told = {"statuses": statuses, "killed": len(killed), "failed": failed}
+    told["searched"] = [own.is_finished for own in search.study.tried()]
+    (folder / "done.json").write_text(json.dumps(told))
 
 
 def holder_of(path: Path) -> int | None:
@@ -136,7 +142,8 @@ def test_a_cluster_gives_the_table_of_local_workers(tmp_path: Path) -> None:
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "ray" / "done.json").read_text()) == {"statuses": 8 * ["finished"], "killed": 1}
+    told = json.loads((tmp_path / "ray" / "done.json").read_text())
+    assert told == {"statuses": 8 * ["finished"], "killed": 1, "failed": [], "searched": 4 * [True]}
 
     sweep = make_sweep(SWEEP)
     store = Store(tmp_path / "local")
