@@ -246,7 +246,9 @@ def test_on_paper_plots_fit_into_their_places(page: Browser) -> None:
 
 def test_the_map_of_the_structures(chromium: Browser, tmp_path: Path) -> None:
     """Every structure is a mark where its exponents are, the better the darker, and says what it is."""
+    early = "einsum(theta=(3/4, 0, 1/4, 0, 1/2, 1/2, 1/4))"
     searched(tmp_path)
+    write(tmp_path, run_of(early, 80), 0, None, finished=False)
     write_report([tmp_path])
     chromium.errors.clear()
     chromium.open(tmp_path / "report.html")
@@ -257,10 +259,15 @@ def test_the_map_of_the_structures(chromium: Browser, tmp_path: Path) -> None:
                 x: t.x[0], y: t.y[0], text: t.hovertemplate, size: t.marker.size, colour: t.marker.color,
                 kind: t.marker.symbol}})))"""
     )
+    ended = [mark for marks in panels for mark in marks if early in mark["text"]]
+    assert [(mark["size"], mark["kind"]) for mark in ended] == [(6, "x-thin-open")] * 3  # wherever no loss is needed
+    s = el.structure(early, 80, 320)
+    assert [(mark["x"], mark["y"]) for mark in ended] == [(s.nu, s.psi), (s.nu, s.omega), (s.psi, s.omega)]
+    panels = [[mark for mark in marks if mark not in ended] for marks in panels]
     assert [len(marks) for marks in panels] == [len(SPECS)] * 4
     drawn = f"[...{section}.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)"
     count = chromium.run(f"{drawn}.map(plot => plot.querySelectorAll('.scatterlayer .point').length)")
-    assert count == [len(SPECS)] * 4
+    assert count == [len(SPECS) + 1] * 3 + [len(SPECS)]
     best_last = sorted(SPECS, key=loss_of)[::-1]
     for marks, (x, y) in zip(panels, (("nu", "psi"), ("nu", "omega"), ("psi", "omega")), strict=False):
         assert len({mark["colour"] for mark in marks}) == len(SPECS)
@@ -272,6 +279,7 @@ def test_the_map_of_the_structures(chromium: Browser, tmp_path: Path) -> None:
     text = chromium.run(f"{section}.innerText")
     assert f"el.convert(model, '{best_last[-1]}')" in text
     assert all(kind_of(spec) in text for spec in SPECS)
+    assert "Small crosses: 1 structures whose runs ended early" in text
     (first, *_) = chromium.run(f"[...{section}.querySelectorAll('tbody tr')].map(row => row.cells[0].innerText)")
     assert first == best_last[-1]
     assert chromium.errors == []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from einlinear.experiments.findings.scaling import ExponentEffects, exponent_effects
 from einlinear.experiments.findings.summary import Row, Study
 from einlinear.experiments.findings.taxonomy import EXPONENTS
-from einlinear.experiments.runs.models import DENSE
+from einlinear.experiments.runs.models import DENSE, Model
 from einlinear.structures import structure
 from einlinear.structures.spec import is_family, parse_family
 
@@ -48,11 +48,13 @@ class StructureMap:
         compute: MACs per input, their median.
         places: the best first.
         effects: of the exponents on the logarithm of the loss.
+        unfinished: further structures of the same folders whose runs ended early, or are still running: the exponents.
     """
 
     compute: float
     places: tuple[Place, ...]
     effects: ExponentEffects
+    unfinished: Mapping[str, Mapping[str, float]]
 
 
 def structure_map(study: Study, measure: str) -> StructureMap | None:
@@ -76,19 +78,31 @@ def structure_map(study: Study, measure: str) -> StructureMap | None:
         seconds = row.step_seconds
         is_on_front = seconds is not None and seconds < fastest
         fastest = min(fastest, seconds or fastest)
-        spec, model = row.run.model.structure, row.run.model
-        try:
-            s = structure(spec, model.width, model.expansion * model.width)
-        except ValueError:  # of a family that is not registered here
-            continue
-        exponents = {name: getattr(s, name) for name in EXPONENTS}
-        places.append(Place(row, kind_of(spec), exponents, loss, is_on_front))
+        if exponents := _exponents(row.run.model):
+            places.append(Place(row, kind_of(row.run.model.structure), exponents, loss, is_on_front))
     if len(places) < AT_LEAST:
         return None
     reference = next((own.loss for own in places if own.structure == DENSE), median(own.loss for own in places))
     psi, nu, omega = ([own.exponents[name] for own in places] for name in ("psi", "nu", "omega"))
     effects = exponent_effects(psi, nu, omega, [own.loss for own in places], reference)
-    return StructureMap(float(compute), tuple(places), effects)
+    return StructureMap(float(compute), tuple(places), effects, _unfinished(study, places))
+
+
+def _exponents(model: Model) -> dict[str, float]:
+    """Of the structure, by name; none if its family is not registered here."""
+    try:
+        s = structure(model.structure, model.width, model.expansion * model.width)
+    except ValueError:
+        return {}
+    return {name: getattr(s, name) for name in EXPONENTS}
+
+
+def _unfinished(study: Study, places: Sequence[Place]) -> dict[str, dict[str, float]]:
+    folders = {record.folder.parent for own in places for record in own.row.records}
+    models = [record.run.model for record in study.unfinished if record.folder.parent in folders]
+    known = {own.structure for own in places}
+    models = [model for model in models if not getattr(model, "roles", {}) and model.structure not in known]
+    return {model.structure: exponents for model in models if (exponents := _exponents(model))}
 
 
 def kind_of(spec: str) -> str:

@@ -106,11 +106,13 @@ class Study:
         records: all of them.
         varied: the options in which they differ, with their values in order.
         curves: dense first, the others by name.
+        unfinished: runs of the same folders that have no results: they ended early, or are still running.
     """
 
     records: tuple[Record, ...]
     varied: Mapping[str, tuple[Any, ...]]
     curves: tuple[Curve, ...]
+    unfinished: tuple[Record, ...] = ()
 
     @property
     def error(self) -> str:
@@ -150,10 +152,14 @@ class Study:
 def studies(records: Iterable[Record]) -> list[Study]:
     """The studies of the finished runs among the records: those on the same data together."""
     groups: dict[tuple[str, str], dict[str, Record]] = {}
+    unfinished: dict[tuple[str, str], list[Record]] = {}
     for record in records:
+        key = record.digest, record.error
         if record.result:
-            groups.setdefault((record.digest, record.error), {})[record.run.key] = record
-    return [_study(list(group.values())) for group in groups.values()]
+            groups.setdefault(key, {})[record.run.key] = record
+        else:
+            unfinished.setdefault(key, []).append(record)
+    return [_study(list(group.values()), unfinished.get(key, ())) for key, group in groups.items()]
 
 
 def result(record: Record) -> Result:
@@ -205,11 +211,10 @@ def in_words(measure: str) -> str:
     return "training loss" if measure == TRAIN_LOSS else measure.replace("_", " ")
 
 
-def _study(records: Sequence[Record]) -> Study:
+def _study(records: Sequence[Record], unfinished: Sequence[Record]) -> Study:
     curves, measures = make_curves(records), (records[0].error, TRAIN_LOSS)
-    return Study(
-        tuple(records), _varied(records), tuple(_with_multipliers(curve, curves, measures) for curve in curves)
-    )
+    with_multipliers = tuple(_with_multipliers(curve, curves, measures) for curve in curves)
+    return Study(tuple(records), _varied(records), with_multipliers, tuple(unfinished))
 
 
 def _varied(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:

@@ -59,6 +59,10 @@ def map_of_structures(study: Study, commands: Sequence[str]) -> Section | None:
         "Each mark is a model; the darker, the lower its loss; its shape says what its structure is: {}. The best is "
         "larger. In the last panel the line joins those that no other is both better and faster than."
     ).format(legend)
+    if first.unfinished:
+        caption += Markup(" Small crosses: {} structures whose runs ended early, or are still running.").format(
+            len(first.unfinished)
+        )
     table = _table(first.places, study)
     effects = effects_table({title: own.effects for title, own in found.items()})
     parts: list[Figure | Table] = [Figure("map", caption, views, data), table, *effects]
@@ -66,14 +70,22 @@ def map_of_structures(study: Study, commands: Sequence[str]) -> Section | None:
 
 
 def _panels(found: StructureMap, kinds: Sequence[str], title: str) -> list[Panel]:
-    pairs = [Panel("", _exponents(found.places, kinds, x, y)) for x, y in combinations(reversed(EXPONENTS), 2)]
+    pairs = [Panel("", _exponents(found, kinds, x, y)) for x, y in combinations(reversed(EXPONENTS), 2)]
     return [*pairs, Panel("", _front(found.places, kinds, title))]
 
 
-def _exponents(places: Sequence[Place], kinds: Sequence[str], x: str, y: str) -> go.Figure:
+def _exponents(found: StructureMap, kinds: Sequence[str], x: str, y: str) -> go.Figure:
     figure = go.Figure()
-    for rank, own in reversed([*enumerate(places)]):  # the best on top
-        _mark(figure, own.exponents[x], own.exponents[y], own, rank, len(places), kinds)
+    for spec, exponents in found.unfinished.items():
+        figure.add_scatter(
+            x=[exponents[x]],
+            y=[exponents[y]],
+            mode="markers",
+            marker={"color": "#999", "symbol": "x-thin-open", "size": 6},
+            hovertemplate=f"{escape(spec)}<br>not finished<extra></extra>",
+        )
+    for rank, own in reversed([*enumerate(found.places)]):  # the best on top
+        _mark(figure, own.exponents[x], own.exponents[y], own, rank, len(found.places), kinds)
     style(figure)
     figure.update_layout(height=340, showlegend=False)
     figure.update_xaxes(title=AXES[x], range=[-0.05, 1.05])
