@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import einlinear as el
 from einlinear.experiments.runs.models import MLP, Gpt, Model, Shape, Vit
 from einlinear.experiments.search.matching import TOLERANCE, Matching, at
-from einlinear.experiments.search.space import STRUCTURE, Proposal, Proposals, Space
+from einlinear.experiments.search.space import STRUCTURE, Proposal, Proposals, Space, Theta
 from einlinear.structures import DoesNotFit
 
 IMAGE = Shape(784, 10, image=(1, 28, 28))
@@ -74,6 +75,19 @@ def test_every_draw_costs_the_budget_and_computes_what_its_matrix_says() -> None
                 checked.add((spec, in_features, out_features))
                 conforms(spec, in_features, out_features)
     assert len(checked) > DRAWS
+
+
+@pytest.mark.parametrize(
+    "theta",
+    ["11/24, 0, 13/24, 5/12, 1/8, 11/24, 0", "1/12, 5/12, 1/2, 0, 7/12, 5/12, 1/12", "5/8, 0, 3/8, 5/8, 1/12, 7/24, 0"],
+)
+def test_costs_that_jump(theta: str) -> None:
+    """Axes of small exponents have few sizes: where costs cross the budget no width fits, but elsewhere one does."""
+    exponents = Theta(*map(Fraction, theta.split(",")))
+    matching = Matching(MLP(depth=1, expansion=2), Shape(96, 10), 100_000)
+    found = matching.match({STRUCTURE: Proposal("einsum", exponents, rho=exponents.rho)})
+    assert abs(found.macs / 100_000 - 1) <= TOLERANCE
+    assert found.specs[STRUCTURE] == exponents.spec
 
 
 def conforms(spec: str, in_features: int, out_features: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, lru_cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from einlinear.structures import DoesNotFit, Structure, structure
 TOLERANCE = 0.05  # of the budget
 _WIDEST = 2**14
 _FIRST, _STEPS = 32, 4  # the width that is tried first, in steps, and how often it is corrected
-_NEIGHBOURS = 0.08  # of the width: how far from where costs cross the budget widths are looked at
+_NEAR, _FAR = 1.08, 4.0  # factors on the width where costs cross the budget: how far is looked, and if nothing fits
 _MARK = "low_rank(rank={})"  # tells which layers take a structure
 
 Made = tuple[Structure, ...]  # of all kinds of layers
@@ -70,9 +71,9 @@ class Matching:
             DoesNotFit: there are none; it says how close one comes.
         """
         nearest = math.inf
-        for ranks in _ranks(proposals):
+        for reach, ranks in product((_NEAR, _FAR), _ranks(proposals)):
             padded: Matched | None = None
-            for width in self._widths(proposals, ranks):
+            for width in self._widths(proposals, ranks, reach):
                 if (made := self._made(proposals, ranks, width)) is None:
                     continue
                 macs = self._costs_of(proposals).macs(made, width)
@@ -111,7 +112,7 @@ class Matching:
         except DoesNotFit:
             return None
 
-    def _widths(self, proposals: Proposals, ranks: Ranks) -> Iterator[int]:
+    def _widths(self, proposals: Proposals, ranks: Ranks, reach: float) -> Iterator[int]:
         """Those around which costs cross the budget, from there outwards; they grow like a power, by and large."""
         step, power = self._costs_of(proposals).step, 1.5
         steps, before = _FIRST, None
@@ -122,8 +123,8 @@ class Matching:
                 power = min(2.0, max(0.5, math.log(cost / before[1]) / math.log(steps / before[0])))
             before = steps, cost
             steps = min(_WIDEST // step, max(1, round(steps * (self.budget / cost) ** (1 / power))))
-        reach = max(2, math.ceil(steps * _NEIGHBOURS))
-        for n in sorted(range(max(1, steps - reach), steps + reach + 1), key=lambda n: abs(n - steps)):
+        down, up = (max(2, math.ceil(steps * share)) for share in (1 - 1 / reach, reach - 1))
+        for n in sorted(range(max(1, steps - down), steps + up + 1), key=lambda n: abs(n - steps)):
             yield n * step
 
     def _cost(self, proposals: Proposals, ranks: Ranks, steps: int) -> int | None:
