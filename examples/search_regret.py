@@ -38,11 +38,13 @@ from einlinear.training import metrics
 
 OPTIONS = {"depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "betas": (0.9, 0.999), "lr": 3e-3}
 PAPERS = "the paper's 23"
-# how candidates are chosen, whether runs end early, and how many trials are needed for a whole run's worth of MACs each
+# how candidates are chosen, whether those of the literature come first, whether runs end early, and how many trials are
+# needed for a whole run's worth of MACs each
 WAYS = {
-    "predictor": ("predictor", False, 1),
-    "predictor, pruned": ("predictor", True, 2),
-    "random": ("random", False, 1),
+    "predictor": ("predictor", False, False, 1),
+    "predictor, pruned": ("predictor", False, True, 2),
+    "predictor, known first": ("predictor", True, False, 1),
+    "random": ("random", False, False, 1),
 }
 ORDERS = 200  # of the paper's structures, over which their curve is averaged
 SHOWN = (4, 8, 12, 16, 20)
@@ -67,13 +69,14 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             folder = arguments.out / f"repeat-{repeat}"
             options = {**OPTIONS, "data": arguments.data, "steps": arguments.steps, "batch_size": 256, "seed": repeat}
-            for name, (sampler, prune, times) in WAYS.items():
+            for name, (sampler, known, prune, times) in WAYS.items():
                 trials = times * arguments.runs
                 search = Search(
                     Config(
                         budget=arguments.budget,
                         trials=trials,
                         sampler=sampler,
+                        known=known,
                         prune=prune,
                         seed=repeat,
                         options=options,
@@ -147,7 +150,9 @@ def table(regrets: dict[str, list[Curve]]) -> str:
 
 def plot(regrets: dict[str, list[Curve]]) -> go.Figure:
     figure = go.Figure()
-    for (name, curves), colour in zip(regrets.items(), ("#0072B2", "#009E73", "#D55E00", "#000000"), strict=True):
+    for (name, curves), colour in zip(
+        regrets.items(), ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#000000"), strict=True
+    ):
         ends = [(n, *interval(errors)) for n, errors in enumerate(zip(*curves, strict=True), 1) if max(errors) < 1]
         x = [n for n, *_ in ends]
         edge = [mean + half for _, mean, half in ends] + [mean - half for _, mean, half in reversed(ends)]

@@ -42,6 +42,7 @@ def search(
     sampler: Annotated[
         str, typer.Option(help="How candidates are chosen: predictor (of psi, nu, omega and sizes), tpe, random.")
     ] = "predictor",
+    known: Annotated[bool, typer.Option(help="Begin with eight structures of the literature (not if random).")] = True,
     prune: Annotated[bool, typer.Option(help="End runs early that are behind half of the others.")] = True,
     measure: Annotated[str | None, typer.Option(help="What is to be least. Default: the error of the data.")] = None,
     time_weight: Annotated[
@@ -95,6 +96,7 @@ def search(
             families=_words(families),
             roles=_words(roles or ""),
             sampler=sampler,
+            known=known,
             prune=prune,
             measure=measure,
             time_weight=time_weight,

@@ -26,6 +26,7 @@ from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.leaders import alongside, leaders, without_leaders
 from einlinear.experiments.search.matching import at
 from einlinear.experiments.search.search import Search, _base, _rungs, configure
+from einlinear.experiments.search.space import KNOWN
 from einlinear.experiments.search.study import SAME_AS
 from einlinear.experiments.sweeps import compare
 from einlinear.experiments.sweeps.attempts import attempt
@@ -148,6 +149,20 @@ def test_it_goes_on_with_more_trials_and_refuses_other_settings(tmp_path: Path) 
         search(tmp_path, trials=5, budget=9_000)
     with pytest.raises(ValueError, match="holds results of other settings: lr was"):
         search(tmp_path, trials=5, lr=0.1)
+
+
+@pytest.mark.parametrize("sampler", ["predictor", "tpe", "random"])
+def test_structures_of_the_literature_come_first(tmp_path: Path, sampler: str) -> None:
+    wanted = [theta.spec for theta in KNOWN]
+
+    def tried(folder: str, **options: Any) -> list[str]:
+        found = search(tmp_path / folder, sampler=sampler, **options)
+        found.do(here)
+        return [own.candidate.spec for own in found.study.tried()]
+
+    assert tried("known", trials=2) == (wanted[:2] if sampler != "random" else tried("chance", trials=2))
+    assert tried("known", trials=4)[:4] == (wanted[:4] if sampler != "random" else tried("chance", trials=4))
+    assert not {*tried("unknown", trials=4, known=False)} & {*wanted}
 
 
 def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> None:

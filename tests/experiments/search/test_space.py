@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import einlinear as el
-from einlinear.experiments.search.space import GRID, STRUCTURE, Proposal, Space, Theta, theta_of
+from einlinear.experiments.search.space import GRID, KNOWN, STRUCTURE, Proposal, Space, Theta, point_of, theta_of
 
 UNIT = st.floats(0, 1)
 # (1/2, 1/4, ...) in 24ths: those of the papers, beside dense
@@ -49,12 +49,16 @@ def test_every_point_is_admissible(alpha: float, epsilon: float, beta: float, de
 def test_the_papers_thetas_are_points(exponents: tuple[int, ...]) -> None:
     wanted = Theta(*(Fraction(n, GRID) for n in exponents))
     assert wanted.is_admissible
-    ends = (0.0, 0.5, 1.0)
-    fine = [n / 200 for n in range(201)]
-    alphas = {theta_of(u, 1, 0, 0, 0).alpha: u for u in fine}
-    a, e = alphas[wanted.alpha], alphas[wanted.epsilon]
-    found = (theta_of(a, e, b, d, r) for b, d, r in product((*ends, 1 / 3, 0.3, 0.7), ends, fine))
-    assert wanted in found
+    point = point_of(wanted)
+    assert all(0 <= u <= 1 for u in point.values())
+    assert theta_of(**point) == wanted
+
+
+def test_the_structures_of_the_literature() -> None:
+    assert not Space(("dyad",)).known
+    for space in (Space(), Space(("blast", "einsum"), roles=("up",))):
+        found = [space.propose(point.__getitem__) for point in space.known]
+        assert [{own.theta for own in proposals.values()} for proposals in found] == [{theta} for theta in KNOWN]
 
 
 def test_faces_have_a_volume() -> None:

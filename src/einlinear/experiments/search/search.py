@@ -52,6 +52,7 @@ class Config:
         roles: of linear layers that get a structure of their own, besides the one of all others: "attention_in",
             "attention_out", "up", "down".
         sampler: how candidates are chosen: "predictor" (`predictor.py`), "tpe" (Optuna's), "random".
+        known: whether those of the literature come first (`Space.known`); not of "random".
         prune: whether runs end early that are behind half of the others.
         measure: what is to be least; None: the error that the data is judged by.
         time_weight: how much the time of a training step counts, see `Settings`.
@@ -65,6 +66,7 @@ class Config:
     families: tuple[str, ...] = ("einsum",)
     roles: tuple[str, ...] = ()
     sampler: str = SAMPLERS[0]
+    known: bool = True
     prune: bool = True
     measure: str | None = None
     time_weight: float = 0.0
@@ -221,8 +223,8 @@ class Search:
             return None
         known = {own.candidate.signature: own for own in (*tried, *failed)}
         for vain in range(_VAIN):
-            if self.config.sampler == "predictor" and not vain:
-                self._suggest([own for own in tried if own.is_finished], known.keys())
+            if not vain and (point := self._wanted([own for own in tried if own.is_finished], known.keys())):
+                self.study.optuna.enqueue_trial(point)
             trial = self.study.optuna.ask()
             proposal = self.space.propose(partial(trial.suggest_float, low=0.0, high=1.0))
             try:
@@ -242,15 +244,24 @@ class Search:
             return run
         return None
 
-    def _suggest(self, finished: Sequence[Tried], known: Container[str]) -> None:
-        """Have the predictor's choice asked for next: the less it is trusted, the more is left to chance."""
+    def _wanted(self, finished: Sequence[Tried], known: Container[str]) -> dict[str, float] | None:
+        """The point that is to be next; None where the sampler is to choose."""
+        if self.config.known and self.config.sampler != "random":
+            for point in self.space.known:
+                with suppress(DoesNotFit):
+                    if Candidate.of(self.matching.match(self.space.propose(point.__getitem__))).signature not in known:
+                        return point
+        return self._predicted(finished, known) if self.config.sampler == "predictor" else None
+
+    def _predicted(self, finished: Sequence[Tried], known: Container[str]) -> dict[str, float] | None:
+        """The predictor's choice: the less it is trusted, the more is left to chance."""
         scored = [own for own in finished if own.value is not None and 0 < own.value < math.inf]
         if len(scored) < AT_LEAST:
-            return
+            return None
         predictor = Predictor([_features(own.candidate) for own in scored], [own.value or 0.0 for own in scored])
         self.trust = predictor.trust
         if self._random.random() > max(_LEAST_TRUST, predictor.trust.rank):
-            return
+            return None
         found: list[tuple[dict[str, float], Candidate]] = []
         for _ in range(_POOL):
             point = defaultdict[str, float](self._random.random)
@@ -259,9 +270,10 @@ class Search:
                 candidate = Candidate.of(self.matching.match(proposal))
                 if candidate.signature not in known:
                     found.append((point, candidate))
-        if found:
-            gains = predictor.improvement([_features(candidate) for _, candidate in found])
-            self.study.optuna.enqueue_trial(found[int(gains.argmax())][0])
+        if not found:
+            return None
+        gains = predictor.improvement([_features(candidate) for _, candidate in found])
+        return found[int(gains.argmax())][0]
 
     def _judge(self, trial: optuna.Trial, event: Event) -> None:
         """Stop a run that is behind half of the others at the same step."""

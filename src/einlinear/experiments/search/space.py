@@ -78,6 +78,22 @@ class Theta:
         return min(self.alpha + self.delta, self.beta + self.epsilon) - min(self.alpha, self.epsilon)
 
 
+# What the literature knows (arXiv 2410.02117): a choice that differs in psi, nu and omega.
+KNOWN = tuple(
+    Theta(*(Fraction(n, 12) for n in exponents))
+    for exponents in (
+        (6, 0, 6, 0, 6, 6, 0),  # BTT
+        (12, 0, 0, 0, 12, 0, 6),  # low rank
+        (6, 6, 0, 6, 6, 0, 0),  # Kronecker
+        (6, 0, 6, 0, 6, 6, 3),  # BTT of a higher rank
+        (6, 3, 3, 3, 6, 3, 0),  # none of these
+        (12, 0, 0, 0, 12, 0, 9),  # low rank of a higher rank
+        (6, 6, 0, 6, 6, 0, 3),  # tensor train
+        (8, 0, 4, 0, 8, 4, 0),  # BTT of low rank
+    )
+)
+
+
 def theta_of(alpha: float, epsilon: float, beta: float, delta: float, rho: float) -> Theta:
     """The admissible theta of a point of the cube: all are between 0 and 1, and any will do.
 
@@ -94,10 +110,32 @@ def theta_of(alpha: float, epsilon: float, beta: float, delta: float, rho: float
     return Theta(a, b, 1 - a - b, d, e, 1 - d - e, r)
 
 
+def point_of(theta: Theta) -> dict[str, float]:
+    """The coordinates of an admissible theta, by name.
+
+    >>> point = point_of(KNOWN[0])
+    >>> theta_of(**point).spec
+    'einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))'
+    """
+    return {
+        "alpha": _from_faces(theta.alpha, Fraction(1), low=False),
+        "epsilon": _from_faces(theta.epsilon, Fraction(1), low=False),
+        "beta": _from_faces(theta.beta, 1 - theta.alpha),
+        "delta": _from_faces(theta.delta, 1 - theta.epsilon),
+        "rho": _from_faces(theta.rho, min(theta.alpha, theta.epsilon), high=False),
+    }
+
+
 def _to_faces(u: float, low: bool = True, high: bool = True) -> float:
     """Stretched, so that a part of the coordinate is mapped to its ends."""
     first, last = _FACE * low, 1 - _FACE * high
     return min(1.0, max(0.0, (u - first) / (last - first)))
+
+
+def _from_faces(exponent: Fraction, of: Fraction, low: bool = True, high: bool = True) -> float:
+    """The coordinate that is stretched to an exponent."""
+    first, last = _FACE * low, 1 - _FACE * high
+    return first + float(exponent / of if of else exponent) * (last - first)
 
 
 def _on_grid(share: float, of: Fraction) -> Fraction:
@@ -193,6 +231,18 @@ class Space:
             raise ValueError(f"families must be some of {', '.join(known)}, not {', '.join(unknown) or 'none'}")
         if wrong := [role for role in self.roles if role not in ROLES]:
             raise ValueError(f"roles must be some of {', '.join(ROLES)}, not {', '.join(wrong)}")
+
+    @property
+    def known(self) -> list[dict[str, float]]:
+        """The points at which all layers have a structure of the literature; none without einsums."""
+        if "einsum" not in self.families:
+            return []
+        family = (self.families.index("einsum") + 0.5) / len(self.families)
+        points = [{"family": family, **point_of(theta)} for theta in KNOWN]
+        return [
+            {(f"{role} {name}" if role else name): u for role in ("", *self.roles) for name, u in point.items()}
+            for point in points
+        ]
 
     def propose(self, suggest: Suggest) -> Proposals:
         """The structures at a point, whose coordinates are asked for one by one."""
