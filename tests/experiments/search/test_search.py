@@ -165,6 +165,14 @@ def test_structures_of_the_literature_come_first(tmp_path: Path, sampler: str) -
     assert not {*tried("unknown", trials=4, known=False)} & {*wanted}
 
 
+def test_searches_of_different_seeds_have_nothing_in_common(tmp_path: Path) -> None:
+    found = [search(tmp_path / str(seed), trials=5, sampler="random", seed=seed) for seed in (0, 1)]
+    for own in found:
+        own.do(here)
+    one, other = ({tried.candidate.signature for tried in own.study.tried()} for own in found)
+    assert not one & other
+
+
 def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> None:
     found = search(tmp_path, trials=1, sampler="random")
     found.do(here)

@@ -161,7 +161,8 @@ class Search:
 
     def _seed(self) -> None:
         """Draw what no other driver of the study has drawn, and the same after an interruption as without one."""
-        seed = self.config.seed + len(self.study.optuna.get_trials(deepcopy=False))
+        trials = len(self.study.optuna.get_trials(deepcopy=False))
+        seed = random.Random(f"{self.config.seed}, {trials}").getrandbits(32)  # of which no two follow each other
         tpe = optuna.samplers.TPESampler(seed=seed)
         self.study.optuna.sampler = tpe if self.config.sampler == "tpe" else optuna.samplers.RandomSampler(seed)
         self._random.seed(seed)
