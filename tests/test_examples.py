@@ -60,7 +60,10 @@ def test_search_regret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(sys, "argv", ["search_regret.py", *words, "--out", str(tmp_path / "out")])
     example.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| runs' worth of MACs | predictor | predictor, pruned | random | the paper's 23 |"
+    assert (
+        lines[0]
+        == "| runs' worth of MACs | predictor | predictor, pruned | predictor, known first | random | the paper's 23 |"
+    )
     assert lines[2].startswith("| 4 | ")
     regrets = [[float(number) for number in cell.split(" ± ")] for cell in lines[2].split(" | ")[1:-1]]
     assert min(mean for mean, _ in regrets) >= 0
