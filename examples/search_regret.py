@@ -151,7 +151,7 @@ def table(regrets: dict[str, list[Curve]]) -> str:
 def plot(regrets: dict[str, list[Curve]]) -> go.Figure:
     figure = go.Figure()
     for (name, curves), colour in zip(
-        regrets.items(), ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#000000"), strict=True
+        regrets.items(), ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#000000"), strict=False
     ):
         ends = [(n, *interval(errors)) for n, errors in enumerate(zip(*curves, strict=True), 1) if max(errors) < 1]
         x = [n for n, *_ in ends]

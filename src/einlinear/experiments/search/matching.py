@@ -22,6 +22,7 @@ TOLERANCE = 0.05  # of the budget
 _WIDEST = 2**14
 _FIRST, _STEPS = 32, 4  # the width that is tried first, in steps, and how often it is corrected
 _NEAR, _FAR = 1.08, 4.0  # factors on the width where costs cross the budget: how far is looked, and if nothing fits
+_LOOKED_AT = 200  # widths, at most
 _MARK = "low_rank(rank={})"  # tells which layers take a structure
 
 Made = tuple[Structure, ...]  # of all kinds of layers
@@ -124,7 +125,11 @@ class Matching:
             before = steps, cost
             steps = min(_WIDEST // step, max(1, round(steps * (self.budget / cost) ** (1 / power))))
         down, up = (max(2, math.ceil(steps * share)) for share in (1 - 1 / reach, reach - 1))
-        for n in sorted(range(max(1, steps - down), steps + up + 1), key=lambda n: abs(n - steps)):
+        first, last = max(1, steps - down), min(_WIDEST // step, steps + up)
+        found = {*range(first, last + 1)}
+        if len(found) > _LOOKED_AT:  # evenly in the logarithm, as costs grow
+            found = {round(first * (last / first) ** (i / _LOOKED_AT)) for i in range(_LOOKED_AT + 1)}
+        for n in sorted(found, key=lambda n: abs(n - steps)):
             yield n * step
 
     def _cost(self, proposals: Proposals, ranks: Ranks, steps: int) -> int | None:
