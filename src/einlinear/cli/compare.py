@@ -27,8 +27,8 @@ def compare(
         typer.Option(
             help="Structures, separated by ';' (names of families also by ','); may be repeated; "
             "from-study:FOLDER (or a name in results): the three best of a search, whose options become the defaults, "
-            "and without --macs all "
-            "others at its compute. Default: dense; low_rank; kronecker; tt(rank=4); monarch; btt; dyad."
+            "and without --macs all others at its compute. Default: dense; low_rank; kronecker; tt(rank=4); monarch; "
+            "btt; dyad."
         ),
     ] = None,
     macs: Annotated[

@@ -60,7 +60,7 @@ def map_of_structures(study: Study, commands: Sequence[str]) -> Section | None:
         "larger. In the last panel the line joins those that no other is both better and faster than."
     ).format(legend)
     if first.unfinished:
-        caption += Markup(" Small crosses: {} structures whose runs ended early, or are still running.").format(
+        caption += Markup(" Small crosses: structures whose runs ended early, or are still running ({}).").format(
             len(first.unfinished)
         )
     table = _table(first.places, study)

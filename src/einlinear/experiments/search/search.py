@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
 
@@ -247,12 +247,18 @@ class Search:
 
     def _wanted(self, finished: Sequence[Tried], known: Container[str]) -> dict[str, float] | None:
         """The point that is to be next; None where the sampler is to choose."""
-        if self.config.known and self.config.sampler != "random":
-            for point in self.space.known:
-                with suppress(DoesNotFit):
-                    if Candidate.of(self.matching.match(self.space.propose(point.__getitem__))).signature not in known:
-                        return point
+        if point := next((point for signature, point in self._literature.items() if signature not in known), None):
+            return point
         return self._predicted(finished, known) if self.config.sampler == "predictor" else None
+
+    @cached_property
+    def _literature(self) -> dict[str, dict[str, float]]:
+        """The points that come first, by the signatures of their candidates."""
+        found: dict[str, dict[str, float]] = {}
+        for point in self.space.known if self.config.known and self.config.sampler != "random" else ():
+            with suppress(DoesNotFit):
+                found[Candidate.of(self.matching.match(self.space.propose(point.__getitem__))).signature] = point
+        return found
 
     def _predicted(self, finished: Sequence[Tried], known: Container[str]) -> dict[str, float] | None:
         """The predictor's choice: the less it is trusted, the more is left to chance."""
