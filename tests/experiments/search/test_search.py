@@ -212,6 +212,23 @@ def test_a_run_that_fails_says_so_and_the_search_goes_on(tmp_path: Path) -> None
     assert len(found.study.tried()) == 4  # another one was tried for it
 
 
+def test_a_run_that_fails_as_the_last_is_made_up_for(tmp_path: Path) -> None:
+    broken: list[Run] = []
+
+    def failing(jobs: Iterable[Job]) -> Iterator[Event]:
+        *others, (run, folder) = jobs  # all are handed out before the first one ends
+        yield from here(others)
+        if broken:
+            yield from here([(run, folder)])
+        else:
+            broken.append(run)
+            yield Event(run, "failed", message="it broke")
+
+    found = search(tmp_path, trials=4)
+    assert [event.run for event in found.do(failing)] == broken
+    assert len([own for own in found.study.tried() if own.is_finished]) == 4
+
+
 def test_if_all_runs_fail_it_ends(tmp_path: Path) -> None:
     def failing(jobs: Iterable[Job]) -> Iterator[Event]:
         for run, _ in jobs:

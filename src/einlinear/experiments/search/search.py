@@ -179,20 +179,17 @@ class Search:
 
     def do(self, pool: Pool, watch: Callable[[Event], None] = lambda event: None) -> list[Event]:
         """Train candidates until there are enough of them, and say which failed."""
-        failed = []
+        failed: list[Event] = []
         with self.study.driving():
-            for event in pool(self._jobs()):
-                number, trial = self._trials[event.run.key]
-                if event.status == "running" and trial is not None and self.config.prune:
-                    self._judge(trial, event)
-                elif event.status == "finished":
-                    self._tell(number, event.run)
-                elif event.status in ("stopped", "failed"):
-                    state = TrialState.PRUNED if event.status == "stopped" else TrialState.FAIL
-                    self.study.optuna.tell(number, state=state, skip_if_finished=True)
-                if event.status == "failed":
-                    failed.append(event)
-                watch(event)
+            while True:
+                before = len(failed)
+                for event in pool(self._jobs()):
+                    self._record(event)
+                    if event.status == "failed":
+                        failed.append(event)
+                    watch(event)
+                if len(failed) == before:
+                    break  # else there are too few: some failed when no more seemed to be needed
         self.study.close()
         return failed
 
@@ -281,6 +278,17 @@ class Search:
             return None
         gains = predictor.improvement([_features(candidate) for _, candidate in found])
         return found[int(gains.argmax())][0]
+
+    def _record(self, event: Event) -> None:
+        """Tell the study what became of a run."""
+        number, trial = self._trials[event.run.key]
+        if event.status == "running" and trial is not None and self.config.prune:
+            self._judge(trial, event)
+        elif event.status == "finished":
+            self._tell(number, event.run)
+        elif event.status in ("stopped", "failed"):
+            state = TrialState.PRUNED if event.status == "stopped" else TrialState.FAIL
+            self.study.optuna.tell(number, state=state, skip_if_finished=True)
 
     def _judge(self, trial: optuna.Trial, event: Event) -> None:
         """Stop a run that is behind half of the others at the same step."""
