@@ -155,6 +155,7 @@ def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: 
         ({"--heal": 1}, ["--heal needs text to train on"]),
         ({"--device": "tpu9"}, ["device 'tpu9' cannot be used"]),
         ({"--heal": 1, "--calibration": "text.txt", "--dtype": "float16"}, ["float16 parameters cannot be trained"]),
+        ({"--heal": 1, "--calibration": "text.txt", "--lr": 0}, ["--lr must be positive"]),
         ({"--out": "model"}, ["exists: name a folder that does not"]),
         ({"--calibration": "empty.txt"}, ["empty.txt holds no text"]),
         ({"--calibration": "none.txt"}, ["none.txt"]),

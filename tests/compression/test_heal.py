@@ -202,6 +202,8 @@ def test_mistakes() -> None:
         el.heal(copy.deepcopy(smaller), model, (inputs(20) for _ in range(2)), steps=5)
     with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
         el.heal(smaller, model, batches, steps=0)
+    with pytest.raises(ValueError, match="lr must be a positive number, not 0"):
+        el.heal(smaller, model, batches, steps=5, lr=0)
     with pytest.raises(ValueError, match="seconds must be positive, or None for no limit, not 0"):
         el.heal(smaller, model, batches, steps=5, seconds=0.0)
     with pytest.raises(ValueError, match=r"the loss is nan at step 1: take a lower lr than 0\.0003"):

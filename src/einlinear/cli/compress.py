@@ -83,6 +83,8 @@ def compress(
                 raise ValueError(f"{out} exists: name a folder that does not")
             if heal and calibration is None:
                 raise ValueError("--heal needs text to train on: --calibration FILE")
+            if heal and lr == 0:
+                raise ValueError("--lr must be positive: at 0 nothing heals")
             found, tokenizer = load(model, dtype, device)
             if heal and found.dtype == torch.float16:
                 raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16 with --heal")

@@ -79,8 +79,8 @@ def heal(
         The losses.
 
     Raises:
-        ValueError: no batches or no steps, a glob that matches nothing, nothing to train or in float16, parameters that
-            are the original's own, a folder of another healing; batches that end before the steps and cannot be
+        ValueError: no batches, steps or rate, a glob that matches nothing, nothing to train or in float16, parameters
+            that are the original's own, a folder of another healing; batches that end before the steps and cannot be
             repeated, or a loss that is NaN, and the model has then been trained so far.
 
     Example:
@@ -94,6 +94,8 @@ def heal(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be a positive number, not {lr}")
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be positive, or None for no limit, not {seconds:g}")
     modules, others = dict(model.named_modules()), dict(original.named_modules())
