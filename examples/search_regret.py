@@ -5,8 +5,8 @@
 
 All train the same kind of model at the same budget of MACs. Searches are repeated with other seeds; the 23 structures
 are taken in random orders. The regret after some compute is how much higher the least error found by then is than the
-least that any way has found in the same repetition: since a repetition has one seed for all weights and batches, luck
-with these is the same for all. Everything is kept in a folder, and goes on after an interruption.
+least that any way has found in the same repetition, whose runs all see the same batches. Everything is kept in a
+folder, and goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -122,14 +122,18 @@ def curve(store: Store, runs: Sequence[Run], length: int) -> Curve:
     spent, least, found = 0.0, float("inf"), []
     for run in runs:
         result = results[run.key]
-        steps = result.steps if result else max(line["step"] for line in metrics.read(store.path(run) / METRICS))
-        spent += steps / run.training.steps
+        spent += 1.0 if result else min(1.0, _seen(store.path(run), run) / run.training.steps)
         if result and result.error is not None:
             least = min(least, result.error)
         found.append((spent, least))
     return [
         min((least for spent, least in found if spent <= n + 1e-9), default=float("inf")) for n in range(1, length + 1)
     ]
+
+
+def _seen(folder: Path, run: Run) -> int:
+    """The steps of a run that ended early, at most: it was on its way to the next that is noted."""
+    return max(line["step"] for line in metrics.read(folder / METRICS)) + run.training.log_every
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

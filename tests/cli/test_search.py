@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.cli.command import assert_refused, run
 
+from einlinear.cli.running import command_line
 from einlinear.experiments.runs.store import Store
 
 QUICK = ("data=digits", "steps=6", "depth=1", "batch_size=128", "--budget", "8k")
@@ -29,6 +30,7 @@ def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
     assert code == 0
     assert "4 runs to do" in said  # at the budget of the search, with its data and its steps
     records = Store(tmp_path / "confirmed").records()
+    assert {record.run.seed for record in records} == {1}  # the run that was chosen is not one of them
     assert {record.run.training.steps for record in records} == {6}
     assert {record.run.data.data for record in records} == {"digits"}
     assert all(record.result and abs(record.result.macs / 8_000 - 1) <= 0.05 for record in records)
@@ -70,3 +72,10 @@ def test_a_search_that_cannot_be(arguments: tuple[str, ...], message: str, tmp_p
 
 def test_a_comparison_of_a_search_that_is_not_there(tmp_path: Path) -> None:
     assert_refused(run("compare", "--structures", f"from-study:{tmp_path}"), "holds no results of einlinear")
+
+
+def test_passwords_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["einlinear", "search", "--storage", "postgresql+psycopg://me:secret@host/name"])
+    assert command_line() == "einlinear search --storage 'postgresql+psycopg://me:***@host/name'"
+    monkeypatch.setattr("sys.argv", ["einlinear", "search", "--storage", "postgresql+psycopg://me@host:5432/name"])
+    assert command_line() == "einlinear search --storage postgresql+psycopg://me@host:5432/name"

@@ -74,7 +74,7 @@ def compare(
     The same command again trains only what is missing; structures, MACs and seeds can be added to a results folder.
     """
     require(EXPERIMENTS)
-    from einlinear.experiments.search.leaders import alongside, as_searched, without_leaders
+    from einlinear.experiments.search.leaders import alongside, as_searched, unseen_seed, without_leaders
     from einlinear.experiments.sweeps.compare import Config, configure, plan
 
     with user_errors():
@@ -96,6 +96,7 @@ def compare(
             options = {
                 name: value for name, value in given.items() if name not in {*Config.__dataclass_fields__, "preset"}
             }
+            given.setdefault("first_seed", unseen_seed(best))
             is_matched = given.get("macs") is None and given.get("widths") is None
             sized = alongside(best, others if is_matched else (), options)
             others = () if is_matched else others

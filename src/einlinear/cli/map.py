@@ -37,7 +37,7 @@ def map_(
         if not maps:
             raise ValueError(
                 f"{' and '.join(map(str, folders))}: a map needs {AT_LEAST} structures of about the same MACs, each of "
-                "which all layers of a model share"
+                "which all layers of a model share, and errors above 0"
             )
         made = write_report(folders, out)
     for study, own in maps:
@@ -60,6 +60,8 @@ def map_(
             interval = f"{ends.low:+.3f} to {ends.high:+.3f}" if ends else "–"
             effects.append((name, "–" if math.isnan(effect.value) else f"{effect.value:+.3f}", interval))
         display.show(("one unit more of", f"log of {in_words(study.error)}", "95 % interval"), effects)
+        if own.unfinished:
+            display.note(f"{len(own.unfinished)} more, whose runs ended early or are not finished, are not in these.")
         best = own.places[0]
         display.note(f"The best:\n    import einlinear as el\n    el.convert(model, {best.structure!r})\n")
     display.note(f"Map: {made.path}")

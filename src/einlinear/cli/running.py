@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,8 +32,9 @@ def loss_column() -> TextColumn:
 
 
 def command_line() -> str:
-    """The command that was given, for the record."""
-    return shlex.join(["einlinear", *sys.argv[1:]])
+    """The command that was given, for the record, without the passwords of URLs."""
+    shown = [re.sub(r"(://[^/:@\s]*:)[^/@\s]*@", r"\1***@", argument) for argument in sys.argv[1:]]
+    return shlex.join(["einlinear", *shown])
 
 
 def check_place(on: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> None:

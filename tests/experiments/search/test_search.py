@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import random
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from tests.experiments.sweeps.test_workers import children, is_worker
 from einlinear.experiments.runs.models import Shape
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
-from einlinear.experiments.search.leaders import alongside, leaders, without_leaders
+from einlinear.experiments.search.leaders import alongside, leaders, unseen_seed, without_leaders
 from einlinear.experiments.search.matching import at
-from einlinear.experiments.search.search import Search, _base, _rungs, configure
+from einlinear.experiments.search.predictor import AT_LEAST
+from einlinear.experiments.search.search import Search, _base, _losses, _rungs, configure
 from einlinear.experiments.search.space import KNOWN
 from einlinear.experiments.search.study import SAME_AS
 from einlinear.experiments.sweeps import compare
@@ -137,6 +140,14 @@ def test_searches_that_are_not_alike_are_not_confirmed_together(tmp_path: Path) 
         without_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
 
 
+def test_searches_that_differ_in_what_changes_nothing_are(tmp_path: Path) -> None:
+    for name, prune in (("one", True), ("two", False)):
+        search(tmp_path / name, trials=1, prune=prune, log_every=8).do(here)
+    _, found = without_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
+    assert found[0].common["log_every"] != found[1].common["log_every"]
+    assert unseen_seed(found) == 1
+
+
 def test_it_goes_on_with_more_trials_and_refuses_other_settings(tmp_path: Path) -> None:
     search(tmp_path, trials=3).do(here)
     before = {own.number: own for own in search(tmp_path, trials=3).study.tried()}
@@ -188,14 +199,29 @@ def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("steps", [38, 40])
 def test_runs_that_are_behind_end_early(tmp_path: Path, steps: int) -> None:
-    found = search(tmp_path, trials=10, steps=steps, sampler="random")
+    found = search(tmp_path, trials=16, steps=steps)
     found.do(step_by_step)
-    states = [own.state for own in found.study.tried()]
-    assert TrialState.COMPLETE in states
-    assert TrialState.PRUNED in states
+    tried = found.study.tried()
+    assert {own.state for own in tried} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert all(own.is_finished for own in tried[:AT_LEAST])  # what the others are judged by
     assert any("completed_rung_1" in trial.system_attrs for trial in found.study.optuna.get_trials())  # Optuna's name
     finished = {record.run.key for record in Store(tmp_path).records() if record.result}
-    assert finished == {own.run.key for own in found.study.tried() if own.is_finished}
+    assert finished == {own.run.key for own in tried if own.is_finished}
+
+    losses = _losses(tried)  # what the predictor learns from
+    assert losses.keys() == {*range(len(tried))}
+    assert all(losses[i] == own.value for i, own in enumerate(tried) if own.is_finished)
+    assert all(losses[i] > min(losses.values()) for i, own in enumerate(tried) if not own.is_finished)
+    diverged = [*tried, replace(tried[0], value=math.inf)]
+    assert _losses(diverged)[len(tried)] == max(own.value for own in tried if own.value is not None)
+
+
+def test_a_folder_may_be_renamed(tmp_path: Path) -> None:
+    search(tmp_path / "one", trials=2).do(here)
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert len(search(tmp_path / "two", trials=2).study.tried()) == 2
+    with pytest.raises(ValueError, match="study was 'one', now 'three'"):
+        Search(configure(**OPTIONS)).open(Store(tmp_path / "two"), name="three")
 
 
 def test_a_run_that_fails_says_so_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -235,6 +261,21 @@ def test_if_all_runs_fail_it_ends(tmp_path: Path) -> None:
             yield Event(run, "failed", message="it broke")
 
     assert len(search(tmp_path, trials=4).do(failing)) == 4
+    again = search(tmp_path, trials=4)  # what made them fail may have been mended
+    assert not again.do(here)
+    assert [own.candidate.spec for own in again.study.tried()] == [theta.spec for theta in KNOWN[:4]]
+
+
+def test_time_is_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def failing(jobs: Iterable[Job]) -> Iterator[Event]:
+        for run, _ in jobs:
+            now[0] += 1800
+            yield Event(run, "failed", message="it broke")
+
+    assert len(search(tmp_path, trials=40, hours=2).do(failing)) == 5
 
 
 def test_a_journal_is_shared_by_those_who_append_to_it(tmp_path: Path) -> None:
@@ -267,6 +308,9 @@ def test_a_study_belongs_to_one_folder(tmp_path: Path) -> None:
         search(tmp_path / "one", storage, trials=1, roles=("up",))
     with pytest.raises(ValueError, match="storage must be journal or the URL of a database, not 'nonsense'"):
         search(tmp_path / "three", "nonsense", trials=1)
+    with pytest.raises(ValueError, match=r"the database .*:\*\*\*@localhost:1/x does not answer"):
+        search(tmp_path / "three", "postgresql+psycopg://me:secret@localhost:1/x", trials=1)
+    assert not (tmp_path / "three").exists()
 
 
 def test_two_that_choose_at_random_choose_differently(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def map_of_structures(study: Study, commands: Sequence[str]) -> Section | None:
     found = {in_words(name): own for name in study.measures if (own := structure_map(study, name))}
     if not found:
         return None
-    first = next(iter(found.values()))
+    measure, first = next(iter(found.items()))
     best = first.places[0]
     text = Markup(
         "<p>{} structures at {} MACs per {}, within {:.0%}. The best is <b>{}</b> at width {}:</p>"
@@ -63,18 +63,19 @@ def map_of_structures(study: Study, commands: Sequence[str]) -> Section | None:
         caption += Markup(" Small crosses: structures whose runs ended early, or are still running ({}).").format(
             len(first.unfinished)
         )
-    table = _table(first.places, study)
+        caption += " What exponents are worth is told by the others alone, which leaves out part of it."
+    table = _table(first.places, measure)
     effects = effects_table({title: own.effects for title, own in found.items()})
     parts: list[Figure | Table] = [Figure("map", caption, views, data), table, *effects]
     return Section("Map of the structures", text, parts, commands)
 
 
 def _panels(found: StructureMap, kinds: Sequence[str], title: str) -> list[Panel]:
-    pairs = [Panel("", _exponents(found, kinds, x, y)) for x, y in combinations(reversed(EXPONENTS), 2)]
+    pairs = [Panel("", _plane(found, kinds, x, y)) for x, y in combinations(reversed(EXPONENTS), 2)]
     return [*pairs, Panel("", _front(found.places, kinds, title))]
 
 
-def _exponents(found: StructureMap, kinds: Sequence[str], x: str, y: str) -> go.Figure:
+def _plane(found: StructureMap, kinds: Sequence[str], x: str, y: str) -> go.Figure:
     figure = go.Figure()
     for spec, exponents in found.unfinished.items():
         figure.add_scatter(
@@ -124,8 +125,8 @@ def _mark(figure: go.Figure, x: float, y: float, own: Place, rank: int, count: i
     )
 
 
-def _table(places: Sequence[Place], study: Study) -> Table:
-    headings = ("structure", "kind", "width", "MACs", *(SIGNS[name] for name in EXPONENTS), in_words(study.error))
+def _table(places: Sequence[Place], measure: str) -> Table:
+    headings = ("structure", "kind", "width", "MACs", *(SIGNS[name] for name in EXPONENTS), measure)
     rows = [
         [
             Cell(own.structure, own.structure),

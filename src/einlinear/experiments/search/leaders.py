@@ -68,7 +68,8 @@ class Leader:
     @property
     def alike(self) -> dict[str, Any]:
         """What searches have to have in common to be compared."""
-        return {"budget": self.settings.budget, "axes": self.settings.axes, **self.common}
+        common = {name: value for name, value in self.common.items() if name in self.record.run.identity}
+        return {"budget": self.settings.budget, "axes": self.settings.axes, **common}
 
 
 def without_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ...], list[Leader]]:
@@ -88,6 +89,11 @@ def without_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ..
         if changed := differences(found[0].alike, own.alike):
             raise ValueError(f"searches of different settings cannot be compared: {'; '.join(changed)}")
     return tuple(spec for spec in specs if not spec.startswith(FROM_STUDY)), found
+
+
+def unseen_seed(best: Sequence[Leader]) -> int:
+    """The first seed after those of the searches: a run that was chosen for its loss confirms nothing."""
+    return max(own.record.run.seed for own in best) + 1
 
 
 def as_searched(best: Sequence[Leader], given: Mapping[str, Any]) -> dict[str, Any]:

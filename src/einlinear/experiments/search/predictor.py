@@ -6,6 +6,7 @@ trusted is measured on runs that it was not fitted to.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,22 @@ class Trust:
 
     def __str__(self) -> str:
         return f"rank correlation {self.rank:.2f}, R² {self.r_squared:.2f} on runs left out, of {self.runs}"
+
+
+def foretold(early: float, pairs: Sequence[tuple[float, float]]) -> float:
+    """The final loss of a run that ended early: a power of its early loss.
+
+    Args:
+        early: loss, positive.
+        pairs: early and final losses of runs that were trained to the end.
+
+    >>> foretold(8.0, [(1.0, 1.0), (4.0, 2.0), (16.0, 4.0)])  # final losses are roots of the early ones
+    2.8284271247461903
+    """
+    x, y = np.log(np.array(pairs, dtype=float)).T
+    spread = float(((x - x.mean()) ** 2).mean())
+    slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).mean()) / spread) if spread > 0 else 0.0
+    return math.exp(float(y.mean()) + slope * (math.log(early) - float(x.mean())))
 
 
 class Predictor:

@@ -21,7 +21,7 @@ from einlinear.experiments.runs.records import METRICS, Result, read_record
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.runs.store import Store
 from einlinear.experiments.search.matching import Matching, at
-from einlinear.experiments.search.predictor import AT_LEAST, Predictor, Trust
+from einlinear.experiments.search.predictor import AT_LEAST, Predictor, Trust, foretold
 from einlinear.experiments.search.settings import Settings
 from einlinear.experiments.search.space import STRUCTURE, Space, option_of
 from einlinear.experiments.search.study import SAME_AS, WHY, Candidate, Tried, kind_of_storage, open_study
@@ -122,6 +122,7 @@ class Search:
         self.matching = Matching(self.base.model, problem.shape, config.budget)
         self.space = Space(config.families, config.roles)
         self.trust: Trust | None = None
+        self._failed_before: set[int] = set()  # trials that another start may do again
         self._digest = problem.digest
         self._random = random.Random(config.seed)
         self._trials: dict[str, tuple[int, optuna.Trial | None]] = {}  # by the key of the run
@@ -141,7 +142,8 @@ class Search:
 
         Args:
             store: the folder.
-            storage, name: of the study, see `open_study`.
+            storage: of the study, see `open_study`.
+            name: of the study; None: the one it has, or the folder's.
             command, mix_code: as of `Store.open`.
 
         Raises:
@@ -150,20 +152,20 @@ class Search:
         kind = kind_of_storage(storage)  # before anything is written
         self.store = store
         store.open([self.base], self.config.axes, command, mix_code, {self.base.data: self._digest})
-        self.settings = replace(self.settings, storage=kind).settle(store.folder)
+        self.settings = replace(self.settings, storage=kind, study=name).settle(store.folder)
         fixed = {option: value for option, value in self.base.identity.items() if option not in self.config.axes}
         settings = {"results folder": self.settings.id, "data digest": self._digest, **fixed}
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.config.prune:
             pruner = optuna.pruners.SuccessiveHalvingPruner(_rungs(self.base)[0], reduction_factor=2)
-        self.study = open_study(store.folder, settings, storage, name, pruner)
+        self.study = open_study(store.folder, settings, storage, self.settings.study, pruner)
         return self
 
     def _seed(self) -> None:
         """Draw what no other driver of the study has drawn, and the same after an interruption as without one."""
         trials = len(self.study.optuna.get_trials(deepcopy=False))
         seed = random.Random(f"{self.config.seed}, {trials}").getrandbits(32)  # of which no two follow each other
-        tpe = optuna.samplers.TPESampler(seed=seed)
+        tpe = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         self.study.optuna.sampler = tpe if self.config.sampler == "tpe" else optuna.samplers.RandomSampler(seed)
         self._random.seed(seed)
 
@@ -180,10 +182,12 @@ class Search:
     def do(self, pool: Pool, watch: Callable[[Event], None] = lambda event: None) -> list[Event]:
         """Train candidates until there are enough of them, and say which failed."""
         failed: list[Event] = []
+        end = math.inf if self.config.hours is None else time.monotonic() + 3600 * self.config.hours
+        self._failed_before = {own.number for own in self.study.failed()}
         with self.study.driving():
             while True:
                 before = len(failed)
-                for event in pool(self._jobs()):
+                for event in pool(self._jobs(end)):
                     self._record(event)
                     if event.status == "failed":
                         failed.append(event)
@@ -193,9 +197,8 @@ class Search:
         self.study.close()
         return failed
 
-    def _jobs(self) -> Iterator[Job]:
-        """What others have left unfinished, then new candidates, one whenever there is room for it."""
-        end = math.inf if self.config.hours is None else time.monotonic() + 3600 * self.config.hours
+    def _jobs(self, end: float) -> Iterator[Job]:
+        """What others have left unfinished, then until the end new candidates, one whenever there is room for it."""
         orphans = deque[Tried]()
         while True:
             with self.study.alone():
@@ -203,7 +206,8 @@ class Search:
                 run = None if orphans or time.monotonic() > end else self._next()
             if orphans:
                 own = orphans.popleft()
-                self._trials[own.run.key] = own.number, None
+                self._trials[own.run.key] = own.number, self.study.trial(own)
+                self._reported[own.run.key] = {*own.early}
                 if self._result(own.run) is None:
                     yield own.run, self.store.path(own.run)
                 else:
@@ -216,12 +220,13 @@ class Search:
     def _next(self) -> Run | None:
         """A candidate that nobody has tried; None if there are enough, as many have failed, or none is left."""
         self._seed()
-        tried, failed = self.study.tried(), self.study.failed()
+        tried = self.study.tried()
+        failed = [own for own in self.study.failed() if own.number not in self._failed_before]
         if max(len(tried), len(failed)) >= self.config.trials:
             return None
-        known = {own.candidate.signature: own for own in (*tried, *failed)}
+        taken = {own.candidate.signature: own for own in (*tried, *failed)}
         for vain in range(_VAIN):
-            if not vain and (point := self._wanted([own for own in tried if own.is_finished], known.keys())):
+            if not vain and (point := self._wanted(tried, taken.keys())):
                 self.study.optuna.enqueue_trial(point)
             trial = self.study.optuna.ask()
             proposal = self.space.propose(partial(trial.suggest_float, low=0.0, high=1.0))
@@ -231,7 +236,7 @@ class Search:
                 trial.set_user_attr(WHY, str(error))
                 self.study.optuna.tell(trial, state=TrialState.FAIL)
                 continue
-            if same := known.get(candidate.signature):
+            if same := taken.get(candidate.signature):
                 trial.set_user_attr(SAME_AS, same.number)
                 state = TrialState.COMPLETE if same.is_finished else TrialState.FAIL
                 self.study.optuna.tell(trial, same.value, state)
@@ -242,11 +247,11 @@ class Search:
             return run
         return None
 
-    def _wanted(self, finished: Sequence[Tried], known: Container[str]) -> dict[str, float] | None:
+    def _wanted(self, tried: Sequence[Tried], taken: Container[str]) -> dict[str, float] | None:
         """The point that is to be next; None where the sampler is to choose."""
-        if point := next((point for signature, point in self._literature.items() if signature not in known), None):
+        if point := next((point for signature, point in self._literature.items() if signature not in taken), None):
             return point
-        return self._predicted(finished, known) if self.config.sampler == "predictor" else None
+        return self._predicted(tried, taken) if self.config.sampler == "predictor" else None
 
     @cached_property
     def _literature(self) -> dict[str, dict[str, float]]:
@@ -257,12 +262,12 @@ class Search:
                 found[Candidate.of(self.matching.match(self.space.propose(point.__getitem__))).signature] = point
         return found
 
-    def _predicted(self, finished: Sequence[Tried], known: Container[str]) -> dict[str, float] | None:
+    def _predicted(self, tried: Sequence[Tried], taken: Container[str]) -> dict[str, float] | None:
         """The predictor's choice: the less it is trusted, the more is left to chance."""
-        scored = [own for own in finished if own.value is not None and 0 < own.value < math.inf]
-        if len(scored) < AT_LEAST:
+        losses = _losses(tried)
+        if len(losses) < AT_LEAST:
             return None
-        predictor = Predictor([_features(own.candidate) for own in scored], [own.value or 0.0 for own in scored])
+        predictor = Predictor([_features(tried[i].candidate) for i in losses], [*losses.values()])
         self.trust = predictor.trust
         if self._random.random() > max(_LEAST_TRUST, predictor.trust.rank):
             return None
@@ -272,7 +277,7 @@ class Search:
             proposal = self.space.propose(point.__getitem__)
             with suppress(DoesNotFit):
                 candidate = Candidate.of(self.matching.match(proposal))
-                if candidate.signature not in known:
+                if candidate.signature not in taken:
                     found.append((point, candidate))
         if not found:
             return None
@@ -301,19 +306,22 @@ class Search:
                     self._reported[event.run.key].add(rung)
                     seconds = lines[-1]["training_seconds"] / lines[-1]["step"]
                     trial.report(fmean(losses) * self.settings.of_time(seconds), rung)
-                    if trial.should_prune():
+                    # asked in any case, so that Optuna knows of it; the first ones are what the others are judged by
+                    if trial.should_prune() and sum(own.is_finished for own in self.study.tried()) >= AT_LEAST:
                         stop(folder)
+                        return
 
     def _tell(self, number: int, run: Run) -> None:
-        result = self._result(run)
-        value = math.inf if result is None else self.settings.value(result)
-        self.study.optuna.tell(number, value, skip_if_finished=True)
+        if result := self._result(run):
+            self.study.optuna.tell(number, self.settings.value(result), skip_if_finished=True)
+        else:
+            self.study.optuna.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _result(self, run: Run) -> Result | None:
         """What a run came to, if it is finished."""
         try:
             return read_record(self.store.path(run)).result
-        except ValueError:  # it has not begun
+        except ValueError:  # it has not begun, or cannot be read
             return None
 
 
@@ -338,6 +346,24 @@ def _rungs(base: Run) -> tuple[int, int]:
 def _window(rung: int) -> int:
     """The first step whose loss counts for a rung."""
     return rung - round(_RECENT * rung)
+
+
+def _losses(tried: Sequence[Tried]) -> dict[int, float]:
+    """What runs came to, or may be expected to have come to if they ended early, by their places among all.
+
+    Those that diverged count as much as the worst that did not.
+    """
+    found = {i: own.value for i, own in enumerate(tried) if own.value is not None and 0 < own.value < math.inf}
+    finished = [(tried[i].early, value) for i, value in found.items()]
+    for i, own in enumerate(tried):
+        if own.value == math.inf and finished:
+            found[i] = max(value for _, value in finished)
+        elif own.state == TrialState.PRUNED and own.early:
+            step = max(own.early)
+            pairs = [(early[step], value) for early, value in finished if step in early]
+            if len(pairs) >= AT_LEAST:
+                found[i] = foretold(own.early[step], pairs)
+    return found
 
 
 def _features(candidate: Candidate) -> list[float]:

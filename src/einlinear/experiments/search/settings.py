@@ -28,6 +28,7 @@ class Settings:
         budget: multiply-accumulates for one input; None of a folder that no search has made.
         axes: the options of the model that are chosen.
         storage: what kind the study is kept in: "sqlite", "journal" or "database".
+        study: its name; None: what the folder is called when it is made.
         id: of the results folder: a study belongs to one.
     """
 
@@ -36,6 +37,7 @@ class Settings:
     budget: int | None = None
     axes: tuple[str, ...] = ("structure", "width")
     storage: str = "sqlite"
+    study: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def value(self, result: Result) -> float:
@@ -57,9 +59,9 @@ class Settings:
         """
         with FileLock(folder / LOCK):
             if not (folder / _FILE).exists():
-                write_json(folder / _FILE, asdict(self))
+                write_json(folder / _FILE, asdict(replace(self, study=self.study or folder.resolve().name)))
             found = Settings.read(folder)
-        if changed := differences(asdict(found), asdict(replace(self, id=found.id))):
+        if changed := differences(asdict(found), asdict(replace(self, study=self.study or found.study, id=found.id))):
             raise ValueError(f"{folder} holds another search: {'; '.join(changed)}. Name another folder (--out)")
         return found
 

@@ -41,8 +41,6 @@ class Theta:
     >>> monarch = Theta(*(Fraction(n, 2) for n in (1, 0, 1, 0, 1, 1)), Fraction(0))
     >>> monarch.spec
     'einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))'
-    >>> [float(n) for n in (monarch.psi, monarch.nu, monarch.omega)]
-    [1.0, 0.5, 0.0]
     """
 
     alpha: Fraction
@@ -58,24 +56,6 @@ class Theta:
         """The structure, as text."""
         exponents = self.alpha, self.beta, self.gamma, self.delta, self.epsilon, self.phi, self.rho
         return f"einsum(theta=({', '.join(map(str, exponents))}))"
-
-    @property
-    def is_admissible(self) -> bool:
-        """Whether it is neither the dearer labelling of another nor of a rank that nothing can fill."""
-        least = min(self.alpha, self.epsilon)
-        return least > 0 and least >= min(self.beta, self.delta) and self.rho <= least
-
-    @property
-    def psi(self) -> Fraction:
-        return min(Fraction(1), 2 + self.rho - self.alpha - self.epsilon)
-
-    @property
-    def nu(self) -> Fraction:
-        return 1 + self.rho - min(self.alpha, self.epsilon)
-
-    @property
-    def omega(self) -> Fraction:
-        return min(self.alpha + self.delta, self.beta + self.epsilon) - min(self.alpha, self.epsilon)
 
 
 # What the literature knows (arXiv 2410.02117): a choice that differs in psi, nu and omega.

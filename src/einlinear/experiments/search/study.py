@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import create_engine
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.search.matching import Matched
@@ -79,6 +79,7 @@ class Tried:
         candidate: what it is about.
         run: its run.
         value: what the search minimises; None while it is not finished.
+        early: what it was judged by on the way, by the step.
         driver: that did it last.
     """
 
@@ -87,6 +88,7 @@ class Tried:
     candidate: Candidate
     run: Run
     value: float | None
+    early: Mapping[int, float]
     driver: str
 
     @property
@@ -139,6 +141,7 @@ class Study:
                 Candidate(**trial.user_attrs[_CANDIDATE]),
                 Run.of(trial.user_attrs[_RUN]),
                 trial.value if trial.state == TrialState.COMPLETE else None,
+                trial.intermediate_values,
                 trial.user_attrs[_DRIVER],
             )
             for trial in self._trials()
@@ -158,8 +161,12 @@ class Study:
                 self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)  # it had not begun
         found = [own for own in self.tried() if own.state == TrialState.RUNNING and self._is_dead(own.driver)]
         for own in found:
-            optuna.Trial(self.optuna, self._trials()[own.number]._trial_id).set_user_attr(_DRIVER, self._driver)
+            self.trial(own).set_user_attr(_DRIVER, self._driver)
         return found
+
+    def trial(self, own: Tried) -> optuna.Trial:
+        """As Optuna sees it."""
+        return optuna.Trial(self.optuna, self._trials()[own.number]._trial_id)
 
     def _trials(self) -> list[FrozenTrial]:
         return self.optuna.get_trials(deepcopy=False)
@@ -221,14 +228,20 @@ def kind_of_storage(storage: str | None) -> str:
     """ "sqlite" and "journal" are in the results folder, "database" anywhere.
 
     Raises:
-        ValueError: neither, nor the URL of a database whose driver is installed.
+        ValueError: neither, nor the URL of a database that answers and whose driver is installed.
     """
     if storage is None or storage == "journal":
         return storage or "sqlite"
     try:
-        create_engine(storage)  # it does not connect yet
+        engine = create_engine(storage)
     except (ArgumentError, ModuleNotFoundError) as error:
         raise ValueError(f"storage must be journal or the URL of a database, not {storage!r}: {error}") from None
+    try:
+        engine.connect().close()
+    except SQLAlchemyError as error:
+        raise ValueError(f"the database {engine.url} does not answer: {str(error).splitlines()[0]}") from None
+    finally:
+        engine.dispose()
     return "database"
 
 

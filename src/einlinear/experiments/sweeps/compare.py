@@ -53,6 +53,7 @@ class Config:
         dense_reach: dense also gets the targets 2, 4, ... times the largest one, up to this many, so that its curve
             reaches the losses that better structures have at the targets.
         seeds: how many runs of each.
+        first_seed: of these.
         epochs: passes over the training images, unless the options have `steps`.
         options: of all runs, see `Run.of`.
     """
@@ -63,6 +64,7 @@ class Config:
     sized: tuple[Mapping[str, Any], ...] = ()
     dense_reach: int = 4
     seeds: int = 3
+    first_seed: int = 0
     epochs: int = 20
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -132,7 +134,8 @@ def plan(config: Config) -> Sweep:
         while times <= config.dense_reach:
             models += _models(base, problem.shape, dense, times * targets[-1])
             times *= 2
-    runs = tuple(replace(base, model=model, seed=s) for s in range(config.seeds) for model in dict.fromkeys(models))
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    runs = tuple(replace(base, model=model, seed=seed) for seed in seeds for model in dict.fromkeys(models))
     return Sweep(runs, AXES.union(*config.sized))
 
 
