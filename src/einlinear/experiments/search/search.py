@@ -125,7 +125,7 @@ class Search:
         self._failed_before: set[int] = set()  # trials that another start may do again
         self._digest = problem.digest
         self._random = random.Random(config.seed)
-        self._trials: dict[str, tuple[int, optuna.Trial | None]] = {}  # by the key of the run
+        self._trials: dict[str, tuple[int, optuna.Trial]] = {}  # by the key of the run
         self._reported: dict[str, set[int]] = {}
         self._check_budget()
 
@@ -287,7 +287,7 @@ class Search:
     def _record(self, event: Event) -> None:
         """Tell the study what became of a run."""
         number, trial = self._trials[event.run.key]
-        if event.status == "running" and trial is not None and self.config.prune:
+        if event.status == "running" and self.config.prune:
             self._judge(trial, event)
         elif event.status == "finished":
             self._tell(number, event.run)
