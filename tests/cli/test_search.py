@@ -46,6 +46,19 @@ def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
     assert "5 runs to do" in said
 
 
+def test_a_language_model_is_confirmed_as_it_was_searched(tmp_path: Path) -> None:
+    gpt = ("model=gpt", "data=pixels:digits", "image_size=4", "depth=1", "steps=2", "batch_size=8", "--budget", "8k")
+    code, *_ = run("search", *gpt, "--trials", 2, "--workers", 1, "--out", tmp_path / "found")
+    assert code == 0
+    structures = ("--structures", f"dense; from-study:{tmp_path / 'found'}")
+    code, *_ = run("compare", *structures, "--seeds", 1, "--workers", 1, "--out", tmp_path / "confirmed")
+    assert code == 0
+    found = {record.run.model for record in Store(tmp_path / "found").records()}  # of heads whose size is left open
+    confirmed = Store(tmp_path / "confirmed").records()
+    assert found < {record.run.model for record in confirmed}
+    assert all(record.result and abs(record.result.macs / 8_000 - 1) <= 0.05 for record in confirmed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -83,10 +83,10 @@ def compare(
             "macs": macs,
             "widths": widths,
             "dense_reach": dense_reach,
-            "data": data,
             "preset": preset,
             "seeds": seeds,
             "epochs": epochs,
+            **({} if data is None else {"data": data}),
             **assignments(settings),
         }
         others, best = without_leaders(specs(given["structures"]) or ())

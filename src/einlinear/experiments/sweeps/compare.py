@@ -83,7 +83,7 @@ class Config:
 
 
 def configure(preset: str | None = None, **options: Any) -> Config:
-    """A `Config` from its options and those of runs by name: those that are not None, then the preset's.
+    """A `Config` from its options and those of runs by name, then the preset's; its own are not given if they are None.
 
     Raises:
         ValueError: an unknown preset; both macs and widths, or epochs and steps; a value of the wrong type or out of
@@ -91,13 +91,13 @@ def configure(preset: str | None = None, **options: Any) -> Config:
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    given = {name: value for name, value in options.items() if value is not None}
+    own = Config.__dataclass_fields__.keys() - {"options"}
+    given = {name: value for name, value in options.items() if not (name in own and value is None)}
     if "macs" in given and "widths" in given:
         raise ValueError("give either macs, of which the widths follow, or widths, not both")
     if "epochs" in given and "steps" in given:
         raise ValueError("give either epochs, of which the steps follow, or steps, not both")
     chosen = (PRESETS[preset] if preset else {}) | given
-    own = Config.__dataclass_fields__.keys() - {"options"}
     of_runs = {name: value for name, value in chosen.items() if name not in own}
     return parse(Config, {name: value for name, value in chosen.items() if name in own} | {"options": of_runs})
 
