@@ -38,12 +38,11 @@ from einlinear.training import metrics
 
 OPTIONS = {"depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "betas": (0.9, 0.999), "lr": 3e-3}
 PAPERS = "the paper's 23"
-# how candidates are chosen, whether those of the literature come first, whether runs end early, and how many trials are
+# how candidates are chosen, whether those of the literature come first and runs end early, and how many trials are
 # needed for a whole run's worth of MACs each
 WAYS = {
     "predictor": ("predictor", False, False, 1),
-    "predictor, pruned": ("predictor", False, True, 2),
-    "predictor, known first": ("predictor", True, False, 1),
+    "predictor, known first, pruned": ("predictor", True, True, 2),
     "random": ("random", False, False, 1),
 }
 ORDERS = 200  # of the paper's structures, over which their curve is averaged
@@ -82,7 +81,7 @@ def main() -> None:
                         options=options,
                     )
                 )
-                search.open(Store(folder / name.replace(", ", "-"))).do(Workers(arguments.workers))
+                search.open(Store(folder / name.replace(", ", "-").replace(" ", "-"))).do(Workers(arguments.workers))
                 runs = [own.run for own in search.study.tried()]
                 curves.setdefault(name, []).append(curve(search.store, runs, arguments.runs))
                 bars.advance(bar)
@@ -154,9 +153,7 @@ def table(regrets: dict[str, list[Curve]]) -> str:
 
 def plot(regrets: dict[str, list[Curve]]) -> go.Figure:
     figure = go.Figure()
-    for (name, curves), colour in zip(
-        regrets.items(), ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#000000"), strict=False
-    ):
+    for (name, curves), colour in zip(regrets.items(), ("#0072B2", "#009E73", "#D55E00", "#000000"), strict=False):
         ends = [(n, *interval(errors)) for n, errors in enumerate(zip(*curves, strict=True), 1) if max(errors) < 1]
         x = [n for n, *_ in ends]
         edge = [mean + half for _, mean, half in ends] + [mean - half for _, mean, half in reversed(ends)]

@@ -56,12 +56,12 @@ def test_search_regret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     spec.loader.exec_module(example)
     assert len(example.papers()) == 23
     monkeypatch.setattr(example, "papers", lambda every=example.papers: every()[:3])
-    monkeypatch.setattr(example, "WAYS", {way: example.WAYS[way] for way in ("predictor, pruned", "random")})
+    monkeypatch.setattr(example, "WAYS", {way: example.WAYS[way] for way in ("predictor, known first, pruned", "random")})
     words = ["--data", "digits", "--budget", "30000", "--steps", "4", "--runs", "4", "--repeats", "2", "--workers", "1"]
     monkeypatch.setattr(sys, "argv", ["search_regret.py", *words, "--out", str(tmp_path / "out")])
     example.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| runs' worth of MACs | predictor, pruned | random | the paper's 23 |"
+    assert lines[0] == "| runs' worth of MACs | predictor, known first, pruned | random | the paper's 23 |"
     assert lines[2].startswith("| 4 | ")
     regrets = [[float(number) for number in cell.split(" ± ")] for cell in lines[2].split(" | ")[1:-1]]
     assert min(mean for mean, _ in regrets) >= 0
