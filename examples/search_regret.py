@@ -99,7 +99,7 @@ def main() -> None:
         for name, each in curves.items()
     }
     print(table(regrets))
-    plot(regrets).write_html(arguments.out / "regret.html", include_plotlyjs=True)
+    plot(regrets).write_html(arguments.out / "regret.html", config={"displayModeBar": False})
 
 
 def papers() -> list[str]:
@@ -153,17 +153,20 @@ def table(regrets: dict[str, list[Curve]]) -> str:
 
 def plot(regrets: dict[str, list[Curve]]) -> go.Figure:
     figure = go.Figure()
+    top = 0.0  # of what is drawn: after a few runs, before which it may be anything
     for (name, curves), colour in zip(regrets.items(), ("#0072B2", "#009E73", "#D55E00", "#000000"), strict=False):
         ends = [(n, *interval(errors)) for n, errors in enumerate(zip(*curves, strict=True), 1) if max(errors) < 1]
         x = [n for n, *_ in ends]
+        top = max([top, *(mean + half for n, mean, half in ends if n >= SHOWN[0])])
         edge = [mean + half for _, mean, half in ends] + [mean - half for _, mean, half in reversed(ends)]
         figure.add_scatter(
             x=x + x[::-1], y=edge, fill="toself", fillcolor=colour, opacity=0.15, line_width=0, showlegend=False
         )
         figure.add_scatter(x=x, y=[mean for _, mean, _ in ends], name=name, line={"color": colour}, mode="lines")
-    figure.update_layout(template="simple_white", width=760, height=420)
+    legend = {"orientation": "h", "y": 1.15}
+    figure.update_layout(template="simple_white", width=760, height=420, legend=legend)
     figure.update_xaxes(title="whole runs' worth of MACs")
-    figure.update_yaxes(title="regret: training error above the least found")
+    figure.update_yaxes(title="regret: training error above the least found", range=[0, top or None])
     return figure
 
 
