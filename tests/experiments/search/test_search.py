@@ -197,9 +197,12 @@ def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> N
     assert len(Store(tmp_path).records()) == 2
 
 
-@pytest.mark.parametrize("steps", [38, 40])
-def test_runs_that_are_behind_end_early(tmp_path: Path, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "abandoned"), [(38, 0), (40, 8)])
+def test_runs_that_are_behind_end_early(tmp_path: Path, steps: int, abandoned: int) -> None:
+    search(tmp_path, trials=16 - abandoned, steps=steps).do(step_by_step)
     found = search(tmp_path, trials=16, steps=steps)
+    gone = search(tmp_path, trials=16, steps=steps)  # a driver that chooses runs and dies, which others take up
+    assert all(gone._next() for _ in range(abandoned))
     found.do(step_by_step)
     tried = found.study.tried()
     assert {own.state for own in tried} == {TrialState.COMPLETE, TrialState.PRUNED}
