@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint data text constraints clean
+.PHONY: help demo test lint unit data text constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -13,7 +13,10 @@ help: ## list these targets
 demo: $(INSTALLED) data ## train structures side by side on real images (minutes) and write a report
 	@$(BIN)/einlinear compare --out results/demo --preset demo
 
-test: lint ## lint, type check and run the tests, on up to four cores
+test: $(INSTALLED) ## lint, type check and run the tests, on up to four cores
+	@$(MAKE) --no-print-directory --jobs 2 lint unit
+
+unit: $(INSTALLED)
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED) ## ruff, the formatter's check and mypy
@@ -35,11 +38,12 @@ clean: ## remove the virtual environment and all caches
 	find src tests -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is simply done again. A .venv without a working pip
-# is one whose creation was interrupted.
+# is one whose creation was interrupted. Pip would compile on one core; templates among the files do not compile.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "einlinear needs Python 3.10 or later")'
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[experiments,dev]'
+	@$(BIN)/python -m compileall -qq --workers 0 $(VENV) || true
 	@touch $@

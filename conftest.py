@@ -1,5 +1,7 @@
 """Settings of all tests and examples: the same draws on every machine, no deadline on a busy one, and one thread."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,7 +9,9 @@ from hypothesis import settings
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
-torch.set_num_threads(1)  # models this small run slower on several, and far slower on a busy machine
+# Models this small run slower on several threads, and far slower on a busy machine. Processes that tests start as well.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

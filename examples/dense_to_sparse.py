@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data", default="data/english")
     parser.add_argument("--structure", default="monarch")
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500, help="of the dense model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/dense-to-sparse"))
@@ -45,6 +46,7 @@ def main() -> None:
 
     def run(structure: str, steps: float, **options: Any) -> Run:
         common = {"model": "gpt", "data": arguments.data, "width": arguments.width, "base_width": 128, "d_head": 32}
+        common |= {"depth": arguments.depth}
         common |= {"context": 128, "batch_size": 16, "lr": 4e-3, "clip": 1.0, "seed": arguments.seed}
         common |= {"warmup": min(100, round(steps / 4))}
         common |= {"validation_tokens": 131_072, "checkpoint_every": 200, "normalize": False}

@@ -103,7 +103,7 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("of", ["TestKernels", "TestGrouped"])
 def test_in_the_interpreter(of: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{of}"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -250,8 +250,8 @@ class TestGrouped:
     @pytest.mark.parametrize(
         ("features", "n", "active", "load", "dtype"),
         [
-            ((16, 23), 80, 2, "random", torch.float32),
-            ((23, 16), 40, 3, "the same experts", torch.bfloat16),
+            ((16, 23), 40, 2, "random", torch.float32),
+            ((23, 16), 20, 3, "the same experts", torch.bfloat16),
             ((16, 16), 30, 1, "one is empty", torch.float16),
             ((16, 16), 1, 2, "random", torch.float32),
         ],
@@ -293,7 +293,7 @@ class TestGrouped:
 
     @pytest.mark.parametrize("spec", ["btt", "dyad", "tt(rank=2, cores=3)"])
     def test_only_what_is_wanted(self, spec: str) -> None:
-        s, factors, indices, x, gates, _, grad = self.draw(spec, (16, 16), 8, 2, "random", torch.float32)
+        s, factors, indices, x, gates, _, grad = self.draw(spec, (8, 8), 4, 2, "random", torch.float32)
         grads = (x, indices, gates, grad)
         whole = kernels.backward_grouped(s, factors, *grads, True, [True] * len(factors))
         for wanted in range(len(factors) + 1):

@@ -57,7 +57,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             found = [pid for pid in children(driver.pid) if is_worker(pid)]
             if not found:  # still starting
                 continue
-            victim = driver.pid if kills % 5 == 4 else draw.choice(found)
+            victim = driver.pid if kills % 10 == 9 else draw.choice(found)
             os.kill(victim, signal.SIGKILL)
             kills += 1
         if driver.wait(120) == 0:
