@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.data.samples import needs
 from tests.families import PATTERNS, SAMPLES, structures
 
 import einlinear as el
@@ -61,8 +62,8 @@ def test_blocktt_does_not_pad() -> None:
     assert not baselines.is_blocktt(el.structure("tt", 97, 64))
 
 
+@needs("tltorch")
 def test_the_layer_of_tensorly_torch() -> None:
-    pytest.importorskip("tltorch")
     s = el.structure("tt(rank=3)", 48, 36)
     factors = [torch.randn(f.shape) for f in s.factors]
     bias = torch.nn.Parameter(torch.randn(36))
