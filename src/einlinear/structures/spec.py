@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from einlinear.structures.budget import fewest_blocks, largest_rank, within
-from einlinear.structures.families import Builder, find_family
+from einlinear.structures.families import find_family
 from einlinear.structures.pattern import Pattern, PatternError, parse
 from einlinear.structures.structure import Structure, build
 
@@ -179,7 +179,7 @@ def check_spec(spec: str) -> None:
         return
     name, given = parse_family(spec)
     _check_arguments(name, given)
-    if not _parameters(find_family(name)).keys() & _FEATURES:  # else it may refuse some sizes only
+    if not inspect.signature(find_family(name)).parameters.keys() & _FEATURES:  # else it may refuse some sizes only
         _family_pattern(name, given, 1, 1)
 
 
@@ -192,7 +192,7 @@ def _from_family(
 
     if max_macs is None:
         return make()
-    arguments = _parameters(find_family(name))
+    arguments = inspect.signature(find_family(name)).parameters
     knob = next((argument for argument in ("rank", "blocks") if argument in arguments and argument not in given), None)
     if knob == "rank":
         return largest_rank(lambda n: make(rank=n), max_macs)
@@ -204,7 +204,7 @@ def _from_family(
 def _family_pattern(name: str, given: Mapping[str, Any], in_features: int, out_features: int) -> tuple[Pattern, str]:
     """The pattern that a family's builder returns for these arguments, and the canonical spec that says so."""
     builder = find_family(name)
-    parameters = _parameters(builder)
+    parameters = inspect.signature(builder).parameters
     own = _check_arguments(name, given)
     features = {"in_features": in_features, "out_features": out_features}
     text = builder(**given, **{p: features[p] for p in parameters if p in features})
@@ -214,14 +214,9 @@ def _family_pattern(name: str, given: Mapping[str, Any], in_features: int, out_f
     return parse(text), f"{name}({', '.join(shown)})" if shown else name
 
 
-@lru_cache(maxsize=1000)  # a search for a rank asks thousands of times
-def _parameters(builder: Builder) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(builder).parameters
-
-
 def _check_arguments(name: str, given: Iterable[str]) -> list[str]:
     """The names of a family's arguments, once it is known that it takes the given ones and needs no others."""
-    parameters = _parameters(find_family(name))
+    parameters = inspect.signature(find_family(name)).parameters
     own = [parameter for parameter in parameters if parameter not in _FEATURES]
     for argument in given:
         if argument not in own:
