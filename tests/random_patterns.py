@@ -36,7 +36,7 @@ def random_structure(seed: int, terms: int | None = None) -> Structure:
             last = step + 1 == length
             # batch axes are in the factor and stay, contracted ones are summed over, free ones pass by
             untouched = [a for a in read if not any(a in factor for factor in factors)]
-            roles = {a: random.choice("batch contracted free".split()) for a in state}
+            roles = {a: random.choice(["batch", "contracted", "free"]) for a in state}
             if last:  # every input axis meets a factor, and what stays has to divide the output
                 roles |= {a: "contracted" for a in untouched}
                 roles |= {a: "contracted" for a in state if a not in read}

@@ -13,14 +13,14 @@ from random import Random
 
 import pytest
 import torch
+from tests.families import PATTERNS, SAMPLES, structures
+from tests.random_patterns import random_structure
 from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
 from einlinear.ops.tiles import executor as tiles
 from einlinear.structures import Structure
-from tests.families import PATTERNS, SAMPLES, structures
-from tests.random_patterns import random_structure
 
 README = "(g a), g r a, g e r -> (g e) + (b k), d k, o b -> (o d) where g=4, r=2"
 SPECS = [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS + [README]
