@@ -3,12 +3,12 @@
 //
 // Usage: sanitized_kernel FILE
 // FILE holds int64 numbers: for each structure the count of numbers in its program, then these (program.py).
-#include "tiles.cpp"
-
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
+
+#include "tiles.cpp"
 
 static std::mt19937 generator(0);
 
@@ -138,8 +138,10 @@ int main(int count, char** arguments) {
         std::vector<Index> numbers(length);
         if ((Index)std::fread(numbers.data(), sizeof(Index), length, file) != length) return 2;
         for (Index n : {1, 3, 16, 17, 33, 70}) {
-            if (programs % 2) one_matrix<float>(numbers.data(), n, threads);
-            else one_matrix<double>(numbers.data(), n, threads);
+            if (programs % 2)
+                one_matrix<float>(numbers.data(), n, threads);
+            else
+                one_matrix<double>(numbers.data(), n, threads);
         }
         for (Index n : {5, 70}) several_matrices<float>(numbers.data(), n, threads);
     }

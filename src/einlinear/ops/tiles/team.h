@@ -1,8 +1,8 @@
 // The threads of a call, and the one way to divide work among them.
 //
-// Every thread runs the same code. A part of it that is divided is a phase: `team.phase` gives each thread its share and
-// ends with a barrier, whatever the work does and however it returns. Shares exist in phases only, so no work can be
-// divided without the barrier that keeps the next phase from overwriting what another thread still reads. Two rules
+// Every thread runs the same code. A part of it that is divided is a phase: `team.phase` gives each thread its share
+// and ends with a barrier, whatever the work does and however it returns. Shares exist in phases only, so no work can
+// be divided without the barrier that keeps the next phase from overwriting what another thread still reads. Two rules
 // remain. A phase reads from other threads only what earlier phases wrote. Whether a phase is entered depends only on
 // what is the same for all threads.
 #pragma once

@@ -127,8 +127,7 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
             if (!stream_out) team.phase([&](Share mine) { read_tile(output, dys, p.width_out, tile, mine); });
             const S* middle = saved ? saved + i * states * tile : recomputed;
             steps.run(input, output, middle, sink, sum, !first, team);
-            if (dx && !stream_in)
-                team.phase([&](Share mine) { write_tile(dxs, tile, sink, (const S*)nullptr, mine); });
+            if (dx && !stream_in) team.phase([&](Share mine) { write_tile(dxs, tile, sink, (const S*)nullptr, mine); });
         });
         all.phase([&](Share mine) {
             std::vector<S*> parts;
