@@ -78,9 +78,8 @@ class Coverage:
     @property
     def notes(self) -> list[str]:
         """The share, and what was not considered, one sentence each."""
-        lines = [
-            f"The layers considered hold {self.considered:,} of the model's {self.params:,} parameters ({self.share:.1%})."
-        ]
+        counts = f"{self.considered:,} of the model's {self.params:,} parameters"
+        lines = [f"The layers considered hold {counts} ({self.share:.1%})."]
         if self.others:
             lines.append(f"Not considered: {'; '.join(map(str, self.others))}.")
         return lines
