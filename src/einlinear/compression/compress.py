@@ -33,7 +33,7 @@ from einlinear.compression.select import HEAD, output_layers, select, weight_of
 from einlinear.compression.speed import speed_up
 from einlinear.conversion.coverage import measure_coverage
 from einlinear.conversion.replace import put
-from einlinear.conversion.suitable import fresh
+from einlinear.conversion.suitable import structured_like
 from einlinear.nn import Linear
 from einlinear.nn.known import features
 from einlinear.structures import structure
@@ -139,7 +139,9 @@ def compress(
         if broken := next((name for name in names if not weight_of(found[name]).isfinite().all()), None):
             raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
         unfit = {name: reason_for_none(families, *features(found[name])) for name in names}
-        _check_budget({name: found[name] for name in names}, budget, count, families, unfit)  # before anything is written
+        _check_budget(
+            {name: found[name] for name in names}, budget, count, families, unfit
+        )  # before anything is written
         of_all = {"damping": damping, "model and data": digest_of(model, batches) if kept else None}
         settings = {
             **of_all,
@@ -340,7 +342,7 @@ class _Task:
         old = self.data.layers[name]
         weight = weight_of(old)
         target = inputs.target(weight, self.damping)
-        layer = fresh(old, spec)
+        layer = structured_like(old, spec)
         moment = None if inputs.is_white else inputs.damped(self.damping)
         for factor, value in zip(layer.structure.factors, ops.project(layer.structure, target, moment), strict=True):
             layer.get_parameter(factor.name).copy_(value)
@@ -357,6 +359,6 @@ class _Task:
         tensors, facts = self.journal.read_tensors(f"layer {name}"), self.journal.read(f"fit of {name}")
         if tensors is None or facts is None:
             return None
-        layer = fresh(self.data.layers[name], spec)
+        layer = structured_like(self.data.layers[name], spec)
         layer.load_state_dict(tensors)
         return _Fitted(layer, **facts)

@@ -14,8 +14,8 @@ from einlinear.conversion.suitable import (
     linear_layers,
     owners_of,
     reason_to_skip,
-    uncalled_layers,
 )
+from einlinear.conversion.usage import uncalled_layers
 from einlinear.nn.known import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
 
@@ -73,7 +73,9 @@ def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
     return [*heads, layer] if _HEADS.intersection(before_lists) else heads
 
 
-def output_layers(model: nn.Module, layers: Mapping[str, Any], called: Sequence[str], last: Collection[str]) -> set[str]:
+def output_layers(
+    model: nn.Module, layers: Mapping[str, Any], called: Sequence[str], last: Collection[str]
+) -> set[str]:
     """Those of the layers that put out what the model does and are heads, as the calibration data show.
 
     A plain `nn.Sequential` has none, nor has a model that puts out as many features as its first layer reads, such as
