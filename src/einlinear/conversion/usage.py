@@ -123,7 +123,7 @@ def _only_read_layers(model: nn.Module) -> set[int]:
     """The ids of modules with whose weights the code of every module that holds them computes, and does no more."""
     read, used = set[int](), set[int]()
     for parent in model.modules():
-        cls = type(parent)
+        cls: Any = type(parent)
         names = set[str]() if "forward" in vars(parent) else _only_read(cls) | _MOSTLY_READ.get(cls.__name__, set())
         for name, child in parent._modules.items():
             (read if name in names else used).add(id(child))
