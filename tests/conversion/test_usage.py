@@ -49,6 +49,7 @@ class Functional(nn.Module):
         self.hidden = nn.ModuleList([nn.Linear(16, 16)])
 
     def forward(self, x: Tensor) -> Tensor:
+        self.metadata = self.metadata.to(x.dtype)
         x = self.project(x.to(self.metadata.weight.dtype))
         x = self.forwarded.forward(self.metadata(x)) + x.new_zeros(self.called.weight.shape[0])
         x = self.called(x) + self.both(x) @ self.both.weight

@@ -10,6 +10,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache, wraps
 from types import CodeType
 from typing import Any
@@ -89,34 +90,36 @@ def _watch(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch]
         if (own := watch.weights & {id(p) for p in module._parameters.values() if p is not None})
     ]
 
-    def watched(module: nn.Module, own: set[int]) -> Callable[..., Any]:
-        forward = module.forward
+    def watched(module: nn.Module, name: str, own: set[int]) -> Callable[..., Any]:
+        method = getattr(module, name)
 
-        @wraps(forward)
+        @wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            called.add(id(module))
+            if name == "forward":
+                called.add(id(module))
             watch.inside.append(own)
             try:
-                return forward(*args, **kwargs)
+                return method(*args, **kwargs)
             finally:
                 watch.inside.pop()
 
         return run
 
-    before = [(module, vars(module).get("forward")) for module, _ in owners]
-    for module, own in owners:
-        module.forward = watched(module, own)
-    try:
-        with evaluating(model), watch:
-            for batch in batches:
-                call(model, batch)
-    finally:
-        for module, forward in before:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    with ExitStack() as after, evaluating(model), watch:
+        for module, own in owners:
+            for name in ("forward", "_apply"):  # casting a layer or moving it is no computing with its weight
+                after.callback(_restore, module, name, vars(module).get(name))
+                setattr(module, name, watched(module, name, own))
+        for batch in batches:
+            call(model, batch)
     return called, {key for key, weight in weights.items() if id(weight) in watch.read}
+
+
+def _restore(module: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, before)
 
 
 def _only_read_layers(model: nn.Module) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -89,6 +90,13 @@ class Factored(Described):
         if self.stack is not None:
             gammas = [gamma.view(-1, *[1] * (m.dim() - 1)) for gamma, m in zip(gammas, normalized, strict=True)]
         return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """What the weight is made of: all parameters but the bias."""
+        bias = self.bias
+        # parametrized factors are parameters of modules below
+        own: Iterable[Any] = self.parameters() if self._modules else [getattr(self, name) for name in self._parameters]
+        return [parameter for parameter in own if parameter is not None and parameter is not bias]
 
     def _parameter(self, name: str) -> Tensor:
         """A factor or a gamma as this process has it."""
