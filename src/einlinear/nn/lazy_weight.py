@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -79,18 +80,24 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(cls, layer: Layer, like: Tensor) -> LazyWeight:
-        self: LazyWeight = Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
-        )
+        self = Tensor._make_subclass(cls, _stand_in(layer.out_features, layer.in_features, like.dtype, like.device))
         self._layer, self._value = layer, None
         return self
 
     def value(self) -> Tensor:
         """The dense weight as an ordinary tensor; differentiable in the factors."""
-        if self._value is None:
-            with torch.set_grad_enabled(self.requires_grad):
-                self._value = _build(self._layer)
-        return self._value
+        # activation checkpointing compares what is saved for backward with what is saved when it computes again
+        if self._value is not None and not _is_checkpointed():
+            return self._value
+        with torch.set_grad_enabled(self.requires_grad):
+            value = _build(self._layer)
+        if not _is_checkpointed():
+            self._value = value
+        return value
+
+    def stand_in(self) -> Tensor:
+        """Of the same shape, dtype and device, for those who read no values."""
+        return _stand_in(*self.shape, self.dtype, self.device)
 
     @classmethod
     def __torch_function__(
@@ -100,7 +107,7 @@ class LazyWeight(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        replace = _stand_in if func in _NEW or (func in _LIKE and not isinstance(args[0], cls)) else cls.value
+        replace = cls.stand_in if func in _NEW or (func in _LIKE and not isinstance(args[0], cls)) else cls.value
         return func(*tree_map_only(cls, replace, args), **tree_map_only(cls, replace, kwargs))
 
     @classmethod
@@ -157,10 +164,21 @@ def _is_traced(parameters: Sequence[Any]) -> bool:
     )
 
 
+def _is_checkpointed() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def _wants_gradients(parameters: Sequence[Tensor]) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
 
 
-def _stand_in(weight: LazyWeight) -> Tensor:
-    """Of the same shape, dtype and device, in the memory of one number."""
-    return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+@lru_cache(maxsize=4096)
+def _stand_in(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of this shape, in the memory of one number, which is NaN and cannot be written to.
+
+    What goes around Python altogether, as `other.data = layer.weight` does, gets to see it.
+    """
+    with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+        nan = torch.full((), torch.nan, dtype=dtype, device=device)
+        torch._C._set_throw_on_mutable_data_ptr(nan)
+        return nan.expand(out_features, in_features)
