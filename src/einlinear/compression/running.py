@@ -10,22 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einlinear.conversion.calling import Batch as Batch
+from einlinear.conversion.calling import call as call
+from einlinear.conversion.calling import evaluating as evaluating
+
 _TRIED = 2  # calls after which the output is taken not to depend on a layer
-Batch = Any  # what the model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
+# nodes of the graph behind which a model's output is still that of its last layer
+_SAME = frozenset(
+    "Alias Clone Expand LogSoftmax Permute ReshapeAlias Select Sigmoid Slice Softmax Split SplitWithSizes Squeeze Stack "
+    "T ToCopy Transpose Unbind UnsafeView Unsqueeze View".split()
+)
 
 
 class Enough(Exception):
     """What was of interest has been seen: the rest of the model need not be run."""
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for a batch, which is moved to the model's device."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        return model(**{name: _to(value, device) for name, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        return model(*[_to(value, device) for value in batch])
-    return model(_to(batch, device))
 
 
 def output_of(result: Any) -> Tensor:
@@ -131,30 +129,68 @@ def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
     return stages
 
 
-def reached(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> set[str]:
-    """The layers that the model's output depends on, of those that the data reach."""
-    found, calls = set[str](), dict.fromkeys(layers, 0)
+@dataclass(frozen=True)
+class Trace:
+    """What calibration data do in a model.
+
+    Attributes:
+        called: the layers that get at least one token.
+        reached: those of them that the model's output depends on.
+        last: those whose outputs are the model's output, up to a softmax, a sigmoid or a change of shape.
+    """
+
+    called: frozenset[str]
+    reached: frozenset[str]
+    last: frozenset[str]
+
+
+def trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> Trace:
+    """Which layers the model's output depends on. Gradients of what layers put out tell it."""
+    found, last, calls = set[str](), set[str](), dict.fromkeys(layers, 0)
     learning = [p for p in model.parameters() if p.requires_grad]
     for p in learning:
-        p.requires_grad_(False)  # gradients of what layers put out tell it, and cost less
+        p.requires_grad_(False)
     try:
         for batch in batches:
             left = {name: layer for name, layer in layers.items() if name not in found and calls[name] < _TRIED}
             if not left:
                 break
+            made: dict[Any, str] = {}  # the node of the graph that stands for a layer's output
 
             def note(name: str, output: Tensor) -> Tensor:
+                if not output.numel():
+                    return output
                 calls[name] += 1
                 output.requires_grad_().register_hook(lambda _: found.add(name))
-                return output.clone()  # what is done to it in place is no output of the layer
+                result = output.clone()  # what is done to it in place is no output of the layer
+                made[result.grad_fn] = name
+                return result
 
             with torch.enable_grad(), hooked(left, note):
                 output = output_of(call(model, batch))
                 if output.requires_grad:
-                    output.float().sum().backward()
+                    last |= _sources(output.grad_fn, made)
+                    # of many logits the sum alone is kept: their gradient takes as much memory as they do
+                    total = output.sum(dtype=torch.float32)
+                    del output
+                    total.backward()
     finally:
         for p in learning:
             p.requires_grad_()
+    called = frozenset(name for name, count in calls.items() if count)
+    return Trace(called, frozenset(found), frozenset(last))
+
+
+def _sources(node: Any, made: Mapping[Any, str]) -> set[str]:
+    """The layers whose outputs a tensor is, by its node in the graph, where nothing but its shape or scale changed."""
+    found = set[str]()
+    left = [node]
+    while left:
+        node = left.pop()
+        if node in made:
+            found.add(made[node])
+        elif node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in _SAME:
+            left += [before for before, _ in node.next_functions]
     return found
 
 
@@ -170,20 +206,3 @@ def hooked(modules: Mapping[str, nn.Module], note: Callable[[str, Any], Any]) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without dropout; every module is in the mode it was in afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
