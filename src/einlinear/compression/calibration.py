@@ -56,7 +56,11 @@ class Calibration:
         for part in self._parts(stages, copies=1 if compressed is None else 3):
             for stage, moments in zip(part, self._moments(part, compressed), strict=True):
                 for name in stage.names:
-                    yield name, moments.inputs(centred=self.layers[name].bias is not None)
+                    try:
+                        inputs = moments.inputs(centred=self.layers[name].bias is not None)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
+                    yield name, inputs
 
     @cached_property
     def outputs(self) -> Outputs | None:

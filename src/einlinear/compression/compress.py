@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -39,6 +40,7 @@ from einlinear.nn.known import features
 from einlinear.structures import structure
 
 _HARMLESS = [(1.0, 0.0)]  # the effects of a weight of zeros, which has no error
+_UNKNOWN = [(1.0, 1.0)]
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
@@ -74,7 +76,7 @@ def compress(
         layers: a glob, or several, on qualified names; None: all but output heads (below).
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
-        damping: fraction of the mean variance that is added to that of every direction of the inputs.
+        damping: fraction of the mean variance that is added to that of every direction of the inputs, at least 0.
         progress: called with what is being done, and how many steps of how many are.
         folder: for what has been found so far. After an interruption the same call goes on from there. It is not
             removed at the end.
@@ -107,6 +109,8 @@ def compress(
     """
     if count not in ("params", "macs"):
         raise ValueError(f"count must be 'params' or 'macs', not {count!r}")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping is a fraction of the inputs' variance, at least 0, such as 0.01, not {damping!r}")
     if not 0 < budget <= 1:
         raise ValueError(f"budget is the fraction of {count} to keep, above 0 and at most 1, not {budget!r}")
     families = [structures] if isinstance(structures, str) else list(structures)
@@ -261,7 +265,7 @@ class _Task:
         layer = self.data.layers[name]
         weight = weight_of(layer)
         if self.data.outputs is None:
-            return Effect.of([(1.0, 1.0)])
+            return Effect.of(_UNKNOWN)
         points = self.shared.read(f"effects of {name}")
         if points is None:
             points = []
@@ -273,6 +277,8 @@ class _Task:
                 shift = None if layer.bias is None else inputs.bias(layer.bias, weight, other) - layer.bias
                 if (error := inputs.error(weight, other)) > 0:
                     points.append((error, self.data.outputs.moved(layer, other - weight, shift)))
+            if points and not any(effect for _, effect in points):
+                points = _UNKNOWN  # its inputs are zero on all the data: no reason to give the layer up
             self.shared.write(f"effects of {name}", points)
         return Effect.of(points or _HARMLESS)
 

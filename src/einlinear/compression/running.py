@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einlinear.nn import Linear
+from einlinear.nn.known import is_conv1d
+
 _TRIED = 2  # calls after which the output is taken not to depend on a layer
 # nodes of the graph behind which a model's output is still that of its last layer
 _SAME = frozenset(
     "Alias Clone Expand LogSoftmax Permute ReshapeAlias Select Sigmoid Slice Softmax Split SplitWithSizes Squeeze Stack "
     "T ToCopy Transpose Unbind UnsafeView Unsqueeze View".split()
 )
+LARGE = 2**12  # features of outputs that are worth computing again, slice by slice
 Batch = Any  # what the model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
 
 
@@ -68,13 +73,13 @@ def tokens_of(batch: Batch, tensor: Tensor) -> Tensor:
     return flat
 
 
-@torch.no_grad()
 def inputs_of(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batch: Batch,
     calls: Mapping[str, int] | None = None,
     taken: Callable[[Tensor], Any] = Tensor.clone,
+    gradients: bool = False,
 ) -> dict[str, list[Any]]:
     """The inputs of layers, call by call, in the order in which the layers are first called.
 
@@ -83,6 +88,7 @@ def inputs_of(
         layers: by name.
         calls: how often each is called: the rest of the model is left out once they all were.
         taken: what is kept of an input: by default a copy, since the model may change it in place afterwards.
+        gradients: whether the graph is recorded.
     """
     seen: dict[str, list[Any]] = {}
 
@@ -97,7 +103,8 @@ def inputs_of(
         for name, layer in layers.items()
     ]
     try:
-        call(model, batch)
+        with torch.set_grad_enabled(gradients):
+            call(model, batch)
     except Enough:
         pass
     finally:
@@ -134,6 +141,65 @@ def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
         if not left:
             break
     return stages
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a model puts out for a batch, (tokens, features), or what its last layer makes it of, if that is smaller.
+
+    Attributes:
+        values: the outputs, or the inputs of `head`.
+        head: the name of the linear layer whose outputs, as they are, are the model's; None if `values` are them.
+        is_logits: whether the outputs stand for answers, one feature for each.
+        features: of the outputs.
+    """
+
+    values: Tensor
+    head: str | None
+    is_logits: bool
+    features: int
+
+
+@torch.no_grad()
+def readout(model: nn.Module, batch: Batch) -> Readout:
+    """Run a model, and keep what its outputs can be computed of."""
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    calls = dict.fromkeys(linears, 0)
+    last: dict[str, Any] = {}
+
+    def note(name: str, args: tuple[Any, ...], output: Any) -> None:
+        calls[name] += 1
+        last.update(name=name, x=args[0] if args else None, output=weakref.ref(output), version=output._version)
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: note(name, args, output))
+        for name, module in linears.items()
+    ]
+    try:
+        result = call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    output = output_of(result)
+    features = output.shape[-1] if output.dim() else 1
+    is_logits = hasattr(result, "logits") and features > 1
+    if features >= LARGE and last and calls[last["name"]] == 1 and last["x"] is not None:
+        if _is_untouched(output, last["output"](), last["version"]):
+            return Readout(tokens_of(batch, last["x"]), last["name"], is_logits, features)
+    return Readout(tokens_of(batch, output), None, is_logits, features)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Linear) or is_conv1d(module)
+
+
+def _is_untouched(tensor: Tensor, output: Tensor | None, version: int) -> bool:
+    """Whether a tensor is a layer's output, unchanged since."""
+    return output is not None and (
+        tensor.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+        and (tensor.shape, tensor.stride(), tensor.dtype) == (output.shape, output.stride(), output.dtype)
+        and tensor._version == version
+    )
 
 
 @dataclass(frozen=True)
