@@ -34,7 +34,7 @@ from einlinear.compression.select import HEAD, output_layers, select, weight_of
 from einlinear.compression.speed import speed_up
 from einlinear.conversion.coverage import measure_coverage
 from einlinear.conversion.replace import put
-from einlinear.conversion.suitable import fresh
+from einlinear.conversion.suitable import structured_like
 from einlinear.nn import Linear
 from einlinear.nn.known import features
 from einlinear.structures import structure
@@ -124,7 +124,7 @@ def compress(
     with evaluating(model), torch.compiler.set_stance("force_eager"):  # what is compiled already ignores new hooks
         # a copy of the modules, not of their parameters: the original has to go on saying what is right
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-        found, skipped = select(model, layers)
+        found, skipped = select(model, layers, batches)
         data = Calibration(model, found, batches)
         traced = data.trace()
         called = [name for stage in data.stages for name in stage.names if name in traced.called]
@@ -137,13 +137,15 @@ def compress(
             names = [name for name in names if name not in heads]
         coverage = measure_coverage(model, [found[name] for name in names])
         if not names:
-            reasons = [f"{name} {reason}" for name, reason in skipped] or ["the model has none"]
+            reasons = [f"{name} {reason}" for name, reason in skipped] or ["the model has no linear layer"]
             others = [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
             raise ValueError(f"there is no dense linear layer to compress: {'; '.join([*reasons, *others])}")
         if broken := next((name for name in names if not weight_of(found[name]).isfinite().all()), None):
             raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
         unfit = {name: reason_for_none(families, *features(found[name])) for name in names}
-        _check_budget({name: found[name] for name in names}, budget, count, families, unfit)  # before anything is written
+        _check_budget(
+            {name: found[name] for name in names}, budget, count, families, unfit
+        )  # before anything is written
         of_all = {"damping": damping, "model and data": digest_of(model, batches) if kept else None}
         settings = {
             **of_all,
@@ -346,7 +348,7 @@ class _Task:
         old = self.data.layers[name]
         weight = weight_of(old)
         target = inputs.target(weight, self.damping)
-        layer = fresh(old, spec)
+        layer = structured_like(old, spec)
         moment = None if inputs.is_white else inputs.damped(self.damping)
         for factor, value in zip(layer.structure.factors, ops.project(layer.structure, target, moment), strict=True):
             layer.get_parameter(factor.name).copy_(value)
@@ -363,6 +365,6 @@ class _Task:
         tensors, facts = self.journal.read_tensors(f"layer {name}"), self.journal.read(f"fit of {name}")
         if tensors is None or facts is None:
             return None
-        layer = fresh(self.data.layers[name], spec)
+        layer = structured_like(self.data.layers[name], spec)
         layer.load_state_dict(tensors)
         return _Fitted(layer, **facts)

@@ -15,9 +15,10 @@ from einlinear.nn import Linear
 def densify(model: nn.Module) -> ConversionReport:
     """Replace every structured layer by the dense one that computes the same function, in place.
 
-    That is a `torch.nn.Linear`, or transformers' Conv1D where the structured layer took the place of one. Layers that
-    share a module or all their factors share their weight afterwards. Bias, device, dtype, training mode and
-    requires_grad are kept; a weight is frozen if all its factors were.
+    That is a `torch.nn.Linear`, or what the structured layer took the place of: transformers' Conv1D, or a subclass of
+    `torch.nn.Linear` that has no constructor of its own. Layers that share a module or all their factors share their
+    weight afterwards. Bias, device, dtype, training mode and requires_grad are kept; a weight is frozen if all its
+    factors were.
 
     Returns:
         What was done to every layer, and what was skipped for which reason, such as hooks, which would be lost.
@@ -55,7 +56,9 @@ def densify(model: nn.Module) -> ConversionReport:
 
 def _dense(layer: Linear) -> Any:
     linear = layer.to_dense()
-    if layer.dense_class is nn.Linear:
+    if issubclass(layer.dense_class, nn.Linear):
+        if layer.dense_class.__init__ is nn.Linear.__init__:  # then it has nothing else
+            linear.__class__ = layer.dense_class
         return linear
     with torch.device("meta"):  # it gets the parameters of the linear layer
         conv1d: Any = layer.dense_class(layer.out_features, layer.in_features)

@@ -68,6 +68,12 @@ class Factored(Described):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @torch.no_grad()
+    def zero_last_factors(self) -> None:
+        """Set the factor of every term that is contracted last to zero: then the matrix is zero and can still learn."""
+        for _, names in self.structure.by_term([factor.name for factor in self.structure.factors]):
+            nn.init.zeros_(getattr(self, names[-1]))
+
     def factors(self) -> list[Tensor]:
         """The factors as they multiply: in the order of `structure.factors`, normalised where that is asked for."""
         factors = [self._parameter(factor.name) for factor in self.structure.factors]
