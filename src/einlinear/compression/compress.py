@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from einlinear.compression.moments import Inputs
 from einlinear.compression.report import Compressed, CompressionReport
 from einlinear.compression.running import Batch, evaluating
 from einlinear.compression.select import HEAD, output_layers, select, weight_of
-from einlinear.compression.speed import speed_up
+from einlinear.compression.speed import SpeedUp, speed_up
 from einlinear.conversion.coverage import measure_coverage
 from einlinear.conversion.replace import put
 from einlinear.conversion.suitable import structured_like
@@ -55,6 +57,7 @@ def compress(
     layers: str | Sequence[str] | None = None,
     sequential: bool = True,
     damping: float = 1e-2,
+    only_if_faster: bool = False,
     progress: Progress | None = None,
     folder: str | Path | None = None,
     shared: str | Path | None = None,
@@ -77,7 +80,10 @@ def compress(
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
         damping: fraction of the mean variance that is added to that of every direction of the inputs, at least 0.
-        progress: called with what is being done, and how many steps of how many are.
+        only_if_faster: a layer becomes only what is at least as fast as the dense one here, for 1 token and for 256
+            (within 5 %, by which timings are off); it stays dense where nothing is. The budget may then not be
+            reached: the report says so.
+        progress: called with what is being done, and how many steps of how many are; for the first time at once.
         folder: for what has been found so far. After an interruption the same call goes on from there. It is not
             removed at the end.
         shared: a folder for the errors of candidates, which are most of the work: compressions of the same model on the
@@ -121,11 +127,13 @@ def compress(
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise ValueError("calibration has no batches")
+    tell = progress or (lambda what, done, of: None)
+    tell("looking at the model", 0, 1)
     with evaluating(model), torch.compiler.set_stance("force_eager"):  # what is compiled already ignores new hooks
         # a copy of the modules, not of their parameters: the original has to go on saying what is right
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         found, skipped = select(model, layers, batches)
-        data = Calibration(model, found, batches)
+        data = Calibration(model, found, batches, partial(tell, "collecting inputs"))
         traced = data.trace()
         called = [name for stage in data.stages for name in stage.names if name in traced.called]
         skipped += [(name, "is never called on the calibration data") for name in found if name not in called]
@@ -154,19 +162,30 @@ def compress(
             "count": count,
             "layers": names,
             "sequential": sequential,
+            "only_if_faster": only_if_faster,
         }
         journal = Journal(None if folder is None else Path(folder), settings, "an unfinished compression")
         errors = Journal(None if shared is None else Path(shared), of_all, "errors of candidates")
-        tell = progress or (lambda what, done, of: None)
-        task = _Task(data, names, families, count, damping, journal, errors, tell)
+        tell("looking at the model", 1, 1)
+        task = _Task(data, names, families, count, damping, only_if_faster, journal, errors, tell)
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
+    reasons = {name: unfit[name] or task.slow.get(name) for name in names}
+    speeds = {name: task.speed_up(name, own.layer) for name, own in new.items()}
     report = [
-        _reported(name, found[name], new.get(name), chosen[name].error, matters[name], unfit[name]) for name in names
+        _reported(name, found[name], new.get(name), chosen[name], matters[name], speeds.get(name), reasons[name])
+        for name in names
     ]
+    dense = sum(layer.params_before for layer in report)
+    missed = budget if sum(getattr(layer, count) for layer in report) > budget * dense else None
     put(model, {id(found[name]): own.layer.train(found[name].training) for name, own in new.items()})
-    return CompressionReport(tuple(report), tuple(skipped), coverage)
+    return CompressionReport(tuple(report), tuple(skipped), coverage, missed)
+
+
+def _family(spec: str) -> str:
+    """What members of a family have in common."""
+    return re.sub(r"\d+", "", spec)
 
 
 def _check_installed(*modules: str) -> None:
@@ -200,14 +219,22 @@ def _check_budget(
 
 
 def _reported(
-    name: str, old: nn.Module, new: _Fitted | None, expected: float, matters: float, reason: str | None
+    name: str,
+    old: nn.Module,
+    new: _Fitted | None,
+    chosen: Candidate,
+    matters: float,
+    speed: SpeedUp | None,
+    reason: str | None,
 ) -> Compressed:
     dense = weight_of(old).numel()
-    if new is None:
-        return Compressed(name, "dense", dense, dense, dense, expected, 0.0, matters, speed_up=1.0, reason=reason)
-    s, speed = new.layer.structure, speed_up(old, new.layer)
+    if new is None or speed is None:
+        return Compressed(name, "dense", dense, dense, dense, chosen.error, 0.0, matters, 1.0, 1.0, reason=reason)
+    s = new.layer.structure
     each = new.tokens / s.in_features if new.tokens else None
-    return Compressed(name, s.spec, dense, s.params, s.macs, expected, new.error, matters, speed, each)
+    return Compressed(
+        name, s.spec, dense, s.params, s.macs, chosen.error, new.error, matters, speed.many, speed.one, each
+    )
 
 
 @dataclass(frozen=True)
@@ -228,9 +255,12 @@ class _Task:
     families: Sequence[str]
     count: str
     damping: float
+    only_if_faster: bool
     journal: Journal
     shared: Journal
     tell: Progress
+    speeds: dict[tuple[object, ...], SpeedUp] = field(default_factory=dict)  # of structures at one size
+    slow: dict[str, str] = field(default_factory=dict)  # why layers stay dense for which no structure is fast enough
 
     def choose(self, budget: float) -> tuple[dict[str, Candidate], dict[str, float]]:
         """What every layer is to become, and what a relative error of its outputs counts."""
@@ -257,10 +287,47 @@ class _Task:
         specs: dict[str, str] | None = self.journal.read("choice")
         if specs is None:
             weighted = {name: [replace(c, error=effects[name].at(c.error)) for c in options[name]] for name in names}
-            specs = {name: c.spec for name, c in allocate(weighted, int(budget * dense)).items()}
+            specs = {name: c.spec for name, c in self._allocated(weighted, int(budget * dense)).items()}
             self.journal.write("choice", specs)
+            self.journal.write("slow layers", self.slow)
+        else:
+            self.slow.update(self.journal.read("slow layers") or {})
         chosen = {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}
         return chosen, {name: effects[name].slope for name in names}
+
+    def _allocated(self, options: dict[str, list[Candidate]], budget: int) -> dict[str, Candidate]:
+        """What each layer becomes. If only faster layers are wanted, slower candidates are struck out as they come up."""
+        if not self.only_if_faster:
+            return allocate(options, budget)
+        while True:
+            least = sum(min(candidate.cost for candidate in own) for own in options.values())
+            chosen = allocate(options, max(budget, least))
+            structured = {name: c for name, c in chosen.items() if c.spec != "dense"}
+            slow = {
+                name: c
+                for name, c in structured.items()
+                if self.speed_up(name, structured_like(self.data.layers[name], c.spec)).is_slower
+            }
+            if not slow:
+                return chosen
+            for name, c in slow.items():
+                # richer members of the same family are no faster
+                options[name] = [
+                    o
+                    for o in options[name]
+                    if o.cost < c.cost or _family(o.spec) != _family(c.spec) or o.spec == "dense"
+                ]
+                if len(options[name]) == 1:
+                    self.slow[name] = "every structure tried is slower than the dense layer"
+
+    def speed_up(self, name: str, new: Linear) -> SpeedUp:
+        """How fast a structured layer is beside the dense one of this name: as any of its size."""
+        old = self.data.layers[name]
+        key = (new.structure.spec, *weight_of(old).shape, old.weight.dtype, old.weight.device, old.bias is None)
+        if key not in self.speeds:
+            self.tell("timing layers", len(self.speeds), len(self.names))
+            self.speeds[key] = speed_up(old, new)
+        return self.speeds[key]
 
     def _effect(self, name: str, inputs: Inputs) -> Effect:
         """What errors of a layer's outputs do: measured, or where there are no data, alike for all weights."""

@@ -136,7 +136,9 @@ class Inputs:
         w = weight.double()
         change = w @ (self.cross - self.own)
         if damping < _DAMPED:
-            return (w + change @ torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)).to(weight.dtype)
+            return (w + change @ torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)).to(
+                weight.dtype
+            )
         moved: Tensor = torch.linalg.solve(self.damped(damping), change.T)
         return (w + moved.T).to(weight.dtype)
 

@@ -124,15 +124,28 @@ def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
     left = dict(layers)
     for batch in batches:
         by_input: dict[tuple[tuple[int, int], ...], list[str]] = {}
-        # holds all inputs, so that no two have the same id; one that was changed in place has another version
-        seen = inputs_of(model, left, batch, taken=lambda x: (x, 0 if x.is_inference() else x._version))
-        for name, inputs in seen.items():
-            by_input.setdefault(tuple((id(x), version) for x, version in inputs), []).append(name)
+        for name, inputs in inputs_of(model, left, batch, taken=_Numbers()).items():
+            by_input.setdefault(tuple(inputs), []).append(name)
             del left[name]
         stages += [Stage(tuple(names), len(key)) for key, names in by_input.items()]
         if not left:
             break
     return stages
+
+
+class _Numbers:
+    """A number for every tensor, and its version: one that was changed in place has another. Keeps none alive."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._count = 0
+
+    def __call__(self, x: Tensor) -> tuple[int, int]:
+        known = self._known.get(id(x))
+        if known is None or known[0]() is not x:
+            self._count += 1
+            known = self._known[id(x)] = (weakref.ref(x), self._count)
+        return known[1], 0 if x.is_inference() else x._version
 
 
 @dataclass(frozen=True)
