@@ -22,7 +22,6 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-
 _SECONDS = 10  # between two lines of progress, where there is no terminal
 
 

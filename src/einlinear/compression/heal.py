@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.compression.journal import digest_of
 from einlinear.compression.divergence import mean_divergence
+from einlinear.compression.journal import digest_of
 from einlinear.compression.running import (
     Batch,
     call,

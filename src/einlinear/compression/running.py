@@ -20,8 +20,29 @@ from einlinear.nn.known import is_conv1d
 _TRIED = 2  # calls after which the output is taken not to depend on a layer
 # nodes of the graph behind which a model's output is still that of its last layer
 _SAME = frozenset(
-    "Alias Clone Expand LogSoftmax Permute ReshapeAlias Select Sigmoid Slice Softmax Split SplitWithSizes Squeeze Stack "
-    "T ToCopy Transpose Unbind UnsafeView Unsqueeze View".split()
+    [
+        "Alias",
+        "Clone",
+        "Expand",
+        "LogSoftmax",
+        "Permute",
+        "ReshapeAlias",
+        "Select",
+        "Sigmoid",
+        "Slice",
+        "Softmax",
+        "Split",
+        "SplitWithSizes",
+        "Squeeze",
+        "Stack",
+        "T",
+        "ToCopy",
+        "Transpose",
+        "Unbind",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    ]
 )
 LARGE = 2**12  # features of outputs that are worth computing again, slice by slice
 
