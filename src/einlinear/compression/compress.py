@@ -296,7 +296,7 @@ class _Task:
         return chosen, {name: effects[name].slope for name in names}
 
     def _allocated(self, options: dict[str, list[Candidate]], budget: int) -> dict[str, Candidate]:
-        """What each layer becomes. If only faster layers are wanted, slower candidates are struck out as they come up."""
+        """What each layer becomes. If only faster layers are wanted, slower candidates are left out one by one."""
         if not self.only_if_faster:
             return allocate(options, budget)
         while True:
@@ -312,11 +312,7 @@ class _Task:
                 return chosen
             for name, c in slow.items():
                 # richer members of the same family are no faster
-                options[name] = [
-                    o
-                    for o in options[name]
-                    if o.cost < c.cost or _family(o.spec) != _family(c.spec) or o.spec == "dense"
-                ]
+                options[name] = [o for o in options[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
                 if len(options[name]) == 1:
                     self.slow[name] = "every structure tried is slower than the dense layer"
 

@@ -226,7 +226,7 @@ class _Optimizer:
 
 @dataclass
 class _Loss:
-    """What is minimised. Of logits only those of the trained model are held at once, and one slice of the original's."""
+    """What is minimised. Of many logits only the trained model's are held at once, and a slice of the original's."""
 
     model: nn.Module
     original: nn.Module

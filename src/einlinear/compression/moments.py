@@ -47,8 +47,8 @@ class Moments:
         given = {"x": x} | ({} if original is None else {"original": original})
         if not all(bool(tensor.isfinite().all()) for tensor in given.values()):
             raise ValueError(
-                "its inputs have values that are NaN or infinite: leave such a batch out, or give the model a dtype with "
-                "a wider range"
+                "its inputs have values that are NaN or infinite: leave such a batch out, or give the model a dtype "
+                "with a wider range"
             )
         if not len(x):
             return
@@ -80,8 +80,8 @@ class Moments:
             + (0 if centred else torch.outer(means[a], means[b]))
             for (a, b), product in self._products.items()
         }
-        # as if a little noise, the same for both models, were added to all inputs: those of a constant input, and of one
-        # that is always zero, then are white, so that it is the weight that is approximated
+        # as if a little noise, the same for both models, were added to all inputs: inputs that are constant, or always
+        # zero, then are white, so that it is the weight that is approximated
         squares = [second[name, name].diagonal().mean() + mean.square().mean() for name, mean in means.items()]
         noise = 1e-12 * float(max(squares)) or 1.0
         second = {pair: moment + noise * torch.eye(len(moment)).to(moment) for pair, moment in second.items()}
@@ -136,9 +136,8 @@ class Inputs:
         w = weight.double()
         change = w @ (self.cross - self.own)
         if damping < _DAMPED:
-            return (w + change @ torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)).to(
-                weight.dtype
-            )
+            inverse = torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)
+            return (w + change @ inverse).to(weight.dtype)
         moved: Tensor = torch.linalg.solve(self.damped(damping), change.T)
         return (w + moved.T).to(weight.dtype)
 

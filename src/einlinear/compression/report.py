@@ -101,7 +101,7 @@ class CompressionReport:
             said += [*self.coverage.notes, f"The whole model keeps {kept:.1%} of its parameters."]
         if self.missed is not None:
             said.append(
-                f"The budget of {self.missed:.1%} is not reached: the other structures tried are slower than dense layers."
+                f"The budget of {self.missed:.1%} is not reached: what else was tried is slower than the dense layers."
             )
         said += [f"Stays dense: {layer.name}, {layer.reason}." for layer in self.layers if layer.reason is not None]
         said += [f"Left as it was: {name} {reason}." for name, reason in self.skipped]

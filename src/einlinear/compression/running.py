@@ -19,31 +19,11 @@ from einlinear.nn.known import is_conv1d
 
 _TRIED = 2  # calls after which the output is taken not to depend on a layer
 # nodes of the graph behind which a model's output is still that of its last layer
-_SAME = frozenset(
-    [
-        "Alias",
-        "Clone",
-        "Expand",
-        "LogSoftmax",
-        "Permute",
-        "ReshapeAlias",
-        "Select",
-        "Sigmoid",
-        "Slice",
-        "Softmax",
-        "Split",
-        "SplitWithSizes",
-        "Squeeze",
-        "Stack",
-        "T",
-        "ToCopy",
-        "Transpose",
-        "Unbind",
-        "UnsafeView",
-        "Unsqueeze",
-        "View",
-    ]
-)
+_SAME = {
+    *("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze"),
+    *("Stack", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"),
+    *("LogSoftmax", "Sigmoid", "Softmax"),
+}
 LARGE = 2**12  # features of outputs that are worth computing again, slice by slice
 
 
@@ -209,9 +189,9 @@ def readout(model: nn.Module, batch: Batch) -> Readout:
     output = output_of(result)
     features = output.shape[-1] if output.dim() else 1
     is_logits = hasattr(result, "logits") and features > 1
-    if features >= LARGE and last and calls[last["name"]] == 1 and last["x"] is not None:
-        if _is_untouched(output, last["output"](), last["version"]):
-            return Readout(tokens_of(batch, last["x"]), last["name"], is_logits, features)
+    is_large = features >= LARGE and last and calls[last["name"]] == 1 and last["x"] is not None
+    if is_large and _is_untouched(output, last["output"](), last["version"]):
+        return Readout(tokens_of(batch, last["x"]), last["name"], is_logits, features)
     return Readout(tokens_of(batch, output), None, is_logits, features)
 
 
@@ -256,7 +236,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[B
                 break
             made: dict[Any, str] = {}  # the node of the graph that stands for a layer's output
 
-            def note(name: str, output: Tensor) -> Tensor:
+            def note(name: str, output: Tensor, made: dict[Any, str] = made) -> Tensor:
                 if not output.numel():
                     return output
                 calls[name] += 1
