@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -279,8 +280,9 @@ class _Task:
             if name not in names or name in options:
                 continue
             self.tell("comparing structures", len(options), len(names))
-            effects[name] = self._effect(name, inputs)
-            options[name] = self._candidates(name, inputs)
+            with self._naming(name):
+                effects[name] = self._effect(name, inputs)
+                options[name] = self._candidates(name, inputs)
             candidates = [asdict(candidate) for candidate in options[name]]
             self.journal.write(f"candidates of {name}", {"effects": effects[name].points, "candidates": candidates})
         self.tell("comparing structures", len(names), len(names))
@@ -294,6 +296,15 @@ class _Task:
             self.slow.update(self.journal.read("slow layers") or {})
         chosen = {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}
         return chosen, {name: effects[name].slope for name in names}
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """What goes wrong with the numbers of a layer says which layer it was, and what helps."""
+        try:
+            yield
+        except (torch.linalg.LinAlgError, ValueError) as error:
+            help = f"give more calibration data, or a larger damping than {self.damping:g}"
+            raise ValueError(f"{name} cannot be fitted to its inputs: {error}; {help}") from error
 
     def _allocated(self, options: dict[str, list[Candidate]], budget: int) -> dict[str, Candidate]:
         """What each layer becomes. If only faster layers are wanted, slower candidates are left out one by one."""
@@ -400,7 +411,8 @@ class _Task:
             for name, inputs in self.data.inputs(left, passes):
                 if name in names and name not in new:
                     self.tell("fitting", len(new), len(chosen))
-                    new[name] = self._fitted(name, chosen[name], inputs)
+                    with self._naming(name):
+                        new[name] = self._fitted(name, chosen[name], inputs)
             put(compressed, {id(compressed.get_submodule(name)): new[name].layer for name in names})
         self.tell("fitting", len(chosen), len(chosen))
         return new

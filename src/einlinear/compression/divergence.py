@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ENTRIES = 2**19  # of the logits of a slice: 2 MB in float32
+_ENTRIES = 2**18  # of the logits of a slice: 1 MB in float32
 _PARTS = 32  # of a batch, at most: a layer that puts out logits reads its weight for each
 
 
 def slices(tokens: int, features: int, parts: int = _PARTS) -> Iterator[slice]:
     """The tokens in parts, few enough that the outputs of each part are small.
 
-    >>> [(part.start, part.stop) for part in slices(5, 2**18)]
+    >>> [(part.start, part.stop) for part in slices(5, 2**17)]
     [(0, 2), (2, 4), (4, 5)]
     """
     step = max(1, _ENTRIES // features, tokens // parts)
