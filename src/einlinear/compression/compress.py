@@ -353,7 +353,7 @@ class _Task:
                 shift = None if layer.bias is None else inputs.bias(layer.bias, weight, other) - layer.bias
                 if (error := inputs.error(weight, other)) > 0:
                     points.append((error, self.data.outputs.moved(layer, other - weight, shift)))
-            if points and not any(effect for _, effect in points):
+            if points and not any(effect > 0 for _, effect in points):
                 points = _UNKNOWN  # its inputs are zero on all the data: no reason to give the layer up
             self.shared.write(f"effects of {name}", points)
         return Effect.of(points or _HARMLESS)
