@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from einlinear.compression import CompressionReport
     from einlinear.compression.speed import Speed
 
+_SHOWN = 10  # of the files that are not copied
+
 
 def compress(
     model: Annotated[
@@ -81,6 +83,8 @@ def compress(
             ((count, budget),) = asked.items()
             if out.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
+            if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
+                raise ValueError(f"--out {out} is inside the model's own folder {model}: name a folder beside it")
             if heal and calibration is None:
                 raise ValueError("--heal needs text to train on: --calibration FILE")
             if heal and lr == 0:
@@ -118,14 +122,18 @@ def compress(
                         progress=lambda done, _, loss: display.advance(progress, "healing", done, None),
                     )
         with system_errors():
-            save(found, tokenizer, report, out, model)
+            left = save(found, tokenizer, report, out, model)
             shutil.rmtree(unfinished)
     _print(report)
     if heal and calibration is not None:
         first, last = healing.losses[0], healing.losses[-1]
         display.note(f"Healed in {len(healing.losses):,} steps: the loss of a batch was {first:.4f} and is {last:.4f}.")
-    if hasattr(found.config, "vocab_size") and not getattr(found.config, "is_encoder_decoder", False):  # reads text
+    reads_text = found.main_input_name == "input_ids" and hasattr(found.config, "vocab_size")
+    if reads_text and not getattr(found.config, "is_encoder_decoder", False):
         _print_speeds(speeds({"original": original, "compressed": found}))
+    if left:
+        more = f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
+        display.note(f"Not copied: {', '.join(left[:_SHOWN])}{more}.")
     display.note(f"In {out}. from_pretrained loads it after import einlinear.")
 
 
