@@ -208,6 +208,23 @@ def test_macs_healing_and_no_calibration(source: Path, text: Path, tmp_path: Pat
     assert re.search(r"Healed in [\d,]+ steps: the loss of a batch was", out)
 
 
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_chats_calibrate_by_the_template(source: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "she read"}, {"role": "assistant", "content": "the old house by the sea"}]
+    rows = tmp_path / "chat.jsonl"
+    rows.write_text(f"{json.dumps({'messages': chat})}\n" * 20)
+    command = ("compress", source, "--keep-params", 0.6, *OPTIONS, "--calibration", rows, "--out", tmp_path / "out")
+    assert_refused(run(*command), "chat.jsonl holds chats, but the model's tokenizer has no chat template")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert f"Calibration: 20 rows with messages from {rows}, by the tokenizer's chat template." in out
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+    rows.write_text('{"conversations": []}\n')
+    command = (*command[:-1], tmp_path / "other")
+    assert_refused(run(*command), f"line 1 of {rows} has conversations; known are text, messages (a chat), or prompt")
+
+
 @pytest.mark.parametrize("source", ["bert"], indirect=True)
 def test_interrupted_it_leaves_no_model_and_goes_on(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -40,9 +40,12 @@ def compress(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="A text file: outputs on it are kept. Without it, weights are, which is much worse."),
+        typer.Option(
+            help="A text file, or rows (.jsonl, .json, .csv, .parquet) with text, messages, or prompt and completion: "
+            "outputs on it are kept. Without it, weights are, which is much worse."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Lines or pieces of the text to calibrate on.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Lines, rows or pieces of the text to calibrate on.")] = 256,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, at most.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Lines or pieces that are run at once.")] = 16,
     layers: Annotated[
@@ -69,6 +72,7 @@ def compress(
     from einlinear.compression import compress as compress_model
     from einlinear.compression import heal as heal_model
     from einlinear.compression.candidates import DEFAULT
+    from einlinear.compression.documents import read_documents
     from einlinear.compression.pretrained import load, save, text_batches
     from einlinear.compression.speed import speeds
 
@@ -94,7 +98,9 @@ def compress(
                 raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16 with --heal")
             batches = None
             if calibration is not None:
-                batches = text_batches(found, tokenizer, calibration, samples, tokens, batch_size)
+                documents = read_documents(calibration, tokenizer)
+                display.note(f"Calibration: {documents.origin}.")
+                batches = text_batches(found, tokenizer, documents, samples, tokens, batch_size)
             original = copy.deepcopy(found)
             with display.progress() as progress:
                 report = compress_model(
@@ -109,7 +115,7 @@ def compress(
                     folder=unfinished,
                 )
             if heal and calibration is not None:
-                more = text_batches(found, tokenizer, calibration, 10**6, tokens, batch_size)
+                more = text_batches(found, tokenizer, documents, 10**6, tokens, batch_size)
                 with display.progress() as progress:
                     healing = heal_model(
                         found,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
+from einlinear.compression.documents import Documents
 from einlinear.compression.report import CompressionReport
 from einlinear.compression.side_files import MODULES, WEIGHTS, copy_side_files, module_paths, subfolder_of_model
 from einlinear.files import write_json
@@ -97,25 +99,28 @@ def _snapshot(source: str | Path) -> Path:
 
 
 def text_batches(
-    model: Any, tokenizer: Any, file: Path, samples: int = 256, tokens: int = 256, batch_size: int = 16
+    model: Any, tokenizer: Any, documents: Documents, samples: int = 256, tokens: int = 256, batch_size: int = 16
 ) -> list[dict[str, Tensor]]:
-    """Calibration data from a text file, as a model takes them.
+    """Calibration data from texts, as a model takes them.
 
     A model that generates text gets the text cut into pieces of equal length, taken from all over it; another gets its
-    lines, padded, those of like length together. The order is random, and always the same.
+    lines or rows, padded, those of like length together. The order is random, and always the same. For a model that
+    generates text, rows follow each other in that order, each ended by the tokenizer's end of a text unless it is a
+    chat, whose template says how it ends.
 
     Args:
         model, tokenizer: from `load`.
-        file: UTF-8.
-        samples: pieces or lines, at most.
-        tokens: of a piece, or of a line at most.
+        documents: from `read_documents`.
+        samples: pieces, lines or rows, at most.
+        tokens: of each, at most.
         batch_size: samples in a batch.
 
     Returns:
         Batches for the keyword arguments of the model, on the CPU.
 
     Raises:
-        ValueError: no tokenizer, no text in the file, or an encoder with a decoder, which takes pairs of texts.
+        ValueError: no tokenizer, an encoder with a decoder, which takes pairs of texts, or a row that the template of
+            chats refuses.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
@@ -124,26 +129,43 @@ def text_batches(
         )
     if tokenizer is None:
         raise ValueError("the model comes without a tokenizer, so text cannot calibrate it")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{file} holds no text")
-    tokens = min(tokens, getattr(model.config, "max_position_embeddings", None) or tokens)
+    longest = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    tokens = min([tokens, *filter(None, longest)])
     if model.can_generate():
-        ids = torch.tensor(tokenizer("\n".join(lines), verbose=False)["input_ids"])
+        ids = torch.tensor(_token_ids(tokenizer, documents, samples * tokens))
+        if not len(ids):
+            raise ValueError(f"{documents.file}: the tokenizer makes no tokens of its text")
         tokens = min(tokens, len(ids))
         starts = torch.arange(0, len(ids) - tokens + 1, tokens)
         starts = _spread(starts, samples)[torch.randperm(min(samples, len(starts)), generator=_generator())]
         pieces = torch.stack([ids[start : start + tokens] for start in starts])
         return [{"input_ids": part} for part in pieces.split(batch_size)]
-    chosen = [lines[int(i)] for i in _spread(torch.arange(len(lines)), samples)]
+    chosen = [documents.text(int(i)) for i in _spread(torch.arange(documents.count), samples)]
     chosen.sort(key=len)  # lines of like length together: less padding
     if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)  # what is saved with the model stays as it is
         tokenizer.pad_token = tokenizer.eos_token
     parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     parts = [parts[i] for i in torch.randperm(len(parts), generator=_generator()).tolist()]
-    return [
-        dict(tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=tokens)) for part in parts
-    ]
+    options = {"padding": True, "truncation": True, "max_length": tokens, "add_special_tokens": not documents.is_chat}
+    return [dict(tokenizer(part, return_tensors="pt", **options)) for part in parts]
+
+
+def _token_ids(tokenizer: Any, documents: Documents, enough: int) -> list[int]:
+    """The tokens of a text; of rows, of as many as make enough tokens."""
+    if documents.kind == "lines":
+        text = "\n".join(map(documents.text, range(documents.count)))
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    ids: list[int] = []
+    for i in torch.randperm(documents.count, generator=_generator()).tolist():
+        text = documents.text(i)
+        ids += tokenizer(text, verbose=False, add_special_tokens=not documents.is_chat)["input_ids"]
+        end = tokenizer.eos_token_id
+        if end is not None and not documents.is_chat and ids[-1:] != [end]:
+            ids.append(end)
+        if len(ids) >= enough:
+            break
+    return ids
 
 
 def _generator() -> torch.Generator:
