@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.samples import needs
 
 from einlinear.rows import binary_kind, format_of, open_text, read_rows
+from tests.data.samples import needs
 
 ROWS: list[dict[str, Any]] = [{"text": 'a, "b"\nc 🙂', "id": "1"}, {"text": "naïve", "id": "2"}]
 

@@ -11,6 +11,7 @@ from typing import Any
 from einlinear.rows import format_of, open_text, read_rows
 
 _SHAPES = {"text": ("text",), "messages": ("messages",), "prompt and completion": ("prompt", "completion")}
+_RIGHT = {"text": "a text", "messages": "a list of messages"}
 _KNOWN = "text, messages (a chat), or prompt and completion"
 
 
