@@ -113,9 +113,7 @@ def _is_chat(where: str, row: Mapping[str, Any], kind: str) -> bool:
         chats.append(isinstance(value, list))
         if key == "text" or not chats[-1]:
             if key == "messages" or not isinstance(value, str):
-                right = (
-                    "a text" if key == "text" else "a list of messages" if key == "messages" else "a text or messages"
-                )
+                right = _RIGHT.get(key, "a text or a list of messages")
                 raise ValueError(f"{where}: {key} must be {right}, not {type(value).__name__}")
         elif not value:
             raise ValueError(f"{where}: {key} is empty")
