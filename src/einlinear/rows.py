@@ -36,6 +36,10 @@ _BINARY = {
 }
 
 
+class NotText(ValueError):
+    """A file whose bytes are no text in UTF-8."""
+
+
 def format_of(path: Path) -> str | None:
     """How the rows of a file are stored: "jsonl", "json", "csv" or "parquet"; None for plain text.
 
@@ -70,7 +74,7 @@ def open_text(path: Path, errors: str = "strict", newline: str | None = None) ->
         newline: as for `open`; by default the line ends of all systems become "\\n".
 
     Raises:
-        ValueError: it is not text in one of these encodings, is damaged, or is no regular file.
+        ValueError: it is damaged, or is no regular file; `NotText` if it is not text in one of these encodings.
         OSError: it does not exist or cannot be read.
     """
     with _opened(path) as raw, _damage(path):
@@ -175,14 +179,14 @@ def _damage(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         kind = binary_kind(path)
         if kind:
-            raise ValueError(f"{path} is not text but {kind}; save its content as UTF-8 text") from None
+            raise NotText(f"{path} is not text but {kind}; save its content as UTF-8 text") from None
         byte = error.object[error.start]
-        raise ValueError(
+        raise NotText(
             f"{path} is not UTF-8 text (it has the byte 0x{byte:02x} where none may be); convert it, for example with "
             f"iconv --from-code=latin1 --to-code=utf-8"
         ) from None
     except UnicodeError as error:
-        raise ValueError(f"{path} is not text of its encoding: {error}") from None
+        raise NotText(f"{path} is not text of its encoding: {error}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is truncated or not compressed by gzip, as its name says: {error}") from None
 
