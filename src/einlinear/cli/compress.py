@@ -138,8 +138,8 @@ def compress(
     if reads_text and not getattr(found.config, "is_encoder_decoder", False):
         _print_speeds(speeds({"original": original, "compressed": found}))
     if left:
-        more = f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
-        display.note(f"Not copied: {', '.join(left[:_SHOWN])}{more}.")
+        rest = f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
+        display.note(f"Not copied: {', '.join(left[:_SHOWN])}{rest}.")
     display.note(f"In {out}. from_pretrained loads it after import einlinear.")
 
 

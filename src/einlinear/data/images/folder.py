@@ -138,7 +138,7 @@ def _read_files(
             broken[path] = str(error)
             continue
         images[path] = image if image_size is None else resize(image[None], image_size)[0]
-    sizes = {image.shape[1:]: path for path, image in reversed(images.items())}
+    sizes = {(image.shape[1], image.shape[2]): path for path, image in reversed(images.items())}
     if len(sizes) > 1 and not (broken and not skip_broken):
         (h1, w1), (h0, w0) = list(sizes)[-2:]
         raise ValueError(

@@ -29,7 +29,8 @@ def with_defaults(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     Raises:
         ValueError, OSError: what is wrong with the data or an option.
     """
-    found, why = dict(options), []
+    found = dict(options)
+    why: list[str] = []
     of_training = {field for field in names(Training) if field in found}
     data = Run.of({name: value for name, value in found.items() if name not in of_training} | {"steps": 1}).data
     if {"steps", "batch_size"} <= found.keys():
