@@ -12,6 +12,7 @@ ROOT = Path(einlinear.__file__).parent
 # "einlinear" is the library's own __init__: what it may export comes before it
 ORDER = (
     "files",
+    "rows",
     "version",
     "checkpoint",
     "structures",

@@ -1,14 +1,15 @@
-"""Files and folders: written whole or not at all, locked, checksummed, and compared with what is asked of them."""
+"""Files and folders: opened only if regular, written whole or not at all, locked, checksummed, and compared."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -33,6 +34,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """`write_text` of JSON; what JSON has no words for, such as NaN, is an error."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file that others made, to read bytes; one that is no file, such as a pipe, could make the reader wait.
+
+    Raises:
+        OSError: there is no such file, it may not be read, or it is a folder, a pipe, a socket or a device.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is not a regular file")
+    return path.open("rb")
 
 
 def sha256_of(path: Path) -> str:
