@@ -10,6 +10,7 @@ from torch import Tensor
 from einlinear.nn.known import Known, Matrix
 from einlinear.nn.moe.experts import Stacked
 from einlinear.nn.moe.mixture import Mixture
+from einlinear.ops.linear import along_features
 from einlinear.structures import Structure
 
 
@@ -69,14 +70,11 @@ class MoELinear(Mixture, Stacked):
             self.router.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"the input has shape {tuple(x.shape)}, but its last dimension must be in_features={self.in_features}"
-            )
-        tokens = x.reshape(-1, self.in_features)
-        routing = self.route(tokens)
-        y = self.mix(tokens, routing.indices, routing.gates)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        def mix(tokens: Tensor) -> Tensor:
+            routing = self.route(tokens)
+            return self.mix(tokens, routing.indices, routing.gates)
+
+        return along_features(mix, x, self.in_features, self.out_features)
 
     def known(self) -> Known:
         known = super().known()

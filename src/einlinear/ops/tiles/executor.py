@@ -45,7 +45,7 @@ def forward(
     if n:
         _function("forward", x.dtype)(
             program.address,
-            program.pointers(*(factor.data_ptr() for factor in held)),
+            program.pointers(*[factor.data_ptr() for factor in held]),
             x.data_ptr(),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
@@ -74,7 +74,7 @@ def backward(
     if x.shape[0]:
         _function("backward", x.dtype)(
             program.address,
-            program.pointers(*(factor.data_ptr() for factor in held)),
+            program.pointers(*[factor.data_ptr() for factor in held]),
             x.data_ptr(),
             grad.data_ptr(),
             saved[0].data_ptr() if saved else None,
@@ -148,7 +148,7 @@ def _run_grouped(
     block, first, order = _pairs(indices, len(held[0]), threads)
     _function(role, x.dtype)(
         program.address,
-        program.pointers(*(factor.data_ptr() for factor in held)),
+        program.pointers(*[factor.data_ptr() for factor in held]),
         first.data_ptr(),
         order.data_ptr(),
         gates.data_ptr(),
