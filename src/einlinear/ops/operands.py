@@ -69,7 +69,7 @@ def check(
         if grad is not None:
             operands.append(("the gradient of the output", grad, (*rows, structure.out_features)))
         if routing is not None:
-            operands.append(("the gates", routing[1], _check_indices(x, *routing, memory)))
+            operands.append(("the tensor of gates", routing[1], _check_indices(x, *routing, memory)))
     if bias is not None:
         operands.append(("the bias", bias, (structure.out_features,)))
     for tensor in saved:
@@ -131,7 +131,7 @@ def _in_memory(tensor: Tensor) -> bool:
 
 def _check_indices(x: Tensor, indices: Tensor, gates: Tensor, memory: bool) -> tuple[int, ...]:
     """The shape of the experts' indices, which is that of the gates."""
-    for name, tensor in (("the indices", indices), ("the gates", gates)):
+    for name, tensor in (("the tensor of indices", indices), ("the tensor of gates", gates)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if indices.dim() != 2 or indices.shape != gates.shape or indices.shape[:1] != x.shape[:1] or not indices.shape[1]:
@@ -144,7 +144,7 @@ def _check_indices(x: Tensor, indices: Tensor, gates: Tensor, memory: bool) -> t
     if indices.device != x.device:
         raise RuntimeError(f"the indices are on {indices.device}, but the input on {x.device}: move one of them")
     if memory and not _in_memory(indices):
-        raise RuntimeError(_released("the indices"))
+        raise RuntimeError(_released("the tensor of indices"))
     return indices.shape
 
 
