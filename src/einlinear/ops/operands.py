@@ -81,16 +81,14 @@ def check(
         for _, tensor, shape in operands:
             if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
                 break
-            if memory and not (
-                # what `_in_memory` does in most cases, without the cost of a call
-                (
-                    tensor.is_contiguous()
-                    and tensor.untyped_storage().nbytes() >= tensor.storage_offset() * size + tensor.nbytes
-                )
-                or _in_memory(tensor)
-            ):
-                break
-            negated = negated or tensor.is_neg()
+            if memory:
+                # what `_in_memory` does, where there is no need for the cost of a call
+                plain = tensor.is_contiguous()
+                if plain and tensor.untyped_storage().nbytes() < tensor.storage_offset() * size + tensor.nbytes:
+                    break
+                if not plain and not _in_memory(tensor):
+                    break
+                negated = negated or tensor.is_neg()
         else:
             if routing is not None and memory:
                 _check_range(routing[0], len(factors[0]))

@@ -30,7 +30,7 @@ def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tens
             z = einsum([("tokens", *factor.before), factor.axes], ("tokens", *factor.after), z, w)
         last = term.factors[-1].after
         z = z.permute([0, *[1 + last.index(a) for a in term.outputs]])
-        width = math.prod(sizes[a] for a in term.outputs)
+        width = math.prod([sizes[a] for a in term.outputs])
         z = z.reshape(x.shape[0], width)
         outputs.append(z[:, : structure.out_features] if width > structure.out_features else z)
     y = outputs[0]
