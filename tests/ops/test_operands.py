@@ -418,6 +418,10 @@ def test_complex_numbers_are_left_to_the_reference() -> None:
     torch.testing.assert_close(y, x @ dense.T)
     (found,) = torch.autograd.grad(y, x, product.grad)
     torch.testing.assert_close(found, product.grad @ dense.conj())
+    stacks = [torch.stack([factor, factor]) for factor in product.factors]
+    y = ops.grouped_linear(product.structure, stacks, x, torch.zeros(5, 1).long(), torch.ones(5, 1))
+    torch.testing.assert_close(y, x @ dense.T)
+    torch.testing.assert_close(torch.autograd.grad(y, x, product.grad)[0], product.grad @ dense.conj())
     for name in OPERATORS:
         with pytest.raises(RuntimeError, match=r"'.*' cannot run this: .* comput"):
             ops.linear(product.structure, product.factors, x, None, name)
