@@ -118,7 +118,8 @@ def test_an_output_multiplier_makes_it_an_embedding(name: str, optimizer: str, l
         head = model.head if hasattr(model, "head") else model.lm_head
         head.register_forward_hook(lambda module, args, y, width=width: y * 64 / width)
         roles = {"head" if hasattr(model, "head") else "lm_head": "vector"}
-        changes.append(change(model, el.param_groups(model, lr, base=base, optimizer=optimizer, roles=roles), optimizer))
+        groups = el.param_groups(model, lr, base=base, optimizer=optimizer, roles=roles)
+        changes.append(change(model, groups, optimizer))
     assert changes[1] < changes[0]
 
 
