@@ -74,9 +74,9 @@ def param_groups(
             as the batches of matrices its k factors are, each at 1 / k of theirs. In the base, updates have the
             root mean square of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), hence the same `lr`.
         weight_decay: for matrices and embeddings, that is parameters of two or more dimensions, as in timm and in the
-            paper; biases, norms and scalars get none. It is passed on as it is: AdamW decays a group by its own
-            learning rate times this. None leaves it out of their groups, so that the optimizer's own applies, which is
-            0.01 for torch's AdamW.
+            paper; biases, norms, scales, class tokens and scalars get none. It is passed on as it is: AdamW decays a
+            group by its own learning rate times this. None leaves it out of their groups, so that the optimizer's own
+            applies, which is 0.01 for torch's AdamW.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
         roles: glob on qualified names -> "matrix" or "vector", to override what is known of a module, or taken by the
@@ -122,7 +122,7 @@ def param_groups(
         rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
         multiplier = _multiplier(p, shapes, rule, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
-        decay = weight_decay if p.matrix or len(p.shape) >= 2 else 0.0
+        decay = weight_decay if p.matrix or p.decays else 0.0
         own: dict[str, Any] = (
             {"matrices": p.matrices, "size": _ADAM_RMS * math.sqrt(max(shapes[p.key]))} if muon else {}
         )
