@@ -13,6 +13,7 @@ ROOT = Path(einlinear.__file__).parent
 ORDER = (
     "files",
     "version",
+    "import_hooks",
     "checkpoint",
     "structures",
     "ops",

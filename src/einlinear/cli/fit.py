@@ -39,7 +39,7 @@ def fit(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Also write all numbers to this JSON file.")] = None,
 ) -> None:
-    """Fit scaling laws to the runs in results folders: loss = floor + scale × compute^-exponent, for each structure."""
+    """Fit scaling laws to results folders, for each structure: loss = floor + scale × compute^-exponent."""
     require(EXPERIMENTS)
     from einlinear.experiments.findings.scaling_laws import as_json, laws_of_training, laws_per_input
     from einlinear.experiments.findings.summary import studies

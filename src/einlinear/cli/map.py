@@ -23,7 +23,7 @@ def map_(
         typer.Option(help="The page to write. Default: report.html in the folder; of several it has to be given."),
     ] = None,
 ) -> None:
-    """Say where the structures of a search lie in (psi, nu, omega), what they are worth, and draw it."""
+    """Map a search: the exponents of its structures against their loss."""
     require(EXPERIMENTS)
     from einlinear.experiments.findings.structure_map import AT_LEAST, structure_map
     from einlinear.experiments.findings.summary import in_words, studies
