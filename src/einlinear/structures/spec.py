@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from einlinear.structures import limits
@@ -226,7 +226,8 @@ def exact(value: Any) -> Any:
         return tuple(exact(element) for element in value)
     if isinstance(value, bool | str | Fraction) or value is None:
         return value
-    if isinstance(value, float):
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        value = float(value)
         if not math.isfinite(value) or abs(value) > limits.MAX_NUMBER:
             raise ValueError(f"a number must be at most {limits.MAX_NUMBER:.0e}, not {value}")
         simple = Fraction(value).limit_denominator(1000)
