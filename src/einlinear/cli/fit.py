@@ -18,6 +18,8 @@ from einlinear.cli.parsing import floor_of, numbers
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear.experiments.findings.scaling_laws import Law, Laws
 
+_FEW = 4  # points, of which two are needed to draw a line
+
 
 def fit(
     folders: Folders,
@@ -84,7 +86,9 @@ def _print(laws: Laws, computes: Sequence[float]) -> None:
     display.show(headings, [_row(law, computes) for law in laws.laws])
     for law in laws.laws:
         if law.fit is None:
-            display.note(f"{law.curve.name}: {law.why}")
+            display.note(f"{law.curve.name}: no exponent: {law.why}")
+        elif len(law.fit.frontier.index) <= _FEW:
+            display.note(f"{law.curve.name}: {len(law.fit.frontier.index)} points: R² means little, go by the interval")
 
 
 def _row(law: Law, computes: Sequence[float]) -> list[str]:
