@@ -57,7 +57,7 @@ class Size:
         """The size, not yet rounded, where the axis belongs to this many features. Raises ValueError if it is huge."""
         exponent = float(self.exponent)
         if exponent * math.log(features) < _HUGE:
-            size = float(self.scale) * features**exponent
+            size = float(float(self.scale) * features**exponent)
             if size <= limits.MAX_SIZE:
                 return size
         raise ValueError(f"the size {self} of an axis is more than {limits.MAX_SIZE} for {features} features")

@@ -34,7 +34,7 @@ def structure(
 
     Args:
         spec: a family, ``"btt(rank=2)"`` or ``"btt"``, or a pattern, ``"(g a), g r f a, f e g r -> (f e)"``.
-        in_features, out_features: the size of the layer.
+        in_features, out_features: the size of the layer, integers of any kind up to 2^31 - 1.
         max_macs: a fraction of the MACs of dense, at most 1. What spends compute and is not given is chosen as rich as
             this budget allows: of a family the rank, else the number of blocks; of a pattern its one rank axis without
             a size.
@@ -45,7 +45,8 @@ def structure(
         DoesNotFit: sizes that contradict the features, or features that would have to be padded by more than 15 %:
             there is no such structure at this size.
         ValueError: an unknown family (the nearest is named) or argument, a pattern that cannot be read (the place is
-            shown), a budget that is too small. DoesNotFit is one as well.
+            shown), a budget that is too small, more text, terms, axes or factors than any real structure has
+            (`structures/limits.py`). DoesNotFit is one as well.
         TypeError: an argument of the wrong type.
 
     Example:

@@ -136,7 +136,10 @@ class Structure:
 
     @cached_property
     def rank(self) -> int:
-        """The rank of the matrix for almost all values of the factors."""
+        """The rank of the matrix for almost all values of the factors.
+
+        Where features are padded and there are many axes it is an upper bound, off by less than the padding.
+        """
         return counts.generic_rank(self.pattern.terms, dict(self.sizes), self.in_features, self.out_features)
 
     def __hash__(self) -> int:  # on every call of a layer: what makes two structures differ, and no more
