@@ -14,6 +14,7 @@ ORDER = (
     "files",
     "rows",
     "version",
+    "import_hooks",
     "checkpoint",
     "structures",
     "ops",

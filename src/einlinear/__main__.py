@@ -1,5 +1,5 @@
 """`python -m einlinear`."""
 
-from einlinear.cli import main
+from einlinear_cli import main
 
 main()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import einlinear as el
 from einlinear.cli import packages
-from einlinear.cli.app import app
+from einlinear_cli import app
 
 pytestmark = needs("transformers")
 

@@ -44,7 +44,7 @@ def prepare(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again a text that the folder holds.")] = False,
 ) -> None:
-    """Turn text into the tokens that language models are trained on, a share of them held out for validation.
+    """Turn text into tokens for language models, a share of them held out for validation.
 
     A text that the folder holds already is left as it is. After an interruption the same command starts over.
     """

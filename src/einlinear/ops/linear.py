@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from einlinear.ops import autograd, dispatch, executors, operands, reference
+from einlinear.ops.constants import assume_constant_result
 from einlinear.structures import Structure
 
 
@@ -127,7 +128,7 @@ def _linear(
     return autograd.run(executor, structure, factors, x, bias)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _choose_compiled(spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> str:
     """What torch's compiler gets: it fuses the reference itself; our own kernels it takes as they are."""
     structure = autograd.structure_of(spec, in_features, out_features)
