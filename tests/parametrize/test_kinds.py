@@ -246,6 +246,13 @@ def test_transposed_convolutions_are_matrices(layer: Any) -> None:
     assert mult == {"weight": 1 / 4, "bias": 1}
 
 
+def test_features_that_are_tensors() -> None:
+    """As in layers of transformers whose sizes were computed."""
+    layer = nn.Linear(4, 4)
+    layer.in_features = torch.tensor(4)  # type: ignore[assignment]
+    assert {type(m) for m in multipliers(el.param_groups(layer, 1e-3, base=None)).values()} == {float}
+
+
 def test_recurrent_layers_are_matrices() -> None:
     mult = multipliers(el.param_groups(nn.LSTM(64, 64, 2), 1e-3, base=nn.LSTM(16, 16, 2)))
     assert {key: m for key, m in mult.items() if "weight" in key} == {
