@@ -395,6 +395,15 @@ def test_unusual_operands_that_do_fit() -> None:
             y = ops.linear(product.structure, leaves[1:], leaves[0], bias, name)
             found = torch.autograd.grad(y, leaves, grad)
             torch.testing.assert_close(found[0], product.grad @ dense)
+        grouped = Grouped()
+        y = ops.grouped_linear(grouped.structure, grouped.factors, grouped.x, grouped.indices, grouped.gates)
+        stacks = [change(f) for f in grouped.factors]
+        # an odd number of negations, so that one that is forgotten shows
+        others = change(grouped.x), grouped.indices, grouped.gates
+        for name in RUNNING:
+            with el.backend(name):
+                found = ops.grouped_linear(grouped.structure, stacks, *others)
+            torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-4)
     expanded = [f.flatten()[0].expand(f.shape) for f in product.factors]
     for name in RUNNING:
         y = ops.linear(product.structure, expanded, product.x, None, name)
