@@ -170,10 +170,10 @@ def compress(
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
-    reasons = {name: unfit[name] or task.slow.get(name) for name in names}
+    left_dense = {name: unfit[name] or task.slow.get(name) for name in names}
     speeds = {name: task.speed_up(name, own.layer) for name, own in new.items()}
     report = [
-        _reported(name, found[name], new.get(name), chosen[name], matters[name], speeds.get(name), reasons[name])
+        _reported(name, found[name], new.get(name), chosen[name], matters[name], speeds.get(name), left_dense[name])
         for name in names
     ]
     dense = sum(layer.params_before for layer in report)
@@ -300,7 +300,7 @@ class _Task:
         """What goes wrong with the numbers of a layer says which layer it was, and what helps."""
         try:
             yield
-        except (torch.linalg.LinAlgError, ValueError) as error:
+        except (torch.linalg.LinAlgError, ValueError) as error:  # type: ignore[attr-defined]
             help = f"give more calibration data, or a larger damping than {self.damping:g}"
             raise ValueError(f"{name} cannot be fitted to its inputs: {error}; {help}") from error
 

@@ -136,7 +136,7 @@ class Inputs:
         w = weight.double()
         change = w @ (self.cross - self.own)
         if damping < _DAMPED:
-            inverse = torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)
+            inverse: Tensor = torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)
             return (w + change @ inverse).to(weight.dtype)
         moved: Tensor = torch.linalg.solve(self.damped(damping), change.T)
         return (w + moved.T).to(weight.dtype)
