@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
+from einlinear.structures import Structure
+
 _PROPERTIES = (
     *("dtype", "device", "shape", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes"),
     *("is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_xla", "is_mtia", "is_ipu", "is_maia"),
@@ -42,6 +44,7 @@ _LIKE = frozenset([Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, 
 class Layer(Protocol):
     """What a lazy weight needs of the layer that it belongs to."""
 
+    structure: Structure
     in_features: int
     out_features: int
 
@@ -58,7 +61,7 @@ def weight_of(layer: Layer) -> Tensor:
     While some of the layer's parameters are still on the meta device, so is it.
     """
     parameters = layer.weight_parameters()
-    if _is_traced(parameters):
+    if _is_traced(layer, parameters):
         return _build(layer)
     if any(parameter.is_meta for parameter in parameters):
         shape, dtype = (layer.out_features, layer.in_features), parameters[0].dtype
@@ -77,12 +80,19 @@ class LazyWeight(Tensor):
 
     _layer: Layer
     _value: Tensor | None
+    _dtype: torch.dtype
+    _device: torch.device
 
     @staticmethod
     def __new__(cls, layer: Layer, like: Tensor) -> LazyWeight:
-        self = Tensor._make_subclass(cls, _stand_in(layer.out_features, layer.in_features, like.dtype, like.device))
-        self._layer, self._value = layer, None
+        dtype, device = like.dtype, like.device
+        self = Tensor._make_subclass(cls, _stand_in(layer.out_features, layer.in_features, dtype, device))
+        self._layer, self._value, self._dtype, self._device = layer, None, dtype, device
         return self
+
+    # models read these in every call: they do not even go through __torch_function__
+    dtype = property(lambda self: self._dtype)
+    device = property(lambda self: self._device)
 
     def value(self) -> Tensor:
         """The dense weight as an ordinary tensor; differentiable in the factors."""
@@ -147,12 +157,12 @@ def _build(layer: Layer) -> Tensor:
     return weight.clone() if len(parameters) == 1 else weight
 
 
-def _without_autocast(parameter: Any) -> AbstractContextManager[object]:
-    device = parameter.device.type if isinstance(parameter, Tensor) else "meta"  # while torch.fx traces there is none
+def _without_autocast(parameter: Tensor) -> AbstractContextManager[object]:
+    device = parameter.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _is_traced(parameters: Sequence[Any]) -> bool:
+def _is_traced(layer: Any, parameters: Sequence[Tensor]) -> bool:
     """Whether what is done with the parameters is recorded, to be done again with others."""
     return (
         torch.compiler.is_compiling()
@@ -160,7 +170,9 @@ def _is_traced(parameters: Sequence[Any]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(isinstance(p, FakeTensor) or not isinstance(p, Tensor) for p in parameters)
+        or any(isinstance(parameter, FakeTensor) for parameter in parameters)
+        # torch.fx puts other objects in their places
+        or not isinstance(getattr(layer, layer.structure.factors[0].name), Tensor)
     )
 
 
