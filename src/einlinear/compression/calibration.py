@@ -11,7 +11,7 @@ from torch import nn
 from einlinear.compression.effects import Outputs
 from einlinear.compression.moments import Inputs, Moments
 from einlinear.compression.passes import Passes
-from einlinear.compression.running import Batch, Stage, reached, stages_of, tokens_of
+from einlinear.compression.running import Batch, Stage, Trace, stages_of, tokens_of, trace
 from einlinear.nn.known import features
 
 MEMORY = 2**31  # bytes of moments that are collected in one pass over the data
@@ -63,9 +63,12 @@ class Calibration:
         """What the model puts out; None without data."""
         return None if self._batches is None else Outputs(self._model, self._batches)
 
-    def reached(self) -> set[str]:
-        """The layers that the model's output depends on; all of them where there are no data to tell."""
-        return set(self.layers) if self._batches is None else reached(self._model, self.layers, self._batches)
+    def trace(self) -> Trace:
+        """What the data do in the model; without data, the output depends on all layers."""
+        if self._batches is None:
+            every = frozenset(self.layers)
+            return Trace(every, every, frozenset())
+        return trace(self._model, self.layers, self._batches)
 
     def _parts(self, stages: Sequence[Stage], copies: int) -> Iterator[list[Stage]]:
         """Stages whose moments fit into memory together."""

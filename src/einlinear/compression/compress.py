@@ -14,14 +14,24 @@ from torch import nn
 from einlinear import ops
 from einlinear.compression.allocation import allocate
 from einlinear.compression.calibration import Calibration
-from einlinear.compression.candidates import CONSIDERED, DEFAULT, Candidate, Spectrum, estimated, members, probed
+from einlinear.compression.candidates import (
+    CONSIDERED,
+    DEFAULT,
+    Candidate,
+    Spectrum,
+    estimated,
+    members,
+    probed,
+    reason_for_none,
+)
 from einlinear.compression.effects import SHARES, Effect
 from einlinear.compression.journal import Journal, digest_of
 from einlinear.compression.moments import Inputs
 from einlinear.compression.report import Compressed, CompressionReport
 from einlinear.compression.running import Batch, evaluating
-from einlinear.compression.select import select, weight_of
+from einlinear.compression.select import HEAD, output_layers, select, weight_of
 from einlinear.compression.speed import speed_up
+from einlinear.conversion.coverage import measure_coverage
 from einlinear.conversion.replace import put
 from einlinear.conversion.suitable import fresh
 from einlinear.nn import Linear
@@ -61,8 +71,7 @@ def compress(
         calibration: batches that the model is called with: tensors, sequences of positional arguments, or mappings of
             named ones. An "attention_mask" of (batch, tokens) says what is padding. None: weights are approximated.
         count: "params" or "macs".
-        layers: a glob, or several, on qualified names; None: all but the output heads of
-            transformers' language models and classifiers.
+        layers: a glob, or several, on qualified names; None: all but output heads (below).
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
         damping: fraction of the mean variance that is added to that of every direction of the inputs.
@@ -73,11 +82,20 @@ def compress(
             same data to other budgets, or with other structures, find there what they have in common.
 
     Returns:
-        What became of every layer; print it.
+        What became of every layer, and which share of the whole model they are; print it.
+
+    A layer that no structure fits stays dense, and the report says why. So do output heads, unless `layers` names them:
+
+    - the output embeddings of transformers' language models and the last layers of its classifiers;
+    - what a model's `get_classifier()` returns, as timm's models have it;
+    - the last linear layer of a model if it is, or is in, a part called classifier, fc, head, heads or lm_head;
+    - with calibration data, a layer whose outputs are what the model puts out. Exceptions are a plain
+      `torch.nn.Sequential`, and a model that puts out as many features as its first layer reads, such as an
+      autoencoder: their last layer is compressed.
 
     Raises:
-        ValueError: no layer to compress, a budget that nothing reaches, no calibration data, inputs that are NaN (it
-            names the layer), a folder of another compression. The model is then as it was.
+        ValueError: no layer to compress, a budget that nothing reaches, no calibration data, weights or inputs that are
+            NaN or infinite (it names the layer), a folder of another compression. The model is then as it was.
         ModuleNotFoundError: scipy is not installed, or with a folder safetensors; the extra `pretrained` has both.
 
     Example:
@@ -104,15 +122,24 @@ def compress(
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         found, skipped = select(model, layers)
         data = Calibration(model, found, batches)
-        called = [name for stage in data.stages for name in stage.names]
+        traced = data.trace()
+        called = [name for stage in data.stages for name in stage.names if name in traced.called]
         skipped += [(name, "is never called on the calibration data") for name in found if name not in called]
-        reached = data.reached() if called else set()
-        names = [name for name in called if name in reached]
+        names = [name for name in called if name in traced.reached]
         skipped += [(name, "is nothing that the model's output depends on") for name in called if name not in names]
+        if layers is None and names:
+            heads = output_layers(model, found, called, traced.last)
+            skipped += [(name, HEAD) for name in names if name in heads]
+            names = [name for name in names if name not in heads]
+        coverage = measure_coverage(model, [found[name] for name in names])
         if not names:
-            reasons = "; ".join(f"{name} {reason}" for name, reason in skipped) or "the model has none"
-            raise ValueError(f"there is no dense linear layer to compress: {reasons}")
-        _check_budget({name: found[name] for name in names}, budget, count, families)  # before anything is written
+            reasons = [f"{name} {reason}" for name, reason in skipped] or ["the model has none"]
+            others = [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
+            raise ValueError(f"there is no dense linear layer to compress: {'; '.join([*reasons, *others])}")
+        if broken := next((name for name in names if not weight_of(found[name]).isfinite().all()), None):
+            raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
+        unfit = {name: reason_for_none(families, *features(found[name])) for name in names}
+        _check_budget({name: found[name] for name in names}, budget, count, families, unfit)  # before anything is written
         of_all = {"damping": damping, "model and data": digest_of(model, batches) if kept else None}
         settings = {
             **of_all,
@@ -129,9 +156,11 @@ def compress(
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
-    report = [_reported(name, found[name], new.get(name), chosen[name].error, matters[name]) for name in names]
+    report = [
+        _reported(name, found[name], new.get(name), chosen[name].error, matters[name], unfit[name]) for name in names
+    ]
     put(model, {id(found[name]): own.layer.train(found[name].training) for name, own in new.items()})
-    return CompressionReport(tuple(report), tuple(skipped))
+    return CompressionReport(tuple(report), tuple(skipped), coverage)
 
 
 def _check_installed(*modules: str) -> None:
@@ -143,7 +172,13 @@ def _check_installed(*modules: str) -> None:
         )
 
 
-def _check_budget(layers: Mapping[str, nn.Module], budget: float, count: str, families: Sequence[str]) -> None:
+def _check_budget(
+    layers: Mapping[str, nn.Module],
+    budget: float,
+    count: str,
+    families: Sequence[str],
+    unfit: Mapping[str, str | None],
+) -> None:
     """Raises ValueError if nothing is within the budget, or a family is unknown."""
     dense, least = 0, 0
     for layer in layers.values():
@@ -151,16 +186,19 @@ def _check_budget(layers: Mapping[str, nn.Module], budget: float, count: str, fa
         costs = [getattr(s, count) for family in families for s in members(family, *features(layer), CONSIDERED)]
         dense, least = dense + size, least + min([size, *costs])
     if least > budget * dense:
+        why = "".join(f"; {name}: {reason}" for name, reason in unfit.items() if reason is not None)
         raise ValueError(
             f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached with "
-            f"{', '.join(families)}: these keep {least / dense:.4f} at least"
+            f"{', '.join(families)}: these keep {least / dense:.4f} at least{why}"
         )
 
 
-def _reported(name: str, old: nn.Module, new: _Fitted | None, expected: float, matters: float) -> Compressed:
+def _reported(
+    name: str, old: nn.Module, new: _Fitted | None, expected: float, matters: float, reason: str | None
+) -> Compressed:
     dense = weight_of(old).numel()
     if new is None:
-        return Compressed(name, "dense", dense, dense, dense, expected, 0.0, matters, speed_up=1.0)
+        return Compressed(name, "dense", dense, dense, dense, expected, 0.0, matters, speed_up=1.0, reason=reason)
     s, speed = new.layer.structure, speed_up(old, new.layer)
     each = new.tokens / s.in_features if new.tokens else None
     return Compressed(name, s.spec, dense, s.params, s.macs, expected, new.error, matters, speed, each)

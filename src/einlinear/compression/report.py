@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from einlinear.conversion.coverage import Coverage
+
 ENOUGH = 10.0  # tokens for each input feature
 HEADINGS = ("layer", "structure", "params", "MACs", "kept", "expected error", "error", "times as fast")
 
@@ -22,6 +24,7 @@ class Compressed:
         matters: how far the model's output moves, for each unit of a small error; see `effects.py`.
         speed_up: how many times as fast it is as the dense layer was, for 256 tokens at once.
         tokens_per_input: how many tokens it was fitted to, for each of its input features; None without any.
+        reason: why it had to stay dense; None if it was compressed, or could have been.
     """
 
     name: str
@@ -34,14 +37,22 @@ class Compressed:
     matters: float
     speed_up: float
     tokens_per_input: float | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What became of every layer, and of those left out `skipped` as (name, reason). Print it."""
+    """What became of the layers of a model. Print it.
+
+    Attributes:
+        layers: all that were considered.
+        skipped: the other linear layers, as (name, reason).
+        coverage: which share of the model's parameters was considered, and what kinds of others there are.
+    """
 
     layers: tuple[Compressed, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    coverage: Coverage | None = None
 
     @property
     def params_before(self) -> int:
@@ -56,9 +67,16 @@ class CompressionReport:
         return sum(layer.macs for layer in self.layers)
 
     @property
+    def warning(self) -> str | None:
+        """A sentence to print first if the layers considered are less than half of the model."""
+        return None if self.coverage is None else self.coverage.warning
+
+    @property
     def notes(self) -> list[str]:
         """What else there is to say: what was left out, and why; where there was little data."""
-        said = [f"Left as it was: {name} {reason}." for name, reason in self.skipped]
+        said = [] if self.coverage is None else self.coverage.notes
+        said += [f"Stays dense: {layer.name}, {layer.reason}." for layer in self.layers if layer.reason is not None]
+        said += [f"Left as it was: {name} {reason}." for name, reason in self.skipped]
         few = [layer.tokens_per_input for layer in self.layers if layer.tokens_per_input is not None]
         few = [each for each in few if each < ENOUGH]
         if few:
@@ -82,4 +100,4 @@ class CompressionReport:
         rows = [HEADINGS, *self.rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*([self.warning] if self.warning else []), *lines, *self.notes])

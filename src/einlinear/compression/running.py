@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 _TRIED = 2  # calls after which the output is taken not to depend on a layer
+# nodes of the graph behind which a model's output is still that of its last layer
+_SAME = frozenset(
+    "Alias Clone Expand LogSoftmax Permute ReshapeAlias Select Sigmoid Slice Softmax Split SplitWithSizes Squeeze Stack "
+    "T ToCopy Transpose Unbind UnsafeView Unsqueeze View".split()
+)
 Batch = Any  # what the model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
 
 
@@ -131,30 +136,68 @@ def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
     return stages
 
 
-def reached(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> set[str]:
-    """The layers that the model's output depends on, of those that the data reach."""
-    found, calls = set[str](), dict.fromkeys(layers, 0)
+@dataclass(frozen=True)
+class Trace:
+    """What calibration data do in a model.
+
+    Attributes:
+        called: the layers that get at least one token.
+        reached: those of them that the model's output depends on.
+        last: those whose outputs are the model's output, up to a softmax, a sigmoid or a change of shape.
+    """
+
+    called: frozenset[str]
+    reached: frozenset[str]
+    last: frozenset[str]
+
+
+def trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> Trace:
+    """Which layers the model's output depends on. Gradients of what layers put out tell it."""
+    found, last, calls = set[str](), set[str](), dict.fromkeys(layers, 0)
     learning = [p for p in model.parameters() if p.requires_grad]
     for p in learning:
-        p.requires_grad_(False)  # gradients of what layers put out tell it, and cost less
+        p.requires_grad_(False)
     try:
         for batch in batches:
             left = {name: layer for name, layer in layers.items() if name not in found and calls[name] < _TRIED}
             if not left:
                 break
+            made: dict[Any, str] = {}  # the node of the graph that stands for a layer's output
 
             def note(name: str, output: Tensor) -> Tensor:
+                if not output.numel():
+                    return output
                 calls[name] += 1
                 output.requires_grad_().register_hook(lambda _: found.add(name))
-                return output.clone()  # what is done to it in place is no output of the layer
+                result = output.clone()  # what is done to it in place is no output of the layer
+                made[result.grad_fn] = name
+                return result
 
             with torch.enable_grad(), hooked(left, note):
                 output = output_of(call(model, batch))
                 if output.requires_grad:
-                    output.float().sum().backward()
+                    last |= _sources(output.grad_fn, made)
+                    # of many logits the sum alone is kept: their gradient takes as much memory as they do
+                    total = output.sum(dtype=torch.float32)
+                    del output
+                    total.backward()
     finally:
         for p in learning:
             p.requires_grad_()
+    called = frozenset(name for name, count in calls.items() if count)
+    return Trace(called, frozenset(found), frozenset(last))
+
+
+def _sources(node: Any, made: Mapping[Any, str]) -> set[str]:
+    """The layers whose outputs a tensor is, by its node in the graph, where nothing but its shape or scale changed."""
+    found = set[str]()
+    left = [node]
+    while left:
+        node = left.pop()
+        if node in made:
+            found.add(made[node])
+        elif node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in _SAME:
+            left += [before for before, _ in node.next_functions]
     return found
 
 

@@ -57,7 +57,8 @@ def term_weight(structure: Structure, term: Term, factors: Sequence[Tensor]) -> 
             subscripts.append((axis, f"{axis}'"))
         outputs.append(f"{axis}'" if axis in term.inputs else axis)
     weight = einsum(subscripts, (*outputs, *term.inputs), *operands)
-    weight = weight.reshape(math.prod(sizes[a] for a in term.outputs), math.prod(sizes[a] for a in term.inputs))
+    # lists, since torch.compile cannot trace math.prod of a generator
+    weight = weight.reshape(math.prod([sizes[a] for a in term.outputs]), math.prod([sizes[a] for a in term.inputs]))
     return weight[: structure.out_features, : structure.in_features]
 
 
