@@ -70,7 +70,7 @@ def words() -> dict[str, Any]:
 
 
 def text_to_text() -> dict[str, Any]:
-    return {"input_ids": ids(), "labels": ids(8)}
+    return {"input_ids": ids(), "decoder_input_ids": (tokens := ids(8)), "labels": tokens}
 
 
 def image(size: int = 16) -> dict[str, Any]:
@@ -87,10 +87,6 @@ def image_and_text() -> dict[str, Any]:
 
 def wave() -> dict[str, Any]:
     return {"input_values": torch.randn(2, 400)}
-
-
-def spectrogram_to_text() -> dict[str, Any]:
-    return {"input_features": torch.randn(2, 8, 16), "labels": ids(8)}
 
 
 # Configs
@@ -190,6 +186,38 @@ TEXT_KINDS = [
        n_head=2, d_inner=HIDDEN, **IDS),
 ]  # fmt: skip
 
+# Others that differ from those above in their modules, but not in what their configs call the sizes.
+SIZES: dict[str, Any] = {
+    **GROUPED, **EXPERTS, "head_dim": 16, "num_local_experts": 4, "n_routed_experts": 4, "n_positions": 64,
+    "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "d_model": WIDTH, "ffn_dim": HIDDEN, "n_layers": 2, "n_heads": 2,
+    "shared_expert_intermediate_size": WIDTH,
+}  # fmt: skip
+DECODERS = """
+    Afmoe Apertus Arcee AriaText Beam BioGpt BitNet Cohere Cohere2 Cohere2Moe Cwm Doge Emu3 Ernie4_5 Ernie4_5_Moe
+    Exaone4 ExaoneMoe FalconH1 FalconMamba FlexOlmo Flint Gemma Glm Glm4 Glm4Moe GPTBigCode GPTNeoXJapanese Granite
+    GraniteMoe GraniteMoeShared GraniteSWA Helium HrmText HunYuanDenseV1 HunYuanMoEV1 HYV3 HyperCLOVAX Jais2 JetMoe
+    Kolibri1 Laguna Lfm2 Llama4 Mellum MiMoV2Flash MiniMax MiniMaxM2 Ministral ModernBertDecoder Moshi NanoChat
+    Nemotron Olmo Olmo3 OlmoHybrid Olmoe Persimmon Phi Phimoe Rwkv SeedOss SmolLM3 SolarOpen StableLm Starcoder2
+    VaultGemma XGLM
+"""
+ENCODERS = """
+    BigBird ConvBert Data2VecText Deberta Ernie Esm Esmc EuroBert FNet Gte IBert JinaEmbeddingsV3 LayoutLM Longformer
+    MegatronBert MobileBert Mra NomicBert Nystromformer RemBert RobertaPreLayerNorm RoFormer Tapas Ultrabert
+    XLMRobertaXL Yoso
+"""
+SEQ2SEQS = "BigBirdPegasus Blenderbot BlenderbotSmall M2M100 MBart Mvp NllbMoe Pegasus PegasusX PLBart"
+TEXT_KINDS += [hf(n, f"{n}ForCausalLM", "text", language, f"{n}Model", **SIZES) for n in DECODERS.split()]
+TEXT_KINDS += [
+    hf(n, f"{n}ForMaskedLM", "text", language, f"{n}Model", **ENCODER, embedding_size=16) for n in ENCODERS.split()
+]
+TEXT_KINDS += [
+    hf(n, f"{n}ForConditionalGeneration", "text", text_to_text, f"{n}Model", **SEQ2SEQ, max_position_embeddings=64)
+    for n in SEQ2SEQS.split()
+]
+TEXT_KINDS += [
+    hf(n, f"{n}ForConditionalGeneration", "text", text_to_text, f"{n}EncoderModel", **T5) for n in ("LongT5", "UMT5")
+]
+
 VISION_KINDS = [
     hf("ViT", "ViTForImageClassification", "vision", labelled_image, "ViTModel", **VISION),
     hf("DINOv2", "Dinov2ForImageClassification", "vision", labelled_image, "Dinov2Model", **VISION),
@@ -207,8 +235,24 @@ VISION_KINDS = [
        decoder_num_attention_heads=2, decoder_num_hidden_layers=1, decoder_intermediate_size=HIDDEN),
 ]  # fmt: skip
 
+VISION_KINDS += [
+    hf(n, f"{n}ForImageClassification", "vision", labelled_image, f"{n}Model", **VISION)
+    for n in ("Data2VecVision", "DeiT", "Dinov2WithRegisters", "IJepa", "ViTMSN")
+]
+VISION_KINDS += [
+    hf(n, f"{n}ForImageClassification", "vision", labelled_image, f"{n}Model", image_size=16, patch_size=4,
+       embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    for n in ("DonutSwin", "FocalNet", "Swinv2")
+]  # fmt: skip
+VISION_KINDS += [
+    hf(n, f"{n}ForImageClassification", "vision", labelled_image, f"{n}Model", hidden_sizes=[16, 32], depths=[1, 1],
+       num_stages=2, patch_size=2, embedding_size=16)
+    for n in ("ConvNextV2", "RegNet")
+]  # fmt: skip
+
 AUDIO_KINDS = [
-    hf("Whisper", "WhisperForConditionalGeneration", "audio", spectrogram_to_text, "WhisperModel", **SEQ2SEQ,
+    hf("Whisper", "WhisperForConditionalGeneration", "audio", lambda: {"input_features": torch.randn(2, 8, 16),
+       "decoder_input_ids": (tokens := ids(8)), "labels": tokens}, "WhisperModel", **SEQ2SEQ,
        num_mel_bins=8, max_source_positions=8, max_target_positions=32, suppress_tokens=None,
        begin_suppress_tokens=None),
     hf("WavLM", "WavLMModel", "audio", wave, **WAVE, num_buckets=8, max_bucket_distance=16),
