@@ -343,3 +343,21 @@ def test_transformers_of_torch_call_their_layers(stack: bool, builds: list[el.Li
         assert builds == []
         el.densify(model)
         torch.testing.assert_close(model(x), y)
+
+
+def test_mixtures_stand_where_the_dtype_is_read() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    el.convert(model, "btt", layers="*linear?", experts=4)
+    x = torch.randn(2, 5, 16)
+    model(x).sum().backward()
+    with torch.no_grad():
+        assert model.eval()(x).shape == x.shape
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    t5 = T5ForConditionalGeneration(config)
+    el.convert(t5, "low_rank", layers="*.wo", experts=4)
+    tokens = torch.randint(1, 32, (2, 5))
+    t5(input_ids=tokens, labels=tokens).loss.backward()
+    weight = el.MoELinear(16, 24, "btt", dtype=torch.float64).weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((24, 16), torch.float64, "cpu")
+    with pytest.raises(RuntimeError, match="a mixture of experts has no weight"):
+        weight.sum()

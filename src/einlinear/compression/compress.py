@@ -33,7 +33,7 @@ from einlinear.compression.select import HEAD, output_layers, select, weight_of
 from einlinear.compression.speed import speed_up
 from einlinear.conversion.coverage import measure_coverage
 from einlinear.conversion.replace import put
-from einlinear.conversion.suitable import fresh
+from einlinear.conversion.suitable import structured_like
 from einlinear.nn import Linear
 from einlinear.nn.known import features
 from einlinear.structures import structure
@@ -340,7 +340,7 @@ class _Task:
         old = self.data.layers[name]
         weight = weight_of(old)
         target = inputs.target(weight, self.damping)
-        layer = fresh(old, spec)
+        layer = structured_like(old, spec)
         moment = None if inputs.is_white else inputs.damped(self.damping)
         for factor, value in zip(layer.structure.factors, ops.project(layer.structure, target, moment), strict=True):
             layer.get_parameter(factor.name).copy_(value)
@@ -357,6 +357,6 @@ class _Task:
         tensors, facts = self.journal.read_tensors(f"layer {name}"), self.journal.read(f"fit of {name}")
         if tensors is None or facts is None:
             return None
-        layer = fresh(self.data.layers[name], spec)
+        layer = structured_like(self.data.layers[name], spec)
         layer.load_state_dict(tensors)
         return _Fitted(layer, **facts)

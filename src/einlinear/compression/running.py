@@ -10,27 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einlinear.conversion.calling import Batch as Batch
+from einlinear.conversion.calling import call as call
+from einlinear.conversion.calling import evaluating as evaluating
+
 _TRIED = 2  # calls after which the output is taken not to depend on a layer
 # nodes of the graph behind which a model's output is still that of its last layer
 _SAME = frozenset(
     "Alias Clone Expand LogSoftmax Permute ReshapeAlias Select Sigmoid Slice Softmax Split SplitWithSizes Squeeze Stack "
     "T ToCopy Transpose Unbind UnsafeView Unsqueeze View".split()
 )
-Batch = Any  # what the model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
 
 
 class Enough(Exception):
     """What was of interest has been seen: the rest of the model need not be run."""
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for a batch, which is moved to the model's device."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        return model(**{name: _to(value, device) for name, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        return model(*[_to(value, device) for value in batch])
-    return model(_to(batch, device))
 
 
 def output_of(result: Any) -> Tensor:
@@ -213,20 +206,3 @@ def hooked(modules: Mapping[str, nn.Module], note: Callable[[str, Any], Any]) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without dropout; every module is in the mode it was in afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

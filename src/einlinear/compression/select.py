@@ -14,8 +14,8 @@ from einlinear.conversion.suitable import (
     linear_layers,
     owners_of,
     reason_to_skip,
-    uncalled_layers,
 )
+from einlinear.conversion.usage import uncalled_layers
 from einlinear.nn.known import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import lru_cache, wraps
 from types import CodeType
 from typing import Any
@@ -20,67 +20,41 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from einlinear.conversion.calling import Batch, call, evaluating
+from einlinear.conversion.suitable import linear_layers
 from einlinear.nn.lazy_weight import METADATA, METADATA_NAMES
 
-Batch = Any  # what a model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
+# by class: layers that are called in one case, but not in that of most users, in which their weight is read
+_MOSTLY_READ = {"FalconMambaMixer": {"dt_proj"}, "JambaMambaMixer": {"dt_proj"}}
 
 
-def uncalled_layers(
-    model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch] | None = None
-) -> dict[int, str]:
-    """Return the reasons, by the ids of layers, why structured layers in their places would save nothing.
+def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) -> dict[int, str]:
+    """Return the reasons, by the ids of dense linear layers, why structured ones in their places would save nothing.
 
     Args:
-        model: whose layers they are, dense.
-        layers: linear ones, by qualified name.
-        batches: what to run the model on, in evaluation mode and without gradients; None, and for layers that they do
-            not reach: what the code of the modules above a layer says.
+        model: any module.
+        batches: what to run the model on, in evaluation mode and without gradients: see `calling.call`. Without them,
+            and for layers that they do not reach, it is the code of the modules above a layer that tells.
 
     Example:
         >>> from torch import nn
         >>> model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "head": nn.Linear(16, 4)})
-        >>> layers = {"attention.out_proj": model["attention"].out_proj, "head": model["head"]}
-        >>> uncalled_layers(model, layers)[id(model["attention"].out_proj)]
-        'MultiheadAttention computes with its weight and never calls it: nothing would be saved'
+        >>> uncalled_layers(model)[id(model["attention"].out_proj)]
+        'is never called: MultiheadAttention computes with its weight itself, so nothing would be saved'
     """
+    layers = {name: layer for name, layer in linear_layers(model).items() if isinstance(layer.weight, nn.Parameter)}
     called, read = (set[int](), set[int]()) if batches is None else _watch(model, layers, batches)
+    only_read = _only_read_layers(model)
     reasons = {}
     for name, layer in layers.items():
         above = type(model.get_submodule(name.rpartition(".")[0])).__name__
         if id(layer) in called & read:
             reasons[id(layer)] = (
-                f"the model calls it, but {above} also computes with its weight, which would be built again and again"
+                f"is called, but {above} also computes with its weight, which would be built every time"
             )
-        elif id(layer) in read or (id(layer) not in called and _is_only_read(model, layer)):
-            reasons[id(layer)] = f"{above} computes with its weight and never calls it: nothing would be saved"
+        elif id(layer) in read or (id(layer) in only_read and id(layer) not in called):
+            reasons[id(layer)] = f"is never called: {above} computes with its weight itself, so nothing would be saved"
     return reasons
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Return the model's output for a batch, which is moved to the model's device."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        return model(**{name: _to(value, device) for name, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        return model(*[_to(value, device) for value in batch])
-    return model(_to(batch, device))
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Set models to evaluation mode, and every module back to its own mode afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class _Watch(TorchFunctionMode):
@@ -116,40 +90,47 @@ def _watch(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch]
         if (own := watch.weights & {id(p) for p in module._parameters.values() if p is not None})
     ]
 
-    def watched(module: nn.Module, own: set[int]) -> Callable[..., Any]:
-        forward = module.forward
+    def watched(module: nn.Module, name: str, own: set[int]) -> Callable[..., Any]:
+        method = getattr(module, name)
 
-        @wraps(forward)
+        @wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            called.add(id(module))
+            if name == "forward":
+                called.add(id(module))
             watch.inside.append(own)
             try:
-                return forward(*args, **kwargs)
+                return method(*args, **kwargs)
             finally:
                 watch.inside.pop()
 
         return run
 
-    before = [(module, vars(module).get("forward")) for module, _ in owners]
-    for module, own in owners:
-        module.forward = watched(module, own)
-    try:
-        with evaluating(model), watch:
-            for batch in batches:
-                call(model, batch)
-    finally:
-        for module, forward in before:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    with ExitStack() as after, evaluating(model), watch:
+        for module, own in owners:
+            for name in ("forward", "_apply"):  # casting a layer or moving it is no computing with its weight
+                after.callback(_restore, module, name, vars(module).get(name))
+                setattr(module, name, watched(module, name, own))
+        for batch in batches:
+            call(model, batch)
     return called, {key for key, weight in weights.items() if id(weight) in watch.read}
 
 
-def _is_only_read(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether every module that holds the layer computes with its weight and, by its code, does nothing else with it."""
-    places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is layer]
-    return all(name in _only_read(type(parent)) and "forward" not in vars(parent) for parent, name in places)
+def _restore(module: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, before)
+
+
+def _only_read_layers(model: nn.Module) -> set[int]:
+    """The ids of modules with whose weights the code of every module that holds them computes, and does no more."""
+    read, used = set[int](), set[int]()
+    for parent in model.modules():
+        cls: Any = type(parent)
+        names = set[str]() if "forward" in vars(parent) else _only_read(cls) | _MOSTLY_READ.get(cls.__name__, set())
+        for name, child in parent._modules.items():
+            (read if name in names else used).add(id(child))
+    return read - used
 
 
 @lru_cache(maxsize=4096)

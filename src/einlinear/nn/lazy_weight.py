@@ -79,7 +79,7 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(cls, layer: Layer, like: Tensor) -> LazyWeight:
-        self: LazyWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: LazyWeight = Tensor._make_wrapper_subclass(
             cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
         )
         self._layer, self._value = layer, None
@@ -104,7 +104,7 @@ class LazyWeight(Tensor):
         return func(*tree_map_only(cls, replace, args), **tree_map_only(cls, replace, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the one that is off
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """For what goes around `__torch_function__`, below autograd."""
@@ -150,7 +150,7 @@ def _is_traced(parameters: Sequence[Any]) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or any(isinstance(p, FakeTensor) or not isinstance(p, Tensor) for p in parameters)
