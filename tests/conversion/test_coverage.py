@@ -31,7 +31,7 @@ class Experts(nn.Module):
         ),
         (nn.GRUCell(4, 6), "recurrent layers", 3 * 6 * (4 + 6 + 2), "part"),
         (nn.MultiheadAttention(8, 2, bias=False), "packed attention projections", 192, "part.in_proj_weight"),
-        (Experts(), "expert stacks", 512, "part.up"),
+        (Experts(), "expert stacks and other 3-D weights", 512, "part.up"),
         (Experts(), "other parameters", 48, "part.position"),
         (Experts(), "biases, norms and other vectors", 8, "part.token"),
         (nn.Embedding(10, 4), "embeddings", 40, "part"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,12 +24,20 @@ class Calibration:
         model: as it was trained.
         layers: linear ones, by qualified name.
         batches: see `running.call`; None: nothing is known of the inputs, and all directions count alike.
+        progress: called with how many batches of how many were run for the inputs of some layers.
 
     Attributes:
         stages: the layers that are called, in order, those of one input together.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Batch] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Any],
+        batches: Sequence[Batch] | None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> None:
+        self._progress = progress
         self._model, self._batches, self.layers = model, batches, layers
         self._passes = self.passes(model)
         self.stages = [Stage((name,), 1) for name in layers] if batches is None else stages_of(model, layers, batches)
@@ -56,7 +64,11 @@ class Calibration:
         for part in self._parts(stages, copies=1 if compressed is None else 3):
             for stage, moments in zip(part, self._moments(part, compressed), strict=True):
                 for name in stage.names:
-                    yield name, moments.inputs(centred=self.layers[name].bias is not None)
+                    try:
+                        inputs = moments.inputs(centred=self.layers[name].bias is not None)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
+                    yield name, inputs
 
     @cached_property
     def outputs(self) -> Outputs | None:
@@ -94,6 +106,7 @@ class Calibration:
         originals = self._passes.inputs(calls)
         nows = originals if compressed is None else compressed.inputs(calls)
         for number, batch in enumerate(self._batches):
+            self._progress(number, len(self._batches))
             original = next(originals)
             now = original if compressed is None else next(nows)
             for name, xs in original.items():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +34,7 @@ from einlinear.compression.moments import Inputs
 from einlinear.compression.report import Compressed, CompressionReport
 from einlinear.compression.running import Batch, evaluating
 from einlinear.compression.select import HEAD, output_layers, select, weight_of
-from einlinear.compression.speed import speed_up
+from einlinear.compression.speed import SpeedUp, speed_up
 from einlinear.conversion.coverage import measure_coverage
 from einlinear.conversion.replace import put
 from einlinear.conversion.suitable import structured_like
@@ -39,6 +43,7 @@ from einlinear.nn.known import features
 from einlinear.structures import structure
 
 _HARMLESS = [(1.0, 0.0)]  # the effects of a weight of zeros, which has no error
+_UNKNOWN = [(1.0, 1.0)]
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
@@ -53,6 +58,7 @@ def compress(
     layers: str | Sequence[str] | None = None,
     sequential: bool = True,
     damping: float = 1e-2,
+    only_if_faster: bool = False,
     progress: Progress | None = None,
     folder: str | Path | None = None,
     shared: str | Path | None = None,
@@ -74,8 +80,11 @@ def compress(
         layers: a glob, or several, on qualified names; None: all but output heads (below).
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
-        damping: fraction of the mean variance that is added to that of every direction of the inputs.
-        progress: called with what is being done, and how many steps of how many are.
+        damping: fraction of the mean variance that is added to that of every direction of the inputs, at least 0.
+        only_if_faster: a layer becomes only what is at least as fast as the dense one here, for 1 token and for 256
+            (within 5 %, by which timings are off); it stays dense where nothing is. The budget may then not be
+            reached: the report says so.
+        progress: called with what is being done, and how many steps of how many are; for the first time at once.
         folder: for what has been found so far. After an interruption the same call goes on from there. It is not
             removed at the end.
         shared: a folder for the errors of candidates, which are most of the work: compressions of the same model on the
@@ -107,6 +116,8 @@ def compress(
     """
     if count not in ("params", "macs"):
         raise ValueError(f"count must be 'params' or 'macs', not {count!r}")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping is a fraction of the inputs' variance, at least 0, such as 0.01, not {damping!r}")
     if not 0 < budget <= 1:
         raise ValueError(f"budget is the fraction of {count} to keep, above 0 and at most 1, not {budget!r}")
     families = [structures] if isinstance(structures, str) else list(structures)
@@ -117,11 +128,13 @@ def compress(
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise ValueError("calibration has no batches")
+    tell = progress or (lambda what, done, of: None)
+    tell("looking at the model", 0, 1)
     with evaluating(model), torch.compiler.set_stance("force_eager"):  # what is compiled already ignores new hooks
         # a copy of the modules, not of their parameters: the original has to go on saying what is right
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-        found, skipped = select(model, layers)
-        data = Calibration(model, found, batches)
+        found, skipped = select(model, layers, batches)
+        data = Calibration(model, found, batches, partial(tell, "collecting inputs"))
         traced = data.trace()
         called = [name for stage in data.stages for name in stage.names if name in traced.called]
         skipped += [(name, "is never called on the calibration data") for name in found if name not in called]
@@ -133,7 +146,7 @@ def compress(
             names = [name for name in names if name not in heads]
         coverage = measure_coverage(model, [found[name] for name in names])
         if not names:
-            reasons = [f"{name} {reason}" for name, reason in skipped] or ["the model has none"]
+            reasons = [f"{name} {reason}" for name, reason in skipped] or ["the model has no linear layer"]
             others = [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
             raise ValueError(f"there is no dense linear layer to compress: {'; '.join([*reasons, *others])}")
         if broken := next((name for name in names if not weight_of(found[name]).isfinite().all()), None):
@@ -148,19 +161,30 @@ def compress(
             "count": count,
             "layers": names,
             "sequential": sequential,
+            "only_if_faster": only_if_faster,
         }
         journal = Journal(None if folder is None else Path(folder), settings, "an unfinished compression")
         errors = Journal(None if shared is None else Path(shared), of_all, "errors of candidates")
-        tell = progress or (lambda what, done, of: None)
-        task = _Task(data, names, families, count, damping, journal, errors, tell)
+        tell("looking at the model", 1, 1)
+        task = _Task(data, names, families, count, damping, only_if_faster, journal, errors, tell)
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
+    reasons = {name: unfit[name] or task.slow.get(name) for name in names}
+    speeds = {name: task.speed_up(name, own.layer) for name, own in new.items()}
     report = [
-        _reported(name, found[name], new.get(name), chosen[name].error, matters[name], unfit[name]) for name in names
+        _reported(name, found[name], new.get(name), chosen[name], matters[name], speeds.get(name), reasons[name])
+        for name in names
     ]
+    dense = sum(layer.params_before for layer in report)
+    missed = budget if sum(getattr(layer, count) for layer in report) > budget * dense else None
     put(model, {id(found[name]): own.layer.train(found[name].training) for name, own in new.items()})
-    return CompressionReport(tuple(report), tuple(skipped), coverage)
+    return CompressionReport(tuple(report), tuple(skipped), coverage, missed)
+
+
+def _family(spec: str) -> str:
+    """What members of a family have in common."""
+    return re.sub(r"\d+", "", spec)
 
 
 def _check_installed(*modules: str) -> None:
@@ -194,14 +218,22 @@ def _check_budget(
 
 
 def _reported(
-    name: str, old: nn.Module, new: _Fitted | None, expected: float, matters: float, reason: str | None
+    name: str,
+    old: nn.Module,
+    new: _Fitted | None,
+    chosen: Candidate,
+    matters: float,
+    speed: SpeedUp | None,
+    reason: str | None,
 ) -> Compressed:
     dense = weight_of(old).numel()
-    if new is None:
-        return Compressed(name, "dense", dense, dense, dense, expected, 0.0, matters, speed_up=1.0, reason=reason)
-    s, speed = new.layer.structure, speed_up(old, new.layer)
+    if new is None or speed is None:
+        return Compressed(name, "dense", dense, dense, dense, chosen.error, 0.0, matters, 1.0, 1.0, reason=reason)
+    s = new.layer.structure
     each = new.tokens / s.in_features if new.tokens else None
-    return Compressed(name, s.spec, dense, s.params, s.macs, expected, new.error, matters, speed, each)
+    return Compressed(
+        name, s.spec, dense, s.params, s.macs, chosen.error, new.error, matters, speed.many, speed.one, each
+    )
 
 
 @dataclass(frozen=True)
@@ -222,9 +254,12 @@ class _Task:
     families: Sequence[str]
     count: str
     damping: float
+    only_if_faster: bool
     journal: Journal
     shared: Journal
     tell: Progress
+    speeds: dict[tuple[object, ...], SpeedUp] = field(default_factory=dict)  # of structures at one size
+    slow: dict[str, str] = field(default_factory=dict)  # why layers stay dense for which no structure is fast enough
 
     def choose(self, budget: float) -> tuple[dict[str, Candidate], dict[str, float]]:
         """What every layer is to become, and what a relative error of its outputs counts."""
@@ -243,25 +278,68 @@ class _Task:
             if name not in names or name in options:
                 continue
             self.tell("comparing structures", len(options), len(names))
-            effects[name] = self._effect(name, inputs)
-            options[name] = self._candidates(name, inputs)
+            with self._naming(name):
+                effects[name] = self._effect(name, inputs)
+                options[name] = self._candidates(name, inputs)
             candidates = [asdict(candidate) for candidate in options[name]]
             self.journal.write(f"candidates of {name}", {"effects": effects[name].points, "candidates": candidates})
         self.tell("comparing structures", len(names), len(names))
         specs: dict[str, str] | None = self.journal.read("choice")
         if specs is None:
             weighted = {name: [replace(c, error=effects[name].at(c.error)) for c in options[name]] for name in names}
-            specs = {name: c.spec for name, c in allocate(weighted, int(budget * dense)).items()}
+            specs = {name: c.spec for name, c in self._allocated(weighted, int(budget * dense)).items()}
             self.journal.write("choice", specs)
+            self.journal.write("slow layers", self.slow)
+        else:
+            self.slow.update(self.journal.read("slow layers") or {})
         chosen = {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}
         return chosen, {name: effects[name].slope for name in names}
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """What goes wrong with the numbers of a layer says which layer it was, and what helps."""
+        try:
+            yield
+        except (torch.linalg.LinAlgError, ValueError) as error:
+            help = f"give more calibration data, or a larger damping than {self.damping:g}"
+            raise ValueError(f"{name} cannot be fitted to its inputs: {error}; {help}") from error
+
+    def _allocated(self, options: dict[str, list[Candidate]], budget: int) -> dict[str, Candidate]:
+        """What each layer becomes. If only faster layers are wanted, slower candidates are left out one by one."""
+        if not self.only_if_faster:
+            return allocate(options, budget)
+        while True:
+            least = sum(min(candidate.cost for candidate in own) for own in options.values())
+            chosen = allocate(options, max(budget, least))
+            structured = {name: c for name, c in chosen.items() if c.spec != "dense"}
+            slow = {
+                name: c
+                for name, c in structured.items()
+                if self.speed_up(name, structured_like(self.data.layers[name], c.spec)).is_slower
+            }
+            if not slow:
+                return chosen
+            for name, c in slow.items():
+                # richer members of the same family are no faster
+                options[name] = [o for o in options[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
+                if len(options[name]) == 1:
+                    self.slow[name] = "every structure tried is slower than the dense layer"
+
+    def speed_up(self, name: str, new: Linear) -> SpeedUp:
+        """How fast a structured layer is beside the dense one of this name: as any of its size."""
+        old = self.data.layers[name]
+        key = (new.structure.spec, *weight_of(old).shape, old.weight.dtype, old.weight.device, old.bias is None)
+        if key not in self.speeds:
+            self.tell("timing layers", len(self.speeds), len(self.names))
+            self.speeds[key] = speed_up(old, new)
+        return self.speeds[key]
 
     def _effect(self, name: str, inputs: Inputs) -> Effect:
         """What errors of a layer's outputs do: measured, or where there are no data, alike for all weights."""
         layer = self.data.layers[name]
         weight = weight_of(layer)
         if self.data.outputs is None:
-            return Effect.of([(1.0, 1.0)])
+            return Effect.of(_UNKNOWN)
         points = self.shared.read(f"effects of {name}")
         if points is None:
             points = []
@@ -273,6 +351,8 @@ class _Task:
                 shift = None if layer.bias is None else inputs.bias(layer.bias, weight, other) - layer.bias
                 if (error := inputs.error(weight, other)) > 0:
                     points.append((error, self.data.outputs.moved(layer, other - weight, shift)))
+            if points and not any(effect for _, effect in points):
+                points = _UNKNOWN  # its inputs are zero on all the data: no reason to give the layer up
             self.shared.write(f"effects of {name}", points)
         return Effect.of(points or _HARMLESS)
 
@@ -329,7 +409,8 @@ class _Task:
             for name, inputs in self.data.inputs(left, passes):
                 if name in names and name not in new:
                     self.tell("fitting", len(new), len(chosen))
-                    new[name] = self._fitted(name, chosen[name], inputs)
+                    with self._naming(name):
+                        new[name] = self._fitted(name, chosen[name], inputs)
             put(compressed, {id(compressed.get_submodule(name)): new[name].layer for name in names})
         self.tell("fitting", len(chosen), len(chosen))
         return new

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from einlinear.conversion.calling import Batch
 from einlinear.conversion.suitable import (
     fused_experts,
     linear_layers,
@@ -19,22 +20,26 @@ from einlinear.conversion.usage import uncalled_layers
 from einlinear.nn.known import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
 
+_WATCHED = 2  # batches that tell which layers the model does not call
 HEAD = "is the output head: name it in layers to compress it"
 _HEADS = {"classifier", "fc", "head", "heads", "lm_head"}  # what torchvision, timm and transformers call them
 
 
-def select(model: nn.Module, layers: str | Sequence[str] | None) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def select(
+    model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None = None
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The dense linear layers that can be compressed, by name, and those that cannot, with the reason.
 
     Args:
         model: whose layers.
         layers: globs on qualified names; None: all but output heads, as far as names tell (see `compress`).
+        batches: the calibration data.
     """
     linears, fused = linear_layers(model), fused_experts(model)
     globs = as_globs("*" if layers is None else layers, "layers")
-    check_globs(globs, [*linears, *fused], "layers", "linear layer")
+    check_globs(globs if layers is not None else [], [*linears, *fused], "layers", "linear layer")
     heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
-    owners, uncalled = owners_of(model), uncalled_layers(model)
+    owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:_WATCHED])
     chosen: dict[str, Any] = {}
     skipped = [(name, reason) for name, reason in fused.items() if any(fnmatchcase(name, glob) for glob in globs)]
     seen = set[int]()
@@ -67,6 +72,8 @@ def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
     classifier = getattr(model, "get_classifier", lambda: None)()
     of_timm = classifier if isinstance(classifier, list | tuple) else [classifier]
     heads += [layer for part in of_timm if isinstance(part, nn.Module) for layer in part.modules()]
+    if not linears:
+        return heads
     *_, (last, layer) = linears.items()
     # "blocks.11.fc" is in a list of blocks, which have a layer of that name each
     before_lists = list(takewhile(lambda part: not part.isdigit(), last.split(".")))
