@@ -41,6 +41,7 @@ import einlinear as el
 from einlinear.parametrize.kinds import by_kind
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 1}
+_WAVE: dict[str, Any] = {"vocab_size": 48, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 _IDS: dict[str, Any] = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -78,11 +79,10 @@ MODELS: dict[str, Callable[[int], PreTrainedModel]] = {
     "mixtral": lambda w: MixtralForCausalLM(MixtralConfig(**_text(w), num_local_experts=4)),
     "gpt_oss": lambda w: GptOssForCausalLM(GptOssConfig(**_text(w), num_local_experts=4)),
     "wavlm": lambda w: WavLMForCTC(
-        WavLMConfig(**_sizes(w), vocab_size=48, conv_dim=(w, w), conv_stride=(2, 2), conv_kernel=(3, 3),
-                    num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
-    ),  # fmt: skip
+        WavLMConfig(**_sizes(w), **_WAVE, conv_dim=(w, w), conv_stride=(2, 2), conv_kernel=(3, 3))
+    ),
     "llava": _llava,
-}  # fmt: skip
+}
 
 
 def multipliers(groups: list[dict[str, Any]]) -> dict[str, float]:

@@ -227,7 +227,7 @@ def test_roles_of_which_kind_and_shapes_tell_nothing_raise() -> None:
             self.query = nn.Parameter(torch.zeros(width, 2 * width))
             self.router = nn.Parameter(torch.zeros(10, width))
 
-    with pytest.raises(ValueError, match=r"unknown: things \(10, 64\), query \(64, 128\)\. Say what they are with roles"):
+    with pytest.raises(ValueError, match=r"unknown: things \(10, 64\), query \(64, 128\)\. Say what they are"):
         el.param_groups(Ambiguous(64), lr=0.1, base=Ambiguous(16))
     with pytest.raises(ValueError, match=r"unknown: query \(64, 128\)"):
         el.init_(Ambiguous(64), base=el.base_shapes(Ambiguous(16)), roles={"things": "vector"})

@@ -80,7 +80,7 @@ def _extend_all_linear() -> None:
     tuners_utils._maybe_include_all_linear_layers = include_all_linear_layers
 
 
-def _structured_targets(model: nn.Module, task: str | None) -> list[str]:
+def _structured_targets(model: Any, task: str | None) -> list[str]:
     """The structured layers that "all-linear" means: as for dense ones, all but the head and those inside adapters."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None and task == "SEQ_CLS":

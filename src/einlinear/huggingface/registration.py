@@ -33,6 +33,12 @@ def _extend_registry() -> None:
         auto.register_quantizer(METHOD)(EinlinearQuantizer)
 
 
+def _extend_configs() -> None:
+    from einlinear.huggingface.parts import extend_get_config_dict
+
+    extend_get_config_dict()
+
+
 def _extend_models() -> None:
     from einlinear.huggingface.saving import extend_save_pretrained
 
@@ -40,6 +46,7 @@ def _extend_models() -> None:
 
 
 _AWAITED: dict[str, Callable[[], None]] = {
+    "transformers.configuration_utils": _extend_configs,
     "transformers.quantizers.auto": _extend_registry,
     "transformers.modeling_utils": _extend_models,
 }

@@ -63,7 +63,7 @@ def by_kind(
 
 
 def as_matrix(shape: Sequence[int], stacked: bool = False, transposed: bool = False) -> Matrix:
-    """The matrix (out, in, ...) of this shape, or one of a stack (n, out, in), or (n, in, out) where it is transposed."""
+    """The matrix (out, in, ...) of this shape, or one of a stack (n, out, in), which may lie as (n, in, out)."""
     if stacked and transposed:
         return Matrix(shape[1], shape[2], stacked=True)
     out_features, *rest = shape[1:] if stacked else shape

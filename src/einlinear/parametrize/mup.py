@@ -88,10 +88,9 @@ def param_groups(
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless it is left to the
-        optimizer, "weight_decay"; "by_kind", the names of those whose role was taken by their kind, where there are any;
-        those for Muon with "matrices" (the order of axes and shape that make matrices of a
-        parameter) and "size" (what a unit spectral norm is multiplied with). Parameters of equal settings share a
-        group.
+        optimizer, "weight_decay"; "by_kind" are the names of those whose role was taken by their kind, where there are
+        any. Groups for Muon have "matrices" (the order of axes and shape that make matrices of a parameter) and "size"
+        (what a unit spectral norm is multiplied with). Parameters of equal settings share a group.
 
     Raises:
         ValueError: an unknown optimizer, `hidden` for another one than Muon, a parameter that the base lacks, a glob
@@ -153,8 +152,8 @@ def init_(
 
     Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in: structured layers as by
     `Linear.reset_parameters`, others, and every matrix of a stack of experts, as by that of a "dense" one. Biases of
-    these layers and routers of mixtures are zero. Embeddings, norms and other vectors stay as they are, and so does what
-    is taken for a matrix by its kind alone; an embedding that shares its weight with a head is drawn as the head.
+    these layers and routers of mixtures are zero. Embeddings, norms and other vectors stay as they are, and so does
+    what is taken for a matrix by its kind alone. An embedding that shares its weight with a head is drawn as the head.
 
     A layer that is zero stays zero, as a head or the last layer of a residual branch may have been made: the model has
     decided that. It is logged to the logger "einlinear" at level INFO.
@@ -218,7 +217,8 @@ def _check_whole(found: Sequence[Parameter]) -> None:
     if divided is None:
         return
     if hasattr(divided.tensor, "ds_shape"):
-        by, gather = "DeepSpeed's ZeRO-3", "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+        by = "DeepSpeed's ZeRO-3"
+        gather = "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
         first = "deepspeed.initialize, on a model that was made outside of deepspeed.zero.Init"
     else:
         by, gather = "FSDP1", "FullyShardedDataParallel.summon_full_params(model)"
@@ -293,9 +293,9 @@ def _resolved(
         resolved.append(taken)
     if unknown:
         raise ValueError(
-            f"the role of these parameters is unknown: {_listed(unknown)}. Say what they are with roles={{glob: role}}: "
-            "'vector' if their learning rate must not depend on the width, as for positions, norms and scales, or "
-            "'matrix' if they are of shape (out_features, in_features)"
+            f"the role of these parameters is unknown: {_listed(unknown)}. Say what they are with "
+            "roles={glob: role}: 'vector' if their learning rate must not depend on the width, as for positions, norms "
+            "and scales, or 'matrix' if they are of shape (out_features, in_features)"
         )
     for role, of_role in (
         ("vectors", [p for p in resolved if p.by_kind and p.matrix is None]),
