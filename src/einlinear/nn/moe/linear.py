@@ -11,6 +11,7 @@ from einlinear.nn.known import Known, Matrix
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.moe.experts import Stacked
 from einlinear.nn.moe.mixture import Mixture
+from einlinear.ops.linear import along_features
 from einlinear.structures import Structure
 
 
@@ -70,14 +71,11 @@ class MoELinear(Mixture, Stacked):
             self.router.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"the input has shape {tuple(x.shape)}, but its last dimension must be in_features={self.in_features}"
-            )
-        tokens = x.reshape(-1, self.in_features)
-        routing = self.route(tokens)
-        y = self.mix(tokens, routing.indices, routing.gates)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        def mix(tokens: Tensor) -> Tensor:
+            routing = self.route(tokens)
+            return self.mix(tokens, routing.indices, routing.gates)
+
+        return along_features(mix, x, self.in_features, self.out_features)
 
     @property
     def weight(self) -> Tensor:
