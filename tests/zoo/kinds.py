@@ -26,6 +26,7 @@ class Kind:
 
     Attributes:
         name: in the table.
+        model: the class.
         area: what goes in: text, vision, audio, several inputs, or anything ("torch.nn").
         build: makes the model; its weights depend on torch's seed alone.
         inputs: named arguments of the model. With labels among them it returns a loss.
@@ -33,6 +34,7 @@ class Kind:
     """
 
     name: str
+    model: str
     area: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
@@ -124,7 +126,7 @@ def hf(
         of_model: Any = getattr(transformers, cls)
         return of_model(of_model.config_class(**config))
 
-    return Kind(name, area, build, inputs, parts)
+    return Kind(name, cls, area, build, inputs, parts)
 
 
 TEXT_KINDS = [
@@ -205,8 +207,11 @@ ENCODERS = """
     MegatronBert MobileBert Mra NomicBert Nystromformer RemBert RobertaPreLayerNorm RoFormer Tapas Ultrabert
     XLMRobertaXL Yoso
 """
+BODIES = {"Emu3": "Emu3TextModel", "Llama4": "Llama4TextModel"}  # of the others, the name with "Model" behind it
 SEQ2SEQS = "BigBirdPegasus Blenderbot BlenderbotSmall M2M100 MBart Mvp NllbMoe Pegasus PegasusX PLBart"
-TEXT_KINDS += [hf(n, f"{n}ForCausalLM", "text", language, f"{n}Model", **SIZES) for n in DECODERS.split()]
+TEXT_KINDS += [
+    hf(n, f"{n}ForCausalLM", "text", language, BODIES.get(n, f"{n}Model"), **SIZES) for n in DECODERS.split()
+]
 TEXT_KINDS += [
     hf(n, f"{n}ForMaskedLM", "text", language, f"{n}Model", **ENCODER, embedding_size=16) for n in ENCODERS.split()
 ]
@@ -317,22 +322,48 @@ class Named(nn.Module):
         return output[0] if isinstance(output, tuple) else output
 
 
-def tokens_of_width() -> Tensor:
+class Attention(nn.Module):
+    """Self-attention between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.attention = nn.MultiheadAttention(HIDDEN, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        return self.down(hidden + self.attention(hidden, hidden, hidden)[0])
+
+
+def convolutional_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, HIDDEN),
+        nn.ReLU(),
+        nn.Linear(HIDDEN, 10),
+    )
+
+
+def vectors() -> Tensor:
     return torch.randn(2, TOKENS, WIDTH)
 
 
 TORCH_KINDS = [
-    Kind("nn.TransformerEncoder", "torch.nn", lambda: Named(nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True), 2), "x"), lambda: {"x": tokens_of_width()}),
-    Kind("nn.Transformer", "torch.nn", lambda: Named(nn.Transformer(WIDTH, 2, 2, 2, HIDDEN, batch_first=True), "source", "target"),
-         lambda: {"source": tokens_of_width(), "target": tokens_of_width()}),
-    Kind("nn.MultiheadAttention", "torch.nn", lambda: nn.Sequential(), lambda: {}),
-    Kind("LSTM tagger", "torch.nn", Tagger, words),
-    Kind("convolutional net", "torch.nn", lambda: Named(nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)), "pixel_values"), image),
+    Kind("Transformer encoder", "nn.TransformerEncoder", "torch.nn",
+         lambda: Named(nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True), 2), "x"),
+         lambda: {"x": vectors()}),
+    Kind("Transformer", "nn.Transformer", "torch.nn",
+         lambda: Named(nn.Transformer(WIDTH, 2, 2, 2, HIDDEN, batch_first=True), "source", "target"),
+         lambda: {"source": vectors(), "target": vectors()}),
+    Kind("Attention", "nn.MultiheadAttention", "torch.nn", Attention, lambda: {"x": vectors()}),
+    Kind("LSTM tagger", "nn.LSTM", "torch.nn", Tagger, words),
+    Kind("Convolutional net", "nn.Conv2d", "torch.nn", lambda: Named(convolutional_net(), "pixel_values"), image),
 ]  # fmt: skip
-TORCH_KINDS = [kind for kind in TORCH_KINDS if kind.name != "nn.MultiheadAttention"]
 
 KINDS = {kind.name: kind for kind in (*TEXT_KINDS, *VISION_KINDS, *AUDIO_KINDS, *SEVERAL_KINDS, *TORCH_KINDS)}
 

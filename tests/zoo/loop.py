@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import einlinear as el
 from tests.zoo.kinds import KINDS, Kind, inputs_of, make, takes
 
+ROOT = Path(__file__).parents[2]
 STRUCTURE = "btt"
 EXACT = "monarch(blocks=1)"  # two factors of full rank: it represents every matrix
 CLOSE = 1e-4
@@ -175,7 +175,8 @@ def load(jobs: list[dict[str, str]], folder: Path) -> None:
     """Load saved models in one fresh process, which writes the outputs of each, or its error."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     code = "import sys\nfrom tests.zoo.loop import load_here\nload_here(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, folder / "jobs.json"], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(folder / "jobs.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
 
