@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +51,12 @@ def compress(
         bool,
         typer.Option("--sequential/--parallel", help="Layers after those that are compressed already, or at once."),
     ] = True,
+    only_if_faster: Annotated[
+        bool,
+        typer.Option(
+            "--only-if-faster", help="Leave layers dense that would be slower here, for 1 token or 256 at once."
+        ),
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of the parameters: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="That the model runs on: cpu, cuda, ...")] = "cpu",
 ) -> None:
@@ -91,8 +96,10 @@ def compress(
             batches = None
             if calibration is not None:
                 batches = text_batches(found, tokenizer, calibration, samples, tokens, batch_size)
-            original = copy.deepcopy(found)
-            with display.progress() as progress:
+            # trained, the compressed model needs tensors of its own; else the two share what stays
+            shared = {} if heal else {id(tensor): tensor for tensor in (*found.parameters(), *found.buffers())}
+            original = copy.deepcopy(found, shared)
+            with display.steps() as advance:
                 report = compress_model(
                     found,
                     budget,
@@ -101,12 +108,13 @@ def compress(
                     count=count,
                     layers=layers,
                     sequential=sequential,
-                    progress=partial(display.advance, progress),
+                    only_if_faster=only_if_faster,
+                    progress=advance,
                     folder=unfinished,
                 )
             if heal and calibration is not None:
                 more = text_batches(found, tokenizer, calibration, 10**6, tokens, batch_size)
-                with display.progress() as progress:
+                with display.steps() as advance:
                     healing = heal_model(
                         found,
                         original,
@@ -115,7 +123,7 @@ def compress(
                         lr=lr,
                         seconds=60 * heal,
                         folder=unfinished / f"healing of {heal:g} minutes at {lr:g}",
-                        progress=lambda done, _, loss: display.advance(progress, "healing", done, None),
+                        progress=lambda done, _, loss: advance("healing", done, None),
                     )
         with system_errors():
             save(found, tokenizer, report, out, model)
@@ -132,6 +140,8 @@ def compress(
 def _print(report: CompressionReport) -> None:
     from einlinear.compression.report import HEADINGS
 
+    if report.warning:
+        display.note(report.warning)
     display.show(HEADINGS, report.rows())
     for note in report.notes:
         display.note(note)

@@ -6,7 +6,7 @@ transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -98,7 +98,11 @@ def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
 
 
 def restore(
-    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], prefix: str = "", partly: bool = False
+    model: nn.Module,
+    layers: Mapping[str, Mapping[str, Any]],
+    prefix: str = "",
+    partly: bool = False,
+    renamed: Callable[[str], str] = lambda name: name,
 ) -> dict[str, str]:
     """Put the layers of a description, without weights, in the place of the dense ones of a model, in place.
 
@@ -107,7 +111,8 @@ def restore(
         layers: from `check`.
         prefix: what names of this model have in front that those of its body alone have not, or the other way round
             ("bert" in "bert.encoder.layer.0").
-        partly: whether the model may lack some of the layers, as the body lacks those of a head.
+        partly: whether the model may lack some of the layers, as a body lacks those of a head, and a tower all others.
+        renamed: what a name of the whole model is in this one, such as a tower.
 
     Returns:
         The names that the layers have in this model, by those in the description.
@@ -120,14 +125,14 @@ def restore(
     names: dict[str, str] = {}
     new: dict[int, Linear] = {}  # a module with two names stays one
     for name, entry in layers.items():
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        candidates = (name, renamed(name), f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         found = next((candidate for candidate in candidates if candidate in modules), None)
         if found is None:
             if partly:
                 continue
             raise ValueError(f"{name} is described as a structured layer, but {type(model).__name__} has none there")
         old: Any = modules[found]
-        if type(old) is not nn.Linear and not is_conv1d(old):
+        if not isinstance(old, nn.Linear) and not is_conv1d(old):
             raise ValueError(f"{found} is described as a structured layer, but is a {type(old).__name__}, not linear")
         if features(old) != (entry["in_features"], entry["out_features"]):
             described = f"{entry['in_features']} -> {entry['out_features']}"

@@ -7,6 +7,7 @@ from einlinear.import_hooks import when_imported
 
 def register() -> None:
     """Extend what was imported of transformers now, and the rest as soon as it is."""
+    when_imported("transformers.configuration_utils", _extend_configs)
     when_imported("transformers.quantizers.auto", _extend_registry)
     when_imported("transformers.modeling_utils", _extend_models)
 
@@ -20,6 +21,12 @@ def _extend_registry() -> None:
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING and hasattr(auto, "register_quantizer"):  # old versions have none
         auto.register_quantization_config(METHOD)(EinlinearConfig)
         auto.register_quantizer(METHOD)(EinlinearQuantizer)
+
+
+def _extend_configs() -> None:
+    from einlinear.huggingface.parts import extend_get_config_dict
+
+    extend_get_config_dict()
 
 
 def _extend_models() -> None:

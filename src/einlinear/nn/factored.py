@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,6 +71,12 @@ class Factored(Described):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @torch.no_grad()
+    def zero_last_factors(self) -> None:
+        """Set the factor of every term that is contracted last to zero: then the matrix is zero and can still learn."""
+        for _, names in self.structure.by_term([factor.name for factor in self.structure.factors]):
+            nn.init.zeros_(getattr(self, names[-1]))
+
     def factors(self) -> list[Tensor]:
         """The factors as they multiply: in the order of `structure.factors`, normalised where that is asked for."""
         factors = [self._parameter(factor.name) for factor in self.structure.factors]
@@ -85,6 +92,13 @@ class Factored(Described):
         if self.stack is not None:
             gammas = [gamma.view(-1, *[1] * (m.dim() - 1)) for gamma, m in zip(gammas, normalized, strict=True)]
         return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """What the weight is made of: all parameters but the bias."""
+        bias = self.bias
+        # parametrized factors are parameters of modules below
+        own: Iterable[Any] = self.parameters() if self._modules else [getattr(self, name) for name in self._parameters]
+        return [parameter for parameter in own if parameter is not None and parameter is not bias]
 
     def _parameter(self, name: str) -> Tensor:
         """A factor or a gamma as this process has it."""

@@ -9,8 +9,9 @@ are in `structures/mup.py`.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,12 +20,15 @@ from torch import nn
 
 from einlinear.nn.factored import Factored
 from einlinear.nn.names import as_globs, as_rules
+from einlinear.parametrize.kinds import as_matrix
 from einlinear.parametrize.roles import Parameter, check_matches, parameters
 from einlinear.structures.mup import adam_multipliers, muon_multipliers, sgd_multipliers, spectral_std
 
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")  # their update does not depend on the gradient's size
 _FACTORS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}  # by rule
 _ADAM_RMS = 0.2  # of an entry of Adam's updates, over the learning rate: arXiv 2502.16982, section 2.2
+
+logger = logging.getLogger("einlinear")
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
@@ -34,6 +38,7 @@ def base_shapes(model: nn.Module, roles: Mapping[str, str] | None = None) -> dic
     """The shapes that identify a base model, by name, to be saved as JSON: of every weight and every other parameter.
 
     Of a structured layer it is the shape [out_features, in_features] of its whole weight, also of each of its experts.
+    Shapes are those of whole parameters, also of a model whose parameters are divided among processes.
 
     >>> import einlinear as el
     >>> el.base_shapes(el.Linear(64, 256, "btt"))
@@ -74,20 +79,24 @@ def param_groups(
             0.01 for torch's AdamW.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
-        roles: glob on qualified names -> "matrix" or "vector", for the parameters of modules of one's own, and to
-            override what is known of others (a head tied to an embedding has the role of the one registered first).
+        roles: glob on qualified names -> "matrix" or "vector", to override what is known of a module, or taken by the
+            kind of a parameter where nothing is known of it (see `einlinear.parametrize.kinds.by_kind`). An embedding
+            that shares its weight with a head is a matrix, in whichever order the two are registered. That keeps steps
+            from growing with the width. A model that multiplies its logits by base width / width can say
+            ``roles={"*embed*": "vector"}``: then the embedding learns as one without a head.
         hidden: a glob, or several, on the matrices that Muon takes; its authors leave heads to AdamW. Default: all.
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless it is left to the
-        optimizer, "weight_decay"; those for Muon with "matrices" (the order of axes and shape that make matrices of a
-        parameter) and "size" (what a unit spectral norm is multiplied with). Parameters of equal settings share a
-        group.
+        optimizer, "weight_decay"; "by_kind" are the names of those whose role was taken by their kind, where there are
+        any. Groups for Muon have "matrices" (the order of axes and shape that make matrices of a parameter) and "size"
+        (what a unit spectral norm is multiplied with). Parameters of equal settings share a group.
 
     Raises:
         ValueError: an unknown optimizer, `hidden` for another one than Muon, a parameter that the base lacks, a glob
-            that matches none, or a parameter of unknown role: no layer of torch's or this library's holds it, `roles`
-            does not name it, and its shape is not that in the base (what does not grow with the width is a vector).
+            that matches none, parameters that FSDP1 has flattened, or a parameter of unknown role: no layer of torch's,
+            transformers' or this library's holds it, `roles` does not name it, and its shape in the base contradicts
+            what its kind would be.
 
     Example:
         >>> import torch, einlinear as el
@@ -99,8 +108,7 @@ def param_groups(
     """
     if optimizer not in (*ADAM, "sgd", "muon"):
         raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
-    found = parameters(model, roles)
-    shapes = _base(base, found, roles)
+    found, shapes = _resolved(model, base, roles)
     scales = as_rules(lr_scale, "lr_scale")
     check_matches(scales, found, "lr_scale")
     if hidden is not None and optimizer != "muon":
@@ -114,7 +122,7 @@ def param_groups(
         rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
         multiplier = _multiplier(p, shapes, rule, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
-        decay = weight_decay if p.matrix or p.tensor.dim() >= 2 else 0.0
+        decay = weight_decay if p.matrix or len(p.shape) >= 2 else 0.0
         own: dict[str, Any] = (
             {"matrices": p.matrices, "size": _ADAM_RMS * math.sqrt(max(shapes[p.key]))} if muon else {}
         )
@@ -127,32 +135,45 @@ def param_groups(
             group["weight_decay"] = decay
         group["params"].append(p.tensor)
         group["param_names"].append(p.name)
+        if p.by_kind:
+            group.setdefault("by_kind", []).append(p.name)
     return list(groups.values())
 
 
 @torch.no_grad()
 def init_(
-    model: nn.Module, *, base: Base = None, zero: str | Sequence[str] = (), roles: Mapping[str, str] | None = None
+    model: nn.Module,
+    *,
+    base: Base = None,
+    zero: str | Sequence[str] | None = None,
+    roles: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Structure-aware initialisation, in place.
 
     Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in: structured layers as by
-    `Linear.reset_parameters`, others as by that of a "dense" one. Biases of these layers and routers of mixtures are
-    zero. Embeddings, norms and other vectors stay as they are.
+    `Linear.reset_parameters`, others, and every matrix of a stack of experts, as by that of a "dense" one. Biases of
+    these layers and routers of mixtures are zero. Embeddings, norms and other vectors stay as they are, and so does
+    what is taken for a matrix by its kind alone. An embedding that shares its weight with a head is drawn as the head.
+
+    A layer that is zero stays zero, as a head or the last layer of a residual branch may have been made: the model has
+    decided that. It is logged to the logger "einlinear" at level INFO.
 
     Args:
-        model: any model `param_groups` takes.
+        model: any model `param_groups` takes, on the meta device or with values, as whole tensors or as DTensors.
         base: as for `param_groups`. Nothing that is drawn depends on it: it is only checked, so that a model that the
             learning rates cannot be carried over to is refused before it is trained.
         zero: a glob, or several, on qualified names of layers that start at zero, such as heads and the last layers of
-            residual branches; of a structured layer only the last factor is set to zero.
+            residual branches; of a structured layer only the last factor is set to zero. Then they are the only ones:
+            with ``zero=()`` every layer is drawn. Default (None): those that are zero now. A layer is zero where every
+            term of its structure has a factor of zeros; this factor stays zero, or the last if all are. If all matrices
+            of a model are zero, nothing has been decided yet, as after `to_empty`, and all are drawn.
         roles: as for `param_groups`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: as `param_groups`.
+        ValueError: as `param_groups`, and parameters that DeepSpeed's ZeRO-3 or FSDP1 has divided among processes.
 
     Example:
         >>> import torch, einlinear as el
@@ -160,25 +181,78 @@ def init_(
         >>> model = el.init_(model, zero="2")
         >>> bool(model[2].weight.any())
         False
+        >>> bool(el.init_(model)[2].weight.any()), bool(el.init_(model, zero=())[2].weight.any())
+        (False, True)
     """
-    found = parameters(model, roles)
-    _base(base, found, roles)
+    found, _ = _resolved(model, base, roles)
+    _check_whole(found)
     matrices = [p for p in found if p.matrix]
-    zero = as_globs(zero, "zero")
-    check_matches(zero, matrices, "zero")
+    if zero is None:
+        zeros = _zeros(matrices)
+        if zeros:
+            logger.info("init_ leaves at zero: %s; zero=() draws them", _listed(zeros))
+    else:
+        globs = as_globs(zero, "zero")
+        check_matches(globs, matrices, "zero")
+        zeros = [p for p in matrices if p.is_last_factor and any(p.matches(glob) for glob in globs)]
     for module in model.modules():
         if isinstance(module, Factored):
             module.reset_parameters()
-    biases = {f"{name.removesuffix('weight')}bias" for p in matrices for name in p.names}
+    drawn = [p for p in matrices if not p.by_kind or (p.matrix and p.matrix.stacked)]
+    biases = {f"{name.removesuffix('weight')}bias" for p in drawn for name in p.names}
     for p in found:
         if p.matrix is None and p.name in biases:
             nn.init.zeros_(p.tensor)
-    for p in matrices:
-        if p.matrix is not None and p.matrix.structure is None and p.beside is None:
+    for p in drawn:
+        if p.matrix is not None and p.matrix.structure is None:
             nn.init.normal_(p.tensor, std=spectral_std(p.matrix.in_features, p.matrix.out_features))
-        if p.beside is not None or (p.is_last_factor and any(p.matches(glob) for glob in zero)):
-            nn.init.zeros_(p.tensor)
+    for p in (*zeros, *(p for p in matrices if p.beside is not None)):
+        nn.init.zeros_(p.tensor)
     return model
+
+
+def _check_whole(found: Sequence[Parameter]) -> None:
+    """Raise ValueError for parameters that are divided in such a way that only a part could be drawn."""
+    divided = next((p for p in found if tuple(p.tensor.shape) != p.shape), None)
+    if divided is None:
+        return
+    if hasattr(divided.tensor, "ds_shape"):
+        by = "DeepSpeed's ZeRO-3"
+        gather = "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+        first = "deepspeed.initialize, on a model that was made outside of deepspeed.zero.Init"
+    else:
+        by, gather = "FSDP1", "FullyShardedDataParallel.summon_full_params(model)"
+        first = "FullyShardedDataParallel"
+    raise ValueError(
+        f"{divided.name} of shape {divided.shape} is divided among processes by {by}, so this one cannot draw it. Call "
+        f"init_ within `with {gather}:`, or before {first}"
+    )
+
+
+def _zeros(matrices: Sequence[Parameter]) -> list[Parameter]:
+    """What is zero now and is to stay so: parameters of layers whose whole matrix is zero."""
+    layers: dict[tuple[str, Any], list[Parameter]] = {}
+    for p in matrices:
+        if p.beside is None:
+            layers.setdefault((p.key, p.matrix and p.matrix.structure), []).append(p)
+    zeros = [found for layer in layers.values() if (found := _zeros_of(layer))]
+    drawn_all = len(layers) > 1 and len(zeros) == len(layers)
+    return [] if drawn_all else [p for found in zeros for p in found]
+
+
+def _zeros_of(layer: Sequence[Parameter]) -> list[Parameter]:
+    """Of the factors of one layer, or its only weight: those that stay zero, one of every term; none if it is not."""
+    kept: list[Parameter] = []
+    term: list[Parameter] = []
+    for p in layer:
+        if not p.tensor.is_meta and not p.tensor.any():
+            term.append(p)
+        if p.is_last_factor:
+            if not term:
+                return []
+            kept.append(term[-1])
+            term = []
+    return kept
 
 
 def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) -> float:
@@ -199,13 +273,46 @@ def _shapes(found: Sequence[Parameter]) -> dict[str, list[int]]:
     return {p.key: [p.matrix.out_features, p.matrix.in_features] if p.matrix else list(p.shape) for p in found}
 
 
-def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> Shapes:
-    """The base shape of every parameter, which must be there and of as many dimensions. Every role must be known."""
+def _resolved(
+    model: nn.Module, base: Base, roles: Mapping[str, str] | None
+) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
+    """Every parameter with its role, and its shape in the base: that of the whole weight for a matrix."""
+    found = parameters(model, roles)
+    shapes = _base(base, found, roles)
+    resolved: list[Parameter] = []
+    unknown: list[Parameter] = []
+    for p in found:
+        in_base = shapes.get(p.key, p.shape)
+        taken = p if p.known else p.taken_by_kind(None if base is None else in_base)
+        if taken is None:
+            unknown.append(p)
+            continue
+        if taken.by_kind and taken.matrix is not None:
+            of_base = as_matrix(in_base, taken.matrix.stacked, p.transposed)
+            shapes[p.key] = [of_base.out_features, of_base.in_features]
+        resolved.append(taken)
+    if unknown:
+        raise ValueError(
+            f"the role of these parameters is unknown: {_listed(unknown)}. Say what they are with "
+            "roles={glob: role}: 'vector' if their learning rate must not depend on the width, as for positions, norms "
+            "and scales, or 'matrix' if they are of shape (out_features, in_features)"
+        )
+    for role, of_role in (
+        ("vectors", [p for p in resolved if p.by_kind and p.matrix is None]),
+        ("matrices", [p for p in resolved if p.by_kind and p.matrix is not None]),
+        ("matrices, though embeddings are tied to them", [p for p in resolved if p.tied]),
+    ):
+        if of_role:
+            logger.info("taken for %s: %s; roles={glob: role} says otherwise", role, _listed(of_role))
+    return resolved, shapes
+
+
+def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> dict[str, Sequence[int]]:
+    """The base shape of every parameter, which must be there and of as many dimensions."""
     own = _shapes(found)
     shapes: dict[str, Sequence[int]]
     if base is None:
-        _check_roles([p for p in found if not p.known])
-        return own
+        return dict(own)
     if isinstance(base, nn.Module):
         shapes = {**base_shapes(base, roles)}
     elif isinstance(base, Mapping):
@@ -219,22 +326,17 @@ def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | Non
             continue  # these, such as gammas, learn at the base rate whether the base has them or not
         if p.key not in shapes and p.beside in shapes:  # a router, and a base without experts
             shapes[p.key] = [own[p.key][0], shapes[p.beside][1]]
+        if p.key not in shapes and (other := next((name for name in p.names if name in shapes), None)):
+            shapes[p.key] = shapes[other]  # the same tensor, by another of its names
         if p.key not in shapes:
             raise ValueError(
                 f"the base has no {p.key!r}: it must be the same model, at another width, with equal names"
             )
         if len(shapes[p.key]) != len(own[p.key]):
             raise ValueError(f"{p.key!r} has shape {own[p.key]}, but {list(shapes[p.key])} in the base")
-    _check_roles([p for p in found if not p.known and own[p.key] != list(shapes[p.key])])
     return shapes
 
 
-def _check_roles(unknown: Iterable[Parameter]) -> None:
-    listed = [f"{p.name} {p.shape}" for p in unknown]
-    if listed:
-        more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
-        raise ValueError(
-            f"the role of these parameters is unknown: {', '.join(listed[:10])}{more}. Say what they are with "
-            "roles={glob: role}: 'vector' if their learning rate must not depend on the width, as for positions, norms "
-            "and scales, or 'matrix' if they are of shape (out_features, in_features)"
-        )
+def _listed(parameters: Sequence[Parameter]) -> str:
+    more = f" and {len(parameters) - 10} more" if len(parameters) > 10 else ""
+    return ", ".join(f"{p.name} {p.shape}" for p in parameters[:10]) + more

@@ -14,10 +14,14 @@ from einlinear.structures.structure import Structure
 _MAX_BLOCKS = 1024
 
 
+class OverBudget(ValueError):
+    """No structure is within a budget of MACs."""
+
+
 def within(s: Structure, max_macs: float) -> Structure:
-    """The structure, which is within the budget. Raises ValueError that says what it needs if it is not."""
+    """The structure, which is within the budget. Raises OverBudget that says what it needs if it is not."""
     if _fraction(s) > max_macs:
-        raise ValueError(
+        raise OverBudget(
             f"max_macs={max_macs:g} of dense is too small for {s.spec} at {s.in_features} -> {s.out_features}: "
             f"it needs {_fraction(s):.4g}"
         )

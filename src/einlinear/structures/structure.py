@@ -101,7 +101,7 @@ class Structure:
     nu: float
     omega: float
 
-    @property
+    @cached_property
     def factors(self) -> tuple[Factor, ...]:
         """The factors of all terms, in order of contraction."""
         return tuple(factor for term in self.terms for factor in term.factors)
@@ -129,7 +129,7 @@ class Structure:
         """Entries of all factors, as stored (the bias is not counted)."""
         return sum(factor.params for factor in self.factors)
 
-    @property
+    @cached_property
     def macs(self) -> int:
         """Multiply-accumulates for one input vector, as computed, padding included."""
         return sum(factor.macs for factor in self.factors)

@@ -46,7 +46,7 @@ class Mixture:
         router: (experts, in_features).
         experts, active: how many there are, and how many a token goes to.
         last: of the last forward pass, with its graph until the next one. What activation checkpointing computes again
-            in a backward pass is not noted.
+            in a backward pass is not noted, nor what is only traced for export.
     """
 
     router: nn.Parameter
@@ -73,12 +73,18 @@ class Mixture:
             logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _TIE * _pattern(self.router, wide))
         indices = _largest(logits.detach(), self.active)
         routing = Routing(indices, logits.gather(1, indices).softmax(1), logits)
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a backward pass
+        if _is_noted():
             self.last = routing
         return routing
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}  # it is of one batch, and hangs in that one's graph
+
+
+def _is_noted() -> bool:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1  # not in a backward pass
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
