@@ -1,4 +1,4 @@
-"""Files and folders: opened only if regular, written whole or not at all, private, locked, checksummed, and compared."""
+"""Files and folders: regular, private, whole or absent, locked, checksummed, compared with what is asked of them."""
 
 from __future__ import annotations
 
