@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from einlinear.data.images.dataset import Images, check_finite, resize
 from einlinear.data.images.split import stratified_split
+from einlinear.files import open_regular
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# What Pillow may take a file for, whatever its name: among its other formats is PostScript, which Ghostscript runs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Of one image. As many of three channels take 1 GB as float32; Pillow itself warns from 89 million on.
+MAX_PIXELS = 80_000_000
 
 
 def read_folder(root: Path, image_size: int | None, test_fraction: float) -> Images:
@@ -104,9 +110,14 @@ def _read_files(files: Sequence[Path], image_size: int | None) -> Tensor:
 
 
 def _read_image(path: Path) -> Tensor:
-    """(1, H, W) if the image is grey, else (3, H, W); float32, in [0, 1] unless the file stores floats."""
+    """(1, H, W) if the image is grey, else (3, H, W); float32, in [0, 1] unless the file stores floats.
+
+    Raises:
+        ValueError: the file is not a regular one, not of `FORMATS`, damaged, or of more than `MAX_PIXELS`, as its
+            header says.
+    """
     try:
-        with Image.open(path) as file:
+        with open_regular(path) as stream, _opened(stream) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode == "F":
                 pixels, scale = image, 1.0
@@ -118,10 +129,26 @@ def _read_image(path: Path) -> Tensor:
                 # Through RGBA: a palette with transparency does not convert to RGB without a warning.
                 pixels, scale = image.convert("RGBA").convert("RGB"), 255.0
             values = torch.from_numpy(np.array(pixels, dtype=np.float32)) / scale
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # a decoder may raise anything at what others have written
+        raise ValueError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}") from error
     if values.ndim == 2:
         return values.unsqueeze(0)
     image_chw = values.movedim(-1, 0)
     is_grey = bool((image_chw == image_chw[:1]).all())
     return image_chw[:1] if is_grey else image_chw
+
+
+def _opened(stream: BinaryIO) -> Image.Image:
+    """An image of which no more than the header was read."""
+    too_large = f"it has more than the {MAX_PIXELS:,} pixels that are read; scale it down"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # below, it is an error
+            image = Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, or damaged") from None
+    except Image.DecompressionBombError:
+        raise ValueError(too_large) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(too_large)
+    return image

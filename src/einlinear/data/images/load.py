@@ -36,7 +36,8 @@ def load_images(
             * a folder with the binary version of CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or of
               CIFAR-100 (train.bin, test.bin);
             * a folder with one subfolder of images per class, or with train/ and test/ that hold such
-              subfolders. Grey if all images are grey, else RGB.
+              subfolders. Grey if all images are grey, else RGB. Files are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, of at
+              most 80 million pixels.
         image_size: resize to image_size x image_size pixels (bilinear, antialiased). Default: as they are.
         test_fraction: share of each class held out for testing, where the data has no test set of its own.
         limit: keep at most this many training images, the classes as balanced as they can be. Default: all.
