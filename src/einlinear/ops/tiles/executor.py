@@ -16,6 +16,7 @@ from einlinear.ops.tiles.build import DTYPES, Library, load
 from einlinear.ops.tiles.program import program_of
 from einlinear.structures import Structure
 
+PARALLEL_MACS = 300_000  # of a call that several threads share
 _PAIRS = 128  # of a block and an expert: fewer leave tiles half empty, more do not stay in cache
 
 
@@ -183,7 +184,7 @@ def _pairs(indices: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tens
 
 def _threads(macs: int) -> int:
     """More than one only where starting them is worth it: that takes about as long as 100,000 MACs."""
-    return torch.get_num_threads() if macs > 300_000 else 1
+    return torch.get_num_threads() if macs > PARALLEL_MACS else 1
 
 
 def _function(role: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
