@@ -166,7 +166,9 @@ def _opened(path: Path) -> BinaryIO:
     """A file's content, decompressed."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
         raise ValueError(f"{path} is not a regular file, such as a pipe; write its content into one")
     return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(_GZIP) else path.open("rb")
 

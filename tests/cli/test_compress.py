@@ -110,7 +110,7 @@ def test_a_sentence_transformer_stays_one(place: str, source: Path, text: Path, 
     command = ("compress", folder, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
     code, out, err = run(*command, "--calibration", text)
     assert (code, err) == (0, "")
-    assert f"Not copied: {place and place + '/'}model.safetensors." in out
+    assert f"Not copied from {folder}: {place and place + '/'}model.safetensors." in out
     found = SentenceTransformer(str(tmp_path / "out"))
     assert [type(module) for module in found] == [type(module) for module in original]
     assert any(isinstance(layer, el.Linear) for layer in found[0].modules())
@@ -304,7 +304,7 @@ def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: 
         ({"--out": "model/small"}, ["is inside the model's own folder", "name a folder beside it"]),
         ({"--out": "model"}, ["exists: name a folder that does not"]),
         ({"--calibration": "empty.txt"}, ["empty.txt holds no text"]),
-        ({"--calibration": "none.txt"}, ["none.txt"]),
+        ({"--calibration": "none.txt"}, ["there is no file", "none.txt"]),
         ({"MODEL": "mute", "--calibration": "text.txt"}, ["the model comes without a tokenizer"]),
         ({"--layers": "nothing.*"}, ["layers: 'nothing.*' matches no linear layer"]),
         ({"MODEL": "text.txt"}, ["text.txt is not a model that transformers can load"]),

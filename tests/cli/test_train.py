@@ -47,7 +47,7 @@ def test_a_folder_is_all_that_a_first_run_needs(tmp_path: Path, monkeypatch: pyt
     (folder / "cat" / "0.png").write_bytes(b"no image")
     code, out, err = run(*command)
     assert code == 0
-    assert "1 files of my pets é cannot be read and are left out: cat/0.png" in err
+    assert "Left out 1 file of my pets é that cannot be read: cat/0.png." in err
     assert "batch_size=2, as there are 15 training images." in out
     assert "steps=200: 20 passes over 15 training images, but at least 200." in out
     (first,) = (tmp_path / "results" / "train").iterdir()
@@ -85,6 +85,11 @@ def test_steps_follow_from_the_data(options: dict[str, str], steps: int, batch: 
 
 
 def test_an_option_of_the_command_is_told_from_one_of_the_run(tmp_path: Path) -> None:
+    assert_refused(run("train", tmp_path), f"sets no option; write NAME=VALUE, such as data={tmp_path}")
+    (tmp_path / "a.txt").touch()
+    for model in ("mlp", "gpt"):
+        answer = run("train", f"model={model}", f"data={tmp_path / 'a.txt'}", "steps=3")
+        assert_refused(answer, f"einlinear prepare {tmp_path / 'a.txt'} --out FOLDER")
     assert_refused(
         run("compare", "out=here"), "has no option 'out': if the command has it, write --out before its value"
     )

@@ -147,7 +147,7 @@ def compress(
         _print_speeds(speeds({"original": original, "compressed": found}))
     if left:
         rest = f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
-        display.note(f"Not copied: {', '.join(left[:_SHOWN])}{rest}.")
+        display.note(f"Not copied from {model}: {', '.join(left[:_SHOWN])}{rest}.")
     display.note(f"In {out}. from_pretrained loads it after import einlinear.")
 
 

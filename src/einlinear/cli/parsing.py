@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 
 from einlinear.structures.spec import is_family
 
@@ -62,7 +63,8 @@ def assignments(words: Sequence[str] | None) -> dict[str, str]:
         elif word.startswith("--") and not equals:
             value = next(rest, "")
         elif not equals:
-            raise ValueError(f"{word!r} sets no option; write NAME=VALUE, such as lr=1e-3")
+            example = f"data={word}" if Path(word).exists() else "lr=1e-3"
+            raise ValueError(f"{word!r} sets no option; write NAME=VALUE, such as {example}")
         name = name.strip().replace("-", "_")
         if not value:
             raise ValueError(f"{word!r} has no value; write NAME=VALUE, such as lr=1e-3")

@@ -96,7 +96,7 @@ def _print(tokens: Tokens) -> None:
     for part in tokens.counts:
         display.note(f"{part.name}: {part.origin}.")
     for why in {part.fallback: None for part in tokens.counts if part.fallback}:
-        display.warning(f"The tokens are bytes: {why}. --tokens bpe makes fewer and larger ones.")
+        display.warning(f"The tokens are bytes: {why}.")
     train, validation = len(tokens.train), len(tokens.validation)
     characters = sum(part.characters for part in tokens.counts)
     display.note(

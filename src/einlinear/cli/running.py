@@ -98,7 +98,8 @@ def say_skipped(runs: Iterable[Run]) -> None:
         if skipped:
             more = f" and {len(skipped) - _SHOWN} more" if skipped[_SHOWN:] else ""
             names = ", ".join(skipped[:_SHOWN])
-            display.warning(f"{len(skipped)} files of {data.data} cannot be read and are left out: {names}{more}")
+            files = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+            display.warning(f"Left out {files} of {data.data} that cannot be read: {names}{more}.")
 
 
 def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None) -> None:

@@ -57,7 +57,8 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
         kind: Any = next((found for found in named if found is not None), transformers.AutoModel)
         model = kind.from_pretrained(source, dtype=dtype, **options).eval().to(place)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is not a model that transformers can load: {error}") from None
+        here = "" if Path(source).exists() else "; there is no folder of this name either"
+        raise ValueError(f"{source} is not a model that transformers can load: {error}{here}") from None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception:  # where its files are missing, every class of tokenizer raises another kind of error

@@ -30,7 +30,10 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
     All files are read before any of them is complained about.
     """
     if not root.is_dir():
-        raise ValueError(f"{root} is a file; give a folder with one subfolder of images per class")
+        raise ValueError(
+            f"{root} is a file; give a folder with one subfolder of images per class, or make a text ready first: "
+            f"einlinear prepare {root} --out FOLDER"
+        )
     given = [split for split in ("train", "test") if _subfolders(root / split)]
     if len(given) == 1:
         missing = "test" if given == ["train"] else "train"

@@ -245,7 +245,9 @@ def _pieces(
         cleaned = clean(text) if text else None
         if recipe.tokens == AUTO and text and (cleaned is None or cleaned.dropped):
             character = outside(text) or ""
-            raise NotText(f"{part.name} has the character {character!r}, and the 96 characters have none like it")
+            raise NotText(
+                f"{part.name} has the character {character!r}, and the 96 characters have none like it (bpe takes any)"
+            )
         counts.documents += 1
         if cleaned is None:
             counts.documents_dropped += 1

@@ -125,7 +125,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"einlinear prepare english --out {folder}"
         )
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name the folder that einlinear prepare wrote")
+        raise ValueError(
+            f"{folder} is a file; name the folder that einlinear prepare wrote, or write it first: "
+            f"einlinear prepare {folder} --out FOLDER"
+        )
     if not path.exists():
         if list(folder.glob(f"*{UNFINISHED}")):
             raise ValueError(f"{folder} holds an unfinished preparation; run the same einlinear prepare again")
