@@ -306,6 +306,10 @@ def test_experts() -> None:
     y = model(torch.randn(5, 16))
     (y.square().mean() + 0.01 * el.moe_loss(model)).backward()
     assert all(p.grad is not None for p in model.parameters())
+    model.mlp[2] = nn.Linear(64, 16)
+    assert dict(el.convert(model, "btt").skipped)["mlp.0"] == "is already structured: btt"
+    reason = "is a mixture of experts, which no dense layer computes"
+    assert dict(el.densify(model).skipped) == dict.fromkeys(["attn.q", "attn.out", "mlp.0"], reason)
     tied = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     tied[1].weight = tied[0].weight
     el.convert(tied, "btt", experts=2)

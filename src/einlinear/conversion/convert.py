@@ -179,9 +179,9 @@ class _Maker:
                     "layers on the meta device have no weight to project: load it first, or weights='init'"
                 )
             if not is_zero:
-                layer = Linear.from_dense(old, s)
-                layer.dense_class = type(old)
-                return layer
+                projected = Linear.from_dense(old, s)
+                projected.dense_class = type(old)
+                return projected
         normalize = s.spec != "dense" if self.normalize is True else _is_on(self.normalize, name)
         gamma = _is_on(self.gamma, name)
         layer: Linear | MoELinear

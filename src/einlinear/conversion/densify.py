@@ -10,6 +10,7 @@ from torch import nn
 from einlinear.conversion.replace import describe, has_hooks, layers_of, replace_in
 from einlinear.conversion.report import Conversion, ConversionReport
 from einlinear.nn import Linear
+from einlinear.nn.moe.experts import Stacked
 
 
 def densify(model: nn.Module) -> ConversionReport:
@@ -38,7 +39,8 @@ def densify(model: nn.Module) -> ConversionReport:
     structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
     new: dict[int, nn.Module] = {}
     converted: list[Conversion] = []
-    skipped: list[tuple[str, str]] = []
+    mixtures = [name for name, module in model.named_modules() if isinstance(module, Stacked)]
+    skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
     hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}

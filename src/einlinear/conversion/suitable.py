@@ -21,7 +21,9 @@ T = TypeVar("T", bound=Factored)
 def linear_layers(model: nn.Module) -> dict[str, Any]:
     """All linear layers, structured ones among them, by every qualified name they have."""
     return layers_of(
-        model, "el.Linear.from_dense(layer, structure)", lambda m: isinstance(m, nn.Linear | Linear) or is_conv1d(m)
+        model,
+        "el.Linear.from_dense(layer, structure)",
+        lambda m: isinstance(m, nn.Linear | Linear | MoELinear) or is_conv1d(m),
     )
 
 
@@ -32,7 +34,7 @@ def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> st
         module: a linear layer.
         classes: subclasses of `torch.nn.Linear` that are taken for it without a look at what they compute.
     """
-    if isinstance(module, Linear):
+    if isinstance(module, Linear | MoELinear):
         return f"is already structured: {module.structure.spec}"
     if is_parametrized(module):
         return (

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache, wraps
 from types import CodeType
 from typing import Any
@@ -89,41 +91,49 @@ def _watch(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch]
         if (own := watch.weights & {id(p) for p in module._parameters.values() if p is not None})
     ]
 
-    def watched(module: nn.Module, own: set[int]) -> Callable[..., Any]:
-        forward = module.forward
+    def watched(module: nn.Module, name: str, own: set[int]) -> Callable[..., Any]:
+        method = getattr(module, name)
 
-        @wraps(forward)
+        @wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            called.add(id(module))
+            if name == "forward":
+                called.add(id(module))
             watch.inside.append(own)
             try:
-                return forward(*args, **kwargs)
+                return method(*args, **kwargs)
             finally:
                 watch.inside.pop()
 
         return run
 
-    before = [(module, vars(module).get("forward")) for module, _ in owners]
-    for module, own in owners:
-        module.forward = watched(module, own)
-    try:
-        with evaluating(model), watch:
-            for batch in batches:
-                call(model, batch)
-    finally:
-        for module, forward in before:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+    with ExitStack() as after, evaluating(model), torch.random.fork_rng(devices=[]), _uncompiled(), watch:
+        for module, own in owners:
+            for name in ("forward", "_apply"):  # casting a layer or moving it is no computing with its weight
+                after.callback(_restore, module, name, vars(module).get(name))
+                setattr(module, name, watched(module, name, own))
+        for batch in batches:
+            call(model, batch)
     return called, {key for key, weight in weights.items() if id(weight) in watch.read}
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """What is compiled runs as it was written."""
+    # importing the compiler takes long: without it nothing is compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _restore(module: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, before)
 
 
 def _only_read_layers(model: nn.Module) -> set[int]:
     """The ids of modules with whose weights the code of every module that holds them computes, and does no more."""
     read, used = set[int](), set[int]()
     for parent in model.modules():
-        cls = type(parent)
+        cls: Any = type(parent)
         names = set[str]() if "forward" in vars(parent) else _only_read(cls) | _MOSTLY_READ.get(cls.__name__, set())
         for name, child in parent._modules.items():
             (read if name in names else used).add(id(child))

@@ -90,6 +90,12 @@ class Factored(Described):
             gammas = [gamma.view(-1, *[1] * (m.dim() - 1)) for gamma, m in zip(gammas, normalized, strict=True)]
         return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
 
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """What the weight is made of: all parameters but the bias."""
+        if self._modules:  # parametrized factors are parameters of modules below
+            return [parameter for parameter in self.parameters() if parameter is not self.bias]
+        return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
+
     def _parameter(self, name: str) -> Tensor:
         """A factor or a gamma as this process has it."""
         parameter: Tensor = getattr(self, name)

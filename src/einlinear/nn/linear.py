@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,13 +109,6 @@ class Linear(Factored):
     def dense_weight(self) -> Tensor:
         """W, of shape (out_features, in_features); differentiable in the factors."""
         return ops.dense_weight(self.structure, self.factors())
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """What the weight is made of: all parameters but the bias."""
-        bias = self.bias
-        # parametrized factors are parameters of modules below
-        own: Iterable[Any] = self.parameters() if self._modules else [getattr(self, name) for name in self._parameters]
-        return [parameter for parameter in own if parameter is not None and parameter is not bias]
 
     @property
     def weight(self) -> Tensor:

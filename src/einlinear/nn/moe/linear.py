@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from einlinear.nn.known import Known, Matrix
+from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.moe.experts import Stacked
 from einlinear.nn.moe.mixture import Mixture
 from einlinear.structures import Structure
@@ -77,6 +78,17 @@ class MoELinear(Mixture, Stacked):
         routing = self.route(tokens)
         y = self.mix(tokens, routing.indices, routing.gates)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor that has the shape of an expert's matrix, the layer's dtype and its device, but no values.
+
+        It is for code around the layer that casts to the dtype of its weight; any other use raises RuntimeError.
+        """
+        return weight_of(self)
+
+    def dense_weight(self) -> Tensor:
+        raise RuntimeError("a mixture of experts has no weight: every token is multiplied by the matrices of its own")
 
     def known(self) -> Known:
         known = super().known()
