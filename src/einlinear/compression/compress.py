@@ -80,7 +80,8 @@ def compress(
         layers: a glob, or several, on qualified names; None: all but output heads (below).
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
-        damping: fraction of the mean variance that is added to that of every direction of the inputs, at least 0.
+        damping: fraction of the mean variance that is added to that of every direction of the inputs, at least 0; what
+            rounding asks for is added in any case.
         only_if_faster: a layer becomes only what is at least as fast as the dense one here, for 1 token and for 256
             (within 5 %, by which timings are off); it stays dense where nothing is. The budget may then not be
             reached: the report says so.
