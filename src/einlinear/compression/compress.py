@@ -153,7 +153,8 @@ def compress(
         if broken := next((name for name in names if not weight_of(found[name]).isfinite().all()), None):
             raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
         unfit = {name: reason_for_none(families, *features(found[name])) for name in names}
-        _check_budget({name: found[name] for name in names}, budget, count, families, unfit)  # before anything is written
+        # before anything is written
+        _check_budget({name: found[name] for name in names}, budget, count, families, unfit)
         of_all = {"damping": damping, "model and data": digest_of(model, batches) if kept else None}
         settings = {
             **of_all,
