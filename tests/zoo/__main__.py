@@ -33,7 +33,9 @@ def main() -> int:
     start = time.perf_counter()
     kinds = [KINDS[name] for name in options.kinds] or list(KINDS.values())
     with tempfile.TemporaryDirectory() as folder:
-        trials = run(kinds, Path(folder), lambda text: print(f"{time.perf_counter() - start:5.0f} s  {text}", file=sys.stderr))
+        trials = run(
+            kinds, Path(folder), lambda text: print(f"{time.perf_counter() - start:5.0f} s  {text}", file=sys.stderr)
+        )
     if options.write:
         write(trials)
     else:

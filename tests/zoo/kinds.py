@@ -117,9 +117,7 @@ WAVE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def hf(
-    name: str, cls: str, area: str, inputs: Callable[[], dict[str, Any]], *parts: str, **config: Any
-) -> Kind:
+def hf(name: str, cls: str, area: str, inputs: Callable[[], dict[str, Any]], *parts: str, **config: Any) -> Kind:
     """A model of transformers. A nested dict in its config stands for a config of its own."""
 
     def build() -> nn.Module:

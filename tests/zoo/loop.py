@@ -135,7 +135,9 @@ def generate(trial: Trial) -> str:
         return NOTHING
     prompt = {name: value for name, value in trial.inputs.items() if name not in TRAINING}
     options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with_cache, without = (model.generate(**copy.deepcopy(prompt), **options, use_cache=cached) for cached in (True, False))
+    with_cache, without = (
+        model.generate(**copy.deepcopy(prompt), **options, use_cache=cached) for cached in (True, False)
+    )
     if not torch.equal(with_cache.sequences, without.sequences):
         return "other tokens without a cache"
     return difference(list(with_cache.logits), list(without.logits))

@@ -228,5 +228,6 @@ def save(
             left = copy_side_files(root, folder, subfolder)  # the tokenizer's files as they were, if they are there
         saved.save_pretrained(place)
         layers = [asdict(layer) for layer in report.layers]
-        write_json(folder / REPORT, {"layers": layers, "skipped": dict(report.skipped)})
+        coverage = None if report.coverage is None else asdict(report.coverage)
+        write_json(folder / REPORT, {"layers": layers, "skipped": dict(report.skipped), "coverage": coverage})
     return left
