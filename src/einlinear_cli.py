@@ -101,12 +101,11 @@ def _main(
         ),
     ] = None,
 ) -> None:
-    if imports:
-        from einlinear.cli.endings import user_errors
-        from einlinear.cli.importing import import_all
+    from einlinear.cli.endings import user_errors
+    from einlinear.cli.importing import import_all
 
-        with user_errors():
-            import_all(imports)
+    with user_errors():
+        import_all(imports or ())
 
 
 def main() -> None:
