@@ -15,9 +15,9 @@ from itertools import chain, count, pairwise, permutations
 
 from einlinear.structures.pattern import Axes, TermPattern
 
-_MAX_SUBSETS = 4096  # of factors, that are compared in all terms together
+_MAX_SUBSETS = 1024  # of factors, that are compared in all terms together
 
-_MAX_NODES = 3000  # of the graphs whose maximum flow is a rank
+_MAX_NODES = 1500  # of the graphs whose maximum flow is a rank
 
 Sizes = tuple[tuple[str, int], ...]  # of axes
 
