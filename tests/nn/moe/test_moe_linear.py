@@ -218,6 +218,7 @@ def test_a_token_that_is_not_a_number() -> None:
         el.moe_loss(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "threads"), [(4_000, 1), (500, 2)])
 def test_thousands_of_steps_of_adversarial_routing(steps: int, threads: int) -> None:
     """All tokens on one expert, alternating ones, a NaN now and then: it runs, and memory does not grow."""
