@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import transformers
-
 from tests.zoo.kinds import KINDS
 from tests.zoo.loop import run
 from tests.zoo.table import problems, row, write

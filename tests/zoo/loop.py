@@ -13,10 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tests.zoo.kinds import KINDS, Kind, inputs_of, make, takes
 from torch import Tensor, nn
 
 import einlinear as el
-from tests.zoo.kinds import KINDS, Kind, inputs_of, make, takes
 
 ROOT = Path(__file__).parents[2]
 STRUCTURE = "btt"
