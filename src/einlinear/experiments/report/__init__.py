@@ -103,7 +103,10 @@ def _read(stores: Sequence[Store], may_be_empty: set[Path]) -> tuple[list[Record
     damaged: list[str] = []
     for store in stores:
         if not (store.folder / RUNS).is_dir() and store.folder not in may_be_empty:
-            raise ValueError(f"{store.folder} holds no results of einlinear ({store.folder / RUNS} is missing)")
+            raise ValueError(
+                f"{store.folder} holds no results of einlinear ({store.folder / RUNS} is missing); "
+                "name the folder of a compare, a sweep or a search"
+            )
         records += store.records()
         damaged += store.damaged()
     return records, damaged

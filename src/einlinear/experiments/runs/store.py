@@ -166,7 +166,10 @@ def open_store(folder: str | Path) -> Store:
     """
     store = Store(Path(folder))
     if not (store.folder / RUNS).is_dir():
-        raise ValueError(f"{folder} holds no results of einlinear ({store.folder / RUNS} is missing)")
+        raise ValueError(
+            f"{folder} holds no results of einlinear ({store.folder / RUNS} is missing); "
+            "name the folder of a compare, a sweep or a search"
+        )
     return store
 
 
