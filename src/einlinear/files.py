@@ -156,6 +156,33 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that others may have made.
+
+    Raises:
+        ValueError: it is damaged, as `from_json` says.
+        OSError: it cannot be read, or is not a regular file.
+    """
+    with open_regular(path) as file:
+        return from_json(file.read())
+
+
+def from_json(text: bytes) -> Any:
+    """What a text in JSON says; NaN, which is none, is refused as well, and what is nested so deeply that it ends us.
+
+    Raises:
+        ValueError: it is damaged, and how.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        return json.loads(text.decode(), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a regular file, in hexadecimal."""
     digest = hashlib.sha256()
