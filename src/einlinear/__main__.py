@@ -9,6 +9,6 @@ _HERE, _LIBRARY = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(_
 if not getattr(sys.flags, "safe_path", False) and sys.path[0] == _HERE != _LIBRARY:
     del sys.path[0]
 
-from einlinear.cli import main  # noqa: E402
+from einlinear_cli import main  # noqa: E402
 
 main()

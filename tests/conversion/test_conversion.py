@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 import einlinear as el
@@ -83,10 +83,10 @@ def test_what_is_kept() -> None:
     model = Block().to(torch.bfloat16).eval()
     model.mlp[0].weight.requires_grad_(False)
     bias = model.mlp[0].bias.clone()
-    fresh = copy.deepcopy(model)
+    new = copy.deepcopy(model)
     el.convert(model, "btt", weights="project")
-    el.convert(fresh, "btt")
-    for converted in (model, fresh):
+    el.convert(new, "btt")
+    for converted in (model, new):
         layer = converted.mlp[0]
         assert layer.A.dtype == torch.bfloat16
         assert not layer.training
@@ -94,7 +94,7 @@ def test_what_is_kept() -> None:
         assert layer.bias.requires_grad
         assert converted.mlp[2].A.requires_grad
     assert torch.equal(model.mlp[0].bias, bias)
-    assert not fresh.mlp[0].bias.any()
+    assert not new.mlp[0].bias.any()
     with torch.device("meta"):
         meta = Block()
     el.convert(meta, "btt")
@@ -206,23 +206,155 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
             "plain": nn.Linear(16, 16),
             "small": nn.Linear(17, 16),
             "attention": nn.MultiheadAttention(16, 4),
-            "odd": type("Odd", (nn.Linear,), {})(16, 16),
             "normed": parametrizations.weight_norm(nn.Linear(16, 16)),
+            "spectral": parametrizations.spectral_norm(nn.Linear(16, 16)),
+            "pruned": prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5),
+            "lazy": nn.LazyLinear(16),
+            "quantised": nn.Linear(16, 16),
             "hooked": nn.Linear(16, 16),
+            "patched": nn.Linear(16, 16),
             "done": el.Linear(16, 16, "btt"),
+            "bilinear": nn.Bilinear(16, 16, 16),
         }
     )
     model["hooked"].register_forward_hook(lambda *args: None)
+    model["patched"].forward = lambda x: x
+    model["quantised"].weight = type("Int8Parameter", (nn.Parameter,), {})(torch.zeros(16, 16), False)
     report = el.convert(model, "monarch(blocks=4)")
     assert [c.name for c in report.converted] == ["plain"]
     reasons = dict(report.skipped)
     assert "nearby sizes that fit: 16 and 20" in reasons["small"]
-    assert reasons["attention.out_proj"].startswith("nn.MultiheadAttention reads its weight and never calls it")
-    assert "Odd, a subclass of nn.Linear" in reasons["odd"]
-    assert "ParametrizedLinear" in reasons["normed"]
+    assert reasons["attention.out_proj"].startswith("is never called: MultiheadAttention computes with its weight")
+    for name in ("normed", "spectral"):
+        assert "has a parametrization, which would be lost" in reasons[name]
+    assert "computed from others (bias, weight_orig)" in reasons["pruned"]
+    assert "has no weight yet: call the model once" in reasons["lazy"]
+    assert reasons["quantised"] == "has a weight that is a Int8Parameter, as quantised and sharded layers have"
     assert reasons["hooked"] == "has hooks, which would be lost"
+    assert reasons["patched"] == "has a forward of its own beside that of its class, which would be lost"
     assert reasons["done"] == "is already structured: btt"
     assert all(f"skipped {name}: " in str(report) for name in reasons)
+    assert "bilinear" not in reasons
+    assert "(attention.in_proj_weight)" in str(report)
+    assert "bilinear" in str(report)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_what_is_made_permanent_is_converted(change: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(change(nn.Linear(16, 16)))
+    with pytest.raises(ValueError, match=r"no layer could be converted: 0: has a .* make it permanent first"):
+        el.convert(model, "btt")
+    if parametrize.is_parametrized(model[0]):
+        parametrize.remove_parametrizations(model[0], "weight")
+    else:
+        prune.remove(model[0], "weight")
+    assert len(el.convert(model, "btt").converted) == 1
+
+
+def test_exclude() -> None:
+    model = Block()
+    report = el.convert(model, "btt", "*", ["mlp.2", "*.q"])
+    assert set(structures(model)) == {"attn.out", "mlp.0"}
+    assert report.skipped == ()
+    with pytest.raises(ValueError, match="no layer matches layers and structure, and is not excluded"):
+        el.convert(Block(), "btt", exclude="*")
+
+
+def test_normalize_and_gamma_by_glob() -> None:
+    model = Block()
+    el.convert(model, {"attn.*": "btt", "mlp.0": "dense", "*": "low_rank"}, normalize=True, gamma=["attn.out", "mlp.*"])
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, el.Linear)}
+    assert {name: (m.normalize, m.has_gamma) for name, m in layers.items()} == {
+        "attn.q": (True, False),
+        "attn.out": (True, True),
+        "mlp.0": (False, False),  # "dense" is never normalised unless asked
+        "mlp.2": (True, True),
+    }
+    model = Block()
+    el.convert(model, {"mlp.0": "dense", "*": "btt"}, normalize="mlp.0", gamma=False)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, el.Linear)}
+    assert {name for name, m in layers.items() if m.normalize} == {"mlp.0"}
+    assert not layers["mlp.0"].has_gamma
+
+
+def test_experts() -> None:
+    model = Block().bfloat16().eval()
+    model.attn["q"].weight.requires_grad_(False)
+    report = el.convert(model, {"mlp*": "btt", "*": "low_rank(rank=2)"}, exclude="mlp.2", experts=4, active=1)
+    moe = model.mlp[0]
+    assert isinstance(moe, el.MoELinear)
+    assert (moe.experts, moe.active, moe.structure.spec, moe.training) == (4, 1, "btt", False)
+    assert (moe.A.dtype, moe.router.dtype, moe.bias.requires_grad) == (torch.bfloat16, torch.bfloat16, True)
+    assert not any(p.requires_grad for name, p in model.attn["q"].named_parameters() if name != "bias")
+    assert model.attn["out"].bias is None
+    assert isinstance(model.mlp[2], nn.Linear)
+    done = {c.name: c for c in report.converted}["mlp.0"]
+    assert done.after == "4 experts of btt, 1 active"
+    assert done.params == sum(p.numel() for name, p in moe.named_parameters() if name != "bias")
+    assert done.macs == moe.structure.macs + 4 * 16
+    model = Block()
+    el.convert(model, "btt", experts=3, normalize=True, gamma="mlp*")
+    assert model.mlp[0].active == 2
+    assert (model.mlp[0].has_gamma, model.attn["q"].has_gamma) == (True, False)
+    y = model(torch.randn(5, 16))
+    (y.square().mean() + 0.01 * el.moe_loss(model)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.mlp[2] = nn.Linear(64, 16)
+    assert dict(el.convert(model, "btt").skipped)["mlp.0"] == "is already structured: btt"
+    reason = "is a mixture of experts, which no dense layer computes"
+    assert dict(el.densify(model).skipped) == dict.fromkeys(["attn.q", "attn.out", "mlp.0"], reason)
+    tied = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    tied[1].weight = tied[0].weight
+    el.convert(tied, "btt", experts=2)
+    assert tied[0].A is tied[1].A
+    assert tied[0].bias is not tied[1].bias
+
+
+@pytest.mark.parametrize("weights", ["init", "project"])
+@pytest.mark.parametrize("spec", ["dense", "low_rank", "btt(cores=3)", "dyad", "blast(blocks=4, rank=2)"])
+def test_a_zero_start_is_kept(spec: str, weights: str) -> None:
+    """A layer that was made to put out its bias at first goes on to do so, and all of it can learn."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16, bias=False))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[2].weight)
+    bias = model[1].bias.detach().clone()
+    report = el.convert(model, spec, weights=weights)
+    assert [c.starts_at_zero for c in report.converted] == [False, True, True]
+    assert "These weights were zero and still are, and biases were kept: 1, 2." in str(report)
+    assert torch.equal(model[1](torch.randn(3, 16)), bias.expand(3, 16))
+    assert not model[2].weight.any()
+    assert model[0].weight.any()
+    if weights == "init":
+        assert not model[0].bias.any()
+    model[1](torch.randn(3, 16)).square().sum().backward()
+    assert any(p.grad.any() for p in model[1].weight_parameters() if p.grad is not None)
+
+
+def test_a_zero_start_of_mixtures_and_of_conv1d() -> None:
+    model = nn.Sequential(Conv1D(16, 16), nn.Linear(16, 16))
+    for layer in model:
+        nn.init.zeros_(layer.weight)
+    el.convert(model, "btt", layers="1", experts=4)
+    el.convert(model, "btt", layers="0")
+    assert torch.equal(model(torch.randn(3, 16)), model[1].bias.expand(3, 16))
+
+
+def test_the_report_says_what_was_considered() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 64, 3), "lstm": nn.LSTM(16, 32), "head": nn.Linear(16, 16)})
+    report = el.convert(model, "btt")
+    assert report.coverage is not None
+    assert report.coverage.params == sum(p.numel() for p in model.parameters()) + report.params_before - report.params
+    assert report.coverage.considered == 256
+    assert str(report).startswith("Warning: the layers considered hold only 3.0% of the model's parameters")
+    assert {other.kind for other in report.coverage.others} >= {"convolutions", "recurrent layers"}
+    assert el.densify(model).coverage is None
 
 
 @pytest.mark.parametrize(
@@ -237,10 +369,17 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
             r"structure: 'atn\.\*' matches no linear layer; the nearest are attn",
         ),
         ({"structure": {}}, "the mapping of globs to structures is empty"),
-        ({"structure": "btt", "weights": "projected"}, "weights must be 'fresh' or 'project', not 'projected'"),
+        ({"structure": "btt", "weights": "projected"}, "weights must be 'init' or 'project', not 'projected'"),
         ({"structure": "monarch(blocks=11)"}, "no layer could be converted: attn.q: monarch"),
         ({"structure": {"mlp*": "btt"}, "layers": "attn*"}, "no layer matches layers and structure"),
-        ({"structure": "btt", "weights": "project", "normalize": True}, "normalize=True is for weights='fresh'"),
+        ({"structure": "btt", "weights": "project", "normalize": True}, "normalize is for weights='init'"),
+        ({"structure": "btt", "exclude": "head"}, "exclude: 'head' matches no linear layer"),
+        ({"structure": "btt", "normalize": "head"}, "normalize: 'head' matches no linear layer"),
+        ({"structure": "btt", "normalize": True, "gamma": ["*.k"]}, r"gamma: '\*\.k' matches no linear layer"),
+        ({"structure": "btt", "gamma": False}, "gamma=False is for layers that are normalised: give normalize"),
+        ({"structure": "btt", "active": 2}, "active=2 is for mixtures of experts: give experts as well"),
+        ({"structure": "btt", "experts": 2, "active": 3}, "active=3: a token goes to at least one and at most"),
+        ({"structure": "btt", "experts": 2, "weights": "project"}, "experts have new weights: give weights='init'"),
     ],
 )
 def test_mistakes_change_nothing(arguments: dict[str, object], message: str) -> None:

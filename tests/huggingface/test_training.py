@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.data.samples import needs
 from tests.huggingface.models import make, output, structured
-from transformers import GPT2LMHeadModel, PreTrainedModel, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, GPT2LMHeadModel, PreTrainedModel, Trainer, TrainingArguments
 
 import einlinear as el
 
@@ -141,6 +141,112 @@ def test_lora_that_changes_the_weight_is_refused(loaded: PreTrainedModel) -> Non
             peft.get_peft_model(make("gpt2"), lora.register(config))
     with pytest.raises(ValueError, match="is not supported"):
         peft.get_peft_model(loaded, peft.LoraConfig(r=4, target_modules=["c_attn"]))
+
+
+@needs("peft")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt"])
+@pytest.mark.parametrize("target", ["all-linear", "ALL-linear"])
+def test_lora_of_all_linear_layers(name: str, target: str, tmp_path: Path) -> None:
+    """All but the head, whether dense or structured, as in the dense model."""
+    import peft
+
+    from einlinear.huggingface import lora
+
+    def targets(model: PreTrainedModel) -> set[str]:
+        config = peft.LoraConfig(r=2, target_modules=target, fan_in_fan_out=name == "gpt2")
+        tuned = peft.get_peft_model(model, lora.register(config))
+        return {n.removesuffix(".lora_A.default") for n, _ in tuned.named_modules() if n.endswith(".lora_A.default")}
+
+    expected = targets(make(name, None))
+    assert expected
+    assert targets(make(name)) == expected
+    half = make(name, layers=["*.0.*"])
+    assert 0 < len(structured(half)) < len(expected)
+    assert targets(half) == expected
+
+
+@needs("peft")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_all_linear_leaves_out_a_structured_head() -> None:
+    import peft
+
+    from einlinear.huggingface import lora
+
+    model = make("llama")
+    model.lm_head = el.Linear(32, 48, "btt", bias=False)
+    tuned = peft.get_peft_model(model, lora.register(peft.LoraConfig(r=2, target_modules="all-linear")))
+    assert type(tuned.base_model.model.lm_head) is el.Linear
+    torch.manual_seed(0)
+    classifier = BertForSequenceClassification(make("bert", None).config)
+    el.convert(classifier, "btt")
+    classifier.classifier = el.Linear(32, 2, "btt")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS")
+    tuned = peft.get_peft_model(classifier, lora.register(config))
+    assert "classifier" not in tuned.peft_config["default"].target_modules
+    assert len(tuned.peft_config["default"].target_modules) > 0
+
+
+@needs("peft")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.filterwarnings("ignore:You are adding an adapter with `target_modules='all-linear'`")
+def test_adapters_of_all_linear_layers_are_saved_loaded_and_stacked(tmp_path: Path) -> None:
+    import peft
+
+    from einlinear.huggingface import lora
+
+    def config(**options: Any) -> peft.LoraConfig:
+        made: peft.LoraConfig = lora.register(peft.LoraConfig(r=2, target_modules="all-linear", **options))
+        return made
+
+    model = peft.get_peft_model(make("llama"), config(init_lora_weights=False, use_dora=True)).eval()
+    model.add_adapter("second", config(init_lora_weights=False))
+    assert model.peft_config["second"].target_modules == model.peft_config["default"].target_modules
+    after = output(model)
+    assert not torch.allclose(after, output(make("llama")), atol=1e-3)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    saved = lora.register(peft.LoraConfig.from_pretrained(tmp_path))
+    again = peft.PeftModel.from_pretrained(make("llama"), tmp_path, config=saved).eval()
+    torch.testing.assert_close(output(again), after)
+
+
+@needs("peft")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_dora_sees_the_matrix_as_it_lies() -> None:
+    """Also in a model of Conv1D, of which peft is told that their weights are transposed."""
+    import peft
+
+    from einlinear.huggingface import lora
+
+    config = peft.LoraConfig(r=2, target_modules=["c_proj"], use_dora=True, fan_in_fan_out=True)
+    model = make("gpt2")
+    before = output(model)
+    model = peft.get_peft_model(model, lora.register(config)).eval()
+    torch.testing.assert_close(output(model), before)
+
+
+@needs("peft")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": r".*\.(q|v)_proj"}, {f"{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"}),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"1.self_attn.q_proj"}),
+        (
+            {"target_modules": "all-linear", "exclude_modules": r".*(self_attn|up_proj|down_proj).*"},
+            {"0.mlp.gate_proj", "1.mlp.gate_proj"},
+        ),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {f"{i}.self_attn.q_proj" for i in (0, 1)}),
+    ],
+)
+def test_other_ways_to_name_targets(options: dict[str, Any], expected: set[str]) -> None:
+    import peft
+
+    from einlinear.huggingface import lora
+
+    model = peft.get_peft_model(make("llama"), lora.register(peft.LoraConfig(r=2, **options)))
+    named = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert {name.removeprefix("base_model.model.model.layers.") for name in named} == expected
 
 
 @needs("peft")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 
@@ -75,6 +80,96 @@ def test_backends_nest() -> None:
         assert not dispatch.recomputes("bmm", layer.structure)
 
 
+LAYER, X = el.Linear(64, 64, "btt"), torch.randn(3, 64)
+
+
+def forced() -> str | None:
+    """The executor that a layer uses, if it is forced."""
+    choice = el.explain(LAYER, X)
+    return choice.executor if "forced" in choice.reason else None
+
+
+def test_backends_of_threads_that_overlap() -> None:
+    """The first to begin is the first to end, so that neither ends within the other."""
+    steps = [Barrier(2, timeout=10) for _ in range(4)]
+
+    def run(executor: str, first: bool) -> list[str | None]:
+        seen = [forced()]
+        if not first:
+            steps[0].wait()
+        with el.backend(executor):
+            if first:
+                steps[0].wait()
+            steps[1].wait()
+            seen.append(forced())
+            if not first:
+                steps[2].wait()
+                seen.append(forced())
+        if first:
+            steps[2].wait()
+        seen.append(forced())
+        steps[3].wait()
+        return [*seen, forced()]
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.submit(run, "bmm", True), pool.submit(run, "reference", False)
+        assert one.result() == [None, "bmm", None, None]
+        assert other.result() == [None, "reference", "reference", None, None]
+    assert forced() is None
+
+
+def test_threads_begin_with_nothing_forced() -> None:
+    with ThreadPoolExecutor(1) as pool, el.backend("bmm"):
+        assert pool.submit(forced).result() is None
+        assert pool.submit(contextvars.copy_context().run, forced).result() == "bmm"
+        assert forced() == "bmm"
+
+
+def test_backends_of_tasks_that_overlap() -> None:
+    async def run(executor: str, pauses: tuple[int, int]) -> list[str | None]:
+        for _ in range(pauses[0]):
+            await asyncio.sleep(0)
+        with el.backend(executor):
+            for _ in range(pauses[1]):
+                await asyncio.sleep(0)
+                assert forced() == executor
+        return [forced()]
+
+    async def main() -> None:
+        with el.backend("bmm"):
+            child = asyncio.create_task(run("reference", (1, 3)))
+        others = [asyncio.create_task(run(name, pauses)) for name, pauses in (("bmm", (0, 2)), ("reference", (1, 3)))]
+        assert await asyncio.gather(*others) == [[None], [None]]
+        assert await child == ["bmm"]  # what was forced where it was made
+        assert forced() is None
+
+    asyncio.run(main())
+
+
+def test_backend_as_a_decorator() -> None:
+    @el.backend("bmm")
+    def run(depth: int) -> list[str | None]:
+        return [forced(), *run(depth - 1), forced()] if depth else [forced()]
+
+    for _ in range(2):
+        assert run(2) == ["bmm"] * 5
+        assert forced() is None
+    with pytest.raises(ZeroDivisionError), el.backend("bmm"):
+        raise ZeroDivisionError
+    assert forced() is None
+
+
+def test_a_backward_pass_uses_the_executor_of_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    backward = bmm.backward
+    monkeypatch.setattr(bmm, "backward", lambda *args: (ran.append(1), backward(*args))[1])
+    with el.backend("bmm"):
+        y = LAYER(X)
+    with ThreadPoolExecutor(1) as pool, el.backend("reference"):
+        pool.submit(y.sum().backward).result()
+    assert ran == [1]
+
+
 def test_explain_knows_of_autocast() -> None:
     layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -126,3 +221,18 @@ def test_mistakes() -> None:
         el.explain(other, x)
     with pytest.raises(RuntimeError, match=r"the input is of torch.float64, but the layer of torch.float32"):
         layer(x.double())
+
+
+def test_autocast_leaves_alone_what_torch_leaves_alone() -> None:
+    """Integers, and float64: nn.Linear refuses these beside other dtypes, also under autocast."""
+    layer, x = el.Linear(16, 24, "btt"), torch.randn(2, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        for bad in (x.int(), x.double()):
+            for kind in (layer, torch.nn.Linear(16, 24)):
+                with pytest.raises(RuntimeError, match=r"dtype|torch\.(int32|float64)"):
+                    kind(bad)
+        assert layer.double()(x.double()).dtype == torch.float64
+        for kind in (layer, torch.nn.Linear(16, 24).double()):
+            with pytest.raises(RuntimeError, match=r"dtype|torch\.float64"):
+                kind(x)

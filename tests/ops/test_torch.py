@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.families import PATTERNS, SAMPLES, structures
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear import ops
+from einlinear.ops import executors
 
 EXECUTORS = [
     name for name in ops.EXECUTORS if ops.unsupported(name, el.structure("dense", 2, 2), torch.float64, "cpu") is None
@@ -65,6 +72,23 @@ def test_compile_a_transformer_block(backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_backend_inside_of_a_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the graph, so that it holds for what is in it."""
+    layer, x, ran = el.Linear(256, 256, "btt"), torch.randn(300, 256), []
+    assert el.explain(layer, x).executor != "bmm"
+    bmm = executors.find("bmm")
+    forward = bmm.forward
+    monkeypatch.setattr(bmm, "forward", lambda *args, **kw: (ran.append("bmm"), forward(*args, **kw))[1])
+
+    @torch.compile(backend="eager")
+    def run(x: Tensor) -> Any:
+        with el.backend("bmm"):
+            return layer(x)
+
+    torch.testing.assert_close(run(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert ran == ["bmm"]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_export_with_any_number_of_tokens() -> None:
     block, x = Block(), torch.randn(2, 10, 64)
@@ -110,6 +134,204 @@ def test_transforms(executor: str) -> None:
             torch.testing.assert_close(per_sample[name].sum(0), parameter.grad)
         tangent = torch.randn_like(x)
         torch.testing.assert_close(jvp(layer, (x,), (tangent,))[1], tangent @ layer.dense_weight().T)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("spec", ["btt(rank=2)", "dyad(blocks=2)", "a mixture"])
+def test_every_kind_of_derivative(executor: str, spec: str) -> None:
+    """First and second, in reverse, forward and forward over reverse, in batches or not, against finite differences."""
+    layer: Any = el.Linear(4, 4, spec, dtype=torch.float64) if spec != "a mixture" else mixture(4, 4).double()
+    x = torch.randn(2, layer.in_features, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def function(x: Tensor, *parameters: Tensor) -> Any:
+        return functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    with el.backend(executor):
+        checks = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+        assert gradcheck(function, (x, *parameters), **checks)
+        assert gradgradcheck(function, (x, *parameters), check_batched_grad=True, check_fwd_over_rev=True)
+
+
+def mixture(in_features: int, out_features: int, spec: str = "btt") -> el.MoELinear:
+    layer = el.MoELinear(in_features, out_features, spec, experts=3, active=2)
+    nn.init.normal_(layer.router)
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_forward_mode_of_a_backward_pass(executor: str) -> None:
+    """Also where only the backward pass knows of tangents."""
+    layer, x = (
+        el.Linear(16, 24, "btt", dtype=torch.float64),
+        torch.randn(5, 16, dtype=torch.float64, requires_grad=True),
+    )
+    with el.backend(executor):
+        y = layer(x)
+        cotangent, tangent = torch.randn(2, 5, 24, dtype=torch.float64)
+        with forward_ad.dual_level():
+            (found,) = torch.autograd.grad(y, x, forward_ad.make_dual(cotangent, tangent))
+            primal, change = forward_ad.unpack_dual(found)
+        with torch.no_grad(), forward_ad.dual_level():
+            out = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(primal, cotangent @ layer.dense_weight())
+    torch.testing.assert_close(change, tangent @ layer.dense_weight())
+    torch.testing.assert_close(out, torch.ones_like(x) @ layer.dense_weight().T)
+
+
+def test_gradients_of_gradients_where_one_input_follows_from_another() -> None:
+    """As gates follow from x, and factors from those of a hypernetwork: each gradient is of one way alone."""
+    structure = el.structure("low_rank(rank=3)", 6, 6)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def gradient(executor: str) -> tuple[Tensor, Tensor]:
+        factors = [x[:3].sin(), x[:3].T.cos()]
+        y = ops.linear(structure, factors, x, x[3].exp(), executor)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), x)[0]
+
+    for executor in EXECUTORS:
+        for found, wanted in zip(gradient(executor), gradient("reference"), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("make", [lambda: el.Linear(6, 4, "btt"), lambda: mixture(6, 4)], ids=["linear", "mixture"])
+def test_jacobians(executor: str, make: Callable[[], nn.Module]) -> None:
+    layer, x = make(), torch.randn(3, 6)
+    with el.backend("reference"):
+        wanted = torch.autograd.functional.jacobian(layer, x)
+    with el.backend(executor):
+        found = [
+            torch.autograd.functional.jacobian(layer, x),
+            torch.autograd.functional.jacobian(layer, x, vectorize=True),
+            torch.autograd.functional.jacobian(layer, x, vectorize=True, strategy="forward-mode"),
+            jacrev(layer)(x),
+            jacfwd(layer)(x),
+        ]
+    for jacobian in found:
+        torch.testing.assert_close(jacobian, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("make", [lambda: el.Linear(8, 8, "btt"), lambda: mixture(8, 8)], ids=["linear", "mixture"])
+def test_nested_tensors(executor: str, layout: torch.layout, make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    parts = [torch.randn(n, 8, requires_grad=True) for n in (3, 1, 5)]
+    x = torch.nested.as_nested_tensor(parts, layout=layout)
+    with el.backend(executor):
+        y = layer(x)
+        assert y.is_nested
+        assert y.layout is layout
+        y = y + x  # lengths that torch knows to be the same
+        for a, b in zip(y.unbind(), parts, strict=True):
+            torch.testing.assert_close(a, layer(b) + b)
+        total = sum(part.square().sum() for part in y.unbind())
+        found = torch.autograd.grad(total, [*parts, *layer.parameters()])
+        plain = sum((layer(part) + part).square().sum() for part in parts)
+        for a, b in zip(found, torch.autograd.grad(plain, [*parts, *layer.parameters()]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="in_features=16"):
+        el.Linear(16, 8, "btt")(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_whose_lengths_are_not_second() -> None:
+    layer = el.Linear(4, 4, "btt")
+    parts = [torch.randn(n, 2, 4) for n in (3, 5)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    for a, b in zip(layer(x).unbind(), parts, strict=True):
+        torch.testing.assert_close(a, layer(b.transpose(0, 1)))
+    with pytest.raises(RuntimeError, match="the last dimension of the input must be in_features=4, not its lengths"):
+        layer(x.transpose(2, 3))
+
+
+def traceable() -> nn.Sequential:
+    return nn.Sequential(
+        el.Linear(48, 64, "btt(rank=2)"), nn.ReLU(), mixture(64, 60, "monarch"), el.Linear(60, 7, "tt", normalize=True)
+    ).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("spec", [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS)
+def test_traces(spec: str) -> None:
+    """Nothing is constant in them but what is: no warning of the tracer's, any number of tokens."""
+    structure = structures(spec, [(35, 47), (36, 36), (64, 64)])[0]
+    layer = el.Linear(structure.in_features, structure.out_features, spec)
+    for shapes in ((5,), (9,)), ((2, 3), (4, 5)), ((1,), (0,)):
+        short, long = (torch.randn(*shape, structure.in_features) for shape in shapes)
+        traced = torch.jit.trace(layer, (short,))
+        torch.testing.assert_close(traced(long), layer(long), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_traces_of_models() -> None:
+    model = traceable()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, (torch.randn(5, 48),)), file)
+    file.seek(0)
+    longer = torch.randn(9, 48)
+    torch.testing.assert_close(torch.jit.load(file)(longer), model(longer), rtol=1e-4, atol=1e-5)
+    assert model[2].last.logits.shape == (9, 3)  # of the last true pass
+    model[0].A = nn.Parameter(model[0].A[:1])
+    with pytest.raises(RuntimeError, match="factor A has shape"):
+        torch.jit.trace(model[0], (longer,))
+    with pytest.raises(RuntimeError, match="in_features=60"):
+        torch.jit.trace(model[3], (longer,))
+
+
+@pytest.mark.filterwarnings("ignore")  # onnx's and its exporter's own
+def test_onnx_by_tracing(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    models = {"model": traceable()}
+    for family, specs in SAMPLES.items():
+        structure = structures(specs[-1], [(48, 60), (48, 48)])[0]
+        models[family] = nn.Sequential(el.Linear(48, structure.out_features, specs[-1]))
+    for name, model in models.items():
+        short, long = (torch.randn(shape) for shape in ((5, 48), (9, 48)))
+        path = tmp_path / f"{name}.onnx"
+        torch.onnx.export(model, (short,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "tokens"}})
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (y,) = session.run(None, {"x": long.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), model(long), rtol=1e-4, atol=1e-5)
+
+
+def test_symbolic_traces() -> None:
+    model = nn.Sequential(el.Linear(48, 64, "btt(rank=2)"), nn.ReLU(), el.Linear(64, 60, "dyad", normalize=True))
+    traced = torch.fx.symbolic_trace(model)
+    recorded = make_fx(model)(torch.randn(5, 48))
+    for shape in ((5, 48), (2, 3, 48), (48,)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(recorded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_a_mixture(strict: bool) -> None:
+    model = traceable()
+    shapes = ({0: torch.export.Dim("tokens", min=2, max=512)},)
+    program = torch.export.export(model, (torch.randn(5, 48),), dynamic_shapes=shapes, strict=strict)
+    longer = torch.randn(33, 48)
+    torch.testing.assert_close(program.module()(longer), model(longer), rtol=1e-4, atol=1e-5)
+
+
+def test_inference_mode() -> None:
+    for layer in (el.Linear(16, 24, "btt"), mixture(16, 24)):
+        x = torch.randn(5, 16)
+        expected = layer(x)
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), expected)
+            torch.testing.assert_close(layer(x.clone()), expected)
+            born = el.Linear(16, 24, "btt")
+            assert born(x).is_inference()
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -194,23 +194,55 @@ def test_norms_of_other_libraries_are_known_by_their_name() -> None:
     assert (group["lr_mult"], group["weight_decay"]) == (1.0, 0.0)
 
 
-def test_unknown_roles_raise_and_can_be_said() -> None:
-    with pytest.raises(ValueError, match=r"unknown: positions \(10, 64\), mixer \(64, 64\), scale \(64,\)\. Say"):
-        el.param_groups(Odd(64), lr=0.1, base=Odd(16))
-    with pytest.raises(ValueError, match=r"unknown: mixer \(64, 64\), scale"):
-        el.init_(Odd(64), base=Odd(16), roles={"positions": "vector"})
-    mult = by_name(el.param_groups(Odd(64), lr=0.1, base=Odd(16), roles=ROLES), "lr_mult")
+def test_roles_are_taken_by_kind_where_no_module_is_known() -> None:
+    groups = el.param_groups(Odd(64), lr=0.1, base=Odd(16))
+    mult = by_name(groups, "lr_mult")
     assert mult["positions"] == mult["scale"] == mult["embed.weight"] == mult["attention.in_proj_bias"] == 1
     assert mult["mixer"] == mult["attention.in_proj_weight"] == mult["attention.out_proj.weight"] == 1 / 4
     assert mult["prompt"] == mult["temperature"] == mult["attention.bias_k"] == 1
+    by_kind = {name for group in groups for name in group.get("by_kind", ())}
+    assert by_kind == {"positions", "mixer", "scale", "prompt"}
+    assert by_name(el.param_groups(Odd(64), lr=0.1, base=Odd(16), roles=ROLES), "lr_mult") == mult
+
+
+def test_what_is_taken_by_kind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "einlinear"):
+        el.param_groups(Odd(16), lr=0.1, base=None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "taken for vectors: positions (10, 16), scale (16,), prompt (10, 8); roles={glob: role} says otherwise",
+        "taken for matrices: mixer (16, 16); roles={glob: role} says otherwise",
+    ]
+    with caplog.at_level("INFO", "einlinear"):
+        el.param_groups(Odd(16), lr=0.1, base=None, roles=ROLES | {"prompt": "vector"})
+    assert len(caplog.records) == 2
+
+
+def test_roles_of_which_kind_and_shapes_tell_nothing_raise() -> None:
+    class Ambiguous(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            # a table of vectors, or a head that lies here: both grow like that
+            self.things = nn.Parameter(torch.zeros(10, width))
+            # by its name a table, by its growth a matrix
+            self.query = nn.Parameter(torch.zeros(width, 2 * width))
+            self.router = nn.Parameter(torch.zeros(10, width))
+
+    with pytest.raises(ValueError, match=r"unknown: things \(10, 64\), query \(64, 128\)\. Say what they are"):
+        el.param_groups(Ambiguous(64), lr=0.1, base=Ambiguous(16))
+    with pytest.raises(ValueError, match=r"unknown: query \(64, 128\)"):
+        el.init_(Ambiguous(64), base=el.base_shapes(Ambiguous(16)), roles={"things": "vector"})
+    roles = {"things": "vector", "query": "matrix"}
+    mult = by_name(el.param_groups(Ambiguous(64), lr=0.1, base=Ambiguous(16), roles=roles), "lr_mult")
+    assert mult == {"things": 1, "query": 1 / 4, "router": 1 / 4}
+    assert {*by_name(el.param_groups(Ambiguous(64), lr=0.1, base=None), "lr_mult").values()} == {1}
 
 
 def test_what_does_not_grow_with_the_width_is_a_vector() -> None:
-    """That takes a base to be seen: without one the prompt is as unknown as the others."""
-    el.param_groups(Odd(16), lr=0.1, base=el.base_shapes(Odd(16)))
-    with pytest.raises(ValueError, match=r"mixer .*, scale \(16,\), prompt \(10, 8\)\. Say"):
-        el.param_groups(Odd(16), lr=0.1, base=None)
-    assert by_name(el.param_groups(Odd(16), lr=0.1, base=None, roles=ROLES | {"prompt": "vector"}), "lr_mult")
+    groups = el.param_groups(Odd(16), lr=0.1, base=el.base_shapes(Odd(16)), optimizer="muon")
+    assert {name for group in groups if "matrices" in group for name in group["param_names"]} == {
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    }
 
 
 @pytest.mark.parametrize(
@@ -242,14 +274,17 @@ def tied(width: int) -> nn.ModuleDict:
     return model
 
 
-def test_a_tied_weight_has_the_role_of_the_first_unless_told_otherwise() -> None:
-    assert by_name(el.param_groups(tied(64), lr=0.1, base=tied(16)), "lr_mult") == {"embed.weight": 1}
+def test_a_tied_weight_is_a_matrix_unless_told_otherwise() -> None:
+    assert by_name(el.param_groups(tied(64), lr=0.1, base=tied(16)), "lr_mult") == {"embed.weight": 1 / 4}
     for glob in ("embed.weight", "head"):
-        groups = el.param_groups(tied(64), lr=0.1, base=tied(16), roles={glob: "matrix"})
-        assert by_name(groups, "lr_mult") == {"embed.weight": 1 / 4}
+        groups = el.param_groups(tied(64), lr=0.1, base=tied(16), roles={glob: "vector"})
+        assert by_name(groups, "lr_mult") == {"embed.weight": 1}
     assert (
-        by_name(el.param_groups(tied(64), lr=0.1, base=tied(16), lr_scale={"head": 2}), "lr_mult")["embed.weight"] == 2
+        by_name(el.param_groups(tied(64), lr=0.1, base=tied(16), lr_scale={"head": 2}), "lr_mult")["embed.weight"]
+        == 2 / 4
     )
+    shapes = {"head.weight": [100, 16]}  # of a model that registers the head first
+    assert by_name(el.param_groups(tied(64), lr=0.1, base=shapes), "lr_mult") == {"embed.weight": 1 / 4}
 
 
 def std(tensor: object) -> float:
@@ -267,6 +302,83 @@ def test_init() -> None:
     assert std(block.fc2.A) == pytest.approx(init_std(block.fc2.structure)[0], rel=0.1)
     assert std(block.fc2.B) == 0  # only the last factor: the gradient still flows
     assert std(model.head.weight) == 0
+
+
+def zero_starts() -> nn.ModuleDict:
+    """Layers whose matrix is zero, each in a way of its own, and others."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "body": nn.Linear(64, 64),
+            "head": nn.Linear(64, 10),
+            "last": el.Linear(64, 64, "btt(rank=2)"),
+            "first": el.Linear(64, 64, "low_rank(rank=4)"),
+            "both": el.Linear(64, 64, "low_rank(rank=4)"),
+            "sum": el.Linear(64, 64, "dyad(blocks=4)"),
+            "uneven": el.Linear(64, 64, "dyad(blocks=4)"),
+            "mixture": el.MoELinear(64, 64, "btt", experts=3, active=1),
+            "convolution": nn.Conv2d(3, 3, 1),
+        }
+    )
+    zero = {"head.weight", "last.B", "first.A", "both.A", "both.B", "sum.A", "sum.B", "uneven.A", "mixture.B"}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(0 if name in {*zero, "convolution.weight"} else 3)
+    return model
+
+
+def zero_matrices(model: nn.Module) -> set[str]:
+    return {
+        name
+        for name, p in model.named_parameters()
+        if not p.any() and not name.endswith(("bias", "router")) and p.numel() > 1
+    }
+
+
+def test_init_keeps_zero_starts(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "einlinear"):
+        model = el.init_(zero_starts())
+    kept = {"head.weight", "last.B", "first.A", "both.B", "sum.A", "sum.B", "mixture.B", "convolution.weight"}
+    assert zero_matrices(model) == kept
+    assert std(model["body"].weight) == pytest.approx(1 / 8, rel=0.1)
+    assert std(model["both"].A) > 0  # one factor has to move for the other to learn
+    (record,) = caplog.records
+    assert record.getMessage().startswith("init_ leaves at zero: head.weight (10, 64), last.B ")
+    assert record.getMessage().endswith("; zero=() draws them")
+    for bias in (model["head"].bias, model["last"].bias):
+        assert bias is not None
+        assert not bias.any()
+
+
+def test_zero_says_which_layers_are_zero_whatever_they_are_now() -> None:
+    assert not zero_matrices(el.init_(zero_starts(), zero=()))
+    assert zero_matrices(el.init_(zero_starts(), zero="body")) == {"body.weight"}
+    assert zero_matrices(el.init_(zero_starts(), zero=["last", "first"])) == {"last.B", "first.B"}
+
+
+def test_a_model_whose_matrices_are_all_zero_has_not_decided_anything() -> None:
+    """As after to_empty, when memory happens to be zero."""
+    model = mlp(64, "btt")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert not zero_matrices(el.init_(model)) - {name for name, p in model.named_parameters() if p.dim() == 1}
+    head = nn.Linear(64, 10)
+    nn.init.zeros_(head.weight)
+    assert not el.init_(head).weight.any()
+    with torch.device("meta"):
+        el.init_(mlp(64, "btt"))
+
+
+def test_a_converted_model_keeps_its_zero_starts() -> None:
+    model = el.init_(mlp(64), zero=("*.fc2", "head"))
+    drawn = el.init_(model)
+    assert zero_matrices(drawn) == {"blocks.0.fc2.A", "blocks.1.fc2.A", "head.weight"}
+    el.densify(model)
+    el.convert(model, "btt", layers="*.fc1")
+    assert zero_matrices(el.init_(model)) == {"blocks.0.fc2.weight", "blocks.1.fc2.weight", "head.weight"}
+    el.convert(model, "btt", layers="*.fc2", weights="project")
+    assert zero_matrices(el.init_(model)) == {"blocks.0.fc2.B", "blocks.1.fc2.B", "head.weight"}
 
 
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(784, 64), (64, 1024), (64, 10), (65, 10), (1024, 10)])

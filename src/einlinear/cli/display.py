@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 from rich.text import Text
+
+_SECONDS = 10  # between two lines of progress, where there is no terminal
 
 
 def note(message: str) -> None:
@@ -63,6 +69,32 @@ def progress(*more: ProgressColumn) -> Progress:
     )
     shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
     return Progress(*columns, console=console, transient=True, disable=not shown)
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show how far one thing after the other has come: in a terminal by a bar, elsewhere by a line now and then."""
+    with progress() as bars:
+        lines = _Lines(is_shown=os.environ.get("RANK", "0") == "0")
+        yield lines if bars.disable else partial(advance, bars)
+
+
+class _Lines:
+    """A line when a thing is begun for the first time, and one every ten seconds."""
+
+    def __init__(self, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._start = time.monotonic()
+        self._last = -math.inf
+        self._begun = set[str]()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if not self._is_shown or (what in self._begun and now - self._last < _SECONDS):
+            return
+        self._begun.add(what)
+        self._last = now
+        note(f"{what}: {done:,}{'' if total is None else f' of {total:,}'} ({now - self._start:.0f} s)")
 
 
 def advance(bars: Progress, what: str, done: int, total: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from einlinear.compression.effects import Outputs
 from einlinear.compression.moments import Inputs, Moments
 from einlinear.compression.passes import Passes
-from einlinear.compression.running import Batch, Stage, reached, stages_of, tokens_of
+from einlinear.compression.running import Batch, Stage, Trace, stages_of, tokens_of, trace
 from einlinear.nn.known import features
 
 MEMORY = 2**31  # bytes of moments that are collected in one pass over the data
@@ -24,12 +24,20 @@ class Calibration:
         model: as it was trained.
         layers: linear ones, by qualified name.
         batches: see `running.call`; None: nothing is known of the inputs, and all directions count alike.
+        progress: called with how many batches of how many were run for the inputs of some layers.
 
     Attributes:
         stages: the layers that are called, in order, those of one input together.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Batch] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Any],
+        batches: Sequence[Batch] | None,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> None:
+        self._progress = progress
         self._model, self._batches, self.layers = model, batches, layers
         self._passes = self.passes(model)
         self.stages = [Stage((name,), 1) for name in layers] if batches is None else stages_of(model, layers, batches)
@@ -56,16 +64,23 @@ class Calibration:
         for part in self._parts(stages, copies=1 if compressed is None else 3):
             for stage, moments in zip(part, self._moments(part, compressed), strict=True):
                 for name in stage.names:
-                    yield name, moments.inputs(centred=self.layers[name].bias is not None)
+                    try:
+                        inputs = moments.inputs(centred=self.layers[name].bias is not None)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
+                    yield name, inputs
 
     @cached_property
     def outputs(self) -> Outputs | None:
         """What the model puts out; None without data."""
         return None if self._batches is None else Outputs(self._model, self._batches)
 
-    def reached(self) -> set[str]:
-        """The layers that the model's output depends on; all of them where there are no data to tell."""
-        return set(self.layers) if self._batches is None else reached(self._model, self.layers, self._batches)
+    def trace(self) -> Trace:
+        """What the data do in the model; without data, the output depends on all layers."""
+        if self._batches is None:
+            every = frozenset(self.layers)
+            return Trace(every, every, frozenset())
+        return trace(self._model, self.layers, self._batches)
 
     def _parts(self, stages: Sequence[Stage], copies: int) -> Iterator[list[Stage]]:
         """Stages whose moments fit into memory together."""
@@ -91,6 +106,7 @@ class Calibration:
         originals = self._passes.inputs(calls)
         nows = originals if compressed is None else compressed.inputs(calls)
         for number, batch in enumerate(self._batches):
+            self._progress(number, len(self._batches))
             original = next(originals)
             now = original if compressed is None else next(nows)
             for name, xs in original.items():

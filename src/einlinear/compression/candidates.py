@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from einlinear.structures import DoesNotFit, Structure, structure
+from einlinear.structures.budget import OverBudget
 
 CONSIDERED = tuple(n / 40 for n in range(2, 39))  # fractions of dense that a layer may be reduced to
 _PROBED = (0.25, 0.5, 0.75)  # those at which members are fitted
@@ -43,17 +44,39 @@ def members(family: str, in_features: int, out_features: int, fractions: Sequenc
     """
     try:
         structure(family, in_features, out_features, max_macs=1.0)  # anything else that is wrong with it is an error
-    except DoesNotFit:
+    except (DoesNotFit, OverBudget):
         return
     seen = set[str]()
     for fraction in fractions:
         try:
             s = structure(family, in_features, out_features, max_macs=fraction)
-        except ValueError:  # none is so cheap
+        except (DoesNotFit, OverBudget):  # none is so cheap
             continue
         if s.spec not in seen and s.params < in_features * out_features:
             seen.add(s.spec)
             yield s
+
+
+def reason_for_none(families: Sequence[str], in_features: int, out_features: int) -> str | None:
+    """Why no member of any family is smaller than the dense layer; None if one is.
+
+    >>> reason_for_none(["low_rank", "btt"], 64, 1)
+    'no structure fits 64 -> 1: low_rank saves nothing; btt saves nothing'
+    >>> reason_for_none(["low_rank", "btt"], 64, 2) is None
+    True
+    """
+    reasons = []
+    for family in families:
+        if any(True for _ in members(family, in_features, out_features, CONSIDERED)):
+            return None
+        try:
+            structure(family, in_features, out_features, max_macs=1.0)
+            reasons.append(f"{family} saves nothing")
+        except DoesNotFit as error:
+            reasons.append(str(error))
+        except OverBudget:
+            reasons.append(f"{family} saves nothing")
+    return f"no structure fits {in_features} -> {out_features}: {'; '.join(reasons)}"
 
 
 def probed(considered: Sequence[Structure]) -> list[Structure]:

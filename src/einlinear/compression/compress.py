@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,21 +18,32 @@ from torch import nn
 from einlinear import ops
 from einlinear.compression.allocation import allocate
 from einlinear.compression.calibration import Calibration
-from einlinear.compression.candidates import CONSIDERED, DEFAULT, Candidate, Spectrum, estimated, members, probed
+from einlinear.compression.candidates import (
+    CONSIDERED,
+    DEFAULT,
+    Candidate,
+    Spectrum,
+    estimated,
+    members,
+    probed,
+    reason_for_none,
+)
 from einlinear.compression.effects import SHARES, Effect
 from einlinear.compression.journal import Journal, digest_of
 from einlinear.compression.moments import Inputs
 from einlinear.compression.report import Compressed, CompressionReport
 from einlinear.compression.running import Batch, evaluating
-from einlinear.compression.select import select, weight_of
-from einlinear.compression.speed import speed_up
+from einlinear.compression.select import HEAD, output_layers, select, weight_of
+from einlinear.compression.speed import SpeedUp, speed_up
+from einlinear.conversion.coverage import measure_coverage
 from einlinear.conversion.replace import put
-from einlinear.conversion.suitable import fresh
+from einlinear.conversion.suitable import structured_like
 from einlinear.nn import Linear
 from einlinear.nn.known import features
 from einlinear.structures import structure
 
 _HARMLESS = [(1.0, 0.0)]  # the effects of a weight of zeros, which has no error
+_UNKNOWN = [(1.0, 1.0)]
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
@@ -43,6 +58,7 @@ def compress(
     layers: str | Sequence[str] | None = None,
     sequential: bool = True,
     damping: float = 1e-2,
+    only_if_faster: bool = False,
     progress: Progress | None = None,
     folder: str | Path | None = None,
     shared: str | Path | None = None,
@@ -61,23 +77,35 @@ def compress(
         calibration: batches that the model is called with: tensors, sequences of positional arguments, or mappings of
             named ones. An "attention_mask" of (batch, tokens) says what is padding. None: weights are approximated.
         count: "params" or "macs".
-        layers: a glob, or several, on qualified names; None: all but the output heads of
-            transformers' language models and classifiers.
+        layers: a glob, or several, on qualified names; None: all but output heads (below).
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
-        damping: fraction of the mean variance that is added to that of every direction of the inputs.
-        progress: called with what is being done, and how many steps of how many are.
+        damping: fraction of the mean variance that is added to that of every direction of the inputs, at least 0; what
+            rounding asks for is added in any case.
+        only_if_faster: a layer becomes only what is at least as fast as the dense one here, for 1 token and for 256
+            (within 5 %, by which timings are off); it stays dense where nothing is. The budget may then not be
+            reached: the report says so.
+        progress: called with what is being done, and how many steps of how many are; for the first time at once.
         folder: for what has been found so far. After an interruption the same call goes on from there. It is not
             removed at the end.
         shared: a folder for the errors of candidates, which are most of the work: compressions of the same model on the
             same data to other budgets, or with other structures, find there what they have in common.
 
     Returns:
-        What became of every layer; print it.
+        What became of every layer, and which share of the whole model they are; print it.
+
+    A layer that no structure fits stays dense, and the report says why. So do output heads, unless `layers` names them:
+
+    - the output embeddings of transformers' language models and the last layers of its classifiers;
+    - what a model's `get_classifier()` returns, as timm's models have it;
+    - the last linear layer of a model if it is, or is in, a part called classifier, fc, head, heads or lm_head;
+    - with calibration data, a layer whose outputs are what the model puts out. Exceptions are a plain
+      `torch.nn.Sequential`, and a model that puts out as many features as its first layer reads, such as an
+      autoencoder: their last layer is compressed.
 
     Raises:
-        ValueError: no layer to compress, a budget that nothing reaches, no calibration data, inputs that are NaN (it
-            names the layer), a folder of another compression. The model is then as it was.
+        ValueError: no layer to compress, a budget that nothing reaches, no calibration data, weights or inputs that are
+            NaN or infinite (it names the layer), a folder of another compression. The model is then as it was.
         ModuleNotFoundError: scipy is not installed, or with a folder safetensors; the extra `pretrained` has both.
 
     Example:
@@ -89,6 +117,8 @@ def compress(
     """
     if count not in ("params", "macs"):
         raise ValueError(f"count must be 'params' or 'macs', not {count!r}")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping is a fraction of the inputs' variance, at least 0, such as 0.01, not {damping!r}")
     if not 0 < budget <= 1:
         raise ValueError(f"budget is the fraction of {count} to keep, above 0 and at most 1, not {budget!r}")
     families = [structures] if isinstance(structures, str) else list(structures)
@@ -99,20 +129,32 @@ def compress(
     batches = None if calibration is None else list(calibration)
     if batches is not None and not batches:
         raise ValueError("calibration has no batches")
+    tell = progress or (lambda what, done, of: None)
+    tell("looking at the model", 0, 1)
     with evaluating(model), torch.compiler.set_stance("force_eager"):  # what is compiled already ignores new hooks
         # a copy of the modules, not of their parameters: the original has to go on saying what is right
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-        found, skipped = select(model, layers)
-        data = Calibration(model, found, batches)
-        called = [name for stage in data.stages for name in stage.names]
+        found, skipped = select(model, layers, batches)
+        data = Calibration(model, found, batches, partial(tell, "collecting inputs"))
+        traced = data.trace()
+        called = [name for stage in data.stages for name in stage.names if name in traced.called]
         skipped += [(name, "is never called on the calibration data") for name in found if name not in called]
-        reached = data.reached() if called else set()
-        names = [name for name in called if name in reached]
+        names = [name for name in called if name in traced.reached]
         skipped += [(name, "is nothing that the model's output depends on") for name in called if name not in names]
+        if layers is None and names:
+            heads = output_layers(model, found, called, traced.last)
+            skipped += [(name, HEAD) for name in names if name in heads]
+            names = [name for name in names if name not in heads]
+        coverage = measure_coverage(model, [found[name] for name in names])
         if not names:
-            reasons = "; ".join(f"{name} {reason}" for name, reason in skipped) or "the model has none"
-            raise ValueError(f"there is no dense linear layer to compress: {reasons}")
-        _check_budget({name: found[name] for name in names}, budget, count, families)  # before anything is written
+            reasons = [f"{name} {reason}" for name, reason in skipped] or ["the model has no linear layer"]
+            others = [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
+            raise ValueError(f"there is no dense linear layer to compress: {'; '.join([*reasons, *others])}")
+        if broken := next((name for name in names if not weight_of(found[name]).isfinite().all()), None):
+            raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
+        unfit = {name: reason_for_none(families, *features(found[name])) for name in names}
+        # before anything is written
+        _check_budget({name: found[name] for name in names}, budget, count, families, unfit)
         of_all = {"damping": damping, "model and data": digest_of(model, batches) if kept else None}
         settings = {
             **of_all,
@@ -121,17 +163,30 @@ def compress(
             "count": count,
             "layers": names,
             "sequential": sequential,
+            "only_if_faster": only_if_faster,
         }
         journal = Journal(None if folder is None else Path(folder), settings, "an unfinished compression")
         errors = Journal(None if shared is None else Path(shared), of_all, "errors of candidates")
-        tell = progress or (lambda what, done, of: None)
-        task = _Task(data, names, families, count, damping, journal, errors, tell)
+        tell("looking at the model", 1, 1)
+        task = _Task(data, names, families, count, damping, only_if_faster, journal, errors, tell)
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
-    report = [_reported(name, found[name], new.get(name), chosen[name].error, matters[name]) for name in names]
+    left_dense = {name: unfit[name] or task.slow.get(name) for name in names}
+    speeds = {name: task.speed_up(name, own.layer) for name, own in new.items()}
+    report = [
+        _reported(name, found[name], new.get(name), chosen[name], matters[name], speeds.get(name), left_dense[name])
+        for name in names
+    ]
+    dense = sum(layer.params_before for layer in report)
+    missed = budget if sum(getattr(layer, count) for layer in report) > budget * dense else None
     put(model, {id(found[name]): own.layer.train(found[name].training) for name, own in new.items()})
-    return CompressionReport(tuple(report), tuple(skipped))
+    return CompressionReport(tuple(report), tuple(skipped), coverage, missed)
+
+
+def _family(spec: str) -> str:
+    """What members of a family have in common."""
+    return re.sub(r"\d+", "", spec)
 
 
 def _check_installed(*modules: str) -> None:
@@ -143,7 +198,13 @@ def _check_installed(*modules: str) -> None:
         )
 
 
-def _check_budget(layers: Mapping[str, nn.Module], budget: float, count: str, families: Sequence[str]) -> None:
+def _check_budget(
+    layers: Mapping[str, nn.Module],
+    budget: float,
+    count: str,
+    families: Sequence[str],
+    unfit: Mapping[str, str | None],
+) -> None:
     """Raises ValueError if nothing is within the budget, or a family is unknown."""
     dense, least = 0, 0
     for layer in layers.values():
@@ -151,19 +212,30 @@ def _check_budget(layers: Mapping[str, nn.Module], budget: float, count: str, fa
         costs = [getattr(s, count) for family in families for s in members(family, *features(layer), CONSIDERED)]
         dense, least = dense + size, least + min([size, *costs])
     if least > budget * dense:
+        why = "".join(f"; {name}: {reason}" for name, reason in unfit.items() if reason is not None)
         raise ValueError(
             f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached with "
-            f"{', '.join(families)}: these keep {least / dense:.4f} at least"
+            f"{', '.join(families)}: these keep {least / dense:.4f} at least{why}"
         )
 
 
-def _reported(name: str, old: nn.Module, new: _Fitted | None, expected: float, matters: float) -> Compressed:
+def _reported(
+    name: str,
+    old: nn.Module,
+    new: _Fitted | None,
+    chosen: Candidate,
+    matters: float,
+    speed: SpeedUp | None,
+    reason: str | None,
+) -> Compressed:
     dense = weight_of(old).numel()
-    if new is None:
-        return Compressed(name, "dense", dense, dense, dense, expected, 0.0, matters, speed_up=1.0)
-    s, speed = new.layer.structure, speed_up(old, new.layer)
+    if new is None or speed is None:
+        return Compressed(name, "dense", dense, dense, dense, chosen.error, 0.0, matters, 1.0, 1.0, reason=reason)
+    s = new.layer.structure
     each = new.tokens / s.in_features if new.tokens else None
-    return Compressed(name, s.spec, dense, s.params, s.macs, expected, new.error, matters, speed, each)
+    return Compressed(
+        name, s.spec, dense, s.params, s.macs, chosen.error, new.error, matters, speed.many, speed.one, each
+    )
 
 
 @dataclass(frozen=True)
@@ -184,9 +256,12 @@ class _Task:
     families: Sequence[str]
     count: str
     damping: float
+    only_if_faster: bool
     journal: Journal
     shared: Journal
     tell: Progress
+    speeds: dict[tuple[object, ...], SpeedUp] = field(default_factory=dict)  # of structures at one size
+    slow: dict[str, str] = field(default_factory=dict)  # why layers stay dense for which no structure is fast enough
 
     def choose(self, budget: float) -> tuple[dict[str, Candidate], dict[str, float]]:
         """What every layer is to become, and what a relative error of its outputs counts."""
@@ -205,25 +280,68 @@ class _Task:
             if name not in names or name in options:
                 continue
             self.tell("comparing structures", len(options), len(names))
-            effects[name] = self._effect(name, inputs)
-            options[name] = self._candidates(name, inputs)
+            with self._naming(name):
+                effects[name] = self._effect(name, inputs)
+                options[name] = self._candidates(name, inputs)
             candidates = [asdict(candidate) for candidate in options[name]]
             self.journal.write(f"candidates of {name}", {"effects": effects[name].points, "candidates": candidates})
         self.tell("comparing structures", len(names), len(names))
         specs: dict[str, str] | None = self.journal.read("choice")
         if specs is None:
             weighted = {name: [replace(c, error=effects[name].at(c.error)) for c in options[name]] for name in names}
-            specs = {name: c.spec for name, c in allocate(weighted, int(budget * dense)).items()}
+            specs = {name: c.spec for name, c in self._allocated(weighted, int(budget * dense)).items()}
             self.journal.write("choice", specs)
+            self.journal.write("slow layers", self.slow)
+        else:
+            self.slow.update(self.journal.read("slow layers") or {})
         chosen = {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}
         return chosen, {name: effects[name].slope for name in names}
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """What goes wrong with the numbers of a layer says which layer it was, and what helps."""
+        try:
+            yield
+        except (torch.linalg.LinAlgError, ValueError) as error:  # type: ignore[attr-defined]
+            help = f"give more calibration data, or a larger damping than {self.damping:g}"
+            raise ValueError(f"{name} cannot be fitted to its inputs: {error}; {help}") from error
+
+    def _allocated(self, options: dict[str, list[Candidate]], budget: int) -> dict[str, Candidate]:
+        """What each layer becomes. If only faster layers are wanted, slower candidates are left out one by one."""
+        if not self.only_if_faster:
+            return allocate(options, budget)
+        while True:
+            least = sum(min(candidate.cost for candidate in own) for own in options.values())
+            chosen = allocate(options, max(budget, least))
+            structured = {name: c for name, c in chosen.items() if c.spec != "dense"}
+            slow = {
+                name: c
+                for name, c in structured.items()
+                if self.speed_up(name, structured_like(self.data.layers[name], c.spec)).is_slower
+            }
+            if not slow:
+                return chosen
+            for name, c in slow.items():
+                # richer members of the same family are no faster
+                options[name] = [o for o in options[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
+                if len(options[name]) == 1:
+                    self.slow[name] = "every structure tried is slower than the dense layer"
+
+    def speed_up(self, name: str, new: Linear) -> SpeedUp:
+        """How fast a structured layer is beside the dense one of this name: as any of its size."""
+        old = self.data.layers[name]
+        key = (new.structure.spec, *weight_of(old).shape, old.weight.dtype, old.weight.device, old.bias is None)
+        if key not in self.speeds:
+            self.tell("timing layers", len(self.speeds), len(self.names))
+            self.speeds[key] = speed_up(old, new)
+        return self.speeds[key]
 
     def _effect(self, name: str, inputs: Inputs) -> Effect:
         """What errors of a layer's outputs do: measured, or where there are no data, alike for all weights."""
         layer = self.data.layers[name]
         weight = weight_of(layer)
         if self.data.outputs is None:
-            return Effect.of([(1.0, 1.0)])
+            return Effect.of(_UNKNOWN)
         points = self.shared.read(f"effects of {name}")
         if points is None:
             points = []
@@ -235,6 +353,8 @@ class _Task:
                 shift = None if layer.bias is None else inputs.bias(layer.bias, weight, other) - layer.bias
                 if (error := inputs.error(weight, other)) > 0:
                     points.append((error, self.data.outputs.moved(layer, other - weight, shift)))
+            if points and not any(effect > 0 for _, effect in points):
+                points = _UNKNOWN  # its inputs are zero on all the data: no reason to give the layer up
             self.shared.write(f"effects of {name}", points)
         return Effect.of(points or _HARMLESS)
 
@@ -291,7 +411,8 @@ class _Task:
             for name, inputs in self.data.inputs(left, passes):
                 if name in names and name not in new:
                     self.tell("fitting", len(new), len(chosen))
-                    new[name] = self._fitted(name, chosen[name], inputs)
+                    with self._naming(name):
+                        new[name] = self._fitted(name, chosen[name], inputs)
             put(compressed, {id(compressed.get_submodule(name)): new[name].layer for name in names})
         self.tell("fitting", len(chosen), len(chosen))
         return new
@@ -302,7 +423,7 @@ class _Task:
         old = self.data.layers[name]
         weight = weight_of(old)
         target = inputs.target(weight, self.damping)
-        layer = fresh(old, spec)
+        layer = structured_like(old, spec)
         moment = None if inputs.is_white else inputs.damped(self.damping)
         for factor, value in zip(layer.structure.factors, ops.project(layer.structure, target, moment), strict=True):
             layer.get_parameter(factor.name).copy_(value)
@@ -319,6 +440,6 @@ class _Task:
         tensors, facts = self.journal.read_tensors(f"layer {name}"), self.journal.read(f"fit of {name}")
         if tensors is None or facts is None:
             return None
-        layer = fresh(self.data.layers[name], spec)
+        layer = structured_like(self.data.layers[name], spec)
         layer.load_state_dict(tensors)
         return _Fitted(layer, **facts)

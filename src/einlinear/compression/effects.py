@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.compression.running import Batch, call, output_of, tokens_of
+from einlinear.compression.divergence import divergence, slices
+from einlinear.compression.running import Batch, Readout, call, inputs_of, output_of, readout, tokens_of
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)  # of dense, that the low ranks keep
 _BATCHES = 2  # of the calibration data that call the layer: so many are run for each
+_KEPT = 2**26  # bytes of outputs that are kept; larger ones are computed again
 _RUINED = 1e6  # where what the model puts out is no number any more
 
 
@@ -69,6 +72,8 @@ class Effect:
 class Outputs:
     """What the model puts out on some of the calibration data, to compare with.
 
+    Where a linear layer puts it out, its inputs are kept, which are much smaller than logits.
+
     Args:
         model: the original.
         batches: the calibration data.
@@ -76,8 +81,9 @@ class Outputs:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self._model, self._batches = model, batches
-        self._right: dict[int, tuple[Tensor, bool]] = {}  # by the batch
+        self._right: dict[int, Readout] = {}  # by the batch
 
+    @torch.no_grad()
     def moved(self, layer: nn.Module, change: Tensor, shift: Tensor | None) -> float:
         """How far the output moves if a layer's weight changes by (out, in) and its bias by (out,).
 
@@ -88,42 +94,67 @@ class Outputs:
 
         def changed(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
             nonlocal calls
-            calls += 1
             x = args[0] if args else next(iter(kwargs.values()))
+            calls += x.numel() > 0
             more = F.linear(x, change.to(x), None if shift is None else shift.to(x))
             return output + more
+
+        @contextmanager
+        def changing() -> Iterator[None]:
+            handle = layer.register_forward_hook(changed, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
 
         total = count = 0.0
         reached = 0
         for number, batch in enumerate(self._batches):
-            right, is_logits = self._right_of(number)
+            right = self._right_of(number)
             before = calls
-            handle = layer.register_forward_hook(changed, with_kwargs=True)
-            try:
-                found, _ = self._run(batch)
-            finally:
-                handle.remove()
-            if is_logits:
-                answers, others = right.log_softmax(1), found.log_softmax(1)
-                total += float(F.kl_div(others, answers, log_target=True, reduction="sum"))
-                count += len(right)
-            else:
-                total += float((found - right).square().sum())
-                count += float(right.square().sum())
+            with changing():
+                found = self._values(batch, right.head)
+            change_of_batch, size = self._compare(right, found, changing)
+            total, count = total + change_of_batch, count + size
+            del right, found  # before the next batch is run
             reached += calls > before
             if reached == _BATCHES:
                 break
         moved = total / max(count, 1e-30)
         return min(moved, _RUINED) if math.isfinite(moved) else _RUINED
 
-    def _right_of(self, number: int) -> tuple[Tensor, bool]:
-        if number not in self._right:
-            self._right[number] = self._run(self._batches[number])
-        return self._right[number]
+    def _compare(
+        self, right: Readout, found: Tensor, changing: Callable[[], AbstractContextManager[None]]
+    ) -> tuple[float, float]:
+        """How far apart the outputs for a batch are, summed, and what to divide by."""
+        change = size = 0.0
+        for part in slices(len(right.values), right.features):
+            expected = self._outputs(right.values[part], right.head)
+            with changing():  # it may be the head that changes
+                outputs = self._outputs(found[part], right.head)
+            if right.is_logits:
+                change += divergence(expected, outputs)
+                size += len(expected)
+            else:
+                change += float((outputs.float() - expected.float()).square().sum())
+                size += float(expected.float().square().sum())
+        return change, size
 
-    @torch.no_grad()
-    def _run(self, batch: Batch) -> tuple[Tensor, bool]:
-        """Outputs, (tokens, features), and whether they are logits."""
-        result = call(self._model, batch)
-        found = tokens_of(batch, output_of(result)).float()
-        return found, hasattr(result, "logits") and found.shape[1] > 1
+    def _right_of(self, number: int) -> Readout:
+        if number in self._right:
+            return self._right[number]
+        right = readout(self._model, self._batches[number])
+        if right.values.nbytes <= _KEPT:
+            self._right[number] = right
+        return right
+
+    def _values(self, batch: Batch, head: str | None) -> Tensor:
+        """(tokens, features): the outputs, or the inputs of the head."""
+        if head is None:
+            return tokens_of(batch, output_of(call(self._model, batch)))
+        ((x,),) = inputs_of(self._model, {head: self._model.get_submodule(head)}, batch, {head: 1}).values()
+        return tokens_of(batch, x)
+
+    def _outputs(self, values: Tensor, head: str | None) -> Tensor:
+        outputs: Tensor = values if head is None else self._model.get_submodule(head)(values)
+        return outputs

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from einlinear.compression.divergence import mean_divergence
 from einlinear.compression.journal import digest_of
-from einlinear.compression.running import Batch, call, evaluating, hooked, output_of, tokens_of
+from einlinear.compression.running import (
+    Batch,
+    call,
+    evaluating,
+    hooked,
+    inputs_of,
+    output_of,
+    readout,
+    tokens_of,
+)
 from einlinear.nn.names import as_globs, check_globs
 from einlinear.parametrize import param_groups
 
@@ -114,6 +124,7 @@ def heal(
     def spent() -> float:
         return before + time.monotonic() - start - writing
 
+    loss_of = _Loss(model, original, names, task_loss)
     with evaluating(model, original):
         for module in model.modules():  # to be checkpointed, it has to be in training; what is inside still is not
             if getattr(module, "gradient_checkpointing", False):
@@ -122,7 +133,7 @@ def heal(
             done = max(len(losses) / steps, 0.0 if seconds is None else spent() / seconds)
             if done >= 1:
                 break
-            loss = _loss(model, original, batch, names, task_loss)
+            loss = loss_of(batch)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss is {losses[-1]} at step {len(losses)}: take a lower lr than {lr:g}")
@@ -213,39 +224,74 @@ class _Optimizer:
             p.copy_(self._learning[name])
 
 
-def _loss(model: nn.Module, original: nn.Module, batch: Batch, names: Sequence[str], task_loss: float) -> Tensor:
-    wanted, found = dict[str, Tensor](), dict[str, Tensor]()
+@dataclass
+class _Loss:
+    """What is minimised. Of many logits only the trained model's are held at once, and a slice of the original's."""
 
-    def note(outputs: dict[str, Tensor], name: str, output: Any) -> None:
-        outputs[name] = output_of(output)
+    model: nn.Module
+    original: nn.Module
+    names: Sequence[str]  # of modules whose outputs are to agree as well
+    task_loss: float
+    head: str | None = None  # the linear layer that puts out the logits of both models, if they are many
+    is_known: bool = False  # whether that was looked up
 
-    with torch.no_grad(), hooked({name: original.get_submodule(name) for name in names}, partial(note, wanted)):
-        right = call(original, batch)
-    with hooked({name: model.get_submodule(name) for name in names}, partial(note, found)):
-        result = call(model, batch)
-    loss = _distance(result, right, batch)
-    called = [name for name in names if name in found and name in wanted]
-    if names and not called:
-        raise ValueError(f"match: {', '.join(names)} is never called, so there is no output to agree on")
-    for name in called:
-        loss = loss + _square(found[name], wanted[name], batch)
-    if not task_loss:
-        return loss
-    if getattr(result, "loss", None) is None:
-        raise ValueError("task_loss needs batches with labels, and a model that returns a loss for them")
-    total: Tensor = loss + task_loss * result.loss
-    return total
+    def __call__(self, batch: Batch) -> Tensor:
+        if not self.is_known:
+            self.head, self.is_known = self._head(batch), True
+        wanted, found = dict[str, Tensor](), dict[str, Tensor]()
+        with torch.no_grad(), self._noting(self.original, wanted):
+            right = self._run(self.original, batch)
+        with self._noting(self.model, found):
+            result = self._run(self.model, batch)
+        loss = self._between(result, right, batch)
+        called = [name for name in self.names if name in found and name in wanted]
+        if self.names and not called:
+            raise ValueError(f"match: {', '.join(self.names)} is never called, so there is no output to agree on")
+        for name in called:
+            loss = loss + _square(found[name], wanted[name], batch)
+        if not self.task_loss:
+            return loss
+        if getattr(result, "loss", None) is None:
+            raise ValueError("task_loss needs batches with labels, and a model that returns a loss for them")
+        total: Tensor = loss + self.task_loss * result.loss
+        return total
 
+    def _head(self, batch: Batch) -> str | None:
+        """None if the models have to be run to their ends."""
+        if self.task_loss:
+            return None
+        right = readout(self.original, batch)
+        if right.head is None or not right.is_logits or readout(self.model, batch).head != right.head:
+            return None
+        is_behind = any(name == right.head or right.head.startswith(f"{name}.") for name in self.names)
+        return None if is_behind else right.head
 
-def _distance(found: Any, right: Any, batch: Batch) -> Tensor:
-    """Between what two models put out."""
-    x, y = output_of(found), output_of(right)
-    if not hasattr(right, "logits"):
-        return _square(x, y, batch)
-    x, y = (tokens_of(batch, tensor).float() for tensor in (x, y))
-    if y.shape[-1] == 1:  # a regression
-        return F.mse_loss(x, y) / y.var().clamp_min(1e-12)
-    return F.kl_div(x.log_softmax(-1), y.log_softmax(-1), reduction="batchmean", log_target=True)
+    def _noting(self, model: nn.Module, outputs: dict[str, Tensor]) -> AbstractContextManager[None]:
+        def note(name: str, output: Any) -> None:
+            outputs[name] = output_of(output)
+
+        return hooked({name: model.get_submodule(name) for name in self.names}, note)
+
+    def _run(self, model: nn.Module, batch: Batch) -> Any:
+        """What the model returns, or what its head reads."""
+        if self.head is None:
+            return call(model, batch)
+        layers, gradients = {self.head: model.get_submodule(self.head)}, torch.is_grad_enabled()
+        ((x,),) = inputs_of(model, layers, batch, {self.head: 1}, lambda x: x, gradients).values()
+        return tokens_of(batch, x)
+
+    def _between(self, found: Any, right: Any, batch: Batch) -> Tensor:
+        if self.head is not None:
+            of_original = self.original.get_submodule(self.head)
+            logits: Tensor = self.model.get_submodule(self.head)(found)
+            return mean_divergence(logits, lambda part: of_original(right[part]), in_place=True)
+        x, y = output_of(found), output_of(right)
+        if not hasattr(right, "logits"):
+            return _square(x, y, batch)
+        x, y = (tokens_of(batch, tensor) for tensor in (x, y))
+        if y.shape[-1] == 1:  # a regression
+            return F.mse_loss(x.float(), y.float()) / y.float().var().clamp_min(1e-12)
+        return mean_divergence(x, lambda part: y[part])
 
 
 def _square(found: Tensor, right: Tensor, batch: Batch) -> Tensor:

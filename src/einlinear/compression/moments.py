@@ -16,6 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-7  # of float32, of all variances together
+_DAMPED = 1e-3  # from this damping on, C can be inverted
+_RESOLVED = 1e-6  # of the largest variance: smaller ones drown in the rounding of float32 products
+
 
 class Moments:
     """Sums over tokens, in float64; products are in float32. All tokens of all batches count alike.
@@ -43,7 +47,10 @@ class Moments:
         """
         given = {"x": x} | ({} if original is None else {"original": original})
         if not all(bool(tensor.isfinite().all()) for tensor in given.values()):
-            raise ValueError("its inputs have values that are NaN or infinite")
+            raise ValueError(
+                "its inputs have values that are NaN or infinite: leave such a batch out, or give the model a dtype "
+                "with a wider range"
+            )
         if not len(x):
             return
         self.tokens += len(x)
@@ -60,7 +67,12 @@ class Moments:
 
         Args:
             centred: whether a bias takes the means.
+
+        Raises:
+            ValueError: inputs whose squares overflow float32.
         """
+        if not all(bool(product.isfinite().all()) for product in self._products.values()):
+            raise ValueError("its inputs are too large: their squares overflow float32")
         beyond = {name: total / self.tokens for name, total in self._sums.items()}
         means = {name: shift + beyond[name] for name, shift in self._shifts.items()}
         second = {
@@ -69,10 +81,14 @@ class Moments:
             + (0 if centred else torch.outer(means[a], means[b]))
             for (a, b), product in self._products.items()
         }
+        # as if a little noise, the same for both models, were added to all inputs: inputs that are constant, or always
+        # zero, then are white, so that it is the weight that is approximated
+        squares = [second[name, name].diagonal().mean() + mean.square().mean() for name, mean in means.items()]
+        noise = 1e-12 * float(max(squares)) or 1.0
+        second = {pair: moment + noise * torch.eye(len(moment)).to(moment) for pair, moment in second.items()}
         own, mean = second["x", "x"], means["x"]
-        rounding = 1e-12 * float(own.diagonal().mean() + mean.square().mean())
         return Inputs(
-            own + rounding * torch.eye(len(own)).to(own),
+            own,
             second.get(("original", "original"), own),
             second.get(("original", "x"), own),
             mean,
@@ -111,15 +127,23 @@ class Inputs:
         return cls(one, one, one, zero, zero, is_white=True)
 
     def damped(self, damping: float) -> Tensor:
-        """C, and a fraction of its mean variance on the diagonal: what few tokens say of many features is noise."""
-        return self.own + damping * self.own.diagonal().mean() * torch.eye(len(self.own)).to(self.own)
+        """C, and a fraction of its mean variance on the diagonal: what few tokens say of many features is noise.
+
+        It is never less than what makes C definite, which float32 products leave off by their rounding.
+        """
+        fraction = max(damping, _ROUNDING * len(self.own))
+        return self.own + fraction * self.own.diagonal().mean() * torch.eye(len(self.own)).to(self.own)
 
     def target(self, weight: Tensor, damping: float) -> Tensor:
-        """The weight to approximate: W K C^{-1}, damped towards W."""
+        """The weight to approximate: W K C^{-1}, damped towards W; in directions that never occur it is W."""
         if not self.is_paired:
             return weight
         w = weight.double()
-        moved: Tensor = torch.linalg.solve(self.damped(damping), (w @ (self.cross - self.own)).T)
+        change = w @ (self.cross - self.own)
+        if damping < _DAMPED:
+            inverse: Tensor = torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)
+            return (w + change @ inverse).to(weight.dtype)
+        moved: Tensor = torch.linalg.solve(self.damped(damping), change.T)
         return (w + moved.T).to(weight.dtype)
 
     def energy(self, weight: Tensor) -> float:

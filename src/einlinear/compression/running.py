@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,22 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einlinear.conversion.calling import Batch as Batch
+from einlinear.conversion.calling import call as call
+from einlinear.conversion.calling import evaluating as evaluating
+from einlinear.nn import Linear
+from einlinear.nn.known import is_conv1d
+
 _TRIED = 2  # calls after which the output is taken not to depend on a layer
-Batch = Any  # what the model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
+# nodes of the graph behind which a model's output is still that of its last layer
+_SAME = {
+    *("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze"),
+    *("Stack", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"),
+    *("LogSoftmax", "Sigmoid", "Softmax"),
+}
+LARGE = 2**12  # features of outputs that are worth computing again, slice by slice
 
 
 class Enough(Exception):
     """What was of interest has been seen: the rest of the model need not be run."""
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for a batch, which is moved to the model's device."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        return model(**{name: _to(value, device) for name, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        return model(*[_to(value, device) for value in batch])
-    return model(_to(batch, device))
 
 
 def output_of(result: Any) -> Tensor:
@@ -63,13 +66,13 @@ def tokens_of(batch: Batch, tensor: Tensor) -> Tensor:
     return flat
 
 
-@torch.no_grad()
 def inputs_of(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batch: Batch,
     calls: Mapping[str, int] | None = None,
     taken: Callable[[Tensor], Any] = Tensor.clone,
+    gradients: bool = False,
 ) -> dict[str, list[Any]]:
     """The inputs of layers, call by call, in the order in which the layers are first called.
 
@@ -78,6 +81,7 @@ def inputs_of(
         layers: by name.
         calls: how often each is called: the rest of the model is left out once they all were.
         taken: what is kept of an input: by default a copy, since the model may change it in place afterwards.
+        gradients: whether the graph is recorded.
     """
     seen: dict[str, list[Any]] = {}
 
@@ -92,7 +96,8 @@ def inputs_of(
         for name, layer in layers.items()
     ]
     try:
-        call(model, batch)
+        with torch.set_grad_enabled(gradients):
+            call(model, batch)
     except Enough:
         pass
     finally:
@@ -120,10 +125,8 @@ def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
     left = dict(layers)
     for batch in batches:
         by_input: dict[tuple[tuple[int, int], ...], list[str]] = {}
-        # holds all inputs, so that no two have the same id; one that was changed in place has another version
-        seen = inputs_of(model, left, batch, taken=lambda x: (x, 0 if x.is_inference() else x._version))
-        for name, inputs in seen.items():
-            by_input.setdefault(tuple((id(x), version) for x, version in inputs), []).append(name)
+        for name, inputs in inputs_of(model, left, batch, taken=_Numbers()).items():
+            by_input.setdefault(tuple(inputs), []).append(name)
             del left[name]
         stages += [Stage(tuple(names), len(key)) for key, names in by_input.items()]
         if not left:
@@ -131,30 +134,142 @@ def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterab
     return stages
 
 
-def reached(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> set[str]:
-    """The layers that the model's output depends on, of those that the data reach."""
-    found, calls = set[str](), dict.fromkeys(layers, 0)
+class _Numbers:
+    """A number for every tensor, and its version: one that was changed in place has another. Keeps none alive."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._count = 0
+
+    def __call__(self, x: Tensor) -> tuple[int, int]:
+        known = self._known.get(id(x))
+        if known is None or known[0]() is not x:
+            self._count += 1
+            known = self._known[id(x)] = (weakref.ref(x), self._count)
+        return known[1], 0 if x.is_inference() else x._version
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a model puts out for a batch, (tokens, features), or what its last layer makes it of, if that is smaller.
+
+    Attributes:
+        values: the outputs, or the inputs of `head`.
+        head: the name of the linear layer whose outputs, as they are, are the model's; None if `values` are them.
+        is_logits: whether the outputs stand for answers, one feature for each.
+        features: of the outputs.
+    """
+
+    values: Tensor
+    head: str | None
+    is_logits: bool
+    features: int
+
+
+@torch.no_grad()
+def readout(model: nn.Module, batch: Batch) -> Readout:
+    """Run a model, and keep what its outputs can be computed of."""
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    calls = dict.fromkeys(linears, 0)
+    last: dict[str, Any] = {}
+
+    def note(name: str, args: tuple[Any, ...], output: Any) -> None:
+        calls[name] += 1
+        last.update(name=name, x=args[0] if args else None, output=weakref.ref(output), version=output._version)
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: note(name, args, output))
+        for name, module in linears.items()
+    ]
+    try:
+        result = call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    output = output_of(result)
+    features = output.shape[-1] if output.dim() else 1
+    is_logits = hasattr(result, "logits") and features > 1
+    is_large = features >= LARGE and last and calls[last["name"]] == 1 and last["x"] is not None
+    if is_large and _is_untouched(output, last["output"](), last["version"]):
+        return Readout(tokens_of(batch, last["x"]), last["name"], is_logits, features)
+    return Readout(tokens_of(batch, output), None, is_logits, features)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Linear) or is_conv1d(module)
+
+
+def _is_untouched(tensor: Tensor, output: Tensor | None, version: int) -> bool:
+    """Whether a tensor is a layer's output, unchanged since."""
+    return output is not None and (
+        tensor.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+        and (tensor.shape, tensor.stride(), tensor.dtype) == (output.shape, output.stride(), output.dtype)
+        and tensor._version == version
+    )
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What calibration data do in a model.
+
+    Attributes:
+        called: the layers that get at least one token.
+        reached: those of them that the model's output depends on.
+        last: those whose outputs are the model's output, up to a softmax, a sigmoid or a change of shape.
+    """
+
+    called: frozenset[str]
+    reached: frozenset[str]
+    last: frozenset[str]
+
+
+def trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> Trace:
+    """Which layers the model's output depends on. Gradients of what layers put out tell it."""
+    found, last, calls = set[str](), set[str](), dict.fromkeys(layers, 0)
     learning = [p for p in model.parameters() if p.requires_grad]
     for p in learning:
-        p.requires_grad_(False)  # gradients of what layers put out tell it, and cost less
+        p.requires_grad_(False)
     try:
         for batch in batches:
             left = {name: layer for name, layer in layers.items() if name not in found and calls[name] < _TRIED}
             if not left:
                 break
+            made: dict[Any, str] = {}  # the node of the graph that stands for a layer's output
 
-            def note(name: str, output: Tensor) -> Tensor:
+            def note(name: str, output: Tensor, made: dict[Any, str] = made) -> Tensor:
+                if not output.numel():
+                    return output
                 calls[name] += 1
                 output.requires_grad_().register_hook(lambda _: found.add(name))
-                return output.clone()  # what is done to it in place is no output of the layer
+                result = output.clone()  # what is done to it in place is no output of the layer
+                made[result.grad_fn] = name
+                return result
 
             with torch.enable_grad(), hooked(left, note):
                 output = output_of(call(model, batch))
                 if output.requires_grad:
-                    output.float().sum().backward()
+                    last |= _sources(output.grad_fn, made)
+                    # of many logits the sum alone is kept: their gradient takes as much memory as they do
+                    total = output.sum(dtype=torch.float32)
+                    del output
+                    total.backward()
     finally:
         for p in learning:
             p.requires_grad_()
+    called = frozenset(name for name, count in calls.items() if count)
+    return Trace(called, frozenset(found), frozenset(last))
+
+
+def _sources(node: Any, made: Mapping[Any, str]) -> set[str]:
+    """The layers whose outputs a tensor is, by its node in the graph, where nothing but its shape or scale changed."""
+    found = set[str]()
+    left = [node]
+    while left:
+        node = left.pop()
+        if node in made:
+            found.add(made[node])
+        elif node is not None and node.name().rstrip("0123456789").removesuffix("Backward") in _SAME:
+            left += [before for before, _ in node.next_functions]
     return found
 
 
@@ -170,20 +285,3 @@ def hooked(modules: Mapping[str, nn.Module], note: Callable[[str, Any], Any]) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without dropout; every module is in the mode it was in afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

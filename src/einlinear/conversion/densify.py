@@ -10,14 +10,16 @@ from torch import nn
 from einlinear.conversion.replace import describe, has_hooks, layers_of, replace_in
 from einlinear.conversion.report import Conversion, ConversionReport
 from einlinear.nn import Linear
+from einlinear.nn.moe.experts import Stacked
 
 
 def densify(model: nn.Module) -> ConversionReport:
     """Replace every structured layer by the dense one that computes the same function, in place.
 
-    That is a `torch.nn.Linear`, or transformers' Conv1D where the structured layer took the place of one. Layers that
-    share a module or all their factors share their weight afterwards. Bias, device, dtype, training mode and
-    requires_grad are kept; a weight is frozen if all its factors were.
+    That is a `torch.nn.Linear`, or what the structured layer took the place of: transformers' Conv1D, or a subclass of
+    `torch.nn.Linear` that has no constructor of its own. Layers that share a module or all their factors share their
+    weight afterwards. Bias, device, dtype, training mode and requires_grad are kept; a weight is frozen if all its
+    factors were.
 
     Returns:
         What was done to every layer, and what was skipped for which reason, such as hooks, which would be lost.
@@ -37,7 +39,8 @@ def densify(model: nn.Module) -> ConversionReport:
     structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
     new: dict[int, nn.Module] = {}
     converted: list[Conversion] = []
-    skipped: list[tuple[str, str]] = []
+    mixtures = [name for name, module in model.named_modules() if isinstance(module, Stacked)]
+    skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
     hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}
@@ -55,7 +58,9 @@ def densify(model: nn.Module) -> ConversionReport:
 
 def _dense(layer: Linear) -> Any:
     linear = layer.to_dense()
-    if layer.dense_class is nn.Linear:
+    if issubclass(layer.dense_class, nn.Linear):
+        if layer.dense_class.__init__ is nn.Linear.__init__:  # then it has nothing else
+            linear.__class__ = layer.dense_class
         return linear
     with torch.device("meta"):  # it gets the parameters of the linear layer
         conv1d: Any = layer.dense_class(layer.out_features, layer.in_features)

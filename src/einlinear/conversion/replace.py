@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from einlinear.conversion.report import Conversion, ConversionReport
 from einlinear.nn.known import features
@@ -20,9 +21,11 @@ def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether the module has hooks of any kind, on calls or on its state_dict, or its parameters have."""
-    of_module = [value for name, value in vars(module).items() if name.endswith("_hooks")]
+    of_module = [hooks for name, hooks in vars(module).items() if name.endswith("_hooks")]
     of_parameters = [hooks for p in module.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
-    return any(of_module + of_parameters)
+    hooks = [hook for hooks in (*of_module, *of_parameters) if hooks for hook in hooks.values()]
+    # torch's weight norm leaves one behind that reads its old files
+    return any(getattr(getattr(hook, "hook", hook), "__module__", "") != parametrizations.__name__ for hook in hooks)
 
 
 def replace_in(

@@ -6,7 +6,7 @@ transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch import nn
 from einlinear.nn import Linear
 from einlinear.nn.known import Described, features, is_conv1d
 from einlinear.structures import FAMILIES
+from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, shown
 from einlinear.structures.spec import is_family
 
 METHOD = "einlinear"
 VERSION = 1
+MAX_LAYERS = 1_000_000
 CODE = "configuration_einlinear"  # the file of saving.py that config.json names
 # What an entry must and may say, each with its type and, where it may be left out, with the value that it has then.
 _REQUIRED: dict[str, type] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
@@ -68,10 +70,14 @@ def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
             f"quantization_config is of version {version}, but this einlinear reads versions up to {VERSION}: update it"
         )
     if not isinstance(layers, Mapping) or not layers:
-        raise ValueError(f"quantization_config: layers must map the names of layers to what they are, not {layers!r}")
+        raise ValueError(
+            f"quantization_config: layers must map the names of layers to what they are, not {repr(layers)[:80]}"
+        )
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"quantization_config describes {len(layers):,} layers, more than {MAX_LAYERS:,}")
     for name, entry in layers.items():
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{name}: expected a mapping with {', '.join(_REQUIRED)}, not {entry!r}")
+            raise ValueError(f"{name}: expected a mapping with {', '.join(_REQUIRED)}, not {repr(entry)[:80]}")
         missing = [key for key in _REQUIRED if key not in entry]
         unknown = [key for key in entry if key not in _REQUIRED and key not in _OPTIONAL]
         if missing or unknown:
@@ -82,12 +88,21 @@ def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
         for key, value in entry.items():
             expected = _REQUIRED.get(key, bool)
             if type(value) is not expected:
-                raise ValueError(f"{name}: {key} must be of type {expected.__name__}, not {value!r}")
+                raise ValueError(f"{name}: {key} must be of type {expected.__name__}, not {repr(value)[:80]}")
+        for key in ("in_features", "out_features"):
+            if not 1 <= entry[key] <= MAX_SIZE:
+                raise ValueError(f"{name}: {key} must be from 1 to {MAX_SIZE}, not {shown(entry[key])}")
+        if len(entry["structure"]) > MAX_TEXT:
+            raise ValueError(f"{name}: structure must have at most {MAX_TEXT:,} characters")
     return {name: dict(entry) for name, entry in layers.items()}
 
 
 def restore(
-    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], prefix: str = "", partly: bool = False
+    model: nn.Module,
+    layers: Mapping[str, Mapping[str, Any]],
+    prefix: str = "",
+    partly: bool = False,
+    renamed: Callable[[str], str] = lambda name: name,
 ) -> dict[str, str]:
     """Put the layers of a description, without weights, in the place of the dense ones of a model, in place.
 
@@ -96,7 +111,8 @@ def restore(
         layers: from `check`.
         prefix: what names of this model have in front that those of its body alone have not, or the other way round
             ("bert" in "bert.encoder.layer.0").
-        partly: whether the model may lack some of the layers, as the body lacks those of a head.
+        partly: whether the model may lack some of the layers, as a body lacks those of a head, and a tower all others.
+        renamed: what a name of the whole model is in this one, such as a tower.
 
     Returns:
         The names that the layers have in this model, by those in the description.
@@ -109,14 +125,14 @@ def restore(
     names: dict[str, str] = {}
     new: dict[int, Linear] = {}  # a module with two names stays one
     for name, entry in layers.items():
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        candidates = (name, renamed(name), f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         found = next((candidate for candidate in candidates if candidate in modules), None)
         if found is None:
             if partly:
                 continue
             raise ValueError(f"{name} is described as a structured layer, but {type(model).__name__} has none there")
         old: Any = modules[found]
-        if type(old) is not nn.Linear and not is_conv1d(old):
+        if not isinstance(old, nn.Linear) and not is_conv1d(old):
             raise ValueError(f"{found} is described as a structured layer, but is a {type(old).__name__}, not linear")
         if features(old) != (entry["in_features"], entry["out_features"]):
             described = f"{entry['in_features']} -> {entry['out_features']}"

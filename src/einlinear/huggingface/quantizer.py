@@ -8,9 +8,12 @@ compiled, cast and saved.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -46,9 +49,9 @@ class EinlinearQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         prefix = model.base_model_prefix
-        saved_from = getattr(model.config, "architectures", None) or [type(model).__name__]
-        partly = type(model).__name__ not in saved_from  # of another class: its head may be another
-        self.names = restore(model, self.quantization_config.layers, prefix, partly)
+        # of another class, which has another head, or is a tower: the configs of towers name no class
+        partly = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
+        self.names = restore(model, self.quantization_config.layers, prefix, partly, _renaming(model))
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         # the guards (saving.py), which may have the prefix in front in the file and not in the model
         bodies = {re.escape(name.removeprefix(f"{prefix}.")) for name in self.names.values()}
@@ -75,6 +78,19 @@ class EinlinearQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """What transformers calls a layer of a folder in this model: it takes the prefixes of some towers away."""
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        key = f"{name}.weight"
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key.removesuffix(".weight")
+
+    return renamed
 
 
 def check_loaded(name: str, layer: nn.Module) -> None:

@@ -45,7 +45,9 @@ class Factored(Described):
     ) -> None:
         super().__init__()
         self.structure = _resolve(structure, in_features, out_features)
-        self.in_features, self.out_features, self.stack = in_features, out_features, stack
+        # ints, whatever kind of integers the arguments are
+        self.in_features, self.out_features = self.structure.in_features, self.structure.out_features
+        self.stack = stack
         self.normalize, self.has_gamma = normalize, normalize and gamma
         first = () if stack is None else (stack,)
         for factor in self.structure.factors:
@@ -55,7 +57,7 @@ class Factored(Described):
                 scale = nn.Parameter(torch.empty(first or 1, device=device, dtype=dtype))
                 self.register_parameter(f"gamma_{factor.name}", scale)
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
 
     @torch.no_grad()
@@ -67,6 +69,12 @@ class Factored(Described):
                 nn.init.ones_(getattr(self, f"gamma_{factor.name}"))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def zero_last_factors(self) -> None:
+        """Set the factor of every term that is contracted last to zero: then the matrix is zero and can still learn."""
+        for _, names in self.structure.by_term([factor.name for factor in self.structure.factors]):
+            nn.init.zeros_(getattr(self, names[-1]))
 
     def factors(self) -> list[Tensor]:
         """The factors as they multiply: in the order of `structure.factors`, normalised where that is asked for."""
@@ -83,6 +91,12 @@ class Factored(Described):
         if self.stack is not None:
             gammas = [gamma.view(-1, *[1] * (m.dim() - 1)) for gamma, m in zip(gammas, normalized, strict=True)]
         return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """What the weight is made of: all parameters but the bias."""
+        if self._modules:  # parametrized factors are parameters of modules below
+            return [parameter for parameter in self.parameters() if parameter is not self.bias]
+        return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
 
     def _parameter(self, name: str) -> Tensor:
         """A factor or a gamma as this process has it."""

@@ -16,7 +16,14 @@ from torch import nn
 
 from einlinear.structures import Structure
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 _OF_VECTORS = (
     nn.Embedding,
     nn.EmbeddingBag,
@@ -40,6 +47,8 @@ class Matrix:
             stack of them along a first axis.
         beside: of a router, the weight in or below its module that has the same input: a base of dense layers has that
             one alone. Routers start at zero.
+        stacked: whether the parameter is several such matrices, along a first axis. (Factors are stacked where they
+            have an axis more.)
     """
 
     in_features: int
@@ -47,6 +56,7 @@ class Matrix:
     structure: Structure | None = None
     factor: int = 0
     beside: str | None = None
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,19 +87,26 @@ class Described(nn.Module, ABC):
 
 
 def known(module: Any) -> Known | None:
-    """What is known of a module, or None for one of a kind that nobody has described."""
+    """What is known of a module, or None for one of a kind that nobody has described.
+
+    No weight is looked at for it: where they are divided among processes, their shapes are others.
+    """
     if isinstance(module, Described):
         return module.known()
     if isinstance(module, nn.Linear) or is_conv1d(module):
         fan_in, fan_out = features(module)
         return Known({"weight": Matrix(fan_in, fan_out)}, ("bias",), fan_in * fan_out)
     if isinstance(module, _CONVOLUTIONS):
-        out_channels, *of_one = module.weight.shape
-        return Known({"weight": Matrix(math.prod(of_one), out_channels)}, ("bias",), macs=None)
+        fan_in = module.in_channels // module.groups * math.prod(module.kernel_size)
+        return Known({"weight": Matrix(fan_in, module.out_channels)}, ("bias",), macs=None)
     if isinstance(module, nn.MultiheadAttention):
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        weights = {name: getattr(module, name) for name in names if getattr(module, name) is not None}
-        matrices = {name: Matrix(weight.shape[1], weight.shape[0]) for name, weight in weights.items()}
+        width = module.embed_dim
+        matrices = {
+            "in_proj_weight": Matrix(width, 3 * width),
+            "q_proj_weight": Matrix(width, width),
+            "k_proj_weight": Matrix(module.kdim, width),
+            "v_proj_weight": Matrix(module.vdim, width),
+        }
         return Known(matrices, ("in_proj_bias", "bias_k", "bias_v"), macs=None)
     if _is_of_transformers(module, *_ATTENTION):  # the linear layers in them are modules of their own
         return Known(macs_per_position=2 * module.config.hidden_size)
@@ -112,5 +129,5 @@ def _is_of_transformers(module: Any, *names: str) -> bool:
 def features(linear: Any) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer, structured or not."""
     if is_conv1d(linear):
-        return linear.weight.shape[0], linear.weight.shape[1]
-    return linear.in_features, linear.out_features
+        return int(getattr(linear, "nx", linear.weight.shape[0])), int(linear.nf)
+    return int(linear.in_features), int(linear.out_features)

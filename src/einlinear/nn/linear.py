@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from einlinear import ops
 from einlinear.nn.factored import Factored
 from einlinear.nn.known import is_conv1d
+from einlinear.nn.lazy_weight import weight_of
 from einlinear.structures import Structure
 
 
@@ -29,11 +30,13 @@ class Linear(Factored):
         gamma: False leaves gamma out of normalize, for layers whose output is normalised as queries and keys can be.
 
     Shapes:
-        input (..., in_features) to output (..., out_features), any leading dimensions, none and empty ones included.
+        input (..., in_features) to output (..., out_features), any leading dimensions, none and empty ones included;
+        nested tensors, jagged or strided, to nested tensors.
 
     Raises:
         ValueError: a structure that is unknown or does not fit the features (see `einlinear.structure`).
-        RuntimeError: on call, an input of another number of features.
+        RuntimeError: on call, an input of another number of features; shapes, dtypes or devices of input, factors and
+            bias that do not fit.
 
     Example:
         >>> import torch, einlinear as el
@@ -109,22 +112,17 @@ class Linear(Factored):
         """W, of shape (out_features, in_features); differentiable in the factors."""
         return ops.dense_weight(self.structure, self.factors())
 
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """What the weight is made of: all parameters but the bias."""
-        return [parameter for parameter in self.parameters() if parameter is not self.bias]
-
     @property
     def weight(self) -> Tensor:
-        """`dense_weight()`, for code that expects a layer to have one. It is built on every access: that costs.
+        """`dense_weight()`, for code that expects a layer to have one.
+
+        Its dtype, device, shape, requires_grad and the like cost nothing. The matrix is built when anything else is
+        done with it, once for every access to the property (`nn/lazy_weight.py`).
 
         What is written into it is lost, whatever the structure: models of transformers initialise the weights of layers
         that are inside others, also after they were loaded. While some factors are still on the meta device, so is it.
         """
-        parameters = self.weight_parameters()
-        if any(parameter.is_meta for parameter in parameters):
-            return torch.empty(self.out_features, self.in_features, device="meta", dtype=parameters[0].dtype)
-        weight = self.dense_weight()
-        return weight.clone() if len(self.structure.factors) == 1 else weight  # one factor is its own dense weight
+        return weight_of(self)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:

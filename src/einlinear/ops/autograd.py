@@ -8,16 +8,16 @@ that casts to the dtype of the moment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from einlinear import structures
-from einlinear.ops import dispatch, executors, reference
+from einlinear.import_hooks import when_imported
+from einlinear.ops import dispatch, executors, operands, reference
 from einlinear.structures import Structure
 
 
@@ -37,6 +37,7 @@ class _Linear(torch.autograd.Function):
         save = not dispatch.recomputes(executor, structure)
         y, saved = executors.find(executor).forward(structure, factors, x, bias, save)
         ctx.structure, ctx.executor, ctx.count = structure, executor, len(factors)
+        ctx.shapes = [states.shape for states in saved]
         ctx.save_for_backward(x, bias, *factors, *saved)
         return y
 
@@ -46,8 +47,11 @@ class _Linear(torch.autograd.Function):
         x, bias, *rest = ctx.saved_tensors
         factors, saved = rest[: ctx.count], rest[ctx.count :]
         needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: let autograd see plain operators
-            return (None, None, *_reference_gradients(ctx, x, bias, factors, grad))
+        if dispatch.differentiable(grad, x, *factors):
+            plain = partial(_plain, ctx.structure)
+            return None, None, *plain_gradients(plain, (x, bias, *factors), ctx.needs_input_grad[2:], grad)
+        if [states.shape for states in saved] != ctx.shapes:
+            raise RuntimeError("an intermediate was unpacked in another shape than it was saved in")
         grad_bias = grad.sum(0) if needs_bias else None
         grad_x, grad_factors = executors.find(ctx.executor).backward(
             ctx.structure, factors, x, grad, saved, needs_x, needs_factors
@@ -55,23 +59,38 @@ class _Linear(torch.autograd.Function):
         return (None, None, grad_x, grad_bias, *grad_factors)
 
 
-def _reference_gradients(
-    ctx: Any, x: Tensor, bias: Tensor | None, factors: list[Tensor], grad: Tensor
+def _plain(structure: Structure, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+    return reference.apply(structure, factors, x, bias)
+
+
+def plain_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    y = reference.apply(ctx.structure, factors, x, bias)
-    inputs = [x, bias, *factors]
-    wanted = [(i, t) for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[2 + i]]
-    found = torch.autograd.grad(y, [tensor for _, tensor in wanted], grad, create_graph=True)
-    result: list[Tensor | None] = [None] * len(inputs)
-    for (i, _), gradient in zip(wanted, found, strict=True):
-        result[i] = gradient
-    return result
+    """The gradients of a function in plain operators, for a backward pass that is itself differentiated or batched."""
+    with torch.enable_grad():
+        # by other names, since one input may have been computed from another: each gets its own share alone
+        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        y = function(*inputs)
+    wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
+    return [next(found) if needs else None for needs in needed]
+
+
+def structure_of(spec: str, in_features: int, out_features: int) -> Structure:
+    """The structure that a spec stands for, from memory. A compiler's symbols become numbers, for good."""
+    return _structure_of(spec, int(in_features), int(out_features))
 
 
 @lru_cache(maxsize=4096)
-def structure_of(spec: str, in_features: int, out_features: int) -> Structure:
-    """The structure that a spec stands for, from memory."""
+def _structure_of(spec: str, in_features: int, out_features: int) -> Structure:
     return structures.structure(spec, in_features, out_features)
+
+
+def features(x: Tensor) -> int:
+    """How many an operator's input has. Raises RuntimeError unless it is of shape (n, features)."""
+    if x.dim() != 2:
+        raise RuntimeError(f"an input or a gradient has shape {tuple(x.shape)}, not (n, features)")
+    return x.shape[1]
 
 
 @torch.library.custom_op("einlinear::linear", mutates_args=())
@@ -79,12 +98,14 @@ def linear_op(
     x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, executor: str
 ) -> Tensor:
     """`run` without autograd: (n, in_features) to (n, out_features)."""
-    structure = structure_of(spec, x.shape[1], out_features)
+    structure = structure_of(spec, features(x), out_features)
+    executors.check_support(executor, structure, x.dtype, x.device)
     return executors.find(executor).forward(structure, factors, x, bias, save=False)[0]
 
 
 @linear_op.register_fake
 def _(x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, executor: str) -> Tensor:
+    operands.check(structure_of(spec, features(x), out_features), factors, x, bias, memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -93,7 +114,8 @@ def linear_backward_op(
     grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, executor: str, needs_x: bool, needs_factors: list[bool]
 ) -> list[Tensor]:
     """The gradients that are needed, of x first, then of the factors; intermediate states are computed again."""
-    structure = structure_of(spec, x.shape[1], grad.shape[1])
+    structure = structure_of(spec, features(x), features(grad))
+    executors.check_support(executor, structure, x.dtype, x.device)
     grad_x, grad_factors = executors.find(executor).backward(structure, factors, x, grad, [], needs_x, needs_factors)
     return [g for g in (grad_x, *grad_factors) if g is not None]
 
@@ -102,6 +124,7 @@ def linear_backward_op(
 def _(
     grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, executor: str, needs_x: bool, needs_factors: list[bool]
 ) -> list[Tensor]:
+    operands.check(structure_of(spec, features(x), features(grad)), factors, x, grad=grad, memory=False)
     inputs = zip((x, *factors), (needs_x, *needs_factors), strict=True)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in inputs if needed]
 
@@ -123,16 +146,21 @@ def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 linear_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.einlinear.linear)
-def _(x: Any, factors: Any, bias: Any, spec: str, out_features: int, *args: Any, **kwargs: Any) -> int:
-    return 2 * int(x[0]) * structure_of(spec, x[1], out_features).macs
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula  # which imports triton
+
+    @register_flop_formula(torch.ops.einlinear.linear)
+    def _(x: Any, factors: Any, bias: Any, spec: str, out_features: int, *args: Any, **kwargs: Any) -> int:
+        return 2 * int(x[0]) * structure_of(spec, x[1], out_features).macs
+
+    @register_flop_formula(torch.ops.einlinear.linear_backward)
+    def _(
+        grad: Any, x: Any, factors: Any, spec: str, executor: str, needs_x: bool, needs_factors: list[bool], **_: Any
+    ) -> int:
+        # of every factor's step, one product gives the gradient of the state before it, one that of the factor
+        structure = structure_of(spec, x[1], grad[1])
+        states = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
+        return 2 * int(x[0]) * (states + sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed))
 
 
-@register_flop_formula(torch.ops.einlinear.linear_backward)
-def _(
-    grad: Any, x: Any, factors: Any, spec: str, executor: str, needs_x: bool, needs_factors: list[bool], **_: Any
-) -> int:
-    # of every factor's step, one product gives the gradient of the state before it, one that of the factor
-    structure = structure_of(spec, x[1], grad[1])
-    states = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
-    return 2 * int(x[0]) * (states + sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed))
+when_imported("torch.utils.flop_counter", _register_flops)

@@ -8,33 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from einlinear.ops.costs import DENSE, microseconds
 from einlinear.ops.executors import CPU_EXECUTORS, DECLARED, EXECUTORS, check_name, unsupported
 from einlinear.structures import Structure
 
 MANY_TOKENS = 2048  # what is chosen for a compiler, which traces once for any number
+_KINDS = {Tensor, nn.Parameter, FakeTensor, type(None)}  # others have rules of their own
 CHEAP = 100  # MACs that the compiled kernel does while a number is written and read again (docs/benchmarks/cpu)
 
 
-@dataclass
-class _Forced:
+@dataclass(frozen=True)
+class Forced:
+    """What `backend` forces; None is not forced."""
+
     executor: str | None = None
     recompute: bool | None = None
 
 
-forced = _Forced()
+_FREE = Forced()
+_FORCED: ContextVar[Forced] = ContextVar("einlinear.backend")
+
+
+def forced() -> Forced:
+    """What is forced in this thread or task."""
+    return _FORCED.get(_FREE)
 
 
 @contextmanager
 def backend(executor: str | None = None, *, recompute: bool | None = None) -> Iterator[None]:
-    """Force how structured layers are run, for the whole process, as long as the context lasts.
+    """Force how structured layers are run, in this thread or asyncio task, as long as the context lasts.
+
+    Other threads and tasks do not see it: a new task starts with what is forced where it is created, a new thread with
+    nothing forced, unless it runs in a copy of the context (`contextvars.copy_context`). A backward pass uses the
+    executor of its forward pass, in any thread. Activation checkpointing on a GPU runs layers again in a thread of
+    torch's own, where nothing is forced. Can also decorate a function.
 
     Args:
         executor: "reference" (plain einsum), "bmm" (batched matmuls), "tiles" (compiled CPU kernel), "triton" (GPU
@@ -42,7 +59,8 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         recompute: whether the backward pass computes the intermediate states again (True) or finds them saved (False);
             None leaves it as it was, by default as was measured to be faster.
 
-    A function that torch.compile has compiled keeps what was chosen when it was traced.
+    A function that torch.compile has compiled keeps what was chosen when it was traced. Inside of such a function, the
+    context ends the graph, which is an error with `fullgraph=True`: put it around the call.
 
     Raises:
         ValueError: an unknown executor.
@@ -56,19 +74,25 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         >>> torch.allclose(y, layer(x), atol=1e-5)
         True
     """
-    before = forced.executor, forced.recompute
-    forced.executor = forced.executor if executor is None else check_name(executor)
-    forced.recompute = forced.recompute if recompute is None else recompute
+    before = forced()
+    _FORCED.set(
+        Forced(
+            before.executor if executor is None else check_name(executor),
+            before.recompute if recompute is None else recompute,
+        )
+    )
     try:
         yield
     finally:
-        forced.executor, forced.recompute = before
+        # not by a token: a generator may be closed in another context than the one it was started in
+        _FORCED.set(before)
 
 
 def recomputes(executor: str, structure: Structure) -> bool:
     """Whether a backward pass computes the states between factors again, rather than find them saved."""
-    if forced.recompute is not None:
-        return forced.recompute
+    recompute = forced().recompute
+    if recompute is not None:
+        return recompute
     return DECLARED[executor].recomputes and _repeats(structure)
 
 
@@ -105,11 +129,12 @@ def choose(
     structure: Structure, tokens: int, dtype: torch.dtype, device: torch.device, training: bool = False
 ) -> Choice:
     """The executor for this many tokens, forward only or with a backward pass; chosen once for every power of two."""
-    if forced.executor is not None:
-        why = unsupported(forced.executor, structure, dtype, device)
+    executor = forced().executor
+    if executor is not None:
+        why = unsupported(executor, structure, dtype, device)
         if why is not None:
-            raise RuntimeError(f"einlinear.backend({forced.executor!r}) forces an executor that cannot run here: {why}")
-        return Choice(forced.executor, "forced by einlinear.backend")
+            raise RuntimeError(f"einlinear.backend({executor!r}) forces an executor that cannot run here: {why}")
+        return Choice(executor, "forced by einlinear.backend")
     return _cheapest(structure, max(tokens - 1, 0).bit_length(), dtype, device.type, training)
 
 
@@ -120,6 +145,8 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
     refused = {name: unsupported(name, structure, dtype, device) for name in EXECUTORS}
     able = [name for name, why in refused.items() if why is None]
     refusals = tuple((name, why) for name, why in refused.items() if why is not None)
+    if not dtype.is_floating_point:
+        return Choice("reference", "the others compute with real numbers", (), refusals)
     if device_type != "cpu":
         if "triton" in able:
             refusals += (("triton", "it has not been measured on a GPU yet: einlinear.backend('triton') takes it"),)
@@ -170,32 +197,45 @@ def seen(*tensors: Tensor | None) -> str:
         return "plain"
     if torch.compiler.is_compiling():
         return "traced"
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return "plain"
-    kinds = {type(tensor) for tensor in tensors} - {Tensor, nn.Parameter, type(None)}
-    if kinds - {FakeTensor}:
+    kinds = set(map(type, tensors))
+    if not kinds <= _KINDS:
         return "plain"
-    return "traced" if kinds or torch._C._len_torch_dispatch_stack() > 0 else "eager"
+    return "traced" if FakeTensor in kinds or torch._C._len_torch_dispatch_stack() > 0 else "eager"
+
+
+def differentiable(grad: Tensor, *others: Tensor) -> bool:
+    """Whether a backward pass has to work in plain operators: since it is differentiated itself, or batched."""
+    return (
+        torch.is_grad_enabled() or seen(grad, *others) == "plain" or torch._C._functorch.is_legacy_batchedtensor(grad)
+    )
 
 
 def of_one_dtype(
     x: Tensor, factors: Sequence[Tensor], bias: Tensor | None
 ) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
-    """All of them as autocast makes them.
-
-    Raises:
-        RuntimeError: it leaves them alone, and the input is of another dtype than the factors.
-    """
+    """All of them as autocast makes them, if it is on."""
     dtype = autocast_dtype(x)
-    if dtype is not None:
-        return x.to(dtype), [factor.to(dtype) for factor in factors], None if bias is None else bias.to(dtype)
-    if x.dtype != factors[0].dtype:
-        raise RuntimeError(f"the input is of {x.dtype}, but the layer of {factors[0].dtype}: convert one of them")
+    if dtype is None:
+        return x, factors, bias
+    x, bias, *factors = (_cast(tensor, dtype) for tensor in (x, bias, *factors))
     return x, factors, bias
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of an input, or None where it leaves it alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if on else None
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and _is_cast(x) else None
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor.to(dtype) if isinstance(tensor, Tensor) and _is_cast(tensor) else tensor
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    """Whether autocast touches such a tensor at all."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64

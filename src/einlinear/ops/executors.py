@@ -1,7 +1,7 @@
 """The executors: what all of them do, which there are, and what the choice among them has to know of each.
 
 An executor is a module with the functions of `Executor`; the reference is not one of these, since autograd itself
-differentiates it.
+differentiates it. `find` puts the check of all operands before it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from einlinear.ops import operands
 from einlinear.structures import Structure
 
 
@@ -97,8 +98,86 @@ CPU_EXECUTORS = tuple(name for name, declared in DECLARED.items() if declared.on
 
 @cache
 def find(name: str) -> Executor:
-    """The module of an executor other than the reference, imported when it is first wanted."""
-    return cast(Executor, importlib.import_module(f"einlinear.ops.{DECLARED[name].module}"))
+    """An executor other than the reference, imported when it is first wanted; it refuses operands that do not fit.
+
+    Raises:
+        ValueError: an unknown executor, or the reference.
+    """
+    module = DECLARED[check_name(name)].module
+    if module is None:
+        raise ValueError(f"{name!r} runs in plain operators: choose an executor with a backward pass of its own")
+    return _Checked(cast(Executor, importlib.import_module(f"einlinear.ops.{module}")))
+
+
+class _Checked:
+    """An executor that checks its operands (`operands.check`), and negates those whose negation torch has put off."""
+
+    def __init__(self, module: Executor) -> None:
+        self.module = module
+
+    def unsupported(self, structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+        return self.module.unsupported(structure, dtype, device)
+
+    def forward(
+        self, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, save: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        if operands.check(structure, factors, x, bias):
+            x, bias, *factors = _negated(x, bias, *factors)
+        return self.module.forward(structure, factors, x, bias, save)
+
+    def backward(
+        self,
+        structure: Structure,
+        factors: Sequence[Tensor],
+        x: Tensor,
+        grad: Tensor,
+        saved: Sequence[Tensor],
+        needs_x: bool,
+        needs_factors: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        if operands.check(structure, factors, x, grad=grad, saved=saved):
+            x, grad, *factors = _negated(x, grad, *factors)
+            saved = _negated(*saved)
+        return self.module.backward(structure, factors, x, grad, saved, needs_x, needs_factors)
+
+    def forward_grouped(
+        self,
+        structure: Structure,
+        factors: Sequence[Tensor],
+        x: Tensor,
+        indices: Tensor,
+        gates: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        if operands.check(structure, factors, x, bias, routing=(indices, gates)):
+            x, gates, bias, *factors = _negated(x, gates, bias, *factors)
+        return self.module.forward_grouped(structure, factors, x, indices, gates, bias)
+
+    def backward_grouped(
+        self,
+        structure: Structure,
+        factors: Sequence[Tensor],
+        x: Tensor,
+        indices: Tensor,
+        gates: Tensor,
+        grad: Tensor,
+        needs_x: bool,
+        needs_factors: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        if operands.check(structure, factors, x, grad=grad, routing=(indices, gates)):
+            x, gates, grad, *factors = _negated(x, gates, grad, *factors)
+        return self.module.backward_grouped(structure, factors, x, indices, gates, grad, needs_x, needs_factors)
+
+
+def _negated(*tensors: Any) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else tensor.resolve_neg() for tensor in tensors)
+
+
+def check_support(name: str, structure: Structure, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise RuntimeError where an executor cannot run a structure, and ValueError for an unknown executor."""
+    why = unsupported(name, structure, dtype, device)
+    if why is not None:
+        raise RuntimeError(f"the executor {name!r} cannot run this: {why}")
 
 
 def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: torch.device | str) -> str | None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from einlinear.ops import dispatch, executors, reference
-from einlinear.ops.autograd import structure_of
+from einlinear.import_hooks import when_imported
+from einlinear.ops import dispatch, executors, operands, reference
+from einlinear.ops.autograd import features, plain_gradients, structure_of
+from einlinear.ops.constants import assume_constant_result
 from einlinear.structures import Structure
 
 
@@ -42,34 +44,24 @@ def grouped_linear(
         (n, out_features); differentiable in factors, x, gates and bias.
 
     Raises:
-        RuntimeError: x has another number of features or another dtype than the factors; other shapes or dtypes do not
-            fit.
-        IndexError: an expert that there is not.
+        RuntimeError, ValueError, TypeError: operands that do not fit, as for `ops.linear`.
+        IndexError: an expert that there is not; only on the CPU.
     """
-    if x.dim() != 2 or x.shape[1] != structure.in_features:
-        raise RuntimeError(f"the input has shape {tuple(x.shape)}, not (n, in_features={structure.in_features})")
-    if indices.shape != gates.shape or indices.dim() != 2 or len(indices) != len(x) or not indices.shape[1]:
-        raise RuntimeError(
-            f"indices of shape {tuple(indices.shape)} and gates of shape {tuple(gates.shape)}: "
-            f"both must be ({len(x)}, active), with an active expert or more"
-        )
-    if indices.dtype != torch.int64:
-        raise RuntimeError(f"the indices are of {indices.dtype}, but must be of torch.int64")
-    if bias is not None and bias.shape != (structure.out_features,):
-        raise RuntimeError(f"the bias has shape {tuple(bias.shape)}, not (out_features={structure.out_features},)")
+    way = dispatch.seen(x, indices, gates, bias, *factors)
     x, factors, bias = dispatch.of_one_dtype(x, factors, bias)
     gates = gates.to(x.dtype)
-    way = dispatch.seen(x, bias, *factors)
-    if way == "plain" or x.is_meta:
-        return _reference(structure, factors, x, indices, gates, bias)
     training = dispatch.wants_gradients(x, gates, bias, *factors)
-    if torch.compiler.is_compiling():
+    if way == "plain" or x.is_meta:
+        executor = "reference"
+    elif torch.compiler.is_compiling():
         spec, in_features, out_features = structure.spec, structure.in_features, structure.out_features
         executor = _choose_compiled(spec, in_features, out_features, x.dtype, x.device.type)
     else:
-        load = max(1, indices.numel() // len(factors[0]))
+        experts = len(factors[0]) if factors else 0
+        load = max(1, indices.numel() // max(1, experts))
         executor = _choose(structure, load, x.dtype, x.device, training)
     if executor == "reference":
+        operands.check(structure, factors, x, bias, routing=(indices, gates), memory=way == "eager")
         return _reference(structure, factors, x, indices, gates, bias)
     if way == "traced":
         op: Tensor = grouped_op(
@@ -79,16 +71,18 @@ def grouped_linear(
     if training:
         y: Tensor = _Grouped.apply(executor, structure, x, indices, gates, bias, *factors)  # type: ignore[no-untyped-call]
         return y
-    return _find(executor, factors, indices).forward_grouped(structure, factors, x, indices, gates, bias)
+    return executors.find(executor).forward_grouped(structure, factors, x, indices, gates, bias)
 
 
 def _choose(structure: Structure, load: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
-    """The fastest for an expert of this many tokens; if not forced, torch's batched matmuls, not plain torch."""
+    """The fastest for an expert of this many tokens; if not forced, torch's batched matmuls rather than plain torch."""
     chosen = dispatch.choose(structure, load, dtype, device, training).executor
-    return "bmm" if chosen == "reference" and dispatch.forced.executor is None else chosen
+    if chosen == "reference" and dispatch.forced().executor is None:
+        return "bmm" if executors.unsupported("bmm", structure, dtype, device) is None else chosen
+    return chosen
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _choose_compiled(spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> str:
     structure = structure_of(spec, in_features, out_features)
     return _choose(structure, dispatch.MANY_TOKENS, dtype, torch.device(device), training=True)
@@ -104,19 +98,16 @@ def _reference(
 ) -> Tensor:
     """In plain operators, which compute all experts for all tokens."""
     y = x.new_zeros(x.shape[0], structure.out_features)
-    for e in range(factors[0].shape[0]):
+    for e, own in enumerate(zip(*(factor.unbind() for factor in factors), strict=True)):
         gate = torch.where(indices == e, gates, 0).sum(1, keepdim=True, dtype=gates.dtype)
-        y = y + gate * reference.apply(structure, [factor[e] for factor in factors], x, None)
+        y = y + gate * reference.apply(structure, own, x, None)
     return y if bias is None else y + bias
 
 
-def _find(executor: str, factors: Sequence[Tensor], indices: Tensor) -> executors.Executor:
-    """The executor. Raises IndexError for experts that there are not; a GPU finds out by itself, but later."""
-    if indices.is_cpu and indices.numel():
-        experts, (low, high) = len(factors[0]), (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= experts:
-            raise IndexError(f"expert {low if low < 0 else high}: there are {experts}, from 0 to {experts - 1}")
-    return executors.find(executor)
+def _plain(
+    structure: Structure, x: Tensor, indices: Tensor, gates: Tensor, bias: Tensor | None, *factors: Tensor
+) -> Tensor:
+    return _reference(structure, factors, x, indices, gates, bias)
 
 
 class _Grouped(torch.autograd.Function):
@@ -133,20 +124,17 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         ctx.executor, ctx.structure = executor, structure
         ctx.save_for_backward(x, indices, gates, bias, *factors)
-        return _find(executor, factors, indices).forward_grouped(structure, factors, x, indices, gates, bias)
+        return executors.find(executor).forward_grouped(structure, factors, x, indices, gates, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, indices, gates, bias, *factors = ctx.saved_tensors
         _, _, needs_x, _, needs_gates, needs_bias, *needs_factors = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # a gradient of the gradient is wanted: let autograd see plain operators
-            inputs = (x, indices, gates, bias, *factors)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needed]
-            y = _reference(ctx.structure, factors, x, indices, gates, bias)
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return None, None, *(next(found) if needed else None for needed in ctx.needs_input_grad[2:])
-        grad_x, grad_gates, grad_factors = _find(ctx.executor, factors, indices).backward_grouped(
+        if dispatch.differentiable(grad, x, gates, *factors):
+            plain, inputs = partial(_plain, ctx.structure), (x, indices, gates, bias, *factors)
+            return None, None, *plain_gradients(plain, inputs, ctx.needs_input_grad[2:], grad)
+        grad_x, grad_gates, grad_factors = executors.find(ctx.executor).backward_grouped(
             ctx.structure, factors, x, indices, gates, grad, needs_x or needs_gates, needs_factors
         )
         return None, None, grad_x, None, grad_gates, grad.sum(0) if needs_bias else None, *grad_factors
@@ -164,9 +152,9 @@ def grouped_op(
     executor: str,
 ) -> Tensor:
     """`grouped_linear` as an operator, for what traces."""
-    return _find(executor, factors, indices).forward_grouped(
-        structure_of(spec, x.shape[1], out_features), factors, x, indices, gates, bias
-    )
+    structure = structure_of(spec, features(x), out_features)
+    executors.check_support(executor, structure, x.dtype, x.device)
+    return executors.find(executor).forward_grouped(structure, factors, x, indices, gates, bias)
 
 
 @grouped_op.register_fake
@@ -180,6 +168,8 @@ def _(
     out_features: int,
     executor: str,
 ) -> Tensor:
+    structure = structure_of(spec, features(x), out_features)
+    operands.check(structure, factors, x, bias, routing=(indices, gates), memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -188,9 +178,10 @@ def grouped_backward_op(
     grad: Tensor, x: Tensor, factors: list[Tensor], indices: Tensor, gates: Tensor, spec: str, executor: str
 ) -> list[Tensor]:
     """The gradients of x, of the gates and of the factors."""
-    structure = structure_of(spec, x.shape[1], grad.shape[1])
+    structure = structure_of(spec, features(x), features(grad))
+    executors.check_support(executor, structure, x.dtype, x.device)
     needs_factors = [True] * len(factors)
-    grad_x, grad_gates, grad_factors = _find(executor, factors, indices).backward_grouped(
+    grad_x, grad_gates, grad_factors = executors.find(executor).backward_grouped(
         structure, factors, x, indices, gates, grad, True, needs_factors
     )
     return [g for g in (grad_x, grad_gates, *grad_factors) if g is not None]
@@ -200,6 +191,8 @@ def grouped_backward_op(
 def _(
     grad: Tensor, x: Tensor, factors: list[Tensor], indices: Tensor, gates: Tensor, spec: str, executor: str
 ) -> list[Tensor]:
+    structure = structure_of(spec, features(x), features(grad))
+    operands.check(structure, factors, x, grad=grad, routing=(indices, gates), memory=False)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gates, *factors)]
 
 
@@ -218,13 +211,18 @@ def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 grouped_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.einlinear.grouped_linear)
-def _(
-    x: Any, factors: Any, indices: Any, gates: Any, bias: Any, spec: str, out_features: int, executor: str, **_: Any
-) -> int:
-    return 2 * int(math.prod(indices)) * structure_of(spec, x[1], out_features).macs
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula  # which imports triton
+
+    @register_flop_formula(torch.ops.einlinear.grouped_linear)
+    def _(
+        x: Any, factors: Any, indices: Any, gates: Any, bias: Any, spec: str, out_features: int, executor: str, **_: Any
+    ) -> int:
+        return 2 * int(math.prod(indices)) * structure_of(spec, x[1], out_features).macs
+
+    @register_flop_formula(torch.ops.einlinear.grouped_linear_backward)
+    def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, executor: str, **_: Any) -> int:
+        return 4 * int(math.prod(indices)) * structure_of(spec, x[1], grad[1]).macs
 
 
-@register_flop_formula(torch.ops.einlinear.grouped_linear_backward)
-def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, executor: str, **_: Any) -> int:
-    return 4 * int(math.prod(indices)) * structure_of(spec, x[1], grad[1]).macs
+when_imported("torch.utils.flop_counter", _register_flops)

@@ -23,12 +23,16 @@ def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tens
     outputs = []
     for term, own in structure.by_term(factors):
         shape = [sizes[a] for a in term.inputs]
-        z = pad(x, math.prod(shape)).reshape(x.shape[0], *shape)
+        # sizes come from the structure, since those of tensors are no numbers while something traces
+        padding = math.prod(shape) - structure.in_features
+        z = (F.pad(x, (0, padding)) if padding else x).reshape(x.shape[0], *shape)
         for factor, w in zip(term.factors, own):
             z = einsum([("tokens", *factor.before), factor.axes], ("tokens", *factor.after), z, w)
         last = term.factors[-1].after
         z = z.permute([0, *[1 + last.index(a) for a in term.outputs]])
-        outputs.append(z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features])
+        width = math.prod([sizes[a] for a in term.outputs])
+        z = z.reshape(x.shape[0], width)
+        outputs.append(z[:, : structure.out_features] if width > structure.out_features else z)
     y = outputs[0]
     for more in outputs[1:]:
         y = y + more
@@ -57,7 +61,8 @@ def term_weight(structure: Structure, term: Term, factors: Sequence[Tensor]) -> 
             subscripts.append((axis, f"{axis}'"))
         outputs.append(f"{axis}'" if axis in term.inputs else axis)
     weight = einsum(subscripts, (*outputs, *term.inputs), *operands)
-    weight = weight.reshape(math.prod(sizes[a] for a in term.outputs), math.prod(sizes[a] for a in term.inputs))
+    # lists, since torch.compile cannot trace math.prod of a generator
+    weight = weight.reshape(math.prod([sizes[a] for a in term.outputs]), math.prod([sizes[a] for a in term.inputs]))
     return weight[: structure.out_features, : structure.in_features]
 
 

@@ -1,4 +1,4 @@
-"""Structure-aware muP for whole models: initialisation and parameter groups.
+"""Structure-aware muP for whole models: parameter groups.
 
 One learning rate, found at the width of a small dense base model, serves every width and every structure: a dense
 matrix learns at base_in / in of it under Adam, and every factor of a structured matrix at that times its own
@@ -9,22 +9,24 @@ are in `structures/mup.py`.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
-from einlinear.nn.factored import Factored
 from einlinear.nn.names import as_globs, as_rules
+from einlinear.parametrize.kinds import as_matrix
 from einlinear.parametrize.roles import Parameter, check_matches, parameters
 from einlinear.structures.mup import adam_multipliers, muon_multipliers, sgd_multipliers, spectral_std
 
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")  # their update does not depend on the gradient's size
 _FACTORS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}  # by rule
 _ADAM_RMS = 0.2  # of an entry of Adam's updates, over the learning rate: arXiv 2502.16982, section 2.2
+
+logger = logging.getLogger("einlinear")
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
@@ -34,6 +36,7 @@ def base_shapes(model: nn.Module, roles: Mapping[str, str] | None = None) -> dic
     """The shapes that identify a base model, by name, to be saved as JSON: of every weight and every other parameter.
 
     Of a structured layer it is the shape [out_features, in_features] of its whole weight, also of each of its experts.
+    Shapes are those of whole parameters, also of a model whose parameters are divided among processes.
 
     >>> import einlinear as el
     >>> el.base_shapes(el.Linear(64, 256, "btt"))
@@ -69,25 +72,29 @@ def param_groups(
             as the batches of matrices its k factors are, each at 1 / k of theirs. In the base, updates have the
             root mean square of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), hence the same `lr`.
         weight_decay: for matrices and embeddings, that is parameters of two or more dimensions, as in timm and in the
-            paper; biases, norms and scalars get none. It is passed on as it is: AdamW decays a group by its own
-            learning rate times this. None leaves it out of their groups, so that the optimizer's own applies, which is
-            0.01 for torch's AdamW.
+            paper; biases, norms, scales, class tokens and scalars get none. It is passed on as it is: AdamW decays a
+            group by its own learning rate times this. None leaves it out of their groups, so that the optimizer's own
+            applies, which is 0.01 for torch's AdamW.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
-        roles: glob on qualified names -> "matrix" or "vector", for the parameters of modules of one's own, and to
-            override what is known of others (a head tied to an embedding has the role of the one registered first).
+        roles: glob on qualified names -> "matrix" or "vector", to override what is known of a module, or taken by the
+            kind of a parameter where nothing is known of it (see `einlinear.parametrize.kinds.by_kind`). An embedding
+            that shares its weight with a head is a matrix, in whichever order the two are registered. That keeps steps
+            from growing with the width. A model that multiplies its logits by base width / width can say
+            ``roles={"*embed*": "vector"}``: then the embedding learns as one without a head.
         hidden: a glob, or several, on the matrices that Muon takes; its authors leave heads to AdamW. Default: all.
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless it is left to the
-        optimizer, "weight_decay"; those for Muon with "matrices" (the order of axes and shape that make matrices of a
-        parameter) and "size" (what a unit spectral norm is multiplied with). Parameters of equal settings share a
-        group.
+        optimizer, "weight_decay"; "by_kind" are the names of those whose role was taken by their kind, where there are
+        any. Groups for Muon have "matrices" (the order of axes and shape that make matrices of a parameter) and "size"
+        (what a unit spectral norm is multiplied with). Parameters of equal settings share a group.
 
     Raises:
         ValueError: an unknown optimizer, `hidden` for another one than Muon, a parameter that the base lacks, a glob
-            that matches none, or a parameter of unknown role: no layer of torch's or this library's holds it, `roles`
-            does not name it, and its shape is not that in the base (what does not grow with the width is a vector).
+            that matches none, parameters that FSDP1 has flattened, or a parameter of unknown role: no layer of torch's,
+            transformers' or this library's holds it, `roles` does not name it, and its shape in the base contradicts
+            what its kind would be.
 
     Example:
         >>> import torch, einlinear as el
@@ -99,8 +106,7 @@ def param_groups(
     """
     if optimizer not in (*ADAM, "sgd", "muon"):
         raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
-    found = parameters(model, roles)
-    shapes = _base(base, found, roles)
+    found, shapes = resolved(model, base, roles)
     scales = as_rules(lr_scale, "lr_scale")
     check_matches(scales, found, "lr_scale")
     if hidden is not None and optimizer != "muon":
@@ -108,13 +114,14 @@ def param_groups(
     hidden_globs = as_globs("*" if hidden is None else hidden, "hidden")
     if hidden is not None:
         check_matches(hidden_globs, [p for p in found if p.matrix], "hidden")
+    _warn_of_tied(found, shapes)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in found:
         muon = optimizer == "muon" and p.matrix is not None and any(p.matches(glob) for glob in hidden_globs)
         rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
         multiplier = _multiplier(p, shapes, rule, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
-        decay = weight_decay if p.matrix or p.tensor.dim() >= 2 else 0.0
+        decay = weight_decay if p.matrix or p.decays else 0.0
         own: dict[str, Any] = (
             {"matrices": p.matrices, "size": _ADAM_RMS * math.sqrt(max(shapes[p.key]))} if muon else {}
         )
@@ -127,58 +134,26 @@ def param_groups(
             group["weight_decay"] = decay
         group["params"].append(p.tensor)
         group["param_names"].append(p.name)
+        if p.by_kind:
+            group.setdefault("by_kind", []).append(p.name)
     return list(groups.values())
 
 
-@torch.no_grad()
-def init_(
-    model: nn.Module, *, base: Base = None, zero: str | Sequence[str] = (), roles: Mapping[str, str] | None = None
-) -> nn.Module:
-    """Structure-aware initialisation, in place.
-
-    Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in: structured layers as by
-    `Linear.reset_parameters`, others as by that of a "dense" one. Biases of these layers and routers of mixtures are
-    zero. Embeddings, norms and other vectors stay as they are.
-
-    Args:
-        model: any model `param_groups` takes.
-        base: as for `param_groups`. Nothing that is drawn depends on it: it is only checked, so that a model that the
-            learning rates cannot be carried over to is refused before it is trained.
-        zero: a glob, or several, on qualified names of layers that start at zero, such as heads and the last layers of
-            residual branches; of a structured layer only the last factor is set to zero.
-        roles: as for `param_groups`.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: as `param_groups`.
-
-    Example:
-        >>> import torch, einlinear as el
-        >>> model = torch.nn.Sequential(el.Linear(64, 256, "btt"), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-        >>> model = el.init_(model, zero="2")
-        >>> bool(model[2].weight.any())
-        False
-    """
-    found = parameters(model, roles)
-    _base(base, found, roles)
-    matrices = [p for p in found if p.matrix]
-    zero = as_globs(zero, "zero")
-    check_matches(zero, matrices, "zero")
-    for module in model.modules():
-        if isinstance(module, Factored):
-            module.reset_parameters()
-    biases = {f"{name.removesuffix('weight')}bias" for p in matrices for name in p.names}
+def _warn_of_tied(found: Sequence[Parameter], shapes: Shapes) -> None:
+    """Say of heads tied to embeddings that they start too large for steps to be of one size at every width."""
     for p in found:
-        if p.matrix is None and p.name in biases:
-            nn.init.zeros_(p.tensor)
-    for p in matrices:
-        if p.matrix is not None and p.matrix.structure is None and p.beside is None:
-            nn.init.normal_(p.tensor, std=spectral_std(p.matrix.in_features, p.matrix.out_features))
-        if p.beside is not None or (p.is_last_factor and any(p.matches(glob) for glob in zero)):
-            nn.init.zeros_(p.tensor)
-    return model
+        whole = p.tied and type(p.tensor) is nn.Parameter and tuple(p.tensor.shape) == p.shape and not p.tensor.is_meta
+        if not whole or p.matrix is None or shapes[p.key][1] == p.matrix.in_features:
+            continue
+        size = float(p.tensor.detach().float().square().mean().sqrt())
+        std = spectral_std(p.matrix.in_features, p.matrix.out_features)
+        if size > 2 * std:
+            logger.warning(
+                "%s is shared by an embedding and a head. Its entries have the size %.2g, where a head of %d inputs "
+                "starts at %.2g: logits, and how much a step changes them, will grow with the width. el.init_ draws it "
+                "as a head; or multiply the logits by base width / width, and pass roles={%r: 'vector'}",
+                *(p.name, size, p.matrix.in_features, std, p.name),
+            )
 
 
 def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) -> float:
@@ -199,13 +174,46 @@ def _shapes(found: Sequence[Parameter]) -> dict[str, list[int]]:
     return {p.key: [p.matrix.out_features, p.matrix.in_features] if p.matrix else list(p.shape) for p in found}
 
 
-def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> Shapes:
-    """The base shape of every parameter, which must be there and of as many dimensions. Every role must be known."""
+def resolved(
+    model: nn.Module, base: Base, roles: Mapping[str, str] | None
+) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
+    """Every parameter with its role, and its shape in the base: that of the whole weight for a matrix."""
+    found = parameters(model, roles)
+    shapes = _base(base, found, roles)
+    told: list[Parameter] = []
+    unknown: list[Parameter] = []
+    for p in found:
+        in_base = shapes.get(p.key, p.shape)
+        taken = p if p.known else p.taken_by_kind(None if base is None else in_base)
+        if taken is None:
+            unknown.append(p)
+            continue
+        if taken.by_kind and taken.matrix is not None:
+            of_base = as_matrix(in_base, taken.matrix.stacked, p.transposed)
+            shapes[p.key] = [of_base.out_features, of_base.in_features]
+        told.append(taken)
+    if unknown:
+        raise ValueError(
+            f"the role of these parameters is unknown: {listed(unknown)}. Say what they are with "
+            "roles={glob: role}: 'vector' if their learning rate must not depend on the width, as for positions, norms "
+            "and scales, or 'matrix' if they are of shape (out_features, in_features)"
+        )
+    for role, of_role in (
+        ("vectors", [p for p in told if p.by_kind and p.matrix is None]),
+        ("matrices", [p for p in told if p.by_kind and p.matrix is not None]),
+        ("matrices, though embeddings are tied to them", [p for p in told if p.tied]),
+    ):
+        if of_role:
+            logger.info("taken for %s: %s; roles={glob: role} says otherwise", role, listed(of_role))
+    return told, shapes
+
+
+def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> dict[str, Sequence[int]]:
+    """The base shape of every parameter, which must be there and of as many dimensions."""
     own = _shapes(found)
     shapes: dict[str, Sequence[int]]
     if base is None:
-        _check_roles([p for p in found if not p.known])
-        return own
+        return dict(own)
     if isinstance(base, nn.Module):
         shapes = {**base_shapes(base, roles)}
     elif isinstance(base, Mapping):
@@ -219,22 +227,17 @@ def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | Non
             continue  # these, such as gammas, learn at the base rate whether the base has them or not
         if p.key not in shapes and p.beside in shapes:  # a router, and a base without experts
             shapes[p.key] = [own[p.key][0], shapes[p.beside][1]]
+        if p.key not in shapes and (other := next((name for name in p.names if name in shapes), None)):
+            shapes[p.key] = shapes[other]  # the same tensor, by another of its names
         if p.key not in shapes:
             raise ValueError(
                 f"the base has no {p.key!r}: it must be the same model, at another width, with equal names"
             )
         if len(shapes[p.key]) != len(own[p.key]):
             raise ValueError(f"{p.key!r} has shape {own[p.key]}, but {list(shapes[p.key])} in the base")
-    _check_roles([p for p in found if not p.known and own[p.key] != list(shapes[p.key])])
     return shapes
 
 
-def _check_roles(unknown: Iterable[Parameter]) -> None:
-    listed = [f"{p.name} {p.shape}" for p in unknown]
-    if listed:
-        more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
-        raise ValueError(
-            f"the role of these parameters is unknown: {', '.join(listed[:10])}{more}. Say what they are with "
-            "roles={glob: role}: 'vector' if their learning rate must not depend on the width, as for positions, norms "
-            "and scales, or 'matrix' if they are of shape (out_features, in_features)"
-        )
+def listed(parameters: Sequence[Parameter]) -> str:
+    more = f" and {len(parameters) - 10} more" if len(parameters) > 10 else ""
+    return ", ".join(f"{p.name} {p.shape}" for p in parameters[:10]) + more

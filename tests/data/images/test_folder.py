@@ -106,8 +106,9 @@ def test_shrinking_is_antialiased(tmp_path: Path, make_folder: MakeFolder) -> No
     stripes = np.tile(np.array([0, 255, 255, 0], np.uint8), (16, 4))
     folder = make_folder({"cat": 2, "dog": 2}, size=(16, 16))
     Image.fromarray(stripes).save(folder / "cat" / "stripes.png")
-    x = _read_files([folder / "cat" / "stripes.png"], image_size=4)
-    torch.testing.assert_close(x[:, :, :, 1:3], torch.full((1, 1, 4, 2), 0.5), atol=0.01, rtol=0)
+    images, _ = _read_files([folder / "cat" / "stripes.png"], image_size=4)
+    (x,) = images.values()
+    torch.testing.assert_close(x[:, :, 1:3], torch.full((1, 4, 2), 0.5), atol=0.01, rtol=0)
 
 
 def test_a_channel_without_contrast_stays_finite(tmp_path: Path, make_folder: MakeFolder) -> None:
@@ -165,6 +166,40 @@ def test_image_that_cannot_be_read(keep: int, make_folder: MakeFolder) -> None:
     victim.write_bytes(victim.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"cat/1\.png cannot be read as an image: "):
         load_images(folder)
+
+
+def test_all_broken_images_are_named_at_once(make_folder: MakeFolder) -> None:
+    folder = make_folder({"cat": 20, "dog": 8})
+    whole = load_images(folder)
+    for i in range(14):
+        (folder / "cat" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"14 of 28 images are broken: .*cat/0\.png cannot be read") as caught:
+        load_images(folder)
+    message = str(caught.value)
+    assert message.count("cannot be read as an image") == 10
+    assert "; and 4 more. Mend or remove them, or leave out what cannot be read: skip_broken=true" in message
+
+    found = load_images(folder, skip_broken=True)
+    assert len(found.train_x) + len(found.test_x) == 14
+    assert found.skipped == tuple(sorted(f"cat/{i}.png" for i in range(14)))
+    assert "14 images from" in found.source
+    assert "without cat/0.png, cat/1.png" in found.source
+    assert whole.skipped == ()
+    for i in range(14):
+        (folder / "cat" / f"{i}.png").unlink()
+    assert torch.equal(load_images(folder).train_x, found.train_x), "as if they were not there"
+
+
+def test_what_is_left_without_broken_images(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder({f"{split}/{name}": 2 for split in ("train", "test") for name in ("cat", "dog")})
+    (folder / "train" / "dog" / "0.png").write_bytes(b"")
+    Image.fromarray(np.full((5, 6), np.nan, np.float32)).save(folder / "train" / "cat" / "nan.tiff")
+    found = load_images(folder, skip_broken=True)
+    assert found.skipped == ("train/cat/nan.tiff", "train/dog/0.png")
+    assert (len(found.train_x), len(found.test_x)) == (3, 4)
+    (folder / "train" / "dog" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"class 'dog' has no image left in .*train: all of them are broken"):
+        load_images(folder, skip_broken=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -30,7 +30,7 @@ COMMANDS = (
 SCRIPT = """
 import sys
 
-from einlinear.cli import main
+from einlinear_cli import main
 
 if __name__ == "__main__":
     for arguments in {commands!r}:

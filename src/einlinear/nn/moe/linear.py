@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from einlinear.nn.known import Known, Matrix
+from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.moe.experts import Stacked
 from einlinear.nn.moe.mixture import Mixture
+from einlinear.ops.linear import along_features
 from einlinear.structures import Structure
 
 
@@ -28,8 +30,8 @@ class MoELinear(Mixture, Stacked):
             alone.
 
     Shapes:
-        (..., in_features) to (..., out_features). The factors are parameters of shape (experts, *shape of the factor),
-        `router` is of shape (experts, in_features).
+        (..., in_features) to (..., out_features); nested tensors to nested tensors. The factors are parameters of
+        shape (experts, *shape of the factor), `router` is of shape (experts, in_features).
 
     Raises:
         ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
@@ -69,14 +71,22 @@ class MoELinear(Mixture, Stacked):
             self.router.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise RuntimeError(
-                f"the input has shape {tuple(x.shape)}, but its last dimension must be in_features={self.in_features}"
-            )
-        tokens = x.reshape(-1, self.in_features)
-        routing = self.route(tokens)
-        y = self.mix(tokens, routing.indices, routing.gates)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        def mix(tokens: Tensor) -> Tensor:
+            routing = self.route(tokens)
+            return self.mix(tokens, routing.indices, routing.gates)
+
+        return along_features(mix, x, self.in_features, self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor that has the shape of an expert's matrix, the layer's dtype and its device, but no values.
+
+        It is for code around the layer that casts to the dtype of its weight; any other use raises RuntimeError.
+        """
+        return weight_of(self)
+
+    def dense_weight(self) -> Tensor:
+        raise RuntimeError("a mixture of experts has no weight: every token is multiplied by the matrices of its own")
 
     def known(self) -> Known:
         known = super().known()

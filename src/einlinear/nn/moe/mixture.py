@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from einlinear.structures.limits import size
+
 _FEW = 4
 _PRIMES = 65_521, 40_009
 _TIE = 1e-30  # lost in any weight that a router has learned, but not in a zero
@@ -44,7 +46,7 @@ class Mixture:
         router: (experts, in_features).
         experts, active: how many there are, and how many a token goes to.
         last: of the last forward pass, with its graph until the next one. What activation checkpointing computes again
-            in a backward pass is not noted.
+            in a backward pass is not noted, nor what is only traced for export.
     """
 
     router: nn.Parameter
@@ -60,9 +62,9 @@ class Mixture:
         Raises:
             ValueError: fewer experts than one, or more active ones than there are.
         """
-        check_experts(experts, active)
-        self.experts, self.active, self.last = experts, active, None
-        self.router = nn.Parameter(torch.zeros(experts, in_features, device=device, dtype=dtype))
+        self.experts, self.active = check_experts(experts, active)
+        self.last = None
+        self.router = nn.Parameter(torch.zeros(self.experts, int(in_features), device=device, dtype=dtype))
 
     def route(self, x: Tensor) -> Routing:
         """(n, in_features) to a routing; logits and gates are computed in float32 or, if the tokens are, in float64."""
@@ -71,12 +73,18 @@ class Mixture:
             logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _TIE * _pattern(self.router, wide))
         indices = _largest(logits.detach(), self.active)
         routing = Routing(indices, logits.gather(1, indices).softmax(1), logits)
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a backward pass
+        if _is_noted():
             self.last = routing
         return routing
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None}  # it is of one batch, and hangs in that one's graph
+
+
+def _is_noted() -> bool:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1  # not in a backward pass
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
@@ -94,12 +102,12 @@ def _largest(logits: Tensor, count: int) -> Tensor:
     return torch.stack(found, 1)
 
 
-def check_experts(experts: int, active: int) -> None:
-    """Raise ValueError for fewer experts than one, or more active ones than there are."""
-    if experts < 1:
-        raise ValueError(f"experts={experts}: there must be at least one")
-    if not 1 <= active <= experts:
+def check_experts(experts: int, active: int) -> tuple[int, int]:
+    """Both as ints. Raise ValueError for fewer experts than one, or more active ones than there are."""
+    experts, active = size("experts", experts), size("active", active)
+    if active > experts:
         raise ValueError(f"active={active}: a token goes to at least one and at most all of the {experts} experts")
+    return experts, active
 
 
 def _pattern(router: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,8 +19,12 @@ from einlinear.structures.pattern import Axes
 
 
 def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why this executor cannot run: it always can."""
-    return None
+    """Why this executor cannot run, or None if it can."""
+    return (
+        None
+        if dtype.is_floating_point
+        else f"it computes with real numbers, not with {str(dtype).removeprefix('torch.')}"
+    )
 
 
 def forward(

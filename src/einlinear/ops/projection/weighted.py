@@ -24,6 +24,8 @@ from einlinear.ops.reference import einsum, term_weight
 from einlinear.structures import Factor, Structure, Term, structure
 from einlinear.structures.pattern import Axes, TermPattern
 
+_NOISE = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the mean variance; in float32, sums over many tokens are off by as much
+
 
 def closest_outputs(s: Structure, w: Tensor, moment: Tensor, steps: int | None = None) -> list[Tensor]:
     """Factors whose outputs are closest to those of W.
@@ -80,7 +82,7 @@ class _Reader:
         kept = factor.batch + factor.summed + tuple(f"{axis}'" for axis in factor.summed)
         n = count(factor.summed, sizes)
         blocks = einsum([(*term.inputs, *other)], kept, c.reshape(shape + shape)).reshape(-1, n, n)
-        return cls(factor, sizes, torch.linalg.cholesky(blocks / count(factor.columns, sizes)))
+        return cls(factor, sizes, _root(blocks / count(factor.columns, sizes)))
 
     def whiten(self, tensor: Tensor, axes: Axes) -> Tensor:
         """Times L: a tensor that has, among others, the axes that the factor shares with the input."""
@@ -98,6 +100,18 @@ class _Reader:
         ordered = permute(tensor, axes, order)
         flat = ordered.reshape(len(self.roots), -1, self.roots.shape[1])
         return permute(product(flat, self.roots.to(tensor.dtype)).reshape(ordered.shape), order, axes)
+
+
+def _root(moments: Tensor) -> Tensor:
+    """L of L L^T, of moments (batch, n, n) that are definite up to rounding: as little noise as it takes is added."""
+    variance = moments.diagonal(dim1=1, dim2=2).mean()
+    one = torch.eye(moments.shape[1]).to(moments)
+    for noise in (0.0, *_NOISE):
+        root: Tensor
+        root, failed = torch.linalg.cholesky_ex(moments + noise * variance * one)
+        if not failed.any():
+            return root
+    raise ValueError("the moment is not that of any inputs: it has negative variances")
 
 
 def _split(s: Structure, w: Tensor, readers: Sequence[_Reader]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from einlinear.ops.tiles.build import DTYPES, Library, load
 from einlinear.ops.tiles.program import program_of
 from einlinear.structures import Structure
 
+PARALLEL_MACS = 300_000  # of a call that several threads share
 _PAIRS = 128  # of a block and an expert: fewer leave tiles half empty, more do not stay in cache
 
 
@@ -40,12 +41,12 @@ def forward(
     y = x.new_empty(n, structure.out_features)
     saved = []
     if save and program.state_rows:
-        tile: int = _function("tile", x.dtype)(program.address, n)
+        tile: int = _function("tile", x)(program.address, n)
         saved = [x.new_empty(-(-n // tile) * tile * program.state_rows)]
     if n:
-        _function("forward", x.dtype)(
+        _function("forward", x)(
             program.address,
-            program.pointers(*(factor.data_ptr() for factor in held)),
+            program.pointers(*[factor.data_ptr() for factor in held]),
             x.data_ptr(),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
@@ -67,14 +68,14 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of x and of the factors, those that are needed; without saved states these are computed again."""
     program, x, grad = program_of(structure), x.contiguous(), grad.contiguous()
-    held = [factor.contiguous() for factor in factors]
+    held, saved = [factor.contiguous() for factor in factors], [states.contiguous() for states in saved]
     grad_x = torch.empty_like(x) if needs_x else None
     fresh = torch.empty_like if x.shape[0] else torch.zeros_like
     grad_factors = [fresh(factor) if wanted else None for factor, wanted in zip(held, needs_factors, strict=True)]
     if x.shape[0]:
-        _function("backward", x.dtype)(
+        _function("backward", x)(
             program.address,
-            program.pointers(*(factor.data_ptr() for factor in held)),
+            program.pointers(*[factor.data_ptr() for factor in held]),
             x.data_ptr(),
             grad.data_ptr(),
             saved[0].data_ptr() if saved else None,
@@ -146,9 +147,9 @@ def _run_grouped(
     held = [factor.contiguous() for factor in factors]
     threads = _threads(structure.macs * gates.numel())
     block, first, order = _pairs(indices, len(held[0]), threads)
-    _function(role, x.dtype)(
+    _function(role, x)(
         program.address,
-        program.pointers(*(factor.data_ptr() for factor in held)),
+        program.pointers(*[factor.data_ptr() for factor in held]),
         first.data_ptr(),
         order.data_ptr(),
         gates.data_ptr(),
@@ -183,10 +184,12 @@ def _pairs(indices: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tens
 
 def _threads(macs: int) -> int:
     """More than one only where starting them is worth it: that takes about as long as 100,000 MACs."""
-    return torch.get_num_threads() if macs > 300_000 else 1
+    return torch.get_num_threads() if macs > PARALLEL_MACS else 1
 
 
-def _function(role: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+def _function(role: str, x: Tensor) -> ctypes._NamedFuncPointer:
     library = load()
     assert isinstance(library, Library), "the dispatcher asks `unsupported` first"
-    return library.functions[role, dtype]
+    if not x.is_cpu:
+        raise RuntimeError(f"the compiled kernel runs on the CPU, not on {x.device.type}")
+    return library.functions[role, x.dtype]

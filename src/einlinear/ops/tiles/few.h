@@ -51,10 +51,10 @@ struct States {  // of a few tokens: one row of features each
     Index width;
 };
 
-// One step for a few tokens. `room` has space for a tile of its inner and row features.
+// A thread's share of one step for a few tokens. `room` has space for a tile of its inner and row features.
 template <class S>
 static void run_few(const Step& s, const S* factor, States<const S> from, States<S> to, Index tokens, S* room, bool add,
-                    Team team) {
+                    Share mine) {
     constexpr Index L = Simd<S>::lanes, block = L;
     Index count = tokens * s.columns, tile = (count + L - 1) / L * L, blocks = (s.rows + block - 1) / block;
     bool dots = count < L && s.w_inner == 1;
@@ -62,7 +62,7 @@ static void run_few(const Step& s, const S* factor, States<const S> from, States
     std::vector<Index> each(std::max(s.inner, block));  // rows of a tile, one after the other
     for (size_t i = 0; i < each.size(); i++) each[i] = i;
     Index gathered = -1;
-    for (Index unit = team.first(s.batches * blocks); unit < team.last(s.batches * blocks); unit++) {
+    for (Index unit = mine.first(s.batches * blocks); unit < mine.last(s.batches * blocks); unit++) {
         Index b = unit / blocks, first = unit % blocks * block, rows = std::min(block, s.rows - first);
         for (Index i = 0; b != gathered && i < count; i++) {
             const S* at = from.data + i / s.columns * from.width + s.in_b[b] + s.in_c[i % s.columns];
@@ -88,7 +88,6 @@ static void run_few(const Step& s, const S* factor, States<const S> from, States
             }
         }
     }
-    team.barrier();
 }
 
 static bool few(const Program& p, Index n, Index lanes) {
@@ -108,31 +107,34 @@ static void forward_few(const Program& p, const S* const* factors, const S* x, c
     Buffer<S> padded(n * p.width_in), result(n * p.width_out), middle(2 * n * p.widest);
     bool direct = p.width_out == p.out_features;
     States<S> last{direct ? y : result.data, p.width_out};
-#pragma omp parallel num_threads(threads)
-    {
-        Team team = everyone();
+    Team::run(threads, [&](Team team) {
         Buffer<S> own(room);
-        if (p.width_in > p.in_features) {
-            for (Index t = team.first(n); t < team.last(n); t++) {
-                S* row = std::copy_n(x + t * p.in_features, p.in_features, padded.data + t * p.width_in);
-                std::fill_n(row, p.width_in - p.in_features, S(0));
-            }
-            team.barrier();
-        }
+        if (p.width_in > p.in_features)
+            team.phase([&](Share mine) {
+                for (Index t = mine.first(n); t < mine.last(n); t++) {
+                    S* row = std::copy_n(x + t * p.in_features, p.in_features, padded.data + t * p.width_in);
+                    std::fill_n(row, p.width_in - p.in_features, S(0));
+                }
+            });
         for (auto& term : p.terms) {
             States<const S> from{p.width_in > p.in_features ? padded.data : x, p.width_in};
             for (size_t k = 0; k < term.size(); k++) {
                 const Step& s = term[k];
                 bool ends = k + 1 == term.size();
                 States<S> to = ends ? last : States<S>{middle.data + k % 2 * n * p.widest, s.width_out};
-                run_few(s, factors[s.factor], from, to, n, own.data, ends && &term != &p.terms[0], team);
+                team.phase([&](Share mine) {
+                    run_few(s, factors[s.factor], from, to, n, own.data, ends && &term != &p.terms[0], mine);
+                });
                 from = {to.data, to.width};
             }
         }
-        for (Index t = 0; t < n; t++)
-            for (Index j = team.first(p.out_features); j < team.last(p.out_features) && (bias || !direct); j++)
-                y[t * p.out_features + j] = last.data[t * p.width_out + j] + (bias ? bias[j] : S(0));
-    }
+        if (bias || !direct)
+            team.phase([&](Share mine) {
+                for (Index t = 0; t < n; t++)
+                    for (Index j = mine.first(p.out_features); j < mine.last(p.out_features); j++)
+                        y[t * p.out_features + j] = last.data[t * p.width_out + j] + (bias ? bias[j] : S(0));
+            });
+    });
 }
 
 }  // namespace

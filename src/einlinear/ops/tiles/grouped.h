@@ -73,33 +73,35 @@ static void forward_grouped(const Program& p, const S* const* factors, const Pai
     bool stream_in = single && before(p.first()).run(), stream_out = single && after(p.last()).run();
     Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
     expect(y, pairs.tokens * p.out_features * sizeof(S));
-#pragma omp parallel num_threads(threads)
-    {
-        Team all = everyone(), alone{0, 1};
+    Team::run(threads, [&](Team all) {
+        Team alone = Team::alone();
         Buffer<S> packed(p.factor_entries()), own((rows_in + rows_out + states) * tile), scratch(2 * p.widest * tile);
         S *xs = own.data, *ys = xs + rows_in * tile, *middle = ys + rows_out * tile;
         PairTile<S> t(tile);
-        for (Index b = all.first(pairs.blocks()); b < all.last(pairs.blocks()); b++) {
-            for (Index token = pairs.first_token(b); token < pairs.first_token(b + 1); token++) {
-                S* row = y + token * p.out_features;
-                bias ? (void)std::copy_n(bias, p.out_features, row) : (void)std::fill_n(row, p.out_features, S(0));
+        auto expert_in_block = [&](Index b, Index e) {
+            auto w = all_weights(p, of_expert(p, factors, e).data(), packed.data, false, pairs.count(b, e) < PACKED,
+                                 Share::whole());
+            for (Index i = pairs.at(b, e); i < pairs.at(b, e + 1); i += tile) {
+                t.set(pairs, i, pairs.at(b, e + 1), x, p.in_features, y, p.out_features);
+                Source<S> source{nullptr, p.in_features, t.count, t.inputs.data(), t.gates.data()};
+                Sink<S> sink{nullptr, p.out_features, t.count, t.outputs.data()};
+                if (!stream_in) read_tile(source, xs, p.width_in, t.width(), Share::whole());
+                run_forward(p, w, xs, middle, ys, stream_in ? &source : nullptr, stream_out ? &sink : nullptr,
+                            (const S*)nullptr, scratch.data, t.width(), alone);
+                if (!stream_out) write_tile(ys, t.width(), sink, (const S*)nullptr, Share::whole());
             }
-            for (Index e = 0; e < pairs.experts; e++) {
-                if (!pairs.count(b, e)) continue;
-                auto w = all_weights(p, of_expert(p, factors, e).data(), packed.data, false, pairs.count(b, e) < PACKED,
-                                     alone);
-                for (Index i = pairs.at(b, e); i < pairs.at(b, e + 1); i += tile) {
-                    t.set(pairs, i, pairs.at(b, e + 1), x, p.in_features, y, p.out_features);
-                    Source<S> source{nullptr, p.in_features, t.count, t.inputs.data(), t.gates.data()};
-                    Sink<S> sink{nullptr, p.out_features, t.count, t.outputs.data()};
-                    if (!stream_in) read_tile(source, xs, p.width_in, t.width(), alone);
-                    run_forward(p, w, xs, middle, ys, stream_in ? &source : nullptr, stream_out ? &sink : nullptr,
-                                (const S*)nullptr, scratch.data, t.width(), alone);
-                    if (!stream_out) write_tile(ys, t.width(), sink, (const S*)nullptr, alone);
+        };
+        all.phase([&](Share mine) {
+            for (Index b = mine.first(pairs.blocks()); b < mine.last(pairs.blocks()); b++) {
+                for (Index token = pairs.first_token(b); token < pairs.first_token(b + 1); token++) {
+                    S* row = y + token * p.out_features;
+                    bias ? (void)std::copy_n(bias, p.out_features, row) : (void)std::fill_n(row, p.out_features, S(0));
                 }
+                for (Index e = 0; e < pairs.experts; e++)
+                    if (pairs.count(b, e)) expert_in_block(b, e);
             }
-        }
-    }
+        });
+    });
 }
 
 constexpr Index SUMS = 1 << 20;  // entries of the factors' gradients that a thread keeps at a time
@@ -123,9 +125,8 @@ static void backward_grouped(const Program& p, const S* const* factors, const Pa
     std::vector<Buffer<S>> sums;
     std::vector<std::vector<char>> met(threads, std::vector<char>(few));  // whether a thread has a sum for an expert
     for (int i = 0; i < threads; i++) sums.emplace_back(few * gradients.entries);
-#pragma omp parallel num_threads(threads)
-    {
-        Team all = everyone(), alone{0, 1};
+    Team::run(threads, [&](Team all) {
+        Team alone = Team::alone();
         Buffer<S> packed(p.factor_entries()), packed_forward(states ? p.factor_entries() : 0);
         Buffer<S> own((rows_out + rows_in + states + 2 * p.widest) * tile), scratch(2 * p.widest * tile);
         Buffer<S> panels(gradients.panel), inputs(tile * width), outputs(tile * p.out_features), found(tile * width);
@@ -149,14 +150,14 @@ static void backward_grouped(const Program& p, const S* const* factors, const Pa
             Source<S> input{inputs.data, width, t.count}, output{outputs.data, p.out_features, t.count};
             Sink<S> sink{found.data, width, t.count};
             if (states) {  // the input's state lies where its gradient will be
-                if (!stream_in) read_tile(input, dxs, p.width_in, steps.tile, alone);
+                if (!stream_in) read_tile(input, dxs, p.width_in, steps.tile, Share::whole());
                 run_forward(p, w, dxs, recomputed, (S*)nullptr, stream_in ? &input : nullptr, (const Sink<S>*)nullptr,
                             (const S*)nullptr, scratch.data, steps.tile, alone);
             }
-            if (!stream_out) read_tile(output, dys, p.width_out, steps.tile, alone);
+            if (!stream_out) read_tile(output, dys, p.width_out, steps.tile, Share::whole());
             steps.run(input, output, recomputed, sink, sum, add, alone);
             if (!dx) return;
-            if (!stream_in) write_tile(dxs, steps.tile, sink, (const S*)nullptr, alone);
+            if (!stream_in) write_tile(dxs, steps.tile, sink, (const S*)nullptr, Share::whole());
             for (Index r = 0; r < t.count; r++) {
                 const S *back = found.data + r * width, *from = t.inputs[r];
                 S *to = t.outputs[r], gate = t.gates[r];
@@ -165,35 +166,43 @@ static void backward_grouped(const Program& p, const S* const* factors, const Pa
             }
         };
 
-        Index begin = all.first(pairs.blocks()), end = all.last(pairs.blocks());
-        if (dx) std::fill(dx + pairs.first_token(begin) * width, dx + pairs.first_token(end) * width, S(0));
-        for (Index expert = 0; expert < pairs.experts; expert += few) {
-            Index last = std::min(pairs.experts, expert + few);
-            std::fill_n(met[all.rank].begin(), few, 0);
+        // The experts from `expert` to before `last`, for the blocks of this thread, into its own sums.
+        auto experts_back = [&](Index expert, Index last, Index begin, Index end) {
+            std::fill_n(met[all.rank()].begin(), few, 0);
             for (Index b = begin; b < end; b++)
                 for (Index e = expert; e < last; e++) {
                     if (!pairs.count(b, e)) continue;
                     auto of = of_expert(p, factors, e);
                     bool small = pairs.count(b, e) < PACKED;
-                    w_back = all_weights(p, of.data(), packed.data, true, small, alone);
-                    if (states) w = all_weights(p, of.data(), packed_forward.data, false, small, alone);
-                    S* sum = sums[all.rank].data + (e - expert) * gradients.entries;
+                    w_back = all_weights(p, of.data(), packed.data, true, small, Share::whole());
+                    if (states) w = all_weights(p, of.data(), packed_forward.data, false, small, Share::whole());
+                    S* sum = sums[all.rank()].data + (e - expert) * gradients.entries;
                     for (Index i = pairs.at(b, e); i < pairs.at(b, e + 1); i += tile) {
                         t.set(pairs, i, pairs.at(b, e + 1), x, width, dx, width);
-                        tile_back(sum, met[all.rank][e - expert]);
-                        met[all.rank][e - expert] = 1;
+                        tile_back(sum, met[all.rank()][e - expert]);
+                        met[all.rank()][e - expert] = 1;
                     }
                 }
-            all.barrier();
-            for (Index e = expert + all.first(last - expert); e < expert + all.last(last - expert); e++) {
-                std::vector<S*> parts;
-                for (int i = 0; i < all.size; i++)  // fewer threads may run than were asked for
-                    if (met[i][e - expert]) parts.push_back(sums[i].data + (e - expert) * gradients.entries);
-                write_factor_gradients(p, gradients, parts, dfactors, e, alone);
-            }
-            all.barrier();
+        };
+
+        for (Index expert = 0; expert < pairs.experts; expert += few) {
+            Index last = std::min(pairs.experts, expert + few);
+            all.phase([&](Share mine) {
+                Index begin = mine.first(pairs.blocks()), end = mine.last(pairs.blocks());
+                if (dx && expert == 0)
+                    std::fill(dx + pairs.first_token(begin) * width, dx + pairs.first_token(end) * width, S(0));
+                experts_back(expert, last, begin, end);
+            });
+            all.phase([&](Share mine) {
+                for (Index e = expert + mine.first(last - expert); e < expert + mine.last(last - expert); e++) {
+                    std::vector<S*> parts;
+                    for (int i = 0; i < all.size(); i++)  // fewer threads may run than were asked for
+                        if (met[i][e - expert]) parts.push_back(sums[i].data + (e - expert) * gradients.entries);
+                    write_factor_gradients(p, gradients, parts, dfactors, e, Share::whole());
+                }
+            });
         }
-    }
+    });
 }
 
 }  // namespace

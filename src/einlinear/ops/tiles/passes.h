@@ -10,23 +10,23 @@ namespace {
 
 // A factor for its step, or for the step back; packed into `room`, of which what is left is returned in it.
 template <class S>
-static Weights<S> weights(const Step& s, const S* factor, S*& room, bool backward, bool small, Team team) {
+static Weights<S> weights(const Step& s, const S* factor, S*& room, bool backward, bool small, Share mine) {
     if (small && s.w_row && s.w_inner)
         return backward ? Weights<S>{factor, s.w_b, 0, s.w_row, s.w_inner}
                         : Weights<S>{factor, s.w_b, 0, s.w_inner, s.w_row};
     S* to = room;
     room += s.entries();
-    pack(s, factor, to, backward, team);
+    pack(s, factor, to, backward, mine);
     return {to, nullptr, s.rows * s.inner, 0, 0};
 }
 
-// All factors as their steps multiply with them, in order.
+// All factors as their steps multiply with them, in order; a thread packs its share of them.
 template <class S>
 static std::vector<Weights<S>> all_weights(const Program& p, const S* const* factors, S* packed, bool backward,
-                                           bool small, Team all) {
+                                           bool small, Share mine) {
     std::vector<Weights<S>> result;
     for (auto& term : p.terms)
-        for (auto& s : term) result.push_back(weights(s, factors[s.factor], packed, backward, small, all));
+        for (auto& s : term) result.push_back(weights(s, factors[s.factor], packed, backward, small, mine));
     return result;
 }
 
@@ -43,8 +43,10 @@ static void run_forward(const Program& p, const std::vector<Weights<S>>& w, cons
             bool begins = &s == &term.front(), ends = &s == &term.back();
             const Weights<S>& matrices = w[at++];
             if (ends && !to && !sink) break;
-            run_step(s, matrices, before(s), after(s), state, ends ? to : middle, begins ? source : nullptr,
-                     ends ? sink : nullptr, bias, scratch, tile, ends && &term != &p.terms[0], team);
+            team.phase([&](Share mine) {
+                run_step(s, matrices, before(s), after(s), state, ends ? to : middle, begins ? source : nullptr,
+                         ends ? sink : nullptr, bias, scratch, tile, ends && &term != &p.terms[0], mine);
+            });
             state = middle;
             if (!ends) middle += s.width_out * tile;
         }
@@ -79,10 +81,10 @@ struct FactorGradient {
 template <class S>
 static void add_factor_gradient(const Step& s, const FactorGradient& g, const Source<S>* major, const S* vectors_state,
                                 const S* other_state, Index tokens, Index tile, S* panel_memory, S* sum, bool add,
-                                Team team) {
+                                Share mine) {
     std::vector<const S*> panels(s.columns);
     bool whole = major && g.vectors.run() && g.width == g.padded;
-    for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
+    for (Index b = mine.first(s.batches); b < mine.last(s.batches); b++) {
         bool direct = whole;
         for (Index c = 0; direct && c < s.columns; c++) {
             Index at = g.vectors.batch[b] + g.vectors.column[c];
@@ -113,9 +115,9 @@ static void add_factor_gradient(const Step& s, const FactorGradient& g, const So
 // The sums of the threads -> the factor's own layout.
 template <class S>
 static void write_factor_gradient(const Step& s, const FactorGradient& g, const std::vector<S*>& sums, Index offset,
-                                  S* to, Team all) {
+                                  S* to, Share mine) {
     bool transposed = !g.by_inner && s.w_row && s.w_inner == 1;
-    for (Index b = all.first(s.batches); b < all.last(s.batches); b++) {
+    for (Index b = mine.first(s.batches); b < mine.last(s.batches); b++) {
         S* total = sums[0] + offset + b * g.entries();
         for (size_t c = 1; c < sums.size(); c++) {
             const S* more = sums[c] + offset + b * g.entries();
@@ -153,7 +155,7 @@ struct FactorGradients {
 // The sums of the threads -> all factors' gradients, or those of one of several stacked matrices; zero without sums.
 template <class S>
 static void write_factor_gradients(const Program& p, const FactorGradients& gradients, const std::vector<S*>& sums,
-                                   S* const* dfactors, Index matrix, Team team) {
+                                   S* const* dfactors, Index matrix, Share mine) {
     Index offset = 0;
     for (size_t j = 0; j < p.terms.size(); j++)
         for (size_t k = 0; k < p.terms[j].size(); k++) {
@@ -161,7 +163,7 @@ static void write_factor_gradients(const Program& p, const FactorGradients& grad
             const FactorGradient& g = gradients.of[j][k];
             S* to = dfactors[s.factor];
             if (to && sums.empty()) std::fill_n(to + matrix * s.entries(), s.entries(), S(0));
-            if (to && !sums.empty()) write_factor_gradient(s, g, sums, offset, to + matrix * s.entries(), team);
+            if (to && !sums.empty()) write_factor_gradient(s, g, sums, offset, to + matrix * s.entries(), mine);
             offset += s.batches * g.entries();
         }
 }
@@ -192,14 +194,16 @@ struct BackwardTile {
                 if (!begins) middle -= s.width_in * tile;
                 offset -= s.batches * gradient.entries(), back--;
                 const Source<S>* major = begins ? &input : (ends ? &output : nullptr);
-                if (dfactors[s.factor])
-                    add_factor_gradient(s, gradient, major, middle, gradient.by_inner ? g : middle, input.tokens, tile,
-                                        panels, sum + offset, add, team);
-                if (begins && !wants_x) continue;
                 S* to = begins ? dxs : turns[k % 2];
-                run_step(s, w_back[back], after(s), before(s), g, to, ends && stream_out ? &output : nullptr,
-                         begins && stream_in ? &sink : nullptr, (const S*)nullptr, scratch, tile,
-                         begins && j + 1 < p.terms.size(), team);
+                team.phase([&](Share mine) {
+                    if (dfactors[s.factor])
+                        add_factor_gradient(s, gradient, major, middle, gradient.by_inner ? g : middle, input.tokens,
+                                            tile, panels, sum + offset, add, mine);
+                    if (begins && !wants_x) return;
+                    run_step(s, w_back[back], after(s), before(s), g, to, ends && stream_out ? &output : nullptr,
+                             begins && stream_in ? &sink : nullptr, (const S*)nullptr, scratch, tile,
+                             begins && j + 1 < p.terms.size(), mine);
+                });
                 g = to;
             }
         }

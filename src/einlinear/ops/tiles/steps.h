@@ -1,35 +1,14 @@
-// A step on a tile: its factor packed, its products, the token-major memory at the ends; shared among threads.
+// A thread's share of a step on a tile: its factor packed, its products, the token-major memory at the ends.
 #pragma once
 
 #include <algorithm>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "multiply.h"
 #include "program.h"
+#include "team.h"
 #include "transpose.h"
 
 namespace {
-
-struct Team {  // the threads that share a tile
-    int rank, size;
-    void barrier() const {
-        if (size > 1) {
-#pragma omp barrier
-        }
-    }
-    Index first(Index count) const { return count * rank / size; }
-    Index last(Index count) const { return count * (rank + 1) / size; }
-};
-
-static Team everyone() {
-#ifdef _OPENMP
-    return {omp_get_thread_num(), omp_get_num_threads()};
-#else
-    return {0, 1};
-#endif
-}
 
 template <class S>
 struct Weights {  // a factor as its step multiplies with it
@@ -70,8 +49,8 @@ static void pack_matrix(const S* from, const Index* row_at, const Index* inner_a
 }
 
 template <class S>
-static void pack(const Step& s, const S* factor, S* to, bool backward, Team team) {
-    for (Index b = team.first(s.batches); b < team.last(s.batches); b++) {
+static void pack(const Step& s, const S* factor, S* to, bool backward, Share mine) {
+    for (Index b = mine.first(s.batches); b < mine.last(s.batches); b++) {
         const S* from = factor + s.w_b[b];
         if (backward)
             pack_matrix(from, s.w_k, s.w_r, s.inner, s.rows, to + b * s.rows * s.inner);
@@ -117,18 +96,18 @@ static void write_rows(const S* from, Index tile, Sink<S> to, Index first, Index
             for (Index j = first; j < first + count; j++) to.data[t * to.features + j] += bias[j];
 }
 template <class S>
-static void read_tile(Source<S> from, S* to, Index width, Index tile, Team team) {
+static void read_tile(Source<S> from, S* to, Index width, Index tile, Share mine) {
     constexpr Index block = 4 * Simd<S>::lanes;
-    for (Index i = team.rank * block; i < width; i += team.size * block)
+    Index blocks = (width + block - 1) / block;
+    for (Index i = mine.first(blocks) * block; i < std::min(width, mine.last(blocks) * block); i += block)
         read_rows(from, i, std::min(block, width - i), to + i * tile, tile);
-    team.barrier();
 }
 template <class S>
-static void write_tile(const S* from, Index tile, Sink<S> to, const S* bias, Team team) {
+static void write_tile(const S* from, Index tile, Sink<S> to, const S* bias, Share mine) {
     constexpr Index block = 4 * Simd<S>::lanes;
-    for (Index i = team.rank * block; i < to.features; i += team.size * block)
+    Index blocks = (to.features + block - 1) / block;
+    for (Index i = mine.first(blocks) * block; i < std::min(to.features, mine.last(blocks) * block); i += block)
         write_rows(from + i * tile, tile, to, i, std::min(block, to.features - i), bias);
-    team.barrier();
 }
 
 // One direction of a step: where its products read and write.
@@ -149,8 +128,8 @@ static Side after(const Step& s) {
 template <class S>
 static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, const S* from, S* to,
                      const Source<S>* source, const Sink<S>* sink, const S* bias, S* scratch, Index tile, bool add,
-                     Team team) {
-    for (Index p = team.first(s.pairs()); p < team.last(s.pairs()); p++) {
+                     Share mine) {
+    for (Index p = mine.first(s.pairs()); p < mine.last(s.pairs()); p++) {
         Index b = p / s.columns, c = p % s.columns;
         Index in_at = in.batch[b] + in.column[c], out_at = out.batch[b] + out.column[c];
         const S* rows_in = from + in_at * tile;
@@ -163,7 +142,6 @@ static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, cons
         multiply(w.at(b), w.wk, w.wm, rows_in, in.row, in.rows, rows_out, out.row, out.rows, tile, add);
         if (sink) write_rows(rows_out, tile, *sink, out_at, out.rows, bias);
     }
-    team.barrier();
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 // program.h     the structure, as numbers
 // transpose.h   between token-major and feature-major
 // multiply.h    the small matrix products
-// steps.h       a step of a tile, by one thread or several
+// team.h        the threads, and how work is divided among them
+// steps.h       a thread's share of a step of a tile
 // passes.h      a tile through all steps, forward and back
 // few.h         fewer tokens than make a tile
 // grouped.h     one of several matrices for every token
@@ -40,9 +41,18 @@ struct Division {
     Division(const Program& p, Index n, int threads) : tile(tile_of<S>(p, n)), tiles((n + tile - 1) / tile) {
         shared = tiles < threads, small = tiles < 4;
     }
-    Team team(Team all) const { return shared ? all : Team{0, 1}; }
-    Index first(Team all) const { return shared ? 0 : all.first(tiles); }
-    Index last(Team all) const { return shared ? tiles : all.last(tiles); }
+
+    // Call `work` with each tile and the team that does it: all threads together, or one alone.
+    template <class Work>
+    void each_tile(Team all, Work work) const {
+        if (shared)
+            for (Index i = 0; i < tiles; i++) work(i, all, i == 0);
+        else
+            all.phase([&](Share mine) {
+                Index first = mine.first(tiles);
+                for (Index i = first; i < mine.last(tiles); i++) work(i, Team::alone(), i == first);
+            });
+    }
 };
 
 template <class S>
@@ -58,24 +68,22 @@ static void forward(const Program& p, const S* const* factors, const S* x, const
     Index rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
     Index room = (rows_in + rows_out + (saved ? 0 : states)) * tile;
     Buffer<S> packed(p.factor_entries()), common(division.shared ? room : 0);
-#pragma omp parallel num_threads(threads)
-    {
-        Team all = everyone(), team = division.team(all);
-        auto w = all_weights(p, factors, packed.data, false, division.small, all);
+    Team::run(threads, [&](Team all) {
+        std::vector<Weights<S>> w;
+        all.phase([&](Share mine) { w = all_weights(p, factors, packed.data, false, division.small, mine); });
         Buffer<S> own(division.shared ? 0 : room), scratch(2 * p.widest * tile);
         S* xs = division.shared ? common.data : own.data;
         S *ys = xs + rows_in * tile, *states_memory = ys + rows_out * tile;
-        all.barrier();  // the factors are packed by all
-        for (Index i = division.first(all); i < division.last(all); i++) {
+        division.each_tile(all, [&](Index i, Team team, bool) {
             Index tokens = std::min(tile, n - i * tile);
             Source<S> source{x + i * tile * p.in_features, p.in_features, tokens};
             Sink<S> sink{y + i * tile * p.out_features, p.out_features, tokens};
-            if (!stream_in) read_tile(source, xs, p.width_in, tile, team);
+            if (!stream_in) team.phase([&](Share mine) { read_tile(source, xs, p.width_in, tile, mine); });
             run_forward(p, w, xs, saved ? saved + i * states * tile : states_memory, ys, stream_in ? &source : nullptr,
                         stream_out ? &sink : nullptr, bias, scratch.data, tile, team);
-            if (!stream_out) write_tile(ys, tile, sink, bias, team);
-        }
-    }
+            if (!stream_out) team.phase([&](Share mine) { write_tile(ys, tile, sink, bias, mine); });
+        });
+    });
 }
 
 template <class S>
@@ -93,42 +101,41 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
     Buffer<S> common(division.shared ? room : 0);
     std::vector<Buffer<S>> sums;
     for (int i = 0; i < (division.shared ? 1 : threads); i++) sums.emplace_back(gradients.entries);
-#pragma omp parallel num_threads(threads)
-    {
-        Team all = everyone(), team = division.team(all);
-        auto w_back = all_weights(p, factors, packed.data, true, division.small, all);
-        std::vector<Weights<S>> w;
-        if (recompute) w = all_weights(p, factors, packed_forward.data, false, division.small, all);
+    Team::run(threads, [&](Team all) {
+        std::vector<Weights<S>> w, w_back;
+        all.phase([&](Share mine) {
+            w_back = all_weights(p, factors, packed.data, true, division.small, mine);
+            if (recompute) w = all_weights(p, factors, packed_forward.data, false, division.small, mine);
+        });
         Buffer<S> own(division.shared ? 0 : room), panels(gradients.panel), scratch(2 * p.widest * tile);
-        S* sum = sums[division.shared ? 0 : all.rank].data;
+        S* sum = sums[division.shared ? 0 : all.rank()].data;
         S* dys = division.shared ? common.data : own.data;
         S *dxs = dys + rows_out * tile, *turn = dxs + rows_in * tile, *recomputed = turn + 2 * p.widest * tile;
         BackwardTile<S> steps{p,    gradients, w_back, dfactors,    dx != nullptr,
                               stream_in, stream_out, tile, dys, dxs, {turn, turn + p.widest * tile},
                               panels.data, scratch.data};
-        all.barrier();
-        for (Index i = division.first(all); i < division.last(all); i++) {
+        division.each_tile(all, [&](Index i, Team team, bool first) {
             Index tokens = std::min(tile, n - i * tile);
             Source<S> input{x + i * tile * p.in_features, p.in_features, tokens};
             Source<S> output{dy + i * tile * p.out_features, p.out_features, tokens};
             Sink<S> sink{dx ? dx + i * tile * p.in_features : nullptr, p.in_features, tokens};
             if (recompute) {  // the input's state lies where its gradient will be
-                if (!stream_in) read_tile(input, dxs, p.width_in, tile, team);
+                if (!stream_in) team.phase([&](Share mine) { read_tile(input, dxs, p.width_in, tile, mine); });
                 run_forward(p, w, dxs, recomputed, (S*)nullptr, stream_in ? &input : nullptr, (const Sink<S>*)nullptr,
                             (const S*)nullptr, scratch.data, tile, team);
             }
-            if (!stream_out) read_tile(output, dys, p.width_out, tile, team);
+            if (!stream_out) team.phase([&](Share mine) { read_tile(output, dys, p.width_out, tile, mine); });
             const S* middle = saved ? saved + i * states * tile : recomputed;
-            steps.run(input, output, middle, sink, sum, i > division.first(all), team);
-            team.barrier();
-            if (dx && !stream_in) write_tile(dxs, tile, sink, (const S*)nullptr, team);
-        }
-        all.barrier();
-        std::vector<S*> parts;
-        for (int i = 0; i < (division.shared ? 1 : all.size); i++)  // fewer threads may run than were asked for
-            parts.push_back(sums[i].data);
-        write_factor_gradients(p, gradients, parts, dfactors, 0, all);
-    }
+            steps.run(input, output, middle, sink, sum, !first, team);
+            if (dx && !stream_in) team.phase([&](Share mine) { write_tile(dxs, tile, sink, (const S*)nullptr, mine); });
+        });
+        all.phase([&](Share mine) {
+            std::vector<S*> parts;
+            for (int i = 0; i < (division.shared ? 1 : all.size()); i++)  // fewer threads may run than were asked for
+                parts.push_back(sums[i].data);
+            write_factor_gradients(p, gradients, parts, dfactors, 0, mine);
+        });
+    });
 }
 
 }  // namespace

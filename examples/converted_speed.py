@@ -1,0 +1,83 @@
+"""Speed of converted layers whose parent module reads their `.weight`, beside the dense model.
+
+    pip install 'einlinear[pretrained]'
+    python examples/converted_speed.py
+
+T5 reads `wo.weight.dtype` in every feed-forward block, and `torch.nn.TransformerEncoder` hands `linear1.weight` to a
+fused operator when it can. Neither may build the dense matrix of a structured layer. The weights are random: speed does
+not depend on them. The two variants of a model run in turns, and the table has the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+import einlinear as el
+
+
+def t5_decoding_one_token(layers: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A decoding step of T5-small after a prompt, with a cache: dense, and `*.wo` at a quarter of its parameters."""
+    config = T5Config(num_layers=layers)
+    dense = T5ForConditionalGeneration(config).eval()
+    structured = copy.deepcopy(dense)
+    rank = el.structure("low_rank", config.d_ff, config.d_model, max_macs=0.25).spec
+    el.convert(structured, {"*.wo": rank})
+    encoded = dense.encoder(torch.arange(16)[None])
+    token = torch.zeros(1, 1, dtype=torch.long)
+
+    def step(model: T5ForConditionalGeneration) -> Callable[[], object]:
+        return lambda: model(encoder_outputs=encoded, decoder_input_ids=token)
+
+    return step(dense), step(structured)
+
+
+def encoder(layers: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """`torch.nn.TransformerEncoder` on 4 x 64 tokens: dense on its fast path, and with BTT feed-forward layers."""
+    layer = nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True)
+    dense = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+    structured = copy.deepcopy(dense)
+    el.convert(structured, {"*linear?": "btt(rank=2)"})
+    x = torch.randn(4, 64, 512)
+    return (lambda: dense(x)), (lambda: structured(x))
+
+
+def medians(dense: Callable[[], object], structured: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Milliseconds of both, which run in turns."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 2):
+        for run, times in zip((dense, structured), found, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found[0][2:]), statistics.median(found[1][2:])
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6, help="of each model")
+    parser.add_argument("--rounds", type=int, default=30)
+    arguments = parser.parse_args()
+    cases = {
+        "T5, one decoded token": t5_decoding_one_token,
+        "TransformerEncoder, 4 x 64 tokens": encoder,
+    }
+    print(f"{torch.get_num_threads()} threads\n")
+    print("| model | dense, ms | structured, ms | times as fast |")
+    print("| --- | --- | --- | --- |")
+    for name, case in cases.items():
+        torch.manual_seed(0)
+        dense, structured = medians(*case(arguments.layers), arguments.rounds)
+        print(f"| {name} | {dense:.1f} | {structured:.1f} | {dense / structured:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

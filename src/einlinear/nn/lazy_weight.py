@@ -1,0 +1,196 @@
+"""`LazyWeight`: the dense weight of a structured layer as a tensor that is built when its values are used.
+
+Models read a weight's dtype or device to cast what they give to a layer. That must not cost a dense matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
+
+from einlinear.structures import Structure
+
+_PROPERTIES = (
+    *("dtype", "device", "shape", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes"),
+    *("is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_xla", "is_mtia", "is_ipu", "is_maia"),
+    *("is_vulkan", "is_mkldnn", "is_quantized", "is_nested", "is_sparse", "is_sparse_csr"),
+)
+_METHODS = (
+    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device", "__len__"),
+    *("is_floating_point", "is_complex", "is_signed", "is_inference"),
+)
+METADATA_NAMES = frozenset(_PROPERTIES + _METHODS)
+METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)]
+    + [getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)]
+    + [torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed, torch.is_inference]
+)
+# they read no values of their argument, and of the tensor that another one is made like
+_NEW = frozenset(
+    [getattr(Tensor, f"new_{kind}") for kind in ("empty", "zeros", "ones", "full", "tensor")]
+    + [getattr(torch, f"{kind}_like") for kind in ("empty", "zeros", "ones", "full", "rand", "randn")]
+)
+_LIKE = frozenset([Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as])
+
+
+class Layer(Protocol):
+    """What a lazy weight needs of the layer that it belongs to."""
+
+    structure: Structure
+    in_features: int
+    out_features: int
+
+    def dense_weight(self) -> Tensor:
+        """W, of shape (out_features, in_features); differentiable in the factors."""
+
+    def weight_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that the weight is made of."""
+
+
+def weight_of(layer: Layer) -> Tensor:
+    """The dense weight of a layer, built at once only where the use of a tensor cannot be seen: in traced code.
+
+    While some of the layer's parameters are still on the meta device, so is it.
+    """
+    parameters = layer.weight_parameters()
+    if _is_traced(layer, parameters):
+        return _build(layer)
+    if any(parameter.is_meta for parameter in parameters):
+        shape, dtype = (layer.out_features, layer.in_features), parameters[0].dtype
+        return torch.empty(shape, device="meta", dtype=dtype, requires_grad=_wants_gradients(parameters))
+    if torch.is_grad_enabled() and _wants_gradients(parameters):
+        weight: Tensor = _Differentiable.apply(layer, *parameters)  # type: ignore[no-untyped-call]
+        return weight
+    return LazyWeight(layer, parameters[0])
+
+
+class LazyWeight(Tensor):
+    """A dense weight that knows its shape, dtype and device, and is built when anything else is asked of it.
+
+    It is the weight of the moment in which it is first used, in the gradient mode of the moment in which it was read.
+    """
+
+    _layer: Layer
+    _value: Tensor | None
+    _dtype: torch.dtype
+    _device: torch.device
+
+    @staticmethod
+    def __new__(cls, layer: Layer, like: Tensor) -> LazyWeight:
+        dtype, device = like.dtype, like.device
+        self = Tensor._make_subclass(cls, _stand_in(layer.out_features, layer.in_features, dtype, device))
+        self._layer, self._value, self._dtype, self._device = layer, None, dtype, device
+        return self
+
+    # models read these in every call: they do not even go through __torch_function__
+    dtype = property(lambda self: self._dtype)
+    device = property(lambda self: self._device)
+
+    def value(self) -> Tensor:
+        """The dense weight as an ordinary tensor; differentiable in the factors."""
+        # activation checkpointing compares what is saved for backward with what is saved when it computes again
+        if self._value is not None and not _is_checkpointed():
+            return self._value
+        with torch.set_grad_enabled(self.requires_grad):
+            value = _build(self._layer)
+        if not _is_checkpointed():
+            self._value = value
+        return value
+
+    def stand_in(self) -> Tensor:
+        """Of the same shape, dtype and device, for those who read no values."""
+        return _stand_in(*self.shape, self.dtype, self.device)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        replace = cls.stand_in if func in _NEW or (func in _LIKE and not isinstance(args[0], cls)) else cls.value
+        return func(*tree_map_only(cls, replace, args), **tree_map_only(cls, replace, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the one that is off
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """For what goes around `__torch_function__`, below autograd."""
+        return func(*tree_map_only(cls, cls.value, args), **tree_map_only(cls, cls.value, kwargs or {}))
+
+
+class _Differentiable(torch.autograd.Function):
+    """A lazy weight whose gradient goes to the parameters of its layer, for autograd functions that are given it."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Layer, *parameters: Tensor) -> LazyWeight:
+        ctx.layer = layer
+        ctx.save_for_backward(*parameters)
+        return LazyWeight(layer, parameters[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            weight = _build(ctx.layer)
+        wanted = [p for p, is_wanted in zip(parameters, ctx.needs_input_grad[1:], strict=True) if is_wanted]
+        create = torch.is_grad_enabled()
+        grads = iter(torch.autograd.grad(weight, wanted, grad, create_graph=create, allow_unused=True))
+        return None, *(next(grads) if is_wanted else None for is_wanted in ctx.needs_input_grad[1:])
+
+
+def _build(layer: Layer) -> Tensor:
+    """The dense weight, in the dtype of the factors, in memory of its own."""
+    parameters = layer.weight_parameters()
+    with _without_autocast(parameters[0]):
+        weight = layer.dense_weight()
+    # a single factor may be its own dense weight
+    return weight.clone() if len(parameters) == 1 else weight
+
+
+def _without_autocast(parameter: Tensor) -> AbstractContextManager[object]:
+    device = parameter.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _is_traced(layer: Any, parameters: Sequence[Tensor]) -> bool:
+    """Whether what is done with the parameters is recorded, to be done again with others."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(isinstance(parameter, FakeTensor) for parameter in parameters)
+        # torch.fx puts other objects in their places
+        or not isinstance(getattr(layer, layer.structure.factors[0].name), Tensor)
+    )
+
+
+def _is_checkpointed() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _wants_gradients(parameters: Sequence[Tensor]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters)
+
+
+@lru_cache(maxsize=4096)
+def _stand_in(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of this shape, in the memory of one number, which is NaN and cannot be written to.
+
+    What goes around Python altogether, as `other.data = layer.weight` does, gets to see it.
+    """
+    with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+        nan = torch.full((), torch.nan, dtype=dtype, device=device)
+        torch._C._set_throw_on_mutable_data_ptr(nan)
+        return nan.expand(out_features, in_features)

@@ -1,0 +1,191 @@
+"""The operands of a product: one check that they fit, before anything computes with them.
+
+Compiled kernels get pointers and plain einsum broadcasts, so neither would notice a tensor of another shape, dtype or
+device, or one whose memory was released. Nothing passes unchecked: `executors.find` puts the check before every
+executor, and the reference is called behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einlinear.structures import Factor, Structure
+
+# what an operand is, the tensor, and the shape that it must have
+Operand = tuple[str | Factor, Any, tuple[int, ...]]
+
+
+def check(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor | None = None,
+    bias: Tensor | None = None,
+    grad: Tensor | None = None,
+    saved: Sequence[Tensor] = (),
+    routing: tuple[Tensor, Tensor] | None = None,
+    memory: bool = True,
+) -> bool:
+    """Raise unless the operands of a product, forward or backward, fit the structure and one another.
+
+    Args:
+        structure: what the matrix is, or each of several.
+        factors: of the shapes of `structure.factors`; with a routing, stacks of these, one entry per expert.
+        x: (n, in_features); None for a product of the factors alone.
+        bias: (out_features,).
+        grad: (n, out_features), the gradient of the output.
+        saved: intermediates for the backward pass, of any shape.
+        routing: the experts of every token, (n, active) in int64, and their gates, (n, active).
+        memory: whether the tensors have memory of their own; False where something traces or transforms them.
+
+    Returns:
+        Whether torch has put off the negation of an operand (`Tensor.is_neg`): then its memory is not yet what it is.
+
+    Raises:
+        ValueError: more or fewer factors than the structure has.
+        TypeError: an operand that is not a tensor.
+        RuntimeError: a wrong shape; dtypes or devices that differ; a layout that is not strided; released memory.
+        IndexError: an index of no expert. Only on the CPU: reading indices would wait for a GPU.
+    """
+    if not memory and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        with _untraced():
+            return check(structure, factors, x, bias, grad, saved, routing, memory)
+    expected = structure.factors
+    if len(factors) != len(expected):
+        raise ValueError(f"{structure} has {len(expected)} factors, not {len(factors)}")
+    operands: list[Operand]
+    if routing is None:
+        operands = [(factor, tensor, factor.shape) for factor, tensor in zip(expected, factors)]
+    else:
+        stack = factors[0].shape[:1]
+        operands = [(factor, tensor, stack + factor.shape) for factor, tensor in zip(expected, factors)]
+    if x is not None:
+        rows = x.shape[:1]
+        operands.append(("the input", x, (*rows, structure.in_features)))
+        if grad is not None:
+            operands.append(("the gradient of the output", grad, (*rows, structure.out_features)))
+        if routing is not None:
+            operands.append(("the tensor of gates", routing[1], _check_indices(x, *routing, memory)))
+    if bias is not None:
+        operands.append(("the bias", bias, (structure.out_features,)))
+    for tensor in saved:
+        operands.append(("a saved intermediate", tensor, tuple(tensor.shape)))
+    negated = False
+    try:
+        _, first, _ = operands[0]
+        dtype, device, size = first.dtype, first.device, first.itemsize
+        for _, tensor, shape in operands:
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
+                break
+            if memory:
+                # what `_in_memory` does, where there is no need for the cost of a call
+                plain = tensor.is_contiguous()
+                if plain and tensor.untyped_storage().nbytes() < tensor.storage_offset() * size + tensor.nbytes:
+                    break
+                if not plain and not _in_memory(tensor):
+                    break
+                negated = negated or tensor.is_neg()
+        else:
+            if routing is not None and memory:
+                _check_range(routing[0], len(factors[0]))
+            return negated
+    except (AttributeError, NotImplementedError, RuntimeError):
+        # of something that is not a tensor, or has no strides, or no storage
+        _refuse(structure, operands, memory)
+        raise
+    _refuse(structure, operands, memory)
+    return negated
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape in numbers, also while torch.jit traces, which makes tensors of them."""
+    shape = tensor.shape
+    if shape and isinstance(shape[-1], Tensor):
+        with _untraced():
+            shape = tensor.shape
+    return shape
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    """Whether the storage reaches as far as the tensor does."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    extent = tensor.itemsize * (1 + last) if tensor.numel() else 0
+    return tensor.untyped_storage().nbytes() >= tensor.storage_offset() * tensor.itemsize + extent
+
+
+def _check_indices(x: Tensor, indices: Tensor, gates: Tensor, memory: bool) -> tuple[int, ...]:
+    """The shape of the experts' indices, which is that of the gates."""
+    for name, tensor in (("the tensor of indices", indices), ("the tensor of gates", gates)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if indices.dim() != 2 or indices.shape != gates.shape or indices.shape[:1] != x.shape[:1] or not indices.shape[1]:
+        raise RuntimeError(
+            f"indices of shape {tuple(indices.shape)} and gates of shape {tuple(gates.shape)}: "
+            f"both must be ({len(x)}, active), with an active expert or more"
+        )
+    if indices.dtype != torch.int64:
+        raise RuntimeError(f"the indices are of {indices.dtype}, but must be of torch.int64")
+    if indices.device != x.device:
+        raise RuntimeError(f"the indices are on {indices.device}, but the input on {x.device}: move one of them")
+    if memory and not _in_memory(indices):
+        raise RuntimeError(_released("the tensor of indices"))
+    return indices.shape
+
+
+def _check_range(indices: Tensor, experts: int) -> None:
+    if indices.is_cpu and indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= experts:
+            raise IndexError(f"expert {low if low < 0 else high}: there are {experts}, from 0 to {experts - 1}")
+
+
+def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> None:
+    """Raise for the operand that does not fit: say what it is, and what would be right."""
+    named = [(what if isinstance(what, str) else f"factor {what.name}", *others) for what, *others in operands]
+    for name, tensor, shape in named:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise RuntimeError(f"{name} has the layout {tensor.layout}, but must be strided: see `Tensor.to_dense`")
+        if tensor.shape != shape:
+            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but {structure} needs {_text(name, shape)}")
+    first, reference, _ = named[0]
+    for name, tensor, _ in named:
+        other = "the layer" if name == "the input" else first
+        if tensor.dtype != reference.dtype:
+            raise RuntimeError(f"{name} is of {tensor.dtype}, but {other} of {reference.dtype}: convert one of them")
+        if tensor.device != reference.device:
+            what = "move one of them"
+            if "meta" in (tensor.device.type, reference.device.type):
+                what = "what is on meta has no values yet, so load it, or draw it after `to_empty`"
+            raise RuntimeError(f"{name} is on {tensor.device}, but {other} on {reference.device}: {what}")
+    for name, tensor, _ in named:
+        if memory and not _in_memory(tensor):
+            raise RuntimeError(_released(name))
+
+
+def _text(name: str, shape: tuple[int, ...]) -> str:
+    labels = {"the input": "in_features=", "the bias": "out_features=", "the gradient of the output": "out_features="}
+    *first, last = shape
+    return f"({', '.join([*map(str, first), labels.get(name, '') + str(last)])})"
+
+
+def _released(name: str) -> str:
+    return (
+        f"the memory of {name} is smaller than its shape. Something has released it, as FSDP does with parameters "
+        "while their module is not running"
+    )

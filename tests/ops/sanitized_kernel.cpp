@@ -1,0 +1,150 @@
+// The kernel as a program of its own, for the sanitizers: it reads structures, runs every entry point on random numbers
+// and compares several threads with one. Outputs start as NaN, so what is left unwritten shows as well.
+//
+// Usage: sanitized_kernel FILE
+// FILE holds int64 numbers: for each structure the count of numbers in its program, then these (program.py).
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+
+#include "tiles.cpp"
+
+static std::mt19937 generator(0);
+
+template <class S>
+struct Array {
+    std::vector<S> values;
+    explicit Array(size_t count, bool random = true) : values(count, std::numeric_limits<S>::quiet_NaN()) {
+        std::normal_distribution<double> normal;
+        if (random)
+            for (S& value : values) value = (S)normal(generator);
+    }
+};
+
+template <class S>
+static void same(const std::vector<S>& found, const std::vector<S>& expected, const char* what, int threads, Index n) {
+    double largest = 1;
+    for (S value : expected) largest = std::max(largest, std::fabs((double)value));
+    for (size_t i = 0; i < expected.size(); i++)
+        if (!(std::fabs((double)found[i] - (double)expected[i]) < 1e-3 * largest)) {
+            std::fprintf(stderr, "%s of %ld tokens on %d threads: %g instead of %g\n", what, (long)n, threads,
+                         (double)found[i], (double)expected[i]);
+            std::exit(1);
+        }
+}
+
+template <class S>
+struct Factors {
+    std::vector<Array<S>> arrays;
+    std::vector<S*> pointers;
+    Factors(const Program& p, Index stack, bool random) {
+        std::vector<Index> entries;
+        for (auto& term : p.terms)
+            for (auto& s : term) {
+                entries.resize(std::max<size_t>(entries.size(), s.factor + 1));
+                entries[s.factor] = s.entries();
+            }
+        for (Index count : entries) arrays.emplace_back(stack * count, random);
+        for (auto& array : arrays) pointers.push_back(array.values.data());
+    }
+};
+
+// Forward and backward with states saved and computed again, for random choices of the gradients that are wanted.
+template <class S>
+static void one_matrix(const Index* numbers, Index n, const std::vector<int>& counts) {
+    Program p(numbers);
+    Factors<S> factors(p, 1, true);
+    Array<S> x(n * p.in_features), bias(p.out_features), dy(n * p.out_features);
+    Index tile = tile_of<S>(p, n), padded = (n + tile - 1) / tile * tile;
+    for (bool save : {false, true})
+        for (int choice = 0; choice < 3; choice++) {
+            bool wants_x = choice == 1;
+            unsigned wanted = choice == 2 ? generator() : ~0u;
+            std::vector<S> first_y, first_dx;
+            std::vector<std::vector<S>> first;
+            for (int threads : counts) {
+                Array<S> y(n * p.out_features, false), dx(n * p.in_features, false);
+                Array<S> saved(save ? padded * p.states() : 0, false);
+                S* states = saved.values.empty() ? nullptr : saved.values.data();
+                forward<S>(Program(numbers), factors.pointers.data(), x.values.data(), bias.values.data(),
+                           y.values.data(), states, n, threads);
+                Factors<S> grads(p, 1, false);
+                std::vector<S*> to = grads.pointers;
+                for (size_t i = 0; i < to.size(); i++)
+                    if (!(wanted >> i & 1)) to[i] = nullptr;
+                backward<S>(Program(numbers), factors.pointers.data(), x.values.data(), dy.values.data(), states,
+                            wants_x ? dx.values.data() : nullptr, to.data(), n, threads);
+                if (threads == counts[0]) {
+                    first_y = y.values, first_dx = dx.values;
+                    for (auto& grad : grads.arrays) first.push_back(grad.values);
+                }
+                same(y.values, first_y, "output", threads, n);
+                if (wants_x) same(dx.values, first_dx, "gradient of x", threads, n);
+                for (size_t i = 0; i < to.size(); i++)
+                    if (to[i]) same(grads.arrays[i].values, first[i], "gradient of a factor", threads, n);
+            }
+        }
+}
+
+// The same for one of several matrices a token, two of them for each.
+template <class S>
+static void several_matrices(const Index* numbers, Index n, const std::vector<int>& counts) {
+    constexpr Index EXPERTS = 3, ACTIVE = 2;
+    Program p(numbers);
+    Factors<S> factors(p, EXPERTS, true);
+    Array<S> x(n * p.in_features), bias(p.out_features), dy(n * p.out_features), gates(n * ACTIVE);
+    std::vector<S> first_y, first_dx, first_dgates;
+    std::vector<std::vector<S>> first_grads;
+    for (bool wants_x : {false, true})
+        for (int threads : counts) {
+            Index block = std::max<Index>(1, n / threads), blocks = (n + block - 1) / block;
+            std::vector<std::vector<Index>> cells(blocks * EXPERTS);
+            for (Index token = 0; token < n; token++)  // the last expert gets few, so that some blocks lack it
+                for (Index a = 0; a < ACTIVE; a++)
+                    cells[token / block * EXPERTS + (token % 5 ? a : a + 1)].push_back(token * ACTIVE + a);
+            std::vector<Index> begins{0}, order;
+            for (auto& cell : cells) {
+                order.insert(order.end(), cell.begin(), cell.end());
+                begins.push_back(order.size());
+            }
+            Pairs<S> pairs{begins.data(), order.data(), gates.values.data(), n, block, EXPERTS, ACTIVE};
+            Array<S> y(n * p.out_features, false), dx(n * p.in_features, false), dgates(n * ACTIVE, false);
+            forward_grouped<S>(Program(numbers), factors.pointers.data(), pairs, x.values.data(), bias.values.data(),
+                               y.values.data(), threads);
+            Factors<S> grads(p, EXPERTS, false);
+            backward_grouped<S>(Program(numbers), factors.pointers.data(), pairs, x.values.data(), dy.values.data(),
+                                wants_x ? dx.values.data() : nullptr, wants_x ? dgates.values.data() : nullptr,
+                                grads.pointers.data(), threads);
+            if (threads == counts[0]) {
+                first_y = y.values, first_dx = dx.values, first_dgates = dgates.values, first_grads.clear();
+                for (auto& grad : grads.arrays) first_grads.push_back(grad.values);
+            }
+            same(y.values, first_y, "output of experts", threads, n);
+            if (wants_x) same(dx.values, first_dx, "gradient of x through experts", threads, n);
+            if (wants_x) same(dgates.values, first_dgates, "gradient of gates", threads, n);
+            for (size_t i = 0; i < first_grads.size(); i++)
+                same(grads.arrays[i].values, first_grads[i], "gradient of experts", threads, n);
+        }
+}
+
+int main(int count, char** arguments) {
+    if (count != 2) return std::fputs("usage: sanitized_kernel FILE\n", stderr), 2;
+    std::FILE* file = std::fopen(arguments[1], "rb");
+    if (!file) return std::perror(arguments[1]), 2;
+    Index length, programs = 0;
+    const std::vector<int> threads{1, 2, 3, 5};
+    for (; std::fread(&length, sizeof length, 1, file) == 1; programs++) {
+        std::vector<Index> numbers(length);
+        if ((Index)std::fread(numbers.data(), sizeof(Index), length, file) != length) return 2;
+        for (Index n : {1, 3, 16, 17, 33, 70}) {
+            if (programs % 2)
+                one_matrix<float>(numbers.data(), n, threads);
+            else
+                one_matrix<double>(numbers.data(), n, threads);
+        }
+        for (Index n : {5, 70}) several_matrices<float>(numbers.data(), n, threads);
+    }
+    std::fclose(file);
+    std::printf("%ld programs\n", (long)programs);
+}

@@ -1,0 +1,374 @@
+"""Kinds of models: for each a tiny one from its config, an example of its inputs, and the classes that load a part of it.
+
+An entry of a transformers model names its class, the settings that make its config tiny, and its inputs. Nothing is
+downloaded; all weights are drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+Inputs = Mapping[str, Tensor]
+VOCABULARY, TOKENS, WIDTH, HIDDEN = 100, 12, 32, 64
+FIRST_WORD = 5  # ids below are of padding, the begin, the end, and what stands for an image
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model.
+
+    Attributes:
+        name: in the table.
+        model: the class.
+        area: what goes in: text, vision, audio, several inputs, or anything ("torch.nn").
+        build: makes the model; its weights depend on torch's seed alone.
+        inputs: named arguments of the model. With labels among them it returns a loss.
+        parts: classes of transformers that load a part of the saved model, such as a tower.
+    """
+
+    name: str
+    model: str
+    area: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    parts: tuple[str, ...] = ()
+
+
+def make(kind: Kind, seed: int = 0) -> nn.Module:
+    """The model of a kind, without dropout."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind.build().eval()
+
+
+def inputs_of(kind: Kind, seed: int = 1) -> dict[str, Any]:
+    """The same example every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind.inputs()
+
+
+# Inputs
+
+
+def ids(tokens: int = TOKENS) -> Tensor:
+    return torch.randint(FIRST_WORD, VOCABULARY, (2, tokens))
+
+
+def language() -> dict[str, Any]:
+    tokens = ids()
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def words() -> dict[str, Any]:
+    return {"input_ids": ids()}
+
+
+def text_to_text() -> dict[str, Any]:
+    return {"input_ids": ids(), "decoder_input_ids": (tokens := ids(8)), "labels": tokens}
+
+
+def image(size: int = 16) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(2, 3, size, size)}
+
+
+def labelled_image() -> dict[str, Any]:
+    return {**image(), "labels": torch.tensor([0, 1])}
+
+
+def image_and_text() -> dict[str, Any]:
+    return {**image(), "input_ids": ids(), "return_loss": True}
+
+
+def wave() -> dict[str, Any]:
+    return {"input_values": torch.randn(2, 400)}
+
+
+# Configs
+
+
+IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 2}
+BODY: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": HIDDEN, **HEADS}
+TEXT: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, **BODY, **IDS}
+GROUPED: dict[str, Any] = {**TEXT, "num_key_value_heads": 1}
+ENCODER: dict[str, Any] = {**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+VISION: dict[str, Any] = {"image_size": 16, "patch_size": 8, **BODY}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": HIDDEN, "decoder_ffn_dim": HIDDEN, **IDS,
+    "decoder_start_token_id": 1, "forced_eos_token_id": None,
+}  # fmt: skip
+T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 16, "d_ff": HIDDEN, "num_layers": 2, "num_heads": 2,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+WAVE: dict[str, Any] = {
+    **BODY, "vocab_size": VOCABULARY, "conv_dim": (16, 16), "conv_stride": (4, 4), "conv_kernel": (8, 8),
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0,
+}  # fmt: skip
+
+
+def hf(name: str, cls: str, area: str, inputs: Callable[[], dict[str, Any]], *parts: str, **config: Any) -> Kind:
+    """A model of transformers. A nested dict in its config stands for a config of its own."""
+
+    def build() -> nn.Module:
+        of_model: Any = getattr(transformers, cls)
+        return of_model(of_model.config_class(**config))
+
+    return Kind(name, cls, area, build, inputs, parts)
+
+
+TEXT_KINDS = [
+    hf("Llama", "LlamaForCausalLM", "text", language, "LlamaModel", **GROUPED),
+    hf("Llama, tied", "LlamaForCausalLM", "text", language, "LlamaModel", **GROUPED, tie_word_embeddings=True),
+    hf("Mistral", "MistralForCausalLM", "text", language, "MistralModel", **GROUPED),
+    hf("Qwen2", "Qwen2ForCausalLM", "text", language, "Qwen2Model", **GROUPED),
+    hf("Qwen3", "Qwen3ForCausalLM", "text", language, "Qwen3Model", **GROUPED, head_dim=16),
+    hf("Gemma 2", "Gemma2ForCausalLM", "text", language, "Gemma2Model", **GROUPED, head_dim=16),
+    hf("Gemma 3", "Gemma3ForCausalLM", "text", language, "Gemma3TextModel", **GROUPED, head_dim=16),
+    hf("Phi-3", "Phi3ForCausalLM", "text", language, "Phi3Model", **GROUPED),
+    hf("Falcon", "FalconForCausalLM", "text", language, "FalconModel", **TEXT),
+    hf("MPT", "MptForCausalLM", "text", language, "MptModel", vocab_size=VOCABULARY, d_model=WIDTH, n_heads=2,
+       n_layers=2, max_seq_len=64, **IDS),
+    hf("BLOOM", "BloomForCausalLM", "text", language, "BloomModel", vocab_size=VOCABULARY, hidden_size=WIDTH,
+       n_layer=2, n_head=2, **IDS),
+    hf("OPT", "OPTForCausalLM", "text", language, "OPTModel", **TEXT, ffn_dim=HIDDEN, word_embed_proj_dim=WIDTH),
+    hf("GPT-NeoX", "GPTNeoXForCausalLM", "text", language, "GPTNeoXModel", **TEXT),
+    hf("GPT-2", "GPT2LMHeadModel", "text", language, "GPT2Model", vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH,
+       n_layer=2, n_head=2, **IDS),
+    hf("GPT-J", "GPTJForCausalLM", "text", language, "GPTJModel", vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH,
+       n_layer=2, n_head=2, rotary_dim=8, **IDS),
+    hf("OLMo 2", "Olmo2ForCausalLM", "text", language, "Olmo2Model", **GROUPED),
+    hf("Mamba", "MambaForCausalLM", "text", language, "MambaModel", vocab_size=VOCABULARY, hidden_size=WIDTH,
+       num_hidden_layers=2, state_size=8, **IDS),
+    hf("Mamba-2", "Mamba2ForCausalLM", "text", language, "Mamba2Model", vocab_size=VOCABULARY, hidden_size=WIDTH,
+       num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8, **IDS),
+    hf("Mixtral", "MixtralForCausalLM", "text", language, "MixtralModel", **GROUPED, num_local_experts=4),
+    hf("Qwen2-MoE", "Qwen2MoeForCausalLM", "text", language, "Qwen2MoeModel", **GROUPED, **EXPERTS,
+       shared_expert_intermediate_size=HIDDEN),
+    hf("Qwen3-MoE", "Qwen3MoeForCausalLM", "text", language, "Qwen3MoeModel", **GROUPED, **EXPERTS, head_dim=16),
+    hf("DeepSeek-V3", "DeepseekV3ForCausalLM", "text", language, "DeepseekV3Model", **GROUPED | {
+       "num_key_value_heads": 2}, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1,
+       topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+       v_head_dim=16),
+    hf("GPT-OSS", "GptOssForCausalLM", "text", language, "GptOssModel", **GROUPED, num_local_experts=4,
+       num_experts_per_tok=2, head_dim=16),
+    hf("Jamba", "JambaForCausalLM", "text", language, "JambaModel", **GROUPED, num_experts=2, attn_layer_period=2,
+       attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8),
+    hf("T5", "T5ForConditionalGeneration", "text", text_to_text, "T5EncoderModel", **T5),
+    hf("T5, gated", "T5ForConditionalGeneration", "text", text_to_text, "T5EncoderModel", **T5,
+       feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    hf("BART", "BartForConditionalGeneration", "text", text_to_text, "BartModel", **SEQ2SEQ),
+    hf("Marian", "MarianMTModel", "text", text_to_text, "MarianModel", **SEQ2SEQ, max_position_embeddings=64),
+    hf("Switch", "SwitchTransformersForConditionalGeneration", "text", text_to_text, "SwitchTransformersEncoderModel",
+       **T5, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_decoder_layers=2),
+    hf("BERT", "BertForMaskedLM", "text", language, "BertModel", **ENCODER),
+    hf("RoBERTa", "RobertaForMaskedLM", "text", language, "RobertaModel", **ENCODER),
+    hf("ModernBERT", "ModernBertForMaskedLM", "text", language, "ModernBertModel", **TEXT, cls_token_id=1,
+       sep_token_id=2),
+    hf("DeBERTa-v2", "DebertaV2ForMaskedLM", "text", language, "DebertaV2Model", **ENCODER, relative_attention=True,
+       pos_att_type=["p2c", "c2p"], position_buckets=8),
+    hf("Electra", "ElectraForPreTraining", "text", words, "ElectraModel", **ENCODER, embedding_size=16),
+    hf("ALBERT", "AlbertForMaskedLM", "text", language, "AlbertModel", **ENCODER, embedding_size=16),
+    hf("DistilBERT", "DistilBertForMaskedLM", "text", language, "DistilBertModel", vocab_size=VOCABULARY, dim=WIDTH,
+       n_layers=2, n_heads=2, hidden_dim=HIDDEN, max_position_embeddings=64, pad_token_id=0),
+    hf("MPNet", "MPNetForMaskedLM", "text", language, "MPNetModel", **ENCODER),
+    hf("XLNet", "XLNetLMHeadModel", "text", language, "XLNetModel", vocab_size=VOCABULARY, d_model=WIDTH, n_layer=2,
+       n_head=2, d_inner=HIDDEN, **IDS),
+]  # fmt: skip
+
+# Others that differ from those above in their modules, but not in what their configs call the sizes.
+SIZES: dict[str, Any] = {
+    **GROUPED, **EXPERTS, "head_dim": 16, "num_local_experts": 4, "n_routed_experts": 4, "n_positions": 64,
+    "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "d_model": WIDTH, "ffn_dim": HIDDEN, "n_layers": 2, "n_heads": 2,
+    "shared_expert_intermediate_size": WIDTH,
+}  # fmt: skip
+DECODERS = """
+    Afmoe Apertus Arcee AriaText Beam BioGpt BitNet Cohere Cohere2 Cohere2Moe Cwm Doge Emu3 Ernie4_5 Ernie4_5_Moe
+    Exaone4 ExaoneMoe FalconH1 FalconMamba FlexOlmo Flint Gemma Glm Glm4 Glm4Moe GPTBigCode GPTNeoXJapanese Granite
+    GraniteMoe GraniteMoeShared GraniteSWA Helium HrmText HunYuanDenseV1 HunYuanMoEV1 HYV3 HyperCLOVAX Jais2 JetMoe
+    Kolibri1 Laguna Lfm2 Llama4 Mellum MiMoV2Flash MiniMax MiniMaxM2 Ministral ModernBertDecoder Moshi NanoChat
+    Nemotron Olmo Olmo3 OlmoHybrid Olmoe Persimmon Phi Phimoe Rwkv SeedOss SmolLM3 SolarOpen StableLm Starcoder2
+    VaultGemma XGLM
+"""
+ENCODERS = """
+    BigBird ConvBert Data2VecText Deberta Ernie Esm Esmc EuroBert FNet Gte IBert JinaEmbeddingsV3 LayoutLM Longformer
+    MegatronBert MobileBert Mra NomicBert Nystromformer RemBert RobertaPreLayerNorm RoFormer Tapas Ultrabert
+    XLMRobertaXL Yoso
+"""
+BODIES = {"Emu3": "Emu3TextModel", "Llama4": "Llama4TextModel"}  # of the others, the name with "Model" behind it
+SEQ2SEQS = "BigBirdPegasus Blenderbot BlenderbotSmall M2M100 MBart Mvp NllbMoe Pegasus PegasusX PLBart"
+TEXT_KINDS += [
+    hf(n, f"{n}ForCausalLM", "text", language, BODIES.get(n, f"{n}Model"), **SIZES) for n in DECODERS.split()
+]
+TEXT_KINDS += [
+    hf(n, f"{n}ForMaskedLM", "text", language, f"{n}Model", **ENCODER, embedding_size=16) for n in ENCODERS.split()
+]
+TEXT_KINDS += [
+    hf(n, f"{n}ForConditionalGeneration", "text", text_to_text, f"{n}Model", **SEQ2SEQ, max_position_embeddings=64)
+    for n in SEQ2SEQS.split()
+]
+TEXT_KINDS += [
+    hf(n, f"{n}ForConditionalGeneration", "text", text_to_text, f"{n}EncoderModel", **T5) for n in ("LongT5", "UMT5")
+]
+
+VISION_KINDS = [
+    hf("ViT", "ViTForImageClassification", "vision", labelled_image, "ViTModel", **VISION),
+    hf("DINOv2", "Dinov2ForImageClassification", "vision", labelled_image, "Dinov2Model", **VISION),
+    hf("Swin", "SwinForImageClassification", "vision", labelled_image, "SwinModel", image_size=16, patch_size=2,
+       embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4),
+    hf("BEiT", "BeitForImageClassification", "vision", labelled_image, "BeitModel", **VISION),
+    hf("ConvNeXt", "ConvNextForImageClassification", "vision", labelled_image, "ConvNextModel",
+       hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, patch_size=2),
+    hf("ResNet", "ResNetForImageClassification", "vision", labelled_image, "ResNetModel", embedding_size=16,
+       hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"),
+    hf("SegFormer", "SegformerForImageClassification", "vision", labelled_image, "SegformerModel",
+       num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], num_attention_heads=[1, 2],
+       patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], decoder_hidden_size=32),
+    hf("ViT-MAE", "ViTMAEForPreTraining", "vision", lambda: {**image(), "noise": torch.rand(2, 4)}, "ViTMAEModel", **VISION, decoder_hidden_size=WIDTH,
+       decoder_num_attention_heads=2, decoder_num_hidden_layers=1, decoder_intermediate_size=HIDDEN),
+]  # fmt: skip
+
+VISION_KINDS += [
+    hf(n, f"{n}ForImageClassification", "vision", labelled_image, f"{n}Model", **VISION)
+    for n in ("Data2VecVision", "DeiT", "Dinov2WithRegisters", "IJepa", "ViTMSN")
+]
+VISION_KINDS += [
+    hf(n, f"{n}ForImageClassification", "vision", labelled_image, f"{n}Model", image_size=16, patch_size=4,
+       embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    for n in ("DonutSwin", "FocalNet", "Swinv2")
+]  # fmt: skip
+VISION_KINDS += [
+    hf(n, f"{n}ForImageClassification", "vision", labelled_image, f"{n}Model", hidden_sizes=[16, 32], depths=[1, 1],
+       num_stages=2, patch_size=2, embedding_size=16)
+    for n in ("ConvNextV2", "RegNet")
+]  # fmt: skip
+
+AUDIO_KINDS = [
+    hf("Whisper", "WhisperForConditionalGeneration", "audio", lambda: {"input_features": torch.randn(2, 8, 16),
+       "decoder_input_ids": (tokens := ids(8)), "labels": tokens}, "WhisperModel", **SEQ2SEQ,
+       num_mel_bins=8, max_source_positions=8, max_target_positions=32, suppress_tokens=None,
+       begin_suppress_tokens=None),
+    hf("WavLM", "WavLMModel", "audio", wave, **WAVE, num_buckets=8, max_bucket_distance=16),
+    hf("Wav2Vec2", "Wav2Vec2ForCTC", "audio", wave, "Wav2Vec2Model", **WAVE),
+    hf("HuBERT", "HubertForCTC", "audio", wave, "HubertModel", **WAVE),
+    hf("SeamlessM4T", "SeamlessM4TForSpeechToText", "audio",
+       lambda: {"input_features": torch.randn(2, 16, 16), "labels": ids(8)}, vocab_size=VOCABULARY, hidden_size=WIDTH,
+       encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+       encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, speech_encoder_layers=1, speech_encoder_attention_heads=2,
+       speech_encoder_intermediate_size=HIDDEN, feature_projection_input_dim=16, max_source_positions=64,
+       num_adapter_layers=1, speech_encoder_layerdrop=0.0, **IDS, decoder_start_token_id=3, max_new_tokens=8),
+    hf("AST", "ASTForAudioClassification", "audio",
+       lambda: {"input_values": torch.randn(2, 16, 16), "labels": torch.tensor([0, 1])}, "ASTModel", **BODY,
+       patch_size=8, frequency_stride=8, time_stride=8, max_length=16, num_mel_bins=16),
+]  # fmt: skip
+
+_TOWER = {**VISION, "projection_dim": 16}
+_CLIP_TEXT = {**TEXT, "projection_dim": 16}
+SEVERAL_KINDS = [
+    hf("CLIP", "CLIPModel", "several inputs", image_and_text, "CLIPTextModel", "CLIPVisionModel",
+       "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection", text_config=_CLIP_TEXT, vision_config=_TOWER,
+       projection_dim=16),
+    hf("SigLIP", "SiglipModel", "several inputs", image_and_text, "SiglipTextModel", "SiglipVisionModel",
+       text_config=TEXT | {"projection_size": WIDTH}, vision_config=VISION),
+    hf("LLaVA", "LlavaForConditionalGeneration", "several inputs",
+       lambda: {**image(), "input_ids": (tokens := torch.cat([torch.full((2, 4), 3), ids()], 1)), "labels": tokens},
+       text_config={"model_type": "llama", **GROUPED}, vision_config={"model_type": "clip_vision_model", **_TOWER},
+       image_token_index=3, image_token_id=3),
+    hf("BLIP", "BlipForConditionalGeneration", "several inputs",
+       lambda: {**image(), "input_ids": (tokens := ids()), "labels": tokens},
+       text_config={**ENCODER, "encoder_hidden_size": WIDTH, "sep_token_id": 2}, vision_config=VISION),
+    hf("ViLT", "ViltForQuestionAnswering", "several inputs",
+       lambda: {**image(), "input_ids": ids(), "labels": torch.rand(2, 2)}, "ViltModel",
+       **ENCODER, image_size=16, patch_size=8),
+]  # fmt: skip
+
+
+class Tagger(nn.Module):
+    """An LSTM that says something of every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.lstm = nn.LSTM(WIDTH, HIDDEN, num_layers=2, batch_first=True, bidirectional=True)
+        self.hidden = nn.Linear(2 * HIDDEN, HIDDEN)
+        self.head = nn.Linear(HIDDEN, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states, _ = self.lstm(self.embedding(input_ids))
+        return self.head(self.hidden(states).relu())
+
+
+class Named(nn.Module):
+    """Gives a module of torch.nn names for its inputs."""
+
+    def __init__(self, model: nn.Module, *names: str) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        output = self.model(*[inputs[name] for name in self.names])
+        return output[0] if isinstance(output, tuple) else output
+
+
+class Attention(nn.Module):
+    """Self-attention between two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.attention = nn.MultiheadAttention(HIDDEN, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        return self.down(hidden + self.attention(hidden, hidden, hidden)[0])
+
+
+def convolutional_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, HIDDEN),
+        nn.ReLU(),
+        nn.Linear(HIDDEN, 10),
+    )
+
+
+def vectors() -> Tensor:
+    return torch.randn(2, TOKENS, WIDTH)
+
+
+TORCH_KINDS = [
+    Kind("Transformer encoder", "nn.TransformerEncoder", "torch.nn",
+         lambda: Named(nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, HIDDEN, batch_first=True), 2), "x"),
+         lambda: {"x": vectors()}),
+    Kind("Transformer", "nn.Transformer", "torch.nn",
+         lambda: Named(nn.Transformer(WIDTH, 2, 2, 2, HIDDEN, batch_first=True), "source", "target"),
+         lambda: {"source": vectors(), "target": vectors()}),
+    Kind("Attention", "nn.MultiheadAttention", "torch.nn", Attention, lambda: {"x": vectors()}),
+    Kind("LSTM tagger", "nn.LSTM", "torch.nn", Tagger, words),
+    Kind("Convolutional net", "nn.Conv2d", "torch.nn", lambda: Named(convolutional_net(), "pixel_values"), image),
+]  # fmt: skip
+
+KINDS = {kind.name: kind for kind in (*TEXT_KINDS, *VISION_KINDS, *AUDIO_KINDS, *SEVERAL_KINDS, *TORCH_KINDS)}
+
+
+def takes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """The inputs that a part of a model takes."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(inputs)
+    return {name: value for name, value in inputs.items() if name in parameters}

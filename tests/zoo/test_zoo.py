@@ -1,0 +1,85 @@
+"""docs/models.md says what the loop finds, and lists every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.zoo import table
+from tests.zoo.kinds import KINDS
+from tests.zoo.loop import Trial, run
+from torch import nn
+
+# The kinds that are tried in every test run; `make zoo` tries all.
+SAMPLE = """
+    Llama; Llama, tied; Mistral; Qwen2; Qwen3; Gemma 2; Gemma 3; Phi-3; Falcon; MPT; BLOOM; OPT; GPT-NeoX; GPT-2; T5;
+    T5, gated; BART; Whisper; CLIP; SigLIP; ViT; DINOv2; Swin; BERT; RoBERTa; ModernBERT; DeBERTa-v2; Mamba; Mamba-2;
+    Mixtral; Qwen2-MoE; Qwen3-MoE; LLaVA; WavLM; SeamlessM4T; Electra; ResNet; Phimoe; Rwkv; Transformer encoder;
+    Transformer; Attention; LSTM tagger; Convolutional net
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers warns of kernels that are not installed, and of its own ways
+def test_a_sample_is_as_the_page_says(tmp_path: Path) -> None:
+    names = [name.strip() for name in SAMPLE.split(";")]
+    trials = run([KINDS[name] for name in names], tmp_path)
+    assert table.problems(trials) == []
+    page = table.rows_of_page()
+    assert {trial.kind.name: table.row(trial) for trial in trials} == {name: page[name] for name in names}
+
+
+def test_the_page_lists_every_kind_and_every_note() -> None:
+    rows = table.rows_of_page()
+    assert list(rows) == [kind.name for area in table.AREAS for kind in KINDS.values() if kind.area == area]
+    assert not [row for row in rows.values() if "**no**" in row]
+    failures = {(name, step) for name, row in rows.items() for step in failed(row)}
+    assert failures == set(table.EXPECTED)
+    text = table.PAGE.read_text(encoding="utf-8")
+    for number, note in enumerate(table.notes(), 1):
+        assert f"{number}. {note}\n" in text
+        assert any(f"[{number}]" in row for row in rows.values())
+
+
+def failed(row: str) -> list[str]:
+    cells = row.strip("| ").split(" | ")[-len(table.COLUMNS) :]
+    return [step for step, cell in zip(table.COLUMNS, cells, strict=True) if cell.startswith("no")]
+
+
+def trial(name: str, skipped: tuple[tuple[str, str], ...] = (), **cells: str) -> Trial:
+    empty = dict.fromkeys(table.COLUMNS, "")
+    return Trial(KINDS[name], Path(), nn.Identity(), nn.Identity(), 3, skipped, cells=empty | cells)
+
+
+def test_what_is_not_expected_is_a_problem() -> None:
+    """A failure without a reason, a failure for another reason, a reason without a failure, and a layer without a note."""
+    assert table.problems([trial("Llama")]) == []
+    (found,) = table.problems([trial("Llama", generate="other tokens without a cache")])
+    assert found == "Llama: generate fails: other tokens without a cache"
+    _, found = table.problems([trial("ResNet", compress="out of memory", train="the loss does not fall")])
+    assert found == "ResNet: compress fails: out of memory"
+    (found,) = table.problems([trial("ResNet")])
+    assert "ResNet: compress works now" in found
+    (found,) = table.problems([trial("Llama", (("lm_head", "its weight is tied to x"), ("other", "no idea")))])
+    assert found == "Llama: other stays dense, and there is no note for it: no idea"
+    assert "**no**: out of memory" in table.row(trial("Llama", compress="out of memory"))
+
+
+def test_the_loop_notes_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that gets the bias wrong fails to project, to go back to dense and to load."""
+    import einlinear as el
+
+    original = el.Linear.to_dense
+
+    def wrong(layer: el.Linear) -> nn.Linear:
+        dense = original(layer)
+        with torch.no_grad():
+            dense.weight.mul_(2)
+        return dense
+
+    monkeypatch.setattr(el.Linear, "to_dense", wrong)
+    (found,) = run([KINDS["LSTM tagger"]], tmp_path)
+    assert found.cells["densify"].startswith("outputs differ")
+    assert {step: cell for step, cell in found.cells.items() if cell} == {
+        "densify": found.cells["densify"], "generate": "—", "parts": "—",
+    }  # fmt: skip
