@@ -210,6 +210,19 @@ def alone(path: Path, otherwise: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def alone_beside(path: Path, otherwise: str) -> Iterator[None]:
+    """The same for a file or folder that is to be made: the lock lies beside it, and goes when the work is over."""
+    path = path.absolute()
+    lock = path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with alone(lock, otherwise):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What has changed between the settings that a folder was made with and those that are asked for.
 
