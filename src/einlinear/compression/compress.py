@@ -308,14 +308,13 @@ class _Task:
             candidates = [asdict(candidate) for candidate in options[name]]
             self.journal.write(f"candidates of {name}", {"effects": effects[name].points, "candidates": candidates})
         self.tell("comparing structures", len(names), len(names))
-        specs: dict[str, str] | None = self.journal.read("choice")
-        if specs is None:
+        if known := self.journal.read("choice"):
+            specs: dict[str, str] = known["specs"]
+            self.slow.update(known["slow"])
+        else:
             weighted = {name: [replace(c, error=effects[name].at(c.error)) for c in options[name]] for name in names}
             specs = {name: c.spec for name, c in self._allocated(weighted, int(budget * dense)).items()}
-            self.journal.write("choice", specs)
-            self.journal.write("slow layers", self.slow)
-        else:
-            self.slow.update(self.journal.read("slow layers") or {})
+            self.journal.write("choice", {"specs": specs, "slow": self.slow})
         chosen = {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}
         return chosen, {name: effects[name].slope for name in names}
 
@@ -463,5 +462,8 @@ class _Task:
         if tensors is None or facts is None:
             return None
         layer = structured_like(self.data.layers[name], spec)
-        layer.load_state_dict(tensors)
+        try:
+            layer.load_state_dict(tensors)
+        except RuntimeError:  # of another structure: the file that had the choice was damaged, and it fell otherwise
+            return None
         return _Fitted(layer, **facts)
