@@ -24,6 +24,7 @@ AREAS = {
     "vision": "Vision",
     "audio": "Audio",
     "several inputs": "Several inputs",
+    "time series": "Time series",
     "torch.nn": "Modules of torch.nn",
 }
 
