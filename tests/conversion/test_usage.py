@@ -80,6 +80,29 @@ def test_a_module_of_ones_own() -> None:
     assert found(model, (x,)) == found(model, {"x": x}) == found(model, x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_it_does_not_matter_how_the_model_runs() -> None:
+    x = torch.randn(2, 16)
+    expected = found(Functional(), x)
+    compiled = torch.compile(Functional())
+    assert found(compiled, x) == {f"_orig_mod.{name}": reason for name, reason in expected.items()}
+    model = Functional()
+    model.compile()
+    assert found(model, x) == expected
+    assert found(Functional().to("meta"), x) == expected
+    assert found(Functional().requires_grad_(False).double(), x.double()) == expected
+
+    class Noisy(Functional):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.randn_like(x))
+
+    assert found(Noisy(), x).keys() == expected.keys()
+    assert found(Noisy()) == {"read": NEVER.format("Noisy")}  # what it inherits
+    noisy, state = Noisy(), torch.get_rng_state()
+    uncalled_layers(noisy, [x])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_report_has_the_reason() -> None:
     model = Functional()
     report = el.convert(model, "low_rank(rank=4)", example_input=torch.randn(2, 16))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
 import einlinear as el
@@ -187,6 +188,38 @@ def test_gradients_reach_the_factors(multiply: Callable[[Tensor, Tensor], Tensor
     again = [torch.autograd.grad(sum(g.square().sum() for g in grads), wanted) for grads in (found, expected)]
     for a, b in zip(*again, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations(reentrant: bool) -> None:
+    layer, x = el.Linear(16, 24, "btt"), torch.randn(3, 16, requires_grad=True)
+    weight = layer.weight  # read outside, used inside and again when the activations are computed again
+    y = checkpoint(F.linear, x, weight, use_reentrant=reentrant)
+    found = torch.autograd.grad(y.square().sum(), [layer.A, layer.B]) if not reentrant else None
+    if reentrant:
+        y.square().sum().backward()
+        found = (layer.A.grad, layer.B.grad)
+    expected = torch.autograd.grad(F.linear(x, layer.dense_weight()).square().sum(), [layer.A, layer.B])
+    torch.testing.assert_close(found, expected)
+
+
+def test_assigned_as_data_of_another_tensor() -> None:
+    """torch asks nobody then: there is nothing to see, and nothing that could be written to."""
+    layer, copied, other = el.Linear(16, 24, "btt"), torch.zeros(24, 16), torch.zeros(24, 16)
+    copied.data = layer.weight.data
+    assert torch.equal(copied, layer.dense_weight())
+    other.data = layer.weight
+    assert other.isnan().all()
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        other.zero_()
+    assert torch.equal(layer.weight, copied)
+    linear = nn.Linear(16, 24)
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight)
+    assert torch.equal(linear.weight, copied)
+    with torch.inference_mode():
+        assert el.Linear(8, 8, "btt").weight.sum().is_inference()
+    el.Linear(8, 8, "btt", bias=False).weight.sum().backward()
 
 
 class Reader(nn.Module):

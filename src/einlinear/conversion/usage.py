@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache, wraps
 from types import CodeType
 from typing import Any
@@ -105,7 +106,7 @@ def _watch(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch]
 
         return run
 
-    with ExitStack() as after, evaluating(model), watch:
+    with ExitStack() as after, evaluating(model), torch.random.fork_rng(devices=[]), _uncompiled(), watch:
         for module, own in owners:
             for name in ("forward", "_apply"):  # casting a layer or moving it is no computing with its weight
                 after.callback(_restore, module, name, vars(module).get(name))
@@ -113,6 +114,12 @@ def _watch(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch]
         for batch in batches:
             call(model, batch)
     return called, {key for key, weight in weights.items() if id(weight) in watch.read}
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """What is compiled runs as it was written."""
+    # importing the compiler takes long: without it nothing is compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _restore(module: nn.Module, name: str, before: Any) -> None:

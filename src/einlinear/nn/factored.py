@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -93,10 +92,9 @@ class Factored(Described):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """What the weight is made of: all parameters but the bias."""
-        bias = self.bias
-        # parametrized factors are parameters of modules below
-        own: Iterable[Any] = self.parameters() if self._modules else [getattr(self, name) for name in self._parameters]
-        return [parameter for parameter in own if parameter is not None and parameter is not bias]
+        if self._modules:  # parametrized factors are parameters of modules below
+            return [parameter for parameter in self.parameters() if parameter is not self.bias]
+        return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
 
     def _parameter(self, name: str) -> Tensor:
         """A factor or a gamma as this process has it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
+
+from einlinear.structures import Structure
 
 _PROPERTIES = (
     *("dtype", "device", "shape", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes"),
@@ -41,6 +44,7 @@ _LIKE = frozenset([Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, 
 class Layer(Protocol):
     """What a lazy weight needs of the layer that it belongs to."""
 
+    structure: Structure
     in_features: int
     out_features: int
 
@@ -57,7 +61,7 @@ def weight_of(layer: Layer) -> Tensor:
     While some of the layer's parameters are still on the meta device, so is it.
     """
     parameters = layer.weight_parameters()
-    if _is_traced(parameters):
+    if _is_traced(layer, parameters):
         return _build(layer)
     if any(parameter.is_meta for parameter in parameters):
         shape, dtype = (layer.out_features, layer.in_features), parameters[0].dtype
@@ -76,21 +80,34 @@ class LazyWeight(Tensor):
 
     _layer: Layer
     _value: Tensor | None
+    _dtype: torch.dtype
+    _device: torch.device
 
     @staticmethod
     def __new__(cls, layer: Layer, like: Tensor) -> LazyWeight:
-        self: LazyWeight = Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
-        )
-        self._layer, self._value = layer, None
+        dtype, device = like.dtype, like.device
+        self = Tensor._make_subclass(cls, _stand_in(layer.out_features, layer.in_features, dtype, device))
+        self._layer, self._value, self._dtype, self._device = layer, None, dtype, device
         return self
+
+    # models read these in every call: they do not even go through __torch_function__
+    dtype = property(lambda self: self._dtype)
+    device = property(lambda self: self._device)
 
     def value(self) -> Tensor:
         """The dense weight as an ordinary tensor; differentiable in the factors."""
-        if self._value is None:
-            with torch.set_grad_enabled(self.requires_grad):
-                self._value = _build(self._layer)
-        return self._value
+        # activation checkpointing compares what is saved for backward with what is saved when it computes again
+        if self._value is not None and not _is_checkpointed():
+            return self._value
+        with torch.set_grad_enabled(self.requires_grad):
+            value = _build(self._layer)
+        if not _is_checkpointed():
+            self._value = value
+        return value
+
+    def stand_in(self) -> Tensor:
+        """Of the same shape, dtype and device, for those who read no values."""
+        return _stand_in(*self.shape, self.dtype, self.device)
 
     @classmethod
     def __torch_function__(
@@ -100,7 +117,7 @@ class LazyWeight(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        replace = _stand_in if func in _NEW or (func in _LIKE and not isinstance(args[0], cls)) else cls.value
+        replace = cls.stand_in if func in _NEW or (func in _LIKE and not isinstance(args[0], cls)) else cls.value
         return func(*tree_map_only(cls, replace, args), **tree_map_only(cls, replace, kwargs))
 
     @classmethod
@@ -140,12 +157,12 @@ def _build(layer: Layer) -> Tensor:
     return weight.clone() if len(parameters) == 1 else weight
 
 
-def _without_autocast(parameter: Any) -> AbstractContextManager[object]:
-    device = parameter.device.type if isinstance(parameter, Tensor) else "meta"  # while torch.fx traces there is none
+def _without_autocast(parameter: Tensor) -> AbstractContextManager[object]:
+    device = parameter.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _is_traced(parameters: Sequence[Any]) -> bool:
+def _is_traced(layer: Any, parameters: Sequence[Tensor]) -> bool:
     """Whether what is done with the parameters is recorded, to be done again with others."""
     return (
         torch.compiler.is_compiling()
@@ -153,14 +170,27 @@ def _is_traced(parameters: Sequence[Any]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or any(isinstance(p, FakeTensor) or not isinstance(p, Tensor) for p in parameters)
+        or any(isinstance(parameter, FakeTensor) for parameter in parameters)
+        # torch.fx puts other objects in their places
+        or not isinstance(getattr(layer, layer.structure.factors[0].name), Tensor)
     )
+
+
+def _is_checkpointed() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _wants_gradients(parameters: Sequence[Tensor]) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
 
 
-def _stand_in(weight: LazyWeight) -> Tensor:
-    """Of the same shape, dtype and device, in the memory of one number."""
-    return torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+@lru_cache(maxsize=4096)
+def _stand_in(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of this shape, in the memory of one number, which is NaN and cannot be written to.
+
+    What goes around Python altogether, as `other.data = layer.weight` does, gets to see it.
+    """
+    with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+        nan = torch.full((), torch.nan, dtype=dtype, device=device)
+        torch._C._set_throw_on_mutable_data_ptr(nan)
+        return nan.expand(out_features, in_features)
