@@ -49,6 +49,14 @@ def test_compressed_speed() -> None:
 
 
 @needs("transformers")
+def test_compression_memory() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "compression_memory.py"), "--vocabulary", "5000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ \|$", out, re.M) == ["forward pass", "`el.compress`", "`el.heal`"]
+
+
+@needs("transformers")
 def test_converted_speed() -> None:
     command = [sys.executable, str(ROOT / "examples" / "converted_speed.py"), "--layers", "1", "--rounds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

@@ -318,7 +318,7 @@ def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
     steps.clear()
     report = compress(model, 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path, progress=until("nothing", 0))
     assert {layer.tokens_per_input for layer in report.layers} == {2000 / 24, 2000 / 48}
-    assert steps[0] == ("comparing structures", 3)  # nothing is compared twice
+    assert next(step for step in steps if step[0] == "comparing structures")[1] == 3  # nothing is compared twice
     assert torch.equal(model(inputs(9)), expected(inputs(9)))
     with pytest.raises(
         ValueError, match=r"holds an unfinished compression with other settings \(budget\): repeat these"
@@ -334,6 +334,28 @@ def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match="holds files that are not an unfinished compression"):
         compress(trained(), 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path)
+
+
+def test_progress_from_the_first_second() -> None:
+    """Before anything is computed, then batch by batch, then layer by layer."""
+    calls: list[tuple[str, int, int]] = []
+    passes: list[int] = []
+    model = trained()
+    model[0].register_forward_pre_hook(lambda *_: passes.append(len(calls)))
+    model[2].register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="no dense linear layer"):
+        compress(nn.Sequential(model[0]), 0.5, ["low_rank"], [inputs()], progress=lambda *call: calls.append(call))
+    assert passes
+    assert min(passes) >= 1
+    calls.clear()
+    compress(trained(), 0.5, ["low_rank"], [inputs(), inputs()], progress=lambda *call: calls.append(call))
+    assert calls[0] == ("looking at the model", 0, 1)
+    assert [call for call in calls if call[0] == "collecting inputs"][:2] == [
+        ("collecting inputs", 0, 2),
+        ("collecting inputs", 1, 2),
+    ]
+    order = list(dict.fromkeys(what for what, *_ in calls))
+    assert order == ["looking at the model", "collecting inputs", "comparing structures", "fitting", "timing layers"]
 
 
 def test_conv1d_of_transformers() -> None:

@@ -5,6 +5,7 @@ running.py      the model on calibration data, and the inputs of its layers on t
 passes.py       the same again and again, without what is finished
 moments.py      what is kept of these inputs
 effects.py      what an error of a layer's outputs does to the model's, measured
+divergence.py   how far answers are apart, a few tokens at a time
 calibration.py  all of that for one model
 candidates.py   what a layer could become, with the errors
 allocation.py   what each layer becomes, within the budget

@@ -80,7 +80,8 @@ def compress(
         layers: a glob, or several, on qualified names; None: all but output heads (below).
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
             on the original's; False: all on the original's inputs.
-        damping: fraction of the mean variance that is added to that of every direction of the inputs, at least 0.
+        damping: fraction of the mean variance that is added to that of every direction of the inputs, at least 0; what
+            rounding asks for is added in any case.
         only_if_faster: a layer becomes only what is at least as fast as the dense one here, for 1 token and for 256
             (within 5 %, by which timings are off); it stays dense where nothing is. The budget may then not be
             reached: the report says so.
@@ -152,7 +153,8 @@ def compress(
         if broken := next((name for name in names if not weight_of(found[name]).isfinite().all()), None):
             raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
         unfit = {name: reason_for_none(families, *features(found[name])) for name in names}
-        _check_budget({name: found[name] for name in names}, budget, count, families, unfit)  # before anything is written
+        # before anything is written
+        _check_budget({name: found[name] for name in names}, budget, count, families, unfit)
         of_all = {"damping": damping, "model and data": digest_of(model, batches) if kept else None}
         settings = {
             **of_all,
@@ -170,10 +172,10 @@ def compress(
         chosen, matters = task.choose(budget)
         changing = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         new = task.fit(compressed, changing, sequential and batches is not None)
-    reasons = {name: unfit[name] or task.slow.get(name) for name in names}
+    left_dense = {name: unfit[name] or task.slow.get(name) for name in names}
     speeds = {name: task.speed_up(name, own.layer) for name, own in new.items()}
     report = [
-        _reported(name, found[name], new.get(name), chosen[name], matters[name], speeds.get(name), reasons[name])
+        _reported(name, found[name], new.get(name), chosen[name], matters[name], speeds.get(name), left_dense[name])
         for name in names
     ]
     dense = sum(layer.params_before for layer in report)
@@ -300,7 +302,7 @@ class _Task:
         """What goes wrong with the numbers of a layer says which layer it was, and what helps."""
         try:
             yield
-        except (torch.linalg.LinAlgError, ValueError) as error:
+        except (torch.linalg.LinAlgError, ValueError) as error:  # type: ignore[attr-defined]
             help = f"give more calibration data, or a larger damping than {self.damping:g}"
             raise ValueError(f"{name} cannot be fitted to its inputs: {error}; {help}") from error
 
@@ -351,7 +353,7 @@ class _Task:
                 shift = None if layer.bias is None else inputs.bias(layer.bias, weight, other) - layer.bias
                 if (error := inputs.error(weight, other)) > 0:
                     points.append((error, self.data.outputs.moved(layer, other - weight, shift)))
-            if points and not any(effect for _, effect in points):
+            if points and not any(effect > 0 for _, effect in points):
                 points = _UNKNOWN  # its inputs are zero on all the data: no reason to give the layer up
             self.shared.write(f"effects of {name}", points)
         return Effect.of(points or _HARMLESS)

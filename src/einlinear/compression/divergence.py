@@ -31,7 +31,7 @@ def slices(tokens: int, features: int, parts: int = _PARTS) -> Iterator[slice]:
 def divergence(right: Tensor, found: Tensor) -> float:
     """The divergence of the answers that logits stand for, both (tokens, classes), in nats, summed over the tokens."""
     total = 0.0
-    for part in slices(*right.shape, parts=len(right)):
+    for part in slices(len(right), right.shape[1], len(right)):
         answers, others = right[part].float().log_softmax(1), found[part].float().log_softmax(1)
         total += float(F.kl_div(others, answers, log_target=True, reduction="sum"))
     return total
@@ -55,9 +55,9 @@ class _MeanDivergence(torch.autograd.Function):
         logits = found.detach()
         gradient = logits if in_place else torch.empty_like(logits)
         total = torch.zeros((), device=found.device)
-        for part in slices(*logits.shape):
+        for part in slices(len(logits), logits.shape[1]):
             wanted = right(part)
-            for inner in slices(*wanted.shape, parts=len(wanted)):
+            for inner in slices(len(wanted), wanted.shape[1], len(wanted)):
                 answers, others = wanted[inner].float().log_softmax(1), logits[part][inner].float().log_softmax(1)
                 total += F.kl_div(others, answers, log_target=True, reduction="sum")
                 gradient[part][inner] = others.exp_().sub_(answers.exp_()).div_(len(logits))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-7  # of float32, of all variances together
 _DAMPED = 1e-3  # from this damping on, C can be inverted
 _RESOLVED = 1e-6  # of the largest variance: smaller ones drown in the rounding of float32 products
 
@@ -126,8 +127,12 @@ class Inputs:
         return cls(one, one, one, zero, zero, is_white=True)
 
     def damped(self, damping: float) -> Tensor:
-        """C, and a fraction of its mean variance on the diagonal: what few tokens say of many features is noise."""
-        return self.own + damping * self.own.diagonal().mean() * torch.eye(len(self.own)).to(self.own)
+        """C, and a fraction of its mean variance on the diagonal: what few tokens say of many features is noise.
+
+        It is never less than what makes C definite, which float32 products leave off by their rounding.
+        """
+        fraction = max(damping, _ROUNDING * len(self.own))
+        return self.own + fraction * self.own.diagonal().mean() * torch.eye(len(self.own)).to(self.own)
 
     def target(self, weight: Tensor, damping: float) -> Tensor:
         """The weight to approximate: W K C^{-1}, damped towards W; in directions that never occur it is W."""
@@ -136,7 +141,7 @@ class Inputs:
         w = weight.double()
         change = w @ (self.cross - self.own)
         if damping < _DAMPED:
-            inverse = torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)
+            inverse: Tensor = torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)
             return (w + change @ inverse).to(weight.dtype)
         moved: Tensor = torch.linalg.solve(self.damped(damping), change.T)
         return (w + moved.T).to(weight.dtype)

@@ -80,7 +80,9 @@ def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
     return [*heads, layer] if _HEADS.intersection(before_lists) else heads
 
 
-def output_layers(model: nn.Module, layers: Mapping[str, Any], called: Sequence[str], last: Collection[str]) -> set[str]:
+def output_layers(
+    model: nn.Module, layers: Mapping[str, Any], called: Sequence[str], last: Collection[str]
+) -> set[str]:
     """Those of the layers that put out what the model does and are heads, as the calibration data show.
 
     A plain `nn.Sequential` has none, nor has a model that puts out as many features as its first layer reads, such as

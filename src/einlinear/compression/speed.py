@@ -44,7 +44,7 @@ class SpeedUp:
 def speed_up(old: nn.Module, new: nn.Module) -> SpeedUp:
     """How many times as fast a new layer is as an old one, forward; both have a parameter of any dtype and device."""
     like = next(new.parameters())
-    x = torch.randn(MANY, features(new)[0], generator=torch.Generator().manual_seed(0)).to(like)
+    x = torch.randn(MANY, features(old)[0], generator=torch.Generator().manual_seed(0)).to(like)
     return SpeedUp(*(_speed_up(partial(old, part), partial(new, part), like.device) for part in (x[:1], x)))
 
 

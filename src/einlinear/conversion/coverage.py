@@ -135,7 +135,7 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
 
 def _kind(module: nn.Module, name: str, parameter: Any) -> str:
     # a parameter that is partitioned over processes by DeepSpeed keeps its whole shape there
-    shape = getattr(parameter, "ds_shape", () if is_lazy(parameter) else parameter.shape)
+    shape: tuple[int, ...] = getattr(parameter, "ds_shape", () if is_lazy(parameter) else parameter.shape)
     if isinstance(module, Described):
         return _VECTORS if name == "bias" else _STRUCTURED
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):

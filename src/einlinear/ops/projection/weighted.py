@@ -107,6 +107,7 @@ def _root(moments: Tensor) -> Tensor:
     variance = moments.diagonal(dim1=1, dim2=2).mean()
     one = torch.eye(moments.shape[1]).to(moments)
     for noise in (0.0, *_NOISE):
+        root: Tensor
         root, failed = torch.linalg.cholesky_ex(moments + noise * variance * one)
         if not failed.any():
             return root
