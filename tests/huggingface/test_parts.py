@@ -24,6 +24,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionModel,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -69,6 +71,16 @@ WHOLE: dict[str, Callable[[], PreTrainedModel]] = {
         Wav2Vec2Config(**_SIZES, vocab_size=48, conv_dim=(32, 32), conv_stride=(2, 2), conv_kernel=(3, 3),
                        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_feat_extract_layers=2)
     ),
+    "llama4": lambda: Llama4ForConditionalGeneration(
+        Llama4Config(
+            text_config={
+                **_TEXT, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 2
+            },
+            vision_config={
+                **_VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32
+            },
+        )
+    ),
     "llava": lambda: LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config={**_VISION, "model_type": "clip_vision_model"},
@@ -93,6 +105,8 @@ PARTS = {
     "bert": ["BertModel", "BertForSequenceClassification", "BertLMHeadModel"],
     "whisper": ["WhisperModel", "WhisperForAudioClassification", "WhisperForCausalLM"],
     "wav2vec2": ["Wav2Vec2Model", "Wav2Vec2ForSequenceClassification"],
+    # of which transformers' auto class makes the text model alone
+    "llama4": ["AutoModelForCausalLM", "Llama4ForCausalLM"],
     "llava": ["LlavaModel", "AutoModelForImageTextToText"],
 }
 

@@ -147,6 +147,26 @@ def test_experts_that_the_user_calls_matrices_are_stacks_as_well() -> None:
     assert mult == multipliers(el.param_groups(model, lr=1e-3, base=base))
 
 
+def test_experts_are_drawn_whatever_the_base() -> None:
+    for base in (None, MODELS["mixtral"](64), MODELS["mixtral"](32)):
+        torch.manual_seed(0)
+        model = el.init_(MODELS["mixtral"](64), base=base)
+        stack = model.get_parameter("model.layers.0.mlp.experts.down_proj")
+        assert float(stack.detach().std()) == pytest.approx(math.sqrt(64) / 128, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt_oss", "mamba", "clip"])
+def test_what_decays(name: str) -> None:
+    """As known parameters do: matrices and tables, but no biases, scales, or single tokens."""
+    groups = el.param_groups(MODELS[name](32), lr=1e-3, base=None, weight_decay=0.1)
+    decays = {key for group in groups if group["weight_decay"] for key in group["param_names"]}
+    others = {key for group in groups for key in group["param_names"]} - decays
+    assert all(
+        not key.endswith(("bias", "cls_token", "A_log", ".D", "sinks", "scale", "norm.weight")) for key in decays
+    )
+    assert all(not key.endswith(("position_embeddings", "proj", "proj.weight")) for key in others)
+
+
 def test_the_shapes_of_transposed_experts() -> None:
     config = AriaTextConfig(hidden_size=32, intermediate_size=64, moe_num_experts=4)
     experts = AriaExperts(config)
@@ -154,6 +174,15 @@ def test_the_shapes_of_transposed_experts() -> None:
     assert not isinstance(s, str)
     assert s is not None
     assert (s.in_features, s.out_features, s.stacked) == (32, 128, True)
+
+
+_TABLES = (
+    "embeddings.position_embeddings",
+    "rel_pos_h",
+    "pos_embeds.0",
+    "register_tokens",
+    "anything",
+)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +203,8 @@ def test_the_shapes_of_transposed_experts() -> None:
     ],
 )
 def test_vectors(name: str, shape: tuple[int, ...], base: tuple[int, ...] | None) -> None:
-    assert by_kind(name, "Own", shape, base=base) == "vector"
+    kind = by_kind(name, "Own", shape, base=base)
+    assert kind == ("table" if name in _TABLES else "vector")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +244,13 @@ def test_what_cannot_be_told(name: str, shape: tuple[int, ...], base: tuple[int,
 def test_transposed_convolutions_are_matrices(layer: Any) -> None:
     mult = multipliers(el.param_groups(layer(64, 8, 3), 1e-3, base=layer(16, 8, 3)))
     assert mult == {"weight": 1 / 4, "bias": 1}
+
+
+def test_features_that_are_tensors() -> None:
+    """As in layers of transformers whose sizes were computed."""
+    layer = nn.Linear(4, 4)
+    layer.in_features = torch.tensor(4)  # type: ignore[assignment]
+    assert {type(m) for m in multipliers(el.param_groups(layer, 1e-3, base=None)).values()} == {float}
 
 
 def test_recurrent_layers_are_matrices() -> None:

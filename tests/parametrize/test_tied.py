@@ -159,6 +159,20 @@ def test_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
+def test_a_start_that_is_too_large_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    base = Tied(64, "dense", head_first=True)
+    model = Tied(256, "btt", head_first=False)
+    el.param_groups(model, 1e-3, base=None)
+    el.param_groups(model, 1e-3, base=base, roles={"head": "vector"})
+    el.param_groups(el.init_(Tied(256, "btt", head_first=False)), 1e-3, base=base)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    el.param_groups(model, 1e-3, base=base)
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "embed.weight is shared by an embedding and a head. Its entries have the size 1" in record.getMessage()
+    assert "starts at 0.039" in record.getMessage()
+    assert record.getMessage().endswith("base width / width, and pass roles={'embed.weight': 'vector'}")
+
+
 def test_the_example_of_the_documentation() -> None:
     text = (Path(__file__).parents[2] / "docs" / "roles.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

@@ -129,5 +129,5 @@ def _is_of_transformers(module: Any, *names: str) -> bool:
 def features(linear: Any) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer, structured or not."""
     if is_conv1d(linear):
-        return getattr(linear, "nx", linear.weight.shape[0]), linear.nf
-    return linear.in_features, linear.out_features
+        return int(getattr(linear, "nx", linear.weight.shape[0])), int(linear.nf)
+    return int(linear.in_features), int(linear.out_features)

@@ -24,17 +24,18 @@ _ELEMENTWISE = ("A_log", "D")  # of state-space models
 
 def by_kind(
     name: str, owner: str, shape: Sequence[int], transposed: bool = False, base: Sequence[int] | None = None
-) -> Matrix | Literal["vector"] | None:
-    """Return what a parameter is by its kind: a matrix, or a stack of them, or a vector; None if that cannot be told.
+) -> Matrix | Literal["vector", "table"] | None:
+    """Return what a parameter is by its kind: a matrix or a stack of them, a vector, a table of vectors, or None.
 
-    - What does not grow from the base is a vector, and so is what has one dimension, not counting those of size 1, a
-      batch of one such as positions (1, n, d), and a table (n, d) by its name: positions, tokens, queries, biases.
-    - A stack (experts, out, in) in a module or of a name with "expert", or (n, out, in) where only the last two grow.
-      It may lie transposed, (experts, in, out), which transformers notes in its modules; the size does not tell.
+    - A vector has one dimension, not counting those of size 1, or the name of a bias or a scale.
+    - A stack is (experts, out, in), in a module or of a name with "expert", or (n, out, in) where only the last two
+      grow from the base. It may lie transposed, (experts, in, out), which transformers notes in its modules.
+    - A table is a batch of one, such as positions (1, n, d), or (n, d) by its name: positions, tokens, queries. What
+      does not grow at all is one as well.
     - Anything else is a matrix (out, in, ...), as nn.Linear and convolutions have it.
 
-    It cannot be told where the shapes contradict: a table of which both dimensions grow, or a matrix whose inputs alone
-    grow and whose name is not that of a head or a router, since a table of vectors grows like that.
+    None where the name and the shapes contradict: a table of which both dimensions grow, or a matrix whose inputs alone
+    grow and whose name is not that of a head or a router, since a table grows like that.
 
     Args:
         name: the qualified name.
@@ -48,15 +49,16 @@ def by_kind(
     >>> by_kind("mlp.experts.down_proj", "MixtralExperts", (8, 64, 256))
     Matrix(in_features=256, out_features=64, structure=None, factor=0, beside=None, stacked=True)
     """
-    grows = None if base is None else [i for i, (now, then) in enumerate(zip(shape, base, strict=True)) if now != then]
     words = _words(name, owner)
-    if grows == [] or _is_vector(name, shape, words):
-        is_table = not _has(words, _BIAS) and name.rpartition(".")[2] not in _ELEMENTWISE
-        return None if grows is not None and len(grows) > 1 and is_table else "vector"
-    if len(shape) == 3 and ("expert" in f"{name} {owner}".lower() or (grows is not None and 0 not in grows)):
-        if grows == [2] and "expert" not in f"{name} {owner}".lower():
-            return None
+    if sum(size != 1 for size in shape) <= 1 or name.rpartition(".")[2] in _ELEMENTWISE or _has(words, _BIAS):
+        return "vector"
+    grows = None if base is None else [i for i, (now, then) in enumerate(zip(shape, base, strict=True)) if now != then]
+    if len(shape) == 3 and ("expert" in f"{name} {owner}".lower() or grows == [1, 2]):
         return as_matrix(shape, stacked=True, transposed=transposed)
+    if grows == []:
+        return "table"
+    if (len(shape) > 2 and shape[0] == 1) or (_has(words, _TABLE) and not _has(words, _MATRIX)):
+        return "table" if grows is None or len(grows) == 1 else None
     if grows is not None and 0 not in grows and not _has(words, _OUTPUTS):
         return None
     return as_matrix(shape)
@@ -68,14 +70,6 @@ def as_matrix(shape: Sequence[int], stacked: bool = False, transposed: bool = Fa
         return Matrix(shape[1], shape[2], stacked=True)
     out_features, *rest = shape[1:] if stacked else shape
     return Matrix(math.prod(rest), out_features, stacked=stacked)
-
-
-def _is_vector(name: str, shape: Sequence[int], words: Sequence[str]) -> bool:
-    if sum(size != 1 for size in shape) <= 1 or (len(shape) > 2 and shape[0] == 1):
-        return True
-    if name.rpartition(".")[2] in _ELEMENTWISE or _has(words, _BIAS):
-        return True
-    return _has(words, _TABLE) and not _has(words, _MATRIX)
 
 
 def _has(words: Sequence[str], beginnings: tuple[str, ...]) -> bool:

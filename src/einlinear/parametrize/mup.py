@@ -1,4 +1,4 @@
-"""Structure-aware muP for whole models: initialisation and parameter groups.
+"""Structure-aware muP for whole models: parameter groups.
 
 One learning rate, found at the width of a small dense base model, serves every width and every structure: a dense
 matrix learns at base_in / in of it under Adam, and every factor of a structured matrix at that times its own
@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
-from einlinear.nn.factored import Factored
 from einlinear.nn.names import as_globs, as_rules
 from einlinear.parametrize.kinds import as_matrix
 from einlinear.parametrize.roles import Parameter, check_matches, parameters
@@ -74,9 +72,9 @@ def param_groups(
             as the batches of matrices its k factors are, each at 1 / k of theirs. In the base, updates have the
             root mean square of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), hence the same `lr`.
         weight_decay: for matrices and embeddings, that is parameters of two or more dimensions, as in timm and in the
-            paper; biases, norms and scalars get none. It is passed on as it is: AdamW decays a group by its own
-            learning rate times this. None leaves it out of their groups, so that the optimizer's own applies, which is
-            0.01 for torch's AdamW.
+            paper; biases, norms, scales, class tokens and scalars get none. It is passed on as it is: AdamW decays a
+            group by its own learning rate times this. None leaves it out of their groups, so that the optimizer's own
+            applies, which is 0.01 for torch's AdamW.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
         roles: glob on qualified names -> "matrix" or "vector", to override what is known of a module, or taken by the
@@ -108,7 +106,7 @@ def param_groups(
     """
     if optimizer not in (*ADAM, "sgd", "muon"):
         raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
-    found, shapes = _resolved(model, base, roles)
+    found, shapes = resolved(model, base, roles)
     scales = as_rules(lr_scale, "lr_scale")
     check_matches(scales, found, "lr_scale")
     if hidden is not None and optimizer != "muon":
@@ -116,13 +114,14 @@ def param_groups(
     hidden_globs = as_globs("*" if hidden is None else hidden, "hidden")
     if hidden is not None:
         check_matches(hidden_globs, [p for p in found if p.matrix], "hidden")
+    _warn_of_tied(found, shapes)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in found:
         muon = optimizer == "muon" and p.matrix is not None and any(p.matches(glob) for glob in hidden_globs)
         rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
         multiplier = _multiplier(p, shapes, rule, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
-        decay = weight_decay if p.matrix or len(p.shape) >= 2 else 0.0
+        decay = weight_decay if p.matrix or p.decays else 0.0
         own: dict[str, Any] = (
             {"matrices": p.matrices, "size": _ADAM_RMS * math.sqrt(max(shapes[p.key]))} if muon else {}
         )
@@ -140,119 +139,21 @@ def param_groups(
     return list(groups.values())
 
 
-@torch.no_grad()
-def init_(
-    model: nn.Module,
-    *,
-    base: Base = None,
-    zero: str | Sequence[str] | None = None,
-    roles: Mapping[str, str] | None = None,
-) -> nn.Module:
-    """Structure-aware initialisation, in place.
-
-    Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in: structured layers as by
-    `Linear.reset_parameters`, others, and every matrix of a stack of experts, as by that of a "dense" one. Biases of
-    these layers and routers of mixtures are zero. Embeddings, norms and other vectors stay as they are, and so does
-    what is taken for a matrix by its kind alone. An embedding that shares its weight with a head is drawn as the head.
-
-    A layer that is zero stays zero, as a head or the last layer of a residual branch may have been made: the model has
-    decided that. It is logged to the logger "einlinear" at level INFO.
-
-    Args:
-        model: any model `param_groups` takes, on the meta device or with values, as whole tensors or as DTensors.
-        base: as for `param_groups`. Nothing that is drawn depends on it: it is only checked, so that a model that the
-            learning rates cannot be carried over to is refused before it is trained.
-        zero: a glob, or several, on qualified names of layers that start at zero, such as heads and the last layers of
-            residual branches; of a structured layer only the last factor is set to zero. Then they are the only ones:
-            with ``zero=()`` every layer is drawn. Default (None): those that are zero now. A layer is zero where every
-            term of its structure has a factor of zeros; this factor stays zero, or the last if all are. If all matrices
-            of a model are zero, nothing has been decided yet, as after `to_empty`, and all are drawn.
-        roles: as for `param_groups`.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: as `param_groups`, and parameters that DeepSpeed's ZeRO-3 or FSDP1 has divided among processes.
-
-    Example:
-        >>> import torch, einlinear as el
-        >>> model = torch.nn.Sequential(el.Linear(64, 256, "btt"), torch.nn.ReLU(), torch.nn.Linear(256, 10))
-        >>> model = el.init_(model, zero="2")
-        >>> bool(model[2].weight.any())
-        False
-        >>> bool(el.init_(model)[2].weight.any()), bool(el.init_(model, zero=())[2].weight.any())
-        (False, True)
-    """
-    found, _ = _resolved(model, base, roles)
-    _check_whole(found)
-    matrices = [p for p in found if p.matrix]
-    if zero is None:
-        zeros = _zeros(matrices)
-        if zeros:
-            logger.info("init_ leaves at zero: %s; zero=() draws them", _listed(zeros))
-    else:
-        globs = as_globs(zero, "zero")
-        check_matches(globs, matrices, "zero")
-        zeros = [p for p in matrices if p.is_last_factor and any(p.matches(glob) for glob in globs)]
-    for module in model.modules():
-        if isinstance(module, Factored):
-            module.reset_parameters()
-    drawn = [p for p in matrices if not p.by_kind or (p.matrix and p.matrix.stacked)]
-    biases = {f"{name.removesuffix('weight')}bias" for p in drawn for name in p.names}
+def _warn_of_tied(found: Sequence[Parameter], shapes: Shapes) -> None:
+    """Say of heads tied to embeddings that they start too large for steps to be of one size at every width."""
     for p in found:
-        if p.matrix is None and p.name in biases:
-            nn.init.zeros_(p.tensor)
-    for p in drawn:
-        if p.matrix is not None and p.matrix.structure is None:
-            nn.init.normal_(p.tensor, std=spectral_std(p.matrix.in_features, p.matrix.out_features))
-    for p in (*zeros, *(p for p in matrices if p.beside is not None)):
-        nn.init.zeros_(p.tensor)
-    return model
-
-
-def _check_whole(found: Sequence[Parameter]) -> None:
-    """Raise ValueError for parameters that are divided in such a way that only a part could be drawn."""
-    divided = next((p for p in found if tuple(p.tensor.shape) != p.shape), None)
-    if divided is None:
-        return
-    if hasattr(divided.tensor, "ds_shape"):
-        by = "DeepSpeed's ZeRO-3"
-        gather = "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
-        first = "deepspeed.initialize, on a model that was made outside of deepspeed.zero.Init"
-    else:
-        by, gather = "FSDP1", "FullyShardedDataParallel.summon_full_params(model)"
-        first = "FullyShardedDataParallel"
-    raise ValueError(
-        f"{divided.name} of shape {divided.shape} is divided among processes by {by}, so this one cannot draw it. Call "
-        f"init_ within `with {gather}:`, or before {first}"
-    )
-
-
-def _zeros(matrices: Sequence[Parameter]) -> list[Parameter]:
-    """What is zero now and is to stay so: parameters of layers whose whole matrix is zero."""
-    layers: dict[tuple[str, Any], list[Parameter]] = {}
-    for p in matrices:
-        if p.beside is None:
-            layers.setdefault((p.key, p.matrix and p.matrix.structure), []).append(p)
-    zeros = [found for layer in layers.values() if (found := _zeros_of(layer))]
-    drawn_all = len(layers) > 1 and len(zeros) == len(layers)
-    return [] if drawn_all else [p for found in zeros for p in found]
-
-
-def _zeros_of(layer: Sequence[Parameter]) -> list[Parameter]:
-    """Of the factors of one layer, or its only weight: those that stay zero, one of every term; none if it is not."""
-    kept: list[Parameter] = []
-    term: list[Parameter] = []
-    for p in layer:
-        if not p.tensor.is_meta and not p.tensor.any():
-            term.append(p)
-        if p.is_last_factor:
-            if not term:
-                return []
-            kept.append(term[-1])
-            term = []
-    return kept
+        whole = p.tied and type(p.tensor) is nn.Parameter and tuple(p.tensor.shape) == p.shape and not p.tensor.is_meta
+        if not whole or p.matrix is None or shapes[p.key][1] == p.matrix.in_features:
+            continue
+        size = float(p.tensor.detach().float().square().mean().sqrt())
+        std = spectral_std(p.matrix.in_features, p.matrix.out_features)
+        if size > 2 * std:
+            logger.warning(
+                "%s is shared by an embedding and a head. Its entries have the size %.2g, where a head of %d inputs "
+                "starts at %.2g: logits, and how much a step changes them, will grow with the width. el.init_ draws it "
+                "as a head; or multiply the logits by base width / width, and pass roles={%r: 'vector'}",
+                *(p.name, size, p.matrix.in_features, std, p.name),
+            )
 
 
 def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) -> float:
@@ -273,13 +174,13 @@ def _shapes(found: Sequence[Parameter]) -> dict[str, list[int]]:
     return {p.key: [p.matrix.out_features, p.matrix.in_features] if p.matrix else list(p.shape) for p in found}
 
 
-def _resolved(
+def resolved(
     model: nn.Module, base: Base, roles: Mapping[str, str] | None
 ) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
     """Every parameter with its role, and its shape in the base: that of the whole weight for a matrix."""
     found = parameters(model, roles)
     shapes = _base(base, found, roles)
-    resolved: list[Parameter] = []
+    told: list[Parameter] = []
     unknown: list[Parameter] = []
     for p in found:
         in_base = shapes.get(p.key, p.shape)
@@ -290,21 +191,21 @@ def _resolved(
         if taken.by_kind and taken.matrix is not None:
             of_base = as_matrix(in_base, taken.matrix.stacked, p.transposed)
             shapes[p.key] = [of_base.out_features, of_base.in_features]
-        resolved.append(taken)
+        told.append(taken)
     if unknown:
         raise ValueError(
-            f"the role of these parameters is unknown: {_listed(unknown)}. Say what they are with "
+            f"the role of these parameters is unknown: {listed(unknown)}. Say what they are with "
             "roles={glob: role}: 'vector' if their learning rate must not depend on the width, as for positions, norms "
             "and scales, or 'matrix' if they are of shape (out_features, in_features)"
         )
     for role, of_role in (
-        ("vectors", [p for p in resolved if p.by_kind and p.matrix is None]),
-        ("matrices", [p for p in resolved if p.by_kind and p.matrix is not None]),
-        ("matrices, though embeddings are tied to them", [p for p in resolved if p.tied]),
+        ("vectors", [p for p in told if p.by_kind and p.matrix is None]),
+        ("matrices", [p for p in told if p.by_kind and p.matrix is not None]),
+        ("matrices, though embeddings are tied to them", [p for p in told if p.tied]),
     ):
         if of_role:
-            logger.info("taken for %s: %s; roles={glob: role} says otherwise", role, _listed(of_role))
-    return resolved, shapes
+            logger.info("taken for %s: %s; roles={glob: role} says otherwise", role, listed(of_role))
+    return told, shapes
 
 
 def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> dict[str, Sequence[int]]:
@@ -337,6 +238,6 @@ def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | Non
     return shapes
 
 
-def _listed(parameters: Sequence[Parameter]) -> str:
+def listed(parameters: Sequence[Parameter]) -> str:
     more = f" and {len(parameters) - 10} more" if len(parameters) > 10 else ""
     return ", ".join(f"{p.name} {p.shape}" for p in parameters[:10]) + more

@@ -36,6 +36,7 @@ class Parameter:
         beside: of a router, the key of a weight with the same input, which a base has even without experts.
         transposed: whether the module says of its stacked weights that they are (experts, in, out).
         by_kind: whether the role was told from the kind of the parameter alone.
+        decays: whether it decays with the weights: a matrix or a table of vectors.
         tied: whether it is both a table of vectors and a matrix: an embedding and the head that shares its weight.
     """
 
@@ -50,6 +51,7 @@ class Parameter:
     beside: str | None = None
     transposed: bool = False
     by_kind: bool = False
+    decays: bool = True
     tied: bool = False
 
     @property
@@ -93,7 +95,7 @@ class Parameter:
         kind = by_kind(self.name, self.owner, self.shape, self.transposed, base)
         if kind is None:
             return None
-        return replace(self, by_kind=True, matrix=kind if isinstance(kind, Matrix) else None)
+        return replace(self, by_kind=True, decays=kind != "vector", matrix=kind if isinstance(kind, Matrix) else None)
 
 
 def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Parameter]:
@@ -195,4 +197,5 @@ def _of_module(module: nn.Module, prefix: str, shapes: Mapping[int, tuple[int, .
             scalar=matrix is None and (name in facts.scalars or is_number),
             beside=prefix + matrix.beside if matrix is not None and matrix.beside else None,
             transposed=bool(getattr(module, "is_transposed", False)),
+            decays=matrix is not None or len(shape) >= 2,
         )
