@@ -30,11 +30,13 @@ class Linear(Factored):
         gamma: False leaves gamma out of normalize, for layers whose output is normalised as queries and keys can be.
 
     Shapes:
-        input (..., in_features) to output (..., out_features), any leading dimensions, none and empty ones included.
+        input (..., in_features) to output (..., out_features), any leading dimensions, none and empty ones included;
+        nested tensors, jagged or strided, to nested tensors.
 
     Raises:
         ValueError: a structure that is unknown or does not fit the features (see `einlinear.structure`).
-        RuntimeError: on call, an input of another number of features.
+        RuntimeError: on call, an input of another number of features; shapes, dtypes or devices of input, factors and
+            bias that do not fit.
 
     Example:
         >>> import torch, einlinear as el

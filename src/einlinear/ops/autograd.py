@@ -37,6 +37,7 @@ class _Linear(torch.autograd.Function):
         save = not dispatch.recomputes(executor, structure)
         y, saved = executors.find(executor).forward(structure, factors, x, bias, save)
         ctx.structure, ctx.executor, ctx.count = structure, executor, len(factors)
+        ctx.shapes = [states.shape for states in saved]
         ctx.save_for_backward(x, bias, *factors, *saved)
         return y
 
@@ -49,6 +50,8 @@ class _Linear(torch.autograd.Function):
         if dispatch.differentiable(grad, x, *factors):
             plain = partial(_plain, ctx.structure)
             return None, None, *plain_gradients(plain, (x, bias, *factors), ctx.needs_input_grad[2:], grad)
+        if [states.shape for states in saved] != ctx.shapes:
+            raise RuntimeError("an intermediate was unpacked in another shape than it was saved in")
         grad_bias = grad.sum(0) if needs_bias else None
         grad_x, grad_factors = executors.find(ctx.executor).backward(
             ctx.structure, factors, x, grad, saved, needs_x, needs_factors

@@ -48,10 +48,10 @@ def forced() -> Forced:
 def backend(executor: str | None = None, *, recompute: bool | None = None) -> Iterator[None]:
     """Force how structured layers are run, in this thread or asyncio task, as long as the context lasts.
 
-    A new asyncio task starts from what is forced where it is created. A new thread starts with nothing forced, unless
-    it runs in a copy of the context (`contextvars.copy_context`). A backward pass uses the executor of its forward
-    pass, in whatever thread it runs; layers that activation checkpointing runs again in a backward pass on a GPU,
-    in a thread of torch's own, do not see the context. Also works as a decorator.
+    Other threads and tasks do not see it: a new task starts with what is forced where it is created, a new thread with
+    nothing forced, unless it runs in a copy of the context (`contextvars.copy_context`). A backward pass uses the
+    executor of its forward pass, in any thread. Activation checkpointing on a GPU runs layers again in a thread of
+    torch's own, where nothing is forced. Can also decorate a function.
 
     Args:
         executor: "reference" (plain einsum), "bmm" (batched matmuls), "tiles" (compiled CPU kernel), "triton" (GPU
@@ -59,7 +59,8 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         recompute: whether the backward pass computes the intermediate states again (True) or finds them saved (False);
             None leaves it as it was, by default as was measured to be faster.
 
-    A function that torch.compile has compiled keeps what was chosen when it was traced.
+    A function that torch.compile has compiled keeps what was chosen when it was traced. Inside of such a function, the
+    context ends the graph, which is an error with `fullgraph=True`: put it around the call.
 
     Raises:
         ValueError: an unknown executor.

@@ -137,6 +137,7 @@ class _Checked:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         if operands.check(structure, factors, x, grad=grad, saved=saved):
             x, grad, *factors = _negated(x, grad, *factors)
+            saved = _negated(*saved)
         return self.module.backward(structure, factors, x, grad, saved, needs_x, needs_factors)
 
     def forward_grouped(

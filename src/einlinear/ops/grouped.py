@@ -74,9 +74,11 @@ def grouped_linear(
 
 
 def _choose(structure: Structure, load: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
-    """The fastest for an expert of this many tokens; if not forced, torch's batched matmuls, not plain torch."""
+    """The fastest for an expert of this many tokens; if not forced, torch's batched matmuls rather than plain torch."""
     chosen = dispatch.choose(structure, load, dtype, device, training).executor
-    return "bmm" if chosen == "reference" and dispatch.forced().executor is None else chosen
+    if chosen == "reference" and dispatch.forced().executor is None:
+        return "bmm" if executors.unsupported("bmm", structure, dtype, device) is None else chosen
+    return chosen
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -94,11 +96,10 @@ def _reference(
     bias: Tensor | None,
 ) -> Tensor:
     """In plain operators, which compute all experts for all tokens."""
-    outputs = []
+    y = x.new_zeros(x.shape[0], structure.out_features)
     for e, own in enumerate(zip(*(factor.unbind() for factor in factors), strict=True)):
         gate = torch.where(indices == e, gates, 0).sum(1, keepdim=True, dtype=gates.dtype)
-        outputs.append(gate * reference.apply(structure, own, x, None))
-    y = sum(outputs[1:], outputs[0])
+        y = y + gate * reference.apply(structure, own, x, None)
     return y if bias is None else y + bias
 
 

@@ -162,7 +162,7 @@ def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> 
         if tensor.layout is not torch.strided:
             raise RuntimeError(f"{name} has the layout {tensor.layout}, but must be strided: see `Tensor.to_dense`")
         if tensor.shape != shape:
-            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but {structure} needs {tuple(shape)}")
+            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but {structure} needs {_text(name, shape)}")
     first, reference, _ = named[0]
     for name, tensor, _ in named:
         other = "the layer" if name == "the input" else first
@@ -176,6 +176,12 @@ def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> 
     for name, tensor, _ in named:
         if memory and not _in_memory(tensor):
             raise RuntimeError(_released(name))
+
+
+def _text(name: str, shape: tuple[int, ...]) -> str:
+    labels = {"the input": "in_features=", "the bias": "out_features=", "the gradient of the output": "out_features="}
+    *first, last = shape
+    return f"({', '.join([*map(str, first), labels.get(name, '') + str(last)])})"
 
 
 def _released(name: str) -> str:

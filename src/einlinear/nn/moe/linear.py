@@ -30,8 +30,8 @@ class MoELinear(Mixture, Stacked):
             alone.
 
     Shapes:
-        (..., in_features) to (..., out_features). The factors are parameters of shape (experts, *shape of the factor),
-        `router` is of shape (experts, in_features).
+        (..., in_features) to (..., out_features); nested tensors to nested tensors. The factors are parameters of
+        shape (experts, *shape of the factor), `router` is of shape (experts, in_features).
 
     Raises:
         ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from einlinear.ops.tiles.build import DTYPES, Library, load
-from einlinear.ops.tiles.program import Program, program_of
+from einlinear.ops.tiles.program import program_of
 from einlinear.structures import Structure
 
 PARALLEL_MACS = 300_000  # of a call that several threads share
@@ -39,7 +39,10 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     n = x.shape[0]
     y = x.new_empty(n, structure.out_features)
-    saved = [x.new_empty(_saved_size(program, x))] if save and program.state_rows else []
+    saved = []
+    if save and program.state_rows:
+        tile: int = _function("tile", x)(program.address, n)
+        saved = [x.new_empty(-(-n // tile) * tile * program.state_rows)]
     if n:
         _function("forward", x)(
             program.address,
@@ -65,9 +68,7 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of x and of the factors, those that are needed; without saved states these are computed again."""
     program, x, grad = program_of(structure), x.contiguous(), grad.contiguous()
-    if saved and saved[0].shape != (_saved_size(program, x),):
-        raise RuntimeError("the intermediates that the forward pass saved have come back in another shape")
-    held = [factor.contiguous() for factor in factors]
+    held, saved = [factor.contiguous() for factor in factors], [states.contiguous() for states in saved]
     grad_x = torch.empty_like(x) if needs_x else None
     fresh = torch.empty_like if x.shape[0] else torch.zeros_like
     grad_factors = [fresh(factor) if wanted else None for factor, wanted in zip(held, needs_factors, strict=True)]
@@ -184,13 +185,6 @@ def _pairs(indices: Tensor, count: int, threads: int) -> tuple[int, Tensor, Tens
 def _threads(macs: int) -> int:
     """More than one only where starting them is worth it: that takes about as long as 100,000 MACs."""
     return torch.get_num_threads() if macs > PARALLEL_MACS else 1
-
-
-def _saved_size(program: Program, x: Tensor) -> int:
-    """The intermediates of all tiles, the last of which is not full."""
-    n = len(x)
-    tile: int = _function("tile", x)(program.address, n)
-    return -(-n // tile) * tile * program.state_rows
 
 
 def _function(role: str, x: Tensor) -> ctypes._NamedFuncPointer:
