@@ -1,4 +1,4 @@
-"""``python -m tests.zoo [--write] [kind ...]``: take models through the loop, and print their rows or write the page."""
+"""``python -m tests.zoo [--write] [kind ...]``: take models through the loop; print their rows or write the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import transformers
-
 from tests.zoo.kinds import KINDS
 from tests.zoo.loop import run
 from tests.zoo.table import problems, row, write
@@ -33,7 +32,9 @@ def main() -> int:
     start = time.perf_counter()
     kinds = [KINDS[name] for name in options.kinds] or list(KINDS.values())
     with tempfile.TemporaryDirectory() as folder:
-        trials = run(kinds, Path(folder), lambda text: print(f"{time.perf_counter() - start:5.0f} s  {text}", file=sys.stderr))
+        trials = run(
+            kinds, Path(folder), lambda text: print(f"{time.perf_counter() - start:5.0f} s  {text}", file=sys.stderr)
+        )
     if options.write:
         write(trials)
     else:

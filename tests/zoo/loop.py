@@ -13,10 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tests.zoo.kinds import KINDS, Kind, inputs_of, make, takes
 from torch import Tensor, nn
 
 import einlinear as el
-from tests.zoo.kinds import KINDS, Kind, inputs_of, make, takes
 
 ROOT = Path(__file__).parents[2]
 STRUCTURE = "btt"
@@ -135,7 +135,9 @@ def generate(trial: Trial) -> str:
         return NOTHING
     prompt = {name: value for name, value in trial.inputs.items() if name not in TRAINING}
     options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with_cache, without = (model.generate(**copy.deepcopy(prompt), **options, use_cache=cached) for cached in (True, False))
+    with_cache, without = (
+        model.generate(**copy.deepcopy(prompt), **options, use_cache=cached) for cached in (True, False)
+    )
     if not torch.equal(with_cache.sequences, without.sequences):
         return "other tokens without a cache"
     return difference(list(with_cache.logits), list(without.logits))
@@ -191,8 +193,11 @@ def load_here(jobs: str) -> None:
             if job["class"]:
                 cls = getattr(transformers, job["class"])
                 model, info = cls.from_pretrained(job["folder"], output_loading_info=True)
-                for name in info["missing_keys"]:  # such as a pooler that the whole model has not
-                    model.get_parameter(name).data.fill_(0.1)
+                new = [parameter for name, parameter in model.named_parameters() if name in info["missing_keys"]]
+                if 2 * len(new) > len(list(model.parameters())):
+                    raise ValueError(f"most parameters are not in the folder: {', '.join(info['missing_keys'])}")
+                for parameter in new:  # such as a pooler that the whole model has not
+                    parameter.data.fill_(0.1)
             else:
                 model = make(kind, seed=2)
                 el.convert(model, STRUCTURE)
