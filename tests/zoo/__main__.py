@@ -1,4 +1,4 @@
-"""``python -m tests.zoo [--write] [kind ...]``: take models through the loop, and print their rows or write the page."""
+"""``python -m tests.zoo [--write] [kind ...]``: take models through the loop; print their rows or write the page."""
 
 from __future__ import annotations
 

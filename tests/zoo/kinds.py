@@ -1,4 +1,4 @@
-"""Kinds of models: for each a tiny one from its config, an example of its inputs, and the classes that load a part of it.
+"""Kinds of models: for each a tiny one from its config, an example of inputs, and classes that load a part of it.
 
 An entry of a transformers model names its class, the settings that make its config tiny, and its inputs. Nothing is
 downloaded; all weights are drawn from a seed.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
 VOCABULARY, TOKENS, WIDTH, HIDDEN = 100, 12, 32, 64
-FIRST_WORD = 5  # ids below are of padding, the begin, the end, and what stands for an image
+IMAGE, FIRST_WORD = 3, 5  # ids: what stands for a part of an image, and the first that is a word
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ def labelled_image() -> dict[str, Any]:
 
 def image_and_text() -> dict[str, Any]:
     return {**image(), "input_ids": ids(), "return_loss": True}
+
+
+def image_in_text(places: int) -> dict[str, Any]:
+    tokens = torch.cat([torch.full((2, places), IMAGE), ids()], 1)
+    return {"input_ids": tokens, "labels": tokens}
 
 
 def wave() -> dict[str, Any]:
@@ -164,6 +169,8 @@ TEXT_KINDS = [
        num_experts_per_tok=2, head_dim=16),
     hf("Jamba", "JambaForCausalLM", "text", language, "JambaModel", **GROUPED, num_experts=2, attn_layer_period=2,
        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8),
+    hf("Falcon-H1", "FalconH1ForCausalLM", "text", language, "FalconH1Model", **GROUPED, mamba_d_ssm=HIDDEN,
+       mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8),
     hf("T5", "T5ForConditionalGeneration", "text", text_to_text, "T5EncoderModel", **T5),
     hf("T5, gated", "T5ForConditionalGeneration", "text", text_to_text, "T5EncoderModel", **T5,
        feed_forward_proj="gated-gelu", tie_word_embeddings=False),
@@ -194,7 +201,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 DECODERS = """
     Afmoe Apertus Arcee AriaText Beam BioGpt BitNet Cohere Cohere2 Cohere2Moe Cwm Doge Emu3 Ernie4_5 Ernie4_5_Moe
-    Exaone4 ExaoneMoe FalconH1 FalconMamba FlexOlmo Flint Gemma Glm Glm4 Glm4Moe GPTBigCode GPTNeoXJapanese Granite
+    Exaone4 ExaoneMoe FalconMamba FlexOlmo Flint Gemma Glm Glm4 Glm4Moe GPTBigCode GPTNeoXJapanese Granite
     GraniteMoe GraniteMoeShared GraniteSWA Helium HrmText HunYuanDenseV1 HunYuanMoEV1 HYV3 HyperCLOVAX Jais2 JetMoe
     Kolibri1 Laguna Lfm2 Llama4 Mellum MiMoV2Flash MiniMax MiniMaxM2 Ministral ModernBertDecoder Moshi NanoChat
     Nemotron Olmo Olmo3 OlmoHybrid Olmoe Persimmon Phi Phimoe Rwkv SeedOss SmolLM3 SolarOpen StableLm Starcoder2
@@ -234,7 +241,42 @@ VISION_KINDS = [
     hf("SegFormer", "SegformerForImageClassification", "vision", labelled_image, "SegformerModel",
        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], num_attention_heads=[1, 2],
        patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], decoder_hidden_size=32),
-    hf("ViT-MAE", "ViTMAEForPreTraining", "vision", lambda: {**image(), "noise": torch.rand(2, 4)}, "ViTMAEModel", **VISION, decoder_hidden_size=WIDTH,
+    hf("DINOv3", "DINOv3ViTModel", "vision", image, **VISION, num_register_tokens=2),
+    hf("Hiera", "HieraForImageClassification", "vision", labelled_image, "HieraModel", embed_dim=16,
+       image_size=[16, 16], patch_size=[3, 3], patch_stride=[2, 2], patch_padding=[1, 1], mlp_ratio=2.0, depths=[1, 1],
+       num_heads=[1, 2], embed_dim_multiplier=2.0, num_query_pool=1, query_stride=[2, 2], masked_unit_size=[4, 4],
+       masked_unit_attention=[True, False]),
+    hf("PVT", "PvtForImageClassification", "vision", labelled_image, "PvtModel", image_size=16,
+       num_encoder_blocks=2, depths=[1, 1], sequence_reduction_ratios=[2, 1], hidden_sizes=[16, 32],
+       patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], num_labels=2),
+    hf("PoolFormer", "PoolFormerForImageClassification", "vision", labelled_image, "PoolFormerModel",
+       num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[16, 32], patch_sizes=[3, 3], strides=[2, 2],
+       padding=[1, 1], mlp_ratio=2.0),
+    hf("VideoMAE", "VideoMAEForVideoClassification", "vision",
+       lambda: {"pixel_values": torch.randn(2, 4, 3, 16, 16), "labels": torch.tensor([0, 1])}, "VideoMAEModel",
+       **VISION, num_frames=4, decoder_hidden_size=WIDTH),
+    hf("TimeSformer", "TimesformerForVideoClassification", "vision",
+       lambda: {"pixel_values": torch.randn(2, 4, 3, 16, 16), "labels": torch.tensor([0, 1])}, "TimesformerModel",
+       **VISION, num_frames=4),
+    hf("DPT", "DPTForDepthEstimation", "vision", image, **VISION | {"num_hidden_layers": 4},
+       neck_hidden_sizes=[8, 8, 16, 16],
+       fusion_hidden_size=16, backbone_out_indices=[0, 1, 2, 3], is_hybrid=False, readout_type="ignore"),
+    hf("YOLOS", "YolosForObjectDetection", "vision", image, "YolosModel", **VISION | {"image_size": [16, 16]},
+       num_detection_tokens=4),
+    hf("DETR", "DetrForObjectDetection", "vision", lambda: image(32), "DetrModel", use_timm_backbone=False,
+       use_pretrained_backbone=False, backbone_config={"model_type": "resnet", "embedding_size": 8,
+       "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "out_features": ["stage2"]}, d_model=WIDTH,
+       encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+       encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, num_queries=4),
+    hf("SAM", "SamModel", "vision",
+       lambda: {"pixel_values": torch.randn(1, 3, 32, 32), "input_points": torch.rand(1, 1, 1, 2) * 32},
+       vision_config={**BODY, "image_size": 32, "patch_size": 8, "output_channels": 16, "window_size": 2,
+                      "global_attn_indexes": [1], "mlp_dim": HIDDEN, "num_pos_feats": 8},
+       prompt_encoder_config={"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4},
+       mask_decoder_config={"hidden_size": 16, "mlp_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                            "iou_head_hidden_dim": 16, "iou_head_depth": 2}),
+    hf("ViT-MAE", "ViTMAEForPreTraining", "vision", lambda: {**image(), "noise": torch.rand(2, 4)}, "ViTMAEModel",
+       **VISION, decoder_hidden_size=WIDTH,
        decoder_num_attention_heads=2, decoder_num_hidden_layers=1, decoder_intermediate_size=HIDDEN),
 ]  # fmt: skip
 
@@ -267,6 +309,29 @@ AUDIO_KINDS = [
        encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, speech_encoder_layers=1, speech_encoder_attention_heads=2,
        speech_encoder_intermediate_size=HIDDEN, feature_projection_input_dim=16, max_source_positions=64,
        num_adapter_layers=1, speech_encoder_layerdrop=0.0, **IDS, decoder_start_token_id=3, max_new_tokens=8),
+    hf("Data2VecAudio", "Data2VecAudioForCTC", "audio", wave, "Data2VecAudioModel", **WAVE | {
+       "num_conv_pos_embeddings": 2, "conv_pos_kernel_size": 3}),
+    hf("UniSpeech-SAT", "UniSpeechSatForCTC", "audio", wave, "UniSpeechSatModel", **WAVE),
+    hf("SEW", "SEWForCTC", "audio", wave, "SEWModel", **WAVE, squeeze_factor=2),
+    hf("Wav2Vec2-Conformer", "Wav2Vec2ConformerForCTC", "audio", wave, "Wav2Vec2ConformerModel", **WAVE),
+    hf("Wav2Vec2-BERT", "Wav2Vec2BertForCTC", "audio", lambda: {"input_features": torch.randn(2, 16, 16)},
+       "Wav2Vec2BertModel", **BODY, vocab_size=VOCABULARY, feature_projection_input_dim=16, layerdrop=0.0),
+    hf("Speech2Text", "Speech2TextForConditionalGeneration", "audio",
+       lambda: {"input_features": torch.randn(2, 16, 8), "decoder_input_ids": (tokens := ids(8)), "labels": tokens},
+       "Speech2TextModel", **SEQ2SEQ, input_feat_per_channel=8, conv_channels=16, max_source_positions=32,
+       max_target_positions=32),
+    hf("Moonshine", "MoonshineForConditionalGeneration", "audio",
+       lambda: {"input_values": torch.randn(2, 2000), "decoder_input_ids": (tokens := ids(8)), "labels": tokens},
+       "MoonshineModel", vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=HIDDEN,
+       encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, encoder_num_attention_heads=2,
+       decoder_num_attention_heads=2, **IDS, decoder_start_token_id=1),
+    hf("EnCodec", "EncodecModel", "audio", lambda: {"input_values": torch.randn(2, 1, 640)}, num_filters=4,
+       hidden_size=16, codebook_dim=16, codebook_size=32, upsampling_ratios=[4, 2], target_bandwidths=[24.0]),
+    hf("SpeechT5", "SpeechT5ForSpeechToText", "audio",
+       lambda: {"input_values": torch.randn(2, 400), "decoder_input_ids": (tokens := ids(8)), "labels": tokens},
+       **{k: v for k, v in WAVE.items() if k not in BODY}, hidden_size=WIDTH, encoder_layers=2, decoder_layers=2,
+       encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN,
+       max_speech_positions=64, max_text_positions=64, **IDS, decoder_start_token_id=1),
     hf("AST", "ASTForAudioClassification", "audio",
        lambda: {"input_values": torch.randn(2, 16, 16), "labels": torch.tensor([0, 1])}, "ASTModel", **BODY,
        patch_size=8, frequency_stride=8, time_stride=8, max_length=16, num_mel_bins=16),
@@ -281,15 +346,98 @@ SEVERAL_KINDS = [
     hf("SigLIP", "SiglipModel", "several inputs", image_and_text, "SiglipTextModel", "SiglipVisionModel",
        text_config=TEXT | {"projection_size": WIDTH}, vision_config=VISION),
     hf("LLaVA", "LlavaForConditionalGeneration", "several inputs",
-       lambda: {**image(), "input_ids": (tokens := torch.cat([torch.full((2, 4), 3), ids()], 1)), "labels": tokens},
+       lambda: {**image_in_text(4), **image()},
        text_config={"model_type": "llama", **GROUPED}, vision_config={"model_type": "clip_vision_model", **_TOWER},
-       image_token_index=3, image_token_id=3),
+       image_token_index=IMAGE, image_token_id=IMAGE),
     hf("BLIP", "BlipForConditionalGeneration", "several inputs",
        lambda: {**image(), "input_ids": (tokens := ids()), "labels": tokens},
        text_config={**ENCODER, "encoder_hidden_size": WIDTH, "sep_token_id": 2}, vision_config=VISION),
+    hf("AltCLIP", "AltCLIPModel", "several inputs", image_and_text,
+       text_config={**TEXT, "project_dim": 16}, vision_config=_TOWER, projection_dim=16),
+    hf("Chinese-CLIP", "ChineseCLIPModel", "several inputs", image_and_text, "ChineseCLIPVisionModel",
+       text_config=ENCODER, vision_config=_TOWER, projection_dim=16),
+    hf("CLIPSeg", "CLIPSegForImageSegmentation", "several inputs", lambda: {**image(), "input_ids": ids()},
+       "CLIPSegModel", text_config=_CLIP_TEXT, vision_config=_TOWER, projection_dim=16, extract_layers=[0, 1],
+       reduce_dim=16, decoder_num_attention_heads=2, decoder_intermediate_size=32),
+    hf("OWL-ViT", "OwlViTForObjectDetection", "several inputs", lambda: {**image(), "input_ids": ids()}, "OwlViTModel",
+       text_config={**TEXT, "max_position_embeddings": TOKENS}, vision_config=_TOWER, projection_dim=WIDTH),
+    hf("GroupViT", "GroupViTModel", "several inputs", image_and_text, "GroupViTTextModel", "GroupViTVisionModel",
+       text_config=TEXT, vision_config={**VISION, "depths": [1, 1], "num_group_tokens": [4, 0],
+       "num_output_groups": [2, 0], "num_hidden_layers": 2}, projection_dim=16, projection_intermediate_dim=32),
+    hf("CLAP", "ClapModel", "several inputs",
+       lambda: {"input_ids": ids(), "input_features": torch.randn(2, 1, 32, 16),
+                "is_longer": torch.zeros(2, 1, dtype=torch.bool), "return_loss": True},
+       text_config={**ENCODER, "projection_dim": 16},
+       audio_config={"spec_size": 32, "num_mel_bins": 16, "patch_size": 4, "patch_stride": [4, 4], "window_size": 2,
+       "hidden_size": 32, "patch_embeds_hidden_size": 16, "depths": [1, 1], "num_attention_heads": [2, 2],
+       "projection_dim": 16, "enable_fusion": False, "num_hidden_layers": 2}, projection_dim=16),
+    hf("PaliGemma", "PaliGemmaForConditionalGeneration", "several inputs",
+       lambda: {**image_in_text(4), **image(),
+                **dict.fromkeys(("token_type_ids", "attention_mask"), torch.ones(2, 4 + TOKENS, dtype=torch.long))},
+       text_config={"model_type": "gemma", **GROUPED, "head_dim": 16}, vision_config={
+       "model_type": "siglip_vision_model", **VISION}, image_token_index=IMAGE, image_token_id=IMAGE,
+       projection_dim=WIDTH),
+    hf("Idefics3", "Idefics3ForConditionalGeneration", "several inputs",
+       lambda: {**image_in_text(1), "pixel_values": torch.randn(2, 1, 3, 16, 16)},
+       text_config={"model_type": "llama", **GROUPED}, vision_config=VISION, image_token_id=IMAGE, scale_factor=2),
+    hf("Qwen2-VL", "Qwen2VLForConditionalGeneration", "several inputs",
+       lambda: {**(text := image_in_text(4)), "pixel_values": torch.randn(32, 96),
+                "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+                "mm_token_type_ids": (text["input_ids"] == IMAGE).long()},
+       text_config={**GROUPED, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
+       "rope_theta": 1e4}},
+       vision_config={"depth": 2, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2,
+       "patch_size": 4, "temporal_patch_size": 2}, image_token_id=IMAGE, video_token_id=4,
+       vision_start_token_id=98, vision_end_token_id=99),
+    hf("BLIP-2", "Blip2ForConditionalGeneration", "several inputs",
+       lambda: {**image_in_text(2), **image()},
+       vision_config=VISION, qformer_config={**ENCODER, "encoder_hidden_size": WIDTH},
+       text_config={"model_type": "opt", **TEXT, "ffn_dim": HIDDEN, "word_embed_proj_dim": WIDTH},
+       num_query_tokens=2, image_token_index=IMAGE, image_token_id=IMAGE),
+    hf("Pix2Struct", "Pix2StructForConditionalGeneration", "several inputs",
+       lambda: {"flattened_patches": torch.cat([torch.randint(0, 4, (2, 6, 2)).float(), torch.randn(2, 6, 48)], 2),
+                "decoder_input_ids": (tokens := ids(8)), "labels": tokens},
+       text_config={"vocab_size": VOCABULARY, "hidden_size": WIDTH, "d_kv": 16, "d_ff": HIDDEN, "num_layers": 2,
+       "num_heads": 2, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2},
+       vision_config={"hidden_size": WIDTH, "patch_embed_hidden_size": 48, "d_ff": HIDDEN, "d_kv": 16,
+       "num_hidden_layers": 2, "num_attention_heads": 2, "seq_len": 16}),
+    hf("LayoutLMv3", "LayoutLMv3ForTokenClassification", "several inputs",
+       lambda: {**image(), "input_ids": ids(), "bbox": torch.zeros(2, TOKENS, 4, dtype=torch.long)}, "LayoutLMv3Model",
+       **ENCODER, input_size=16, patch_size=8, coordinate_size=6, shape_size=4, max_2d_position_embeddings=64,
+       rel_pos_bins=8, rel_2d_pos_bins=8),
+    hf("VisualBERT", "VisualBertForPreTraining", "several inputs",
+       lambda: {"input_ids": ids(), "visual_embeds": torch.randn(2, 4, 16)}, "VisualBertModel", **ENCODER,
+       visual_embedding_dim=16),
+    hf("LXMERT", "LxmertModel", "several inputs",
+       lambda: {"input_ids": ids(), "visual_feats": torch.randn(2, 4, 16), "visual_pos": torch.rand(2, 4, 4)},
+       vocab_size=VOCABULARY, hidden_size=WIDTH, num_attention_heads=2, intermediate_size=HIDDEN, l_layers=1,
+       x_layers=1, r_layers=1, visual_feat_dim=16, max_position_embeddings=64),
+    hf("FLAVA", "FlavaModel", "several inputs", lambda: {**image(), "input_ids": ids()},
+       text_config=ENCODER, image_config=VISION, multimodal_config=BODY, projection_dim=16, hidden_size=WIDTH),
     hf("ViLT", "ViltForQuestionAnswering", "several inputs",
        lambda: {**image(), "input_ids": ids(), "labels": torch.rand(2, 2)}, "ViltModel",
        **ENCODER, image_size=16, patch_size=8),
+]  # fmt: skip
+
+
+SERIES_KINDS = [
+    hf("PatchTST", "PatchTSTForPrediction", "time series",
+       lambda: {"past_values": torch.randn(2, 32, 3), "future_values": torch.randn(2, 8, 3)}, "PatchTSTModel",
+       num_input_channels=3, context_length=32, patch_length=8, patch_stride=8, d_model=WIDTH, num_hidden_layers=2,
+       num_attention_heads=2, ffn_dim=HIDDEN, prediction_length=8, loss="mse"),
+    hf("PatchTSMixer", "PatchTSMixerForPrediction", "time series",
+       lambda: {"past_values": torch.randn(2, 32, 3), "future_values": torch.randn(2, 8, 3)}, "PatchTSMixerModel",
+       num_input_channels=3, context_length=32, patch_length=8, patch_stride=8, d_model=WIDTH, num_layers=2,
+       prediction_length=8, loss="mse"),
+    hf("Decision Transformer", "DecisionTransformerModel", "time series",
+       lambda: {"states": torch.randn(2, 5, 6), "actions": torch.randn(2, 5, 3), "returns_to_go": torch.randn(2, 5, 1),
+                "timesteps": torch.arange(5).repeat(2, 1), "attention_mask": torch.ones(2, 5)},
+       state_dim=6, act_dim=3, hidden_size=WIDTH, n_layer=2, n_head=2, max_ep_len=16, n_positions=64, vocab_size=1),
+    hf("TimesFM", "TimesFmModelForPrediction", "time series",
+       lambda: {"past_values": torch.randn(2, 32), "freq": torch.zeros(2, dtype=torch.long)}, patch_length=8,
+       context_length=32,
+       horizon_length=8, hidden_size=WIDTH, intermediate_size=HIDDEN, head_dim=16, num_hidden_layers=2,
+       num_attention_heads=2, quantiles=[0.5]),
 ]  # fmt: skip
 
 
@@ -363,7 +511,9 @@ TORCH_KINDS = [
     Kind("Convolutional net", "nn.Conv2d", "torch.nn", lambda: Named(convolutional_net(), "pixel_values"), image),
 ]  # fmt: skip
 
-KINDS = {kind.name: kind for kind in (*TEXT_KINDS, *VISION_KINDS, *AUDIO_KINDS, *SEVERAL_KINDS, *TORCH_KINDS)}
+KINDS = {
+    kind.name: kind for kind in (*TEXT_KINDS, *VISION_KINDS, *AUDIO_KINDS, *SEVERAL_KINDS, *SERIES_KINDS, *TORCH_KINDS)
+}
 
 
 def takes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

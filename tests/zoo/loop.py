@@ -193,8 +193,11 @@ def load_here(jobs: str) -> None:
             if job["class"]:
                 cls = getattr(transformers, job["class"])
                 model, info = cls.from_pretrained(job["folder"], output_loading_info=True)
-                for name in info["missing_keys"]:  # such as a pooler that the whole model has not
-                    model.get_parameter(name).data.fill_(0.1)
+                new = [parameter for name, parameter in model.named_parameters() if name in info["missing_keys"]]
+                if 2 * len(new) > len(list(model.parameters())):
+                    raise ValueError(f"most parameters are not in the folder: {', '.join(info['missing_keys'])}")
+                for parameter in new:  # such as a pooler that the whole model has not
+                    parameter.data.fill_(0.1)
             else:
                 model = make(kind, seed=2)
                 el.convert(model, STRUCTURE)

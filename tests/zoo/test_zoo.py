@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from tests.zoo import table
-from tests.zoo.kinds import KINDS
-from tests.zoo.loop import Trial, run
+from tests.zoo.kinds import KINDS, inputs_of, make
+from tests.zoo.loop import Trial, generate, loss_of, run
 from torch import nn
 
 # The kinds that are tried in every test run; `make zoo` tries all.
 SAMPLE = """
     Llama; Llama, tied; Mistral; Qwen2; Qwen3; Gemma 2; Gemma 3; Phi-3; Falcon; MPT; BLOOM; OPT; GPT-NeoX; GPT-2; T5;
     T5, gated; BART; Whisper; CLIP; SigLIP; ViT; DINOv2; Swin; BERT; RoBERTa; ModernBERT; DeBERTa-v2; Mamba; Mamba-2;
-    Mixtral; Qwen2-MoE; Qwen3-MoE; LLaVA; WavLM; SeamlessM4T; Electra; ResNet; Phimoe; Rwkv; Transformer encoder;
-    Transformer; Attention; LSTM tagger; Convolutional net
+    Mixtral; Qwen2-MoE; Qwen3-MoE; LLaVA; WavLM; SeamlessM4T; Electra; ResNet; Phimoe; Rwkv; EnCodec; PatchTST;
+    Transformer encoder; Transformer; Attention; LSTM tagger; Convolutional net
 """
 
 
@@ -52,7 +52,7 @@ def trial(name: str, skipped: tuple[tuple[str, str], ...] = (), **cells: str) ->
 
 
 def test_what_is_not_expected_is_a_problem() -> None:
-    """A failure without a reason, a failure for another reason, a reason without a failure, and a layer without a note."""
+    """A failure without a note or for another reason, a note without a failure, a dense layer without a note."""
     assert table.problems([trial("Llama")]) == []
     (found,) = table.problems([trial("Llama", generate="other tokens without a cache")])
     assert found == "Llama: generate fails: other tokens without a cache"
@@ -63,6 +63,16 @@ def test_what_is_not_expected_is_a_problem() -> None:
     (found,) = table.problems([trial("Llama", (("lm_head", "its weight is tied to x"), ("other", "no idea")))])
     assert found == "Llama: other stays dense, and there is no note for it: no idea"
     assert "**no**: out of memory" in table.row(trial("Llama", compress="out of memory"))
+
+
+def test_what_transformers_cannot_do_with_a_dense_model(tmp_path: Path) -> None:
+    """The notes that blame it are right: Rwkv, as transformers makes it."""
+    model, inputs = make(KINDS["Rwkv"]), inputs_of(KINDS["Rwkv"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_of(model, inputs).backward()
+    dense = trial("Rwkv")
+    dense.model = model
+    assert generate(dense) == "other tokens without a cache"
 
 
 def test_the_loop_notes_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
