@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit data text constraints clean
+.PHONY: help demo test quick lint unit data text constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -15,6 +15,11 @@ demo: $(INSTALLED) data ## train structures side by side on real images (minutes
 
 test: $(INSTALLED) ## lint, type check and run the tests, on up to four cores
 	@$(MAKE) --no-print-directory --jobs 2 lint unit
+
+quick: $(INSTALLED) ## the tests of the layers that are quick, in two minutes
+	@$(BIN)/ruff check
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --quiet -m "not slow" \
+		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/conversion tests/parametrize
 
 unit: $(INSTALLED)
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal

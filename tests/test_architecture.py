@@ -12,7 +12,9 @@ ROOT = Path(einlinear.__file__).parent
 # "einlinear" is the library's own __init__: what it may export comes before it
 ORDER = (
     "files",
+    "rows",
     "version",
+    "import_hooks",
     "checkpoint",
     "structures",
     "ops",

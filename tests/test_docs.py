@@ -21,9 +21,9 @@ import typer
 from torch.distributed.tensor import DTensor
 
 import einlinear as el
-from einlinear.cli.app import app
 from einlinear.nn import ResidualMLP
 from einlinear.structures import FAMILIES
+from einlinear_cli import app
 from tests.data.samples import needs
 from tests.families import SAMPLES
 

@@ -64,6 +64,16 @@ def test_converted_speed() -> None:
     assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", out, re.M)) == 2
 
 
+@needs("transformers")
+def test_tied_heads() -> None:
+    """As a head a tied weight changes the logits alike at all widths, as an embedding the more the wider it is."""
+    command = [sys.executable, str(ROOT / "examples" / "tied_heads.py"), "--widths", "64", "256"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    growth = [float(wide) / float(narrow) for narrow, wide in re.findall(r"([\d.]+) \| ([\d.]+) \|$", out, re.M)]
+    assert [ratio > 2 for ratio in growth] == [True, False, True, False, False]
+
+
 def test_search_regret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("search_regret", ROOT / "examples" / "search_regret.py")
     assert spec is not None

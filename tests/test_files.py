@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from einlinear.files import alone, sha256_of, write_json, write_text
+from einlinear.files import alone, open_regular, sha256_of, write_json, write_text
+
+
+def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to a pipe").symlink_to("pipe")
+    for name in ("file", "link"):
+        with open_regular(tmp_path / name) as file:
+            assert file.read() == b"abc"
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "to a pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(path)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,14 @@
 """`python -m einlinear`."""
 
-from einlinear.cli import main
+import os
+import sys
+
+# Python puts the current folder first. Nothing is imported from there, as with the command `einlinear`, unless it is
+# where this library lies.
+_HERE, _LIBRARY = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if not getattr(sys.flags, "safe_path", False) and sys.path[0] == _HERE != _LIBRARY:
+    del sys.path[0]
+
+from einlinear_cli import main  # noqa: E402
 
 main()

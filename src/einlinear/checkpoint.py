@@ -101,7 +101,10 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     """Raise ValueError, saying what differs, if the facts of the run in a folder are not those of this one."""
     found = differences(before, now)
     if found:
-        raise ValueError(f"{folder} holds a run of other settings: {'; '.join(found)}. Name another folder")
+        raise ValueError(
+            f"{folder} holds a run of other settings: {'; '.join(found)}. Name another folder (--out), or repeat "
+            "the settings to resume the run"
+        )
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

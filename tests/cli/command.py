@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from typer.testing import CliRunner
 
-from einlinear.cli.app import app
+from einlinear_cli import app
 
 # A comparison: what all have in common, and one of four runs.
 QUICK = ("--data", "digits", "--epochs", "1", "--batch-size", "256", "depth=1", "--seeds", "1")

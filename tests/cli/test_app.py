@@ -9,6 +9,7 @@ import pytest
 from tests.cli.command import QUICK, assert_refused, run
 
 import einlinear as el
+import einlinear_cli
 from einlinear.cli import packages
 from einlinear.experiments.runs.options import from_text
 from einlinear.structures import FAMILIES
@@ -19,6 +20,31 @@ def test_version_and_help() -> None:
     assert all(command in run("--help")[1] for command in ("describe", "compare", "report", "coord-check"))
     options = re.sub(r"[\s│]+", " ", run("compare", "--help")[1])
     assert "Any other option of the runs, as for train" in options
+
+
+def test_the_help_of_all_commands_is_their_own() -> None:
+    """It is written apart from them, so that it can be shown without importing any."""
+    for panel in einlinear_cli.PANELS.values():
+        for name, first_line in panel.items():
+            command = einlinear_cli.load(name)
+            assert (command.name, command.get_short_help_str(1000)) == (name, first_line)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], []])
+def test_the_version_and_the_help_come_without_torch(arguments: list[str]) -> None:
+    code = f"import sys, einlinear_cli; sys.argv = {['einlinear', *arguments]}; einlinear_cli.main()"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=False)
+    assert "einlinear" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "numpy", "einlinear"}
+
+
+def test_a_command_imports_no_other() -> None:
+    code = "import sys, einlinear_cli; einlinear_cli.load('describe'); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "einlinear.cli.describe" in modules
+    assert not {"einlinear.cli.compare", "einlinear.cli.search", "torch._dynamo"} & {*modules}
 
 
 GROUPED = """
@@ -95,7 +121,7 @@ def test_the_packages_that_are_asked_for_are_those_of_the_extra() -> None:
 
 def without(modules: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a Python where these modules cannot be imported."""
-    code = f"import sys; sys.modules.update(dict.fromkeys({modules})); import einlinear.cli; einlinear.cli.main()"
+    code = f"import sys; sys.modules.update(dict.fromkeys({modules})); import einlinear_cli; einlinear_cli.main()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 import einlinear as el
 from einlinear.cli import packages
-from einlinear.cli.app import app
+from einlinear_cli import app
 
 pytestmark = needs("transformers")
 
@@ -66,13 +68,139 @@ def test_what_comes_out_is_loaded_as_any_model(source: Path, text: Path, tmp_pat
     assert {layer.structure.spec for layer in structured.values()} == {layer["structure"] for layer in changed}
     assert sum(layer["params"] for layer in report["layers"]) <= 0.6 * sum(l["params_before"] for l in report["layers"])
     assert all(layer["name"] in out for layer in report["layers"])
+    assert report["coverage"]["considered"] == sum(layer["params_before"] for layer in report["layers"])
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("she read", return_tensors="pt")
     assert model(**ids).last_hidden_state.isfinite().all()
     assert re.search(r"original +[\d,]+ +1\.00", out)
-    assert re.match(r"looking at the model: 0 of 1 \(\d+ s\)\n", out)  # in a file or pipe there are lines, not bars
+    assert re.search(
+        r"^looking at the model: 0 of 1 \(\d+ s\)$", out, re.MULTILINE
+    )  # in a file or pipe there are lines, not bars
     assert re.search(r"^comparing structures: 0 of \d+ \(\d+ s\)$", out, re.MULTILINE)
     assert len(re.findall(r"^\w[\w ]+: [\d,]+ of \d+ \(\d+ s\)$", out, re.MULTILINE)) < 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def pipeline_of(source: Path, text: Path, out: Path, place: str) -> Path:
+    """A pipeline of sentence-transformers: a BERT in the subfolder `place`, mean pooling, a dense layer, norm 1."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    transformer = Transformer(str(source), max_seq_length=7)
+    modules = [transformer, Pooling(32), Dense(32, 16), Normalize()]
+    SentenceTransformer(modules=modules, prompts={"query": "read: "}).save_pretrained(str(out))
+    (out / place).mkdir(exist_ok=True)
+    if place:
+        content = json.loads((out / "modules.json").read_text())
+        content[0]["path"] = place
+        (out / "modules.json").write_text(json.dumps(content))
+        for path in [*out.iterdir()]:
+            if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+                path.rename(out / place / path.name)
+    return out
+
+
+@needs("sentence_transformers")
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_a_sentence_transformer_stays_one(place: str, source: Path, text: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = pipeline_of(source, text, tmp_path / "st", place)
+    (folder / "assets" / "deep").mkdir(parents=True)
+    (folder / "assets" / "deep" / "notes.txt").write_text("kept")
+    original = SentenceTransformer(str(folder))
+    command = ("compress", folder, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    code, out, err = run(*command, "--calibration", text)
+    assert (code, err) == (0, "")
+    assert f"Not copied from {folder}: {place and place + '/'}model.safetensors." in out
+    found = SentenceTransformer(str(tmp_path / "out"))
+    assert [type(module) for module in found] == [type(module) for module in original]
+    assert any(isinstance(layer, el.Linear) for layer in found[0].modules())
+    assert found.max_seq_length == original.max_seq_length == 7
+    assert found.prompts == original.prompts
+    assert torch.equal(found[2].linear.weight, original[2].linear.weight)
+    sentences = ["she read of the old house", "by the sea " * 20]
+    before, after = (model.encode(sentences, convert_to_tensor=True) for model in (original, found))
+    torch.testing.assert_close(after.norm(dim=1), torch.ones(2))
+    assert (before * after).sum(1).min() > 0.5
+    assert (tmp_path / "out" / "assets" / "deep" / "notes.txt").read_text() == "kept"
+    assert (tmp_path / "out" / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+def in_the_hubs_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name under which a model is found on the hub, which is out of reach: its files are in the cache."""
+    from huggingface_hub import constants
+
+    root = cache / "models--someone--tiny"
+    for path in filter(Path.is_file, folder.rglob("*")):
+        link = root / "snapshots" / ("a" * 40) / path.relative_to(folder)
+        blob = root / "blobs" / str(path.relative_to(folder)).replace("/", "-")
+        for needed in (link, blob):
+            needed.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(path.read_bytes())
+        link.symlink_to(blob)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return "someone/tiny"
+
+
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_a_pipeline_of_the_hub_is_kept(
+    place: str, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModel
+
+    (tmp_path / "pipeline" / place).parent.mkdir(parents=True, exist_ok=True)
+    source.rename(tmp_path / "pipeline" / place)
+    (tmp_path / "pipeline" / "2_Dense").mkdir()
+    (tmp_path / "pipeline" / "2_Dense" / "model.safetensors").write_text("its weights")
+    (tmp_path / "pipeline" / "modules.json").write_text(json.dumps([{"path": place}, {"path": "2_Dense"}]))
+    name = in_the_hubs_cache(tmp_path / "pipeline", tmp_path / "cache", monkeypatch)
+    command = ("compress", name, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    code, _, err = run(*command, "--calibration", text)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_text() == "its weights"
+    assert (tmp_path / "out" / place / "tokenizer.json").is_file()
+    model = AutoModel.from_pretrained(tmp_path / "out" / place)
+    assert any(isinstance(layer, el.Linear) for layer in model.modules())
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def vit() -> Any:
+    from tests.huggingface.models import MODELS
+
+    return MODELS["vit"]()
+
+
+def wav2vec2() -> Any:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    convolutions = {"conv_dim": [8], "conv_kernel": [3], "conv_stride": [2], "num_conv_pos_embeddings": 4}
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=2))
+
+
+@pytest.mark.parametrize("make", [vit, wav2vec2])
+@pytest.mark.parametrize("weights", ["pickled", "sharded"])
+def test_models_of_images_and_sound_keep_how_inputs_are_prepared(
+    make: Callable[[], Any], weights: str, tmp_path: Path
+) -> None:
+    model, source = make(), tmp_path / "model"
+    model.save_pretrained(source, max_shard_size="20KB" if weights == "sharded" else "1GB")
+    if weights == "pickled":
+        (source / "model.safetensors").unlink()
+        torch.save(model.state_dict(), source / "pytorch_model.bin")
+    (source / "preprocessor_config.json").write_text('{"do_resize": false}')
+    code, _, err = run("compress", source, "--out", tmp_path / "out", "--keep-params", 0.7, *OPTIONS[:2])
+    assert (code, err) == (0, "")
+    assert [path.name for path in (tmp_path / "out").glob("*model*")] == ["model.safetensors"]
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"do_resize": false}'
+    found = type(model).from_pretrained(tmp_path / "out")
+    assert any(isinstance(layer, el.Linear) for layer in found.modules())
 
 
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
@@ -84,6 +212,23 @@ def test_macs_healing_and_no_calibration(source: Path, text: Path, tmp_path: Pat
     code, out, err = run("compress", source, "--out", tmp_path / "b", "--keep-params", 0.6, *OPTIONS, *heal)
     assert (code, err) == (0, "")
     assert re.search(r"Healed in [\d,]+ steps: the loss of a batch was", out)
+
+
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_chats_calibrate_by_the_template(source: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "she read"}, {"role": "assistant", "content": "the old house by the sea"}]
+    rows = tmp_path / "chat.jsonl"
+    rows.write_text(f"{json.dumps({'messages': chat})}\n" * 20)
+    command = ("compress", source, "--keep-params", 0.6, *OPTIONS, "--calibration", rows, "--out", tmp_path / "out")
+    assert_refused(run(*command), "chat.jsonl holds chats, but the model's tokenizer has no chat template")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert f"Calibration: 20 rows with messages from {rows}, by the tokenizer's chat template." in out
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+    rows.write_text('{"conversations": []}\n')
+    command = (*command[:-1], tmp_path / "other")
+    assert_refused(run(*command), f"line 1 of {rows} has conversations; known are text, messages (a chat), or prompt")
 
 
 @pytest.mark.parametrize("source", ["bert"], indirect=True)
@@ -159,18 +304,24 @@ def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: 
         ({"--device": "tpu9"}, ["device 'tpu9' cannot be used"]),
         ({"--heal": 1, "--calibration": "text.txt", "--dtype": "float16"}, ["float16 parameters cannot be trained"]),
         ({"--heal": 1, "--calibration": "text.txt", "--lr": 0}, ["--lr must be positive"]),
+        ({"--out": "model/small"}, ["is inside the model's own folder", "name a folder beside it"]),
         ({"--out": "model"}, ["exists: name a folder that does not"]),
         ({"--calibration": "empty.txt"}, ["empty.txt holds no text"]),
-        ({"--calibration": "none.txt"}, ["none.txt"]),
+        ({"--calibration": "none.txt"}, ["there is no file", "none.txt"]),
+        ({"MODEL": "mute", "--calibration": "text.txt"}, ["the model comes without a tokenizer"]),
         ({"--layers": "nothing.*"}, ["layers: 'nothing.*' matches no linear layer"]),
         ({"MODEL": "text.txt"}, ["text.txt is not a model that transformers can load"]),
         ({"MODEL": "mistyped"}, ["there is no folder", "mistyped"]),
+        ({"MODEL": "adapter"}, ["adapter holds an adapter (adapter_config.json). Merge it into its model first"]),
         ({"MODEL": "empty"}, ["empty is not a model that transformers can load"]),
     ],
 )
 def test_mistakes(source: Path, text: Path, tmp_path: Path, change: dict[str, Any], parts: list[str]) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "empty").mkdir()
+    shutil.copytree(source, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     options: dict[str, Any] = {"--out": "out", "--keep-params": 0.5} | change
     model = tmp_path / options.pop("MODEL", "model")
     given = [

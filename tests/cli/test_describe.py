@@ -60,3 +60,17 @@ def test_describe_with_a_budget() -> None:
 )
 def test_describe_refuses(arguments: tuple[object, ...], message: str) -> None:
     assert_refused(run("describe", *arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("low_rank(rank=1e400)", "a number must be at most 1e+30, not inf"),
+        ("tt(cores=3000)", "tt: cores must be at most 31, not 3000"),
+        ("btt(rank=" + "-" * 5000 + "1)", "nested more than 20 times"),
+        ("i, o i -> o" + " " * 50_000, "at most 10,000 characters"),
+    ],
+    ids=["rank", "cores", "signs", "length"],
+)
+def test_hostile_text_is_refused(spec: str, message: str) -> None:
+    assert_refused(run("describe", spec, 64, 64), message)

@@ -45,7 +45,20 @@ def test_an_assumed_floor_changes_the_law_and_one_that_cannot_be_fitted_is_said(
     assert rows(run("fit", folder, "--floor", "0.1")[1])[0][1] != "0.1200"
     code, out, _ = run("fit", folder, "--floor", "fit")
     assert code == 0
-    assert "dense: the law needs at least 4 points" in out
+    assert "dense: no exponent: a law needs at least 4 points on the frontier, since any 3 lie on one" in out
+
+
+def test_two_models_have_no_exponent_and_few_ones_no_certainty(tmp_path: Path, folder: Path) -> None:
+    for width in (16, 32):
+        write(tmp_path / "two", run_of("dense", width), 10 * width**2, 3 / width)
+    code, out, _ = run("fit", tmp_path / "two", "--at", "1M", "--out", tmp_path / "laws.json")
+    assert code == 0
+    assert rows(out)[0] == ["dense", *8 * "–"]
+    reason = "at least 3 points on the frontier, since any 2 lie on one, but there are 2: train models of more sizes"
+    assert f"dense: no exponent: a law needs {reason}" in out
+    (law,) = json.loads((tmp_path / "laws.json").read_text())[0]["laws"][0]["structures"]
+    assert "exponent" not in law
+    assert "dense: 3 points: R² means little, go by the interval" in run("fit", folder)[1]
 
 
 def test_report_prints_the_table_and_writes_the_page(folder: Path, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """`einlinear train`."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tests.cli.command import TINY, assert_refused, run
 
 from einlinear.cli import display
+from einlinear.experiments.runs.defaults import with_defaults
 from einlinear.experiments.runs.records import read_record
+from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps import workers
 from einlinear.files import alone
 
@@ -24,8 +28,71 @@ def test_train_and_go_on(tmp_path: Path) -> None:
     assert "test accuracy" in out
     assert (tmp_path / "run" / "checkpoints").exists()
     assert run("train", *options)[0] == 0
-    assert_refused(run("train", *options, "lr=1e-2"), "lr was 0.003, now 0.01")
-    assert_refused(run("train", "data=digits", "--out", tmp_path / "other"), "steps must be given")
+    answer = run("train", *options, "lr=1e-2")
+    assert_refused(answer, "lr was 0.003, now 0.01. Name another folder (--out), or repeat the settings to resume")
+
+
+def images(folder: Path, count: int) -> Path:
+    for name in ("cat", "dog ü"):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (4, 4), 9 * i).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_a_folder_is_all_that_a_first_run_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = images(tmp_path / "my pets é", 10)
+    command = ("train", "data=my pets é", "depth=1", "width=16", "threads=1", "--skip-broken")
+    (folder / "cat" / "0.png").write_bytes(b"no image")
+    code, out, err = run(*command)
+    assert code == 0
+    assert "Left out 1 file of my pets é that cannot be read: cat/0.png." in err
+    assert "batch_size=2, as there are 15 training images." in out
+    assert "steps=200: 20 passes over 15 training images, but at least 200." in out
+    (first,) = (tmp_path / "results" / "train").iterdir()
+    assert f"In {first.relative_to(tmp_path)}." in out
+    record = read_record(first)
+    assert "without cat/0.png, which cannot be read" in record.source
+    assert record.result is not None
+    code, _, err = run(*command, "lr=1e-2", "steps=3")
+    assert code == 0, "another run has a folder of its own"
+    assert len([*(tmp_path / "results" / "train").iterdir()]) == 2
+    before = (first / "result.json").read_bytes()
+    assert run(*command)[0] == 0, "and the same one goes on"
+    assert json.loads((first / "result.json").read_bytes())["measures"] == json.loads(before)["measures"]
+    assert run(*command, "steps=3", "out=here")[0] == 0
+    assert (tmp_path / "here" / "result.json").exists()
+    assert_refused(run(*command[:-1]), "cat/0.png cannot be read as an image", "skip_broken=true (--skip-broken)")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "batch"),
+    [
+        ({"data": "digits"}, 200, 256),
+        ({"data": "digits", "batch_size": "1"}, 5000, 1),
+        ({"data": "digits", "batch_size": "16"}, 20 * (1439 // 16), 16),
+        ({"data": "digits", "limit": "100"}, 200, 16),
+        ({"data": "teacher"}, 2000, 1024),
+        ({"data": "digits", "steps": "7"}, 7, 256),
+    ],
+)
+def test_steps_follow_from_the_data(options: dict[str, str], steps: int, batch: int) -> None:
+    options, why = with_defaults({**options, "warmup": "3"})
+    found = Run.of(options)
+    assert (found.training.steps, found.data.batch_size, found.training.warmup) == (steps, batch, 3)
+    assert any(sentence.startswith(f"steps={steps}") for sentence in why) == (steps != 7)
+
+
+def test_an_option_of_the_command_is_told_from_one_of_the_run(tmp_path: Path) -> None:
+    assert_refused(run("train", tmp_path), f"sets no option; write NAME=VALUE, such as data={tmp_path}")
+    (tmp_path / "a.txt").touch()
+    for model in ("mlp", "gpt"):
+        answer = run("train", f"model={model}", f"data={tmp_path / 'a.txt'}", "steps=3")
+        assert_refused(answer, f"einlinear prepare {tmp_path / 'a.txt'} --out FOLDER")
+    assert_refused(
+        run("compare", "out=here"), "has no option 'out': if the command has it, write --out before its value"
+    )
 
 
 @pytest.mark.parametrize("bug", [ValueError, TypeError])

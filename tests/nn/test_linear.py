@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -192,6 +194,41 @@ def test_mistakes() -> None:
         el.Linear(16, 24, el.structure("btt", 16, 16))
     with pytest.raises(TypeError):
         el.Linear(16, 24, "btt", rank=2)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8, torch.tensor])
+def test_integers_of_any_kind(integer: Any) -> None:
+    """As torch.nn.Linear takes them; what is derived from them are ints."""
+    n, m, two = integer(16), integer(24), integer(2)
+    assert el.structure("btt", n, m, rank=two) == el.structure("btt(rank=2)", 16, 24)
+    assert el.structure("i, r i, o r -> o", n, m, sizes={"r": two}).spec == "i, r i, o r -> o where r=2"
+    assert el.structure("blast", n, m, blocks=two, rank=two).spec == "blast(blocks=2, rank=2)"
+    layers = (el.Linear(n, m, "btt", device="meta"), el.MoELinear(n, m, "btt", experts=two, active=integer(1)))
+    for layer in layers:
+        numbers = (layer.in_features, layer.out_features, *layer.A.shape)
+        assert {type(number) for number in numbers} == {int}
+        assert "in_features=16, out_features=24" in repr(layer)
+    assert (type(layers[1].experts), type(layers[1].active)) == (int, int)
+    assert el.Linear(n, m, el.structure("btt", n, m))(torch.ones(2, 16)).shape == (2, 24)
+
+
+def test_numbers_of_numpy_that_are_no_integers() -> None:
+    theta = (np.float64(0.5), np.float32(0.25), 0.25, 1, 0, np.int64(0), np.float32(0.5))
+    spec = "einsum(theta=(1/2, 1/4, 1/4, 1, 0, 0, 1/2))"
+    assert el.structure("einsum", 64, 64, theta=theta) == el.structure(spec, 64, 64)
+    assert el.structure("btt", 64, 64, max_macs=np.float32(0.5)) == el.structure("btt", 64, 64, max_macs=0.5)
+
+
+@pytest.mark.parametrize("wrong", [16.0, np.float64(16), True, np.bool_(True), "16", None, torch.tensor(16.0)])
+def test_no_integers(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="in_features must be an int"):
+        el.Linear(wrong, 16, "btt")
+    with pytest.raises(TypeError, match="btt: rank must be a whole number"):
+        el.structure("btt", 16, 16, rank=wrong)
+    with pytest.raises(TypeError, match="the size of axis 'r' must be an int"):
+        el.structure("i, r i, o r -> o", 16, 16, sizes={"r": wrong})
+    with pytest.raises(TypeError, match="experts must be an int"):
+        el.MoELinear(16, 16, "btt", experts=wrong)
 
 
 @pytest.mark.parametrize("structure", ["dense", "btt"])

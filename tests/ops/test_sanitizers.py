@@ -21,6 +21,8 @@ from einlinear.ops.tiles import build
 from einlinear.ops.tiles.program import program_of
 from einlinear.structures import Structure
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).with_name("sanitized_kernel.cpp")
 DRAWS = int(os.environ.get("EINLINEAR_DRAWS") or 20)
 SANITIZERS = {

@@ -97,6 +97,7 @@ def test_every_subset_of_gradients(spec: str, threads: int) -> None:
                 case.check_backward(saved, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_numbers_of_tokens_around_the_size_of_tiles(spec: str, threads: int) -> None:
     for size in ((24, 36), (48, 48)):
@@ -109,6 +110,7 @@ def test_numbers_of_tokens_around_the_size_of_tiles(spec: str, threads: int) -> 
                 case.check_backward(saved, [True, *factors])
 
 
+@pytest.mark.slow
 def test_random_sums(threads: int) -> None:
     """Many backward passes of sums of random terms, with random subsets of gradients."""
     random = Random(threads)

@@ -39,6 +39,7 @@ def test_it_is_compiled_where_tests_have_to_be_complete() -> None:
     assert why is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
 @pytest.mark.parametrize("flags", [("-msse4.2",), ("-mavx2", "-mfma")])
 def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
@@ -77,6 +78,7 @@ def test_large_factors_have_larger_tiles(spec: str, recompute: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: object) -> None:
     """Fewer threads run than are asked for, which has to leave no memory unwritten."""
     monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
@@ -110,6 +112,7 @@ def test_without_a_compiler_others_do_the_work(
         layer(x)
 
 
+@pytest.mark.slow
 def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
     path = kernels.build(("-O0",))
@@ -117,7 +120,7 @@ def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     made = path.stat().st_mtime_ns
     assert kernels.build(("-O0",)) == path
     assert path.stat().st_mtime_ns == made
-    assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing else is left behind"
+    assert {p.name for p in path.parent.iterdir()} == {path.name, ".lock"}, "nothing else is left behind"
     changed = Path(shutil.copytree(kernels.SOURCE.parent, tmp_path / "changed"))
     (changed / "few.h").write_text((changed / "few.h").read_text() + "// more\n")
     monkeypatch.setattr(kernels, "SOURCE", changed / kernels.SOURCE.name)

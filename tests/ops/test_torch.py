@@ -57,6 +57,7 @@ def test_opcheck(executor: str, spec: str) -> None:
     torch.library.opcheck(torch.ops.einlinear.linear_backward.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_a_transformer_block(backend: str) -> None:
@@ -313,6 +314,7 @@ def test_symbolic_traces() -> None:
     torch.testing.assert_close(recorded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_of_a_mixture(strict: bool) -> None:

@@ -27,7 +27,7 @@ from einlinear.ops.triton_kernels import launch, slots, tile_sizes
 from einlinear.ops.triton_kernels.steps import plan
 from einlinear.structures import DoesNotFit, Structure
 
-pytestmark = needs("triton")
+pytestmark = [needs("triton"), pytest.mark.slow]
 
 INTERPRETED = launch.interpreting()
 RUNS = INTERPRETED or torch.cuda.is_available()

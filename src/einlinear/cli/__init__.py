@@ -1,6 +1,6 @@
-"""The command line: parses, calls, prints. Every command has a file of its name; what they share:
+"""The command line: parses, calls, prints. Every command has a file of its name; `einlinear_cli.py` beside the package
+imports the one that is called. What the commands share:
 
-app.py        all of them, as one program
 options.py    arguments and options
 parsing.py    what is written as one argument: lists, NAME=VALUE
 packages.py   the packages that they need
@@ -9,13 +9,3 @@ running.py    doing the runs of a command
 display.py    messages, tables, progress bars
 endings.py    how they end early
 """
-
-from einlinear.cli.packages import CLI, require
-
-
-def main() -> None:
-    """The `einlinear` command."""
-    require(CLI)
-    from einlinear.cli.app import app  # not before it is known that it can be imported
-
-    app()

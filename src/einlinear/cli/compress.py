@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from einlinear.compression import CompressionReport
     from einlinear.compression.speed import Speed
 
+_SHOWN = 10  # of the files that are not copied
+
 
 def compress(
     model: Annotated[
@@ -37,9 +39,12 @@ def compress(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="A text file: outputs on it are kept. Without it, weights are, which is much worse."),
+        typer.Option(
+            help="A text file, or rows (.jsonl, .json, .csv, .parquet) with text, messages, or prompt and completion: "
+            "outputs on it are kept. Without it, weights are, which is much worse."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Lines or pieces of the text to calibrate on.")] = 256,
+    samples: Annotated[int, typer.Option(min=1, help="Lines, rows or pieces of the text to calibrate on.")] = 256,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, at most.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Lines or pieces that are run at once.")] = 16,
     layers: Annotated[
@@ -72,6 +77,7 @@ def compress(
     from einlinear.compression import compress as compress_model
     from einlinear.compression import heal as heal_model
     from einlinear.compression.candidates import DEFAULT
+    from einlinear.compression.documents import read_documents
     from einlinear.compression.pretrained import load, save, text_batches
     from einlinear.compression.speed import speeds
 
@@ -86,6 +92,8 @@ def compress(
             ((count, budget),) = asked.items()
             if out.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
+            if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
+                raise ValueError(f"--out {out} is inside the model's own folder {model}: name a folder beside it")
             if heal and calibration is None:
                 raise ValueError("--heal needs text to train on: --calibration FILE")
             if heal and lr == 0:
@@ -95,7 +103,9 @@ def compress(
                 raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16 with --heal")
             batches = None
             if calibration is not None:
-                batches = text_batches(found, tokenizer, calibration, samples, tokens, batch_size)
+                documents = read_documents(calibration, tokenizer)
+                display.note(f"Calibration: {documents.origin}.")
+                batches = text_batches(found, tokenizer, documents, samples, tokens, batch_size)
             # trained, the compressed model needs tensors of its own; else the two share what stays
             shared = {} if heal else {id(tensor): tensor for tensor in (*found.parameters(), *found.buffers())}
             original = copy.deepcopy(found, shared)
@@ -113,7 +123,7 @@ def compress(
                     folder=unfinished,
                 )
             if heal and calibration is not None:
-                more = text_batches(found, tokenizer, calibration, 10**6, tokens, batch_size)
+                more = text_batches(found, tokenizer, documents, 10**6, tokens, batch_size)
                 with display.steps() as advance:
                     healing = heal_model(
                         found,
@@ -126,14 +136,18 @@ def compress(
                         progress=lambda done, _, loss: advance("healing", done, None),
                     )
         with system_errors():
-            save(found, tokenizer, report, out, model)
+            left = save(found, tokenizer, report, out, model)
             shutil.rmtree(unfinished)
     _print(report)
     if heal and calibration is not None:
         first, last = healing.losses[0], healing.losses[-1]
         display.note(f"Healed in {len(healing.losses):,} steps: the loss of a batch was {first:.4f} and is {last:.4f}.")
-    if hasattr(found.config, "vocab_size") and not getattr(found.config, "is_encoder_decoder", False):  # reads text
+    reads_text = found.main_input_name == "input_ids" and hasattr(found.config, "vocab_size")
+    if reads_text and not getattr(found.config, "is_encoder_decoder", False):
         _print_speeds(speeds({"original": original, "compressed": found}))
+    if left:
+        rest = f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
+        display.note(f"Not copied from {model}: {', '.join(left[:_SHOWN])}{rest}.")
     display.note(f"In {out}. from_pretrained loads it after import einlinear.")
 
 

@@ -30,7 +30,7 @@ def describe(
     plan: Annotated[bool, typer.Option("--plan", help="Also say how it is run on this machine's CPU.")] = False,
     tokens: Annotated[int, typer.Option(help="For --plan: input vectors at a time.", min=1)] = 2048,
 ) -> None:
-    """Say what a structure is at one size, beside dense: factors, parameters, MACs, rank, exponents, learning rates."""
+    """Show a structure's factors, parameters, MACs, rank and exponents at one size, beside dense."""
     with user_errors():
         structure = einlinear.structure(spec, in_features, out_features, max_macs=max_macs)
     _print_structure(structure)

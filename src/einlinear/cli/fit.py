@@ -18,6 +18,8 @@ from einlinear.cli.parsing import floor_of, numbers
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear.experiments.findings.scaling_laws import Law, Laws
 
+_FEW = 4  # points, of which two are needed to draw a line
+
 
 def fit(
     folders: Folders,
@@ -39,7 +41,7 @@ def fit(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Also write all numbers to this JSON file.")] = None,
 ) -> None:
-    """Fit scaling laws to the runs in results folders: loss = floor + scale × compute^-exponent, for each structure."""
+    """Fit scaling laws to results folders, for each structure: loss = floor + scale × compute^-exponent."""
     require(EXPERIMENTS)
     from einlinear.experiments.findings.scaling_laws import as_json, laws_of_training, laws_per_input
     from einlinear.experiments.findings.summary import studies
@@ -84,7 +86,9 @@ def _print(laws: Laws, computes: Sequence[float]) -> None:
     display.show(headings, [_row(law, computes) for law in laws.laws])
     for law in laws.laws:
         if law.fit is None:
-            display.note(f"{law.curve.name}: {law.why}")
+            display.note(f"{law.curve.name}: no exponent: {law.why}")
+        elif len(law.fit.frontier.index) <= _FEW:
+            display.note(f"{law.curve.name}: {len(law.fit.frontier.index)} points: R² means little, go by the interval")
 
 
 def _row(law: Law, computes: Sequence[float]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ def map_(
         typer.Option(help="The page to write. Default: report.html in the folder; of several it has to be given."),
     ] = None,
 ) -> None:
-    """Say where the structures of a search lie in (psi, nu, omega), what they are worth, and draw it."""
+    """Map a search: the exponents of its structures against their loss."""
     require(EXPERIMENTS)
     from einlinear.experiments.findings.structure_map import AT_LEAST, structure_map
     from einlinear.experiments.findings.summary import in_words, studies
@@ -58,7 +57,7 @@ def map_(
             effect = getattr(own.effects, name)
             ends = effect.interval
             interval = f"{ends.low:+.3f} to {ends.high:+.3f}" if ends else "–"
-            effects.append((name, "–" if math.isnan(effect.value) else f"{effect.value:+.3f}", interval))
+            effects.append((name, f"{effect.value:+.3f}" if ends else "–", interval))
         display.show(("one unit more of", f"log of {in_words(study.error)}", "95 % interval"), effects)
         if own.unfinished:
             display.note(f"{len(own.unfinished)} more, whose runs ended early or are not finished, are not in these.")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 
 from einlinear.structures.spec import is_family
+
+FLAGS = ("--skip-broken",)  # options of runs that may stand without a value
 
 
 def specs(texts: str | list[str] | None) -> tuple[str, ...] | None:
@@ -45,8 +48,8 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
 def assignments(words: Sequence[str] | None) -> dict[str, str]:
     """Options by name; of one that is given twice, the last value.
 
-    >>> assignments(["lr=1e-3", "--batch-size", "64", "--depth=2"])
-    {'lr': '1e-3', 'batch_size': '64', 'depth': '2'}
+    >>> assignments(["lr=1e-3", "--batch-size", "64", "--skip-broken", "--depth=2"])
+    {'lr': '1e-3', 'batch_size': '64', 'skip_broken': 'true', 'depth': '2'}
 
     Raises:
         ValueError: a word that sets nothing.
@@ -55,10 +58,13 @@ def assignments(words: Sequence[str] | None) -> dict[str, str]:
     rest = iter(words or ())
     for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and not equals:
+        if word in FLAGS:
+            value = "true"
+        elif word.startswith("--") and not equals:
             value = next(rest, "")
         elif not equals:
-            raise ValueError(f"{word!r} sets no option; write NAME=VALUE, such as lr=1e-3")
+            example = f"data={word}" if Path(word).exists() else "lr=1e-3"
+            raise ValueError(f"{word!r} sets no option; write NAME=VALUE, such as {example}")
         name = name.strip().replace("-", "_")
         if not value:
             raise ValueError(f"{word!r} has no value; write NAME=VALUE, such as lr=1e-3")

@@ -23,11 +23,18 @@ def prepare(
         typer.Argument(
             metavar="SOURCE",
             help="english (tools/fetch_english.sh fetches it), code (Python's standard library), openwebtext, "
-            "hub:OWNER/NAME, a .parquet or .jsonl file with a column text, a text file, or a folder of .txt files.",
+            "hub:OWNER/NAME, a .jsonl, .json, .csv or .parquet file with a column text, a text file, or a folder of "
+            ".txt files. Files may be compressed (.gz).",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the tokens.")],
-    tokens: Annotated[str, typer.Option(help="char (96 characters) or bpe (byte pairs).")] = "char",
+    tokens: Annotated[
+        str,
+        typer.Option(
+            help="auto (characters, or bytes where a text of yours has others), char (96 characters), bytes (256) or "
+            "bpe (byte pairs)."
+        ),
+    ] = "auto",
     vocab: Annotated[
         int | None, typer.Option(help="Size of the vocabulary of bpe, 257 to 65536. Default: 4096.")
     ] = None,
@@ -37,7 +44,7 @@ def prepare(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again a text that the folder holds.")] = False,
 ) -> None:
-    """Turn text into the tokens that language models are trained on, a share of them held out for validation.
+    """Turn text into tokens for language models, a share of them held out for validation.
 
     A text that the folder holds already is left as it is. After an interruption the same command starts over.
     """
@@ -88,6 +95,8 @@ def _print(tokens: Tokens) -> None:
     display.show(headings, rows)
     for part in tokens.counts:
         display.note(f"{part.name}: {part.origin}.")
+    for why in {part.fallback: None for part in tokens.counts if part.fallback}:
+        display.warning(f"The tokens are bytes: {why}.")
     train, validation = len(tokens.train), len(tokens.validation)
     characters = sum(part.characters for part in tokens.counts)
     display.note(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # heavy: imported where it is needed
     from einlinear.experiments.sweeps.driver import Event, Pool
     from einlinear.experiments.sweeps.sweep import Sweep
 
+_SHOWN = 20  # of the files that are left out
+
 
 def loss_column() -> TextColumn:
     """What stands beside every bar."""
@@ -89,6 +91,17 @@ def check_here(runs: Iterable[Run]) -> None:
             check_installed(run.training.tracker)
 
 
+def say_skipped(runs: Iterable[Run]) -> None:
+    """Name the files of the user's data that were left out."""
+    for data in {run.data: None for run in runs}:
+        skipped = data.skipped()
+        if skipped:
+            more = f" and {len(skipped) - _SHOWN} more" if skipped[_SHOWN:] else ""
+            names = ", ".join(skipped[:_SHOWN])
+            files = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+            display.warning(f"Left out {files} of {data.data} that cannot be read: {names}{more}.")
+
+
 def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None) -> None:
     """Do what is missing of a sweep, on processes of this machine unless another pool is given, and report."""
     from einlinear.experiments.runs.check import check_runs
@@ -105,6 +118,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
         for problem in store.damaged():
             display.warning(f"{problem}; if it belongs here it is done again")
         missing = store.missing(sweep.runs)
+        say_skipped(sweep.runs)
     there = len(sweep.runs) - len(missing)
     already = f"; {there} of {len(sweep.runs)} are already there" if there else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")

@@ -16,7 +16,16 @@ from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.options import MixCode, Settings, Workers
 from einlinear.cli.packages import EXPERIMENTS, SEARCH, require
 from einlinear.cli.parsing import assignments, numbers
-from einlinear.cli.running import Watch, check_here, check_place, cluster, command_line, loss_column, processes
+from einlinear.cli.running import (
+    Watch,
+    check_here,
+    check_place,
+    cluster,
+    command_line,
+    loss_column,
+    processes,
+    say_skipped,
+)
 
 if TYPE_CHECKING:
     from einlinear.experiments.search.search import Search
@@ -78,6 +87,7 @@ def search(
     """
     require(EXPERIMENTS)
     require(SEARCH)
+    from einlinear.experiments.runs.defaults import with_defaults
     from einlinear.experiments.runs.store import Store
     from einlinear.experiments.runs.table import RunTable
     from einlinear.experiments.search.search import Config, Search
@@ -89,6 +99,7 @@ def search(
             raise ValueError(f"--budget is one number, such as 400k, not {budget!r}")
         if "RANK" in os.environ:
             raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
+        completed, why = with_defaults(assignments(settings))
         chosen = Config(
             budget=macs[0],
             trials=trials,
@@ -101,11 +112,14 @@ def search(
             measure=measure,
             time_weight=time_weight,
             seed=choice_seed,
-            options=assignments(settings),
+            options=completed,
         )
         store = Store(out)
         found = Search(chosen)
         check_here([found.base])
+        say_skipped([found.base])
+        for sentence in why:
+            display.note(f"{sentence}.")
         found.open(store, storage, name, command=command_line(), mix_code=mix_code)
     pool = cluster(address, cpus, gpus) if on == "ray" else processes(workers, [found.base] * trials)
     there = len(found.study.tried())

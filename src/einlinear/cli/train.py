@@ -12,7 +12,7 @@ from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.options import Settings
 from einlinear.cli.packages import EXPERIMENTS, require
 from einlinear.cli.parsing import assignments
-from einlinear.cli.running import bar, check_here
+from einlinear.cli.running import bar, check_here, say_skipped
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear.experiments.runs.records import Result
@@ -21,11 +21,16 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
 
 def train(
     settings: Settings = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run: its checkpoints, metrics and result.")] = Path(
-        "results/train"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run: its checkpoints, metrics and result. Default: one of its own in results/train."
+        ),
+    ] = None,
 ) -> None:
     """Train one model.
+
+    Without steps=NUMBER there are 20 passes over the data, but at least 200 and at most 5,000 steps.
 
     After an interruption the same command goes on from the last checkpoint; checkpoint_every=100 writes one every 100
     steps. Under torchrun all processes train the model together: parallel=ddp or parallel=fsdp.
@@ -34,19 +39,29 @@ def train(
     """
     require(EXPERIMENTS)
     from einlinear.experiments.runs.check import check_runs
+    from einlinear.experiments.runs.defaults import with_defaults
     from einlinear.experiments.runs.execute import execute
     from einlinear.experiments.runs.records import check_folder, describe
     from einlinear.experiments.runs.run import Run
     from einlinear.training.distributed import is_first
 
     with user_errors():
-        run = Run.of(assignments(settings))
+        options = assignments(settings)
+        named = options.pop("out", None)  # as all the other options are written
+        options, why = with_defaults(options)
+        run = Run.of(options)
+        folder = out or Path(named or Path("results", "train", run.name))
         check_here([run])
         check_runs([run])
-        check_folder(describe(out, run, run.data.load(run.seed)))
+        check_folder(describe(folder, run, run.data.load(run.seed)))
+        if is_first():
+            say_skipped([run])
+            for sentence in why:
+                display.note(f"{sentence}.")
+            display.note(f"In {folder}. The same command goes on with it, or shows what is there.")
     interrupted = "Interrupted. The same command goes on from the last checkpoint, if checkpoint_every was set."
     with interruptible(interrupted), bar(run) as progress, system_errors():
-        result = execute(run, out, progress, keep_checkpoints=True)
+        result = execute(run, folder, progress, keep_checkpoints=True)
     if is_first():
         _print(run, result)
 

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
+from einlinear.compression.documents import Documents
 from einlinear.compression.report import CompressionReport
+from einlinear.compression.side_files import MODULES, WEIGHTS, copy_side_files, module_paths, subfolder_of_model
 from einlinear.files import write_json
 
 REPORT = "compression.json"
-_PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+_ADAPTER = "adapter_config.json"
 
 
 def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """A model, of the class that it was saved from, and its tokenizer, or None if it has none.
 
     Args:
-        source: a folder that `save_pretrained` wrote, or a name on the Hugging Face hub.
+        source: a folder that `save_pretrained` or sentence-transformers wrote, or a name on the Hugging Face hub.
         dtype: of the parameters, such as "float32"; "auto" is that of the file.
         device: that the model is moved to.
 
     Raises:
-        ValueError: there is no model, or no such device; says what transformers or torch says.
+        ValueError: there is no model, or no such device; says what transformers or torch says. Or the folder holds an
+            adapter, which is no model of its own.
     """
     try:
         place = torch.zeros((), device=device).device
@@ -39,39 +44,84 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
         raise ValueError(f"device {device!r} cannot be used: {error}") from None
     if str(source).startswith((".", "/")) and not Path(source).exists():  # no name on the hub begins so
         raise ValueError(f"there is no folder {source}")
+    if _file(source, _ADAPTER) is not None:
+        raise ValueError(
+            f"{source} holds an adapter ({_ADAPTER}). Merge it into its model first and save that, with peft: "
+            "AutoPeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
+        )
+    # Code that comes with a model is never run, nor does transformers ask whether it may be.
+    options = {"subfolder": _subfolder(source), "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, **options)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         kind: Any = next((found for found in named if found is not None), transformers.AutoModel)
-        model = kind.from_pretrained(source, dtype=dtype).eval().to(place)
+        model = kind.from_pretrained(source, dtype=dtype, **options).eval().to(place)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is not a model that transformers can load: {error}") from None
+        here = "" if Path(source).exists() else "; there is no folder of this name either"
+        raise ValueError(f"{source} is not a model that transformers can load: {error}{here}") from None
     try:
-        return model, transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except Exception:  # where its files are missing, every class of tokenizer raises another kind of error
         return model, None
+    # Some classes raise none, and know no words: every text would be the same.
+    return model, tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+
+
+def _file(source: str | Path, name: str) -> Path | None:
+    """A file of a model's folder, or of the hub; None if the model has no such file."""
+    try:
+        found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+    return None if found is None else Path(found)
+
+
+def _subfolder(source: str | Path) -> str:
+    """Where in a folder, or on the hub, the model's config and weights are; see `subfolder_of_model`."""
+    modules = _file(source, MODULES)
+    if modules is None:
+        return ""
+    if not Path(source).is_dir():
+        for path in module_paths(modules.parent):
+            _file(source, f"{path}/config.json")  # into the folder of the cache that modules.json is in
+        _file(source, "config.json")
+    return subfolder_of_model(modules.parent)
+
+
+def _snapshot(source: str | Path) -> Path:
+    """The folder of a model; one of the hub is downloaded, without its weights."""
+    if Path(source).is_dir():
+        return Path(source)
+    folder = Path(snapshot_download(str(source), ignore_patterns=[f"*{ending}" for ending in WEIGHTS]))
+    modules = set(module_paths(folder)) - {subfolder_of_model(folder), ""}
+    if modules:
+        snapshot_download(str(source), allow_patterns=[f"{path}/*" for path in sorted(modules)])
+    return folder
 
 
 def text_batches(
-    model: Any, tokenizer: Any, file: Path, samples: int = 256, tokens: int = 256, batch_size: int = 16
+    model: Any, tokenizer: Any, documents: Documents, samples: int = 256, tokens: int = 256, batch_size: int = 16
 ) -> list[dict[str, Tensor]]:
-    """Calibration data from a text file, as a model takes them.
+    """Calibration data from texts, as a model takes them.
 
     A model that generates text gets the text cut into pieces of equal length, taken from all over it; another gets its
-    lines, padded, those of like length together. The order is random, and always the same.
+    lines or rows, padded, those of like length together. The order is random, and always the same. For a model that
+    generates text, rows follow each other in that order, each ended by the tokenizer's end of a text unless it is a
+    chat, whose template says how it ends.
 
     Args:
         model, tokenizer: from `load`.
-        file: UTF-8.
-        samples: pieces or lines, at most.
-        tokens: of a piece, or of a line at most.
+        documents: from `read_documents`.
+        samples: pieces, lines or rows, at most.
+        tokens: of each, at most.
         batch_size: samples in a batch.
 
     Returns:
         Batches for the keyword arguments of the model, on the CPU.
 
     Raises:
-        ValueError: no tokenizer, no text in the file, or an encoder with a decoder, which takes pairs of texts.
+        ValueError: no tokenizer, an encoder with a decoder, which takes pairs of texts, or a row that the template of
+            chats refuses.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
@@ -80,26 +130,43 @@ def text_batches(
         )
     if tokenizer is None:
         raise ValueError("the model comes without a tokenizer, so text cannot calibrate it")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{file} holds no text")
-    tokens = min(tokens, getattr(model.config, "max_position_embeddings", None) or tokens)
+    longest = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    tokens = min([tokens, *filter(None, longest)])
     if model.can_generate():
-        ids = torch.tensor(tokenizer("\n".join(lines), verbose=False)["input_ids"])
+        ids = torch.tensor(_token_ids(tokenizer, documents, samples * tokens))
+        if not len(ids):
+            raise ValueError(f"{documents.file}: the tokenizer makes no tokens of its text")
         tokens = min(tokens, len(ids))
         starts = torch.arange(0, len(ids) - tokens + 1, tokens)
         starts = _spread(starts, samples)[torch.randperm(min(samples, len(starts)), generator=_generator())]
         pieces = torch.stack([ids[start : start + tokens] for start in starts])
         return [{"input_ids": part} for part in pieces.split(batch_size)]
-    chosen = [lines[int(i)] for i in _spread(torch.arange(len(lines)), samples)]
+    chosen = [documents.text(int(i)) for i in _spread(torch.arange(documents.count), samples)]
     chosen.sort(key=len)  # lines of like length together: less padding
     if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)  # what is saved with the model stays as it is
         tokenizer.pad_token = tokenizer.eos_token
     parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     parts = [parts[i] for i in torch.randperm(len(parts), generator=_generator()).tolist()]
-    return [
-        dict(tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=tokens)) for part in parts
-    ]
+    options = {"padding": True, "truncation": True, "max_length": tokens, "add_special_tokens": not documents.is_chat}
+    return [dict(tokenizer(part, return_tensors="pt", **options)) for part in parts]
+
+
+def _token_ids(tokenizer: Any, documents: Documents, enough: int) -> list[int]:
+    """The tokens of a text; of rows, of as many as make enough tokens."""
+    if documents.kind == "lines":
+        text = "\n".join(map(documents.text, range(documents.count)))
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    ids: list[int] = []
+    for i in torch.randperm(documents.count, generator=_generator()).tolist():
+        text = documents.text(i)
+        ids += tokenizer(text, verbose=False, add_special_tokens=not documents.is_chat)["input_ids"]
+        end = tokenizer.eos_token_id
+        if end is not None and not documents.is_chat and ids[-1:] != [end]:
+            ids.append(end)
+        if len(ids) >= enough:
+            break
+    return ids
 
 
 def _generator() -> torch.Generator:
@@ -131,25 +198,36 @@ def written(out: Path) -> Iterator[Path]:
 
 def save(
     model: nn.Module, tokenizer: Any, report: CompressionReport, out: Path, source: str | Path | None = None
-) -> None:
+) -> list[str]:
     """Write a compressed model, its tokenizer and what was done, so that `from_pretrained` loads it.
 
     Args:
         model, tokenizer: from `load`; the model is compressed.
         report: of the compression.
         out: a folder that is not there yet.
-        source: what was loaded: how it prepares images and sound is copied.
+        source: what was loaded: all of its other files are kept, see `copy_side_files`.
+
+    Returns:
+        What of the source was left out.
 
     Raises:
         ValueError: something of that name is there.
     """
     saved: Any = model
+    left: list[str] = []
     with written(out) as folder:
-        saved.save_pretrained(folder)
+        place = folder
+        if source is not None:
+            root = _snapshot(source)
+            subfolder = subfolder_of_model(root)
+            place = folder / subfolder
+            place.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for name in _PROCESSORS if source is not None else ():
-            with suppress(OSError):  # the model has no such file
-                shutil.copyfile(str(cached_file(str(source), name)), folder / name)
+            tokenizer.save_pretrained(place)
+        if source is not None:
+            left = copy_side_files(root, folder, subfolder)  # the tokenizer's files as they were, if they are there
+        saved.save_pretrained(place)
         layers = [asdict(layer) for layer in report.layers]
-        write_json(folder / REPORT, {"layers": layers, "skipped": dict(report.skipped)})
+        coverage = None if report.coverage is None else asdict(report.coverage)
+        write_json(folder / REPORT, {"layers": layers, "skipped": dict(report.skipped), "coverage": coverage})
+    return left

@@ -15,10 +15,12 @@ from torch import nn
 from einlinear.nn import Linear
 from einlinear.nn.known import Described, features, is_conv1d
 from einlinear.structures import FAMILIES
+from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, shown
 from einlinear.structures.spec import is_family
 
 METHOD = "einlinear"
 VERSION = 1
+MAX_LAYERS = 1_000_000
 CODE = "configuration_einlinear"  # the file of saving.py that config.json names
 # What an entry must and may say, each with its type and, where it may be left out, with the value that it has then.
 _REQUIRED: dict[str, type] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
@@ -68,10 +70,14 @@ def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
             f"quantization_config is of version {version}, but this einlinear reads versions up to {VERSION}: update it"
         )
     if not isinstance(layers, Mapping) or not layers:
-        raise ValueError(f"quantization_config: layers must map the names of layers to what they are, not {layers!r}")
+        raise ValueError(
+            f"quantization_config: layers must map the names of layers to what they are, not {repr(layers)[:80]}"
+        )
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"quantization_config describes {len(layers):,} layers, more than {MAX_LAYERS:,}")
     for name, entry in layers.items():
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{name}: expected a mapping with {', '.join(_REQUIRED)}, not {entry!r}")
+            raise ValueError(f"{name}: expected a mapping with {', '.join(_REQUIRED)}, not {repr(entry)[:80]}")
         missing = [key for key in _REQUIRED if key not in entry]
         unknown = [key for key in entry if key not in _REQUIRED and key not in _OPTIONAL]
         if missing or unknown:
@@ -82,7 +88,12 @@ def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
         for key, value in entry.items():
             expected = _REQUIRED.get(key, bool)
             if type(value) is not expected:
-                raise ValueError(f"{name}: {key} must be of type {expected.__name__}, not {value!r}")
+                raise ValueError(f"{name}: {key} must be of type {expected.__name__}, not {repr(value)[:80]}")
+        for key in ("in_features", "out_features"):
+            if not 1 <= entry[key] <= MAX_SIZE:
+                raise ValueError(f"{name}: {key} must be from 1 to {MAX_SIZE}, not {shown(entry[key])}")
+        if len(entry["structure"]) > MAX_TEXT:
+            raise ValueError(f"{name}: structure must have at most {MAX_TEXT:,} characters")
     return {name: dict(entry) for name, entry in layers.items()}
 
 

@@ -45,7 +45,9 @@ class Factored(Described):
     ) -> None:
         super().__init__()
         self.structure = _resolve(structure, in_features, out_features)
-        self.in_features, self.out_features, self.stack = in_features, out_features, stack
+        # ints, whatever kind of integers the arguments are
+        self.in_features, self.out_features = self.structure.in_features, self.structure.out_features
+        self.stack = stack
         self.normalize, self.has_gamma = normalize, normalize and gamma
         first = () if stack is None else (stack,)
         for factor in self.structure.factors:
@@ -55,7 +57,7 @@ class Factored(Described):
                 scale = nn.Parameter(torch.empty(first or 1, device=device, dtype=dtype))
                 self.register_parameter(f"gamma_{factor.name}", scale)
         self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         )
 
     @torch.no_grad()

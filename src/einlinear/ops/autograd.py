@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from einlinear import structures
+from einlinear.import_hooks import when_imported
 from einlinear.ops import dispatch, executors, operands, reference
 from einlinear.structures import Structure
 
@@ -146,16 +146,21 @@ def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 linear_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.einlinear.linear)
-def _(x: Any, factors: Any, bias: Any, spec: str, out_features: int, *args: Any, **kwargs: Any) -> int:
-    return 2 * int(x[0]) * structure_of(spec, x[1], out_features).macs
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula  # which imports triton
+
+    @register_flop_formula(torch.ops.einlinear.linear)
+    def _(x: Any, factors: Any, bias: Any, spec: str, out_features: int, *args: Any, **kwargs: Any) -> int:
+        return 2 * int(x[0]) * structure_of(spec, x[1], out_features).macs
+
+    @register_flop_formula(torch.ops.einlinear.linear_backward)
+    def _(
+        grad: Any, x: Any, factors: Any, spec: str, executor: str, needs_x: bool, needs_factors: list[bool], **_: Any
+    ) -> int:
+        # of every factor's step, one product gives the gradient of the state before it, one that of the factor
+        structure = structure_of(spec, x[1], grad[1])
+        states = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
+        return 2 * int(x[0]) * (states + sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed))
 
 
-@register_flop_formula(torch.ops.einlinear.linear_backward)
-def _(
-    grad: Any, x: Any, factors: Any, spec: str, executor: str, needs_x: bool, needs_factors: list[bool], **_: Any
-) -> int:
-    # of every factor's step, one product gives the gradient of the state before it, one that of the factor
-    structure = structure_of(spec, x[1], grad[1])
-    states = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
-    return 2 * int(x[0]) * (states + sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed))
+when_imported("torch.utils.flop_counter", _register_flops)

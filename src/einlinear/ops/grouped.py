@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from einlinear.import_hooks import when_imported
 from einlinear.ops import dispatch, executors, operands, reference
 from einlinear.ops.autograd import features, plain_gradients, structure_of
+from einlinear.ops.constants import assume_constant_result
 from einlinear.structures import Structure
 
 
@@ -81,7 +82,7 @@ def _choose(structure: Structure, load: int, dtype: torch.dtype, device: torch.d
     return chosen
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _choose_compiled(spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> str:
     structure = structure_of(spec, in_features, out_features)
     return _choose(structure, dispatch.MANY_TOKENS, dtype, torch.device(device), training=True)
@@ -210,13 +211,18 @@ def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 grouped_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.einlinear.grouped_linear)
-def _(
-    x: Any, factors: Any, indices: Any, gates: Any, bias: Any, spec: str, out_features: int, executor: str, **_: Any
-) -> int:
-    return 2 * int(math.prod(indices)) * structure_of(spec, x[1], out_features).macs
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula  # which imports triton
+
+    @register_flop_formula(torch.ops.einlinear.grouped_linear)
+    def _(
+        x: Any, factors: Any, indices: Any, gates: Any, bias: Any, spec: str, out_features: int, executor: str, **_: Any
+    ) -> int:
+        return 2 * int(math.prod(indices)) * structure_of(spec, x[1], out_features).macs
+
+    @register_flop_formula(torch.ops.einlinear.grouped_linear_backward)
+    def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, executor: str, **_: Any) -> int:
+        return 4 * int(math.prod(indices)) * structure_of(spec, x[1], grad[1]).macs
 
 
-@register_flop_formula(torch.ops.einlinear.grouped_linear_backward)
-def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, executor: str, **_: Any) -> int:
-    return 4 * int(math.prod(indices)) * structure_of(spec, x[1], grad[1]).macs
+when_imported("torch.utils.flop_counter", _register_flops)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from einlinear.ops import autograd, dispatch, executors, operands, reference
+from einlinear.ops.constants import assume_constant_result
 from einlinear.structures import Structure
 
 
@@ -53,7 +54,8 @@ def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
     Raises:
         RuntimeError, ValueError, TypeError: factors that do not fit the structure, as for `linear`.
     """
-    operands.check(structure, factors, memory=dispatch.seen(*factors) == "eager")
+    if not any(isinstance(factor, fx.Proxy) for factor in factors):  # of which torch.fx knows nothing
+        operands.check(structure, factors, memory=dispatch.seen(*factors) == "eager")
     return reference.dense_weight(structure, factors)
 
 
@@ -127,7 +129,7 @@ def _linear(
     return autograd.run(executor, structure, factors, x, bias)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _choose_compiled(spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> str:
     """What torch's compiler gets: it fuses the reference itself; our own kernels it takes as they are."""
     structure = autograd.structure_of(spec, in_features, out_features)

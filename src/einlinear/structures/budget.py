@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from einlinear.structures.limits import MAX_SIZE
 from einlinear.structures.sizes import DoesNotFit
 from einlinear.structures.structure import Structure
+
+_MAX_BLOCKS = 1024
 
 
 class OverBudget(ValueError):
@@ -29,10 +32,11 @@ def largest_rank(make: Callable[[int], Structure], max_macs: float) -> Structure
     """The structure of largest rank within the budget: doubling, then bisection."""
     best = within(make(1), max_macs)
     low, high = 1, 2
-    while _fraction(candidate := make(high)) <= max_macs:
+    while high <= MAX_SIZE and _fraction(candidate := make(high)) <= max_macs:
         if candidate.macs == best.macs:  # the pattern makes no use of the rank
             return best
         best, low, high = candidate, high, 2 * high
+    high = min(high, MAX_SIZE + 1)
     while high - low > 1:
         middle = (low + high) // 2
         if _fraction(candidate := make(middle)) <= max_macs:
@@ -43,10 +47,13 @@ def largest_rank(make: Callable[[int], Structure], max_macs: float) -> Structure
 
 
 def fewest_blocks(make: Callable[[int], Structure], most: int, max_macs: float) -> Structure:
-    """The structure of fewest blocks, from one to `most`, within the budget, of those that fit the features."""
+    """The structure of fewest blocks, from one to `most`, within the budget, of those that fit the features.
+
+    More than a thousand blocks are for the user to ask for.
+    """
     cheapest: Structure | None = None
     refused: DoesNotFit | None = None
-    for blocks in range(1, most + 1):
+    for blocks in range(1, min(most, _MAX_BLOCKS) + 1):
         try:
             candidate = make(blocks)
         except DoesNotFit as error:

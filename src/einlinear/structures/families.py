@@ -16,11 +16,13 @@ import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from einlinear.structures.limits import MAX_SIZE
 from einlinear.structures.sizes import DoesNotFit
 
 Builder = Callable[..., str]
 
 FAMILIES: dict[str, Builder] = {}
+_MAX_CORES = MAX_SIZE.bit_length()  # each core more than halves the features that are left
 
 
 def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> Builder:
@@ -79,6 +81,9 @@ def _count(family: str, **given: object) -> None:
             raise TypeError(f"{family}: {name} must be a whole number, not {written!r}")
         if value < 1:
             raise ValueError(f"{family}: {name} must be at least 1, not {value}")
+        most = _MAX_CORES if name == "cores" else MAX_SIZE
+        if value > most:
+            raise ValueError(f"{family}: {name} must be at most {most}, not {value}")
 
 
 def _dense() -> str:

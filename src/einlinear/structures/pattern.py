@@ -16,6 +16,7 @@ the output, the smaller of the two for an axis of neither. Sizes not fixed are b
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,16 +25,25 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import chain
 
+from einlinear.structures import limits
+
 Axes = tuple[str, ...]
 
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>\d+\.\d+|\d+)|(?P<symbol>->|[(),+=/^])|(?P<end>$))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>\d+\.\d+|\d+)|(?P<symbol>->|[(),+=/^])|(?P<end>$))", re.ASCII
+)
+
+_HUGE = 2 * math.log(limits.MAX_SIZE)  # a size without its scale
+_SHOWN = 240  # characters of the text around a mistake
 
 
 class PatternError(ValueError):
     """A pattern that cannot be read; the message points at the place in the text."""
 
     def __init__(self, message: str, text: str, position: int) -> None:
-        super().__init__(f"{message}\n    {text}\n    {' ' * position}^")
+        start = max(0, position - _SHOWN // 2) if len(text) > _SHOWN else 0
+        excerpt = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[start : start + _SHOWN])
+        super().__init__(f"{message}\n    {excerpt}\n    {' ' * (position - start)}^")
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,13 @@ class Size:
     exponent: Fraction = Fraction(0)
 
     def of(self, features: int) -> float:
-        """The size, not yet rounded, where the axis belongs to this many features."""
-        return float(float(self.scale) * features ** float(self.exponent))
+        """The size, not yet rounded, where the axis belongs to this many features. Raises ValueError if it is huge."""
+        exponent = float(self.exponent)
+        if exponent * math.log(features) < _HUGE:
+            size = float(float(self.scale) * features**exponent)
+            if size <= limits.MAX_SIZE:
+                return size
+        raise ValueError(f"the size {self} of an axis is more than {limits.MAX_SIZE} for {features} features")
 
     def __str__(self) -> str:
         if self.exponent == 0:
@@ -93,14 +108,11 @@ class Pattern:
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Pattern:
         """The same pattern with more sizes fixed. Raises ValueError for an axis that is not there or fixed twice."""
-        known = dict(self.sizes)
-        for axis, size in sizes.items():
-            if axis not in self.axes:
-                raise ValueError(f"sizes names the axis {axis!r}, but the pattern's axes are {', '.join(self.axes)}")
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"the size of axis {axis!r} must be an int, not {size!r}")
-            if size < 1:
-                raise ValueError(f"the size of axis {axis!r} must be at least 1, not {size}")
+        known, axes = dict(self.sizes), self.axes
+        for axis, given in sizes.items():
+            if axis not in axes:
+                raise ValueError(f"sizes names the axis {axis!r}, but the pattern's axes are {', '.join(axes)}")
+            size = limits.size(f"the size of axis {axis!r}", given)
             if known.setdefault(axis, Size(Fraction(size))) != Size(Fraction(size)):
                 raise ValueError(f"axis {axis!r} is given two sizes that contradict: {known[axis]} and {size}")
         return Pattern(self.terms, tuple(known.items()))
@@ -123,7 +135,17 @@ def parse(text: str) -> Pattern:
     >>> parse("(g a), g r f a, f e g r -> (f e) where r=2").terms[0].factors
     (('g', 'r', 'f', 'a'), ('f', 'e', 'g', 'r'))
     """
-    return _Parser(text).pattern()
+    limits.check_text(text)
+    pattern = _Parser(text).pattern()
+    counts = (
+        ("terms", len(pattern.terms), limits.MAX_TERMS),
+        ("factors", sum(len(term.factors) for term in pattern.terms), limits.MAX_FACTORS),
+        ("axes", len(pattern.axes), limits.MAX_AXES),
+    )
+    for what, count, most in counts:
+        if count > most:
+            raise ValueError(f"a pattern has at most {most} {what}, not {count}")
+    return pattern
 
 
 class _Parser:
@@ -243,6 +265,8 @@ class _Parser:
 
     def number(self, what: str) -> Fraction:
         kind, text, _ = self.tokens[self.next]
+        if kind == "number" and len(text) > limits.MAX_DIGITS:
+            raise self.error(f"a number has at most {limits.MAX_DIGITS} digits, not {len(text)}")
         if kind != "number" or (what == "a divisor" and Fraction(text) == 0):
             raise self.error(f"expected {what}")
         self.next += 1

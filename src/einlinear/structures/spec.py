@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any
 
+from einlinear.structures import limits
 from einlinear.structures.budget import fewest_blocks, largest_rank, within
 from einlinear.structures.families import find_family
 from einlinear.structures.pattern import Pattern, PatternError, parse
@@ -32,7 +34,7 @@ def structure(
 
     Args:
         spec: a family, ``"btt(rank=2)"`` or ``"btt"``, or a pattern, ``"(g a), g r f a, f e g r -> (f e)"``.
-        in_features, out_features: the size of the layer.
+        in_features, out_features: the size of the layer, integers of any kind up to 2^31 - 1.
         max_macs: a fraction of the MACs of dense, at most 1. What spends compute and is not given is chosen as rich as
             this budget allows: of a family the rank, else the number of blocks; of a pattern its one rank axis without
             a size.
@@ -43,7 +45,8 @@ def structure(
         DoesNotFit: sizes that contradict the features, or features that would have to be padded by more than 15 %:
             there is no such structure at this size.
         ValueError: an unknown family (the nearest is named) or argument, a pattern that cannot be read (the place is
-            shown), a budget that is too small. DoesNotFit is one as well.
+            shown), a budget that is too small, more text, terms, axes or factors than any real structure has
+            (`structures/limits.py`). DoesNotFit is one as well.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -58,15 +61,16 @@ def structure(
         spec = spec.spec
     if not isinstance(spec, str):
         raise TypeError(f"a structure is given as text such as 'btt(rank=2)', not {spec!r}")
-    for name, features in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(features, int) or isinstance(features, bool):
-            raise TypeError(f"{name} must be an int, not {features!r}")
-        if features < 1:
-            raise ValueError(f"{name} must be at least 1, not {features}")
-    if max_macs is not None and not (isinstance(max_macs, int | float) and 0 < max_macs <= 1):
-        raise ValueError(
-            f"max_macs is a fraction of the MACs of dense, above 0 and at most 1, such as 0.25, not {max_macs!r}"
-        )
+    limits.check_text(spec)
+    in_features = limits.size("in_features", in_features)
+    out_features = limits.size("out_features", out_features)
+    if max_macs is not None:
+        if not isinstance(max_macs, Real) or isinstance(max_macs, bool) or not 0 < max_macs <= 1:
+            shown = limits.shown(max_macs) if isinstance(max_macs, int) else repr(max_macs)
+            raise ValueError(
+                f"max_macs is a fraction of the MACs of dense, above 0 and at most 1, such as 0.25, not {shown}"
+            )
+        max_macs = float(max_macs)
     if not is_family(spec):
         if arguments:
             named = ", ".join(arguments)
@@ -82,70 +86,157 @@ def structure(
     twice = written.keys() & arguments.keys()
     if twice:
         raise ValueError(f"{', '.join(sorted(twice))} is given twice: in {spec!r} and as an argument")
-    given = {name: _number(value) for name, value in arguments.items()}
+    given = {name: exact(value) for name, value in arguments.items()}
     return _from_family(family, written | given, in_features, out_features, max_macs)
 
 
 def is_family(spec: str) -> bool:
     """Whether a spec names a family, alone or with a bracket; all else is a pattern."""
-    return re.fullmatch(r"\s*[\w-]+\s*(\(.*)?", spec, re.DOTALL) is not None
+    return re.match(r"\s*[\w-]+\s*(\(|$)", spec) is not None
 
 
 def parse_family(spec: str) -> tuple[str, dict[str, Any]]:
     """Split "btt(rank=2)" into the family's name and the arguments. Raises ValueError that points at a mistake."""
-    name, bracket, rest = spec.partition("(")
-    find_family(name.strip())
-    start = len(name)
-    try:
-        call = ast.parse(f"f{bracket}{rest}".strip(), mode="eval").body
-    except SyntaxError as error:
-        raise PatternError(
-            f"cannot read the arguments of {name.strip()}", spec, start + (error.offset or 1) - 2
-        ) from None
-    if isinstance(call, ast.Name) and not bracket:
-        return name.strip(), {}
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise PatternError(f"expected {name.strip()}(argument=value, ...)", spec, start)
-    if call.args:
-        raise PatternError(
-            f"name the argument: {name.strip()}(argument=value)", spec, start + call.args[0].col_offset - 1
-        )
-    arguments: dict[str, Any] = {}
-    for keyword in call.keywords:
-        if keyword.arg is None or keyword.arg in arguments:
-            message = f"{keyword.arg} is given twice" if keyword.arg else "** cannot be read here"
-            raise PatternError(message, spec, start + keyword.col_offset - 1)
-        arguments[keyword.arg] = _value(keyword.value, spec, start)
-    return name.strip(), arguments
+    limits.check_text(spec)
+    name = spec.partition("(")[0].strip()
+    find_family(name)
+    return name, _Arguments(spec, name).read()
 
 
-def _value(node: ast.expr, spec: str, start: int) -> Any:
-    """A number, a fraction such as 1/2, a word, or a tuple of these."""
-    if isinstance(node, ast.Constant):
-        return _number(node.value)
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        operand = _value(node.operand, spec, start)
-        if isinstance(operand, int | Fraction):
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<name>[^\W\d]\w*)|(?P<number>(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)(?!\w)
+    |(?P<text>'[^'\\]*'|"[^"\\]*")|(?P<symbol>\*\*|[(),=/-])|(?P<end>$)|(?P<other>\S))""",
+    re.VERBOSE,
+)
+_CONSTANTS = {"True": True, "False": False, "None": None}
+_MAX_NESTED = 20  # tuples and minus signs
+
+
+class _Arguments:
+    """Reads what follows the name of a family: its arguments by name, each a number, a fraction, a word or a tuple."""
+
+    def __init__(self, spec: str, name: str) -> None:
+        self.spec, self.name = spec, name
+        self.tokens = list(_TOKEN.finditer(spec, spec.index(name) + len(name)))
+        self.next = 0
+
+    def read(self) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if self.accept("("):
+            while not self.accept(")"):
+                start = self.next
+                if self.accept("**"):
+                    raise self.error("** cannot be read here", start)
+                if self.kind() != "name" or self.tokens[start + 1]["symbol"] != "=":
+                    self.value(0)  # which may be what cannot be read
+                    raise self.error(f"name the argument: {self.name}(argument=value)", start)
+                argument = self.take()
+                self.expect("=")
+                if argument in arguments:
+                    raise self.error(f"{argument} is given twice", start)
+                arguments[argument] = self.value(0)
+                if not self.accept(","):
+                    self.expect(")")
+                    break
+        if self.kind() != "end":
+            raise self.error(f"expected {self.name}(argument=value, ...)")
+        return arguments
+
+    def value(self, nested: int) -> Any:
+        """A number, a fraction such as 1/2, a word, or a tuple of these."""
+        start, left = self.next, self.operand(nested)
+        while self.accept("/"):
+            right = self.operand(nested)
+            if not _is_number(left) or not _is_number(right) or not right:
+                raise self.unreadable(start)
+            left = Fraction(left) / right
+        return left
+
+    def operand(self, nested: int) -> Any:
+        start, kind = self.next, self.kind()
+        if nested > _MAX_NESTED:
+            raise self.error(f"tuples and minus signs are nested more than {_MAX_NESTED} times")
+        if self.accept("-"):
+            operand = self.operand(nested + 1)
+            if not _is_number(operand):
+                raise self.unreadable(start)
             return -operand
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-        left, right = _value(node.left, spec, start), _value(node.right, spec, start)
-        if isinstance(left, int | Fraction) and isinstance(right, int | Fraction) and right:
-            return Fraction(left) / right
-    if isinstance(node, ast.Tuple):
-        return tuple(_value(element, spec, start) for element in node.elts)
-    raise PatternError("expected a number, a fraction, a word or a tuple", spec, start + node.col_offset - 1)
+        if self.accept("("):
+            return self.tuple(nested + 1)
+        if kind == "end":
+            raise self.error(f"cannot read the arguments of {self.name}")
+        if kind not in ("name", "number", "text"):
+            raise self.unreadable(start)
+        text = self.take()
+        if kind == "number":
+            if len(text) > limits.MAX_DIGITS:
+                raise self.error(f"a number has at most {limits.MAX_DIGITS} digits, not {len(text)}", start)
+            try:
+                return exact(int(text) if text.isdecimal() else float(text))
+            except ValueError as error:
+                raise self.error(str(error), start) from None
+        return text[1:-1] if kind == "text" else _CONSTANTS.get(text, text)
+
+    def tuple(self, nested: int) -> Any:
+        elements, comma = [], False
+        while not self.accept(")"):
+            elements.append(self.value(nested))
+            if not self.accept(","):
+                self.expect(")")
+                break
+            comma = True
+        return tuple(elements) if comma or not elements else elements[0]
+
+    def kind(self) -> str:
+        return str(self.tokens[self.next].lastgroup)
+
+    def take(self) -> str:
+        token = self.tokens[self.next]
+        self.next += 1
+        return str(token[str(token.lastgroup)])
+
+    def accept(self, symbol: str) -> bool:
+        found = self.tokens[self.next]["symbol"] == symbol
+        self.next += found
+        return found
+
+    def expect(self, symbol: str) -> None:
+        if not self.accept(symbol):
+            if self.kind() in ("other", "symbol"):
+                raise self.unreadable(self.next)
+            raise self.error(f"cannot read the arguments of {self.name}")
+
+    def unreadable(self, token: int) -> PatternError:
+        return self.error("expected a number, a fraction, a word or a tuple", token)
+
+    def error(self, message: str, token: int | None = None) -> PatternError:
+        match = self.tokens[self.next if token is None else token]
+        return PatternError(message, self.spec, match.start(str(match.lastgroup)))
 
 
-def _number(value: Any) -> Any:
-    """Floats as the fractions they stand for, so that 1/3 in Python and in text are the same structure."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | Fraction) and not isinstance(value, bool)
+
+
+def exact(value: Any) -> Any:
+    """Integers of any kind as ints, and floats as the fractions they stand for, also inside tuples.
+
+    So 1/3 in Python and in text are the same structure. Raises ValueError for numbers that are not finite or huge.
+    """
     if isinstance(value, tuple | list):
-        return tuple(_number(element) for element in value)
-    if isinstance(value, float):
+        return tuple(exact(element) for element in value)
+    if isinstance(value, bool | str | Fraction) or value is None:
+        return value
+    if isinstance(value, Real) and not isinstance(value, Integral):
+        value = float(value)
+        if not math.isfinite(value) or abs(value) > limits.MAX_NUMBER:
+            raise ValueError(f"a number must be at most {limits.MAX_NUMBER:.0e}, not {value}")
         simple = Fraction(value).limit_denominator(1000)
         return simple if abs(simple - Fraction(value)) < 1e-12 else Fraction(repr(value))
-    return value
+    number = limits.whole(value)
+    if number is not None and abs(number) > limits.MAX_NUMBER:
+        raise ValueError(f"a number must be at most {limits.MAX_NUMBER:.0e}, not {limits.shown(number)}")
+    return value if number is None else number
 
 
 def _from_pattern(pattern: Pattern, in_features: int, out_features: int, max_macs: float | None) -> Structure:
@@ -174,6 +265,7 @@ def check_spec(spec: str) -> None:
         raise TypeError(f"a Structure has one size: give its spec, {spec.spec!r}, which is for layers of any size")
     if not isinstance(spec, str):
         raise TypeError(f"a structure is given as text such as 'btt(rank=2)', not {spec!r}")
+    limits.check_text(spec)
     if not is_family(spec):
         parse(" ".join(spec.split()))
         return

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import chain
 from typing import TypeVar
 
 from einlinear.structures import counts
+from einlinear.structures.limits import MAX_NUMBER, check_text
 from einlinear.structures.pattern import Axes, Pattern, TermPattern
 from einlinear.structures.sizes import candidate_sizes, groups
 
@@ -134,7 +136,10 @@ class Structure:
 
     @cached_property
     def rank(self) -> int:
-        """The rank of the matrix for almost all values of the factors."""
+        """The rank of the matrix for almost all values of the factors.
+
+        Where features are padded and there are many axes it is an upper bound, off by less than the padding.
+        """
         return counts.generic_rank(self.pattern.terms, dict(self.sizes), self.in_features, self.out_features)
 
     def __hash__(self) -> int:  # on every call of a layer: what makes two structures differ, and no more
@@ -153,19 +158,33 @@ def build(pattern: Pattern, in_features: int, out_features: int, spec: str | Non
         DoesNotFit, ValueError: as `sizes.candidate_sizes`.
     """
     candidates = list(candidate_sizes(pattern, in_features, out_features))
+    best = candidates[0]
+    if len(candidates) > 1:
+        thin = dict.fromkeys(pattern.rank_axes, 1)
+        exact = counts.exact_factors(len(pattern.terms))
+        axes = [tuple(dict.fromkeys(chain(t.inputs, *t.factors, t.outputs))) for t in pattern.terms]
 
-    def worth(sizes: dict[str, int]) -> tuple[int, int]:
-        thin = _sized(pattern, sizes | dict.fromkeys(pattern.rank_axes, 1), in_features, out_features, "")
-        rank = sum(counts.bottleneck(term, dict(thin.sizes)) for term in pattern.terms)
-        return min(rank, in_features, out_features), -thin.macs
+        def worth(sizes: dict[str, int]) -> tuple[int, int]:
+            sizes = sizes | thin
+            parts = (
+                counts.worth(term, tuple((axis, sizes[axis]) for axis in own), exact)
+                for term, own in zip(pattern.terms, axes)
+            )
+            ranks, macs = zip(*parts)
+            return min(sum(ranks), in_features, out_features), sum(macs)
 
-    best = max(candidates, key=worth) if len(candidates) > 1 else candidates[0]  # the first of equals
+        best = max(candidates, key=worth)  # the first of equals
     return _sized(pattern, best, in_features, out_features, spec or str(pattern))
 
 
 def _sized(pattern: Pattern, sizes: dict[str, int], in_features: int, out_features: int, spec: str) -> Structure:
+    check_text(spec)  # which may be longer than what was given
     names = iter(_factor_names(sum(len(term.factors) for term in pattern.terms)))
-    terms = tuple(_term(term, [next(names) for _ in term.factors], sizes) for term in pattern.terms)
+    exact = counts.exact_factors(len(pattern.terms))
+    terms = tuple(_term(term, [next(names) for _ in term.factors], sizes, exact) for term in pattern.terms)
+    macs = sum(factor.macs for term in terms for factor in term.factors)
+    if macs > MAX_NUMBER:
+        raise ValueError(f"the sizes multiply to 10^{len(str(macs)) - 1} MACs for one input: that is too many")
     theta = _axis_exponents(pattern, sizes, in_features, out_features)
     psi, nu, omega = map(float, counts.exponents(pattern.terms, theta))
     return Structure(spec, in_features, out_features, pattern, terms, tuple(sizes.items()), psi, nu, omega)
@@ -176,8 +195,8 @@ def _factor_names(count: int) -> list[str]:
     return list(letters[:count]) if count <= len(letters) else [f"F{i}" for i in range(count)]
 
 
-def _term(term: TermPattern, names: list[str], sizes: dict[str, int]) -> Term:
-    order = counts.contraction_order(term, tuple(sizes.items()))
+def _term(term: TermPattern, names: list[str], sizes: dict[str, int], exact: int) -> Term:
+    order = counts.contraction_order(term, tuple(sizes.items()), exact)
     factors = []
     for position, index in enumerate(order):
         axes = term.factors[index]

@@ -1,6 +1,10 @@
 """A user's folder of images: layouts, image files, and what is wrong with them."""
 
+import os
 import re
+import socket
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ from PIL import Image
 from tests.data.samples import MakeFolder, assert_standardised
 
 from einlinear.data import load_images
-from einlinear.data.images.folder import _read_files, _read_image
+from einlinear.data.images.folder import MAX_PIXELS, SUFFIXES, _read_files, _read_image
 
 
 def test_folder_is_split_by_class(make_folder: MakeFolder) -> None:
@@ -102,8 +106,9 @@ def test_shrinking_is_antialiased(tmp_path: Path, make_folder: MakeFolder) -> No
     stripes = np.tile(np.array([0, 255, 255, 0], np.uint8), (16, 4))
     folder = make_folder({"cat": 2, "dog": 2}, size=(16, 16))
     Image.fromarray(stripes).save(folder / "cat" / "stripes.png")
-    x = _read_files([folder / "cat" / "stripes.png"], image_size=4)
-    torch.testing.assert_close(x[:, :, :, 1:3], torch.full((1, 1, 4, 2), 0.5), atol=0.01, rtol=0)
+    images, _ = _read_files([folder / "cat" / "stripes.png"], image_size=4)
+    (x,) = images.values()
+    torch.testing.assert_close(x[:, :, 1:3], torch.full((1, 4, 2), 0.5), atol=0.01, rtol=0)
 
 
 def test_a_channel_without_contrast_stays_finite(tmp_path: Path, make_folder: MakeFolder) -> None:
@@ -163,6 +168,40 @@ def test_image_that_cannot_be_read(keep: int, make_folder: MakeFolder) -> None:
         load_images(folder)
 
 
+def test_all_broken_images_are_named_at_once(make_folder: MakeFolder) -> None:
+    folder = make_folder({"cat": 20, "dog": 8})
+    whole = load_images(folder)
+    for i in range(14):
+        (folder / "cat" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"14 of 28 images are broken: .*cat/0\.png cannot be read") as caught:
+        load_images(folder)
+    message = str(caught.value)
+    assert message.count("cannot be read as an image") == 10
+    assert "; and 4 more. Mend or remove them, or leave out what cannot be read: skip_broken=true" in message
+
+    found = load_images(folder, skip_broken=True)
+    assert len(found.train_x) + len(found.test_x) == 14
+    assert found.skipped == tuple(sorted(f"cat/{i}.png" for i in range(14)))
+    assert "14 images from" in found.source
+    assert "without cat/0.png, cat/1.png" in found.source
+    assert whole.skipped == ()
+    for i in range(14):
+        (folder / "cat" / f"{i}.png").unlink()
+    assert torch.equal(load_images(folder).train_x, found.train_x), "as if they were not there"
+
+
+def test_what_is_left_without_broken_images(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder({f"{split}/{name}": 2 for split in ("train", "test") for name in ("cat", "dog")})
+    (folder / "train" / "dog" / "0.png").write_bytes(b"")
+    Image.fromarray(np.full((5, 6), np.nan, np.float32)).save(folder / "train" / "cat" / "nan.tiff")
+    found = load_images(folder, skip_broken=True)
+    assert found.skipped == ("train/cat/nan.tiff", "train/dog/0.png")
+    assert (len(found.train_x), len(found.test_x)) == (3, 4)
+    (folder / "train" / "dog" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"class 'dog' has no image left in .*train: all of them are broken"):
+        load_images(folder, skip_broken=True)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("split", "called"), [("train", "training"), ("test", "test")])
 def test_pixels_that_are_not_finite(value: float, split: str, called: str, tmp_path: Path) -> None:
@@ -177,3 +216,88 @@ def test_pixels_that_are_not_finite(value: float, split: str, called: str, tmp_p
     message = rf"3 pixels of 2 {called} images are NaN or infinite, first in .*{split}/dog/1\.tiff"
     with pytest.raises(ValueError, match=message):
         load_images(tmp_path)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 5\n%%EndComments\nshowpage\n"
+
+
+def test_postscript_under_another_name_never_reaches_ghostscript(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interpreter(*_: object, **__: object) -> None:
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", interpreter)
+    folder = make_folder({"cat": 3, "dog": 3})
+    (folder / "cat" / "1.png").write_bytes(POSTSCRIPT)
+    message = r"cat/1\.png cannot be read as an image: it is none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"
+    with pytest.raises(ValueError, match=message):
+        load_images(folder)
+
+
+@pytest.mark.parametrize("suffix", ["tga", "ico", "pcx"])
+def test_formats_that_are_not_documented_are_not_read(suffix: str, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16)).save(tmp_path / f"image.{suffix}")
+    path = (tmp_path / f"image.{suffix}").rename(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="it is none of BMP"):
+        _read_image(path)
+
+
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+def test_every_suffix_is_of_a_format_that_is_read(suffix: str, tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 51).save(tmp_path / f"image{suffix}")
+    torch.testing.assert_close(_read_image(tmp_path / f"image{suffix}")[:1], torch.full((1, 8, 8), 0.2))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "folder"])
+def test_only_regular_files_are_opened(kind: str, make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder({"cat": 3, "dog": 3})
+    victim = folder / "cat" / "1.png"
+    victim.unlink()
+    if kind == "fifo":
+        os.mkfifo(victim)  # nobody writes into it: to open it as a file would wait for ever
+    elif kind == "device":
+        victim.symlink_to("/dev/zero")
+    elif kind == "socket":
+        monkeypatch.chdir(victim.parent)  # the path of a socket has to be short
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(victim.name)
+    else:
+        victim.mkdir()
+    with pytest.raises(ValueError, match=r"cat/1\.png cannot be read as an image: it is not a regular file"):
+        load_images(folder)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is this large, and ends where its pixels would begin."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    ends = struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 1000) + b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + ends
+
+
+@pytest.mark.parametrize("size", [(13_000, 13_000), (30_000, 30_000), (1, MAX_PIXELS + 1)])
+def test_size_is_judged_by_the_header(size: tuple[int, int], make_folder: MakeFolder) -> None:
+    folder = make_folder({"cat": 3, "dog": 3})
+    (folder / "cat" / "1.png").write_bytes(png_header(*size))
+    with pytest.raises(ValueError, match=rf"cat/1\.png cannot be read .*more than the {MAX_PIXELS:,} pixels"):
+        load_images(folder)
+
+
+def test_the_largest_size_is_not_refused(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(png_header(1000, MAX_PIXELS // 1000))
+    with pytest.raises(ValueError, match=r"cannot be read as an image: (?!.*more than)"):  # there are no pixels
+        _read_image(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("error", [IndexError("x"), OverflowError("x"), zlib.error("x"), AssertionError("x")])
+def test_whatever_a_damaged_file_does_to_the_decoder(
+    error: Exception, make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder({"cat": 3, "dog": 3})
+
+    def broken(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", broken)
+    with pytest.raises(ValueError, match=r"cat/\d\.png cannot be read as an image"):
+        load_images(folder)

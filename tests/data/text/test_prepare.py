@@ -68,7 +68,7 @@ def test_parts_are_counted(tmp_path: Path) -> None:
     write(folder / "4.txt", "x" * 150 + "漢")
     write(folder / "notes.md", "not read")
     write(folder / ".hidden" / "5.txt", "not read")
-    (part,) = prepare_tokens(Recipe(sources=(str(folder),)), tmp_path / "out").counts
+    (part,) = prepare_tokens(Recipe(sources=(str(folder),), tokens="char"), tmp_path / "out").counts
     assert (part.documents, part.documents_dropped) == (4, 2)
     first = len(f'{prose(300)}\nnaive "quotes"')
     assert (part.characters, part.characters_replaced, part.characters_dropped) == (first + 150, 3, 1 + 2)
@@ -171,9 +171,9 @@ def test_too_little_text(texts: list[str], message: str, kind: str, tmp_path: Pa
 
 
 def test_nothing_in_96_characters(tmp_path: Path) -> None:
-    recipe = Recipe(sources=(write(tmp_path / "a.txt", "漢字だけの文書\n" * 1000),))
+    recipe = Recipe(sources=(write(tmp_path / "a.txt", "漢字だけの文書\n" * 1000),), tokens="char")
     with pytest.raises(
-        ValueError, match=r"documents: 1, .* more than 1 % .* outside the 96 \(--tokens bpe takes any\)"
+        ValueError, match=r"documents: 1, .* more than 1 % .* outside the 96 \(--tokens bytes and bpe take any\)"
     ):
         prepare_tokens(recipe, tmp_path / "out")
 
@@ -210,7 +210,7 @@ def test_text_that_is_given_twice(tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         ({"sources": ()}, "name at least one text"),
-        ({"tokens": "word"}, "tokens must be char or bpe, not 'word'"),
+        ({"tokens": "word"}, "tokens must be auto, char, bytes or bpe, not 'word'"),
         ({"vocabulary": 300}, "a vocabulary of 300 is for bpe; the characters are always 96"),
         ({"tokens": "bpe", "vocabulary": 100}, "vocabulary 100 is too small"),
         ({"tokens": "bpe", "vocabulary": 0}, "vocabulary 0 is too small"),

@@ -146,7 +146,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edited(f, vocabulary={"kind": "char", "size": 97, "characters": tokens.CHARACTERS}),
         r"damaged \(a vocabulary of 97, but its own has 96\)",
     ),
-    "other kind": (lambda f: edited(f, vocabulary={"kind": "word", "size": 96}), "kind 'word', expected char or bpe"),
+    "other kind": (
+        lambda f: edited(f, vocabulary={"kind": "word", "size": 96}),
+        "kind 'word', expected char, bytes or bpe",
+    ),
     "no files": (lambda f: edited(f, files={}), r"tokens\.json is damaged"),
     "counts of something else": (lambda f: edited(f, counts=[{"name": "a"}]), r"tokens\.json is damaged"),
     "file above": (

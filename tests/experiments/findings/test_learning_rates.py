@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 from tests.experiments.made_up import run_of, write
 
-from einlinear.experiments.findings.learning_rates import best_lr, landscapes, largest_over_smallest
+from einlinear.experiments.findings.learning_rates import (
+    Landscape,
+    Optimum,
+    best_lr,
+    landscapes,
+    largest_over_smallest,
+)
+from einlinear.experiments.findings.scaling.multipliers import Bound
 from einlinear.experiments.findings.summary import TRAIN_LOSS, Study, studies
 
 RATES = (1e-3, 2e-3, 6e-3, 1e-2)  # not equally far apart
@@ -54,8 +61,30 @@ def test_optima_of_every_width_with_their_spread(tmp_path: Path) -> None:
     assert [narrow.optimum.lr, narrow.optimum.smallest, narrow.optimum.largest] == 3 * [pytest.approx(3e-3)]
     assert wide.optimum.lr == pytest.approx(3e-3)  # the mean of two parabolas has its vertex in between
     assert (wide.optimum.smallest, wide.optimum.largest) == (pytest.approx(2e-3), pytest.approx(4.5e-3))
-    assert largest_over_smallest([narrow, wide]) == pytest.approx(1)
+    times = largest_over_smallest([narrow, wide])
+    assert times is not None
+    assert times.text == "1.00"
     assert largest_over_smallest([narrow]) is None
+
+
+@pytest.mark.parametrize(
+    ("optima", "expected"),
+    [
+        ([(1e-3, ""), (4e-3, "")], "4.00"),
+        ([(1e-3, "<"), (4e-3, "")], "> 4.00"),
+        ([(1e-3, ""), (4e-3, ">")], "> 4.00"),
+        ([(1e-3, ""), (2e-3, ">"), (4e-3, "")], "> 4.00"),
+        ([(1e-3, ">"), (4e-3, "")], None),
+        ([(1e-3, ""), (4e-3, "<")], None),
+        ([(4e-3, ">"), (4e-3, ">")], None),
+    ],
+)
+def test_optima_at_an_end_of_the_rates_tell_at_most_a_bound(
+    optima: list[tuple[float, Bound]], expected: str | None
+) -> None:
+    found = [Landscape("", 1, (), Optimum(lr, lr, lr, bound)) for lr, bound in optima]
+    times = largest_over_smallest(found)
+    assert (times and times.text) == expected
 
 
 def test_a_learning_rate_at_which_a_seed_diverges_is_not_the_best(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
     Store(tmp_path).open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
 
 
-@pytest.mark.parametrize(("changed", "decides"), [("ops/tiles/tiles.cpp", True), ("cli/app.py", False)])
+@pytest.mark.parametrize(("changed", "decides"), [("ops/tiles/tiles.cpp", True), ("cli/report.py", False)])
 def test_the_code_is_that_of_the_sources_that_decide_how_a_run_goes(
     changed: str, decides: bool, tmp_path: Path
 ) -> None:

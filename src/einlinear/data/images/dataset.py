@@ -23,6 +23,7 @@ class Images:
             deviation per channel.
         train_y, test_y: (N,) int64, indices into classes.
         classes: the names of the classes.
+        skipped: the files of a user's folder that were left out since they cannot be read, relative to it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Images:
     test_x: Tensor
     test_y: Tensor
     classes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:

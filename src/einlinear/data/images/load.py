@@ -23,6 +23,7 @@ def load_images(
     image_size: int | None = None,
     test_fraction: float = 0.2,
     limit: int | None = None,
+    skip_broken: bool = False,
 ) -> Images:
     """Load images for classification into memory.
 
@@ -36,10 +37,13 @@ def load_images(
             * a folder with the binary version of CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or of
               CIFAR-100 (train.bin, test.bin);
             * a folder with one subfolder of images per class, or with train/ and test/ that hold such
-              subfolders. Grey if all images are grey, else RGB.
+              subfolders. Grey if all images are grey, else RGB. Files are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, of at
+              most 80 million pixels.
         image_size: resize to image_size x image_size pixels (bilinear, antialiased). Default: as they are.
         test_fraction: share of each class held out for testing, where the data has no test set of its own.
         limit: keep at most this many training images, the classes as balanced as they can be. Default: all.
+        skip_broken: leave out the files of a folder that cannot be read; `Images.skipped` has their names, and `source`
+            says so. Otherwise they are an error that lists them.
 
     Returns:
         Images, the same ones in the same order every time.
@@ -59,14 +63,14 @@ def load_images(
         raise ValueError(f"image_size={image_size}: it must be at least 1 pixel")
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction={test_fraction}: it must lie between 0 and 1, exclusive")
-    images = _read(data, image_size, test_fraction)
+    images = _read(data, image_size, test_fraction, skip_broken)
     check_finite(images)
     if limit is not None:
         images = _limited(images, limit)
     return _standardised(images)
 
 
-def _read(data: str | Path, image_size: int | None, test_fraction: float) -> Images:
+def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_broken: bool = False) -> Images:
     """The images that `data` names, not yet standardised."""
     if data == "auto":
         try:
@@ -84,7 +88,7 @@ def _read(data: str | Path, image_size: int | None, test_fraction: float) -> Ima
     if str(data) and path.exists():  # Path("") is the current folder
         if is_cifar(path):
             return _resized(read_cifar(path), image_size)
-        return read_folder(path, image_size, test_fraction)
+        return read_folder(path, image_size, test_fraction, skip_broken)
     if path.name != str(data):  # has a separator, so it was meant as a path
         raise FileNotFoundError(
             f"{path} does not exist; give a folder with one subfolder of images per class, or with CIFAR's .bin files"

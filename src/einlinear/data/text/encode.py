@@ -1,4 +1,4 @@
-"""From text to tokens and back: characters, or a byte-pair encoding."""
+"""From text to tokens and back: characters, bytes, or a byte-pair encoding."""
 
 from __future__ import annotations
 
@@ -82,6 +82,12 @@ def to_characters(text: str) -> Cleaned | None:
     )
 
 
+def outside(text: str) -> str | None:
+    """The first character of a text that the 96 characters have no likeness of."""
+    found = (character for character in _OUTSIDE.findall(unicodedata.normalize("NFC", text)))
+    return next((character for character in found if not _likeness(character)), None)
+
+
 def unchanged(text: str) -> Cleaned:
     """A document for a vocabulary of bytes: any text will do."""
     return Cleaned(text)
@@ -105,7 +111,7 @@ class Vocabulary(ABC):
     """The tokens of a prepared text.
 
     Attributes:
-        kind: "char" or "bpe".
+        kind: "char", "bytes" or "bpe".
         size: how many tokens there are.
         end: what follows every document, a few tokens.
     """
@@ -148,6 +154,23 @@ class Characters(Vocabulary):
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(CHARACTERS[token] for token in self._checked(tokens))
+
+
+class Bytes(Vocabulary):
+    """The bytes of UTF-8: any text can be encoded, and any file. A document ends with an empty line."""
+
+    kind = "bytes"
+    size = 256
+
+    def __init__(self) -> None:
+        (self.end,) = self.encode(["\n\n"])
+
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Bytes that are no UTF-8 are what `open(..., errors="surrogateescape")` makes of them."""
+        return [np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8) for text in texts]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(self._checked(tokens)).decode("utf-8", "replace")
 
 
 class BytePairs(Vocabulary):

@@ -15,10 +15,13 @@ class Part:
         origin: one sentence that says where it came from.
         size: about how many characters it has, None if that is not known.
         documents: gives its documents from the first one, at every call the same ones in the same order. A document
-            that could not be read as text is empty.
+            that could not be read as text is empty. `NotText` where the bytes of a file are not UTF-8.
+        raw: the same, but for bytes that are not UTF-8, which are as `open(..., errors="surrogateescape")` gives them;
+            None if there are none.
     """
 
     name: str
     origin: str
     size: int | None
     documents: Callable[[], Iterator[str]]
+    raw: Callable[[], Iterator[str]] | None = None

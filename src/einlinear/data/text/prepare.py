@@ -9,15 +9,26 @@ from itertools import chain, pairwise, permutations
 from pathlib import Path
 from typing import Any
 
-from einlinear.data.text.encode import BytePairs, Characters, Vocabulary, check_bpe_size, to_characters, unchanged
+from einlinear.data.text.encode import (
+    BytePairs,
+    Bytes,
+    Characters,
+    Vocabulary,
+    check_bpe_size,
+    outside,
+    to_characters,
+    unchanged,
+)
 from einlinear.data.text.part import Part
-from einlinear.data.text.read import name_of, read_text
+from einlinear.data.text.read import NAMES, name_of, read_text
 from einlinear.data.text.tokens import DESCRIPTION, TRAIN, VALIDATION, Counts, Tokens, load_tokens
 from einlinear.data.text.writer import Writer
 from einlinear.files import differences
+from einlinear.rows import NotText
 
 Progress = Callable[[str, int, int | None], None]  # what is being done; characters done, and of how many, if known
 
+AUTO = "auto"  # characters where they suffice, else bytes
 _PIECE = 1 << 15  # characters of a document that go to the same split
 _SMALLEST_PIECE = 256
 _SAMPLE = 100_000_000  # characters that a byte-pair encoding is trained on, at most
@@ -30,7 +41,8 @@ class Recipe:
 
     Attributes:
         sources: as for `read_text`.
-        tokens: "char" or "bpe".
+        tokens: "char", "bytes", "bpe", or "auto": characters, unless the 96 cannot express a text of the user's, then
+            bytes. English and code are always characters.
         vocabulary: tokens of a byte-pair encoding, 4,096 if None; the characters are always 96.
         validation: share of the text that is held out. Documents are cut at line ends into pieces of about 32,768
             characters, or in a small part of the text of a hundredth of it, but of no fewer than 256. In each part, one
@@ -42,7 +54,7 @@ class Recipe:
     """
 
     sources: tuple[str, ...]
-    tokens: str = "char"
+    tokens: str = "auto"
     vocabulary: int | None = None
     validation: float = 0.05
     limit: int | None = None
@@ -50,13 +62,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("name at least one text")
+        if self.tokens == AUTO and {*self.sources} <= {*NAMES}:
+            object.__setattr__(self, "tokens", Characters.kind)
         if self.tokens == "bpe":
             object.__setattr__(self, "vocabulary", 4096 if self.vocabulary is None else self.vocabulary)
             check_bpe_size(self.vocabulary or 0)
-        elif self.tokens != "char":
-            raise ValueError(f"tokens must be char or bpe, not {self.tokens!r}")
+        elif self.tokens not in (AUTO, Characters.kind, Bytes.kind):
+            raise ValueError(f"tokens must be auto, char, bytes or bpe, not {self.tokens!r}")
         elif self.vocabulary is not None:
-            raise ValueError(f"a vocabulary of {self.vocabulary} is for bpe; the characters are always 96")
+            always = "bytes are always 256" if self.tokens == Bytes.kind else "characters are always 96"
+            raise ValueError(f"a vocabulary of {self.vocabulary} is for bpe; the {always}")
         if not 0 < self.validation <= 0.5:
             raise ValueError(f"validation={self.validation}: it must be more than 0 and at most 0.5")
         if self.limit is not None and self.limit < 1:
@@ -73,6 +88,8 @@ def finished(recipe: Recipe, folder: str | Path) -> Tokens | None:
     if not (folder / DESCRIPTION).exists():
         return None
     tokens = load_tokens(folder)
+    if recipe.tokens == AUTO and tokens.recipe.get("tokens") in (Characters.kind, Bytes.kind):
+        recipe = replace(recipe, tokens=tokens.recipe["tokens"])
     changed = differences(tokens.recipe, _values(recipe))
     if changed:
         raise ValueError(
@@ -116,12 +133,24 @@ def prepare_tokens(
     if not fresh and (found := finished(recipe, folder)):
         return found
     parts = _read_parts(recipe)
+    try:
+        _write(recipe, parts, folder, progress)
+    except NotText as error:
+        if recipe.tokens != AUTO:
+            raise ValueError(f"{error}; or take its bytes as they are: --tokens bytes") from None
+        _write(replace(recipe, tokens=Bytes.kind), parts, folder, progress, str(error))
+    return load_tokens(folder)
+
+
+def _write(recipe: Recipe, parts: list[Part], folder: Path, progress: Progress, fallback: str = "") -> None:
+    """Raises NotText where bytes are the only tokens, or those to fall back to."""
     with Writer(folder) as writer:
         vocabulary = _vocabulary(recipe, parts, progress)
         counts = [_encode(part, recipe, vocabulary, writer, progress) for part in parts]
+        counts = [replace(part, fallback=fallback) for part in counts]
         _check(recipe, counts)
-        writer.finish(vocabulary, counts, _values(recipe))
-    return load_tokens(folder)
+        resolved = replace(recipe, tokens=Characters.kind) if recipe.tokens == AUTO else recipe
+        writer.finish(vocabulary, counts, _values(resolved))
 
 
 def cut(text: str, length: int) -> list[str]:
@@ -152,8 +181,10 @@ def _read_parts(recipe: Recipe) -> list[Part]:
 
 
 def _vocabulary(recipe: Recipe, parts: list[Part], progress: Progress) -> Vocabulary:
-    if recipe.tokens == "char":
+    if recipe.tokens in (AUTO, Characters.kind):
         return Characters()
+    if recipe.tokens == Bytes.kind:
+        return Bytes()
     counts = Counts("", "")
     texts = _sample(recipe, parts, counts, progress)
     first = next(texts, "")
@@ -200,17 +231,23 @@ def _pieces(
     part: Part, recipe: Recipe, counts: Counts, progress: Callable[[int, int | None], None]
 ) -> Iterator[_Piece]:
     """The pieces of a part, in their order. What becomes of its documents is added to `counts` as they are read."""
-    clean = to_characters if recipe.tokens == "char" else unchanged
+    clean = to_characters if recipe.tokens in (AUTO, Characters.kind) else unchanged
+    documents = part.raw or part.documents if recipe.tokens == Bytes.kind else part.documents
     total = min((size for size in (part.size, recipe.limit) if size is not None), default=None)
     length = _PIECE if total is None else min(_PIECE, max(_SMALLEST_PIECE, total // 100))
     every = round(1 / recipe.validation)
     read = number = 0
-    for document in part.documents():
+    for document in documents():
         text = document.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
         if recipe.limit is not None:
             text = text[: recipe.limit - read]
         read += len(text)
         cleaned = clean(text) if text else None
+        if recipe.tokens == AUTO and text and (cleaned is None or cleaned.dropped):
+            character = outside(text) or ""
+            raise NotText(
+                f"{part.name} has the character {character!r}, and the 96 characters have none like it (bpe takes any)"
+            )
         counts.documents += 1
         if cleaned is None:
             counts.documents_dropped += 1
@@ -246,8 +283,8 @@ def _check(recipe: Recipe, counts: list[Counts]) -> None:
     characters = sum(part.characters for part in counts)
     if not characters:
         why = f"documents: {sum(part.documents for part in counts)}, all of them empty"
-        if recipe.tokens == "char":
-            why += " or with more than 1 % of their characters outside the 96 (--tokens bpe takes any)"
+        if recipe.tokens == Characters.kind:
+            why += " or with more than 1 % of their characters outside the 96 (--tokens bytes and bpe take any)"
         raise ValueError(f"{', '.join(recipe.sources)}: no text is left to prepare ({why})")
     if not all(sum(getattr(part, name) for part in counts) for name in ("train_tokens", "validation_tokens")):
         raise ValueError(

@@ -1,15 +1,13 @@
-"""Rows of text, streamed from the Hugging Face hub or from local files of the same formats by the datasets package."""
+"""Rows of text, streamed from the Hugging Face hub by the datasets package."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from einlinear.data.text.part import Part
 
 HUB = "hub:"
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 _OPENWEBTEXT = "Skylion007/openwebtext"
 
 
@@ -17,33 +15,25 @@ def stream(source: str) -> Part:
     """The rows of a data set.
 
     Args:
-        source: "openwebtext", "hub:OWNER/NAME" or the path of a local file.
+        source: "openwebtext" or "hub:OWNER/NAME".
 
     Raises:
         OSError: it is out of reach.
         ValueError: it has no column `text`.
     """
     name = _OPENWEBTEXT if source == "openwebtext" else source.removeprefix(HUB)
-    local = source.endswith(SUFFIXES) and not source.startswith(HUB)
-    if not local and name.count("/") != 1:
+    if name.count("/") != 1:
         raise ValueError(f"{source!r} is no data set of the hub; write {HUB}OWNER/NAME")
-    if local:
-        path = Path(name).resolve()
-        return Part(str(path), f"the rows of {path}", path.stat().st_size, lambda: _rows(str(path), path))
-    return Part(f"{HUB}{name}", f"the data set {name} of the Hugging Face hub", None, lambda: _rows(name, None))
+    return Part(f"{HUB}{name}", f"the data set {name} of the Hugging Face hub", None, lambda: _rows(name))
 
 
-def _rows(name: str, path: Path | None) -> Iterator[str]:
+def _rows(name: str) -> Iterator[str]:
     from datasets import load_dataset
 
     failures = (f"{name} cannot be read", "a local .parquet or .jsonl file with a column `text` does as well")
     rows: Iterator[dict[str, Any]]
     try:
-        if path is None:
-            rows = iter(load_dataset(name, split="train", streaming=True))
-        else:
-            form = "parquet" if path.suffix == ".parquet" else "json"
-            rows = iter(load_dataset(form, data_files=str(path), split="train", streaming=True))
+        rows = iter(load_dataset(name, split="train", streaming=True))
     except Exception as error:  # of any of the libraries below it
         raise OSError(f"{failures[0]} ({error}); {failures[1]}") from error
     while True:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from einlinear.data.text.encode import CHARACTERS, BytePairs, Characters, Vocabulary, dtype_of
+from einlinear.data.text.encode import CHARACTERS, BytePairs, Bytes, Characters, Vocabulary, dtype_of
 from einlinear.files import sha256_of, write_text
 
 FORMAT = 1  # of the files; raised when an older program could misread them
@@ -36,6 +36,7 @@ class Counts:
         characters_replaced: those of them that stand for others.
         characters_dropped: left out, with all of the dropped documents.
         train_tokens, validation_tokens: of each split.
+        fallback: why the tokens are bytes, where it was left to the text whether they are; else empty.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Counts:
     characters_dropped: int = 0
     train_tokens: int = 0
     validation_tokens: int = 0
+    fallback: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,7 @@ def load_tokens(folder: str | Path) -> Tokens:
 
 def describe(vocabulary: Vocabulary) -> dict[str, Any]:
     """A vocabulary, as tokens.json says it."""
-    how = {"file": TOKENIZER} if isinstance(vocabulary, BytePairs) else {"characters": CHARACTERS}
+    how = {BytePairs.kind: {"file": TOKENIZER}, Characters.kind: {"characters": CHARACTERS}}.get(vocabulary.kind, {})
     return {"kind": vocabulary.kind, "size": vocabulary.size} | how
 
 
@@ -123,7 +125,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"einlinear prepare english --out {folder}"
         )
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name the folder that einlinear prepare wrote")
+        raise ValueError(
+            f"{folder} is a file; name the folder that einlinear prepare wrote, or write it first: "
+            f"einlinear prepare {folder} --out FOLDER"
+        )
     if not path.exists():
         if list(folder.glob(f"*{UNFINISHED}")):
             raise ValueError(f"{folder} holds an unfinished preparation; run the same einlinear prepare again")
@@ -147,12 +152,14 @@ def _read_vocabulary(folder: Path, kind: str, content: dict[str, Any]) -> Vocabu
         if content.get("characters") != CHARACTERS:
             raise ValueError(_damaged(folder / DESCRIPTION, "other characters than this version's"))
         return Characters()
+    if kind == Bytes.kind:
+        return Bytes()
     if kind == BytePairs.kind:
         try:
             return BytePairs((folder / TOKENIZER).read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise ValueError(_damaged(folder / TOKENIZER, str(error))) from None
-    raise ValueError(_damaged(folder / DESCRIPTION, f"vocabulary of kind {kind!r}, expected char or bpe"))
+    raise ValueError(_damaged(folder / DESCRIPTION, f"vocabulary of kind {kind!r}, expected char, bytes or bpe"))
 
 
 def _check_size(path: Path, expected: int) -> None:

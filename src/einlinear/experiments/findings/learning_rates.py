@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from einlinear.experiments.findings.scaling.multipliers import Bound
+from einlinear.experiments.findings.scaling.multipliers import Bound, Multiplier
 from einlinear.experiments.findings.summary import Curve, Row, Study, value
 from einlinear.experiments.runs.records import Record
 
@@ -69,10 +69,19 @@ def landscapes(study: Study, curve: Curve, measure: str) -> list[Landscape]:
     ]
 
 
-def largest_over_smallest(found: Sequence[Landscape]) -> float | None:
-    """How many times the smallest optimum the largest one is; None where there are fewer than two."""
-    optima = [landscape.optimum.lr for landscape in found if landscape.optimum]
-    return max(optima) / min(optima) if len(optima) > 1 else None
+def largest_over_smallest(found: Sequence[Landscape]) -> Multiplier | None:
+    """How many times the smallest optimum the largest one is; None where there are fewer than two, or nobody can tell.
+
+    Where an optimum is at an end of the learning rates that were tried, this is a lower bound, if it is one at all: if
+    the largest optimum may be smaller, or the smallest one larger, than what was tried, the runs do not tell.
+    """
+    optima = sorted((landscape.optimum for landscape in found if landscape.optimum), key=lambda optimum: optimum.lr)
+    if len(optima) < 2:
+        return None
+    smallest, largest = optima[0], optima[-1]
+    if smallest.bound == ">" or largest.bound == "<":
+        return None
+    return Multiplier(largest.lr / smallest.lr, ">" if any(own.bound for own in optima) else "")
 
 
 def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:

@@ -175,11 +175,12 @@ def _table(found: Found, measure: str) -> Table:
         by_size = {landscape.size: landscape.optimum for landscape in own}
         times = largest_over_smallest(own)
         cells = [_optimum(by_size[size]) if size in by_size else Cell("") for size in ordered]
-        last = Cell(f"{times:.2f}", times) if times else Cell("–")
+        last = Cell(times.text.replace(">", "≥"), times.value) if times else Cell("–")
         rows.append([Cell(curve.name, curve.name, i), last, *cells])
     note = Markup(
         "Best learning rate by {}, in brackets the range over single seeds. ≤ and ≥: at an end of those that "
-        "were tried. <b>Largest / smallest</b>: 1 where one learning rate is best at every size."
+        "were tried. <b>Largest / smallest</b>: 1 where one learning rate is best at every size; ≥ and – where an "
+        "optimum is at an end, so that the runs do not tell."
     )
     return Table((f"best by {in_words(measure)}", "largest / smallest", *ordered), rows, note.format(in_words(measure)))
 

@@ -98,7 +98,7 @@ def effects_table(found: Mapping[str, ExponentEffects | None]) -> list[Table]:
     for measure, own in found.items():
         if own is None:
             continue
-        r_squared = Cell(f"{own.r_squared:.2f}", own.r_squared)
+        r_squared = Cell(f"{own.r_squared:.2f}", own.r_squared) if math.isfinite(own.r_squared) else Cell("–")
         for name in EXPONENTS:
             title = f"{SIGNS[name]}, {measure}"
             rows.append([Cell(title, title), *_effect(getattr(own, name)), r_squared])
@@ -110,7 +110,7 @@ def effects_table(found: Mapping[str, ExponentEffects | None]) -> list[Table]:
 
 
 def _effect(effect: Effect) -> list[Cell]:
-    if math.isnan(effect.value):
-        return [Cell("–"), Cell("–")]
     ends = effect.interval
-    return [Cell(f"{effect.value:+.3f}", effect.value), Cell(f"{ends.low:+.3f} to {ends.high:+.3f}" if ends else "–")]
+    if ends is None:  # as many structures as coefficients fit any
+        return [Cell("–"), Cell("–")]
+    return [Cell(f"{effect.value:+.3f}", effect.value), Cell(f"{ends.low:+.3f} to {ends.high:+.3f}")]

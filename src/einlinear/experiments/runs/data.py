@@ -76,6 +76,14 @@ class Data(ABC):
             ValueError, OSError: the data cannot be had or is damaged; a setting that it does not allow.
         """
 
+    @abstractmethod
+    def examples(self) -> int | None:
+        """How many images, windows or vectors there are to train on; None if there is no end of them."""
+
+    def skipped(self) -> tuple[str, ...]:
+        """Files that were left out since they cannot be read."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData(Data):
@@ -89,6 +97,7 @@ class ImageData(Data):
         augment: shift training images at random, and mirror those that keep their class.
         mixup: largest share of a second image, see `einlinear.data.Augment`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        skip_broken: leave out the files of a folder that cannot be read, and say which.
     """
 
     KIND = "images"
@@ -100,6 +109,7 @@ class ImageData(Data):
     augment: bool = True
     mixup: float = 0.0
     label_smoothing: float = 0.0
+    skip_broken: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mixup", "label_smoothing"):
@@ -109,13 +119,22 @@ class ImageData(Data):
             raise ValueError(f"mixup={self.mixup} needs augment=true")
 
     def load(self, seed: int) -> Problem:
-        images = _images(self.data, self.image_size, self.limit)
+        images = self._read()
         order = pixel_permutation(images.features, PERMUTATION_SEED) if self.permute else None
         augment = Augment.suited_to(images, self.mixup) if self.augment else None
         batches = Batches(images, self.batch_size, seed=seed, augment=augment, permutation=order, flatten=False)
         task = Classification(images, batches, self.label_smoothing)
         digest = _digest(images.train_x, images.train_y, images.test_x, images.test_y)
         return Problem(task, Shape.of_images(images), self.batch_size, "train_error", images.source, digest)
+
+    def examples(self) -> int:
+        return len(self._read().train_x)
+
+    def skipped(self) -> tuple[str, ...]:
+        return self._read().skipped
+
+    def _read(self) -> Images:
+        return _images(self.data, self.image_size, self.limit, self.skip_broken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +174,9 @@ class TextData(SequenceData):
         source = "; ".join(f"{part.name}: {part.origin}" for part in tokens.counts)
         return self._problem(sequences, source, tokens.sha256)
 
+    def examples(self) -> int:
+        return max(1, len(_tokens(self.data).train) // self.context)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PixelData(SequenceData):
@@ -163,16 +185,27 @@ class PixelData(SequenceData):
     Attributes:
         data: "pixels:" and what `einlinear.data.load_images` takes.
         image_size: pixels a side, after resizing.
+        skip_broken: leave out the files of a folder that cannot be read, and say which.
     """
 
     KIND = "pixels"
 
     image_size: int = 8
+    skip_broken: bool = False
 
     def load(self, seed: int) -> Problem:
-        images = _images(self.data.removeprefix(PIXELS), None, None)
+        images = self._read()
         sequences = PixelSequences(images, size=self.image_size, batch_size=self.batch_size, seed=seed)
         return self._problem(sequences, images.source, _digest(images.train_x, images.test_x))
+
+    def examples(self) -> int:
+        return len(self._read().train_x)
+
+    def skipped(self) -> tuple[str, ...]:
+        return self._read().skipped
+
+    def _read(self) -> Images:
+        return _images(self.data.removeprefix(PIXELS), None, None, self.skip_broken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +232,9 @@ class TeacherData(Data):
         source = f"a random network of {self.teacher_depth} layers of width {self.teacher_width}"
         digest = _digest(*teacher.evaluation())
         return Problem(task, Shape(self.features, 1), self.batch_size, "test_loss", source, digest)
+
+    def examples(self) -> None:
+        return None
 
 
 KINDS: dict[str, type[Data]] = {kind.KIND: kind for kind in (ImageData, TextData, PixelData, TeacherData)}
@@ -227,8 +263,8 @@ def kind_of(data: str, kind: str | None = None, sequences: bool = False) -> type
 
 
 @lru_cache(2)
-def _images(data: str, image_size: int | None, limit: int | None) -> Images:
-    return load_images(data, image_size, limit=limit)
+def _images(data: str, image_size: int | None, limit: int | None, skip_broken: bool) -> Images:
+    return load_images(data, image_size, limit=limit, skip_broken=skip_broken)
 
 
 @lru_cache(2)

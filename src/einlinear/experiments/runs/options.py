@@ -19,6 +19,8 @@ else:
 
 T = TypeVar("T")
 
+_OF_COMMANDS = ("out", "workers", "on", "mix_code", "storage", "budget", "trials")  # options of commands, not of runs
+
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)  # making one takes longer than a thousand options
 
 _hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)
@@ -58,6 +60,9 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
     """Raise ValueError if an option is none of those that are known."""
     known = list(known)
     for name in given:
+        if name in _OF_COMMANDS:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{what} has no option {name!r}: if the command has it, write {option} before its value")
         if name not in known:
             raise ValueError(f"{what} has no option {name!r}: {nearest(name, known)}It has {', '.join(known)}")
 

@@ -18,8 +18,9 @@ from einlinear.structures import structure
 from einlinear.training import Training
 
 # They change no result, but for how floating-point sums are rounded. Nor does evaluate_every, but a run that was never
-# evaluated is not the one that is asked for where its errors over time are wanted.
-_HIDDEN = ("device", "threads", "parallel", "tracker", "log_every", "checkpoint_every")
+# evaluated is not the one that is asked for where its errors over time are wanted. Which files were left out is
+# told by the digest of the data.
+_HIDDEN = ("device", "threads", "parallel", "tracker", "log_every", "checkpoint_every", "skip_broken")
 
 
 T = TypeVar("T")

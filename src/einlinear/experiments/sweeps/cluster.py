@@ -13,6 +13,7 @@ from typing import Any
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps.attempts import ATTEMPTS, attempt
 from einlinear.experiments.sweeps.driver import Event, Job
+from einlinear.experiments.sweeps.starting import away
 
 _set_up = False  # whether this process is, which may do several runs
 
@@ -37,7 +38,8 @@ class Cluster:
 
         started = not ray.is_initialized()
         if started:
-            ray.init(address=self.address, logging_level=logging.WARNING, log_to_driver=False)
+            with away():
+                ray.init(address=self.address, logging_level=logging.WARNING, log_to_driver=False)
         try:
             remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_done)
             here, setup = os.getcwd(), tuple(self.setup)

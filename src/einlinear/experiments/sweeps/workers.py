@@ -22,6 +22,7 @@ from joblib import cpu_count
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.sweeps.attempts import ATTEMPTS, attempt
 from einlinear.experiments.sweeps.driver import Event, Job
+from einlinear.experiments.sweeps.starting import away
 from einlinear.training.loop import Progress
 
 _EVERY = 0.2  # seconds between two messages of a run
@@ -115,9 +116,10 @@ class _Worker:
         self.connection, theirs = _processes.Pipe()
         self.device = device
         self.job: Job | None = None
-        arguments = theirs, pool.threads, pool.setup, device
+        arguments = theirs, os.getcwd(), pool.threads, pool.setup, device
         self.process: BaseProcess = _processes.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
+        with away():
+            self.process.start()
         theirs.close()  # so that its death ends the connection
 
     def start(self, job: Job) -> None:
@@ -139,9 +141,12 @@ class _Worker:
         return event
 
 
-def _work(connection: Connection, threads: int, setup: Sequence[Callable[[], None]], device: str | None) -> None:
-    """The life of a process: it does what it is sent, and ends with its driver."""
+def _work(
+    connection: Connection, where: str, threads: int, setup: Sequence[Callable[[], None]], device: str | None
+) -> None:
+    """The life of a process: it does what it is sent, and ends with its driver, whose paths may be relative."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which stops all
+    os.chdir(where)
     if device is not None:
         os.environ[_VISIBLE] = device  # CUDA reads it when it is first used
     torch.set_num_threads(threads)

@@ -40,7 +40,7 @@ class Stacked(Factored):
         *,
         gamma: bool = True,
     ) -> None:
-        check_experts(experts, active)
+        experts, active = check_experts(experts, active)
         super().__init__(in_features, out_features, structure, bias, normalize, gamma, device, dtype, stack=experts)
         self.experts, self.active = experts, active
         self.exchange: Exchange | None = None

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from einlinear.structures.limits import size
+
 _FEW = 4
 _PRIMES = 65_521, 40_009
 _TIE = 1e-30  # lost in any weight that a router has learned, but not in a zero
@@ -60,9 +62,9 @@ class Mixture:
         Raises:
             ValueError: fewer experts than one, or more active ones than there are.
         """
-        check_experts(experts, active)
-        self.experts, self.active, self.last = experts, active, None
-        self.router = nn.Parameter(torch.zeros(experts, in_features, device=device, dtype=dtype))
+        self.experts, self.active = check_experts(experts, active)
+        self.last = None
+        self.router = nn.Parameter(torch.zeros(self.experts, int(in_features), device=device, dtype=dtype))
 
     def route(self, x: Tensor) -> Routing:
         """(n, in_features) to a routing; logits and gates are computed in float32 or, if the tokens are, in float64."""
@@ -100,12 +102,12 @@ def _largest(logits: Tensor, count: int) -> Tensor:
     return torch.stack(found, 1)
 
 
-def check_experts(experts: int, active: int) -> None:
-    """Raise ValueError for fewer experts than one, or more active ones than there are."""
-    if experts < 1:
-        raise ValueError(f"experts={experts}: there must be at least one")
-    if not 1 <= active <= experts:
+def check_experts(experts: int, active: int) -> tuple[int, int]:
+    """Both as ints. Raise ValueError for fewer experts than one, or more active ones than there are."""
+    experts, active = size("experts", experts), size("active", active)
+    if active > experts:
         raise ValueError(f"active={active}: a token goes to at least one and at most all of the {experts} experts")
+    return experts, active
 
 
 def _pattern(router: Tensor, dtype: torch.dtype) -> Tensor:

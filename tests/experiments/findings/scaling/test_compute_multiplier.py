@@ -86,5 +86,7 @@ def test_bounds_stay_bounds_in_a_mean() -> None:
     assert str(spread([exact, above])).startswith("> 5.66×")
     assert str(spread([exact, below])).startswith("< 2.83×")
     assert str(spread([above])) == "> 8.00×"
-    assert str(spread([below, above])) == "unclear (< 2.00 to > 8.00)"
+    assert str(spread([below, above])) == "seeds disagree (< 2.00 to > 8.00)"
+    # one dense model: some seeds are better, some are worse
+    assert str(spread([Multiplier(1.07, ">"), Multiplier(1.07, "<")])) == "seeds disagree (< 1.07 to > 1.07)"
     assert spread([]) is None

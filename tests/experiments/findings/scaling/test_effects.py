@@ -57,6 +57,7 @@ def test_as_many_coefficients_as_points_leave_no_interval() -> None:
     assert effects.psi.value == pytest.approx(math.log(1.2) / -0.5)
     assert effects.psi.interval is None
     assert math.isnan(effects.psi.stderr)
+    assert math.isnan(effects.r_squared)
 
 
 @pytest.mark.parametrize(

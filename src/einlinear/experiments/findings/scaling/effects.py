@@ -33,7 +33,8 @@ class ExponentEffects:
     Attributes:
         psi, nu, omega: the effect of one unit more of it: it multiplies the loss by e to this.
         offset: what is left at dense's own exponents, (1, 1, 0).
-        r_squared: share of the variance of the log ratio that all three explain; NaN where it does not vary.
+        r_squared: share of the variance of the log ratio that all three explain; NaN where it does not vary, or
+            where there are no more points than coefficients, which then explain anything.
         points: how many the regression is of.
     """
 
@@ -101,6 +102,6 @@ def exponent_effects(
         nu=effect(1),
         omega=effect(2),
         offset=effect(3),
-        r_squared=1 - float(residuals @ residuals) / spread if spread else math.nan,
+        r_squared=1 - float(residuals @ residuals) / spread if spread and free else math.nan,
         points=len(loss),
     )

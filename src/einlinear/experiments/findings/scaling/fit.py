@@ -19,13 +19,14 @@ from einlinear.experiments.findings.scaling.intervals import (
     prediction_interval,
 )
 from einlinear.experiments.findings.scaling.laws import (
-    MIN_POINTS,
     MIN_POINTS_WITH_FLOOR,
     Array,
     PowerLaw,
     power_law,
     power_law_with_floor,
 )
+
+MIN_FRONTIER = 3  # any two points lie on a law
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +153,7 @@ def fit_scaling(
                 f"compute is (points,) and losses (seeds, points), of at least one seed"
             )
     if not curves:
-        raise ValueError("a scaling law needs the curves of at least two models or computes, got none")
+        raise ValueError(f"a law needs at least {MIN_FRONTIER} points on the frontier, but there are no models")
     compute = np.concatenate([curve.compute for curve in curves])
 
     def frontier(losses: Sequence[Array]) -> Frontier:
@@ -163,11 +164,14 @@ def fit_scaling(
         x, y = frontier.compute, frontier.loss
         return power_law_with_floor(x, y, near=near) if floor is None else power_law(x, y, floor=floor)
 
-    enough = MIN_POINTS if floor is not None else MIN_POINTS_WITH_FLOOR
+    enough = MIN_FRONTIER if floor is not None else MIN_POINTS_WITH_FLOOR
     best = frontier([curve.losses for curve in curves])
     if len(best.index) < enough:
+        there = "there is 1" if len(best.index) == 1 else f"there are {len(best.index)}"
+        wider = "" if window == (0.0, math.inf) else ", or widen the window"
         raise ValueError(
-            f"the law needs at least {enough} points on the frontier, in the window, got {len(best.index)}"
+            f"a law needs at least {enough} points on the frontier, since any {enough - 1} lie on one, but {there}: "
+            f"train models of more sizes{wider}"
         )
     law = fit(best)
     single = any(len(curve.losses) == 1 for curve in curves)

@@ -57,7 +57,7 @@ class Spread:
     seeds: int
 
     def __str__(self) -> str:
-        mean = str(self.mean) if self.mean else "unclear"
+        mean = str(self.mean) if self.mean else "seeds disagree"
         ends = f" ({self.smallest.text} to {self.largest.text})"
         return mean if self.smallest == self.largest else mean + ends
 
@@ -118,7 +118,8 @@ def spread(multipliers: Sequence[Multiplier]) -> Spread | None:
     if len(bounds) < 2:  # a mean of values and lower bounds is a lower bound, and likewise for upper ones
         logs = [math.log(multiplier.value) for multiplier in multipliers]
         mean = Multiplier(math.exp(math.fsum(logs) / len(logs)), next(iter(bounds), ""))
-    ordered = sorted(multipliers, key=lambda multiplier: multiplier.value)
+    # an upper bound is the smallest of equal values, a lower bound the largest
+    ordered = sorted(multipliers, key=lambda multiplier: (multiplier.value, ("<", "", ">").index(multiplier.bound)))
     return Spread(mean, ordered[0], ordered[-1], len(multipliers))
 
 

@@ -1,0 +1,198 @@
+"""Text in files: plain text, and rows of JSON, JSON Lines, CSV or Parquet; all but Parquet also compressed by gzip."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+# How the rows of a file are read, by the ending of its name, without .gz. Any other file is plain text.
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+_GZIP = ".gz"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks, as of Windows' editors and shells
+_LONGEST_CELL = 1 << 30
+_BINARY = {
+    b"PK\x03\x04": "a ZIP archive, as .docx, .xlsx and .epub files are",
+    b"%PDF": "a PDF document",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"\x1f\x8b": "compressed by gzip; its name must end in .gz",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"PAR1": "a Parquet file; its name must end in .parquet",
+}
+
+
+class NotText(ValueError):
+    """A file whose bytes are no text in UTF-8."""
+
+
+def format_of(path: Path) -> str | None:
+    """How the rows of a file are stored: "jsonl", "json", "csv" or "parquet"; None for plain text.
+
+    >>> [format_of(Path(name)) for name in ("a.jsonl", "A.CSV.gz", "a.txt", "a.txt.gz")]
+    ['jsonl', 'csv', None, None]
+    """
+    name = Path(path.name.lower().removesuffix(_GZIP))
+    return FORMATS.get(name.suffix)
+
+
+def binary_kind(path: Path) -> str | None:
+    """What a file is that is no text, such as "a PDF document"; None for text.
+
+    Raises:
+        ValueError: a file called .gz that gzip cannot read.
+    """
+    with _opened(path) as file, _damage(path):
+        start: bytes = file.read(8192)
+    for magic, kind in _BINARY.items():
+        if start.startswith(magic):
+            return kind
+    return "a binary file (it holds NUL bytes)" if b"\0" in start and not start.startswith(_UTF_16) else None
+
+
+@contextmanager
+def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> Iterator[IO[str]]:
+    """Open a file as text: UTF-8, or UTF-16 if it begins with that mark; a mark at the beginning is left out.
+
+    Args:
+        path: decompressed if its name ends in .gz.
+        errors: as for `open`.
+        newline: as for `open`; by default the line ends of all systems become "\\n".
+
+    Raises:
+        ValueError: it is damaged, or is no regular file; `NotText` if it is not text in one of these encodings.
+        OSError: it does not exist or cannot be read.
+    """
+    with _opened(path) as raw, _damage(path):
+        start = raw.read(2)
+    encoding = "utf-16" if start in _UTF_16 else "utf-8-sig"
+    with TextIOWrapper(_opened(path), encoding=encoding, errors=errors, newline=newline) as file, _damage(path):
+        yield file
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with the words that name its place, such as "line 3 of chat.jsonl".
+
+    Raises:
+        ValueError: the file is damaged, or a row is not an object of named values.
+        ModuleNotFoundError: a Parquet file, and pyarrow is not installed.
+    """
+    readers = {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet}
+    for place, row in readers[format_of(path) or "jsonl"](path):
+        where = f"{place} of {path}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is {_kind(row)}, not an object of named values")
+        yield where, row
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
+                yield f"line {number}", row
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of objects, or a single one, or one a line, as some write it."""
+    with open_text(path) as file:
+        text = file.read()
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        first = text.strip().partition("\n")[0]
+        if str(error).startswith("Extra data") and first.startswith("{") and first.rstrip().endswith("}"):
+            yield from _json_lines(path)
+            return
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    rows = content if isinstance(content, list) else [content]
+    yield from ((f"item {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(_LONGEST_CELL)
+    tabs = Path(path.name.lower().removesuffix(_GZIP)).suffix == ".tsv"
+    with open_text(path, newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
+        try:
+            for row in reader:
+                where = f"line {reader.line_num}"
+                if None in row:
+                    raise ValueError(
+                        f"{where} of {path} has more cells than the {len(reader.fieldnames or ())} columns"
+                    )
+                yield where, row
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} of {path} is not CSV: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"reading {path} takes a package that is not installed: pip install pyarrow", name="pyarrow"
+        ) from None
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except ValueError as error:  # the base of pyarrow's own
+        raise ValueError(f"{path} is not a Parquet file: {error}") from None
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file's content, decompressed."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file, such as a pipe; write its content into one")
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(_GZIP) else path.open("rb")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Name the file, and what helps, when its content cannot be read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        kind = binary_kind(path)
+        if kind:
+            raise NotText(f"{path} is not text but {kind}; save its content as UTF-8 text") from None
+        byte = error.object[error.start]
+        raise NotText(
+            f"{path} is not UTF-8 text (it has the byte 0x{byte:02x} where none may be); convert it, for example with "
+            f"iconv --from-code=latin1 --to-code=utf-8"
+        ) from None
+    except UnicodeError as error:
+        raise NotText(f"{path} is not text of its encoding: {error}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or not compressed by gzip, as its name says: {error}") from None
+
+
+def _kind(value: object) -> str:
+    kinds = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null")

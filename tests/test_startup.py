@@ -1,0 +1,75 @@
+"""What `import einlinear` costs beside `import torch`, and that nothing is missing after it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from einlinear.import_hooks import when_imported
+from einlinear.ops.constants import assume_constant_result
+
+
+def seconds(code: str) -> float:
+    """User CPU time of a fresh process."""
+    before = os.times().children_user
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    return os.times().children_user - before
+
+
+def test_import_takes_little_longer_than_that_of_torch() -> None:
+    rounds = [(seconds("import torch"), seconds("import einlinear"), seconds(HELP)) for _ in range(5)]
+    torchs, ours, helps = (min(times) for times in zip(*rounds, strict=True))
+    # torch takes 1.2 to 1.7 s of an idle machine: .3 and .5 s there
+    assert ours - torchs < 0.25 * torchs
+    assert helps < 0.3 * torchs
+
+
+HELP = "import sys, einlinear_cli; sys.argv = ['einlinear', '--help']; einlinear_cli.main()"
+
+
+def test_import_leaves_out_what_is_seldom_used() -> None:
+    code = "import torch, sys; before = {*sys.modules}; import einlinear; print(*{*sys.modules} - before)"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    heavy = "torch._dynamo torch._inductor torch.onnx triton networkx sympy scipy transformers safetensors typer rich"
+    packages = {".".join(module.split(".")[:depth]) for module in output.split() for depth in (1, 2)}
+    assert not packages & {*heavy.split()}
+
+
+@pytest.mark.parametrize("first", ["import einlinear", "import torch.utils.flop_counter; import einlinear"])
+def test_operators_and_their_flops_are_registered(first: str) -> None:
+    names = ("linear", "linear_backward", "grouped_linear", "grouped_linear_backward")
+    code = f"""
+{first}
+import torch
+operators = [getattr(torch.ops.einlinear, name) for name in {names}]
+from torch.utils.flop_counter import flop_registry
+assert all(operator in flop_registry for operator in operators)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_results_that_the_compiler_takes_for_constant_are_marked_as_torch_marks_them() -> None:
+    def ours() -> None: ...
+
+    def theirs() -> None: ...
+
+    assert vars(assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def test_hooks_run_once_a_module_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    calls: list[str] = []
+
+    def hook() -> None:
+        calls.append(sys.modules["this"].__name__)
+
+    when_imported("this", hook)
+    when_imported("this", hook)
+    assert calls == []
+    import this  # noqa: F401
+
+    assert calls == ["this"]
+    when_imported("this", hook)
+    assert calls == ["this", "this"]
