@@ -75,11 +75,12 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
     """Raise ValueError if an option is none of those that are known."""
     known = list(known)
     for name in given:
+        if name in known:
+            continue
         if name in _OF_COMMANDS:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{what} has no option {name!r}: if the command has it, write {option} before its value")
-        if name not in known:
-            raise ValueError(f"{what} has no option {name!r}: {nearest(name, known)}It has {', '.join(known)}")
+        raise ValueError(f"{what} has no option {name!r}: {nearest(name, known)}It has {', '.join(known)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
