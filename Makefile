@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint unit data text constraints clean
+.PHONY: help demo test quick zoo lint unit data text constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -20,6 +20,9 @@ quick: $(INSTALLED) ## the tests of the layers that are quick, in two minutes
 	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --quiet -m "not slow" \
 		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/conversion tests/parametrize
+
+zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/models.md (minutes)
+	@$(BIN)/python -m tests.zoo --write
 
 unit: $(INSTALLED)
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal

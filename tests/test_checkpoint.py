@@ -36,6 +36,36 @@ def test_round_trip_and_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
 
 
+@pytest.mark.parametrize("forget", [True, False], ids=["a new process", "the same process"])
+def test_damaged_ones_displace_none_that_are_whole(
+    forget: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest two are damaged: the run goes on from the one before, and what it saves stays."""
+    monkeypatch.setattr(checkpoint, "KEPT", 3)
+    for step in (10, 20, 30):
+        save(tmp_path, make(step))
+    monkeypatch.setattr(checkpoint, "KEPT", 2)
+    for step in (20, 30):
+        (tmp_path / f"step-{step:08d}" / "state.safetensors").write_bytes(b"damaged")
+    if forget:
+        monkeypatch.setattr(checkpoint, "_intact", set())
+    with pytest.warns(UserWarning, match="going on from the one before"):
+        assert same(latest(tmp_path), make(10))
+    save(tmp_path, make(15))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
+    assert same(latest(tmp_path), make(15))
+    save(tmp_path, make(20))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
+
+
+def test_a_damaged_one_between_displaces_none(tmp_path: Path) -> None:
+    save(tmp_path, make(10))
+    place = save(tmp_path, make(20))
+    (place / "state.safetensors").write_bytes(b"damaged")
+    save(tmp_path, make(30))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000030"]
+
+
 FILES = ("state.safetensors", "sha256")
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from einlinear.files import differences, sha256_of
+from einlinear.files import differences, rename, sha256_of
 
 FORMAT = "1"
 KEPT = 2  # the newest one, and one to fall back on
@@ -49,21 +49,53 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         facts = {"step": checkpoint.step, **checkpoint.facts}
         save_file(_apart(checkpoint.tensors), scratch / _STATE, metadata={"format": FORMAT, "facts": json.dumps(facts)})
         (scratch / _DIGEST).write_text(f"{sha256_of(scratch / _STATE)}\n", encoding="ascii")
-        for file in scratch.iterdir():  # on disk before the folder has its name, even if the power fails
-            with file.open("rb+") as opened:  # which Windows wants to be writable
-                os.fsync(opened.fileno())
         if place.exists():  # a damaged one, or else this step would not have been made again
             shutil.rmtree(place)
-        scratch.rename(place)
+        rename(scratch, place)
+        _intact.add(_state_of(place))
     except (OSError, SafetensorError) as error:  # which says neither what nor where if the disk is full
         raise OSError(f"the checkpoint {place} cannot be written, those before it are as they were: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    for old in _folders(folder)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(folder, place)
     for left in folder.glob(".step-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     return place
+
+
+def _prune(folder: Path, newest: Path) -> None:
+    """Remove all but the newest ones that are whole: one that is damaged displaces none of these, whatever its step."""
+    kept = {newest}
+    for place in _folders(folder):
+        if place != newest and (len(kept) == KEPT or not _is_intact(place)):
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            kept.add(place)
+
+
+_intact: set[tuple[Path, int, int]] = set()  # what this process has written or read, so that it is not read again
+
+
+def _state_of(place: Path) -> tuple[Path, int, int]:
+    """Changes if the state of a checkpoint does."""
+    status = (place / _STATE).stat()
+    return place, status.st_mtime_ns, status.st_size
+
+
+def _is_intact(place: Path) -> bool:
+    try:
+        if _state_of(place) in _intact:
+            return True
+        _check_digest(place)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _check_digest(place: Path) -> None:
+    if (place / _DIGEST).read_text(encoding="ascii") != f"{sha256_of(place / _STATE)}\n":
+        raise ValueError("its content is not what was written")
+    _intact.add(_state_of(place))
 
 
 def load(place: Path) -> Checkpoint:
@@ -73,8 +105,7 @@ def load(place: Path) -> Checkpoint:
         ValueError: it is damaged or of another format; the message says which.
     """
     try:
-        if (place / _DIGEST).read_text(encoding="ascii") != f"{sha256_of(place / _STATE)}\n":
-            raise ValueError("its content is not what was written")
+        _check_digest(place)
         with safe_open(place / _STATE, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
@@ -83,7 +114,7 @@ def load(place: Path) -> Checkpoint:
             # Copies: a file that is still mapped cannot be removed everywhere.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return Checkpoint(facts.pop("step"), tensors, facts)
-    except (OSError, UnicodeError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the checkpoint {place} cannot be used: {error}") from None
 
 

@@ -156,6 +156,33 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that others may have made.
+
+    Raises:
+        ValueError: it is damaged, as `from_json` says.
+        OSError: it cannot be read, or is not a regular file.
+    """
+    with open_regular(path) as file:
+        return from_json(file.read())
+
+
+def from_json(text: bytes) -> Any:
+    """What a text in JSON says; NaN, which is none, is refused as well, and what is nested so deeply that it ends us.
+
+    Raises:
+        ValueError: it is damaged, and how.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        return json.loads(text.decode(), parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a regular file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -181,6 +208,19 @@ def alone(path: Path, otherwise: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def alone_beside(path: Path, otherwise: str) -> Iterator[None]:
+    """The same for a file or folder that is to be made: the lock lies beside it, and goes when the work is over."""
+    path = path.absolute()
+    lock = path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with alone(lock, otherwise):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

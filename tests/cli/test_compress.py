@@ -80,6 +80,54 @@ def test_what_comes_out_is_loaded_as_any_model(source: Path, text: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
+ONE = pytest.mark.parametrize("source", ["bert"], indirect=True)
+
+
+@ONE
+def test_one_that_was_killed_before_it_cleaned_up_is_complete(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    real = shutil.rmtree
+
+    def killed(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == "out.unfinished":
+            raise KeyboardInterrupt
+        real(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        assert run(*command)[0] == 130
+    (tmp_path / ".out.123").mkdir()  # of another that was killed
+    assert (tmp_path / "out.unfinished").exists()
+    assert_refused(run(*command, "--layers", "*"), "out exists: name a folder that does not")  # not the same command
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert "out is complete" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+    assert_refused(run(*command), "out exists: name a folder that does not")
+
+
+@ONE
+def test_two_do_not_write_one_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one says so before it has done anything; the first one loses nothing."""
+    from einlinear.compression import pretrained
+
+    command = ("compress", source, "--out", tmp_path / "new" / "out", "--keep-params", 0.6, *OPTIONS)
+    load, second = pretrained.load, []
+
+    def loading(*arguments: Any) -> Any:
+        monkeypatch.setattr(pretrained, "load", load)
+        second.append(run(*command))
+        return load(*arguments)
+
+    monkeypatch.setattr(pretrained, "load", loading)
+    code, _, err = run(*command)
+    assert (code, err) == (0, "")
+    assert_refused(second[0], "another einlinear compress is at work on")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
 def pipeline_of(source: Path, text: Path, out: Path, place: str) -> Path:
     """A pipeline of sentence-transformers: a BERT in the subfolder `place`, mean pooling, a dense layer, norm 1."""
     from sentence_transformers import SentenceTransformer

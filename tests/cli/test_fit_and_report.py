@@ -94,7 +94,7 @@ def test_a_damaged_run_is_told(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fit", "nowhere"), "nowhere holds no results of einlinear"),
+        (("fit", "nowhere"), "nowhere holds no results of einlinear (nowhere/runs is missing); name the folder"),
         (("fit", "out", "--floor", "high"), "--floor must be a number of at least 0, or fit, not 'high'"),
         (("report", "out", "--floor", "-1"), "--floor must be"),
         (("fit", "out", "--at", "soon"), "--at: 'soon' is no number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import einlinear as el
 from einlinear.compression import compress
@@ -267,7 +269,8 @@ def test_layers_that_are_shared_tied_or_left_out() -> None:
     assert "tied to embedding" in reasons["tied"]
     assert "never called" in reasons["unused"]
     assert "output head" in reasons["head"]
-    assert "output depends on" in reasons["beside"]
+    assert "no gradient from the model's output" in reasons["beside"]
+    assert "Left as it was: tied has its weight tied to embedding." in str(report)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     compress(model, 0.5, ["low_rank"], [inputs()], layers="head")
     assert isinstance(model.head, el.Linear)
@@ -403,7 +406,65 @@ def test_mistakes_leave_the_model_as_it_was(change: dict[str, Any], message: str
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model)
 
 
+class Batched(Dataset[tuple[Tensor, Tensor]]):
+    """With labels, as datasets of pairs have them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return inputs()[index], torch.tensor(index)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": trained().state_dict()}, "model must be a torch.nn.Module, not a OrderedDict"),
+        ({"budget": "0.5"}, "budget must be a number, not '0.5'"),
+        ({"budget": True}, "budget must be a number, not True"),
+        ({"calibration": inputs()}, r"calibration must be an iterable of batches, not a Tensor: .* \[batch\]"),
+        ({"calibration": {"input": inputs()}}, r"an iterable of batches, not a dict: .* \[batch\]"),
+        ({"calibration": "text.txt"}, "an iterable of batches, not a str"),
+        ({"calibration": 3}, "an iterable of batches, not a int"),
+        ({"calibration": DataLoader(Batched(), 4)}, "too many positional arguments.* leave out labels"),
+    ],
+)
+def test_arguments_of_the_wrong_type(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"model": trained(), "budget": 0.5, "calibration": [inputs()]}
+    with pytest.raises(TypeError, match=message):
+        compress(**arguments | change, structures="low_rank")
+
+
+class TwoOutputs(nn.Module):
+    """A policy, which the report of `compress` is about, and a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.policy, self.value = nn.Linear(16, 32), nn.Linear(32, 8), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.body(x).relu()
+        return self.policy(hidden), self.value(hidden)
+
+
+class Answers(TwoOutputs):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x)[0].argmax(-1)
+
+
+def test_the_output_that_counts() -> None:
+    x = [torch.randn(256, 16)]
+    reason = "gets no gradient from the model's output (of several, only the logits or the first one counts)"
+    assert ("value", reason) in compress(TwoOutputs(), 0.8, "low_rank", x).skipped
+    with pytest.raises(ValueError, match=f"body {re.escape(reason)}"):
+        compress(Answers(), 0.8, "low_rank", x)
+
+
 def test_models_without_linear_layers() -> None:
+    with pytest.raises(ValueError, match="layers is empty: give a glob such as"):
+        compress(trained(), 0.5, layers=[])
+    with pytest.raises(ValueError, match=r"layers: '\*' matches no linear layer: there is none"):
+        el.convert(nn.Sequential(nn.Conv2d(3, 3, 3)), "btt")
     with pytest.raises(ValueError, match="no linear layer"):
         compress(nn.Sequential(nn.Tanh()), 0.5)
     with pytest.raises(ValueError, match="the model is itself a linear layer"):

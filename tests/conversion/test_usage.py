@@ -74,7 +74,7 @@ def test_a_module_of_ones_own() -> None:
     assert found(model, x) == {
         "read": NEVER.format("Functional"),
         "both": BESIDES.format("Functional"),
-        "hidden.0": NEVER.format("ModuleList"),
+        "hidden.0": NEVER.format("Functional"),
     }
     assert all("forward" not in vars(module) and module.training for module in model.modules())
     assert found(model, (x,)) == found(model, {"x": x}) == found(model, x)
@@ -106,13 +106,34 @@ def test_it_does_not_matter_how_the_model_runs() -> None:
 def test_the_report_has_the_reason() -> None:
     model = Functional()
     report = el.convert(model, "low_rank(rank=4)", example_input=torch.randn(2, 16))
-    assert dict(report.skipped)["hidden.0"] == NEVER.format("ModuleList")
+    assert dict(report.skipped)["hidden.0"] == NEVER.format("Functional")
     assert [c.name for c in report.converted] == ["called", "metadata", "forwarded", "handed"]
     model = Functional()
     report = el.convert(model, "low_rank(rank=4)")
     assert report.skipped == (("read", NEVER.format("Functional")),)
     with pytest.raises(RuntimeError):  # the model's own words for an input that it cannot take
         el.convert(Functional(), "btt", example_input=torch.randn(2, 15))
+
+
+@pytest.mark.parametrize(
+    ("example_input", "message"),
+    [
+        ((torch.randn(2, 16), torch.zeros(2)), "this batch: too many positional arguments.* leave out labels"),
+        ({"inputs": torch.randn(2, 16)}, "this batch: .*'inputs'|this batch: missing a required argument: 'x'"),
+    ],
+)
+def test_arguments_that_the_model_does_not_have(example_input: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        el.convert(Functional(), "btt", example_input=example_input)
+
+
+def test_an_error_of_the_model_is_shown_as_it_is() -> None:
+    class Wrong(Functional):
+        def forward(self, x: Tensor) -> Tensor:
+            raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match=r"^of its own$"):
+        el.convert(Wrong(), "btt", example_input=torch.randn(2, 16))
 
 
 def test_what_an_input_does_not_reach_is_judged_by_its_code() -> None:

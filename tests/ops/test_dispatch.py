@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -236,3 +237,17 @@ def test_autocast_leaves_alone_what_torch_leaves_alone() -> None:
         for kind in (layer, torch.nn.Linear(16, 24).double()):
             with pytest.raises(RuntimeError, match=r"dtype|torch\.float64"):
                 kind(x)
+
+
+def test_generators_that_force_a_backend_end_in_any_order() -> None:
+    def generator(name: str) -> Iterator[None]:
+        with el.backend(name):
+            yield
+
+    first, second = generator("bmm"), generator("reference")
+    next(first)
+    next(second)
+    first.close()
+    assert dispatch.forced().executor == "reference"
+    second.close()
+    assert dispatch.forced().executor is None

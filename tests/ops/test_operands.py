@@ -436,3 +436,30 @@ def test_complex_numbers_are_left_to_the_reference() -> None:
     for name in OPERATORS:
         with pytest.raises(RuntimeError, match=r"'.*' cannot run this: .* comput"):
             ops.linear(product.structure, product.factors, x, None, name)
+
+
+def test_routers_that_do_not_fit() -> None:
+    """A router on meta gave the experts that were in the memory before."""
+    x = torch.randn(5, 64)
+    for change, message in (
+        (lambda router: router.to("meta"), "the router is on meta, but the input on cpu"),
+        (lambda router: router[:2], r"the router has shape \(2, 64\), but 4 experts need \(experts=4"),
+        (lambda router: router[:1], "4 experts need"),
+        (lambda router: router[None], "4 experts need"),
+    ):
+        layer = el.MoELinear(64, 48, "btt", experts=4)
+        layer.router = nn.Parameter(change(layer.router.data))
+        with pytest.raises(RuntimeError, match=message):
+            layer(x)
+
+
+def test_weights_that_cannot_be_projected() -> None:
+    structure = el.structure("btt", 64, 48)
+    weight = torch.randn(48, 64)
+    with pytest.raises(RuntimeError, match="the memory of the weight is smaller"):
+        ops.project(structure, released(weight.clone()))
+    with pytest.raises(ValueError, match="meta device has no values"):
+        ops.project(structure, weight.to("meta"))
+    for dtype in (torch.int64, torch.int8, torch.bool):
+        with pytest.raises(TypeError, match="dequantize"):
+            ops.project(structure, weight.to(dtype))

@@ -325,6 +325,20 @@ def test_export_of_a_mixture(strict: bool) -> None:
     torch.testing.assert_close(program.module()(longer), model(longer), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_exports_of_models_that_read_weights_are_saved_and_loaded() -> None:
+    """`nn.TransformerEncoderLayer` reads the weights of its linear layers before it calls them."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), mixture(16, 16)).eval()
+    el.convert(model, "btt", layers="*linear*", weights="project")
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (torch.randn(2, 3, 16),), dynamic_shapes=shapes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    longer = torch.randn(5, 3, 16)
+    torch.testing.assert_close(torch.export.load(file).module()(longer), model(longer), rtol=1e-4, atol=1e-5)
+
+
 def test_inference_mode() -> None:
     for layer in (el.Linear(16, 24, "btt"), mixture(16, 24)):
         x = torch.randn(5, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from einlinear.cli import display
 from einlinear.cli.endings import interruptible, system_errors, user_errors
 from einlinear.cli.packages import PRETRAINED, require
 from einlinear.cli.parsing import specs
+from einlinear.files import alone_beside
 
 if TYPE_CHECKING:
     from einlinear.compression import CompressionReport
@@ -70,6 +72,7 @@ def compress(
     Every linear layer gets a structure and a rank of its own, or stays dense: what changes the model's outputs least
     within the budget. After an interruption the same command goes on.
     """
+    options = {name: str(value) for name, value in locals().items()}
     require(PRETRAINED)
     import torch
     from transformers.utils import logging
@@ -78,19 +81,19 @@ def compress(
     from einlinear.compression import heal as heal_model
     from einlinear.compression.candidates import DEFAULT
     from einlinear.compression.documents import read_documents
-    from einlinear.compression.pretrained import load, save, text_batches
+    from einlinear.compression.pretrained import finish, load, save, text_batches
     from einlinear.compression.speed import speeds
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one of our own
     unfinished = out.parent / f"{out.absolute().name}.unfinished"
-    with interruptible(f"Interrupted. The same command goes on; so far: {unfinished}"):
+    with interruptible(f"Interrupted. The same command goes on; so far: {unfinished}"), ExitStack() as held:
         with user_errors():
             budgets = {"params": keep_params, "macs": keep_macs}
             asked = {count: budget for count, budget in budgets.items() if budget is not None}
             if len(asked) != 1:
                 raise ValueError("give either --keep-params or --keep-macs: the fraction to keep, such as 0.5")
             ((count, budget),) = asked.items()
-            if out.exists():
+            if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
                 raise ValueError(f"--out {out} is inside the model's own folder {model}: name a folder beside it")
@@ -98,6 +101,14 @@ def compress(
                 raise ValueError("--heal needs text to train on: --calibration FILE")
             if heal and lr == 0:
                 raise ValueError("--lr must be positive: at 0 nothing heals")
+            held.enter_context(
+                alone_beside(out, f"another einlinear compress is at work on {out}: name another folder")
+            )
+            if finish(out, unfinished, options):
+                display.note(f"{out} is complete: the same command was interrupted after it had been written.")
+                return
+            if out.exists():
+                raise ValueError(f"{out} exists: name a folder that does not")
             found, tokenizer = load(model, dtype, device)
             if heal and found.dtype == torch.float16:
                 raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16 with --heal")
@@ -136,7 +147,7 @@ def compress(
                         progress=lambda done, _, loss: advance("healing", done, None),
                     )
         with system_errors():
-            left = save(found, tokenizer, report, out, model)
+            left = save(found, tokenizer, report, out, model, options)
             shutil.rmtree(unfinished)
     _print(report)
     if heal and calibration is not None:

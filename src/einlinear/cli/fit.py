@@ -53,7 +53,10 @@ def fit(
         ends = numbers(window, "--window") or (0.0, math.inf)
         if len(ends) != 2:
             raise ValueError(f"--window must be two numbers, the least and the most MACs, not {window!r}")
-        found = studies(record for folder in folders for record in open_store(folder).records())
+        stores = [open_store(folder) for folder in folders]
+        for text in (text for store in stores for text in (*store.damaged(), *store.damaged_lines())):
+            display.warning(f"{text}; it is left out")
+        found = studies(record for store in stores for record in store.records())
         if not found:
             raise ValueError(f"{' and '.join(map(str, folders))}: no finished runs yet")
     content = []

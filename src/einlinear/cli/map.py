@@ -63,4 +63,6 @@ def map_(
             display.note(f"{len(own.unfinished)} more, whose runs ended early or are not finished, are not in these.")
         best = own.places[0]
         display.note(f"The best:\n    import einlinear as el\n    el.convert(model, {best.structure!r})\n")
+    for warning in made.warnings:
+        display.warning(warning)
     display.note(f"Map: {made.path}")

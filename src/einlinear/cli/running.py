@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,9 +33,10 @@ def loss_column() -> TextColumn:
 
 
 def command_line() -> str:
-    """The command that was given, for the record, without the passwords of URLs."""
-    shown = [re.sub(r"(://[^/:@\s]*:)[^/@\s]*@", r"\1***@", argument) for argument in sys.argv[1:]]
-    return shlex.join(["einlinear", *shown])
+    """The command that was given, for the record, without passwords."""
+    from einlinear.experiments.runs.passwords import without_passwords
+
+    return shlex.join(["einlinear", *map(without_passwords, sys.argv[1:])])
 
 
 def check_place(on: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> None:

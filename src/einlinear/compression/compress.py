@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import SupportsFloat
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.compression.allocation import allocate
@@ -45,6 +46,8 @@ from einlinear.structures import structure
 _HARMLESS = [(1.0, 0.0)]  # the effects of a weight of zeros, which has no error
 _UNKNOWN = [(1.0, 1.0)]
 
+_UNREACHED = "gets no gradient from the model's output (of several, only the logits or the first one counts)"
+
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
@@ -75,7 +78,10 @@ def compress(
         structures: families, whose rank or blocks are chosen per layer ("low_rank", "blast(blocks=4)"), or complete
             structures ("btt(rank=2)").
         calibration: batches that the model is called with: tensors, sequences of positional arguments, or mappings of
-            named ones. An "attention_mask" of (batch, tokens) says what is padding. None: weights are approximated.
+            named ones. An "attention_mask" of (batch, tokens) says what is padding. The output that counts is `logits`,
+            `last_hidden_state`, or else the first tensor that the model returns, and gradients have to reach it: wrap
+            a model that returns several, such as two towers, to return them concatenated, and one that ends in an
+            argmax, or runs without gradients, to return logits. None: weights are approximated.
         count: "params" or "macs".
         layers: a glob, or several, on qualified names; None: all but output heads (below).
         sequential: layer after layer, each to do on what the compressed layers before it put out what the original does
@@ -104,6 +110,7 @@ def compress(
       autoencoder: their last layer is compressed.
 
     Raises:
+        TypeError: a model, a budget or calibration data of the wrong type; batches that do not fit the forward pass.
         ValueError: no layer to compress, a budget that nothing reaches, no calibration data, weights or inputs that are
             NaN or infinite (it names the layer), a folder of another compression. The model is then as it was.
         ModuleNotFoundError: scipy is not installed, or with a folder safetensors; the extra `pretrained` has both.
@@ -115,6 +122,7 @@ def compress(
         >>> report.params <= 0.5 * report.params_before
         True
     """
+    _check_types(model, budget, calibration)
     if count not in ("params", "macs"):
         raise ValueError(f"count must be 'params' or 'macs', not {count!r}")
     if not 0 <= damping < math.inf:
@@ -140,7 +148,7 @@ def compress(
         called = [name for stage in data.stages for name in stage.names if name in traced.called]
         skipped += [(name, "is never called on the calibration data") for name in found if name not in called]
         names = [name for name in called if name in traced.reached]
-        skipped += [(name, "is nothing that the model's output depends on") for name in called if name not in names]
+        skipped += [(name, _UNREACHED) for name in called if name not in names]
         if layers is None and names:
             heads = output_layers(model, found, called, traced.last)
             skipped += [(name, HEAD) for name in names if name in heads]
@@ -182,6 +190,20 @@ def compress(
     missed = budget if sum(getattr(layer, count) for layer in report) > budget * dense else None
     put(model, {id(found[name]): own.layer.train(found[name].training) for name, own in new.items()})
     return CompressionReport(tuple(report), tuple(skipped), coverage, missed)
+
+
+def _check_types(model: object, budget: object, calibration: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+    if isinstance(budget, bool) or not isinstance(budget, SupportsFloat):
+        raise TypeError(f"budget must be a number, not {budget!r}")
+    if calibration is not None and (
+        isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable)
+    ):
+        raise TypeError(
+            f"calibration must be an iterable of batches, not a {type(calibration).__name__}: for a single batch give "
+            "[batch]"
+        )
 
 
 def _family(spec: str) -> str:
@@ -286,14 +308,13 @@ class _Task:
             candidates = [asdict(candidate) for candidate in options[name]]
             self.journal.write(f"candidates of {name}", {"effects": effects[name].points, "candidates": candidates})
         self.tell("comparing structures", len(names), len(names))
-        specs: dict[str, str] | None = self.journal.read("choice")
-        if specs is None:
+        if known := self.journal.read("choice"):
+            specs: dict[str, str] = known["specs"]
+            self.slow.update(known["slow"])
+        else:
             weighted = {name: [replace(c, error=effects[name].at(c.error)) for c in options[name]] for name in names}
             specs = {name: c.spec for name, c in self._allocated(weighted, int(budget * dense)).items()}
-            self.journal.write("choice", specs)
-            self.journal.write("slow layers", self.slow)
-        else:
-            self.slow.update(self.journal.read("slow layers") or {})
+            self.journal.write("choice", {"specs": specs, "slow": self.slow})
         chosen = {name: next(c for c in options[name] if c.spec == specs[name]) for name in names}
         return chosen, {name: effects[name].slope for name in names}
 
@@ -441,5 +462,8 @@ class _Task:
         if tensors is None or facts is None:
             return None
         layer = structured_like(self.data.layers[name], spec)
-        layer.load_state_dict(tensors)
+        try:
+            layer.load_state_dict(tensors)
+        except RuntimeError:  # of another structure: the file that had the choice was damaged, and it fell otherwise
+            return None
         return _Fitted(layer, **facts)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from einlinear.files import write_json
+from einlinear.files import read_json, rename, write_json
+
+T = TypeVar("T")
 
 _SETTINGS = "settings.json"
 
@@ -38,7 +40,7 @@ class Journal:
             raise ValueError(f"{folder} holds files that are not {what}: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / _SETTINGS).is_file():
-            before = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+            before = _settings(folder / _SETTINGS)
             changed = [name for name in settings if before.get(name) != settings[name]]
             if changed:
                 raise ValueError(
@@ -49,22 +51,18 @@ class Journal:
             write_json(folder / _SETTINGS, dict(settings))
 
     def read(self, name: str) -> Any:
-        """A result, or None."""
-        path = self._path(name, "json")
-        return None if path is None or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
+        """A result, or None: also where its file is damaged, which is warned about."""
+        return _whole(self._path(name, "json"), read_json)
 
     def write(self, name: str, value: Any) -> None:
         if path := self._path(name, "json"):
             write_json(path, value)
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
-        """Tensors, or None."""
-        path = self._path(name, "safetensors")
-        if path is None or not path.exists():
-            return None
+        """Tensors, or None: also where their file is damaged, which is warned about."""
         from safetensors.torch import load_file
 
-        return load_file(path)
+        return _whole(self._path(name, "safetensors"), load_file)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         if path := self._path(name, "safetensors"):
@@ -72,13 +70,36 @@ class Journal:
 
             scratch = path.with_suffix(f".{os.getpid()}")
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, scratch)
-            os.replace(scratch, path)
+            rename(scratch, path)
 
     def _path(self, name: str, suffix: str) -> Path | None:
         if self._folder is None:
             return None
         plain = re.sub(r"[^\w.-]", "_", name)
         return self._folder / f"{plain}.{suffix}"
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Delete {path.parent} to start anew") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings. Delete {path.parent} to start anew")
+    return content
+
+
+def _whole(path: Path | None, read: Callable[[Path], T]) -> T | None:
+    """What is in a file; None where there is none, or where it is damaged and has to be made again."""
+    if path is None or not path.exists():
+        return None
+    from safetensors import SafetensorError
+
+    try:
+        return read(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        warnings.warn(f"{path} is damaged, so what it held is computed again: {error}", stacklevel=3)
+        return None
 
 
 def digest_of(model: nn.Module, batches: Iterable[Any] | None) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.utils.hub import cached_file
 from einlinear.compression.documents import Documents
 from einlinear.compression.report import CompressionReport
 from einlinear.compression.side_files import MODULES, WEIGHTS, copy_side_files, module_paths, subfolder_of_model
-from einlinear.files import write_json
+from einlinear.files import read_json, rename, write_json
 
 REPORT = "compression.json"
 _ADAPTER = "adapter_config.json"
@@ -191,13 +192,18 @@ def written(out: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        scratch.rename(out)
+        rename(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def save(
-    model: nn.Module, tokenizer: Any, report: CompressionReport, out: Path, source: str | Path | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    report: CompressionReport,
+    out: Path,
+    source: str | Path | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write a compressed model, its tokenizer and what was done, so that `from_pretrained` loads it.
 
@@ -206,6 +212,7 @@ def save(
         report: of the compression.
         out: a folder that is not there yet.
         source: what was loaded: all of its other files are kept, see `copy_side_files`.
+        options: of the command, which are noted down, so that `finish` knows its own.
 
     Returns:
         What of the source was left out.
@@ -229,5 +236,29 @@ def save(
         saved.save_pretrained(place)
         layers = [asdict(layer) for layer in report.layers]
         coverage = None if report.coverage is None else asdict(report.coverage)
-        write_json(folder / REPORT, {"layers": layers, "skipped": dict(report.skipped), "coverage": coverage})
+        noted = {"layers": layers, "skipped": dict(report.skipped), "coverage": coverage}
+        write_json(folder / REPORT, noted if options is None else {**noted, "options": dict(options)})
     return left
+
+
+def finish(out: Path, unfinished: Path, options: Mapping[str, str]) -> bool:
+    """Remove what commands that were killed left beside `out`. Nobody else may be at work there.
+
+    Args:
+        out: the folder that was to be written.
+        unfinished: what is kept for an interrupted command to go on from.
+        options: of the command.
+
+    Returns:
+        Whether the same command had written all of `out`, and was killed before it removed `unfinished`.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        if left.suffix[1:].isdigit():  # as of `written`
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        was_complete = unfinished.exists() and read_json(out / REPORT).get("options") == dict(options)
+    except (OSError, ValueError, AttributeError):
+        return False
+    if was_complete:
+        shutil.rmtree(unfinished)
+    return was_complete

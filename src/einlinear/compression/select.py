@@ -37,6 +37,8 @@ def select(
     """
     linears, fused = linear_layers(model), fused_experts(model)
     globs = as_globs("*" if layers is None else layers, "layers")
+    if not globs:
+        raise ValueError("layers is empty: give a glob such as '*.mlp.*', or None for all but output heads")
     check_globs(globs if layers is not None else [], [*linears, *fused], "layers", "linear layer")
     heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
     owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:_WATCHED])
@@ -50,7 +52,7 @@ def select(
         reason = uncalled.get(id(layer)) or reason_to_skip(layer)
         if reason is None and len(owners[id(layer.weight)]) > 1:
             others = [other for other, module in owners[id(layer.weight)] if module is not layer]
-            reason = f"its weight is tied to {', '.join(others)}"
+            reason = f"has its weight tied to {', '.join(others)}"
         if reason is None and id(layer) in heads:
             reason = HEAD
         if reason is None and layer.weight.is_meta:

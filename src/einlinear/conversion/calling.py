@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +14,36 @@ Batch = Any  # what a model is called with: a tensor, a sequence of positional a
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """Return the model's output for a batch, which is moved to the model's device."""
+    """Return the model's output for a batch, which is moved to the model's device.
+
+    Raises:
+        TypeError: the batch has arguments that the model's forward pass does not take, such as labels.
+    """
     device = next(model.parameters()).device
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(batch, Mapping):
-        return model(**{name: _to(value, device) for name, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        return model(*[_to(value, device) for value in batch])
-    return model(_to(batch, device))
+        kwargs = {name: _to(value, device) for name, value in batch.items()}
+    else:
+        args = tuple(_to(value, device) for value in (batch if isinstance(batch, list | tuple) else (batch,)))
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        if (mistake := _mistake(model, args, kwargs)) is None:
+            raise
+        raise TypeError(
+            f"the model cannot be called with this batch: {mistake}. A sequence holds positional arguments and a "
+            "mapping named ones: leave out labels, as in [x for x, _ in loader]"
+        ) from error
+
+
+def _mistake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """What is wrong with the number or the names of the arguments of a call."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 @contextmanager

@@ -28,6 +28,8 @@ from einlinear.nn.lazy_weight import METADATA, METADATA_NAMES
 # by class: layers that are called in one case, but not in that of most users, in which their weight is read
 _MOSTLY_READ = {"FalconMambaMixer": {"dt_proj"}, "JambaMambaMixer": {"dt_proj"}}
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) -> dict[int, str]:
     """Return the reasons, by the ids of dense linear layers, why structured ones in their places would save nothing.
@@ -48,7 +50,7 @@ def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) ->
     only_read = _only_read_layers(model)
     reasons = {}
     for name, layer in layers.items():
-        above = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        above = _class_above(model, name)
         if id(layer) in called & read:
             reasons[id(layer)] = (
                 f"is called, but {above} also computes with its weight, which would be built every time"
@@ -56,6 +58,15 @@ def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) ->
         elif id(layer) in read or (id(layer) in only_read and id(layer) not in called):
             reasons[id(layer)] = f"is never called: {above} computes with its weight itself, so nothing would be saved"
     return reasons
+
+
+def _class_above(model: nn.Module, name: str) -> str:
+    """The class of the module that computes with what a layer holds: containers compute nothing."""
+    above = model
+    for part in name.split(".")[:-1]:
+        model = model.get_submodule(part)
+        above = above if type(model) in _CONTAINERS else model
+    return type(above).__name__
 
 
 class _Watch(TorchFunctionMode):

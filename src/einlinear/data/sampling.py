@@ -26,8 +26,12 @@ class Epochs:
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        if not 1 <= batch_size <= count:
-            raise ValueError(f"batch_size={batch_size}: it must lie between 1 and the {count} training examples")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        if batch_size > count:
+            raise ValueError(
+                f"batch_size={batch_size} is more than the {count} training examples; give batch_size={count} or less"
+            )
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.per_epoch = count // batch_size
         self._epoch, self._order = 0, shuffled(count, seed, 0)

@@ -158,8 +158,13 @@ def _build(layer: Layer) -> Tensor:
 
 
 def _without_autocast(parameter: Tensor) -> AbstractContextManager[object]:
+    # torch.fx puts other objects in the places of parameters
+    if not isinstance(parameter, Tensor):
+        return nullcontext()
     device = parameter.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # not where it is off anyway: torch.export cannot save a program with such a region
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _is_traced(layer: Any, parameters: Sequence[Tensor]) -> bool:

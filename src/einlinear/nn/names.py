@@ -52,5 +52,7 @@ def check_globs(globs: Iterable[str], names: Sequence[str], argument: str, what:
     """Raise ValueError for a glob that matches none of the names: it is misspelt."""
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
+            if not names:
+                raise ValueError(f"{argument}: {glob!r} matches no {what}: there is none")
             near = difflib.get_close_matches(glob.strip("*."), dict.fromkeys(names), n=10, cutoff=0)
-            raise ValueError(f"{argument}: {glob!r} matches no {what}; the nearest are {', '.join(near) or 'none'}")
+            raise ValueError(f"{argument}: {glob!r} matches no {what}; the nearest are {', '.join(near)}")

@@ -36,12 +36,20 @@ class Forced:
 
 
 _FREE = Forced()
-_FORCED: ContextVar[Forced] = ContextVar("einlinear.backend")
+# of every `backend` block that is open, the outermost first
+_FORCED: ContextVar[tuple[Forced, ...]] = ContextVar("einlinear.backend", default=())
 
 
 def forced() -> Forced:
     """What is forced in this thread or task."""
-    return _FORCED.get(_FREE)
+    blocks = _FORCED.get()
+    if not blocks:
+        return _FREE
+    executor = recompute = None
+    for block in blocks:
+        executor = executor if block.executor is None else block.executor
+        recompute = recompute if block.recompute is None else block.recompute
+    return Forced(executor, recompute)
 
 
 @contextmanager
@@ -74,18 +82,13 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         >>> torch.allclose(y, layer(x), atol=1e-5)
         True
     """
-    before = forced()
-    _FORCED.set(
-        Forced(
-            before.executor if executor is None else check_name(executor),
-            before.recompute if recompute is None else recompute,
-        )
-    )
+    own = Forced(None if executor is None else check_name(executor), recompute)
+    _FORCED.set((*_FORCED.get(), own))
     try:
         yield
     finally:
-        # not by a token: a generator may be closed in another context than the one it was started in
-        _FORCED.set(before)
+        # its own entry alone: generators end in any order, and may be closed in another context than they began in
+        _FORCED.set(tuple(block for block in _FORCED.get() if block is not own))
 
 
 def recomputes(executor: str, structure: Structure) -> bool:

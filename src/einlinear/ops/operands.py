@@ -101,6 +101,12 @@ def check(
     return negated
 
 
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raise RuntimeError where the memory of a strided tensor was released; `name` says in the message what it is."""
+    if tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter) and not _in_memory(tensor):
+        raise RuntimeError(_released(name))
+
+
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """The shape in numbers, also while torch.jit traces, which makes tensors of them."""
     shape = tensor.shape

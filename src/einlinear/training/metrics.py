@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from einlinear.files import write_text
+from einlinear.files import from_json, open_regular, write_text
 from einlinear.training.trackers import Tracker
+
+_LARGEST = 1e300  # of numbers that can still be added up
 
 
 class Metrics:
@@ -47,16 +49,42 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, without one that was cut off at the end; none where there is no file."""
+    """The lines of a file, without those that are damaged; none where there is no file."""
+    return [line for _, line in _lines(path) if isinstance(line, dict)]
+
+
+def damaged(path: Path) -> list[str]:
+    """What is wrong with the others, such as one that was cut off: file, line and reason."""
+    return [f"{path}, line {number}: {error}" for number, error in _lines(path) if isinstance(error, ValueError)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Every line by its number, or what is wrong with it."""
     if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except OSError as error:
+        yield 1, ValueError(str(error))
+        return
+    for number, line in enumerate(content.splitlines(), 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+            yield number, _checked(from_json(line))
+        except ValueError as error:
+            yield number, error
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """A line, if it is an object of numbers with a step and its seconds."""
+    if not isinstance(line, dict):
+        raise ValueError(f"it is {json.dumps(line)[:40]}, not an object")
+    for name, value in line.items():
+        if not (value is None or (type(value) in (int, float) and abs(value) < _LARGEST)):
+            raise ValueError(f"{name} is {json.dumps(value)[:40]}, not a number")
+    if type(line.get("step")) is not int or line.get("training_seconds") is None:
+        raise ValueError("it has no step, or no training_seconds")
+    return line
 
 
 @contextmanager

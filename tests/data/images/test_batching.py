@@ -96,7 +96,9 @@ def test_a_sample_is_augmented_never_mixed_up_and_always_the_same() -> None:
 
 
 def test_batches_refuse_at_once() -> None:
-    with pytest.raises(ValueError, match="batch_size=51: it must lie between 1 and the 50 training examples"):
+    with pytest.raises(
+        ValueError, match="batch_size=51 is more than the 50 training examples; give batch_size=50 or less"
+    ):
         Batches(tiny(), 51, seed=0)
     with pytest.raises(ValueError, match="batch_size=0"):
         Batches(tiny(), 0, seed=0)

@@ -131,6 +131,10 @@ def test_path_of_a_file(tmp_path: Path) -> None:
         ({}, "pets has neither subfolders nor images; one subfolder of images per class"),
         ({".": 3}, "pets has images but no class subfolders"),
         ({"cat": 3}, "pets has a single class, 'cat'; classification needs at least 2"),
+        (
+            {"all/cat": 3, "all/dog": 3},
+            "pets has a single class, 'all'; classification needs at least 2. Did you mean ",
+        ),
         ({"cat": 3, "dog": 0}, "dog has no images"),
         ({"cat": 3, "dog": 1}, "class 'dog' has 1 image; a training and a test set need at least 2"),
         ({"train/cat": 3, "train/dog": 3}, "class folders in train/ but none in test/; give both or neither"),

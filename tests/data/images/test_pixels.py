@@ -83,7 +83,9 @@ def test_what_is_refused() -> None:
     images, _ = photographs()
     with pytest.raises(ValueError, match="size=0: it must be at least 1 pixel"):
         PixelSequences(images, size=0, batch_size=1, seed=0)
-    with pytest.raises(ValueError, match="batch_size=13: it must lie between 1 and the 12 training examples"):
+    with pytest.raises(
+        ValueError, match="batch_size=13 is more than the 12 training examples; give batch_size=12 or less"
+    ):
         PixelSequences(images, batch_size=13, seed=0)
     with pytest.raises(ValueError, match="batch_size=0: it must be at least 1"):
         PixelSequences(images, batch_size=0, seed=0)

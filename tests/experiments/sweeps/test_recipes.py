@@ -140,6 +140,12 @@ def test_overrides_replace_the_settings() -> None:
     assert len(runs) == 5  # one of each structure, and the control
 
 
+@pytest.mark.parametrize("name", ["runs.yaml", "folder/runs", "runs.TOML"])
+def test_files_of_other_kinds_are_refused_as_files(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is neither a recipe nor a \.toml or \.json file\. The recipes are btt-moe"):
+        recipes.load(name)
+
+
 def test_what_is_unknown_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"unknown recipe 'char_gpt': did you mean 'char-gpt'\? The recipes are btt-moe, char-gpt,"

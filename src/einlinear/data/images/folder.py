@@ -115,7 +115,8 @@ def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
         found = "images but no class subfolders" if _image_files(root) else "neither subfolders nor images"
         raise ValueError(f"{root} has {found}; {layout}")
     if len(folders) == 1:
-        raise ValueError(f"{root} has a single class, {folders[0].name!r}; classification needs at least 2")
+        hint = f". Did you mean {folders[0]}?" if len(_subfolders(folders[0])) > 1 else ""
+        raise ValueError(f"{root} has a single class, {folders[0].name!r}; classification needs at least 2{hint}")
     labelled = []
     for label, folder in enumerate(folders):
         files = _image_files(folder)

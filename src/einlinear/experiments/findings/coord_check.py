@@ -6,13 +6,12 @@ FOLDER/coord-check.json   {"format": 1, "command": ..., "source": ..., "updates"
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from einlinear.files import write_json
+from einlinear.files import read_json, write_json
 
 FILE = "coord-check.json"
 _FORMAT = 1
@@ -86,17 +85,17 @@ def read_updates(folder: Path) -> CoordinateCheck | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != _FORMAT:
             raise ValueError(f"it has format {content['format']}, but this version reads {_FORMAT}")
         updates = tuple(
             Updates(
-                found["structure"],
-                found["structure_aware"],
+                str(found["structure"]),
+                bool(found["structure_aware"]),
                 {int(width): math.nan if v is None else float(v) for width, v in found["by_width"].items()},
             )
             for found in content["updates"]
         )
-        return CoordinateCheck(updates, content["command"], content["source"])
+        return CoordinateCheck(updates, str(content["command"]), str(content["source"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the coordinate check in {path} cannot be read: {error}") from None

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from einlinear.experiments.findings.coord_check import read_updates
+from einlinear.experiments.findings.coord_check import CoordinateCheck, read_updates
 from einlinear.experiments.findings.summary import Study, studies
 from einlinear.experiments.report.coord_check import coord_check
 from einlinear.experiments.report.learning_rates import learning_rates
@@ -77,11 +77,12 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     if out is None and len(paths) != 1:
         raise ValueError(f"{len(paths)} folders: name the file for the page (--out)")
     stores = [Store(path) for path in paths]
-    checks = [(path, check) for path in paths if (check := read_updates(path))]
-    records, damaged = _read(stores, {path for path, _ in checks})
+    checks, of_checks = _checks(paths)
+    records, of_runs = _read(stores, {path for path, _ in checks})
+    damaged = [f"{text}; it is left out" for text in (*of_checks, *of_runs)]
     found = studies(records)
     if not found and not checks:
-        raise ValueError(f"{' and '.join(map(str, paths))}: no finished runs yet")
+        raise ValueError("; ".join([f"{' and '.join(map(str, paths))}: no finished runs yet", *damaged]))
     chapters = [_chapter(study, records, stores, floor) for study in found]
     chapters += [Chapter(f"Coordinate check in {path}", [coord_check(check)]) for path, check in checks]
     warnings = [*code_warning([record for study in found for record in study.records]), *damaged]
@@ -103,10 +104,25 @@ def _read(stores: Sequence[Store], may_be_empty: set[Path]) -> tuple[list[Record
     damaged: list[str] = []
     for store in stores:
         if not (store.folder / RUNS).is_dir() and store.folder not in may_be_empty:
-            raise ValueError(f"{store.folder} holds no results of einlinear ({store.folder / RUNS} is missing)")
+            raise ValueError(
+                f"{store.folder} holds no results of einlinear ({store.folder / RUNS} is missing); "
+                "name the folder of a compare, a sweep or a search"
+            )
         records += store.records()
-        damaged += store.damaged()
+        damaged += [*store.damaged(), *store.damaged_lines()]
     return records, damaged
+
+
+def _checks(paths: Sequence[Path]) -> tuple[list[tuple[Path, CoordinateCheck]], list[str]]:
+    """The coordinate checks of folders, and what is wrong with those that are damaged."""
+    found, damaged = [], []
+    for path in paths:
+        try:
+            if check := read_updates(path):
+                found.append((path, check))
+        except ValueError as error:
+            damaged.append(str(error))
+    return found, damaged
 
 
 def _chapter(study: Study, records: Sequence[Record], stores: Sequence[Store], floor: float | None) -> Chapter:

@@ -47,6 +47,21 @@ def parse(kind: type[T], options: Mapping[str, Any]) -> T:
         raise ValueError("; ".join(map(_message, error.errors()))) from None
 
 
+def parse_strictly(kind: type[T], content: Any) -> T:
+    """A dataclass from JSON values that are what its fields are; texts do not become numbers.
+
+    Raises:
+        ValueError: no object, a value of the wrong type, one that is missing or unknown.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {json.dumps(content)[:40]}, not an object")
+    refuse_unknown(content, names(kind), "it")
+    try:
+        return cast(T, _adapter(kind).validate_json(json.dumps(content), strict=True))
+    except ValidationError as error:
+        raise ValueError("; ".join(map(_message, error.errors()))) from None
+
+
 def from_text(text: str, what: str, kind: str = "toml") -> dict[str, Any]:
     """The tables of a text in TOML, or the objects of one in JSON. Raises ValueError if it is damaged."""
     try:
@@ -81,4 +96,4 @@ def _message(error: Any) -> str:
     if error["type"] == "missing":
         return f"{where} must be given"
     what = error["msg"].removeprefix("Input ")
-    return f"{where} {what}, not {error['input']!r}"
+    return f"{where} {what}, not {repr(error['input'])[:200]}"

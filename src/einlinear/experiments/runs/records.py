@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import platform
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 
 from einlinear.checkpoint import check_same
 from einlinear.experiments.runs.data import Problem
+from einlinear.experiments.runs.options import names, parse_strictly
 from einlinear.experiments.runs.run import Run
-from einlinear.files import write_json
+from einlinear.files import read_json, write_json
 from einlinear.version import __version__, code_digest
 
 FORMAT = 2  # of the files; raised when an older program could misread them
@@ -89,7 +90,20 @@ class Record:
         return {**self.run.identity, "pattern": self.pattern, "data_digest": self.digest, "code": self.code}
 
 
-_NOTED = ("code", "pattern", "digest", "source", "error", "made_with")
+@dataclass(frozen=True)
+class _Noted:
+    """What a file says of a run beside its options."""
+
+    code: str
+    pattern: str
+    digest: str
+    source: str
+    error: str
+    made_with: str
+
+
+_NOTED = names(_Noted)
+_COUNTED = ("macs", "inputs", "steps", "compute")  # at least 1 of each
 
 
 def code_version() -> str:
@@ -147,20 +161,39 @@ def read_record(folder: Path) -> Record:
     if not path.exists():
         return record
     try:
-        return replace(record, result=Result(**json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"the run in {folder} cannot be read: {error}") from None
+        result = _check(parse_strictly(Result, read_json(path)))
+        if not result.diverged and (result.error is None or record.error not in result.measures):
+            raise ValueError(f"it has no {record.error}")
+        return replace(record, result=result)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the run in {folder} cannot be read: {RESULT}: {error}") from None
 
 
 def _read_description(folder: Path) -> Record:
     """What run.json says."""
     try:
-        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        content = read_json(folder / RUN)
+        if not isinstance(content, dict) or content.keys() != {"format", "options", *_NOTED}:
+            raise ValueError(f"it is not an object of format, options, {', '.join(_NOTED)}")
         if content["format"] != FORMAT:
             raise ValueError(f"it has format {content['format']}, but this version reads {FORMAT}")
-        return Record(folder, Run.of(content["options"]), None, **{name: content[name] for name in _NOTED})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the run in {folder} cannot be read: {error}") from None
+        for name, value in content["options"].items():
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"{name} has {len(str(value))} digits")
+        noted = parse_strictly(_Noted, {name: content[name] for name in _NOTED})
+        return Record(folder, Run.of(content["options"]), None, **dataclasses.asdict(noted))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the run in {folder} cannot be read: {RUN}: {error}") from None
+
+
+def _check(result: Result) -> Result:
+    """Raise ValueError if a result has a number that no run comes to."""
+    for name, value in {**dataclasses.asdict(result), **result.measures}.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is not finite")
+        if isinstance(value, int) and not (name in _COUNTED) <= value < 2**63:
+            raise ValueError(f"{name} is {value}")
+    return result
 
 
 def _made_with() -> str:

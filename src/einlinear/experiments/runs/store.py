@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from einlinear.experiments.runs.data import Data
-from einlinear.experiments.runs.records import RUN, Record, code_version, read_record
+from einlinear.experiments.runs.passwords import command_without_passwords
+from einlinear.experiments.runs.records import METRICS, RUN, Record, code_version, read_record
 from einlinear.experiments.runs.run import Run
-from einlinear.files import alone, write_text
+from einlinear.files import alone, from_json, write_text
 from einlinear.training import metrics
 
 RUNS, HISTORY = "runs", "history.jsonl"
@@ -42,6 +43,10 @@ class Store:
     def damaged(self) -> list[str]:
         """What is wrong with the others."""
         return [str(found) for found in self._read() if isinstance(found, ValueError)]
+
+    def damaged_lines(self) -> list[str]:
+        """What is wrong with lines of the metrics of the runs: file, line and reason. They are left out."""
+        return [text for record in self.records() for text in metrics.damaged(record.folder / METRICS)]
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those of the runs that are not finished."""
@@ -83,6 +88,7 @@ class Store:
             if record.result is None and record.code != code_version():
                 shutil.rmtree(record.folder)
         (self.folder / RUNS).mkdir(parents=True, exist_ok=True)
+        command = command_without_passwords(command)
         if command and command not in self.commands():
             lines = [*self._history(), {"command": command, "date": datetime.now().isoformat("T", "seconds")}]
             write_text(self.folder / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
@@ -92,7 +98,14 @@ class Store:
         return [line["command"] for line in self._history()]
 
     def _history(self) -> list[dict[str, Any]]:
-        return metrics.read(self.folder / HISTORY)
+        """The lines of the file of commands, without those that are damaged."""
+        path, found = self.folder / HISTORY, []
+        if path.is_file():
+            for line in path.read_bytes().splitlines():
+                with suppress(ValueError):
+                    found.append(from_json(line))
+        lines = (line for line in found if isinstance(line, dict) and isinstance(line.get("command"), str))
+        return [line | {"command": command_without_passwords(line["command"])} for line in lines]
 
     @contextmanager
     def driving(self) -> Iterator[None]:
@@ -166,7 +179,10 @@ def open_store(folder: str | Path) -> Store:
     """
     store = Store(Path(folder))
     if not (store.folder / RUNS).is_dir():
-        raise ValueError(f"{folder} holds no results of einlinear ({store.folder / RUNS} is missing)")
+        raise ValueError(
+            f"{folder} holds no results of einlinear ({store.folder / RUNS} is missing); "
+            "name the folder of a compare, a sweep or a search"
+        )
     return store
 
 

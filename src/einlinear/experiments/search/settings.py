@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import uuid
 from dataclasses import asdict, dataclass, field, replace
@@ -10,8 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from einlinear.experiments.runs.options import parse_strictly
 from einlinear.experiments.runs.records import Result
-from einlinear.files import differences, write_json
+from einlinear.files import differences, read_json, write_json
 
 LOCK = ".search.lock"
 _FILE = "search.json"
@@ -67,9 +67,17 @@ class Settings:
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
-        """Those of a results folder; of one that no search has made, the defaults."""
+        """Those of a results folder; of one that no search has made, the defaults.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         path = folder / _FILE
         if not path.exists():
             return cls()
-        given = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**given, "axes": tuple(given["axes"])})
+        try:
+            given = read_json(path)
+            given["axes"] = tuple(given["axes"])
+            return parse_strictly(cls, given)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the search in {path} cannot be read: {error}") from None

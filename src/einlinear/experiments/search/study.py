@@ -18,9 +18,10 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import create_engine
+from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from einlinear.experiments.runs.passwords import without_passwords
 from einlinear.experiments.runs.run import Run
 from einlinear.experiments.search.matching import Matched
 from einlinear.experiments.search.settings import LOCK
@@ -232,17 +233,28 @@ def kind_of_storage(storage: str | None) -> str:
     """
     if storage is None or storage == "journal":
         return storage or "sqlite"
+    shown = without_passwords(storage)
     try:
         engine = create_engine(storage)
     except (ArgumentError, ModuleNotFoundError) as error:
-        raise ValueError(f"storage must be journal or the URL of a database, not {storage!r}: {error}") from None
+        why = without_passwords(str(error).replace(storage, shown))
+        raise ValueError(f"storage must be journal or the URL of a database, not {shown!r}: {why}") from None
     try:
         engine.connect().close()
-    except SQLAlchemyError as error:
-        raise ValueError(f"the database {engine.url} does not answer: {str(error).splitlines()[0]}") from None
+    except (SQLAlchemyError, TypeError, ValueError) as error:  # of what follows the "?", drivers know not all
+        why = _without_secrets(str(error).partition("\n")[0], engine.url)
+        raise ValueError(f"the database {shown} does not answer: {why}") from None
     finally:
         engine.dispose()
     return "database"
+
+
+def _without_secrets(text: str, url: URL) -> str:
+    """What a driver says, which may repeat what it was given."""
+    values = [value for given in url.query.values() for value in ([given] if isinstance(given, str) else given)]
+    for secret in filter(None, [url.password, *(value for value in values if len(value) > 3)]):
+        text = text.replace(secret, "***")
+    return without_passwords(text)
 
 
 def _storage(folder: Path, storage: str | None) -> BaseStorage:

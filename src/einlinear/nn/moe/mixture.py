@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from einlinear.ops.operands import shape_of
 from einlinear.structures.limits import size
 
 _FEW = 4
@@ -67,7 +68,19 @@ class Mixture:
         self.router = nn.Parameter(torch.zeros(self.experts, int(in_features), device=device, dtype=dtype))
 
     def route(self, x: Tensor) -> Routing:
-        """(n, in_features) to a routing; logits and gates are computed in float32 or, if the tokens are, in float64."""
+        """(n, in_features) to a routing; logits and gates are computed in float32 or, if the tokens are, in float64.
+
+        Raises:
+            RuntimeError: a router of another number of experts, or on another device than the tokens.
+        """
+        # torch multiplies a tensor on the CPU by one on meta without an error, and returns what was in the memory
+        if self.router.device != x.device:
+            raise RuntimeError(f"the router is on {self.router.device}, but the input on {x.device}: move one of them")
+        if shape_of(self.router)[:1] != (self.experts,):
+            raise RuntimeError(
+                f"the router has shape {tuple(self.router.shape)}, but {self.experts} experts need "
+                f"(experts={self.experts}, in_features)"
+            )
         wide = torch.promote_types(x.dtype, torch.float32)
         with _without_autocast(x.device.type):
             logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _TIE * _pattern(self.router, wide))
@@ -88,7 +101,9 @@ def _is_noted() -> bool:
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # not where it is off anyway: torch.export cannot save a program with such a region
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from einlinear.ops import operands
 from einlinear.ops.projection.als import best_of_restarts
 from einlinear.ops.projection.svd import is_optimal, split_terms
 from einlinear.ops.projection.unfold import outer_axes, permute, unfold
@@ -39,11 +40,19 @@ def project(
         (`structures.mup.init_std`), so that structure-aware learning rates fit all of them.
 
     Raises:
-        ValueError: the weight or the moment has another shape, or values that are NaN or infinite.
+        ValueError: the weight or the moment has another shape, or values that are NaN or infinite; the weight is on
+            the meta device.
+        TypeError: a weight of integers, as quantized ones are.
+        RuntimeError: the memory of the weight was released.
     """
     expected = (structure.out_features, structure.in_features)
     if tuple(weight.shape) != expected:
         raise ValueError(f"the weight has shape {tuple(weight.shape)}, the structure {expected} (out, in)")
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise TypeError(f"a weight of {weight.dtype} cannot be projected: dequantize it, or convert it to float")
+    if weight.is_meta:
+        raise ValueError("a weight on the meta device has no values to project: load it first")
+    operands.check_memory("the weight", weight)
     if not weight.isfinite().all():
         raise ValueError("the weight has values that are NaN or infinite: there is nothing close to it")
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

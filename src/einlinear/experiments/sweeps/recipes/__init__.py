@@ -67,6 +67,10 @@ def load(name: str) -> Recipe:
         ValueError: there is none of this name.
     """
     if name not in names():
+        if "." in name or "/" in name:
+            raise ValueError(
+                f"{name} is neither a recipe nor a .toml or .json file. The recipes are {', '.join(names())}"
+            )
         hint = options.nearest(name, names())
         raise ValueError(f"unknown recipe {name!r}: {hint}The recipes are {', '.join(names())}")
     file = resources.files(__name__) / f"{name}.toml"
