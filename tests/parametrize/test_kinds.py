@@ -270,3 +270,17 @@ def test_xlnet() -> None:
     mult = multipliers(el.param_groups(build(64), lr=1e-3, base=build(32)))
     assert mult["transformer.layer.0.rel_attn.q"] == 1 / 2
     assert mult["transformer.layer.0.rel_attn.r_w_bias"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_parameters_without_entries(optimizer: str) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_tokens = nn.Parameter(torch.empty(1, 0, 32))
+            self.empty, self.layer = nn.Linear(0, 8), nn.Linear(32, 8)
+
+    groups = el.param_groups(Tokens(), 1e-3, base=None, optimizer=optimizer)
+    names = {name: group["lr_mult"] for group in groups for name in group["param_names"]}
+    assert names == dict.fromkeys(["register_tokens", "empty.weight", "empty.bias", "layer.weight", "layer.bias"], 1.0)

@@ -241,7 +241,7 @@ VISION_KINDS = [
     hf("SegFormer", "SegformerForImageClassification", "vision", labelled_image, "SegformerModel",
        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], num_attention_heads=[1, 2],
        patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], decoder_hidden_size=32),
-    hf("DINOv3", "DINOv3ViTModel", "vision", image, **VISION, num_register_tokens=2),
+    hf("DINOv3", "DINOv3ViTModel", "vision", image, **VISION),
     hf("Hiera", "HieraForImageClassification", "vision", labelled_image, "HieraModel", embed_dim=16,
        image_size=[16, 16], patch_size=[3, 3], patch_stride=[2, 2], patch_padding=[1, 1], mlp_ratio=2.0, depths=[1, 1],
        num_heads=[1, 2], embed_dim_multiplier=2.0, num_query_pool=1, query_stride=[2, 2], masked_unit_size=[4, 4],

@@ -158,6 +158,8 @@ def _warn_of_tied(found: Sequence[Parameter], shapes: Shapes) -> None:
 
 def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) -> float:
     """The learning rate of a parameter over that of the base model."""
+    if not p.scalar and 0 in (*p.shape, *shapes[p.key]):  # DINOv3 has no register tokens by default
+        return 1.0
     if p.matrix is None:
         growth = 1.0 if p.scalar else math.prod(p.shape) / math.prod(shapes[p.key])
         return growth if rule == "sgd" else 1.0
