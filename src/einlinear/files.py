@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is never seen half written.
@@ -199,6 +197,8 @@ def alone(path: Path, otherwise: str) -> Iterator[None]:
     Raises:
         BlockingIOError: another process holds it; `otherwise` is the message.
     """
+    from filelock import FileLock, Timeout  # which takes a tenth of a second to import
+
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import pytest
 
 from einlinear.files import check_private
@@ -294,7 +295,7 @@ def test_without_locks_it_is_compiled_beside(
     (cache / "kernels").mkdir(mode=0o700, parents=True)
     left = cache / "kernels" / f"{kernels._scratch()}x"
     left.mkdir()
-    monkeypatch.setattr(kernels.FileLock, "acquire", unsupported)
+    monkeypatch.setattr(filelock.FileLock, "acquire", unsupported)
     assert isinstance(kernels.load(), kernels.Library)
     assert left.exists(), "it may be at work"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -22,7 +22,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from einlinear.files import check_private, make_private, rename, sha256_of
 
@@ -138,6 +137,8 @@ def _digest_of(path: Path) -> str:
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
     """Whether other processes are kept out: some file systems cannot lock, and one that hangs is not waited for."""
+    from filelock import FileLock  # which takes a tenth of a second to import
+
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=_PATIENCE)
