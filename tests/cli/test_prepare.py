@@ -49,7 +49,7 @@ OWN = {
     "latin.txt": prose(300).encode() + b"\xe9\n",
     "binary.bin": bytes(range(256)) * 50,
     "notepad.txt": (prose(300) + "漢字").encode("utf-16"),
-    "packed.txt.gz": gzip.compress((prose(300) + "🙂").encode()),
+    "packed.txt.gz": gzip.compress((prose(300) + "🙂").encode(), mtime=0),
 }
 
 

@@ -199,6 +199,11 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
+def a_link_to_a_folder(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent.parent)
+
+
 def a_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -208,7 +213,9 @@ def others_write_the_file(path: Path) -> None:
     path.chmod(0o777)
 
 
-@pytest.mark.parametrize("damage", [truncated, empty, altered, a_pipe, a_folder, others_write_the_file])
+@pytest.mark.parametrize(
+    "damage", [truncated, empty, altered, a_pipe, a_folder, a_link_to_a_folder, others_write_the_file]
+)
 def test_a_damaged_file_is_compiled_anew(damage: Callable[[Path], None], cache: Path) -> None:
     path = kernels.build(NATIVE)
     damage(path)

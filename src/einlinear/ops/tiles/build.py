@@ -158,7 +158,7 @@ def _clean(folder: Path, key: str, alone: bool) -> None:
     """
     for path in folder.glob(f"tiles-{key}-*.so"):
         if not _is_intact(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     for left in (*folder.glob(f"{_SCRATCH}*"), *folder.glob("tmp*")):
         is_ours = left.name.startswith(_scratch())
         with suppress(OSError):
