@@ -19,7 +19,7 @@ test: $(INSTALLED) ## lint, type check and run the tests, on up to four cores
 quick: $(INSTALLED) ## the tests of the layers that are quick, in two minutes
 	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --quiet -m "not slow" \
-		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/conversion tests/parametrize
+		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/conversion tests/mup
 
 zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/models.md (minutes)
 	@$(BIN)/python -m tests.zoo --write
@@ -52,6 +52,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[experiments,dev]'
+		--constraint constraints.txt --editable '.[lab,pretrained,dev]'
 	@$(BIN)/python -m compileall -qq --workers 0 $(VENV) || true
 	@touch $@

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import einlinear as el
-from einlinear.data.text.english import read_english
+from einlinear_lab.data.text.english import read_english
 
 FAMILIES = {
     "low_rank": ["low_rank"],
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument(
         "--calibrated", type=int, default=2048, help="sentences; with another number, name another --out"
     )
-    parser.add_argument("--steps", type=int, default=240, help="of healing each, 32 sentences a step")
+    parser.add_argument("--steps", type=int, default=240, help="of distillation each, 32 sentences a step")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th, for n processes beside each other")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
@@ -116,8 +116,8 @@ def main() -> None:
         row: dict[str, Any] = {"budget": budget, "structures": name, "how": how}
         row |= {"kept": report.params / report.params_before, "seconds": time.monotonic() - start}
         row["before"] = agreement(right, embeddings(model, tested))
-        healing = el.heal(model, original, trained, steps=arguments.steps, match="encoder.layer.?")
-        row |= {"after": agreement(right, embeddings(model, tested)), "healing_seconds": healing.seconds}
+        distillation = el.distill(model, original, trained, steps=arguments.steps, match="encoder.layer.?")
+        row |= {"after": agreement(right, embeddings(model, tested)), "distillation_seconds": distillation.seconds}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(table([row]).splitlines()[-1], flush=True)
@@ -131,13 +131,15 @@ def results(path: Path) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """In Markdown."""
     lines = [
-        "| kept | structures | | cosine | neighbours | cosine, healed | neighbours, healed | seconds | healing |",
+        "| kept | structures | | cosine | neighbours | cosine, distilled | neighbours, distilled | s | distillation |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(rows, key=lambda row: (-row["budget"], [*FAMILIES].index(row["structures"]), row["how"])):
         numbers = [row[when][what] for when in ("before", "after") for what in ("cosine", "neighbours")]
         cells = [f"{row['kept']:.0%}", row["structures"], row["how"], *(f"{number:.3f}" for number in numbers)]
-        lines.append(" | ".join(["", *cells, f"{row['seconds']:.0f}", f"{row['healing_seconds']:.0f}", ""]).strip())
+        lines.append(
+            " | ".join(["", *cells, f"{row['seconds']:.0f}", f"{row['distillation_seconds']:.0f}", ""]).strip()
+        )
     return "\n".join(lines)
 
 

@@ -20,8 +20,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 import einlinear as el
 from einlinear.compression.candidates import members
 from einlinear.compression.select import select
-from einlinear.compression.speed import speeds
-from einlinear.nn.known import features
+from einlinear.nn.foreign import features
+from einlinear_lab.pretrained.speed import speeds
 
 FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")
 BUDGETS = (0.7, 0.5, 0.3)

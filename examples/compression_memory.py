@@ -64,7 +64,7 @@ def main() -> None:
     other = copy.deepcopy(model)
     for name, run in (
         ("`el.compress`", lambda: el.compress(other, 0.6, ["low_rank"], batches)),
-        ("`el.heal`", lambda: el.heal(smaller, model, batches, steps=2)),
+        ("`el.distill`", lambda: el.distill(smaller, model, batches, steps=2)),
     ):
         found = peak(run)
         print(f"| {name} | {found:.0f} | {found / forward:.2f} |")

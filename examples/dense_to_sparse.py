@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 import einlinear as el
-from einlinear import training
-from einlinear.experiments.runs.execute import initialised
-from einlinear.experiments.runs.run import Run
-from einlinear.nn import ReferenceModel
+from einlinear_lab import training
+from einlinear_lab.models import ReferenceModel
+from einlinear_lab.runs.execute import initialised
+from einlinear_lab.runs.run import Run
 
 Way = Callable[[], tuple[ReferenceModel, dict[str, float]]]
 

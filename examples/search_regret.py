@@ -24,17 +24,17 @@ from rich.console import Console
 from rich.progress import Progress
 from scipy.stats import t
 
-from einlinear.experiments.runs.records import METRICS
-from einlinear.experiments.runs.run import Run
-from einlinear.experiments.runs.store import Store
-from einlinear.experiments.search.matching import at
-from einlinear.experiments.search.search import Config, Search
-from einlinear.experiments.search.space import STRUCTURE, Proposal, Theta
-from einlinear.experiments.sweeps import recipes
-from einlinear.experiments.sweeps.driver import do
-from einlinear.experiments.sweeps.workers import Workers
 from einlinear.structures.spec import parse_family
-from einlinear.training import metrics
+from einlinear_lab.runs.records import METRICS
+from einlinear_lab.runs.run import Run
+from einlinear_lab.runs.store import Store
+from einlinear_lab.search.matching import at
+from einlinear_lab.search.search import Config, Search
+from einlinear_lab.search.space import STRUCTURE, Proposal, Theta
+from einlinear_lab.sweeps import recipes
+from einlinear_lab.sweeps.driver import do
+from einlinear_lab.sweeps.workers import Workers
+from einlinear_lab.training import metrics
 
 OPTIONS = {"depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "betas": (0.9, 0.999), "lr": 3e-3}
 PAPERS = "the paper's 23"

@@ -1,6 +1,8 @@
-"""The order of the folders: what docs/architecture.md says of imports, also of those inside functions."""
+"""The order of the folders, as docs/architecture.md says: who may import whom, also inside functions."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,32 +10,49 @@ import pytest
 
 import einlinear
 
-ROOT = Path(einlinear.__file__).parent
+LIBRARY = Path(einlinear.__file__).parent
+LAB = LIBRARY.with_name("einlinear_lab")
 # "einlinear" is the library's own __init__: what it may export comes before it
-ORDER = (
+LIBRARY_ORDER = (
     "files",
-    "rows",
     "version",
     "import_hooks",
     "checkpoint",
     "structures",
     "ops",
     "nn",
-    "parametrize",
-    "huggingface",
+    "mup",
+    "integrations",
     "conversion",
     "compression",
-    "bench",
+    "einlinear",
+)
+LAB_ORDER = (
+    "models",
     "data",
     "training",
-    "experiments",
-    "einlinear",
+    "pretrained",
+    "runs",
+    "sweeps",
+    "search",
+    "scaling",
+    "findings",
+    "report",
+    "bench",
     "cli",
 )
+# folders that a later one does not need all the same
+LAB_APART = {
+    "pretrained": {"models", "training"},
+    "scaling": {"sweeps", "search"},
+    "findings": {"sweeps", "search"},
+    "report": {"sweeps", "search"},
+    "bench": {"models", "data", "training", "pretrained", "runs", "sweeps", "search", "scaling", "findings", "report"},
+}
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The modules that a file imports from this library."""
+    """The modules that a file imports."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -42,39 +61,69 @@ def imported(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("folder", ORDER)
-def test_a_folder_imports_only_from_those_above_it(folder: str) -> None:
-    own = "__init__" if folder == "einlinear" else folder
-    files = [*ROOT.glob(f"{own}.py"), *(ROOT / folder).rglob("*.py")]
-    above = {*ORDER[: ORDER.index(folder) + 1]}
-    if folder == "bench":
-        above -= {"parametrize", "conversion", "compression"}
-    assert files
-    for file in files:
-        parts = [name.split(".") for name in imported(file) if name.split(".")[0] == "einlinear"]
-        found = {part[1] if part[1:] and part[1] in ORDER else "einlinear" for part in parts}
-        assert found <= above, file
+def folders(file: Path, package: str, order: tuple[str, ...]) -> set[str]:
+    """The folders of a package that a file imports from; the package itself where it is none of them."""
+    parts = [name.split(".") for name in imported(file) if name.split(".")[0] == package]
+    return {part[1] if part[1:] and part[1] in order else package for part in parts}
 
 
-def test_so_do_those_of_the_experiments() -> None:
-    order = ("runs", "sweeps", "search", "findings", "report")
-    inside = ROOT / "experiments"
-    assert {path.parent.name for path in inside.glob("*/__init__.py")} == {*order}
-    for i, folder in enumerate(order):
-        for file in (inside / folder).rglob("*.py"):
-            parts = [name.split(".") for name in imported(file) if name.startswith("einlinear.experiments")]
-            assert {part[2] for part in parts} <= {*order[: i + 1]} - ({"sweeps", "search"} if i > 2 else set()), file
+def sources(root: Path, folder: str) -> list[Path]:
+    files = [*root.glob(f"{folder}.py"), *(root / folder).rglob("*.py")]
+    assert files, folder
+    return files
+
+
+def test_the_library_never_imports_the_lab() -> None:
+    for file in LIBRARY.rglob("*"):
+        if file.suffix in (".py", ".cpp", ".h", ".json"):
+            assert "einlinear_lab" not in file.read_text(encoding="utf-8"), file
+    code = "import einlinear, sys; assert not any(name.startswith('einlinear_lab') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("folder", LIBRARY_ORDER)
+def test_a_folder_of_the_library_imports_only_from_those_above_it(folder: str) -> None:
+    above = {*LIBRARY_ORDER[: LIBRARY_ORDER.index(folder) + 1]}
+    for file in sources(LIBRARY, "__init__" if folder == "einlinear" else folder):
+        assert folders(file, "einlinear", LIBRARY_ORDER) <= above, file
+
+
+@pytest.mark.parametrize("folder", LAB_ORDER)
+def test_a_folder_of_the_lab_imports_only_from_those_above_it(folder: str) -> None:
+    above = {*LAB_ORDER[: LAB_ORDER.index(folder) + 1]} - LAB_APART.get(folder, set())
+    for file in sources(LAB, folder):
+        assert folders(file, "einlinear_lab", LAB_ORDER) <= above, file
 
 
 def test_images_and_text_know_nothing_of_each_other() -> None:
     for folder, other in (("images", "text"), ("text", "images")):
-        files = list((ROOT / "data" / folder).rglob("*.py"))
-        assert files
-        for file in files:
-            assert not any(name.startswith(f"einlinear.data.{other}.") for name in imported(file)), file
+        for file in sources(LAB / "data", folder):
+            assert not any(name.startswith(f"einlinear_lab.data.{other}.") for name in imported(file)), file
 
 
-def test_every_folder_has_its_place() -> None:
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    files = {path.stem for path in ROOT.glob("*.py")} - {"__init__", "__main__"}
-    assert folders | files == {*ORDER} - {"einlinear"}
+@pytest.mark.parametrize(("root", "order"), [(LIBRARY, LIBRARY_ORDER), (LAB, LAB_ORDER)])
+def test_every_folder_has_its_place(root: Path, order: tuple[str, ...]) -> None:
+    inside = {path.parent.name for path in root.glob("*/__init__.py")}
+    files = {path.stem for path in root.glob("*.py")} - {"__init__", "__main__"}
+    assert inside | files == {*order} - {"einlinear"}
+
+
+def test_no_two_modules_of_the_library_share_a_name() -> None:
+    names = [path.stem for path in LIBRARY.rglob("*.py") if path.stem != "__init__"]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("root", [LIBRARY, LAB])
+def test_no_module_is_named_like_a_function_it_defines(root: Path) -> None:
+    for path in root.rglob("*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert path.stem not in {node.name for node in body if isinstance(node, ast.FunctionDef)}, path
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    names: dict[str, Path] = {}
+    for path in (*LIBRARY.rglob("*.py"), *LAB.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name not in names, f"{node.name} in {path} and in {names[node.name]}"
+                names[node.name] = path

@@ -1,6 +1,6 @@
 """What every structure must satisfy, whatever its family: one row in `tests/families.py` brings all of it.
 
-The dense matrix, made by a single einsum over the factors, is what layers, gradients, executors and counts are
+The dense matrix, made by a single einsum over the factors, is what layers, gradients, backends and counts are
 compared with; that it is the matrix the family promises is tested in `test_index_maps.py`.
 """
 
@@ -45,9 +45,9 @@ def random_factors(s: Structure, seed: int) -> list[Tensor]:
     return [torch.randn(f.shape, dtype=torch.float64, generator=generator, requires_grad=True) for f in s.factors]
 
 
-def executors(s: Structure) -> list[str]:
+def backends(s: Structure) -> list[str]:
     """Those that run float64 here."""
-    return [name for name in ops.EXECUTORS if ops.unsupported(name, s, torch.float64, "cpu") is None]
+    return [name for name in ops.BACKENDS if ops.unsupported(name, s, torch.float64, "cpu") is None]
 
 
 def over_sizes(test: Callable[..., None]) -> Callable[..., None]:
@@ -73,8 +73,8 @@ def test_layer_and_gradients_equal_the_dense_path(spec: str, size: tuple[int, in
     expected = x @ layer.dense_weight().T + layer.bias
     grad = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, inputs, grad)
-    for executor in executors(s):
-        y = ops.linear(s, layer.factors(), x, layer.bias, executor)
+    for backend in backends(s):
+        y = ops.linear(s, layer.factors(), x, layer.bias, backend)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
         for found, wanted in zip(torch.autograd.grad(y, inputs, grad), expected_grads, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
@@ -88,7 +88,7 @@ def test_counts(spec: str, size: tuple[int, int], seed: int) -> None:
     # torch runs a product over an axis of size 1 as an elementwise multiplication, which it does not count by itself
     count_products = {torch.ops.aten.mul: lambda *shapes, out_shape, **kwargs: 2 * math.prod(out_shape)}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=count_products) as counter:
-        ops.linear(s, factors, torch.randn(3, s.in_features, dtype=torch.float64), executor="reference")
+        ops.linear(s, factors, torch.randn(3, s.in_features, dtype=torch.float64), backend="reference")
     assert counter.get_total_flops() == 2 * 3 * s.macs
 
 
@@ -108,10 +108,10 @@ def test_gradcheck(s: Structure) -> None:
     factors = random_factors(s, 0)
     x = torch.randn(2, s.in_features, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(s.out_features, dtype=torch.float64, requires_grad=True)
-    for executor in executors(s):
+    for backend in backends(s):
 
-        def f(x: Tensor, bias: Tensor, *factors: Tensor, executor: str = executor) -> Tensor:
-            return ops.linear(s, factors, x, bias, executor)
+        def f(x: Tensor, bias: Tensor, *factors: Tensor, backend: str = backend) -> Tensor:
+            return ops.linear(s, factors, x, bias, backend)
 
         assert torch.autograd.gradcheck(f, (x, bias, *factors))
         assert torch.autograd.gradgradcheck(f, (x, bias, *factors), fast_mode=True)

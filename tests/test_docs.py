@@ -21,11 +21,11 @@ import typer
 from torch.distributed.tensor import DTensor
 
 import einlinear as el
-from einlinear.nn import ResidualMLP
 from einlinear.structures import FAMILIES
-from einlinear_cli import app
-from tests.data.samples import needs
+from einlinear_lab.cli.app import app
+from einlinear_lab.models import ResidualMLP
 from tests.families import SAMPLES
+from tests.lab.data.samples import needs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/benchmarks/*.md")]
@@ -103,7 +103,7 @@ def test_compression() -> None:
     (example,) = blocks("docs/compression.md")
     exec(compile(example, "docs/compression.md", "exec"), names)
     assert names["report"].params <= 0.5 * names["report"].params_before
-    assert names["healing"].losses[-1] < names["healing"].losses[0]
+    assert names["distillation"].losses[-1] < names["distillation"].losses[0]
 
 
 @needs("peft")

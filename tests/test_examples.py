@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import run
-from tests.data.samples import needs, prose
+from tests.lab.cli.command import run
+from tests.lab.data.samples import needs, prose
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,11 @@ def test_compression_memory() -> None:
     command = [sys.executable, str(ROOT / "examples" / "compression_memory.py"), "--vocabulary", "5000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ \|$", out, re.M) == ["forward pass", "`el.compress`", "`el.heal`"]
+    assert re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ \|$", out, re.M) == [
+        "forward pass",
+        "`el.compress`",
+        "`el.distill`",
+    ]
 
 
 @needs("transformers")

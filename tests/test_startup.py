@@ -26,7 +26,7 @@ def test_import_takes_little_longer_than_that_of_torch() -> None:
     assert helps < 0.3 * torchs
 
 
-HELP = "import sys, einlinear_cli; sys.argv = ['einlinear', '--help']; einlinear_cli.main()"
+HELP = "import sys, einlinear_lab.cli.app; sys.argv = ['einlinear', '--help']; einlinear_lab.cli.app.main()"
 
 
 def test_import_leaves_out_what_is_seldom_used() -> None:

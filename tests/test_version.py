@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from einlinear import version
-from einlinear.experiments.runs.records import _DECISIVE
+from einlinear_lab.runs.records import _DECISIVE
 
 
 def test_the_digest_is_of_all_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above all of the costs, by which an executor is chosen."""
-    shutil.copytree(version._ROOT / "ops", tmp_path / "ops")
+    """Above all of the costs, by which an backend is chosen."""
+    shutil.copytree(version._ROOT / "einlinear" / "ops", tmp_path / "ops")
     monkeypatch.setattr(version, "_ROOT", tmp_path)
     digest = version.code_digest.__wrapped__  # anew at every call
     seen = [digest("ops")]
-    for name in ("costs.json", "tiles.cpp", "plan.py"):
+    for name in ("costs.json", "kernel.cpp", "plan.py"):
         with (tmp_path / "ops" / name).open("a") as file:
             file.write("\n")
         seen.append(digest("ops"))

@@ -1,12 +1,12 @@
 """Structured linear layers for PyTorch: any einsum as a drop-in `nn.Linear`, with the learning rates it needs."""
 
-from einlinear.compression import compress, heal
+from einlinear.compression import compress, distill
 from einlinear.conversion import convert, densify
-from einlinear.huggingface.registration import register as _register
+from einlinear.integrations.transformers.registration import register as _register
+from einlinear.mup import base_shapes, coord_check, init_, param_groups
 from einlinear.nn import Linear, MoELinear, moe_loads, moe_loss
-from einlinear.nn.explain import explain
+from einlinear.nn.explanation import explain
 from einlinear.ops import backend
-from einlinear.parametrize import base_shapes, coord_check, init_, param_groups
 from einlinear.structures import Structure, register_family, structure
 from einlinear.version import __version__
 
@@ -21,8 +21,8 @@ __all__ = [
     "convert",
     "coord_check",
     "densify",
+    "distill",
     "explain",
-    "heal",
     "init_",
     "moe_loads",
     "moe_loss",

@@ -1,7 +1,8 @@
-"""`python -m einlinear`."""
+"""`python -m einlinear`: the installed command `einlinear`."""
 
 import os
 import sys
+from importlib.metadata import entry_points
 
 # Python puts the current folder first. Nothing is imported from there, as with the command `einlinear`, unless it is
 # where this library lies.
@@ -9,6 +10,5 @@ _HERE, _LIBRARY = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(_
 if not getattr(sys.flags, "safe_path", False) and sys.path[0] == _HERE != _LIBRARY:
     del sys.path[0]
 
-from einlinear_cli import main  # noqa: E402
-
-main()
+(_command,) = {*entry_points(group="console_scripts", name="einlinear")}
+_command.load()()

@@ -9,13 +9,13 @@ from pathlib import Path
 
 __version__ = version("einlinear")
 
-_ROOT = Path(__file__).parent
-_SOURCES = (".py", ".cpp", ".h", ".json")  # costs.json chooses the executor
+_ROOT = Path(__file__).parents[1]
+_SOURCES = (".py", ".cpp", ".h", ".json")  # costs.json chooses the backend
 
 
 @cache  # what this process runs, whatever becomes of the files
 def code_digest(*folders: str) -> str:
-    """A digest of the sources in these folders of the library, such as "ops" and "experiments/runs".
+    """A digest of the sources in these folders of the packages installed here, such as "einlinear/ops".
 
     Returns:
         Eight hexadecimal digits. They are others when a source is changed, renamed, added or removed.

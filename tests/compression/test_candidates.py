@@ -13,7 +13,7 @@ from torch import nn
 from einlinear import ops
 from einlinear.compression import compress
 from einlinear.compression.candidates import CONSIDERED, Spectrum, estimated, members, probed
-from einlinear.compression.effects import Outputs
+from einlinear.compression.sensitivity import Outputs
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48)])

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.bench.memory import peak_bytes
 from einlinear.compression.divergence import divergence, mean_divergence
-from einlinear.compression.effects import Outputs
-from einlinear.compression.running import readout
+from einlinear.compression.sensitivity import Outputs
+from einlinear_lab.bench.memory import peak_bytes
+from einlinear_lab.pretrained.running import readout
 
 VOCABULARY = 16_000
 BATCHES = [
@@ -52,7 +52,7 @@ def test_distillation_holds_the_logits_once() -> None:
     smaller.requires_grad_(False)
     smaller.model.layers[0].requires_grad_(True)  # the optimiser takes no memory for embeddings
     before = forward_peak(model)
-    assert peak_bytes(lambda: el.heal(smaller, model, BATCHES, steps=1), "cpu") <= 1.5 * before
+    assert peak_bytes(lambda: el.distill(smaller, model, BATCHES, steps=1), "cpu") <= 1.5 * before
 
 
 class Language(nn.Module):
@@ -109,7 +109,7 @@ def test_distillation_minimises_the_exact_divergence(scale: float | None, dtype:
     with torch.no_grad():
         other.first.weight += 0.3
     expected = exact(model, copy.deepcopy(other), batch)
-    steps = el.heal(copy.deepcopy(other), model, [batch], steps=3, lr=1e-2, warmup=0.0)
+    steps = el.distill(copy.deepcopy(other), model, [batch], steps=3, lr=1e-2, warmup=0.0)
     assert steps.losses[0] == pytest.approx(float(expected.detach()), rel=1e-3 if dtype == torch.float32 else 0.03)
     assert steps.losses[-1] < steps.losses[0]
 

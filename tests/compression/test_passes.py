@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.compression.passes import Passes
-from einlinear.compression.running import inputs_of
+from einlinear_lab.pretrained.running import inputs_of
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Which executor runs, what it says of itself, and that a user can force another one."""
+"""Which backend runs, what it says of itself, and that a user can force another one."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import dispatch, executors, reference
-from einlinear.ops.bmm import executor as bmm
+from einlinear.ops import backends, dispatch, reference
+from einlinear.ops.batched import batched_backend as bmm
 
 
 def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = el.Linear(1024, 1024, "btt"), torch.randn(3, 5, 1024)
     choice = el.explain(layer, x)
-    assert choice.executor in ops.EXECUTORS
+    assert choice.backend in ops.BACKENDS
     assert "a training step of 16 tokens" in choice.reason
     with torch.no_grad():
         assert "a forward pass of 16 tokens" in el.explain(layer, x).reason
     assert dict(choice.refusals)["triton"]
     ran = []
-    executor = executors.find(choice.executor)
-    forward = executor.forward
-    monkeypatch.setattr(executor, "forward", lambda *args, **kw: (ran.append(1), forward(*args, **kw))[1])
+    backend = backends.find(choice.backend)
+    forward = backend.forward
+    monkeypatch.setattr(backend, "forward", lambda *args, **kw: (ran.append(1), forward(*args, **kw))[1])
     layer(x)
     assert ran == [1]
 
@@ -37,7 +37,7 @@ def test_on_a_gpu_what_was_never_measured_there_is_not_chosen(monkeypatch: pytes
     monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
     dispatch.forget()
     choice = ops.choose(el.structure("btt", 64, 64), 2048, torch.bfloat16, torch.device("cuda"))
-    assert choice.executor == "bmm"
+    assert choice.backend == "batched"
     assert "einlinear.backend('triton')" in dict(choice.refusals)["triton"]
     dispatch.forget()
 
@@ -53,13 +53,13 @@ def test_backend_forces_and_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     apply, forward = reference.apply, bmm.forward
     monkeypatch.setattr(reference, "apply", lambda *args: (calls.append("reference"), apply(*args))[1])
-    monkeypatch.setattr(bmm, "forward", lambda *args, **kw: (calls.append("bmm"), forward(*args, **kw))[1])
-    with el.backend("bmm"):
+    monkeypatch.setattr(bmm, "forward", lambda *args, **kw: (calls.append("batched"), forward(*args, **kw))[1])
+    with el.backend("batched"):
         with el.backend("reference"):
             layer(x)
         layer(x)
         assert el.explain(layer, x).reason == "forced by einlinear.backend"
-    assert calls == ["reference", "bmm"]
+    assert calls == ["reference", "batched"]
     assert el.explain(layer, x) == before
 
 
@@ -74,31 +74,31 @@ def test_training_takes_no_more_memory_than_dense() -> None:
 
 def test_backends_nest() -> None:
     layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
-    with el.backend("bmm"):
+    with el.backend("batched"):
         with el.backend(recompute=True):
-            assert el.explain(layer, x).executor == "bmm"
-            assert dispatch.recomputes("bmm", layer.structure)
-        assert not dispatch.recomputes("bmm", layer.structure)
+            assert el.explain(layer, x).backend == "batched"
+            assert dispatch.recomputes("batched", layer.structure)
+        assert not dispatch.recomputes("batched", layer.structure)
 
 
 LAYER, X = el.Linear(64, 64, "btt"), torch.randn(3, 64)
 
 
 def forced() -> str | None:
-    """The executor that a layer uses, if it is forced."""
+    """The backend that a layer uses, if it is forced."""
     choice = el.explain(LAYER, X)
-    return choice.executor if "forced" in choice.reason else None
+    return choice.backend if "forced" in choice.reason else None
 
 
 def test_backends_of_threads_that_overlap() -> None:
     """The first to begin is the first to end, so that neither ends within the other."""
     steps = [Barrier(2, timeout=10) for _ in range(4)]
 
-    def run(executor: str, first: bool) -> list[str | None]:
+    def run(backend: str, first: bool) -> list[str | None]:
         seen = [forced()]
         if not first:
             steps[0].wait()
-        with el.backend(executor):
+        with el.backend(backend):
             if first:
                 steps[0].wait()
             steps[1].wait()
@@ -113,49 +113,51 @@ def test_backends_of_threads_that_overlap() -> None:
         return [*seen, forced()]
 
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.submit(run, "bmm", True), pool.submit(run, "reference", False)
-        assert one.result() == [None, "bmm", None, None]
+        one, other = pool.submit(run, "batched", True), pool.submit(run, "reference", False)
+        assert one.result() == [None, "batched", None, None]
         assert other.result() == [None, "reference", "reference", None, None]
     assert forced() is None
 
 
 def test_threads_begin_with_nothing_forced() -> None:
-    with ThreadPoolExecutor(1) as pool, el.backend("bmm"):
+    with ThreadPoolExecutor(1) as pool, el.backend("batched"):
         assert pool.submit(forced).result() is None
-        assert pool.submit(contextvars.copy_context().run, forced).result() == "bmm"
-        assert forced() == "bmm"
+        assert pool.submit(contextvars.copy_context().run, forced).result() == "batched"
+        assert forced() == "batched"
 
 
 def test_backends_of_tasks_that_overlap() -> None:
-    async def run(executor: str, pauses: tuple[int, int]) -> list[str | None]:
+    async def run(backend: str, pauses: tuple[int, int]) -> list[str | None]:
         for _ in range(pauses[0]):
             await asyncio.sleep(0)
-        with el.backend(executor):
+        with el.backend(backend):
             for _ in range(pauses[1]):
                 await asyncio.sleep(0)
-                assert forced() == executor
+                assert forced() == backend
         return [forced()]
 
     async def main() -> None:
-        with el.backend("bmm"):
+        with el.backend("batched"):
             child = asyncio.create_task(run("reference", (1, 3)))
-        others = [asyncio.create_task(run(name, pauses)) for name, pauses in (("bmm", (0, 2)), ("reference", (1, 3)))]
+        others = [
+            asyncio.create_task(run(name, pauses)) for name, pauses in (("batched", (0, 2)), ("reference", (1, 3)))
+        ]
         assert await asyncio.gather(*others) == [[None], [None]]
-        assert await child == ["bmm"]  # what was forced where it was made
+        assert await child == ["batched"]  # what was forced where it was made
         assert forced() is None
 
     asyncio.run(main())
 
 
 def test_backend_as_a_decorator() -> None:
-    @el.backend("bmm")
+    @el.backend("batched")
     def run(depth: int) -> list[str | None]:
         return [forced(), *run(depth - 1), forced()] if depth else [forced()]
 
     for _ in range(2):
-        assert run(2) == ["bmm"] * 5
+        assert run(2) == ["batched"] * 5
         assert forced() is None
-    with pytest.raises(ZeroDivisionError), el.backend("bmm"):
+    with pytest.raises(ZeroDivisionError), el.backend("batched"):
         raise ZeroDivisionError
     assert forced() is None
 
@@ -164,7 +166,7 @@ def test_a_backward_pass_uses_the_executor_of_its_forward_pass(monkeypatch: pyte
     ran = []
     backward = bmm.backward
     monkeypatch.setattr(bmm, "backward", lambda *args: (ran.append(1), backward(*args))[1])
-    with el.backend("bmm"):
+    with el.backend("batched"):
         y = LAYER(X)
     with ThreadPoolExecutor(1) as pool, el.backend("reference"):
         pool.submit(y.sum().backward).result()
@@ -184,7 +186,7 @@ def test_recompute_saves_nothing() -> None:
     def saved(recompute: bool) -> int:
         sizes = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t)
-        with el.backend("bmm", recompute=recompute), hooks:
+        with el.backend("batched", recompute=recompute), hooks:
             layer(x)
         return sum(sizes)
 
@@ -198,7 +200,7 @@ def test_states_are_saved_where_it_costs_more_to_compute_them_again(spec: str, e
     layer, x = el.Linear(512, 512, spec), torch.randn(32, 512)
     sizes = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t)
-    with el.backend("tiles"), hooks:
+    with el.backend("cpu"), hooks:
         layer(x)
     assert sum(sizes) == x.numel() + sum(p.numel() for p in layer.parameters()) + extra
 
@@ -206,12 +208,12 @@ def test_states_are_saved_where_it_costs_more_to_compute_them_again(spec: str, e
 def test_mistakes() -> None:
     layer, x = el.Linear(16, 24, "btt"), torch.randn(2, 16)
     known = "choose reference, bmm, tiles or triton"
-    with pytest.raises(ValueError, match=f"unknown executor 'fast': {known}"):
-        ops.linear(layer.structure, layer.factors(), x, executor="fast")
-    with pytest.raises(ValueError, match=f"unknown executor 'fast': {known}"), el.backend("fast"):
+    with pytest.raises(ValueError, match=f"unknown backend 'fast': {known}"):
+        ops.linear(layer.structure, layer.factors(), x, backend="fast")
+    with pytest.raises(ValueError, match=f"unknown backend 'fast': {known}"), el.backend("fast"):
         pass
-    with pytest.raises(RuntimeError, match="'tiles' cannot run this: it computes in float32 and float64"):
-        ops.linear(layer.structure, [f.half() for f in layer.factors()], x.half(), executor="tiles")
+    with pytest.raises(RuntimeError, match="'cpu' cannot run this: it computes in float32 and float64"):
+        ops.linear(layer.structure, [f.half() for f in layer.factors()], x.half(), backend="cpu")
     with pytest.raises(RuntimeError, match="not on cpu"), el.backend("triton"):
         layer(x)
     with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not ReLU"):
@@ -244,10 +246,10 @@ def test_generators_that_force_a_backend_end_in_any_order() -> None:
         with el.backend(name):
             yield
 
-    first, second = generator("bmm"), generator("reference")
+    first, second = generator("batched"), generator("reference")
     next(first)
     next(second)
     first.close()
-    assert dispatch.forced().executor == "reference"
+    assert dispatch.forced().backend == "reference"
     second.close()
-    assert dispatch.forced().executor is None
+    assert dispatch.forced().backend is None

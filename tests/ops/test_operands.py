@@ -1,4 +1,4 @@
-"""The check before every product: operands that do not fit are refused by every executor at every entry point.
+"""The check before every product: operands that do not fit are refused by every backend at every entry point.
 
 Where the check is missing, some of these tests end in a segmentation fault.
 """
@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import executors
+from einlinear.ops import backends
 from einlinear.structures import Structure
 
 CPU = torch.device("cpu")
 RUNNING = [
-    name for name in ops.EXECUTORS if ops.unsupported(name, el.structure("dense", 2, 2), torch.float32, CPU) is None
+    name for name in ops.BACKENDS if ops.unsupported(name, el.structure("dense", 2, 2), torch.float32, CPU) is None
 ]
 OPERATORS = [name for name in RUNNING if name != "reference"]
 
@@ -37,7 +37,7 @@ class Product:
         self.grad: Any = torch.randn(n, 60, dtype=dtype)
 
     def forward(self) -> Iterator[Callable[[], Tensor]]:
-        """The output, by every executor and entry point, with gradients and without."""
+        """The output, by every backend and entry point, with gradients and without."""
         leaves = [t.requires_grad_() if _can_train(t) else t for t in self.factors]
         for name in RUNNING:
             yield lambda name=name: ops.linear(self.structure, leaves, self.x, self.bias, name)
@@ -45,7 +45,7 @@ class Product:
         for name in OPERATORS:
             arguments = (self.bias, self.structure.spec, 60, name)
             yield lambda arguments=arguments: torch.ops.einlinear.linear(self.x, leaves, *arguments)
-            found = executors.find(name)
+            found = backends.find(name)
             yield lambda found=found: found.forward(self.structure, self.factors, self.x, self.bias, False)[0]
 
     def backward(self) -> Iterator[Callable[[], list[Tensor]]]:
@@ -56,7 +56,7 @@ class Product:
             yield lambda name=name: torch.ops.einlinear.linear_backward(
                 self.grad, self.x, plain, self.structure.spec, name, True, wanted
             )
-            found = executors.find(name)
+            found = backends.find(name)
             yield lambda found=found: _flat(found.backward(self.structure, plain, self.x, self.grad, [], True, wanted))
 
 
@@ -162,7 +162,7 @@ def test_an_input_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
     product = Product()
     product.x = replace(product.x)
-    # an executor that is named says first what it cannot do, an operator that no structure has such a size
+    # an backend that is named says first what it cannot do, an operator that no structure has such a size
     refuse(product.forward(), (error, ValueError), f"{message}|cannot run this|in_features")
     refuse(product.backward(), (error, ValueError), f"{message}|cannot run this|in_features")
     layer = el.Linear(48, 60, "btt(rank=2)")
@@ -248,8 +248,8 @@ def test_memory_that_is_released_between_forward_and_backward() -> None:
             y.sum().backward()
 
 
-@pytest.mark.parametrize("executor", OPERATORS)
-def test_intermediates_that_come_back_as_something_else(executor: str) -> None:
+@pytest.mark.parametrize("backend", OPERATORS)
+def test_intermediates_that_come_back_as_something_else(backend: str) -> None:
     """From the hooks with which activations are compressed, or moved to another device."""
     layer, x = el.Linear(512, 512, "low_rank(rank=32)"), torch.randn(40, 512, requires_grad=True)
 
@@ -257,7 +257,7 @@ def test_intermediates_that_come_back_as_something_else(executor: str) -> None:
         hooks = torch.autograd.graph.saved_tensors_hooks(
             lambda t: t, lambda t: t if isinstance(t, nn.Parameter) or t.shape == x.shape else unpack(t)
         )
-        with el.backend(executor, recompute=False), hooks:
+        with el.backend(backend, recompute=False), hooks:
             y = layer(x)
         return torch.autograd.grad(y.square().sum(), layer.B)[0]
 
@@ -337,10 +337,10 @@ def test_every_executor_is_behind_the_check() -> None:
     """Also those that cannot run here."""
     product = Product()
     product.factors[1] = product.factors[1][:1]
-    for name in ops.EXECUTORS:
+    for name in ops.BACKENDS:
         if name == "reference":
             with pytest.raises(ValueError, match="'reference' runs in plain operators"):
-                executors.find(name)
+                backends.find(name)
             continue
         for way in (
             lambda found: found.forward(product.structure, product.factors, product.x, None, False),
@@ -349,16 +349,16 @@ def test_every_executor_is_behind_the_check() -> None:
             ),
         ):
             with pytest.raises(RuntimeError, match="factor B has shape"):
-                way(executors.find(name))
+                way(backends.find(name))
 
 
 def test_operators_of_executors_that_cannot_run() -> None:
     product = Product()
     arguments = (product.x.bfloat16(), [f.bfloat16() for f in product.factors], None, product.structure.spec, 60)
-    if "tiles" in RUNNING:
-        with pytest.raises(RuntimeError, match="'tiles' cannot run this: it computes in float32 and float64"):
-            torch.ops.einlinear.linear(*arguments, "tiles")
-    with pytest.raises(ValueError, match="unknown executor 'fast'"):
+    if "cpu" in RUNNING:
+        with pytest.raises(RuntimeError, match="'cpu' cannot run this: it computes in float32 and float64"):
+            torch.ops.einlinear.linear(*arguments, "cpu")
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
         torch.ops.einlinear.linear(*arguments, "fast")
 
 

@@ -17,8 +17,8 @@ import pytest
 from tests.families import PATTERNS, SAMPLES, structures
 from tests.random_patterns import random_structure
 
-from einlinear.ops.tiles import build
-from einlinear.ops.tiles.program import program_of
+from einlinear.ops.cpu import build
+from einlinear.ops.cpu.program import program_of
 from einlinear.structures import Structure
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops.tiles import executor as tiles
+from einlinear.ops.cpu import cpu_backend as tiles
 from einlinear.structures import Structure
 
 README = "(g a), g r a, g e r -> (g e) + (b k), d k, o b -> (o d) where g=4, r=2"
@@ -33,7 +33,7 @@ SUMS = 200
 @pytest.fixture(params=[1, 2, 3, 8])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Threads that share even the smallest call."""
-    why = ops.unsupported("tiles", el.structure("dense", 2, 2), torch.float64, "cpu")
+    why = ops.unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
     if why is not None:
         pytest.skip(why)  # where CI=true, test_tiles.py fails
     monkeypatch.setattr(tiles, "PARALLEL_MACS", 0)
@@ -130,7 +130,7 @@ def test_a_layer_whose_input_needs_no_gradient(tokens: int, threads: int) -> Non
     with el.backend("reference"):
         expected = torch.autograd.grad(layer(x).square().sum(), layer.factors())
     for _ in range(25):
-        with el.backend("tiles"):
+        with el.backend("cpu"):
             found = torch.autograd.grad(layer(x).square().sum(), layer.factors())
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Executors as citizens of torch: operators, compiler, export, transforms, counters, checkpointing."""
+"""Backends as citizens of torch: operators, compiler, export, transforms, counters, checkpointing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import executors
+from einlinear.ops import backends
 
-EXECUTORS = [
-    name for name in ops.EXECUTORS if ops.unsupported(name, el.structure("dense", 2, 2), torch.float64, "cpu") is None
+BACKENDS = [
+    name for name in ops.BACKENDS if ops.unsupported(name, el.structure("dense", 2, 2), torch.float64, "cpu") is None
 ]
 
 
@@ -46,14 +46,14 @@ class Block(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("executor", [name for name in EXECUTORS if name != "reference"])  # which is no operator
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])  # which is no operator
 @pytest.mark.parametrize("spec", ["btt(rank=2)", "dyad"])
-def test_opcheck(executor: str, spec: str) -> None:
+def test_opcheck(backend: str, spec: str) -> None:
     layer, x = el.Linear(48, 60, spec), torch.randn(5, 48, requires_grad=True)
-    arguments = (x, layer.factors(), layer.bias, layer.structure.spec, 60, executor)
+    arguments = (x, layer.factors(), layer.bias, layer.structure.spec, 60, backend)
     torch.library.opcheck(torch.ops.einlinear.linear.default, arguments)
     factors = [f.detach() for f in layer.factors()]
-    arguments = (torch.randn(5, 60), x.detach(), factors, layer.structure.spec, executor, True, [True] * len(factors))
+    arguments = (torch.randn(5, 60), x.detach(), factors, layer.structure.spec, backend, True, [True] * len(factors))
     torch.library.opcheck(torch.ops.einlinear.linear_backward.default, arguments)
 
 
@@ -76,18 +76,18 @@ def test_compile_a_transformer_block(backend: str) -> None:
 def test_backend_inside_of_a_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends the graph, so that it holds for what is in it."""
     layer, x, ran = el.Linear(256, 256, "btt"), torch.randn(300, 256), []
-    assert el.explain(layer, x).executor != "bmm"
-    bmm = executors.find("bmm")
+    assert el.explain(layer, x).backend != "batched"
+    bmm = backends.find("batched")
     forward = bmm.forward
-    monkeypatch.setattr(bmm, "forward", lambda *args, **kw: (ran.append("bmm"), forward(*args, **kw))[1])
+    monkeypatch.setattr(bmm, "forward", lambda *args, **kw: (ran.append("batched"), forward(*args, **kw))[1])
 
     @torch.compile(backend="eager")
     def run(x: Tensor) -> Any:
-        with el.backend("bmm"):
+        with el.backend("batched"):
             return layer(x)
 
     torch.testing.assert_close(run(x), layer(x), rtol=1e-4, atol=1e-5)
-    assert ran == ["bmm"]
+    assert ran == ["batched"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -110,17 +110,17 @@ def test_onnx(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_flops_are_counted(executor: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flops_are_counted(backend: str) -> None:
     layer, x = el.Linear(64, 64, "btt"), torch.randn(5, 64, requires_grad=True)
-    with el.backend(executor), FlopCounterMode(display=False) as counter:
+    with el.backend(backend), FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 2 * 5 * 3 * layer.structure.macs
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_transforms(executor: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms(backend: str) -> None:
     layer, x = el.Linear(16, 24, "btt", dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
     parameters = dict(layer.named_parameters())
 
@@ -128,7 +128,7 @@ def test_transforms(executor: str) -> None:
         out: Tensor = functional_call(layer, parameters, (x,)).square().sum()
         return out
 
-    with el.backend(executor):
+    with el.backend(backend):
         per_sample = vmap(grad(loss), (None, 0))(parameters, x)
         layer(x).square().sum().backward()
         for name, parameter in parameters.items():
@@ -138,9 +138,9 @@ def test_transforms(executor: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spec", ["btt(rank=2)", "dyad(blocks=2)", "a mixture"])
-def test_every_kind_of_derivative(executor: str, spec: str) -> None:
+def test_every_kind_of_derivative(backend: str, spec: str) -> None:
     """First and second, in reverse, forward and forward over reverse, in batches or not, against finite differences."""
     layer: Any = el.Linear(4, 4, spec, dtype=torch.float64) if spec != "a mixture" else mixture(4, 4).double()
     x = torch.randn(2, layer.in_features, dtype=torch.float64, requires_grad=True)
@@ -149,7 +149,7 @@ def test_every_kind_of_derivative(executor: str, spec: str) -> None:
     def function(x: Tensor, *parameters: Tensor) -> Any:
         return functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
-    with el.backend(executor):
+    with el.backend(backend):
         checks = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
         assert gradcheck(function, (x, *parameters), **checks)
         assert gradgradcheck(function, (x, *parameters), check_batched_grad=True, check_fwd_over_rev=True)
@@ -162,14 +162,14 @@ def mixture(in_features: int, out_features: int, spec: str = "btt") -> el.MoELin
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("executor", EXECUTORS)
-def test_forward_mode_of_a_backward_pass(executor: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_of_a_backward_pass(backend: str) -> None:
     """Also where only the backward pass knows of tangents."""
     layer, x = (
         el.Linear(16, 24, "btt", dtype=torch.float64),
         torch.randn(5, 16, dtype=torch.float64, requires_grad=True),
     )
-    with el.backend(executor):
+    with el.backend(backend):
         y = layer(x)
         cotangent, tangent = torch.randn(2, 5, 24, dtype=torch.float64)
         with forward_ad.dual_level():
@@ -187,25 +187,25 @@ def test_gradients_of_gradients_where_one_input_follows_from_another() -> None:
     structure = el.structure("low_rank(rank=3)", 6, 6)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
 
-    def gradient(executor: str) -> tuple[Tensor, Tensor]:
+    def gradient(backend: str) -> tuple[Tensor, Tensor]:
         factors = [x[:3].sin(), x[:3].T.cos()]
-        y = ops.linear(structure, factors, x, x[3].exp(), executor)
+        y = ops.linear(structure, factors, x, x[3].exp(), backend)
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return first, torch.autograd.grad(first.square().sum(), x)[0]
 
-    for executor in EXECUTORS:
-        for found, wanted in zip(gradient(executor), gradient("reference"), strict=True):
+    for backend in BACKENDS:
+        for found, wanted in zip(gradient(backend), gradient("reference"), strict=True):
             torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [lambda: el.Linear(6, 4, "btt"), lambda: mixture(6, 4)], ids=["linear", "mixture"])
-def test_jacobians(executor: str, make: Callable[[], nn.Module]) -> None:
+def test_jacobians(backend: str, make: Callable[[], nn.Module]) -> None:
     layer, x = make(), torch.randn(3, 6)
     with el.backend("reference"):
         wanted = torch.autograd.functional.jacobian(layer, x)
-    with el.backend(executor):
+    with el.backend(backend):
         found = [
             torch.autograd.functional.jacobian(layer, x),
             torch.autograd.functional.jacobian(layer, x, vectorize=True),
@@ -218,14 +218,14 @@ def test_jacobians(executor: str, make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
 @pytest.mark.parametrize("make", [lambda: el.Linear(8, 8, "btt"), lambda: mixture(8, 8)], ids=["linear", "mixture"])
-def test_nested_tensors(executor: str, layout: torch.layout, make: Callable[[], nn.Module]) -> None:
+def test_nested_tensors(backend: str, layout: torch.layout, make: Callable[[], nn.Module]) -> None:
     layer = make()
     parts = [torch.randn(n, 8, requires_grad=True) for n in (3, 1, 5)]
     x = torch.nested.as_nested_tensor(parts, layout=layout)
-    with el.backend(executor):
+    with el.backend(backend):
         y = layer(x)
         assert y.is_nested
         assert y.layout is layout
@@ -350,11 +350,11 @@ def test_inference_mode() -> None:
             assert born(x).is_inference()
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(executor: str, use_reentrant: bool) -> None:
+def test_activation_checkpointing(backend: str, use_reentrant: bool) -> None:
     layer, x = el.Linear(64, 64, "btt"), torch.randn(5, 64, requires_grad=True)
-    with el.backend(executor):
+    with el.backend(backend):
         (wanted,) = torch.autograd.grad(layer(x).square().sum(), x)
         x.grad = None
         checkpoint(layer, x, use_reentrant=use_reentrant).square().sum().backward()

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.data.samples import needs
+from tests.lab.data.samples import needs
 from torch import Tensor
 
 import einlinear as el
-from einlinear.ops.triton_kernels import executor as kernels
-from einlinear.ops.triton_kernels import launch, tile_sizes
-from einlinear.ops.triton_kernels.steps import plan
+from einlinear.ops.triton import launch, tile_sizes
+from einlinear.ops.triton import triton_backend as kernels
+from einlinear.ops.triton.steps import plan
 
 H100 = tile_sizes.Device(132, 232_448)
 

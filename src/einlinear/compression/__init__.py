@@ -14,11 +14,11 @@ journal.py      what it has found so far, on disk
 report.py       what it did
 speed.py        how fast layers and models are
 pretrained.py   models of transformers in folders, and text for them
-heal.py         `heal`: training the compressed model to do what the original does
+distill.py         `distill`: training the compressed model to do what the original does
 """
 
-from einlinear.compression.compress import compress
-from einlinear.compression.heal import Healing, heal
-from einlinear.compression.report import Compressed, CompressionReport
+from einlinear.compression.compression_report import Compressed, CompressionReport
+from einlinear.compression.distillation import Distillation, distill
+from einlinear.compression.pipeline import compress
 
-__all__ = ["Compressed", "CompressionReport", "Healing", "compress", "heal"]
+__all__ = ["Compressed", "CompressionReport", "Distillation", "compress", "distill"]

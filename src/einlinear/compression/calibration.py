@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from einlinear.compression.effects import Outputs
-from einlinear.compression.moments import Inputs, Moments
 from einlinear.compression.passes import Passes
-from einlinear.compression.running import Batch, Stage, Trace, stages_of, tokens_of, trace
-from einlinear.nn.known import features
+from einlinear.compression.second_moments import Inputs, Moments
+from einlinear.compression.sensitivity import Outputs
+from einlinear.nn.foreign import features
+from einlinear_lab.pretrained.running import Batch, Stage, Trace, stages_of, tokens_of, trace
 
 MEMORY = 2**31  # bytes of moments that are collected in one pass over the data
 

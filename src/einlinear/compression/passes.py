@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.running import Batch, Enough, call, hooked, inputs_of
+from einlinear_lab.pretrained.running import Batch, Enough, call, hooked, inputs_of
 
 
 class Passes:

@@ -17,7 +17,7 @@ from einlinear.conversion.suitable import (
     reason_to_skip,
 )
 from einlinear.conversion.usage import uncalled_layers
-from einlinear.nn.known import features, is_conv1d
+from einlinear.nn.foreign import features, is_conv1d
 from einlinear.nn.names import as_globs, check_globs
 
 _WATCHED = 2  # batches that tell which layers the model does not call

@@ -1,8 +1,8 @@
 """Whole models: swap layers, project pretrained weights, go back to dense."""
 
-from einlinear.conversion.convert import convert
+from einlinear.conversion.conversion import convert
+from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.conversion.coverage import Coverage, Unconsidered
-from einlinear.conversion.densify import densify
-from einlinear.conversion.report import Conversion, ConversionReport
+from einlinear.conversion.to_dense import densify
 
 __all__ = ["Conversion", "ConversionReport", "Coverage", "Unconsidered", "convert", "densify"]

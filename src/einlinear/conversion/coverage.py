@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einlinear.nn.known import Described, is_conv1d
+from einlinear.nn.foreign import Described, is_conv1d
 
 _NAMED = 3  # names of each kind that are printed
 _HALF = 0.5  # of the model's parameters: below it, the report warns

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from einlinear.conversion.report import Conversion, ConversionReport
-from einlinear.nn.known import features
+from einlinear.conversion.conversion_report import Conversion, ConversionReport
+from einlinear.nn.foreign import features
 
 
 def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:

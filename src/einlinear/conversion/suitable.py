@@ -12,7 +12,7 @@ from einlinear.conversion.replace import has_hooks, layers_of
 from einlinear.conversion.subclasses import difference_to_linear
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.factored import Factored
-from einlinear.nn.known import features, is_conv1d, known
+from einlinear.nn.foreign import features, is_conv1d, known
 from einlinear.structures import Structure
 
 T = TypeVar("T", bound=Factored)

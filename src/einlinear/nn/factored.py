@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einlinear.nn.known import Described, Known, Matrix
+from einlinear.nn.foreign import Described, Known, Matrix
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
-from einlinear.structures.mup import init_std
+from einlinear.structures.scales import init_std
 
 
 class Factored(Described):

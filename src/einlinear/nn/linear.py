@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.nn.factored import Factored
-from einlinear.nn.known import is_conv1d
+from einlinear.nn.foreign import is_conv1d
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.structures import Structure
 

@@ -1,4 +1,4 @@
-"""How torch sees an executor: an autograd function in eager mode, an operator where something traces or counts.
+"""How torch sees an backend: an autograd function in eager mode, an operator where something traces or counts.
 
 The operator (``torch.ops.einlinear.linear``) is what torch.compile, fake tensors, dispatch modes such as
 FlopCounterMode and selective activation checkpointing work with. The function does the same with a fifth of the
@@ -17,26 +17,26 @@ from torch import Tensor
 
 from einlinear import structures
 from einlinear.import_hooks import when_imported
-from einlinear.ops import dispatch, executors, operands, reference
+from einlinear.ops import backends, dispatch, operands, reference
 from einlinear.structures import Structure
 
 
-def run(executor: str, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x W^T + bias for x of shape (n, in_features), by an executor that is not the reference; differentiable."""
+def run(backend: str, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias for x of shape (n, in_features), by an backend that is not the reference; differentiable."""
     if dispatch.wants_gradients(x, bias, *factors):
-        y: Tensor = _Linear.apply(structure, executor, x, bias, *factors)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(structure, backend, x, bias, *factors)  # type: ignore[no-untyped-call]
         return y
-    return executors.find(executor).forward(structure, factors, x, bias, save=False)[0]
+    return backends.find(backend).forward(structure, factors, x, bias, save=False)[0]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, structure: Structure, executor: str, x: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any, structure: Structure, backend: str, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:
-        save = not dispatch.recomputes(executor, structure)
-        y, saved = executors.find(executor).forward(structure, factors, x, bias, save)
-        ctx.structure, ctx.executor, ctx.count = structure, executor, len(factors)
+        save = not dispatch.recomputes(backend, structure)
+        y, saved = backends.find(backend).forward(structure, factors, x, bias, save)
+        ctx.structure, ctx.backend, ctx.count = structure, backend, len(factors)
         ctx.shapes = [states.shape for states in saved]
         ctx.save_for_backward(x, bias, *factors, *saved)
         return y
@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
         if [states.shape for states in saved] != ctx.shapes:
             raise RuntimeError("an intermediate was unpacked in another shape than it was saved in")
         grad_bias = grad.sum(0) if needs_bias else None
-        grad_x, grad_factors = executors.find(ctx.executor).backward(
+        grad_x, grad_factors = backends.find(ctx.backend).backward(
             ctx.structure, factors, x, grad, saved, needs_x, needs_factors
         )
         return (None, None, grad_x, grad_bias, *grad_factors)
@@ -95,34 +95,34 @@ def features(x: Tensor) -> int:
 
 @torch.library.custom_op("einlinear::linear", mutates_args=())
 def linear_op(
-    x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, executor: str
+    x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, backend: str
 ) -> Tensor:
     """`run` without autograd: (n, in_features) to (n, out_features)."""
     structure = structure_of(spec, features(x), out_features)
-    executors.check_support(executor, structure, x.dtype, x.device)
-    return executors.find(executor).forward(structure, factors, x, bias, save=False)[0]
+    backends.check_support(backend, structure, x.dtype, x.device)
+    return backends.find(backend).forward(structure, factors, x, bias, save=False)[0]
 
 
 @linear_op.register_fake
-def _(x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, executor: str) -> Tensor:
+def _(x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, backend: str) -> Tensor:
     operands.check(structure_of(spec, features(x), out_features), factors, x, bias, memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.custom_op("einlinear::linear_backward", mutates_args=())
 def linear_backward_op(
-    grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, executor: str, needs_x: bool, needs_factors: list[bool]
+    grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, backend: str, needs_x: bool, needs_factors: list[bool]
 ) -> list[Tensor]:
     """The gradients that are needed, of x first, then of the factors; intermediate states are computed again."""
     structure = structure_of(spec, features(x), features(grad))
-    executors.check_support(executor, structure, x.dtype, x.device)
-    grad_x, grad_factors = executors.find(executor).backward(structure, factors, x, grad, [], needs_x, needs_factors)
+    backends.check_support(backend, structure, x.dtype, x.device)
+    grad_x, grad_factors = backends.find(backend).backward(structure, factors, x, grad, [], needs_x, needs_factors)
     return [g for g in (grad_x, *grad_factors) if g is not None]
 
 
 @linear_backward_op.register_fake
 def _(
-    grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, executor: str, needs_x: bool, needs_factors: list[bool]
+    grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, backend: str, needs_x: bool, needs_factors: list[bool]
 ) -> list[Tensor]:
     operands.check(structure_of(spec, features(x), features(grad)), factors, x, grad=grad, memory=False)
     inputs = zip((x, *factors), (needs_x, *needs_factors), strict=True)
@@ -130,7 +130,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, factors, _, ctx.spec, _, ctx.executor = inputs
+    x, factors, _, ctx.spec, _, ctx.backend = inputs
     ctx.save_for_backward(x, *factors)
 
 
@@ -138,7 +138,7 @@ def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *factors = ctx.saved_tensors
     needs_x, needs_factors, needs_bias, *_ = ctx.needs_input_grad
     needs = [bool(needs_x), *([*needs_factors] if isinstance(needs_factors, list | tuple) else [True] * len(factors))]
-    found = iter(linear_backward_op(grad, x, factors, ctx.spec, ctx.executor, needs[0], needs[1:]))
+    found = iter(linear_backward_op(grad, x, factors, ctx.spec, ctx.backend, needs[0], needs[1:]))
     grad_x, *grad_factors = (next(found) if needed else None for needed in needs)
     return grad_x, grad_factors, grad.sum(0) if needs_bias else None, None, None, None
 
@@ -155,7 +155,7 @@ def _register_flops() -> None:
 
     @register_flop_formula(torch.ops.einlinear.linear_backward)
     def _(
-        grad: Any, x: Any, factors: Any, spec: str, executor: str, needs_x: bool, needs_factors: list[bool], **_: Any
+        grad: Any, x: Any, factors: Any, spec: str, backend: str, needs_x: bool, needs_factors: list[bool], **_: Any
     ) -> int:
         # of every factor's step, one product gives the gradient of the state before it, one that of the factor
         structure = structure_of(spec, x[1], grad[1])

@@ -1,7 +1,6 @@
-"""The cost model of executors on the CPU: a handful of coefficients for each, fitted to runs of ``einlinear bench``.
+"""The cost model of backends on the CPU: a handful of coefficients for each, fitted to runs of ``einlinear bench``.
 
-The coefficients (costs.json, written by `einlinear.bench.fit_costs`) were fitted on one machine (docs/benchmarks); only
-ratios matter.
+The coefficients in costs.json were fitted on one machine (docs/benchmarks): only ratios matter.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ DENSE = "dense"  # `torch.nn.Linear` of the same size, which the model knows as 
 
 
 def read_costs() -> dict[str, dict[str, list[float]]]:
-    """The coefficients: per kind of pass ("forward", "train") and executor, what each of the `amounts` costs."""
+    """The coefficients: per kind of pass ("forward", "train") and backend, what each of the `amounts` costs."""
     content = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
     return {mode: content[mode] for mode in ("forward", "train")}
 
@@ -27,21 +26,19 @@ def read_costs() -> dict[str, dict[str, list[float]]]:
 COSTS = read_costs()
 
 
-def microseconds(executor: str, structure: Structure, tokens: int, mode: str) -> float:
-    """What the model says of a pass by an executor, or by DENSE."""
-    return sum(
-        c * amount for c, amount in zip(COSTS[mode][executor], amounts(executor, structure, tokens), strict=True)
-    )
+def microseconds(backend: str, structure: Structure, tokens: int, mode: str) -> float:
+    """What the model says of a pass by an backend, or by DENSE."""
+    return sum(c * amount for c, amount in zip(COSTS[mode][backend], amounts(backend, structure, tokens), strict=True))
 
 
-def amounts(executor: str, structure: Structure, tokens: int) -> tuple[float, ...]:
+def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...]:
     """What the coefficients multiply.
 
     Calls, steps, million MACs, million activations moved, million weights read, and million weights that are read for
     every token (or every tile of them) since they are more than stay in cache.
     """
     in_features, out_features = structure.in_features, structure.out_features
-    if executor == DENSE:
+    if backend == DENSE:
         weights = in_features * out_features
         return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6, 0
     moved = tokens * (in_features + sum(factor.width for factor in structure.factors)) / 1e6

@@ -1,4 +1,4 @@
-"""Which executor runs: one place decides, by what was measured, and says so.
+"""Which backend runs: one place decides, by what was measured, and says so.
 
 On the CPU that is the cheapest of those that can run, by the cost model (`costs.py`). On a GPU nothing is measured yet,
 so it is torch's batched matmuls. A user can force one (`backend`).
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, DECLARED, check_name, unsupported
 from einlinear.ops.costs import DENSE, microseconds
-from einlinear.ops.executors import CPU_EXECUTORS, DECLARED, EXECUTORS, check_name, unsupported
 from einlinear.structures import Structure
 
 MANY_TOKENS = 2048  # what is chosen for a compiler, which traces once for any number
@@ -31,7 +31,7 @@ CHEAP = 100  # MACs that the compiled kernel does while a number is written and 
 class Forced:
     """What `backend` forces; None is not forced."""
 
-    executor: str | None = None
+    backend: str | None = None
     recompute: bool | None = None
 
 
@@ -45,24 +45,24 @@ def forced() -> Forced:
     blocks = _FORCED.get()
     if not blocks:
         return _FREE
-    executor = recompute = None
+    backend = recompute = None
     for block in blocks:
-        executor = executor if block.executor is None else block.executor
+        backend = backend if block.backend is None else block.backend
         recompute = recompute if block.recompute is None else block.recompute
-    return Forced(executor, recompute)
+    return Forced(backend, recompute)
 
 
 @contextmanager
-def backend(executor: str | None = None, *, recompute: bool | None = None) -> Iterator[None]:
+def backend(backend: str | None = None, *, recompute: bool | None = None) -> Iterator[None]:
     """Force how structured layers are run, in this thread or asyncio task, as long as the context lasts.
 
     Other threads and tasks do not see it: a new task starts with what is forced where it is created, a new thread with
     nothing forced, unless it runs in a copy of the context (`contextvars.copy_context`). A backward pass uses the
-    executor of its forward pass, in any thread. Activation checkpointing on a GPU runs layers again in a thread of
+    backend of its forward pass, in any thread. Activation checkpointing on a GPU runs layers again in a thread of
     torch's own, where nothing is forced. Can also decorate a function.
 
     Args:
-        executor: "reference" (plain einsum), "bmm" (batched matmuls), "tiles" (compiled CPU kernel), "triton" (GPU
+        backend: "reference" (plain einsum), "batched" (batched matmuls), "cpu" (compiled CPU kernel), "triton" (GPU
             kernels); None leaves the choice where it was: with the dispatcher, or with a context around this one.
         recompute: whether the backward pass computes the intermediate states again (True) or finds them saved (False);
             None leaves it as it was, by default as was measured to be faster.
@@ -71,8 +71,8 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
     context ends the graph, which is an error with `fullgraph=True`: put it around the call.
 
     Raises:
-        ValueError: an unknown executor.
-        RuntimeError: on use, an executor that cannot run what it is given.
+        ValueError: an unknown backend.
+        RuntimeError: on use, an backend that cannot run what it is given.
 
     Example:
         >>> import torch, einlinear as el
@@ -82,7 +82,7 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         >>> torch.allclose(y, layer(x), atol=1e-5)
         True
     """
-    own = Forced(None if executor is None else check_name(executor), recompute)
+    own = Forced(None if backend is None else check_name(backend), recompute)
     _FORCED.set((*_FORCED.get(), own))
     try:
         yield
@@ -91,12 +91,12 @@ def backend(executor: str | None = None, *, recompute: bool | None = None) -> It
         _FORCED.set(tuple(block for block in _FORCED.get() if block is not own))
 
 
-def recomputes(executor: str, structure: Structure) -> bool:
+def recomputes(backend: str, structure: Structure) -> bool:
     """Whether a backward pass computes the states between factors again, rather than find them saved."""
     recompute = forced().recompute
     if recompute is not None:
         return recompute
-    return DECLARED[executor].recomputes and _repeats(structure)
+    return DECLARED[backend].recomputes and _repeats(structure)
 
 
 @lru_cache(maxsize=4096)
@@ -107,22 +107,22 @@ def _repeats(structure: Structure) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which executor runs, and why.
+    """Which backend runs, and why.
 
     Attributes:
-        executor: its name.
+        backend: its name.
         reason: one sentence.
-        estimates: microseconds by the cost model, of the executors that can run and of dense.
+        estimates: microseconds by the cost model, of the backends that can run and of dense.
         refusals: the others, and why they cannot run or are left out.
     """
 
-    executor: str
+    backend: str
     reason: str
     estimates: tuple[tuple[str, float], ...] = ()
     refusals: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.executor}: {self.reason}"]
+        lines = [f"{self.backend}: {self.reason}"]
         lines += [f"  {name:<10} about {us:,.0f} us" for name, us in self.estimates]
         lines += [f"  {name:<10} cannot: {why}" for name, why in self.refusals]
         return "\n".join(lines)
@@ -131,13 +131,13 @@ class Choice:
 def choose(
     structure: Structure, tokens: int, dtype: torch.dtype, device: torch.device, training: bool = False
 ) -> Choice:
-    """The executor for this many tokens, forward only or with a backward pass; chosen once for every power of two."""
-    executor = forced().executor
-    if executor is not None:
-        why = unsupported(executor, structure, dtype, device)
+    """The backend for this many tokens, forward only or with a backward pass; chosen once for every power of two."""
+    backend = forced().backend
+    if backend is not None:
+        why = unsupported(backend, structure, dtype, device)
         if why is not None:
-            raise RuntimeError(f"einlinear.backend({executor!r}) forces an executor that cannot run here: {why}")
-        return Choice(executor, "forced by einlinear.backend")
+            raise RuntimeError(f"einlinear.backend({backend!r}) forces an backend that cannot run here: {why}")
+        return Choice(backend, "forced by einlinear.backend")
     return _cheapest(structure, max(tokens - 1, 0).bit_length(), dtype, device.type, training)
 
 
@@ -145,7 +145,7 @@ def choose(
 def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str, training: bool) -> Choice:
     """On the CPU by the cost model, which was fitted to float32."""
     device = torch.device(device_type)
-    refused = {name: unsupported(name, structure, dtype, device) for name in EXECUTORS}
+    refused = {name: unsupported(name, structure, dtype, device) for name in BACKENDS}
     able = [name for name, why in refused.items() if why is None]
     refusals = tuple((name, why) for name, why in refused.items() if why is not None)
     if not dtype.is_floating_point:
@@ -153,17 +153,17 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
     if device_type != "cpu":
         if "triton" in able:
             refusals += (("triton", "it has not been measured on a GPU yet: einlinear.backend('triton') takes it"),)
-        return Choice("bmm", "strided matmuls of torch, which run on every device", (), refusals)
+        return Choice("batched", "strided matmuls of torch, which run on every device", (), refusals)
     if dtype not in (torch.float32, torch.float64):
         return Choice("reference", "strided matmuls of half precision are slow on the CPU", (), refusals)
-    if "tiles" in able:
-        left = {"bmm": "it stands in for tiles where these cannot run"}
+    if "cpu" in able:
+        left = {"batched": "it stands in for tiles where these cannot run"}
         if training and not _light(structure, 2**tokens_log2):
             left["reference"] = "it may keep more for backward than nn.Linear does"
         refusals += tuple(left.items())
         able = [name for name in able if name not in left]
     mode = "train" if training else "forward"
-    able = [name for name in CPU_EXECUTORS if name in able]
+    able = [name for name in CPU_BACKENDS if name in able]
     costs = {name: microseconds(name, structure, 2**tokens_log2, mode) for name in (DENSE, *able)}
     best = min(able, key=costs.__getitem__)
     doing = "a training step" if training else "a forward pass"

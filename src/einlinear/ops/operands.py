@@ -1,8 +1,8 @@
 """The operands of a product: one check that they fit, before anything computes with them.
 
 Compiled kernels get pointers and plain einsum broadcasts, so neither would notice a tensor of another shape, dtype or
-device, or one whose memory was released. Nothing passes unchecked: `executors.find` puts the check before every
-executor, and the reference is called behind it.
+device, or one whose memory was released. Nothing passes unchecked: `backends.find` puts the check before every
+backend, and the reference is called behind it.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import einlinear as el
 from einlinear import ops
-from einlinear.nn import GPT, MoEFeedForward
-from einlinear.nn.counts import macs_per_token
+from einlinear.nn import MoEFeedForward
 from einlinear.nn.moe import Experts
+from einlinear_lab.models import GPT
+from einlinear_lab.models.macs import macs_per_token
 
 SPECS = ["btt", "low_rank(rank=4)", "monarch(blocks=4)", "dense", "dyad"]
 

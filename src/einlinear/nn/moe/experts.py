@@ -9,7 +9,7 @@ from torch import Tensor
 
 from einlinear import ops
 from einlinear.nn.factored import Factored
-from einlinear.nn.known import Known
+from einlinear.nn.foreign import Known
 from einlinear.nn.moe.mixture import check_experts
 from einlinear.ops.dispatch import autocast_dtype
 from einlinear.structures import Structure

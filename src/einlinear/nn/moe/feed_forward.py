@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.known import Described, Known, Matrix
+from einlinear.nn.foreign import Described, Known, Matrix
 from einlinear.nn.moe.experts import Experts
 from einlinear.nn.moe.mixture import Mixture
 

@@ -33,6 +33,6 @@ Seconds for a Gaussian float32 matrix on one core of an AMD EPYC:
     blast, 16 blocks, rank n/16       8        84
 """
 
-from einlinear.ops.projection.project import project
+from einlinear.ops.projection.nearest import project
 
 __all__ = ["project"]

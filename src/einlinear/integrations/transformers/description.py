@@ -1,0 +1,170 @@
+"""What config.json says of the structured layers of a model, and how they are put into a dense one again.
+
+A description maps qualified names to what the constructor of `Linear` needs. It is plain JSON, and nothing here needs
+transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from einlinear.nn import Linear
+from einlinear.nn.foreign import Described, features, is_conv1d
+from einlinear.structures import FAMILIES
+from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, shown
+from einlinear.structures.spec import is_family
+
+METHOD = "einlinear"
+VERSION = 1
+MAX_LAYERS = 1_000_000
+CODE = "configuration_einlinear"  # the file of saving.py that config.json names
+# What an entry must and may say, each with its type and, where it may be left out, with the value that it has then.
+_REQUIRED: dict[str, type] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
+_OPTIONAL = {"normalize": False, "gamma": True}
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The structured layers of a model by every qualified name they have, as JSON can hold them.
+
+    Raises:
+        ValueError: a layer of this library, such as `MoELinear`, that is no `Linear`: there are no words for it yet.
+    """
+    layers = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Linear) and type(module).forward is Linear.forward:
+            layers[name] = _entry(module)
+        elif isinstance(module, Described):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: of this library's layers only el.Linear can be saved with a "
+                "Hugging Face model. Save its state_dict() instead"
+            )
+    return layers
+
+
+def _entry(layer: Linear) -> dict[str, Any]:
+    entry = {
+        "structure": layer.structure.spec,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "bias": layer.bias is not None,
+        "normalize": layer.normalize,
+        "gamma": layer.has_gamma or not layer.normalize,
+    }
+    return {key: value for key, value in entry.items() if key not in _OPTIONAL or value != _OPTIONAL[key]}
+
+
+def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
+    """The layers of a description that was read from a file, once they are known to be well-formed.
+
+    Raises:
+        ValueError: it comes from a newer version, or is not what `describe` makes.
+    """
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"quantization_config: version must be a whole number such as {VERSION}, not {version!r}")
+    if version > VERSION:
+        raise ValueError(
+            f"quantization_config is of version {version}, but this einlinear reads versions up to {VERSION}: update it"
+        )
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(
+            f"quantization_config: layers must map the names of layers to what they are, not {repr(layers)[:80]}"
+        )
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"quantization_config describes {len(layers):,} layers, more than {MAX_LAYERS:,}")
+    for name, entry in layers.items():
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"{name}: expected a mapping with {', '.join(_REQUIRED)}, not {repr(entry)[:80]}")
+        missing = [key for key in _REQUIRED if key not in entry]
+        unknown = [key for key in entry if key not in _REQUIRED and key not in _OPTIONAL]
+        if missing or unknown:
+            wrong = f"has no {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which is unknown"
+            raise ValueError(
+                f"{name} {wrong}: an entry has {', '.join(_REQUIRED)}, and may have {' and '.join(_OPTIONAL)}"
+            )
+        for key, value in entry.items():
+            expected = _REQUIRED.get(key, bool)
+            if type(value) is not expected:
+                raise ValueError(f"{name}: {key} must be of type {expected.__name__}, not {repr(value)[:80]}")
+        for key in ("in_features", "out_features"):
+            if not 1 <= entry[key] <= MAX_SIZE:
+                raise ValueError(f"{name}: {key} must be from 1 to {MAX_SIZE}, not {shown(entry[key])}")
+        if len(entry["structure"]) > MAX_TEXT:
+            raise ValueError(f"{name}: structure must have at most {MAX_TEXT:,} characters")
+    return {name: dict(entry) for name, entry in layers.items()}
+
+
+def restore(
+    model: nn.Module,
+    layers: Mapping[str, Mapping[str, Any]],
+    prefix: str = "",
+    partly: bool = False,
+    renamed: Callable[[str], str] = lambda name: name,
+) -> dict[str, str]:
+    """Put the layers of a description, without weights, in the place of the dense ones of a model, in place.
+
+    Args:
+        model: a model as its class makes it.
+        layers: from `check`.
+        prefix: what names of this model have in front that those of its body alone have not, or the other way round
+            ("bert" in "bert.encoder.layer.0").
+        partly: whether the model may lack some of the layers, as a body lacks those of a head, and a tower all others.
+        renamed: what a name of the whole model is in this one, such as a tower.
+
+    Returns:
+        The names that the layers have in this model, by those in the description.
+
+    Raises:
+        ValueError: the model has no layer of a name, or one that is not linear or of other features; a structure that
+            is unknown or does not fit.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names: dict[str, str] = {}
+    new: dict[int, Linear] = {}  # a module with two names stays one
+    for name, entry in layers.items():
+        candidates = (name, renamed(name), f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        found = next((candidate for candidate in candidates if candidate in modules), None)
+        if found is None:
+            if partly:
+                continue
+            raise ValueError(f"{name} is described as a structured layer, but {type(model).__name__} has none there")
+        old: Any = modules[found]
+        if not isinstance(old, nn.Linear) and not is_conv1d(old):
+            raise ValueError(f"{found} is described as a structured layer, but is a {type(old).__name__}, not linear")
+        if features(old) != (entry["in_features"], entry["out_features"]):
+            described = f"{entry['in_features']} -> {entry['out_features']}"
+            has = "{} -> {}".format(*features(old))
+            raise ValueError(f"{found} is described as {described} features, but the model has {has} there")
+        if id(old) not in new:
+            new[id(old)] = _build(found, entry, old.weight.device, old.weight.dtype)
+            new[id(old)].dense_class = type(old)
+        parent, _, child = found.rpartition(".")
+        setattr(modules[parent], child, new[id(old)])
+        names[name] = found
+    return names
+
+
+def _build(name: str, entry: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Linear:
+    try:
+        return Linear(**entry, device=device, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        spec = entry["structure"]
+        own = is_family(spec) and spec.partition("(")[0].strip() not in FAMILIES
+        hint = ". A family of your own is registered with el.register_family before the model is loaded" if own else ""
+        raise ValueError(f"{name}: {error}{hint}") from None
+
+
+def forget(config: Any) -> None:
+    """Remove from the config of a model what is only true of a folder. What others have written there stays."""
+    described = getattr(config, "quantization_config", None)
+    method = described.get("quant_method") if isinstance(described, dict) else getattr(described, "quant_method", None)
+    if method == METHOD:
+        del config.quantization_config
+    classes = {k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if f"{CODE}." not in str(v)}
+    if hasattr(config, "auto_map") and classes != config.auto_map:
+        config.auto_map = classes
+        if not classes:
+            del config.auto_map

@@ -1,0 +1,106 @@
+"""How transformers' `from_pretrained` makes structured layers: through its registry for layers that are replaced.
+
+What is registered there is called a quantizer. It is asked before the weights are loaded, when the model has none yet,
+and afterwards. Then all that marks the model as quantised is taken away: it is an ordinary model that can be trained,
+compiled, cast and saved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from einlinear.integrations.transformers.description import METHOD, check, forget, restore
+
+if TYPE_CHECKING:  # it imports the registry, which waits for this file
+    from transformers.modeling_utils import PreTrainedModel
+
+
+class EinlinearConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json, checked."""
+
+    def __init__(self, version: Any = None, layers: Any = None, quant_method: str = METHOD, **unknown: Any) -> None:
+        if unknown:
+            raise ValueError(f"quantization_config: unknown {', '.join(unknown)}; it has quant_method, version, layers")
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own ones are an enumeration
+        self.version, self.layers = version, check(version, layers)
+
+
+class EinlinearQuantizer(HfQuantizer):
+    """Replaces the layers that config.json describes, and makes sure that all their weights were loaded."""
+
+    quantization_config: EinlinearConfig
+
+    def __init__(self, quantization_config: EinlinearConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError(
+                "quantization_config is for folders with structured layers, and is read from there. Load the dense "
+                "model without it, then call el.convert(model, structure)"
+            )
+        self.names: dict[str, str] = {}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        prefix = model.base_model_prefix
+        # of another class, which has another head, or is a tower: the configs of towers name no class
+        partly = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
+        self.names = restore(model, self.quantization_config.layers, prefix, partly, _renaming(model))
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        # the guards (saving.py), which may have the prefix in front in the file and not in the model
+        bodies = {re.escape(name.removeprefix(f"{prefix}.")) for name in self.names.values()}
+        ignored = {rf"(^|\.){body}\.weight$" for body in bodies}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for name in self.names.values():
+            check_loaded(name, model.get_submodule(name))
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        forget(model.config)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """What transformers calls a layer of a folder in this model: it takes the prefixes of some towers away."""
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        key = f"{name}.weight"
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key.removesuffix(".weight")
+
+    return renamed
+
+
+def check_loaded(name: str, layer: nn.Module) -> None:
+    """Raise ValueError if parameters were not in the checkpoint, or not in their shape: they would be random.
+
+    transformers marks those that it loaded. What it left on the meta device is read from the disk at every use.
+    """
+    for key, parameter in layer.named_parameters():
+        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+            raise ValueError(
+                f"{name} is described as a structured layer, but {name}.{key} of shape {tuple(parameter.shape)} did "
+                "not come from the checkpoint: it is missing there, or has another shape"
+            )

@@ -1,0 +1,1 @@
+"""Batched matmuls: the order and the layouts (plan), and the products (backend)."""

@@ -1,1 +1,0 @@
-"""Batched matmuls: the order and the layouts (plan), and the products (executor)."""

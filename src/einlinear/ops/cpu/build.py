@@ -1,0 +1,202 @@
+"""The compiled kernels: built on demand with the user's compiler, loaded as functions of raw pointers.
+
+They are one translation unit with a C interface, so they are compiled within seconds, once per machine, and work with
+every version of torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from einlinear.files import check_private, make_private, rename, sha256_of
+
+logger = logging.getLogger("einlinear")
+
+SOURCE = Path(__file__).with_name("kernel.cpp")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_THREADS = ("-fopenmp",), ()  # tried in turn: without OpenMP the kernels run on one thread
+_SCRATCH = ".build-"
+_TIMEOUT = 300  # seconds for the compiler
+_PATIENCE = 2 * _TIMEOUT  # seconds to wait for another process that compiles
+_OVER = 3600  # seconds after which nothing compiles any more
+
+
+class Library:
+    """The compiled kernels, one for every dtype, as functions of raw pointers."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self.functions = {}
+        for dtype, name in DTYPES.items():
+            for role, pointers in (("forward", 6), ("backward", 7)):
+                function = library[f"{name}_{role}"]
+                function.argtypes, function.restype = [*[pointer] * pointers, count, threads], None
+                self.functions[role, dtype] = function
+            for role, pointers in (("forward_grouped", 8), ("backward_grouped", 10)):
+                function = library[f"{name}_{role}"]
+                function.argtypes, function.restype = [*[pointer] * pointers, *[count] * 4, threads], None
+                self.functions[role, dtype] = function
+            function = library[f"{name}_tile"]
+            function.argtypes, function.restype = [pointer, count], count
+            self.functions["tile", dtype] = function
+
+
+@lru_cache(maxsize=1)
+def load() -> Library | str:
+    """The kernels, compiled if this machine has not done so yet; or why there are none."""
+    if os.environ.get("EINLINEAR_KERNELS") == "0":
+        return "they are turned off by EINLINEAR_KERNELS=0"
+    try:
+        return Library(build(("-march=native",)))
+    except (OSError, RuntimeError, AttributeError) as error:
+        logger.warning("einlinear runs without its compiled CPU kernels, which is slower: %s", error)
+        return str(error)
+
+
+def build(machine_flags: Sequence[str]) -> Path:
+    """Compile the kernels into $EINLINEAR_CACHE (by default ~/.cache/einlinear), or find what was compiled before.
+
+    A file is named after a digest of its content, and is compiled anew if that has changed since. Nothing is loaded
+    from a folder that others can write. Processes that want the kernels at once wait for the first of them.
+
+    Raises:
+        RuntimeError: no compiler ($CXX, c++, g++ or clang++), or it fails; the message says what it said.
+        PermissionError: somebody other than this user and root can change the folder; the message says what to do.
+        OSError: the folder cannot be written.
+    """
+    compiler = _compiler()
+    source = b"".join(path.read_bytes() for path in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
+    key = hashlib.sha256(source + repr((compiler, *FLAGS, *machine_flags, _processor())).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("EINLINEAR_CACHE") or "~/.cache/einlinear").expanduser().absolute() / "kernels"
+    try:
+        make_private(folder)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{error}, so nothing is loaded from {folder}. Make it yours alone (chmod go-w, chown), or name another "
+            "folder in EINLINEAR_CACHE"
+        ) from None
+    if path := _find(folder, key):
+        return path
+    with _alone(folder) as alone:
+        if path := _find(folder, key):  # another process has compiled it meanwhile
+            return path
+        _clean(folder, key, alone)
+        return _compile([*compiler, *FLAGS, *machine_flags], folder, key)
+
+
+def _compiler() -> list[str]:
+    """The compiler and arguments of its own: $CXX may be "ccache g++"."""
+    named = os.environ.get("CXX")
+    if named and shutil.which(named):
+        return [named]
+    if named:
+        try:
+            return shlex.split(named, posix=os.name == "posix")
+        except ValueError as error:
+            raise RuntimeError(f"CXX={named!r} is no command: {error}") from None
+    found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if found is None:
+        raise RuntimeError("no C++ compiler found; install g++ or clang++, or name one in $CXX")
+    return [found]
+
+
+def _find(folder: Path, key: str) -> Path | None:
+    """What was compiled before, if it is as it was then."""
+    return next((path for path in folder.glob(f"tiles-{key}-*.so") if _is_intact(path)), None)
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        check_private(path)
+        return path.stem.endswith(f"-{_digest_of(path)}")
+    except OSError:
+        return False
+
+
+def _digest_of(path: Path) -> str:
+    return sha256_of(path)[:32]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether other processes are kept out: some file systems cannot lock, and one that hangs is not waited for."""
+    from filelock import FileLock  # which takes a tenth of a second to import
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except (OSError, NotImplementedError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _clean(folder: Path, key: str, alone: bool) -> None:
+    """Remove files that are damaged, and folders of compilations that were killed.
+
+    Those of this machine are over if this process has the lock; others are if they are old.
+    """
+    for path in folder.glob(f"tiles-{key}-*.so"):
+        if not _is_intact(path):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    for left in (*folder.glob(f"{_SCRATCH}*"), *folder.glob("tmp*")):
+        is_ours = left.name.startswith(_scratch())
+        with suppress(OSError):
+            if (alone and is_ours) or left.lstat().st_mtime < time.time() - _OVER:
+                shutil.rmtree(left)
+
+
+def _scratch() -> str:
+    """How the folders of compilations on this machine begin."""
+    return f"{_SCRATCH}{platform.node()}-"
+
+
+def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
+    logger.info("Compiling the CPU kernels, once, into %s", folder)
+    said = ""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_scratch()) as scratch:
+        for threads in _THREADS:
+            made = Path(scratch) / "tiles.so"
+            try:
+                run = subprocess.run(
+                    [*command, *threads, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_TIMEOUT
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
+            if run.returncode == 0 and made.is_file():
+                made.chmod(0o700)  # whatever the umask
+                path = folder / f"tiles-{key}-{_digest_of(made)}.so"
+                rename(made, path)  # in one step, so that no other process sees half of it
+                return path
+            lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+            said = said or next((line for line in lines if "error" in line), lines[0])
+    raise RuntimeError(f"{command[0]!r} does not compile {SOURCE.name}: {said}")
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"

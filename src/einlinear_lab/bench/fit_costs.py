@@ -1,0 +1,114 @@
+"""Fit the dispatcher's cost model to measurements.
+
+``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how much
+is lost by choosing with the model instead of always taking the fastest backend. With ``--check`` it writes nothing, and
+ends with exit status 1 if the file is not the fit of the measurements that it names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+
+from einlinear.files import write_json
+from einlinear.ops import costs as model
+from einlinear.ops import dispatch
+from einlinear.ops.backends import CPU_BACKENDS
+from einlinear_lab.bench.cases import Case
+from einlinear_lab.bench.results import Bench, read
+from einlinear_lab.bench.variants import DENSE
+
+
+def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, float]]]:
+    """All cases on the CPU in float32, each with its kind of pass and its microseconds by backend ("dense" is one)."""
+    for result in (result for bench in benches for result in bench.results):
+        if (result.case.device, result.case.dtype) == ("cpu", "float32"):
+            mode = "train" if result.case.mode == "train" else "forward"
+            names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
+            yield (
+                result.case,
+                mode,
+                {model.DENSE: names[DENSE], **{name: us for name, us in names.items() if name in CPU_BACKENDS}},
+            )
+
+
+def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
+    """Non-negative coefficients of least relative error, for every kind of pass and backend."""
+    rows: dict[tuple[str, str], list[list[float]]] = {}
+    for case, mode, times in timings(benches):
+        for name, us in times.items():
+            amounts = model.amounts(name, case.build(), case.tokens)
+            rows.setdefault((mode, name), []).append([amount / us for amount in amounts])
+    costs: dict[str, dict[str, list[float]]] = {"forward": {}, "train": {}}
+    known = (model.DENSE, *CPU_BACKENDS)
+    missing = [f"{name} ({mode})" for mode in costs for name in known if (mode, name) not in rows]
+    if missing:
+        raise ValueError(f"there are no measurements in float32 on the CPU of {', '.join(missing)}")
+    for (mode, name), relative in rows.items():
+        matrix = np.array(relative)
+        scale = np.maximum(matrix.max(0), 1e-30)  # of very different sizes: columns are scaled to one
+        solution, _ = nnls(matrix / scale, np.ones(len(matrix)))
+        costs[mode][name] = [float(f"{c:.4g}") for c in solution / scale]
+    return costs
+
+
+def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
+    """The time of the chosen backend over that of the fastest, for every case, the worst first."""
+    found = []
+    for case, mode, times in timings(benches):
+        chosen = dispatch.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
+        found.append((times[chosen] / min(us for name, us in times.items() if name != model.DENSE), case))
+    return sorted(found, key=lambda loss: -loss[0])
+
+
+def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
+    """The backends whose coefficients in ops/costs.json are not these, to 1 %."""
+    kept, found = model.read_costs(), []
+    for mode, own in costs.items():
+        for name, fitted in own.items():
+            pairs = zip_longest(fitted, kept[mode].get(name, []), fillvalue=math.nan)
+            if not all(math.isclose(*pair, rel_tol=0.01) for pair in pairs):
+                found.append(f"{name} ({mode})")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser("python -m einlinear_lab.bench.fit_costs", description=__doc__)
+    parser.add_argument("files", nargs="*", help="bench.json of some runs (default: those that ops/costs.json names)")
+    parser.add_argument("--check", action="store_true", help="only say whether ops/costs.json is the fit of the files")
+    options = parser.parse_args(arguments)
+    files = options.files or json.loads(model.COSTS_FILE.read_text(encoding="utf-8"))["fitted_to"]
+    try:
+        benches = [read(Path(file)) for file in files]
+        costs = fit(benches)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.check:
+        wrong = stale(costs)
+        said = f"is not the fit of these files: {', '.join(wrong)}" if wrong else "is the fit of these files"
+        print(f"{model.COSTS_FILE} {said}")
+        return 1 if wrong else 0
+    write_json(model.COSTS_FILE, {"fitted_to": files, **costs})
+    model.COSTS.clear()
+    model.COSTS.update(model.read_costs())
+    dispatch.forget()
+    found = losses(benches)
+    close = sum(loss <= 1.1 for loss, _ in found) / len(found)
+    print(f"{len(found)} cases; chosen within 10 % of the fastest: {close:.0%}; the worst:")
+    for loss, case in found[:5]:
+        print(f"  {loss:.2f}  {case}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

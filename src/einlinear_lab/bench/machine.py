@@ -1,0 +1,111 @@
+"""What the measurements were made on: its description, and its roof, the speed that nothing can exceed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from einlinear.version import __version__, code_digest
+from einlinear_lab.bench.cases import DTYPES
+from einlinear_lab.bench.timing import seconds
+
+_ENVIRONMENT = ("OMP_", "GOMP_", "KMP_AFFINITY", "KMP_BLOCKTIME", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What two runs must have in common for their times to be comparable.
+
+    Attributes:
+        cpu, gpu, system: what it is; no gpu where the device is the CPU.
+        cores, threads: that this process may use, and that torch uses.
+        python, torch, einlinear: versions.
+        code: a digest of the sources that run a layer, since they change between releases.
+        environment: variables that change how threads or memory behave.
+    """
+
+    cpu: str
+    gpu: str
+    system: str
+    cores: int
+    threads: int
+    python: str
+    torch: str
+    einlinear: str
+    code: str
+    environment: tuple[str, ...]
+
+    def __str__(self) -> str:
+        gpu = f"{self.gpu}, " if self.gpu else ""
+        environment = f", {' '.join(self.environment)}" if self.environment else ""
+        return (
+            f"{gpu}{self.cpu}, {self.cores} cores, {self.threads} threads, {self.system}, Python {self.python}, "
+            f"torch {self.torch}, einlinear {self.einlinear} ({self.code}){environment}"
+        )
+
+
+def this_machine(device: str) -> Machine:
+    """The machine this runs on."""
+    return Machine(
+        cpu=f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
+        gpu=_gpu() if device == "cuda" else "",
+        system=f"{platform.system()} {platform.machine()}",
+        cores=_cores(),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        einlinear=__version__,
+        code=code_digest("einlinear/structures", "einlinear/ops", "einlinear/nn"),
+        environment=tuple(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)),
+    )
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The best that was measured: operations per second of a large matmul, bytes per second of a large copy."""
+
+    flops: float
+    bandwidth: float
+
+    def seconds(self, flops: float, moved: float) -> float:
+        """The least time for this many operations and bytes: the slower of the two decides."""
+        return max(flops / self.flops, moved / self.bandwidth)
+
+
+@torch.no_grad()
+def measure_roof(dtype: str, device: str) -> Roof:
+    """Measure the roof: half a second on a CPU."""
+    n, copied = (8192, 2**31) if device == "cuda" else (2048, 2**28)
+    a, b = (torch.randn(n, n, dtype=DTYPES[dtype], device=device) for _ in range(2))
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    product = torch.empty_like(a)
+    return Roof(
+        flops=2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=product), device) for _ in range(5)),
+        bandwidth=2 * copied / min(seconds(lambda: target.copy_(source), device) for _ in range(5)),
+    )
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _gpu() -> str:
+    properties = torch.cuda.get_device_properties()
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1

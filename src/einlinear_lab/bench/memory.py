@@ -1,0 +1,59 @@
+"""Peak memory of one call: what torch allocates above what was there before it, exactly, on CPU and GPU.
+
+On the CPU the profiler records every allocation and release of torch's allocator. Scratch memory inside a kernel (of
+MKL, oneDNN or our own, a few tiles per thread) is not torch's and not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from einlinear_lab.bench.timing import Call
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """The most memory that is allocated at once during a call, not counting what was allocated before."""
+    return _cuda_peak(call) if device == "cuda" else _cpu_peak(call)
+
+
+def _cuda_peak(call: Call) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated()) - before
+
+
+def _cpu_peak(call: Call) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with _quiet():
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+                call()
+            profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    return max(accumulate((int(change) for *_, change in changes), initial=0))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what C++ writes to stderr: the profiler announces itself there."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

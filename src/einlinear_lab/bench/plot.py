@@ -1,0 +1,70 @@
+"""One picture of a run: how much of the reduction of MACs becomes speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from einlinear_lab.bench.cases import MODES
+from einlinear_lab.bench.results import Result
+from einlinear_lab.bench.variants import COPYING, OURS
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Speed-up over nn.Linear against the reduction of MACs, a panel per pass, at the most tokens; saved as PNG."""
+    from matplotlib import rcParams, style  # slow to import
+    from matplotlib.figure import Figure
+
+    modes = [mode for mode in MODES if any(result.case.mode == mode for result in results)]
+    families = dict.fromkeys(map(_family, results))
+    with style.context("tableau-colorblind10"):
+        colours = dict(zip(families, cycle(rcParams["axes.prop_cycle"].by_key()["color"])))
+        figure = Figure(figsize=(max(8, 4.6 * len(modes)), 5), layout="constrained")
+        panels = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+        handles: dict[str, Artist] = {}
+        for mode, panel in zip(modes, panels, strict=True):
+            handles |= _draw_mode(panel, [result for result in results if result.case.mode == mode], colours)
+        panels[0].set_ylabel("speed-up over nn.Linear")
+        figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=min(8, len(handles)))
+        figure.suptitle(
+            "full: el.Linear, hollow: copying baseline, larger: more features, line: the MAC limit", fontsize="medium"
+        )
+        figure.savefig(path, dpi=120)
+
+
+def _draw_mode(panel: Axes, results: Sequence[Result], colours: dict[str, str]) -> dict[str, Artist]:
+    """Fill the panel of one pass, and return what stands for each structure in the legend."""
+    tokens = max(result.case.tokens for result in results)
+    most = [result for result in results if result.case.tokens == tokens]
+    handles: dict[str, Artist] = {}
+    for family, colour in colours.items():
+        own = [result for result in most if _family(result) == family]
+        for name, face in ((COPYING, "none"), (OURS, colour)):
+            found = [(r, m.speedup.median) for r in own if (m := r.of(name)) and m.speedup]
+            handles[family] = panel.scatter(
+                [result.limit for result, _ in found],
+                [speedup for _, speedup in found],
+                [16 * (result.case.dense_macs / 2**18) ** 0.4 for result, _ in found],
+                facecolors=face,
+                edgecolors=colour,
+            )
+    end = max(result.limit for result in most)
+    panel.plot([1, end], [1, end], color="0.5", linewidth=1, zorder=0)
+    panel.axhline(1, color="0.5", linewidth=1, linestyle=":", zorder=0)
+    panel.set(xscale="log", yscale="log", xlabel="MACs of nn.Linear / MACs of the structure")
+    panel.set_title(f"{most[0].case.mode}, {most[0].case.amount}")
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_major_formatter("{x:g}")
+    return handles
+
+
+def _family(result: Result) -> str:
+    """The structure's name; low rank, whose rank grows with the features, as one."""
+    spec = result.case.structure
+    return "low_rank" if spec.startswith("low_rank") else spec

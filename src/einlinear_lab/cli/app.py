@@ -1,0 +1,113 @@
+"""The `einlinear` command: all commands as one program, each imported when it is called.
+
+This module stands beside the package, because `import einlinear` imports torch, which `--version` and `--help` do not
+need. So the first lines of the commands' help are written here; a test compares them with those of the commands.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any
+
+if TYPE_CHECKING or (find_spec("typer") and find_spec("rich")):
+    import typer
+    from typer.core import TyperGroup
+else:
+    from einlinear_lab.cli.packages import CLI, require
+
+    require(CLI)
+
+PANELS = {
+    "Layers": {
+        "describe": "Show a structure's factors, parameters, MACs, rank and exponents at one size, beside dense.",
+        "bench": "Measure speed and memory of structures and backends beside nn.Linear, in turns.",
+    },
+    "Training": {
+        "prepare": "Turn text into tokens for language models, a share of them held out for validation.",
+        "compare": "Train structures side by side at matched compute, print a table and write report.html.",
+        "train": "Train one model.",
+        "sweep": "Do all runs that a file or a recipe describes, and report on them.",
+        "search": "Search the space of structures for the lowest loss at a budget of compute.",
+        "recipes": "List the experiments from papers that `einlinear sweep` knows by name, and what each should show.",
+        "coord-check": "Measure how much a training step moves the features at several widths, and write report.html.",
+    },
+    "Results": {
+        "report": "Print a table of the models in results folders, and write a page about all their runs.",
+        "map": "Map a search: the exponents of its structures against their loss.",
+        "fit": "Fit scaling laws to results folders, for each structure: loss = floor + scale × compute^-exponent.",
+    },
+    "Pretrained models": {
+        "compress": "Make a pretrained Hugging Face model smaller.",
+    },
+}
+# an option that these do not know is one of a run, which says what is right
+_OF_RUNS = ("compare", "train", "sweep", "search", "coord-check")
+_FUNCTIONS = {"map": "map_"}
+_PLAIN: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,  # a bug shows its plain traceback
+}
+
+
+class _Commands(TyperGroup):
+    """Commands of which only the names and first lines are known until one of them is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the arguments name, imported."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name else command, rest
+
+
+def load(name: str) -> Any:
+    """Import a command: what click calls."""
+    module = name.replace("-", "_")
+    function = getattr(import_module(f"einlinear_lab.cli.{module}"), _FUNCTIONS.get(name, module))
+    alone = typer.Typer(**_PLAIN)
+    alone.command(name, context_settings={"ignore_unknown_options": name in _OF_RUNS})(function)
+    return typer.main.get_command(alone)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Structured linear layers: what they cost, and what they are worth on a budget of compute.\n\n"
+    'To begin with:  einlinear describe "btt(rank=2)" 1024 4096  or  einlinear compare --preset demo',
+    no_args_is_help=True,
+    **_PLAIN,
+)
+for panel, commands in PANELS.items():
+    for name, first_line in commands.items():
+        app.command(name, help=first_line, rich_help_panel=panel)(lambda: None)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"einlinear {version('einlinear')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE_OR_FILE",
+            help="A module or .py file that registers your own families. Goes before the command; may be repeated.",
+        ),
+    ] = None,
+) -> None:
+    from einlinear_lab.cli.endings import user_errors
+    from einlinear_lab.cli.importing import import_all
+
+    with user_errors():
+        import_all(imports or ())
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

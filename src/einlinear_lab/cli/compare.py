@@ -1,0 +1,110 @@
+"""`einlinear compare`: its options, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from einlinear_lab.cli.endings import user_errors
+from einlinear_lab.cli.options import MixCode, Workers
+from einlinear_lab.cli.packages import LAB, require
+from einlinear_lab.cli.parsing import assignments, numbers, specs
+from einlinear_lab.cli.running import carry_out
+
+
+def compare(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME=VALUE",
+            help="Any other option of the runs, as for train: model=vit, lr=1e-3, batch_size=128, mixup=0.8, ...",
+        ),
+    ] = None,
+    structures: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Structures, separated by ';' (names of families also by ','); may be repeated; "
+            "from-study:FOLDER (or a name in results): the three best of a search, whose options become the defaults, "
+            "and without --macs all others at its compute. Default: dense; low_rank; kronecker; tt(rank=4); monarch; "
+            "btt; dyad."
+        ),
+    ] = None,
+    macs: Annotated[
+        str | None,
+        typer.Option(
+            help="Multiply-accumulates per input: for each of these, every structure gets its widest model within it. "
+            "Default: 50k,100k,200k,400k."
+        ),
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option(help="Instead of --macs: the widths of the models, such as 64,128.")
+    ] = None,
+    dense_reach: Annotated[
+        int | None,
+        typer.Option(
+            help="Dense models also get 2, 4, ... times the largest of --macs, up to this multiple. Default: 4."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (Fashion-MNIST if it can be had, otherwise digits), fashion-mnist, digits, or a folder: with "
+            "CIFAR's .bin files, with a subfolder of images for each class, or with a prepared text. Default: auto."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Results folder. Runs are added to what it holds.")] = Path(
+        "results/compare"
+    ),
+    preset: Annotated[
+        str | None, typer.Option(help="demo (minutes) or paper (hours on a GPU); options given here override it.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each model, which differ in their seed. Default: 3.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training images, unless steps=NUMBER is given. Default: 20.")
+    ] = None,
+    workers: Workers = None,
+    mix_code: MixCode = False,
+) -> None:
+    """Train structures side by side at matched compute, print a table and write report.html.
+
+    The same command again trains only what is missing; structures, MACs and seeds can be added to a results folder.
+    """
+    require(LAB)
+    from einlinear_lab.search.leaders import alongside, as_searched, unseen_seed, without_leaders
+    from einlinear_lab.sweeps.compare import Config, configure, plan
+
+    with user_errors():
+        given: dict[str, Any] = {
+            "structures": structures,
+            "macs": macs,
+            "widths": widths,
+            "dense_reach": dense_reach,
+            "preset": preset,
+            "seeds": seeds,
+            "epochs": epochs,
+            **({} if data is None else {"data": data}),
+            **assignments(settings),
+        }
+        others, best = without_leaders(specs(given["structures"]) or ())
+        sized: list[dict[str, Any]] = []
+        if best:
+            given = as_searched(best, given)
+            options = {
+                name: value for name, value in given.items() if name not in {*Config.__dataclass_fields__, "preset"}
+            }
+            given.setdefault("first_seed", unseen_seed(best))
+            is_matched = given.get("macs") is None and given.get("widths") is None
+            sized = alongside(best, others if is_matched else (), options)
+            others = () if is_matched else others
+        lists: dict[str, Any] = {
+            "structures": others or (() if best else None),
+            "sized": tuple(sized) or None,
+            "macs": numbers(given.get("macs"), "--macs"),
+            "widths": numbers(given.get("widths"), "--widths"),
+        }
+        sweep = plan(configure(**given | lists))
+    carry_out(sweep, out, workers, mix_code)

@@ -1,0 +1,71 @@
+"""`einlinear describe`: its options, and what it prints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+import einlinear
+from einlinear import ops
+from einlinear.ops.batched.plan import plan as make_plan
+from einlinear.structures import Structure
+from einlinear.structures.scales import adam_multipliers, init_std
+from einlinear_lab.cli import display
+from einlinear_lab.cli.endings import user_errors
+
+
+def describe(
+    spec: Annotated[
+        str,
+        typer.Argument(help='A structure, such as "btt(rank=2)", or a pattern, such as "i, r i, o r -> o where r=8".'),
+    ],
+    in_features: Annotated[int, typer.Argument(help="Input features of the layer.")],
+    out_features: Annotated[int, typer.Argument(help="Output features of the layer.")],
+    max_macs: Annotated[
+        float | None,
+        typer.Option(help="Choose the largest rank, or the fewest blocks, within this fraction of the MACs of dense."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Also say how it is run on this machine's CPU.")] = False,
+    tokens: Annotated[int, typer.Option(help="For --plan: input vectors at a time.", min=1)] = 2048,
+) -> None:
+    """Show a structure's factors, parameters, MACs, rank and exponents at one size, beside dense."""
+    with user_errors():
+        structure = einlinear.structure(spec, in_features, out_features, max_macs=max_macs)
+    _print_structure(structure)
+    if plan:
+        _print_plan(structure, tokens)
+
+
+def _print_structure(s: Structure) -> None:
+    dense = einlinear.structure("dense", s.in_features, s.out_features)
+    display.note(f"{s}\npattern  {s.pattern}")
+    display.note(f"sizes    {', '.join(f'{axis}={size}' for axis, size in s.sizes)}\n")
+
+    factors = []
+    for factor, std, multiplier in zip(s.factors, init_std(s), adam_multipliers(s), strict=True):
+        shape = "×".join(map(str, factor.shape))
+        counts = (factor.fan_in, factor.fan_out, factor.params, factor.macs)
+        numbers = (*(f"{n:,}" for n in counts), f"{std:.4g}", f"{multiplier:.4g}×")
+        factors.append((factor.name, " ".join(factor.axes), shape, *numbers))
+    display.show(("factor", "axes", "shape", "fan in", "fan out", "params", "MACs", "init std", "Adam lr"), factors)
+    display.note("Factors in order of contraction. Adam lr: of dense of the same size.\n")
+
+    totals = []
+    for name in ("params", "macs", "rank"):
+        own, full = getattr(s, name), getattr(dense, name)
+        totals.append(("MACs" if name == "macs" else name, f"{own:,}", f"{full:,}", f"{own / full:.4g}"))
+    for name, meaning in (("psi", "rank = n^psi"), ("nu", "MACs = n^(1+nu)"), ("omega", "params / MACs = n^-omega")):
+        totals.append((f"{name}  ({meaning})", f"{getattr(s, name):.4g}", f"{getattr(dense, name):.4g}", ""))
+    display.show(("", "this", "dense", "ratio"), totals)
+
+
+def _print_plan(s: Structure, tokens: int) -> None:
+    """Which backend runs a structure on this CPU in float32, and the steps of the batched matmuls."""
+    display.note(f"\nExecutor for {tokens:,} inputs of float32 on this CPU, and what the others would take:")
+    display.note(str(ops.choose(s, tokens, torch.float32, torch.device("cpu"))))
+    display.note("\nBatched matmuls, and the states between them, the slowest axis first:")
+    for steps in make_plan(s):
+        for step in steps:
+            display.note(f"  {s.factors[step.index].name}  {step}")

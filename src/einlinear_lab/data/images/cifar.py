@@ -1,0 +1,103 @@
+"""CIFAR-10 and CIFAR-100, from a folder with the files of their binary version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from einlinear_lab.data.images.dataset import Images
+
+PIXELS = 3 * 32 * 32
+RECORDS = {"data_batch": 10_000, "test_batch": 10_000, "train": 50_000, "test": 10_000}  # of each file, by its stem
+
+_CLASSES_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A data set's files. A record is its labels, a byte each, of which the last one counts, then its pixels."""
+
+    name: str
+    train: tuple[str, ...]
+    test: str
+    labels: int
+    classes: int
+    names: str
+
+
+_VERSIONS = (
+    _Version(
+        "cifar-10", tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", 1, 10, "batches.meta.txt"
+    ),
+    _Version("cifar-100", ("train.bin",), "test.bin", 2, 100, "fine_label_names.txt"),
+)
+_PICKLES = ("data_batch_1", "test_batch", "batches.meta")
+
+
+def is_cifar(folder: Path) -> bool:
+    """Whether a folder holds files called as those of CIFAR, in the binary or the Python version."""
+    return _found(folder) is not None or any((folder / name).is_file() for name in _PICKLES)
+
+
+def read_cifar(folder: Path) -> Images:
+    """CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or CIFAR-100 (train.bin, test.bin, fine labels).
+
+    Raises:
+        ValueError: a file is missing, or its size or a label is not that of CIFAR; or the folder holds the Python
+            version, which is pickled: loading it could run any code.
+    """
+    version = _found(folder)
+    if version is None:
+        raise ValueError(
+            f"{folder} holds the Python version of CIFAR, which is not read since loading a pickle can run any code; "
+            "give the binary version (data_batch_1.bin and so on)"
+        )
+    missing = [name for name in (*version.train, version.test) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} holds a part of {version.name}: {', '.join(missing)} is missing")
+    batches = [_read(folder / name, version) for name in version.train]
+    train_x, train_y = (torch.cat(tensors) for tensors in zip(*batches))
+    test_x, test_y = _read(folder / version.test, version)
+    source = f"{version.name}, the binary version at {folder}"
+    return Images(version.name, source, train_x, train_y, test_x, test_y, _classes(folder, version))
+
+
+def _found(folder: Path) -> _Version | None:
+    for version in _VERSIONS:
+        if (folder / version.train[0]).is_file() and (version.labels == 1 or (folder / version.test).is_file()):
+            return version
+    return None
+
+
+def _read(path: Path, version: _Version) -> tuple[Tensor, Tensor]:
+    """(N, 3, 32, 32) float32 in [0, 1], and (N,) int64."""
+    record = version.labels + PIXELS
+    records = RECORDS[path.stem.rstrip("_12345")]
+    found = path.stat().st_size
+    if found != records * record:
+        what = "truncated" if found < records * record else "of something else"
+        raise ValueError(
+            f"{path} holds {found:,} bytes, expected {records * record:,} ({records:,} records of {record:,}, those of "
+            f"{version.name}'s binary version): it is {what}"
+        )
+    values = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).view(records, record)
+    labels = values[:, version.labels - 1].long()
+    if labels.max() >= version.classes:
+        raise ValueError(
+            f"{path} is damaged: it has the label {int(labels.max())}, expected 0 to {version.classes - 1}"
+        )
+    return values[:, version.labels :].reshape(-1, 3, 32, 32).float() / 255, labels
+
+
+def _classes(folder: Path, version: _Version) -> tuple[str, ...]:
+    """The names of the classes; numbers where CIFAR-100 comes without its file of names."""
+    path = folder / version.names
+    if not path.is_file():
+        return _CLASSES_10 if version.classes == 10 else tuple(map(str, range(version.classes)))
+    names = tuple(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
+    if len(set(names)) != version.classes:
+        raise ValueError(f"{path} names {len(set(names))} classes, expected {version.classes}")
+    return names

@@ -1,0 +1,122 @@
+"""Fashion-MNIST: from this machine, or downloaded once and kept as idx files."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import math
+import shutil
+import socket
+import struct
+import tempfile
+import warnings
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from einlinear_lab.data.images.dataset import Images
+from einlinear_lab.data.paths import data_dir
+
+logger = logging.getLogger(__name__)
+
+CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+FILES = tuple(
+    f"{split}-{content}-ubyte.gz" for split in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
+)
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package installs
+_DOWNLOAD_TIMEOUT = 5.0  # seconds without an answer or a byte
+_IDX_BYTES = 0x0800  # idx magic number of unsigned bytes; the number of axes is added to it
+
+
+def read_fashion_mnist() -> Images:
+    """Fashion-MNIST from this machine, or downloaded; FileNotFoundError where neither works."""
+    fetched = data_dir() / "fashion-mnist"
+    for folder in (fetched, SYSTEM_FOLDER):
+        if all((folder / name).is_file() for name in FILES):
+            return _read(folder)
+    try:
+        _download(fetched)
+    except (OSError, HTTPException) as error:
+        raise FileNotFoundError(
+            f"Fashion-MNIST is not on this machine and its download failed ({error}). Either run "
+            f"tools/fetch_fashion_mnist.sh (Debian, no root), which fills {fetched}; or install the Debian "
+            f"package dataset-fashion-mnist, which fills {SYSTEM_FOLDER}; or try again with internet"
+        ) from error
+    return _read(fetched)
+
+
+def _read(folder: Path) -> Images:
+    tensors: list[Tensor] = []
+    for images_name, labels_name in (FILES[:2], FILES[2:]):
+        x, y = _read_idx(folder / images_name, ndim=3), _read_idx(folder / labels_name, ndim=1)
+        if len(x) != len(y):
+            raise ValueError(
+                f"{folder / images_name} holds {len(x)} images, but {folder / labels_name} {len(y)} labels"
+            )
+        if y.max() >= len(CLASSES):
+            raise ValueError(f"{folder / labels_name}: label {int(y.max())}, expected 0 to 9")
+        tensors += [x.unsqueeze(1).float() / 255, y.long()]
+    train_x, train_y, test_x, test_y = tensors
+    source = f"Fashion-MNIST, read from {folder}"
+    return Images("fashion-mnist", source, train_x, train_y, test_x, test_y, CLASSES)
+
+
+def _read_idx(path: Path, ndim: int) -> Tensor:
+    """A gzipped idx file of bytes -> uint8 tensor of ndim axes."""
+    again = "Delete it and fetch the data again (tools/fetch_fashion_mnist.sh)"
+    expected = f"a gzipped idx file with {ndim} axes"
+    try:
+        with gzip.open(path) as file:
+            magic, *shape = struct.unpack(f">{1 + ndim}I", file.read(4 + 4 * ndim))
+            expected = f"{math.prod(shape)} bytes of data ({' x '.join(map(str, shape))})"
+            body = bytearray(file.read())
+    except (EOFError, OSError, struct.error, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); expected {expected}. {again}") from error
+    if magic != _IDX_BYTES + ndim:
+        raise ValueError(f"{path} has the magic number {magic}, expected {_IDX_BYTES + ndim}. {again}")
+    if len(body) != math.prod(shape) or not body:
+        raise ValueError(f"{path} holds {len(body)} bytes of data, expected {expected}. {again}")
+    return torch.frombuffer(body, dtype=torch.uint8).view(shape)
+
+
+def _download(folder: Path) -> None:
+    """Download Fashion-MNIST once and keep it in `folder` as idx files, which load in seconds."""
+    from sklearn.datasets import fetch_openml
+
+    logger.info("Downloading Fashion-MNIST (about 30 MB) into %s", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it warns before it raises: the error says it all
+                table = fetch_openml(
+                    name="Fashion-MNIST",
+                    version=1,
+                    data_home=scratch,
+                    as_frame=False,
+                    parser="liac-arff",  # the other parser needs pandas
+                    n_retries=1,
+                    delay=0.1,
+                )
+        finally:
+            socket.setdefaulttimeout(timeout)
+        # The rows are the 60,000 training images, then the 10,000 test images.
+        x = np.asarray(table.data, dtype=np.uint8).reshape(70_000, 28, 28)
+        y = np.asarray(table.target).astype(np.uint8)
+        whole = Path(scratch) / "fashion-mnist"
+        whole.mkdir()
+        for name, values in zip(FILES, (x[:60_000], y[:60_000], x[60_000:], y[60_000:]), strict=True):
+            with gzip.open(whole / name, "wb", compresslevel=1) as file:
+                file.write(struct.pack(f">{1 + values.ndim}I", _IDX_BYTES + values.ndim, *values.shape))
+                file.write(values.tobytes())
+        shutil.rmtree(folder, ignore_errors=True)
+        whole.rename(folder)

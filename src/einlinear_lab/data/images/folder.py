@@ -1,0 +1,203 @@
+"""A user's folder with one subfolder of images per class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from einlinear.files import open_regular
+from einlinear_lab.data.images.dataset import Images, check_finite, resize
+from einlinear_lab.data.images.split import stratified_split
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# What Pillow may take a file for, whatever its name: among its other formats is PostScript, which Ghostscript runs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Of one image. As many of three channels take 1 GB as float32; Pillow itself warns from 89 million on.
+MAX_PIXELS = 80_000_000
+_SHOWN = 10  # of the files that are broken
+
+
+def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_broken: bool = False) -> Images:
+    """A user's folder of class folders, or of train/ and test/ with class folders.
+
+    All files are read before any of them is complained about.
+    """
+    if not root.is_dir():
+        raise ValueError(
+            f"{root} is a file; give a folder with one subfolder of images per class, or make a text ready first: "
+            f"einlinear prepare {root} --out FOLDER"
+        )
+    given = [split for split in ("train", "test") if _subfolders(root / split)]
+    if len(given) == 1:
+        missing = "test" if given == ["train"] else "train"
+        raise ValueError(f"{root} has class folders in {given[0]}/ but none in {missing}/; give both or neither")
+    test: list[tuple[Path, int]] = []
+    if given:
+        train, classes = _class_files(root / "train")
+        test, test_classes = _class_files(root / "test")
+        if classes != test_classes:
+            odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+            raise ValueError(f"{root}: train/ and test/ must have the same classes; only one of them has {odd}")
+    else:
+        train, classes = _class_files(root)
+
+    images, broken = _read_files([path for path, _ in train + test], image_size, skip_broken)
+    if broken and not skip_broken:
+        raise ValueError(_complaint(broken, len(train + test)))
+    train, test = ([item for item in split if item[0] in images] for split in (train, test))
+    if given:
+        how = "with its own test set"
+        for split, name in ((train, "train"), (test, "test")):
+            for label in {*range(len(classes))} - {label for _, label in split}:
+                raise ValueError(f"class {classes[label]!r} has no image left in {root / name}: all of them are broken")
+    else:
+        rows = stratified_split(torch.tensor([label for _, label in train]), classes, test_fraction)
+        train, test = ([train[i] for i in part.tolist()] for part in rows)
+        how = f"of which {len(test)} are held out for testing"
+
+    files = [path for path, _ in train + test]
+    x = _stacked([images[path] for path in files])
+    y = torch.tensor([label for _, label in train + test])
+    n = len(train)
+    skipped = tuple(str(path.relative_to(root)) for path in broken)
+    without = f"; without {_listed(skipped)}, which cannot be read" if skipped else ""
+    found = Images(
+        name=str(root.resolve()),  # two folders may end alike, or like the name of a built-in data set
+        source=f"{len(files)} images from {root}, {how}{without}",
+        train_x=x[:n],
+        train_y=y[:n],
+        test_x=x[n:],
+        test_y=y[n:],
+        classes=classes,
+        skipped=skipped,
+    )
+    check_finite(found, files)
+    return found
+
+
+def _complaint(broken: dict[Path, str], count: int) -> str:
+    """What is wrong with files, at most `_SHOWN` of them by name."""
+    if len(broken) == 1:
+        (why,) = broken.values()
+    else:
+        why = f"{len(broken)} of {count} images are broken: {_listed([*broken.values()], '; ')}"
+    return f"{why}. Mend or remove them, or leave out what cannot be read: skip_broken=true (--skip-broken)"
+
+
+def _listed(words: Sequence[str], between: str = ", ") -> str:
+    more = f"{between}and {len(words) - _SHOWN} more" if words[_SHOWN:] else ""
+    return between.join(words[:_SHOWN]) + more
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    files = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+
+
+def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Each image of root's class folders with its label, and the names of the classes."""
+    folders = _subfolders(root)
+    layout = "one subfolder of images per class is expected"
+    if not folders:
+        found = "images but no class subfolders" if _image_files(root) else "neither subfolders nor images"
+        raise ValueError(f"{root} has {found}; {layout}")
+    if len(folders) == 1:
+        hint = f". Did you mean {folders[0]}?" if len(_subfolders(folders[0])) > 1 else ""
+        raise ValueError(f"{root} has a single class, {folders[0].name!r}; classification needs at least 2{hint}")
+    labelled = []
+    for label, folder in enumerate(folders):
+        files = _image_files(folder)
+        if not files:
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise ValueError(f"class folder {folder} has no images ({kinds}) directly in it; {layout}")
+        labelled += [(path, label) for path in files]
+    return labelled, tuple(folder.name for folder in folders)
+
+
+def _read_files(
+    files: Sequence[Path], image_size: int | None, skip_broken: bool = False
+) -> tuple[dict[Path, Tensor], dict[Path, str]]:
+    """Images of one size, each (1, H, W) or (3, H, W), and what is wrong with the others."""
+    images: dict[Path, Tensor] = {}
+    broken: dict[Path, str] = {}
+    for path in files:
+        try:
+            image = _read_image(path)
+            if skip_broken and not image.isfinite().all():
+                raise ValueError(f"{path} has pixels that are NaN or infinite")
+        except ValueError as error:
+            broken[path] = str(error)
+            continue
+        images[path] = image if image_size is None else resize(image[None], image_size)[0]
+    sizes = {(image.shape[1], image.shape[2]): path for path, image in reversed(images.items())}
+    if len(sizes) > 1 and not (broken and not skip_broken):
+        (h1, w1), (h0, w0) = list(sizes)[-2:]
+        raise ValueError(
+            f"images differ in size: {sizes[h0, w0]} is {w0} x {h0} pixels, {sizes[h1, w1]} is {w1} x {h1}; "
+            "give an image_size, such as image_size=32, to resize all of them to"
+        )
+    return images, broken
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """(N, C, H, W) float32: C = 1 if all images are grey, else 3."""
+    channels = max(image.shape[0] for image in images)
+    return torch.stack([image.expand(channels, -1, -1) for image in images])
+
+
+def _read_image(path: Path) -> Tensor:
+    """(1, H, W) if the image is grey, else (3, H, W); float32, in [0, 1] unless the file stores floats.
+
+    Raises:
+        ValueError: the file is not a regular one, not of `FORMATS`, damaged, or of more than `MAX_PIXELS`, as its
+            header says.
+    """
+    try:
+        with open_regular(path) as stream, _opened(stream) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F":
+                pixels, scale = image, 1.0
+            elif image.mode.startswith("I"):  # 16 bits
+                pixels, scale = image, 65535.0
+            elif image.mode in ("1", "L", "LA"):
+                pixels, scale = image.convert("L"), 255.0
+            else:
+                # Through RGBA: a palette with transparency does not convert to RGB without a warning.
+                pixels, scale = image.convert("RGBA").convert("RGB"), 255.0
+            values = torch.from_numpy(np.array(pixels, dtype=np.float32)) / scale
+    except Exception as error:  # a decoder may raise anything at what others have written
+        raise ValueError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}") from error
+    if values.ndim == 2:
+        return values.unsqueeze(0)
+    image_chw = values.movedim(-1, 0)
+    is_grey = bool((image_chw == image_chw[:1]).all())
+    return image_chw[:1] if is_grey else image_chw
+
+
+def _opened(stream: BinaryIO) -> Image.Image:
+    """An image of which no more than the header was read."""
+    too_large = f"it has more than the {MAX_PIXELS:,} pixels that are read; scale it down"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # below, it is an error
+            image = Image.open(stream, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is none of {', '.join(FORMATS)}, or damaged") from None
+    except Image.DecompressionBombError:
+        raise ValueError(too_large) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(too_large)
+    return image

@@ -1,0 +1,122 @@
+"""From the name of a data set to `Images`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from einlinear_lab.data.images.cifar import is_cifar, read_cifar
+from einlinear_lab.data.images.dataset import Images, check_finite, resize
+from einlinear_lab.data.images.digits import read_digits
+from einlinear_lab.data.images.fashion_mnist import read_fashion_mnist
+from einlinear_lab.data.images.folder import read_folder
+
+NAMES = ("auto", "fashion-mnist", "digits")
+
+
+def load_images(
+    data: str | Path = "auto",
+    image_size: int | None = None,
+    test_fraction: float = 0.2,
+    limit: int | None = None,
+    skip_broken: bool = False,
+) -> Images:
+    """Load images for classification into memory.
+
+    Args:
+        data: one of
+
+            * "fashion-mnist": what tools/fetch_fashion_mnist.sh put into $EINLINEAR_DATA (by default
+              ~/.cache/einlinear), or the installed Debian package, or else a download;
+            * "digits": scikit-learn's 8 x 8 digits, which need no file;
+            * "auto": Fashion-MNIST where it can be had, else the digits; `source` says which and why;
+            * a folder with the binary version of CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or of
+              CIFAR-100 (train.bin, test.bin);
+            * a folder with one subfolder of images per class, or with train/ and test/ that hold such
+              subfolders. Grey if all images are grey, else RGB. Files are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, of at
+              most 80 million pixels.
+        image_size: resize to image_size x image_size pixels (bilinear, antialiased). Default: as they are.
+        test_fraction: share of each class held out for testing, where the data has no test set of its own.
+        limit: keep at most this many training images, the classes as balanced as they can be. Default: all.
+        skip_broken: leave out the files of a folder that cannot be read; `Images.skipped` has their names, and `source`
+            says so. Otherwise they are an error that lists them.
+
+    Returns:
+        Images, the same ones in the same order every time.
+
+    Raises:
+        ValueError: an unknown name or a bad argument; a folder without classes or images; an image that
+            cannot be read, differs in size or has NaN or infinite pixels; a corrupt data file.
+        FileNotFoundError: the folder does not exist, or Fashion-MNIST was asked for and cannot be had.
+
+    Example:
+        >>> from einlinear_lab.data import load_images
+        >>> images = load_images("digits", limit=100)
+        >>> images.train_x.shape, len(images.classes)
+        (torch.Size([100, 1, 8, 8]), 10)
+    """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size}: it must be at least 1 pixel")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction={test_fraction}: it must lie between 0 and 1, exclusive")
+    images = _read(data, image_size, test_fraction, skip_broken)
+    check_finite(images)
+    if limit is not None:
+        images = _limited(images, limit)
+    return _standardised(images)
+
+
+def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_broken: bool = False) -> Images:
+    """The images that `data` names, not yet standardised."""
+    if data == "auto":
+        try:
+            return _read("fashion-mnist", image_size, test_fraction)
+        except FileNotFoundError:
+            why = "Fashion-MNIST is neither on this machine nor can it be downloaded"
+            images = _read("digits", image_size, test_fraction)
+            return replace(images, source=f"scikit-learn's digits, since {why}")
+    if data == "fashion-mnist":
+        return _resized(read_fashion_mnist(), image_size)
+    if data == "digits":
+        return _resized(read_digits(test_fraction), image_size)
+
+    path = Path(data).expanduser()
+    if str(data) and path.exists():  # Path("") is the current folder
+        if is_cifar(path):
+            return _resized(read_cifar(path), image_size)
+        return read_folder(path, image_size, test_fraction, skip_broken)
+    if path.name != str(data):  # has a separator, so it was meant as a path
+        raise FileNotFoundError(
+            f"{path} does not exist; give a folder with one subfolder of images per class, or with CIFAR's .bin files"
+        )
+    near = difflib.get_close_matches(str(data).lower(), NAMES, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown data {str(data)!r}: {hint}Give one of {', '.join(NAMES)}, or an existing folder")
+
+
+def _resized(images: Images, size: int | None) -> Images:
+    if size is None:
+        return images
+    return replace(images, train_x=resize(images.train_x, size), test_x=resize(images.test_x, size))
+
+
+def _limited(images: Images, limit: int) -> Images:
+    """The first images of each class in turn, `limit` in all."""
+    if limit < len(images.classes):
+        raise ValueError(
+            f"limit={limit}: fewer training images than the {len(images.classes)} classes of {images.name}"
+        )
+    one_hot = F.one_hot(images.train_y, len(images.classes))  # (N, classes)
+    turn = one_hot.cumsum(0).gather(1, images.train_y[:, None]).flatten()  # 1 for the first of its class, ...
+    keep = turn.argsort(stable=True)[:limit].sort().values
+    return replace(images, train_x=images.train_x[keep], train_y=images.train_y[keep])
+
+
+def _standardised(images: Images) -> Images:
+    std, mean = torch.std_mean(images.train_x, dim=(0, 2, 3), keepdim=True, correction=0)
+    std = torch.where(std > 0, std, 1.0)  # a channel without contrast becomes all zeros
+    return replace(images, train_x=(images.train_x - mean) / std, test_x=(images.test_x - mean) / std)

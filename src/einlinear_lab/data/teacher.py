@@ -1,0 +1,91 @@
+"""Synthetic regression: what a random network computes, on fresh data at every step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from einlinear_lab.data.rng import numpy_generator
+
+_TRAINING, _EVALUATION, _SCALE, _WEIGHTS = range(4)  # streams
+_SAMPLE = 4096  # so many inputs give the mean and the standard deviation, and as many are computed at a time
+
+
+class Teacher:
+    """A random network of ReLUs, and the data that it makes: the regression task of arXiv 2410.02117.
+
+    Inputs are drawn from N(0, I). Each of `depth` layers is sqrt(2) relu(W x) with the entries of W from
+    N(0, 1 / fan-in), which keeps the size of its input; a last layer gives one number, shifted and scaled to mean 0 and
+    standard deviation 1 (measured on 4,096 inputs).
+
+    Args:
+        features: of an input, F.
+        width, depth: of the network.
+        seed: of its weights.
+        device: where it is computed, and where batches are.
+
+    Raises:
+        ValueError: features, width or depth below 1, a negative seed.
+    """
+
+    def __init__(
+        self,
+        features: int = 8,
+        *,
+        width: int = 1024,
+        depth: int = 6,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        for name, value in (("features", features), ("width", width), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1")
+        self.features = features
+        self.device = torch.device(device)
+        random = numpy_generator(seed, 0, _WEIGHTS)
+        fans = [features, *depth * [width]]
+        shapes = [*((width, fan) for fan in fans[:-1]), (1, width)]
+        weights = [random.standard_normal(shape, np.float32) / math.sqrt(shape[1]) for shape in shapes]
+        self._weights = [torch.from_numpy(weight).to(self.device) for weight in weights]
+        y = self._raw(self._inputs(seed, 0, _SCALE, _SAMPLE))
+        self._std, self._mean = torch.std_mean(y, correction=0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, F) float32 -> (B, 1) float32."""
+        parts = [self._raw(part) for part in x.split(_SAMPLE)]
+        return (torch.cat(parts) - self._mean) / self._std
+
+    def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Training batch number `step` of a seed, the same one every time.
+
+        Returns:
+            x (B, F) and y (B, 1), float32.
+
+        Raises:
+            ValueError: a batch_size below 1, a negative seed or step.
+        """
+        return self._pair(batch_size, seed, step, _TRAINING)
+
+    def evaluation(self, batch_size: int = 4096) -> tuple[Tensor, Tensor]:
+        """A batch that no training batch has: x (B, F) and y (B, 1), always the same ones."""
+        return self._pair(batch_size, 0, 0, _EVALUATION)
+
+    def _pair(self, batch_size: int, seed: int, step: int, stream: int) -> tuple[Tensor, Tensor]:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        x = self._inputs(seed, step, stream, batch_size)
+        return x, self(x)
+
+    def _inputs(self, seed: int, step: int, stream: int, count: int) -> Tensor:
+        x = numpy_generator(seed, step, stream).standard_normal((count, self.features), np.float32)
+        return torch.from_numpy(x).to(self.device)
+
+    @torch.no_grad()
+    def _raw(self, x: Tensor) -> Tensor:
+        *hidden, last = self._weights
+        for weight in hidden:
+            x = (x @ weight.T).relu() * math.sqrt(2)
+        return x @ last.T

@@ -1,0 +1,80 @@
+"""Runs on a Ray cluster, whose machines see the same results folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from einlinear_lab.runs.run import Run
+from einlinear_lab.sweeps.attempts import ATTEMPTS, attempt
+from einlinear_lab.sweeps.driver import Event, Job
+from einlinear_lab.sweeps.starting import away
+
+_set_up = False  # whether this process is, which may do several runs
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A `Pool` that hands runs to Ray. Paths are those of the driver's working folder; events come at the end of a run.
+
+    Attributes:
+        address: of the cluster; None: that of $RAY_ADDRESS, or a new one on this machine.
+        cpus, gpus: that a run takes.
+        setup: called in every process before its first run, to register families; can be pickled.
+    """
+
+    address: str | None = None
+    cpus: float = 1
+    gpus: float = 0
+    setup: Sequence[Callable[[], None]] = ()
+
+    def __call__(self, jobs: Iterable[Job]) -> Iterator[Event]:
+        import ray
+
+        started = not ray.is_initialized()
+        if started:
+            with away():
+                ray.init(address=self.address, logging_level=logging.WARNING, log_to_driver=False)
+        try:
+            remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_done)
+            here, setup = os.getcwd(), tuple(self.setup)
+            left, waiting = iter(jobs), dict[Any, Run]()
+            while True:
+                # what is there already may all wait, so that the cluster knows how much it could grow
+                room = len(jobs) if isinstance(jobs, Sequence) else self._room(ray.cluster_resources())  # type: ignore[no-untyped-call]
+                for run, folder in islice(left, max(0, room - len(waiting))):
+                    waiting[remote.remote(run.options, str(folder), here, setup)] = run
+                if not waiting:
+                    return
+                (reference,), _ = ray.wait(list(waiting), num_returns=1)
+                run = waiting.pop(reference)
+                try:
+                    yield Event(run, **ray.get(reference))
+                except ray.exceptions.RayTaskError as error:  # before the run began
+                    yield Event(run, "failed", message=str(error))
+                except ray.exceptions.RayError as error:
+                    yield Event(run, "failed", message=f"its process died {ATTEMPTS} times: {error}")
+        finally:
+            if started:
+                ray.shutdown()
+
+    def _room(self, resources: Mapping[str, float]) -> int:
+        """How many runs the cluster can do at a time."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return max(1, min((int(resources.get(name, 0) // count) for name, count in wanted.items() if count), default=1))
+
+
+def _done(options: dict[str, Any], folder: str, where: str, setup: Sequence[Callable[[], None]]) -> dict[str, str]:
+    """What became of a run; its folder, its data and the code to set up may be given from the driver's folder."""
+    global _set_up
+    os.chdir(where)
+    if not _set_up:
+        for prepare in setup:
+            prepare()
+        _set_up = True
+    return attempt(options, Path(folder))

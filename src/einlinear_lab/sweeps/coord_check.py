@@ -1,0 +1,112 @@
+"""The coordinate check on real data: whether the features of wide models move as much as those of narrow ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from einlinear.mup.coordinates import coord_check
+from einlinear_lab.runs.data import Problem
+from einlinear_lab.runs.execute import initialised
+from einlinear_lab.runs.models import DENSE
+from einlinear_lab.runs.options import names
+from einlinear_lab.runs.run import Run
+from einlinear_lab.sweeps import compare
+from einlinear_lab.training import Training
+
+_BATCHES = 16  # different ones, used in turn
+_OF_TRAINING = ("steps", "lr")
+_WITHOUT_EFFECT = {"structure", "width", *names(Training), "validation_tokens"} - {*_OF_TRAINING}
+
+
+def template(options: Mapping[str, Any]) -> Run:
+    """A run with the defaults of a comparison, on top of which come the options.
+
+    Raises:
+        ValueError: an option that is unknown or wrong, or one of a run that a coordinate check has no use for.
+    """
+    refused = [name for name in options if name in _WITHOUT_EFFECT]
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)} cannot be set: a coordinate check varies structure, width and structure_aware, and "
+            "trains in float32 on the CPU with AdamW at a constant learning rate; it evaluates nothing. Of training "
+            f"only {' and '.join(_OF_TRAINING)} can be set"
+        )
+    return compare.template(options)
+
+
+def check(template: Run, problem: Problem, structures: Sequence[str], widths: Sequence[int]) -> None:
+    """Build every model without memory.
+
+    Raises:
+        ValueError: a structure that is unknown or does not fit a width, or too few steps.
+    """
+    if template.training.steps < 2:
+        raise ValueError(
+            f"steps must be at least 2, not {template.training.steps}: the first moves only the head, which starts at "
+            "zero"
+        )
+    with torch.device("meta"):
+        for spec in structures:
+            for width in widths:
+                replace(template.model, structure=spec, width=width).build(problem.shape)
+
+
+def cases(structures: Sequence[str]) -> list[tuple[str, bool]]:
+    """What to measure: every structure with its own learning rates and, unless it is dense, with those of dense."""
+    return [(spec, aware) for spec in structures for aware in (True, False) if aware or spec != DENSE]
+
+
+def measure(
+    template: Run,
+    problem: Problem,
+    structures: Sequence[str],
+    widths: Sequence[int],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[tuple[str, bool, dict[int, float]]]:
+    """Train the models of all `cases`, and measure how much one step changes the features after the last block.
+
+    Args:
+        template: a run of which structure and width are varied; of its training only steps and lr count.
+        problem: its data.
+        structures: specs.
+        widths: to compare.
+        progress: called with (structure, width, step) after every step.
+
+    Yields:
+        The structure, whether its factors had their own learning rates, and width -> relative update: what
+        `einlinear_lab.findings.coord_check.Updates` is made of.
+    """
+    steps = template.training.steps
+    batches = [problem.task.batch(step) for step in range(min(steps, _BATCHES))]
+    probe, _ = problem.task.batch(_BATCHES)
+    base = template.model.base(problem.shape)
+    for spec, structure_aware in cases(structures):
+
+        def build(width: int, spec: str = spec) -> nn.Module:
+            model = replace(template.model, structure=spec, width=width)
+            return initialised(replace(template, model=model), problem)
+
+        def report(width: int, step: int, spec: str = spec) -> None:
+            if progress:
+                progress(spec, width, step)
+
+        found = coord_check(
+            build,
+            widths,
+            batches,
+            probe,
+            lr=template.training.lr,
+            base=base,
+            layers=base.last_block,
+            steps=steps,
+            loss=problem.task.loss,
+            lr_scale=base.LR_SCALE,
+            structure_aware=structure_aware,
+            progress=report,
+        )
+        yield spec, structure_aware, {measured.width: measured.relative_update for measured in found}

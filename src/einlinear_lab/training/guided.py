@@ -1,0 +1,112 @@
+"""Guides: dense weights beside the structured ones of a model, that help them while they learn to be of use.
+
+Self-guided training of Wei et al., arXiv 2406.16450: a structured matrix trains badly at first, since its factors wait
+for each other. So a dense one, which starts as the same matrix, computes in its place, and hands over by and by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from einlinear.nn.foreign import Known, Matrix
+from einlinear.nn.linear import Linear
+from einlinear.nn.moe import Mixture
+from einlinear.structures import structure as make_structure
+
+
+class Guided(Linear):
+    """y = (1 - share) * (x W^T) + share * (x guide^T) + bias, with a structured W and a dense guide.
+
+    `guide` makes it of a `Linear` that is there, whose parameters, names and hooks it keeps.
+
+    Attributes:
+        guide: (out_features, in_features), a parameter.
+        share: of the guide, from 1 to 0. A tensor, since torch.compile would compile anew for every number, and in no
+            state_dict: it follows from the step.
+    """
+
+    guide: nn.Parameter
+    share: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - self.share) * super().forward(x) + self.share * F.linear(x, self.guide, self.bias)
+
+    def dense_weight(self) -> Tensor:
+        return (1 - self.share) * super().dense_weight() + self.share * self.guide
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.guide.copy_(super().dense_weight())
+
+    def known(self) -> Known:
+        """The guide is a matrix of the structure "dense": then its base is the weight that W has."""
+        facts, dense = super().known(), make_structure("dense", self.in_features, self.out_features)
+        matrices = {**facts.matrices, "guide": Matrix(self.in_features, self.out_features, dense)}
+        return replace(facts, matrices=matrices, macs=self.structure.macs + dense.macs)
+
+
+@torch.no_grad()
+def guide(model: nn.Module) -> None:
+    """Give every structured layer a guide, in place; what the model computes stays the same.
+
+    Guides are parameters: make the optimizer, and wrap the model, afterwards. Layers of the structure "dense" need
+    none, and layers that share all their factors share it. A guide is frozen if all factors are.
+
+    Raises:
+        ValueError: there is no `Linear` in the model; a mixture of experts; a subclass of `Linear`, such as a layer
+            that has a guide already. Nothing is changed then.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> from einlinear_lab.training.guided import guide, set_share, unguide
+        >>> model = torch.nn.Sequential(el.Linear(64, 64, "btt"), torch.nn.ReLU())
+        >>> guide(model)
+        >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+        [('0.A', (8, 1, 8, 8)), ('0.B', (8, 8, 8, 1)), ('0.bias', (64,)), ('0.guide', (64, 64))]
+        >>> set_share(model, 0.5)  # and less with every step
+        >>> unguide(model)
+        >>> model[0]
+        Linear(in_features=64, out_features=64, structure='btt', bias=True, params=1024, macs=1024 (25.0% of dense))
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    if not layers:
+        raise ValueError("there is no structured layer in the model that a guide could be given to")
+    for name, module in model.named_modules():
+        if isinstance(module, Mixture) or (name in layers and type(module) is not Linear):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__}: guides are for layers that are an el.Linear"
+            )
+    guides: dict[tuple[int, ...], nn.Parameter] = {}
+    for layer in layers.values():
+        if layer.structure.spec == "dense":
+            continue
+        factors = layer.weight_parameters()
+        weight = layer.dense_weight().clone(memory_format=torch.contiguous_format)
+        own = nn.Parameter(weight, any(p.requires_grad for p in factors))
+        share = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        layer.__class__ = Guided  # a new module would not be known to hooks, nor to others that hold the old one
+        layer.register_parameter("guide", guides.setdefault(tuple(map(id, factors)), own))
+        layer.register_buffer("share", share, persistent=False)
+
+
+def set_share(model: nn.Module, share: float) -> None:
+    """Say how much of every output is the guide's: 1 at first, 0 before it is taken out."""
+    for layer in _guided(model):
+        layer.share.fill_(share)
+
+
+def unguide(model: nn.Module) -> None:
+    """Take all guides out, in place, whatever their share: what is left is what was there before `guide`."""
+    for layer in _guided(model):
+        del layer.guide, layer.share
+        layer.__class__ = Linear
+
+
+def _guided(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Guided)]

@@ -1,0 +1,408 @@
+"""`einlinear compress`: a folder in, a smaller one out, or nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.lab.cli.command import assert_refused, run
+from tests.lab.data.samples import needs, prose
+from typer.testing import CliRunner
+
+import einlinear as el
+from einlinear_lab.cli import packages
+from einlinear_lab.cli.app import app
+
+pytestmark = needs("transformers")
+
+OPTIONS = ("--structures", "low_rank; btt", "--samples", "8", "--tokens", "16", "--batch-size", "4")
+
+
+def tokenizer_of(text: str) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *sorted(set(re.findall(r"\w+|[^\w\s]+", text)))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(prose(40))
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture(params=["bert", "gpt2"])
+def source(request: pytest.FixtureRequest, text: Path, tmp_path: Path) -> Path:
+    """A model that reads, or one that writes."""
+    from tests.integrations.transformers.models import MODELS
+
+    tokenizer = tokenizer_of(text.read_text())
+    torch.manual_seed(0)
+    model: Any = MODELS[request.param]()
+    model.resize_token_embeddings(len(tokenizer))
+    for folder in (model, tokenizer):
+        folder.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_what_comes_out_is_loaded_as_any_model(source: Path, text: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    code, out, err = run(
+        "compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text
+    )
+    assert (code, err) == (0, "")
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    structured = {name: layer for name, layer in model.named_modules() if isinstance(layer, el.Linear)}
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    changed = [layer for layer in report["layers"] if layer["structure"] != "dense"]
+    assert {layer.structure.spec for layer in structured.values()} == {layer["structure"] for layer in changed}
+    assert sum(layer["params"] for layer in report["layers"]) <= 0.6 * sum(l["params_before"] for l in report["layers"])
+    assert all(layer["name"] in out for layer in report["layers"])
+    assert report["coverage"]["considered"] == sum(layer["params_before"] for layer in report["layers"])
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("she read", return_tensors="pt")
+    assert model(**ids).last_hidden_state.isfinite().all()
+    assert re.search(r"original +[\d,]+ +1\.00", out)
+    assert re.search(
+        r"^looking at the model: 0 of 1 \(\d+ s\)$", out, re.MULTILINE
+    )  # in a file or pipe there are lines, not bars
+    assert re.search(r"^comparing structures: 0 of \d+ \(\d+ s\)$", out, re.MULTILINE)
+    assert len(re.findall(r"^\w[\w ]+: [\d,]+ of \d+ \(\d+ s\)$", out, re.MULTILINE)) < 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+ONE = pytest.mark.parametrize("source", ["bert"], indirect=True)
+
+
+@ONE
+def test_one_that_was_killed_before_it_cleaned_up_is_complete(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    real = shutil.rmtree
+
+    def killed(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == "out.unfinished":
+            raise KeyboardInterrupt
+        real(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        assert run(*command)[0] == 130
+    (tmp_path / ".out.123").mkdir()  # of another that was killed
+    assert (tmp_path / "out.unfinished").exists()
+    assert_refused(run(*command, "--layers", "*"), "out exists: name a folder that does not")  # not the same command
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert "out is complete" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+    assert_refused(run(*command), "out exists: name a folder that does not")
+
+
+@ONE
+def test_two_do_not_write_one_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one says so before it has done anything; the first one loses nothing."""
+    from einlinear_lab.pretrained import pretrained
+
+    command = ("compress", source, "--out", tmp_path / "new" / "out", "--keep-params", 0.6, *OPTIONS)
+    load, second = pretrained.load, []
+
+    def loading(*arguments: Any) -> Any:
+        monkeypatch.setattr(pretrained, "load", load)
+        second.append(run(*command))
+        return load(*arguments)
+
+    monkeypatch.setattr(pretrained, "load", loading)
+    code, _, err = run(*command)
+    assert (code, err) == (0, "")
+    assert_refused(second[0], "another einlinear compress is at work on")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def pipeline_of(source: Path, text: Path, out: Path, place: str) -> Path:
+    """A pipeline of sentence-transformers: a BERT in the subfolder `place`, mean pooling, a dense layer, norm 1."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    transformer = Transformer(str(source), max_seq_length=7)
+    modules = [transformer, Pooling(32), Dense(32, 16), Normalize()]
+    SentenceTransformer(modules=modules, prompts={"query": "read: "}).save_pretrained(str(out))
+    (out / place).mkdir(exist_ok=True)
+    if place:
+        content = json.loads((out / "modules.json").read_text())
+        content[0]["path"] = place
+        (out / "modules.json").write_text(json.dumps(content))
+        for path in [*out.iterdir()]:
+            if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+                path.rename(out / place / path.name)
+    return out
+
+
+@needs("sentence_transformers")
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_a_sentence_transformer_stays_one(place: str, source: Path, text: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = pipeline_of(source, text, tmp_path / "st", place)
+    (folder / "assets" / "deep").mkdir(parents=True)
+    (folder / "assets" / "deep" / "notes.txt").write_text("kept")
+    original = SentenceTransformer(str(folder))
+    command = ("compress", folder, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    code, out, err = run(*command, "--calibration", text)
+    assert (code, err) == (0, "")
+    assert f"Not copied from {folder}: {place and place + '/'}model.safetensors." in out
+    found = SentenceTransformer(str(tmp_path / "out"))
+    assert [type(module) for module in found] == [type(module) for module in original]
+    assert any(isinstance(layer, el.Linear) for layer in found[0].modules())
+    assert found.max_seq_length == original.max_seq_length == 7
+    assert found.prompts == original.prompts
+    assert torch.equal(found[2].linear.weight, original[2].linear.weight)
+    sentences = ["she read of the old house", "by the sea " * 20]
+    before, after = (model.encode(sentences, convert_to_tensor=True) for model in (original, found))
+    torch.testing.assert_close(after.norm(dim=1), torch.ones(2))
+    assert (before * after).sum(1).min() > 0.5
+    assert (tmp_path / "out" / "assets" / "deep" / "notes.txt").read_text() == "kept"
+    assert (tmp_path / "out" / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+def in_the_hubs_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name under which a model is found on the hub, which is out of reach: its files are in the cache."""
+    from huggingface_hub import constants
+
+    root = cache / "models--someone--tiny"
+    for path in filter(Path.is_file, folder.rglob("*")):
+        link = root / "snapshots" / ("a" * 40) / path.relative_to(folder)
+        blob = root / "blobs" / str(path.relative_to(folder)).replace("/", "-")
+        for needed in (link, blob):
+            needed.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(path.read_bytes())
+        link.symlink_to(blob)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return "someone/tiny"
+
+
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_a_pipeline_of_the_hub_is_kept(
+    place: str, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModel
+
+    (tmp_path / "pipeline" / place).parent.mkdir(parents=True, exist_ok=True)
+    source.rename(tmp_path / "pipeline" / place)
+    (tmp_path / "pipeline" / "2_Dense").mkdir()
+    (tmp_path / "pipeline" / "2_Dense" / "model.safetensors").write_text("its weights")
+    (tmp_path / "pipeline" / "modules.json").write_text(json.dumps([{"path": place}, {"path": "2_Dense"}]))
+    name = in_the_hubs_cache(tmp_path / "pipeline", tmp_path / "cache", monkeypatch)
+    command = ("compress", name, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    code, _, err = run(*command, "--calibration", text)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_text() == "its weights"
+    assert (tmp_path / "out" / place / "tokenizer.json").is_file()
+    model = AutoModel.from_pretrained(tmp_path / "out" / place)
+    assert any(isinstance(layer, el.Linear) for layer in model.modules())
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def vit() -> Any:
+    from tests.integrations.transformers.models import MODELS
+
+    return MODELS["vit"]()
+
+
+def wav2vec2() -> Any:
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    convolutions = {"conv_dim": [8], "conv_kernel": [3], "conv_stride": [2], "num_conv_pos_embeddings": 4}
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embedding_groups=2))
+
+
+@pytest.mark.parametrize("make", [vit, wav2vec2])
+@pytest.mark.parametrize("weights", ["pickled", "sharded"])
+def test_models_of_images_and_sound_keep_how_inputs_are_prepared(
+    make: Callable[[], Any], weights: str, tmp_path: Path
+) -> None:
+    model, source = make(), tmp_path / "model"
+    model.save_pretrained(source, max_shard_size="20KB" if weights == "sharded" else "1GB")
+    if weights == "pickled":
+        (source / "model.safetensors").unlink()
+        torch.save(model.state_dict(), source / "pytorch_model.bin")
+    (source / "preprocessor_config.json").write_text('{"do_resize": false}')
+    code, _, err = run("compress", source, "--out", tmp_path / "out", "--keep-params", 0.7, *OPTIONS[:2])
+    assert (code, err) == (0, "")
+    assert [path.name for path in (tmp_path / "out").glob("*model*")] == ["model.safetensors"]
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"do_resize": false}'
+    found = type(model).from_pretrained(tmp_path / "out")
+    assert any(isinstance(layer, el.Linear) for layer in found.modules())
+
+
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_macs_healing_and_no_calibration(source: Path, text: Path, tmp_path: Path) -> None:
+    code, out, err = run("compress", source, "--out", tmp_path / "a", "--keep-macs", 0.6, *OPTIONS)
+    assert (code, err) == (0, "")
+    assert "lm_head is the output head" in out or "lm_head is tied" in out or "Left as it was: lm_head" in out
+    distill = ("--calibration", text, "--distill", 0.02, "--parallel", "--only-if-faster")
+    code, out, err = run("compress", source, "--out", tmp_path / "b", "--keep-params", 0.6, *OPTIONS, *distill)
+    assert (code, err) == (0, "")
+    assert re.search(r"Distilled in [\d,]+ steps: the loss of a batch was", out)
+
+
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_chats_calibrate_by_the_template(source: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "she read"}, {"role": "assistant", "content": "the old house by the sea"}]
+    rows = tmp_path / "chat.jsonl"
+    rows.write_text(f"{json.dumps({'messages': chat})}\n" * 20)
+    command = ("compress", source, "--keep-params", 0.6, *OPTIONS, "--calibration", rows, "--out", tmp_path / "out")
+    assert_refused(run(*command), "chat.jsonl holds chats, but the model's tokenizer has no chat template")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert f"Calibration: 20 rows with messages from {rows}, by the tokenizer's chat template." in out
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == (source / "chat_template.jinja").read_text()
+    rows.write_text('{"conversations": []}\n')
+    command = (*command[:-1], tmp_path / "other")
+    assert_refused(run(*command), f"line 1 of {rows} has conversations; known are text, messages (a chat), or prompt")
+
+
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+def test_interrupted_it_leaves_no_model_and_goes_on(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from einlinear.compression import compress
+    from einlinear_lab.pretrained import pretrained
+
+    arguments = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text)
+    write = pretrained.write_json
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrained, "write_json", interrupted)  # the weights are written then
+    code, _, err = run(*arguments)
+    assert code == 130
+    assert f"so far: {tmp_path / 'out.unfinished'}" in err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(pretrained, "write_json", write)
+    (source / "preprocessor_config.json").write_text('{"size": 1}')
+    monkeypatch.setattr(
+        compress.__globals__["_Task"], "_candidates", lambda *_: pytest.fail("what was compared is compared again")
+    )
+    code, _, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 1}'
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from einlinear import checkpoint, compression
+
+    distill = compression.distill
+
+    def often(*args: Any, **kwargs: Any) -> compression.Distillation:
+        return distill(*args, **kwargs, checkpoint_every=0)
+
+    steps: list[int] = []
+    save = checkpoint.save
+
+    def interrupted(folder: Path, state: checkpoint.Checkpoint) -> Path:
+        steps.append(state.step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return save(folder, state)
+
+    monkeypatch.setattr(compression, "distill", often)
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    command = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text)
+    code, _, err = run(*command, "--distill", 0.02)
+    assert code == 130
+    assert "The same command goes on" in err
+    assert not (tmp_path / "out").exists()
+    code, out, err = run(*command, "--distill", 0.02)
+    assert (code, err) == (0, "")
+    assert steps[:4] == [1, 2, 3, 3]
+    assert f"Distilled in {steps[-1]:,} steps" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"--keep-params": None}, ["give either --keep-params or --keep-macs"]),
+        ({"--keep-macs": 0.5}, ["give either --keep-params or --keep-macs"]),
+        ({"--keep-params": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
+        ({"--structures": "lowrank"}, ["unknown family 'lowrank'. Did you mean 'low_rank'"]),
+        ({"--distill": 1}, ["--distill needs text to train on"]),
+        ({"--device": "tpu9"}, ["device 'tpu9' cannot be used"]),
+        ({"--distill": 1, "--calibration": "text.txt", "--dtype": "float16"}, ["float16 parameters cannot be trained"]),
+        ({"--distill": 1, "--calibration": "text.txt", "--lr": 0}, ["--lr must be positive"]),
+        ({"--out": "model/small"}, ["is inside the model's own folder", "name a folder beside it"]),
+        ({"--out": "model"}, ["exists: name a folder that does not"]),
+        ({"--calibration": "empty.txt"}, ["empty.txt holds no text"]),
+        ({"--calibration": "none.txt"}, ["there is no file", "none.txt"]),
+        ({"MODEL": "mute", "--calibration": "text.txt"}, ["the model comes without a tokenizer"]),
+        ({"--layers": "nothing.*"}, ["layers: 'nothing.*' matches no linear layer"]),
+        ({"MODEL": "text.txt"}, ["text.txt is not a model that transformers can load"]),
+        ({"MODEL": "mistyped"}, ["there is no folder", "mistyped"]),
+        ({"MODEL": "adapter"}, ["adapter holds an adapter (adapter_config.json). Merge it into its model first"]),
+        ({"MODEL": "empty"}, ["empty is not a model that transformers can load"]),
+    ],
+)
+def test_mistakes(source: Path, text: Path, tmp_path: Path, change: dict[str, Any], parts: list[str]) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(source, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    options: dict[str, Any] = {"--out": "out", "--keep-params": 0.5} | change
+    model = tmp_path / options.pop("MODEL", "model")
+    given = [
+        part
+        for option, value in options.items()
+        if value is not None
+        for part in (option, tmp_path / value if option in ("--out", "--calibration") else value)
+    ]
+    if "--structures" not in change:
+        given += OPTIONS[:2]
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    assert_refused(run("compress", model, *given), *parts)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.unfinished").exists()  # the corrected command would stumble over it
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_models_that_take_pairs_of_texts(text: Path, tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 48, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    tokenizer_of(text.read_text()).save_pretrained(tmp_path / "t5")
+    command = ("compress", tmp_path / "t5", "--keep-params", 0.6, *OPTIONS[:2], "--out")
+    answer = run(*command, tmp_path / "out", "--calibration", text)
+    assert_refused(answer, "T5ForConditionalGeneration takes pairs of texts", "call el.compress in Python")
+    code, _, err = run(*command, tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda module: None if module == "scipy" else module)
+    result = CliRunner().invoke(app, ["compress", "model", "--out", "out"])
+    assert "not installed (scipy). Install them with:  pip install 'einlinear[pretrained]'" in str(result.exception)

@@ -1,0 +1,158 @@
+"""What a worker of a cluster does. On one of two processes: a sweep, though one dies, as in local mode; a search."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.lab.sweeps.tables import read_table
+
+from einlinear.files import alone
+from einlinear_lab.runs.records import read_record
+from einlinear_lab.runs.run import Run
+from einlinear_lab.runs.store import Store
+from einlinear_lab.search.search import Search, configure
+from einlinear_lab.sweeps import attempts, cluster
+from einlinear_lab.sweeps.driver import do
+from einlinear_lab.sweeps.sweep import make_sweep
+from einlinear_lab.sweeps.workers import Workers
+
+SWEEP: dict[str, Any] = {
+    "settings": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},
+    "grid": {"width": [16, 32], "structure": ["dense", "btt"], "seed": [0, 1]},
+}
+QUICK = Run.of({"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 2}).options
+TIMES = {"step_seconds", "folder"}
+
+
+@pytest.fixture
+def new_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the start of a process; where it is in the end does not matter."""
+    monkeypatch.setattr(cluster, "_set_up", False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("new_worker")
+def test_a_worker_takes_paths_as_the_driver_does(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "driver" / "pets" / label).mkdir(parents=True)
+        for i in range(9):
+            image = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8))
+            image.save(tmp_path / "driver" / "pets" / label / f"{i}.png")
+    options = QUICK | {"data": "pets", "batch_size": 4}
+    assert cluster._done(options, "runs/one", str(tmp_path / "driver"), ()) == {"status": "finished"}
+    assert read_record(tmp_path / "driver" / "runs" / "one").run.data.data == "pets"
+
+
+@pytest.mark.usefixtures("new_worker")
+def test_a_worker_is_set_up_once(tmp_path: Path) -> None:
+    calls: list[str] = []
+    for name in ("one", "two"):
+        assert cluster._done(QUICK, name, str(tmp_path), (lambda: calls.append("x"),))["status"] == "finished"
+    assert calls == ["x"]
+
+
+@pytest.mark.usefixtures("new_worker")
+def test_a_bug_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "execute", lambda *_: {}["bug"])
+    told = cluster._done(QUICK, "one", str(tmp_path), ())
+    assert told["status"] == "failed"
+    assert "Traceback" in told["message"]
+    assert "KeyError: 'bug'" in told["message"]
+
+
+@pytest.mark.usefixtures("new_worker")
+def test_a_worker_waits_for_one_that_was_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one").mkdir()
+    with alone(tmp_path / "one" / ".lock", "nobody"):
+        with monkeypatch.context() as patched:
+            patched.setattr(attempts, "_PATIENCE", 0)
+            told = cluster._done(QUICK, "one", str(tmp_path), ())
+        assert told == {"status": "failed", "message": "another process is at work in one"}
+        threading.Timer(0.5, (tmp_path / "one" / ".lock").unlink).start()  # it ends
+        assert cluster._done(QUICK, "one", str(tmp_path), ()) == {"status": "finished"}
+
+
+def table(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["key"]: {name: row[name] for name in row.keys() - TIMES} for row in read_table(folder)}
+
+
+def drive(folder: Path) -> None:
+    """In a process of its own: Ray leaves threads and warnings behind."""
+    import ray
+
+    from einlinear_lab.sweeps.cluster import Cluster
+
+    sweep = make_sweep(SWEEP)
+    store = Store(folder)
+    store.open(sweep.runs, sweep.axes)
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error")
+    killed: list[int] = []
+    statuses: list[str] = []
+    is_over = threading.Event()
+
+    def kill_one() -> None:
+        """The first process that has saved a checkpoint."""
+        while not killed and not is_over.wait(0.05):
+            for lock in folder.glob("runs/*/checkpoints/step-*/../../.lock"):
+                if not killed and (holder := holder_of(lock.resolve())):
+                    os.kill(holder, signal.SIGKILL)
+                    killed.append(holder)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    do(sweep.runs, store, Cluster(), lambda event: statuses.append(event.status))
+    is_over.set()
+    killer.join()
+    options = {"data": "digits", "depth": 1, "batch_size": 128, "steps": 8, "threads": 1}
+    search = Search(configure(budget=8_000, trials=4, **options)).open(Store(folder / "search"))
+    failed = [event.message for event in search.do(Cluster())]
+    told = {"statuses": statuses, "killed": len(killed), "failed": failed}
+    told["searched"] = [own.is_finished for own in search.study.tried()]
+    (folder / "done.json").write_text(json.dumps(told))
+
+
+def holder_of(path: Path) -> int | None:
+    """The process that has a file open."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(link) == str(path) for link in (process / "fd").iterdir()):
+                return int(process.name)
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds processes in /proc")
+def test_a_cluster_gives_the_table_of_local_workers(tmp_path: Path) -> None:
+    if os.environ.get("CI") != "true":
+        pytest.importorskip("ray", reason="needs ray: pip install ray")
+    (tmp_path / "ray").mkdir()
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-m", "tests.lab.sweeps.test_cluster", str(tmp_path / "ray")]
+    # not behind whatever else runs on this machine, which on two cores would take all of them
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=480)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((tmp_path / "ray" / "done.json").read_text())
+    assert told == {"statuses": 8 * ["finished"], "killed": 1, "failed": [], "searched": 4 * [True]}
+
+    sweep = make_sweep(SWEEP)
+    store = Store(tmp_path / "local")
+    store.open(sweep.runs, sweep.axes)
+    assert do(sweep.runs, store, Workers(2)) == []
+    on_ray, local = table(tmp_path / "ray"), table(tmp_path / "local")
+    assert len(local) == 8
+    assert on_ray == local
+
+
+if __name__ == "__main__":
+    drive(Path(sys.argv[1]))
