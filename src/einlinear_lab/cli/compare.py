@@ -14,7 +14,7 @@ from einlinear_lab.cli.parsing import assignments, numbers, specs
 from einlinear_lab.cli.running import carry_out
 
 
-def compare(
+def command(
     settings: Annotated[
         list[str] | None,
         typer.Argument(

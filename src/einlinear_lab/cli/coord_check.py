@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
 _STRUCTURES = ["dense; low_rank; kronecker; monarch; btt"]
 
 
-def coord_check(
+def command(
     settings: Annotated[
         list[str] | None,
         typer.Argument(

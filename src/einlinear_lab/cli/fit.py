@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
 _FEW = 4  # points, of which two are needed to draw a line
 
 
-def fit(
+def command(
     folders: Folders,
     floor: Floor = "0",
     at: Annotated[

@@ -15,7 +15,7 @@ from einlinear_lab.cli.packages import LAB, require
 _SHOWN = 10
 
 
-def map_(
+def command(
     folders: Folders,
     out: Annotated[
         Path | None,

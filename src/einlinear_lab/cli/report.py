@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear_lab.findings.summary import Study
 
 
-def report(
+def command(
     folders: Folders,
     out: Annotated[
         Path | None,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _SHOWN = 10  # of the candidates
 
 
-def search(
+def command(
     settings: Settings = None,
     budget: Annotated[str, typer.Option(help="Multiply-accumulates for one input, of every model: 400k.")] = "100k",
     trials: Annotated[int, typer.Option(min=1, help="Candidates to train.")] = 60,
