@@ -250,7 +250,8 @@ class _Costs:
         layers = [(layer.option, s) for layer, s in zip(self.layers, structures, strict=True)]
         specs = {option: s.spec for option, s in reversed(layers)}
         sizes = tuple((option, (s.in_features, s.out_features, *(size for _, size in s.sizes))) for option, s in layers)
-        return Architecture(dict(sorted(specs.items())), width, self.macs(structures, width), sizes)
+        specs = dict(sorted(specs.items(), key=lambda item: item[0] != STRUCTURE))
+        return Architecture(specs, width, self.macs(structures, width), sizes)
 
 
 @cache
