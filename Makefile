@@ -21,7 +21,7 @@ quick: $(INSTALLED) ## the tests of the layers that are quick, in two minutes
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --quiet -m "not slow" \
 		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/conversion tests/mup
 
-zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/models.md (minutes)
+zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/results/models.md (minutes)
 	@$(BIN)/python -m tests.zoo --write
 
 unit: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""The table of docs/models.md: what became of every kind, what was expected, and where the two differ."""
+"""The table of docs/results/models.md: what became of every kind, what was expected, and where the two differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tests.zoo.loop import NOTHING, ROOT, Trial
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs/results/models.md"
 BEGIN, END = "<!-- made by python -m tests.zoo -->", "<!-- end -->"
 COLUMNS = {
     "train": "train",

@@ -1,4 +1,4 @@
-"""docs/models.md says what the loop finds, and lists every kind."""
+"""docs/results/models.md says what the loop finds, and lists every kind."""
 
 from __future__ import annotations
 
