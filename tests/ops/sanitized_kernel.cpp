@@ -8,7 +8,7 @@
 #include <limits>
 #include <random>
 
-#include "tiles.cpp"
+#include "kernel.cpp"
 
 static std::mt19937 generator(0);
 

@@ -18,8 +18,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "few.h"
-#include "grouped.h"
+#include "decode.h"
+#include "routed.h"
 #include "passes.h"
 
 namespace {
