@@ -97,7 +97,7 @@ def notes() -> list[str]:
 
 def row(trial: Trial) -> str:
     """The row of a kind, with the numbers of notes."""
-    numbers = {note: f"[{number}]" for number, note in enumerate(notes(), 1)}
+    numbers = {note: f"<sup>{number}</sup>" for number, note in enumerate(notes(), 1)}
     left = [numbers[note] for text, note in LEFT_DENSE.items() if any(text in reason for _, reason in trial.skipped)]
     linear = trial.converted + sum("is a stack of" not in reason for _, reason in trial.skipped)
     cells = [trial.kind.name, f"`{trial.kind.model}`", " ".join([f"{trial.converted} of {linear}", *left])]
