@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from einlinear_lab.cli.app import PANELS, app, load
 from typer.main import get_command
+
+from einlinear_lab.cli.app import PANELS, app, load
 
 PAGE = Path(__file__).parent.parent / "docs/reference/cli.md"
 HEAD = """# Commands
