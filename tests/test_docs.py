@@ -186,7 +186,8 @@ def options_of_a_run(model: list[str]) -> set[str]:
 
 
 def test_a_wrong_command_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = "```bash\neinlinear train model=mlp \\\n    widht=3\n```\n```bash\nPATH=x einlinear sweep --scael small dyad\n```\n"
+    train, sweep = "einlinear train model=mlp \\\n    widht=3", "PATH=x einlinear sweep --scael small dyad"
+    page = f"```bash\n{train}\n```\n```bash\n{sweep}\n```\n"
     monkeypatch.setattr(f"{__name__}.read", lambda _: page)
     assert list(commands("page")) == [["train", "model=mlp", "widht=3"], ["sweep", "--scael", "small", "dyad"]]
     with pytest.raises(AssertionError, match="widht"):
