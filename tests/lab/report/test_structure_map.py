@@ -10,8 +10,8 @@ from tests.lab.cli.command import assert_refused, run
 from tests.lab.made_up import run_of, write
 
 import einlinear as el
-from einlinear_lab.findings.structure_map import kind_of, structure_map
-from einlinear_lab.findings.summary import studies
+from einlinear_lab.report.comparison import compare_runs
+from einlinear_lab.report.structure_map import kind_of, map_of
 from einlinear_lab.runs.store import Store
 
 THETAS = [
@@ -42,22 +42,22 @@ def searched(folder: Path, specs: list[str] = SPECS) -> None:
 
 def test_effects_and_places(tmp_path: Path) -> None:
     searched(tmp_path)
-    (study,) = studies(Store(tmp_path).records())
-    found = structure_map(study, "train_loss")
+    (comparison,) = compare_runs(Store(tmp_path).records())
+    found = map_of(comparison, "train_loss")
     assert found is not None
-    assert {own.structure for own in found.places} == set(SPECS)
-    assert [own.loss for own in found.places] == sorted(map(loss_of, SPECS))
-    assert found.effects.omega.value == pytest.approx(0.3)
-    assert found.effects.psi.value == pytest.approx(-0.5)
-    assert found.effects.nu.value == pytest.approx(0, abs=1e-9)
-    assert [own.is_on_front for own in found.places] == [True] + [False] * 8  # all are equally fast
+    assert {own.structure for own in found.points} == set(SPECS)
+    assert [own.loss for own in found.points] == sorted(map(loss_of, SPECS))
+    assert found.regression.omega.value == pytest.approx(0.3)
+    assert found.regression.psi.value == pytest.approx(-0.5)
+    assert found.regression.nu.value == pytest.approx(0, abs=1e-9)
+    assert [own.is_pareto for own in found.points] == [True] + [False] * 8  # all are equally fast
     assert abs(found.compute / 102_000 - 1) < 0.03
 
 
 def test_too_few_structures_make_no_map(tmp_path: Path) -> None:
     searched(tmp_path, SPECS[:7])
-    (study,) = studies(Store(tmp_path).records())
-    assert structure_map(study, "train_loss") is None
+    (comparison,) = compare_runs(Store(tmp_path).records())
+    assert map_of(comparison, "train_loss") is None
     assert_refused(run("map", tmp_path), "a map needs 8 structures of about the same MACs")
 
 
@@ -69,7 +69,7 @@ def test_the_command_and_the_page(tmp_path: Path) -> None:
     assert f"el.convert(model, {best!r})" in out
     assert "+0.300" in out
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Map of the structures" in page
+    assert "Structure map" in page
     assert 'download="map.csv"' in page
     assert "9 structures at 102k MACs per image" in page
 

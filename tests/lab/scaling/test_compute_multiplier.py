@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from einlinear_lab.scaling import Multiplier, compute_multiplier, spread
+from einlinear_lab.scaling import Multiplier, compute_multiplier, multiplier_over_seeds
 
 EXPONENT, SCALE = 0.12, 2.0
 MACS = (1e4, 3e4, 1e5, 2e5, 1e6)
@@ -74,7 +74,7 @@ def test_a_single_dense_point() -> None:
 
 
 def test_spread_is_a_geometric_mean_with_its_range() -> None:
-    found = spread([Multiplier(4.0), Multiplier(1.0), Multiplier(2.0)])
+    found = multiplier_over_seeds([Multiplier(4.0), Multiplier(1.0), Multiplier(2.0)])
     assert found is not None
     assert found.mean == Multiplier(pytest.approx(2.0))
     assert (found.smallest, found.largest, found.seeds) == (Multiplier(1.0), Multiplier(4.0), 3)
@@ -83,10 +83,13 @@ def test_spread_is_a_geometric_mean_with_its_range() -> None:
 
 def test_bounds_stay_bounds_in_a_mean() -> None:
     below, above, exact = Multiplier(2.0, "<"), Multiplier(8.0, ">"), Multiplier(4.0)
-    assert str(spread([exact, above])).startswith("> 5.66×")
-    assert str(spread([exact, below])).startswith("< 2.83×")
-    assert str(spread([above])) == "> 8.00×"
-    assert str(spread([below, above])) == "seeds disagree (< 2.00 to > 8.00)"
+    assert str(multiplier_over_seeds([exact, above])).startswith("> 5.66×")
+    assert str(multiplier_over_seeds([exact, below])).startswith("< 2.83×")
+    assert str(multiplier_over_seeds([above])) == "> 8.00×"
+    assert str(multiplier_over_seeds([below, above])) == "seeds disagree (< 2.00 to > 8.00)"
     # one dense model: some seeds are better, some are worse
-    assert str(spread([Multiplier(1.07, ">"), Multiplier(1.07, "<")])) == "seeds disagree (< 1.07 to > 1.07)"
-    assert spread([]) is None
+    assert (
+        str(multiplier_over_seeds([Multiplier(1.07, ">"), Multiplier(1.07, "<")]))
+        == "seeds disagree (< 1.07 to > 1.07)"
+    )
+    assert multiplier_over_seeds([]) is None

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tests.lab.made_up import run_of, write
 
-from einlinear_lab.findings.summary import TRAIN_LOSS, Study, studies
+from einlinear_lab.report.comparison import TRAIN_LOSS, Comparison, compare_runs
 from einlinear_lab.runs.records import Record
 
 
@@ -24,9 +24,9 @@ class Folder:
         self.records.append(write(self.path, run, macs, loss, digest=digest))
 
     @property
-    def study(self) -> Study:
-        (study,) = studies(self.records)
-        return study
+    def comparison(self) -> Comparison:
+        (comparison,) = compare_runs(self.records)
+        return comparison
 
 
 @pytest.fixture
@@ -40,21 +40,21 @@ def test_multipliers_compare_with_dense_of_the_same_seed(folder: Folder) -> None
             folder.add("dense", width, seed, 100 * width, (1 + seed) / width)
     folder.add("btt", 16, 0, 1600, 1 / 32)
     folder.add("btt", 16, 1, 1600, 2 / 48)
-    dense, btt = folder.study.curves
-    multiplier = btt.rows[0].multipliers[TRAIN_LOSS]
+    dense, btt = folder.comparison.curves
+    multiplier = btt.groups[0].multipliers[TRAIN_LOSS]
     assert multiplier.mean is not None
     assert multiplier.mean.value == pytest.approx((2 * 3) ** 0.5)
     assert [multiplier.smallest.value, multiplier.largest.value] == [pytest.approx(2), pytest.approx(3)]
-    assert btt.rows[0].mean(TRAIN_LOSS) == pytest.approx((1 / 32 + 2 / 48) / 2)
-    assert [str(row.multipliers["train_error"]) for row in dense.rows] == ["1.00×", "1.00×"]
+    assert btt.groups[0].mean(TRAIN_LOSS) == pytest.approx((1 / 32 + 2 / 48) / 2)
+    assert [str(group.multipliers["train_error"]) for group in dense.groups] == ["1.00×", "1.00×"]
 
 
 def test_dense_needs_its_own_compute_even_where_its_curve_has_a_bump(folder: Folder) -> None:
     """The wider model is worse than the narrow one, which therefore reached its loss with a tenth of the MACs."""
     for width, macs, loss in ((16, 100, 0.5), (32, 1000, 0.6), (64, 2000, None)):
         folder.add("dense", width, 0, macs, loss)
-    (dense,) = folder.study.curves
-    assert [str(row.multipliers.get(TRAIN_LOSS)) for row in dense.rows] == ["1.00×", "1.00×", "None"]
+    (dense,) = folder.comparison.curves
+    assert [str(group.multipliers.get(TRAIN_LOSS)) for group in dense.groups] == ["1.00×", "1.00×", "None"]
 
 
 def test_diverged_runs_are_counted_and_left_out_of_means_and_curves(folder: Folder) -> None:
@@ -62,17 +62,17 @@ def test_diverged_runs_are_counted_and_left_out_of_means_and_curves(folder: Fold
     folder.add("dense", 16, 1, 100, None)
     folder.add("btt", 16, 1, 50, None)
     folder.add("btt", 32, 1, 80, 0.4)
-    dense, btt = folder.study.curves
-    assert (dense.rows[0].mean(TRAIN_LOSS), dense.rows[0].seed_count) == (0.5, "1 of 2")
-    assert (btt.rows[0].mean(TRAIN_LOSS), btt.rows[0].seed_count, btt.rows[0].multipliers) == (None, "0 of 1", {})
-    assert btt.rows[1].multipliers == {}  # dense of its seed diverged
+    dense, btt = folder.comparison.curves
+    assert (dense.groups[0].mean(TRAIN_LOSS), dense.groups[0].seed_count) == (0.5, "1 of 2")
+    assert (btt.groups[0].mean(TRAIN_LOSS), btt.groups[0].seed_count, btt.groups[0].multipliers) == (None, "0 of 1", {})
+    assert btt.groups[1].multipliers == {}  # dense of its seed diverged
 
 
 def test_an_error_of_zero_has_no_multiplier(folder: Folder) -> None:
     folder.add("dense", 16, 0, 100, 0.5)
     folder.records.append(write(folder.path, run_of("btt", 16), 50, 0.5, error=0.0))
-    _, btt = folder.study.curves
-    assert list(btt.rows[0].multipliers) == [TRAIN_LOSS]
+    _, btt = folder.comparison.curves
+    assert list(btt.groups[0].multipliers) == [TRAIN_LOSS]
 
 
 def test_the_best_learning_rate_stands_for_a_model(folder: Folder) -> None:
@@ -81,11 +81,11 @@ def test_the_best_learning_rate_stands_for_a_model(folder: Folder) -> None:
         folder.add("dense", 16, 0, 100, loss, lr=lr)
         folder.add("dense", 16, 1, 100, other, lr=lr)
         folder.add("btt", 16, 0, 50, loss, lr=lr)
-    dense, btt = folder.study.curves
-    assert [row.run.training.lr for row in dense.best] == [1e-2]  # at 3e-3 a seed diverges
-    assert [row.run.training.lr for row in btt.best] == [3e-3]
-    assert [str(row.multipliers[TRAIN_LOSS]) for row in btt.rows] == ["< 2.00×", "> 2.00×", "2.00×"]
-    assert [str(row.multipliers[TRAIN_LOSS]) for row in dense.rows] == ["< 1.00×", "> 1.00×", "1.00×"]
+    dense, btt = folder.comparison.curves
+    assert [group.run.training.lr for group in dense.best] == [1e-2]  # at 3e-3 a seed diverges
+    assert [group.run.training.lr for group in btt.best] == [3e-3]
+    assert [str(group.multipliers[TRAIN_LOSS]) for group in btt.groups] == ["< 2.00×", "> 2.00×", "2.00×"]
+    assert [str(group.multipliers[TRAIN_LOSS]) for group in dense.groups] == ["< 1.00×", "> 1.00×", "1.00×"]
 
 
 def test_options_that_vary_make_curves_and_sizes_do_not(folder: Folder) -> None:
@@ -94,15 +94,15 @@ def test_options_that_vary_make_curves_and_sizes_do_not(folder: Folder) -> None:
         for aware in (True, False):
             folder.add("btt", width, 0, 10 * width, 0.5, structure_aware=aware)
         folder.add("dense", width, 0, 100 * width, 0.5, optimizer="sgd")
-    names = [curve.name for curve in folder.study.curves]
+    names = [curve.name for curve in folder.comparison.curves]
     assert names == [
         "dense, optimizer=adamw",
         "dense, optimizer=sgd",
         "btt, optimizer=adamw",
         "btt, optimizer=adamw, naive",
     ]
-    assert all(len(curve.rows) == 2 for curve in folder.study.curves)
-    assert {name: len(values) for name, values in folder.study.varied.items()} == {
+    assert all(len(curve.groups) == 2 for curve in folder.comparison.curves)
+    assert {name: len(values) for name, values in folder.comparison.varied.items()} == {
         "structure": 2,
         "width": 2,
         "optimizer": 2,
@@ -115,7 +115,7 @@ def test_dense_of_the_same_options_is_what_others_are_compared_with(folder: Fold
     folder.add("dense", 16, 0, 300, 0.5)
     folder.add("btt", 16, 0, 50, 0.5, optimizer="sgd")
     folder.add("btt", 16, 0, 50, 0.5, structure_aware=False)
-    multipliers = {row.curve: str(row.multipliers[TRAIN_LOSS]) for row in folder.study.rows}
+    multipliers = {group.curve: str(group.multipliers[TRAIN_LOSS]) for group in folder.comparison.groups}
     assert multipliers["btt, optimizer=sgd"] == "2.00×"
     assert multipliers["btt, optimizer=adamw, naive"] == "6.00×"
 
@@ -130,7 +130,7 @@ def test_mixtures_are_compared_with_dense_models_that_are_none(folder: Folder) -
     for structure, options, gain in kinds:
         for width in (16, 64):
             folder.add(structure, width, 0, 100 * width, 1 / (width * gain**0.5), **options)
-    found = {curve.name: curve.rows[0].multipliers[TRAIN_LOSS].mean for curve in folder.study.curves}
+    found = {curve.name: curve.groups[0].multipliers[TRAIN_LOSS].mean for curve in folder.comparison.curves}
     assert list(found) == [
         "dense",
         "dense, experts=4, routed=feed_forward",
@@ -140,27 +140,30 @@ def test_mixtures_are_compared_with_dense_models_that_are_none(folder: Folder) -
     assert [mean.value for mean in found.values() if mean] == pytest.approx([1, 2**0.5, 3**0.5, 2])
 
     folder.records = [record for record in folder.records if record.run.model.experts]  # without dense: its own kind
-    dense = [curve for curve in folder.study.curves if curve.structure == "dense"]
-    assert [str(curve.rows[0].multipliers[TRAIN_LOSS]) for curve in dense] == ["1.00×", "1.00×"]
+    dense = [curve for curve in folder.comparison.curves if curve.structure == "dense"]
+    assert [str(curve.groups[0].multipliers[TRAIN_LOSS]) for curve in dense] == ["1.00×", "1.00×"]
 
 
-def test_runs_on_other_data_are_another_study(folder: Folder) -> None:
+def test_runs_on_other_data_are_another_comparison(folder: Folder) -> None:
     folder.add("dense", 16, 0, 100, 0.5)
     folder.add("dense", 32, 0, 200, 0.4, digest="1")
     folder.records.append(write(folder.path, run_of("dense", 64), 300, 0.3, finished=False))
-    assert [[row.run.model.width for row in study.rows] for study in studies(folder.records)] == [[16], [32]]
+    assert [[group.run.model.width for group in comparison.groups] for comparison in compare_runs(folder.records)] == [
+        [16],
+        [32],
+    ]
 
 
 def test_a_run_that_is_in_two_folders_counts_once(tmp_path: Path) -> None:
     records = [write(tmp_path / name, run_of(), 100, 0.5) for name in ("a", "b")]
-    (study,) = studies(records)
-    assert len(study.records) == 1
+    (comparison,) = compare_runs(records)
+    assert len(comparison.records) == 1
 
 
 def test_a_run_that_was_made_twice_counts_once(folder: Folder) -> None:
     for every in (10, 20):  # what changes no result makes another run, but not another seed
         for seed in (0, 1):
             folder.add("dense", 16, seed, 1600, 0.5 + seed / 10, evaluate_every=every)
-    ((row,),) = [curve.rows for curve in folder.study.curves]
-    assert row.seed_count == "2"
-    assert row.mean(TRAIN_LOSS) == pytest.approx(0.55)
+    ((group,),) = [curve.groups for curve in folder.comparison.curves]
+    assert group.seed_count == "2"
+    assert group.mean(TRAIN_LOSS) == pytest.approx(0.55)

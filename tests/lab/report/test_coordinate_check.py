@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from einlinear_lab.findings.coord_check import FILE, Updates, read_updates, write_updates
+from einlinear_lab.report.coordinate_check import FILE, FeatureUpdates, read_updates, write_updates
 from einlinear_lab.runs.options import names
 from einlinear_lab.sweeps.coord_check import cases, measure, template
 from einlinear_lab.training import Training
 
-UPDATES = [Updates("dense", True, {16: 0.1, 64: 0.2}), Updates("btt", False, {16: 0.1, 64: math.inf})]
+UPDATES = [FeatureUpdates("dense", True, {16: 0.1, 64: 0.2}), FeatureUpdates("btt", False, {16: 0.1, 64: math.inf})]
 
 
 def test_they_come_back_and_divergence_is_null(tmp_path: Path) -> None:
@@ -21,9 +21,9 @@ def test_they_come_back_and_divergence_is_null(tmp_path: Path) -> None:
     assert found is not None
     assert (found.command, found.source) == ("einlinear coord-check", "Digits")
     assert found.updates[0] == UPDATES[0]
-    assert found.updates[0].largest_over_smallest == pytest.approx(2)
+    assert found.updates[0].max_over_min == pytest.approx(2)
     assert math.isnan(found.updates[1].by_width[64])
-    assert found.updates[1].largest_over_smallest is None
+    assert found.updates[1].max_over_min is None
     assert json.loads(path.read_text())["updates"][1]["by_width"] == {"16": 0.1, "64": None}
 
 

@@ -13,20 +13,20 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import backends, dispatch, reference
-from einlinear.ops.batched import batched_backend as bmm
+from einlinear.ops import backends, choice, context, reference
+from einlinear.ops.batched import batched_backend as batched
 
 
 def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = el.Linear(1024, 1024, "btt"), torch.randn(3, 5, 1024)
-    choice = el.explain(layer, x)
-    assert choice.backend in ops.BACKENDS
-    assert "a training step of 16 tokens" in choice.reason
+    chosen = el.explain(layer, x)
+    assert chosen.backend in ops.BACKENDS
+    assert "a training step of 16 tokens" in chosen.reason
     with torch.no_grad():
         assert "a forward pass of 16 tokens" in el.explain(layer, x).reason
-    assert dict(choice.refusals)["triton"]
+    assert dict(chosen.refusals)["triton"]
     ran = []
-    backend = backends.find(choice.backend)
+    backend = backends.find(chosen.backend)
     forward = backend.forward
     monkeypatch.setattr(backend, "forward", lambda *args, **kw: (ran.append(1), forward(*args, **kw))[1])
     layer(x)
@@ -34,12 +34,12 @@ def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_gpu_what_was_never_measured_there_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
-    dispatch.forget()
-    choice = ops.choose(el.structure("btt", 64, 64), 2048, torch.bfloat16, torch.device("cuda"))
-    assert choice.backend == "batched"
-    assert "einlinear.backend('triton')" in dict(choice.refusals)["triton"]
-    dispatch.forget()
+    monkeypatch.setattr(choice, "unsupported", lambda *_: None)
+    choice.forget()
+    chosen = ops.choose(el.structure("btt", 64, 64), 2048, torch.bfloat16, torch.device("cuda"))
+    assert chosen.backend == "batched"
+    assert "einlinear.backend('triton')" in dict(chosen.refusals)["triton"]
+    choice.forget()
 
 
 def test_explain_says_where_dense_is_faster() -> None:
@@ -51,9 +51,9 @@ def test_backend_forces_and_restores(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
     before = el.explain(layer, x)
     calls = []
-    apply, forward = reference.apply, bmm.forward
+    apply, forward = reference.apply, batched.forward
     monkeypatch.setattr(reference, "apply", lambda *args: (calls.append("reference"), apply(*args))[1])
-    monkeypatch.setattr(bmm, "forward", lambda *args, **kw: (calls.append("batched"), forward(*args, **kw))[1])
+    monkeypatch.setattr(batched, "forward", lambda *args, **kw: (calls.append("batched"), forward(*args, **kw))[1])
     with el.backend("batched"):
         with el.backend("reference"):
             layer(x)
@@ -77,8 +77,8 @@ def test_backends_nest() -> None:
     with el.backend("batched"):
         with el.backend(recompute=True):
             assert el.explain(layer, x).backend == "batched"
-            assert dispatch.recomputes("batched", layer.structure)
-        assert not dispatch.recomputes("batched", layer.structure)
+            assert choice.recomputes("batched", layer.structure)
+        assert not choice.recomputes("batched", layer.structure)
 
 
 LAYER, X = el.Linear(64, 64, "btt"), torch.randn(3, 64)
@@ -164,8 +164,8 @@ def test_backend_as_a_decorator() -> None:
 
 def test_a_backward_pass_uses_the_executor_of_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    backward = bmm.backward
-    monkeypatch.setattr(bmm, "backward", lambda *args: (ran.append(1), backward(*args))[1])
+    backward = batched.backward
+    monkeypatch.setattr(batched, "backward", lambda *args: (ran.append(1), backward(*args))[1])
     with el.backend("batched"):
         y = LAYER(X)
     with ThreadPoolExecutor(1) as pool, el.backend("reference"):
@@ -207,7 +207,7 @@ def test_states_are_saved_where_it_costs_more_to_compute_them_again(spec: str, e
 
 def test_mistakes() -> None:
     layer, x = el.Linear(16, 24, "btt"), torch.randn(2, 16)
-    known = "choose reference, bmm, tiles or triton"
+    known = "choose reference, batched, cpu or triton"
     with pytest.raises(ValueError, match=f"unknown backend 'fast': {known}"):
         ops.linear(layer.structure, layer.factors(), x, backend="fast")
     with pytest.raises(ValueError, match=f"unknown backend 'fast': {known}"), el.backend("fast"):
@@ -250,6 +250,6 @@ def test_generators_that_force_a_backend_end_in_any_order() -> None:
     next(first)
     next(second)
     first.close()
-    assert dispatch.forced().backend == "reference"
+    assert context.forced().backend == "reference"
     second.close()
-    assert dispatch.forced().backend is None
+    assert context.forced().backend is None

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tests.lab.made_up import run_of, write
 
-from einlinear_lab.findings.scaling_laws import Law, as_json, evaluations, laws_of_training, laws_per_input
-from einlinear_lab.findings.summary import TRAIN_LOSS, studies
+from einlinear_lab.report.comparison import TRAIN_LOSS, compare_runs
+from einlinear_lab.report.scaling_laws import CurveFit, evaluations, laws_as_json, laws_of_training, laws_per_input
 from einlinear_lab.runs.records import Record
 
 BATCH = 256  # the default of images
@@ -28,21 +28,21 @@ def final(folder: Path, structure: str, times: float, **options: Any) -> list[Re
 
 
 def test_a_law_over_the_macs_of_an_input(tmp_path: Path) -> None:
-    (study,) = studies([*final(tmp_path, "dense", 1), *final(tmp_path, "btt", 2)])
-    laws = laws_per_input(study, TRAIN_LOSS)
+    (comparison,) = compare_runs([*final(tmp_path, "dense", 1), *final(tmp_path, "btt", 2)])
+    laws = laws_per_input(comparison, TRAIN_LOSS)
     assert laws.compute == "MACs per image"
-    for own, times in zip(laws.laws, (1, 2), strict=True):
+    for own, times in zip(laws.curves, (1, 2), strict=True):
         assert own.fit is not None
         assert own.fit.law.exponent == pytest.approx(0.12)
         assert own.fit.law(1e6) == pytest.approx(law(1e6, times))
-    dense, btt = laws.laws
+    dense, btt = laws.curves
     assert dense.multipliers == ()
     assert [at.multiplier.value for at in btt.multipliers if not at.multiplier.bound] == pytest.approx(
         [2] * sum(not at.multiplier.bound for at in btt.multipliers)
     )
     assert btt.interval is not None
     assert btt.interval.source == "regression"  # there is one seed only
-    halves = laws_per_input(study, "train_error").laws[0].fit
+    halves = laws_per_input(comparison, "train_error").curves[0].fit
     assert halves is not None
     assert halves.law(1e6) == pytest.approx(law(1e6) / 2)
 
@@ -50,7 +50,7 @@ def test_a_law_over_the_macs_of_an_input(tmp_path: Path) -> None:
 def test_models_above_the_hull_belong_to_the_law_but_not_those_that_cheaper_ones_beat(tmp_path: Path) -> None:
     losses = {16: 1.0, 32: 0.95, 64: 0.5, 128: 0.6, 256: 0.25}
     records = [write(tmp_path, run_of("dense", width), 10 * width**2, loss) for width, loss in losses.items()]
-    (own,) = laws_per_input(studies(records)[0], TRAIN_LOSS).laws
+    (own,) = laws_per_input(compare_runs(records)[0], TRAIN_LOSS).curves
     assert own.fit is not None
     assert own.fit.frontier.loss.tolist() == [1.0, 0.95, 0.5, 0.25]
 
@@ -79,13 +79,13 @@ def trained(folder: Path, steps: int) -> list[Record]:
 
 def test_a_law_over_the_compute_of_the_training(tmp_path: Path) -> None:
     """Runs of both lengths are on one curve here, and on two in what compares final losses."""
-    (study,) = studies([*trained(tmp_path, 100), *trained(tmp_path, 200)])
-    assert [curve.name for curve in study.curves] == ["dense, steps=100", "dense, steps=200"]
-    laws = laws_of_training(study)
+    (comparison,) = compare_runs([*trained(tmp_path, 100), *trained(tmp_path, 200)])
+    assert [curve.name for curve in comparison.curves] == ["dense, steps=100", "dense, steps=200"]
+    laws = laws_of_training(comparison)
     assert laws is not None
-    (own,) = laws.laws
+    (own,) = laws.curves
     assert own.curve.name == "dense"
-    assert len(own.rows) == 8
+    assert len(own.groups) == 8
     assert [len(losses.compute) for losses in own.losses] == [5] * 8
     assert own.fit is not None
     assert own.fit.law.exponent == pytest.approx(0.12)
@@ -94,13 +94,13 @@ def test_a_law_over_the_compute_of_the_training(tmp_path: Path) -> None:
 
 
 def test_the_frontier_of_training_has_rules(tmp_path: Path) -> None:
-    (study,) = studies(trained(tmp_path, 200))
+    (comparison,) = compare_runs(trained(tmp_path, 200))
 
     def points(**rules: Any) -> list[float]:
-        laws = laws_of_training(study, **rules)
+        laws = laws_of_training(comparison, **rules)
         assert laws is not None
-        assert laws.laws[0].fit is not None
-        return laws.laws[0].fit.frontier.compute.tolist()
+        assert laws.curves[0].fit is not None
+        return laws.curves[0].fit.frontier.compute.tolist()
 
     everything = points()
     low, high = everything[1], everything[-2]
@@ -112,8 +112,8 @@ def test_the_frontier_of_training_has_rules(tmp_path: Path) -> None:
 
 
 def test_without_evaluations_during_training_there_is_no_such_law(tmp_path: Path) -> None:
-    (study,) = studies(final(tmp_path, "dense", 1))
-    assert laws_of_training(study) is None
+    (comparison,) = compare_runs(final(tmp_path, "dense", 1))
+    assert laws_of_training(comparison) is None
 
 
 def test_an_assumed_floor_and_errors_at_it(tmp_path: Path) -> None:
@@ -122,31 +122,31 @@ def test_an_assumed_floor_and_errors_at_it(tmp_path: Path) -> None:
         write(tmp_path, run_of("dense", width), 10 * width**2, loss)
         for width, loss in zip((*WIDTHS, 256), losses, strict=True)
     ]
-    (own,) = laws_per_input(studies(records)[0], TRAIN_LOSS, floor=0.5).laws
+    (own,) = laws_per_input(compare_runs(records)[0], TRAIN_LOSS, floor=0.5).curves
     assert own.fit is not None
     assert own.fit.law.exponent == pytest.approx(0.12)
-    assert [row.run.model.width for row in own.rows] == list(WIDTHS)
+    assert [group.run.model.width for group in own.groups] == list(WIDTHS)
 
 
 def test_json_has_all_numbers_and_says_why_there_is_no_law(tmp_path: Path) -> None:
     records = [*final(tmp_path, "dense", 1), *final(tmp_path, "btt", 2), write(tmp_path, run_of("tt"), 99, 0.5)]
-    laws = laws_per_input(studies(records)[0], TRAIN_LOSS)
-    content = json.loads(json.dumps(as_json(laws, at=[1e9]), allow_nan=False))
+    laws = laws_per_input(compare_runs(records)[0], TRAIN_LOSS)
+    content = json.loads(json.dumps(laws_as_json(laws, [1e9]), allow_nan=False))
     dense, btt, tt = content["structures"]
     assert dense["exponent"] == pytest.approx(0.12)
     assert btt["predictions"][0]["loss"] == pytest.approx(law(1e9, 2))
     assert btt["compute_multipliers"][0]["multiplier"] == pytest.approx(2)
     assert "at least 3 points" in tt["no_law_because"]
-    assert isinstance(laws.laws[2], Law)
+    assert isinstance(laws.curves[2], CurveFit)
 
 
 def test_a_model_that_is_made_dense_costs_less_before(tmp_path: Path) -> None:
     run = run_of("btt", 16, densify_at=60)
-    (row,) = studies([write(tmp_path, run, 1000, 0.5, lines=lines(1000, 100))])[0].rows
+    (group,) = compare_runs([write(tmp_path, run, 1000, 0.5, lines=lines(1000, 100))])[0].groups
     cheap = 100
     compute = BATCH * (60 * cheap + 40 * 1000)
-    row = replace(row, records=(replace(row.records[0], result=replace(row.result, compute=compute)),))
-    measured = evaluations(row, "train_error")
+    group = replace(group, records=(replace(group.records[0], result=replace(group.result, compute=compute)),))
+    measured = evaluations(group, "train_error")
     assert measured.compute[-1] == compute
     steps = [line["step"] for line in lines(1000, 100)]
     expected = [BATCH * (min(step, 60) * cheap + max(step - 60, 0) * 1000) for step in steps]
@@ -156,9 +156,9 @@ def test_a_model_that_is_made_dense_costs_less_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("densify_at", "cheap"), [(None, 1000), (60, 100)])
 def test_a_model_with_guides_costs_more_before(tmp_path: Path, densify_at: int | None, cheap: int) -> None:
     run, guides = run_of("btt", 16, guide_until=30, densify_at=densify_at), 500
-    (row,) = studies([write(tmp_path, run, 1000, 0.5, lines=lines(1000, 100))])[0].rows
+    (group,) = compare_runs([write(tmp_path, run, 1000, 0.5, lines=lines(1000, 100))])[0].groups
     steps = [line["step"] for line in lines(1000, 100)]
     expected = [BATCH * (min(t, 30) * guides + min(t, 60) * cheap + max(t - 60, 0) * 1000) for t in steps]
-    own = replace(row.result, compute=expected[-1], guide_macs=guides)
-    row = replace(row, records=(replace(row.records[0], result=own),))
-    assert evaluations(row, "train_error").compute.tolist() == pytest.approx(expected)
+    own = replace(group.result, compute=expected[-1], guide_macs=guides)
+    group = replace(group, records=(replace(group.records[0], result=own),))
+    assert evaluations(group, "train_error").compute.tolist() == pytest.approx(expected)
