@@ -25,7 +25,7 @@ class Program:
     """
 
     def __init__(self, structure: Structure) -> None:
-        self._sizes = dict(structure.sizes)
+        self.macs, self._sizes = structure.macs, dict(structure.sizes)
         self.pointers = ctypes.c_void_p * len(structure.factors)
         self.intermediate_size = 0
         numbers = [len(structure.terms), structure.in_features, structure.out_features]
