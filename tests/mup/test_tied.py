@@ -174,14 +174,15 @@ def test_a_start_that_is_too_large_is_said(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_the_example_of_the_documentation() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "roles.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    names: dict[str, Any] = {}
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "transfer.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (code,) = [block for block in blocks if "build_tied" in block]
+    names: dict[str, Any] = {"el": el, "nn": nn}
     exec(code, names)
     ids = torch.arange(4)
     with torch.no_grad():
-        expected = F.linear(names["model"][:2](ids), names["model"][0].weight) / 4
-        torch.testing.assert_close(names["model"](ids), expected)
+        expected = F.linear(names["tied"][:2](ids), names["tied"][0].weight) / 4
+        torch.testing.assert_close(names["tied"](ids), expected)
     assert [g["lr_mult"] for g in names["groups"] if "0.weight" in g["param_names"]] == [1]
 
 

@@ -13,7 +13,7 @@ from einlinear.nn.factored import Factored
 from einlinear.nn.layer_info import LayerInfo
 from einlinear.nn.moe.exchange import Exchange
 from einlinear.nn.moe.mixture import check_experts
-from einlinear.ops.dispatch import autocast_dtype
+from einlinear.ops.context import autocast_dtype
 from einlinear.structures import Structure
 
 
@@ -52,15 +52,16 @@ class ExpertStack(Factored):
     def mix(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         """Return for every token the sum of gate * W_e x over its experts, plus the bias; shapes as in `Experts`."""
         if self.exchange is None:
-            return ops.grouped_linear(self.structure, self.factors(), x, indices, gates, self.bias)
+            assignment = ops.Assignment(indices, gates)
+            return ops.linear(self.structure, self.factors(), x, self.bias, routing=assignment)
 
         # tokens travel in the dtype of the product
         dtype = autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)
 
         def multiply(tokens: Tensor, experts: Tensor) -> Tensor:
-            ones = tokens.new_ones(len(experts), 1)
-            return ops.grouped_linear(self.structure, self.factors(), tokens, experts[:, None], ones)
+            assignment = ops.Assignment(experts[:, None], tokens.new_ones(len(experts), 1))
+            return ops.linear(self.structure, self.factors(), tokens, routing=assignment)
 
         y = self.exchange(x, indices, gates, multiply)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -103,7 +104,7 @@ class Experts(ExpertStack):
 
     Raises:
         ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
-        RuntimeError, IndexError: on call, as `einlinear.ops.grouped_linear`.
+        RuntimeError, IndexError: on call, as `einlinear.ops.linear`.
 
     Example:
         >>> import torch

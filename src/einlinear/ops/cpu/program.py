@@ -21,13 +21,13 @@ class Program:
     Attributes:
         address: where they lie.
         pointers: the type of an array with a pointer for each factor.
-        state_rows: the size of all intermediate states, for one input vector.
+        intermediate_size: the size of all intermediate states, for one input vector.
     """
 
     def __init__(self, structure: Structure) -> None:
         self._sizes = dict(structure.sizes)
         self.pointers = ctypes.c_void_p * len(structure.factors)
-        self.state_rows = 0
+        self.intermediate_size = 0
         numbers = [len(structure.terms), structure.in_features, structure.out_features]
         position = itertools.count()
         for term in structure.terms:
@@ -45,7 +45,7 @@ class Program:
                         *(a for a in before + rows if a in following.columns),
                         *(a for a in following.axes if a in following.summed),
                     )
-                    self.state_rows += self._size(after)
+                    self.intermediate_size += self._size(after)
                 groups = (batch, columns, rows, inner)
                 numbers += [next(position), *map(self._size, groups), self._size(before), self._size(after)]
                 tables = [
