@@ -108,8 +108,8 @@ def convert(
     plan = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
     if not plan:
         raise ValueError("the mapping of globs to structures is empty")
-    for spec in plan.values():
-        check_spec(spec)
+    for text in plan.values():
+        check_spec(text)
     linears, fused = linear_layers(model), fused_experts(model)
     included, excluded = as_globs(layers, "layers"), as_globs(exclude, "exclude")
     make = _LayerMaker(weights, _flag_or_globs(normalize, "normalize"), _flag_or_globs(gamma, "gamma"), experts, active)

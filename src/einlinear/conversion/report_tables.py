@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -16,25 +17,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-class LayerCounts(Protocol):
-    """Counts of one layer: parameters and multiply-accumulates of its weight, before and after."""
+class Totals(ABC):
+    """Base class of reports: sums of the parameters and multiply-accumulates (MACs) of layers, before and after."""
 
-    @property
-    def params_before(self) -> int: ...
-    @property
-    def params(self) -> int: ...
-    @property
-    def macs_before(self) -> int: ...
-    @property
-    def macs(self) -> int: ...
-
-
-class Totals:
-    """Base class of reports that sums the counts of their layers."""
-
-    def counts(self) -> Sequence[LayerCounts]:
-        """Return the counts of every layer."""
-        raise NotImplementedError
+    @abstractmethod
+    def counts(self) -> Sequence[Any]:
+        """Return objects with the counts of the weight of every layer, under the names of the sums."""
 
     @property
     def params_before(self) -> int:

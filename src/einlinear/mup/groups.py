@@ -16,7 +16,7 @@ from torch import nn
 
 from einlinear.mup.parameters import Parameter, check_matches, parameters
 from einlinear.mup.role_inference import matrix_role
-from einlinear.mup.rules import hyperparameters, initial_std
+from einlinear.mup.rules import Rule, hyperparameters, initial_std
 from einlinear.nn.names import as_globs, as_rules
 
 # their update does not depend on the size of the gradient
@@ -121,7 +121,7 @@ def param_groups(
     for p in params:
         assert p.role is not None
         muon = optimizer == "muon" and p.is_matrix and any(p.matches(glob) for glob in hidden_globs)
-        rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
+        rule: Rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
         base_shape = shapes.get(p.key, p.base_shape)
         h = hyperparameters(
             p.role,

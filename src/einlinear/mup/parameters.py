@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ from einlinear.mup.role_inference import infer_role, matrix_role
 from einlinear.nn.layer_info import INPUT, SCALAR, VECTOR, LayerInfo, Role, RoleKind
 from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.nn.third_party import layer_info
+
+ROLE_KINDS: tuple[str, ...] = get_args(RoleKind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +117,8 @@ def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list
     """
     rules = as_rules(roles, "roles")
     for glob, kind in rules.items():
-        if kind not in get_args(RoleKind):
-            raise ValueError(f"the role of {glob!r} must be one of {', '.join(get_args(RoleKind))}, not {kind!r}")
+        if kind not in ROLE_KINDS:
+            raise ValueError(f"the role of {glob!r} must be one of {', '.join(ROLE_KINDS)}, not {kind!r}")
     by_tensor: dict[int, Parameter] = {}
     shapes = _shapes_before_fsdp1(model)
     for prefix, module in plain_modules(model):
@@ -135,7 +137,7 @@ def check_matches(globs: Iterable[str], parameters: Iterable[Parameter], argumen
     check_globs(globs, [name for p in parameters for name in p.matched], argument, "parameter or module")
 
 
-def _with_kind(p: Parameter, kind: str | None) -> Parameter:
+def _with_kind(p: Parameter, kind: Any) -> Parameter:
     """Return the parameter with the kind of role that the user gives it."""
     if kind in ("input", "vector"):
         if p.role is not None and p.role.structure is not None:

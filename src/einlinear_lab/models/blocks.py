@@ -76,8 +76,8 @@ class Layers:
             return self.single(in_features, out_features, structure, gamma=gamma)
         made = make_structure(structure, in_features, out_features)
         normalize = self._normalizes(made)
-        config = {"normalize": normalize, "gamma": gamma}
-        return MoELinear(in_features, out_features, made, self.experts, self.active, self.bias, **config)
+        experts, active = self.experts, self.active
+        return MoELinear(in_features, out_features, made, experts, active, self.bias, normalize=normalize, gamma=gamma)
 
     def single(
         self, in_features: int, out_features: int, structure: str | None = None, *, gamma: bool = True

@@ -31,7 +31,9 @@ class Exchange:
     def local(self, parameter: Tensor) -> Tensor:
         """Return this process's experts, whose gradient is a mean over the processes instead of a sum."""
         assert isinstance(parameter, DTensor)
-        local: Tensor = _MeanGradient.apply(parameter.to_local(), self.size)  # type: ignore[no-untyped-call]
+        local = parameter.to_local()
+        if local.requires_grad:
+            local.register_hook(lambda grad: grad / self.size)
         return local
 
     def __call__(
@@ -77,16 +79,3 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _AllToAll.apply(grads[0], ctx.from_, ctx.to, ctx.group), None, None, None  # type: ignore[no-untyped-call]
-
-
-class _MeanGradient(torch.autograd.Function):
-    """Identity with a gradient that is divided by the number of processes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] / ctx.size, None

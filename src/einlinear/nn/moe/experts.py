@@ -20,14 +20,7 @@ from einlinear.structures import Structure
 class ExpertStack(Factored):
     """Stack of structured matrices, one per expert: the base class of `Experts` and `MoELinear`.
 
-    Args:
-        in_features, out_features, structure, bias, normalize, gamma, device, dtype: as for `Linear`; every expert is
-            normalised by itself.
-        experts: the number of experts.
-        active: the number of experts per token.
-
-    Attributes:
-        exchange: of tokens between the processes that share the experts, set by `expert_parallel`; or None.
+    `exchange` moves tokens between the processes that share the experts; `expert_parallel` sets it.
     """
 
     def __init__(
