@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from einlinear_lab.cli import display
 from einlinear_lab.cli.endings import user_errors
 from einlinear_lab.cli.options import Folders
 from einlinear_lab.cli.packages import LAB, require
+from einlinear_lab.cli.report import PageFile
 
 _ROWS = 10
 
 
 def command(
     folders: Folders,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The page to write. Default: report.html in the folder; required for several folders."),
-    ] = None,
+    out: PageFile = None,
 ) -> None:
     """Map a search: the exponents of its structures against their loss."""
     require(LAB)

@@ -16,13 +16,15 @@ from einlinear_lab.cli.parsing import floor_of
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear_lab.report.comparison import Comparison
 
+PageFile = Annotated[
+    Path | None,
+    typer.Option(help="The page to write. Default: report.html in the folder; required for several folders."),
+]
+
 
 def command(
     folders: Folders,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The page to write. Default: report.html in the folder; required for several folders."),
-    ] = None,
+    out: PageFile = None,
     floor: Floor = "0",
 ) -> None:
     """Print a table of the models in results folders, and write a page about all their runs."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from einlinear.nn.autocast import without_autocast
 from einlinear.ops.operands import shape_of
-from einlinear.structures.limits import size
+from einlinear.structures.limits import validate_size
 
 # up to as many active experts, maxima one by one are faster than topk
 _FEW = 4
@@ -118,7 +118,7 @@ def _largest(logits: Tensor, count: int) -> Tensor:
 
 def check_experts(experts: int, active: int) -> tuple[int, int]:
     """Return both as ints. Raise ValueError for fewer experts than one, or more active ones than experts."""
-    experts, active = size("experts", experts), size("active", active)
+    experts, active = validate_size("experts", experts), validate_size("active", active)
     if active > experts:
         raise ValueError(f"active={active}: a token goes to at least one and at most all of the {experts} experts")
     return experts, active
