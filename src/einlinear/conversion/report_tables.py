@@ -17,6 +17,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def _total(count: str) -> Any:
+    return property(lambda report: sum(getattr(layer, count) for layer in report.counts()))
+
+
 class Totals(ABC):
     """Base class of reports: sums of the parameters and multiply-accumulates (MACs) of layers, before and after."""
 
@@ -24,18 +28,7 @@ class Totals(ABC):
     def counts(self) -> Sequence[Any]:
         """Return objects with the counts of the weight of every layer, under the names of the sums."""
 
-    @property
-    def params_before(self) -> int:
-        return sum(layer.params_before for layer in self.counts())
-
-    @property
-    def params(self) -> int:
-        return sum(layer.params for layer in self.counts())
-
-    @property
-    def macs_before(self) -> int:
-        return sum(layer.macs_before for layer in self.counts())
-
-    @property
-    def macs(self) -> int:
-        return sum(layer.macs for layer in self.counts())
+    params_before: int = _total("params_before")
+    params: int = _total("params")
+    macs_before: int = _total("macs_before")
+    macs: int = _total("macs")

@@ -17,6 +17,7 @@ from torch import nn
 from einlinear.mup.parameters import Parameter, check_matches, parameters
 from einlinear.mup.role_inference import matrix_role
 from einlinear.mup.rules import Rule, hyperparameters, initial_std
+from einlinear.nn.layer_info import UNKNOWN
 from einlinear.nn.names import as_globs, as_rules
 
 # their update does not depend on the size of the gradient
@@ -115,29 +116,18 @@ def param_groups(
         raise ValueError(f"hidden names the matrices for Muon, but the optimizer is {optimizer!r}")
     hidden_globs = as_globs("*" if hidden is None else hidden, "hidden")
     if hidden is not None:
-        check_matches(hidden_globs, [p for p in params if p.is_matrix], "hidden")
+        check_matches(hidden_globs, [p for p in params if p.role.is_matrix], "hidden")
     _warn_of_tied(params, shapes)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in params:
-        assert p.role is not None
-        muon = optimizer == "muon" and p.is_matrix and any(p.matches(glob) for glob in hidden_globs)
+        muon = optimizer == "muon" and p.role.is_matrix and any(p.matches(glob) for glob in hidden_globs)
         rule: Rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
         base_shape = shapes.get(p.key, p.base_shape)
-        h = hyperparameters(
-            p.role,
-            rule,
-            p.base_shape,
-            base_shape,
-            weight_decay=weight_decay,
-            eps=eps if rule == "adam" else None,
-            structure_aware=structure_aware,
-        )
+        h = hyperparameters(p.role, rule, p.base_shape, base_shape, weight_decay, eps, structure_aware)
         multiplier = h.lr_multiplier * next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
         config: dict[str, Any] = {"lr": lr * multiplier, "lr_mult": multiplier}
-        if h.weight_decay is not None:
-            config["weight_decay"] = h.weight_decay
-        if h.eps is not None:
-            config["eps"] = h.eps
+        optional = {"weight_decay": h.weight_decay, "eps": h.eps}
+        config |= {key: value for key, value in optional.items() if value is not None}
         if muon:
             config |= {"matrix_view": p.matrix_view, "update_scale": _ADAM_RMS * math.sqrt(max(base_shape))}
         # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
@@ -154,7 +144,7 @@ def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
     """Warn of heads tied to embeddings that start so large that steps grow with the width."""
     for p in params:
         is_full = type(p.tensor) is nn.Parameter and tuple(p.tensor.shape) == p.shape and not p.tensor.is_meta
-        if not (p.is_tied and is_full and p.role and p.is_matrix) or shapes[p.key][1] == p.role.in_features:
+        if not (p.is_tied and is_full and p.role.is_matrix) or shapes[p.key][1] == p.role.in_features:
             continue
         size = float(p.tensor.detach().float().square().mean().sqrt())
         std = initial_std(p.role)
@@ -178,22 +168,22 @@ def resolve(
     shapes = _base_shapes_of(base, declared, roles)
     params: list[Parameter] = []
     for p in declared:
-        if p.role is None:
+        if p.role == UNKNOWN:
             in_base = shapes.get(p.key, p.shape)
             p = p.inferred(None if base is None else in_base)
-            if p.role is not None and p.role.is_matrix:
+            if p.role.is_matrix:
                 of_base = matrix_role(in_base, p.role.stacked, p.transposed)
                 shapes[p.key] = [of_base.out_features, of_base.in_features]
         params.append(p)
-    if unknown := [p for p in params if p.role is None]:
+    if unknown := [p for p in params if p.role == UNKNOWN]:
         raise ValueError(
             f"the role of these parameters is unknown: {listed(unknown)}. Give it with roles={{glob: role}}: 'input' "
             "for tables such as positions, 'vector' for norms and scales, whose learning rates must not depend on the "
             "width, or 'hidden' for matrices of shape (out_features, in_features)"
         )
     for role, of_role in (
-        ("vectors or tables", [p for p in params if p.is_inferred and not p.is_matrix]),
-        ("matrices", [p for p in params if p.is_inferred and p.is_matrix]),
+        ("vectors or tables", [p for p in params if p.is_inferred and not p.role.is_matrix]),
+        ("matrices", [p for p in params if p.is_inferred and p.role.is_matrix]),
         ("matrices, though embeddings are tied to them", [p for p in params if p.is_tied]),
     ):
         if of_role:
@@ -218,10 +208,10 @@ def _base_shapes_of(
     else:
         raise TypeError(f"base must be a model, a mapping of shapes, the path of a JSON file or None, not {base!r}")
     for p in params:
-        if p.role is not None and p.role.is_scalar:
+        if p.role.is_scalar:
             # such as gammas: they learn at the base rate whether the base has them or not
             continue
-        if p.key not in shapes and p.role is not None and p.role.shares_input_with in shapes:
+        if p.key not in shapes and p.role.shares_input_with in shapes:
             # a router, and a base without experts
             shapes[p.key] = [current[p.key][0], shapes[p.role.shares_input_with][1]]
         if p.key not in shapes and (name := next((name for name in p.names if name in shapes), None)):

@@ -61,10 +61,10 @@ def init_(
     """
     params, _ = resolve(model, base, roles)
     _check_undivided(params)
-    matrices = [p for p in params if p.is_matrix]
-    routers = [p for p in matrices if p.role and p.role.shares_input_with]
+    matrices = [p for p in params if p.role.is_matrix]
+    routers = [p for p in matrices if p.role.shares_input_with]
     if zero is None:
-        zeros = _zero_parameters([p for p in matrices if not (p.role and p.role.shares_input_with)])
+        zeros = _zero_parameters([p for p in matrices if not p.role.shares_input_with])
         if zeros:
             logger.info("init_ leaves at zero: %s; zero=() draws them", listed(zeros))
     else:
@@ -74,13 +74,13 @@ def init_(
     for module in model.modules():
         if isinstance(module, Factored):
             module.reset_parameters()
-    drawn = [p for p in matrices if not p.is_inferred or (p.role and p.role.stacked)]
+    drawn = [p for p in matrices if not p.is_inferred or p.role.stacked]
     biases = {f"{name.removesuffix('weight')}bias" for p in drawn for name in p.names}
     for p in params:
-        if not p.is_matrix and p.name in biases:
+        if not p.role.is_matrix and p.name in biases:
             nn.init.zeros_(p.tensor)
     for p in drawn:
-        if p.role and p.role.structure is None:
+        if p.role.structure is None:
             nn.init.normal_(p.tensor, std=initial_std(p.role))
     for p in (*zeros, *routers):
         nn.init.zeros_(p.tensor)
@@ -112,7 +112,7 @@ def _zero_parameters(matrices: Sequence[Parameter]) -> list[Parameter]:
     """
     layers: dict[tuple[str, Any], list[Parameter]] = {}
     for p in matrices:
-        layers.setdefault((p.key, p.role and p.role.structure), []).append(p)
+        layers.setdefault((p.key, p.role.structure), []).append(p)
     zero_layers = [zeros for layer in layers.values() if (zeros := _zeros_of_terms(layer))]
     none_decided = len(layers) > 1 and len(zero_layers) == len(layers)
     return [] if none_decided else [p for zeros in zero_layers for p in zeros]

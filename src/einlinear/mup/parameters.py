@@ -10,16 +10,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
 from einlinear.mup.role_inference import infer_role, matrix_role
-from einlinear.nn.layer_info import INPUT, SCALAR, VECTOR, LayerInfo, Role, RoleKind
+from einlinear.nn.layer_info import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role
 from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.nn.third_party import layer_info
 
-ROLE_KINDS: tuple[str, ...] = get_args(RoleKind)
+ROLE_KINDS = ("input", "hidden", "output", "vector")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Parameter:
         tensor: the parameter itself.
         shape: of the full parameter, also if it is divided among processes.
         owner: the class name of its module.
-        role: None if it is unknown. `shares_input_with` is a qualified name here.
+        role: its role, with `shares_input_with` as a qualified name.
         transposed: whether the module stacks weights as (experts, in, out).
         is_inferred: whether the role was inferred from name and shapes.
         is_tied: whether it is an embedding and also the head that shares its weight.
@@ -44,7 +44,7 @@ class Parameter:
     tensor: Tensor
     shape: tuple[int, ...]
     owner: str
-    role: Role | None = None
+    role: Role
     transposed: bool = False
     is_inferred: bool = False
     is_tied: bool = False
@@ -63,15 +63,9 @@ class Parameter:
         return any(fnmatchcase(name, glob) for name in self.matched)
 
     @property
-    def is_matrix(self) -> bool:
-        return self.role is not None and self.role.is_matrix
-
-    @property
     def base_shape(self) -> list[int]:
         """The shape that a base model is asked for: [out_features, in_features] of the full weight for a matrix."""
-        if self.role is not None and self.role.is_matrix:
-            return [self.role.out_features, self.role.in_features]
-        return list(self.shape)
+        return [self.role.out_features, self.role.in_features] if self.role.is_matrix else list(self.shape)
 
     @property
     def matrix_view(self) -> tuple[tuple[int, ...], int, int]:
@@ -79,8 +73,8 @@ class Parameter:
 
         ``p.permute(order).reshape(-1, fan_out, fan_in)``. Leading axes of stacks belong to the batch.
         """
-        if self.role is None or self.role.structure is None:
-            first = 1 if self.role is not None and self.role.stacked else 0
+        if self.role.structure is None:
+            first = int(self.role.stacked)
             return tuple(range(len(self.shape))), self.shape[first], math.prod(self.shape[first + 1 :])
         factor = self.role.structure.factors[self.role.factor]
         stacked = len(self.shape) - len(factor.axes)
@@ -90,15 +84,15 @@ class Parameter:
     @property
     def is_last_factor(self) -> bool:
         """Whether it is a full matrix, or the last factor of a term in order of contraction."""
-        if self.role is None or self.role.structure is None:
-            return self.is_matrix
+        if self.role.structure is None:
+            return self.role.is_matrix
         ends = itertools.accumulate(len(term.factors) for term in self.role.structure.terms)
         return self.role.factor + 1 in ends
 
     def inferred(self, base: Sequence[int] | None = None) -> Parameter:
         """Return the parameter with the role that its name, its shape and its shape in a base model suggest."""
         role = infer_role(self.name, self.owner, self.shape, self.transposed, base)
-        return replace(self, role=role, is_inferred=True)
+        return replace(self, role=role or UNKNOWN, is_inferred=True)
 
 
 def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Parameter]:
@@ -140,7 +134,7 @@ def check_matches(globs: Iterable[str], parameters: Iterable[Parameter], argumen
 def _with_kind(p: Parameter, kind: Any) -> Parameter:
     """Return the parameter with the kind of role that the user gives it."""
     if kind in ("input", "vector"):
-        if p.role is not None and p.role.structure is not None:
+        if p.role.structure is not None:
             raise ValueError(
                 f"roles: {p.name} is a factor of a structured layer, which is a matrix; to change how fast it learns, "
                 "use lr_scale"
@@ -150,23 +144,17 @@ def _with_kind(p: Parameter, kind: Any) -> Parameter:
         return replace(p, role=INPUT if kind == "input" and len(p.shape) > 1 else VECTOR, is_tied=False)
     if kind is None or len(p.shape) < 2:
         return p
-    if p.role is None or not p.role.is_matrix:
-        suggested = p.inferred().role
-        p = replace(p, role=matrix_role(p.shape, suggested is not None and suggested.stacked, p.transposed))
-    assert p.role is not None
-    return replace(p, role=replace(p.role, kind=kind))
+    role = p.role if p.role.is_matrix else matrix_role(p.shape, p.inferred().role.stacked, p.transposed)
+    return replace(p, role=replace(role, kind=kind))
 
 
 def _merged(first: Parameter, second: Parameter) -> Parameter:
     """Return the one parameter that two modules share: a matrix if it is one in either of them."""
-    is_tied = first.role is not None and second.role is not None and first.is_matrix != second.is_matrix
-    takes_second = (second.role is not None, second.is_matrix) > (first.role is not None, first.is_matrix)
+    known = [p for p in (first, second) if p.role.kind != "unknown"]
+    merged = next((p for p in known if p.role.is_matrix), (*known, first)[0])
+    is_tied = len(known) == 2 and first.role.is_matrix != second.role.is_matrix
     # its name stays the first; the base model may have any of the names
-    return replace(
-        second if takes_second else first,
-        names=first.names + second.names,
-        is_tied=first.is_tied or second.is_tied or is_tied,
-    )
+    return replace(merged, names=first.names + second.names, is_tied=first.is_tied or second.is_tied or is_tied)
 
 
 def _shapes_before_fsdp1(model: nn.Module) -> dict[int, tuple[int, ...]]:
@@ -191,18 +179,18 @@ def _module_parameters(module: nn.Module, prefix: str, shapes: Mapping[int, tupl
             )
         # DeepSpeed's ZeRO-3 leaves parameters empty and notes their shapes
         shape = tuple(getattr(tensor, "ds_shape", shapes.get(id(tensor), tensor.shape)))
-        role = info.roles.get(name)
-        if math.prod(shape) == 1 and not (role and role.is_matrix):
+        role = info.roles.get(name, UNKNOWN)
+        if math.prod(shape) == 1 and not role.is_matrix:
             # a single number does not grow with the width, whatever it is
             role = SCALAR
         elif role == VECTOR and len(shape) > 1:
             # such as LayerNorm over several dimensions: parameters of two or more dimensions decay
             role = INPUT
-        elif role and role.shares_input_with:
+        elif role.shares_input_with:
             role = replace(role, shares_input_with=prefix + role.shares_input_with)
         yield Parameter(
             names=(prefix + name,),
-            key=prefix + ("weight" if role and role.structure else name),
+            key=prefix + ("weight" if role.structure else name),
             tensor=tensor,
             shape=shape,
             owner=type(module).__name__,

@@ -40,14 +40,13 @@ def hyperparameters(
     rule: Rule,
     shape: Sequence[int],
     base_shape: Sequence[int],
-    *,
     weight_decay: float | None = None,
     eps: float | None = None,
     structure_aware: bool = True,
 ) -> Hyperparameters:
     """Return the hyperparameters of a parameter from its role and the kind of optimizer.
 
-    Matrices and tables decay by `weight_decay` as it is, vectors do not decay. All take `eps` as it is.
+    Matrices and tables decay by `weight_decay` as it is, vectors do not decay. Adam gets `eps` as it is.
 
     Args:
         role: of the parameter.
@@ -61,7 +60,7 @@ def hyperparameters(
     Hyperparameters(lr_multiplier=0.25, weight_decay=0.1, eps=None)
     """
     multiplier = _lr_multiplier(role, rule, shape, base_shape, structure_aware)
-    return Hyperparameters(multiplier, 0.0 if role.kind == "vector" else weight_decay, eps)
+    return Hyperparameters(multiplier, 0.0 if role.kind == "vector" else weight_decay, eps if rule == "adam" else None)
 
 
 def _lr_multiplier(

@@ -15,7 +15,7 @@ from torch import nn
 
 from einlinear.structures import Structure
 
-RoleKind: TypeAlias = Literal["input", "hidden", "output", "vector"]
+RoleKind: TypeAlias = Literal["input", "hidden", "output", "vector", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Role:
     Attributes:
         kind: "input" for a table whose rows are looked up or added, such as an embedding; "hidden" for a matrix, or a
             factor of a structured one; "output" for a matrix with a fixed number of outputs, such as a router;
-            "vector" for biases, norms and scales.
+            "vector" for biases, norms and scales. "unknown" for parameters without a description.
         in_features, out_features: of the full matrix, for "hidden" and "output".
         structure, factor: the structure of the matrix, and the index of the parameter in `structure.factors`. The
             parameter may stack such factors along a first axis.
@@ -52,7 +52,7 @@ class Role:
         return self.kind in ("hidden", "output")
 
 
-INPUT, VECTOR, SCALAR = Role("input"), Role("vector"), Role("vector", is_scalar=True)
+INPUT, VECTOR, SCALAR, UNKNOWN = Role("input"), Role("vector"), Role("vector", is_scalar=True), Role("unknown")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LayerInfo:
     """Description of a module without its children.
 
     Attributes:
-        roles: the roles of its parameters, by name. Parameters that are missing have an unknown role.
+        roles: the roles of its parameters, by name.
         macs: multiply-accumulates for one token; None if they depend on more than the module.
         macs_per_position: multiply-accumulates for each pair of tokens of a sequence, as in attention.
         category: the kind of layer, in the words of conversion reports.
