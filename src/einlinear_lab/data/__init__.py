@@ -16,7 +16,7 @@ from einlinear_lab.data.images.load import load_images
 from einlinear_lab.data.images.pixels import PixelSequences
 from einlinear_lab.data.sequences import Sequences
 from einlinear_lab.data.teacher import Teacher
-from einlinear_lab.data.text.prepare import Recipe, prepare_tokens
+from einlinear_lab.data.text.prepare import TextConfig, prepare_tokens
 from einlinear_lab.data.text.tokens import Tokens, load_tokens
 from einlinear_lab.data.text.windows import TextSequences
 
@@ -25,9 +25,9 @@ __all__ = [
     "Batches",
     "Images",
     "PixelSequences",
-    "Recipe",
     "Sequences",
     "Teacher",
+    "TextConfig",
     "TextSequences",
     "Tokens",
     "load_images",

@@ -18,18 +18,18 @@ class Sequences(ABC):
     """Where a language model's batches come from.
 
     Attributes:
-        vocabulary: how many different tokens there are; all of them are below it.
+        vocab_size: how many different tokens there are; all of them are below it.
         context: T, the tokens of a sequence.
         batch_size: B.
         seed: of the training batches.
     """
 
-    def __init__(self, vocabulary: int, context: int, batch_size: int, seed: int) -> None:
+    def __init__(self, vocab_size: int, context: int, batch_size: int, seed: int) -> None:
         for name, value in (("context", context), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1")
         numpy_generator(seed, 0)  # refuses a seed out of range
-        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
         self.context = context
         self.batch_size = batch_size
         self.seed = seed
