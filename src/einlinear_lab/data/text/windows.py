@@ -53,7 +53,7 @@ class TextSequences(Sequences):
     def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield adjacent windows of the validation text: each token but the first and the last few is a target once."""
         text = self.tokens.validation
-        chosen = self._chosen((len(text) - 1) // self.context, count)
+        chosen = self._held_out((len(text) - 1) // self.context, count)
         return (self._windows(text, rows.numpy() * self.context) for rows in chosen)
 
     def _windows(self, text: npt.NDArray[Any], starts: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
