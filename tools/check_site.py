@@ -1,4 +1,4 @@
-"""Check a built documentation site: links, anchors, images, alternative text, and that it loads nothing from the network.
+"""Check a built site: links, anchors, images, their alternative text, and that nothing comes from the network.
 
 usage: python tools/check_site.py FOLDER
 """

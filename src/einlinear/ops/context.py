@@ -99,10 +99,8 @@ class CallContext(enum.Enum):
 
 def call_context(*tensors: Tensor | None) -> CallContext:
     """Return the context of a call with these tensors."""
-    if torch.compiler.is_exporting():
-        return CallContext.PLAIN
     if torch.compiler.is_compiling():
-        return CallContext.TRACED
+        return CallContext.PLAIN if torch.compiler.is_exporting() else CallContext.TRACED
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return CallContext.PLAIN
     kinds = set(map(type, tensors))
@@ -130,6 +128,8 @@ def autocast(product: Product) -> Product:
     """Return the product with its operands cast as autocast says, if it is on; gates always get the dtype of x."""
     structure, factors, x, bias, routing = product
     dtype = autocast_dtype(x)
+    if dtype is None and routing is None:
+        return product
     if dtype is not None:
         x, bias, *factors = (_cast(tensor, dtype) for tensor in (x, bias, *factors))
     if routing is not None:

@@ -125,29 +125,29 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         check_name(backend)
     if isinstance(product.x, fx.Proxy):
         return reference.apply(*product)
-    _, factors, x, bias, routing = product
-    context = call_context(x, bias, *factors, *(routing or ()))
-    compiling = torch.compiler.is_compiling()
-    training = context is not CallContext.PLAIN and not compiling and wants_gradients(x, bias, *factors, *(routing or ()))
+    structure, factors, x, bias, routing = product
+    tensors = (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
+    context = call_context(*tensors)
+    eager = context is CallContext.EAGER
+    plain = not eager and context is CallContext.PLAIN
+    training = not plain and wants_gradients(*tensors)
     product = autocast(product)
-    structure, _, x, _, _ = product
-    if context is CallContext.PLAIN or (routing is not None and x.is_meta):
+    x = product.x
+    if plain or (routing is not None and x.is_meta):
         # other backends read the indices, which have no values on "meta"
         backend = "reference"
     elif backend is not None:
         check_support(backend, structure, x.dtype, x.device)
-    elif compiling:
+    elif not eager and torch.compiler.is_compiling():
         sizes = structure.in_features, structure.out_features
         backend = _choose_compiled(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
     else:
         tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, product.experts))
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
     if backend == "reference":
-        operands.check(*product, memory=context is CallContext.EAGER)
+        operands.check(*product, memory=eager)
         return reference.apply(*product)
-    if context is CallContext.TRACED:
-        return autograd.traced(backend, product)
-    return autograd.run(backend, product, training)
+    return autograd.run(backend, product, training) if eager else autograd.traced(backend, product)
 
 
 @assume_constant_result

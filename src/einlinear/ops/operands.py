@@ -80,11 +80,11 @@ def check(
             if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
                 break
             if memory:
-                # what `_in_memory` does, where there is no need for the cost of a call
-                plain = tensor.is_contiguous()
-                if plain and tensor.untyped_storage().nbytes() < tensor.storage_offset() * size + tensor.nbytes:
-                    break
-                if not plain and not _in_memory(tensor):
+                # `_in_memory` for contiguous tensors, without the cost of its call
+                if tensor.is_contiguous():
+                    if tensor.untyped_storage().nbytes() < tensor.storage_offset() * size + tensor.nbytes:
+                        break
+                elif not _in_memory(tensor):
                     break
                 negated = negated or tensor.is_neg()
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from einlinear.ops.cpu.build import DTYPES, Library, Pairs, load
-from einlinear.ops.cpu.program import program_of
+from einlinear.ops.cpu.program import Program, program_of
 from einlinear.ops.product import Assignment, Gradients, Product
 from einlinear.structures import Structure
 
@@ -36,16 +36,17 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
 
 def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Return y of shape (n, out_features), and the intermediates if they are to be saved."""
-    structure, _, x, bias, routing = product
+    structure, factors, x, bias, routing = product
     program, n = program_of(structure), x.shape[0]
-    y = x.new_empty(n, structure.out_features)
     bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(n, structure.out_features)
     saved = []
     if save and program.intermediate_size and routing is None:
         tile: int = _function("tile", x)(program.address, n)
         saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size)]
     if n:
-        _call("forward", product, _pointer(bias), y.data_ptr(), saved[0].data_ptr() if saved else None)
+        pointers = None if bias is None else bias.data_ptr(), y.data_ptr(), saved[0].data_ptr() if saved else None
+        _call("forward", program, factors, x, routing, *pointers)
     return y, saved
 
 
@@ -54,37 +55,39 @@ def backward(
 ) -> Gradients:
     """Return the gradients that are needed; without saved intermediates these are recomputed."""
     structure, factors, x, _, routing = product
-    grad, saved = grad.contiguous(), [tensor.contiguous() for tensor in saved]
-    grad_x = _empty_like(x) if needs_x else None
-    grad_gates = None if grad_x is None or routing is None else _empty_like(routing.gates)
-    new = _empty_like if x.shape[0] else torch.zeros_like
+    program = program_of(structure)
+    x, grad, factors = x.contiguous(), grad.contiguous(), [factor.contiguous() for factor in factors]
+    saved = [tensor.contiguous() for tensor in saved]
+    new = torch.empty_like if x.shape[0] else torch.zeros_like
+    grad_x = new(x) if needs_x else None
+    grad_gates = new(routing.gates.contiguous()) if needs_x and routing is not None else None
     grad_factors = [new(factor) if needed else None for factor, needed in zip(factors, needs_factors, strict=True)]
     if x.shape[0]:
-        _call(
-            "backward",
-            product,
+        pointers = (
             grad.data_ptr(),
             saved[0].data_ptr() if saved else None,
-            _pointer(grad_x),
-            program_of(structure).pointers(*map(_pointer, grad_factors)),
-            _pointer(grad_gates),
+            None if grad_x is None else grad_x.data_ptr(),
+            program.pointers(*[None if g is None else g.data_ptr() for g in grad_factors]),
+            None if grad_gates is None else grad_gates.data_ptr(),
         )
+        _call("backward", program, factors, x, routing, *pointers)
     return Gradients(grad_x, grad_gates, grad_factors)
 
 
-def _call(role: str, product: Product, *pointers: object) -> None:
-    """Call a function of the kernel; `pointers` are the arguments that the other function does not have."""
-    structure, factors, x, _, routing = product
-    program, x, n = program_of(structure), x.contiguous(), x.shape[0]
-    # the tensors behind all pointers are held until the call returns
-    factors = [factor.contiguous() for factor in factors]
-    pairs, held = None, None
-    threads = _threads(structure.macs * (n if routing is None else routing.gates.numel()))
-    if routing is not None:
-        pairs, held = _sort_pairs(routing, product.experts, threads)
+def _call(
+    role: str, program: Program, factors: Sequence[Tensor], x: Tensor, routing: Assignment | None, *pointers: object
+) -> None:
+    """Call a function of the kernel; `pointers` are the arguments that only this one has."""
+    # contiguous tensors, which live until the call returns
+    x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
+    n, pairs = x.shape[0], None
+    if routing is None:
+        threads = _threads(program.macs * n)
+    else:
+        threads = _threads(program.macs * routing.indices.numel())
+        pairs, _tensors = _sort_pairs(routing, len(factors[0]), threads)
     addresses = program.pointers(*[factor.data_ptr() for factor in factors])
     _function(role, x)(program.address, addresses, x.data_ptr(), *pointers, pairs, n, threads)
-    del held
 
 
 def _sort_pairs(routing: Assignment, experts: int, threads: int) -> tuple[Pairs, tuple[Tensor, ...]]:
@@ -103,14 +106,6 @@ def _sort_pairs(routing: Assignment, experts: int, threads: int) -> tuple[Pairs,
     order = keys.flatten().argsort(stable=True)
     pointers = first.data_ptr(), order.data_ptr(), gates.data_ptr()
     return Pairs(*pointers, n, block, experts, active), (first, order, gates)
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _threads(macs: int) -> int:
