@@ -61,7 +61,12 @@ def judge(results: Sequence[HasCase], claims: Mapping[str, Sequence[Claim]] | No
     """Judge the claims (by device; default: those about layers) about the devices of some results."""
     devices = {result.case.device for result in results}
     by_device = CLAIMS if claims is None else claims
-    return [_verdict(claim, results) for device, own in by_device.items() if device in devices for claim in own]
+    return [
+        _verdict(claim, results)
+        for device, device_claims in by_device.items()
+        if device in devices
+        for claim in device_claims
+    ]
 
 
 def where(
@@ -119,10 +124,10 @@ def _thrifty_speedup(result: BenchResult) -> float | None:
 
 def _memory(result: BenchResult, name: str, intermediates: int) -> float | None:
     """Return the peak memory of dense (plus intermediates) over that of a variant, within a page."""
-    own, dense = result.of(name), result.of(DENSE)
-    if not (own and dense and own.peak_bytes and dense.peak_bytes):
+    variant, dense = result.of(name), result.of(DENSE)
+    if not (variant and dense and variant.peak_bytes and dense.peak_bytes):
         return None
-    return (dense.peak_bytes + intermediates * result.traffic.intermediates + 4096) / own.peak_bytes
+    return (dense.peak_bytes + intermediates * result.traffic.intermediates + 4096) / variant.peak_bytes
 
 
 _ALWAYS = (
