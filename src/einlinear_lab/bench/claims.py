@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.results import BenchResult
+from einlinear_lab.bench.timing import Spread
 from einlinear_lab.bench.variants import COMPILED, COPYING, DENSE, OURS, RECOMPUTING
 
 
@@ -91,14 +93,15 @@ def _verdict(claim: Claim, results: Iterable[HasCase]) -> Verdict:
     return Verdict(claim, tuple(sorted(measured, key=lambda pair: pair[1])))
 
 
-def _speedup(result: BenchResult) -> float | None:
+def _ratio(result: BenchResult, baseline: str) -> Spread | None:
+    """Return the speed-up of el.Linear over dense or over the copying baseline."""
     ours = result.of(OURS)
-    return ours.speedup.median if ours and ours.speedup else None
+    return None if ours is None else ours.speedup if baseline == DENSE else ours.over_copying
 
 
-def _over_copying(result: BenchResult) -> float | None:
-    ours = result.of(OURS)
-    return ours.over_copying.median if ours and ours.over_copying else None
+def _speedup(result: BenchResult, baseline: str = DENSE) -> float | None:
+    ratio = _ratio(result, baseline)
+    return ratio.median if ratio else None
 
 
 def _over_compiled(result: BenchResult) -> float | None:
@@ -110,8 +113,7 @@ def _over_compiled(result: BenchResult) -> float | None:
 
 def _not_slower(result: BenchResult, than: str) -> float | None:
     """Return the speed-up, or 1 for a smaller one within the spread."""
-    ours = result.of(OURS)
-    ratio = None if ours is None else ours.speedup if than == DENSE else ours.over_copying
+    ratio = _ratio(result, than)
     if ratio is None:
         return None
     return max(ratio.median, 1.0) if ratio.high >= 1 else ratio.median
@@ -152,6 +154,7 @@ _ALWAYS = (
     ),
 )
 _LIMIT, _ROOFLINE = BenchResult.fraction, BenchResult.roofline_fraction
+_over_copying = partial(_speedup, baseline=COPYING)
 
 # fmt: off
 CLAIMS: dict[str, tuple[Claim, ...]] = {
