@@ -1,4 +1,4 @@
-"""The last factor that is solved for: it is the best one, and the error with it has the gradient that is said."""
+"""The last factor that is solved for: it is optimal, and the error has the right gradient."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_last_factor_is_the_best(spec: str, features: tuple[int, int], monke
     assert slope == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3)
 
 
-def test_it_is_searched_for_where_solving_is_dear_or_undefined() -> None:
+def test_the_last_factor_is_searched_for_if_solving_is_expensive_or_undefined() -> None:
     w, c = torch.randn(64, 64), torch.eye(64)
     padded = el.structure("tt(rank=2)", 23, 37)
     assert _LastFactor.of(padded, torch.randn(37, 23), torch.eye(23)) is None
