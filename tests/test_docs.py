@@ -285,6 +285,17 @@ def test_check_of_the_site(tmp_path: Path) -> None:
     ]
 
 
+def test_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plot is drawn from the committed numbers, and is on a page."""
+    plots, drawn = tool("docs_plots"), []
+    monkeypatch.setattr(plots, "save", lambda figure, name: (plots.plt.close(figure), drawn.append(name)))
+    plots.main()
+    pages = "\n".join(map(read, PAGES))
+    for name in drawn:
+        assert f"images/{name}.png)" in pages
+        assert (ROOT / f"docs/images/{name}.png").is_file()
+
+
 def test_the_citation_is_of_this_version() -> None:
     assert yaml.safe_load(read("CITATION.cff"))["version"] in read("pyproject.toml").partition("version = ")[2][:20]
 
