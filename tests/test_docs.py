@@ -34,7 +34,8 @@ from tests.lab.data.samples import needs
 
 ROOT = Path(__file__).parent.parent
 ROOT_PAGES = sorted(ROOT.glob("*.md"))
-PAGES = [page for page in sorted(ROOT.glob("docs/**/*.md")) if "benchmarks" not in page.parts]
+# without cli.md, which is written when the site is built
+PAGES = [p for p in sorted(ROOT.glob("docs/**/*.md")) if "benchmarks" not in p.parts and p.name != "cli.md"]
 NAMES = {page.relative_to(ROOT).as_posix(): page for page in (ROOT / "README.md", *PAGES)}
 
 
@@ -205,7 +206,7 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"[\w/-]+\.md", str(yaml.safe_load(text)["nav"]))
     assert len(listed) == len({*listed})
     expected = {name.removeprefix("docs/") for name in NAMES if name.startswith("docs/")}
-    assert {*listed} == expected | {"reference/cli.md"}  # written when the site is built
+    assert {*listed} == expected | {"reference/cli.md"}
 
 
 def test_the_reference_has_every_public_name_and_no_other() -> None:
