@@ -18,7 +18,7 @@ from einlinear_lab.cli.parsing import specs
 
 if TYPE_CHECKING:
     from einlinear.compression import CompressionReport
-    from einlinear_lab.pretrained.speed import Speed
+    from einlinear_lab.pretrained.generation_speed import ModelSpeed
 
 _SHOWN = 10  # of the files that are not copied
 
@@ -79,10 +79,10 @@ def compress(
 
     from einlinear.compression import compress as compress_model
     from einlinear.compression import distill as distill_model
-    from einlinear.compression.candidates import DEFAULT
+    from einlinear.compression.candidates import DEFAULT_FAMILIES
     from einlinear_lab.pretrained.documents import read_documents
     from einlinear_lab.pretrained.pretrained import finish, load, save, text_batches
-    from einlinear_lab.pretrained.speed import speeds
+    from einlinear_lab.pretrained.generation_speed import model_speeds
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one of our own
     unfinished = out.parent / f"{out.absolute().name}.unfinished"
@@ -124,7 +124,7 @@ def compress(
                 report = compress_model(
                     found,
                     budget,
-                    specs(structures) or DEFAULT,
+                    specs(structures) or DEFAULT_FAMILIES,
                     batches,
                     count=count,
                     layers=layers,
@@ -157,7 +157,7 @@ def compress(
         )
     reads_text = found.main_input_name == "input_ids" and hasattr(found.config, "vocab_size")
     if reads_text and not getattr(found.config, "is_encoder_decoder", False):
-        _print_speeds(speeds({"original": original, "compressed": found}))
+        _print_speeds(model_speeds({"original": original, "compressed": found}))
     if left:
         rest = f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
         display.note(f"Not copied from {model}: {', '.join(left[:_SHOWN])}{rest}.")
@@ -174,7 +174,7 @@ def _print(report: CompressionReport) -> None:
         display.note(note)
 
 
-def _print_speeds(found: dict[str, Speed]) -> None:
+def _print_speeds(found: dict[str, ModelSpeed]) -> None:
     original = found["original"]
     rows = []
     for name, speed in found.items():
