@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from einlinear.files import alone_beside
+from einlinear.files import lock_output
 from einlinear_lab.cli import display
 from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
 from einlinear_lab.cli.packages import PRETRAINED, require
@@ -102,7 +102,7 @@ def compress(
             if distill and lr == 0:
                 raise ValueError("--lr must be positive: at 0 nothing distills")
             held.enter_context(
-                alone_beside(out, f"another einlinear compress is at work on {out}: name another folder")
+                lock_output(out, f"another einlinear compress is at work on {out}: name another folder")
             )
             if finish(out, unfinished, options):
                 display.note(f"{out} is complete: the same command was interrupted after it had been written.")

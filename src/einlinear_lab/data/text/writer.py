@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy.typing as npt
 
-from einlinear.files import alone
+from einlinear.files import lock
 from einlinear.version import __version__
 from einlinear_lab.data.text.encode import BytePairs, Vocabulary
 from einlinear_lab.data.text.tokens import (
@@ -60,7 +60,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         otherwise = f"another process is preparing a text in {self.folder}; wait for it, or end it"
-        self._lock.enter_context(alone(self.folder / _LOCK, otherwise))
+        self._lock.enter_context(lock(self.folder / _LOCK, otherwise))
         for name in (TRAIN, VALIDATION):
             self._files[name] = self._part(name).open("wb")  # over what an interrupted preparation left
         return self
