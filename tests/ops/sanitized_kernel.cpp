@@ -8,7 +8,7 @@
 #include <limits>
 #include <random>
 
-#include "tiles.cpp"
+#include "kernel.cpp"
 
 static std::mt19937 generator(0);
 
@@ -110,10 +110,10 @@ static void several_matrices(const Index* numbers, Index n, const std::vector<in
             }
             Pairs<S> pairs{begins.data(), order.data(), gates.values.data(), n, block, EXPERTS, ACTIVE};
             Array<S> y(n * p.out_features, false), dx(n * p.in_features, false), dgates(n * ACTIVE, false);
-            forward_grouped<S>(Program(numbers), factors.pointers.data(), pairs, x.values.data(), bias.values.data(),
+            forward_routed<S>(Program(numbers), factors.pointers.data(), pairs, x.values.data(), bias.values.data(),
                                y.values.data(), threads);
             Factors<S> grads(p, EXPERTS, false);
-            backward_grouped<S>(Program(numbers), factors.pointers.data(), pairs, x.values.data(), dy.values.data(),
+            backward_routed<S>(Program(numbers), factors.pointers.data(), pairs, x.values.data(), dy.values.data(),
                                 wants_x ? dx.values.data() : nullptr, wants_x ? dgates.values.data() : nullptr,
                                 grads.pointers.data(), threads);
             if (threads == counts[0]) {

@@ -19,7 +19,7 @@ SPECS = ["btt(rank=2)", "kronecker", "monarch", "low_rank(rank=5)", "dyad", "btt
 @pytest.fixture(autouse=True, params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     why = ops.unsupported(request.param, el.structure("dense", 2, 2), torch.float64, CPU)
-    if why is not None:  # where CI=true, test_tiles.py fails
+    if why is not None:  # where CI=true, test_cpu.py fails
         pytest.skip(why)
     with el.backend(request.param):
         yield request.param

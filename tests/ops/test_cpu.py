@@ -13,9 +13,9 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import costs, dispatch
+from einlinear.ops import choice, costs
 from einlinear.ops.cpu import build as kernels
-from einlinear.ops.cpu import cpu_backend as tiles
+from einlinear.ops.cpu import cpu_backend
 from einlinear.ops.cpu.program import program_of
 
 
@@ -25,7 +25,7 @@ def fresh() -> object:
 
     def forget() -> None:
         kernels.load.cache_clear()
-        dispatch.forget()
+        choice.forget()
 
     forget()
     yield forget
@@ -65,7 +65,7 @@ def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyP
 def test_large_factors_have_larger_tiles(spec: str, recompute: bool) -> None:
     layer = el.Linear(1024, 1000, spec, dtype=torch.float64)
     x = torch.randn(300, 1024, dtype=torch.float64, requires_grad=True)
-    tile, own = tiles._function("tile", x), program_of(layer.structure)
+    tile, own = cpu_backend._function("tile", x), program_of(layer.structure)
     assert tile(own.address, 300) > tile(program_of(el.structure("btt", 1024, 1000)).address, 300)
     inputs = [x, *layer.parameters()]
     expected = x @ layer.dense_weight().T + layer.bias
@@ -103,9 +103,9 @@ def test_without_a_compiler_others_do_the_work(
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
     layer, x = el.Linear(64, 64, "btt"), torch.randn(40, 64)
-    choice = el.explain(layer, x)
-    assert choice.backend in ("batched", "reference")
-    assert compiler in dict(choice.refusals)["cpu"]
+    chosen = el.explain(layer, x)
+    assert chosen.backend in ("batched", "reference")
+    assert compiler in dict(chosen.refusals)["cpu"]
     assert compiler in caplog.text
     torch.testing.assert_close(layer(x), x @ layer.dense_weight().T + layer.bias)
     with pytest.raises(RuntimeError, match="cannot run here"), el.backend("cpu"):
@@ -122,7 +122,7 @@ def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert path.stat().st_mtime_ns == made
     assert {p.name for p in path.parent.iterdir()} == {path.name, ".lock"}, "nothing else is left behind"
     changed = Path(shutil.copytree(kernels.SOURCE.parent, tmp_path / "changed"))
-    (changed / "few.h").write_text((changed / "few.h").read_text() + "// more\n")
+    (changed / "decode.h").write_text((changed / "decode.h").read_text() + "// more\n")
     monkeypatch.setattr(kernels, "SOURCE", changed / kernels.SOURCE.name)
     assert kernels.build(("-O0",)) != path
 

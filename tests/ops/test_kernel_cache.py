@@ -243,7 +243,7 @@ def test_a_compiler_that_makes_something_else(cache: Path, tmp_path: Path, monke
     monkeypatch.setenv("CXX", "echo")
     why = kernels.load()
     assert isinstance(why, str)
-    assert "'echo' does not compile tiles.cpp" in why
+    assert "'echo' does not compile kernel.cpp" in why
 
 
 def test_a_compiler_with_arguments(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_one_compiles_and_what_killed_ones_left_is_removed(cache: Path) -> None:
     )
     for left in (killed, of_another_machine, of_before):
         left.mkdir()
-        (left / "tiles.so").touch()
+        (left / "kernel.so").touch()
 
     meanwhile = cache.parent / "meanwhile"  # is run by the compiler
     meanwhile.write_text("#!/bin/sh\nsleep 0.5\n")

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import backends
+from einlinear.ops.product import Product
 from einlinear.structures import Structure
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ RUNNING = [
 OPERATORS = [name for name in RUNNING if name != "reference"]
 
 
-class Product:
+class Operands:
     """The operands of a product of 48 to 60 features, and all ways to compute it."""
 
     def __init__(self, spec: str = "btt(rank=2)", n: int = 5, dtype: torch.dtype = torch.float32) -> None:
@@ -43,10 +44,12 @@ class Product:
             yield lambda name=name: ops.linear(self.structure, leaves, self.x, self.bias, name)
             yield torch.no_grad()(lambda name=name: ops.linear(self.structure, leaves, self.x, self.bias, name))
         for name in OPERATORS:
-            arguments = (self.bias, self.structure.spec, 60, name)
+            arguments = (self.bias, None, None, self.structure.spec, 60, name)
             yield lambda arguments=arguments: torch.ops.einlinear.linear(self.x, leaves, *arguments)
             found = backends.find(name)
-            yield lambda found=found: found.forward(self.structure, self.factors, self.x, self.bias, False)[0]
+            yield lambda found=found: found.forward(
+                Product(self.structure, self.factors, self.x, self.bias), False
+            )[0]
 
     def backward(self) -> Iterator[Callable[[], list[Tensor]]]:
         """The gradients of x and of the factors."""
@@ -54,10 +57,12 @@ class Product:
         plain = [t.detach() if isinstance(t, Tensor) else t for t in self.factors]
         for name in OPERATORS:
             yield lambda name=name: torch.ops.einlinear.linear_backward(
-                self.grad, self.x, plain, self.structure.spec, name, True, wanted
+                self.grad, self.x, plain, None, None, self.structure.spec, name, True, wanted
             )
             found = backends.find(name)
-            yield lambda found=found: _flat(found.backward(self.structure, plain, self.x, self.grad, [], True, wanted))
+            yield lambda found=found: _flat(
+                found.backward(Product(self.structure, plain, self.x), self.grad, [], True, wanted)
+            )
 
 
 def _can_train(tensor: Any) -> bool:
@@ -65,7 +70,7 @@ def _can_train(tensor: Any) -> bool:
 
 
 def _flat(gradients: Any) -> list[Tensor]:
-    grad_x, grad_factors = gradients
+    grad_x, _, grad_factors = gradients
     return [grad_x, *grad_factors]
 
 
@@ -141,7 +146,7 @@ def refuse(
 def test_a_factor_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
     for i in range(2):
-        product = Product()
+        product = Operands()
         product.factors[i] = replace(product.factors[i])
         refuse(product.forward(), error, message)
         refuse(product.backward(), error, message)
@@ -152,7 +157,7 @@ def test_a_factor_that_does_not_fit(wrong: str) -> None:
 @pytest.mark.parametrize("wrong", [name for name in WRONG if name != "strided beyond"])
 def test_a_bias_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
-    product = Product()
+    product = Operands()
     product.bias = replace(product.bias)
     refuse(product.forward(), error, message)
 
@@ -160,7 +165,7 @@ def test_a_bias_that_does_not_fit(wrong: str) -> None:
 @pytest.mark.parametrize("wrong", [name for name in WRONG if name != "with one more dimension"])
 def test_an_input_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
-    product = Product()
+    product = Operands()
     product.x = replace(product.x)
     # an backend that is named says first what it cannot do, an operator that no structure has such a size
     refuse(product.forward(), (error, ValueError), f"{message}|cannot run this|in_features")
@@ -172,14 +177,14 @@ def test_an_input_that_does_not_fit(wrong: str) -> None:
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_gradient_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
-    product = Product()
+    product = Operands()
     product.grad = replace(product.grad)
     # the operator takes the number of outputs from the gradient
     refuse(product.backward(), (error, ValueError), f"{message}|out_features|outputs")
 
 
 def test_a_number_of_factors_that_does_not_fit() -> None:
-    product = Product()
+    product = Operands()
     factors = product.factors
     for wrong in ([], factors[:1], factors * 2):
         product.factors = wrong
@@ -190,7 +195,7 @@ def test_a_number_of_factors_that_does_not_fit() -> None:
 
 
 def test_what_is_not_a_tensor() -> None:
-    product = Product()
+    product = Operands()
     for name in RUNNING:
         with pytest.raises(TypeError, match="factor B must be a tensor, not NoneType"):
             ops.linear(product.structure, [product.factors[0], None], product.x, None, name)
@@ -269,7 +274,7 @@ def test_intermediates_that_come_back_as_something_else(backend: str) -> None:
             backward(other)
 
 
-class Grouped(Product):
+class Routed(Operands):
     """The operands of a product with one of four matrices per token, and all ways to compute it."""
 
     def __init__(self) -> None:
@@ -278,29 +283,33 @@ class Grouped(Product):
         self.indices: Any = torch.randint(4, (5, 2))
         self.gates: Any = torch.rand(5, 2)
 
+    def routing(self) -> ops.Assignment:
+        return ops.Assignment(self.indices, self.gates)
+
     def forward(self) -> Iterator[Callable[[], Tensor]]:
         for name in RUNNING:
             for requires_grad in (True, False):
 
-                def grouped(name: str = name, requires_grad: bool = requires_grad) -> Tensor:
+                def routed(name: str = name, requires_grad: bool = requires_grad) -> Tensor:
                     factors = [t.detach().requires_grad_(requires_grad) for t in self.factors]
                     with el.backend(name):
-                        return ops.grouped_linear(self.structure, factors, self.x, self.indices, self.gates, self.bias)
+                        return ops.linear(self.structure, factors, self.x, self.bias, routing=self.routing())
 
-                yield grouped
+                yield routed
         for name in OPERATORS:
-            yield lambda name=name: torch.ops.einlinear.grouped_linear(
-                self.x, self.factors, self.indices, self.gates, self.bias, self.structure.spec, 60, name
+            yield lambda name=name: torch.ops.einlinear.linear(
+                self.x, self.factors, self.bias, self.indices, self.gates, self.structure.spec, 60, name
             )
 
     def backward(self) -> Iterator[Callable[[], list[Tensor]]]:
+        needs = True, [True] * len(self.factors)
         for name in OPERATORS:
-            yield lambda name=name: torch.ops.einlinear.grouped_linear_backward(
-                self.grad, self.x, self.factors, self.indices, self.gates, self.structure.spec, name
+            yield lambda name=name: torch.ops.einlinear.linear_backward(
+                self.grad, self.x, self.factors, self.indices, self.gates, self.structure.spec, name, *needs
             )
 
 
-GROUPED: dict[str, tuple[str, Callable[[Any], Any], type[Exception], str]] = {
+ROUTED: dict[str, tuple[str, Callable[[Any], Any], type[Exception], str]] = {
     "fewer matrices in one stack": ("B", lambda t: t[:3], RuntimeError, r"factor B has shape \(3, "),
     "no stack": ("A", lambda t: t[0], RuntimeError, r"factor A has shape"),
     "a stack of stacks": ("B", lambda t: t[None], RuntimeError, r"factor B has shape \(1, 4, "),
@@ -320,10 +329,10 @@ GROUPED: dict[str, tuple[str, Callable[[Any], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", GROUPED)
+@pytest.mark.parametrize("wrong", ROUTED)
 def test_experts_that_do_not_fit(wrong: str) -> None:
-    name, replace, error, message = GROUPED[wrong]
-    product = Grouped()
+    name, replace, error, message = ROUTED[wrong]
+    product = Routed()
     if name in "AB":
         product.factors["AB".index(name)] = replace(product.factors["AB".index(name)])
     else:
@@ -335,26 +344,25 @@ def test_experts_that_do_not_fit(wrong: str) -> None:
 
 def test_every_executor_is_behind_the_check() -> None:
     """Also those that cannot run here."""
-    product = Product()
-    product.factors[1] = product.factors[1][:1]
+    draw = Operands()
+    operands = Product(draw.structure, [draw.factors[0], draw.factors[1][:1]], draw.x)
     for name in ops.BACKENDS:
         if name == "reference":
-            with pytest.raises(ValueError, match="'reference' runs in plain operators"):
+            with pytest.raises(ValueError, match="'reference' consists of plain operators"):
                 backends.find(name)
             continue
         for way in (
-            lambda found: found.forward(product.structure, product.factors, product.x, None, False),
-            lambda found: found.backward(
-                product.structure, product.factors, product.x, product.grad, [], True, [True] * 2
-            ),
+            lambda found: found.forward(operands, False),
+            lambda found: found.backward(operands, draw.grad, [], True, [True] * 2),
         ):
             with pytest.raises(RuntimeError, match="factor B has shape"):
                 way(backends.find(name))
 
 
 def test_operators_of_executors_that_cannot_run() -> None:
-    product = Product()
-    arguments = (product.x.bfloat16(), [f.bfloat16() for f in product.factors], None, product.structure.spec, 60)
+    product = Operands()
+    factors = [f.bfloat16() for f in product.factors]
+    arguments = (product.x.bfloat16(), factors, None, None, None, product.structure.spec, 60)
     if "cpu" in RUNNING:
         with pytest.raises(RuntimeError, match="'cpu' cannot run this: it computes in float32 and float64"):
             torch.ops.einlinear.linear(*arguments, "cpu")
@@ -363,7 +371,7 @@ def test_operators_of_executors_that_cannot_run() -> None:
 
 
 def test_what_is_traced_is_checked_as_well() -> None:
-    product = Product()
+    product = Operands()
     product.factors[1] = product.factors[1][:1]
     for name in RUNNING:
         with FakeTensorMode() as mode, el.backend(name):
@@ -376,7 +384,7 @@ def test_what_is_traced_is_checked_as_well() -> None:
 
 def test_unusual_operands_that_do_fit() -> None:
     """Any strides, also none; values that torch has not yet negated; no tokens."""
-    product = Product(dtype=torch.float64)
+    product = Operands(dtype=torch.float64)
     dense = ops.dense_weight(product.structure, product.factors)
     expected = product.x @ dense.T + product.bias
     unusual: dict[str, Callable[[Tensor], Tensor]] = {
@@ -397,14 +405,12 @@ def test_unusual_operands_that_do_fit() -> None:
             y = ops.linear(product.structure, leaves[1:], leaves[0], bias, name)
             found = torch.autograd.grad(y, leaves, grad)
             torch.testing.assert_close(found[0], product.grad @ dense)
-        grouped = Grouped()
-        y = ops.grouped_linear(grouped.structure, grouped.factors, grouped.x, grouped.indices, grouped.gates)
-        stacks = [change(f) for f in grouped.factors]
-        # an odd number of negations, so that one that is forgotten shows
-        others = change(grouped.x), grouped.indices, grouped.gates
+        routed = Routed()
+        y = ops.linear(routed.structure, routed.factors, routed.x, routing=routed.routing())
+        stacks = [change(f) for f in routed.factors]
         for name in RUNNING:
-            with el.backend(name):
-                found = ops.grouped_linear(grouped.structure, stacks, *others)
+            # an odd number of negations, so that one that is forgotten shows
+            found = ops.linear(routed.structure, stacks, change(routed.x), None, name, routed.routing())
             torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-4)
     expanded = [f.flatten()[0].expand(f.shape) for f in product.factors]
     for name in RUNNING:
@@ -422,7 +428,7 @@ def test_layers_on_meta_say_the_shape() -> None:
 
 def test_complex_numbers_are_left_to_the_reference() -> None:
     """Conjugation included, which the gradients of the others would lack."""
-    product = Product(dtype=torch.complex64)
+    product = Operands(dtype=torch.complex64)
     x = product.x.conj().requires_grad_()
     y = ops.linear(product.structure, product.factors, x)
     dense = ops.dense_weight(product.structure, product.factors)
@@ -430,7 +436,7 @@ def test_complex_numbers_are_left_to_the_reference() -> None:
     (found,) = torch.autograd.grad(y, x, product.grad)
     torch.testing.assert_close(found, product.grad @ dense.conj())
     stacks = [torch.stack([factor, factor]) for factor in product.factors]
-    y = ops.grouped_linear(product.structure, stacks, x, torch.zeros(5, 1).long(), torch.ones(5, 1))
+    y = ops.linear(product.structure, stacks, x, routing=ops.Assignment(torch.zeros(5, 1).long(), torch.ones(5, 1)))
     torch.testing.assert_close(y, x @ dense.T)
     torch.testing.assert_close(torch.autograd.grad(y, x, product.grad)[0], product.grad @ dense.conj())
     for name in OPERATORS:

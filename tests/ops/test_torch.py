@@ -50,10 +50,11 @@ class Block(nn.Module):
 @pytest.mark.parametrize("spec", ["btt(rank=2)", "dyad"])
 def test_opcheck(backend: str, spec: str) -> None:
     layer, x = el.Linear(48, 60, spec), torch.randn(5, 48, requires_grad=True)
-    arguments = (x, layer.factors(), layer.bias, layer.structure.spec, 60, backend)
+    arguments = (x, layer.factors(), layer.bias, None, None, layer.structure.spec, 60, backend)
     torch.library.opcheck(torch.ops.einlinear.linear.default, arguments)
     factors = [f.detach() for f in layer.factors()]
-    arguments = (torch.randn(5, 60), x.detach(), factors, layer.structure.spec, backend, True, [True] * len(factors))
+    needs = True, [True] * len(factors)
+    arguments = (torch.randn(5, 60), x.detach(), factors, None, None, layer.structure.spec, backend, *needs)
     torch.library.opcheck(torch.ops.einlinear.linear_backward.default, arguments)
 
 
@@ -77,9 +78,9 @@ def test_backend_inside_of_a_compiled_function(monkeypatch: pytest.MonkeyPatch) 
     """It ends the graph, so that it holds for what is in it."""
     layer, x, ran = el.Linear(256, 256, "btt"), torch.randn(300, 256), []
     assert el.explain(layer, x).backend != "batched"
-    bmm = backends.find("batched")
-    forward = bmm.forward
-    monkeypatch.setattr(bmm, "forward", lambda *args, **kw: (ran.append("batched"), forward(*args, **kw))[1])
+    batched = backends.find("batched")
+    forward = batched.forward
+    monkeypatch.setattr(batched, "forward", lambda *args, **kw: (ran.append("batched"), forward(*args, **kw))[1])
 
     @torch.compile(backend="eager")
     def run(x: Tensor) -> Any:

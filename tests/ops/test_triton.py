@@ -22,6 +22,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import reference
+from einlinear.ops.product import Assignment, Product
 from einlinear.ops.triton import launch, slots, tile_sizes
 from einlinear.ops.triton import triton_backend as kernels
 from einlinear.ops.triton.steps import plan
@@ -100,7 +101,7 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(RUNS, reason="the tests run here")
-@pytest.mark.parametrize("of", ["TestKernels", "TestGrouped"])
+@pytest.mark.parametrize("of", ["TestKernels", "TestRouted"])
 def test_in_the_interpreter(of: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{of}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -127,14 +128,14 @@ class TestKernels:
             bounds = [2 * bound for bound in bounds]
         both = designs(s, dtype)
         for design in both if dtype != torch.float16 else both[-1:]:  # not both a third time
-            y, saved = kernels.forward(s, factors, x, bias, True, design)
-            grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+            y, saved = kernels.forward(Product(s, factors, x, bias), True, design)
+            grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
             for found, wanted, bound in zip([y, grad_x, *grad_factors], exact, bounds, strict=True):
                 assert found is not None
                 assert found.dtype == dtype
                 assert error(found, wanted) <= bound
             if dtype == torch.float32 and design == both[-1]:
-                grad_x, nothing = kernels.backward(s, factors, x, grad, saved, True, [False] * len(factors), design)
+                grad_x, _, nothing = kernels.backward(Product(s, factors, x), grad, saved, True, [False] * len(factors), design)
                 assert error(grad_x, exact[1]) <= bounds[1]
                 assert nothing == [None] * len(factors)
 
@@ -142,21 +143,21 @@ class TestKernels:
     def test_only_what_is_wanted(self, spec: str) -> None:
         """Nothing is saved, states are computed again, and every subset of the gradients is found."""
         s, factors, x, bias, grad = draw(spec, 16, 16, 3, torch.float32)
-        y, saved = kernels.forward(s, factors, x, None, False)
+        y, saved = kernels.forward(Product(s, factors, x, None), False)
         exact = by_torch(s, double(factors), x.double(), torch.zeros_like(bias).double(), grad.double())
         assert error(y, exact[0]) < 1e-6
         assert saved == []
         for wanted in [(i == j for j in range(len(factors) + 1)) for i in range(len(factors) + 1)]:
             needs_x, *needs = wanted
-            grad_x, grad_factors = kernels.backward(s, factors, x, grad, [], needs_x, needs)
+            grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, [], needs_x, needs)
             for found, need, right in zip([grad_x, *grad_factors], [needs_x, *needs], exact[1:], strict=True):
                 assert (error(found, right) < 1e-6) if need else found is None
 
     @pytest.mark.parametrize("spec", SPECS)
     def test_no_tokens(self, spec: str) -> None:
         s, factors, x, bias, grad = draw(spec, 16, 16, 0, torch.bfloat16)
-        y, saved = kernels.forward(s, factors, x, bias, True)
-        grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+        y, saved = kernels.forward(Product(s, factors, x, bias), True)
+        grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
         assert y.shape == (0, 16)
         assert grad_x is not None
         assert grad_x.shape == (0, 16)
@@ -173,16 +174,16 @@ class TestKernels:
         wide, ones = torch.cat([x, x], 1), grad[:1, :1].expand(270, 16)
         for inputs, grads in ((wide[:, 3:19], ones), (wide[:, ::2], grad.T.contiguous().T)):
             exact = by_torch(s, double(factors), inputs.double(), bias.double(), grads.double())
-            y, saved = kernels.forward(s, factors, inputs, bias, True)
-            grad_x, grad_factors = kernels.backward(s, factors, inputs, grads, saved, True, [True] * len(factors))
+            y, saved = kernels.forward(Product(s, factors, inputs, bias), True)
+            grad_x, _, grad_factors = kernels.backward(Product(s, factors, inputs), grads, saved, True, [True] * len(factors))
             assert max(map(error, [y, grad_x, *grad_factors], exact)) < 2e-6
 
     def test_twice_the_same(self) -> None:
         s, factors, x, bias, grad = draw("btt", 16, 16, 300, torch.bfloat16)
         runs = []
         for _ in range(2):
-            y, saved = kernels.forward(s, factors, x, bias, True)
-            grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+            y, saved = kernels.forward(Product(s, factors, x, bias), True)
+            grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
             runs.append([y, grad_x, *grad_factors])
         assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
@@ -192,28 +193,28 @@ class TestKernels:
         monkeypatch.setattr(launch, "TUNE", True)
         s, factors, x, bias, grad = draw("kronecker", 256, 256, 1000, torch.bfloat16)
         exact = by_torch(s, double(factors), x.double(), bias.double(), grad.double())
-        y, saved = kernels.forward(s, factors, x, bias, True, design)
-        grad_x, grad_factors = kernels.backward(s, factors, x, grad, saved, True, [True, True])
+        y, saved = kernels.forward(Product(s, factors, x, bias), True, design)
+        grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True, True])
         assert max(map(error, [y, grad_x, *grad_factors], exact)) < 0.02
 
     @pytest.mark.skipif(INTERPRETED, reason="there is nothing to measure in the interpreter")
     def test_tuned_mixtures(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "TUNE", True)
-        drawn = TestGrouped.draw("kronecker", (256, 256), 1000, 2, "random", torch.bfloat16)
+        drawn = TestRouted.draw("kronecker", (256, 256), 1000, 2, "random", torch.bfloat16)
         s, factors, indices, x, gates, bias, grad = drawn
-        exact = TestGrouped.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
+        exact = TestRouted.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
         with torch.autocast("cuda", torch.bfloat16):
-            y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
-            found = kernels.backward_grouped(s, factors, x, indices, gates, grad.float(), True, [True, True])
+            y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
+            found = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad.float(), [], True, [True, True])
         assert {t.dtype for t in (y, *found[:2], *found[2]) if t is not None} == {torch.bfloat16}
         assert max(map(error, [y, *found[:2], *found[2]], exact)) < 0.02
 
     def test_designs_that_cannot_be(self) -> None:
         s, factors, x, bias, _ = draw("i, i, o i -> o", 256, 256, 2, torch.float32)
         with pytest.raises(ValueError, match="choose the design 'steps'"):
-            kernels.forward(s, factors, x, bias, False, "fused")
+            kernels.forward(Product(s, factors, x, bias), False, "fused")
         with pytest.raises(ValueError, match="choose steps or fused"):
-            kernels.forward(s, factors, x, bias, False, "spilled")
+            kernels.forward(Product(s, factors, x, bias), False, "spilled")
 
 
 LOADS: dict[str, Callable[[int, int], Tensor]] = {
@@ -223,7 +224,7 @@ LOADS: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 
-class TestGrouped:
+class TestRouted:
     """Products with one of several matrices, chosen for every token."""
 
     __test__ = RUNS
@@ -244,7 +245,7 @@ class TestGrouped:
         """The output and the gradients of x, gates and factors, in plain operators."""
         inputs = [tensor.detach().requires_grad_() for tensor in (x, gates, *factors)]
         with el.backend("reference"):
-            y = ops.grouped_linear(s, inputs[2:], inputs[0], indices, inputs[1], bias)
+            y = ops.linear(s, inputs[2:], inputs[0], bias, routing=Assignment(indices, inputs[1]))
         return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
     @pytest.mark.parametrize(
@@ -267,8 +268,8 @@ class TestGrouped:
         bounds = [max(floor, ERROR * one) for one in theirs]
         if INTERPRETED and dtype == torch.bfloat16:
             bounds = [2 * bound for bound in bounds]
-        y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
-        found = kernels.backward_grouped(s, factors, x, indices, gates, grad, True, [True] * len(factors))
+        y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
+        found = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True] * len(factors))
         for mine, wanted, bound in zip([y, *found[:2], *found[2]], exact, bounds, strict=True):
             assert mine is not None
             assert mine.dtype == dtype
@@ -286,20 +287,20 @@ class TestGrouped:
         monkeypatch.setattr(slots, "SMALLEST", 64)
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 150, 1, "random", torch.float32)
         exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
-        y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
-        found = kernels.backward_grouped(s, factors, x, indices, gates, grad, True, [True, True])
+        y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
+        found = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True, True])
         assert max(map(error, [y, *found[:2], *found[2]], exact)) < 2e-6
         assert min(ratios) > 1
 
     @pytest.mark.parametrize("spec", ["btt", "dyad", "tt(rank=2, cores=3)"])
     def test_only_what_is_wanted(self, spec: str) -> None:
         s, factors, indices, x, gates, _, grad = self.draw(spec, (8, 8), 4, 2, "random", torch.float32)
-        grads = (x, indices, gates, grad)
-        whole = kernels.backward_grouped(s, factors, *grads, True, [True] * len(factors))
+        product = Product(s, factors, x, None, Assignment(indices, gates))
+        whole = kernels.backward(product, grad, [], True, [True] * len(factors))
         for wanted in range(len(factors) + 1):
             needs = [wanted == i for i in range(len(factors))]
             needs_x = wanted == len(factors)
-            found = kernels.backward_grouped(s, factors, *grads, needs_x, needs)
+            found = kernels.backward(product, grad, [], needs_x, needs)
             for mine, same, need in zip([*found[:2], *found[2]], [*whole[:2], *whole[2]], [needs_x] * 2 + needs):
                 if not need:
                     assert mine is None
@@ -311,10 +312,10 @@ class TestGrouped:
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 60, 1, "random", torch.float32)
         bad = [0, 59]  # the first and the last, which is where those of empty slots would be looked up
         x[bad], gates[bad] = torch.nan, torch.nan
-        y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
+        y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
         assert y.isnan().all(1).nonzero().flatten().tolist() == bad
         assert y.isnan().any(1).nonzero().flatten().tolist() == bad
-        _, grad_gates, grads = kernels.backward_grouped(s, factors, x, indices, gates, grad, True, [True, True])
+        _, grad_gates, grads = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True, True])
         assert grad_gates is not None
         assert grad_gates.isnan().nonzero()[:, 0].tolist() == bad
         for of_factor in grads:
@@ -325,15 +326,15 @@ class TestGrouped:
 
     def test_no_tokens_and_any_strides(self) -> None:
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 20, 2, "random", torch.float32)
-        assert kernels.forward_grouped(s, factors, x[:0], indices[:0], gates[:0], bias).shape == (0, 16)
-        nothing = kernels.backward_grouped(s, factors, x[:0], indices[:0], gates[:0], grad[:0], True, [True, True])
+        assert kernels.forward(Product(s, factors, x[:0], bias, Assignment(indices[:0], gates[:0])), False)[0].shape == (0, 16)
+        nothing = kernels.backward(Product(s, factors, x[:0], None, Assignment(indices[:0], gates[:0])), grad[:0], [], True, [True, True])
         assert [tuple(t.shape) for t in nothing[:2] if t is not None] == [(0, 16), (0, 2)]
         assert not any(t is None or t.any() for t in nothing[2])
         exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
         x, grad, indices, gates = (t.T.contiguous().T for t in (x, grad, indices, gates))
         factors = [factor.transpose(0, -1).contiguous().transpose(0, -1) for factor in factors]
-        y = kernels.forward_grouped(s, factors, x, indices, gates, bias)
-        found = kernels.backward_grouped(s, factors, x, indices, gates, grad, True, [True, True])
+        y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
+        found = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True, True])
         assert max(map(error, [y, *found[:2], *found[2]], exact)) < 2e-6
 
     def test_in_a_layer(self) -> None:

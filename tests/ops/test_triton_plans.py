@@ -14,6 +14,7 @@ from tests.lab.data.samples import needs
 from torch import Tensor
 
 import einlinear as el
+from einlinear.ops.product import Assignment, Product
 from einlinear.ops.triton import launch, tile_sizes
 from einlinear.ops.triton import triton_backend as kernels
 from einlinear.ops.triton.steps import plan
@@ -121,14 +122,14 @@ class TestCompiled:
         s = el.structure(spec, in_features, out_features)
         factors = [torch.empty(f.shape, dtype=dtype) for f in s.factors]
         x, bias, grad = (torch.empty(n, dtype=dtype) for n in ((4096, in_features), out_features, (4096, out_features)))
-        _, saved = kernels.forward(s, factors, x, bias, True, design)
-        kernels.backward(s, factors, x, grad, saved, True, [True] * len(factors))
+        _, saved = kernels.forward(Product(s, factors, x, bias), True, design)
+        kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
         if design == "steps":
             experts = torch.arange(8192).view(4096, 2) % 8
             stacked = [torch.empty(8, *f.shape, dtype=dtype) for f in s.factors]
             gates = torch.zeros(4096, 2, dtype=dtype)
-            kernels.forward_grouped(s, stacked, x, experts, gates, bias)
-            kernels.backward_grouped(s, stacked, x, experts, gates, grad, True, [True] * len(factors))
+            kernels.forward(Product(s, stacked, x, bias, Assignment(experts, gates)), False)[0]
+            kernels.backward(Product(s, stacked, x, None, Assignment(experts, gates)), grad, [], True, [True] * len(factors))
         assert launches
         for kernel, tile, args, constants in launches:
             compiled = compile_for_hopper(kernel, tile, args, constants)

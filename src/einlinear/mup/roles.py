@@ -79,7 +79,7 @@ class Parameter:
             return tuple(range(len(self.shape))), self.shape[first], math.prod(self.shape[first + 1 :])
         factor = self.matrix.structure.factors[self.matrix.factor]
         stacked = len(self.shape) - len(factor.axes)
-        order = (stacked + factor.axes.index(axis) for axis in (*factor.batch, *factor.introduced, *factor.summed))
+        order = (stacked + factor.axes.index(axis) for axis in (*factor.batch, *factor.new, *factor.contracted))
         return (*range(stacked), *order), factor.fan_out, factor.fan_in
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from einlinear import ops
 from einlinear.nn.linear import Linear
-from einlinear.ops.dispatch import autocast_dtype, wants_gradients
+from einlinear.ops.context import autocast_dtype, wants_gradients
 
 
 def explain(layer: Any, x: Tensor) -> ops.Choice:

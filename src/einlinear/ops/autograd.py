@@ -1,15 +1,16 @@
-"""How torch sees an backend: an autograd function in eager mode, an operator where something traces or counts.
+"""The derivatives of a product: an autograd function in eager mode, an operator where something traces or counts.
 
-The operator (``torch.ops.einlinear.linear``) is what torch.compile, fake tensors, dispatch modes such as
-FlopCounterMode and selective activation checkpointing work with. The function does the same with a fifth of the
-overhead per call. Neither knows of autocast: a rule of an operator casts to one dtype for good, so it is `linear.py`
-that casts to the dtype of the moment.
+The operator (``torch.ops.einlinear.linear``) serves torch.compile, fake tensors, dispatch modes such as
+FlopCounterMode and selective activation checkpointing. The function does the same with a fifth of the overhead per
+call. Neither handles autocast: a rule of an operator casts to one dtype for good, so `functional.py` casts to the
+dtype of the moment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,67 +18,98 @@ from torch import Tensor
 
 from einlinear import structures
 from einlinear.import_hooks import when_imported
-from einlinear.ops import backends, dispatch, operands, reference
+from einlinear.ops import backends, operands, reference
+from einlinear.ops.choice import recomputes
+from einlinear.ops.context import is_differentiated_again
+from einlinear.ops.product import Assignment, Product
 from einlinear.structures import Structure
 
 
-def run(backend: str, structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x W^T + bias for x of shape (n, in_features), by an backend that is not the reference; differentiable."""
-    if dispatch.wants_gradients(x, bias, *factors):
-        y: Tensor = _Linear.apply(structure, backend, x, bias, *factors)  # type: ignore[no-untyped-call]
+def run(backend: str, product: Product, training: bool) -> Tensor:
+    """Return y of shape (n, out_features) by a backend other than the reference, differentiable if `training`."""
+    if training:
+        structure, factors, x, bias, routing = product
+        y: Tensor = _Linear.apply(backend, structure, x, bias, *(routing or (None, None)), *factors)  # type: ignore[no-untyped-call]
         return y
-    return backends.find(backend).forward(structure, factors, x, bias, save=False)[0]
+    return backends.find(backend).forward(product, False)[0]
+
+
+def traced(backend: str, product: Product) -> Tensor:
+    """Return the same by the operator."""
+    structure, factors, x, bias, routing = product
+    indices, gates = routing or (None, None)
+    y: Tensor = linear_op(
+        x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend
+    )
+    return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, structure: Structure, backend: str, x: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any,
+        backend: str,
+        structure: Structure,
+        x: Tensor,
+        bias: Tensor | None,
+        indices: Tensor | None,
+        gates: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
-        save = not dispatch.recomputes(backend, structure)
-        y, saved = backends.find(backend).forward(structure, factors, x, bias, save)
-        ctx.structure, ctx.backend, ctx.count = structure, backend, len(factors)
-        ctx.shapes = [states.shape for states in saved]
-        ctx.save_for_backward(x, bias, *factors, *saved)
+        save = not recomputes(backend, structure)
+        y, saved = backends.find(backend).forward(_product(structure, x, bias, indices, gates, *factors), save)
+        ctx.structure, ctx.backend, ctx.count = structure, backend, 4 + len(factors)
+        ctx.shapes = [tensor.shape for tensor in saved]
+        ctx.save_for_backward(x, bias, indices, gates, *factors, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, bias, *rest = ctx.saved_tensors
-        factors, saved = rest[: ctx.count], rest[ctx.count :]
-        needs_x, needs_bias, *needs_factors = ctx.needs_input_grad[2:]
-        if dispatch.differentiable(grad, x, *factors):
-            plain = partial(_plain, ctx.structure)
-            return None, None, *plain_gradients(plain, (x, bias, *factors), ctx.needs_input_grad[2:], grad)
-        if [states.shape for states in saved] != ctx.shapes:
+        tensors = ctx.saved_tensors
+        inputs, saved, needed = tensors[: ctx.count], tensors[ctx.count :], ctx.needs_input_grad[2:]
+        x, _, indices, gates, *factors = inputs
+        if is_differentiated_again(grad, x, gates, *factors):
+            return None, None, *_plain_gradients(ctx.structure, inputs, needed, grad)
+        if [tensor.shape for tensor in saved] != ctx.shapes:
             raise RuntimeError("an intermediate was unpacked in another shape than it was saved in")
+        needs_x, needs_bias, _, needs_gates, *needs_factors = needed
+        product = _product(ctx.structure, x, None, indices, gates, *factors)
         grad_bias = grad.sum(0) if needs_bias else None
-        grad_x, grad_factors = backends.find(ctx.backend).backward(
-            ctx.structure, factors, x, grad, saved, needs_x, needs_factors
+        grad_x, grad_gates, grad_factors = backends.find(ctx.backend).backward(
+            product, grad, saved, needs_x or needs_gates, needs_factors
         )
-        return (None, None, grad_x, grad_bias, *grad_factors)
+        return None, None, grad_x, grad_bias, None, grad_gates, *grad_factors
 
 
-def _plain(structure: Structure, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-    return reference.apply(structure, factors, x, bias)
+def _product(
+    structure: Structure,
+    x: Tensor,
+    bias: Tensor | None,
+    indices: Tensor | None,
+    gates: Tensor | None,
+    *factors: Tensor,
+) -> Product:
+    """Return the product of tensors in the order in which torch sees them."""
+    routing = None if indices is None or gates is None else Assignment(indices, gates)
+    return Product(structure, factors, x, bias, routing)
 
 
-def plain_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+def _plain_gradients(
+    structure: Structure, inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of a function in plain operators, for a backward pass that is itself differentiated or batched."""
+    """Return the gradients in plain operators, for a backward pass that is itself differentiated or batched."""
     with torch.enable_grad():
         # by other names, since one input may have been computed from another: each gets its own share alone
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        y = function(*inputs)
+        y = reference.apply(*_product(structure, *inputs))  # type: ignore[arg-type]
     wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
-    return [next(found) if needs else None for needs in needed]
+    gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
+    return [next(gradients) if needs else None for needs in needed]
 
 
 def structure_of(spec: str, in_features: int, out_features: int) -> Structure:
-    """The structure that a spec stands for, from memory. A compiler's symbols become numbers, for good."""
+    """Return the structure of a spec, from a cache. A compiler's symbols become numbers, for good."""
     return _structure_of(spec, int(in_features), int(out_features))
 
 
@@ -86,8 +118,8 @@ def _structure_of(spec: str, in_features: int, out_features: int) -> Structure:
     return structures.structure(spec, in_features, out_features)
 
 
-def features(x: Tensor) -> int:
-    """How many an operator's input has. Raises RuntimeError unless it is of shape (n, features)."""
+def _features(x: Tensor) -> int:
+    """Return the features of an operator's input. Raises RuntimeError unless it is of shape (n, features)."""
     if x.dim() != 2:
         raise RuntimeError(f"an input or a gradient has shape {tuple(x.shape)}, not (n, features)")
     return x.shape[1]
@@ -95,72 +127,120 @@ def features(x: Tensor) -> int:
 
 @torch.library.custom_op("einlinear::linear", mutates_args=())
 def linear_op(
-    x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, backend: str
+    x: Tensor,
+    factors: list[Tensor],
+    bias: Tensor | None,
+    indices: Tensor | None,
+    gates: Tensor | None,
+    spec: str,
+    out_features: int,
+    backend: str,
 ) -> Tensor:
     """`run` without autograd: (n, in_features) to (n, out_features)."""
-    structure = structure_of(spec, features(x), out_features)
-    backends.check_support(backend, structure, x.dtype, x.device)
-    return backends.find(backend).forward(structure, factors, x, bias, save=False)[0]
+    structure = structure_of(spec, _features(x), out_features)
+    product = _product(structure, x, bias, indices, gates, *factors)
+    return backends.find_supporting(backend, product).forward(product, False)[0]
 
 
 @linear_op.register_fake
-def _(x: Tensor, factors: list[Tensor], bias: Tensor | None, spec: str, out_features: int, backend: str) -> Tensor:
-    operands.check(structure_of(spec, features(x), out_features), factors, x, bias, memory=False)
+def _(
+    x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, backend: str
+) -> Tensor:
+    structure = structure_of(spec, _features(x), out_features)
+    operands.check(*_product(structure, x, bias, indices, gates, *factors), memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.custom_op("einlinear::linear_backward", mutates_args=())
 def linear_backward_op(
-    grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, backend: str, needs_x: bool, needs_factors: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    factors: list[Tensor],
+    indices: Tensor | None,
+    gates: Tensor | None,
+    spec: str,
+    backend: str,
+    needs_x: bool,
+    needs_factors: list[bool],
 ) -> list[Tensor]:
-    """The gradients that are needed, of x first, then of the factors; intermediate states are computed again."""
-    structure = structure_of(spec, features(x), features(grad))
-    backends.check_support(backend, structure, x.dtype, x.device)
-    grad_x, grad_factors = backends.find(backend).backward(structure, factors, x, grad, [], needs_x, needs_factors)
-    return [g for g in (grad_x, *grad_factors) if g is not None]
+    """The gradients that are needed: of x and of the gates, if any, then of the factors; intermediates are recomputed."""
+    structure = structure_of(spec, _features(x), _features(grad))
+    product = _product(structure, x, None, indices, gates, *factors)
+    gradients = backends.find_supporting(backend, product).backward(product, grad, [], needs_x, needs_factors)
+    return [g for g in (gradients.x, gradients.gates, *gradients.factors) if g is not None]
 
 
 @linear_backward_op.register_fake
 def _(
-    grad: Tensor, x: Tensor, factors: list[Tensor], spec: str, backend: str, needs_x: bool, needs_factors: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    factors: Any,
+    indices: Any,
+    gates: Any,
+    spec: str,
+    backend: str,
+    needs_x: bool,
+    needs_factors: Any,
 ) -> list[Tensor]:
-    operands.check(structure_of(spec, features(x), features(grad)), factors, x, grad=grad, memory=False)
-    inputs = zip((x, *factors), (needs_x, *needs_factors), strict=True)
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in inputs if needed]
+    structure = structure_of(spec, _features(x), _features(grad))
+    operands.check(*_product(structure, x, None, indices, gates, *factors), grad=grad, memory=False)
+    tensors = zip((x, gates, *factors), (needs_x, needs_x and gates is not None, *needs_factors), strict=True)
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, factors, _, ctx.spec, _, ctx.backend = inputs
-    ctx.save_for_backward(x, *factors)
+    x, factors, _, indices, gates, ctx.spec, _, ctx.backend = inputs
+    ctx.save_for_backward(x, indices, gates, *factors)
 
 
 def _op_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, *factors = ctx.saved_tensors
-    needs_x, needs_factors, needs_bias, *_ = ctx.needs_input_grad
-    needs = [bool(needs_x), *([*needs_factors] if isinstance(needs_factors, list | tuple) else [True] * len(factors))]
-    found = iter(linear_backward_op(grad, x, factors, ctx.spec, ctx.backend, needs[0], needs[1:]))
-    grad_x, *grad_factors = (next(found) if needed else None for needed in needs)
-    return grad_x, grad_factors, grad.sum(0) if needs_bias else None, None, None, None
+    x, indices, gates, *factors = ctx.saved_tensors
+    needs_x, needs_factors, needs_bias, _, needs_gates, *_ = ctx.needs_input_grad
+    needs_x = bool(needs_x or needs_gates)
+    needs_factors = [*needs_factors] if isinstance(needs_factors, list | tuple) else [True] * len(factors)
+    arguments = (grad, x, factors, indices, gates, ctx.spec, ctx.backend, needs_x, needs_factors)
+    gradients = iter(linear_backward_op(*arguments))
+    needed = (needs_x, needs_x and gates is not None, *needs_factors)
+    grad_x, grad_gates, *grad_factors = (next(gradients) if needs else None for needs in needed)
+    return grad_x, grad_factors, grad.sum(0) if needs_bias else None, None, grad_gates, None, None, None
 
 
 linear_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _register_flops() -> None:
-    from torch.utils.flop_counter import register_flop_formula  # which imports triton
+    # imports triton
+    from torch.utils.flop_counter import register_flop_formula
 
     @register_flop_formula(torch.ops.einlinear.linear)
-    def _(x: Any, factors: Any, bias: Any, spec: str, out_features: int, *args: Any, **kwargs: Any) -> int:
-        return 2 * int(x[0]) * structure_of(spec, x[1], out_features).macs
+    def _(
+        x: Any, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, *_: Any, **__: Any
+    ) -> int:
+        return 2 * _vectors(x, indices) * structure_of(spec, x[1], out_features).macs
 
     @register_flop_formula(torch.ops.einlinear.linear_backward)
     def _(
-        grad: Any, x: Any, factors: Any, spec: str, backend: str, needs_x: bool, needs_factors: list[bool], **_: Any
+        grad: Any,
+        x: Any,
+        factors: Any,
+        indices: Any,
+        gates: Any,
+        spec: str,
+        backend: str,
+        needs_x: bool,
+        needs_factors: list[bool],
+        **_: Any,
     ) -> int:
-        # of every factor's step, one product gives the gradient of the state before it, one that of the factor
+        # the step of a factor has two products: the gradient of its input, and that of the factor
         structure = structure_of(spec, x[1], grad[1])
-        states = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
-        return 2 * int(x[0]) * (states + sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed))
+        inputs = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
+        weights = sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed)
+        return 2 * _vectors(x, indices) * (inputs + weights)
+
+
+def _vectors(x: Any, indices: Any) -> int:
+    """Return the number of input vectors that are multiplied, given the shapes of x and of the experts' indices."""
+    return int(x[0] if indices is None else math.prod(indices))
 
 
 when_imported("torch.utils.flop_counter", _register_flops)

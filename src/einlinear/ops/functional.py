@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from einlinear.ops import autograd, backends, dispatch, operands, reference
+from einlinear.ops import autograd, operands, reference
+from einlinear.ops.backends import check_name, check_support
+from einlinear.ops.choice import choose, choose_for_compiler
 from einlinear.ops.constants import assume_constant_result
+from einlinear.ops.context import CallContext, autocast, call_context, wants_gradients
+from einlinear.ops.product import Assignment, Product
 from einlinear.structures import Structure
 
 
@@ -19,31 +23,46 @@ def linear(
     x: Tensor,
     bias: Tensor | None = None,
     backend: str | None = None,
+    routing: Assignment | None = None,
 ) -> Tensor:
-    """The structured counterpart of `torch.nn.functional.linear`.
+    """Multiply with a structured matrix, as `torch.nn.functional.linear` does with a dense one.
+
+    With a routing, every token is multiplied with the matrices of its experts: y = sum of gate_e * W_e x, plus the bias.
 
     Args:
-        structure: what the matrix is.
-        factors: one tensor per factor, in the order and of the shapes of `structure.factors`.
+        structure: of the matrix.
+        factors: one tensor per factor, in the order and of the shapes of `structure.factors`; with a routing, stacks
+            of these, of shape (experts, *shape of the factor).
         x: (..., in_features), of the same dtype as the factors (or under autocast); nested tensors included.
         bias: (out_features,) or None.
-        backend: one of `ops.BACKENDS`, or None: what `explain` says. While torch.jit, torch.fx or torch.export
-            traces, under torch.func transforms and forward-mode differentiation, and with tensor subclasses such as
-            DTensor it is always the reference, in plain operators.
+        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. While torch.jit, torch.fx or
+            torch.export traces, under torch.func transforms and forward-mode differentiation, and with tensor
+            subclasses such as DTensor it is always the reference, in plain operators.
+        routing: the experts of every token, `Assignment(indices, gates)`, both of shape (n, active) for the n tokens
+            of x; differentiable in the gates.
 
     Returns:
         (..., out_features).
 
     Raises:
-        RuntimeError: x has another number of features than the structure; a factor or the bias has another shape;
-            dtypes or devices differ; the memory of a tensor was released; or the backend cannot run this (see
-            `unsupported`).
+        RuntimeError: x has another number of features than the structure; a factor, the bias or the routing has
+            another shape; dtypes or devices differ; the memory of a tensor was released; or the backend cannot run
+            this (see `unsupported`).
         ValueError: an unknown backend; more or fewer factors than the structure has.
         TypeError: something else than a tensor.
+        IndexError: an index of no expert; only on the CPU.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> s = el.structure("btt", 16, 16)
+        >>> stacks = [torch.randn(3, *factor.shape) for factor in s.factors]
+        >>> indices, gates = torch.tensor([[0, 2], [1, 2]]), torch.full((2, 2), 0.5)
+        >>> el.ops.linear(s, stacks, torch.randn(2, 16), routing=el.ops.Assignment(indices, gates)).shape
+        torch.Size([2, 16])
     """
 
     def multiply(tokens: Tensor) -> Tensor:
-        return _linear(structure, factors, tokens, bias, backend)
+        return _linear(Product(structure, factors, tokens, bias, routing), backend)
 
     return along_features(multiply, x, structure.in_features, structure.out_features)
 
@@ -55,7 +74,7 @@ def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
         RuntimeError, ValueError, TypeError: factors that do not fit the structure, as for `linear`.
     """
     if not any(isinstance(factor, fx.Proxy) for factor in factors):  # of which torch.fx knows nothing
-        operands.check(structure, factors, memory=dispatch.seen(*factors) == "eager")
+        operands.check(structure, factors, memory=call_context(*factors) is CallContext.EAGER)
     return reference.dense_weight(structure, factors)
 
 
@@ -100,38 +119,40 @@ def _along_nested(multiply: Callable[[Tensor], Tensor], x: Any, in_features: int
     return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths(), jagged_dim=ragged)
 
 
-def _linear(
-    structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, backend: str | None
-) -> Tensor:
-    """`linear` for x of shape (n, in_features), along the way that suits whoever is looking."""
-    way = dispatch.seen(x, bias, *factors)
+def _linear(product: Product, backend: str | None) -> Tensor:
+    """Return y of shape (n, out_features), computed as the context of the call demands."""
     if backend is not None:
-        backends.check_name(backend)
-    if isinstance(x, fx.Proxy):
-        return reference.apply(structure, factors, x, bias)
-    x, factors, bias = dispatch.of_one_dtype(x, factors, bias)
-    if way == "plain":
+        check_name(backend)
+    if isinstance(product.x, fx.Proxy):
+        return reference.apply(*product)
+    structure, factors, x, bias, routing = product
+    tensors = (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
+    context = call_context(*tensors)
+    eager = context is CallContext.EAGER
+    plain = not eager and context is CallContext.PLAIN
+    training = not plain and wants_gradients(*tensors)
+    product = autocast(product)
+    x = product.x
+    if plain or (routing is not None and x.is_meta):
+        # other backends read the indices, which have no values on "meta"
         backend = "reference"
     elif backend is not None:
-        backends.check_support(backend, structure, x.dtype, x.device)
-    elif torch.compiler.is_compiling():
-        spec, in_features, out_features = structure.spec, structure.in_features, structure.out_features
-        backend = _choose_compiled(spec, in_features, out_features, x.dtype, x.device.type)
+        check_support(backend, structure, x.dtype, x.device)
+    elif not eager and torch.compiler.is_compiling():
+        sizes = structure.in_features, structure.out_features
+        backend = _choose_compiled(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
     else:
-        training = dispatch.wants_gradients(x, bias, *factors)
-        backend = dispatch.choose(structure, x.shape[0], x.dtype, x.device, training).backend
+        tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, product.experts))
+        backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
     if backend == "reference":
-        operands.check(structure, factors, x, bias, memory=way == "eager")
-        return reference.apply(structure, factors, x, bias)
-    if way == "traced":
-        op: Tensor = autograd.linear_op(x, list(factors), bias, structure.spec, structure.out_features, backend)
-        return op
-    return autograd.run(backend, structure, factors, x, bias)
+        operands.check(*product, memory=eager)
+        return reference.apply(*product)
+    return autograd.run(backend, product, training) if eager else autograd.traced(backend, product)
 
 
 @assume_constant_result
-def _choose_compiled(spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str) -> str:
-    """What torch's compiler gets: it fuses the reference itself; our own kernels it takes as they are."""
+def _choose_compiled(
+    spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str, routed: bool
+) -> str:
     structure = autograd.structure_of(spec, in_features, out_features)
-    choice = dispatch.choose(structure, dispatch.MANY_TOKENS, dtype, torch.device(device)).backend
-    return "reference" if backends.DECLARED[choice].fusible and dispatch.forced().backend is None else choice
+    return choose_for_compiler(structure, dtype, torch.device(device), routed)

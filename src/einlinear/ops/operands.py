@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einlinear.ops.product import Assignment
 from einlinear.structures import Factor, Structure
 
 # what an operand is, the tensor, and the shape that it must have
@@ -25,22 +26,19 @@ def check(
     factors: Sequence[Tensor],
     x: Tensor | None = None,
     bias: Tensor | None = None,
+    routing: Assignment | None = None,
+    *,
     grad: Tensor | None = None,
     saved: Sequence[Tensor] = (),
-    routing: tuple[Tensor, Tensor] | None = None,
     memory: bool = True,
 ) -> bool:
     """Raise unless the operands of a product, forward or backward, fit the structure and one another.
 
     Args:
-        structure: what the matrix is, or each of several.
-        factors: of the shapes of `structure.factors`; with a routing, stacks of these, one entry per expert.
-        x: (n, in_features); None for a product of the factors alone.
-        bias: (out_features,).
+        structure, factors, x, bias, routing: as in `Product`; without x, the factors alone are checked.
         grad: (n, out_features), the gradient of the output.
         saved: intermediates for the backward pass, of any shape.
-        routing: the experts of every token, (n, active) in int64, and their gates, (n, active).
-        memory: whether the tensors have memory of their own; False where something traces or transforms them.
+        memory: whether the tensors have memory; False where something traces or transforms them.
 
     Returns:
         Whether torch has put off the negation of an operand (`Tensor.is_neg`): then its memory is not yet what it is.
@@ -53,7 +51,7 @@ def check(
     """
     if not memory and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         with _untraced():
-            return check(structure, factors, x, bias, grad, saved, routing, memory)
+            return check(structure, factors, x, bias, routing, grad=grad, saved=saved, memory=memory)
     expected = structure.factors
     if len(factors) != len(expected):
         raise ValueError(f"{structure} has {len(expected)} factors, not {len(factors)}")
@@ -82,11 +80,11 @@ def check(
             if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
                 break
             if memory:
-                # what `_in_memory` does, where there is no need for the cost of a call
-                plain = tensor.is_contiguous()
-                if plain and tensor.untyped_storage().nbytes() < tensor.storage_offset() * size + tensor.nbytes:
-                    break
-                if not plain and not _in_memory(tensor):
+                # `_in_memory` for contiguous tensors, without the cost of its call
+                if tensor.is_contiguous():
+                    if tensor.untyped_storage().nbytes() < tensor.storage_offset() * size + tensor.nbytes:
+                        break
+                elif not _in_memory(tensor):
                     break
                 negated = negated or tensor.is_neg()
         else:

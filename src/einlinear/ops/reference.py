@@ -13,22 +13,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from einlinear.ops.product import Assignment
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
 
-def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + bias by einsum, for x of shape (n, in_features)."""
+def apply(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    bias: Tensor | None = None,
+    routing: Assignment | None = None,
+) -> Tensor:
+    """Return y = x Wᵀ + bias for the operands of a `Product`, in plain operators."""
+    if routing is None:
+        y = _contract(structure, factors, x)
+    else:
+        y = x.new_zeros(x.shape[0], structure.out_features)
+        for e, expert in enumerate(zip(*(factor.unbind() for factor in factors), strict=True)):
+            # every expert multiplies all tokens, with a gate of zero for those that are not routed to it
+            gate = torch.where(routing.indices == e, routing.gates, 0).sum(1, keepdim=True, dtype=routing.gates.dtype)
+            y = y + gate * _contract(structure, expert, x)
+    return y if bias is None else y + bias
+
+
+def _contract(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Contract x of shape (n, in_features) with one factor after the other, term by term."""
     sizes = dict(structure.sizes)
     outputs = []
-    for term, own in structure.by_term(factors):
+    for term, term_factors in structure.by_term(factors):
         shape = [sizes[a] for a in term.inputs]
         # sizes come from the structure, since those of tensors are no numbers while something traces
         padding = math.prod(shape) - structure.in_features
         z = (F.pad(x, (0, padding)) if padding else x).reshape(x.shape[0], *shape)
-        for factor, w in zip(term.factors, own):
-            z = einsum([("tokens", *factor.before), factor.axes], ("tokens", *factor.after), z, w)
-        last = term.factors[-1].after
+        for factor, w in zip(term.factors, term_factors):
+            z = einsum([("tokens", *factor.source), factor.axes], ("tokens", *factor.result), z, w)
+        last = term.factors[-1].result
         z = z.permute([0, *[1 + last.index(a) for a in term.outputs]])
         width = math.prod([sizes[a] for a in term.outputs])
         z = z.reshape(x.shape[0], width)
@@ -36,7 +56,7 @@ def apply(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tens
     y = outputs[0]
     for more in outputs[1:]:
         y = y + more
-    return y if bias is None else y + bias
+    return y
 
 
 def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:

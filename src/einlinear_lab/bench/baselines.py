@@ -24,7 +24,7 @@ def copying_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Ten
     """The factors as `copying` takes them: (batch, inner, rows), or (inner, rows) where there is no batch axis."""
     sizes = dict(structure.sizes)
     return [
-        _matrices(w.permute([f.axes.index(a) for a in f.batch + f.summed + f.introduced]), f, f.fan_in, sizes)
+        _matrices(w.permute([f.axes.index(a) for a in f.batch + f.contracted + f.new]), f, f.fan_in, sizes)
         for f, w in zip(structure.factors, factors, strict=True)
     ]
 
@@ -44,11 +44,11 @@ def copying(structure: Structure, weights: Sequence[Tensor], x: Tensor, bias: Te
         axes: Axes = (_TOKENS, *term.inputs)
         z = pad(x, math.prod(sizes[a] for a in term.inputs)).reshape([sizes[a] for a in axes])
         for factor, w in zip(term.factors, own):
-            columns = (_TOKENS, *factor.columns)
-            z = z.permute([axes.index(a) for a in factor.batch + columns + factor.summed])
+            columns = (_TOKENS, *factor.free)
+            z = z.permute([axes.index(a) for a in factor.batch + columns + factor.contracted])
             z = z if factor is term.factors[0] else z.contiguous()
             z = _matrices(z, factor, math.prod(sizes[a] for a in columns), sizes) @ w
-            axes = factor.batch + columns + factor.introduced
+            axes = factor.batch + columns + factor.new
             z = z.reshape([sizes[a] for a in axes])
         z = z.permute([axes.index(a) for a in (_TOKENS, *term.outputs)]).contiguous()
         part = z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features]

@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 
 from einlinear.files import write_json
 from einlinear.ops import costs as model
-from einlinear.ops import dispatch
+from einlinear.ops import choice
 from einlinear.ops.backends import CPU_BACKENDS
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.results import Bench, read
@@ -65,7 +65,7 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
     """The time of the chosen backend over that of the fastest, for every case, the worst first."""
     found = []
     for case, mode, times in timings(benches):
-        chosen = dispatch.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
+        chosen = choice.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
         found.append((times[chosen] / min(us for name, us in times.items() if name != model.DENSE), case))
     return sorted(found, key=lambda loss: -loss[0])
 
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(model.COSTS_FILE, {"fitted_to": files, **costs})
     model.COSTS.clear()
     model.COSTS.update(model.read_costs())
-    dispatch.forget()
+    choice.forget()
     found = losses(benches)
     close = sum(loss <= 1.1 for loss, _ in found) / len(found)
     print(f"{len(found)} cases; chosen within 10 % of the fastest: {close:.0%}; the worst:")

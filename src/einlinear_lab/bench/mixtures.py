@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from einlinear.files import write_text
 from einlinear.nn import Linear, MoELinear
-from einlinear.ops import grouped_linear
+from einlinear.ops import Assignment, linear
 from einlinear.ops.backends import BACKENDS
-from einlinear.ops.dispatch import backend
+from einlinear.ops.context import backend
 from einlinear_lab.bench.cases import DEVICES, DTYPES, check
 from einlinear_lab.bench.machine import Machine
 from einlinear_lab.bench.tables import Table, number
@@ -206,7 +206,7 @@ def _check(mixture: MoELinear, x: Tensor, grad: Tensor, train: bool) -> None:
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_(train) for t in (x, gates, *mixture.factors())]
-        y = grouped_linear(mixture.structure, leaves[2:], leaves[0], indices, leaves[1])
+        y = linear(mixture.structure, leaves[2:], leaves[0], routing=Assignment(indices, leaves[1]))
         return [y.detach(), *(torch.autograd.grad(y, leaves, grad.to(dtype)) if train else ())]
 
     with backend("reference"):

@@ -32,7 +32,7 @@ def traffic(case: Case, structure: Structure) -> Traffic:
     """
     size = DTYPES[case.dtype].itemsize
     x, y = case.tokens * case.in_features, case.tokens * case.out_features
-    states = case.tokens * sum(term.state_size for term in structure.terms)
+    states = case.tokens * sum(term.intermediate_size for term in structure.terms)
     training = case.mode == "train"
     times = (3, 2, 3, 6) if training else (1, 1, 1, 2)
     least = times[0] * x + times[1] * y + times[2] * structure.params

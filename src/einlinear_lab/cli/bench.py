@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
 MIXTURES, PROJECTIONS = "moe", "projection"  # suites that measure something else than layers
 
 
-def bench(
+def command(
     suite: Annotated[
         str | None,
         typer.Option(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear_lab.data import Tokens
 
 
-def prepare(
+def command(
     sources: Annotated[
         list[str],
         typer.Argument(

@@ -35,7 +35,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match="all experts, masked is off by"):
             mixtures.measure(Case(16, 16, 8, "forward"), 0)
     found = backends.find("batched")
-    own = found.backward_grouped
+    own = found.backward
     for wrong in range(3):  # the gradients of x, gates and factors
 
         def spoilt(*args: Any, wrong: int = wrong) -> Any:
@@ -43,7 +43,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             results[wrong] = [2 * each for each in results[2]] if wrong == 2 else 2 * results[wrong]
             return results
 
-        monkeypatch.setattr(found, "backward_grouped", spoilt)
+        monkeypatch.setattr(found, "backward", spoilt)
         with pytest.raises(RuntimeError, match="8 experts is off by 1"):
             mixtures.measure(Case(16, 16, 8, "train", backend="batched"), 0)
 

@@ -9,7 +9,7 @@ from tests.lab.cli.command import assert_refused, run, said_default
 from tests.lab.data.samples import needs, prose
 
 from einlinear_lab.cli import packages
-from einlinear_lab.cli.prepare import prepare as command
+from einlinear_lab.cli.prepare import command
 from einlinear_lab.data import Recipe, load_tokens
 from einlinear_lab.data.text import prepare
 

@@ -15,7 +15,7 @@ from torch import nn
 from einlinear.nn import Linear
 from einlinear.nn.foreign import Described, features, is_conv1d
 from einlinear.structures import FAMILIES
-from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, shown
+from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_int
 from einlinear.structures.spec import is_family
 
 METHOD = "einlinear"
@@ -92,7 +92,7 @@ def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"{name}: {key} must be of type {expected.__name__}, not {repr(value)[:80]}")
         for key in ("in_features", "out_features"):
             if not 1 <= entry[key] <= MAX_SIZE:
-                raise ValueError(f"{name}: {key} must be from 1 to {MAX_SIZE}, not {shown(entry[key])}")
+                raise ValueError(f"{name}: {key} must be from 1 to {MAX_SIZE}, not {format_int(entry[key])}")
         if len(entry["structure"]) > MAX_TEXT:
             raise ValueError(f"{name}: structure must have at most {MAX_TEXT:,} characters")
     return {name: dict(entry) for name, entry in layers.items()}

@@ -11,7 +11,7 @@ from einlinear import ops
 from einlinear.nn.factored import Factored
 from einlinear.nn.foreign import Known
 from einlinear.nn.moe.mixture import check_experts
-from einlinear.ops.dispatch import autocast_dtype
+from einlinear.ops.context import autocast_dtype
 from einlinear.structures import Structure
 
 if TYPE_CHECKING:
@@ -49,14 +49,15 @@ class Stacked(Factored):
     def mix(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         """For every token the sum of gate * W_e x over its experts, plus the bias; shapes as in `Experts`."""
         if self.exchange is None:
-            return ops.grouped_linear(self.structure, self.factors(), x, indices, gates, self.bias)
+            routing = ops.Assignment(indices, gates)
+            return ops.linear(self.structure, self.factors(), x, self.bias, routing=routing)
 
         dtype = autocast_dtype(x)  # so that what travels is no larger than it has to be
         x = x if dtype is None else x.to(dtype)
 
         def multiply(tokens: Tensor, own: Tensor) -> Tensor:
             ones = tokens.new_ones(len(own), 1)
-            return ops.grouped_linear(self.structure, self.factors(), tokens, own[:, None], ones)
+            return ops.linear(self.structure, self.factors(), tokens, routing=ops.Assignment(own[:, None], ones))
 
         y = self.exchange(x, indices, gates, multiply)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -97,7 +98,7 @@ class Experts(Stacked):
 
     Raises:
         ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
-        RuntimeError, IndexError: on call, as `einlinear.ops.grouped_linear`.
+        RuntimeError, IndexError: on call, as `einlinear.ops.linear`.
 
     Example:
         >>> import torch

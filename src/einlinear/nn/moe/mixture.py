@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.ops.operands import shape_of
-from einlinear.structures.limits import size
+from einlinear.structures.limits import validate_size
 
 _FEW = 4
 _PRIMES = 65_521, 40_009
@@ -119,7 +119,7 @@ def _largest(logits: Tensor, count: int) -> Tensor:
 
 def check_experts(experts: int, active: int) -> tuple[int, int]:
     """Both as ints. Raise ValueError for fewer experts than one, or more active ones than there are."""
-    experts, active = size("experts", experts), size("active", active)
+    experts, active = validate_size("experts", experts), validate_size("active", active)
     if active > experts:
         raise ValueError(f"active={active}: a token goes to at least one and at most all of the {experts} experts")
     return experts, active

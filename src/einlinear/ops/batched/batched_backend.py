@@ -1,12 +1,13 @@
 """The batched-matmul backend: one strided matmul per factor, forward and backward, as `plan` says.
 
-Shapes: B, R, K, C are the products of the sizes of a step's batch, row, inner and column axes.
+Shapes: B, K, F, N are the products of the sizes of a step's batch, contracted, free and new axes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from einlinear.ops import reference
 from einlinear.ops.batched.plan import TOKENS, Step, is_run, plan
+from einlinear.ops.product import Assignment, Gradients, Product
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes
 
 
 def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why this backend cannot run, or None if it can."""
+    """Return why this backend cannot run, or None if it can."""
     return (
         None
         if dtype.is_floating_point
@@ -27,151 +29,141 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def forward(
-    structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, save: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """y = x W^T + bias for x of shape (n, in_features), and the intermediate states if they are to be saved."""
+def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return y of shape (n, out_features), and the intermediates if they are to be saved."""
+    structure, factors, x, bias, routing = product
+    if routing is not None:
+        y = x.new_zeros(x.shape[0], structure.out_features) if bias is None else bias.repeat(x.shape[0], 1)
+        for expert in _experts(product, routing):
+            y.index_add_(0, expert.tokens, forward(expert.product, False)[0])
+        return y, []
     sizes = {**dict(structure.sizes), TOKENS: x.shape[0]}
     total: Tensor | None = None
-    states: list[Tensor] = []
+    intermediates: list[Tensor] = []
     for steps in plan(structure):
         z = _token_major(x, steps[0].source, sizes)
         for step in steps:
             if save and step is not steps[0]:
-                states.append(z)
+                intermediates.append(z)
             z = _next(factors, step, z, sizes)
-        part = z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features]
-        total = part if total is None else total.add_(part)
+        output = z.reshape(x.shape[0], math.prod(z.shape[1:]))[:, : structure.out_features]
+        total = output if total is None else total.add_(output)
     assert total is not None
-    # The memory is ours alone, so it is handed out as no view of anything: activations may then overwrite it.
-    y: Tensor = torch.ops.aten._unsafe_view(total.contiguous(), (x.shape[0], structure.out_features))
-    return y if bias is None else y.add_(bias), states
+    # nothing else uses this memory, so it is handed out as no view of anything: activations may then overwrite it
+    y = torch.ops.aten._unsafe_view(total.contiguous(), (x.shape[0], structure.out_features))
+    return y if bias is None else y.add_(bias), intermediates
 
 
 def backward(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    grad: Tensor,
-    saved: Sequence[Tensor],
-    needs_x: bool,
-    needs_factors: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of x and of the factors, those that are needed; without saved states these are computed again."""
+    product: Product, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
+) -> Gradients:
+    """Return the gradients that are needed; without saved intermediates these are recomputed."""
+    structure, factors, x, _, routing = product
+    if routing is not None:
+        return _backward_routed(product, routing, grad, needs_x, needs_factors)
     sizes = {**dict(structure.sizes), TOKENS: x.shape[0]}
     grad_x: Tensor | None = None
     grad_factors: list[Tensor | None] = [None] * len(factors)
     remaining = iter(saved)
     for steps in plan(structure):
-        before = [_token_major(x, steps[0].source, sizes)]  # what every step reads
+        # the input of every step
+        inputs = [_token_major(x, steps[0].source, sizes)]
         for position, step in enumerate(steps[:-1]):
             if saved:
-                before.append(next(remaining))
+                inputs.append(next(remaining))
             elif any(needs_factors[s.index] for s in steps[position + 1 :]):
-                before.append(_next(factors, step, before[-1], sizes))
+                inputs.append(_next(factors, step, inputs[-1], sizes))
         g = _token_major(grad, steps[-1].result, sizes)
         for position in reversed(range(len(steps))):
             step = steps[position]
-            g3 = g if step.plain else _merge(g, step.result, (step.batch, step.rows, step.columns), sizes)
+            g3 = g if step.plain else _merge(g, step.result, (step.batch, step.new, step.free), sizes)
             if needs_factors[step.index]:
-                grad_factors[step.index] = _grad_factor(step, g, g3, before[position], sizes)
+                grad_factors[step.index] = _grad_factor(step, g, g3, inputs[position], sizes)
             if not (needs_x or any(needs_factors[s.index] for s in steps[:position])):
                 break
             if step.plain:
                 g = g @ factors[step.index]
                 continue
             w = _weight(factors[step.index], step, sizes).transpose(1, 2)
-            g = _product(w, g3, (step.batch, step.inner, step.columns), step.source, sizes)
+            g = _product(w, g3, (step.batch, step.contracted, step.free), step.source, sizes)
         else:
             if needs_x:
-                part = g.reshape(x.shape[0], math.prod(g.shape[1:]))[:, : structure.in_features]
-                grad_x = part if grad_x is None else grad_x.add_(part)
-    return grad_x, grad_factors
+                grad_term = g.reshape(x.shape[0], math.prod(g.shape[1:]))[:, : structure.in_features]
+                grad_x = grad_term if grad_x is None else grad_x.add_(grad_term)
+    return Gradients(grad_x, None, grad_factors)
 
 
-def forward_grouped(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    indices: Tensor,
-    gates: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """For every token the sum over its experts of W_expert (gate * x), plus a bias: one expert after the other."""
-    y = x.new_zeros(x.shape[0], structure.out_features) if bias is None else bias.repeat(x.shape[0], 1)
-    for e, pairs, tokens in _of_experts(indices, len(factors[0])):
-        inputs = x[tokens] * gates.flatten()[pairs, None]
-        y.index_add_(0, tokens, forward(structure, [factor[e] for factor in factors], inputs, None, False)[0])
-    return y
+def _backward_routed(
+    product: Product, routing: Assignment, grad: Tensor, needs_x: bool, needs_factors: Sequence[bool]
+) -> Gradients:
+    tensors = (product.x, routing.gates, *product.factors)
+    needed = (needs_x, needs_x, *needs_factors)
+    # zeros for tokens and experts without any pair
+    grad_x, grad_gates, *grad_factors = (
+        torch.zeros_like(tensor, memory_format=torch.contiguous_format) if needs else None
+        for tensor, needs in zip(tensors, needed, strict=True)
+    )
+    for expert in _experts(product, routing):
+        gradients = backward(expert.product, grad[expert.tokens], [], needs_x, needs_factors)
+        if grad_x is not None and grad_gates is not None and gradients.x is not None:
+            grad_x.index_add_(0, expert.tokens, gradients.x * expert.gates)
+            grad_gates.view(-1)[expert.pairs] = (gradients.x * product.x[expert.tokens]).sum(1)
+        for stack, grad_factor in zip(grad_factors, gradients.factors, strict=True):
+            if stack is not None and grad_factor is not None:
+                stack[expert.index] = grad_factor
+    return Gradients(grad_x, grad_gates, grad_factors)
 
 
-def backward_grouped(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    indices: Tensor,
-    gates: Tensor,
-    grad: Tensor,
-    needs_x: bool,
-    needs_factors: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The gradients of x and of the gates, if they are needed, and of those of the stacked factors that are."""
-    plain = torch.contiguous_format
-    grad_x = torch.zeros_like(x, memory_format=plain) if needs_x else None
-    grad_gates = torch.empty_like(gates, memory_format=plain) if needs_x else None
-    found = [
-        torch.zeros_like(factor, memory_format=plain) if needed else None
-        for factor, needed in zip(factors, needs_factors, strict=True)
-    ]
-    for e, pairs, tokens in _of_experts(indices, len(factors[0])):
-        own, scales = x[tokens], gates.flatten()[pairs, None]
-        of_expert = [factor[e] for factor in factors]
-        back, of_factors = backward(structure, of_expert, own * scales, grad[tokens], [], needs_x, needs_factors)
-        if grad_x is not None and grad_gates is not None and back is not None:
-            grad_x.index_add_(0, tokens, back * scales)
-            grad_gates.view(-1)[pairs] = (back * own).sum(1)
-        for total, of_factor in zip(found, of_factors, strict=True):
-            if total is not None and of_factor is not None:
-                total[e] = of_factor
-    return grad_x, grad_gates, found
+class _Expert(NamedTuple):
+    """One expert's share of a routed product: its pairs of a token and an expert, their tokens and gates."""
+
+    index: int
+    pairs: Tensor
+    tokens: Tensor
+    gates: Tensor
+    product: Product
 
 
-def _of_experts(indices: Tensor, experts: int) -> list[tuple[int, Tensor, Tensor]]:
-    """Of every expert that has any: which pairs are its own, and of which tokens they are."""
-    flat = indices.flatten()
-    parts = flat.argsort(stable=True).split(torch.bincount(flat, minlength=experts).tolist())
-    return [(e, pairs, pairs // indices.shape[1]) for e, pairs in enumerate(parts) if len(pairs)]
+def _experts(product: Product, routing: Assignment) -> Iterator[_Expert]:
+    """Yield the experts that have tokens."""
+    structure, factors, x, _, _ = product
+    flat = routing.indices.flatten()
+    pairs_of = flat.argsort(stable=True).split(torch.bincount(flat, minlength=product.experts).tolist())
+    for e, pairs in enumerate(pairs_of):
+        if len(pairs):
+            tokens, gates = pairs // routing.indices.shape[1], routing.gates.flatten()[pairs, None]
+            yield _Expert(e, pairs, tokens, gates, Product(structure, [f[e] for f in factors], x[tokens] * gates))
 
 
 def _next(factors: Sequence[Tensor], step: Step, z: Tensor, sizes: dict[str, int]) -> Tensor:
-    """The state after a step."""
+    """Return the intermediate after a step."""
     if step.plain:
         return F.linear(z, factors[step.index])
     w = _weight(factors[step.index], step, sizes)
-    z3 = _merge(z, step.source, (step.batch, step.inner, step.columns), sizes)
-    return _product(w, z3, (step.batch, step.rows, step.columns), step.result, sizes)
+    z3 = _merge(z, step.source, (step.batch, step.contracted, step.free), sizes)
+    return _product(w, z3, (step.batch, step.new, step.free), step.result, sizes)
 
 
 def _grad_factor(step: Step, g: Tensor, g3: Tensor, z: Tensor, sizes: dict[str, int]) -> Tensor:
     if step.plain:
         return g.T @ z
-    batch, columns = step.batch, step.columns
+    batch, free = step.batch, step.free
     if step.repeats:
-        batch, columns = (), step.batch + step.columns
-        g3 = _merge(g, step.result, (batch, step.rows, columns), sizes)
-    z3 = _merge(z, step.source, (batch, columns, step.inner), sizes)
-    return _product(g3, z3, (batch, step.rows, step.inner), step.factor, sizes)
+        batch, free = (), step.batch + step.free
+        g3 = _merge(g, step.result, (batch, step.new, free), sizes)
+    z3 = _merge(z, step.source, (batch, free, step.contracted), sizes)
+    return _product(g3, z3, (batch, step.new, step.contracted), step.factor, sizes)
 
 
 def _token_major(x: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
-    """(n, features) padded and viewed with one dimension per axis."""
+    """Return (n, features) padded and viewed with one dimension per axis."""
     shape = [sizes[a] for a in axes]
     return reference.pad(x, math.prod(shape[1:])).reshape(shape)
 
 
 def _weight(factor: Tensor, step: Step, sizes: dict[str, int]) -> Tensor:
-    """The factor as (B, R, K)."""
-    w = _merge(factor, step.factor, ((() if step.repeats else step.batch), step.rows, step.inner), sizes)
+    """Return the factor as (B, N, K)."""
+    w = _merge(factor, step.factor, ((() if step.repeats else step.batch), step.new, step.contracted), sizes)
     return w.expand(math.prod(sizes[a] for a in step.batch), -1, -1) if step.repeats else w
 
 
@@ -180,13 +172,13 @@ def _permute(tensor: Tensor, axes: Axes, wanted: Axes) -> Tensor:
 
 
 def _merge(tensor: Tensor, axes: Axes, groups: tuple[Axes, Axes, Axes], sizes: dict[str, int]) -> Tensor:
-    """A three-dimensional tensor, one dimension per group: a view where strides allow it."""
+    """Return a three-dimensional tensor, one dimension per group: a view where strides allow it."""
     shape = [math.prod(sizes[a] for a in group) for group in groups]
     return _permute(tensor, axes, groups[0] + groups[1] + groups[2]).reshape(shape)
 
 
 def _product(a: Tensor, b: Tensor, groups: tuple[Axes, Axes, Axes], layout: Axes, sizes: dict[str, int]) -> Tensor:
-    """The product of (B, R, K) and (B, K, C), its dimensions in the order of the layout; laid out so if it can be."""
+    """Return the product of (B, N, K) and (B, K, F), its dimensions ordered as the layout; also in memory if possible."""
     if all(is_run(group, layout) for group in groups):
         y = a.new_empty([sizes[axis] for axis in layout])
         torch.bmm(a, b, out=_merge(y, layout, groups, sizes))

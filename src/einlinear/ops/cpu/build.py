@@ -37,25 +37,31 @@ _PATIENCE = 2 * _TIMEOUT  # seconds to wait for another process that compiles
 _OVER = 3600  # seconds after which nothing compiles any more
 
 
+class Pairs(ctypes.Structure):
+    """The pairs of a token and an expert, as `Pairs` in routed.h says."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("first", "order", "gates")),
+        *((name, ctypes.c_int64) for name in ("tokens", "block", "experts", "active")),
+    ]
+
+
 class Library:
     """The compiled kernels, one for every dtype, as functions of raw pointers."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        pointer, count, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        pointer, count, pairs = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Pairs)
         self.functions = {}
         for dtype, name in DTYPES.items():
-            for role, pointers in (("forward", 6), ("backward", 7)):
+            for role, arguments, result in (
+                ("forward", [*[pointer] * 6, pairs, count, ctypes.c_int], None),
+                ("backward", [*[pointer] * 8, pairs, count, ctypes.c_int], None),
+                ("tile", [pointer, count], count),
+            ):
                 function = library[f"{name}_{role}"]
-                function.argtypes, function.restype = [*[pointer] * pointers, count, threads], None
+                function.argtypes, function.restype = arguments, result
                 self.functions[role, dtype] = function
-            for role, pointers in (("forward_grouped", 8), ("backward_grouped", 10)):
-                function = library[f"{name}_{role}"]
-                function.argtypes, function.restype = [*[pointer] * pointers, *[count] * 4, threads], None
-                self.functions[role, dtype] = function
-            function = library[f"{name}_tile"]
-            function.argtypes, function.restype = [pointer, count], count
-            self.functions["tile", dtype] = function
 
 
 @lru_cache(maxsize=1)
@@ -119,7 +125,7 @@ def _compiler() -> list[str]:
 
 def _find(folder: Path, key: str) -> Path | None:
     """What was compiled before, if it is as it was then."""
-    return next((path for path in folder.glob(f"tiles-{key}-*.so") if _is_intact(path)), None)
+    return next((path for path in folder.glob(f"kernel-{key}-*.so") if _is_intact(path)), None)
 
 
 def _is_intact(path: Path) -> bool:
@@ -156,7 +162,7 @@ def _clean(folder: Path, key: str, alone: bool) -> None:
 
     Those of this machine are over if this process has the lock; others are if they are old.
     """
-    for path in folder.glob(f"tiles-{key}-*.so"):
+    for path in folder.glob(f"kernel-{key}-*.so"):
         if not _is_intact(path):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     for left in (*folder.glob(f"{_SCRATCH}*"), *folder.glob("tmp*")):
@@ -176,7 +182,7 @@ def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
     said = ""
     with tempfile.TemporaryDirectory(dir=folder, prefix=_scratch()) as scratch:
         for threads in _THREADS:
-            made = Path(scratch) / "tiles.so"
+            made = Path(scratch) / "kernel.so"
             try:
                 run = subprocess.run(
                     [*command, *threads, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_TIMEOUT
@@ -185,7 +191,7 @@ def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
                 raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
             if run.returncode == 0 and made.is_file():
                 made.chmod(0o700)  # whatever the umask
-                path = folder / f"tiles-{key}-{_digest_of(made)}.so"
+                path = folder / f"kernel-{key}-{_digest_of(made)}.so"
                 rename(made, path)  # in one step, so that no other process sees half of it
                 return path
             lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]

@@ -11,16 +11,16 @@
 // team.h        the threads, and how work is divided among them
 // steps.h       a thread's share of a step of a tile
 // passes.h      a tile through all steps, forward and back
-// few.h         fewer tokens than make a tile
-// grouped.h     one of several matrices for every token
+// decode.h      fewer tokens than make a tile
+// routed.h      one of several matrices for every token
 //
 // Here: forward, backward, and the functions that Python calls.
 #include <algorithm>
 #include <vector>
 
-#include "few.h"
-#include "grouped.h"
+#include "decode.h"
 #include "passes.h"
+#include "routed.h"
 
 namespace {
 
@@ -140,27 +140,19 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
 
 }  // namespace
 
+// The functions that Python calls. `pairs` is null where there is a single matrix.
 #define EXPORT(S, NAME)                                                                                            \
     extern "C" void NAME##_forward(const Index* program, const S* const* factors, const S* x, const S* bias, S* y, \
-                                   S* saved, Index n, int threads) {                                               \
+                                   S* saved, const Pairs<S>* pairs, Index n, int threads) {                        \
+        if (pairs) return forward_routed<S>(Program(program), factors, *pairs, x, bias, y, threads);               \
         forward<S>(Program(program), factors, x, bias, y, saved, n, threads);                                      \
     }                                                                                                              \
     extern "C" void NAME##_backward(const Index* program, const S* const* factors, const S* x, const S* dy,        \
-                                    const S* saved, S* dx, S* const* dfactors, Index n, int threads) {             \
+                                    const S* saved, S* dx, S* const* dfactors, S* dgates, const Pairs<S>* pairs,   \
+                                    Index n, int threads) {                                                        \
+        if (pairs)                                                                                                 \
+            return backward_routed<S>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads);    \
         backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                            \
-    }                                                                                                              \
-    extern "C" void NAME##_forward_grouped(const Index* program, const S* const* factors, const Index* first,      \
-                                           const Index* order, const S* gates, const S* x, const S* bias, S* y,    \
-                                           Index tokens, Index block, Index experts, Index active, int threads) {  \
-        Pairs<S> pairs{first, order, gates, tokens, block, experts, active};                                       \
-        forward_grouped<S>(Program(program), factors, pairs, x, bias, y, threads);                                 \
-    }                                                                                                              \
-    extern "C" void NAME##_backward_grouped(const Index* program, const S* const* factors, const Index* first,     \
-                                            const Index* order, const S* gates, const S* x, const S* dy, S* dx,    \
-                                            S* dgates, S* const* dfactors, Index tokens, Index block,              \
-                                            Index experts, Index active, int threads) {                            \
-        Pairs<S> pairs{first, order, gates, tokens, block, experts, active};                                       \
-        backward_grouped<S>(Program(program), factors, pairs, x, dy, dx, dgates, dfactors, threads);               \
     }                                                                                                              \
     extern "C" Index NAME##_tile(const Index* program, Index tokens) {                                             \
         return tile_of<S>(Program(program), tokens);                                                               \

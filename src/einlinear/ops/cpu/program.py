@@ -21,13 +21,13 @@ class Program:
     Attributes:
         address: where they lie.
         pointers: the type of an array with a pointer for each factor.
-        state_rows: the size of all intermediate states, for one input vector.
+        intermediate_size: the size of all intermediate states, for one input vector.
     """
 
     def __init__(self, structure: Structure) -> None:
-        self._sizes = dict(structure.sizes)
+        self.macs, self._sizes = structure.macs, dict(structure.sizes)
         self.pointers = ctypes.c_void_p * len(structure.factors)
-        self.state_rows = 0
+        self.intermediate_size = 0
         numbers = [len(structure.terms), structure.in_features, structure.out_features]
         position = itertools.count()
         for term in structure.terms:
@@ -35,17 +35,19 @@ class Program:
             before = term.inputs
             for factor, following in zip(term.factors, (*term.factors[1:], None), strict=True):
                 # groups in the factor's own order, so that it is read in large pieces
-                batch, inner = (tuple(a for a in factor.axes if a in group) for group in (factor.batch, factor.summed))
-                rows = factor.introduced
-                columns = tuple(a for a in before if a in factor.columns)
+                batch, inner = (
+                    tuple(a for a in factor.axes if a in group) for group in (factor.batch, factor.contracted)
+                )
+                rows = factor.new
+                columns = tuple(a for a in before if a in factor.free)
                 after = term.outputs
                 if following is not None:  # laid out as the next step reads it
                     after = (
                         *(a for a in following.axes if a in following.batch),
-                        *(a for a in before + rows if a in following.columns),
-                        *(a for a in following.axes if a in following.summed),
+                        *(a for a in before + rows if a in following.free),
+                        *(a for a in following.axes if a in following.contracted),
                     )
-                    self.state_rows += self._size(after)
+                    self.intermediate_size += self._size(after)
                 groups = (batch, columns, rows, inner)
                 numbers += [next(position), *map(self._size, groups), self._size(before), self._size(after)]
                 tables = [

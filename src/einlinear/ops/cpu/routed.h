@@ -65,7 +65,7 @@ static std::vector<const S*> of_expert(const Program& p, const S* const* factors
 constexpr Index PACKED = 64;  // pairs for which packing the factors pays
 
 template <class S>
-static void forward_grouped(const Program& p, const S* const* factors, const Pairs<S>& pairs, const S* x, const S* bias,
+static void forward_routed(const Program& p, const S* const* factors, const Pairs<S>& pairs, const S* x, const S* bias,
                             S* y, int threads) {
     constexpr Index L = Simd<S>::lanes;
     Index tile = 2 * L, states = p.states();
@@ -110,7 +110,7 @@ constexpr Index SUMS = 1 << 20;  // entries of the factors' gradients that a thr
 // neither: both come from what goes back to a pair.) The threads go through the experts side by side, a few at a time,
 // and add up what they found for these: for all experts at once it would take as much memory as the factors, each.
 template <class S>
-static void backward_grouped(const Program& p, const S* const* factors, const Pairs<S>& pairs, const S* x, const S* dy,
+static void backward_routed(const Program& p, const S* const* factors, const Pairs<S>& pairs, const S* x, const S* dy,
                              S* dx, S* dgates, S* const* dfactors, int threads) {
     Index tile = 2 * Simd<S>::lanes, states = p.states(), width = p.in_features;
     FactorGradients gradients(p, tile, S());

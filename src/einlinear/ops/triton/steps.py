@@ -127,11 +127,11 @@ def _plan_term(term: Term, structure: Structure) -> tuple[Step, ...]:
     for position, factor in enumerate(term.factors):
         if position + 1 < len(term.factors):
             after = term.factors[position + 1]
-            axes = (*factor.batch, *factor.columns, *factor.introduced)
-            result = _between(axes, factor.introduced, after.axes, after.summed, sizes)
+            axes = (*factor.batch, *factor.free, *factor.new)
+            result = _between(axes, factor.new, after.axes, after.contracted, sizes)
         else:
             result = Layout(term.outputs, sizes, structure.out_features)
-        groups = factor.batch, factor.columns, factor.introduced, factor.summed
+        groups = factor.batch, factor.free, factor.new, factor.contracted
         steps.append(Step(factor.axes, *groups, source, result, sizes))
         source = result
     return tuple(steps)

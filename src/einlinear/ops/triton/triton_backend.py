@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from einlinear.ops.product import Gradients, Product
 from einlinear.ops.triton import tile_sizes
 from einlinear.ops.triton.launch import interpreting, launch_back, launch_fused, launch_step, tiles_back
 from einlinear.ops.triton.slots import Rows, Slots, arrange
@@ -41,128 +42,85 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
     return None
 
 
-def forward(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    bias: Tensor | None,
-    save: bool,
-    design: str | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """y = x W^T + bias for x of shape (n, in_features), and the states between factors, if they are to be saved.
+def forward(product: Product, save: bool, design: str | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Return y of shape (n, out_features), and the intermediates between factors if they are to be saved.
 
     Args:
-        structure: what the matrix is.
-        factors, bias: of the dtype and device of x.
-        x: any strides.
+        product: the operands; x may have any strides.
         save: whether to return what `backward` can reuse. It is opaque.
         design: "steps" or "fused" (ValueError where it does not fit); None takes the one that moves fewer bytes.
     """
-    x = _unit_stride(x)
+    structure, factors, x, bias, routing = product
     if not len(x):
         return x.new_empty(0, structure.out_features), []
+    x, slots = _unit_stride(x), _slots(product)
     y: Tensor | None = None
     saved: list[Tensor] = []
-    for steps, (_, own) in zip(plan(structure), structure.by_term(factors), strict=True):
-        weights = [factor.contiguous() for factor in own]
-        y, states = _chain(steps, weights, x, bias if y is None else None, y, save, design)
-        saved += states
+    for steps, (_, term_factors) in zip(plan(structure), structure.by_term(factors), strict=True):
+        weights = [factor.contiguous() for factor in term_factors]
+        # the pairs of a token are added up below, and the bias after them
+        first_bias = bias if y is None and slots is None else None
+        x_rows = None if slots is None else slots.inputs
+        y, intermediates = _chain(steps, weights, x, first_bias, y, save and slots is None, design, slots, x_rows)
+        saved += intermediates
     assert y is not None
+    if routing is not None:
+        y = _sum_pairs(y.view(*routing.indices.shape, structure.out_features))
+        y = y if bias is None else y.add_(bias)
     return y, saved
 
 
-def forward_grouped(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    indices: Tensor,
-    gates: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """For every token the sum over its experts of W_expert (gate * x), plus a bias; see `ops.grouped`."""
-    if not len(x):
-        return x.new_empty(0, structure.out_features)
-    x, slots = _unit_stride(x), arrange(indices, gates, len(factors[0]))
-    y: Tensor | None = None
-    for steps, (_, own) in zip(plan(structure), structure.by_term(factors), strict=True):
-        weights = [factor.contiguous() for factor in own]
-        y, _ = _chain(steps, weights, x, None, y, False, None, slots, slots.inputs)
-    assert y is not None
-    total = _sum_pairs(y.view(*indices.shape, structure.out_features))
-    return total if bias is None else total.add_(bias)
-
-
 def backward(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
+    product: Product,
     grad: Tensor,
     saved: Sequence[Tensor],
     needs_x: bool,
     needs_factors: Sequence[bool],
     design: str | None = None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of x and of the factors that are wanted, given that of y.
+) -> Gradients:
+    """Return the gradients that are needed, given that of y.
 
     Args:
-        saved: what `forward` returned; if that is empty, states that are needed are computed again.
-        needs_x, needs_factors: what is wanted; the rest is None.
-        design: as in `forward`, where only the gradient of x is wanted.
+        product: the operands.
+        grad: the gradient of y.
+        saved: what `forward` returned; if that is empty, intermediates that are needed are recomputed.
+        needs_x, needs_factors: which gradients are needed; the others are None.
+        design: as in `forward`, where only the gradient of x is needed.
     """
-    x, grad = _unit_stride(x), _unit_stride(grad)
-    if not len(x):
-        zeros = [
-            torch.zeros_like(factor) if need else None for factor, need in zip(factors, needs_factors, strict=True)
-        ]
-        return x.new_empty(x.shape) if needs_x else None, zeros
-    states = iter(saved)
-    grad_x: Tensor | None = None
-    grad_factors: list[Tensor | None] = []
-    parts = structure.by_term(list(zip(factors, needs_factors, strict=True)))
-    for steps, (_, own) in zip(plan(structure), parts, strict=True):
-        weights, needs = [factor.contiguous() for factor, _ in own], [need for _, need in own]
-        between = [next(states) for _ in steps[1:]] if saved else []
-        if any(needs):
-            if any(needs[1:]) and not between:
-                between = _between(steps, weights, x)
-            grad_x, found = _chain_back(steps, weights, [x, *between], grad, grad_x, needs_x, needs)
-            grad_factors += found
-        else:
-            if needs_x:
-                back = tuple(step.transposed for step in reversed(steps))
-                grad_x, _ = _chain(back, weights[::-1], grad, None, grad_x, False, design)
-            grad_factors += [None] * len(steps)
-    return grad_x, grad_factors
-
-
-def backward_grouped(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    indices: Tensor,
-    gates: Tensor,
-    grad: Tensor,
-    needs_x: bool,
-    needs_factors: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """The gradients of x and of the gates, if they are needed, and of those of the stacked factors that are."""
+    structure, factors, x, _, routing = product
     if not len(x):
         zeros = [torch.zeros_like(f) if need else None for f, need in zip(factors, needs_factors, strict=True)]
-        return *((torch.empty_like(x), torch.empty_like(gates)) if needs_x else (None, None)), zeros
-    x, grad, slots = _unit_stride(x), _unit_stride(grad.to(x.dtype)), arrange(indices, gates, len(factors[0]))
-    back: Tensor | None = None  # of what every pair's expert was given
+        grad_gates = torch.empty_like(routing.gates) if needs_x and routing is not None else None
+        return Gradients(torch.empty_like(x) if needs_x else None, grad_gates, zeros)
+    x, grad, slots = _unit_stride(x), _unit_stride(grad.to(x.dtype)), _slots(product)
+    intermediates = iter(saved)
+    # with slots, a row for every pair
+    grad_x: Tensor | None = None
     grad_factors: list[Tensor | None] = []
-    parts = structure.by_term(list(zip(factors, needs_factors, strict=True)))
-    for steps, (_, own) in zip(plan(structure), parts, strict=True):
-        weights, needs = [factor.contiguous() for factor, _ in own], [need for _, need in own]
-        between = _between(steps, weights, x, slots, slots.inputs) if any(needs[1:]) else []
-        back, found = _chain_back(steps, weights, [x, *between], grad, back, needs_x, needs, slots)
-        grad_factors += found
-    if back is None:
-        return None, None, grad_factors
-    back = back.view(*indices.shape, structure.in_features)
-    grad_gates = (back * x[:, None]).sum(2, dtype=back.dtype)
-    return _sum_pairs(back * gates[..., None]), grad_gates, grad_factors
+    by_term = structure.by_term(list(zip(factors, needs_factors, strict=True)))
+    for steps, (_, pairs) in zip(plan(structure), by_term, strict=True):
+        weights, needs = [factor.contiguous() for factor, _ in pairs], [need for _, need in pairs]
+        between = [next(intermediates) for _ in steps[1:]] if saved else []
+        if any(needs) or slots is not None:
+            if any(needs[1:]) and not between:
+                between = _between(steps, weights, x, slots, None if slots is None else slots.inputs)
+            grad_x, term_grads = _chain_back(steps, weights, [x, *between], grad, grad_x, needs_x, needs, slots)
+            grad_factors += term_grads
+            continue
+        if needs_x:
+            transposed = tuple(step.transposed for step in reversed(steps))
+            grad_x, _ = _chain(transposed, weights[::-1], grad, None, grad_x, False, design)
+        grad_factors += [None] * len(steps)
+    if routing is None or grad_x is None:
+        return Gradients(grad_x, None, grad_factors)
+    grad_inputs = grad_x.view(*routing.indices.shape, structure.in_features)
+    grad_gates = (grad_inputs * x[:, None]).sum(2, dtype=grad_inputs.dtype)
+    return Gradients(_sum_pairs(grad_inputs * routing.gates[..., None]), grad_gates, grad_factors)
+
+
+def _slots(product: Product) -> Slots | None:
+    """Return the pairs of a routing in the order in which the kernels take them."""
+    return None if product.routing is None else arrange(*product.routing, product.experts)
 
 
 def _chain(

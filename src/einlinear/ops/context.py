@@ -1,0 +1,155 @@
+"""The context of a call: who looks at it (eager, traced, plain), autocast, and the backend that a user forces."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from einlinear.ops.backends import check_name
+from einlinear.ops.product import Assignment, Product
+
+# other kinds of tensors have rules of their own
+_KINDS = {Tensor, nn.Parameter, FakeTensor, type(None)}
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A user's choice with `backend`; None leaves the choice to the library."""
+
+    backend: str | None = None
+    recompute: bool | None = None
+
+
+_NOTHING = Forced()
+# one entry for every open `backend` block, the outermost first
+_FORCED: ContextVar[tuple[Forced, ...]] = ContextVar("einlinear.backend", default=())
+
+
+@contextmanager
+def backend(backend: str | None = None, *, recompute: bool | None = None) -> Iterator[None]:
+    """Force the backend of structured layers, in this thread or asyncio task, as long as the context lasts.
+
+    Other threads and tasks do not see it: a new task starts with what is forced where it is created, a new thread with
+    nothing forced, unless it runs in a copy of the context (`contextvars.copy_context`). A backward pass uses the
+    backend of its forward pass, in any thread. Activation checkpointing on a GPU runs layers again in a thread of
+    torch's own, where nothing is forced. Can also decorate a function.
+
+    Args:
+        backend: "reference" (plain einsum), "batched" (batched matmuls), "cpu" (compiled CPU kernel), "triton" (GPU
+            kernels); None leaves the choice to the library, or to a context around this one.
+        recompute: whether the backward pass recomputes the intermediates between factors (True) or finds them saved
+            (False); None leaves it to the library, which does what was measured to be faster.
+
+    A function that torch.compile has compiled keeps what was chosen when it was traced. Inside of such a function, the
+    context ends the graph, which is an error with `fullgraph=True`: put it around the call.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: on use, a backend that cannot run the layer.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> layer, x = el.Linear(64, 64, "btt"), torch.randn(2, 64)
+        >>> with el.backend("reference"):
+        ...     y = layer(x)
+        >>> torch.allclose(y, layer(x), atol=1e-5)
+        True
+    """
+    entry = Forced(None if backend is None else check_name(backend), recompute)
+    _FORCED.set((*_FORCED.get(), entry))
+    try:
+        yield
+    finally:
+        # removes only its entry: generators end in any order, and may be closed in another context than they began in
+        _FORCED.set(tuple(block for block in _FORCED.get() if block is not entry))
+
+
+def forced() -> Forced:
+    """Return what is forced in this thread or task: the innermost block decides."""
+    blocks = _FORCED.get()
+    if not blocks:
+        return _NOTHING
+    backend = recompute = None
+    for block in blocks:
+        backend = backend if block.backend is None else block.backend
+        recompute = recompute if block.recompute is None else block.recompute
+    return Forced(backend, recompute)
+
+
+class CallContext(enum.Enum):
+    """Who looks at a call, and so how it has to be computed.
+
+    EAGER: by a backend's functions. TRACED: by an operator of this library, for torch.compile, fake tensors and
+    dispatch modes. PLAIN: in torch's operators alone, which any runtime, transform or kind of tensor knows.
+    """
+
+    EAGER = enum.auto()
+    TRACED = enum.auto()
+    PLAIN = enum.auto()
+
+
+def call_context(*tensors: Tensor | None) -> CallContext:
+    """Return the context of a call with these tensors."""
+    if torch.compiler.is_compiling():
+        return CallContext.PLAIN if torch.compiler.is_exporting() else CallContext.TRACED
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
+        return CallContext.PLAIN
+    kinds = set(map(type, tensors))
+    if not kinds <= _KINDS:
+        return CallContext.PLAIN
+    traced = FakeTensor in kinds or torch._C._len_torch_dispatch_stack() > 0
+    return CallContext.TRACED if traced else CallContext.EAGER
+
+
+def is_differentiated_again(grad: Tensor, *others: Tensor | None) -> bool:
+    """Return whether a backward pass is itself differentiated, or batched, so that it needs plain operators."""
+    return (
+        torch.is_grad_enabled()
+        or call_context(grad, *others) is CallContext.PLAIN
+        or torch._C._functorch.is_legacy_batchedtensor(grad)
+    )
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Return whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(product: Product) -> Product:
+    """Return the product with its operands cast as autocast says, if it is on; gates always get the dtype of x."""
+    structure, factors, x, bias, routing = product
+    dtype = autocast_dtype(x)
+    if dtype is None and routing is None:
+        return product
+    if dtype is not None:
+        x, bias, *factors = (_cast(tensor, dtype) for tensor in (x, bias, *factors))
+    if routing is not None:
+        routing = Assignment(routing.indices, routing.gates.to(x.dtype))
+    return Product(structure, factors, x, bias, routing)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which autocast casts an input, or None where it does not."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and _is_cast(x) else None
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor.to(dtype) if isinstance(tensor, Tensor) and _is_cast(tensor) else tensor
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    """Return whether autocast touches such a tensor at all."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
