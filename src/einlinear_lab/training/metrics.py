@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from einlinear.files import parse_json, open_regular, write_text
+from einlinear.files import open_regular, parse_json, write_text
 from einlinear_lab.training.trackers import Tracker
 
 _LARGEST = 1e300  # of numbers that can still be added up

@@ -20,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from einlinear.integrations.transformers.description import CODE, METHOD, VERSION, describe, forget
 
 # transformers loads the config before the model, whatever the model's class
-_CODE_TEXT = '''"""With this, from_pretrained(..., trust_remote_code=True) loads the folder where einlinear is installed."""
+_CODE = '''"""With this, from_pretrained(..., trust_remote_code=True) loads the folder where einlinear is installed."""
 
 import einlinear  # noqa: F401
 import transformers
@@ -101,4 +101,4 @@ def _add_code(config: Any, folder: Path, is_main_process: bool) -> None:
     config.auto_map = {**(getattr(config, "auto_map", None) or {}), "AutoConfig": f"{CODE}.{name}"}
     if is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{CODE}.py").write_text(_CODE_TEXT.format(name=name), encoding="utf-8")
+        (folder / f"{CODE}.py").write_text(_CODE.format(name=name), encoding="utf-8")
