@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from einlinear.compression.candidates import LayerCandidate
+from einlinear.compression.selection import weight_of
+from einlinear.structures import Structure
 
 
 def allocate(candidates: Mapping[str, Sequence[LayerCandidate]], budget: int) -> dict[str, LayerCandidate]:
@@ -72,6 +75,34 @@ def allocate_faster(
         for name, c in slow.items():
             # richer members of the same family are no faster
             left[name] = [o for o in left[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
+
+
+def check_budget(
+    layers: Mapping[str, Any],
+    budget: float,
+    count: str,
+    structured: Mapping[str, Mapping[str, Sequence[Structure]]],
+    unfit: Mapping[str, str | None],
+) -> None:
+    """Raise ValueError if no structures reach a budget.
+
+    Args:
+        layers: dense linear layers by name.
+        budget, count: the fraction of their parameters ("params") or MACs ("macs") to keep.
+        structured: by layer and family, the structures in its place.
+        unfit: why no structure fits a layer, or None.
+    """
+    dense, least = 0, 0
+    for name, layer in layers.items():
+        size = weight_of(layer).numel()
+        costs = [getattr(s, count) for structures in structured[name].values() for s in structures]
+        dense, least = dense + size, least + min([size, *costs])
+    if least > budget * dense:
+        why = "".join(f"; {name}: {reason}" for name, reason in unfit.items() if reason is not None)
+        raise ValueError(
+            f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached with "
+            f"{', '.join(next(iter(structured.values())))}: these keep {least / dense:.4f} at least{why}"
+        )
 
 
 def _least_cost(candidates: Mapping[str, Sequence[LayerCandidate]]) -> int:

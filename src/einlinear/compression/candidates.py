@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from einlinear import ops
 from einlinear.compression.second_moments import InputStatistics
 from einlinear.compression.selection import weight_of
 from einlinear.compression.sensitivity import Sensitivity
-from einlinear.nn.foreign import features
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.budget import OverBudget
 
@@ -53,7 +52,7 @@ class LayerCandidate:
 
 def layer_candidates(
     layer: Any,
-    families: Sequence[str],
+    families: Mapping[str, Sequence[Structure]],
     count: str,
     spectrum: Spectrum,
     errors: Mapping[str, Mapping[str, float]],
@@ -63,36 +62,32 @@ def layer_candidates(
 
     Args:
         layer: a dense linear layer.
-        families: see `members`.
+        families: the members of each.
         count: "params" or "macs", the unit of the costs.
         spectrum: of the layer.
         errors: by family and spec, from `fitted_errors`.
         sensitivity: of the layer.
     """
     candidates = [LayerCandidate("dense", weight_of(layer).numel(), 0.0, 0.0)]
-    for family in families:
-        considered = list(members(family, *features(layer)))
-        estimates = estimated_errors(considered, errors[family], spectrum)
+    for family, structures in families.items():
+        estimates = estimated_errors(structures, errors[family], spectrum)
         candidates += [
             LayerCandidate(s.spec, getattr(s, count), estimates[s.spec], sensitivity.at(estimates[s.spec]))
-            for s in considered
+            for s in structures
         ]
     return candidates
 
 
 @torch.no_grad()
-def fitted_errors(family: str, layer: Any, damping: float, statistics: InputStatistics) -> dict[str, float]:
-    """Fit a few members of a family to a layer, and return their relative squared errors by spec."""
+def fitted_errors(
+    structures: Sequence[Structure], layer: Any, damping: float, statistics: InputStatistics
+) -> dict[str, float]:
+    """Fit structures to a layer, and return their relative squared errors by spec."""
     weight, moment = weight_of(layer), statistics.damped(damping)
     return {
         s.spec: statistics.relative_error(weight, ops.dense_weight(s, ops.project(s, weight, moment)))
-        for s in members_to_fit(list(members(family, *features(layer))))
+        for s in structures
     }
-
-
-def errors_from_record(family: str, layer: Any, record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the errors that a resume cache holds; a missing member raises."""
-    return {s.spec: float(record[s.spec]) for s in members_to_fit(list(members(family, *features(layer))))}
 
 
 def members(
@@ -121,18 +116,14 @@ def members(
             yield s
 
 
-def reason_for_none(families: Sequence[str], in_features: int, out_features: int) -> str | None:
-    """Return why no member of any family is smaller than the dense layer; None if one is.
+def reason_for_none(families: Iterable[str], in_features: int, out_features: int) -> str:
+    """Return why no family has a member that is smaller than the dense layer.
 
     >>> reason_for_none(["low_rank", "btt"], 64, 1)
     'no structure fits 64 -> 1: low_rank saves nothing; btt saves nothing'
-    >>> reason_for_none(["low_rank", "btt"], 64, 2) is None
-    True
     """
     reasons = []
     for family in families:
-        if any(True for _ in members(family, in_features, out_features)):
-            return None
         try:
             structure(family, in_features, out_features, max_macs=1.0)
             reasons.append(f"{family} saves nothing")

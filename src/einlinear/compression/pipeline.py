@@ -15,16 +15,16 @@ from typing import Any, SupportsFloat, TypeVar
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.allocation import allocate, allocate_faster
+from einlinear.compression.allocation import allocate, allocate_faster, check_budget
 from einlinear.compression.calibration import Calibration, naming_layer
 from einlinear.compression.candidates import (
     DEFAULT_FAMILIES,
     LayerCandidate,
     Spectrum,
-    errors_from_record,
     fitted_errors,
     layer_candidates,
     members,
+    members_to_fit,
     reason_for_none,
 )
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport
@@ -38,6 +38,7 @@ from einlinear.conversion.calling import Batch, evaluating
 from einlinear.conversion.replace import put
 from einlinear.conversion.suitable import structured_like
 from einlinear.nn.foreign import features
+from einlinear.structures import Structure
 
 T = TypeVar("T")
 # called with the current step, how much of it is done, and of how much
@@ -127,8 +128,16 @@ def compress(
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         selection = select_layers(model, layers, batches)
         dense = selection.layers
-        unfit = {name: reason_for_none(families, *features(layer)) for name, layer in dense.items()}
-        _check_budget(dense, budget, count, families, unfit)
+        structured = {
+            name: {family: list(members(family, *features(layer))) for family in families}
+            for name, layer in dense.items()
+        }
+        unfit = {
+            name: None if any(structured[name].values()) else reason_for_none(families, *features(layer))
+            for name, layer in dense.items()
+        }
+        total = sum(weight_of(layer).numel() for layer in dense.values())
+        check_budget(dense, budget, count, structured, unfit)
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
         config |= {"sequential": sequential, "only_if_faster": only_if_faster, **data_config}
@@ -148,12 +157,11 @@ def compress(
             advance = partial(comparing, len(candidates), len(dense))
             results = _LayerResults(name, dense[name], once(statistics), damping, measured, advance)
             sensitivities[name] = results.sensitivity(probe)
-            candidates[name] = results.candidates(families, count, sensitivities[name])
+            candidates[name] = results.candidates(structured[name], count, sensitivities[name])
         comparing(len(dense), len(dense))
 
         # 3. allocate
         timer = LayerTimer(lambda done: report_progress("timing layers", done, len(dense)))
-        total = sum(weight_of(layer).numel() for layer in dense.values())
 
         def choose() -> dict[str, Any]:
             if not only_if_faster:
@@ -215,21 +223,23 @@ class _LayerResults:
             "sensitivity", lambda x: measure_sensitivity(self.layer, x, self.damping, probe).points, Sensitivity.of
         )
 
-    def candidates(self, families: Sequence[str], count: str, sensitivity: Sensitivity) -> list[LayerCandidate]:
+    def candidates(
+        self, families: Mapping[str, Sequence[Structure]], count: str, sensitivity: Sensitivity
+    ) -> list[LayerCandidate]:
         spectrum = self._cached(
             "spectrum",
             lambda x: asdict(Spectrum.of(weight_of(self.layer), x.damped(self.damping))),
             Spectrum.from_record,
         )
-        errors = {
-            family: self._cached(
-                f"errors of {family}",
-                partial(fitted_errors, family, self.layer, self.damping),
-                partial(errors_from_record, family, self.layer),
-            )
-            for family in families
-        }
+        errors = {family: self._errors(family, members_to_fit(families[family])) for family in families}
         return layer_candidates(self.layer, families, count, spectrum, errors, sensitivity)
+
+    def _errors(self, family: str, structures: Sequence[Structure]) -> dict[str, float]:
+        return self._cached(
+            f"errors of {family}",
+            partial(fitted_errors, structures, self.layer, self.damping),
+            lambda record: {s.spec: float(record[s.spec]) for s in structures},
+        )
 
     def _cached(self, key: str, compute: Callable[[InputStatistics], Any], decode: Callable[[Any], T]) -> T:
         def record() -> Any:
@@ -299,25 +309,4 @@ def _check_installed(*modules: str) -> None:
         raise ModuleNotFoundError(
             f"compress needs packages that are not installed ({', '.join(missing)}). Install them with:  "
             "pip install 'einlinear[pretrained]'"
-        )
-
-
-def _check_budget(
-    layers: Mapping[str, nn.Module],
-    budget: float,
-    count: str,
-    families: Sequence[str],
-    unfit: Mapping[str, str | None],
-) -> None:
-    """Raise ValueError if no structures reach the budget, or a family is unknown."""
-    dense, least = 0, 0
-    for layer in layers.values():
-        size = weight_of(layer).numel()
-        costs = [getattr(s, count) for family in families for s in members(family, *features(layer))]
-        dense, least = dense + size, least + min([size, *costs])
-    if least > budget * dense:
-        why = "".join(f"; {name}: {reason}" for name, reason in unfit.items() if reason is not None)
-        raise ValueError(
-            f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached with "
-            f"{', '.join(families)}: these keep {least / dense:.4f} at least{why}"
         )
