@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einlinear.conversion.calling import Batch, call
+from einlinear.nn.model_call import Batch, call
 
 
 class StopForward(Exception):
@@ -59,7 +59,7 @@ def layer_inputs(
     """Return the inputs of layers, call by call, in the order in which the layers are first called.
 
     Args:
-        model, batch: see `einlinear.conversion.calling.call`.
+        model, batch: see `einlinear.nn.model_call.call`.
         layers: by name.
         calls: how often each layer is called: the model stops once all were.
         keep: what to keep of an input: by default a copy, since the model may change it in place afterwards.

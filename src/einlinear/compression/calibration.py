@@ -13,8 +13,8 @@ from einlinear.compression.activations import Stage, tokens_of
 from einlinear.compression.passes import Passes
 from einlinear.compression.second_moments import InputStatistics, SecondMomentAccumulator
 from einlinear.compression.selection import Selection
-from einlinear.conversion.calling import Batch
-from einlinear.nn.foreign import features
+from einlinear.nn.model_call import Batch
+from einlinear.nn.third_party import features
 
 # bytes of second moments that are collected in one pass over the data
 MEMORY = 2**31
@@ -26,7 +26,7 @@ class Calibration:
     Args:
         model: as it was trained.
         selection: of its layers.
-        batches: see `einlinear.conversion.calling.call`; None: inputs are unknown, and all directions count alike.
+        batches: see `einlinear.nn.model_call.call`; None: inputs are unknown, and all directions count alike.
         progress: called with how many batches of how many were run for the inputs of some layers.
     """
 

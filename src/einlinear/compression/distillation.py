@@ -20,9 +20,9 @@ from einlinear.compression.activations import hooked, output_of, tokens_of
 from einlinear.compression.kl_divergence import mean_kl_divergence
 from einlinear.compression.resume_cache import digest_of
 from einlinear.compression.tracing import head_inputs, model_output
-from einlinear.conversion.calling import Batch, call, evaluating
 from einlinear.mup import param_groups
-from einlinear.mup.schedule import factor
+from einlinear.mup.schedule import lr_factor
+from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.nn.names import as_globs, check_globs
 
 # prefix of names in checkpoints
@@ -136,7 +136,7 @@ def distill(
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss is {losses[-1]} at step {len(losses)}: take a lower lr than {lr:g}")
             loss.backward()
-            optimizer.step(factor("cosine", step, steps, int(warmup * steps)), clip)
+            optimizer.step(lr_factor("cosine", step, steps, int(warmup * steps)), clip)
             if progress:
                 progress(len(losses), steps, losses[-1])
             if folder is not None and time.monotonic() - saved > checkpoint_every:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.compression.activations import StopForward, hooked, layer_inputs
-from einlinear.conversion.calling import Batch, call
+from einlinear.nn.model_call import Batch, call
 
 
 class Passes:
@@ -24,7 +24,7 @@ class Passes:
 
     Args:
         model: in evaluation mode.
-        batches: see `einlinear.conversion.calling.call`. For each, the output of one block is kept.
+        batches: see `einlinear.nn.model_call.call`. For each, the output of one block is kept.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:

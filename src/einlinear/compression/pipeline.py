@@ -34,10 +34,9 @@ from einlinear.compression.second_moments import InputStatistics
 from einlinear.compression.selection import select_layers, weight_of
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.compression.timing import LayerTimer
-from einlinear.conversion.calling import Batch, evaluating
-from einlinear.conversion.replace import put
-from einlinear.conversion.suitable import structured_like
-from einlinear.nn.foreign import features
+from einlinear.conversion.linear_layers import put, structured_like
+from einlinear.nn.model_call import Batch, evaluating
+from einlinear.nn.third_party import features
 from einlinear.structures import Structure
 
 T = TypeVar("T")

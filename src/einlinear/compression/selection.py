@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from einlinear.compression.activations import Stage, stages_of
 from einlinear.compression.tracing import trace_layers
-from einlinear.conversion.calling import Batch
 from einlinear.conversion.coverage import Coverage, measure_coverage
-from einlinear.conversion.suitable import fused_experts, linear_layers, owners_of, reason_to_skip
+from einlinear.conversion.eligibility import reason_to_skip
+from einlinear.conversion.linear_layers import fused_experts, linear_layers, owners_of
 from einlinear.conversion.usage import uncalled_layers
-from einlinear.nn.foreign import features, is_conv1d
+from einlinear.nn.model_call import Batch
 from einlinear.nn.names import as_globs, check_globs
+from einlinear.nn.third_party import features, is_conv1d
 
 # batches that show which layers the model does not call
 _WATCHED = 2

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.compression.activations import hooked, layer_inputs, output_of, tokens_of
-from einlinear.conversion.calling import Batch, call
 from einlinear.nn import Linear
-from einlinear.nn.foreign import is_conv1d
+from einlinear.nn.model_call import Batch, call
+from einlinear.nn.third_party import is_conv1d
 
 # outputs with so many features are computed again, slice by slice, rather than kept
 LARGE = 2**12

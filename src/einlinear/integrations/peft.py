@@ -12,7 +12,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.nn.foreign import is_conv1d
+from einlinear.nn.third_party import is_conv1d
 
 # other initialisations change the dense weight, which a structured layer does not have
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")

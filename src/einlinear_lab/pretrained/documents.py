@@ -125,7 +125,7 @@ def text_batches(
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} takes pairs of texts, which a text file does not have: call el.compress in Python, "
+            f"{type(model).__name__} takes pairs of texts, which a text file does not have: call el.compress in Python "
             "with batches of your own"
         )
     if tokenizer is None:
