@@ -10,7 +10,8 @@ namespace {
 // A sum is made of runs of so many terms: in one long sum the rounding errors would grow.
 constexpr Index RUN = 256;
 
-// The sums of a micro-kernel, M rows of V vectors. All loops are unrolled, so that they stay in registers.
+// The sums of a micro-kernel, M rows of V vectors. All loops are unrolled, so that they stay in registers; `weight` and
+// `row` capture by value for the same reason.
 template <class S, int M, int V>
 struct Sums {
     static constexpr int L = Simd<S>::lanes;
@@ -54,8 +55,8 @@ static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from,
     for (Index start = 0; start < contracted; start += RUN) {
         Sums<S, M, V> sums;
         for (Index k = start; k < std::min(contracted, start + RUN); k++, w += Packed ? M : wk)
-            sums.add([&](int m) { return w[Packed ? m : m * wm]; }, from + from_rows[k] * tile);
-        sums.write([&](int m) { return to + to_rows[m] * tile; }, add || start);
+            sums.add([=](int m) { return w[Packed ? m : m * wm]; }, from + from_rows[k] * tile);
+        sums.write([=](int m) { return to + to_rows[m] * tile; }, add || start);
     }
 }
 
@@ -100,9 +101,9 @@ static inline void accumulate_micro(const S* from, const Index* from_rows, const
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) rows[m] = from + (free[c] + from_rows[m]) * tile;
         const S* panel = panels[c] + at;
-        for (Index t = 0; t < tokens; t++, panel += panel_ld) sums.add([&](int m) { return rows[m][t]; }, panel);
+        for (Index t = 0; t < tokens; t++, panel += panel_ld) sums.add([=](int m) { return rows[m][t]; }, panel);
     }
-    sums.write([&](int m) { return gradient + m * gradient_ld; }, add);
+    sums.write([=](int m) { return gradient + m * gradient_ld; }, add);
 }
 
 template <class S, int M>
