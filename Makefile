@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick zoo lint unit data text constraints clean
+.PHONY: help demo test quick zoo lint unit docs data text constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -13,15 +13,15 @@ help: ## list these targets
 demo: $(INSTALLED) data ## train structures side by side on real images (minutes) and write a report
 	@$(BIN)/einlinear compare --out results/demo --preset demo
 
-test: $(INSTALLED) ## lint, type check and run the tests, on up to four cores
-	@$(MAKE) --no-print-directory --jobs 2 lint unit
+test: $(INSTALLED) ## lint, type check, run the tests on up to four cores, and build the docs
+	@$(MAKE) --no-print-directory --jobs 2 lint docs unit
 
 quick: $(INSTALLED) ## the tests of the layers that are quick, in two minutes
 	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --quiet -m "not slow" \
 		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/conversion tests/mup
 
-zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/models.md (minutes)
+zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/results/models.md (minutes)
 	@$(BIN)/python -m tests.zoo --write
 
 unit: $(INSTALLED)
@@ -31,6 +31,11 @@ lint: $(INSTALLED) ## ruff, the formatter's check and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+docs: $(INSTALLED) ## build the documentation into build/site; broken links and missing anchors are errors
+	@$(BIN)/python tools/cli_reference.py
+	@$(BIN)/zensical build --strict --clean
+	@$(BIN)/python tools/check_site.py build/site
 
 data: ## fetch Fashion-MNIST (31 MB) into $EINLINEAR_DATA, by default ~/.cache/einlinear
 	@tools/fetch_fashion_mnist.sh || echo "Going on without it: the demo says which images it trains on."
@@ -42,7 +47,7 @@ constraints: ## pin the newest versions that install together
 	@tools/lock_constraints.sh $(PYTHON)
 
 clean: ## remove the virtual environment and all caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find src tests -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is simply done again. A .venv without a working pip

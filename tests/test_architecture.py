@@ -36,7 +36,6 @@ LAB_ORDER = (
     "sweeps",
     "search",
     "scaling",
-    "findings",
     "report",
     "bench",
     "cli",
@@ -45,9 +44,8 @@ LAB_ORDER = (
 LAB_APART = {
     "pretrained": {"models", "training"},
     "scaling": {"sweeps", "search"},
-    "findings": {"sweeps", "search"},
     "report": {"sweeps", "search"},
-    "bench": {"models", "data", "training", "pretrained", "runs", "sweeps", "search", "scaling", "findings", "report"},
+    "bench": {"models", "data", "training", "pretrained", "runs", "sweeps", "search", "scaling", "report"},
 }
 
 

@@ -6,7 +6,6 @@ compared with; that it is the matrix the family promises is tested in `test_inde
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -130,7 +129,7 @@ def with_a_budget() -> list[tuple[str, dict[str, Any], str]]:
     """The samples of families that can spend one: the family, the other arguments, and the one that spends."""
     found = []
     for name, arguments in map(parse_family, (spec for specs in SAMPLES.values() for spec in specs)):
-        knob = next((k for k in ("rank", "blocks") if k in inspect.signature(FAMILIES[name]).parameters), None)
+        knob = next((k for k in ("rank", "blocks") if k in FAMILIES[name].defaults), None)
         case = (name, {k: v for k, v in arguments.items() if k != knob}, knob)
         if knob is not None and case not in found:
             found.append(case)

@@ -1,136 +1,103 @@
-"""The examples of the documents run, their links lead somewhere, and the reference lists what there is."""
+"""The documentation: its examples run, its commands parse, its links lead somewhere, and the reference is complete."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
-import math
+import importlib.util
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-import typer
+import yaml
 from torch.distributed.tensor import DTensor
+from typer.testing import CliRunner
 
 import einlinear as el
+import einlinear_lab
 from einlinear.structures import FAMILIES
-from einlinear_lab.cli.app import app
+from einlinear_lab.cli.app import PANELS, app, load
 from einlinear_lab.models import ResidualMLP
+from einlinear_lab.sweeps.sweep import read_sweep
 from tests.families import SAMPLES
 from tests.lab.data.samples import needs
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/benchmarks/*.md")]
+ROOT_PAGES = sorted(ROOT.glob("*.md"))
+PAGES = [page for page in sorted(ROOT.glob("docs/**/*.md")) if "benchmarks" not in page.parts]
+NAMES = {page.relative_to(ROOT).as_posix(): page for page in (ROOT / "README.md", *PAGES)}
 
 
 def read(document: str | Path) -> str:
     return (ROOT / document).read_text(encoding="utf-8")
 
 
-def blocks(document: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", read(document), re.DOTALL | re.MULTILINE)
+def blocks(document: str | Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(document), re.DOTALL | re.MULTILINE)
 
 
-def listed(section: str) -> list[str]:
-    """What stands in code in the first column of the tables of a section of the reference, or of all for ""."""
-    text = read("docs/reference.md").partition(f"\n## {section}")[2]
-    cells = re.findall(r"^\| (`.*?) \|", text.partition("\n## ")[0] if section else text, re.MULTILINE)
-    return [name for cell in cells for name in re.findall("`(.*?)`", cell)]
+def tool(name: str) -> ModuleType:
+    """A script in tools, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every example, from top to bottom: later ones use the names of earlier ones."""
-    monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
-    torch.manual_seed(0)
-    first, invent, compress, mix, schedule = blocks("README.md")
-    names: dict[str, Any] = {}
+def started(names: dict[str, Any]) -> None:
+    assert names["layer"].structure.params == names["layer"].structure.macs == 393_216
+    total = str(names["report"]).splitlines()[3]
+    assert total in read("docs/get-started.md")
 
-    def run(code: str) -> None:
-        exec(compile(code, "README.md", "exec"), names)
 
-    run(first)
-    assert isinstance(names["layer"], el.Linear)
-    assert round(names["layer"].structure.macs / (1024 * 4096), 3) == 0.094
+def landing(names: dict[str, Any]) -> None:
+    dense = 2 * 1024 * 4096
+    assert [type(layer) for layer in names["model"]] == [el.Linear, torch.nn.GELU, el.Linear]
+    assert round(sum(p.numel() for p in names["model"].parameters()) / dense, 2) == 0.09
+    assert len({group["lr"] for group in names["optimizer"].param_groups}) > 1
 
-    run(invent)
-    assert el.structure(names["mine"], 64, 64).macs == 1280
-    assert [type(layer).__name__ for layer in names["model"]] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
-    assert isinstance(names["model"][0], el.Linear)
-    assert float(names["loss"].detach()) < math.log(10)  # of guessing
 
-    run(compress)
-    assert 0 < float(names["error"].detach()) < 1
-
-    run(mix)
-    assert names["loss"].requires_grad
-    assert sum(el.moe_loads(names["moe"])[""].counts) == 2 * 32
-
-    run(schedule)
+def trained(names: dict[str, Any]) -> None:
     rates = [group["lr"] / group["lr_mult"] for group in names["optimizer"].param_groups]
-    assert len({group["lr_mult"] for group in names["groups"]}) > 1
-    assert rates == pytest.approx(len(rates) * rates[:1])  # the scheduler kept what structure-aware muP set
+    assert rates == pytest.approx(len(rates) * rates[:1])  # the scheduler kept the ratios of structure-aware muP
 
 
-def test_patterns() -> None:
-    """Every example, from top to bottom, gives what the page says."""
-    examples = "\n".join(blocks("docs/patterns.md"))
-    test = doctest.DocTestParser().get_doctest(examples, {}, "docs/patterns.md", None, None)
-    result = doctest.DocTestRunner().run(test)
-    assert result.failed == 0
-    assert result.attempted > 15
+def transferred(names: dict[str, Any]) -> None:
+    assert names["result"].width == 256
+    assert 0 < names["result"].relative_update < 0.3
 
 
-def test_mixtures() -> None:
-    names: dict[str, Any] = {}
-    for example in blocks("docs/mixtures.md"):
-        exec(compile(example, "docs/mixtures.md", "exec"), names)
+def mixed(names: dict[str, Any]) -> None:
     assert names["y"].shape == (4, 100, 1024)
     assert names["loss"].requires_grad
 
 
-@needs("scipy")
-def test_compression() -> None:
-    torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    (example,) = blocks("docs/compression.md")
-    exec(compile(example, "docs/compression.md", "exec"), names)
+def compressed(names: dict[str, Any]) -> None:
     assert names["report"].params <= 0.5 * names["report"].params_before
     assert names["distillation"].losses[-1] < names["distillation"].losses[0]
 
 
-@needs("peft")
-@needs("accelerate")
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
-def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for example in blocks("docs/huggingface.md"):
-        exec(compile(example, "docs/huggingface.md", "exec"), names)
+def hugging_face(names: dict[str, Any]) -> None:
     assert names["loaded"].get_submodule("transformer.h.0.mlp.c_fc.base_layer").structure.spec == "btt(rank=2)"
     assert len(names["trainer"].optimizer.param_groups) > 2
-    assert isinstance(
-        names["tuned"].get_submodule("base_model.model.transformer.h.1.attn.c_attn.base_layer"), el.Linear
-    )
+    attention = names["tuned"].get_submodule("base_model.model.transformer.h.1.attn.c_attn.base_layer")
+    assert isinstance(attention, el.Linear)
 
 
-def test_a_loop_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of the reference, in the one process that it is run by: it trains the sharded parameters."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    names: dict[str, Any] = {}
-    (example,) = blocks("docs/reference.md")
-    try:
-        exec(compile(example, "docs/reference.md", "exec"), names)
-    finally:
-        torch.distributed.destroy_process_group()
+def distributed(names: dict[str, Any]) -> None:
+    """The groups hold the sharded parameters, with the learning rates of a model that is not sharded."""
     groups, parameters = names["groups"], list(names["model"].parameters())
     assert all(isinstance(p, DTensor) for p in parameters)
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in parameters}
@@ -139,28 +106,136 @@ def test_a_loop_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(g["param_names"], g["lr"]) for g in groups] == [(g["param_names"], g["lr"]) for g in expected]
 
 
+CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "README.md": landing,
+    "docs/index.md": landing,
+    "docs/get-started.md": started,
+    "docs/guides/train.md": trained,
+    "docs/guides/transfer.md": transferred,
+    "docs/guides/mixtures.md": mixed,
+    "docs/guides/compress.md": compressed,
+    "docs/guides/transformers.md": hugging_face,
+    "docs/guides/distributed.md": distributed,
+}
+NEEDS = {"docs/guides/compress.md": ["scipy"], "docs/guides/transformers.md": ["peft", "accelerate"]}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[needs(package) for package in NEEDS.get(name, [])])
+        for name, page in NAMES.items()
+        if blocks(page, "python")
+    ],
+)
+def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of a page runs from top to bottom, as one script; doctests in it give what they say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    names: dict[str, Any] = {}
+    try:
+        for code in blocks(name, "python"):
+            if code.startswith(">>>"):
+                test = doctest.DocTestParser().get_doctest(code, names, name, name, None)
+                result = doctest.DocTestRunner().run(test, clear_globs=False)
+                assert result.failed == 0
+                names.update(test.globs)
+            else:
+                exec(compile(code, name, "exec"), names)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    CHECKS.get(name, lambda _: None)(names)
+
+
+def test_every_check_has_a_page_with_code() -> None:
+    assert {*CHECKS} | {*NEEDS} <= {name for name, page in NAMES.items() if blocks(page, "python")}
+
+
+def commands(name: str) -> Iterator[list[str]]:
+    """The words of every `einlinear` command in the shell blocks of a page, without the program's name."""
+    for block in blocks(name, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and words[0] != "einlinear" and words[:3] != ["-m", "einlinear", "train"]:
+                words.pop(0)
+            if words:
+                yield words[words.index("einlinear") + 1 :]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "```bash" in read(name)])
+def test_commands(name: str) -> None:
+    """Commands and their options exist; NAME=VALUE names an option of a run."""
+    for words in commands(name):
+        if words[0] == "--import":
+            words = words[2:]
+        command = load(words[0])
+        context = command.make_context(words[0], words[1:])
+        settings = [word.removeprefix("--") for word in context.params.get("settings") or ()]
+        known = options_of_a_run([word for word in settings if word.startswith("model=")])
+        assert {word.partition("=")[0].replace("-", "_") for word in settings} <= known
+
+
+def options_of_a_run(model: list[str]) -> set[str]:
+    """Every option of runs with a model: an unknown option is answered with the list of all."""
+    answer = CliRunner().invoke(app, ["train", *model, "no_such_option=1"]).output
+    return {*re.findall(r"\w+", answer)} | {"model"}
+
+
+def test_a_wrong_command_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, sweep = "einlinear train model=mlp \\\n    widht=3", "PATH=x einlinear sweep --scael small dyad"
+    page = f"```bash\n{train}\n```\n```bash\n{sweep}\n```\n"
+    monkeypatch.setattr(f"{__name__}.read", lambda _: page)
+    assert list(commands("page")) == [["train", "model=mlp", "widht=3"], ["sweep", "--scael", "small", "dyad"]]
+    with pytest.raises(AssertionError, match="widht"):
+        test_commands("page")
+
+
+def test_sweep_file(tmp_path: Path) -> None:
+    (text,) = blocks("docs/guides/experiments.md", "toml")
+    (tmp_path / "my.toml").write_text(text)
+    assert len(read_sweep(tmp_path / "my.toml").runs) == 3 * 4 * 3 + 3 * 4 * 3 * 2
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = re.sub(r"!!python\S+", "", read("mkdocs.yml"))
+    listed = re.findall(r"[\w/-]+\.md", str(yaml.safe_load(text)["nav"]))
+    assert len(listed) == len({*listed})
+    expected = {name.removeprefix("docs/") for name in NAMES if name.startswith("docs/")}
+    assert {*listed} == expected | {"reference/cli.md"}  # written when the site is built
+
+
 def test_the_reference_has_every_public_name_and_no_other() -> None:
-    packages = [name for _, name, is_package in pkgutil.walk_packages(el.__path__, "einlinear.") if is_package]
-    modules = [importlib.import_module(name) for name in ("einlinear", *packages)]
+    library = [name for _, name, package in pkgutil.walk_packages(el.__path__, "einlinear.") if package]
+    lab = [name for _, name, package in pkgutil.walk_packages(einlinear_lab.__path__, "einlinear_lab.") if package]
+    modules = [importlib.import_module(name) for name in ("einlinear", *library, *lab)]
     public = {f"{m.__name__}.{name}": getattr(m, name) for m in modules for name in getattr(m, "__all__", ())}
-    found: dict[str, Any] = {}
-    for name in (name for name in listed("") if name.startswith(("el.", "einlinear."))):
-        module, _, attribute = re.sub(r"^el\.", "einlinear.", name).rpartition(".")
+    documented: dict[str, Any] = {}
+    for name in re.findall(r"^::: (\S+)$", "\n".join(map(read, PAGES)), re.MULTILINE):
+        module, _, attribute = name.rpartition(".")
         thing = getattr(importlib.import_module(module), attribute)
-        own = getattr(thing, "__module__", module) == module  # what is not a class or a function belongs to no module
-        assert f"{module}.{attribute}" in public or own, f"{name} is not public"
-        assert not any(thing is other for other in found.values()), f"{name} is there twice"
-        found[name] = thing
-    missing = [name for name, thing in public.items() if not any(thing is other for other in found.values())]
-    assert not missing
+        defined_there = getattr(thing, "__module__", module) == module
+        assert name in public or defined_there, f"{name} is not public"
+        assert not any(thing is other for other in documented.values()), f"{name} is there twice"
+        documented[name] = thing
+    documented["einlinear.__version__"] = el.__version__
+    assert not [name for name, thing in public.items() if not any(thing is other for other in documented.values())]
 
 
-def test_the_reference_has_every_command() -> None:
-    assert {*listed("Commands")} == {*typer.main.get_command(app).commands}  # type: ignore[attr-defined]
+def test_the_page_of_commands_has_every_option() -> None:
+    page = tool("cli_reference").page()
+    for name in (name for panel in PANELS.values() for name in panel):
+        section = page.partition(f"\n### {name}\n")[2].partition("\n### ")[0]
+        options = {option for parameter in load(name).params for option in parameter.opts if option.startswith("--")}
+        assert all(f"`{option}`" in section for option in options - {"--help"}), name
 
 
 def test_the_reference_has_every_environment_variable() -> None:
-    known, asked = {*listed("Environment variables")}, {*read_variables()}
+    rows = re.findall(r"^\| (`.*?) \|", read("docs/reference/environment.md"), re.MULTILINE)
+    known, asked = {name for row in rows for name in re.findall("`(.*?)`", row)}, {*read_variables()}
     assert asked <= known
     assert {name for name in known - asked if name.startswith("EINLINEAR")} == set()
 
@@ -177,22 +252,60 @@ def read_variables() -> Iterator[str]:
         yield from re.findall(r"EINLINEAR_\w+", read(file))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("document", [*ROOT_PAGES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", read(document)):
+    """In the repository; the build of the site checks them there. Images have alternative text."""
+    text = read(document)
+    assert "![](" not in text
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
         target = document.parent / path if path else document
+        if target == ROOT / "docs/reference/cli.md":
+            continue
         assert target.exists(), link
         if anchor:
             titles = re.findall(r"^#+ (.*)", read(target), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], link
 
 
+def test_check_of_the_site(tmp_path: Path) -> None:
+    """The checker finds each kind of mistake, and nothing else."""
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good/index.html").write_text('<h2 id="top"></h2><a href="../#top">x</a><img src="../a.png" alt="a">')
+    (tmp_path / "a.png").touch()
+    (tmp_path / "index.html").write_text(
+        '<h2 id="top"></h2><a href="good/#top"></a><a href="https://example.org"></a>'
+        '<a href="gone/"></a><a href="good/#gone"></a><img src="a.png" alt=""><script src="https://cdn.org/x.js"></script>'
+    )
+    assert sorted(tool("check_site").problems(tmp_path)) == [
+        "index.html: broken link gone/",
+        "index.html: image without alternative text: a.png",
+        "index.html: loads https://cdn.org/x.js from the network",
+        "index.html: missing anchor good/#gone",
+    ]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert yaml.safe_load(read("CITATION.cff"))["version"] in read("pyproject.toml").partition("version = ")[2][:20]
+
+
+def test_workflows_are_yaml() -> None:
+    files = sorted((ROOT / ".github").rglob("*.yml"))
+    assert {file.name for file in files} >= {"tests.yml", "docs.yml", "wheels.yml"}
+    for file in files:
+        content = yaml.safe_load(read(file))
+        assert isinstance(content, dict)
+        if file.parent.name == "workflows":
+            assert {"name", "jobs", True} <= content.keys()  # YAML reads the key `on` as true
+            assert all("runs-on" in job and job["steps"] for job in content["jobs"].values())
+
+
 def test_contributing(tmp_path: Path) -> None:
     """Do what the guide says, in a copy: its two pieces of code are all that the conformance suite needs."""
+    assert len(read("CONTRIBUTING.md").splitlines()) < 80
     assert "grouped" not in FAMILIES
     assert "grouped" not in SAMPLES
-    family, row = blocks("CONTRIBUTING.md")
+    family, row = blocks("CONTRIBUTING.md", "python")
     for folder in ("src", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for file in ("conftest.py", "pyproject.toml"):

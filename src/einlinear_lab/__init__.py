@@ -2,6 +2,5 @@
 
 runs/      one run: a model, data and training as options by name, in a folder of its own
 sweeps/    many runs, on this machine or a cluster; comparisons, the recipes of the literature
-findings/  what runs say: laws, compute multipliers, best learning rates, feature updates
 report/    one page that shows it
 """

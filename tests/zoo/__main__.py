@@ -19,7 +19,7 @@ from tests.zoo.table import problems, row, write
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description="Try every kind of model.")
     parser.add_argument("kinds", nargs="*", metavar="kind", help="names of kinds, such as Llama; all without any")
-    parser.add_argument("--write", action="store_true", help="write the tables of docs/models.md (all kinds)")
+    parser.add_argument("--write", action="store_true", help="write the tables of docs/results/models.md (all kinds)")
     options = parser.parse_args()
     if unknown := [name for name in options.kinds if name not in KINDS]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(KINDS)}")

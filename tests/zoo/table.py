@@ -1,4 +1,4 @@
-"""The table of docs/models.md: what became of every kind, what was expected, and where the two differ."""
+"""The table of docs/results/models.md: what became of every kind, what was expected, and where the two differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tests.zoo.loop import NOTHING, ROOT, Trial
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs/results/models.md"
 BEGIN, END = "<!-- made by python -m tests.zoo -->", "<!-- end -->"
 COLUMNS = {
     "train": "train",
@@ -97,7 +97,7 @@ def notes() -> list[str]:
 
 def row(trial: Trial) -> str:
     """The row of a kind, with the numbers of notes."""
-    numbers = {note: f"[{number}]" for number, note in enumerate(notes(), 1)}
+    numbers = {note: f"<sup>{number}</sup>" for number, note in enumerate(notes(), 1)}
     left = [numbers[note] for text, note in LEFT_DENSE.items() if any(text in reason for _, reason in trial.skipped)]
     linear = trial.converted + sum("is a stack of" not in reason for _, reason in trial.skipped)
     cells = [trial.kind.name, f"`{trial.kind.model}`", " ".join([f"{trial.converted} of {linear}", *left])]

@@ -127,7 +127,7 @@ def _is_light(structure: Structure, tokens: int) -> bool:
     Then the peak memory of a training step stays below that of `torch.nn.Linear` even where activations are copied, as
     the reference does (docs/benchmarks/cpu).
     """
-    activations = tokens * (structure.in_features + sum(factor.width for factor in structure.factors))
+    activations = tokens * (structure.in_features + sum(factor.result_size for factor in structure.factors))
     return activations < 1.5 * (structure.in_features * structure.out_features - structure.params)
 
 
@@ -142,7 +142,7 @@ def recomputes(backend: str, structure: Structure) -> bool:
 @lru_cache(maxsize=4096)
 def _is_cheap_to_recompute(structure: Structure) -> bool:
     macs = sum(factor.macs for term in structure.terms for factor in term.factors[:-1])
-    return macs < CHEAP * sum(term.state_size for term in structure.terms)
+    return macs < CHEAP * sum(term.intermediate_size for term in structure.terms)
 
 
 def forget() -> None:

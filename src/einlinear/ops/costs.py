@@ -41,6 +41,6 @@ def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...
     if backend == DENSE:
         weights = in_features * out_features
         return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6, 0
-    moved = tokens * (in_features + sum(factor.width for factor in structure.factors)) / 1e6
+    moved = tokens * (in_features + sum(factor.result_size for factor in structure.factors)) / 1e6
     spilt = tokens * max(structure.params - CACHED, 0) / 1e6
     return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6, spilt

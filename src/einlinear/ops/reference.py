@@ -47,8 +47,8 @@ def _contract(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Ten
         padding = math.prod(shape) - structure.in_features
         z = (F.pad(x, (0, padding)) if padding else x).reshape(x.shape[0], *shape)
         for factor, w in zip(term.factors, term_factors):
-            z = einsum([("tokens", *factor.before), factor.axes], ("tokens", *factor.after), z, w)
-        last = term.factors[-1].after
+            z = einsum([("tokens", *factor.source), factor.axes], ("tokens", *factor.result), z, w)
+        last = term.factors[-1].result
         z = z.permute([0, *[1 + last.index(a) for a in term.outputs]])
         width = math.prod([sizes[a] for a in term.outputs])
         z = z.reshape(x.shape[0], width)

@@ -1,4 +1,4 @@
-"""The richest structure that a budget of MACs allows: the largest rank, or the fewest blocks.
+"""The richest structure within a budget of MACs: the largest rank, or the fewest blocks.
 
 `make` builds the structure for a rank or a number of blocks. `max_macs` is a fraction of the MACs of dense.
 """
@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from einlinear.structures.limits import MAX_SIZE
 from einlinear.structures.sizes import DoesNotFit
-from einlinear.structures.structure import Structure
+from einlinear.structures.structured_matrix import Structure
 
+# More blocks are taken only where the user asks for them.
 _MAX_BLOCKS = 1024
 
 
@@ -18,22 +19,23 @@ class OverBudget(ValueError):
     """No structure is within a budget of MACs."""
 
 
-def within(s: Structure, max_macs: float) -> Structure:
-    """The structure, which is within the budget. Raises OverBudget that says what it needs if it is not."""
-    if _fraction(s) > max_macs:
+def within(structure: Structure, max_macs: float) -> Structure:
+    """Return a structure that is within the budget. Raises OverBudget with the budget it needs if it is not."""
+    if _fraction(structure) > max_macs:
         raise OverBudget(
-            f"max_macs={max_macs:g} of dense is too small for {s.spec} at {s.in_features} -> {s.out_features}: "
-            f"it needs {_fraction(s):.4g}"
+            f"max_macs={max_macs:g} of dense is too small for {structure.spec} at {structure.in_features} -> "
+            f"{structure.out_features}: it needs {_fraction(structure):.4g}"
         )
-    return s
+    return structure
 
 
 def largest_rank(make: Callable[[int], Structure], max_macs: float) -> Structure:
-    """The structure of largest rank within the budget: doubling, then bisection."""
+    """Find the structure of largest rank within the budget, by doubling and bisection."""
     best = within(make(1), max_macs)
     low, high = 1, 2
     while high <= MAX_SIZE and _fraction(candidate := make(high)) <= max_macs:
-        if candidate.macs == best.macs:  # the pattern makes no use of the rank
+        if candidate.macs == best.macs:
+            # the pattern makes no use of the rank
             return best
         best, low, high = candidate, high, 2 * high
     high = min(high, MAX_SIZE + 1)
@@ -47,28 +49,28 @@ def largest_rank(make: Callable[[int], Structure], max_macs: float) -> Structure
 
 
 def fewest_blocks(make: Callable[[int], Structure], most: int, max_macs: float) -> Structure:
-    """The structure of fewest blocks, from one to `most`, within the budget, of those that fit the features.
+    """Find the structure of fewest blocks within the budget, from one block to `most` blocks or 1024.
 
-    More than a thousand blocks are for the user to ask for.
+    Every number of blocks is tried: many do not fit the features, and padding makes the MACs rise and fall.
     """
     cheapest: Structure | None = None
-    refused: DoesNotFit | None = None
+    refusal: DoesNotFit | None = None
     for blocks in range(1, min(most, _MAX_BLOCKS) + 1):
         try:
             candidate = make(blocks)
         except DoesNotFit as error:
-            refused = error
+            refusal = error
             continue
         if _fraction(candidate) <= max_macs:
             return candidate
         if cheapest is None or candidate.macs < cheapest.macs:
             cheapest = candidate
     if cheapest is None:
-        assert refused is not None
-        raise refused
+        assert refusal is not None
+        raise refusal
     return within(cheapest, max_macs)
 
 
-def _fraction(s: Structure) -> float:
-    """Its MACs over those of dense."""
-    return s.macs / (s.in_features * s.out_features)
+def _fraction(structure: Structure) -> float:
+    """The MACs, as a fraction of those of dense."""
+    return structure.macs / (structure.in_features * structure.out_features)

@@ -1,11 +1,10 @@
-"""The named families: each is a function from its arguments to one line of pattern text.
+"""Named families of structures: each is a function from its arguments to the text of a pattern.
 
-A builder takes keyword arguments with defaults and returns a pattern; what it checks is only what the pattern cannot
-say. `rank` and `blocks` are the arguments by which ``max_macs=`` spends a budget: the largest rank, or the fewest
-blocks, that it allows.
+A builder takes keyword arguments with defaults and returns a pattern. It checks only what the pattern cannot express.
+`rank` and `blocks` are the arguments that ``max_macs=`` chooses: the largest rank, or the fewest blocks, in the budget.
 
-Factors are written with the axes that a step adds first, where these are longer than the others (FSDP2 shards the first
-dimension), and with those that it sums last (they are read in runs).
+The axes of a factor are in this order: first the new axes of its step, if they are longer than the others (FSDP2 shards
+the first dimension), and last the contracted axes (they are read in runs).
 """
 
 from __future__ import annotations
@@ -13,30 +12,106 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
+from einlinear.structures.arguments import format_value
 from einlinear.structures.limits import MAX_SIZE
+from einlinear.structures.pattern import Pattern, parse
 from einlinear.structures.sizes import DoesNotFit
 
 Builder = Callable[..., str]
 
-FAMILIES: dict[str, Builder] = {}
-_MAX_CORES = MAX_SIZE.bit_length()  # each core more than halves the features that are left
+# each core more than halves the features that are left
+_MAX_CORES = MAX_SIZE.bit_length()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A named family of structures.
+
+    Attributes:
+        name: its name in specs.
+        builder: the function from arguments to the text of a pattern.
+        defaults: the default of every argument, by name; `inspect.Parameter.empty` if the argument is required.
+        features: the ones of in_features and out_features that the builder takes as well.
+    """
+
+    name: str
+    builder: Builder
+    defaults: Mapping[str, Any]
+    features: Sequence[str]
+
+    @classmethod
+    def of(cls, name: str, builder: Builder) -> Family:
+        """Inspect a builder. Raises TypeError if it is not a function of named arguments."""
+        if not callable(builder):
+            raise TypeError(f"the builder of {name!r} must be a function that returns a pattern, not {builder!r}")
+        parameters = inspect.signature(builder).parameters
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        if any(parameter.kind not in named for parameter in parameters.values()):
+            raise TypeError(
+                f"the builder of {name!r} must name its arguments: no *args, **kwargs or positional-only ones"
+            )
+        features = [parameter for parameter in parameters if parameter in ("in_features", "out_features")]
+        defaults = {p: parameter.default for p, parameter in parameters.items() if p not in features}
+        return cls(name, builder, defaults, features)
+
+    def check(self, arguments: Iterable[str]) -> None:
+        """Raise ValueError for an unknown or a missing argument."""
+        arguments = tuple(arguments)
+        for argument in arguments:
+            if argument not in self.defaults:
+                nearest = difflib.get_close_matches(argument, self.defaults, n=1)
+                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                takes = f"It takes {', '.join(self.defaults)}" if self.defaults else "It takes no arguments"
+                raise ValueError(f"{self.name} has no argument {argument!r}.{hint} {takes}")
+        required = (name for name, default in self.defaults.items() if default is inspect.Parameter.empty)
+        missing = [f"{name}=" for name in required if name not in arguments]
+        if missing:
+            raise ValueError(f"{self.name} needs {', '.join(missing)}")
+
+    def pattern(self, arguments: Mapping[str, Any], in_features: int, out_features: int) -> Pattern:
+        """The pattern for these arguments and features.
+
+        Raises:
+            ValueError: an unknown or a missing argument, or one that the builder refuses.
+            TypeError: the builder returned no text.
+        """
+        self.check(arguments)
+        sizes = {"in_features": in_features, "out_features": out_features}
+        text = self.builder(**arguments, **{name: sizes[name] for name in self.features})
+        if not isinstance(text, str):
+            raise TypeError(f"the builder of {self.name!r} must return a pattern as text, not {text!r}")
+        return parse(text)
+
+    def spec(self, arguments: Mapping[str, Any]) -> str:
+        """The canonical spec: arguments that differ from their defaults, in the order of the builder."""
+        shown = [
+            f"{name}={format_value(arguments[name])}"
+            for name, default in self.defaults.items()
+            if name in arguments and arguments[name] != default
+        ]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+FAMILIES: dict[str, Family] = {}
 
 
 def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> Builder:
-    """Add a named family: from then on ``name(argument=value, ...)`` is a structure.
+    """Register a named family: from then on ``name(argument=value, ...)`` is a structure.
 
-    The command line knows it too, when it is told which file registers it: ``einlinear --import FILE``.
+    On the command line, ``einlinear --import FILE`` runs the file that registers the family.
 
     Args:
-        name: an identifier that is not taken.
-        builder: a function of keyword arguments (a default makes one optional) that returns the pattern, as text. If it
-            has parameters called in_features and out_features, it is told the size of the layer as well; for features
-            that suit none of the family's members it raises `DoesNotFit`.
-        overwrite: whether the name may be taken already, for example by an earlier run of the same notebook cell.
-            Structures made before keep the pattern they have.
+        name: an identifier that no family has.
+        builder: a function of keyword arguments (a default makes one optional) that returns the text of a pattern. If
+            it has parameters called in_features and out_features, they receive the size of the layer. For features
+            that no member of the family fits, it raises `DoesNotFit`.
+        overwrite: whether to replace a family of this name, such as one that an earlier run of the same notebook cell
+            registered. Existing structures keep their pattern.
 
     Returns:
         The builder.
@@ -55,17 +130,12 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
         raise ValueError(f"a family's name must be an identifier, such as 'my_family', not {name!r}")
     if name in FAMILIES and not overwrite:
         raise ValueError(f"the family {name!r} is already registered: choose another name, or give overwrite=True")
-    if not callable(builder):
-        raise TypeError(f"the builder of {name!r} must be a function that returns a pattern, not {builder!r}")
-    kinds = {p.kind for p in inspect.signature(builder).parameters.values()}
-    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY}:
-        raise TypeError(f"the builder of {name!r} must name its arguments: no *args, **kwargs or positional-only ones")
-    FAMILIES[name] = builder
+    FAMILIES[name] = Family.of(name, builder)
     return builder
 
 
-def find_family(name: str) -> Builder:
-    """The builder of a family. Raises ValueError that lists the families and names the nearest."""
+def find_family(name: str) -> Family:
+    """Look up a family. Raises ValueError that lists the families and suggests the nearest name."""
     if name in FAMILIES:
         return FAMILIES[name]
     nearest = difflib.get_close_matches(name.lower().replace("-", "_"), FAMILIES, n=1, cutoff=0.5)
@@ -73,12 +143,13 @@ def find_family(name: str) -> Builder:
     raise ValueError(f"unknown family {name!r}.{hint} The families are {', '.join(FAMILIES)}")
 
 
-def _count(family: str, **given: object) -> None:
-    """Check arguments that count something."""
-    for name, value in given.items():
+def _check_counts(family: str, **arguments: object) -> None:
+    """Check arguments that are whole numbers of at least 1."""
+    for name, value in arguments.items():
         if not isinstance(value, int) or isinstance(value, bool):
-            written = float(value) if isinstance(value, Fraction) else value  # specs read 2.0 as a fraction
-            raise TypeError(f"{family}: {name} must be a whole number, not {written!r}")
+            # specs read 2.0 as a fraction
+            shown = float(value) if isinstance(value, Fraction) else value
+            raise TypeError(f"{family}: {name} must be a whole number, not {shown!r}")
         if value < 1:
             raise ValueError(f"{family}: {name} must be at least 1, not {value}")
         most = _MAX_CORES if name == "cores" else MAX_SIZE
@@ -92,9 +163,9 @@ def _dense() -> str:
 
 
 def _low_rank(rank: int | None = None) -> str:
-    """W of the given rank; by default the square root of the smaller feature count, rounded up."""
+    """A matrix of a rank; by default the square root of the smaller feature count, rounded up."""
     if rank is not None:
-        _count("low_rank", rank=rank)
+        _check_counts("low_rank", rank=rank)
     return f"i, r i, o r -> o where r={rank or 'features^1/2'}"
 
 
@@ -104,20 +175,20 @@ def _kronecker() -> str:
 
 
 def _tt(rank: int = 1, cores: int = 2) -> str:
-    """Tensor-train matrix: the core k maps the input axis k to the output axis k, neighbours share a rank axis."""
-    _count("tt", rank=rank, cores=cores)
+    """Tensor-train matrix: core k maps input axis k to output axis k, and neighbours share a rank axis."""
+    _check_counts("tt", rank=rank, cores=cores)
     inputs, outputs, ranks = _chain_axes("tt", cores, ("a", "b"), ("d", "e"))
     factors = [[outputs[k], *ranks[k : k + 1], *ranks[max(k - 1, 0) : k], inputs[k]] for k in range(cores)]
     return _chain(inputs[::-1], factors, outputs[::-1], ranks, rank)
 
 
 def _btt(rank: int = 1, cores: int = 2) -> str:
-    """Block tensor-train: as tensor-train, but every core also depends on the axes that it does not map.
+    """Block tensor-train: a tensor-train matrix whose cores also depend on the axes that they do not map.
 
-    Two cores: y[f, e] = sum_{g, r} B[f, e, g, r] sum_a A[g, r, f, a] x[g, a] (arXiv 2406.06248, section 3.2). As many
-    cores as the features have factors of two, and rank 1, are a butterfly.
+    Two cores: y[f, e] = sum_{g, r} B[f, e, g, r] sum_a A[g, r, f, a] x[g, a] (arXiv 2406.06248, section 3.2). With rank
+    1 and log2(features) cores it is a butterfly matrix.
     """
-    _count("btt", rank=rank, cores=cores)
+    _check_counts("btt", rank=rank, cores=cores)
     inputs, outputs, ranks = _chain_axes("btt", cores, ("a", "g"), ("f", "e"))
     factors = [
         [*inputs[:k:-1], *outputs[:k], *ranks[k : k + 1], outputs[k], inputs[k], *ranks[max(k - 1, 0) : k]]
@@ -128,9 +199,10 @@ def _btt(rank: int = 1, cores: int = 2) -> str:
 
 def _monarch(blocks: int = 4, *, in_features: int, out_features: int) -> str:
     """Two block-diagonal factors with a transposition between and after them (arXiv 2204.00595, appendix A)."""
-    _count("monarch", blocks=blocks)
+    _check_counts("monarch", blocks=blocks)
     smaller = min(in_features, out_features)
-    if blocks**2 > smaller:  # the rank would be below 1
+    if blocks**2 > smaller:
+        # the rank would be below 1
         raise DoesNotFit(
             f"monarch: min(in_features, out_features) = {smaller} is fewer than blocks^2 = {blocks**2}; "
             f"take at most {math.isqrt(smaller)} blocks"
@@ -139,8 +211,8 @@ def _monarch(blocks: int = 4, *, in_features: int, out_features: int) -> str:
 
 
 def _dyad(blocks: int = 4, variant: str = "it") -> str:
-    """A block-diagonal factor, plus one that reads (it), writes (ot) or reads and writes (dt) transposed axes."""
-    _count("dyad", blocks=blocks)
+    """A block-diagonal factor plus one with transposed axes of the input (it), the output (ot) or both (dt)."""
+    _check_counts("dyad", blocks=blocks)
     second = {"it": "(k n), o n k -> (n o)", "ot": "(n k), o n k -> (o n)", "dt": "(k n), o n k -> (o n)"}
     if variant not in second:
         raise ValueError(f"dyad: variant must be one of {', '.join(second)}, not {variant!r}")
@@ -149,21 +221,21 @@ def _dyad(blocks: int = 4, variant: str = "it") -> str:
 
 def _block_diagonal(blocks: int = 4) -> str:
     """One block-diagonal factor."""
-    _count("block_diagonal", blocks=blocks)
+    _check_counts("block_diagonal", blocks=blocks)
     return f"(n k), o n k -> (n o) where n={blocks}"
 
 
 def _blast(blocks: int, rank: int) -> str:
     """Block (i, j) is U_i diag(s_ij) V_j^T (arXiv 2410.21262)."""
-    _count("blast", blocks=blocks, rank=rank)
+    _check_counts("blast", blocks=blocks, rank=rank)
     return f"(j q), r j q, r i j, p i r -> (i p) where j={blocks}, i={blocks}, r={rank}"
 
 
 def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
     """Every two-factor einsum, by the exponents (alpha, beta, gamma, delta, epsilon, phi, rho) of its axes' sizes.
 
-    The axes a, b, g share in_features, the axes d, e, f out_features, and r is the smaller one's power rho (or the
-    given rank); the exponents of each side sum to 1 (arXiv 2410.02117, section 2).
+    The axes a, b, g split in_features, the axes d, e, f split out_features, and r is the smaller feature count to the
+    power rho (or the rank). The exponents of each side sum to 1 (arXiv 2410.02117, section 2).
     """
     if not isinstance(theta, tuple | list) or not all(isinstance(t, int | float | Fraction) for t in theta):
         raise TypeError(f"einsum: theta must be a tuple of seven numbers, not {theta!r}")
@@ -173,7 +245,7 @@ def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
         if abs(sum(part) - 1) > 0.01:
             raise ValueError(f"einsum: {side} must be 1, not {float(sum(part)):.4g}")
     if rank is not None:
-        _count("einsum", rank=rank)
+        _check_counts("einsum", rank=rank)
     sizes = [f"{axis}=features^{exponent}" for axis, exponent in zip("abgdef", theta[:6])]
     sizes.append(f"r={rank or f'features^{theta[6]}'}")
     return f"(g b a), g r f d a, f e g r b -> (f e d) where {', '.join(sizes)}"
@@ -182,7 +254,7 @@ def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
 def _chain_axes(
     family: str, cores: int, inputs: tuple[str, ...], outputs: tuple[str, ...]
 ) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
-    """Names of the input, output and rank axes of a chain, the first core's first; letters for two cores."""
+    """Names of the input, output and rank axes of a chain, from the first core to the last."""
     if cores < 2:
         raise ValueError(f"{family}: cores must be at least 2, not {cores}")
     if cores == 2:

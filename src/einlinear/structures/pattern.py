@@ -1,17 +1,17 @@
-"""The pattern language: one line of text that says what a structured matrix is.
+"""The pattern language: one line of text describes a structured matrix.
 
     (g a), g r f a, f e g r -> (f e) where r=2
 
-Before the first comma stands how the input features are read (row-major axes), between the commas the axes of
-the factors, after the arrow how the output features are laid out. Several terms are added with ``+``. The
-optional ``where`` fixes sizes:
+The part before the first comma splits the input features into axes (row-major). The parts between commas are the axes
+of the factors. The part after the arrow splits the output features into axes. ``+`` adds several terms. The optional
+``where`` fixes sizes:
 
     r=2                two
     r=features/16      a sixteenth of the features, rounded down, at least 1
-    a=features^1/2     about the square root of the features (a decimal exponent works too)
+    a=features^1/2     about the square root of the features (decimal exponents are allowed as well)
 
-with ``features`` the count the axis belongs to: in_features for an axis of the input, out_features for one of
-the output, the smaller of the two for an axis of neither. Sizes not fixed are balanced (see `sizes.py`).
+``features`` is in_features for an axis of the input, out_features for an axis of the output, and the smaller of the two
+for all other axes. Sizes that are not fixed are balanced (`sizes.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 
 from einlinear.structures import limits
@@ -30,33 +30,36 @@ from einlinear.structures import limits
 Axes = tuple[str, ...]
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>\d+\.\d+|\d+)|(?P<symbol>->|[(),+=/^])|(?P<end>$))", re.ASCII
+    r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>\d+\.\d+|\d+)|(?P<symbol>->|[(),+=/^])|(?P<end>$)|(?P<other>\S))",
+    re.ASCII,
 )
-
-_HUGE = 2 * math.log(limits.MAX_SIZE)  # a size without its scale
-_SHOWN = 240  # characters of the text around a mistake
+# the logarithm of the largest size without its scale
+_MAX_LOG = 2 * math.log(limits.MAX_SIZE)
+# characters that an error shows of a long text
+_EXCERPT = 240
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be read; the message points at the place in the text."""
+    """A pattern or spec that cannot be read. The message shows the text, with a caret under the mistake."""
 
     def __init__(self, message: str, text: str, position: int) -> None:
-        start = max(0, position - _SHOWN // 2) if len(text) > _SHOWN else 0
-        excerpt = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[start : start + _SHOWN])
+        start = max(0, position - _EXCERPT // 2) if len(text) > _EXCERPT else 0
+        excerpt = text[start : start + _EXCERPT]
+        excerpt = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in excerpt)
         super().__init__(f"{message}\n    {excerpt}\n    {' ' * (position - start)}^")
 
 
 @dataclass(frozen=True)
 class Size:
-    """The size of an axis as ``scale * features**exponent``."""
+    """The size of an axis as a function of the features: ``scale * features**exponent``."""
 
     scale: Fraction
     exponent: Fraction = Fraction(0)
 
     def of(self, features: int) -> float:
-        """The size, not yet rounded, where the axis belongs to this many features. Raises ValueError if it is huge."""
+        """The size, not rounded, of an axis of this many features. Raises ValueError if it is above `MAX_SIZE`."""
         exponent = float(self.exponent)
-        if exponent * math.log(features) < _HUGE:
+        if exponent * math.log(features) < _MAX_LOG:
             size = float(float(self.scale) * features**exponent)
             if size <= limits.MAX_SIZE:
                 return size
@@ -72,11 +75,22 @@ class Size:
 
 @dataclass(frozen=True)
 class TermPattern:
-    """One term: the axes of the input, of each factor as written, and of the output."""
+    """One term of a pattern.
+
+    Attributes:
+        inputs: the axes of the input features.
+        factors: the axes of each factor, as written.
+        outputs: the axes of the output features.
+    """
 
     inputs: Axes
     factors: tuple[Axes, ...]
     outputs: Axes
+
+    @cached_property
+    def axes(self) -> Axes:
+        """All axes, in order of first appearance."""
+        return tuple(dict.fromkeys(chain(self.inputs, *self.factors, self.outputs)))
 
     def __str__(self) -> str:
         groups = [_group(self.inputs), *(" ".join(axes) for axes in self.factors)]
@@ -85,7 +99,12 @@ class TermPattern:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed pattern: the terms that are summed, and the sizes that the text fixes."""
+    """A parsed pattern; `str` returns its canonical text.
+
+    Attributes:
+        terms: the terms that are summed.
+        sizes: (axis, size) pairs of the axes that the pattern fixes.
+    """
 
     terms: tuple[TermPattern, ...]
     sizes: tuple[tuple[str, Size], ...] = ()
@@ -94,32 +113,31 @@ class Pattern:
         text = " + ".join(map(str, self.terms))
         return f"{text} where {', '.join(f'{axis}={size}' for axis, size in self.sizes)}" if self.sizes else text
 
-    @property
+    @cached_property
     def axes(self) -> Axes:
         """All axes, in order of first appearance."""
-        per_term = (chain(t.inputs, *t.factors, t.outputs) for t in self.terms)
-        return tuple(dict.fromkeys(chain.from_iterable(per_term)))
+        return tuple(dict.fromkeys(chain.from_iterable(term.axes for term in self.terms)))
 
-    @property
+    @cached_property
     def rank_axes(self) -> Axes:
-        """The axes that belong to neither the input nor the output of any term."""
+        """The axes that are in neither the input nor the output of any term."""
         outer = {axis for term in self.terms for axis in term.inputs + term.outputs}
         return tuple(axis for axis in self.axes if axis not in outer)
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Pattern:
-        """The same pattern with more sizes fixed. Raises ValueError for an axis that is not there or fixed twice."""
-        known, axes = dict(self.sizes), self.axes
-        for axis, given in sizes.items():
-            if axis not in axes:
-                raise ValueError(f"sizes names the axis {axis!r}, but the pattern's axes are {', '.join(axes)}")
-            size = limits.size(f"the size of axis {axis!r}", given)
-            if known.setdefault(axis, Size(Fraction(size))) != Size(Fraction(size)):
-                raise ValueError(f"axis {axis!r} is given two sizes that contradict: {known[axis]} and {size}")
-        return Pattern(self.terms, tuple(known.items()))
+        """Return the pattern with more sizes fixed. Raises ValueError for an unknown axis or a second size."""
+        fixed = dict(self.sizes)
+        for axis, value in sizes.items():
+            if axis not in self.axes:
+                raise ValueError(f"sizes names the axis {axis!r}, but the pattern's axes are {', '.join(self.axes)}")
+            size = Size(Fraction(limits.validate_size(f"the size of axis {axis!r}", value)))
+            if fixed.setdefault(axis, size) != size:
+                raise ValueError(f"axis {axis!r} is given two sizes that contradict: {fixed[axis]} and {size}")
+        return Pattern(self.terms, tuple(fixed.items()))
 
 
 def _decimal(number: Fraction) -> str:
-    """All digits of a divisor: the text wrote it in decimals, so there is an end to them."""
+    """All digits of a divisor. They are finitely many, since the divisor was written as a decimal number."""
     numerator, denominator = map(Decimal, number.as_integer_ratio())
     return f"{Context(prec=1000).divide(numerator, denominator):f}"
 
@@ -130,7 +148,7 @@ def _group(axes: Axes) -> str:
 
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Pattern:
-    """Parse a pattern. Raises PatternError (a ValueError) that points at the place where the text goes wrong.
+    """Parse a pattern. Raises PatternError (a ValueError) that points at the mistake in the text.
 
     >>> parse("(g a), g r f a, f e g r -> (f e) where r=2").terms[0].factors
     (('g', 'r', 'f', 'a'), ('f', 'e', 'g', 'r'))
@@ -142,37 +160,54 @@ def parse(text: str) -> Pattern:
         ("factors", sum(len(term.factors) for term in pattern.terms), limits.MAX_FACTORS),
         ("axes", len(pattern.axes), limits.MAX_AXES),
     )
-    for what, count, most in counts:
-        if count > most:
-            raise ValueError(f"a pattern has at most {most} {what}, not {count}")
+    for name, count, limit in counts:
+        if count > limit:
+            raise ValueError(f"a pattern has at most {limit} {name}, not {count}")
     return pattern
 
 
-class _Parser:
-    """Recursive descent over the tokens; one method per rule of the grammar."""
+class Scanner:
+    """The tokens of a text, read one after another.
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.tokens: list[tuple[str, str, int]] = []  # kind, text, position
-        position = 0
-        while not self.tokens or self.tokens[-1][0] != "end":
-            match = _TOKEN.match(text, position)
-            if match is None:
-                position += len(text[position:]) - len(text[position:].lstrip())
-                raise PatternError(f"unexpected character {text[position]!r} in the pattern", text, position)
-            kind = str(match.lastgroup)
-            self.tokens.append((kind, match[kind], match.start(kind)))
-            position = match.end()
-        self.next = 0
+    Attributes:
+        tokens: (kind, text, position) of each token; the kinds are the groups of a regular expression.
+        next: the number of the token to be read next.
+    """
+
+    def __init__(self, text: str, token: re.Pattern[str], start: int = 0) -> None:
+        self.text, self.next = text, 0
+        kinds = ((str(match.lastgroup), match) for match in token.finditer(text, start))
+        self.tokens = [(kind, match[kind], match.start(kind)) for kind, match in kinds]
+
+    @property
+    def kind(self) -> str:
+        """The kind of the next token."""
+        return self.tokens[self.next][0]
+
+    def take(self) -> str:
+        """Read the next token."""
+        self.next += 1
+        return self.tokens[self.next - 1][1]
+
+    def accept(self, symbol: str) -> bool:
+        """Read the next token if it is this symbol or keyword."""
+        found = self.tokens[self.next][1] == symbol
+        self.next += found
+        return found
 
     def error(self, message: str, token: int | None = None) -> PatternError:
+        """The error that points at a token, by default the next one."""
         return PatternError(message, self.text, self.tokens[self.next if token is None else token][2])
 
-    def accept(self, *texts: str) -> bool:
-        if self.tokens[self.next][0] in ("symbol", "name") and self.tokens[self.next][1] in texts:
-            self.next += 1
-            return True
-        return False
+
+class _Parser(Scanner):
+    """Recursive descent over the tokens, with one method per rule of the grammar."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, _TOKEN)
+        for number, (kind, character, _) in enumerate(self.tokens):
+            if kind == "other":
+                raise self.error(f"unexpected character {character!r} in the pattern", number)
 
     def expect(self, symbol: str, where: str) -> None:
         if not self.accept(symbol):
@@ -195,7 +230,7 @@ class _Parser:
                 sizes[axis] = size
                 if not self.accept(","):
                     break
-        if self.tokens[self.next][0] != "end":
+        if self.kind != "end":
             raise self.error("expected '+', 'where' or the end of the pattern")
         return Pattern(tuple(terms), tuple(sizes.items()))
 
@@ -213,38 +248,37 @@ class _Parser:
         return term
 
     def check(self, term: TermPattern, start: int) -> None:
-        """Every axis must be carried by a factor, and must be read, shared or written: else it does nothing."""
-        for axis in dict.fromkeys(chain(term.inputs, *term.factors, term.outputs)):
+        """Refuse an axis that no factor has, or that a single factor has and neither the input nor the output."""
+        for axis in term.axes:
+            count = sum(axis in factor for factor in term.factors)
+            if count > 1 or (count and (axis in term.inputs or axis in term.outputs)):
+                continue
             token = next(i for i in range(start, self.next) if self.tokens[i][1] == axis)
-            carriers = sum(axis in factor for factor in term.factors)
-            if not carriers:
+            if not count:
                 side = "input" if axis in term.inputs else "output"
                 raise self.error(f"no factor carries axis {axis!r} of the {side}", token)
-            if carriers == 1 and axis not in term.inputs and axis not in term.outputs:
-                raise self.error(f"axis {axis!r} is only in one factor: it must also be in another or outside", token)
+            raise self.error(f"axis {axis!r} is only in one factor: it must also be in another or outside", token)
 
-    def group(self, what: str) -> Axes:
+    def group(self, name: str) -> Axes:
         if not self.accept("("):
-            return (self.axis(what),)
-        axes = self.axes(what)
-        self.expect(")", f"or an axis of {what}")
+            return (self.axis(name),)
+        axes = self.axes(name)
+        self.expect(")", f"or an axis of {name}")
         return axes
 
-    def axes(self, what: str) -> Axes:
-        axes = [self.axis(what)]
-        while self.tokens[self.next][0] == "name" and self.tokens[self.next][1] != "where":
-            axis = self.axis(what)
+    def axes(self, name: str) -> Axes:
+        axes = [self.axis(name)]
+        while self.kind == "name" and self.tokens[self.next][1] != "where":
+            axis = self.axis(name)
             if axis in axes:
-                raise self.error(f"axis {axis!r} stands twice in {what}", self.next - 1)
+                raise self.error(f"axis {axis!r} stands twice in {name}", self.next - 1)
             axes.append(axis)
         return tuple(axes)
 
-    def axis(self, what: str) -> str:
-        kind, text, _ = self.tokens[self.next]
-        if kind != "name" or text == "where":
-            raise self.error(f"expected an axis of {what}")
-        self.next += 1
-        return text
+    def axis(self, name: str) -> str:
+        if self.kind != "name" or self.tokens[self.next][1] == "where":
+            raise self.error(f"expected an axis of {name}")
+        return self.take()
 
     def size(self) -> tuple[str, Size]:
         axis = self.axis("'where'")
@@ -263,11 +297,10 @@ class _Parser:
             raise self.error(f"the size of axis {axis!r} must be a whole number of at least 1", token)
         return axis, Size(size)
 
-    def number(self, what: str) -> Fraction:
+    def number(self, name: str) -> Fraction:
         kind, text, _ = self.tokens[self.next]
         if kind == "number" and len(text) > limits.MAX_DIGITS:
             raise self.error(f"a number has at most {limits.MAX_DIGITS} digits, not {len(text)}")
-        if kind != "number" or (what == "a divisor" and Fraction(text) == 0):
-            raise self.error(f"expected {what}")
-        self.next += 1
-        return Fraction(text)
+        if kind != "number" or (name == "a divisor" and Fraction(text) == 0):
+            raise self.error(f"expected {name}")
+        return Fraction(self.take())

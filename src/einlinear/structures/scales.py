@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from einlinear.structures.structure import Structure
+from einlinear.structures.structured_matrix import Structure
 
 
 def spectral_std(fan_in: int, fan_out: int) -> float:

@@ -20,7 +20,7 @@ from einlinear.structures.pattern import Axes, Pattern
 MAX_PADDING = 0.15  # of the features; beyond it the structure no longer is what was asked for
 _CLOSE = math.log(2) + 1e-9  # how far from its target, as a log ratio, a size may be before padding is preferred
 _MAX_ORDERS = 6  # assignments of equally good factors to axes that are handed on to be compared
-_MAX_CANDIDATES = 4096  # of all groups together
+_MAX_CANDIDATES = 1024
 # How much is tried before the best so far is taken: that bounds the time for sizes that nothing fits.
 _MAX_TRIED = 65536  # padded feature counts whose prime factors are small enough
 _MAX_FAR = 1024  # padded feature counts, where no sizes are close to their targets

@@ -44,7 +44,6 @@ PANELS = {
 }
 # an option that these do not know is one of a run, which says what is right
 _OF_RUNS = ("compare", "train", "sweep", "search", "coord-check")
-_FUNCTIONS = {"map": "map_"}
 _PLAIN: dict[str, Any] = {
     "add_completion": False,
     "pretty_exceptions_enable": False,  # a bug shows its plain traceback
@@ -62,8 +61,7 @@ class _Commands(TyperGroup):
 
 def load(name: str) -> Any:
     """Import a command: what click calls."""
-    module = name.replace("-", "_")
-    function = getattr(import_module(f"einlinear_lab.cli.{module}"), _FUNCTIONS.get(name, module))
+    function = import_module(f"einlinear_lab.cli.{name.replace('-', '_')}").command
     alone = typer.Typer(**_PLAIN)
     alone.command(name, context_settings={"ignore_unknown_options": name in _OF_RUNS})(function)
     return typer.main.get_command(alone)

@@ -14,7 +14,7 @@ from einlinear_lab.cli.parsing import assignments, numbers, specs
 from einlinear_lab.cli.running import carry_out
 
 
-def compare(
+def command(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -74,7 +74,7 @@ def compare(
     The same command again trains only what is missing; structures, MACs and seeds can be added to a results folder.
     """
     require(LAB)
-    from einlinear_lab.search.leaders import alongside, as_searched, unseen_seed, without_leaders
+    from einlinear_lab.search.leaders import alongside, as_searched, unseen_seed, split_leaders
     from einlinear_lab.sweeps.compare import Config, configure, plan
 
     with user_errors():
@@ -89,7 +89,7 @@ def compare(
             **({} if data is None else {"data": data}),
             **assignments(settings),
         }
-        others, best = without_leaders(specs(given["structures"]) or ())
+        others, best = split_leaders(specs(given["structures"]) or ())
         sized: list[dict[str, Any]] = []
         if best:
             given = as_searched(best, given)

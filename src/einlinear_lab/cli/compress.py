@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _SHOWN = 10  # of the files that are not copied
 
 
-def compress(
+def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A folder of a transformers model, or its name on the hub.")
     ],

@@ -16,13 +16,13 @@ from einlinear_lab.cli.parsing import assignments, numbers, specs
 from einlinear_lab.cli.running import command_line
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
-    from einlinear_lab.findings.coord_check import Updates
+    from einlinear_lab.report.coordinate_check import FeatureUpdates
 
 
 _STRUCTURES = ["dense; low_rank; kronecker; monarch; btt"]
 
 
-def coord_check(
+def command(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -41,8 +41,8 @@ def coord_check(
     structure is also trained with the learning rates of dense layers.
     """
     require(LAB)
-    from einlinear_lab.findings.coord_check import Updates, write_updates
     from einlinear_lab.report import write_report
+    from einlinear_lab.report.coordinate_check import FeatureUpdates, write_updates
     from einlinear_lab.sweeps.coord_check import cases, check, measure, template
 
     with user_errors():
@@ -59,18 +59,18 @@ def coord_check(
         def advance(spec: str, width: int, _: int) -> None:
             bars.update(bar, advance=1, description=f"{spec}, width {width}")
 
-        updates = [Updates(*found) for found in measure(run, problem, chosen, sizes, advance)]
+        updates = [FeatureUpdates(*found) for found in measure(run, problem, chosen, sizes, advance)]
     _print(updates)
     write_updates(out, updates, command_line(), problem.source)
     display.note(f"Report: {write_report([out]).path}")
 
 
-def _print(updates: Sequence[Updates]) -> None:
+def _print(updates: Sequence[FeatureUpdates]) -> None:
     rows = []
     for update in updates:
         rates = "its own" if update.structure_aware else "of dense"
         changes = (f"{x:.4g}" if math.isfinite(x) else "diverged" for x in update.by_width.values())
-        ratio = update.largest_over_smallest
+        ratio = update.max_over_min
         rows.append((update.structure, rates, *changes, "–" if ratio is None else f"{ratio:.2f}"))
     widths = (f"width {width}" for width in updates[0].by_width)
     display.show(("structure", "learning rates", *widths, "largest / smallest"), rows)

@@ -16,7 +16,7 @@ from einlinear_lab.cli import display
 from einlinear_lab.cli.endings import user_errors
 
 
-def describe(
+def command(
     spec: Annotated[
         str,
         typer.Argument(help='A structure, such as "btt(rank=2)", or a pattern, such as "i, r i, o r -> o where r=8".'),

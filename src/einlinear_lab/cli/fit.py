@@ -1,4 +1,4 @@
-"""`einlinear fit`: its options, and what it prints."""
+"""`einlinear fit`: options and printed tables."""
 
 from __future__ import annotations
 
@@ -16,36 +16,32 @@ from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import floor_of, numbers
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
-    from einlinear_lab.findings.scaling_laws import Law, Laws
+    from einlinear_lab.report.scaling_laws import ScalingLaws
 
-_FEW = 4  # points, of which two are needed to draw a line
+_FEW_POINTS = 4  # R² of so few says little: two of them make a line
 
 
-def fit(
+def command(
     folders: Folders,
     floor: Floor = "0",
     at: Annotated[
         str | None,
-        typer.Option(
-            help="Also print the losses that the laws predict at this compute (in MACs), such as 1M,1G or 1e12."
-        ),
+        typer.Option(help="Also print the predicted losses at this compute (in MACs), such as 1M,1G or 1e12."),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Of laws over training: how far above the hull a point of the frontier may be.")
+        float, typer.Option(help="Training laws: largest relative excess over the hull of a point of the frontier.")
     ] = 0.02,
     window: Annotated[
-        str | None, typer.Option(help="Of laws over training: the least and the most MACs, such as 1T,100T.")
+        str | None, typer.Option(help="Training laws: least and most MACs of the frontier, such as 1T,100T.")
     ] = None,
-    prune: Annotated[
-        bool, typer.Option("--prune", help="Of laws over training: drop the last points where that explains more.")
-    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Training laws: drop last points while R² grows.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write all numbers to this JSON file.")] = None,
 ) -> None:
     """Fit scaling laws to results folders, for each structure: loss = floor + scale × compute^-exponent."""
     require(LAB)
     from einlinear.files import write_json
-    from einlinear_lab.findings.scaling_laws import as_json, laws_of_training, laws_per_input
-    from einlinear_lab.findings.summary import studies
+    from einlinear_lab.report.comparison import compare_runs
+    from einlinear_lab.report.scaling_laws import laws_as_json, laws_of_training, laws_per_input
     from einlinear_lab.runs.store import open_store
 
     with user_errors():
@@ -56,22 +52,22 @@ def fit(
         stores = [open_store(folder) for folder in folders]
         for text in (text for store in stores for text in (*store.damaged(), *store.damaged_lines())):
             display.warning(f"{text}; it is left out")
-        found = studies(record for store in stores for record in store.records())
-        if not found:
+        comparisons = compare_runs(record for store in stores for record in store.records())
+        if not comparisons:
             raise ValueError(f"{' and '.join(map(str, folders))}: no finished runs yet")
     content = []
-    for study in found:
-        display.note(f"{study}, {len(study.records)} runs")
-        final = [laws_per_input(study, measure, assumed) for measure in study.measures]
+    for comparison in comparisons:
+        display.note(f"{comparison}, {len(comparison.records)} runs")
         with user_errors():
-            training = laws_of_training(study, assumed, tolerance=tolerance, window=ends, prune=prune)
-        laws = [*final, *([training] if training else [])]
-        for own in laws:
-            _print(own, computes)
-        content.append({"study": str(study), "laws": [as_json(own, computes) for own in laws]})
+            training = laws_of_training(comparison, assumed, tolerance=tolerance, window=ends, prune=prune)
+        laws = [laws_per_input(comparison, metric, assumed) for metric in comparison.metrics]
+        laws += [training] if training else []
+        for law in laws:
+            _print(law, computes)
+        content.append({"comparison": str(comparison), "laws": [laws_as_json(law, computes) for law in laws]})
     display.note(
-        "Means over the seeds. × compute: how many times the compute dense needs for the same loss, at the most "
-        "compute at which its runs tell."
+        "Means over the seeds. Compute multiplier: how many times the compute dense needs for the same loss, at the "
+        "largest compute that the dense frontier covers."
     )
     if out:
         with user_errors():
@@ -80,34 +76,21 @@ def fit(
         display.note(f"Numbers: {out}")
 
 
-def _print(laws: Laws, computes: Sequence[float]) -> None:
-    from einlinear_lab.findings.summary import in_words
+def _print(laws: ScalingLaws, computes: Sequence[float]) -> None:
+    from einlinear_lab.report.comparison import metric_title
+    from einlinear_lab.report.scaling_laws import LAW_HEADINGS, law_cells
 
-    display.note(f"\n{in_words(laws.measure)} over {laws.compute}")
-    headings = ["structure", "exponent", "95 % interval", "R²", "scale", "floor", "points", "× compute"]
-    headings += [f"at {compute:.3g}" for compute in computes]
-    display.show(headings, [_row(law, computes) for law in laws.laws])
-    for law in laws.laws:
-        if law.fit is None:
-            display.note(f"{law.curve.name}: no exponent: {law.why}")
-        elif len(law.fit.frontier.index) <= _FEW:
-            display.note(f"{law.curve.name}: {len(law.fit.frontier.index)} points: R² means little, go by the interval")
-
-
-def _row(law: Law, computes: Sequence[float]) -> list[str]:
-    if law.fit is None:
-        return [law.curve.name, *["–"] * (7 + len(computes))]
-    numbers, interval = law.fit.law, law.interval
-    doubt = " (not identified)" if numbers.floor_identified is False else ""
-    predictions = [law.predict(compute) for compute in computes]
-    return [
-        law.curve.name,
-        f"{numbers.exponent:.4f}",
-        f"{interval.low:.4f} to {interval.high:.4f}, {interval.source}" if interval else "–",
-        "–" if math.isnan(numbers.r_squared) else f"{numbers.r_squared:.4f}",
-        f"{numbers.scale:.4g}",
-        f"{numbers.floor:.4g}{doubt}",
-        str(len(law.fit.frontier.index)),
-        str(law.multiplier.multiplier) if law.multiplier else "–",
-        *(f"{found.loss:.4g}" if found else "–" for found in predictions),
-    ]
+    display.note(f"\n{metric_title(laws.metric)} over {laws.compute}")
+    rows, notes = [], []
+    for fit in laws.curves:
+        name, cells = fit.curve.name, law_cells(fit, digits=4)
+        predictions = [fit.predict(compute) for compute in computes]
+        texts = [cells[heading].text if cells else "–" for heading in LAW_HEADINGS]
+        rows.append([name, *texts, *(f"{found.loss:.4g}" if found else "–" for found in predictions)])
+        if fit.fit is None:
+            notes.append(f"{name}: no exponent: {fit.reason}")
+        elif (points := len(fit.fit.frontier.index)) <= _FEW_POINTS:
+            notes.append(f"{name}: R² of {points} points means little, rely on the interval")
+    display.show(["structure", *LAW_HEADINGS, *(f"at {compute:.3g}" for compute in computes)], rows)
+    for text in notes:
+        display.note(text)

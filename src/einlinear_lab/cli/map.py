@@ -1,68 +1,50 @@
-"""`einlinear map`: its options, and what it prints."""
+"""`einlinear map`: options and printed tables."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.endings import user_errors
 from einlinear_lab.cli.options import Folders
 from einlinear_lab.cli.packages import LAB, require
+from einlinear_lab.cli.report import PageFile
 
-_SHOWN = 10
+_ROWS = 10
 
 
-def map_(
+def command(
     folders: Folders,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The page to write. Default: report.html in the folder; of several it has to be given."),
-    ] = None,
+    out: PageFile = None,
 ) -> None:
     """Map a search: the exponents of its structures against their loss."""
     require(LAB)
-    from einlinear_lab.findings.structure_map import AT_LEAST, structure_map
-    from einlinear_lab.findings.summary import in_words, studies
-    from einlinear_lab.findings.taxonomy import EXPONENTS
     from einlinear_lab.report import write_report
+    from einlinear_lab.report.comparison import compare_runs, metric_title
+    from einlinear_lab.report.exponents import coefficient_cells
+    from einlinear_lab.report.structure_map import MIN_STRUCTURES, map_of, map_table
     from einlinear_lab.runs.store import open_store
 
     with user_errors():
-        found = studies(record for folder in folders for record in open_store(folder).records())
-        maps = [(study, own) for study in found if (own := structure_map(study, study.error))]
+        comparisons = compare_runs(record for folder in folders for record in open_store(folder).records())
+        maps = [(comparison, map_) for comparison in comparisons if (map_ := map_of(comparison, comparison.error))]
         if not maps:
             raise ValueError(
-                f"{' and '.join(map(str, folders))}: a map needs {AT_LEAST} structures of about the same MACs, each of "
-                "which all layers of a model share, and errors above 0"
+                f"{' and '.join(map(str, folders))}: a map needs {MIN_STRUCTURES} structures of about the same MACs, "
+                "each shared by all layers of a model, and errors above 0"
             )
-        made = write_report(folders, out)
-    for study, own in maps:
-        display.note(f"{study}: {len(own.places)} structures at {own.compute:,.0f} MACs per {study.input}")
-        rows = [
-            (
-                place.structure,
-                place.kind,
-                str(place.row.run.model.width),
-                *(f"{place.exponents[name]:.3g}" for name in EXPONENTS),
-                f"{place.loss:.4f}",
-            )
-            for place in own.places[:_SHOWN]
+        report = write_report(folders, out)
+    for comparison, map_ in maps:
+        error = metric_title(comparison.error)
+        display.note(f"{comparison}: {len(map_.points)} structures at {map_.compute:,.0f} MACs per {comparison.input}")
+        table = map_table(map_.points[:_ROWS], error)
+        display.show(table.headings, [[cell.text for cell in row] for row in table.rows])
+        coefficients = [
+            (sign, *(cell.text for cell in cells)) for sign, cells in coefficient_cells(map_.regression).items()
         ]
-        display.show(("structure", "kind", "width", *EXPONENTS, in_words(study.error)), rows)
-        effects = []
-        for name in EXPONENTS:
-            effect = getattr(own.effects, name)
-            ends = effect.interval
-            interval = f"{ends.low:+.3f} to {ends.high:+.3f}" if ends else "–"
-            effects.append((name, f"{effect.value:+.3f}" if ends else "–", interval))
-        display.show(("one unit more of", f"log of {in_words(study.error)}", "95 % interval"), effects)
-        if own.unfinished:
-            display.note(f"{len(own.unfinished)} more, whose runs ended early or are not finished, are not in these.")
-        best = own.places[0]
-        display.note(f"The best:\n    import einlinear as el\n    el.convert(model, {best.structure!r})\n")
-    for warning in made.warnings:
+        display.show(("exponent", f"coefficient for log {error}", "95 % interval"), coefficients)
+        if map_.unfinished:
+            display.note(f"{len(map_.unfinished)} more structures are left out: pruned or not finished.")
+        best = map_.points[0].structure
+        display.note(f"Lowest {error}:\n    import einlinear as el\n    el.convert(model, {best!r})\n")
+    for warning in report.warnings:
         display.warning(warning)
-    display.note(f"Map: {made.path}")
+    display.note(f"Report: {report.path}")

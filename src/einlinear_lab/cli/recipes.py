@@ -6,7 +6,7 @@ from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import LAB, require
 
 
-def recipes() -> None:
+def command() -> None:
     """List the experiments from papers that `einlinear sweep` knows by name, and what each should show."""
     require(LAB)
     from einlinear_lab.sweeps.recipes import load, names

@@ -1,4 +1,4 @@
-"""`einlinear report`: its options, and what it prints."""
+"""`einlinear report`: options and printed table."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import floor_of
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
-    from einlinear_lab.findings.summary import Study
+    from einlinear_lab.report.comparison import Comparison
+
+PageFile = Annotated[
+    Path | None,
+    typer.Option(help="The page to write. Default: report.html in the folder; required for several folders."),
+]
 
 
-def report(
+def command(
     folders: Folders,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The page to write. Default: report.html in the folder; of several folders it has to be given."
-        ),
-    ] = None,
+    out: PageFile = None,
     floor: Floor = "0",
 ) -> None:
     """Print a table of the models in results folders, and write a page about all their runs."""
@@ -32,40 +32,25 @@ def report(
     from einlinear_lab.report import write_report
 
     with user_errors():
-        made = write_report(folders, out, floor_of(floor))
-    for study in made.studies:
-        _print(study)
-    for warning in made.warnings:
+        report = write_report(folders, out, floor_of(floor))
+    for comparison in report.comparisons:
+        _print(comparison)
+    for warning in report.warnings:
         display.warning(warning)
-    display.note(f"Report: {made.path}")
+    display.note(f"Report: {report.path}")
 
 
-def _print(study: Study) -> None:
-    """Every model, at its best learning rate where there are several."""
-    from einlinear_lab.findings.summary import in_words
+def _print(comparison: Comparison) -> None:
+    """Print every model, at its best learning rate where there are several."""
+    from einlinear_lab.report.comparison import metric_title
+    from einlinear_lab.report.model_table import model_columns
 
-    measures = study.all_measures
-    options = [name for name in study.varied if name not in ("structure", "width", "seed")]
-    rows = []
-    for row in (row for curve in study.curves for row in curve.best):
-        means = [row.mean(measure) for measure in measures]
-        seconds = row.step_seconds
-        rows.append(
-            [
-                row.run.model.structure,
-                str(row.run.model.width),
-                *("–" if (given := row.run.identity.get(name)) is None else str(given) for name in options),
-                f"{row.result.params:,}",
-                f"{row.result.macs:,}",
-                *("diverged" if mean is None else f"{mean:.4f}" for mean in means),
-                str(row.multipliers.get(study.error, "–")),
-                "–" if seconds is None else f"{1000 * seconds:.1f}",
-                "–" if row.result.memory is None else f"{row.result.memory / 1e6:,.1f}",
-                row.seed_count,
-            ]
-        )
-    names = (*(name.replace("_", " ") for name in options), "params", "MACs", *map(in_words, measures))
-    display.note(f"{study}{', every model at its best learning rate' if 'lr' in study.varied else ''}:")
-    display.show(("structure", "width", *names, "× compute", "ms/step", "MB", "seeds"), rows)
-    display.note(f"× compute: how many times these MACs dense needs for the same {in_words(study.error)}.")
-    display.note("MB: on a GPU the most that a step took; on a CPU parameters, gradients and the optimizer's state.\n")
+    best = [group for curve in comparison.curves for group in curve.best]
+    columns = model_columns(comparison, best, {"compute multiplier": comparison.error})
+    rows = zip(*([cell.text for cell in cells] for cells in columns.values()), strict=True)
+    display.note(f"{comparison}{', every model at its best learning rate' if 'lr' in comparison.varied else ''}:")
+    display.show(list(columns), list(rows))
+    display.note(
+        f"Compute multiplier: how many times these MACs dense needs for the same {metric_title(comparison.error)}."
+    )
+    display.note("MB: on a GPU the peak memory of a step; on a CPU parameters, gradients and optimizer state.\n")

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import typer
 from rich.progress import Progress, TaskID, TextColumn
 
-from einlinear_lab.cli import display
+from einlinear_lab.cli import display, report
 from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
 from einlinear_lab.cli.importing import setup
 from einlinear_lab.cli.packages import RAY, require
-from einlinear_lab.cli.report import report
 
 if TYPE_CHECKING:  # heavy: imported where it is needed
     from einlinear_lab.runs.run import Run
@@ -131,7 +130,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
             display.error(f"{event.run.name} failed: {event.message}")
     else:
         failed = []
-    report([folder])
+    report.command([folder])
     if failed:
         raise typer.Exit(1)
 

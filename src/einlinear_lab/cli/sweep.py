@@ -15,7 +15,7 @@ from einlinear_lab.cli.parsing import assignments
 from einlinear_lab.cli.running import carry_out, check_place, cluster, refuse
 
 
-def sweep(
+def command(
     what: Annotated[str, typer.Argument(metavar="FILE|RECIPE", help="A .toml or .json file, or the name of a recipe.")],
     settings: Settings = None,
     out: Annotated[

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear_lab.runs.run import Run
 
 
-def train(
+def command(
     settings: Settings = None,
     out: Annotated[
         Path | None,

@@ -1,234 +1,296 @@
-"""Learning-rate landscapes: the loss over the learning rate at every size, and where its optimum lies."""
+"""Learning-rate sweeps: the loss over the learning rate for every model size, and the optimal learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
-import plotly.graph_objects as go
-from markupsafe import Markup
+import numpy as np
+from markupsafe import Markup, escape
 
-from einlinear_lab.findings.learning_rates import Landscape, Optimum, landscapes, largest_over_smallest
-from einlinear_lab.findings.summary import TRAIN_LOSS, Curve, Study, in_words, result, value
-from einlinear_lab.report.page import Cell, CsvRow, Figure, Panel, Section, Table, csv_row, hover, hover_of_mean
-from einlinear_lab.report.plots import colour, log_axis, shade, style, symbol
+from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, shade, symbol, trace, width_axis
+from einlinear_lab.report.comparison import Comparison, Curve, SeedGroup, metric_of, metric_title, result_of
+from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, hover, run_row
+from einlinear_lab.runs.records import Record
+from einlinear_lab.scaling.multipliers import Bound, Multiplier
 
-Found = Sequence[tuple[Curve, Sequence[Landscape]]]
+MIN_RATES = 3  # of a sweep
 
-_HEIGHT = 340
+Point = tuple[float, float | None]  # (learning rate, loss); None where it diverged
+CurveSweeps = Sequence[tuple[Curve, Sequence["LearningRateSweep"]]]
 
 
-def learning_rates(study: Study, commands: Sequence[str]) -> Section | None:
-    """The section, if some model was trained at three learning rates or more."""
-    found = {measure: _landscapes(study, measure) for measure in study.measures}
-    if not any(found.values()):
-        return None
-    views = {in_words(measure): _panels(own, measure) for measure, own in found.items()}
-    optima = {in_words(measure): [Panel("", _optima(own))] for measure, own in found.items()}
-    data = _data(found[study.error], study)
-    figures = [
-        Figure(
-            "learning-rates",
-            Markup(
-                "One line per size, means over the seeds; open marks: single seeds. Large ring: the optimum, of the "
-                "parabola through the lowest point and its neighbours. Crosses at the top: diverged. <i>Naive</i>: all "
-                "factors learn at the rate of a dense layer. All panels have the same axes."
-            ),
-            views,
-            data,
-        ),
-        Figure(
-            "best-learning-rates",
-            Markup(
-                "The optima by width: a level line means that the learning rate carries over. Bars: the range over "
-                "single seeds. Open marks: the optimum is at an end of the learning rates that were tried, or beyond."
-            ),
-            optima,
-            _optima_data(found),
-        ),
+@dataclass(frozen=True)
+class Optimum:
+    """The optimal learning rate of one model.
+
+    The optimum of the mean loss need not lie within the range of single seeds: each parabola goes through the lowest
+    point of its own curve and both neighbours, and where the loss is flat, the curves have their lowest points at
+    different learning rates. The range shows how well the runs determine the optimum. It is no confidence interval.
+
+    Attributes:
+        lr: the optimum of the mean loss over the seeds.
+        smallest, largest: range of the optima of single seeds.
+        bound: "<" or ">" where the lowest loss is at the smallest or at the largest learning rate of the sweep: the
+            true optimum may lie beyond.
+    """
+
+    lr: float
+    smallest: float
+    largest: float
+    bound: Bound
+
+
+@dataclass(frozen=True)
+class LearningRateSweep:
+    """One model size at several learning rates.
+
+    Attributes:
+        size: "width 64", and every other size that varies.
+        width: the width of the model.
+        groups: the runs, by learning rate.
+        optimum: None where every run diverged.
+    """
+
+    size: str
+    width: int
+    groups: tuple[SeedGroup, ...]
+    optimum: Optimum | None
+
+
+def sweeps_of(comparison: Comparison, curve: Curve, metric: str) -> list[LearningRateSweep]:
+    """Return the sweeps of a curve by model size, of all sizes with at least three learning rates."""
+    sizes: dict[str, list[SeedGroup]] = {}
+    for group in curve.groups:
+        sizes.setdefault(comparison.size(group.run), []).append(group)
+    return [
+        LearningRateSweep(size, groups[0].run.model.width, tuple(groups), _optimum(groups, metric))
+        for size, groups in sizes.items()
+        if len(groups) >= MIN_RATES
     ]
-    tables = [_table(own, measure) for measure, own in found.items()]
-    return Section("Learning rates", Markup(), [*figures, *tables], commands)
 
 
-def _landscapes(study: Study, measure: str) -> Found:
-    """The landscapes of every curve that has any."""
-    found = [(curve, landscapes(study, curve, measure)) for curve in study.curves]
-    return [(curve, own) for curve, own in found if own]
+def optimum_shift(sweeps: Sequence[LearningRateSweep]) -> Multiplier | None:
+    """Return the ratio of the largest optimum to the smallest, or None with fewer than two optima.
+
+    An optimum at an end of its sweep makes the ratio a lower bound. Where the largest optimum may be smaller, or the
+    smallest one larger, than its sweep shows, the ratio is unknown: None.
+    """
+    optima = sorted((sweep.optimum for sweep in sweeps if sweep.optimum), key=lambda optimum: optimum.lr)
+    if len(optima) < 2 or optima[0].bound == ">" or optima[-1].bound == "<":
+        return None
+    return Multiplier(optima[-1].lr / optima[0].lr, ">" if any(optimum.bound for optimum in optima) else "")
 
 
-def _panels(found: Found, measure: str) -> list[Panel]:
-    rows = [row for _, own in found for landscape in own for row in landscape.rows]
-    rates = [row.run.training.lr for row in rows]
-    losses = [loss for row in rows for loss in row.values(measure) if loss > 0]
-    widths = _widths(found)
-    sizes = sorted(widths, key=widths.__getitem__)
-    top = 1.08 * max(losses, default=1.0)
-    panels = []
-    for curve, own in found:
-        figure = go.Figure()
-        for landscape in own:
-            _add(figure, landscape, measure, sizes.index(landscape.size), len(sizes), top)
-        style(figure)
-        figure.update_layout(height=_HEIGHT)
-        figure.update_xaxes(**log_axis(rates, "learning rate"))
-        figure.update_yaxes(**log_axis([*losses, top], in_words(measure)))
-        panels.append(Panel(curve.name, figure))
-    return panels
+def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
+    """Return the learning rate of the lowest loss, with a bound at an end of the sweep; None if all runs diverged.
+
+    It is the vertex of the parabola through the lowest point and its two neighbours, over the log learning rate; or the
+    lowest point itself, at an end or next to a learning rate that diverges.
+
+    >>> lr, _ = best_lr([(0.001, 2.0), (0.01, 1.0), (0.1, 2.0)])
+    >>> round(lr, 6)
+    0.01
+    >>> best_lr([(0.001, 1.0), (0.01, 2.0), (0.1, None)])
+    (0.001, '<')
+    """
+    points = sorted(points)
+    losses = [math.inf if loss is None else loss for _, loss in points]
+    i = int(np.argmin(losses))
+    if not points or losses[i] == math.inf:
+        return None
+    if i in (0, len(points) - 1):
+        return points[i][0], "<" if i == 0 else ">"
+    around = slice(i - 1, i + 2)
+    if math.inf in losses[around]:
+        return points[i][0], ""
+    x = np.log([lr for lr, _ in points[around]])
+    curvature, slope, _ = np.polyfit(x - x[1], losses[around], 2)
+    return (float(np.exp(x[1] - slope / (2 * curvature))) if curvature > 0 else points[i][0]), ""
 
 
-def _add(figure: go.Figure, landscape: Landscape, measure: str, i: int, count: int, top: float) -> None:
-    """Draw one size: seeds, means, those that diverged, and the optimum."""
-    look = {"color": shade(i, count), "symbol": symbol(i)}
-    template = "%{customdata}<br>%{y:.4g}<extra></extra>"
-    good = [row for row in landscape.rows if row.good]
-    common = {"legendgroup": landscape.size, "hovertemplate": template}
-    seeds = [record for row in good if len(row.good) > 1 for record in row.good]
+def section(comparison: Comparison) -> Section | None:
+    """Show the sweeps, if any model size has at least three learning rates."""
+    by_metric = {metric: _all_sweeps(comparison, metric) for metric in comparison.metrics}
+    if not any(by_metric.values()):
+        return None
+    sweeps = Figure(
+        "learning-rates",
+        Markup(
+            "One line per model size, means over the seeds; open marks: single seeds. Large ring: the optimum, by a "
+            "parabola through the lowest point and its neighbours. Crosses at the top: diverged. <i>Naive</i>: all "
+            "factors have the learning rate of a dense layer. All panels share their axes."
+        ),
+        {metric_title(metric): _sweep_charts(curves, metric) for metric, curves in by_metric.items()},
+        [
+            run_row(
+                curve.name,
+                record,
+                diverged=result_of(record).diverged,
+                **{metric: metric_of(record, metric) for metric in comparison.metrics},
+            )
+            for curve, sweeps in by_metric[comparison.error]
+            for sweep in sweeps
+            for group in sweep.groups
+            for record in group.records
+        ],
+    )
+    optima = Figure(
+        "best-learning-rates",
+        Markup(
+            "The optimal learning rate by width. A horizontal line means that the learning rate transfers across "
+            "widths. Bars: range over single seeds. Open marks: the optimum is at an end of the sweep, or beyond."
+        ),
+        {metric_title(metric): [_optima_chart(curves)] for metric, curves in by_metric.items()},
+        [
+            {
+                "curve": curve.name,
+                "structure": curve.structure,
+                "size": sweep.size,
+                "width": sweep.width,
+                "metric": metric,
+                "best_lr": best.lr,
+                "smallest": best.smallest,
+                "largest": best.largest,
+                "bound": best.bound,
+            }
+            for metric, curves in by_metric.items()
+            for curve, sweeps in curves
+            for sweep in sweeps
+            if (best := sweep.optimum)
+        ],
+    )
+    tables = [_table(curves, metric_title(metric)) for metric, curves in by_metric.items()]
+    return Section("Learning rates", figures=[sweeps, optima], tables=tables)
+
+
+def _optimum(groups: Sequence[SeedGroup], metric: str) -> Optimum | None:
+    """Return the optimum of the means and the range over seeds; a learning rate where a seed diverges has no loss."""
+    best = best_lr(
+        [(group.run.training.lr, None if group.diverged else fmean(group.values(metric))) for group in groups]
+    )
+    if best is None:
+        return None
+    seeds: dict[int, list[Record]] = {}
+    for record in (record for group in groups for record in group.records):
+        seeds.setdefault(record.run.seed, []).append(record)
+    curves = [[(record.run.training.lr, metric_of(record, metric)) for record in records] for records in seeds.values()]
+    optima = [single[0] for points in curves if len(points) == len(groups) and (single := best_lr(points))]
+    lr, bound = best
+    return Optimum(lr, min(optima, default=lr), max(optima, default=lr), bound)
+
+
+def _all_sweeps(comparison: Comparison, metric: str) -> CurveSweeps:
+    """Return the curves with sweeps."""
+    curves = [(curve, sweeps_of(comparison, curve, metric)) for curve in comparison.curves]
+    return [(curve, sweeps) for curve, sweeps in curves if sweeps]
+
+
+def _sizes(curves: CurveSweeps) -> Mapping[str, int]:
+    """Return size -> width, by width."""
+    sizes = {sweep.size: sweep.width for _, sweeps in curves for sweep in sweeps}
+    return dict(sorted(sizes.items(), key=lambda item: item[1]))
+
+
+def _sweep_charts(curves: CurveSweeps, metric: str) -> list[Chart]:
+    """Draw a chart per curve, all over the same axes."""
+    groups = [group for _, sweeps in curves for sweep in sweeps for group in sweep.groups]
+    losses = [loss for group in groups for loss in group.values(metric) if loss > 0]
+    sizes, top = list(_sizes(curves)), 1.08 * max(losses, default=1.0)
+    x = log_axis([group.run.training.lr for group in groups], "learning rate")
+    y = log_axis([*losses, top], metric_title(metric))
+    return [
+        Chart(
+            [part for sweep in sweeps for part in _traces(sweep, metric, sizes.index(sweep.size), len(sizes), top)],
+            x,
+            y,
+            title=curve.name,
+            height=340,
+        )
+        for curve, sweeps in curves
+    ]
+
+
+def _traces(sweep: LearningRateSweep, metric: str, i: int, count: int, top: float) -> list[Trace]:
+    """Draw one size: its seeds, their means, the diverged runs and the optimum."""
+    hue, mark, name = shade(i, count), symbol(i), sweep.size
+    good = [group for group in sweep.groups if group.good]
+    seeds = [record for group in good if len(group.good) > 1 for record in group.good]
+    diverged = [record for group in sweep.groups for record in group.records if result_of(record).diverged]
+    label = "%{customdata}<br>%{y:.4g}"
+
+    def rates(records: Sequence[Record]) -> list[float]:
+        return [record.run.training.lr for record in records]
+
+    traces = []
     if seeds:
-        figure.add_scatter(
-            x=[record.run.training.lr for record in seeds],
-            y=[value(record, measure) for record in seeds],
-            customdata=[hover(record) for record in seeds],
-            mode="markers",
-            marker={**look, "symbol": f"{symbol(i)}-open", "size": 4},
-            opacity=0.6,
-            showlegend=False,
-            **common,
+        losses, texts = [metric_of(record, metric) for record in seeds], list(map(hover, seeds))
+        traces.append(
+            trace(rates(seeds), losses, hue, label, texts, name=name, symbol=f"{mark}-open", size=4, opacity=0.6)
         )
-    figure.add_scatter(
-        x=[row.run.training.lr for row in good],
-        y=[row.mean(measure) for row in good],
-        customdata=[hover_of_mean(row.good) for row in good],
-        mode="lines+markers",
-        marker={**look, "size": 7},
-        line={"color": shade(i, count), "width": 1.5},
-        name=landscape.size,
-        **common,
-    )
-    gone = [record for row in landscape.rows for record in row.records if result(record).diverged]
-    if gone:
-        figure.add_scatter(
-            x=[record.run.training.lr for record in gone],
-            y=[top] * len(gone),
-            customdata=[f"{hover(record)}<br>diverged" for record in gone],
-            mode="markers",
-            marker={"color": shade(i, count), "symbol": "x-thin-open", "size": 9, "line": {"width": 2}},
-            showlegend=False,
-            legendgroup=landscape.size,
-            hovertemplate="%{customdata}<extra></extra>",
+    means, texts = [group.mean(metric) for group in good], [hover(*group.good) for group in good]
+    lrs = [group.run.training.lr for group in good]
+    traces.append(trace(lrs, means, hue, label, texts, name=name, legend=True, symbol=mark, size=7, line=1.5))
+    if diverged:
+        texts, height = [f"{hover(record)}<br>diverged" for record in diverged], [top] * len(diverged)
+        traces.append(
+            trace(rates(diverged), height, hue, "%{customdata}", texts, name=name, symbol="x-thin-open", outline=2)
         )
-    if landscape.optimum:
-        lr = landscape.optimum.lr
-        nearest = min(good, key=lambda row: max(row.run.training.lr / lr, lr / row.run.training.lr))
-        figure.add_scatter(
-            x=[lr],
-            y=[nearest.mean(measure)],
-            mode="markers",
-            marker={"color": shade(i, count), "symbol": "circle-open", "size": 15, "line": {"width": 2}},
-            showlegend=False,
-            legendgroup=landscape.size,
-            hovertemplate=f"{landscape.size}: optimum {lr:.3g}<extra></extra>",
+    if sweep.optimum:
+        lr = sweep.optimum.lr
+        nearest = min(good, key=lambda group: abs(math.log(group.run.training.lr / lr)))
+        label = f"{name}: optimum {lr:.3g}"
+        traces.append(
+            trace([lr], [nearest.mean(metric)], hue, label, name=name, symbol="circle-open", size=15, outline=2)
         )
+    return traces
 
 
-def _optima(found: Found) -> go.Figure:
-    figure = go.Figure()
-    shown: list[float] = []
-    widths: set[int] = set()
-    for i, (curve, models) in enumerate(found):
-        optima = [(model, model.optimum) for model in models if model.optimum]
-        naive = curve.options.get("structure_aware") is False
-        figure.add_scatter(
-            x=[model.width for model, _ in optima],
-            y=[best.lr for _, best in optima],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [max(0.0, best.largest - best.lr) for _, best in optima],
-                "arrayminus": [max(0.0, best.lr - best.smallest) for _, best in optima],
-                "thickness": 1,
-            },
-            customdata=[model.size for model, _ in optima],
-            mode="lines+markers",
-            marker={
-                "color": colour(i),
-                "symbol": [f"{symbol(i)}-open" if best.bound else symbol(i) for _, best in optima],
-                "size": 9,
-            },
-            line={"color": colour(i), "width": 1.5, "dash": "dot" if naive else "solid"},
-            name=curve.name,
-            hovertemplate=f"{Markup.escape(curve.name)}, %{{customdata}}<br>optimum %{{y:.3g}}<extra></extra>",
+def _optima_chart(curves: CurveSweeps) -> Chart:
+    traces, ends = [], list[float]()
+    for i, (curve, sweeps) in enumerate(curves):
+        optima = [(sweep, sweep.optimum) for sweep in sweeps if sweep.optimum]
+        ends += [end for _, best in optima for end in (best.smallest, best.lr, best.largest)]
+        traces.append(
+            trace(
+                [sweep.width for sweep, _ in optima],
+                [best.lr for _, best in optima],
+                colour(i),
+                f"{escape(curve.name)}, %{{customdata}}<br>optimum %{{y:.3g}}",
+                [sweep.size for sweep, _ in optima],
+                name=curve.name,
+                legend=True,
+                symbol=[f"{symbol(i)}-open" if best.bound else symbol(i) for _, best in optima],
+                line=1.5,
+                dash="solid" if curve.structure_aware else "dot",
+                ranges=[(best.smallest, best.largest) for _, best in optima],
+            )
         )
-        shown += [end for _, best in optima for end in (best.smallest, best.lr, best.largest)]
-        widths |= {model.width for model, _ in optima}
-    style(figure)
-    figure.update_xaxes(title="width", type="log", tickvals=sorted(widths), ticktext=[str(w) for w in sorted(widths)])
-    figure.update_yaxes(**log_axis(shown, "best learning rate"))
-    return figure
+    widths = {sweep.width for _, sweeps in curves for sweep in sweeps if sweep.optimum}
+    return Chart(traces, width_axis(widths), log_axis(ends, "optimal learning rate"))
 
 
-def _table(found: Found, measure: str) -> Table:
-    """The optima: a row per curve, a column per size."""
-    widths = _widths(found)
-    ordered = sorted(widths, key=widths.__getitem__)
-    rows = []
-    for i, (curve, own) in enumerate(found):
-        by_size = {landscape.size: landscape.optimum for landscape in own}
-        times = largest_over_smallest(own)
-        cells = [_optimum(by_size[size]) if size in by_size else Cell("") for size in ordered]
-        last = Cell(times.text.replace(">", "≥"), times.value) if times else Cell("–")
-        rows.append([Cell(curve.name, curve.name, i), last, *cells])
+def _table(curves: CurveSweeps, metric: str) -> SortableTable:
+    """Return the optima: a row per curve, a column per size."""
+    sizes, rows = list(_sizes(curves)), []
+    for i, (curve, sweeps) in enumerate(curves):
+        shift, optima = optimum_shift(sweeps), {sweep.size: sweep.optimum for sweep in sweeps}
+        ratio = Cell(shift.text.replace(">", "≥"), shift.value) if shift else Cell("–")
+        cells = [_cell(optima[size]) if size in optima else Cell("") for size in sizes]
+        rows.append([Cell(curve.name, curve.name, i), ratio, *cells])
     note = Markup(
-        "Best learning rate by {}, in brackets the range over single seeds. ≤ and ≥: at an end of those that "
-        "were tried. <b>Largest / smallest</b>: 1 where one learning rate is best at every size; ≥ and – where an "
-        "optimum is at an end, so that the runs do not tell."
+        "Optimal learning rate by {}, with the range over single seeds in brackets. ≤ and ≥: at an end of the sweep. "
+        "<b>Largest / smallest</b>: 1 where one learning rate is optimal at every size; ≥ and – where an optimum at an "
+        "end of its sweep leaves the ratio open."
     )
-    return Table((f"best by {in_words(measure)}", "largest / smallest", *ordered), rows, note.format(in_words(measure)))
+    return SortableTable((f"optimum by {metric}", "largest / smallest", *sizes), rows, note.format(metric))
 
 
-def _optimum(best: Optimum | None) -> Cell:
+def _cell(best: Optimum | None) -> Cell:
     if best is None:
         return Cell("diverged")
     sign = {"": "", "<": "≤ ", ">": "≥ "}[best.bound]
     ends = "" if best.smallest == best.largest else f" ({best.smallest:.2g} to {best.largest:.2g})"
     return Cell(f"{sign}{best.lr:.2g}{ends}", best.lr)
-
-
-def _widths(found: Found) -> dict[str, int]:
-    """The width of every size."""
-    return {model.size: model.width for _, models in found for model in models}
-
-
-def _data(found: Found, study: Study) -> list[CsvRow]:
-    measures = (study.error, TRAIN_LOSS)
-    return [
-        csv_row(
-            curve.name,
-            record,
-            diverged=result(record).diverged,
-            **{measure: value(record, measure) for measure in measures},
-        )
-        for curve, own in found
-        for landscape in own
-        for row in landscape.rows
-        for record in row.records
-    ]
-
-
-def _optima_data(found: dict[str, Found]) -> list[CsvRow]:
-    return [
-        {
-            "curve": curve.name,
-            "structure": curve.structure,
-            "size": model.size,
-            "width": model.width,
-            "measure": measure,
-            "best_lr": best.lr,
-            "smallest": best.smallest,
-            "largest": best.largest,
-            "bound": best.bound,
-        }
-        for measure, own in found.items()
-        for curve, models in own
-        for model in models
-        if (best := model.optimum)
-    ]

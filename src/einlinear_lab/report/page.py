@@ -1,56 +1,49 @@
-"""A page of sections, and turning it into one HTML file that loads nothing."""
+"""The shape of every figure (title, caption, charts, tables), and one HTML file of them that loads nothing."""
 
 from __future__ import annotations
 
 import base64
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
 import jinja2
 import plotly.graph_objects as go
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from einlinear_lab.findings.summary import result
-from einlinear_lab.report.plots import colour, glyph
+from einlinear_lab.report.charts import Chart, colour, glyph
+from einlinear_lab.report.comparison import SeedGroup, result_of
 from einlinear_lab.runs.records import Record
 
 CsvRow = Mapping[str, object]
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One plot; its title may be empty."""
-
-    title: str
-    plot: go.Figure
-
-
-@dataclass(frozen=True)
 class Figure:
-    """Plots that belong together.
+    """Charts with one caption, and their data as CSV.
 
     Attributes:
-        name: of the file with its numbers; no other figure of the section has it.
-        caption: below it, as HTML.
-        views: its panels, by the name of what the reader can choose to see; a single one leaves no choice.
-        data: its numbers, a row per point.
+        name: the name of the CSV file, unique within a section.
+        caption: the text below the charts, as HTML.
+        views: the charts by the name of the view; several views give the reader buttons to choose.
+        data: a row per point.
     """
 
     name: str
     caption: Markup
-    views: Mapping[str, Sequence[Panel]]
+    views: Mapping[str, Sequence[Chart]]
     data: Sequence[CsvRow]
 
     @property
     def csv(self) -> str:
-        """The numbers as a data: URI."""
+        """The data as a data: URI."""
         text = io.StringIO()
-        names = dict.fromkeys(name for row in self.data for name in row)
-        writer = csv.DictWriter(text, list(names), lineterminator="\n")
+        writer = csv.DictWriter(
+            text, list(dict.fromkeys(name for row in self.data for name in row)), lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(self.data)
         return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.getvalue().encode()).decode()
@@ -58,28 +51,33 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table.
+    """A cell of a table.
 
     Attributes:
-        text: that is shown.
-        value: to sort by; None sorts last. A text sorts as such.
-        mark: which curve's colour and symbol stand before the text.
+        text: the text that is shown.
+        value: the sort key, a number or a text; None sorts last.
+        curve: the index of a curve, whose colour and symbol precede the text.
     """
 
     text: str
     value: float | str | None = None
-    mark: int | None = None
+    curve: int | None = None
+
+    @classmethod
+    def of(cls, value: float | str | None, form: str = "", missing: str = "–", curve: int | None = None) -> Cell:
+        """Return the cell of a value in a format such as ".3g", sorted by the value."""
+        return cls(missing if value is None else format(value, form), value, curve)
 
 
 @dataclass(frozen=True)
-class Table:
+class SortableTable:
     """A table that a click on a heading sorts.
 
     Attributes:
-        headings: of the columns.
-        rows: as many cells each.
-        note: below it, as HTML.
-        summary: where it is folded up, what can be seen of it.
+        headings: the names of the columns.
+        rows: the cells, one for each column.
+        note: the text below the table, as HTML.
+        summary: the visible line of a table that is folded up; empty for a table that is not.
     """
 
     headings: Sequence[str]
@@ -90,42 +88,45 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """What can be said about one thing.
+    """A heading, a text, figures and tables about one question.
 
     Attributes:
-        title: its heading.
-        text: below the heading, as HTML.
-        parts: figures and tables, from top to bottom.
-        commands: that made the runs which are shown.
+        title: the heading.
+        text: the introduction, as HTML.
+        figures, tables: from top to bottom.
     """
 
     title: str
     text: Markup = field(default=Markup())
-    parts: Sequence[Figure | Table] = ()
-    commands: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[SortableTable] = ()
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """Sections about one study or coordinate check; the title is shown where there are several chapters."""
+    """The sections about one comparison or coordinate check, and the commands of its runs.
+
+    The title is shown where the page has several chapters.
+    """
 
     title: str
     sections: Sequence[Section]
+    commands: Sequence[str]
 
 
 def render(
     title: str, headline: str, warnings: Sequence[str], chapters: Sequence[Chapter], footer: Mapping[str, str]
 ) -> str:
-    """The page.
+    """Render the page as one HTML file.
 
     Args:
-        title, headline: at the top.
-        warnings: that the reader must not miss.
-        chapters: all there is to show.
+        title, headline: shown at the top.
+        warnings: shown below the headline.
+        chapters: the content.
         footer: how the page was made.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"plot": _plot, "colour": colour, "glyph": glyph}
+    environment.filters |= {"draw": _draw, "colour": colour, "glyph": glyph}
     return environment.from_string(_asset("page.html.jinja")).render(
         title=title,
         headline=headline,
@@ -138,30 +139,20 @@ def render(
     )
 
 
-def hover(record: Record) -> str:
-    """Which run a point is."""
-    run = record.run
-    return (
-        f"{Markup.escape(run.model.structure)}, width {run.model.width}<br>"
-        f"lr {run.training.lr:g}, seed {run.seed}<br>key {run.key}"
-    )
-
-
-def hover_of_mean(records: Sequence[Record]) -> str:
-    """Which runs a point is the mean of."""
-    if len(records) == 1:
-        return hover(records[0])
+def hover(*records: Record) -> str:
+    """Return the hover label of a point: the run, or the runs of several seeds whose mean the point is."""
     run, keys = records[0].run, ", ".join(record.run.key for record in records[:4])
-    seeds = ", ".join(str(record.run.seed) for record in records)
+    one = len(records) == 1
+    seeds = f"seed {run.seed}" if one else f"mean of seeds {', '.join(str(record.run.seed) for record in records)}"
     return (
-        f"{Markup.escape(run.model.structure)}, width {run.model.width}<br>"
-        f"lr {run.training.lr:g}, mean of seeds {seeds}<br>keys {keys}{' …' if len(records) > 4 else ''}"
+        f"{escape(run.model.structure)}, width {run.model.width}<br>lr {run.training.lr:g}, {seeds}<br>"
+        f"{'key' if one else 'keys'} {keys}{' …' if len(records) > 4 else ''}"
     )
 
 
-def csv_row(curve: str, record: Record, **values: object) -> CsvRow:
-    """A point of a run: what it is, its costs, and the values of the point."""
-    run, own = record.run, result(record)
+def run_row(curve: str, record: Record, **values: object) -> CsvRow:
+    """Return the CSV row of a point of a run: its configuration, its costs, and the values of the point."""
+    run, result = record.run, result_of(record)
     return {
         "key": run.key,
         "curve": curve,
@@ -170,19 +161,20 @@ def csv_row(curve: str, record: Record, **values: object) -> CsvRow:
         "width": run.model.width,
         "lr": run.training.lr,
         "seed": run.seed,
-        "macs": own.macs,
-        "params": own.params,
+        "macs": result.macs,
+        "params": result.params,
         **values,
     }
 
 
-def paragraphs(texts: Iterable[str]) -> Markup:
-    """HTML of plain texts."""
-    return Markup().join(Markup("<p>{}</p>\n").format(text) for text in texts)
+def group_row(group: SeedGroup, **values: object) -> CsvRow:
+    """Return the CSV row of a mean over seeds: the configuration, the MACs, and the values of the point."""
+    model = group.run.model
+    return {"structure": model.structure, "width": model.width, "macs": group.result.macs, **values}
 
 
 def definitions(terms: Mapping[str, str]) -> Markup:
-    """HTML of terms and what they are."""
+    """Return an HTML list of terms and their values."""
     pairs = (Markup("<dt>{}</dt><dd>{}</dd>\n").format(term, text) for term, text in terms.items())
     return Markup("<dl>\n{}</dl>\n").format(Markup().join(pairs))
 
@@ -191,6 +183,6 @@ def _asset(name: str) -> str:
     return files("einlinear_lab.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _plot(panel: Panel, name: str) -> Markup:
+def _draw(chart: Chart, id: str) -> Markup:
     config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    return Markup(panel.plot.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config))
+    return Markup(go.Figure(chart.plotly).to_html(full_html=False, include_plotlyjs=False, div_id=id, config=config))

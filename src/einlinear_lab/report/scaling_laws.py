@@ -1,235 +1,394 @@
-"""Losses over compute: every model, and the frontier and the law of every structure."""
+"""Scaling laws: the loss of every structure over compute, and the power law through its frontier."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import plotly.graph_objects as go
+import numpy as np
 from markupsafe import Markup
 
-from einlinear_lab.findings.scaling_laws import Law, Laws, laws_of_training, laws_per_input
-from einlinear_lab.findings.summary import TRAIN_LOSS, Study, in_words, result, value
-from einlinear_lab.report.multipliers import multipliers_of_frontiers, multipliers_of_models, with_interval
-from einlinear_lab.report.page import (
-    Cell,
-    CsvRow,
-    Figure,
-    Panel,
-    Section,
-    Table,
-    csv_row,
-    hover,
-    hover_of_mean,
+from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace
+from einlinear_lab.report.comparison import (
+    LENGTHS,
+    Comparison,
+    Curve,
+    SeedGroup,
+    dense_of,
+    make_curves,
+    metric_of,
+    metric_title,
+    result_of,
 )
-from einlinear_lab.report.plots import colour, log_axis, style, symbol
-
-_LAW = Markup("loss = {floor}scale × MACs<sup>−exponent</sup>")
-_MODELS = "<b>Frontier</b>: the models that no cheaper one of the same structure beats, means over the seeds. "
-_HULL = (
-    "<b>Frontier</b>: the points on the lower convex hull of log loss over log MACs, or at most 2 % above it, of means "
-    "over the seeds (arXiv 2410.02117). "
+from einlinear_lab.report.compute_multipliers import figure_along, figure_of_models
+from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, hover, run_row
+from einlinear_lab.runs.records import METRICS, Record
+from einlinear_lab.scaling import (
+    Interval,
+    LossCurves,
+    MultiplierAt,
+    Prediction,
+    ScalingFit,
+    fit_scaling,
+    multipliers_along,
 )
-_NOTE = Markup(
-    "<b>Exponent</b>: of the least-squares line through these, "
-    "{law}. <b>95 % interval</b>: from resampling the seeds where every model has several, otherwise from the "
-    "regression, as if points were independent. <b>× compute</b>: how many times the compute dense needs for the same "
-    "loss, at the most compute at which the frontier of dense tells."
+from einlinear_lab.scaling.frontier import check_rules
+from einlinear_lab.training import metrics
+
+LAW_HEADINGS = ("exponent", "95 % interval", "R²", "scale", "floor", "models", "points", "compute multiplier")
+_RESAMPLES = 300
+# a frontier of every model that no cheaper one beats, however far above the hull
+_NO_HULL: Mapping[str, Any] = {"tolerance": 1e9}
+
+_FRONTIER_OF_MODELS = (
+    "<b>Frontier</b>: models that no cheaper model of the same structure beats, means over the seeds. "
+)
+_FRONTIER_OF_TRAINING = (
+    "<b>Frontier</b>: points on the lower convex hull of log loss over log MACs, or at most 2 % above it, means over "
+    "the seeds (arXiv 2410.02117). "
+)
+_NOTE = (
+    "<b>Exponent</b>: of the least-squares power law through the frontier, loss = {floor}scale × "
+    "MACs<sup>−exponent</sup>. <b>95 % interval</b>: confidence interval from resampled seeds where every model has "
+    "several, otherwise from the regression, as if points were independent. <b>Points</b>: on the frontier. <b>Compute "
+    "multiplier</b>: how many times the compute dense needs for the same loss, at the largest compute that the dense "
+    "frontier covers."
 )
 
 
-def scaling(study: Study, commands: Sequence[str], floor: float | None = 0.0) -> Section | None:
-    """The section on final losses over the compute of an input, if a structure has models of two sizes or more."""
-    if not any(len({row.result.macs for row in curve.best}) > 1 for curve in study.curves):
+@dataclass(frozen=True)
+class CurveFit:
+    """The scaling law of one curve.
+
+    Attributes:
+        curve: the curve.
+        groups: its models, each at its best learning rate; those without a positive loss are left out.
+        losses: the loss curves of these models.
+        fit: the frontier and the law; None where no law can be fitted.
+        reason: why no law can be fitted.
+        multipliers: compute multipliers along the frontier against dense; empty without a dense curve.
+    """
+
+    curve: Curve
+    groups: tuple[SeedGroup, ...]
+    losses: tuple[LossCurves, ...]
+    fit: ScalingFit | None
+    reason: str = ""
+    multipliers: tuple[MultiplierAt, ...] = ()
+
+    @property
+    def interval(self) -> Interval | None:
+        """The confidence interval of the exponent: from seeds if every model has several, else from the regression."""
+        return (self.fit.interval("exponent") or self.fit.interval("exponent", "regression")) if self.fit else None
+
+    @property
+    def multiplier(self) -> MultiplierAt | None:
+        """The multiplier at the largest compute where the dense frontier gives an exact one; else the last bound."""
+        exact = [point for point in self.multipliers if not point.multiplier.bound]
+        return next(reversed(exact or self.multipliers), None)
+
+    def predict(self, compute: float) -> Prediction | None:
+        """Predict the loss at a compute, with an interval of the same source as that of the exponent."""
+        return self.fit.predict(compute, "seeds" if self.fit.draws else "regression") if self.fit else None
+
+
+@dataclass(frozen=True)
+class ScalingLaws:
+    """The scaling laws of a comparison for one metric.
+
+    Attributes:
+        metric: the fitted metric.
+        compute: the compute that it is fitted over, in words.
+        floor: the assumed floor; None for a fitted one.
+        curves: the fit of every curve.
+    """
+
+    metric: str
+    compute: str
+    floor: float | None
+    curves: tuple[CurveFit, ...]
+
+
+def laws_per_input(comparison: Comparison, metric: str, floor: float | None = 0.0) -> ScalingLaws:
+    """Fit final losses over the MACs of one input, with every model at its best learning rate.
+
+    The law of a curve is fitted to all models that no cheaper one beats (arXiv 2406.06248 takes all models).
+
+    Args:
+        comparison: the runs.
+        metric: "train_loss", or another metric.
+        floor: assumed irreducible loss; None fits it.
+    """
+
+    def final(group: SeedGroup) -> LossCurves:
+        return LossCurves(
+            np.array([group.result.macs], dtype=float), np.array(group.values(metric), dtype=float)[:, None]
+        )
+
+    fits = _fit_all(comparison.curves, final, floor, _NO_HULL)
+    return ScalingLaws(metric, f"MACs per {comparison.input}", floor, fits)
+
+
+def laws_of_training(comparison: Comparison, floor: float | None = 0.0, **rules: Any) -> ScalingLaws | None:
+    """Fit the error during training over the MACs of all forward passes so far; None without evaluations in training.
+
+    The law of a curve is fitted to the points on the lower convex hull of all training curves. Runs of several lengths
+    (`steps`) share a law.
+
+    Args:
+        comparison, floor: as for `laws_per_input`.
+        rules: `tolerance`, `window` and `prune` of `scaling.pareto_frontier`.
+
+    Raises:
+        ValueError: the tolerance is negative, or the window is empty.
+    """
+    check_rules(rules.get("tolerance", 0.0), rules.get("window", (0.0, math.inf)))
+    curves = make_curves(comparison.records, shared=LENGTHS)
+    fits = _fit_all(curves, lambda group: evaluations(group, comparison.error), floor, rules)
+    if all(len(losses.compute) == 1 for fit in fits for losses in fit.losses):
         return None
-    laws = {in_words(measure): laws_per_input(study, measure, floor) for measure in study.measures}
-    text = Markup("<p>Every model{} by the compute of one {}.</p>").format(
-        " at the learning rate with its lowest error," if "lr" in study.varied else "", study.input
+    return ScalingLaws(comparison.error, "MACs of training", floor, fits)
+
+
+def evaluations(group: SeedGroup, metric: str) -> LossCurves:
+    """Return a metric during the training of one model, at the steps at which all of its seeds were evaluated."""
+    seeds = [_by_step(record, metric) for record in group.good]
+    steps = sorted(set(seeds[0]).intersection(*seeds))
+    compute = [_compute_at(group, step) for step in steps]
+    losses = [[values[step] for step in steps] for values in seeds]
+    return LossCurves(np.array(compute, dtype=float), np.array(losses, dtype=float))
+
+
+def laws_as_json(laws: ScalingLaws, computes: Sequence[float] = ()) -> dict[str, Any]:
+    """Return all numbers as JSON values, with the losses predicted at some computes; NaN and infinities become None."""
+    structures = []
+    for fit in laws.curves:
+        content = {"name": fit.curve.name, "structure": fit.curve.structure, "models": len(fit.groups)}
+        if fit.fit is None:
+            structures.append(content | {"no_law_reason": fit.reason})
+            continue
+        frontier = np.stack([fit.fit.frontier.compute, fit.fit.frontier.loss], axis=1).tolist()
+        structures.append(
+            content
+            | asdict(fit.fit.law)
+            | {
+                "exponent_interval": asdict(fit.interval) if fit.interval else None,
+                "frontier": frontier,
+                "compute_multipliers": [
+                    {**asdict(point), "multiplier": point.multiplier.value, "bound": point.multiplier.bound}
+                    for point in fit.multipliers
+                ],
+                "predictions": [asdict(prediction) for compute in computes if (prediction := fit.predict(compute))],
+            }
+        )
+    content = {"metric": laws.metric, "compute": laws.compute, "assumed_floor": laws.floor, "structures": structures}
+    return dict(_finite(content))
+
+
+def section_per_input(comparison: Comparison, floor: float | None = 0.0) -> Section | None:
+    """Show final losses over the compute per input, if a structure has at least two model sizes."""
+    if not any(len({group.result.macs for group in curve.best}) > 1 for curve in comparison.curves):
+        return None
+    laws = [laws_per_input(comparison, metric, floor) for metric in comparison.metrics]
+    caption = Markup(
+        "Lower left is better. Filled marks: means over the seeds; open marks: single seeds; lines: power laws through "
+        "the frontier."
     )
-    figures = [
-        Figure(
-            f"loss-over-macs-per-{study.input}",
-            Markup(
-                "Down and to the left is better. Filled marks: means over the seeds; open marks: single seeds; lines: "
-                "power laws through the frontier."
-            ),
-            {name: [Panel("", _final_losses(own))] for name, own in laws.items()},
-            _final_data(next(iter(laws.values())), study),
-        ),
-        *multipliers_of_models(study),
+    data = [
+        run_row(fit.curve.name, record, **{metric: metric_of(record, metric) for metric in comparison.metrics})
+        for fit in laws[0].curves
+        for group in fit.groups
+        for record in group.good
     ]
-    first, last = laws.values()
-    tables = [replace(_law_table(first, _MODELS), note=Markup()), _law_table(last, _MODELS)]
-    return Section(f"Loss and compute per {study.input}", text, [*figures, *tables], commands)
+    views = {metric_title(law.metric): [_final_chart(law)] for law in laws}
+    error, loss = (_table(law, _FRONTIER_OF_MODELS) for law in laws)
+    return Section(
+        f"Loss against compute per {comparison.input}",
+        Markup("<p>Every model{}, over the compute of one {}.</p>").format(
+            " at its best learning rate" if "lr" in comparison.varied else "", comparison.input
+        ),
+        [Figure(f"loss-over-macs-per-{comparison.input}", caption, views, data), *figure_of_models(comparison)],
+        [replace(error, note=Markup()), loss],
+    )
 
 
-def scaling_of_training(study: Study, commands: Sequence[str], floor: float | None = 0.0) -> Section | None:
-    """The section on the error over the compute so far, if it was measured during training."""
-    laws = laws_of_training(study, floor)
+def section_of_training(comparison: Comparison, floor: float | None = 0.0) -> Section | None:
+    """Show the error over the training compute so far, if it was measured during training."""
+    laws = laws_of_training(comparison, floor)
     if laws is None:
         return None
-    text = Markup("<p>The {} of every model, whenever it was measured, by the compute of all training so far.</p>")
-    caption = "Thin lines: single runs; thick lines: the frontier of each structure; dashed: power laws through it."
-    name = in_words(laws.measure)
-    figure = Figure("error-over-training-compute", Markup(caption), {name: [Panel("", _training(laws))]}, _runs(laws))
-    parts: list[Figure | Table] = [figure, *multipliers_of_frontiers(laws), _law_table(laws, _HULL)]
-    return Section("Error and compute of the training", text.format(name), parts, commands)
-
-
-def _final_losses(laws: Laws) -> go.Figure:
-    figure = go.Figure()
-    shown: list[float] = []
-    for i, law in enumerate(laws.laws):
-        shown += _add_models(figure, i, law)
-        _add_law(figure, i, law)
-    style(figure)
-    macs = [row.result.macs for law in laws.laws for row in law.rows]
-    figure.update_xaxes(**log_axis(macs, laws.compute))
-    figure.update_yaxes(**log_axis(shown, in_words(laws.measure)))
-    return figure
-
-
-def _add_models(figure: go.Figure, i: int, law: Law) -> list[float]:
-    """Draw the means of one curve, and behind them the seeds where there are several; returns the losses drawn."""
-    models = list(zip(law.rows, (own.losses[:, 0].tolist() for own in law.losses), strict=True))
-    seeds = [
-        (record, own) for row, losses in models if len(losses) > 1 for record, own in zip(row.good, losses, strict=True)
+    name = metric_title(laws.metric)
+    caption = Markup("Thin lines: runs; thick lines: the frontier of each structure; dashed: power laws through it.")
+    data = [
+        run_row(fit.curve.name, record, training_macs=compute, **{laws.metric: loss})
+        for fit in laws.curves
+        for record, curve, losses in _seeds(fit)
+        for compute, loss in zip(curve.compute.tolist(), losses, strict=True)
     ]
-    template = "%{customdata}<br>%{x:,} MACs: %{y:.4g}<extra></extra>"
-    if seeds:
-        figure.add_scatter(
-            x=[result(record).macs for record, _ in seeds],
-            y=[own for _, own in seeds],
-            customdata=[hover(record) for record, _ in seeds],
-            mode="markers",
-            marker={"color": colour(i), "symbol": f"{symbol(i)}-open", "size": 5},
-            opacity=0.6,
-            legendgroup=law.curve.name,
-            showlegend=False,
-            hovertemplate=template,
+    return Section(
+        "Error against training compute",
+        Markup("<p>The {} of every model at every evaluation, over the MACs of all forward passes so far.</p>").format(
+            name
+        ),
+        [
+            Figure("error-over-training-compute", caption, {name: [_training_chart(laws)]}, data),
+            *figure_along([(fit.curve.name, fit.multipliers) for fit in laws.curves], laws.compute),
+        ],
+        [_table(laws, _FRONTIER_OF_TRAINING)],
+    )
+
+
+def law_cells(fit: CurveFit, digits: int = 3) -> dict[str, Cell]:
+    """Return the numbers of a scaling law by heading; none without a law."""
+    if fit.fit is None:
+        return {}
+    law, interval, points = fit.fit.law, fit.interval, len(fit.fit.frontier.index)
+    doubt = " (not identified)" if law.floor_identified is False else ""
+    ends = f"{interval.low:.{digits}f} to {interval.high:.{digits}f}, {interval.source}" if interval else "–"
+    multiplier = fit.multiplier
+    return {
+        "exponent": Cell.of(law.exponent, f".{digits}f"),
+        "95 % interval": Cell(ends),
+        "R²": Cell.of(law.r_squared if math.isfinite(law.r_squared) else None, f".{digits}f"),
+        "scale": Cell.of(law.scale, f".{digits}g"),
+        "floor": Cell(f"{law.floor:.{digits}g}{doubt}", law.floor),
+        "models": Cell.of(len(fit.groups)),
+        "points": Cell.of(points),
+        "compute multiplier": Cell(str(multiplier), multiplier.multiplier.value) if multiplier else Cell("–"),
+    }
+
+
+def _fit_all(
+    curves: Sequence[Curve],
+    losses: Callable[[SeedGroup], LossCurves],
+    floor: float | None,
+    rules: Mapping[str, Any],
+) -> tuple[CurveFit, ...]:
+    """Fit every curve, and compare it with its dense curve."""
+    fits = [_fit(curve, losses, floor, rules) for curve in curves]
+    by_name = {fit.curve.name: fit.fit for fit in fits}
+
+    def compared(fit: CurveFit) -> CurveFit:
+        dense = dense_of(fit.curve, curves)
+        reference = by_name[dense.name] if dense and dense is not fit.curve else None
+        return replace(fit, multipliers=multipliers_along(fit.fit, reference)) if fit.fit and reference else fit
+
+    return tuple(map(compared, fits))
+
+
+def _fit(
+    curve: Curve, losses: Callable[[SeedGroup], LossCurves], floor: float | None, rules: Mapping[str, Any]
+) -> CurveFit:
+    """Fit a curve without the losses that have no logarithm: an error of zero, or at an assumed floor."""
+    models = [(group, _positive(losses(group), floor or 0.0)) for group in curve.best if group.good]
+    models = [(group, positive) for group, positive in models if positive.compute.size]
+    groups, loss_curves = tuple(group for group, _ in models), tuple(positive for _, positive in models)
+    try:
+        fit = fit_scaling(loss_curves, floor=floor, resamples=_RESAMPLES, **rules)
+    except ValueError as error:
+        return CurveFit(curve, groups, loss_curves, None, str(error))
+    return CurveFit(curve, groups, loss_curves, fit)
+
+
+def _positive(curve: LossCurves, floor: float) -> LossCurves:
+    good = (curve.losses > floor).all(0)
+    return LossCurves(curve.compute[good], curve.losses[:, good])
+
+
+def _by_step(record: Record, metric: str) -> dict[int, float]:
+    """Return the metric by step; the final value alone where it was not measured during training."""
+    lines = metrics.read(record.folder / METRICS)
+    values = {line["step"]: line[metric] for line in lines if line.get(metric) is not None}
+    return values or {result_of(record).steps: result_of(record).measures[metric]}
+
+
+def _compute_at(group: SeedGroup, step: int) -> float:
+    """Return the MACs of all forward passes up to a step.
+
+    A step costs more while a model has guides, and less before a structured model is made dense.
+    """
+    result, dense_from, guided = group.result, group.run.training.densify_at, group.run.training.guide_until or 0
+    final, guides = result.macs * result.inputs, result.guide_macs * result.inputs
+    if dense_from is None or result.steps <= dense_from:
+        return step * final + min(step, guided) * guides
+    structured = (result.compute - guided * guides - (result.steps - dense_from) * final) / dense_from
+    return min(step, guided) * guides + min(step, dense_from) * structured + max(step - dense_from, 0) * final
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _seeds(fit: CurveFit) -> list[tuple[Record, LossCurves, list[float]]]:
+    """Return every run of a curve with its losses."""
+    return [
+        (record, curve, losses)
+        for group, curve in zip(fit.groups, fit.losses, strict=True)
+        for record, losses in zip(group.good, curve.losses.tolist(), strict=True)
+    ]
+
+
+def _final_chart(laws: ScalingLaws) -> Chart:
+    traces = list[Trace]()
+    for i, fit in enumerate(laws.curves):
+        hue, mark, name = colour(i), symbol(i), fit.curve.name
+        label = "%{customdata}<br>%{x:,} MACs: %{y:.4g}"
+        seeds = [(record, losses[0]) for record, curve, losses in _seeds(fit) if len(curve.losses) > 1]
+        if seeds:
+            x, y = [result_of(record).macs for record, _ in seeds], [loss for _, loss in seeds]
+            texts = [hover(record) for record, _ in seeds]
+            traces.append(trace(x, y, hue, label, texts, name=name, symbol=f"{mark}-open", size=5, opacity=0.6))
+        means, texts = (
+            [float(curve.losses.mean()) for curve in fit.losses],
+            [hover(*group.good) for group in fit.groups],
         )
-    means = [fmean(losses) for _, losses in models]
-    figure.add_scatter(
-        x=[row.result.macs for row in law.rows],
-        y=means,
-        customdata=[hover_of_mean(row.good) for row in law.rows],
-        mode="markers",
-        marker={"color": colour(i), "symbol": symbol(i), "size": 9},
-        name=law.curve.name,
-        legendgroup=law.curve.name,
-        hovertemplate=template,
-    )
-    return [*means, *(own for _, own in seeds)]
+        macs = [group.result.macs for group in fit.groups]
+        traces += [trace(macs, means, hue, label, texts, name=name, legend=True, symbol=mark), *_law(fit, i, "solid")]
+    losses = [loss for fit in laws.curves for curve in fit.losses for loss in (*curve.losses.flat, curve.losses.mean())]
+    compute = [compute for fit in laws.curves for curve in fit.losses for compute in curve.compute]
+    return Chart(traces, log_axis(compute, laws.compute), log_axis(losses, metric_title(laws.metric)))
 
 
-def _add_law(figure: go.Figure, i: int, law: Law, dash: str = "solid") -> None:
-    if law.fit is None:
-        return
-    ends = (law.fit.frontier.compute[0], law.fit.frontier.compute[-1])
-    steps = 2 if not law.fit.law.floor else 30
-    macs = [ends[0] * (ends[1] / ends[0]) ** (k / (steps - 1)) for k in range(steps)]
-    figure.add_scatter(
-        x=macs,
-        y=[law.fit.law(own) for own in macs],
-        mode="lines",
-        line={"color": colour(i), "width": 1.5, "dash": dash},
-        legendgroup=law.curve.name,
-        showlegend=False,
-        hoverinfo="skip",
-    )
+def _training_chart(laws: ScalingLaws) -> Chart:
+    traces = list[Trace]()
+    for i, fit in enumerate(laws.curves):
+        hue, name = colour(i), fit.curve.name
+        for record, curve, losses in _seeds(fit):
+            mark = f"{symbol(i)}-open" if len(losses) == 1 else ""
+            label = f"{hover(record)}<br>%{{x:.4g}} MACs: %{{y:.4g}}"
+            compute = curve.compute.tolist()
+            traces.append(trace(compute, losses, hue, label, name=name, symbol=mark, size=5, line=0.8, opacity=0.5))
+        if fit.fit:
+            frontier, texts = fit.fit.frontier, [hover(*fit.groups[k].good) for k in fit.fit.curve.tolist()]
+            x, y, label = frontier.compute.tolist(), frontier.loss.tolist(), "%{customdata}<br>%{x:.4g} MACs: %{y:.4g}"
+            traces.append(trace(x, y, hue, label, texts, name=name, legend=True, symbol=symbol(i), size=7, line=2.5))
+        traces += _law(fit, i, "dash")
+    losses = [loss for fit in laws.curves for curve in fit.losses for loss in curve.losses.flat]
+    compute = [compute for fit in laws.curves for curve in fit.losses for compute in curve.compute]
+    return Chart(traces, log_axis(compute, laws.compute), log_axis(losses, metric_title(laws.metric)))
 
 
-def _training(laws: Laws) -> go.Figure:
-    figure = go.Figure()
-    compute: list[float] = []
-    shown: list[float] = []
-    for i, law in enumerate(laws.laws):
-        for row, own in zip(law.rows, law.losses, strict=True):
-            for record, losses in zip(row.good, own.losses.tolist(), strict=True):
-                figure.add_scatter(
-                    x=own.compute.tolist(),
-                    y=losses,
-                    mode="lines+markers" if len(losses) == 1 else "lines",
-                    marker={"color": colour(i), "symbol": f"{symbol(i)}-open", "size": 5},
-                    line={"color": colour(i), "width": 0.8},
-                    opacity=0.5,
-                    legendgroup=law.curve.name,
-                    showlegend=False,
-                    hovertemplate=f"{hover(record)}<br>%{{x:.4g}} MACs: %{{y:.4g}}<extra></extra>",
-                )
-                shown += losses
-            compute += own.compute.tolist()
-        _add_frontier(figure, i, law)
-        _add_law(figure, i, law, "dash")
-    style(figure)
-    figure.update_xaxes(**log_axis(compute, laws.compute))
-    figure.update_yaxes(**log_axis(shown, in_words(laws.measure)))
-    return figure
+def _law(fit: CurveFit, i: int, dash: str) -> list[Trace]:
+    """Draw the law of a curve over its frontier, if there is one; it is straight without a floor."""
+    if fit.fit is None:
+        return []
+    x = np.geomspace(fit.fit.frontier.compute[0], fit.fit.frontier.compute[-1], 30 if fit.fit.law.floor else 2)
+    return [trace(x.tolist(), fit.fit.law(x).tolist(), colour(i), name=fit.curve.name, line=1.5, dash=dash)]
 
 
-def _add_frontier(figure: go.Figure, i: int, law: Law) -> None:
-    if law.fit is None:
-        return
-    figure.add_scatter(
-        x=law.fit.frontier.compute.tolist(),
-        y=law.fit.frontier.loss.tolist(),
-        customdata=[hover_of_mean(law.rows[k].good) for k in law.fit.curve.tolist()],
-        mode="lines+markers",
-        marker={"color": colour(i), "symbol": symbol(i), "size": 7},
-        line={"color": colour(i), "width": 2.5},
-        name=law.curve.name,
-        legendgroup=law.curve.name,
-        hovertemplate="%{customdata}<br>%{x:.4g} MACs: %{y:.4g}<extra></extra>",
-    )
-
-
-def _law_table(laws: Laws, frontier: str) -> Table:
-    floor = laws.floor is None or laws.floor > 0
-    headings = ["exponent", "95 % interval", "R²", "scale", *(["floor"] if floor else []), "models", "on the frontier"]
-    rows = [
-        [Cell(law.curve.name, law.curve.name, i), *(_law_row(law, floor) if law.fit else _no_law(law, len(headings)))]
-        for i, law in enumerate(laws.laws)
-    ]
-    formula = _LAW.format(floor=Markup("floor + ") if floor else Markup())
-    return Table((in_words(laws.measure), *headings, "× compute"), rows, Markup(frontier) + _NOTE.format(law=formula))
-
-
-def _law_row(law: Law, floor: bool) -> list[Cell]:
-    assert law.fit
-    numbers, interval, points = law.fit.law, law.interval, len(law.fit.frontier.index)
-    doubt = " (not identified)" if numbers.floor_identified is False else ""
-    return [
-        Cell(f"{numbers.exponent:.3f}", numbers.exponent),
-        Cell(f"{interval.low:.3f} to {interval.high:.3f}, {interval.source}" if interval else "–"),
-        Cell(f"{numbers.r_squared:.3f}", numbers.r_squared) if math.isfinite(numbers.r_squared) else Cell("–"),
-        Cell(f"{numbers.scale:.3g}", numbers.scale),
-        *([Cell(f"{numbers.floor:.3g}{doubt}", numbers.floor)] if floor else []),
-        Cell(str(len(law.rows)), len(law.rows)),
-        Cell(f"{points} points", points),
-        Cell(with_interval(law.multiplier), law.multiplier.multiplier.value) if law.multiplier else Cell("–"),
-    ]
-
-
-def _no_law(law: Law, cells: int) -> list[Cell]:
-    return [Cell("–"), Cell(law.why), *(cells - 1) * [Cell("–")]]
-
-
-def _final_data(laws: Laws, study: Study) -> list[CsvRow]:
-    return [
-        csv_row(law.curve.name, record, **{measure: value(record, measure) for measure in (study.error, TRAIN_LOSS)})
-        for law in laws.laws
-        for row in law.rows
-        for record in row.good
-    ]
-
-
-def _runs(laws: Laws) -> list[CsvRow]:
-    return [
-        csv_row(law.curve.name, record, training_macs=compute, **{laws.measure: loss})
-        for law in laws.laws
-        for row, own in zip(law.rows, law.losses, strict=True)
-        for record, losses in zip(row.good, own.losses.tolist(), strict=True)
-        for compute, loss in zip(own.compute.tolist(), losses, strict=True)
-    ]
+def _table(laws: ScalingLaws, frontier: str) -> SortableTable:
+    has_floor = laws.floor is None or laws.floor > 0
+    names = [name for name in LAW_HEADINGS if name != "floor" or has_floor]
+    rows = []
+    for i, fit in enumerate(laws.curves):
+        cells = law_cells(fit) or {"95 % interval": Cell(fit.reason)}
+        rows.append([Cell(fit.curve.name, fit.curve.name, i), *(cells.get(name, Cell("–")) for name in names)])
+    note = Markup(frontier) + Markup(_NOTE).format(floor="floor + " if has_floor else "")
+    return SortableTable((metric_title(laws.metric), *names), rows, note)

@@ -1,141 +1,240 @@
-"""The map of the structures: their losses at one compute, over psi, nu and omega, and over the time of a step."""
+"""Structure map: structures of about equal compute in the space of exponents, their losses and their speed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from statistics import median
 
-import plotly.graph_objects as go
 from markupsafe import Markup, escape
 
-from einlinear_lab.findings.structure_map import NEAR, Place, StructureMap, structure_map
-from einlinear_lab.findings.summary import Study, in_words
-from einlinear_lab.findings.taxonomy import EXPONENTS
-from einlinear_lab.report.page import Cell, Figure, Panel, Section, Table
-from einlinear_lab.report.plots import glyph, log_axis, shade, short, style, symbol
-from einlinear_lab.report.taxonomy import AXES, SIGNS, effects_table
+from einlinear.structures.spec import is_family, parse_family
+from einlinear_lab.report.charts import Chart, Trace, glyph, log_axis, shade, short, symbol, trace
+from einlinear_lab.report.comparison import Comparison, SeedGroup, metric_title
+from einlinear_lab.report.exponents import (
+    EXPONENTS,
+    SIGNS,
+    exponent_axis,
+    exponent_cells,
+    exponents_of,
+    regression_of,
+    regression_table,
+)
+from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, group_row
+from einlinear_lab.runs.models import DENSE
+from einlinear_lab.scaling import ExponentRegression
 
-_LISTED = 20
+MIN_STRUCTURES = 8
+TOLERANCE = 0.1  # of the MACs of a map's models, as a share of their median
+_ROWS = 20  # of the table
 
 
-def map_of_structures(study: Study, commands: Sequence[str]) -> Section | None:
-    """The section, if eight structures or more have models of about the same compute."""
-    found = {in_words(name): own for name in study.measures if (own := structure_map(study, name))}
-    if not found:
+@dataclass(frozen=True)
+class MapPoint:
+    """A model on the map.
+
+    Attributes:
+        group: its runs.
+        kind: the name of its kind of structure, see `kind_of`.
+        exponents: the exponents of its structure, by name.
+        loss: the mean over its seeds.
+        is_pareto: whether no other model is both better and faster to train.
+    """
+
+    group: SeedGroup
+    kind: str
+    exponents: Mapping[str, float]
+    loss: float
+    is_pareto: bool = False
+
+    @property
+    def structure(self) -> str:
+        """The spec of the structure."""
+        return self.group.run.model.structure
+
+
+@dataclass(frozen=True)
+class StructureMap:
+    """Models of about equal compute.
+
+    Attributes:
+        compute: MACs per input, the median over the models.
+        points: the models, lowest loss first.
+        regression: of the log loss on the exponents.
+        unfinished: spec -> exponents of further structures of the same folders, whose runs were pruned or are not
+            finished.
+    """
+
+    compute: float
+    points: tuple[MapPoint, ...]
+    regression: ExponentRegression
+    unfinished: Mapping[str, Mapping[str, float]]
+
+
+def map_of(comparison: Comparison, metric: str) -> StructureMap | None:
+    """Return the map of a comparison; None with fewer than eight structures, or where a loss is not positive.
+
+    Models whose layers have different structures are left out.
+    """
+    models: list[tuple[float, SeedGroup]] = []
+    for curve in filter(lambda curve: curve.structure_aware, comparison.curves):
+        groups = [group for group in curve.best if not getattr(group.run.model, "roles", {})]
+        models += [(mean, group) for group in groups if (mean := group.mean(metric)) is not None]
+    if not models or min(loss for loss, _ in models) <= 0:
         return None
-    measure, first = next(iter(found.items()))
-    best = first.places[0]
+    compute = median(group.result.macs for _, group in models)
+    near = [(loss, group) for loss, group in models if abs(group.result.macs / compute - 1) <= TOLERANCE]
+    if len({group.run.model.structure for _, group in near}) < MIN_STRUCTURES:
+        return None
+    points, fastest = list[MapPoint](), float("inf")
+    for loss, group in sorted(near, key=lambda item: item[0]):
+        seconds = group.step_seconds
+        is_pareto = seconds is not None and seconds < fastest
+        fastest = min(fastest, seconds or fastest)
+        if exponents := exponents_of(group.run.model):
+            points.append(MapPoint(group, kind_of(group.run.model.structure), exponents, loss, is_pareto))
+    if len(points) < MIN_STRUCTURES:
+        return None
+    reference = next(
+        (point.loss for point in points if point.structure == DENSE), median(point.loss for point in points)
+    )
+    regression = regression_of([(point.exponents, point.loss) for point in points], reference)
+    return StructureMap(float(compute), tuple(points), regression, _unfinished(comparison, points))
+
+
+def kind_of(spec: str) -> str:
+    """Return the kind of a structure: its family, and for a theta the best known family that contains it.
+
+    >>> kind_of("einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))"), kind_of("einsum(theta=(1, 0, 0, 0, 1, 0, 1/2))")
+    ('BTT', 'low rank')
+    >>> kind_of("monarch(blocks=4)"), kind_of("einsum(theta=(1/2, 1/4, 1/4, 1/4, 1/2, 1/4, 0))")
+    ('monarch', 'other einsum')
+    """
+    if not is_family(spec):
+        return "pattern"
+    family, arguments = parse_family(spec)
+    if family != "einsum":
+        return family
+    alpha, beta, gamma, delta, epsilon, phi, rho = arguments["theta"]
+    if not (gamma or phi):
+        if not (beta or delta):
+            return "low rank"
+        return "tensor train" if rho else "Kronecker"
+    if not (beta or delta):
+        return "BTT" if alpha + epsilon - rho <= 1 else "BTT of low rank"
+    return "other einsum"
+
+
+def section(comparison: Comparison) -> Section | None:
+    """Show the map, if at least eight structures have models of about the same compute."""
+    maps = {metric: map_ for metric in comparison.metrics if (map_ := map_of(comparison, metric))}
+    if not maps:
+        return None
+    titled = {metric_title(metric): map_ for metric, map_ in maps.items()}
+    title, first = next(iter(titled.items()))
+    best = first.points[0]
     text = Markup(
         "<p>{} structures at {} MACs per {}, within {:.0%}. The best is <b>{}</b> at width {}:</p>"
         "<pre>import einlinear as el\n\nel.convert(model, {!r})</pre>"
     ).format(
-        len(first.places),
+        len(first.points),
         short(float(f"{first.compute:.3g}")),
-        study.input,
-        NEAR,
+        comparison.input,
+        TOLERANCE,
         best.structure,
-        best.row.run.model.width,
+        best.group.run.model.width,
         best.structure,
     )
-    kinds = list(dict.fromkeys(own.kind for own in first.places))
-    views = {title: _panels(own, kinds, title) for title, own in found.items()}
-    data = [
-        {
-            "structure": own.structure,
-            "kind": own.kind,
-            "width": own.row.run.model.width,
-            "macs": own.row.result.macs,
-            "measure": title,
-            "loss": own.loss,
-            "step_seconds": own.row.step_seconds,
-            "is_on_front": own.is_on_front,
-            **own.exponents,
-        }
-        for title, each in found.items()
-        for own in each.places
-    ]
-    legend = ", ".join(f"{glyph(i)} {kind}" for i, kind in enumerate(kinds))
+    kinds = list(dict.fromkeys(point.kind for point in first.points))
     caption = Markup(
-        "Each mark is a model; the darker, the lower its loss; its shape says what its structure is: {}. The best is "
-        "larger. In the last panel the line joins those that no other is both better and faster than."
-    ).format(legend)
+        "Each mark is a model: the darker, the lower its loss; its symbol is the kind of structure: {}. The best model "
+        "is larger. Last panel: the line is the Pareto front of loss and time per training step."
+    ).format(", ".join(f"{glyph(i)} {kind}" for i, kind in enumerate(kinds)))
     if first.unfinished:
-        caption += Markup(" Small crosses: structures whose runs ended early, or are still running ({}).").format(
-            len(first.unfinished)
+        caption += Markup(
+            " Small crosses: structures whose runs were pruned or are not finished ({}); the regression leaves them "
+            "out."
+        ).format(len(first.unfinished))
+    data = [
+        group_row(
+            point.group,
+            kind=point.kind,
+            metric=metric,
+            loss=point.loss,
+            step_seconds=point.group.step_seconds,
+            is_pareto=point.is_pareto,
+            **point.exponents,
         )
-        caption += " What exponents are worth is told by the others alone, which leaves out part of it."
-    table = _table(first.places, measure)
-    effects = effects_table({title: own.effects for title, own in found.items()})
-    parts: list[Figure | Table] = [Figure("map", caption, views, data), table, *effects]
-    return Section("Map of the structures", text, parts, commands)
+        for metric, map_ in maps.items()
+        for point in map_.points
+    ]
+    views = {title: _charts(map_, kinds, title) for title, map_ in titled.items()}
+    tables = [
+        map_table(first.points[:_ROWS], title),
+        *regression_table({title: map_.regression for title, map_ in titled.items()}),
+    ]
+    return Section("Structure map", text, [Figure("map", caption, views, data)], tables)
 
 
-def _panels(found: StructureMap, kinds: Sequence[str], title: str) -> list[Panel]:
-    pairs = [Panel("", _plane(found, kinds, x, y)) for x, y in combinations(reversed(EXPONENTS), 2)]
-    return [*pairs, Panel("", _front(found.places, kinds, title))]
+def _unfinished(comparison: Comparison, points: Sequence[MapPoint]) -> dict[str, dict[str, float]]:
+    folders = {record.folder.parent for point in points for record in point.group.records}
+    models = [record.run.model for record in comparison.unfinished if record.folder.parent in folders]
+    finished = {point.structure for point in points}
+    models = [model for model in models if not getattr(model, "roles", {}) and model.structure not in finished]
+    return {model.structure: exponents for model in models if (exponents := exponents_of(model))}
 
 
-def _plane(found: StructureMap, kinds: Sequence[str], x: str, y: str) -> go.Figure:
-    figure = go.Figure()
-    for spec, exponents in found.unfinished.items():
-        figure.add_scatter(
-            x=[exponents[x]],
-            y=[exponents[y]],
-            mode="markers",
-            marker={"color": "#999", "symbol": "x-thin-open", "size": 6},
-            hovertemplate=f"{escape(spec)}<br>not finished<extra></extra>",
+def _charts(map_: StructureMap, kinds: Sequence[str], title: str) -> list[Chart]:
+    """Draw the plane of every pair of exponents, and loss over time."""
+    charts = []
+    for x, y in combinations(reversed(EXPONENTS), 2):
+        pruned = [
+            trace([e[x]], [e[y]], "#999", f"{escape(spec)}<br>not finished", symbol="x-thin-open", size=6)
+            for spec, e in map_.unfinished.items()
+        ]
+        marks = _marks(map_.points, kinds, [(point.exponents[x], point.exponents[y]) for point in map_.points])
+        charts.append(Chart([*pruned, *marks], exponent_axis(x), exponent_axis(y), height=340, legend=False))
+    seconds = [point.group.step_seconds for point in map_.points]
+    timed = [(1000 * s, point.loss) if s else None for s, point in zip(seconds, map_.points, strict=True)]
+    front = sorted(xy for xy, point in zip(timed, map_.points, strict=True) if xy and point.is_pareto)
+    line = [trace([ms for ms, _ in front], [loss for _, loss in front], "#999", line=2)] if front else []
+    x_axis = log_axis([xy[0] for xy in timed if xy], "milliseconds per training step")
+    y_axis = log_axis([point.loss for point in map_.points], title)
+    charts.append(Chart([*line, *_marks(map_.points, kinds, timed)], x_axis, y_axis, height=340, legend=False))
+    return charts
+
+
+def _marks(
+    points: Sequence[MapPoint], kinds: Sequence[str], places: Sequence[tuple[float, float] | None]
+) -> list[Trace]:
+    """Draw the models that have a place, the best on top."""
+    return [
+        trace(
+            [place[0]],
+            [place[1]],
+            shade(rank, len(points)),
+            f"{escape(point.structure)}<br>{escape(point.kind)}, loss {point.loss:.4g}",
+            symbol=symbol(kinds.index(point.kind)),
+            size=14 if rank == 0 else 10,
         )
-    for rank, own in reversed([*enumerate(found.places)]):  # the best on top
-        _mark(figure, own.exponents[x], own.exponents[y], own, rank, len(found.places), kinds)
-    style(figure)
-    figure.update_layout(height=340, showlegend=False)
-    figure.update_xaxes(title=AXES[x], range=[-0.05, 1.05])
-    figure.update_yaxes(title=AXES[y], range=[-0.05, 1.05])
-    return figure
+        for rank, (point, place) in reversed([*enumerate(zip(points, places, strict=True))])
+        if place
+    ]
 
 
-def _front(places: Sequence[Place], kinds: Sequence[str], title: str) -> go.Figure:
-    figure = go.Figure()
-    timed = [(rank, own, 1000 * own.row.step_seconds) for rank, own in enumerate(places) if own.row.step_seconds]
-    front = sorted((ms, own.loss) for _, own, ms in timed if own.is_on_front)
-    if front:
-        figure.add_scatter(
-            x=[ms for ms, _ in front],
-            y=[loss for _, loss in front],
-            mode="lines",
-            line={"color": "#999"},
-            hoverinfo="skip",
-        )
-    for rank, own, ms in reversed(timed):
-        _mark(figure, ms, own.loss, own, rank, len(places), kinds)
-    style(figure)
-    figure.update_layout(height=340, showlegend=False)
-    figure.update_xaxes(**log_axis([ms for *_, ms in timed], "milliseconds per training step"))
-    figure.update_yaxes(**log_axis([own.loss for own in places], title))
-    return figure
-
-
-def _mark(figure: go.Figure, x: float, y: float, own: Place, rank: int, count: int, kinds: Sequence[str]) -> None:
-    figure.add_scatter(
-        x=[x],
-        y=[y],
-        mode="markers",
-        marker={"color": shade(rank, count), "symbol": symbol(kinds.index(own.kind)), "size": 14 if rank == 0 else 10},
-        hovertemplate=f"{escape(own.structure)}<br>{escape(own.kind)}, loss {own.loss:.4g}<extra></extra>",
-    )
-
-
-def _table(places: Sequence[Place], measure: str) -> Table:
-    headings = ("structure", "kind", "width", "MACs", *(SIGNS[name] for name in EXPONENTS), measure)
+def map_table(points: Sequence[MapPoint], title: str) -> SortableTable:
+    """Return the models with their exponents and their losses, under the title of the metric."""
+    headings = ("structure", "kind", "width", "MACs", *(SIGNS[name] for name in EXPONENTS), title)
     rows = [
         [
-            Cell(own.structure, own.structure),
-            Cell(own.kind, own.kind),
-            Cell(f"{own.row.run.model.width}", own.row.run.model.width),
-            Cell(f"{own.row.result.macs:,}", own.row.result.macs),
-            *(Cell(f"{own.exponents[name]:.3g}", own.exponents[name]) for name in EXPONENTS),
-            Cell(f"{own.loss:.4f}", own.loss),
+            Cell.of(point.structure),
+            Cell.of(point.kind),
+            Cell.of(point.group.run.model.width),
+            Cell.of(point.group.result.macs, ","),
+            *exponent_cells(point.exponents),
+            Cell.of(point.loss, ".4f"),
         ]
-        for own in places[:_LISTED]
+        for point in points
     ]
-    return Table(headings, rows, Markup("The best {}.").format(len(rows)))
+    return SortableTable(headings, rows, Markup("The {} models of the lowest loss.").format(len(rows)))

@@ -1,16 +1,15 @@
-"""Scaling laws as mathematics: arrays of compute and loss -> laws, multipliers and effects, each with its interval.
+"""Scaling laws as mathematics: arrays of compute and loss give laws, compute multipliers and confidence intervals.
 
-fit.py          start here: frontier and law of several models, and of resamples of their seeds
-laws.py         loss = floor + scale * compute ** -exponent, fitted
-frontier.py     the best loss for every compute: the Pareto frontier of many training runs
-intervals.py    intervals of a law's numbers, and where they come from
-multipliers.py  how much more compute dense needs for the same loss
-effects.py      what psi, nu and omega do to the loss
+fit.py          start here: the frontier and the law of several models, with resampled seeds
+laws.py         loss = floor + scale * compute ** -exponent
+frontier.py     the Pareto frontier of many training runs: the lowest loss for every compute
+intervals.py    confidence intervals, from seeds or from regression
+multipliers.py  compute multipliers: how many times the compute dense needs for the same loss
+regression.py   the loss against the structure exponents psi, nu and omega
 
-Nothing here knows of files, structures or runs. Compute is in any unit: only exponents do not depend on it.
+Nothing in this folder depends on files, structures or runs. Compute may have any unit: exponents do not depend on it.
 """
 
-from einlinear_lab.scaling.effects import Effect, ExponentEffects, exponent_effects
 from einlinear_lab.scaling.fit import LossCurves, Prediction, ScalingFit, fit_scaling
 from einlinear_lab.scaling.frontier import Frontier, pareto_frontier
 from einlinear_lab.scaling.intervals import Interval
@@ -18,30 +17,31 @@ from einlinear_lab.scaling.laws import PowerLaw, power_law, power_law_with_floor
 from einlinear_lab.scaling.multipliers import (
     Multiplier,
     MultiplierAt,
-    Spread,
+    MultiplierOverSeeds,
     compute_multiplier,
+    multiplier_over_seeds,
     multipliers_along,
-    spread,
 )
+from einlinear_lab.scaling.regression import Coefficient, ExponentRegression, regress_on_exponents
 
 __all__ = [
-    "Effect",
-    "ExponentEffects",
+    "Coefficient",
+    "ExponentRegression",
     "Frontier",
     "Interval",
     "LossCurves",
     "Multiplier",
     "MultiplierAt",
+    "MultiplierOverSeeds",
     "PowerLaw",
     "Prediction",
     "ScalingFit",
-    "Spread",
     "compute_multiplier",
-    "exponent_effects",
     "fit_scaling",
+    "multiplier_over_seeds",
     "multipliers_along",
     "pareto_frontier",
     "power_law",
     "power_law_with_floor",
-    "spread",
+    "regress_on_exponents",
 ]

@@ -1,4 +1,4 @@
-"""The frontier and the law of models trained with several seeds, and how much the seeds matter."""
+"""The frontier and the scaling law of models trained with several seeds, and of resamples of these seeds."""
 
 from __future__ import annotations
 
@@ -18,24 +18,19 @@ from einlinear_lab.scaling.intervals import (
     percentile_interval,
     prediction_interval,
 )
-from einlinear_lab.scaling.laws import (
-    MIN_POINTS_WITH_FLOOR,
-    Array,
-    PowerLaw,
-    power_law,
-    power_law_with_floor,
-)
+from einlinear_lab.scaling.laws import MIN_POINTS_WITH_FLOOR, Array, PowerLaw, power_law, power_law_with_floor
 
-MIN_FRONTIER = 3  # any two points lie on a law
+# any two points lie on a law
+MIN_FRONTIER = 3
 
 
 @dataclass(frozen=True, eq=False)
 class LossCurves:
-    """One model, trained with several seeds.
+    """The loss curves of one model trained with several seeds.
 
     Attributes:
-        compute: where the loss was measured, (points,); a single one where only the final loss counts.
-        losses: of every seed, (seeds, points).
+        compute: compute of every measurement, (points,); a single point where only the final loss counts.
+        losses: (seeds, points).
     """
 
     compute: Array
@@ -44,11 +39,11 @@ class LossCurves:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss that a law gives for a compute.
+    """The loss that a law predicts for a compute.
 
     Attributes:
-        compute, loss: of the prediction.
-        interval: of the law's loss there, without the scatter of a single run; None where there is none.
+        compute, loss: the prediction.
+        interval: confidence interval of the law, without the scatter of a single run; None if unknown.
     """
 
     compute: float
@@ -69,12 +64,11 @@ class ScalingFit:
     """The frontier of several models, and the law through it.
 
     Attributes:
-        frontier: of the models' losses, averaged over seeds. Its index counts the points of all curves, one after
-            the other.
-        curve: which of the given curves each point of the frontier is of, (points,).
-        law: through the frontier.
-        draws: the same for resamples of the seeds, but for those that leave too few points for a law; empty where a
-            model has a single seed.
+        frontier: frontier of the losses averaged over seeds. Its index counts the points of all curves in order.
+        curve: index of the curve of each point of the frontier, (points,).
+        law: power law through the frontier.
+        draws: frontier and law of every resample of the seeds with enough points for a law; empty where a model has a
+            single seed.
     """
 
     frontier: Frontier
@@ -83,20 +77,20 @@ class ScalingFit:
     draws: tuple[Draw, ...]
 
     def interval(self, quantity: Quantity, source: Source = "seeds", level: float = 0.95) -> Interval | None:
-        """The interval of a number of the law; None where there are no resamples or no points to spare.
+        """Return the confidence interval of a parameter of the law; None without resamples or degrees of freedom.
 
         Args:
             quantity: "exponent", "scale" or "floor".
-            source: "seeds": percentiles of the resamples. "regression": from the scatter of the frontier around the
+            source: "seeds": percentiles over the resamples. "regression": from the scatter of the frontier around the
                 law, as if its points were independent.
-            level: of confidence.
+            level: confidence level.
         """
         if source == "regression":
             return law_interval(self.law, self.frontier.compute, self.frontier.loss, quantity, level)
         return self.seeds_interval(lambda draw: float(getattr(draw.law, quantity)), level)
 
     def predict(self, compute: float, source: Source = "seeds", level: float = 0.95) -> Prediction:
-        """The law's loss at a compute, be it beyond all points, with its interval from either source."""
+        """Predict the loss at a compute, also outside the range of the points, with its interval."""
         if source == "regression":
             interval = prediction_interval(self.law, self.frontier.compute, self.frontier.loss, compute, level)
         else:
@@ -104,7 +98,7 @@ class ScalingFit:
         return Prediction(compute, self.law(compute), interval)
 
     def seeds_interval(self, number: Callable[[Draw], float], level: float = 0.95) -> Interval | None:
-        """The percentile interval of any number of a frontier and its law."""
+        """Return the percentile interval of any function of a resample."""
         if not self.draws:
             return None
         numbers = [number(draw) for draw in self.draws]
@@ -121,14 +115,14 @@ def fit_scaling(
     resamples: int = 1000,
     seed: int = 0,
 ) -> ScalingFit:
-    """The frontier of the models of one structure and the law through it, with what resampling the seeds makes of them.
+    """Fit the frontier of the models of one structure and the law through it, for all seeds and for resamples of them.
 
-    Losses are averaged over seeds before the frontier is taken: the lowest of several seeds would be the lower the more
-    there are. A resample draws, for every model by itself, one seed less than there are, with replacement: then the
-    variance over resamples is that of the mean over seeds, also with few of them (Rao and Wu, "Resampling inference
-    with complex survey data", 1988). Percentiles still miss how uncertain a variance from so few is: intervals
-    of 95 % hold the exponent in about 90 % of cases with three seeds, in 80 % with two. Where a model has a single seed
-    there are no resamples.
+    Losses are averaged over seeds before the frontier is taken: the lowest of several seeds would fall with their
+    number. A resample draws, for every model separately, one seed less than there are, with replacement: then the
+    variance over resamples is that of the mean over seeds, also with few seeds (Rao and Wu, "Resampling inference with
+    complex survey data", 1988). Percentiles ignore the uncertainty of a variance from few seeds: 95 % intervals contain
+    the true exponent in about 90 % of cases with three seeds, in 80 % with two. A model with a single seed allows no
+    resamples.
 
     >>> compute = 10.0 ** np.arange(4, 9)
     >>> seeds = np.array([[0.98], [1.01], [1.01]])
@@ -137,20 +131,20 @@ def fit_scaling(
     0.10: 0.097 to 0.103 (95 %, seeds)
 
     Args:
-        curves: one for every model.
-        floor: assumed; or None, to fit it.
-        tolerance, window, prune: of the frontier, see `pareto_frontier`.
-        resamples: how many.
-        seed: of the resamples, which are the same for the same seed.
+        curves: loss curves, one for every model.
+        floor: assumed irreducible loss; None fits it.
+        tolerance, window, prune: rules of the frontier, see `pareto_frontier`.
+        resamples: number of resamples.
+        seed: random seed of the resamples.
 
     Raises:
-        ValueError: curves of the wrong shape, points that have no logarithm, or too few on the frontier for a law.
+        ValueError: a curve has the wrong shape, a point has no logarithm, or the frontier has too few points for a law.
     """
     for i, curve in enumerate(curves):
         if curve.compute.ndim != 1 or curve.losses.shape[1:] != curve.compute.shape or not len(curve.losses):
             raise ValueError(
                 f"curve {i} has compute of shape {curve.compute.shape} and losses of shape {curve.losses.shape}: "
-                f"compute is (points,) and losses (seeds, points), of at least one seed"
+                "compute must be (points,) and losses (seeds, points), of at least one seed"
             )
     if not curves:
         raise ValueError(f"a law needs at least {MIN_FRONTIER} points on the frontier, but there are no models")
@@ -167,16 +161,18 @@ def fit_scaling(
     enough = MIN_FRONTIER if floor is not None else MIN_POINTS_WITH_FLOOR
     best = frontier([curve.losses for curve in curves])
     if len(best.index) < enough:
-        there = "there is 1" if len(best.index) == 1 else f"there are {len(best.index)}"
+        count = "there is 1" if len(best.index) == 1 else f"there are {len(best.index)}"
         wider = "" if window == (0.0, math.inf) else ", or widen the window"
         raise ValueError(
-            f"a law needs at least {enough} points on the frontier, since any {enough - 1} lie on one, but {there}: "
+            f"a law needs at least {enough} points on the frontier, since any {enough - 1} lie on one, but {count}: "
             f"train models of more sizes{wider}"
         )
     law = fit(best)
     single = any(len(curve.losses) == 1 for curve in curves)
     frontiers = [frontier(losses) for losses in _resamples(curves, 0 if single else resamples, seed)]
-    draws = tuple(Draw(found, fit(found, near=law.floor)) for found in frontiers if len(found.index) >= enough)
+    draws = tuple(
+        Draw(resample, fit(resample, near=law.floor)) for resample in frontiers if len(resample.index) >= enough
+    )
     return ScalingFit(
         frontier=best,
         curve=np.repeat(np.arange(len(curves)), [len(curve.compute) for curve in curves])[best.index],

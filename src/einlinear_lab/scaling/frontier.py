@@ -1,4 +1,4 @@
-"""The best loss for every compute: the Pareto frontier of training runs, as a lower convex hull of logarithms."""
+"""The Pareto frontier of training runs: the lowest loss for every compute, a lower convex hull in log-log space."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from scipy.spatial import ConvexHull
 
 from einlinear_lab.scaling.laws import Array, log_points
 
-ROUNDING = 1e-9  # of logarithms: points on one line belong to its hull
+# in logarithms: points on one line belong to its hull
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Points by compute, each of more compute and of less loss than the one before it.
+    """Points in the order of compute, each of less loss than the one before it.
 
     Attributes:
-        index: which of the given points these are, (points,).
-        compute, loss: of these points as they were given, (points,).
+        index: positions among the points that the frontier was taken of, (points,).
+        compute, loss: compute and loss of these points, (points,).
     """
 
     index: NDArray[np.intp]
@@ -28,9 +29,9 @@ class Frontier:
     loss: Array
 
     def loss_at(self, compute: ArrayLike) -> Array:
-        """The lowest loss for at most this compute: on straight lines between the points in log-log space.
+        """Return the lowest loss for at most this compute, on straight lines between points in log-log space.
 
-        It is infinite before the first point, and stays at the last point's loss after it.
+        The loss is infinite before the first point and constant after the last one.
         """
         log_compute = np.log(np.asarray(compute, dtype=float))
         return np.asarray(np.exp(np.interp(log_compute, np.log(self.compute), np.log(self.loss), left=math.inf)))
@@ -45,7 +46,7 @@ def pareto_frontier(
     window: tuple[float, float] = (0.0, math.inf),
     prune: bool = False,
 ) -> Frontier:
-    """The points that lie on the lower convex hull of (log compute, log(loss - floor)), or hardly above it.
+    """Return the points on the lower convex hull of (log compute, log(loss - floor)), or slightly above it.
 
     The rules are those of Potapczynski et al., "Searching for Efficient Linear Layers over a Continuous Space of
     Structured Matrices" (2410.02117), for the points of all training curves of one structure.
@@ -55,15 +56,15 @@ def pareto_frontier(
     ([0, 1, 3], [8.0, 4.0, 2.0])
 
     Args:
-        compute, loss: of every point, both (points,), in any order.
-        floor: assumed; subtracted from the loss.
-        tolerance: points belong to the frontier whose loss - floor is above the hull's by at most this share.
-        window: the least and the most compute of points that are kept. The hull is that of all points.
-        prune: drop the point of most compute, one by one, as long as a power law then explains more (its R² grows):
-            runs that did not get to their frontier before training ended. Three points are always left.
+        compute, loss: all points, both (points,), in any order.
+        floor: assumed irreducible loss, subtracted from the loss.
+        tolerance: largest relative excess of loss - floor over the hull.
+        window: least and most compute of the frontier. The hull is taken of all points.
+        prune: drop the point of most compute, one by one, as long as R² of a power law grows: such runs had not
+            reached their frontier when training ended. At least three points remain.
 
     Raises:
-        ValueError: points that have no logarithm, a negative tolerance, or an empty window.
+        ValueError: a point has no logarithm, the tolerance is negative, or the window is empty.
     """
     check_rules(tolerance, window)
     x, y = log_points(compute, loss, floor)
@@ -80,18 +81,18 @@ def pareto_frontier(
 
 
 def check_rules(tolerance: float, window: tuple[float, float]) -> None:
-    """Raise ValueError for a tolerance or a window that no frontier can have."""
+    """Raise ValueError for a negative tolerance or an empty window."""
     if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance is a share of the loss, 0.02 for 2 %, not {tolerance}")
+        raise ValueError(f"tolerance is a share of the loss, such as 0.02 for 2 %, not {tolerance}")
     if not window[0] < window[1]:
         raise ValueError(f"window is from the least to the most compute, not from {window[0]:g} to {window[1]:g}")
 
 
 def _lower_hull(x: Array, y: Array) -> NDArray[np.intp]:
-    """The corners of the convex hull that face down, by x.
+    """Return the corners of the convex hull that face down, by x.
 
-    The published rule is a dummy point at (max + 1, max + 1). With another one above the point of least x, the rest of
-    the hull are dummies, and the hull is never flat, whatever the points.
+    The published rule adds a dummy point at (max + 1, max + 1). A second one above the point of least x makes the rest
+    of the hull dummies, so that the hull is never flat.
     """
     top = y.max() + 1
     dummies = [(x.min(), top), (x.max() + 1, top)]

@@ -1,8 +1,8 @@
-"""Intervals, and where they come from.
+"""Confidence intervals from two sources.
 
-From seeds: percentiles over resamples of the seeds. They hold what training again with other seeds would change.
-From regression: t-distribution of a least-squares fit. They hold how well the points lie on the law, as if they were
-independent, which the points of one training curve are not: then they are too narrow.
+seeds       percentiles over resampled seeds: the effect of training again with other seeds
+regression  the t-distribution of a least-squares fit: the scatter of the points around the law, as if they were
+            independent. Points of one training curve are not, which makes these intervals too narrow.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t
 
-from einlinear_lab.scaling.laws import PowerLaw, assumed_floor, covariance, gradient
+from einlinear_lab.scaling.laws import Array, PowerLaw, assumed_floor, covariance, gradient
 
 Source = Literal["seeds", "regression"]
-Quantity = Literal["exponent", "scale", "floor"]
+Quantity = Literal["scale", "exponent", "floor"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a number lies, at a level of confidence.
+    """A confidence interval.
 
     Attributes:
         low, high: its ends; infinite where the data sets no end.
-        source: what the uncertainty is about, "seeds" or "regression".
-        level: of confidence.
+        source: "seeds" or "regression".
+        level: confidence level.
     """
 
     low: float
@@ -42,63 +42,73 @@ class Interval:
 
 
 def percentile_interval(lows: Sequence[float], highs: Sequence[float], level: float = 0.95) -> Interval:
-    """The interval from the ends of what every resample says, which are equal where it says a number, or infinite."""
+    """Return the interval between percentiles over resamples.
+
+    Args:
+        lows, highs: the least and the largest possible value in every resample, equal where the value is exact; may be
+            infinite.
+        level: confidence level.
+    """
     beyond = (1 - check_level(level)) / 2
-    # order statistics rather than interpolated quantiles, which are NaN beside an infinity
+    # order statistics: interpolated quantiles are NaN next to an infinity
     below = math.floor(beyond * (len(lows) - 1))
     return Interval(float(np.sort(lows)[below]), float(np.sort(highs)[len(highs) - 1 - below]), "seeds", level)
 
 
-def t_interval(value: float, stderr: float, free: int, level: float = 0.95) -> Interval:
-    """The interval of a number that was estimated by least squares, with `free` degrees of freedom."""
-    half = float(t.ppf((1 + check_level(level)) / 2, free)) * stderr
+def t_interval(value: float, stderr: float, freedom: int, level: float = 0.95) -> Interval:
+    """Return the interval of a least-squares estimate with so many degrees of freedom."""
+    half = float(t.ppf((1 + check_level(level)) / 2, freedom)) * stderr
     return Interval(value - half, value + half, "regression", level)
 
 
 def law_interval(
     law: PowerLaw, compute: ArrayLike, loss: ArrayLike, quantity: Quantity, level: float = 0.95
 ) -> Interval | None:
-    """The interval of a number of a law, from the regression on its points; None where it goes through all of them.
+    """Return the regression interval of a parameter of a law, or None without degrees of freedom.
 
-    An assumed floor has the interval of one value.
+    The interval of an assumed floor is that floor.
     """
     if quantity == "floor" and law.floor_identified is None:
         return Interval(law.floor, law.floor, "regression", check_level(level))
-    matrix, free = covariance(law, compute, loss), np.size(np.asarray(compute))
-    free -= len(matrix)
-    if free < 1:
-        return None
-    at = ("scale", "exponent", "floor").index(quantity)
-    stderr = math.sqrt(matrix[at, at])
-    if quantity == "scale":
-        return _exponential(t_interval(math.log(law.scale), stderr, free, level))
-    return t_interval(law.exponent if quantity == "exponent" else law.floor, stderr, free, level)
+    value = math.log(law.scale) if quantity == "scale" else float(getattr(law, quantity))
+    direction = np.eye(3)[("scale", "exponent", "floor").index(quantity)]
+    interval = _delta_interval(law, compute, loss, value, direction, level)
+    return _exponential(interval) if interval and quantity == "scale" else interval
 
 
 def prediction_interval(
     law: PowerLaw, compute: ArrayLike, loss: ArrayLike, at: float, level: float = 0.95
 ) -> Interval | None:
-    """The interval of a law's loss at a compute, from the regression on its points; None as in `law_interval`.
+    """Return the regression interval of a law's loss at a compute, or None without degrees of freedom.
 
-    It is about the law itself: a single run scatters around it in addition.
+    The interval is that of the law; a single run scatters around the law in addition.
     """
-    matrix = covariance(law, compute, loss)
-    free = np.size(np.asarray(compute)) - len(matrix)
-    if free < 1:
-        return None
-    slope, floor = gradient(law, np.array([at]))[0], assumed_floor(law)
-    return _exponential(t_interval(math.log(law(at) - floor), math.sqrt(slope @ matrix @ slope), free, level), floor)
+    floor = assumed_floor(law)
+    interval = _delta_interval(law, compute, loss, math.log(law(at) - floor), gradient(law, np.array([at]))[0], level)
+    return _exponential(interval, floor) if interval else None
 
 
 def check_level(level: float) -> float:
-    """The level, checked.
+    """Return the confidence level.
 
     Raises:
-        ValueError: a level that is not between 0 and 1.
+        ValueError: the level is not between 0 and 1.
     """
     if not 0 < level < 1:
-        raise ValueError(f"the level of an interval is between 0 and 1, 0.95 for 95 %, not {level}")
+        raise ValueError(f"the level of an interval must be between 0 and 1, such as 0.95 for 95 %, not {level}")
     return level
+
+
+def _delta_interval(
+    law: PowerLaw, compute: ArrayLike, loss: ArrayLike, value: float, direction: Array, level: float
+) -> Interval | None:
+    """Return the interval of a function of a law's parameters from its gradient by them (the delta method)."""
+    matrix = covariance(law, compute, loss)
+    freedom = np.size(np.asarray(compute)) - len(matrix)
+    if freedom < 1:
+        return None
+    direction = direction[: len(matrix)]
+    return t_interval(value, math.sqrt(direction @ matrix @ direction), freedom, level)
 
 
 def _exponential(interval: Interval, plus: float = 0.0) -> Interval:

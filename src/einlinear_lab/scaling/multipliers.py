@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.stats import gmean
 
 from einlinear_lab.scaling.fit import ScalingFit
 from einlinear_lab.scaling.frontier import Frontier
@@ -17,16 +18,16 @@ from einlinear_lab.scaling.laws import Array
 Point = tuple[float, float]  # (compute, loss), both positive
 Bound = Literal["", ">", "<"]
 
-_PLACES = 10  # along a frontier
+_POINTS = 10  # along a frontier
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """How many times the compute dense needs for the same loss, or a bound where the curve of dense ends before it.
+    """A compute multiplier, or a bound on it where the dense curve ends before the loss is reached.
 
     Attributes:
-        value: the multiplier, or what it is above (">") or below ("<").
-        bound: "" where value is the multiplier itself.
+        value: the multiplier, or its bound.
+        bound: "" for an exact value, ">" for a lower bound, "<" for an upper bound.
     """
 
     value: float
@@ -37,18 +38,18 @@ class Multiplier:
 
     @property
     def text(self) -> str:
-        """The number and its bound, without the multiplication sign."""
+        """The bound and the number, without the multiplication sign."""
         return f"{self.bound} {self.value:.2f}".lstrip()
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Multipliers of several seeds.
+class MultiplierOverSeeds:
+    """The compute multipliers of several seeds.
 
     Attributes:
-        mean: their geometric mean, itself a bound where some of them are; None where upper and lower bounds mix.
-        smallest, largest: of them.
-        seeds: how many there are.
+        mean: geometric mean, itself a bound where some seeds are bounds; None where upper and lower bounds mix.
+        smallest, largest: range over the seeds.
+        seeds: number of seeds.
     """
 
     mean: Multiplier | None
@@ -64,14 +65,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class MultiplierAt:
-    """The compute multiplier at one compute.
+    """The compute multiplier of a structure at one compute.
 
     Attributes:
-        compute: of the structure that is compared with dense.
-        loss: on its frontier there.
-        multiplier: how many times the compute dense needs for this loss.
-        interval: from seeds of both; None where one of them has no resamples. An end is infinite, or zero, where the
-            dense curve of a resample ends before it says.
+        compute: compute of the structure.
+        loss: loss of the structure's frontier at this compute.
+        multiplier: how many times this compute dense needs for this loss.
+        interval: confidence interval from the seeds of both; None where one of them has no resamples. An end is
+            infinite, or zero, where the dense curve of a resample ends before the loss.
     """
 
     compute: float
@@ -79,9 +80,14 @@ class MultiplierAt:
     multiplier: Multiplier
     interval: Interval | None
 
+    def __str__(self) -> str:
+        if self.multiplier.bound or self.interval is None:
+            return str(self.multiplier)
+        return f"{self.multiplier} ({self.interval.low:.2f} to {self.interval.high:.2f})"
+
 
 def compute_multiplier(dense: Iterable[Point], compute: float, loss: float) -> Multiplier:
-    """How many times `compute` dense needs to reach `loss`.
+    """Return how many times `compute` dense needs to reach `loss`.
 
     The dense curve is followed from its cheapest point to where it first reaches the loss, on straight lines between
     points in log-log space. A loss outside the curve gives a bound, never an extrapolation.
@@ -105,64 +111,62 @@ def compute_multiplier(dense: Iterable[Point], compute: float, loss: float) -> M
     return Multiplier(curve[-1][0] / compute, ">")
 
 
-def spread(multipliers: Sequence[Multiplier]) -> Spread | None:
-    """The geometric mean and the range of several seeds' multipliers; None where there are none.
+def multiplier_over_seeds(multipliers: Sequence[Multiplier]) -> MultiplierOverSeeds | None:
+    """Return the geometric mean and the range of several seeds' multipliers; None without any.
 
-    >>> print(spread([Multiplier(2.0), Multiplier(8.0, ">")]))
+    >>> print(multiplier_over_seeds([Multiplier(2.0), Multiplier(8.0, ">")]))
     > 4.00× (2.00 to > 8.00)
     """
     if not multipliers:
         return None
+    # a mean of exact values and lower bounds is a lower bound, and likewise for upper bounds
     bounds = {multiplier.bound for multiplier in multipliers} - {""}
     mean = None
-    if len(bounds) < 2:  # a mean of values and lower bounds is a lower bound, and likewise for upper ones
-        logs = [math.log(multiplier.value) for multiplier in multipliers]
-        mean = Multiplier(math.exp(math.fsum(logs) / len(logs)), next(iter(bounds), ""))
-    # an upper bound is the smallest of equal values, a lower bound the largest
+    if len(bounds) < 2:
+        mean = Multiplier(float(gmean([multiplier.value for multiplier in multipliers])), next(iter(bounds), ""))
+    # of equal values, an upper bound is the smallest and a lower bound the largest
     ordered = sorted(multipliers, key=lambda multiplier: (multiplier.value, ("<", "", ">").index(multiplier.bound)))
-    return Spread(mean, ordered[0], ordered[-1], len(multipliers))
+    return MultiplierOverSeeds(mean, ordered[0], ordered[-1], len(multipliers))
 
 
 def multipliers_along(fit: ScalingFit, dense: ScalingFit, *, level: float = 0.95) -> tuple[MultiplierAt, ...]:
-    """Compute multipliers along a structure's frontier, against dense's frontier, both interpolated in log-log space.
+    """Return compute multipliers along a structure's frontier against the dense frontier.
 
-    They are those of ten computes, log-spaced over what both frontiers cover; of none where they have no compute in
-    common.
-
-    The seeds of the two are resampled independently. Where they share their batches, so that the difference varies
-    less than that, the intervals are too wide rather than too narrow.
+    They are computed at ten log-spaced computes over the common range of both frontiers; without a common range the
+    result is empty. Seeds of the two are resampled independently. Where structure and dense share their batches, so
+    that their difference varies less, the intervals are too wide rather than too narrow.
 
     Args:
-        fit, dense: frontiers of the structure and of dense.
-        level: of confidence.
+        fit, dense: fits of the structure and of dense.
+        level: confidence level.
     """
     low = max(fit.frontier.compute[0], dense.frontier.compute[0])
     high = min(fit.frontier.compute[-1], dense.frontier.compute[-1])
     if low > high:
         return ()
-    places = np.geomspace(low, high, _PLACES)
-    # both draw with the same seed as a rule: next to each other, not at the same place, their draws are independent
+    computes = np.geomspace(low, high, _POINTS)
+    # both usually resample with the same seed: shifting by one draw makes the pairs independent
     pairs = list(zip(fit.draws, dense.draws[1:] + dense.draws[:1]))
-    drawn = [_multipliers(own.frontier, other.frontier, places) for own, other in pairs]
+    resampled = [_multipliers(draw.frontier, dense_draw.frontier, computes) for draw, dense_draw in pairs]
     return tuple(
         MultiplierAt(
-            compute=float(place),
-            loss=float(fit.frontier.loss_at(place)),
+            compute=float(compute),
+            loss=float(fit.frontier.loss_at(compute)),
             multiplier=multiplier,
-            interval=_interval([multipliers[i] for multipliers in drawn], level) if drawn else None,
+            interval=_interval([multipliers[i] for multipliers in resampled], level) if resampled else None,
         )
-        for i, (place, multiplier) in enumerate(zip(places, _multipliers(fit.frontier, dense.frontier, places)))
+        for i, (compute, multiplier) in enumerate(zip(computes, _multipliers(fit.frontier, dense.frontier, computes)))
     )
 
 
-def _multipliers(frontier: Frontier, dense: Frontier, places: Array) -> list[Multiplier]:
+def _multipliers(frontier: Frontier, dense: Frontier, computes: Array) -> list[Multiplier]:
     curve = list(zip(dense.compute.tolist(), dense.loss.tolist()))
-    losses = frontier.loss_at(places)
-    return [compute_multiplier(curve, place, loss) for place, loss in zip(places.tolist(), losses.tolist())]
+    losses = frontier.loss_at(computes)
+    return [compute_multiplier(curve, compute, loss) for compute, loss in zip(computes.tolist(), losses.tolist())]
 
 
 def _interval(multipliers: Sequence[Multiplier], level: float) -> Interval:
-    """The percentile interval; a multiplier that is a bound may be anything beyond it."""
+    """Return the percentile interval; a bound stands for any multiplier beyond it."""
     lows = [0.0 if multiplier.bound == "<" else multiplier.value for multiplier in multipliers]
     highs = [math.inf if multiplier.bound == ">" else multiplier.value for multiplier in multipliers]
     return percentile_interval(lows, highs, level)

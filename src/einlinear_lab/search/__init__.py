@@ -1,10 +1,10 @@
-"""The search for the structure of the lowest loss at a budget.
+"""The search for the structure with the lowest loss at a budget of compute.
 
-search.py     candidates one after another, each trained, until there are enough
-space.py      the space: every admissible theta as a point of a cube, and families beside it
+config.py     SearchConfig and Optuna's samplers
+search.py     Search: trains the models that the sampler proposes until there are enough trials
+space.py      the search space: every admissible theta as a point of a cube, and other families
 matching.py   width and rank for a budget
-predictor.py  a guess of the loss from psi, nu, omega and sizes, and what it is worth
-settings.py   what a search has settled, noted in its results folder
-study.py      what is remembered: an Optuna study, and whose its trials are
-leaders.py    the best that a search has found, and others at its compute
+study.py      the Optuna study, and which driver its trials belong to
+manifest.py   search.json in the results folder
+leaders.py    the best structures of a search, and others at the same compute
 """

@@ -1,4 +1,4 @@
-"""The best structures that a search has found, read from its runs, and what confirms them: others beside them."""
+"""The best structures of a search, and other structures at the same compute to confirm them against."""
 
 from __future__ import annotations
 
@@ -13,110 +13,109 @@ from einlinear.files import differences
 from einlinear_lab.runs.records import Record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import open_store
+from einlinear_lab.search.manifest import SearchManifest
 from einlinear_lab.search.matching import Matching
-from einlinear_lab.search.settings import Settings
 from einlinear_lab.search.space import STRUCTURE, Proposal
 
 FROM_STUDY = "from-study:"
 
 
-def leaders(folder: str | Path, count: int) -> list[Record]:
-    """The best finished runs by the objective of the search, the best first, one for each structure.
-
-    Args:
-        folder: of results.
-        count: how many, at most.
-
-    Raises:
-        ValueError: the folder holds no results, or none that is finished.
-    """
-    store = open_store(folder)
-    settings = Settings.read(store.folder)
-    scored = [(settings.value(record.result), record) for record in store.records() if record.result]
-    scored = [(value, record) for value, record in scored if value < math.inf]
-    if not scored:
-        raise ValueError(f"{folder} holds no finished runs yet")
-    best: dict[tuple[str, ...], Record] = {}
-    structures = [option for option in settings.axes if option != "width"]
-    for _, record in sorted(scored, key=lambda pair: pair[0]):
-        best.setdefault(tuple(record.run.options[option] for option in structures), record)
-    return list(best.values())[:count]
-
-
 @dataclass(frozen=True)
 class Leader:
-    """One of the best of a search.
+    """One of the best structures of a search.
 
     Attributes:
         record: its run.
-        settings: of the search.
+        manifest: of the search.
     """
 
     record: Record
-    settings: Settings
+    manifest: SearchManifest
 
     @property
-    def chosen(self) -> dict[str, Any]:
-        return {option: self.record.run.options[option] for option in self.settings.axes}
+    def model(self) -> dict[str, Any]:
+        """The options of the model that the search chose."""
+        return {option: self.record.run.options[option] for option in self.manifest.axes}
 
     @property
-    def common(self) -> dict[str, Any]:
-        """The options of all runs of the search."""
+    def shared(self) -> dict[str, Any]:
+        """The options that all runs of the search share."""
         options = self.record.run.options
-        return {name: options[name] for name in options if name not in (*self.settings.axes, "seed")}
+        return {name: value for name, value in options.items() if name not in (*self.manifest.axes, "seed")}
 
     @property
-    def alike(self) -> dict[str, Any]:
-        """What searches have to have in common to be compared."""
-        common = {name: value for name, value in self.common.items() if name in self.record.run.identity}
-        return {"budget": self.settings.budget, "axes": self.settings.axes, **common}
+    def comparable(self) -> dict[str, Any]:
+        """All that has to be equal for two searches to be compared."""
+        identity = {name: value for name, value in self.shared.items() if name in self.record.run.identity}
+        return {"budget": self.manifest.budget, "axes": self.manifest.axes, **identity}
 
 
-def without_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ...], list[Leader]]:
-    """Specs without those that read "from-study:FOLDER", and instead of these the best of the search.
+def read_leaders(folder: str | Path, count: int) -> list[Leader]:
+    """Return the best finished run of each structure, at most `count`, by the objective of the search, best first.
 
     Raises:
-        ValueError: as `leaders`; two searches whose runs are not alike.
+        ValueError: the folder holds no results, or no finished run.
     """
-    found: list[Leader] = []
+    store = open_store(folder)
+    manifest = SearchManifest.read(store.folder)
+    scored = [(manifest.objective(record.result), record) for record in store.records() if record.result]
+    scored = sorted((pair for pair in scored if pair[0] < math.inf), key=lambda pair: pair[0])
+    if not scored:
+        raise ValueError(f"{folder} holds no finished runs yet")
+    best: dict[tuple[str, ...], Leader] = {}
+    structures = [option for option in manifest.axes if option != "width"]
+    for _, record in scored:
+        best.setdefault(tuple(record.run.options[option] for option in structures), Leader(record, manifest))
+    return list(best.values())[:count]
+
+
+def split_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ...], list[Leader]]:
+    """Return the specs that are structures, and the leaders of the searches in those that read "from-study:FOLDER".
+
+    Raises:
+        ValueError: as `read_leaders`; two searches that cannot be compared.
+    """
+    leaders: list[Leader] = []
     for spec in specs:
         if spec.startswith(FROM_STUDY):
             folder = Path(spec.removeprefix(FROM_STUDY))
             if not folder.exists() and (Path("results") / folder).exists():
                 folder = Path("results") / folder
-            found += [Leader(record, Settings.read(folder)) for record in leaders(folder, count)]
-    for own in found[1:]:
-        if changed := differences(found[0].alike, own.alike):
-            raise ValueError(f"searches of different settings cannot be compared: {'; '.join(changed)}")
-    return tuple(spec for spec in specs if not spec.startswith(FROM_STUDY)), found
+            leaders += read_leaders(folder, count)
+    for leader in leaders[1:]:
+        if changed := differences(leaders[0].comparable, leader.comparable):
+            raise ValueError(f"searches of different configs cannot be compared: {'; '.join(changed)}")
+    return tuple(spec for spec in specs if not spec.startswith(FROM_STUDY)), leaders
 
 
-def unseen_seed(best: Sequence[Leader]) -> int:
-    """The first seed after those of the searches: a run that was chosen for its loss confirms nothing."""
-    return max(own.record.run.seed for own in best) + 1
+def unseen_seed(leaders: Sequence[Leader]) -> int:
+    """Return the first seed after those of the searches: a run that was chosen for its loss confirms nothing."""
+    return max(leader.record.run.seed for leader in leaders) + 1
 
 
-def as_searched(best: Sequence[Leader], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the search's runs, as far as others are not given."""
-    options = best[0].common
-    if given.get("epochs") is not None:
-        del options["steps"]
-    return options | {name: value for name, value in given.items() if value is not None}
+def as_searched(leaders: Sequence[Leader], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options, completed by those of the search's runs."""
+    shared = leaders[0].shared
+    if options.get("epochs") is not None:
+        del shared["steps"]
+    return shared | {name: value for name, value in options.items() if value is not None}
 
 
-def alongside(best: Sequence[Leader], specs: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Models, by their options: those of other structures at the compute of a search, then the best of the search.
+def alongside(leaders: Sequence[Leader], specs: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the options of models: other structures at the compute of the leaders, then the leaders.
 
     Args:
-        best: of the search.
-        specs: of the others.
+        leaders: of the search.
+        specs: of the other structures.
         options: of all runs.
 
     Raises:
-        DoesNotFit: one has no model of that compute.
+        DoesNotFit: a structure has no model of that compute.
     """
     base = Run.of({"steps": 1, **options})
-    macs = [own.record.result.macs for own in best if own.record.result]
+    macs = [leader.record.result.macs for leader in leaders if leader.record.result]
     matching = Matching(base.model, base.data.load(base.seed).shape, round(fmean(macs)), granule=1)
     matched = [matching.match({STRUCTURE: Proposal(spec)}) for spec in specs]
-    return [{**own.specs, "width": own.width} for own in matched] + [own.chosen for own in best]
+    return [{**architecture.specs, "width": architecture.width} for architecture in matched] + [
+        leader.model for leader in leaders
+    ]

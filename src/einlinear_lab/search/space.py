@@ -1,42 +1,47 @@
-"""The continuous space of structures: every two-factor einsum, as a point of a cube, and a few families beside it.
+"""The search space: every two-factor einsum as a point of a cube, and a few other families.
 
-A two-factor einsum is a vector theta of seven exponents (arXiv 2410.02117, section 2). Five numbers between 0 and 1
-give one: how much of the input only the first factor reads (alpha), how much of the output only the second writes
-(epsilon), which share of the rest of each side the other factor takes alone (beta, delta) and which it shares with the
-first (gamma, phi), and the rank between the two (rho). So the constraints hold by construction:
+A two-factor einsum is a vector theta of seven exponents (arXiv 2410.02117, section 2). Five coordinates between 0 and 1
+determine theta: alpha and epsilon, the shares of beta and delta in the rest of the input and of the output, and the
+rank rho; gamma and phi are what remains. So the constraints hold by construction:
 
-- each side's exponents are at least 0 and sum to 1;
-- of two labellings of the same matrices, with the factors exchanged, it is the one that is cheaper to contract in the
-  order it is written in: min(alpha, epsilon) >= min(beta, delta);
-- no rank is larger than what it connects: rho <= min(alpha, epsilon);
-- both factors sum something, or it were a dense layer in disguise: alpha, epsilon > 0.
+- the exponents of the input, and those of the output, are at least 0 and sum to 1;
+- of two labellings of the same matrices, with the factors exchanged, theta is the one that is cheaper to contract in
+  the order it is written in: min(alpha, epsilon) >= min(beta, delta);
+- no rank exceeds the axes it connects: rho <= min(alpha, epsilon);
+- both factors contract an axis, otherwise the layer would be dense: alpha, epsilon > 0.
 
-The structures that are known best lie on the faces of this space, where exponents are 0 or 1: a part of the cube of
-positive volume is mapped to each face, so that samplers find them.
+The best-known structures lie on the faces of this space, where exponents are 0 or 1. A part of the cube of positive
+volume is mapped to each face, so that samplers reach it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from einlinear_lab.models.blocks import ROLES
 
-GRID = 24  # exponents are multiples of 1/24, such as halves, thirds and quarters: a factor of 1.26 at width 256
-_FACE = 0.2  # share of a coordinate that is mapped to each of its ends
+# Exponents are multiples of 1/24, such as halves, thirds and quarters: a factor of 1.26 at width 256.
+GRID = 24
+# The share of a coordinate that is mapped to each of its ends.
+_FACE = 0.2
 
-Suggest = Callable[[str], float]  # a coordinate between 0 and 1, by name
+# The coordinates of a point by name, for example those of an Optuna trial.
+Point = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Theta:
-    """The exponents of the axes of a two-factor einsum, as fractions.
+    """Exponents of the axes of a two-factor einsum, as fractions.
 
     Attributes:
-        alpha, beta, gamma: of the axes of the input that only the first factor reads, only the second, both.
-        delta, epsilon, phi: of the axes of the output that only the first writes, only the second, both.
-        rho: of the rank between them.
+        alpha, beta, gamma: of the input axes that only the first factor, only the second factor, and both have.
+        delta, epsilon, phi: of the output axes that only the first factor, only the second factor, and both have.
+        rho: of the rank between the factors.
 
     >>> monarch = Theta(*(Fraction(n, 2) for n in (1, 0, 1, 0, 1, 1)), Fraction(0))
     >>> monarch.spec
@@ -53,36 +58,36 @@ class Theta:
 
     @property
     def spec(self) -> str:
-        """The structure, as text."""
+        """The structure as text."""
         exponents = self.alpha, self.beta, self.gamma, self.delta, self.epsilon, self.phi, self.rho
         return f"einsum(theta=({', '.join(map(str, exponents))}))"
 
 
-# What the literature knows (arXiv 2410.02117): a choice that differs in psi, nu and omega.
-KNOWN = tuple(
-    Theta(*(Fraction(n, 12) for n in exponents))
-    for exponents in (
-        (6, 0, 6, 0, 6, 6, 0),  # BTT
-        (12, 0, 0, 0, 12, 0, 6),  # low rank
-        (6, 6, 0, 6, 6, 0, 0),  # Kronecker
-        (6, 0, 6, 0, 6, 6, 3),  # BTT of a higher rank
-        (6, 3, 3, 3, 6, 3, 0),  # none of these
-        (12, 0, 0, 0, 12, 0, 9),  # low rank of a higher rank
-        (6, 6, 0, 6, 6, 0, 3),  # tensor train
-        (8, 0, 4, 0, 8, 4, 0),  # BTT of low rank
-    )
-)
+# Structures of arXiv 2410.02117 that differ in psi, nu and omega. A search is warm-started with them, in this order.
+LITERATURE = {
+    name: Theta(*(Fraction(n, 12) for n in exponents))
+    for name, exponents in {
+        "BTT": (6, 0, 6, 0, 6, 6, 0),
+        "low rank": (12, 0, 0, 0, 12, 0, 6),
+        "Kronecker": (6, 6, 0, 6, 6, 0, 0),
+        "BTT of a higher rank": (6, 0, 6, 0, 6, 6, 3),
+        "generic": (6, 3, 3, 3, 6, 3, 0),
+        "low rank of a higher rank": (12, 0, 0, 0, 12, 0, 9),
+        "tensor train": (6, 6, 0, 6, 6, 0, 3),
+        "BTT of low rank": (8, 0, 4, 0, 8, 4, 0),
+    }.items()
+}
 
 
 def theta_of(alpha: float, epsilon: float, beta: float, delta: float, rho: float) -> Theta:
-    """The admissible theta of a point of the cube: all are between 0 and 1, and any will do.
+    """Return the admissible theta of a point of the cube. All coordinates are between 0 and 1.
 
     >>> theta_of(0.4, 0.4, 0.0, 0.0, 0.0).spec
     'einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))'
-    >>> theta_of(1.0, 1.0, 0.3, 0.9, 0.6).spec  # nothing is left of either side: low rank
+    >>> theta_of(1.0, 1.0, 0.3, 0.9, 0.6).spec  # alpha = epsilon = 1 is low rank, whatever beta and delta
     'einsum(theta=(1, 0, 0, 0, 1, 0, 1/2))'
     """
-    a, e = (max(_on_grid(_to_faces(u, low=False), Fraction(1)), Fraction(1, GRID)) for u in (alpha, epsilon))
+    a, e = (max(_on_grid(_to_faces(u, low=False)), Fraction(1, GRID)) for u in (alpha, epsilon))
     b, d = _on_grid(_to_faces(beta), 1 - a), _on_grid(_to_faces(delta), 1 - e)
     if min(a, e) < min(b, d):
         a, b, d, e = b, a, e, d
@@ -91,15 +96,15 @@ def theta_of(alpha: float, epsilon: float, beta: float, delta: float, rho: float
 
 
 def point_of(theta: Theta) -> dict[str, float]:
-    """The coordinates of an admissible theta, by name.
+    """Return the coordinates of an admissible theta by name.
 
-    >>> point = point_of(KNOWN[0])
+    >>> point = point_of(LITERATURE["BTT"])
     >>> theta_of(**point).spec
     'einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))'
     """
     return {
-        "alpha": _from_faces(theta.alpha, Fraction(1), low=False),
-        "epsilon": _from_faces(theta.epsilon, Fraction(1), low=False),
+        "alpha": _from_faces(theta.alpha, low=False),
+        "epsilon": _from_faces(theta.epsilon, low=False),
         "beta": _from_faces(theta.beta, 1 - theta.alpha),
         "delta": _from_faces(theta.delta, 1 - theta.epsilon),
         "rho": _from_faces(theta.rho, min(theta.alpha, theta.epsilon), high=False),
@@ -107,138 +112,137 @@ def point_of(theta: Theta) -> dict[str, float]:
 
 
 def _to_faces(u: float, low: bool = True, high: bool = True) -> float:
-    """Stretched, so that a part of the coordinate is mapped to its ends."""
+    """Stretch a coordinate, so that a part of it is mapped to each end."""
     first, last = _FACE * low, 1 - _FACE * high
     return min(1.0, max(0.0, (u - first) / (last - first)))
 
 
-def _from_faces(exponent: Fraction, of: Fraction, low: bool = True, high: bool = True) -> float:
-    """The coordinate that is stretched to an exponent."""
+def _from_faces(exponent: Fraction, scale: Fraction = Fraction(1), low: bool = True, high: bool = True) -> float:
+    """Invert `_to_faces` for an exponent between 0 and `scale`."""
     first, last = _FACE * low, 1 - _FACE * high
-    return first + float(exponent / of if of else exponent) * (last - first)
+    return first + float(exponent / scale if scale else exponent) * (last - first)
 
 
-def _on_grid(share: float, of: Fraction) -> Fraction:
-    return Fraction(round(share * float(of) * GRID), GRID)
+def _on_grid(share: float, scale: Fraction = Fraction(1)) -> Fraction:
+    return Fraction(round(share * float(scale) * GRID), GRID)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A structure whose size is still open.
+    """A structure whose rank still depends on the width.
 
     Attributes:
-        family: "einsum", one of `BESIDE`, or any structure of which all is said, as text.
+        family: "einsum", another family, or any complete spec.
         theta: of an einsum.
-        arguments: of another family.
-        rho: the rank, as an exponent of the width; None where there is none to choose.
+        arguments: of another family, without its rank.
+        rho: the rank as an exponent of the width; None where there is no rank to choose.
     """
 
     family: str
     theta: Theta | None = None
-    arguments: tuple[tuple[str, object], ...] = ()
+    arguments: Mapping[str, object] = field(default_factory=dict)
     rho: Fraction | None = None
 
     @property
     def ranks(self) -> list[Fraction]:
-        """The exponents that the rank may have, by how near they are to the one proposed."""
+        """All admissible exponents of the rank, those nearest to `rho` first."""
         if self.rho is None:
             return [Fraction(0)]
-        most = min(self.theta.alpha, self.theta.epsilon) if self.theta else Fraction(1)
-        wanted = self.rho
-        return sorted(
-            (Fraction(n, GRID) for n in range(int(most * GRID) + 1)), key=lambda own: (abs(own - wanted), own)
-        )
+        largest = min(self.theta.alpha, self.theta.epsilon) if self.theta else Fraction(1)
+        rho = self.rho
+        return sorted((Fraction(n, GRID) for n in range(int(largest * GRID) + 1)), key=lambda r: (abs(r - rho), r))
 
     def spec(self, rho: Fraction, width: int) -> str:
-        """As text, with a rank of width**rho."""
+        """Return the structure as text, with a rank of width**rho."""
         if self.theta is not None:
-            t = self.theta
-            return Theta(t.alpha, t.beta, t.gamma, t.delta, t.epsilon, t.phi, rho).spec
+            return replace(self.theta, rho=rho).spec
         arguments = dict(self.arguments)
         if self.rho is not None:
             arguments["rank"] = max(1, round(width ** float(rho)))
-        written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        return f"{self.family}({written})" if written else self.family
+        text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        return f"{self.family}({text})" if text else self.family
 
 
 STRUCTURE = "structure"
-Proposals = Mapping[str, Proposal]  # by the option of the model that it is for: "structure", "up_structure", ...
+# By the option of the model: "structure", "up_structure", ...
+Proposals = Mapping[str, Proposal]
 
-# Families that are no two-factor einsums: how a point of the cube chooses a member.
-BESIDE: Mapping[str, Callable[[Suggest], Proposal]] = {
-    "btt3": lambda suggest: Proposal(
-        "btt", arguments=(("cores", 3),), rho=_on_grid(_to_faces(suggest("rho"), high=False), Fraction(1, 2))
-    ),
-    "blast": lambda suggest: Proposal(
-        "blast", arguments=(("blocks", _whole(suggest("blocks"), 2, 8)),), rho=_on_grid(suggest("rho"), Fraction(1))
-    ),
-    "dyad": lambda suggest: Proposal(
-        "dyad",
-        arguments=(
-            ("blocks", _whole(suggest("blocks"), 2, 8)),
-            ("variant", ("it", "ot", "dt")[_whole(suggest("variant"), 0, 2)]),
-        ),
-    ),
+_UNIT, _BLOCKS = FloatDistribution(0, 1), IntDistribution(2, 8)
+_COORDINATES: dict[str, dict[str, BaseDistribution]] = {
+    "einsum": dict.fromkeys(("alpha", "epsilon", "beta", "delta", "rho"), _UNIT),
+    "btt3": {"rho": _UNIT},
+    "blast": {"blocks": _BLOCKS, "rho": _UNIT},
+    "dyad": {"blocks": _BLOCKS, "variant": CategoricalDistribution(("it", "ot", "dt"))},
 }
 
 
 def option_of(role: str) -> str:
-    """The option of a model for the structure of a role."""
+    """Return the option of a model for the structure of a role."""
     return f"{role}_{STRUCTURE}"
 
 
-def _whole(u: float, low: int, high: int) -> int:
-    """A whole number from low to high."""
-    return min(high, low + int(u * (high + 1 - low)))
-
-
 @dataclass(frozen=True)
-class Space:
-    """What is searched.
+class SearchSpace:
+    """The structures that a search chooses from.
 
     Attributes:
-        families: "einsum" for all of theta, and any of `BESIDE`.
+        families: some of "einsum" (every theta), "btt3" (block tensor trains of three cores), "blast" and "dyad".
         roles: of linear layers that get a structure of their own.
+
+    Raises:
+        ValueError: an unknown family or role, or no family.
     """
 
     families: tuple[str, ...] = ("einsum",)
     roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        known = ("einsum", *BESIDE)
-        unknown = [name for name in self.families if name not in known]
+        unknown = [name for name in self.families if name not in _COORDINATES]
         if unknown or not self.families:
-            raise ValueError(f"families must be some of {', '.join(known)}, not {', '.join(unknown) or 'none'}")
-        if wrong := [role for role in self.roles if role not in ROLES]:
-            raise ValueError(f"roles must be some of {', '.join(ROLES)}, not {', '.join(wrong)}")
+            raise ValueError(f"families must be some of {', '.join(_COORDINATES)}, not {', '.join(unknown) or 'none'}")
+        if unknown := [role for role in self.roles if role not in ROLES]:
+            raise ValueError(f"roles must be some of {', '.join(ROLES)}, not {', '.join(unknown)}")
 
     @property
-    def known(self) -> list[dict[str, float]]:
-        """The points at which all layers have a structure of the literature; none without einsums."""
+    def coordinates(self) -> dict[str, BaseDistribution]:
+        """The coordinates by name. Every point has all of them: Gaussian processes need a fixed space."""
+        names: dict[str, BaseDistribution] = {}
+        if self.families[1:]:
+            names["family"] = CategoricalDistribution(self.families)
+        for family in self.families:
+            names |= _COORDINATES[family]
+        return {_of_role(role, name): kind for role in ("", *self.roles) for name, kind in names.items()}
+
+    @property
+    def literature(self) -> list[dict[str, Any]]:
+        """The points at which all layers share a structure of `LITERATURE`; none without einsums."""
         if "einsum" not in self.families:
             return []
-        family = (self.families.index("einsum") + 0.5) / len(self.families)
-        points = [{"family": family, **point_of(theta)} for theta in KNOWN]
+        points = [
+            ({"family": "einsum"} if self.families[1:] else {}) | point_of(theta) for theta in LITERATURE.values()
+        ]
         return [
-            {(f"{role} {name}" if role else name): u for role in ("", *self.roles) for name, u in point.items()}
+            {_of_role(role, name): value for role in ("", *self.roles) for name, value in point.items()}
             for point in points
         ]
 
-    def propose(self, suggest: Suggest) -> Proposals:
-        """The structures at a point, whose coordinates are asked for one by one."""
-        own = {
-            option_of(role): self._propose(lambda name, role=role: suggest(f"{role} {name}"))  # type: ignore[misc]
-            for role in self.roles
-        }
-        return {STRUCTURE: self._propose(suggest), **own}
+    def propose(self, point: Point) -> dict[str, Proposal]:
+        """Return the structures at a point, by the option of the model."""
+        options = {STRUCTURE: ""} | {option_of(role): role for role in self.roles}
+        return {option: self._proposal(point, role) for option, role in options.items()}
 
-    def _propose(self, suggest: Suggest) -> Proposal:
-        family = (
-            self.families[_whole(suggest("family"), 0, len(self.families) - 1)]
-            if self.families[1:]
-            else self.families[0]
-        )
-        if family != "einsum":
-            return BESIDE[family](lambda name: suggest(f"{family} {name}"))
-        theta = theta_of(*(suggest(name) for name in ("alpha", "epsilon", "beta", "delta", "rho")))
-        return Proposal("einsum", theta, rho=theta.rho)
+    def _proposal(self, point: Point, role: str) -> Proposal:
+        family = point[_of_role(role, "family")] if self.families[1:] else self.families[0]
+        values = {name: point[_of_role(role, name)] for name in _COORDINATES[family]}
+        if family == "einsum":
+            theta = theta_of(**values)
+            return Proposal("einsum", theta, rho=theta.rho)
+        if family == "btt3":
+            rho = _on_grid(_to_faces(values["rho"], high=False), Fraction(1, 2))
+            return Proposal("btt", arguments={"cores": 3}, rho=rho)
+        rho = _on_grid(values.pop("rho")) if "rho" in values else None
+        return Proposal(family, arguments=values, rho=rho)
+
+
+def _of_role(role: str, name: str) -> str:
+    return f"{role} {name}" if role else name

@@ -1,7 +1,7 @@
-"""What is remembered of a search: an Optuna study, and in the results folder the runs of its trials.
+"""The Optuna study of a search. The runs of its trials are in the results folder.
 
-Every trial that trains has noted, before it starts, which driver it belongs to, its candidate and its run. A driver
-holds a lock as long as it lives, so that others can tell which trials nobody works on any more.
+Before it starts, a trial notes its driver, its architecture and its run. A driver holds a lock as long as it lives, so
+that other drivers resume the trials of dead ones at once, from the checkpoints of their runs, in every kind of storage.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,83 +23,52 @@ from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from einlinear.files import differences
-from einlinear.structures import structure
 from einlinear_lab.runs.passwords import without_passwords
 from einlinear_lab.runs.run import Run
-from einlinear_lab.search.matching import Matched
-from einlinear_lab.search.settings import LOCK
-from einlinear_lab.search.space import STRUCTURE
+from einlinear_lab.search.manifest import LOCK
+from einlinear_lab.search.matching import Architecture
 
 SQLITE, JOURNAL = "study.sqlite", "study.journal"
+SAME_AS = "same as"
 _DRIVERS = "drivers"
-_SETTINGS, _DRIVER, _CANDIDATE, _RUN, SAME_AS, WHY = "settings", "driver", "candidate", "run", "same as", "why"
-_EINSUM = "einsum"
-_TAKEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+_CONFIG, _DRIVER, _ARCHITECTURE, _RUN, _REASON = "config", "driver", "architecture", "run", "reason"
+_TRAINED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Structures at their sizes, as they are noted.
+class SearchTrial:
+    """A trial that trains a model or has done so.
 
     Attributes:
-        specs, width, macs, params: as of `Matched`.
-        exponents: psi, nu and omega of each structure, by the option of the model.
-        signature: equal for candidates that are the same model.
+        frozen: the trial as Optuna has it.
     """
 
-    specs: Mapping[str, str]
-    width: int
-    macs: int
-    params: int
-    exponents: Mapping[str, Sequence[float]]
-    signature: str
+    frozen: FrozenTrial
 
     @property
-    def spec(self) -> str:
-        """The structure of the layers whose role has none of its own."""
-        return self.specs[STRUCTURE]
-
-    @classmethod
-    def of(cls, matched: Matched) -> Candidate:
-        exponents = {}
-        for option, (in_features, out_features, *_) in reversed(matched.sizes):  # the first layer's are kept
-            s = structure(matched.specs[option], in_features, out_features)
-            exponents[option] = s.psi, s.nu, s.omega
-        # all einsums have one pattern, so that their sizes tell them apart
-        kinds = {option: _EINSUM if spec.startswith(_EINSUM) else spec for option, spec in matched.specs.items()}
-        signature = f"{kinds} {matched.sizes}"
-        return cls(matched.specs, matched.width, matched.macs, matched.params, exponents, signature)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A trial that trains, or did.
-
-    Attributes:
-        number: of the trial.
-        state: its state.
-        candidate: what it is about.
-        run: its run.
-        value: what the search minimises; None while it is not finished.
-        early: what it was judged by on the way, by the step.
-        driver: that did it last.
-    """
-
-    number: int
-    state: TrialState
-    candidate: Candidate
-    run: Run
-    value: float | None
-    early: Mapping[int, float]
-    driver: str
+    def number(self) -> int:
+        return self.frozen.number
 
     @property
-    def is_finished(self) -> bool:
-        return self.state == TrialState.COMPLETE
+    def state(self) -> TrialState:
+        return self.frozen.state
+
+    @property
+    def value(self) -> float | None:
+        """The objective; None while the trial is not complete."""
+        return self.frozen.value if self.state == TrialState.COMPLETE else None
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.from_json(self.frozen.user_attrs[_ARCHITECTURE])
+
+    @cached_property
+    def run(self) -> Run:
+        return Run.of(self.frozen.user_attrs[_RUN])
 
 
-class Study:
-    """An Optuna study of a results folder, as one driver sees it; made by `open_study`."""
+class SearchStudy:
+    """An Optuna study of a results folder, as one driver sees it; `open_study` returns it."""
 
     def __init__(self, study: optuna.Study, storage: BaseStorage, folder: Path) -> None:
         self.optuna = study
@@ -107,126 +77,113 @@ class Study:
 
     @contextmanager
     def driving(self) -> Iterator[None]:
-        """Be alive, as others see it."""
-        path = self._alive(self._driver)
+        """Hold the lock that shows other drivers that this one is alive."""
+        path = self._lock_of(self._driver)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path):
             yield
         path.unlink(missing_ok=True)
 
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Hold the lock under which trials are created, so that no two drivers choose the same."""
+        with FileLock(self._folder / LOCK):
+            yield
+
     def close(self) -> None:
-        """Let go of the database; whoever asks something connects again."""
+        """Disconnect from the database; the next query connects again."""
         if isinstance(self._storage, RDBStorage):
             self._storage.remove_session()
             self._storage.engine.dispose()
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else chooses a candidate meanwhile."""
-        with FileLock(self._folder / LOCK):
-            yield
+    def trained(self) -> list[SearchTrial]:
+        """All trials that train or have been trained, pruned ones included, in order."""
+        return self._trials(_TRAINED)
 
-    def tried(self) -> list[Tried]:
-        """All trials that train or did, in order."""
-        return self._of(_TAKEN)
+    def failed(self) -> list[SearchTrial]:
+        """Return the trials whose training failed."""
+        return self._trials((TrialState.FAIL,))
 
-    def failed(self) -> list[Tried]:
-        """Those whose training failed."""
-        return self._of((TrialState.FAIL,))
-
-    def _of(self, states: Sequence[TrialState]) -> list[Tried]:
-        return [
-            Tried(
-                trial.number,
-                trial.state,
-                Candidate(**trial.user_attrs[_CANDIDATE]),
-                Run.of(trial.user_attrs[_RUN]),
-                trial.value if trial.state == TrialState.COMPLETE else None,
-                trial.intermediate_values,
-                trial.user_attrs[_DRIVER],
-            )
-            for trial in self._trials()
-            if _RUN in trial.user_attrs and trial.state in states
-        ]
-
-    def note(self, trial: optuna.Trial, candidate: Candidate, run: Run) -> None:
-        """Say what a trial is about to train. The run comes last: without it nothing was begun."""
+    def start(self, trial: optuna.Trial, architecture: Architecture, run: Run) -> None:
+        """Note the model that a trial is about to train. The run comes last: a trial without it has not begun."""
         trial.set_user_attr(_DRIVER, self._driver)
-        trial.set_user_attr(_CANDIDATE, asdict(candidate))
+        trial.set_user_attr(_ARCHITECTURE, asdict(architecture))
         trial.set_user_attr(_RUN, run.options)
 
-    def orphans(self) -> list[Tried]:
-        """The trials whose drivers are dead: from now on they are this one's. To be called `alone`."""
-        for trial in self._trials():
-            if trial.state == TrialState.RUNNING and _RUN not in trial.user_attrs:
-                self.optuna.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)  # it had not begun
-        found = [own for own in self.tried() if own.state == TrialState.RUNNING and self._is_dead(own.driver)]
-        for own in found:
-            self.trial(own).set_user_attr(_DRIVER, self._driver)
-        return found
+    def reject(self, trial: optuna.Trial, reason: str) -> None:
+        """Fail a trial that is not trained."""
+        trial.set_user_attr(_REASON, reason)
+        self.optuna.tell(trial, state=TrialState.FAIL)
 
-    def trial(self, own: Tried) -> optuna.Trial:
-        """As Optuna sees it."""
-        return optuna.Trial(self.optuna, self._trials()[own.number]._trial_id)
+    def repeat(self, trial: optuna.Trial, first: SearchTrial) -> None:
+        """Give a trial the value of the first one of the same model, from which samplers learn; fail it without one."""
+        trial.set_user_attr(SAME_AS, first.number)
+        state = TrialState.FAIL if first.value is None else TrialState.COMPLETE
+        self.optuna.tell(trial, first.value, state)
 
-    def _trials(self) -> list[FrozenTrial]:
-        return self.optuna.get_trials(deepcopy=False)
+    def adopt_orphans(self) -> list[tuple[SearchTrial, optuna.Trial]]:
+        """Make the trials of dead drivers this driver's. To be called while `choosing`."""
+        for frozen in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if _RUN not in frozen.user_attrs:
+                self.optuna.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
+        running = self._trials((TrialState.RUNNING,))
+        orphans = [trial for trial in running if self._is_dead(trial.frozen.user_attrs[_DRIVER])]
+        adopted = [(orphan, optuna.Trial(self.optuna, orphan.frozen._trial_id)) for orphan in orphans]
+        for _, trial in adopted:
+            trial.set_user_attr(_DRIVER, self._driver)
+        return adopted
+
+    def _trials(self, states: Sequence[TrialState]) -> list[SearchTrial]:
+        trials = self.optuna.get_trials(deepcopy=False, states=tuple(states))
+        return [SearchTrial(frozen) for frozen in trials if _RUN in frozen.user_attrs]
 
     def _is_dead(self, driver: str) -> bool:
         if driver == self._driver:
             return False
         try:
-            with FileLock(self._alive(driver), timeout=0):
+            with FileLock(self._lock_of(driver), timeout=0):
                 return True
         except Timeout:
             return False
 
-    def _alive(self, driver: str) -> Path:
+    def _lock_of(self, driver: str) -> Path:
         return self._folder / _DRIVERS / f"{driver}.lock"
 
 
 def open_study(
-    folder: Path,
-    settings: Mapping[str, Any],
-    storage: str | None = None,
-    name: str | None = None,
-    pruner: optuna.pruners.BasePruner | None = None,
-) -> Study:
-    """The study of a results folder, new or to go on with.
+    folder: Path, config: Mapping[str, Any], storage: str | None, name: str, pruner: optuna.pruners.BasePruner
+) -> SearchStudy:
+    """Create the study of a results folder, or load it.
 
     Args:
-        folder: which is there.
-        settings: what makes losses comparable.
+        folder: an existing folder.
+        config: all that has to be equal for losses to be comparable.
         storage: a database's URL, "journal" for a file that many machines may append to, None for SQLite, both in the
             folder.
-        name: of the study; None: the folder's.
-        pruner: as of Optuna.
+        name: of the study.
+        pruner: of Optuna.
 
     Raises:
-        ValueError: the study is about something else.
+        ValueError: the study has another config.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with FileLock(folder / LOCK):  # two drivers that make the tables of a database at once fail
-        kept = _storage(folder, storage)
+    # Two drivers that create the tables of a database at the same time fail.
+    with FileLock(folder / LOCK):
+        backend = _storage(folder, storage)
         study = optuna.create_study(
-            storage=kept,
-            study_name=name or folder.resolve().name,
-            direction="minimize",
-            load_if_exists=True,
-            pruner=pruner,
+            storage=backend, study_name=name, direction="minimize", load_if_exists=True, pruner=pruner
         )
-        before = study.user_attrs.get(_SETTINGS)
-        if before is None:
-            study.set_user_attr(_SETTINGS, dict(settings))
-    if before is not None and (changed := differences(before, settings)):
+        stored = study.user_attrs.get(_CONFIG)
+        if stored is None:
+            study.set_user_attr(_CONFIG, dict(config))
+    if stored is not None and (changed := differences(stored, config)):
         raise ValueError(
-            f"the study {study.study_name} is about something else: {'; '.join(changed)}. Name another folder (--out)"
+            f"the study {study.study_name} has another config: {'; '.join(changed)}. Name another folder (--out)"
         )
-    return Study(study, kept, folder)
+    return SearchStudy(study, backend, folder)
 
 
 def kind_of_storage(storage: str | None) -> str:
-    """ "sqlite" and "journal" are in the results folder, "database" anywhere.
+    """Return "sqlite" or "journal", which are in the results folder, or "database".
 
     Raises:
         ValueError: neither, nor the URL of a database that answers and whose driver is installed.
@@ -237,21 +194,22 @@ def kind_of_storage(storage: str | None) -> str:
     try:
         engine = create_engine(storage)
     except (ArgumentError, ModuleNotFoundError) as error:
-        why = without_passwords(str(error).replace(storage, shown))
-        raise ValueError(f"storage must be journal or the URL of a database, not {shown!r}: {why}") from None
+        reason = without_passwords(str(error).replace(storage, shown))
+        raise ValueError(f"storage must be journal or the URL of a database, not {shown!r}: {reason}") from None
     try:
         engine.connect().close()
-    except (SQLAlchemyError, TypeError, ValueError) as error:  # of what follows the "?", drivers know not all
-        why = _without_secrets(str(error).partition("\n")[0], engine.url)
-        raise ValueError(f"the database {shown} does not answer: {why}") from None
+    # Drivers raise TypeError and ValueError for some of the parameters after the "?".
+    except (SQLAlchemyError, TypeError, ValueError) as error:
+        reason = _without_secrets(str(error).partition("\n")[0], engine.url)
+        raise ValueError(f"the database {shown} does not answer: {reason}") from None
     finally:
         engine.dispose()
     return "database"
 
 
 def _without_secrets(text: str, url: URL) -> str:
-    """What a driver says, which may repeat what it was given."""
-    values = [value for given in url.query.values() for value in ([given] if isinstance(given, str) else given)]
+    """Hide the password and the parameters of an URL in a driver's message, which may repeat them."""
+    values = [value for part in url.query.values() for value in ([part] if isinstance(part, str) else part)]
     for secret in filter(None, [url.password, *(value for value in values if len(value) > 3)]):
         text = text.replace(secret, "***")
     return without_passwords(text)
@@ -261,6 +219,6 @@ def _storage(folder: Path, storage: str | None) -> BaseStorage:
     if storage == "journal":
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
     if storage is None:
-        # another process may hold the file for a while
+        # Another process may hold the file for a while.
         return RDBStorage(f"sqlite:///{folder / SQLITE}", engine_kwargs={"connect_args": {"timeout": 60}})
     return RDBStorage(storage)

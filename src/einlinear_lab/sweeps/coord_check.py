@@ -79,7 +79,7 @@ def measure(
 
     Yields:
         The structure, whether its factors had their own learning rates, and width -> relative update: what
-        `einlinear_lab.findings.coord_check.Updates` is made of.
+        `einlinear_lab.report.coordinate_check.FeatureUpdates` is made of.
     """
     steps = template.training.steps
     batches = [problem.task.batch(step) for step in range(min(steps, _BATCHES))]

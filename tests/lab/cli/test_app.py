@@ -128,7 +128,7 @@ def without(modules: tuple[str, ...], *arguments: object) -> subprocess.Complete
 
 def test_describe_needs_neither_data_nor_plots(tmp_path: Path) -> None:
     (tmp_path / "families.py").write_text(GROUPED)
-    used = ("numpy", "pydantic")  # by torch and, perhaps, typer
+    used = (*packages.CLI, "numpy", "pydantic")  # the last two by torch and, perhaps, typer
     heavy = tuple(module for module in packages.LAB if module not in used)
     done = without(heavy, "--import", tmp_path / "families.py", "describe", "grouped", 64, 64)
     assert (done.returncode, done.stderr) == (0, "")

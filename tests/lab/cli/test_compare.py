@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tests.lab.cli.command import QUICK, TINY, assert_refused, run, said_default
 
-from einlinear_lab.cli.compare import compare
+from einlinear_lab.cli.compare import command as compare
 from einlinear_lab.cli.parsing import numbers, specs
 from einlinear_lab.runs.data import ImageData
 from einlinear_lab.runs.execute import execute

@@ -37,7 +37,7 @@ def test_fit_prints_exponents_multipliers_and_predictions(folder: Path, tmp_path
     assert error_of_btt[-2] == loss_of_btt[-2] == "2.00×"
     assert float(loss_of_dense[-1]) == pytest.approx(3 * 1e6**-0.12, rel=1e-3)
     (study,) = json.loads((tmp_path / "new" / "laws.json").read_text())
-    assert [laws["measure"] for laws in study["laws"]] == ["train_error", "train_loss"]
+    assert [laws["metric"] for laws in study["laws"]] == ["train_error", "train_loss"]
     assert study["laws"][1]["structures"][1]["predictions"][0]["loss"] == pytest.approx(3 * 2e6**-0.12)
 
 
@@ -53,12 +53,12 @@ def test_two_models_have_no_exponent_and_few_ones_no_certainty(tmp_path: Path, f
         write(tmp_path / "two", run_of("dense", width), 10 * width**2, 3 / width)
     code, out, _ = run("fit", tmp_path / "two", "--at", "1M", "--out", tmp_path / "laws.json")
     assert code == 0
-    assert rows(out)[0] == ["dense", *8 * "–"]
+    assert rows(out)[0] == ["dense", *9 * "–"]
     reason = "at least 3 points on the frontier, since any 2 lie on one, but there are 2: train models of more sizes"
     assert f"dense: no exponent: a law needs {reason}" in out
     (law,) = json.loads((tmp_path / "laws.json").read_text())[0]["laws"][0]["structures"]
     assert "exponent" not in law
-    assert "dense: 3 points: R² means little, go by the interval" in run("fit", folder)[1]
+    assert "dense: R² of 3 points means little, rely on the interval" in run("fit", folder)[1]
 
 
 def test_report_prints_the_table_and_writes_the_page(folder: Path, tmp_path: Path) -> None:
@@ -66,9 +66,9 @@ def test_report_prints_the_table_and_writes_the_page(folder: Path, tmp_path: Pat
     assert (code, err) == (0, "")
     assert (folder / "report.html").exists()
     assert [row[:2] for row in rows(out)] == [[s, w] for s in ("dense", "btt") for w in ("16", "32", "64")]
-    assert rows(out)[0][3] == "2,560"
-    assert rows(out)[3][-4:] == ["2.00×", "4.6", "7.9", "1"]
-    assert re.search(r"× compute +ms/step +MB +seeds", out)
+    assert rows(out)[0][2] == "2,560"
+    assert rows(out)[3][-5:] == ["2.00×", "2,683", "4.56", "7.9", "1"]
+    assert re.search(r"compute multiplier +parameters +ms per step +MB +seeds", out)
     write(tmp_path / "more", run_of("monarch", 16), 1000, 0.5, code="v2")
     code, out, err = run("report", folder, tmp_path / "more", "--out", tmp_path / "pages" / "both.html")
     assert code == 0

@@ -17,12 +17,12 @@ def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
     out = tmp_path / "found"
     code, said, _ = run("search", *QUICK, "--trials", 3, "--workers", 1, "--no-prune", "--out", out)
     assert code == 0
-    assert "0 of 3 candidates are there" in said
+    assert "0 of 3 trials are done" in said
     assert "el.convert(model, " in said
     code, said, _ = run("search", *QUICK, "--trials", 4, "--workers", 1, "--no-prune", "--out", out)
     assert code == 0
-    assert "3 of 4 candidates are there" in said
-    assert "4 candidates, 0 of them" in said
+    assert "3 of 4 trials are done" in said
+    assert "4 trials, 0 of them" in said
 
     again = ("--seeds", 1, "--workers", 1, "--out")
     structures = ("--structures", f"dense; from-study:{out}")
@@ -64,7 +64,7 @@ def test_a_language_model_is_confirmed_as_it_was_searched(tmp_path: Path) -> Non
     [
         (("--budget", "10k,20k"), "--budget is one number, such as 400k, not '10k,20k'"),
         (("--budget", "much"), "--budget: 'much' is no number"),
-        (("--sampler", "grid"), "sampler must be predictor, tpe, random, not 'grid'"),
+        (("--sampler", "grid"), "sampler must be gp, tpe, random, not 'grid'"),
         (("--families", "monarch"), "families must be some of einsum, btt3, blast, dyad, not monarch"),
         (("--on", "slurm"), "--on must be local or ray, not 'slurm'"),
         (("--gpus", "1"), "--gpus goes with --on ray"),
@@ -73,7 +73,7 @@ def test_a_language_model_is_confirmed_as_it_was_searched(tmp_path: Path) -> Non
         (("trials=5",), "has no option 'trials'"),
         (("experts=4",), "a search has no mixtures of experts"),
         (("--hours", "-1"), "hours must be positive, not -1"),
-        (("structure=btt",), "structure cannot be set: they are what is searched for"),
+        (("structure=btt",), "structure cannot be set: the search chooses them"),
         (("stepz=9",), "did you mean 'steps'?"),
         (("device=cuda",), "this torch finds no CUDA device"),
     ],

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from tests import browser
 from tests.browser import Browser
-from tests.lab.findings.test_structure_map import SPECS, loss_of, searched
 from tests.lab.made_up import run_of, write
+from tests.lab.report.test_structure_map import SPECS, loss_of, searched
 
 import einlinear as el
-from einlinear_lab.findings.coord_check import Updates, write_updates
-from einlinear_lab.findings.structure_map import kind_of
 from einlinear_lab.report import write_report
+from einlinear_lab.report.coordinate_check import FeatureUpdates, write_updates
+from einlinear_lab.report.structure_map import kind_of
 
 PHONE, PAPER = 390, 718  # pixels; A4 without its margins
 STRUCTURES = ("dense", "btt", "low_rank", "kronecker", "(g a), g r f a, f e g r -> (f e) where r=2")
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ]
                 diverged = (structure, width, lr) == ("btt", 64, 9e-3)
                 write(folder, run, macs(structure, width), None if diverged else final, error=final, lines=lines)
-    updates = [Updates("btt", aware, {16: 0.1, 64: 0.1 if aware else 0.05}) for aware in (True, False)]
+    updates = [FeatureUpdates("btt", aware, {16: 0.1, 64: 0.1 if aware else 0.05}) for aware in (True, False)]
     write_updates(folder, updates, "einlinear coord-check", "Made up")
     write_report([folder])
     return folder
@@ -98,15 +98,15 @@ def click_heading(page: Browser, column: str) -> None:
 def test_it_has_every_section_and_every_section_its_plots(page: Browser) -> None:
     titles = page.run("[...document.querySelectorAll('h3')].map(h => h.innerText)")
     assert titles == [
-        "What was run",
-        "Loss and compute per image",
-        "Error and compute of the training",
+        "Setup",
+        "Loss against compute per image",
+        "Error against training compute",
         "Learning rates",
         "Training curves",
-        "Time to a loss",
-        "Taxonomy of the structures",
+        "Training time to a target loss",
+        "Loss against structure exponents",
         "All models",
-        "Feature updates",
+        "Feature updates by width",
     ]
     plots = page.run("[...document.querySelectorAll('section')].map(s => s.querySelectorAll('.js-plotly-plot').length)")
     both = 2  # measures
@@ -252,7 +252,7 @@ def test_the_map_of_the_structures(chromium: Browser, tmp_path: Path) -> None:
     write_report([tmp_path])
     chromium.errors.clear()
     chromium.open(tmp_path / "report.html")
-    section = "[...document.querySelectorAll('section')].find(s => s.innerText.startsWith('Map of the structures'))"
+    section = "[...document.querySelectorAll('section')].find(s => s.innerText.startsWith('Structure map'))"
     panels: list[list[dict[str, Any]]] = chromium.run(
         f"""[...{section}.querySelectorAll(".js-plotly-plot")].filter(plot => plot.offsetParent).map(plot =>
               plot.data.filter(t => t.mode === "markers").map(t => ({{
@@ -279,7 +279,7 @@ def test_the_map_of_the_structures(chromium: Browser, tmp_path: Path) -> None:
     text = chromium.run(f"{section}.innerText")
     assert f"el.convert(model, '{best_last[-1]}')" in text
     assert all(kind_of(spec) in text for spec in SPECS)
-    assert "Small crosses: structures whose runs ended early, or are still running (1)" in text
+    assert "Small crosses: structures whose runs were pruned or are not finished (1)" in text
     (first, *_) = chromium.run(f"[...{section}.querySelectorAll('tbody tr')].map(row => row.cells[0].innerText)")
     assert first == best_last[-1]
     assert chromium.errors == []

@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 from tests.lab.made_up import COMMAND, run_of, write
 
-from einlinear_lab.findings.coord_check import Updates, write_updates
-from einlinear_lab.findings.summary import TRAIN_LOSS, studies
 from einlinear_lab.report import write_report
-from einlinear_lab.report.overview import headline
-from einlinear_lab.report.plots import colour, glyph, nice_ticks, symbol
+from einlinear_lab.report.charts import colour, glyph, nice_ticks, symbol
+from einlinear_lab.report.comparison import TRAIN_LOSS, compare_runs
+from einlinear_lab.report.coordinate_check import FeatureUpdates, write_updates
+from einlinear_lab.report.setup import headline
 from einlinear_lab.runs.records import Record
 
 PATTERN = "(g a), g r f a, f e g r -> (f e) where r=2"
 
 
-def comparison(folder: Path, structures: Sequence[str] = ("dense", "btt", PATTERN), seeds: int = 1) -> list[Record]:
+def write_comparison(
+    folder: Path, structures: Sequence[str] = ("dense", "btt", PATTERN), seeds: int = 1
+) -> list[Record]:
     sizes = ((32, 41_792), (64, 90_311), (128, 201_007))
     return [
         write(folder, run_of(spec, width, seed), macs, round(0.9 - 0.1 * i - 0.001 * seed - 0.01 * len(spec) ** 0.5, 6))
@@ -70,7 +72,7 @@ def figures(page: str) -> str:
 
 
 def test_the_page_has_every_point_and_loads_nothing(tmp_path: Path) -> None:
-    records = comparison(tmp_path, seeds=2)
+    records = write_comparison(tmp_path, seeds=2)
     page = write_report([tmp_path]).path.read_text()
     assert page == (tmp_path / "report.html").read_text()
     assert resources(page) == []
@@ -83,17 +85,17 @@ def test_the_page_has_every_point_and_loads_nothing(tmp_path: Path) -> None:
         assert f"{record.result.params:,}" in text
         assert record.run.key in drawn
         assert record.run.key in text
-    (study,) = studies(records)
-    for row in study.rows:
-        assert f"{row.mean(TRAIN_LOSS):.4f}" in text
-        assert str(row.multipliers[TRAIN_LOSS]).replace(">", "&gt;").replace("<", "&lt;") in text
-    assert text.count(">4.56<") == text.count(">7.9<") == len(study.rows)  # milliseconds per step, and MB
-    assert sections(page) == ["What was run", "Loss and compute per image", "All models"]
+    (comparison,) = compare_runs(records)
+    for group in comparison.groups:
+        assert f"{group.mean(TRAIN_LOSS):.4f}" in text
+        assert str(group.multipliers[TRAIN_LOSS]).replace(">", "&gt;").replace("<", "&lt;") in text
+    assert text.count(">4.56<") == text.count(">7.9<") == len(comparison.groups)  # milliseconds per step, and MB
+    assert sections(page) == ["Setup", "Loss against compute per image", "All models"]
     assert 'role="alert"' not in text
 
 
 def test_a_page_that_loads_something_is_noticed(tmp_path: Path) -> None:
-    comparison(tmp_path)
+    write_comparison(tmp_path)
     page = page_about(tmp_path)
     for addition in (
         '<script src="https://x.org/a.js"></script>',
@@ -104,7 +106,7 @@ def test_a_page_that_loads_something_is_noticed(tmp_path: Path) -> None:
 
 
 def test_text_of_the_users_is_escaped(tmp_path: Path) -> None:
-    comparison(tmp_path)
+    write_comparison(tmp_path)
     page = page_about(tmp_path)
     assert "Made up &lt;b&gt;here&lt;/b&gt;" in page
     assert "-&gt; (f e) where r=2" in text_of(page)
@@ -120,7 +122,7 @@ def test_learning_rates_naive_and_aware(tmp_path: Path) -> None:
                 loss = None if (k, width, aware) == (2, 64, True) else 0.5 + 0.1 * math.log(lr / best) ** 2
                 write(tmp_path, run_of("btt", width, lr=lr, structure_aware=aware), 100 * width, loss)
     page = page_about(tmp_path)
-    assert sections(page) == ["What was run", "Loss and compute per image", "Learning rates", "All models"]
+    assert sections(page) == ["Setup", "Loss against compute per image", "Learning rates", "All models"]
     panels = re.findall(r"<h4>(.*?)</h4>", page)
     assert panels == ["btt", "btt, naive"] * 2  # of both measures
     assert "diverged" in figures(page)
@@ -140,7 +142,7 @@ def test_training_curves_and_the_compute_of_the_training(tmp_path: Path) -> None
             ]
             write(tmp_path, run_of(structure, width), macs, 0.5, error=3 * (macs * 100) ** -0.1, lines=lines)
     page = page_about(tmp_path)
-    assert "Error and compute of the training" in sections(page)
+    assert "Error against training compute" in sections(page)
     assert "Training curves" in sections(page)
     assert "0.100" in re.findall(r"<td[^>]*>([^<]*)</td>", page)  # the exponent that the lines were made with
 
@@ -152,57 +154,62 @@ def test_the_load_of_experts(tmp_path: Path) -> None:
             line |= {"moe_largest": largest, "moe_entropy": 1 / largest} if experts else {}
         write(tmp_path, run_of("btt", 16, experts=experts), 100, 0.5, lines=lines)
     page = page_about(tmp_path)
-    assert "Load of the experts" in sections(page)
+    assert "Expert load" in sections(page)
     encoded = re.findall(r'download="expert-loads\.csv" href="data:text/csv;charset=utf-8;base64,([^"]*)', page)[0]
     rows = list(csv.DictReader(io.StringIO(base64.b64decode(encoded).decode())))
     assert [row["smoothed_moe_largest"] for row in rows] == ["3.25", "1.5", "", ""]
     assert [row["step"] for row in rows] == ["1", "2", "1", "2"]
 
 
-def test_five_structures_make_a_taxonomy(tmp_path: Path) -> None:
+def test_five_structures_are_compared_by_their_exponents(tmp_path: Path) -> None:
     structures = ("dense", "btt", "low_rank", "kronecker", "tt(rank=4)")
-    comparison(tmp_path / "five", structures)
+    write_comparison(tmp_path / "five", structures)
     page = page_about(tmp_path / "five")
-    assert "Taxonomy of the structures" in sections(page)
+    assert "Loss against structure exponents" in sections(page)
     assert "90.3k" not in page  # the compute is the most that all of them reach
     assert "Losses at 201k MACs" in page
-    comparison(tmp_path / "four", structures[:4])
-    assert "Taxonomy of the structures" not in sections(page_about(tmp_path / "four"))
+    write_comparison(tmp_path / "four", structures[:4])
+    assert "Loss against structure exponents" not in sections(page_about(tmp_path / "four"))
 
 
-def test_a_structure_without_errors_is_in_the_taxonomy_of_the_losses_only(tmp_path: Path) -> None:
-    comparison(tmp_path, ("dense", "btt", "low_rank", "kronecker", "tt(rank=4)"))
+def test_exponents_are_compared_for_a_metric_without_zeros(tmp_path: Path) -> None:
+    write_comparison(tmp_path, ("dense", "btt", "low_rank", "kronecker", "tt(rank=4)"))
     for width, macs in ((32, 41_792), (128, 201_007)):
         write(tmp_path, run_of("monarch", width), macs, 0.5, error=0.0)
-    (table,) = re.findall(r"<table>.*?ω.*?</table>", text_of(page_about(tmp_path)).split("Taxonomy")[1], re.DOTALL)[:1]
+    (table,) = re.findall(
+        r"<table>.*?ω.*?</table>", text_of(page_about(tmp_path)).split("Loss against structure exponents")[1], re.DOTALL
+    )[:1]
     (row,) = [row for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL) if ">monarch" in row]
     cells = [cell.split(">")[-1] for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)]
     assert cells[-2:] == ["–", "0.5000"]
 
 
 def test_feature_updates_with_and_without_runs(tmp_path: Path) -> None:
-    updates = [Updates("btt", True, {16: 0.125, 64: 0.25}), Updates("btt", False, {16: 0.125, 64: float("nan")})]
+    updates = [
+        FeatureUpdates("btt", True, {16: 0.125, 64: 0.25}),
+        FeatureUpdates("btt", False, {16: 0.125, 64: float("nan")}),
+    ]
     write_updates(tmp_path / "check", updates, "einlinear coord-check --data digits", "Some digits")
     page = page_about(tmp_path / "check")
-    assert sections(page) == ["Feature updates"]
+    assert sections(page) == ["Feature updates by width"]
     assert "einlinear coord-check --data digits" in page
     assert "0.125" in figures(page)
     assert text_of(page).count("diverged") == 1
-    comparison(tmp_path / "runs")
-    assert sections(page_about(tmp_path / "runs", tmp_path / "check"))[-1] == "Feature updates"
+    write_comparison(tmp_path / "runs")
+    assert sections(page_about(tmp_path / "runs", tmp_path / "check"))[-1] == "Feature updates by width"
 
 
 def test_a_single_diverged_width_leaves_the_others_in_the_figure(tmp_path: Path) -> None:
-    update = Updates("btt", True, {16: 0.1, 32: math.nan, 64: 0.2, 128: math.inf})
-    assert update.largest_over_smallest is None
+    update = FeatureUpdates("btt", True, {16: 0.1, 32: math.nan, 64: 0.2, 128: math.inf})
+    assert update.max_over_min is None
     write_updates(tmp_path, [update], "", "")
     (y,) = re.findall(r'"y":(\[[^\]]*\]),"type":"scatter"', page_about(tmp_path))
     assert y == "[0.1,null,0.2,null]"
 
 
 def test_several_folders_are_shown_together_where_their_data_are_the_same(tmp_path: Path) -> None:
-    comparison(tmp_path / "a", ("dense",))
-    comparison(tmp_path / "b", ("btt",))
+    write_comparison(tmp_path / "a", ("dense",))
+    write_comparison(tmp_path / "b", ("btt",))
     write(tmp_path / "c", run_of(data="teacher"), 1000, 0.5, digest="other")
     together = page_about(tmp_path / "a", tmp_path / "b")
     assert sections(together).count("All models") == 1
@@ -223,24 +230,24 @@ def test_mixed_versions_of_the_code_are_said(tmp_path: Path) -> None:
 
 
 def test_damaged_and_unfinished_runs_are_said(tmp_path: Path) -> None:
-    comparison(tmp_path)
+    write_comparison(tmp_path)
     unfinished = write(tmp_path, run_of("btt", 256), 1, 0.5, finished=False)
     damaged = write(tmp_path, run_of("btt", 512), 1, 0.5)
     (damaged.folder / "run.json").write_text("{")
     page = text_of(page_about(tmp_path))
-    assert "9 finished runs, of which 0 diverged; 1 more are not finished" in page
+    assert "9 finished runs, 0 of them diverged; 1 more are not finished" in page
     assert f"the run in {damaged.folder} cannot be read" in page
     assert unfinished.run.key not in page
 
 
 def test_diverged_runs_are_shown(tmp_path: Path) -> None:
-    comparison(tmp_path, ("dense",))
+    write_comparison(tmp_path, ("dense",))
     for width, seed, loss in ((32, 0, None), (64, 0, None), (64, 1, 0.7)):
         write(tmp_path, run_of("btt", width, seed), 1000 * width, loss)
     page = text_of(page_about(tmp_path))
     assert ">1 of 2</td>" in page
     assert ">0 of 1</td>" in page
-    assert "of which 2 diverged" in page
+    assert "2 of them diverged" in page
 
 
 def test_only_diverged_runs_make_a_page_as_well(tmp_path: Path) -> None:
@@ -256,12 +263,12 @@ def test_headline_names_the_largest_multiplier(tmp_path: Path) -> None:
         write(tmp_path, run_of("tt", 16), 16_000, 0.5),
     ]
     assert "dense needs 4.0 times the MACs of btt at width 32 (8,000 per image) for the same train error" in headline(
-        studies(dense + better)[0]
+        compare_runs(dense + better)[0]
     )
     beyond = [write(tmp_path, run_of("monarch", 16), 8000, 0.01)]
-    assert "dense needs more than 8.0 times" in headline(studies(dense + beyond)[0])
+    assert "dense needs more than 8.0 times" in headline(compare_runs(dense + beyond)[0])
     worse = [write(tmp_path, run_of("low_rank", 16), 99_000, 0.5)]
-    assert "No structure" in headline(studies(dense + worse)[0])
+    assert "No structure" in headline(compare_runs(dense + worse)[0])
 
 
 def test_structures_are_told_apart_by_colour_and_symbol() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import queue
 import random
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ from tests.lab.sweeps.test_workers import children, is_worker
 from einlinear_lab.runs.models import Shape
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.search.leaders import alongside, leaders, unseen_seed, without_leaders
-from einlinear_lab.search.matching import at
-from einlinear_lab.search.predictor import AT_LEAST
-from einlinear_lab.search.search import Search, _base, _losses, _rungs, configure
-from einlinear_lab.search.space import KNOWN
+from einlinear_lab.search.config import STARTUP_TRIALS, configure
+from einlinear_lab.search.leaders import alongside, read_leaders, split_leaders, unseen_seed
+from einlinear_lab.search.matching import with_structures
+from einlinear_lab.search.search import Search, base_run, rungs_of
+from einlinear_lab.search.space import LITERATURE
 from einlinear_lab.search.study import SAME_AS
 from einlinear_lab.sweeps import compare
 from einlinear_lab.sweeps.attempts import attempt
@@ -72,88 +70,86 @@ def search(folder: Path, storage: str | None = None, **options: Any) -> Search:
     return Search(configure(**OPTIONS | options)).open(Store(folder), storage)
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "predictor"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
 def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str) -> None:
     found = search(tmp_path, sampler=sampler, trials=12)
     assert found.do(here) == []
-    tried = found.study.tried()
-    assert len(tried) == 12 == len({own.candidate.signature for own in tried}) == len({own.run.key for own in tried})
+    tried = found.study.trained()
+    assert len(tried) == 12 == len({own.architecture.signature for own in tried}) == len({own.run.key for own in tried})
     for own in tried:
         record = next(record for record in Store(tmp_path).records() if record.run.key == own.run.key)
         assert record.result is not None
-        assert record.result.macs == own.candidate.macs
-        assert abs(own.candidate.macs / 8_000 - 1) <= 0.05
-        assert own.value == record.result.measures[found.settings.measure or ""]
-    assert (found.trust is not None) == (sampler == "predictor")
-    best = leaders(tmp_path, 3)
+        assert record.result.macs == own.architecture.macs
+        assert abs(own.architecture.macs / 8_000 - 1) <= 0.05
+        assert own.value == record.result.measures[found.manifest.metric or ""]
+    best = [leader.record for leader in read_leaders(tmp_path, 3)]
     assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
-    others, found_best = without_leaders(("dense", f"from-study:{tmp_path}"))
+    others, found_best = split_leaders(("dense", f"from-study:{tmp_path}"))
     assert others == ("dense",)
     assert [own.record.run for own in found_best] == [record.run for record in best]
     dense, *beside = alongside(found_best, others, best[0].run.options)
     assert beside == [{"structure": r.run.model.structure, "width": r.run.model.width} for r in best]
     assert dense["structure"] == "dense"
-    macs = at(best[0].run.model, dense["width"], {"structure": "dense"}).build(Shape(64, 10)).macs
+    macs = with_structures(best[0].run.model, dense["width"], {"structure": "dense"}).build(Shape(64, 10)).macs
     assert abs(macs / 8_000 - 1) <= 0.05
 
 
 def test_time_may_count(tmp_path: Path) -> None:
-    found = search(tmp_path, trials=6, sampler="random", time_weight=1.0, measure="test_loss")
+    found = search(tmp_path, trials=6, sampler="random", time_weight=1.0, metric="test_loss")
     found.do(here)
     results = {record.run.key: record.result for record in Store(tmp_path).records()}
-    for own in found.study.tried():
+    for own in found.study.trained():
         result = results[own.run.key]
         assert result is not None
         assert result.step_seconds is not None
         assert own.value == result.measures["test_loss"] * result.step_seconds
-    best = leaders(tmp_path, 6)
-    assert [record.run.key for record in best] == [
-        own.run.key for own in sorted(found.study.tried(), key=lambda own: own.value or 0)
+    best = read_leaders(tmp_path, 6)
+    assert [leader.record.run.key for leader in best] == [
+        own.run.key for own in sorted(found.study.trained(), key=lambda own: own.value or 0)
     ]
     with pytest.raises(ValueError, match=r"time_weight was 1\.0, now 0\.5"):
-        search(tmp_path, trials=6, sampler="random", time_weight=0.5, measure="test_loss")
+        search(tmp_path, trials=6, sampler="random", time_weight=0.5, metric="test_loss")
 
 
 def test_roles_have_structures_of_their_own(tmp_path: Path) -> None:
-    found = search(tmp_path, trials=10, sampler="predictor", roles=("up", "down"))
+    found = search(tmp_path, trials=10, sampler="gp", roles=("up", "down"))
     found.do(here)
-    tried = found.study.tried()
-    assert len({own.candidate.signature for own in tried}) == 10
+    tried = found.study.trained()
+    assert len({own.architecture.signature for own in tried}) == 10
     for own in tried:
         model = own.run.model
-        assert own.candidate.specs == {
+        assert own.architecture.specs == {
             "structure": model.structure,
             "up_structure": getattr(model, "up_structure"),  # noqa: B009
             "down_structure": getattr(model, "down_structure"),  # noqa: B009
         }
-    assert found.trust is not None
-    _, (best, *_) = without_leaders((f"from-study:{tmp_path}",))
-    assert best.chosen.keys() == {"structure", "width", "up_structure", "down_structure"}
-    runs = plan(compare.configure(structures=(), sized=(best.chosen,), seeds=2, **best.common)).runs
+    _, (best, *_) = split_leaders((f"from-study:{tmp_path}",))
+    assert best.model.keys() == {"structure", "width", "up_structure", "down_structure"}
+    runs = plan(compare.configure(structures=(), sized=(best.model,), seeds=2, **best.shared)).runs
     assert [run.model for run in runs] == [best.record.run.model] * 2
 
 
 def test_searches_that_are_not_alike_are_not_confirmed_together(tmp_path: Path) -> None:
     search(tmp_path / "one", trials=1).do(here)
     search(tmp_path / "two", trials=1, steps=9).do(here)
-    with pytest.raises(ValueError, match="searches of different settings cannot be compared: steps was 8, now 9"):
-        without_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
+    with pytest.raises(ValueError, match="searches of different configs cannot be compared: steps was 8, now 9"):
+        split_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
 
 
 def test_searches_that_differ_in_what_changes_nothing_are(tmp_path: Path) -> None:
     for name, prune in (("one", True), ("two", False)):
         search(tmp_path / name, trials=1, prune=prune, log_every=8).do(here)
-    _, found = without_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
-    assert found[0].common["log_every"] != found[1].common["log_every"]
+    _, found = split_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
+    assert found[0].shared["log_every"] != found[1].shared["log_every"]
     assert unseen_seed(found) == 1
 
 
 def test_it_goes_on_with_more_trials_and_refuses_other_settings(tmp_path: Path) -> None:
     search(tmp_path, trials=3).do(here)
-    before = {own.number: own for own in search(tmp_path, trials=3).study.tried()}
+    before = {own.number: own for own in search(tmp_path, trials=3).study.trained()}
     again = search(tmp_path, trials=5)
     again.do(here)
-    after = {own.number: own for own in again.study.tried()}
+    after = {own.number: own for own in again.study.trained()}
     assert len(after) == 5
     assert all(after[number] == own for number, own in before.items())
     with pytest.raises(ValueError, match=r"budget was 8000, now 9000\. Name another folder"):
@@ -162,25 +158,25 @@ def test_it_goes_on_with_more_trials_and_refuses_other_settings(tmp_path: Path) 
         search(tmp_path, trials=5, lr=0.1)
 
 
-@pytest.mark.parametrize("sampler", ["predictor", "tpe", "random"])
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
 def test_structures_of_the_literature_come_first(tmp_path: Path, sampler: str) -> None:
-    wanted = [theta.spec for theta in KNOWN]
+    wanted = [theta.spec for theta in LITERATURE.values()]
 
     def tried(folder: str, **options: Any) -> list[str]:
         found = search(tmp_path / folder, sampler=sampler, **options)
         found.do(here)
-        return [own.candidate.spec for own in found.study.tried()]
+        return [own.architecture.spec for own in found.study.trained()]
 
     assert tried("known", trials=2) == (wanted[:2] if sampler != "random" else tried("chance", trials=2))
     assert tried("known", trials=4)[:4] == (wanted[:4] if sampler != "random" else tried("chance", trials=4))
-    assert not {*tried("unknown", trials=4, known=False)} & {*wanted}
+    assert not {*tried("unknown", trials=4, warm_start=False)} & {*wanted}
 
 
 def test_searches_of_different_seeds_have_nothing_in_common(tmp_path: Path) -> None:
     found = [search(tmp_path / str(seed), trials=5, sampler="random", seed=seed) for seed in (0, 1)]
     for own in found:
         own.do(here)
-    one, other = ({tried.candidate.signature for tried in own.study.tried()} for own in found)
+    one, other = ({tried.architecture.signature for tried in own.study.trained()} for own in found)
     assert not one & other
 
 
@@ -198,31 +194,24 @@ def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("steps", "abandoned"), [(38, 0), (40, 8)])
-def test_runs_that_are_behind_end_early(tmp_path: Path, steps: int, abandoned: int) -> None:
+def test_trials_that_are_behind_are_pruned(tmp_path: Path, steps: int, abandoned: int) -> None:
     search(tmp_path, trials=16 - abandoned, steps=steps).do(step_by_step)
     found = search(tmp_path, trials=16, steps=steps)
     gone = search(tmp_path, trials=16, steps=steps)  # a driver that chooses runs and dies, which others take up
-    assert all(gone._next() for _ in range(abandoned))
+    assert all(gone.next_run() for _ in range(abandoned))
     found.do(step_by_step)
-    tried = found.study.tried()
+    tried = found.study.trained()
     assert {own.state for own in tried} == {TrialState.COMPLETE, TrialState.PRUNED}
-    assert all(own.is_finished for own in tried[:AT_LEAST])  # what the others are judged by
+    assert all(own.value is not None for own in tried[:STARTUP_TRIALS])  # what the others are judged by
     assert any("completed_rung_1" in trial.system_attrs for trial in found.study.optuna.get_trials())  # Optuna's name
     finished = {record.run.key for record in Store(tmp_path).records() if record.result}
-    assert finished == {own.run.key for own in tried if own.is_finished}
-
-    losses = _losses(tried)  # what the predictor learns from
-    assert losses.keys() == {*range(len(tried))}
-    assert all(losses[i] == own.value for i, own in enumerate(tried) if own.is_finished)
-    assert all(losses[i] > min(losses.values()) for i, own in enumerate(tried) if not own.is_finished)
-    diverged = [*tried, replace(tried[0], value=math.inf)]
-    assert _losses(diverged)[len(tried)] == max(own.value for own in tried if own.value is not None)
+    assert finished == {own.run.key for own in tried if own.value is not None}
 
 
 def test_a_folder_may_be_renamed(tmp_path: Path) -> None:
     search(tmp_path / "one", trials=2).do(here)
     (tmp_path / "one").rename(tmp_path / "two")
-    assert len(search(tmp_path / "two", trials=2).study.tried()) == 2
+    assert len(search(tmp_path / "two", trials=2).study.trained()) == 2
     with pytest.raises(ValueError, match="study was 'one', now 'three'"):
         Search(configure(**OPTIONS)).open(Store(tmp_path / "two"), name="three")
 
@@ -238,7 +227,7 @@ def test_a_run_that_fails_says_so_and_the_search_goes_on(tmp_path: Path) -> None
     found = search(tmp_path, trials=4)
     failed = found.do(failing)
     assert [event.message for event in failed] == ["it broke"]
-    assert len(found.study.tried()) == 4  # another one was tried for it
+    assert len(found.study.trained()) == 4  # another one was tried for it
 
 
 def test_a_run_that_fails_as_the_last_is_made_up_for(tmp_path: Path) -> None:
@@ -255,7 +244,7 @@ def test_a_run_that_fails_as_the_last_is_made_up_for(tmp_path: Path) -> None:
 
     found = search(tmp_path, trials=4)
     assert [event.run for event in found.do(failing)] == broken
-    assert len([own for own in found.study.tried() if own.is_finished]) == 4
+    assert len([own for own in found.study.trained() if own.value is not None]) == 4
 
 
 def test_if_all_runs_fail_it_ends(tmp_path: Path) -> None:
@@ -266,7 +255,9 @@ def test_if_all_runs_fail_it_ends(tmp_path: Path) -> None:
     assert len(search(tmp_path, trials=4).do(failing)) == 4
     again = search(tmp_path, trials=4)  # what made them fail may have been mended
     assert not again.do(here)
-    assert [own.candidate.spec for own in again.study.tried()] == [theta.spec for theta in KNOWN[:4]]
+    assert [own.architecture.spec for own in again.study.trained()] == [
+        theta.spec for theta in [*LITERATURE.values()][:4]
+    ]
 
 
 def test_time_is_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,10 +277,10 @@ def test_a_journal_is_shared_by_those_who_append_to_it(tmp_path: Path) -> None:
     with suppress(KeyboardInterrupt):
         one.do(interrupted)
     assert other.do(here) == []
-    tried = other.study.tried()
+    tried = other.study.trained()
     assert len(tried) == len(Store(tmp_path).records()) == 4
     assert {own.state for own in tried} == {TrialState.COMPLETE}
-    assert len({own.candidate.signature for own in tried}) == 4
+    assert len({own.architecture.signature for own in tried}) == 4
 
 
 def interrupted(jobs: Iterable[Job]) -> Iterator[Event]:
@@ -303,7 +294,7 @@ def interrupted(jobs: Iterable[Job]) -> Iterator[Event]:
 def test_a_study_belongs_to_one_folder(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'both.sqlite'}"
     search(tmp_path / "one", storage, trials=1).do(here)
-    with pytest.raises(ValueError, match="is about something else: results folder was"):
+    with pytest.raises(ValueError, match="has another config: results folder was"):
         Search(configure(**OPTIONS)).open(Store(tmp_path / "two"), storage, name="one")
     with pytest.raises(ValueError, match="holds another search: storage was 'database', now 'journal'"):
         search(tmp_path / "one", "journal", trials=1)
@@ -318,22 +309,22 @@ def test_a_study_belongs_to_one_folder(tmp_path: Path) -> None:
 
 def test_two_that_choose_at_random_choose_differently(tmp_path: Path) -> None:
     drivers = [search(tmp_path, trials=30, sampler="random", budget=20_000) for _ in range(2)]
-    runs = [driver._next() for _ in range(8) for driver in drivers]
+    runs = [driver.next_run() for _ in range(8) for driver in drivers]
     assert len({run.key for run in runs if run}) == 16
     assert len(drivers[0].study.optuna.get_trials()) < 40  # hardly any was proposed in vain
 
 
-def test_losses_are_noted_often_enough_to_be_judged() -> None:
+def test_losses_are_logged_often_enough_to_be_pruned() -> None:
     for steps in (1, 2, 30, 60, 100, 300):
         base = Search(configure(**{**OPTIONS, "steps": steps, "log_every": 10})).base
         logged = [step for step in range(1, steps + 1) if step % base.training.log_every == 0]
-        for rung in _rungs(base):
+        for rung in rungs_of(base):
             assert rung > steps or any(rung - round(0.2 * rung) <= step <= rung for step in logged), (steps, rung)
 
 
 def test_heads_of_a_gpt() -> None:
     def heads(**options: Any) -> tuple[Any, Any]:
-        model = _base(configure(budget=1, model="gpt", steps=4, data="x", **options)).model
+        model = base_run(configure(budget=1, model="gpt", steps=4, data="x", **options)).model
         return getattr(model, "heads"), getattr(model, "d_head")  # noqa: B009
 
     assert heads() == (4, None)
@@ -344,24 +335,24 @@ def test_heads_of_a_gpt() -> None:
 def test_nothing_is_left(tmp_path: Path) -> None:
     found = search(tmp_path, families=("dyad",), trials=50, sampler="random")
     found.do(here)
-    tried = found.study.tried()
+    tried = found.study.trained()
     # three variants of 2, 4, 5, 6, 7 and 8 blocks: with 3 none costs the budget
-    assert len({own.candidate.spec for own in tried}) == len(tried) == 18
+    assert len({own.architecture.spec for own in tried}) == len(tried) == 18
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "grid"}, "sampler must be predictor, tpe, random, not 'grid'"),
+        ({"sampler": "grid"}, "sampler must be gp, tpe, random, not 'grid'"),
         ({"families": ("monarch",)}, "families must be some of einsum, btt3, blast, dyad, not monarch"),
         ({"roles": ("head",)}, "roles must be some of attention_in, attention_out, up, down, not head"),
         ({"roles": ("attention_in",)}, "model=mlp has no attention_in_structure"),
-        ({"roles": ("up",), "up_structure": "btt"}, "up_structure cannot be set: they are what is searched for"),
+        ({"roles": ("up",), "up_structure": "btt"}, "up_structure cannot be set: the search chooses them"),
         ({"trials": 0}, "trials must be at least 1"),
         ({"hours": 0}, "hours must be positive"),
-        ({"structure": "btt"}, "structure cannot be set: they are what is searched for"),
+        ({"structure": "btt"}, "structure cannot be set: the search chooses them"),
         ({"time_weight": -1}, "time_weight must be at least 0, not -1"),
-        ({"measure": "beauty"}, "measure must be one of"),
+        ({"metric": "beauty"}, "metric must be one of"),
         ({"budget": 10}, "none of 20 structures drawn at random has a model of the budget: no einsum"),
         ({"experts": 4}, "a search has no mixtures of experts"),
     ],
@@ -384,11 +375,11 @@ def started(folder: Path, storage: str | None) -> subprocess.Popen[bytes]:
 def check(folder: Path, storage: str | None) -> None:
     """Every candidate was trained once, from the first step to the last, and all are in the study."""
     study = Search(configure(**SURVIVOR)).open(Store(folder), storage).study
-    tried = study.tried()
+    tried = study.trained()
     study.close()
     assert len(tried) == SURVIVOR["trials"]
     assert {own.state for own in tried} == {TrialState.COMPLETE}
-    assert len({own.candidate.signature for own in tried}) == len(tried)
+    assert len({own.architecture.signature for own in tried}) == len(tried)
     records = {record.run.key: record for record in Store(folder).records()}
     assert records.keys() == {own.run.key for own in tried}
     for own in tried:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import product
 
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.samplers import RandomSampler
 
 import einlinear as el
-from einlinear_lab.search.space import GRID, KNOWN, STRUCTURE, Proposal, Space, Theta, point_of, theta_of
+from einlinear_lab.search.space import GRID, LITERATURE, STRUCTURE, Proposal, SearchSpace, Theta, point_of, theta_of
 
 UNIT = st.floats(0, 1)
 # (1/2, 1/4, ...) in 24ths: those of the papers, beside dense
@@ -69,10 +71,12 @@ def test_the_papers_thetas_are_points(exponents: tuple[int, ...]) -> None:
 
 
 def test_the_structures_of_the_literature() -> None:
-    assert not Space(("dyad",)).known
-    for space in (Space(), Space(("blast", "einsum"), roles=("up",))):
-        found = [space.propose(point.__getitem__) for point in space.known]
-        assert [{own.theta for own in proposals.values()} for proposals in found] == [{theta} for theta in KNOWN]
+    assert not SearchSpace(("dyad",)).literature
+    for space in (SearchSpace(), SearchSpace(("blast", "einsum"), roles=("up",))):
+        found = [space.propose(point) for point in space.literature]
+        assert [{own.theta for own in proposals.values()} for proposals in found] == [
+            {theta} for theta in LITERATURE.values()
+        ]
 
 
 def test_faces_have_a_volume() -> None:
@@ -84,18 +88,19 @@ def test_faces_have_a_volume() -> None:
 
 
 def test_families_beside_theta() -> None:
-    space = Space(("einsum", "btt3", "blast", "dyad"))
+    space = SearchSpace(("einsum", "btt3", "blast", "dyad"))
+    study = optuna.create_study(sampler=RandomSampler(0))
     families = set()
-    for n in range(40):
-        proposal = space.propose(lambda name, n=n: (0.37 * n + 0.11 * len(name)) % 1)[STRUCTURE]  # type: ignore[misc]
+    for _ in range(40):
+        proposal = space.propose(study.ask(space.coordinates).params)[STRUCTURE]
         for rho in proposal.ranks[:3]:
             s = el.structure(proposal.spec(rho, 64), 64, 64)
             families.add(s.spec.partition("(")[0])
     assert families == {"einsum", "btt", "blast", "dyad"}
     with pytest.raises(ValueError, match="families must be some of einsum, btt3, blast, dyad, not monarch"):
-        Space(("monarch",))
+        SearchSpace(("monarch",))
     with pytest.raises(ValueError, match="not none"):
-        Space(())
+        SearchSpace(())
 
 
 def test_ranks_stay_admissible() -> None:

@@ -35,15 +35,17 @@ class Program:
             before = term.inputs
             for factor, following in zip(term.factors, (*term.factors[1:], None), strict=True):
                 # groups in the factor's own order, so that it is read in large pieces
-                batch, inner = (tuple(a for a in factor.axes if a in group) for group in (factor.batch, factor.summed))
-                rows = factor.introduced
-                columns = tuple(a for a in before if a in factor.columns)
+                batch, inner = (
+                    tuple(a for a in factor.axes if a in group) for group in (factor.batch, factor.contracted)
+                )
+                rows = factor.new
+                columns = tuple(a for a in before if a in factor.free)
                 after = term.outputs
                 if following is not None:  # laid out as the next step reads it
                     after = (
                         *(a for a in following.axes if a in following.batch),
-                        *(a for a in before + rows if a in following.columns),
-                        *(a for a in following.axes if a in following.summed),
+                        *(a for a in before + rows if a in following.free),
+                        *(a for a in following.axes if a in following.contracted),
                     )
                     self.intermediate_size += self._size(after)
                 groups = (batch, columns, rows, inner)

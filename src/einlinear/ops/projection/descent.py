@@ -103,11 +103,11 @@ class _Last:
         last = term.factors[-1]
         if len(s.terms) > 1 or len(term.factors) < 2 or set(term.inputs) & set(term.outputs):
             return None
-        if count(last.batch + last.summed + last.columns, sizes) > _CHEAP * s.out_features:
+        if count(last.batch + last.contracted + last.free, sizes) > _CHEAP * s.out_features:
             return None
-        if last.columns and count(term.outputs, sizes) > s.out_features:
+        if last.free and count(term.outputs, sizes) > s.out_features:
             return None  # rows that are no outputs would count, as they share entries of the factor with some that are
-        order = (last.batch, last.introduced, last.columns, term.inputs)
+        order = (last.batch, last.new, last.free, term.inputs)
         shape = [count(axes, sizes) for axes in order]
 
         def by_row(matrix: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class _Last:
         """The factor that leaves the least error, the others being these."""
         last, sizes = self.term.factors[-1], dict(self.s.sizes)
         z = self._multiplied(others)
-        order = last.batch + last.introduced + last.summed
+        order = last.batch + last.new + last.contracted
         return permute(self._solved(z, z @ self.c).reshape([sizes[axis] for axis in order]), order, last.axes)
 
     def error(self, others: Sequence[Tensor]) -> Tensor:
@@ -149,7 +149,7 @@ class _Last:
     def _multiplied(self, others: Sequence[Tensor]) -> Tensor:
         """What the last factor multiplies, as a matrix of the input: (batch, summed, columns, in_features)."""
         last, sizes = self.term.factors[-1], dict(self.s.sizes)
-        kept = last.batch + last.summed + last.columns
+        kept = last.batch + last.contracted + last.free
         subscripts, operands = [factor.axes for factor in self.term.factors[:-1]], [*others]
         inputs = []
         for axis in self.term.inputs:  # one that the last factor sums is read as well: a diagonal, by an identity
@@ -158,5 +158,5 @@ class _Last:
                 operands.append(torch.eye(sizes[axis]).to(others[0]))
             inputs.append(f"{axis}'" if axis in kept else axis)
         z = einsum(subscripts, (*kept, *inputs), *operands)
-        shape = [count(axes, sizes) for axes in (last.batch, last.summed, last.columns, self.term.inputs)]
+        shape = [count(axes, sizes) for axes in (last.batch, last.contracted, last.free, self.term.inputs)]
         return z.reshape(shape)[..., : self.s.in_features]

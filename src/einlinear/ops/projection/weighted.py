@@ -77,12 +77,12 @@ class _Reader:
         spare = count(term.inputs, sizes) - s.in_features
         c = F.pad(moment, (0, spare, 0, spare))
         c.diagonal()[s.in_features :] = moment.diagonal().mean()  # of what is always zero: any variance will do
-        other = tuple(f"{axis}'" if axis in factor.summed else axis for axis in term.inputs)
+        other = tuple(f"{axis}'" if axis in factor.contracted else axis for axis in term.inputs)
         shape = [sizes[axis] for axis in term.inputs]
-        kept = factor.batch + factor.summed + tuple(f"{axis}'" for axis in factor.summed)
-        n = count(factor.summed, sizes)
+        kept = factor.batch + factor.contracted + tuple(f"{axis}'" for axis in factor.contracted)
+        n = count(factor.contracted, sizes)
         blocks = einsum([(*term.inputs, *other)], kept, c.reshape(shape + shape)).reshape(-1, n, n)
-        return cls(factor, sizes, _root(blocks / count(factor.columns, sizes)))
+        return cls(factor, sizes, _root(blocks / count(factor.free, sizes)))
 
     def whiten(self, tensor: Tensor, axes: Axes) -> Tensor:
         """Times L: a tensor that has, among others, the axes that the factor shares with the input."""
@@ -95,7 +95,7 @@ class _Reader:
         )
 
     def _along(self, tensor: Tensor, axes: Axes, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        batch, summed = self.factor.batch, self.factor.summed
+        batch, summed = self.factor.batch, self.factor.contracted
         order = batch + tuple(axis for axis in axes if axis not in batch + summed) + summed
         ordered = permute(tensor, axes, order)
         flat = ordered.reshape(len(self.roots), -1, self.roots.shape[1])

@@ -1,0 +1,311 @@
+"""Runs on the same data as one comparison: a curve per structure, a group of seeds per model and learning rate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import fmean, median
+from typing import Any
+
+from einlinear_lab.runs.models import DENSE, OF_EXPERTS
+from einlinear_lab.runs.records import Record, Result
+from einlinear_lab.runs.run import Run
+from einlinear_lab.scaling import Multiplier, MultiplierOverSeeds, compute_multiplier, multiplier_over_seeds
+
+TRAIN_LOSS = "train_loss"
+SIZES = ("width", "depth", "expansion", "heads", "d_head")
+LENGTHS = ("steps", "warmup")
+_NOT_IN_NAMES = {"structure", "lr", "seed", *SIZES}
+# Hyperparameters that do not change the result on data of the same digest: data may have two names, and an evaluation
+# changes nothing.
+_IRRELEVANT = {"data", "data_kind", "evaluate_every"}
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """Finished runs that differ only in their seed. Means leave out diverged runs.
+
+    Attributes:
+        curve: the name of its curve.
+        records: the runs, by seed.
+        multipliers: metric -> compute multiplier against dense models of the same seeds; 1 for dense itself.
+    """
+
+    curve: str
+    records: tuple[Record, ...]
+    multipliers: Mapping[str, MultiplierOverSeeds]
+
+    @property
+    def run(self) -> Run:
+        """The configuration of the first seed."""
+        return self.records[0].run
+
+    @property
+    def result(self) -> Result:
+        """The result of the first seed, for the costs, which all seeds share."""
+        return result_of(self.records[0])
+
+    @property
+    def good(self) -> tuple[Record, ...]:
+        """The runs that did not diverge."""
+        return tuple(record for record in self.records if not result_of(record).diverged)
+
+    @property
+    def diverged(self) -> int:
+        """The number of diverged runs."""
+        return len(self.records) - len(self.good)
+
+    @property
+    def seed_count(self) -> str:
+        """The number of seeds behind the means: "3", or "2 of 3" where one diverged."""
+        return f"{len(self.good)} of {len(self.records)}" if self.diverged else str(len(self.good))
+
+    def values(self, metric: str) -> list[float]:
+        """Return the metric of every seed that did not diverge."""
+        return [value for record in self.good if (value := metric_of(record, metric)) is not None]
+
+    def mean(self, metric: str) -> float | None:
+        """Return the mean of the metric over the seeds; None where all diverged."""
+        values = self.values(metric)
+        return fmean(values) if values else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The duration of a training step, the median over the seeds."""
+        seconds = [result_of(record).step_seconds for record in self.records]
+        return median(filter(None, seconds)) if any(seconds) else None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One structure, with one choice of all hyperparameters but model size, learning rate and seed.
+
+    Attributes:
+        name: the structure, and those hyperparameters of which a structure has several values.
+        structure: its spec.
+        config: the hyperparameters in the name.
+        groups: all groups, by MACs, then by learning rate.
+        best: one group for every model size: the learning rate with the lowest error among those with the fewest
+            diverged seeds.
+    """
+
+    name: str
+    structure: str
+    config: Mapping[str, Any]
+    groups: tuple[SeedGroup, ...]
+    best: tuple[SeedGroup, ...]
+
+    @property
+    def structure_aware(self) -> bool:
+        """Whether it was trained with structure-aware learning rates; the others are naive controls."""
+        return bool(self.config.get("structure_aware", True))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Finished runs on the same data, whose metrics are comparable.
+
+    Attributes:
+        records: all runs.
+        varied: the hyperparameters with several values, and these values in order.
+        curves: dense first, the others by name.
+        unfinished: runs on the same data without a result: pruned, interrupted, or still running.
+    """
+
+    records: tuple[Record, ...]
+    varied: Mapping[str, tuple[Any, ...]]
+    curves: tuple[Curve, ...]
+    unfinished: tuple[Record, ...] = ()
+
+    @property
+    def error(self) -> str:
+        """The metric that measures the quality of a model."""
+        return self.records[0].error
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that figures show."""
+        return (self.error, TRAIN_LOSS)
+
+    @property
+    def all_metrics(self) -> tuple[str, ...]:
+        """The training loss, the error, and every other metric of any run."""
+        others = (name for record in self.records for name in result_of(record).measures)
+        return tuple(dict.fromkeys((TRAIN_LOSS, self.error, *others)))
+
+    @property
+    def groups(self) -> list[SeedGroup]:
+        """The groups of all curves."""
+        return [group for curve in self.curves for group in curve.groups]
+
+    @cached_property
+    def input(self) -> str:
+        """The input that MACs are counted for: "image", "vector" or "token"."""
+        return {"images": "image", "teacher": "vector"}.get(self.records[0].run.data.KIND, "token")
+
+    def size(self, run: Run) -> str:
+        """Return the size of a run's model: "width 64", and every other size that varies."""
+        names = ("width", *(name for name in SIZES[1:] if name in self.varied and run.identity.get(name) is not None))
+        return ", ".join(f"{name} {run.identity[name]}" for name in names)
+
+    def __str__(self) -> str:
+        models = sorted({record.run.model.NAME for record in self.records})
+        return f"{' and '.join(models)} on {self.records[0].run.data.data}"
+
+
+def compare_runs(records: Iterable[Record]) -> list[Comparison]:
+    """Group runs into comparisons: one for each data set and error metric that finished runs have."""
+    finished: dict[tuple[str, str], dict[str, Record]] = {}
+    unfinished: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        key = record.digest, record.error
+        if record.result:
+            finished.setdefault(key, {})[record.run.key] = record
+        else:
+            unfinished.setdefault(key, []).append(record)
+    return [_comparison(list(runs.values()), unfinished.get(key, ())) for key, runs in finished.items()]
+
+
+def result_of(record: Record) -> Result:
+    """Return the result of a finished run."""
+    assert record.result is not None
+    return record.result
+
+
+def metric_of(record: Record, metric: str) -> float | None:
+    """Return a metric of a finished run, "train_loss" included; None where the run diverged."""
+    result = result_of(record)
+    return result.train_loss if metric == TRAIN_LOSS else result.measures.get(metric)
+
+
+def metric_title(metric: str) -> str:
+    """Return a metric's name for titles and headings."""
+    return "training loss" if metric == TRAIN_LOSS else metric.replace("_", " ")
+
+
+def make_curves(records: Sequence[Record], shared: Collection[str] = ()) -> list[Curve]:
+    """Group runs on the same data into curves, dense first.
+
+    Args:
+        records: finished runs.
+        shared: hyperparameters whose values share a curve, beside the model size, the learning rate and the seed.
+    """
+    by_structure: dict[str, list[Record]] = {}
+    for record in records:
+        by_structure.setdefault(record.run.model.structure, []).append(record)
+    varied = dict.fromkeys(name for runs in by_structure.values() for name in _varied(runs))
+    named = [name for name in varied if name not in {*_NOT_IN_NAMES, *shared}]
+    by_name: dict[str, list[Record]] = {}
+    for record in records:
+        by_name.setdefault(_curve_name(record.run, named), []).append(record)
+    curves = [_curve(name, named, runs) for name, runs in by_name.items()]
+    return sorted(curves, key=lambda curve: (curve.structure != DENSE, curve.name))
+
+
+def dense_of(curve: Curve, curves: Sequence[Curve]) -> Curve | None:
+    """Return the dense curve to compare with: the one of the same hyperparameters, else the only one.
+
+    Mixtures of experts, dense ones included, are compared with dense models without experts where there are any.
+    """
+    candidates = [dense for dense in curves if dense.structure == DENSE and dense.structure_aware]
+    plain = [dense for dense in candidates if dense.config.get("experts") is None and "experts" in dense.config]
+    ignored = {"structure_aware", *(("experts", *OF_EXPERTS) if plain else ())}
+
+    def config(curve: Curve) -> dict[str, Any]:
+        return {name: value for name, value in curve.config.items() if name not in ignored}
+
+    candidates = plain or candidates
+    candidates = [dense for dense in candidates if config(dense) == config(curve)] or candidates
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _comparison(records: Sequence[Record], unfinished: Sequence[Record]) -> Comparison:
+    curves, metrics = make_curves(records), (records[0].error, TRAIN_LOSS)
+    with_multipliers = tuple(_with_multipliers(curve, curves, metrics) for curve in curves)
+    return Comparison(tuple(records), _varied(records), with_multipliers, tuple(unfinished))
+
+
+def _varied(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
+    """Return the hyperparameters with more than one value among the runs that have them."""
+    values: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, value in record.run.identity.items():
+            values.setdefault(name, {})[json.dumps(value)] = value
+    varied = {name: options for name, options in values.items() if len(options) > 1 and name not in _IRRELEVANT}
+    return {name: tuple(sorted(options.values(), key=_order)) for name, options in varied.items()}
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Return a sort key: numbers by size, then all others as texts."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not is_number, value if is_number else 0.0, str(value)
+
+
+def _curve_name(run: Run, named: Sequence[str]) -> str:
+    words = [_words(name, run.identity[name]) for name in named if name in run.identity]
+    return ", ".join(filter(None, (run.model.structure, *words)))
+
+
+def _words(name: str, value: Any) -> str:
+    if name == "structure_aware":
+        return "" if value else "naive"
+    if value is None:
+        return ""
+    return str(value) if name == "model" else f"{name}={value}"
+
+
+def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
+    models: dict[str, dict[float, dict[int, Record]]] = {}
+    for record in sorted(records, key=lambda record: (result_of(record).macs, record.run.training.lr, record.run.seed)):
+        model = json.dumps([record.run.identity.get(size) for size in (*SIZES, *LENGTHS)])
+        seeds = models.setdefault(model, {}).setdefault(record.run.training.lr, {})
+        # one run per seed: runs that differ in irrelevant hyperparameters are the same
+        seeds.setdefault(record.run.seed, record)
+    groups = [[SeedGroup(name, tuple(seeds.values()), {}) for seeds in rates.values()] for rates in models.values()]
+    return Curve(
+        name,
+        records[0].run.model.structure,
+        {key: records[0].run.identity[key] for key in named if key in records[0].run.identity},
+        tuple(group for model in groups for group in model),
+        tuple(min(model, key=_badness) for model in groups),
+    )
+
+
+def _badness(group: SeedGroup) -> tuple[int, float]:
+    mean = group.mean(group.records[0].error)
+    return group.diverged, math.inf if mean is None else mean
+
+
+def _with_multipliers(curve: Curve, curves: Sequence[Curve], metrics: Sequence[str]) -> Curve:
+    dense = dense_of(curve, curves)
+    if dense is None:
+        return curve
+
+    def multiplied(group: SeedGroup) -> SeedGroup:
+        multipliers = {metric: _multiplier(group, dense, metric) for metric in metrics}
+        return replace(group, multipliers={metric: found for metric, found in multipliers.items() if found})
+
+    groups = {id(group): multiplied(group) for group in curve.groups}
+    return replace(curve, groups=tuple(groups.values()), best=tuple(groups[id(group)] for group in curve.best))
+
+
+def _multiplier(group: SeedGroup, dense: Curve, metric: str) -> MultiplierOverSeeds | None:
+    """Compare every run with the dense runs of its own seed, which saw the same batches."""
+    # the best dense models have multiplier 1, also where a cheaper dense model reached a lower loss
+    if any(group is best for best in dense.best):
+        return multiplier_over_seeds([Multiplier(1.0)] * len(group.good))
+    multipliers = []
+    for record in group.good:
+        points = [
+            (result_of(other).macs, loss)
+            for best in dense.best
+            for other in best.good
+            if other.run.seed == record.run.seed and (loss := metric_of(other, metric))
+        ]
+        # an error of zero has no logarithm
+        if points and (loss := metric_of(record, metric)):
+            multipliers.append(compute_multiplier(points, result_of(record).macs, loss))
+    return multiplier_over_seeds(multipliers)

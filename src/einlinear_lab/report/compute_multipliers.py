@@ -1,0 +1,143 @@
+"""Compute multipliers: how many times the compute dense needs for the same loss, by model and along frontiers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace
+from einlinear_lab.report.comparison import Comparison, metric_title
+from einlinear_lab.report.page import Figure, group_row, hover
+from einlinear_lab.scaling import Multiplier, MultiplierAt
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A compute multiplier at some compute, the ends of its error bar, and its hover label."""
+
+    macs: float
+    multiplier: Multiplier
+    ends: tuple[float, float]
+    hover: str
+
+
+def figure_of_models(comparison: Comparison) -> list[Figure]:
+    """Show the compute multiplier of every model against dense; no figure without any."""
+    views = {metric_title(metric): _chart_of_models(comparison, metric) for metric in comparison.metrics}
+    data = [
+        {
+            "curve": group.curve,
+            **group_row(group, lr=group.run.training.lr, metric=metric),
+            "multiplier": over.mean.value if over.mean else "",
+            "bound": over.mean.bound if over.mean else "",
+            "smallest": over.smallest.value,
+            "largest": over.largest.value,
+            "seeds": over.seeds,
+        }
+        for curve in comparison.curves
+        for group in curve.best
+        for metric, over in group.multipliers.items()
+    ]
+    caption = Markup(
+        "Compute multiplier: how many times the MACs of a model dense needs for the same loss, with the same seeds. "
+        "Higher is better; dense is 1. Bars: range over seeds. Open triangles are bounds, where the dense curve ends "
+        "before the loss is reached: lower bounds point up, upper bounds down."
+    )
+    views = {title: charts for title, charts in views.items() if charts}
+    return [Figure("compute-multipliers", caption, views, data)] if views else []
+
+
+def figure_along(curves: Sequence[tuple[str, Sequence[MultiplierAt]]], compute: str) -> list[Figure]:
+    """Show the compute multipliers along the frontiers of named curves; no figure without any."""
+    if not any(multipliers for _, multipliers in curves):
+        return []
+    points = [
+        [
+            _Point(at.compute, at.multiplier, _ends(at), f"{escape(name)}<br>{at.compute:.3g} MACs: {at}")
+            for at in multipliers
+        ]
+        for name, multipliers in curves
+    ]
+    data = [
+        {
+            "curve": name,
+            "training_macs": at.compute,
+            "loss": at.loss,
+            "multiplier": at.multiplier.value,
+            "bound": at.multiplier.bound,
+            "low": at.interval.low if at.interval else "",
+            "high": at.interval.high if at.interval else "",
+        }
+        for name, multipliers in curves
+        for at in multipliers
+    ]
+    caption = Markup(
+        "Compute multiplier along each frontier: how many times the compute dense needs for the same error. Bars: 95 % "
+        "confidence intervals."
+    )
+    return [Figure("compute-multipliers", caption, {"": [_chart([name for name, _ in curves], points, compute)]}, data)]
+
+
+def _chart_of_models(comparison: Comparison, metric: str) -> list[Chart]:
+    points = []
+    for curve in comparison.curves:
+        models = [
+            (group, over, over.mean) for group in curve.best if (over := group.multipliers.get(metric)) and over.mean
+        ]
+        is_dense = all(str(over) == "1.00×" for _, over, _ in models)
+        points.append(
+            [
+                _Point(
+                    group.result.macs,
+                    mean,
+                    (over.smallest.value, over.largest.value),
+                    f"{hover(*group.good)}<br>{over}",
+                )
+                for group, over, mean in models
+                if not is_dense
+            ]
+        )
+    names = [curve.name for curve in comparison.curves]
+    return [_chart(names, points, f"MACs per {comparison.input}")] if any(points) else []
+
+
+def _ends(at: MultiplierAt) -> tuple[float, float]:
+    """Return the ends of an error bar; an end that the data does not set is not drawn."""
+    value, interval = at.multiplier.value, at.interval
+    if interval is None:
+        return value, value
+    return interval.low or value, interval.high if math.isfinite(interval.high) else value
+
+
+def _chart(names: Sequence[str], points: Sequence[Sequence[_Point]], compute: str) -> Chart:
+    traces = [part for i, name in enumerate(names) for part in _traces(i, name, points[i])]
+    macs = [point.macs for series in points for point in series]
+    ends = [1.0, *(end for series in points for point in series for end in point.ends)]
+    return Chart(traces, log_axis(macs, compute), log_axis(ends, "compute multiplier"), baseline=1)
+
+
+def _traces(i: int, name: str, points: Sequence[_Point]) -> list[Trace]:
+    """Draw a line through exact multipliers, and triangles for bounds."""
+    exact = [point for point in points if not point.multiplier.bound]
+    bounds = [point for point in points if point.multiplier.bound]
+    triangles = {">": "triangle-up-open", "<": "triangle-down-open"}
+    return [
+        trace(
+            [point.macs for point in series],
+            [point.multiplier.value for point in series],
+            colour(i),
+            "%{customdata}",
+            [point.hover for point in series],
+            name=name,
+            legend=series is exact or not exact,
+            symbol=symbol(i) if series is exact else [triangles[point.multiplier.bound] for point in series],
+            size=8,
+            line=1.5 if series is exact else 0,
+            ranges=[point.ends for point in series] if series is exact else None,
+        )
+        for series in (exact, bounds)
+        if series
+    ]
