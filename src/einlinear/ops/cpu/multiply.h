@@ -61,15 +61,15 @@ static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from,
 }
 
 template <class S, int M, int V, bool Packed>
-static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted, S* to,
-                          const Index* to_rows, Index rows, Index tile, bool add) {
+static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted,
+                          S* to, const Index* to_rows, Index rows, Index tile, bool add) {
     Index m = 0;
     // from the weights of one row to those of the next
     const Index next = Packed ? contracted : wm;
     for (; m + M <= rows; m += M)
         for (Index t = 0; t < tile; t += V * Simd<S>::lanes)
-            multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from + t, from_rows, contracted, to + t, to_rows + m, tile,
-                                            add);
+            multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from + t, from_rows, contracted, to + t, to_rows + m,
+                                            tile, add);
     if constexpr (M > 1)
         if (m < rows)
             multiply_rows<S, (M > 4 ? M - 4 : M - 1), V, Packed>(w + m * next, wk, wm, from, from_rows, contracted, to,
@@ -89,8 +89,8 @@ static void multiply(const S* w, Index wk, Index wm, const S* from, const Index*
         multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from, from_rows, contracted, to, to_rows, rows, tile, add);
 }
 
-// gradient[m][V vectors] (+)= sum over free axes and tokens of from[m][token] panel[token][V vectors]. The sum of a tile
-// is added at once: in one long sum over all tokens the rounding errors would grow.
+// gradient[m][V vectors] (+)= sum over free axes and tokens of from[m][token] panel[token][V vectors]. The sum of a
+// tile is added at once: in one long sum over all tokens the rounding errors would grow.
 template <class S, int M, int V>
 static inline void accumulate_micro(const S* from, const Index* from_rows, const Index* free, Index count, Index tile,
                                     const S* const* panels, Index panel_ld, Index at, Index tokens, S* gradient,

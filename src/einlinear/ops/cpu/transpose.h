@@ -36,7 +36,8 @@ static inline void transpose_square(Vec<S>* r) {
 // What does not fill a square goes through `move`, entry by entry; `any_row` says that `read` and `write` take care of
 // missing rows. The three capture by value: what they capture by reference is read again after every store.
 template <class S, class Read, class Write, class Move>
-__attribute__((always_inline)) static inline void transpose_squares(Index rows, Index cols, bool any_row, Read read, Write write, Move move) {
+__attribute__((always_inline)) static inline void transpose_squares(Index rows, Index cols, bool any_row, Read read,
+                                                                    Write write, Move move) {
     constexpr int L = Simd<S>::lanes;
     for (Index i = 0; i < rows; i += L)
         for (Index j = 0; j < cols; j += L) {
