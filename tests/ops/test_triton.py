@@ -61,7 +61,7 @@ def draw(spec: str, in_features: int, out_features: int, n: int, dtype: torch.dt
 def by_torch(s: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
     """The output and the gradients of x and the factors, by plain einsum."""
     inputs = [tensor.detach().requires_grad_() for tensor in (x, *factors)]
-    y = reference.apply(s, inputs[1:], inputs[0]) + bias
+    y = reference.apply(Product(s, inputs[1:], inputs[0])) + bias
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
