@@ -4,7 +4,7 @@ Every factor is treated as the batch of dense matrices that its step multiplies 
 introduced features (Qiu et al., arXiv 2406.06248, section 3; the SGD rule after Yang and Hu, arXiv 2011.14522, that
 for Muon after Yang et al., arXiv 2310.17813).
 
-These are the rules for one structure: `nn.Linear` draws its factors by them, and `parametrize/mup.py` applies them to
+These are the rules for one structure: `nn.Linear` draws its factors by them, and `mup/rules.py` applies them to
 whole models.
 """
 
