@@ -22,7 +22,7 @@ else:
 PANELS = {
     "Layers": {
         "describe": "Show a structure's factors, parameters, MACs, rank and exponents at one size, beside dense.",
-        "bench": "Measure speed and memory of structures and backends beside nn.Linear, in turns.",
+        "bench": "Measure speed and memory of structures and backends against nn.Linear, in interleaved rounds.",
     },
     "Training": {
         "prepare": "Turn text into tokens for language models, a share of them held out for validation.",

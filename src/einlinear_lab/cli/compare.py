@@ -74,7 +74,7 @@ def command(
     The same command again trains only what is missing; structures, MACs and seeds can be added to a results folder.
     """
     require(LAB)
-    from einlinear_lab.search.leaders import alongside, as_searched, unseen_seed, split_leaders
+    from einlinear_lab.search.leaders import alongside, as_searched, split_leaders, unseen_seed
     from einlinear_lab.sweeps.compare import Config, configure, plan
 
     with user_errors():
