@@ -26,7 +26,7 @@ from rich.progress import Progress
 import einlinear as el
 from einlinear_lab import training
 from einlinear_lab.models import ReferenceModel
-from einlinear_lab.runs.execute import initialised
+from einlinear_lab.runs.execution import initialised
 from einlinear_lab.runs.run import Run
 
 Way = Callable[[], tuple[ReferenceModel, dict[str, float]]]

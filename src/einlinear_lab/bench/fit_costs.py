@@ -20,8 +20,8 @@ import torch
 from scipy.optimize import nnls
 
 from einlinear.files import write_json
-from einlinear.ops import costs as model
 from einlinear.ops import choice
+from einlinear.ops import costs as model
 from einlinear.ops.backends import CPU_BACKENDS
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.results import Bench, read

@@ -74,8 +74,8 @@ def command(
     The same command again trains only what is missing; structures, MACs and seeds can be added to a results folder.
     """
     require(LAB)
-    from einlinear_lab.search.leaders import alongside, as_searched, unseen_seed, split_leaders
-    from einlinear_lab.sweeps.compare import Config, configure, plan
+    from einlinear_lab.search.leaders import alongside, as_searched, split_leaders, unseen_seed
+    from einlinear_lab.sweeps.compare import CompareConfig, configure, plan
 
     with user_errors():
         given: dict[str, Any] = {
@@ -93,9 +93,8 @@ def command(
         sized: list[dict[str, Any]] = []
         if best:
             given = as_searched(best, given)
-            options = {
-                name: value for name, value in given.items() if name not in {*Config.__dataclass_fields__, "preset"}
-            }
+            not_of_runs = {*CompareConfig.__dataclass_fields__, "preset"}
+            options = {name: value for name, value in given.items() if name not in not_of_runs}
             given.setdefault("first_seed", unseen_seed(best))
             is_matched = given.get("macs") is None and given.get("widths") is None
             sized = alongside(best, others if is_matched else (), options)

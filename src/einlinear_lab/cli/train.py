@@ -40,7 +40,7 @@ def command(
     require(LAB)
     from einlinear_lab.runs.check import check_runs
     from einlinear_lab.runs.defaults import with_defaults
-    from einlinear_lab.runs.execute import execute
+    from einlinear_lab.runs.execution import execute
     from einlinear_lab.runs.records import check_folder, describe
     from einlinear_lab.runs.run import Run
     from einlinear_lab.training.distributed import is_first

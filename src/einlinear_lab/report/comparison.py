@@ -10,7 +10,7 @@ from functools import cached_property
 from statistics import fmean, median
 from typing import Any
 
-from einlinear_lab.runs.models import DENSE, OF_EXPERTS
+from einlinear_lab.models.config import DENSE, OF_EXPERTS
 from einlinear_lab.runs.records import Record, Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.scaling import Multiplier, MultiplierOverSeeds, compute_multiplier, multiplier_over_seeds

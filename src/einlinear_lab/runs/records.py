@@ -14,7 +14,7 @@ import torch
 from einlinear.checkpoint import check_same
 from einlinear.files import read_json, write_json
 from einlinear.version import __version__, code_digest
-from einlinear_lab.runs.data import Problem
+from einlinear_lab.runs.data import TrainingProblem
 from einlinear_lab.runs.options import names, parse_strictly
 from einlinear_lab.runs.run import Run
 
@@ -39,7 +39,7 @@ class Result:
         compute: multiply-accumulates of all forward passes of the training, those of guides included.
         train_loss: mean over the last tenth of the steps, as the batches were trained on.
         measures: of the final model, by name.
-        error: the one of the measures that runs on the same data are compared by, see `Problem.error`.
+        error: the one of the measures that runs on the same data are compared by, see `TrainingProblem.error`.
         step_seconds: median duration of a training step, without its data.
         memory: bytes, of the first process: see `einlinear_lab.training.Outcome`.
         guide_macs: of the guides, for one input, as long as there were any: `Training.guide_until`.
@@ -114,7 +114,7 @@ def code_version() -> str:
     return f"{__version__}+{code_digest(*_DECISIVE)}"
 
 
-def describe(folder: Path, run: Run, problem: Problem) -> Record:
+def describe(folder: Path, run: Run, problem: TrainingProblem) -> Record:
     """A run that is about to start."""
     return Record(
         folder=folder,

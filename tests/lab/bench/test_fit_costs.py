@@ -9,8 +9,8 @@ import pytest
 from tests.lab.bench.made_up import made_up
 
 from einlinear import ops
-from einlinear.ops import costs as costs_model
 from einlinear.ops import choice
+from einlinear.ops import costs as costs_model
 from einlinear_lab.bench import fit_costs, results
 from einlinear_lab.bench.cases import Case, Settings, Suite
 from einlinear_lab.bench.machine import this_machine

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from einlinear_lab.data import Recipe, prepare_tokens
+from einlinear_lab.models import MODELS, Shape
 from einlinear_lab.runs.data import ImageData
-from einlinear_lab.runs.execute import LAST, execute
-from einlinear_lab.runs.models import MODELS, Shape
+from einlinear_lab.runs.execution import LAST, execute
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training import metrics

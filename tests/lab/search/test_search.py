@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from tests.lab.search.postgres import server
 from tests.lab.sweeps.test_workers import children, is_worker
 
-from einlinear_lab.runs.models import Shape
+from einlinear_lab.models.config import Shape
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
 from einlinear_lab.search.config import STARTUP_TRIALS, configure

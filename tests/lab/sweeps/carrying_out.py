@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from einlinear_lab.runs.execute import execute
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.store import Store
 from einlinear_lab.sweeps.driver import Event, Job, Pool, do
 from einlinear_lab.sweeps.sweep import Sweep

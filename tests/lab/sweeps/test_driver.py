@@ -22,7 +22,7 @@ from einlinear.structures import FAMILIES
 from einlinear_lab.runs import records, table
 from einlinear_lab.runs.check import check_runs
 from einlinear_lab.runs.data import _images
-from einlinear_lab.runs.execute import execute
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.records import Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import HISTORY, Store

@@ -18,12 +18,12 @@ from torch import nn
 from einlinear.nn.factored import Factored
 from einlinear_lab.data import Recipe as TextRecipe
 from einlinear_lab.data import prepare_tokens
-from einlinear_lab.runs.execute import execute
-from einlinear_lab.runs.models import Model, Shape
+from einlinear_lab.models.config import ModelConfig, Shape
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.sweeps import recipes
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "guides" / "recipes.md"
 EVERY = [(name, scale) for name in recipes.names() for scale in recipes.SCALES]
 SWEEPS = [(name, scale) for name, scale in EVERY if not getattr(recipes.load(name), scale).commands]
 VOCABULARIES = {
@@ -96,7 +96,7 @@ def test_its_models_can_be_built_and_span_the_compute(name: str, scale: str, mon
 
 
 @lru_cache(None)
-def built(model: Model, shape: Shape) -> int:
+def built(model: ModelConfig, shape: Shape) -> int:
     """The MACs of a model that can be built, and so can what its learning rates refer to."""
     model.base(shape)
     with torch.device("meta"):

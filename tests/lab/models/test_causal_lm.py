@@ -17,9 +17,9 @@ import einlinear as el
 from einlinear.structures import DoesNotFit
 from einlinear.structures.scales import adam_multipliers
 from einlinear_lab.data import Recipe, prepare_tokens
-from einlinear_lab.runs import causal_lm
-from einlinear_lab.runs.causal_lm import OPT, CausalLM, Pythia
-from einlinear_lab.runs.execute import execute
+from einlinear_lab.models import causal_lm
+from einlinear_lab.models.causal_lm import OPT, CausalLM, Pythia
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training import Training, train
 from einlinear_lab.training.loop import Batch
