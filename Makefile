@@ -47,7 +47,7 @@ constraints: ## pin the newest versions that install together
 	@tools/lock_constraints.sh $(PYTHON)
 
 clean: ## remove the virtual environment and all caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find src tests -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is simply done again. A .venv without a working pip

@@ -90,11 +90,11 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024])
     widths = parser.parse_args().widths
     rows = {
-        ("residual MLP, nn.Embedding's own start", "embedding"): (ResidualMLP, "branch.*", False, "vector", False),
-        ("residual MLP, `el.init_`", "head"): (ResidualMLP, "branch.*", True, "matrix", False),
-        ("Llama, transformers' own start", "embedding"): (llama, "*layers*", False, "vector", False),
-        ("Llama, `el.init_`", "head"): (llama, "*layers*", True, "matrix", False),
-        ("Llama, own start, logits times 64 / width", "embedding"): (llama, "*layers*", False, "vector", True),
+        ("residual MLP, nn.Embedding's own start", "embedding"): (ResidualMLP, "branch.*", False, "input", False),
+        ("residual MLP, `el.init_`", "head"): (ResidualMLP, "branch.*", True, "hidden", False),
+        ("Llama, transformers' own start", "embedding"): (llama, "*layers*", False, "input", False),
+        ("Llama, `el.init_`", "head"): (llama, "*layers*", True, "hidden", False),
+        ("Llama, own start, logits times 64 / width", "embedding"): (llama, "*layers*", False, "input", True),
     }
     print(f"| model | rule | {' | '.join(f'width {width}' for width in widths)} |")
     print("| --- | --- |" + " --- |" * len(widths))

@@ -113,8 +113,8 @@ def test_a_loss_may_be_of_the_model_itself() -> None:
     [
         ({"layers": "dorp"}, "layers: 'dorp' matches no module; the nearest are drop, "),
         ({"layers": ["drop", "dorp"]}, "layers: 'dorp' matches no module"),
-        ({"layers": "flat"}, r"layers: flat gives an output of shape \(1024,\); it must be \(\.\.\., features\)"),
-        ({"layers": "unused"}, "layers: none of unused was called and gave a tensor"),
+        ({"layers": "flat"}, r"layers: flat has an output of shape \(1024,\); it must be \(\.\.\., features\)"),
+        ({"layers": "unused"}, "layers: none of unused was called and returned a tensor"),
         ({"optimizer": "lbfgs"}, "optimizer must be one of adam, adamw, sgd, not 'lbfgs'"),
         ({"steps": 0}, "steps must be at least 1, not 0"),
     ],

@@ -30,7 +30,7 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
 def test_a_single_matrix_moves_as_by_torch() -> None:
     start = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    group = {"params": [ours], "matrices": ((0, 1), 8, 24), "size": 1.0}
+    group = {"params": [ours], "matrix_view": ((0, 1), 8, 24), "update_scale": 1.0}
     optimizers = [Muon([group], lr=0.1, weight_decay=0.2), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2)]
     for step in range(5):
         gradient = torch.randn(8, 24, generator=torch.Generator().manual_seed(step + 1))
@@ -45,7 +45,7 @@ def step(layer: el.Linear, base: nn.Module, lr: float) -> dict[str, Tensor]:
     """How a step on random data moves the factors."""
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     layer(torch.randn(64, layer.in_features)).square().mean().backward()
-    Muon([g for g in el.param_groups(layer, lr, base=base, optimizer="muon") if "matrices" in g]).step()
+    Muon([g for g in el.param_groups(layer, lr, base=base, optimizer="muon") if "matrix_view" in g]).step()
     return {name: p.detach() - before[name] for name, p in layer.named_parameters()}
 
 
@@ -94,7 +94,7 @@ def by_name(groups: list[dict[str, Any]], key: str) -> dict[str, Any]:
 def test_groups() -> None:
     model, base = toy.build(64, "btt"), toy.build(16, "dense")
     groups = el.param_groups(model, 0.1, base=base, optimizer="muon", hidden="blocks.*", weight_decay=0.3)
-    rates, matrices = by_name(groups, "lr_mult"), by_name(groups, "matrices")
+    rates, matrices = by_name(groups, "lr_mult"), by_name(groups, "matrix_view")
     assert set(matrices) == {name for name in rates if name.startswith("blocks") and name.endswith((".A", ".B"))}
     fc1 = dict(zip("AB", muon_multipliers(el.structure("btt", 64, 256)), strict=True))
     assert rates["blocks.0.fc1.A"] == pytest.approx(fc1["A"])  # 64 -> 256 has the aspect of the base's 16 -> 64
@@ -105,12 +105,12 @@ def test_groups() -> None:
     assert set(by_name(groups, "weight_decay").values()) == {0.0, 0.3}
     own = el.param_groups(toy.build(16, "dense"), 0.1, base=base, optimizer="muon")
     assert set(by_name(own, "lr_mult").values()) == {1.0}
-    assert "head.weight" in by_name(own, "matrices")
+    assert "head.weight" in by_name(own, "matrix_view")
     wide = by_name(el.param_groups(toy.build(64, "dense"), 0.1, base=base, optimizer="muon"), "lr_mult")
     assert wide["head.weight"] == pytest.approx(math.sqrt(1 / 4))
     assert wide["blocks.0.fc1.A"] == 1.0
 
     with pytest.raises(ValueError, match="hidden: 'block' matches no parameter"):
         el.param_groups(model, 0.1, base=base, optimizer="muon", hidden="block")
-    with pytest.raises(ValueError, match="hidden says what Muon takes, but the optimizer is 'adamw'"):
+    with pytest.raises(ValueError, match="hidden names the matrices for Muon, but the optimizer is 'adamw'"):
         el.param_groups(model, 0.1, base=base, hidden="blocks.*")

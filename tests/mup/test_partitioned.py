@@ -77,7 +77,7 @@ def test_groups_of_divided_parameters(divide: Callable[[nn.Module], nn.Module], 
     model = divide(Model(64))
     for base in (Model(32), divide(Model(32)), el.base_shapes(divide(Model(32)), ROLES)):
         groups = el.param_groups(model, base=base, **options)
-        for key in ("lr_mult", "weight_decay", "matrices", "size"):
+        for key in ("lr_mult", "weight_decay", "matrix_view", "update_scale"):
             assert mult(groups, key) == mult(expected, key)
     assert el.base_shapes(model) == el.base_shapes(Model(64))
 

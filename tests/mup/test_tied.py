@@ -117,7 +117,7 @@ def test_an_output_multiplier_makes_it_an_embedding(name: str, optimizer: str, l
         model: Any = BUILD[name](width, "btt(rank=2)")
         head = model.head if hasattr(model, "head") else model.lm_head
         head.register_forward_hook(lambda module, args, y, width=width: y * 64 / width)
-        roles = {"head" if hasattr(model, "head") else "lm_head": "vector"}
+        roles = {"head" if hasattr(model, "head") else "lm_head": "input"}
         groups = el.param_groups(model, lr, base=base, optimizer=optimizer, roles=roles)
         changes.append(change(model, groups, optimizer))
     assert changes[1] < changes[0]
@@ -151,11 +151,11 @@ def test_both_orders_are_initialised_as_the_head() -> None:
 def test_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "einlinear"):
         el.param_groups(Tied(64, "btt", head_first=False), 1e-3, base=None)
-        el.param_groups(Tied(64, "btt", head_first=False), 1e-3, base=None, roles={"head": "vector"})
+        el.param_groups(Tied(64, "btt", head_first=False), 1e-3, base=None, roles={"head": "input"})
     (record,) = caplog.records
     assert record.getMessage() == (
-        "taken for matrices, though embeddings are tied to them: embed.weight (100, 64); roles={glob: role} says "
-        "otherwise"
+        "taken for matrices, though embeddings are tied to them: embed.weight (100, 64); override with "
+        "roles={glob: role}"
     )
 
 
@@ -163,25 +163,26 @@ def test_a_start_that_is_too_large_is_said(caplog: pytest.LogCaptureFixture) -> 
     base = Tied(64, "dense", head_first=True)
     model = Tied(256, "btt", head_first=False)
     el.param_groups(model, 1e-3, base=None)
-    el.param_groups(model, 1e-3, base=base, roles={"head": "vector"})
+    el.param_groups(model, 1e-3, base=base, roles={"head": "input"})
     el.param_groups(el.init_(Tied(256, "btt", head_first=False)), 1e-3, base=base)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     el.param_groups(model, 1e-3, base=base)
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "embed.weight is shared by an embedding and a head. Its entries have the size 1" in record.getMessage()
     assert "starts at 0.039" in record.getMessage()
-    assert record.getMessage().endswith("base width / width, and pass roles={'embed.weight': 'vector'}")
+    assert record.getMessage().endswith("base width / width, and pass roles={'embed.weight': 'input'}")
 
 
 def test_the_example_of_the_documentation() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "roles.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    names: dict[str, Any] = {}
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "transfer.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (code,) = [block for block in blocks if "build_tied" in block]
+    names: dict[str, Any] = {"el": el, "nn": nn}
     exec(code, names)
     ids = torch.arange(4)
     with torch.no_grad():
-        expected = F.linear(names["model"][:2](ids), names["model"][0].weight) / 4
-        torch.testing.assert_close(names["model"](ids), expected)
+        expected = F.linear(names["tied"][:2](ids), names["tied"][0].weight) / 4
+        torch.testing.assert_close(names["tied"](ids), expected)
     assert [g["lr_mult"] for g in names["groups"] if "0.weight" in g["param_names"]] == [1]
 
 

@@ -50,7 +50,7 @@ struct Factors {
     }
 };
 
-// Forward and backward with states saved and computed again, for random choices of the gradients that are wanted.
+// Forward and backward with intermediates saved and recomputed, for random choices of the gradients that are wanted.
 template <class S>
 static void one_matrix(const Index* numbers, Index n, const std::vector<int>& counts) {
     Program p(numbers);
@@ -65,15 +65,15 @@ static void one_matrix(const Index* numbers, Index n, const std::vector<int>& co
             std::vector<std::vector<S>> first;
             for (int threads : counts) {
                 Array<S> y(n * p.out_features, false), dx(n * p.in_features, false);
-                Array<S> saved(save ? padded * p.states() : 0, false);
-                S* states = saved.values.empty() ? nullptr : saved.values.data();
+                Array<S> saved(save ? padded * p.intermediates() : 0, false);
+                S* intermediates = saved.values.empty() ? nullptr : saved.values.data();
                 forward<S>(Program(numbers), factors.pointers.data(), x.values.data(), bias.values.data(),
-                           y.values.data(), states, n, threads);
+                           y.values.data(), intermediates, n, threads);
                 Factors<S> grads(p, 1, false);
                 std::vector<S*> to = grads.pointers;
                 for (size_t i = 0; i < to.size(); i++)
                     if (!(wanted >> i & 1)) to[i] = nullptr;
-                backward<S>(Program(numbers), factors.pointers.data(), x.values.data(), dy.values.data(), states,
+                backward<S>(Program(numbers), factors.pointers.data(), x.values.data(), dy.values.data(), intermediates,
                             wants_x ? dx.values.data() : nullptr, to.data(), n, threads);
                 if (threads == counts[0]) {
                     first_y = y.values, first_dx = dx.values;

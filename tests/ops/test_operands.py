@@ -47,9 +47,7 @@ class Operands:
             arguments = (self.bias, None, None, self.structure.spec, 60, name)
             yield lambda arguments=arguments: torch.ops.einlinear.linear(self.x, leaves, *arguments)
             found = backends.find(name)
-            yield lambda found=found: found.forward(
-                Product(self.structure, self.factors, self.x, self.bias), False
-            )[0]
+            yield lambda found=found: found.forward(Product(self.structure, self.factors, self.x, self.bias), False)[0]
 
     def backward(self) -> Iterator[Callable[[], list[Tensor]]]:
         """The gradients of x and of the factors."""

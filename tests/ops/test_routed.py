@@ -161,9 +161,7 @@ def test_gradients_in_float32(spec: str, backend: str) -> None:
 
     def gradients(dtype: torch.dtype) -> list[Tensor]:
         x, gates, bias, *own = inputs = [t.detach().to(dtype).requires_grad_() for t in (*others, *factors)]
-        return [
-            *torch.autograd.grad(routed(structure, own, x, experts, gates, bias), inputs, grad.to(dtype))
-        ]
+        return [*torch.autograd.grad(routed(structure, own, x, experts, gates, bias), inputs, grad.to(dtype))]
 
     for a, b in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-5 * float(b.abs().max()))

@@ -25,7 +25,7 @@ from einlinear.ops import reference
 from einlinear.ops.product import Assignment, Product
 from einlinear.ops.triton import launch, slots, tile_sizes
 from einlinear.ops.triton import triton_backend as kernels
-from einlinear.ops.triton.steps import plan
+from einlinear.ops.triton.strided_steps import plan
 from einlinear.structures import DoesNotFit, Structure
 
 pytestmark = [needs("triton"), pytest.mark.slow]
@@ -76,13 +76,6 @@ def double(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.double() for tensor in tensors]
 
 
-def designs(s: Structure, dtype: torch.dtype) -> list[str]:
-    limits = tile_sizes.device_limits(DEVICE)
-    pairs = [steps for steps in plan(s) if len(steps) == 2]
-    fits = pairs and all(tile_sizes.fused_tiles(*steps, dtype.itemsize, limits) for steps in pairs)
-    return ["steps", "fused"] if fits else ["steps"]
-
-
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Memory that a kernel is given to write is full of NaN."""
@@ -126,18 +119,16 @@ class TestKernels:
         bounds = [ERROR * max(error(dense, exact[0]), one) for one in theirs]
         if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter truncates instead of rounding
             bounds = [2 * bound for bound in bounds]
-        both = designs(s, dtype)
-        for design in both if dtype != torch.float16 else both[-1:]:  # not both a third time
-            y, saved = kernels.forward(Product(s, factors, x, bias), True, design)
-            grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
-            for found, wanted, bound in zip([y, grad_x, *grad_factors], exact, bounds, strict=True):
-                assert found is not None
-                assert found.dtype == dtype
-                assert error(found, wanted) <= bound
-            if dtype == torch.float32 and design == both[-1]:
-                grad_x, _, nothing = kernels.backward(Product(s, factors, x), grad, saved, True, [False] * len(factors), design)
-                assert error(grad_x, exact[1]) <= bounds[1]
-                assert nothing == [None] * len(factors)
+        y, saved = kernels.forward(Product(s, factors, x, bias), True)
+        grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
+        for found, wanted, bound in zip([y, grad_x, *grad_factors], exact, bounds, strict=True):
+            assert found is not None
+            assert found.dtype == dtype
+            assert error(found, wanted) <= bound
+        if dtype == torch.float32:
+            grad_x, _, nothing = kernels.backward(Product(s, factors, x), grad, saved, True, [False] * len(factors))
+            assert error(grad_x, exact[1]) <= bounds[1]
+            assert nothing == [None] * len(factors)
 
     @pytest.mark.parametrize("spec", ["btt", "kronecker", "dyad", "tt(cores=3)"])
     def test_only_what_is_wanted(self, spec: str) -> None:
@@ -175,7 +166,9 @@ class TestKernels:
         for inputs, grads in ((wide[:, 3:19], ones), (wide[:, ::2], grad.T.contiguous().T)):
             exact = by_torch(s, double(factors), inputs.double(), bias.double(), grads.double())
             y, saved = kernels.forward(Product(s, factors, inputs, bias), True)
-            grad_x, _, grad_factors = kernels.backward(Product(s, factors, inputs), grads, saved, True, [True] * len(factors))
+            grad_x, _, grad_factors = kernels.backward(
+                Product(s, factors, inputs), grads, saved, True, [True] * len(factors)
+            )
             assert max(map(error, [y, grad_x, *grad_factors], exact)) < 2e-6
 
     def test_twice_the_same(self) -> None:
@@ -188,12 +181,11 @@ class TestKernels:
         assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
     @pytest.mark.skipif(INTERPRETED, reason="there is nothing to measure in the interpreter")
-    @pytest.mark.parametrize("design", ["steps", "fused"])
-    def test_tuned(self, monkeypatch: pytest.MonkeyPatch, design: str) -> None:
+    def test_tuned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "TUNE", True)
         s, factors, x, bias, grad = draw("kronecker", 256, 256, 1000, torch.bfloat16)
         exact = by_torch(s, double(factors), x.double(), bias.double(), grad.double())
-        y, saved = kernels.forward(Product(s, factors, x, bias), True, design)
+        y, saved = kernels.forward(Product(s, factors, x, bias), True)
         grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True, True])
         assert max(map(error, [y, grad_x, *grad_factors], exact)) < 0.02
 
@@ -205,16 +197,11 @@ class TestKernels:
         exact = TestRouted.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
         with torch.autocast("cuda", torch.bfloat16):
             y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
-            found = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad.float(), [], True, [True, True])
+            found = kernels.backward(
+                Product(s, factors, x, None, Assignment(indices, gates)), grad.float(), [], True, [True, True]
+            )
         assert {t.dtype for t in (y, *found[:2], *found[2]) if t is not None} == {torch.bfloat16}
         assert max(map(error, [y, *found[:2], *found[2]], exact)) < 0.02
-
-    def test_designs_that_cannot_be(self) -> None:
-        s, factors, x, bias, _ = draw("i, i, o i -> o", 256, 256, 2, torch.float32)
-        with pytest.raises(ValueError, match="choose the design 'steps'"):
-            kernels.forward(Product(s, factors, x, bias), False, "fused")
-        with pytest.raises(ValueError, match="choose steps or fused"):
-            kernels.forward(Product(s, factors, x, bias), False, "spilled")
 
 
 LOADS: dict[str, Callable[[int, int], Tensor]] = {
@@ -269,7 +256,9 @@ class TestRouted:
         if INTERPRETED and dtype == torch.bfloat16:
             bounds = [2 * bound for bound in bounds]
         y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
-        found = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True] * len(factors))
+        found = kernels.backward(
+            Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True] * len(factors)
+        )
         for mine, wanted, bound in zip([y, *found[:2], *found[2]], exact, bounds, strict=True):
             assert mine is not None
             assert mine.dtype == dtype
@@ -280,11 +269,11 @@ class TestRouted:
 
         def smallest(kernel: Any, programs: Any, found: Any, *args: Any, **constants: Any) -> None:
             tile = min(found, key=lambda tile: dict(tile.blocks)["BLOCK_T"])
-            ratios.add(constants["UNIT"] // dict(tile.blocks)["BLOCK_T"])
+            ratios.add(constants["BLOCK_SLOTS"] // dict(tile.blocks)["BLOCK_T"])
             launch_with(kernel, programs, (tile,), *args, **constants)
 
         monkeypatch.setattr(launch, "_launch", smallest)
-        monkeypatch.setattr(slots, "SMALLEST", 64)
+        monkeypatch.setattr(slots, "MIN_BLOCK", 64)
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 150, 1, "random", torch.float32)
         exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
         y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
@@ -315,7 +304,9 @@ class TestRouted:
         y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
         assert y.isnan().all(1).nonzero().flatten().tolist() == bad
         assert y.isnan().any(1).nonzero().flatten().tolist() == bad
-        _, grad_gates, grads = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True, True])
+        _, grad_gates, grads = kernels.backward(
+            Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True, True]
+        )
         assert grad_gates is not None
         assert grad_gates.isnan().nonzero()[:, 0].tolist() == bad
         for of_factor in grads:
@@ -326,8 +317,12 @@ class TestRouted:
 
     def test_no_tokens_and_any_strides(self) -> None:
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 20, 2, "random", torch.float32)
-        assert kernels.forward(Product(s, factors, x[:0], bias, Assignment(indices[:0], gates[:0])), False)[0].shape == (0, 16)
-        nothing = kernels.backward(Product(s, factors, x[:0], None, Assignment(indices[:0], gates[:0])), grad[:0], [], True, [True, True])
+        assert kernels.forward(Product(s, factors, x[:0], bias, Assignment(indices[:0], gates[:0])), False)[
+            0
+        ].shape == (0, 16)
+        nothing = kernels.backward(
+            Product(s, factors, x[:0], None, Assignment(indices[:0], gates[:0])), grad[:0], [], True, [True, True]
+        )
         assert [tuple(t.shape) for t in nothing[:2] if t is not None] == [(0, 16), (0, 2)]
         assert not any(t is None or t.any() for t in nothing[2])
         exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))

@@ -1,5 +1,6 @@
-"""The Triton kernels without running them: which layouts, tiles and designs are chosen, and what the compiler makes of
-the kernels for a Hopper GPU, which takes no GPU. The interpreter is lenient where the compiler is not.
+"""The Triton kernels without running them: the plan's layouts, and compilation for a Hopper GPU, which needs no GPU.
+
+The interpreter accepts code that the compiler refuses.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import einlinear as el
 from einlinear.ops.product import Assignment, Product
 from einlinear.ops.triton import launch, tile_sizes
 from einlinear.ops.triton import triton_backend as kernels
-from einlinear.ops.triton.steps import plan
+from einlinear.ops.triton.strided_steps import plan
 
 H100 = tile_sizes.Device(132, 232_448)
 
@@ -57,50 +58,31 @@ class TestPlans:
             ("monarch", False),
         ],
     )
-    def test_the_state_between_is_reached_in_runs(self, spec: str, tokens_last: bool) -> None:
+    def test_the_intermediate_is_reached_in_runs(self, spec: str, tokens_last: bool) -> None:
         ((first, second),) = plan(el.structure(spec, 1024, 1024))
         assert first.result is second.source
         assert first.result.tokens_last is tokens_last
         if not tokens_last:
-            assert first.result.unit in first.rows
-            assert first.result.unit in second.inner + second.columns
-
-    @pytest.mark.parametrize(
-        ("spec", "features", "tokens", "pays"),
-        [
-            ("kronecker", 4096, 16384, True),  # small factors, all of a token's state in one tile
-            ("tt(rank=4)", 1024, 16384, True),
-            ("btt", 1024, 16384, True),
-            ("btt", 4096, 16384, False),  # a tile of the state needs too many factors
-            ("monarch", 4096, 16384, False),
-            ("low_rank(rank=64)", 4096, 16384, False),  # the state is small: nothing to gain
-            ("kronecker", 1024, 64, False),  # too few tokens for all processors
-        ],
-    )
-    def test_when_fusing_pays(self, spec: str, features: int, tokens: int, pays: bool) -> None:
-        ((first, second),) = plan(el.structure(spec, features, features))
-        assert tile_sizes.fusing_pays(first, second, 2, tokens, H100, save=False) is pays
-        assert tile_sizes.fusing_pays(first, second, 2, tokens, H100, save=True) <= pays
-        assert not tile_sizes.fusing_pays(first, second, 4, tokens, H100, save=False)
+            assert first.result.fastest_axis in first.new
+            assert first.result.fastest_axis in second.contracted + second.free
 
 
 @needs("triton")
 class TestCompiled:
-    """What the compiler makes of the kernels for an H100; the interpreter accepts what it does not."""
+    """Compilation of every kind of launch for an H100."""
 
     __test__ = not launch.interpreting()
 
     @pytest.mark.parametrize(
-        ("spec", "in_features", "out_features", "dtype", "design"),
+        ("spec", "in_features", "out_features", "dtype"),
         [
-            ("btt", 1024, 4096, torch.bfloat16, "steps"),
-            ("btt", 512, 512, torch.float16, "fused"),
-            ("monarch", 1024, 1024, torch.bfloat16, "steps"),
-            ("kronecker", 1024, 1024, torch.bfloat16, "steps"),
-            ("kronecker", 1024, 1024, torch.bfloat16, "fused"),
-            ("low_rank(rank=32)", 1024, 1024, torch.float32, "steps"),
-            ("dyad(variant=dt)", 1000, 1000, torch.float32, "steps"),
-            ("tt(rank=3)", 1009, 331, torch.bfloat16, "fused"),
+            ("btt", 1024, 4096, torch.bfloat16),
+            ("btt", 512, 512, torch.float16),
+            ("monarch", 1024, 1024, torch.bfloat16),
+            ("kronecker", 1024, 1024, torch.bfloat16),
+            ("low_rank(rank=32)", 1024, 1024, torch.float32),
+            ("dyad(variant=dt)", 1000, 1000, torch.float32),
+            ("tt(rank=3)", 1009, 331, torch.bfloat16),
         ],
     )
     def test_compiles_and_fits(
@@ -110,7 +92,6 @@ class TestCompiled:
         in_features: int,
         out_features: int,
         dtype: torch.dtype,
-        design: str,
     ) -> None:
         launches: list[tuple[Any, ...]] = []
 
@@ -122,20 +103,19 @@ class TestCompiled:
         s = el.structure(spec, in_features, out_features)
         factors = [torch.empty(f.shape, dtype=dtype) for f in s.factors]
         x, bias, grad = (torch.empty(n, dtype=dtype) for n in ((4096, in_features), out_features, (4096, out_features)))
-        _, saved = kernels.forward(Product(s, factors, x, bias), True, design)
+        _, saved = kernels.forward(Product(s, factors, x, bias), True)
         kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
-        if design == "steps":
-            experts = torch.arange(8192).view(4096, 2) % 8
-            stacked = [torch.empty(8, *f.shape, dtype=dtype) for f in s.factors]
-            gates = torch.zeros(4096, 2, dtype=dtype)
-            kernels.forward(Product(s, stacked, x, bias, Assignment(experts, gates)), False)[0]
-            kernels.backward(Product(s, stacked, x, None, Assignment(experts, gates)), grad, [], True, [True] * len(factors))
+        routing = Assignment(torch.arange(8192).view(4096, 2) % 8, torch.zeros(4096, 2, dtype=dtype))
+        stacked = [torch.empty(8, *f.shape, dtype=dtype) for f in s.factors]
+        kernels.forward(Product(s, stacked, x, bias, routing), False)
+        kernels.backward(Product(s, stacked, x, None, routing), grad, [], True, [True] * len(factors))
         assert launches
         for kernel, tile, args, constants in launches:
             compiled = compile_for_hopper(kernel, tile, args, constants)
             assert compiled.metadata.shared <= H100.shared
             if not any(limit for name, limit in constants.items() if name.endswith("LIMIT")) and dtype.itemsize == 2:
-                assert ".global.b16" not in compiled.asm["ptx"]  # neighbours are moved together
+                # neighbours are moved together
+                assert ".global.b16" not in compiled.asm["ptx"]
 
 
 def compile_for_hopper(kernel: Any, tile: tile_sizes.Tile, args: Sequence[Any], constants: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from einlinear.compression.passes import Passes
 from einlinear.compression.second_moments import Inputs, Moments
 from einlinear.compression.sensitivity import Outputs
-from einlinear.nn.foreign import features
+from einlinear.nn.third_party import features
 from einlinear_lab.pretrained.running import Batch, Stage, Trace, stages_of, tokens_of, trace
 
 MEMORY = 2**31  # bytes of moments that are collected in one pass over the data

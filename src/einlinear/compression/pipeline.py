@@ -35,10 +35,9 @@ from einlinear.compression.second_moments import Inputs
 from einlinear.compression.select import HEAD, output_layers, select, weight_of
 from einlinear.compression.sensitivity import SHARES, Effect
 from einlinear.conversion.coverage import measure_coverage
-from einlinear.conversion.replace import put
-from einlinear.conversion.suitable import structured_like
+from einlinear.conversion.linear_layers import put, structured_like
 from einlinear.nn import Linear
-from einlinear.nn.foreign import features
+from einlinear.nn.third_party import features
 from einlinear.structures import structure
 from einlinear_lab.pretrained.running import Batch, evaluating
 from einlinear_lab.pretrained.speed import SpeedUp, speed_up

@@ -9,16 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from einlinear.conversion.calling import Batch
-from einlinear.conversion.suitable import (
-    fused_experts,
-    linear_layers,
-    owners_of,
-    reason_to_skip,
-)
+from einlinear.conversion.eligibility import reason_to_skip
+from einlinear.conversion.linear_layers import fused_experts, linear_layers, owners_of
 from einlinear.conversion.usage import uncalled_layers
-from einlinear.nn.foreign import features, is_conv1d
+from einlinear.nn.model_call import Batch
 from einlinear.nn.names import as_globs, check_globs
+from einlinear.nn.third_party import features, is_conv1d
 
 _WATCHED = 2  # batches that tell which layers the model does not call
 HEAD = "is the output head: name it in layers to compress it"

@@ -1,4 +1,4 @@
-"""Whole models: swap layers, project pretrained weights, go back to dense."""
+"""Conversion of the layers of any model: to structured ones, with new or projected weights, and back to dense."""
 
 from einlinear.conversion.conversion import convert
 from einlinear.conversion.conversion_report import Conversion, ConversionReport

@@ -1,36 +1,35 @@
-"""Swap the linear layers of a model for structured ones.
+"""Conversion of the linear layers of a model to structured ones.
 
-Layers are chosen by globs on their qualified names. What is not converted is never passed over in silence: the report
-lists it with the reason.
+Globs on qualified names choose the layers. The report lists every chosen layer that is not converted, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from einlinear.conversion.calling import Batch
 from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.conversion.coverage import measure_coverage
-from einlinear.conversion.replace import describe, replace_in
-from einlinear.conversion.suitable import (
+from einlinear.conversion.eligibility import reason_to_skip
+from einlinear.conversion.linear_layers import (
+    describe,
     fused_experts,
+    layer_like,
     linear_layers,
-    mixture_like,
     owners_of,
-    reason_to_skip,
-    structured_like,
+    replace_layers,
 )
 from einlinear.conversion.usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
-from einlinear.nn.foreign import features, is_conv1d
+from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import check_experts
-from einlinear.nn.names import as_globs, check_globs
+from einlinear.nn.names import as_globs, check_globs, matches_any
+from einlinear.nn.third_party import features, weight_matrix
 from einlinear.structures import DoesNotFit
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
@@ -69,27 +68,27 @@ def convert(
         weights: "init" draws new factors and sets biases to zero; a layer whose weight is zero keeps its bias, and gets
             a structured weight of zero, whose factors but the last are drawn. "project" takes the closest to the
             layer's own weight, and keeps the bias.
-        normalize: of the new layers, see `Linear`; with weights="init". True: all but those of the structure "dense";
-            a glob, or several: those that match, "dense" ones included.
+        normalize: whether the new layers are normalised, see `Linear`; with weights="init". True: all but those of the
+            structure "dense"; a glob, or several: those that match, "dense" ones included.
         gamma: which normalised layers have gammas: all, none, or those that a glob, or several, match. Queries and keys
             that are normalised need none.
-        experts: how many of them every new layer has: then it is an `einlinear.MoELinear`. With weights="init".
-        active: how many experts a token goes to; None: 2.
+        experts: the number of experts of every new layer, an `einlinear.MoELinear`. With weights="init".
+        active: the number of experts per token; None: 2.
         classes: subclasses of `torch.nn.Linear` that are converted whatever they compute. Those whose forward pass
             agrees with that of `torch.nn.Linear` on random inputs, and that have no other parameters, are converted
             anyway.
-        example_input: what the model can be called with, a tensor, a sequence of positional arguments or a mapping of
-            named ones. The model is run on it once, to see which layers it calls. None: the code of its modules tells
-            the same in most cases.
+        example_input: an input of the model: a tensor, a sequence of positional arguments or a mapping of named ones.
+            The model is run on it once, to see which layers it calls. None: the source code of its modules is read,
+            which finds the same in most cases.
 
     Returns:
-        What was done to every matched layer, what was skipped for which reason, and the share of the model's parameters
-        that was considered; print it.
+        A report to print: every matched layer, converted or skipped for a reason, and the share of the model's
+        parameters that was considered.
 
     Raises:
         ValueError: a structure that is unknown, a glob that matches no linear layer, layers on the meta device to
-            project, options that contradict each other, or no layer at all that could be converted. Nothing is changed
-            then.
+            project, arguments that contradict each other, or no layer at all that could be converted. The model is
+            unchanged then.
         TypeError: a structure that is not text; classes that are not subclasses of `torch.nn.Linear`.
 
     Example:
@@ -109,68 +108,68 @@ def convert(
     plan = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
     if not plan:
         raise ValueError("the mapping of globs to structures is empty")
-    for spec in plan.values():
-        check_spec(spec)
+    for text in plan.values():
+        check_spec(text)
     linears, fused = linear_layers(model), fused_experts(model)
-    wanted, unwanted = as_globs(layers, "layers"), as_globs(exclude, "exclude")
-    makes = _Maker(weights, _flag_or_globs(normalize, "normalize"), _flag_or_globs(gamma, "gamma"), experts, active)
-    given = {"layers": wanted, "structure": plan, "exclude": unwanted, **makes.globs}
-    for argument, globs in given.items():
+    included, excluded = as_globs(layers, "layers"), as_globs(exclude, "exclude")
+    make = _LayerMaker(weights, _flag_or_globs(normalize, "normalize"), _flag_or_globs(gamma, "gamma"), experts, active)
+    for argument, globs in {"layers": included, "structure": plan, "exclude": excluded, **make.globs}.items():
         check_globs(globs, [*linears, *fused], argument, "linear layer")
 
-    def is_matched(name: str) -> bool:
-        return _matches(name, wanted) and _matches(name, plan) and not _matches(name, unwanted)
-
-    matched = {
-        name: next(spec for glob, spec in plan.items() if fnmatchcase(name, glob))
-        for name in linears
-        if is_matched(name)
-    }
+    matched: dict[str, str] = {}
+    for name in (*linears, *fused):
+        spec = next((spec for glob, spec in plan.items() if fnmatchcase(name, glob)), None)
+        if spec is not None and matches_any(name, included) and not matches_any(name, excluded):
+            matched[name] = spec
     uncalled = uncalled_layers(model, None if example_input is None else [example_input])
-    new, converted, skipped = _build(model, linears, matched, uncalled, _as_classes(classes), makes)
-    skipped += [(name, reason) for name, reason in fused.items() if is_matched(name)]
+    new, converted, skipped = _new_layers(model, linears, matched, uncalled, _as_classes(classes), make)
+    skipped += [(name, reason) for name, reason in fused.items() if name in matched]
     coverage = measure_coverage(model, [linears[c.name] for c in converted])
-    report = replace_in(model, new, converted, skipped, "no layer matches layers and structure, and is not excluded")
+    report = replace_layers(
+        model, new, converted, skipped, "no layer matches layers and structure, and is not excluded"
+    )
     return replace(report, coverage=coverage)
 
 
-class _Maker:
-    """Makes new layers as the arguments of `convert` say, which are checked first."""
+@dataclass(frozen=True)
+class _LayerMaker:
+    """Makes new layers from the arguments of `convert`, which it checks."""
 
-    def __init__(
-        self,
-        weights: str,
-        normalize: bool | list[str],
-        gamma: bool | list[str],
-        experts: int | None,
-        active: int | None,
-    ) -> None:
-        if weights not in ("init", "project"):
-            raise ValueError(f"weights must be 'init' or 'project', not {weights!r}")
-        if normalize and weights == "project":
+    weights: str
+    normalize: bool | list[str]
+    gamma: bool | list[str]
+    experts: int | None
+    active: int | None
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("init", "project"):
+            raise ValueError(f"weights must be 'init' or 'project', not {self.weights!r}")
+        if self.normalize and self.weights == "project":
             raise ValueError("normalize is for weights='init': it would change what a projected layer computes")
-        if gamma is not True and not normalize:
-            raise ValueError(f"gamma={gamma!r} is for layers that are normalised: give normalize as well")
-        if experts is None and active is not None:
-            raise ValueError(f"active={active} is for mixtures of experts: give experts as well")
-        if experts is not None and weights == "project":
+        if self.gamma is not True and not self.normalize:
+            raise ValueError(f"gamma={self.gamma!r} is for layers that are normalised: give normalize as well")
+        if self.experts is None and self.active is not None:
+            raise ValueError(f"active={self.active} is for mixtures of experts: give experts as well")
+        if self.experts is not None and self.weights == "project":
             raise ValueError(
                 "experts have new weights: give weights='init', or leave experts out to project the layers"
             )
-        self.weights, self.normalize, self.gamma = weights, normalize, gamma
-        self.experts, self.active = experts, 2 if active is None else active
-        if experts is not None:
-            check_experts(experts, self.active)
+        if self.experts is not None:
+            check_experts(self.experts, self.active_experts)
+
+    @property
+    def active_experts(self) -> int:
+        return 2 if self.active is None else self.active
 
     @property
     def globs(self) -> dict[str, list[str]]:
-        """Those among the arguments, by argument."""
-        given = {"normalize": self.normalize, "gamma": self.gamma}
-        return {argument: value for argument, value in given.items() if not isinstance(value, bool)}
+        """The globs among the arguments, by argument."""
+        arguments = {"normalize": self.normalize, "gamma": self.gamma}
+        return {argument: value for argument, value in arguments.items() if not isinstance(value, bool)}
 
     @torch.no_grad()
     def __call__(self, name: str, old: Any, spec: str) -> Linear | MoELinear:
-        """The layer in the place of a dense one."""
+        """Return the layer that replaces a dense one."""
         s = make_structure(spec, *features(old))
         is_zero = _is_zero(old.weight)
         if self.weights == "project":
@@ -182,13 +181,15 @@ class _Maker:
                 projected = Linear.from_dense(old, s)
                 projected.dense_class = type(old)
                 return projected
-        normalize = s.spec != "dense" if self.normalize is True else _is_on(self.normalize, name)
-        gamma = _is_on(self.gamma, name)
+        config = {
+            "normalize": s.spec != "dense" if self.normalize is True else _is_on(self.normalize, name),
+            "gamma": _is_on(self.gamma, name),
+        }
         layer: Linear | MoELinear
         if self.experts is None:
-            layer = structured_like(old, s, normalize, gamma)
+            layer = layer_like(old, Linear, s, **config)
         else:
-            layer = mixture_like(old, s, self.experts, self.active, normalize, gamma)
+            layer = layer_like(old, MoELinear, s, experts=self.experts, active=self.active_experts, **config)
         if is_zero:
             layer.zero_last_factors()
             if layer.bias is not None:
@@ -196,29 +197,38 @@ class _Maker:
         return layer
 
 
-def _build(
+def _new_layers(
     model: nn.Module,
     linears: Mapping[str, Any],
     matched: Mapping[str, str],
     uncalled: Mapping[int, str],
     classes: tuple[type[nn.Module], ...],
-    makes: _Maker,
+    make: _LayerMaker,
 ) -> tuple[dict[int, nn.Module], list[Conversion], list[tuple[str, str]]]:
-    """The new modules by the id of the old, and what to report. The model is not touched."""
+    """Return the new modules by the id of the old, the converted and the skipped layers. The model is unchanged."""
     new: dict[int, nn.Module] = {}
     converted: list[Conversion] = []
     skipped: list[tuple[str, str]] = []
     by_weight: dict[tuple[int, str], nn.Module] = {}
     owners = owners_of(model)
     reasons = {id(layer): reason_to_skip(layer, classes) for layer in linears.values()}
-    for name, spec in matched.items():
-        old = linears[name]
-        if id(old) in new:
+
+    def tied_elsewhere(module: Any, spec: str) -> str | None:
+        """Return the reason to skip a shared weight: not all of its owners get the same structure."""
+        for name, other in owners[id(module.weight)]:
+            alike = name in linears and matched.get(name) == spec and type(other) is type(module)
+            if other is not module and (not alike or reasons[id(other)]):
+                return f"its weight is tied to {name}, which is not converted to the same structure"
+        return None
+
+    for name, old in linears.items():
+        spec = matched.get(name)
+        if spec is None or id(old) in new:
             continue
-        reason = reasons[id(old)] or _tied_elsewhere(old, owners, linears, matched, reasons) or uncalled.get(id(old))
+        reason = reasons[id(old)] or tied_elsewhere(old, spec) or uncalled.get(id(old))
         if reason is None:
             try:
-                layer = makes(name, old, spec)
+                layer = make(name, old, spec)
             except DoesNotFit as error:
                 reason = str(error)
             except ValueError as error:
@@ -227,11 +237,11 @@ def _build(
             skipped.append((name, reason))
             continue
         first = by_weight.setdefault((id(old.weight), spec), layer)
-        for shared, parameter in first.named_parameters():
-            if shared != "bias":
-                setattr(layer, shared, parameter)
+        for key, parameter in first.named_parameters():
+            if key != "bias":
+                setattr(layer, key, parameter)
         new[id(old)] = layer
-        converted.append(_conversion(name, old, layer, makes.weights))
+        converted.append(_conversion(name, old, layer, make.weights))
     return new, converted, skipped
 
 
@@ -241,53 +251,31 @@ def _conversion(name: str, old: Any, layer: Linear | MoELinear, weights: str) ->
     after, params, macs, error = s.spec, s.params, s.macs, None
     if isinstance(layer, MoELinear):
         after = f"{layer.experts} experts of {s.spec}, {layer.active} active"
-        params, macs = layer.experts * s.params + layer.router.numel(), layer.known().macs or 0
+        params, macs = layer.experts * s.params + layer.router.numel(), layer.layer_info().macs or 0
     if weights == "project" and isinstance(layer, Linear):
-        weight = old.weight.T if is_conv1d(old) else old.weight
-        difference = (layer.dense_weight().float() - weight.float()).norm()
-        error = float(difference / weight.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
+        weight = weight_matrix(old).float()
+        difference = (layer.dense_weight().float() - weight).norm()
+        error = float(difference / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
     return Conversion(name, describe(old), after, entries, params, entries, macs, error, _is_zero(old.weight))
 
 
-def _tied_elsewhere(
-    module: Any,
-    owners: Mapping[int, list[tuple[str, nn.Module]]],
-    linears: Mapping[str, nn.Module],
-    matched: Mapping[str, str],
-    reasons: Mapping[int, str | None],
-) -> str | None:
-    """Why a shared weight cannot be converted: not all of its owners become the same structure."""
-    spec = next(spec for name, spec in matched.items() if linears[name] is module)
-    for name, other in owners[id(module.weight)]:
-        if other is module:
-            continue
-        same = name in linears and matched.get(name) == spec and type(other) is type(module)
-        if not same or reasons[id(other)]:
-            return f"its weight is tied to {name}, which is not converted to the same structure"
-    return None
-
-
 def _is_zero(weight: Tensor) -> bool:
-    # the first row says it of most
+    # the first row is enough for most weights
     return not weight.is_meta and not weight[:1].any() and not weight.any()
 
 
-def _flag_or_globs(given: bool | str | Sequence[str], argument: str) -> bool | list[str]:
-    return given if isinstance(given, bool) else as_globs(given, argument)
+def _flag_or_globs(value: bool | str | Sequence[str], argument: str) -> bool | list[str]:
+    return value if isinstance(value, bool) else as_globs(value, argument)
 
 
-def _is_on(given: bool | list[str], name: str) -> bool:
-    return given if isinstance(given, bool) else _matches(name, given)
+def _is_on(value: bool | list[str], name: str) -> bool:
+    return value if isinstance(value, bool) else matches_any(name, value)
 
 
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
-
-
-def _as_classes(given: type[nn.Module] | Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
-    classes = (given,) if isinstance(given, type) else given
+def _as_classes(value: type[nn.Module] | Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    classes = (value,) if isinstance(value, type) else value
     if not isinstance(classes, list | tuple) or not all(
         isinstance(c, type) and issubclass(c, nn.Linear) for c in classes
     ):
-        raise TypeError(f"classes must be a subclass of torch.nn.Linear, or a list of such, not {given!r}")
+        raise TypeError(f"classes must be a subclass of torch.nn.Linear, or a list of such, not {value!r}")
     return tuple(classes)

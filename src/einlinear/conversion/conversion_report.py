@@ -1,10 +1,11 @@
-"""What `convert` and `densify` did: every layer that was matched, converted or skipped for a reason."""
+"""Report of `convert` and `densify`: every matched layer, converted or skipped for a reason."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from einlinear.conversion.coverage import Coverage
+from einlinear.conversion.report_tables import Totals, aligned
 
 
 @dataclass(frozen=True)
@@ -13,11 +14,11 @@ class Conversion:
 
     Attributes:
         name: its first qualified name.
-        before, after: what it was, and what it is.
-        params_before, params: of the weight, that of a router included.
-        macs_before, macs: the same, for one input vector.
+        before, after: descriptions of the old and the new layer.
+        params_before, params: parameters of the weight, including a router.
+        macs_before, macs: multiply-accumulates of the weight for one input vector, including a router.
         error: of a projected weight, relative in Frobenius norm.
-        starts_at_zero: whether the dense weight was zero, so that the structured one is as well.
+        starts_at_zero: whether the dense weight was zero, so that the structured one is zero, too.
     """
 
     name: str
@@ -32,49 +33,31 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class ConversionReport:
-    """What became of every layer that was matched.
+class ConversionReport(Totals):
+    """Printable report of a conversion.
 
     Attributes:
         converted: the layers that were replaced.
-        skipped: those that were not, as (name, reason).
-        coverage: which share of the model's parameters the replaced layers held, and what holds the others; of
-            `convert`.
+        skipped: matched layers that were not replaced, as (name, reason).
+        coverage: the share of the model's parameters in the replaced layers, and the kinds of the others; of `convert`.
     """
 
     converted: tuple[Conversion, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     coverage: Coverage | None = None
 
-    @property
-    def params_before(self) -> int:
-        return sum(c.params_before for c in self.converted)
-
-    @property
-    def params(self) -> int:
-        return sum(c.params for c in self.converted)
-
-    @property
-    def macs_before(self) -> int:
-        return sum(c.macs_before for c in self.converted)
-
-    @property
-    def macs(self) -> int:
-        return sum(c.macs for c in self.converted)
+    def counts(self) -> tuple[Conversion, ...]:
+        return self.converted
 
     def __str__(self) -> str:
         rows = [("layer", "before", "after", "params", "MACs", "error")]
-        for c in self.converted:
+        total = Conversion("total", "", "", self.params_before, self.params, self.macs_before, self.macs)
+        for c in (*self.converted, total):
             error = "" if c.error is None else f"{c.error:.3g}"
             params, macs = f"{c.params_before:,} -> {c.params:,}", f"{c.macs_before:,} -> {c.macs:,}"
             rows.append((c.name, c.before, c.after, params, macs, error))
-        total_params = f"{self.params_before:,} -> {self.params:,}"
-        rows.append(("total", "", "", total_params, f"{self.macs_before:,} -> {self.macs:,}", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped]
-        zero = [c.name for c in self.converted if c.starts_at_zero]
-        if zero:
+        lines = [*aligned(rows), *(f"skipped {name}: {reason}" for name, reason in self.skipped)]
+        if zero := [c.name for c in self.converted if c.starts_at_zero]:
             lines.append(f"These weights were zero and still are, and biases were kept: {', '.join(zero)}.")
         if self.coverage is not None:
             lines = [*([self.coverage.warning] if self.coverage.warning else []), *lines, *self.coverage.notes]

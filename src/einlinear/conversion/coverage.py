@@ -1,4 +1,4 @@
-"""How much of a model a conversion or compression considers, and what kinds of parameters it does not."""
+"""Coverage: the share of a model that a conversion or compression considers, and the kinds of other parameters."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einlinear.nn.foreign import Described, is_conv1d
+from einlinear.nn.factored import STRUCTURED
+from einlinear.nn.third_party import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, layer_info
 
-_NAMED = 3  # names of each kind that are printed
-_HALF = 0.5  # of the model's parameters: below it, the report warns
+# the number of names of each kind that are printed
+_NAMED = 3
+# the report warns below this share of the model's parameters
+_HALF = 0.5
 
-# in the order in which a tensor that several modules share is attributed to one of them
-_EMBEDDINGS = "embeddings"
-_CONVOLUTIONS = "convolutions"
-_RECURRENT = "recurrent layers"
-_PACKED = "packed attention projections"
 _STACKS = "expert stacks and other 3-D weights"
-_STRUCTURED = "structured layers"
-_LINEAR = "other linear layers"
 _VECTORS = "biases, norms and other vectors"
 _PLAIN = "other parameters"
-KINDS = (_EMBEDDINGS, _CONVOLUTIONS, _RECURRENT, _PACKED, _STACKS, _STRUCTURED, _LINEAR, _VECTORS, _PLAIN)
+# a tensor that several modules share counts under the first of its kinds
+KINDS = (EMBEDDING, CONVOLUTION, RECURRENT, PACKED, _STACKS, STRUCTURED, LINEAR, _VECTORS, _PLAIN)
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,12 @@ class Unconsidered:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The share of a model's parameters that was considered, and what was not.
+    """Share of a model's parameters that was considered, and the kinds of the others.
 
     Attributes:
         params: of the whole model, each tied tensor once.
         considered: the number of parameters in the weights of the layers that were considered.
-        others: what was not considered, by kind, the largest number of parameters first.
+        others: the parameters that were not considered, by kind, the largest number first.
     """
 
     params: int
@@ -69,7 +66,7 @@ class Coverage:
 
     @property
     def warning(self) -> str | None:
-        """A sentence if less than half of the model's parameters was considered, to be printed first."""
+        """A sentence to print first if less than half of the model's parameters was considered, or None."""
         if self.share >= _HALF:
             return None
         largest = f": {self.others[0].params / self.params:.0%} are in {self.others[0].kind}" if self.others else ""
@@ -77,7 +74,7 @@ class Coverage:
 
     @property
     def notes(self) -> list[str]:
-        """The share, and what was not considered, one sentence each."""
+        """One sentence on the share, and one on the parameters that were not considered."""
         counts = f"{self.considered:,} of the model's {self.params:,} parameters"
         lines = [f"The layers considered hold {counts} ({self.share:.1%})."]
         if self.others:
@@ -86,11 +83,11 @@ class Coverage:
 
 
 def measure_coverage(model: nn.Module, layers: Iterable[nn.Module]) -> Coverage:
-    """Measure which share of a model's parameters the weights of some of its layers are, and sort the others by kind.
+    """Measure the share of a model's parameters in the weights of some of its layers, and sort the others by kind.
 
     Args:
         model: any module, before its layers are replaced.
-        layers: those of its linear layers that are considered; only their `weight` counts.
+        layers: the linear layers that are considered; only their `weight` counts.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 10))
@@ -100,26 +97,27 @@ def measure_coverage(model: nn.Module, layers: Iterable[nn.Module]) -> Coverage:
     """
     considered = {id(layer.weight) for layer in layers}
     sizes: dict[int, int] = {}
-    found: dict[int, tuple[int, str]] = {}  # by the tensor: the rank of its kind, and a name
+    # by the id of the tensor: the rank of its kind, and a name
+    places: dict[int, tuple[int, str]] = {}
     for module_name, module, name, parameter in _owned(model):
         sizes[id(parameter)] = _size(parameter)
         kind = _kind(module, name, parameter)
         full = f"{module_name}.{name}".strip(".")
-        shown = full if kind in (_PACKED, _STACKS, _VECTORS, _PLAIN) else module_name or full
-        place = (KINDS.index(kind), shown)
-        if id(parameter) not in found or place[0] < found[id(parameter)][0]:
-            found[id(parameter)] = place
+        shown = full if kind in (PACKED, _STACKS, _VECTORS, _PLAIN) else module_name or full
+        rank = KINDS.index(kind)
+        if id(parameter) not in places or rank < places[id(parameter)][0]:
+            places[id(parameter)] = rank, shown
     others = []
     for rank, kind in enumerate(KINDS):
-        own = {key: name for key, (other, name) in found.items() if other == rank and key not in considered}
-        if params := sum(sizes[key] for key in own):
-            others.append(Unconsidered(kind, params, tuple(dict.fromkeys(own.values()))))
+        names = {key: name for key, (other, name) in places.items() if other == rank and key not in considered}
+        if params := sum(sizes[key] for key in names):
+            others.append(Unconsidered(kind, params, tuple(dict.fromkeys(names.values()))))
     others.sort(key=lambda other: -other.params)
     return Coverage(sum(sizes.values()), sum(sizes.get(key, 0) for key in considered), tuple(others))
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """Every parameter with the module that computes with it: that of a parametrization is the parametrized one."""
+    """Iterate over parameters with the module that computes with them: for a parametrization the parametrized one."""
     inside = set[int]()
     for module_name, module in model.named_modules():
         if id(module) in inside:
@@ -134,28 +132,25 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
 
 
 def _kind(module: nn.Module, name: str, parameter: Any) -> str:
-    # a parameter that is partitioned over processes by DeepSpeed keeps its whole shape there
+    """Return the kind of a parameter, one of `KINDS`."""
+    info = layer_info(module)
+    category = info.category if info is not None else ""
+    if category == STRUCTURED:
+        return _VECTORS if name == "bias" else STRUCTURED
+    if category == RECURRENT:
+        return RECURRENT
+    # a parameter that is partitioned over processes by DeepSpeed keeps its full shape there
     shape: tuple[int, ...] = getattr(parameter, "ds_shape", () if is_lazy(parameter) else parameter.shape)
-    if isinstance(module, Described):
-        return _VECTORS if name == "bias" else _STRUCTURED
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return _RECURRENT
     if sum(size > 1 for size in shape) < 2:
         return _VECTORS
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return _EMBEDDINGS
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return _CONVOLUTIONS
-    if isinstance(module, nn.MultiheadAttention):
-        return _PACKED
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return _LINEAR
+    if category:
+        return category
     # neither nn.Bilinear nor a position embedding (1, tokens, features) is a stack of matrices
     is_stack = len(shape) > 2 and shape[0] > 1 and not type(module).__module__.startswith("torch.")
     return _STACKS if is_stack else _PLAIN
 
 
 def _size(parameter: Any) -> int:
-    """Entries; of a parameter that is partitioned over processes, of the whole of it."""
+    """Return the number of entries, of the full parameter if it is partitioned over processes."""
     size: int = 0 if is_lazy(parameter) else getattr(parameter, "ds_numel", parameter.numel())
     return size

@@ -1,13 +1,14 @@
-"""Which linear layers a model never calls, because a module above them computes with their weights itself.
+"""Detection of linear layers that a model never calls, because a module above them computes with their weights itself.
 
-A structured layer in their place would save nothing: its dense matrix would be built again and again. With inputs the
-model is run, and what it does with weights is watched. Without, the code of its classes says it.
+A structured layer in their place would save nothing: its dense matrix would be built again and again. With inputs, the
+model is run and its uses of weights are recorded. Without, the source code of its classes is read.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,12 +22,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from einlinear.conversion.calling import Batch, call, evaluating
-from einlinear.conversion.suitable import linear_layers
+from einlinear.conversion.linear_layers import linear_layers
 from einlinear.nn.lazy_weight import METADATA, METADATA_NAMES
+from einlinear.nn.model_call import Batch, call, evaluating
 
-# by class: layers that are called in one case, but not in that of most users, in which their weight is read
+# by class: layers that are called in a rare case only, and whose weight is read otherwise
 _MOSTLY_READ = {"FalconMambaMixer": {"dt_proj"}, "JambaMambaMixer": {"dt_proj"}}
+
+# self.child, up to two attributes of it, and whether the last is assigned
+_ATTRIBUTES = re.compile(r"\bself\.(\w+)(?:\.(\w+))?(?:\.(\w+))?( = )?")
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -36,8 +40,8 @@ def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) ->
 
     Args:
         model: any module.
-        batches: what to run the model on, in evaluation mode and without gradients: see `calling.call`. Without them,
-            and for layers that they do not reach, it is the code of the modules above a layer that tells.
+        batches: inputs to run the model on, in evaluation mode and without gradients: see `model_call.call`. Without
+            them, and for layers that they do not reach, the source code of the modules above a layer decides.
 
     Example:
         >>> from torch import nn
@@ -46,7 +50,7 @@ def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) ->
         'is never called: MultiheadAttention computes with its weight itself, so nothing would be saved'
     """
     layers = {name: layer for name, layer in linear_layers(model).items() if isinstance(layer.weight, nn.Parameter)}
-    called, read = (set[int](), set[int]()) if batches is None else _watch(model, layers, batches)
+    called, read = (set[int](), set[int]()) if batches is None else _record(model, layers, batches)
     only_read = _only_read_layers(model)
     reasons = {}
     for name, layer in layers.items():
@@ -61,7 +65,7 @@ def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) ->
 
 
 def _class_above(model: nn.Module, name: str) -> str:
-    """The class of the module that computes with what a layer holds: containers compute nothing."""
+    """Return the class of the module that computes with a layer's weight: containers compute nothing."""
     above = model
     for part in name.split(".")[:-1]:
         model = model.get_submodule(part)
@@ -69,8 +73,8 @@ def _class_above(model: nn.Module, name: str) -> str:
     return type(above).__name__
 
 
-class _Watch(TorchFunctionMode):
-    """Notes the parameters whose values are used outside of the modules that own them.
+class _Recorder(TorchFunctionMode):
+    """Records the parameters whose values are used outside of the modules that own them.
 
     A mode also keeps torch's own transformers from handing weights to fused kernels, as structured layers do.
     """
@@ -91,57 +95,58 @@ class _Watch(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _watch(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch]) -> tuple[set[int], set[int]]:
-    """The ids of the layers that the model calls, and of those whose weights it computes with elsewhere."""
+def _record(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch]) -> tuple[set[int], set[int]]:
+    """Return the ids of the layers that the model calls, and of those whose weights are used elsewhere."""
     called = set[int]()
     weights = {id(layer): layer.weight for layer in layers.values()}
-    watch = _Watch(weights.values())
+    recorder = _Recorder(weights.values())
     owners = [
-        (module, own)
+        (module, owned)
         for module in model.modules()
-        if (own := watch.weights & {id(p) for p in module._parameters.values() if p is not None})
+        if (owned := recorder.weights & {id(p) for p in module._parameters.values() if p is not None})
     ]
 
-    def watched(module: nn.Module, name: str, own: set[int]) -> Callable[..., Any]:
+    def recorded(module: nn.Module, name: str, owned: set[int]) -> Callable[..., Any]:
         method = getattr(module, name)
 
         @wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
             if name == "forward":
                 called.add(id(module))
-            watch.inside.append(own)
+            recorder.inside.append(owned)
             try:
                 return method(*args, **kwargs)
             finally:
-                watch.inside.pop()
+                recorder.inside.pop()
 
         return run
 
-    with ExitStack() as after, evaluating(model), torch.random.fork_rng(devices=[]), _uncompiled(), watch:
-        for module, own in owners:
-            for name in ("forward", "_apply"):  # casting a layer or moving it is no computing with its weight
+    with ExitStack() as after, evaluating(model), torch.random.fork_rng(devices=[]), _uncompiled(), recorder:
+        for module, owned in owners:
+            # casting or moving a layer is no computation with its weight
+            for name in ("forward", "_apply"):
                 after.callback(_restore, module, name, vars(module).get(name))
-                setattr(module, name, watched(module, name, own))
+                setattr(module, name, recorded(module, name, owned))
         for batch in batches:
             call(model, batch)
-    return called, {key for key, weight in weights.items() if id(weight) in watch.read}
+    return called, {key for key, weight in weights.items() if id(weight) in recorder.read}
 
 
 def _uncompiled() -> AbstractContextManager[object]:
-    """What is compiled runs as it was written."""
+    """Return a context in which compiled code runs eagerly."""
     # importing the compiler takes long: without it nothing is compiled
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _restore(module: nn.Module, name: str, before: Any) -> None:
-    if before is None:
+def _restore(module: nn.Module, name: str, method: Any) -> None:
+    if method is None:
         delattr(module, name)
     else:
-        setattr(module, name, before)
+        setattr(module, name, method)
 
 
 def _only_read_layers(model: nn.Module) -> set[int]:
-    """The ids of modules with whose weights the code of every module that holds them computes, and does no more."""
+    """Return the ids of modules whose weights are read, and which are never called, by all modules that hold them."""
     read, used = set[int](), set[int]()
     for parent in model.modules():
         cls: Any = type(parent)
@@ -153,72 +158,48 @@ def _only_read_layers(model: nn.Module) -> set[int]:
 
 @lru_cache(maxsize=4096)
 def _only_read(cls: type) -> frozenset[str]:
-    """The children of whose weights `forward`, and the methods that it calls, use the values and nothing else."""
+    """Return the children of whose weights `forward`, and the methods it calls, use the values and nothing else."""
     methods = _methods(cls)
     if not any("weight" in _names(method.__code__) for method in methods):
         return frozenset()
-    finder = _Finder()
+    read, used = set[str](), set[str]()
     for method in methods:
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, SyntaxError):  # there is no source, or it is part of an expression
+            # without comments, and in one layout
+            source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(method))))
+        # there is no source, or it is part of an expression
+        except (OSError, SyntaxError):
             return frozenset()
-        finder.look(tree)
-    return frozenset(finder.read - finder.used)
+        for child, *attributes, is_assigned in _ATTRIBUTES.findall(source):
+            first, second = attributes
+            if first == "weight":
+                if second not in METADATA_NAMES and not is_assigned:
+                    read.add(child)
+            elif first in ("", "forward"):
+                used.add(child)
+    return frozenset(read - used)
 
 
 def _methods(cls: type) -> list[Any]:
-    """`forward` of a class of modules, and the methods that are called from there."""
-    found: dict[str, list[Any]] = {}
-    left = ["forward"]
-    while left:
-        name = left.pop()
-        found[name] = []
+    """Return `forward` of a class of modules, and all methods that it calls, directly or not."""
+    methods: dict[str, list[Any]] = {}
+    pending = ["forward"]
+    while pending:
+        name = pending.pop()
+        methods[name] = []
         for base in cls.__mro__:
             method = inspect.unwrap(vars(base).get(name, None)) if base is not nn.Module else None
             if not inspect.isfunction(method):
                 continue
-            found[name].append(method)
+            methods[name].append(method)
             names = _names(method.__code__)
-            left += [other for other in names if other not in found and inspect.isfunction(getattr(cls, other, None))]
+            called = (name for name in names if inspect.isfunction(getattr(cls, name, None)))
+            pending += [name for name in called if name not in methods]
             if "super" not in names:
                 break
-    return [method for methods in found.values() for method in methods]
+    return [method for inherited in methods.values() for method in inherited]
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names of attributes and globals in a function, and in those defined inside."""
+    """Return the names of attributes and globals in a function, and in functions defined inside."""
     return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
-
-
-class _Finder(ast.NodeVisitor):
-    """What methods do with the attributes of `self`.
-
-    Attributes:
-        read: the children whose `weight` is used for its values.
-        used: those that are called, or handed to others.
-    """
-
-    def __init__(self) -> None:
-        self.read, self.used = set[str](), set[str]()
-        self.own = ""
-
-    def look(self, tree: ast.Module) -> None:
-        (method,) = tree.body
-        assert isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef)
-        self.own = method.args.args[0].arg if method.args.args else ""
-        self.generic_visit(method)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        chain: list[str] = []
-        inner: ast.expr = node
-        while isinstance(inner, ast.Attribute):
-            chain.insert(0, inner.attr)
-            inner = inner.value
-        if not isinstance(inner, ast.Name) or inner.id != self.own:
-            self.generic_visit(node)
-        elif chain[1:2] == ["weight"]:
-            if not METADATA_NAMES.intersection(chain[2:3]) and isinstance(node.ctx, ast.Load):
-                self.read.add(chain[0])
-        elif len(chain) == 1 or chain[1] == "forward":
-            self.used.add(chain[0])

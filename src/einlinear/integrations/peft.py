@@ -12,7 +12,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.nn.foreign import is_conv1d
+from einlinear.nn.third_party import is_conv1d
 
 # Other ways to start change the dense weight, which a structured layer has not.
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")

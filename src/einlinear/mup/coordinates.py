@@ -1,4 +1,4 @@
-"""The coordinate check: do features, and how much a step changes them, keep their size as the width grows?
+"""Coordinate check: whether features, and their change in a step, keep their size as the width grows.
 
 After every step the features of a fixed batch are compared with those before it. With the right learning rates the
 change is of the same size at every width (Yang et al., arXiv 2203.03466, appendix D.1; Qiu et al., arXiv 2406.06248,
@@ -20,26 +20,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear.mup.groups import Base, param_groups
+from einlinear.nn.model_call import evaluating
 from einlinear.nn.names import as_globs, check_globs, plain_modules
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, a row per sample
+# inputs and targets, one sample per row
+Batch = tuple[Tensor, Tensor]
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
-    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),  # it would be measured too; weight_decay= asks for it
+    # decay would be measured, too: without weight_decay= there is none
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),
     "sgd": torch.optim.SGD,
 }
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean cross-entropy of what the model gives for the inputs."""
+    """Return the mean cross-entropy of the model's outputs."""
     inputs, targets = batch
     return F.cross_entropy(model(inputs), targets)
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What was measured for one layer at one width.
+    """Size of the features of one layer at one width, and of their change in a step.
 
     Attributes:
         width: the width the model was built with.
@@ -55,9 +58,10 @@ class Coordinates:
 
     @property
     def relative_update(self) -> float:
-        """The update over the size: near a constant where the learning rate carries over to this width.
+        """The update over the size: about constant if the learning rate carries over to this width.
 
-        It leaves out what initialisation does to the size: narrow layers behind a wide input start with small features.
+        The ratio is independent of the size at initialisation: narrow layers behind a wide input start with small
+        features.
         """
         return self.update / self.size if self.size else math.nan
 
@@ -77,21 +81,21 @@ def coord_check(
     progress: Callable[[int, int], None] | None = None,
     **groups: Any,
 ) -> list[Coordinates]:
-    """Train a model briefly at every width and measure how its features move.
+    """Train a model briefly at every width and measure how much its features change in a step.
 
     Args:
         build: width -> model, initialised.
         widths: the widths to compare.
         batches: (input, target) pairs, used in turn, again from the start when they run out.
-        probe: a fixed input, on which the features are measured, in evaluation mode: dropout is not a change.
+        probe: a fixed input for the measurement, which runs in evaluation mode: dropout is not a change.
         lr: learning rate of the base model.
         base: the model of base width, as for `param_groups`; it may be dense.
-        layers: a glob, or several, on qualified names: modules whose output, a tensor of shape (..., features), is
-            measured.
+        layers: a glob, or several, on qualified names of the modules to measure, whose outputs are tensors of shape
+            (..., features).
         steps: of training, at least one.
         optimizer: "adamw", "adam" or "sgd".
-        loss: of a model and a batch, the one that the model is trained on: with a term of the model itself, such as the
-            balance of a mixture of experts, where training has one. Default: the cross-entropy of its outputs.
+        loss: training loss of a model and a batch, with the balance loss of a mixture of experts if training has one.
+            Default: the cross-entropy of the outputs.
         progress: called with (width, step) after every step.
         **groups: further arguments of `param_groups`, such as structure_aware=False for the control.
 
@@ -109,8 +113,8 @@ def coord_check(
         ...     return el.init_(model)
         >>> batch = torch.randn(32, 16), torch.randint(10, (32,))
         >>> base = build(64)
-        >>> found = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base=base, layers="0", steps=3)
-        >>> [(c.width, c.layer, c.relative_update < 0.1) for c in found]
+        >>> checked = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base=base, layers="0", steps=3)
+        >>> [(c.width, c.layer, c.relative_update < 0.1) for c in checked]
         [(64, '0', True), (256, '0', True)]
     """
     if optimizer not in _OPTIMIZERS:
@@ -119,62 +123,55 @@ def coord_check(
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not batches:
         raise ValueError("batches is empty: give at least one (input, target) pair to train on")
-    found = []
+    results = []
     for width in widths:
         model = build(width)
-        settings = param_groups(model, lr, base=base, optimizer=optimizer, **groups)
-        stepper = _OPTIMIZERS[optimizer](settings, lr=lr)
-        before = _features(model, probe, layers)
-        size, update = dict.fromkeys(before, 0.0), dict.fromkeys(before, 0.0)
+        stepper = _OPTIMIZERS[optimizer](param_groups(model, lr, base=base, optimizer=optimizer, **groups), lr=lr)
+        previous = _features(model, probe, layers)
+        size, update = dict.fromkeys(previous, 0.0), dict.fromkeys(previous, 0.0)
         for step, batch in enumerate(islice(cycle(batches), steps)):
             stepper.zero_grad()
             loss(model, batch).backward()
             stepper.step()
-            after = _features(model, probe, layers)
-            for layer, h in after.items():
+            features = _features(model, probe, layers)
+            for layer, h in features.items():
                 size[layer] += _rms(h) / steps
-                update[layer] += _rms(h - before[layer]) / steps
-            before = after
+                update[layer] += _rms(h - previous[layer]) / steps
+            previous = features
             if progress:
                 progress(width, step + 1)
-        found += [Coordinates(width, layer, size[layer], update[layer]) for layer in size]
-    return found
+        results += [Coordinates(width, layer, size[layer], update[layer]) for layer in size]
+    return results
 
 
 @torch.no_grad()
 def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> dict[str, Tensor]:
-    """What the chosen modules give for the probe. The model is left in the modes it was in."""
+    """Return the outputs of the chosen modules for the probe, in evaluation mode."""
     features: dict[str, Tensor] = {}
     globs = as_globs(layers, "layers")
     modules = {name: module for name, module in plain_modules(model) if name}
     check_globs(globs, list(modules), "layers", "module")
     chosen = {name: module for name, module in modules.items() if any(fnmatchcase(name, glob) for glob in globs)}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                features[name] = output.detach().clone()
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            features[name] = output.detach().clone()
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in chosen.items()]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    handles = [module.register_forward_hook(partial(record, name)) for name, module in chosen.items()]
     try:
-        model(probe)
+        with evaluating(model):
+            model(probe)
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for handle in handles:
             handle.remove()
     if not features:
-        raise ValueError(f"layers: none of {', '.join(chosen)} was called and gave a tensor")
+        raise ValueError(f"layers: none of {', '.join(chosen)} was called and returned a tensor")
     for name, h in features.items():
         if h.dim() < 2 or h.numel() == 0:
-            raise ValueError(f"layers: {name} gives an output of shape {tuple(h.shape)}; it must be (..., features)")
+            raise ValueError(f"layers: {name} has an output of shape {tuple(h.shape)}; it must be (..., features)")
     return features
 
 
 def _rms(h: Tensor) -> float:
-    """The mean over inputs of the root mean square over features."""
+    """Return the mean over inputs of the root mean square over features."""
     return float(h.float().flatten(0, -2).square().mean(-1).sqrt().mean())

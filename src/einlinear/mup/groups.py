@@ -1,9 +1,6 @@
-"""Structure-aware muP for whole models: parameter groups.
+"""Parameter groups with structure-aware learning rates, for whole models.
 
-One learning rate, found at the width of a small dense base model, serves every width and every structure: a dense
-matrix learns at base_in / in of it under Adam, and every factor of a structured matrix at that times its own
-multiplier (Qiu et al., arXiv 2406.06248, section 3; Yang et al., arXiv 2203.03466). The numbers of a single structure
-are in `structures/mup.py`.
+One learning rate, found at the width of a small dense base model, serves every width and every structure.
 """
 
 from __future__ import annotations
@@ -17,14 +14,16 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from einlinear.mup.kinds import as_matrix
-from einlinear.mup.roles import Parameter, check_matches, parameters
+from einlinear.mup.parameters import Parameter, check_matches, parameters
+from einlinear.mup.role_inference import matrix_role
+from einlinear.mup.rules import Rule, hyperparameters, initial_std
+from einlinear.nn.layer_info import UNKNOWN
 from einlinear.nn.names import as_globs, as_rules
-from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers, spectral_std
 
-ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")  # their update does not depend on the gradient's size
-_FACTORS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}  # by rule
-_ADAM_RMS = 0.2  # of an entry of Adam's updates, over the learning rate: arXiv 2502.16982, section 2.2
+# their update does not depend on the size of the gradient
+ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")
+# root mean square of the entries of Adam's updates over the learning rate: arXiv 2502.16982, section 2.2
+_ADAM_RMS = 0.2
 
 logger = logging.getLogger("einlinear")
 
@@ -33,16 +32,16 @@ Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
 
 
 def base_shapes(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, list[int]]:
-    """The shapes that identify a base model, by name, to be saved as JSON: of every weight and every other parameter.
+    """Return the shapes that identify a base model, by name, to be saved as JSON: of weights and all other parameters.
 
-    Of a structured layer it is the shape [out_features, in_features] of its whole weight, also of each of its experts.
-    Shapes are those of whole parameters, also of a model whose parameters are divided among processes.
+    For a structured layer it is the shape [out_features, in_features] of its full weight, also of each of its experts.
+    Shapes are those of full parameters, also if a model's parameters are divided among processes.
 
     >>> import einlinear as el
     >>> el.base_shapes(el.Linear(64, 256, "btt"))
     {'weight': [256, 64], 'bias': [256]}
     """
-    return _shapes(parameters(model, roles))
+    return {p.key: p.base_shape for p in parameters(model, roles)}
 
 
 def param_groups(
@@ -52,19 +51,20 @@ def param_groups(
     base: Base,
     optimizer: str = "adamw",
     weight_decay: float | None = None,
+    eps: float | None = None,
     structure_aware: bool = True,
     lr_scale: Mapping[str, float] | None = None,
     roles: Mapping[str, str] | None = None,
     hidden: str | Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups with structure-aware learning rates, for any torch optimizer of the kind named.
+    """Return parameter groups with structure-aware learning rates, for any torch optimizer of the kind named.
 
     Args:
         model: the model to train; build the groups after wrapping it in FSDP2.
         lr: the learning rate of the dense base model.
         base: the model of base width, whose layers have the same names and may be dense (on the meta device it costs
-            nothing); or its `base_shapes`, as a mapping or as the path of a JSON file. None says that this model has
-            the base width itself.
+            nothing); or its `base_shapes`, as a mapping or as the path of a JSON file. None if this model itself has
+            the base width.
         optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.mup.Muon` for matrices and AdamW for the
             rest, at the same `lr`. Muon makes all singular values of an update one, and muP asks for a spectral
             norm of sqrt(fan_out / fan_in) of every matrix (Yang et al., arXiv 2310.17813, condition 1). So the
@@ -75,26 +75,29 @@ def param_groups(
             paper; biases, norms, scales, class tokens and scalars get none. It is passed on as it is: AdamW decays a
             group by its own learning rate times this. None leaves it out of their groups, so that the optimizer's own
             applies, which is 0.01 for torch's AdamW.
+        eps: of Adam, for every group that Muon and SGD do not take. None leaves it to the optimizer.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
-        roles: glob on qualified names -> "matrix" or "vector", to override what is known of a module, or taken by the
-            kind of a parameter where nothing is known of it (see `einlinear.mup.kinds.by_kind`). An embedding
-            that shares its weight with a head is a matrix, in whichever order the two are registered. That keeps steps
-            from growing with the width. A model that multiplies its logits by base width / width can say
-            ``roles={"*embed*": "vector"}``: then the embedding learns as one without a head.
+        roles: glob on qualified names -> a role of muP: "input" (tables such as embeddings and positions), "hidden" or
+            "output" (matrices) or "vector" (biases, norms and scales, without decay). The first match counts. It
+            overrides the description of a module, and the role inferred from name and shape for modules without a
+            description (see `einlinear.mup.role_inference.infer_role`). An embedding that shares its weight with a
+            head is a hidden matrix, in whichever order the two are registered: this keeps steps from growing with the
+            width. A model that multiplies its logits by base width / width can pass ``roles={"*embed*": "input"}``:
+            then the embedding learns as one without a head.
         hidden: a glob, or several, on the matrices that Muon takes; its authors leave heads to AdamW. Default: all.
 
     Returns:
-        Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless it is left to the
-        optimizer, "weight_decay"; "by_kind" are the names of those whose role was taken by their kind, where there are
-        any. Groups for Muon have "matrices" (the order of axes and shape that make matrices of a parameter) and "size"
-        (what a unit spectral norm is multiplied with). Parameters of equal settings share a group.
+        Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless they are left to the
+        optimizer, "weight_decay" and "eps"; "inferred" has the names of parameters whose role was inferred, if any.
+        Groups for Muon have "matrix_view" (the order of axes and the shape that make matrices of a parameter) and
+        "update_scale" (the factor of a unit spectral norm). Parameters with equal hyperparameters share a group.
 
     Raises:
-        ValueError: an unknown optimizer, `hidden` for another one than Muon, a parameter that the base lacks, a glob
-            that matches none, parameters that FSDP1 has flattened, or a parameter of unknown role: no layer of torch's,
-            transformers' or this library's holds it, `roles` does not name it, and its shape in the base contradicts
-            what its kind would be.
+        ValueError: an unknown optimizer, `hidden` without Muon, a parameter that the base lacks, a glob that matches
+            none, parameters that FSDP1 has flattened, or a parameter of unknown role: its layer is not one of torch,
+            transformers or this library, `roles` does not name it, and its name and its shape in the base contradict
+            each other.
 
     Example:
         >>> import torch, einlinear as el
@@ -106,116 +109,96 @@ def param_groups(
     """
     if optimizer not in (*ADAM, "sgd", "muon"):
         raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
-    found, shapes = resolved(model, base, roles)
+    params, shapes = resolve(model, base, roles)
     scales = as_rules(lr_scale, "lr_scale")
-    check_matches(scales, found, "lr_scale")
+    check_matches(scales, params, "lr_scale")
     if hidden is not None and optimizer != "muon":
-        raise ValueError(f"hidden says what Muon takes, but the optimizer is {optimizer!r}")
+        raise ValueError(f"hidden names the matrices for Muon, but the optimizer is {optimizer!r}")
     hidden_globs = as_globs("*" if hidden is None else hidden, "hidden")
     if hidden is not None:
-        check_matches(hidden_globs, [p for p in found if p.matrix], "hidden")
-    _warn_of_tied(found, shapes)
+        check_matches(hidden_globs, [p for p in params if p.role.is_matrix], "hidden")
+    _warn_of_tied(params, shapes)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for p in found:
-        muon = optimizer == "muon" and p.matrix is not None and any(p.matches(glob) for glob in hidden_globs)
-        rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
-        multiplier = _multiplier(p, shapes, rule, structure_aware)
-        multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
-        decay = weight_decay if p.matrix or p.decays else 0.0
-        own: dict[str, Any] = (
-            {"matrices": p.matrices, "size": _ADAM_RMS * math.sqrt(max(shapes[p.key]))} if muon else {}
-        )
-        group = groups.setdefault(
-            # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
-            (multiplier, decay, *own.values(), p.shape if muon else None, type(p.tensor)),
-            {"params": [], "param_names": [], "lr": lr * multiplier, "lr_mult": multiplier, **own},
-        )
-        if decay is not None:
-            group["weight_decay"] = decay
+    for p in params:
+        muon = optimizer == "muon" and p.role.is_matrix and any(p.matches(glob) for glob in hidden_globs)
+        rule: Rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
+        base_shape = shapes.get(p.key, p.base_shape)
+        h = hyperparameters(p.role, rule, p.base_shape, base_shape, weight_decay, eps, structure_aware)
+        multiplier = h.lr_multiplier * next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
+        config: dict[str, Any] = {"lr": lr * multiplier, "lr_mult": multiplier}
+        optional = {"weight_decay": h.weight_decay, "eps": h.eps}
+        config |= {key: value for key, value in optional.items() if value is not None}
+        if muon:
+            config |= {"matrix_view": p.matrix_view, "update_scale": _ADAM_RMS * math.sqrt(max(base_shape))}
+        # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
+        key = (*config.items(), p.shape if muon else None, type(p.tensor))
+        group = groups.setdefault(key, {"params": [], "param_names": [], **config})
         group["params"].append(p.tensor)
         group["param_names"].append(p.name)
-        if p.by_kind:
-            group.setdefault("by_kind", []).append(p.name)
+        if p.is_inferred:
+            group.setdefault("inferred", []).append(p.name)
     return list(groups.values())
 
 
-def _warn_of_tied(found: Sequence[Parameter], shapes: Shapes) -> None:
-    """Say of heads tied to embeddings that they start too large for steps to be of one size at every width."""
-    for p in found:
-        whole = p.tied and type(p.tensor) is nn.Parameter and tuple(p.tensor.shape) == p.shape and not p.tensor.is_meta
-        if not whole or p.matrix is None or shapes[p.key][1] == p.matrix.in_features:
+def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
+    """Warn of heads tied to embeddings that start so large that steps grow with the width."""
+    for p in params:
+        is_full = type(p.tensor) is nn.Parameter and tuple(p.tensor.shape) == p.shape and not p.tensor.is_meta
+        if not (p.is_tied and is_full and p.role.is_matrix) or shapes[p.key][1] == p.role.in_features:
             continue
         size = float(p.tensor.detach().float().square().mean().sqrt())
-        std = spectral_std(p.matrix.in_features, p.matrix.out_features)
+        std = initial_std(p.role)
         if size > 2 * std:
             logger.warning(
                 "%s is shared by an embedding and a head. Its entries have the size %.2g, where a head of %d inputs "
                 "starts at %.2g: logits, and how much a step changes them, will grow with the width. el.init_ draws it "
-                "as a head; or multiply the logits by base width / width, and pass roles={%r: 'vector'}",
-                *(p.name, size, p.matrix.in_features, std, p.name),
+                "as a head; or multiply the logits by base width / width, and pass roles={%r: 'input'}",
+                *(p.name, size, p.role.in_features, std, p.name),
             )
 
 
-def _multiplier(p: Parameter, shapes: Shapes, rule: str, structure_aware: bool) -> float:
-    """The learning rate of a parameter over that of the base model."""
-    if not p.scalar and 0 in (*p.shape, *shapes[p.key]):  # DINOv3 has no register tokens by default
-        return 1.0
-    if p.matrix is None:
-        growth = 1.0 if p.scalar else math.prod(p.shape) / math.prod(shapes[p.key])
-        return growth if rule == "sgd" else 1.0
-    fan_in, fan_out = p.matrix.in_features, p.matrix.out_features
-    base_out, base_in = shapes[p.key]
-    aspect = (fan_out / fan_in) / (base_out / base_in)
-    width = {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
-    if p.matrix.structure is None or not structure_aware:
-        return width
-    return width * _FACTORS[rule](p.matrix.structure)[p.matrix.factor]
-
-
-def _shapes(found: Sequence[Parameter]) -> dict[str, list[int]]:
-    return {p.key: [p.matrix.out_features, p.matrix.in_features] if p.matrix else list(p.shape) for p in found}
-
-
-def resolved(
+def resolve(
     model: nn.Module, base: Base, roles: Mapping[str, str] | None
 ) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
-    """Every parameter with its role, and its shape in the base: that of the whole weight for a matrix."""
-    found = parameters(model, roles)
-    shapes = _base(base, found, roles)
-    told: list[Parameter] = []
-    unknown: list[Parameter] = []
-    for p in found:
-        in_base = shapes.get(p.key, p.shape)
-        taken = p if p.known else p.taken_by_kind(None if base is None else in_base)
-        if taken is None:
-            unknown.append(p)
-            continue
-        if taken.by_kind and taken.matrix is not None:
-            of_base = as_matrix(in_base, taken.matrix.stacked, p.transposed)
-            shapes[p.key] = [of_base.out_features, of_base.in_features]
-        told.append(taken)
-    if unknown:
+    """Return every parameter with its role, and the shapes of the base model by key: (out, in) for a matrix.
+
+    Roles that modules do not describe are inferred, and logged.
+    """
+    declared = parameters(model, roles)
+    shapes = _base_shapes_of(base, declared, roles)
+    params: list[Parameter] = []
+    for p in declared:
+        if p.role == UNKNOWN:
+            in_base = shapes.get(p.key, p.shape)
+            p = p.inferred(None if base is None else in_base)
+            if p.role.is_matrix:
+                of_base = matrix_role(in_base, p.role.stacked, p.transposed)
+                shapes[p.key] = [of_base.out_features, of_base.in_features]
+        params.append(p)
+    if unknown := [p for p in params if p.role == UNKNOWN]:
         raise ValueError(
-            f"the role of these parameters is unknown: {listed(unknown)}. Say what they are with "
-            "roles={glob: role}: 'vector' if their learning rate must not depend on the width, as for positions, norms "
-            "and scales, or 'matrix' if they are of shape (out_features, in_features)"
+            f"the role of these parameters is unknown: {listed(unknown)}. Give it with roles={{glob: role}}: 'input' "
+            "for tables such as positions, 'vector' for norms and scales, whose learning rates must not depend on the "
+            "width, or 'hidden' for matrices of shape (out_features, in_features)"
         )
     for role, of_role in (
-        ("vectors", [p for p in told if p.by_kind and p.matrix is None]),
-        ("matrices", [p for p in told if p.by_kind and p.matrix is not None]),
-        ("matrices, though embeddings are tied to them", [p for p in told if p.tied]),
+        ("vectors or tables", [p for p in params if p.is_inferred and not p.role.is_matrix]),
+        ("matrices", [p for p in params if p.is_inferred and p.role.is_matrix]),
+        ("matrices, though embeddings are tied to them", [p for p in params if p.is_tied]),
     ):
         if of_role:
-            logger.info("taken for %s: %s; roles={glob: role} says otherwise", role, listed(of_role))
-    return told, shapes
+            logger.info("taken for %s: %s; override with roles={glob: role}", role, listed(of_role))
+    return params, shapes
 
 
-def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | None) -> dict[str, Sequence[int]]:
-    """The base shape of every parameter, which must be there and of as many dimensions."""
-    own = _shapes(found)
+def _base_shapes_of(
+    base: Base, params: Sequence[Parameter], roles: Mapping[str, str] | None
+) -> dict[str, Sequence[int]]:
+    """Return the base shape of every parameter, by key, once each is known to have as many dimensions as here."""
+    current = {p.key: p.base_shape for p in params}
     shapes: dict[str, Sequence[int]]
     if base is None:
-        return dict(own)
+        return dict(current)
     if isinstance(base, nn.Module):
         shapes = {**base_shapes(base, roles)}
     elif isinstance(base, Mapping):
@@ -224,22 +207,26 @@ def _base(base: Base, found: Sequence[Parameter], roles: Mapping[str, str] | Non
         shapes = json.loads(Path(base).read_text(encoding="utf-8"))
     else:
         raise TypeError(f"base must be a model, a mapping of shapes, the path of a JSON file or None, not {base!r}")
-    for p in found:
-        if p.scalar:
-            continue  # these, such as gammas, learn at the base rate whether the base has them or not
-        if p.key not in shapes and p.beside in shapes:  # a router, and a base without experts
-            shapes[p.key] = [own[p.key][0], shapes[p.beside][1]]
-        if p.key not in shapes and (other := next((name for name in p.names if name in shapes), None)):
-            shapes[p.key] = shapes[other]  # the same tensor, by another of its names
+    for p in params:
+        if p.role.is_scalar:
+            # such as gammas: they learn at the base rate whether the base has them or not
+            continue
+        if p.key not in shapes and p.role.shares_input_with in shapes:
+            # a router, and a base without experts
+            shapes[p.key] = [current[p.key][0], shapes[p.role.shares_input_with][1]]
+        if p.key not in shapes and (name := next((name for name in p.names if name in shapes), None)):
+            # the same tensor, by another of its names
+            shapes[p.key] = shapes[name]
         if p.key not in shapes:
             raise ValueError(
                 f"the base has no {p.key!r}: it must be the same model, at another width, with equal names"
             )
-        if len(shapes[p.key]) != len(own[p.key]):
-            raise ValueError(f"{p.key!r} has shape {own[p.key]}, but {list(shapes[p.key])} in the base")
+        if len(shapes[p.key]) != len(current[p.key]):
+            raise ValueError(f"{p.key!r} has shape {current[p.key]}, but {list(shapes[p.key])} in the base")
     return shapes
 
 
-def listed(parameters: Sequence[Parameter]) -> str:
-    more = f" and {len(parameters) - 10} more" if len(parameters) > 10 else ""
-    return ", ".join(f"{p.name} {p.shape}" for p in parameters[:10]) + more
+def listed(params: Sequence[Parameter]) -> str:
+    """Return the names and shapes of at most ten parameters as text."""
+    more = f" and {len(params) - 10} more" if len(params) > 10 else ""
+    return ", ".join(f"{p.name} {p.shape}" for p in params[:10]) + more

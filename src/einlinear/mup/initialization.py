@@ -1,4 +1,4 @@
-"""Structure-aware initialisation of whole models, by the numbers of `structures/mup.py`."""
+"""Structure-aware initialisation of whole models, by the rules of `mup/rules.py`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from einlinear.mup.groups import Base, listed, logger, resolved
-from einlinear.mup.roles import Parameter, check_matches
+from einlinear.mup.groups import Base, listed, logger, resolve
+from einlinear.mup.parameters import Parameter, check_matches
+from einlinear.mup.rules import initial_std
 from einlinear.nn.factored import Factored
 from einlinear.nn.names import as_globs
-from einlinear.structures.scales import spectral_std
 
 
 @torch.no_grad()
@@ -23,20 +23,20 @@ def init_(
     zero: str | Sequence[str] | None = None,
     roles: Mapping[str, str] | None = None,
 ) -> nn.Module:
-    """Structure-aware initialisation, in place.
+    """Initialise a model in place, with the structure-aware standard deviations of muP.
 
     Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in: structured layers as by
-    `Linear.reset_parameters`, others, and every matrix of a stack of experts, as by that of a "dense" one. Biases of
-    these layers and routers of mixtures are zero. Embeddings, norms and other vectors stay as they are, and so does
-    what is taken for a matrix by its kind alone. An embedding that shares its weight with a head is drawn as the head.
+    `Linear.reset_parameters`, others, and every matrix of a stack of experts, like a "dense" one. Biases of these
+    layers and routers of mixtures are zero. Embeddings, norms and other vectors stay as they are, and so do matrices
+    whose role was only inferred. An embedding that shares its weight with a head is drawn as the head.
 
-    A layer that is zero stays zero, as a head or the last layer of a residual branch may have been made: the model has
-    decided that. It is logged to the logger "einlinear" at level INFO.
+    A layer that is zero stays zero, such as a head or the last layer of a residual branch: the model has decided that.
+    Layers that stay zero are logged to the logger "einlinear" at level INFO.
 
     Args:
         model: any model `param_groups` takes, on the meta device or with values, as whole tensors or as DTensors.
-        base: as for `param_groups`. Nothing that is drawn depends on it: it is only checked, so that a model that the
-            learning rates cannot be carried over to is refused before it is trained.
+        base: as for `param_groups`. No value depends on it: the base is only checked, so that a model without matching
+            learning rates is refused before it is trained.
         zero: a glob, or several, on qualified names of layers that start at zero, such as heads and the last layers of
             residual branches; of a structured layer only the last factor is set to zero. Then they are the only ones:
             with ``zero=()`` every layer is drawn. Default (None): those that are zero now. A layer is zero where every
@@ -59,11 +59,12 @@ def init_(
         >>> bool(el.init_(model)[2].weight.any()), bool(el.init_(model, zero=())[2].weight.any())
         (False, True)
     """
-    found, _ = resolved(model, base, roles)
-    _check_whole(found)
-    matrices = [p for p in found if p.matrix]
+    params, _ = resolve(model, base, roles)
+    _check_undivided(params)
+    matrices = [p for p in params if p.role.is_matrix]
+    routers = [p for p in matrices if p.role.shares_input_with]
     if zero is None:
-        zeros = _zeros(matrices)
+        zeros = _zero_parameters([p for p in matrices if not p.role.shares_input_with])
         if zeros:
             logger.info("init_ leaves at zero: %s; zero=() draws them", listed(zeros))
     else:
@@ -73,22 +74,22 @@ def init_(
     for module in model.modules():
         if isinstance(module, Factored):
             module.reset_parameters()
-    drawn = [p for p in matrices if not p.by_kind or (p.matrix and p.matrix.stacked)]
+    drawn = [p for p in matrices if not p.is_inferred or p.role.stacked]
     biases = {f"{name.removesuffix('weight')}bias" for p in drawn for name in p.names}
-    for p in found:
-        if p.matrix is None and p.name in biases:
+    for p in params:
+        if not p.role.is_matrix and p.name in biases:
             nn.init.zeros_(p.tensor)
     for p in drawn:
-        if p.matrix is not None and p.matrix.structure is None:
-            nn.init.normal_(p.tensor, std=spectral_std(p.matrix.in_features, p.matrix.out_features))
-    for p in (*zeros, *(p for p in matrices if p.beside is not None)):
+        if p.role.structure is None:
+            nn.init.normal_(p.tensor, std=initial_std(p.role))
+    for p in (*zeros, *routers):
         nn.init.zeros_(p.tensor)
     return model
 
 
-def _check_whole(found: Sequence[Parameter]) -> None:
-    """Raise ValueError for parameters that are divided in such a way that only a part could be drawn."""
-    divided = next((p for p in found if tuple(p.tensor.shape) != p.shape), None)
+def _check_undivided(params: Sequence[Parameter]) -> None:
+    """Raise ValueError for parameters that are divided in such a way that this process could draw only a part."""
+    divided = next((p for p in params if tuple(p.tensor.shape) != p.shape), None)
     if divided is None:
         return
     if hasattr(divided.tensor, "ds_shape"):
@@ -104,27 +105,29 @@ def _check_whole(found: Sequence[Parameter]) -> None:
     )
 
 
-def _zeros(matrices: Sequence[Parameter]) -> list[Parameter]:
-    """What is zero now and is to stay so: parameters of layers whose whole matrix is zero."""
+def _zero_parameters(matrices: Sequence[Parameter]) -> list[Parameter]:
+    """Return the parameters that stay zero: those that make the full matrix of their layer zero.
+
+    If all layers are zero, nothing has been decided yet, and none stays zero.
+    """
     layers: dict[tuple[str, Any], list[Parameter]] = {}
     for p in matrices:
-        if p.beside is None:
-            layers.setdefault((p.key, p.matrix and p.matrix.structure), []).append(p)
-    zeros = [found for layer in layers.values() if (found := _zeros_of(layer))]
-    drawn_all = len(layers) > 1 and len(zeros) == len(layers)
-    return [] if drawn_all else [p for found in zeros for p in found]
+        layers.setdefault((p.key, p.role.structure), []).append(p)
+    zero_layers = [zeros for layer in layers.values() if (zeros := _zeros_of_terms(layer))]
+    none_decided = len(layers) > 1 and len(zero_layers) == len(layers)
+    return [] if none_decided else [p for zeros in zero_layers for p in zeros]
 
 
-def _zeros_of(layer: Sequence[Parameter]) -> list[Parameter]:
-    """Of the factors of one layer, or its only weight: those that stay zero, one of every term; none if it is not."""
-    kept: list[Parameter] = []
+def _zeros_of_terms(factors: Sequence[Parameter]) -> list[Parameter]:
+    """Return the last zero factor of every term of a layer, or nothing if a term has none: the layer is not zero."""
+    zeros: list[Parameter] = []
     term: list[Parameter] = []
-    for p in layer:
-        if not p.tensor.is_meta and not p.tensor.any():
-            term.append(p)
+    for p in factors:
+        term.append(p)
         if p.is_last_factor:
-            if not term:
+            zero = next((p for p in reversed(term) if not p.tensor.is_meta and not p.tensor.any()), None)
+            if zero is None:
                 return []
-            kept.append(term[-1])
+            zeros.append(zero)
             term = []
-    return kept
+    return zeros

@@ -13,30 +13,27 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of the odd polynomial that brings singular values near 1 in the fewest steps
+# coefficients of the odd polynomial that brings singular values near 1 in the fewest steps
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every matrix is replaced by the nearest orthogonal one, about.
+    """Momentum with updates whose matrices are orthogonalised approximately.
 
     Args:
-        groups: those of ``param_groups(..., optimizer="muon")`` that have "matrices". AdamW takes the others.
-        lr: unless a group has its own.
+        groups: the groups of ``param_groups(..., optimizer="muon")`` that have "matrix_view". AdamW takes the others.
+        lr: for groups without a learning rate.
         momentum: of the running mean of gradients, with Nesterov's correction.
-        weight_decay: decoupled, as AdamW's, unless a group has its own.
+        weight_decay: decoupled, as in AdamW, for groups without one.
 
     Example:
         >>> import torch, einlinear as el
         >>> from einlinear.mup import Muon
         >>> layer, base = el.Linear(256, 256, "btt"), torch.nn.Linear(64, 64)
         >>> groups = el.param_groups(layer, lr=3e-3, base=base, optimizer="muon")
-        >>> muon = Muon([group for group in groups if "matrices" in group])
-        >>> adamw = torch.optim.AdamW([group for group in groups if "matrices" not in group])
+        >>> muon = Muon([group for group in groups if "matrix_view" in group])
+        >>> adamw = torch.optim.AdamW([group for group in groups if "matrix_view" not in group])
     """
 
     def __init__(
@@ -51,17 +48,17 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            if not moved:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
                 continue
-            order, fan_out, fan_in = group["matrices"]
-            whole = torch.stack([_gathered(self._momentum(p, group["momentum"])) for p in moved])
-            blocks = whole.permute(0, *(1 + i for i in order))
+            order, fan_out, fan_in = group["matrix_view"]
+            momenta = torch.stack([_gathered(self._momentum(p, group["momentum"])) for p in params])
+            blocks = momenta.permute(0, *(1 + i for i in order))
             updates = orthogonalised(blocks.reshape(-1, fan_out, fan_in)).reshape(blocks.shape)
             inverse = sorted(range(len(order)), key=order.__getitem__)
-            for p, update in zip(moved, updates.to(whole.dtype), strict=True):
+            for p, update in zip(params, updates.to(momenta.dtype), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(_shared(update.permute(inverse), p), alpha=group["lr"] * group["size"])
+                p.sub_(_divided_like(update.permute(inverse), p), alpha=group["lr"] * group["update_scale"])
         return loss
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
@@ -74,13 +71,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """(batch, m, n) -> the same, with the same singular vectors and all singular values between about 0.7 and 1.2.
-
-    On a GPU in bfloat16, which is exact enough for that.
-    """
+    """Return matrices (batch, m, n) with the same singular vectors and all singular values from about 0.7 to 1.2."""
+    # bfloat16 is exact enough for that
     x: Tensor = matrices.bfloat16() if matrices.is_cuda else matrices
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT  # so that the products below are of the smaller size
+    # the products below are of the smaller of the two sizes
+    x = x if wide else x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(_STEPS):
@@ -90,15 +86,14 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 def _gathered(x: Tensor) -> Tensor:
-    """All of a tensor that FSDP shards: every process orthogonalises whole matrices."""
+    """Return a full tensor: every process orthogonalises full matrices, also of tensors that FSDP divides."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def _shared(x: Tensor, like: Tensor) -> Tensor:
-    """This process's part of it again."""
+def _divided_like(x: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of a full tensor, if `like` is divided."""
     if not isinstance(like, DTensor):
         return x
-    part: Tensor = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()]).redistribute(
-        placements=like.placements
-    )
+    replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()])
+    part: Tensor = replicated.redistribute(placements=like.placements)
     return part

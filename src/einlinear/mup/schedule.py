@@ -1,4 +1,4 @@
-"""The learning rate over the steps, as a factor that all parameter groups share: their ratios stay."""
+"""Schedules: the learning rate over the steps, as one factor for all parameter groups, whose ratios stay."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 SCHEDULES = ("constant", "cosine", "linear")
 
 
-def factor(schedule: str, step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """The learning rate of a step (from 0) over its peak.
+def lr_factor(schedule: str, step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Return the learning rate of a step, counted from 0, over its peak.
 
-    It rises linearly over the warm-up, whose last step has the peak, and falls to `final` at the end.
+    The factor rises linearly over the warm-up, whose last step has the peak, and falls to `final` at the end.
 
-    >>> [factor("linear", step, 6, warmup=2) for step in range(6)]
+    >>> [lr_factor("linear", step, 6, warmup=2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     if step < warmup:
@@ -20,5 +20,5 @@ def factor(schedule: str, step: int, steps: int, warmup: int = 0, final: float =
     if schedule == "constant":
         return 1.0
     done = (step - warmup) / (steps - warmup)
-    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return final + (1 - final) * left
+    decay = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return final + (1 - final) * decay

@@ -1,4 +1,4 @@
-"""`explain`: which backend a layer uses."""
+"""Explanation of the backend that a layer uses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from einlinear.ops.context import autocast_dtype, wants_gradients
 
 
 def explain(layer: Any, x: Tensor) -> ops.Choice:
-    """Which backend a layer uses for an input, and why: for a training step where gradients are wanted, else forward.
+    """Explain which backend a layer uses for an input: in a training step if gradients are needed, else forward.
 
     Args:
         layer: an `einlinear.Linear`.
-        x: an input of it, (..., in_features).
+        x: an input of the layer, (..., in_features).
 
     Raises:
-        TypeError: something else is given.
+        TypeError: `layer` is not an `einlinear.Linear`.
 
     Example:
         >>> import torch, einlinear as el

@@ -1,4 +1,4 @@
-"""What layers with structured weights have in common: factors as parameters, how these start and how they multiply."""
+"""Base class of layers with structured weights: factors as parameters, their initialisation and normalisation."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einlinear.nn.foreign import Described, Known, Matrix
+from einlinear.nn.layer_info import SCALAR, VECTOR, LayerInfo, Role, SelfDescribing
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
 from einlinear.structures.scales import init_std
 
+STRUCTURED = "structured layers"
 
-class Factored(Described):
-    """A module whose parameters are the factors of a structured matrix, or of several of one structure.
 
-    The factors are plain parameters named A, B, C, ... as in the pattern, of the shapes that `structure.factors` says;
-    of several matrices they are stacked along a first axis.
+class Factored(SelfDescribing):
+    """Module whose parameters are the factors of a structured matrix, or of several with the same structure.
+
+    Factors are plain parameters named A, B, C, ... as in the pattern, with the shapes of `structure.factors`.
+    Subclasses with several matrices stack them along the axes of `stack_shape`.
 
     Args:
-        in_features, out_features, structure: of the matrix, see `Linear`.
-        bias, normalize, gamma, device, dtype: as for `Linear`. Stacked factors are normalised one by one, with gammas
-            of their own.
-        stack: how many matrices; None: one, and no such axis.
+        in_features, out_features, structure, bias, normalize, device, dtype, gamma: as for `Linear`. Stacked factors
+            are normalised one by one, with a gamma each.
 
     Raises:
         ValueError: a structure that is unknown or does not fit.
@@ -36,29 +36,38 @@ class Factored(Described):
         in_features: int,
         out_features: int,
         structure: str | Structure,
-        bias: bool,
-        normalize: bool,
-        gamma: bool,
-        device: Any,
-        dtype: torch.dtype | None,
-        stack: int | None = None,
+        bias: bool = True,
+        normalize: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gamma: bool = True,
     ) -> None:
         super().__init__()
         self.structure = _resolve(structure, in_features, out_features)
-        # ints, whatever kind of integers the arguments are
+        # ints, for arguments of any integer type
         self.in_features, self.out_features = self.structure.in_features, self.structure.out_features
-        self.stack = stack
         self.normalize, self.has_gamma = normalize, normalize and gamma
-        first = () if stack is None else (stack,)
+        self._add_parameters(bias, device, dtype)
+        self.reset_parameters()
+
+    def _add_parameters(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        def add(name: str, shape: tuple[int, ...]) -> None:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
         for factor in self.structure.factors:
-            shape = (*first, *factor.shape)
-            self.register_parameter(factor.name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            add(factor.name, (*self.stack_shape, *factor.shape))
             if self.has_gamma:
-                scale = nn.Parameter(torch.empty(first or 1, device=device, dtype=dtype))
-                self.register_parameter(f"gamma_{factor.name}", scale)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
-        )
+                add(f"gamma_{factor.name}", self.stack_shape or (1,))
+        if bias:
+            add("bias", (self.out_features,))
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The leading axes of every factor, along which matrices are stacked."""
+        return ()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -72,13 +81,14 @@ class Factored(Described):
 
     @torch.no_grad()
     def zero_last_factors(self) -> None:
-        """Set the factor of every term that is contracted last to zero: then the matrix is zero and can still learn."""
+        """Set the last factor of every term, in order of contraction, to zero: the matrix is zero and can learn."""
         for _, names in self.structure.by_term([factor.name for factor in self.structure.factors]):
             nn.init.zeros_(getattr(self, names[-1]))
 
     def factors(self) -> list[Tensor]:
-        """The factors as they multiply: in the order of `structure.factors`, normalised where that is asked for."""
-        factors = [self._parameter(factor.name) for factor in self.structure.factors]
+        """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
+        names = [factor.name for factor in self.structure.factors]
+        factors = [self._parameter(name) for name in names]
         if not self.normalize:
             return factors
         normalized = [
@@ -87,35 +97,36 @@ class Factored(Described):
         ]
         if not self.has_gamma:
             return normalized
-        gammas = [self._parameter(f"gamma_{factor.name}") for factor in self.structure.factors]
-        if self.stack is not None:
+        gammas = [self._parameter(f"gamma_{name}") for name in names]
+        if self.stack_shape:
             gammas = [gamma.view(-1, *[1] * (m.dim() - 1)) for gamma, m in zip(gammas, normalized, strict=True)]
         return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        """What the weight is made of: all parameters but the bias."""
-        if self._modules:  # parametrized factors are parameters of modules below
+        """Return the parameters of the weight: all but the bias."""
+        if self._modules:
+            # parametrized factors are parameters of submodules
             return [parameter for parameter in self.parameters() if parameter is not self.bias]
         return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
 
     def _parameter(self, name: str) -> Tensor:
-        """A factor or a gamma as this process has it."""
+        """Return a factor or a gamma; of stacked ones, the part of this process."""
         parameter: Tensor = getattr(self, name)
         return parameter
 
     def _mean_square(self, m: Tensor) -> Tensor:
-        """Of every matrix."""
-        if self.stack is None:
+        """Return the mean square of a factor, or of each in a stack, broadcastable to the stack."""
+        if not self.stack_shape:
             return m.square().mean()
         return m.square().mean(tuple(range(1, m.dim())), keepdim=True)
 
-    def known(self) -> Known:
+    def layer_info(self) -> LayerInfo:
         s = self.structure
-        names = [factor.name for factor in s.factors]
-        matrices = {name: Matrix(self.in_features, self.out_features, s, i) for i, name in enumerate(names)}
-        return Known(matrices, ("bias",), s.macs, scalars=[f"gamma_{name}" for name in names])
+        roles = {f.name: Role("hidden", self.in_features, self.out_features, s, i) for i, f in enumerate(s.factors)}
+        gammas = {f"gamma_{name}": SCALAR for name in roles}
+        return LayerInfo({**roles, **gammas, "bias": VECTOR}, s.macs, category=STRUCTURED)
 
-    # Different structures can have factors of the same shapes: the metadata of a state_dict says which it is of.
+    # Different structures can have factors of the same shapes: the metadata of a state_dict names the structure.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -125,7 +136,7 @@ class Factored(Described):
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        # an empty weight stands in files of transformers models for those who do not know this layer
+        # files of transformers models have an empty weight, for programs that do not know this layer
         key = f"{prefix}weight"
         if key in lists[1] and not state_dict[key].numel():
             lists[1].remove(key)

@@ -1,12 +1,12 @@
 """`LazyWeight`: the dense weight of a structured layer as a tensor that is built when its values are used.
 
-Models read a weight's dtype or device to cast what they give to a layer. That must not cost a dense matrix.
+Models read the dtype or device of a weight to cast the input of a layer. That must not cost a dense matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
+from einlinear.nn.autocast import without_autocast
 from einlinear.structures import Structure
 
 _PROPERTIES = (
@@ -33,7 +34,7 @@ METADATA = frozenset(
     + [getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)]
     + [torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed, torch.is_inference]
 )
-# they read no values of their argument, and of the tensor that another one is made like
+# functions that read no values: of their argument (new), and of the tensor that gives dtype or shape (like)
 _NEW = frozenset(
     [getattr(Tensor, f"new_{kind}") for kind in ("empty", "zeros", "ones", "full", "tensor")]
     + [getattr(torch, f"{kind}_like") for kind in ("empty", "zeros", "ones", "full", "rand", "randn")]
@@ -42,23 +43,23 @@ _LIKE = frozenset([Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, 
 
 
 class Layer(Protocol):
-    """What a lazy weight needs of the layer that it belongs to."""
+    """Interface of a layer with a lazy weight."""
 
     structure: Structure
     in_features: int
     out_features: int
 
     def dense_weight(self) -> Tensor:
-        """W, of shape (out_features, in_features); differentiable in the factors."""
+        """Return W, of shape (out_features, in_features); differentiable in the factors."""
 
     def weight_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that the weight is made of."""
+        """Return the parameters of the weight."""
 
 
 def weight_of(layer: Layer) -> Tensor:
-    """The dense weight of a layer, built at once only where the use of a tensor cannot be seen: in traced code.
+    """Return the dense weight of a layer, built at once only in traced code, which hides the uses of a tensor.
 
-    While some of the layer's parameters are still on the meta device, so is it.
+    The weight is on the meta device while some of the layer's parameters are.
     """
     parameters = layer.weight_parameters()
     if _is_traced(layer, parameters):
@@ -73,9 +74,9 @@ def weight_of(layer: Layer) -> Tensor:
 
 
 class LazyWeight(Tensor):
-    """A dense weight that knows its shape, dtype and device, and is built when anything else is asked of it.
+    """Dense weight with shape, dtype and device, whose values are computed at the first use of anything else.
 
-    It is the weight of the moment in which it is first used, in the gradient mode of the moment in which it was read.
+    The values are those at the first use, in the gradient mode in which the weight was read.
     """
 
     _layer: Layer
@@ -86,7 +87,7 @@ class LazyWeight(Tensor):
     @staticmethod
     def __new__(cls, layer: Layer, like: Tensor) -> LazyWeight:
         dtype, device = like.dtype, like.device
-        self = Tensor._make_subclass(cls, _stand_in(layer.out_features, layer.in_features, dtype, device))
+        self = Tensor._make_subclass(cls, _placeholder(layer.out_features, layer.in_features, dtype, device))
         self._layer, self._value, self._dtype, self._device = layer, None, dtype, device
         return self
 
@@ -95,8 +96,8 @@ class LazyWeight(Tensor):
     device = property(lambda self: self._device)
 
     def value(self) -> Tensor:
-        """The dense weight as an ordinary tensor; differentiable in the factors."""
-        # activation checkpointing compares what is saved for backward with what is saved when it computes again
+        """Return the dense weight as an ordinary tensor; differentiable in the factors."""
+        # activation checkpointing compares the tensors saved by the first and by the second forward pass
         if self._value is not None and not _is_checkpointed():
             return self._value
         with torch.set_grad_enabled(self.requires_grad):
@@ -105,9 +106,9 @@ class LazyWeight(Tensor):
             self._value = value
         return value
 
-    def stand_in(self) -> Tensor:
-        """Of the same shape, dtype and device, for those who read no values."""
-        return _stand_in(*self.shape, self.dtype, self.device)
+    def placeholder(self) -> Tensor:
+        """Return a tensor of the same shape, dtype and device, for functions that read no values."""
+        return _placeholder(*self.shape, self.dtype, self.device)
 
     @classmethod
     def __torch_function__(
@@ -117,19 +118,19 @@ class LazyWeight(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        replace = cls.stand_in if func in _NEW or (func in _LIKE and not isinstance(args[0], cls)) else cls.value
+        replace = cls.placeholder if func in _NEW or (func in _LIKE and not isinstance(args[0], cls)) else cls.value
         return func(*tree_map_only(cls, replace, args), **tree_map_only(cls, replace, kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares the one that is off
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """For what goes around `__torch_function__`, below autograd."""
+        """Handle calls that bypass `__torch_function__`, below autograd."""
         return func(*tree_map_only(cls, cls.value, args), **tree_map_only(cls, cls.value, kwargs or {}))
 
 
 class _Differentiable(torch.autograd.Function):
-    """A lazy weight whose gradient goes to the parameters of its layer, for autograd functions that are given it."""
+    """Lazy weight whose gradient goes to the parameters of its layer, as an input of other autograd functions."""
 
     @staticmethod
     def forward(ctx: Any, layer: Layer, *parameters: Tensor) -> LazyWeight:
@@ -142,33 +143,24 @@ class _Differentiable(torch.autograd.Function):
         parameters = ctx.saved_tensors
         with torch.enable_grad():
             weight = _build(ctx.layer)
-        wanted = [p for p, is_wanted in zip(parameters, ctx.needs_input_grad[1:], strict=True) if is_wanted]
+        needed = [p for p, is_needed in zip(parameters, ctx.needs_input_grad[1:], strict=True) if is_needed]
         create = torch.is_grad_enabled()
-        grads = iter(torch.autograd.grad(weight, wanted, grad, create_graph=create, allow_unused=True))
-        return None, *(next(grads) if is_wanted else None for is_wanted in ctx.needs_input_grad[1:])
+        grads = iter(torch.autograd.grad(weight, needed, grad, create_graph=create, allow_unused=True))
+        return None, *(next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[1:])
 
 
 def _build(layer: Layer) -> Tensor:
-    """The dense weight, in the dtype of the factors, in memory of its own."""
+    """Return the dense weight in the dtype of the factors, in memory of its own."""
     parameters = layer.weight_parameters()
-    with _without_autocast(parameters[0]):
+    # torch.fx puts other objects in the places of parameters
+    with without_autocast(parameters[0].device.type) if isinstance(parameters[0], Tensor) else nullcontext():
         weight = layer.dense_weight()
     # a single factor may be its own dense weight
     return weight.clone() if len(parameters) == 1 else weight
 
 
-def _without_autocast(parameter: Tensor) -> AbstractContextManager[object]:
-    # torch.fx puts other objects in the places of parameters
-    if not isinstance(parameter, Tensor):
-        return nullcontext()
-    device = parameter.device.type
-    # not where it is off anyway: torch.export cannot save a program with such a region
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
-
-
 def _is_traced(layer: Any, parameters: Sequence[Tensor]) -> bool:
-    """Whether what is done with the parameters is recorded, to be done again with others."""
+    """Whether operations are recorded, to run again with other parameters."""
     return (
         torch.compiler.is_compiling()
         or torch.compiler.is_exporting()
@@ -190,10 +182,10 @@ def _wants_gradients(parameters: Sequence[Tensor]) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _stand_in(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of this shape, in the memory of one number, which is NaN and cannot be written to.
+def _placeholder(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of this shape in the memory of one number, which is NaN and cannot be written.
 
-    What goes around Python altogether, as `other.data = layer.weight` does, gets to see it.
+    Code that bypasses Python altogether, such as `other.data = layer.weight`, sees these values.
     """
     with torch.inference_mode(False), torch._C._DisableTorchDispatch():
         nan = torch.full((), torch.nan, dtype=dtype, device=device)

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.nn.factored import Factored
-from einlinear.nn.foreign import is_conv1d
 from einlinear.nn.lazy_weight import weight_of
+from einlinear.nn.third_party import is_conv1d, is_linear, weight_matrix
 from einlinear.structures import Structure
 
 
 class Linear(Factored):
-    """y = x W^T + bias with a structured W of shape (out_features, in_features).
+    """Linear layer y = x W^T + bias with a structured W of shape (out_features, in_features).
 
-    The factors are plain parameters named A, B, C, ... as in the pattern, of the shapes that `structure.factors` says.
+    The factors are plain parameters named A, B, C, ... as in the pattern, with the shapes of `structure.factors`.
 
     Args:
         in_features, out_features: as for `torch.nn.Linear`.
-        structure: what W is, such as ``"btt(rank=2)"``, a pattern, or a `Structure` of this size.
+        structure: of W: a spec such as ``"btt(rank=2)"``, a pattern, or a `Structure` of this size.
         bias: whether to add a learned bias of shape (out_features,), initialised to zero.
         normalize: whether every factor M is used as gamma * M / max(1, RMS(M) / sigma), with sigma the standard
             deviation of its initialisation and gamma a learned scalar of shape (1,), initialised to one (Qiu et al.,
@@ -47,27 +47,15 @@ class Linear(Factored):
         0.09375
     """
 
-    dense_class: type[nn.Module] = nn.Linear  # what it stands in the place of: `einlinear.densify` puts that back
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        structure: str | Structure,
-        bias: bool = True,
-        normalize: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        gamma: bool = True,
-    ) -> None:
-        super().__init__(in_features, out_features, structure, bias, normalize, gamma, device, dtype)
-        self.reset_parameters()
+    # the class of the layer that it replaced: `einlinear.densify` restores it
+    dense_class: type[nn.Module] = nn.Linear
 
     @classmethod
     @torch.no_grad()
-    def from_dense(cls, linear: nn.Module | Tensor, structure: str | Structure, moment: Tensor | None = None) -> Linear:
-        """The structured layer closest to a dense one: best approximation of its weight in Frobenius norm.
+    def from_dense(
+        cls, linear: nn.Module | Tensor, structure: str | Structure, second_moment: Tensor | None = None
+    ) -> Linear:
+        """Return the structured layer closest to a dense one: best approximation of its weight in Frobenius norm.
 
         Exactly the best for structures of two factors and for sums of terms of one factor; for others as good as
         successive SVDs and alternating least squares make it (`ops/projection`).
@@ -75,14 +63,14 @@ class Linear(Factored):
         Args:
             linear: a `torch.nn.Linear`, transformers' Conv1D, a structured layer, or a weight of shape (out, in).
             structure: as for the constructor.
-            moment: E[x x^T] of the layer's inputs, (in_features, in_features). Then it is the outputs for such inputs
-                that are closest, in mean square, and not the weight (`ops/projection/weighted.py`).
+            second_moment: E[x x^T] of the layer's inputs, (in_features, in_features). Then the outputs for such inputs
+                are closest in mean square, not the weight (`ops/projection/weighted.py`).
 
         Returns:
-            A layer with the bias, dtype, device, training mode and requires_grad of the given one.
+            A layer with the bias, dtype, device, training mode and requires_grad of the dense one.
 
         Raises:
-            TypeError: something else is given.
+            TypeError: `linear` is none of these.
             ValueError: a weight that is not a matrix, or on the meta device; a structure that does not fit.
 
         Example:
@@ -99,7 +87,9 @@ class Linear(Factored):
         layer = cls(in_features, out_features, structure, bias is not None, device=weight.device, dtype=weight.dtype)
         if isinstance(linear, nn.Module) and is_conv1d(linear):
             layer.dense_class = type(linear)
-        for factor, value in zip(layer.structure.factors, ops.project(layer.structure, weight, moment), strict=True):
+        for factor, value in zip(
+            layer.structure.factors, ops.project(layer.structure, weight, second_moment), strict=True
+        ):
             getattr(layer, factor.name).copy_(value).requires_grad_(weight.requires_grad)
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias).requires_grad_(bias.requires_grad)
@@ -109,24 +99,24 @@ class Linear(Factored):
         return ops.linear(self.structure, self.factors(), x, self.bias)
 
     def dense_weight(self) -> Tensor:
-        """W, of shape (out_features, in_features); differentiable in the factors."""
+        """Return W, of shape (out_features, in_features); differentiable in the factors."""
         return ops.dense_weight(self.structure, self.factors())
 
     @property
     def weight(self) -> Tensor:
-        """`dense_weight()`, for code that expects a layer to have one.
+        """`dense_weight()`, for code that expects a layer to have a weight.
 
-        Its dtype, device, shape, requires_grad and the like cost nothing. The matrix is built when anything else is
-        done with it, once for every access to the property (`nn/lazy_weight.py`).
+        Its dtype, device, shape, requires_grad and the like cost nothing. Any other use builds the matrix, once for
+        every access to the property (`nn/lazy_weight.py`).
 
-        What is written into it is lost, whatever the structure: models of transformers initialise the weights of layers
-        that are inside others, also after they were loaded. While some factors are still on the meta device, so is it.
+        Values written into the weight are lost, whatever the structure: models of transformers initialise the weights
+        of nested layers, also after loading. The weight is on the meta device while some factors are.
         """
         return weight_of(self)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """A `torch.nn.Linear` that computes the same function.
+        """Return a `torch.nn.Linear` that computes the same function.
 
         Device, dtype, training mode and requires_grad are kept; the weight is frozen if all factors are.
         """
@@ -144,14 +134,12 @@ class Linear(Factored):
 
 
 def _dense_parameters(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """The weight (out_features, in_features) and the bias of anything that is a dense layer or can be seen as one."""
+    """Return the weight (out_features, in_features) and the bias of a dense layer, a structured layer or a weight."""
     if isinstance(linear, Tensor):
         return linear, None
     if isinstance(linear, Linear):
         weight = linear.dense_weight()
         return weight.requires_grad_(any(p.requires_grad for p in linear.weight_parameters())), linear.bias
-    if isinstance(linear, nn.Linear):
-        return linear.weight, linear.bias
-    if is_conv1d(linear):
-        return linear.weight.T.requires_grad_(linear.weight.requires_grad), linear.bias
+    if is_linear(linear):
+        return weight_matrix(linear), linear.bias
     raise TypeError(f"expected an nn.Linear, a Conv1D or a weight of shape (out, in), not {type(linear).__name__}")

@@ -11,13 +11,14 @@ from torch import nn
 
 T = TypeVar("T")
 
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # by torch.compile, FSDP1, checkpoints
+# attributes of torch.compile, FSDP1 and activation checkpointing
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module by every qualified name it has, without what wrappers put into names, at whatever depth they are.
+    """Iterate over all modules under every qualified name they have, without the prefixes of wrappers at any depth.
 
-    A wrapper comes before what it wraps, under the same name.
+    A wrapper comes before the module that it wraps, under the same name.
     """
     yield name, model
     # a user's own layer may be called "module" too: only these two put it into names
@@ -29,30 +30,35 @@ def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:
-    """The first qualified name that a module has in a model."""
-    return next(name for name, found in plain_modules(model) if found is module)
+    """Return the first qualified name that a module has in a model."""
+    return next(name for name, other in plain_modules(model) if other is module)
 
 
-def as_globs(given: str | Sequence[str], argument: str) -> list[str]:
-    """A glob, or several, as a list."""
-    globs = [given] if isinstance(given, str) else given
+def as_globs(value: str | Sequence[str], argument: str) -> list[str]:
+    """Return a glob, or several, as a list; TypeError for anything else."""
+    globs = [value] if isinstance(value, str) else value
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
-        raise TypeError(f"{argument} must be a glob such as '*.fc2', or a list of globs, not {given!r}")
+        raise TypeError(f"{argument} must be a glob such as '*.fc2', or a list of globs, not {value!r}")
     return list(globs)
 
 
-def as_rules(given: Mapping[str, T] | None, argument: str) -> dict[str, T]:
-    """A mapping from globs to anything, as a dict."""
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"{argument} must map globs such as '*.fc2' to values, not {given!r}")
-    return dict(given or {})
+def as_rules(value: Mapping[str, T] | None, argument: str) -> dict[str, T]:
+    """Return a mapping from globs to values as a dict; TypeError for anything else."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{argument} must map globs such as '*.fc2' to values, not {value!r}")
+    return dict(value or {})
 
 
-def check_globs(globs: Iterable[str], names: Sequence[str], argument: str, what: str) -> None:
+def matches_any(name: str, globs: Iterable[str]) -> bool:
+    """Whether a qualified name matches one of the globs."""
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def check_globs(globs: Iterable[str], names: Sequence[str], argument: str, noun: str) -> None:
     """Raise ValueError for a glob that matches none of the names: it is misspelt."""
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             if not names:
-                raise ValueError(f"{argument}: {glob!r} matches no {what}: there is none")
+                raise ValueError(f"{argument}: {glob!r} matches no {noun}: there is none")
             near = difflib.get_close_matches(glob.strip("*."), dict.fromkeys(names), n=10, cutoff=0)
-            raise ValueError(f"{argument}: {glob!r} matches no {what}; the nearest are {', '.join(near)}")
+            raise ValueError(f"{argument}: {glob!r} matches no {noun}; the nearest are {', '.join(near)}")

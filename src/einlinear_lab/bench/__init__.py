@@ -1,20 +1,20 @@
-"""How fast and how large layers really are: measured beside `torch.nn.Linear` and what others do, all in turns.
+"""Benchmarks of speed and memory against `torch.nn.Linear` and published implementations, in interleaved rounds.
 
-cases.py      what is measured: structures, sizes, tokens, passes; the suites
-baselines.py  what ours is compared with: the implementation of the literature, tensorly-torch
-variants.py   the ways to run a case
-check.py      whether their results are right; no speed without that
-timing.py     the clock
-memory.py     peak memory of a training step
-traffic.py    the bytes that a case has to move
-machine.py    the machine, and the best it can do
-mixtures.py   mixtures of experts, which have claims of their own
-projections.py  projections beside the SVDs that they stand for
-run.py        measuring, case by case
-results.py    what was measured, and its file
-claims.py     what the library promises, judged
-changes.py    two runs compared
-tables.py     all of it as tables
-plot.py       and as one picture
-fit_costs.py  the dispatcher's cost model, fitted to runs
+cases.py        cases (structure, size, tokens, pass), and suites of cases
+baselines.py    the published implementation, and tensorly-torch
+variants.py     the implementations to compare for a case
+check.py        the check of their outputs, without which no speed is reported
+timing.py       interleaved timing
+memory.py       peak memory of a training step
+traffic.py      the bytes that a case has to move
+machine.py      the machine, and its peak speeds
+run.py          measuring, case by case
+results.py      results, and their file
+mixtures.py     benchmark of mixtures of experts
+projections.py  benchmark of projections
+claims.py       the library's claims, judged by results
+changes.py      changes between two benchmarks
+tables.py       results as tables
+plot.py         results as a plot
+fit_costs.py    fit of the dispatcher's cost model to results
 """

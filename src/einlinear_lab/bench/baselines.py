@@ -1,7 +1,6 @@
-"""What ours is compared with besides `torch.nn.Linear`: the implementation that the literature uses, and a package.
+"""The baselines besides `torch.nn.Linear`: the copying implementation of the literature, and tensorly-torch.
 
-Both hold the factors in layouts of their own. Going from the factors to these only moves entries, so the same function
-takes gradients of the factors to those of the stored tensors.
+Both hold the factors in layouts of their own. The conversion only moves entries, so it converts gradients as well.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from einlinear.ops.reference import pad
 from einlinear.structures import Factor, Structure
 from einlinear.structures.pattern import Axes
 
-_TOKENS = ""  # the axis of the tokens; no axis of a pattern has this name
+# the axis of the tokens: no axis of a pattern has this name
+_TOKENS = ""
 
 
 def copying_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors as `copying` takes them: (batch, inner, rows), or (inner, rows) where there is no batch axis."""
+    """Return the factors as `copying` takes them: (batch, contracted, new), or (contracted, new) without batch axes."""
     sizes = dict(structure.sizes)
     return [
         _matrices(w.permute([f.axes.index(a) for a in f.batch + f.contracted + f.new]), f, f.fan_in, sizes)
@@ -30,13 +30,14 @@ def copying_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Ten
 
 
 def copying(structure: Structure, weights: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The copying baseline: one batched matmul per factor, with transposing copies after each of them.
+    """Compute the copying baseline: one batched matmul per factor, with a transposing copy after each.
 
-    Structures of two factors are published like this: the matmul has its batch axes first, so the intermediate is
-    transposed and made contiguous for the second one, and its result for the output. Autograd differentiates it.
+    This is the published implementation of two-factor structures: the matmul has its batch axes first, so the
+    intermediate is transposed and made contiguous for the second matmul, and its result for the output. Autograd
+    differentiates it.
 
     Shapes:
-        x (n, in_features), weights as `copying_weights` says, to (n, out_features).
+        x (n, in_features), weights as of `copying_weights` -> (n, out_features).
     """
     sizes = {**dict(structure.sizes), _TOKENS: x.shape[0]}
     total: Tensor | None = None
@@ -58,13 +59,13 @@ def copying(structure: Structure, weights: Sequence[Tensor], x: Tensor, bias: Te
 
 
 def _matrices(tensor: Tensor, factor: Factor, rows: int, sizes: dict[str, int]) -> Tensor:
-    """(batch axes, axes of the rows, axes of the columns) with one dimension for each of the three groups."""
+    """Merge the axes of each group: (batch axes, row axes, column axes)."""
     batch = [math.prod(sizes[a] for a in factor.batch)] if factor.batch else []
     return tensor.reshape(*batch, rows, tensor.numel() // max(1, math.prod(batch) * rows))
 
 
 def is_blocktt(structure: Structure) -> bool:
-    """Whether tensorly-torch's BlockTT layer can be this structure: a tensor-train matrix, which it does not pad."""
+    """Whether tensorly-torch's BlockTT layer supports the structure: a tensor-train matrix without padding."""
     if _cores(structure) is None:
         return False
     sizes, term = dict(structure.sizes), structure.terms[0]
@@ -73,7 +74,7 @@ def is_blocktt(structure: Structure) -> bool:
 
 
 def blocktt_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors as tensorly-torch's BlockTT has them: (rank before, out, in, rank after), slower axes first."""
+    """Return the factors as tensorly-torch's BlockTT has them: (rank before, out, in, rank after), slow axes first."""
     cores = _cores(structure)
     assert cores is not None
     found = []
@@ -86,8 +87,9 @@ def blocktt_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Ten
 
 
 def blocktt(weights: Sequence[nn.Parameter], bias: nn.Parameter | None) -> nn.Module:
-    """The layer of tensorly-torch with these weights."""
-    tltorch = import_module("tltorch")  # imported only where it is wanted: it is slow, and has no types
+    """Return the layer of tensorly-torch with these weights."""
+    # imported on use: it is slow, and has no types
+    tltorch = import_module("tltorch")
 
     shape = tuple(w.shape[1] for w in weights), tuple(w.shape[2] for w in weights)
     tensor = tltorch.BlockTT(list(weights), tensorized_shape=shape, rank=[1, *(w.shape[3] for w in weights)])
@@ -100,7 +102,7 @@ _Cores = tuple[tuple[Factor, Axes], tuple[Factor, Axes]]
 
 
 def _cores(structure: Structure) -> _Cores | None:
-    """The two cores of a tensor-train matrix, each with its (output, input) axes, the slower ones first."""
+    """Return the two cores of a tensor-train matrix, each with its (output, input) axes, the slower axes first."""
     term = structure.terms[0]
     if len(structure.terms) > 1 or not len(term.inputs) == len(term.outputs) == len(term.factors) == 2:
         return None
@@ -112,6 +114,6 @@ def _cores(structure: Structure) -> _Cores | None:
 
 
 def _rank(cores: _Cores) -> Axes:
-    """The axes that both cores have."""
+    """Return the axes that both cores share."""
     (first, _), (second, _) = cores
     return tuple(a for a in first.axes if a in second.axes)

@@ -1,4 +1,4 @@
-"""What is measured: a case is a structure at a size, with a number of tokens and a pass; a suite is a grid of them."""
+"""Benchmark cases, each a structure at a size with a number of tokens and a pass, and suites, grids of cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from einlinear.structures import Structure, structure
 
 MODES = ("forward", "train", "decode")
-DECODED = 16  # tokens, at most, of a decoding step
+# the most tokens of a decoding step
+DECODE_TOKENS = 16
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 DEVICES = ("cpu", "cuda")
 
@@ -22,16 +23,17 @@ _SHARE = re.compile(r"\{d/(\d+)\}")
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """What one row of the results is about.
+    """A benchmark case.
 
     Attributes:
-        structure: its spec.
-        in_features, out_features: of the layer.
-        tokens: input vectors.
+        structure: the spec of the structure.
+        in_features, out_features: the size of the layer.
+        tokens: the number of input vectors.
         mode: "forward" (no gradients), "train" (forward and backward, gradients of the input and of all parameters), or
             "decode" (forward of 1 to 16 tokens).
         dtype, device: of all tensors, such as "float32" and "cpu".
-        bias: whether the layers have one.
+        bias: whether the layers have a bias.
+        backend: the only backend to measure; empty for the dispatcher's choice.
     """
 
     structure: str
@@ -42,43 +44,45 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     bias: bool = False
+    backend: str = ""
 
     @property
     def dense_macs(self) -> int:
-        """Multiply-accumulates of a dense layer, for one token."""
+        """The multiply-accumulates (MACs) of a dense layer, for one token."""
         return self.in_features * self.out_features
 
     @property
     def passes(self) -> int:
-        """Products of the size of the forward pass: a training step also has the gradients of input and weights."""
+        """The number of products of the size of the forward pass: a training step has three."""
         return 3 if self.mode == "train" else 1
 
     @property
     def size(self) -> str:
-        """Such as "1024 → 4096"."""
+        """The size in words, such as "1024 → 4096"."""
         return f"{self.in_features} → {self.out_features}"
 
     def build(self) -> Structure:
-        """The structure itself. Raises ValueError where there is none of this size."""
+        """Build the structure. Raises ValueError if it does not exist at this size."""
         return structure(self.structure, self.in_features, self.out_features)
 
     @property
     def amount(self) -> str:
-        """Such as "16 tokens"."""
+        """The tokens in words, such as "16 tokens"."""
         return f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
 
     def __str__(self) -> str:
-        return f"{self.structure}, {self.size}, {self.amount}, {self.mode}, {self.dtype}"
+        backend = f", {self.backend}" if self.backend else ""
+        return f"{self.structure}, {self.size}, {self.amount}, {self.mode}, {self.dtype}{backend}"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How cases are measured.
+class BenchConfig:
+    """The configuration of a measurement.
 
     Attributes:
-        budget: seconds to repeat the measurement of a case for; every variant gets at least five runs.
-        backends: measured one by one besides the dispatcher's choice; None for all that can run.
-        compiled: whether torch.compile of the plain einsum is measured too, in forward and training.
+        budget: seconds to repeat the measurement of a case; every variant gets at least five runs.
+        backends: backends to measure besides the dispatcher's choice; None for all that can run.
+        compiled: whether to measure torch.compile of the plain einsum, in forward and training.
     """
 
     budget: float = 1.0
@@ -88,15 +92,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A grid of cases, and how to measure them.
+    """A grid of cases and the configuration of their measurement.
 
     Attributes:
-        structures: specs; ``{d/8}`` in one stands for an eighth of the smaller feature count.
+        structures: specs; ``{d/8}`` in a spec stands for an eighth of the smaller feature count.
         sizes: (in_features, out_features) pairs.
-        tokens: up to 16 make a "decode" case, more a "forward" and a "train" case.
-        modes: those that are wanted.
+        tokens: numbers of tokens: up to 16 make a "decode" case, more a "forward" and a "train" case.
+        modes: the passes to measure.
         dtypes, device, bias: as for `Case`.
-        settings: how they are measured.
+        config: the configuration of the measurement.
     """
 
     structures: tuple[str, ...]
@@ -106,31 +110,31 @@ class Suite:
     dtypes: tuple[str, ...] = ("float32",)
     device: str = "cpu"
     bias: bool = False
-    settings: Settings = Settings()
+    config: BenchConfig = BenchConfig()
 
     def cases(self) -> list[Case]:
-        """The grid, structure by structure.
+        """Return the grid, structure by structure.
 
         Raises:
-            ValueError: a structure, pass, dtype or device that there is not; nothing to measure.
+            ValueError: a structure, pass, dtype or device is unknown, or the grid is empty.
         """
         check("pass", self.modes, MODES)
         check("dtype", self.dtypes, DTYPES)
         check("device", [self.device], DEVICES)
         if min(self.tokens, default=0) < 1:
             raise ValueError("the numbers of tokens must be positive")
-        found = [
+        cases = [
             Case(_resolved(spec, *size), *size, tokens, mode, dtype, self.device, self.bias)
             for spec in self.structures
             for size in self.sizes
             for dtype in self.dtypes
             for tokens in self.tokens
-            for mode in (("decode",) if tokens <= DECODED else ("forward", "train"))
+            for mode in (("decode",) if tokens <= DECODE_TOKENS else ("forward", "train"))
             if mode in self.modes
         ]
-        if not found:
+        if not cases:
             raise ValueError("nothing to measure: passes with up to 16 tokens are decode, others forward and train")
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(cases))
 
 
 _STRUCTURES = (
@@ -149,21 +153,21 @@ SUITES = {
         structures=("btt", "monarch(blocks=4)", "low_rank(rank={d/8})"),
         sizes=((512, 512),),
         tokens=(1, 256),
-        settings=Settings(budget=0.2),
+        config=BenchConfig(budget=0.2),
     ),
-    # Where what a call costs by itself counts most. Together with "standard" it is what the dispatcher is fitted to.
+    # Dominated by the overhead of a call. The dispatcher is fitted to this suite and "standard".
     "small": Suite(
         structures=_STRUCTURES,
         sizes=((256, 256),),
         tokens=(1, 32, 256),
-        settings=Settings(budget=0.3),
+        config=BenchConfig(budget=0.3),
     ),
     # Two CPU cores, about twenty minutes.
     "standard": Suite(
         structures=_STRUCTURES,
         sizes=((512, 512), (1024, 1024), (2048, 2048), (4096, 4096), (1024, 4096), (4096, 1024)),
         tokens=(1, 16, 256, 2048),
-        settings=Settings(budget=1.5),
+        config=BenchConfig(budget=1.5),
     ),
     # One H100 or H200, under eight minutes.
     "gpu": Suite(
@@ -172,34 +176,34 @@ SUITES = {
         tokens=(1, 16, 16384),
         dtypes=("bfloat16",),
         device="cuda",
-        settings=Settings(budget=0.25, compiled=True),
+        config=BenchConfig(budget=0.25, compiled=True),
     ),
 }
 
 
-def check(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError for a name that is none of those known."""
-    for name in given:
+def check(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for an unknown name."""
+    for name in names:
         if name not in known:
-            raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known)}")
+            raise ValueError(f"unknown {kind} {name!r}: choose from {', '.join(known)}")
 
 
 def choose(name: str, **options: Any) -> Suite:
-    """A suite by its name, with those fields replaced, its own or its settings', that are given and not None.
+    """Return a suite by name, with the fields of the suite or of its config replaced by all options that are not None.
 
     Raises:
-        ValueError: there is no such suite.
+        ValueError: the suite is unknown.
     """
     if name not in SUITES:
         raise ValueError(f"unknown suite {name!r}: choose from {', '.join(SUITES)}")
     suite = SUITES[name]
-    given = {key: value for key, value in options.items() if value is not None}
-    of_settings = {f.name for f in dataclasses.fields(Settings)} & given.keys()
-    settings = dataclasses.replace(suite.settings, **{key: given.pop(key) for key in of_settings})
-    return dataclasses.replace(suite, settings=settings, **given)
+    fields = {key: value for key, value in options.items() if value is not None}
+    of_config = {f.name for f in dataclasses.fields(BenchConfig)} & fields.keys()
+    config = dataclasses.replace(suite.config, **{key: fields.pop(key) for key in of_config})
+    return dataclasses.replace(suite, config=config, **fields)
 
 
 def _resolved(spec: str, in_features: int, out_features: int) -> str:
-    """The canonical spec at a size."""
-    written = _SHARE.sub(lambda match: str(max(1, min(in_features, out_features) // int(match[1]))), spec)
-    return structure(written, in_features, out_features).spec
+    """Return the canonical spec at a size."""
+    spec = _SHARE.sub(lambda match: str(max(1, min(in_features, out_features) // int(match[1]))), spec)
+    return structure(spec, in_features, out_features).spec

@@ -1,4 +1,4 @@
-"""What changed between two runs: times relative to nn.Linear, so that the machine's mood cancels."""
+"""Changes between two benchmarks, of times relative to nn.Linear: this cancels the state of the machine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from einlinear_lab.bench.cases import Case
-from einlinear_lab.bench.results import Bench, Result
+from einlinear_lab.bench.results import Bench, BenchResult
 from einlinear_lab.bench.timing import Spread
 
 
 @dataclass(frozen=True)
 class Change:
-    """One variant of one case in both runs: its speed-up over nn.Linear."""
+    """The speed-ups over nn.Linear of one variant of a case in both benchmarks."""
 
     case: Case
     name: str
@@ -21,22 +21,21 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """Above 1: faster than before."""
+        """The new speed-up over the old: above 1 if faster than before."""
         return self.now.median / self.before.median
 
     @property
     def beyond_spread(self) -> bool:
-        """Whether the ranges between the quartiles have nothing in common."""
+        """Whether the ranges between the quartiles do not overlap."""
         return self.before.apart(self.now)
 
 
-def changes(before: Bench, now: Iterable[Result]) -> list[Change]:
-    """All variants that both runs measured, in the order of the latter."""
+def compare(before: Bench, now: Iterable[BenchResult]) -> list[Change]:
+    """Return the changes of all variants that both benchmarks measured, in the order of the second."""
     old = {(r.case, m.name): m.speedup for r in before.results for m in r.measurements}
-    found = []
-    for result in now:
-        for measurement in result.measurements:
-            past = old.get((result.case, measurement.name))
-            if past and measurement.speedup:
-                found.append(Change(result.case, measurement.name, past, measurement.speedup))
-    return found
+    return [
+        Change(result.case, own.name, past, own.speedup)
+        for result in now
+        for own in result.measurements
+        if own.speedup and (past := old.get((result.case, own.name)))
+    ]

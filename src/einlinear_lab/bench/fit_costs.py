@@ -1,8 +1,8 @@
 """Fit the dispatcher's cost model to measurements.
 
-``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how much
-is lost by choosing with the model instead of always taking the fastest backend. With ``--check`` it writes nothing, and
-ends with exit status 1 if the file is not the fit of the measurements that it names.
+``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how
+much slower the chosen backends are than the fastest. With ``--check`` it writes nothing, and exits with status 1 if the
+file is not the fit of the measurements that it names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from einlinear_lab.bench.variants import DENSE
 
 
 def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, float]]]:
-    """All cases on the CPU in float32, each with its kind of pass and its microseconds by backend ("dense" is one)."""
+    """Yield all float32 cases on the CPU, with the pass and the microseconds by backend, "dense" included."""
     for result in (result for bench in benches for result in bench.results):
         if (result.case.device, result.case.dtype) == ("cpu", "float32"):
             mode = "train" if result.case.mode == "train" else "forward"
@@ -42,7 +42,7 @@ def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, flo
 
 
 def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
-    """Non-negative coefficients of least relative error, for every kind of pass and backend."""
+    """Return non-negative coefficients of least relative error, for every pass and backend."""
     rows: dict[tuple[str, str], list[list[float]]] = {}
     for case, mode, times in timings(benches):
         for name, us in times.items():
@@ -55,14 +55,15 @@ def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
         raise ValueError(f"there are no measurements in float32 on the CPU of {', '.join(missing)}")
     for (mode, name), relative in rows.items():
         matrix = np.array(relative)
-        scale = np.maximum(matrix.max(0), 1e-30)  # of very different sizes: columns are scaled to one
+        # columns differ in size by orders of magnitude
+        scale = np.maximum(matrix.max(0), 1e-30)
         solution, _ = nnls(matrix / scale, np.ones(len(matrix)))
         costs[mode][name] = [float(f"{c:.4g}") for c in solution / scale]
     return costs
 
 
 def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
-    """The time of the chosen backend over that of the fastest, for every case, the worst first."""
+    """Return the time of the chosen backend over that of the fastest, for every case, the worst first."""
     found = []
     for case, mode, times in timings(benches):
         chosen = choice.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
@@ -71,21 +72,21 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
 
 
 def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
-    """The backends whose coefficients in ops/costs.json are not these, to 1 %."""
-    kept, found = model.read_costs(), []
+    """Return the backends whose coefficients in ops/costs.json differ from these by more than 1 %."""
+    stored, found = model.read_costs(), []
     for mode, own in costs.items():
         for name, fitted in own.items():
-            pairs = zip_longest(fitted, kept[mode].get(name, []), fillvalue=math.nan)
+            pairs = zip_longest(fitted, stored[mode].get(name, []), fillvalue=math.nan)
             if not all(math.isclose(*pair, rel_tol=0.01) for pair in pairs):
                 found.append(f"{name} ({mode})")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser("python -m einlinear_lab.bench.fit_costs", description=__doc__)
     parser.add_argument("files", nargs="*", help="bench.json of some runs (default: those that ops/costs.json names)")
-    parser.add_argument("--check", action="store_true", help="only say whether ops/costs.json is the fit of the files")
+    parser.add_argument("--check", action="store_true", help="only check that ops/costs.json is the fit of the files")
     options = parser.parse_args(arguments)
     files = options.files or json.loads(model.COSTS_FILE.read_text(encoding="utf-8"))["fitted_to"]
     try:
@@ -94,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if options.check:
-        wrong = stale(costs)
-        said = f"is not the fit of these files: {', '.join(wrong)}" if wrong else "is the fit of these files"
-        print(f"{model.COSTS_FILE} {said}")
-        return 1 if wrong else 0
+        outdated = stale(costs)
+        verdict = f"is not the fit of these files: {', '.join(outdated)}" if outdated else "is the fit of these files"
+        print(f"{model.COSTS_FILE} {verdict}")
+        return 1 if outdated else 0
     write_json(model.COSTS_FILE, {"fitted_to": files, **costs})
     model.COSTS.clear()
     model.COSTS.update(model.read_costs())

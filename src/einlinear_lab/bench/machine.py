@@ -1,4 +1,4 @@
-"""What the measurements were made on: its description, and its roof, the speed that nothing can exceed."""
+"""The machine of the measurements: its description, and its roofline, the measured peak speeds."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ENVIRONMENT = ("OMP_", "GOMP_", "KMP_AFFINITY", "KMP_BLOCKTIME", "MKL_", "MALLO
 
 @dataclass(frozen=True)
 class Machine:
-    """What two runs must have in common for their times to be comparable.
+    """A machine and its software. Times are comparable if they are equal.
 
     Attributes:
-        cpu, gpu, system: what it is; no gpu where the device is the CPU.
-        cores, threads: that this process may use, and that torch uses.
+        cpu, gpu, system: the hardware; no gpu where the device is the CPU.
+        cores, threads: cores that this process may use, and threads of torch.
         python, torch, einlinear: versions.
-        code: a digest of the sources that run a layer, since they change between releases.
-        environment: variables that change how threads or memory behave.
+        code: a digest of the sources that run a layer, which change between releases.
+        environment: environment variables that change the behaviour of threads or memory.
     """
 
     cpu: str
@@ -49,7 +49,7 @@ class Machine:
 
 
 def this_machine(device: str) -> Machine:
-    """The machine this runs on."""
+    """Describe the current machine."""
     return Machine(
         cpu=f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
         gpu=_gpu() if device == "cuda" else "",
@@ -65,26 +65,26 @@ def this_machine(device: str) -> Machine:
 
 
 @dataclass(frozen=True)
-class Roof:
-    """The best that was measured: operations per second of a large matmul, bytes per second of a large copy."""
+class Roofline:
+    """The peak speeds: operations per second of a large matmul, bytes per second of a large copy."""
 
     flops: float
     bandwidth: float
 
     def seconds(self, flops: float, moved: float) -> float:
-        """The least time for this many operations and bytes: the slower of the two decides."""
+        """Return the least time for so many operations and bytes: the slower of the two decides."""
         return max(flops / self.flops, moved / self.bandwidth)
 
 
 @torch.no_grad()
-def measure_roof(dtype: str, device: str) -> Roof:
-    """Measure the roof: half a second on a CPU."""
+def measure_roofline(dtype: str, device: str) -> Roofline:
+    """Measure the peak speeds, in half a second on a CPU."""
     n, copied = (8192, 2**31) if device == "cuda" else (2048, 2**28)
     a, b = (torch.randn(n, n, dtype=DTYPES[dtype], device=device) for _ in range(2))
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     product = torch.empty_like(a)
-    return Roof(
+    return Roofline(
         flops=2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=product), device) for _ in range(5)),
         bandwidth=2 * copied / min(seconds(lambda: target.copy_(source), device) for _ in range(5)),
     )

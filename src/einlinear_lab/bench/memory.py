@@ -1,7 +1,7 @@
-"""Peak memory of one call: what torch allocates above what was there before it, exactly, on CPU and GPU.
+"""Peak memory of one call: the bytes that torch allocates in addition to those before the call, on CPU and GPU.
 
-On the CPU the profiler records every allocation and release of torch's allocator. Scratch memory inside a kernel (of
-MKL, oneDNN or our own, a few tiles per thread) is not torch's and not counted.
+On the CPU the profiler records every allocation and release of torch's allocator. Scratch memory inside a kernel
+(of MKL, oneDNN or this library, a few tiles per thread) does not count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from einlinear_lab.bench.timing import Call
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """The most memory that is allocated at once during a call, not counting what was allocated before."""
+    """Return the peak memory of a call in bytes, without memory allocated before."""
     return _cuda_peak(call) if device == "cuda" else _cpu_peak(call)
 
 
@@ -48,12 +48,12 @@ def _cpu_peak(call: Call) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what C++ writes to stderr: the profiler announces itself there."""
-    kept = os.dup(2)
+    """Silence stderr, where the profiler announces itself."""
+    stderr = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)

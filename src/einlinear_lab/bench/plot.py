@@ -1,4 +1,4 @@
-"""One picture of a run: how much of the reduction of MACs becomes speed."""
+"""The plot of a benchmark: the speed-up over nn.Linear against the reduction of MACs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from einlinear_lab.bench.cases import MODES
-from einlinear_lab.bench.results import Result
+from einlinear_lab.bench.results import BenchResult
 from einlinear_lab.bench.variants import COPYING, OURS
 
 if TYPE_CHECKING:
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
-    """Speed-up over nn.Linear against the reduction of MACs, a panel per pass, at the most tokens; saved as PNG."""
-    from matplotlib import rcParams, style  # slow to import
+def draw(results: Sequence[BenchResult], path: Path) -> None:
+    """Draw a panel per pass, at the largest number of tokens, and save them as PNG."""
+    # slow to import
+    from matplotlib import rcParams, style
     from matplotlib.figure import Figure
 
     modes = [mode for mode in MODES if any(result.case.mode == mode for result in results)]
@@ -38,13 +39,13 @@ def draw(results: Sequence[Result], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def _draw_mode(panel: Axes, results: Sequence[Result], colours: dict[str, str]) -> dict[str, Artist]:
-    """Fill the panel of one pass, and return what stands for each structure in the legend."""
+def _draw_mode(panel: Axes, results: Sequence[BenchResult], colours: dict[str, str]) -> dict[str, Artist]:
+    """Fill the panel of one pass, and return the legend handle of each structure."""
     tokens = max(result.case.tokens for result in results)
-    most = [result for result in results if result.case.tokens == tokens]
+    largest = [result for result in results if result.case.tokens == tokens]
     handles: dict[str, Artist] = {}
     for family, colour in colours.items():
-        own = [result for result in most if _family(result) == family]
+        own = [result for result in largest if _family(result) == family]
         for name, face in ((COPYING, "none"), (OURS, colour)):
             found = [(r, m.speedup.median) for r in own if (m := r.of(name)) and m.speedup]
             handles[family] = panel.scatter(
@@ -54,17 +55,17 @@ def _draw_mode(panel: Axes, results: Sequence[Result], colours: dict[str, str]) 
                 facecolors=face,
                 edgecolors=colour,
             )
-    end = max(result.limit for result in most)
+    end = max(result.limit for result in largest)
     panel.plot([1, end], [1, end], color="0.5", linewidth=1, zorder=0)
     panel.axhline(1, color="0.5", linewidth=1, linestyle=":", zorder=0)
     panel.set(xscale="log", yscale="log", xlabel="MACs of nn.Linear / MACs of the structure")
-    panel.set_title(f"{most[0].case.mode}, {most[0].case.amount}")
+    panel.set_title(f"{largest[0].case.mode}, {largest[0].case.amount}")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_major_formatter("{x:g}")
     return handles
 
 
-def _family(result: Result) -> str:
-    """The structure's name; low rank, whose rank grows with the features, as one."""
+def _family(result: BenchResult) -> str:
+    """Return the structure's spec, or one name for all low ranks, whose rank grows with the features."""
     spec = result.case.structure
     return "low_rank" if spec.startswith("low_rank") else spec

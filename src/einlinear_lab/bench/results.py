@@ -1,4 +1,4 @@
-"""What was measured, and the file it is kept in."""
+"""The results of a benchmark, and their file."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from einlinear.files import differences, write_text
-from einlinear_lab.bench.cases import Case, Settings
-from einlinear_lab.bench.machine import Machine, Roof
+from einlinear_lab.bench.cases import BenchConfig, Case
+from einlinear_lab.bench.machine import Machine, Roofline
 from einlinear_lab.bench.timing import Spread
 from einlinear_lab.bench.traffic import Traffic
 from einlinear_lab.bench.variants import OURS
 
-FORMAT = 1  # of the file; raised when an older program could misread it
+# of the file; raised when an older program could misread it
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One variant of one case. Ratios are those of calls in the same round.
+    """The measurement of one variant of a case. Ratios compare calls of the same round.
 
     Attributes:
-        name: of the variant.
-        refusal: why it was not measured: it cannot run here, or (`wrong`) its results are not right.
-        wrong: whether the refusal is because of a wrong result; then it counts as a failure of the whole run.
-        seconds: of a call.
-        runs: how many were timed.
-        speedup: over nn.Linear.
-        over_copying: speed-up over the copying baseline.
-        peak_bytes: the most that a training step has allocated at once.
+        name: the name of the variant.
+        refusal: why the variant was not measured: it cannot run, or (`wrong`) its output is wrong.
+        wrong: whether the output is wrong, which makes the whole benchmark fail.
+        seconds: the time of a call.
+        runs: the number of timed calls.
+        speedup: the speed-up over nn.Linear.
+        over_copying: the speed-up over the copying baseline.
+        peak_bytes: the peak memory of a training step.
     """
 
     name: str
@@ -44,48 +45,48 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One case.
+class BenchResult:
+    """The result of a case.
 
     Attributes:
-        case: what it is.
-        macs: of the structure, for one token.
+        case: the case.
+        macs: the MACs of the structure, for one token.
         backend: the dispatcher's choice.
-        traffic: what has to be moved.
-        roof_seconds: the least time that the machine's measured peaks allow.
-        measurements: of the variants, nn.Linear first.
+        traffic: the bytes to move.
+        roofline_seconds: the least time that the machine's measured peaks allow.
+        measurements: the measurements of the variants, nn.Linear first.
     """
 
     case: Case
     macs: int
     backend: str
     traffic: Traffic
-    roof_seconds: float
+    roofline_seconds: float
     measurements: tuple[Measurement, ...]
 
     @property
     def limit(self) -> float:
-        """How many times fewer MACs than dense."""
+        """The MACs of dense over those of the structure: the speed-up that MACs alone allow."""
         return self.case.dense_macs / self.macs
 
     def of(self, name: str) -> Measurement | None:
-        """The measurement of a variant that was timed."""
+        """Return the measurement of a variant, or None if it was not timed."""
         return next((m for m in self.measurements if m.name == name and m.seconds), None)
 
     def fraction(self, name: str = OURS) -> float | None:
-        """The speed-up over dense as a share of what the MACs alone would allow."""
-        found = self.of(name)
-        return found.speedup.median / self.limit if found and found.speedup else None
+        """Return the speed-up over dense as a share of `limit`."""
+        own = self.of(name)
+        return own.speedup.median / self.limit if own and own.speedup else None
 
-    def of_roof(self, name: str = OURS) -> float | None:
-        """The share of the machine's measured peak, of arithmetic or of memory, whichever is the tighter."""
-        found = self.of(name)
-        return self.roof_seconds / found.seconds.median if found and found.seconds else None
+    def roofline_fraction(self, name: str = OURS) -> float | None:
+        """Return the share of the machine's measured peak of arithmetic or of memory, whichever is the bottleneck."""
+        own = self.of(name)
+        return self.roofline_seconds / own.seconds.median if own and own.seconds else None
 
     def bandwidth(self, name: str = OURS) -> float | None:
-        """Bytes per second, if all of the estimated traffic went through memory."""
-        found = self.of(name)
-        return self.traffic.total / found.seconds.median if found and found.seconds else None
+        """Return the bytes per second, if all of the estimated traffic went through memory."""
+        own = self.of(name)
+        return self.traffic.total / own.seconds.median if own and own.seconds else None
 
     @property
     def dense_wins(self) -> bool:
@@ -95,13 +96,13 @@ class Result:
 
     @property
     def failures(self) -> list[Measurement]:
-        """The variants whose results are wrong."""
+        """The variants whose output is wrong."""
         return [m for m in self.measurements if m.wrong]
 
 
 @dataclass(frozen=True)
 class Session:
-    """When and how measurements were added to a file."""
+    """The date and the command line of measurements that were added to a file."""
 
     date: str
     command: str
@@ -109,30 +110,30 @@ class Session:
 
 @dataclass(frozen=True)
 class Bench:
-    """All that a file holds.
+    """The content of a file of results.
 
     Attributes:
-        machine: what it was measured on.
-        settings: how its cases were measured.
-        roofs: by "device dtype".
-        sessions: the command lines that added to it.
-        results: case by case.
+        machine: the machine of the measurements.
+        config: the configuration of the measurements.
+        rooflines: the machine's peaks by "device dtype".
+        sessions: the command lines that added results.
+        results: the results, case by case.
     """
 
     machine: Machine
-    settings: Settings
-    roofs: dict[str, Roof] = field(default_factory=dict)
+    config: BenchConfig
+    rooflines: dict[str, Roofline] = field(default_factory=dict)
     sessions: tuple[Session, ...] = ()
-    results: tuple[Result, ...] = ()
+    results: tuple[BenchResult, ...] = ()
 
     def differences(self, before: Bench) -> list[str]:
-        """What makes the times of the two not comparable, one phrase each."""
-        old, new = (dataclasses.asdict(bench.machine) | dataclasses.asdict(bench.settings) for bench in (before, self))
+        """Return the differences that make the times of two files incomparable, a phrase each."""
+        old, new = (dataclasses.asdict(bench.machine) | dataclasses.asdict(bench.config) for bench in (before, self))
         return differences(old, new)
 
 
 def write(bench: Bench, path: Path) -> None:
-    """Write a file so that it is never seen half written: a line per case, without what is None."""
+    """Write a file atomically: a line per case, without None and defaults."""
     head = {"format": FORMAT} | {f.name: _plain(getattr(bench, f.name)) for f in dataclasses.fields(bench)[:-1]}
     lines = ",\n".join(json.dumps(_plain(result), ensure_ascii=False) for result in bench.results)
     head_text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
@@ -140,15 +141,15 @@ def write(bench: Bench, path: Path) -> None:
 
 
 def read(path: Path) -> Bench:
-    """What a file holds. Raises ValueError where it is absent, damaged or of another format."""
+    """Read a file. Raises ValueError if it is missing, damaged or of another format."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, this program's is {FORMAT}")
         return Bench(
             Machine(**_tuples(content["machine"])),
-            Settings(**_tuples(content["settings"])),
-            {name: Roof(**roof) for name, roof in content["roofs"].items()},
+            BenchConfig(**_tuples(content["config"])),
+            {name: Roofline(**roofline) for name, roofline in content["rooflines"].items()},
             tuple(Session(**session) for session in content["sessions"]),
             tuple(_result(result) for result in content["results"]),
         )
@@ -159,7 +160,7 @@ def read(path: Path) -> Bench:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold; a spread as [median, low, high], numbers to six digits."""
+    """Return a JSON value; a spread as [median, low, high], numbers to six digits."""
     if isinstance(value, Spread):
         return [_plain(number) for number in (value.median, value.low, value.high)]
     if dataclasses.is_dataclass(value):
@@ -176,13 +177,13 @@ def _tuples(content: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
 
 
-def _result(content: dict[str, Any]) -> Result:
+def _result(content: dict[str, Any]) -> BenchResult:
     parts = {
         "case": Case(**content["case"]),
         "traffic": Traffic(**content["traffic"]),
         "measurements": tuple(_measurement(m) for m in content["measurements"]),
     }
-    return Result(**content | parts)
+    return BenchResult(**content | parts)
 
 
 def _measurement(content: dict[str, Any]) -> Measurement:

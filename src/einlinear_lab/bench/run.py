@@ -1,4 +1,4 @@
-"""Measuring: one case after the other, each with all its variants in turns, into a file that can be continued."""
+"""Measure cases, each with all its variants in interleaved rounds, into a file that can be resumed."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ import torch
 from einlinear import ops
 from einlinear.nn.explanation import explain
 from einlinear_lab.bench import results
-from einlinear_lab.bench.cases import Case, Settings
+from einlinear_lab.bench.cases import BenchConfig, Case
 from einlinear_lab.bench.check import Reference
-from einlinear_lab.bench.machine import Roof, measure_roof, this_machine
+from einlinear_lab.bench.machine import Roofline, measure_roofline, this_machine
 from einlinear_lab.bench.memory import peak_bytes
-from einlinear_lab.bench.results import Bench, Measurement, Result, Session
-from einlinear_lab.bench.timing import LEAST, interleave, spread
-from einlinear_lab.bench.traffic import traffic
-from einlinear_lab.bench.variants import BLOCKTT, COMPILED, COPYING, DENSE, Variant, problem, variants
+from einlinear_lab.bench.results import Bench, BenchResult, Measurement, Session
+from einlinear_lab.bench.timing import MIN_RUNS, interleave, spread
+from einlinear_lab.bench.traffic import estimate_traffic
+from einlinear_lab.bench.variants import BLOCKTT, COMPILED, COPYING, DENSE, Variant, make_variants, make_workload
 
 FILE = "bench.json"
 
 
 class Recorder:
-    """A folder's results, and what adds to them.
+    """The results in a folder, and the measurements that add to them.
 
     Args:
-        folder: created if it is absent. One of the same machine and settings is continued.
-        cases: what is wanted.
-        settings: how they are measured.
+        folder: the folder, created if missing. Results of the same machine and config are resumed.
+        cases: the cases to measure.
+        config: the configuration of the measurements.
         command: the command line, for the record.
-        fresh: whether to forget what the folder holds.
-        reading: whether results of another machine or settings will do, provided that they are complete.
+        fresh: whether to discard the results in the folder.
+        reading: whether to accept complete results of another machine or config.
 
     Raises:
-        ValueError: the folder holds results of another machine, other versions or settings; there is no such device
-            or backend.
+        ValueError: the folder holds results of another machine, version or config, or the device or backend does not
+            exist.
     """
 
     def __init__(
         self,
         folder: Path,
         cases: Sequence[Case],
-        settings: Settings,
+        config: BenchConfig,
         command: str = "",
         fresh: bool = False,
         reading: bool = False,
@@ -58,9 +58,10 @@ class Recorder:
         device = cases[0].device
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here")
-        for name in settings.backends or ():
-            ops.unsupported(name, cases[0].build(), torch.float32, device)  # raises where there is no such backend
-        self.bench = Bench(this_machine(device), settings)
+        for name in config.backends or ():
+            # raises for an unknown backend
+            ops.unsupported(name, cases[0].build(), torch.float32, device)
+        self.bench = Bench(this_machine(device), config)
         differences = self.bench.differences(before) if before else []
         if differences:
             raise ValueError(
@@ -73,41 +74,41 @@ class Recorder:
 
     @property
     def missing(self) -> list[Case]:
-        """The cases that have no result yet."""
+        """The cases without a result."""
         done = {result.case for result in self.bench.results}
         return [case for case in self.cases if case not in done]
 
     @property
-    def results(self) -> list[Result]:
-        """Those of the cases that are wanted, in their order."""
-        found = {result.case: result for result in self.bench.results}
-        return [found[case] for case in self.cases if case in found]
+    def results(self) -> list[BenchResult]:
+        """The results of the cases, in their order."""
+        by_case = {result.case: result for result in self.bench.results}
+        return [by_case[case] for case in self.cases if case in by_case]
 
-    def measure(self, case: Case) -> Result:
-        """Measure a case and keep its result."""
-        result = measure(case, self.bench.settings, self.roof(case))
+    def measure(self, case: Case) -> BenchResult:
+        """Measure a case and save its result."""
+        result = measure(case, self.bench.config, self.roofline(case))
         self.bench = dataclasses.replace(self.bench, results=(*self.bench.results, result))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         results.write(self.bench, self.path)
         return result
 
-    def roof(self, case: Case) -> Roof:
-        """The machine's peaks for a case, measured when they are first asked for."""
+    def roofline(self, case: Case) -> Roofline:
+        """Return the machine's peaks for a case, measured on first use."""
         key = f"{case.device} {case.dtype}"
-        if key not in self.bench.roofs:
-            roofs = self.bench.roofs | {key: measure_roof(case.dtype, case.device)}
-            self.bench = dataclasses.replace(self.bench, roofs=roofs)
-        return self.bench.roofs[key]
+        if key not in self.bench.rooflines:
+            rooflines = self.bench.rooflines | {key: measure_roofline(case.dtype, case.device)}
+            self.bench = dataclasses.replace(self.bench, rooflines=rooflines)
+        return self.bench.rooflines[key]
 
     def estimate(self) -> float:
-        """About how many seconds the missing cases will take."""
-        return sum(_estimate(case, self.bench.settings, self.roof(case)) for case in self.missing)
+        """Estimate the seconds that the missing cases will take."""
+        return sum(_estimate(case, self.bench.config, self.roofline(case)) for case in self.missing)
 
 
-def measure(case: Case, settings: Settings, roof: Roof) -> Result:
-    """Check all variants of a case, time those that are right in turns, and in training take their peak memory."""
-    p = problem(case)
-    found, refused = variants(p, settings.backends, settings.compiled)
+def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
+    """Check the outputs of all variants of a case; measure times, and in training peak memory, of the right ones."""
+    p = make_workload(case)
+    found, refused = make_variants(p, config.backends, config.compiled)
     calls = {DENSE: partial(p.step, Variant(DENSE, [p.dense.weight], p.dense))}
     wrong: dict[str, str] = {}
     with p.differentiating():
@@ -118,8 +119,8 @@ def measure(case: Case, settings: Settings, roof: Roof) -> Result:
             except torch.OutOfMemoryError:
                 refused[variant.name] = "out of memory"
             except RuntimeError as error:
-                blame = refused if variant.name in (COMPILED, BLOCKTT) else wrong
-                blame[variant.name] = f"it raised {error}"
+                failed = refused if variant.name in (COMPILED, BLOCKTT) else wrong
+                failed[variant.name] = f"it raised {error}"
             else:
                 if complaint is None:
                     calls[variant.name] = partial(p.step, variant)
@@ -127,14 +128,15 @@ def measure(case: Case, settings: Settings, roof: Roof) -> Result:
                     wrong[variant.name] = complaint
         del reference
         peaks = {name: peak_bytes(call, case.device) for name, call in calls.items() if case.mode == "train"}
-        seconds = interleave(calls, case.device, settings.budget)
-        choice = explain(p.layer, p.x).backend  # inside: it depends on whether there are gradients
+        seconds = interleave(calls, case.device, config.budget)
+        # the choice depends on whether gradients are enabled
+        choice = explain(p.layer, p.x).backend
     measured = [_measurement(name, seconds, peaks.get(name)) for name in seconds]
     measured += [Measurement(name, why, wrong=True) for name, why in wrong.items()]
     measured += [Measurement(name, why) for name, why in refused.items()]
-    moved = traffic(case, p.structure)
+    moved = estimate_traffic(case, p.structure)
     flops = 2 * case.passes * case.tokens * p.structure.macs
-    return Result(case, p.structure.macs, choice, moved, roof.seconds(flops, moved.least), tuple(measured))
+    return BenchResult(case, p.structure.macs, choice, moved, roofline.seconds(flops, moved.least), tuple(measured))
 
 
 def _measurement(name: str, seconds: dict[str, list[float]], peak: int | None) -> Measurement:
@@ -154,12 +156,13 @@ def _measurement(name: str, seconds: dict[str, list[float]], peak: int | None) -
     )
 
 
-def _estimate(case: Case, settings: Settings, roof: Roof) -> float:
-    """Dense at its peak, five variants and two more in training at two thirds of theirs, and the check in float64."""
+def _estimate(case: Case, config: BenchConfig, roofline: Roofline) -> float:
+    """Estimate a case: dense at its peak, 5 variants (7 in training) at 2/3 of theirs, and the check in float64."""
     dense, own = (
-        roof.seconds(2 * case.passes * case.tokens * macs, 4 * macs) for macs in (case.dense_macs, case.build().macs)
+        roofline.seconds(2 * case.passes * case.tokens * macs, 4 * macs)
+        for macs in (case.dense_macs, case.build().macs)
     )
     training = case.mode == "train"
     once = dense + (12 if training else 8) * own
-    compiling = 4.0 if settings.compiled and case.mode != "decode" else 0.0
-    return 0.1 + compiling + 6 * dense + (1 + training) * once + max(settings.budget, LEAST * once)
+    compiling = 4.0 if config.compiled and case.mode != "decode" else 0.0
+    return 0.1 + compiling + 6 * dense + (1 + training) * once + max(config.budget, MIN_RUNS * once)

@@ -1,42 +1,49 @@
-"""The measurements as tables of text: for the terminal, and as a page of Markdown."""
+"""Results as tables of text: for the terminal, and as pages of Markdown."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 from einlinear import ops
+from einlinear.files import write_text
 from einlinear_lab.bench.cases import MODES
 from einlinear_lab.bench.changes import Change
 from einlinear_lab.bench.claims import Verdict, judge
-from einlinear_lab.bench.results import Bench, Measurement, Result
+from einlinear_lab.bench.machine import Machine
+from einlinear_lab.bench.results import Bench, BenchResult, Measurement
 from einlinear_lab.bench.timing import Spread
 from einlinear_lab.bench.variants import DENSE, OURS
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, headings, and rows of as many cells."""
+    """A table of text."""
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
+        """Return the table with its title in Markdown."""
         lines = [self.headings, ("---",) * len(self.headings), *self.rows]
         return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary(results: Iterable[Result]) -> list[Table]:
-    """A table per pass, dtype and device with a row per case: our layer as dispatched, beside nn.Linear."""
+def summary(results: Iterable[BenchResult]) -> list[Table]:
+    """Return a table per pass, dtype and device with a row per case: el.Linear as dispatched against nn.Linear."""
     headings = ("structure", "in → out", "tokens", "MACs", f"{DENSE} ms", f"{OURS} ms", "backend", *_RATIOS, "remarks")
     return [Table(title, headings, tuple(map(_summary_row, own))) for title, own in _by_kind(results)]
 
 
-def details(results: Iterable[Result]) -> list[Table]:
-    """The same with a row per variant."""
+def details(results: Iterable[BenchResult]) -> list[Table]:
+    """Return a table per pass, dtype and device with a row per variant."""
     headings = ("structure", "in → out", "tokens", "variant", "ms", "quartiles", "runs", *_RATIOS, "remarks")
     return [
         Table(title, headings, tuple(_detail_row(r, m) for r in own for m in r.measurements if m.seconds or m.wrong))
@@ -44,35 +51,36 @@ def details(results: Iterable[Result]) -> list[Table]:
     ]
 
 
-def refusals(results: Iterable[Result]) -> Table:
-    """What was not measured, and why."""
-    why = Counter((m.name, str(m.refusal)) for r in results for m in r.measurements if not (m.seconds or m.wrong))
-    rows = [(name, f"{count}", reason) for (name, reason), count in why.items()]
-    return Table("Not measured", ("variant", "cases", "why"), tuple(rows))
+def refusals(results: Iterable[BenchResult]) -> Table:
+    """Return the variants that were not measured, and the reasons."""
+    reasons = Counter((m.name, str(m.refusal)) for r in results for m in r.measurements if not (m.seconds or m.wrong))
+    rows = [(name, f"{count}", reason) for (name, reason), count in reasons.items()]
+    return Table("Not measured", ("variant", "cases", "reason"), tuple(rows))
 
 
 def conclusions(verdicts: Iterable[Verdict]) -> Table:
-    """A row per claim: what the run says about it, and the worst result."""
+    """Return a row per claim: the verdict and the worst result."""
     rows = []
     for verdict in verdicts:
         worst, value = verdict.values[0] if verdict.values else (None, None)
         missed = f"{len(verdict.missed)} of {len(verdict.values)}"
-        rows.append((verdict.summary, verdict.claim.text, number(value), str(worst.case) if worst else "–", missed))
-    return Table("Conclusions", ("verdict", "claim", "worst", "where", "missed"), tuple(rows))
+        case, least = str(worst.case) if worst else "–", number(verdict.claim.least)
+        rows.append((verdict.summary, verdict.claim.text, number(value), least, case, missed))
+    return Table("Conclusions", ("verdict", "claim", "worst", "promised", "case", "missed"), tuple(rows))
 
 
 def misses(verdicts: Iterable[Verdict]) -> Table:
-    """Every result that refutes a claim."""
+    """Return a row per result that refutes a claim."""
     rows = [
         (verdict.claim.text, str(result.case), number(value), number(verdict.claim.least))
         for verdict in verdicts
         for result, value in verdict.missed
     ]
-    return Table("Missed", ("claim", "where", "measured", "promised"), tuple(rows))
+    return Table("Missed", ("claim", "case", "measured", "promised"), tuple(rows))
 
 
-def dense_wins(results: Iterable[Result]) -> Table:
-    """Where nn.Linear is the faster choice, beyond the spread."""
+def dense_wins(results: Iterable[BenchResult]) -> Table:
+    """Return the cases where nn.Linear is faster, beyond the spread."""
     rows = [
         (str(result.case), f"{1 / result.limit:.1%}", number(ours.speedup.median))
         for result in results
@@ -82,7 +90,7 @@ def dense_wins(results: Iterable[Result]) -> Table:
 
 
 def changed(changes: Iterable[Change]) -> Table:
-    """Every change, those beyond the spread marked."""
+    """Return all changes, those beyond the spread marked."""
     rows = [
         (
             change.case.structure,
@@ -101,17 +109,28 @@ def changed(changes: Iterable[Change]) -> Table:
     return Table(f"Changes of the speed-up over {DENSE}", headings, tuple(rows))
 
 
+def write_results(
+    path: Path, title: str, machine: Machine, command: str, results: Sequence[Any], tables: Sequence[Table]
+) -> None:
+    """Write results as JSON, and their tables as Markdown beside it."""
+    head = {"machine": dataclasses.asdict(machine), "command": command}
+    content = head | {"results": [dataclasses.asdict(result) for result in results]}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    parts = [f"# {title}", str(machine), f"    {command}", *(table.markdown() for table in tables if table.rows)]
+    write_text(path.with_suffix(".md"), "\n\n".join(parts) + "\n")
+
+
 def page(bench: Bench) -> str:
-    """All of it in Markdown, but for the variants one by one."""
+    """Return all results in Markdown, without the single variants."""
     verdicts = judge(bench.results)
-    roofs = (
-        f"- {name}: {roof.flops / 1e9:,.0f} GFLOP/s in a large matmul, {roof.bandwidth / 1e9:,.0f} GB/s in a large copy"
-        for name, roof in bench.roofs.items()
+    rooflines = (
+        f"- {name}: {peak.flops / 1e9:,.0f} GFLOP/s in a large matmul, {peak.bandwidth / 1e9:,.0f} GB/s in a large copy"
+        for name, peak in bench.rooflines.items()
     )
     parts = [
         "# einlinear bench",
         str(bench.machine),
-        "\n".join(roofs),
+        "\n".join(rooflines),
         "\n".join(f"    {session.command}    # {session.date}" for session in bench.sessions),
         *(
             table.markdown()
@@ -127,7 +146,7 @@ def page(bench: Bench) -> str:
 _RATIOS = (f"× {DENSE}", "limit", "fraction", "× copying", "roofline", "GB/s", "peak MB")
 
 
-def _summary_row(result: Result) -> tuple[str, ...]:
+def _summary_row(result: BenchResult) -> tuple[str, ...]:
     case, dense = result.case, result.of(DENSE)
     ours = next(m for m in result.measurements if m.name == OURS)
     *ratios, peak = _ratios(result, ours)
@@ -140,14 +159,14 @@ def _summary_row(result: Result) -> tuple[str, ...]:
     return (*spec, *times, result.backend, *ratios, peak, "; ".join(remarks))
 
 
-def _faster(result: Result, ours: Measurement) -> list[str]:
-    """The other backends that would have been the better choice, beyond the spread."""
+def _faster(result: BenchResult, ours: Measurement) -> list[str]:
+    """Return the other backends that are faster, beyond the spread."""
     others = {*ops.BACKENDS} - {result.backend}
     rivals = [m for m in result.measurements if m.name in others and m.seconds]
     return [m.name for m in rivals if ours.seconds and m.seconds and m.seconds.high < ours.seconds.low]
 
 
-def _detail_row(result: Result, m: Measurement) -> tuple[str, ...]:
+def _detail_row(result: BenchResult, m: Measurement) -> tuple[str, ...]:
     case, t = result.case, m.seconds
     quartiles = f"{number(1000 * t.low)} to {number(1000 * t.high)}" if t else "–"
     times = (number(1000 * t.median if t else None), quartiles, str(m.runs or "–"))
@@ -155,26 +174,26 @@ def _detail_row(result: Result, m: Measurement) -> tuple[str, ...]:
     return (case.structure, case.size, str(case.tokens), m.name, *times, *_ratios(result, m), remark)
 
 
-def _ratios(result: Result, m: Measurement) -> tuple[str, ...]:
-    """The cells of `_RATIOS`."""
+def _ratios(result: BenchResult, m: Measurement) -> tuple[str, ...]:
+    """Return the cells of `_RATIOS`."""
     bandwidth = result.bandwidth(m.name)
     values = (
         _median(m.speedup),
         result.limit if m.seconds else None,
         result.fraction(m.name),
         _median(m.over_copying),
-        result.of_roof(m.name),
+        result.roofline_fraction(m.name),
         bandwidth and bandwidth / 1e9,
     )
-    about_dense = m.name == DENSE  # it has other MACs and moves other bytes than the structure
-    cells = ["–"] * len(values) if about_dense else [number(value) for value in values]
+    # MACs and bytes are those of the structure
+    cells = ["–"] * len(values) if m.name == DENSE else [number(value) for value in values]
     return (*cells, number(m.peak_bytes and m.peak_bytes / 1e6))
 
 
-def _by_kind(results: Iterable[Result]) -> Iterator[tuple[str, list[Result]]]:
-    """The results of a pass, dtype and device together, with a title."""
+def _by_kind(results: Iterable[BenchResult]) -> Iterator[tuple[str, list[BenchResult]]]:
+    """Group the results by pass, dtype and device, with a title."""
 
-    def kind(result: Result) -> tuple[int, str]:
+    def kind(result: BenchResult) -> tuple[int, str]:
         case = result.case
         bias = ", with bias" if case.bias else ""
         return MODES.index(case.mode), f"{case.mode}, {case.dtype} on {case.device}{bias}"
@@ -188,14 +207,14 @@ def _median(spread: Spread | None) -> float | None:
 
 
 def _milliseconds(seconds: Spread | None) -> str:
-    """Such as "1.23 ±4%", half of what lies between the quartiles."""
+    """Return milliseconds with half the interquartile range, such as "1.23 ±4%"."""
     if seconds is None:
         return "–"
     return f"{number(1000 * seconds.median)} ±{(seconds.high - seconds.low) / 2 / seconds.median:.0%}"
 
 
 def number(value: float | None) -> str:
-    """Three digits, without exponents."""
+    """Return a number with three digits, without exponent."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.4f}"

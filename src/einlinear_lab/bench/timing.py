@@ -1,4 +1,4 @@
-"""The clock: how long one call takes, and many calls in turns, so that noise hits all of them alike."""
+"""Timing: one call, and many calls in interleaved rounds, so that noise affects all of them equally."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 Call = Callable[[], object]
 
-LEAST = 5  # runs of each call
+# the least number of runs of each call
+MIN_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class Spread:
     high: float
 
     def apart(self, other: Spread) -> bool:
-        """Whether the two ranges between the quartiles have nothing in common."""
+        """Whether the ranges between the quartiles do not overlap."""
         return self.low > other.high or other.low > self.high
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The median of some values, with their quartiles.
+    """Return the median of some values with their quartiles.
 
     >>> spread([5.0, 1.0, 2.0, 3.0, 4.0])
     Spread(median=3.0, low=2.0, high=4.0)
@@ -44,7 +45,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def seconds(call: Call, device: str) -> float:
-    """How long one call takes: on the CPU by the wall clock, on a GPU by its own, with its caches cold."""
+    """Return the time of one call: on the CPU by the wall clock, on a GPU by its own clock with cold caches."""
     if device == "cuda":
         return _cuda_seconds(call)
     start = time.perf_counter()
@@ -53,14 +54,14 @@ def seconds(call: Call, device: str) -> float:
 
 
 def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[str, list[float]]:
-    """Time all calls in rounds, each of them once per round, in an order that changes from round to round.
+    """Time all calls in rounds, each call once per round, in random order.
 
-    One call at a time leaves the caches to the others in between, as the layers of a model do.
+    Between two runs of a call the others use the caches, as the other layers of a model do.
 
     Args:
-        calls: by name; warm already, which the check of their results leaves them.
-        device: that they run on.
-        budget: seconds after which no further round begins, once every call has been run `LEAST` times.
+        calls: the calls by name, warmed up.
+        device: the device that they run on.
+        budget: seconds after which no further round begins, after at least `MIN_RUNS` rounds.
 
     Returns:
         The seconds of every call, round by round.
@@ -72,7 +73,7 @@ def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[st
     gc.disable()
     try:
         start = time.perf_counter()
-        while len(found[names[0]]) < LEAST or time.perf_counter() - start < budget:
+        while len(found[names[0]]) < MIN_RUNS or time.perf_counter() - start < budget:
             shuffler.shuffle(names)
             for name in names:
                 found[name].append(seconds(calls[name], device))
@@ -85,7 +86,8 @@ def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[st
 def _cuda_seconds(call: Call) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     _flushed().zero_()
-    torch.cuda._sleep(2_000_000)  # a millisecond, in which the CPU gets ahead: launches cost no time then
+    # a millisecond for the CPU to get ahead, so that launches cost no time
+    torch.cuda._sleep(2_000_000)
     start.record()
     call()
     end.record()
@@ -95,5 +97,5 @@ def _cuda_seconds(call: Call) -> float:
 
 @cache
 def _flushed() -> Tensor:
-    """Larger than the cache of any GPU: writing it evicts all else."""
+    """Return a tensor larger than the cache of any GPU: writing it evicts everything else."""
     return torch.empty(2**28, dtype=torch.uint8, device="cuda")

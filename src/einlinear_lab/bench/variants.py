@@ -1,4 +1,4 @@
-"""The ways to run a case: `torch.nn.Linear`, our layer as dispatched and by each backend, and what else there is."""
+"""The variants of a case: `torch.nn.Linear`, `el.Linear` as dispatched and by each backend, and the baselines."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ COPYING = "copying"
 COMPILED = "torch.compile"
 BLOCKTT = "tltorch BlockTT"
 
-Store = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Rearrange = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute y = x W^T + bias.
+    """An implementation of y = x W^T + bias.
 
     Attributes:
-        name: in the results.
-        weights: what W is made of, the leaves whose gradients a training step computes.
-        forward: x of shape (n, in_features) to y.
-        stored: takes factors as the structure has them to tensors arranged as `weights`.
+        name: the name in the results.
+        weights: the parameters of W, whose gradients a training step computes.
+        forward: x of shape (n, in_features) -> y.
+        stored: factors of the structure -> tensors in the layout of `weights`.
     """
 
     name: str
     weights: Sequence[Tensor]
     forward: Callable[[Tensor], Tensor]
-    stored: Store = list
+    stored: Rearrange = list
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A case with tensors: what all variants compute with.
+class Workload:
+    """The tensors of a case, shared by all variants.
 
     Attributes:
-        case, structure: what it is.
-        layer: ours, whose factors all variants of the structure have, arranged in their own way.
-        dense: a layer with the same matrix, rounded to the dtype.
+        case, structure: the case and its structure.
+        layer: el.Linear, whose factors all variants of the structure have in layouts of their own.
+        dense: a dense layer with the same matrix, rounded to the dtype.
         x, grad: the input, and the gradient of the output.
     """
 
@@ -65,27 +65,28 @@ class Problem:
 
     @property
     def bias(self) -> nn.Parameter | None:
+        """The bias, which all variants share."""
         return self.layer.bias if isinstance(self.layer.bias, nn.Parameter) else None
 
     @property
     def biases(self) -> list[nn.Parameter]:
-        """The bias, if there is one: all variants share it."""
+        """The bias as a list, empty without one."""
         return [] if self.bias is None else [self.bias]
 
     def step(self, variant: Variant) -> list[Tensor]:
-        """One call: y, and in training the gradients of x, of the variant's weights and of the bias."""
+        """Call a variant: return y, and in training the gradients of x, of the weights and of the bias."""
         y = variant.forward(self.x)
         if self.case.mode != "train":
             return [y]
         return [y, *torch.autograd.grad(y, [self.x, *variant.weights, *self.biases], self.grad)]
 
     def differentiating(self) -> AbstractContextManager[object]:
-        """Where calls are to be made: without gradients, but for training."""
+        """Return the context of all calls: gradients are enabled in training only."""
         return nullcontext() if self.case.mode == "train" else torch.no_grad()
 
 
-def problem(case: Case) -> Problem:
-    """Random tensors for a case, the same ones every time."""
+def make_workload(case: Case) -> Workload:
+    """Return random tensors for a case, the same ones in every call."""
     structure, dtype = case.build(), DTYPES[case.dtype]
     torch.manual_seed(0)
     layer = Linear(case.in_features, case.out_features, structure, case.bias, device=case.device, dtype=dtype)
@@ -98,22 +99,22 @@ def problem(case: Case) -> Problem:
         if isinstance(layer.bias, nn.Parameter):
             dense.bias = nn.Parameter(layer.bias.normal_(), requires_grad=True)
             layer.bias = dense.bias
-    return Problem(case, structure, layer, dense, x, grad)
+    return Workload(case, structure, layer, dense, x, grad)
 
 
-def variants(
-    p: Problem, backends: Sequence[str] | None = None, compiled: bool = False
+def make_variants(
+    p: Workload, backends: Sequence[str] | None = None, compiled: bool = False
 ) -> tuple[list[Variant], dict[str, str]]:
-    """The variants of our structure that can run, ours first, and why each of the others cannot."""
+    """Return the variants that can run, el.Linear first, and the reason why each of the others cannot."""
     structure, factors = p.structure, p.layer.factors()
     found = [Variant(OURS, factors, p.layer)]
     refused: dict[str, str] = {}
     for name in ops.BACKENDS if backends is None else backends:
-        why = ops.unsupported(name, structure, p.x.dtype, p.x.device)
-        if why is not None:
-            refused[name] = why
+        reason = ops.unsupported(name, structure, p.x.dtype, p.x.device)
+        if reason is not None:
+            refused[name] = reason
         else:
-            found.append(Variant(name, factors, partial(_executed, p, name)))
+            found.append(Variant(name, factors, partial(_by_backend, p, name)))
     if p.case.mode == "train":
         found.append(Variant(SAVING, factors, partial(_recomputed, p, False)))
         found.append(Variant(RECOMPUTING, factors, partial(_recomputed, p, True)))
@@ -123,8 +124,9 @@ def variants(
     found.append(Variant(COPYING, weights, partial(_copying, p, weights), stored))
 
     if compiled and p.case.mode != "decode":
-        torch.compiler.reset()  # or it stops compiling after a few cases
-        run = torch.compile(partial(_executed, p, "reference"), fullgraph=True, dynamic=False)
+        # without a reset torch stops compiling after a few cases
+        torch.compiler.reset()
+        run = torch.compile(partial(_by_backend, p, "reference"), fullgraph=True, dynamic=False)
         found.append(Variant(COMPILED, factors, run))
 
     if baselines.is_blocktt(structure) and find_spec("tltorch") is None:
@@ -136,15 +138,15 @@ def variants(
     return found, refused
 
 
-def _copying(p: Problem, weights: Sequence[Tensor], x: Tensor) -> Tensor:
+def _copying(p: Workload, weights: Sequence[Tensor], x: Tensor) -> Tensor:
     return baselines.copying(p.structure, weights, x, p.bias)
 
 
-def _executed(p: Problem, backend: str, x: Tensor) -> Tensor:
+def _by_backend(p: Workload, backend: str, x: Tensor) -> Tensor:
     return ops.linear(p.structure, p.layer.factors(), x, p.bias, backend)
 
 
-def _recomputed(p: Problem, recompute: bool, x: Tensor) -> Tensor:
+def _recomputed(p: Workload, recompute: bool, x: Tensor) -> Tensor:
     with ops.backend(recompute=recompute):
         y: Tensor = p.layer(x)
     return y

@@ -1,8 +1,9 @@
-"""`einlinear bench`: its options, and what it prints."""
+"""`einlinear bench`: options and printed tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -16,11 +17,11 @@ from einlinear_lab.cli.parsing import numbers, specs
 from einlinear_lab.cli.running import command_line
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
-    from einlinear_lab.bench.mixtures import Case
     from einlinear_lab.bench.run import Recorder
     from einlinear_lab.bench.tables import Table
 
-MIXTURES, PROJECTIONS = "moe", "projection"  # suites that measure something else than layers
+# suites of other benchmarks than that of layers
+MIXTURES, PROJECTIONS = "moe", "projection"
 
 
 def command(
@@ -75,15 +76,15 @@ def command(
         bool, typer.Option("--variants", help="Print a row for every variant, not only for el.Linear.")
     ] = False,
 ) -> None:
-    """Measure speed and memory of structures and backends beside nn.Linear, in turns.
+    """Measure speed and memory of structures and backends against nn.Linear, in interleaved rounds.
 
-    Outputs and gradients are first checked against the dense matrix in float64: where they are wrong no speed-up is
-    given, and the exit status is 1. The same command again measures only what is missing.
+    Outputs and gradients are first checked against the dense matrix in float64: a wrong variant gets no speed-up, and
+    the exit status is 1. The same command again measures only the missing cases.
     """
     import torch
 
     from einlinear_lab.bench import changes, claims, mixtures, plot, projections, tables
-    from einlinear_lab.bench.cases import choose
+    from einlinear_lab.bench.cases import DEVICES, check, choose
     from einlinear_lab.bench.results import read
     from einlinear_lab.bench.run import FILE, Recorder
 
@@ -102,23 +103,32 @@ def command(
         if suite == MIXTURES:
             _refuse(suite, structures=structures, bias=bias, variants=variants, compile=compiled, compare=compared)
             own = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
-            _mixtures(mixtures.cases(**own, backends=_words(backends)), budget, out)
+            seconds = 10.0 if budget is None else budget
+            cases = mixtures.cases(**own, backends=_words(backends))
+            calls: dict[str, Callable[[], object]] = {
+                str(case): partial(mixtures.measure, case, seconds) for case in cases
+            }
+            _run(suite, mixtures, calls, device, out)
             return
         if suite == PROJECTIONS:
             _refuse(suite, tokens=tokens, passes=passes, dtype=dtypes, bias=bias, backends=backends, budget=budget)
             _refuse(suite, variants=variants, compile=compiled, compare=compared)
-            _projections(grid["structures"] or projections.SPECS, grid["sizes"] or (projections.SIZE,), device, out)
+            check("device", [device or "cpu"], DEVICES)
+            weights = product(grid["structures"] or projections.SPECS, grid["sizes"] or (projections.SIZE,))
+            project = partial(projections.measure, device=device or "cpu")
+            calls = {f"{spec}, {size}": partial(project, spec, size) for spec, size in weights}
+            _run(suite, projections, calls, device, out)
             return
         past = None if compared is None else read(compared / FILE if compared.is_dir() else compared)
         chosen = choose(suite or "quick", **grid, backends=_words(backends), compiled=compiled, budget=budget)
         if past and suite is None and all(value is None for value in grid.values()):
-            cases, settings = [result.case for result in past.results], past.settings
+            cases, config = [result.case for result in past.results], past.config
         else:
-            cases, settings = chosen.cases(), chosen.settings
+            cases, config = chosen.cases(), chosen.config
         folder = out or Path("results") / f"bench-{suite or ('compare' if past else 'quick')}"
-        recorder = Recorder(folder, cases, settings, command_line(), fresh, reading=past is not None)
+        recorder = Recorder(folder, cases, config, command_line(), fresh, reading=past is not None)
 
-    with interruptible(f"Interrupted. {recorder.path} keeps every finished case; the same command goes on from there."):
+    with interruptible(f"Interrupted. {recorder.path} holds every finished case; the same command resumes."):
         _measure(recorder)
     found = recorder.results
     (folder / "bench.md").write_text(tables.page(recorder.bench), encoding="utf-8")
@@ -132,75 +142,58 @@ def command(
     _print([tables.refusals(found), tables.conclusions(verdicts), tables.misses(verdicts), tables.dense_wins(found)])
     if past:
         for difference in recorder.bench.differences(past):
-            display.note(f"Not as in {compared}: {difference}")
-        _print([tables.changed(changes.changes(past, found))])
-    display.note(f"Results: {recorder.path}, bench.md and bench.png beside it. docs/benchmarks says what they mean.")
-    wrong = [f"{result.case}, {m.name}: {m.refusal}" for result in found for m in result.failures]
-    for message in wrong:
-        display.error(message)
-    if wrong:
-        raise typer.Exit(1)
+            display.note(f"Differs from {compared}: {difference}")
+        _print([tables.changed(changes.compare(past, found))])
+    display.note(f"Results: {recorder.path}, with bench.md and bench.png.")
+    _fail([f"{result.case}, {m.name}: {m.refusal}" for result in found for m in result.failures])
 
 
-def _mixtures(cases: Sequence[Case], budget: float | None, out: Path | None) -> None:
-    """Measure mixtures of experts, all anew."""
-    from einlinear_lab.bench import mixtures
+def _run(
+    suite: str, benchmark: Any, calls: Mapping[str, Callable[[], object]], device: str | None, out: Path | None
+) -> None:
+    """Measure all cases of another benchmark than that of layers. A case that fails does not stop the others."""
     from einlinear_lab.bench.machine import this_machine
+    from einlinear_lab.bench.tables import write_results
 
-    folder, machine = out or Path("results") / f"bench-{MIXTURES}", this_machine(cases[0].device)
+    folder, machine = out or Path("results") / f"bench-{suite}", this_machine(device or "cpu")
     display.note(str(machine))
     results, failures = [], []
     with display.progress() as progress:
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-            progress.update(task, description=str(case))
+        task = progress.add_task("", total=len(calls))
+        for name, call in calls.items():
+            progress.update(task, description=name)
             try:
-                results.append(mixtures.measure(case, 10.0 if budget is None else budget))
-            except RuntimeError as error:  # a wrong result, or an backend that cannot run: the others go on
-                failures.append(f"{case}: {error}")
+                results.append(call())
+            except RuntimeError as error:
+                failures.append(f"{name}: {error}")
             progress.advance(task)
-    if results:  # earlier ones stay until there are new ones
+    # the files of an earlier benchmark stay if everything fails
+    if results:
         folder.mkdir(parents=True, exist_ok=True)
-        mixtures.write(machine, command_line(), results, folder)
-        _print([mixtures.times(results), mixtures.conclusions(results)])
-        display.note(f"Results: {folder / mixtures.FILE}, moe.md beside it.")
-    for message in failures:
+        tables, path = benchmark.tables(results), folder / benchmark.FILE
+        write_results(path, benchmark.TITLE, machine, command_line(), results, tables)
+        _print(tables)
+        display.note(f"Results: {path}, with {path.with_suffix('.md').name}.")
+    _fail(failures)
+
+
+def _fail(messages: Sequence[str]) -> None:
+    """Print messages as errors and exit with status 1, if there are any."""
+    for message in messages:
         display.error(message)
-    if failures:
+    if messages:
         raise typer.Exit(1)
 
 
-def _refuse(suite: str, **given: object) -> None:
-    """Raise ValueError for options that were given, but mean nothing for a suite."""
-    for name, value in given.items():
+def _refuse(suite: str, **options: object) -> None:
+    """Raise ValueError for options that a suite does not use."""
+    for name, value in options.items():
         if value not in (None, False):
             raise ValueError(f"--{name} has no meaning for --suite {suite}")
 
 
-def _projections(chosen: Sequence[str], sizes: Sequence[tuple[int, int]], device: str | None, out: Path | None) -> None:
-    """Measure projections, all anew."""
-    from einlinear_lab.bench import projections
-    from einlinear_lab.bench.cases import DEVICES, check
-    from einlinear_lab.bench.machine import this_machine
-
-    check("device", [device or DEVICES[0]], DEVICES)
-    folder, machine = out or Path("results") / f"bench-{PROJECTIONS}", this_machine(device or DEVICES[0])
-    display.note(str(machine))
-    results = []
-    with display.progress() as progress:
-        task = progress.add_task("", total=len(chosen) * len(sizes))
-        for spec, size in product(chosen, sizes):
-            progress.update(task, description=spec)
-            results.append(projections.measure(spec, size, device or DEVICES[0]))
-            progress.advance(task)
-    folder.mkdir(parents=True, exist_ok=True)
-    projections.write(machine, command_line(), results, folder)
-    _print([projections.table(results)])
-    display.note(f"Results: {folder / projections.FILE}, projection.md beside it.")
-
-
 def _measure(recorder: Recorder) -> None:
-    """Measure what is missing, with a progress bar."""
+    """Measure the missing cases, with a progress bar."""
     missing = recorder.missing
     display.note(str(recorder.bench.machine))
     if not missing:
@@ -218,9 +211,9 @@ def _measure(recorder: Recorder) -> None:
             progress.advance(task)
 
 
-def _print(found: Iterable[Table]) -> None:
-    """Those that have rows."""
-    for table in found:
+def _print(tables: Iterable[Table]) -> None:
+    """Print the tables that have rows."""
+    for table in tables:
         if table.rows:
             display.show(table.headings, table.rows, table.title, prose=True)
             display.note("")
@@ -241,10 +234,10 @@ def _sizes(text: str | None) -> tuple[tuple[int, int], ...] | None:
     """ "1k,1024x4096" -> ((1000, 1000), (1024, 4096))."""
     if text is None:
         return None
-    found = []
+    pairs = []
     for word in filter(None, map(str.strip, text.split(","))):
         pair = numbers(word.replace("x", ","), "--sizes") or ()
         if len(pair) not in (1, 2):
             raise ValueError(f"--sizes: {word!r} is no size; write 1024, or 1024x4096 for in x out")
-        found.append((pair[0], pair[-1]))
-    return tuple(found)
+        pairs.append((pair[0], pair[-1]))
+    return tuple(pairs)

@@ -62,9 +62,9 @@ def command(
             training = laws_of_training(comparison, assumed, tolerance=tolerance, window=ends, prune=prune)
         laws = [laws_per_input(comparison, metric, assumed) for metric in comparison.metrics]
         laws += [training] if training else []
-        for own in laws:
-            _print(own, computes)
-        content.append({"comparison": str(comparison), "laws": [laws_as_json(own, computes) for own in laws]})
+        for law in laws:
+            _print(law, computes)
+        content.append({"comparison": str(comparison), "laws": [laws_as_json(law, computes) for law in laws]})
     display.note(
         "Means over the seeds. Compute multiplier: how many times the compute dense needs for the same loss, at the "
         "largest compute that the dense frontier covers."
@@ -86,7 +86,7 @@ def _print(laws: ScalingLaws, computes: Sequence[float]) -> None:
         name, cells = fit.curve.name, law_cells(fit, digits=4)
         predictions = [fit.predict(compute) for compute in computes]
         texts = [cells[heading].text if cells else "–" for heading in LAW_HEADINGS]
-        rows.append([name, *texts, *(f"{own.loss:.4g}" if own else "–" for own in predictions)])
+        rows.append([name, *texts, *(f"{found.loss:.4g}" if found else "–" for found in predictions)])
         if fit.fit is None:
             notes.append(f"{name}: no exponent: {fit.reason}")
         elif (points := len(fit.fit.frontier.index)) <= _FEW_POINTS:

@@ -25,25 +25,25 @@ def command(
 
     with user_errors():
         comparisons = compare_runs(record for folder in folders for record in open_store(folder).records())
-        maps = [(comparison, own) for comparison in comparisons if (own := map_of(comparison, comparison.error))]
+        maps = [(comparison, map_) for comparison in comparisons if (map_ := map_of(comparison, comparison.error))]
         if not maps:
             raise ValueError(
                 f"{' and '.join(map(str, folders))}: a map needs {MIN_STRUCTURES} structures of about the same MACs, "
                 "each shared by all layers of a model, and errors above 0"
             )
         report = write_report(folders, out)
-    for comparison, own in maps:
+    for comparison, map_ in maps:
         error = metric_title(comparison.error)
-        display.note(f"{comparison}: {len(own.points)} structures at {own.compute:,.0f} MACs per {comparison.input}")
-        table = map_table(own.points[:_ROWS], error)
+        display.note(f"{comparison}: {len(map_.points)} structures at {map_.compute:,.0f} MACs per {comparison.input}")
+        table = map_table(map_.points[:_ROWS], error)
         display.show(table.headings, [[cell.text for cell in row] for row in table.rows])
         coefficients = [
-            (sign, *(cell.text for cell in cells)) for sign, cells in coefficient_cells(own.regression).items()
+            (sign, *(cell.text for cell in cells)) for sign, cells in coefficient_cells(map_.regression).items()
         ]
         display.show(("exponent", f"coefficient for log {error}", "95 % interval"), coefficients)
-        if own.unfinished:
-            display.note(f"{len(own.unfinished)} more structures are left out: pruned or not finished.")
-        best = own.points[0].structure
+        if map_.unfinished:
+            display.note(f"{len(map_.unfinished)} more structures are left out: pruned or not finished.")
+        best = map_.points[0].structure
         display.note(f"Lowest {error}:\n    import einlinear as el\n    el.convert(model, {best!r})\n")
     for warning in report.warnings:
         display.warning(warning)

@@ -1,4 +1,4 @@
-"""`einlinear prepare`: its options, and what it prints."""
+"""The command `einlinear prepare`."""
 
 from __future__ import annotations
 
@@ -31,70 +31,70 @@ def command(
     tokens: Annotated[
         str,
         typer.Option(
-            help="auto (characters, or bytes where a text of yours has others), char (96 characters), bytes (256) or "
+            help="auto (characters, or bytes where a text of yours needs others), char (96 characters), bytes (256) or "
             "bpe (byte pairs)."
         ),
     ] = "auto",
-    vocab: Annotated[
+    vocab_size: Annotated[
         int | None, typer.Option(help="Size of the vocabulary of bpe, 257 to 65536. Default: 4096.")
     ] = None,
-    validation: Annotated[float, typer.Option(help="Share of each part of the text that is held out.")] = 0.05,
+    validation: Annotated[float, typer.Option(help="Share of each text that is held out.")] = 0.05,
     limit: Annotated[
-        str | None, typer.Option(help="Take at most this many characters of each part of the text, such as 500k or 2M.")
+        str | None, typer.Option(help="Largest number of characters of each text, such as 500k or 2M. Default: all.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Prepare again a text that the folder holds.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Prepare a text again that the folder holds.")] = False,
 ) -> None:
     """Turn text into tokens for language models, a share of them held out for validation.
 
-    A text that the folder holds already is left as it is. After an interruption the same command starts over.
+    A text that the folder holds already is not prepared again. After an interruption the same command starts over.
     """
     require(LAB)
-    from einlinear_lab.data import Recipe, prepare_tokens
-    from einlinear_lab.data.text.prepare import finished
+    from einlinear_lab.data import TextConfig, prepare_tokens
+    from einlinear_lab.data.text.prepare import load_prepared
 
     with user_errors(), interruptible(f"Interrupted. The same command prepares {out} from the start."):
         characters = numbers(limit, "--limit")
         if characters and len(characters) > 1:
             raise ValueError(f"--limit {limit}: give one number")
-        recipe = Recipe(
+        config = TextConfig(
             sources=tuple(sources),
             tokens=tokens,
-            vocabulary=vocab,
+            vocab_size=vocab_size,
             validation=validation,
             limit=characters[0] if characters else None,
         )
-        found = None if fresh else finished(recipe, out)
-        if found:
+        prepared = None if fresh else load_prepared(config, out)
+        if prepared:
             display.note(f"{out} holds this text already; --fresh prepares it again.")
         else:
             with display.progress() as progress:
-                found = prepare_tokens(recipe, out, fresh=fresh, progress=partial(display.advance, progress))
-    _print(found)
+                prepared = prepare_tokens(config, out, fresh=fresh, progress=partial(display.advance, progress))
+    _print(prepared)
 
 
 def _print(tokens: Tokens) -> None:
-    """What became of the text."""
+    """Print the counts of every corpus."""
     headings = ("text", "documents", "dropped", "characters", "replaced", "dropped", "training", "validation")
     rows = []
-    for part in tokens.counts:
+    for corpus in tokens.counts:
         counts = (
-            part.documents,
-            part.documents_dropped,
-            part.characters,
-            part.characters_replaced,
-            part.characters_dropped,
-            part.train_tokens,
-            part.validation_tokens,
+            corpus.documents,
+            corpus.documents_dropped,
+            corpus.characters,
+            corpus.characters_replaced,
+            corpus.characters_dropped,
+            corpus.train_tokens,
+            corpus.validation_tokens,
         )
-        rows.append((part.name, *(f"{count:,}" for count in counts)))
+        rows.append((corpus.name, *(f"{count:,}" for count in counts)))
     display.show(headings, rows)
-    for part in tokens.counts:
-        display.note(f"{part.name}: {part.origin}.")
-    for why in {part.fallback: None for part in tokens.counts if part.fallback}:
-        display.warning(f"The tokens are bytes: {why}.")
+    for corpus in tokens.counts:
+        display.note(f"{corpus.name}: {corpus.origin}.")
+    for reason in {corpus.fallback: None for corpus in tokens.counts if corpus.fallback}:
+        display.warning(f"The tokens are bytes: {reason}.")
     train, validation = len(tokens.train), len(tokens.validation)
-    characters = sum(part.characters for part in tokens.counts)
+    characters = sum(corpus.characters for corpus in tokens.counts)
     display.note(
-        f"{train:,} tokens to train on, {validation:,} held out; a vocabulary of {tokens.vocabulary.size:,}, "
+        f"{train:,} tokens to train on, {validation:,} held out; a vocabulary of {tokens.tokenizer.vocab_size:,}, "
         f"{characters / (train + validation):.2f} characters a token. In {tokens.folder}."
     )

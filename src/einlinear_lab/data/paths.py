@@ -1,4 +1,4 @@
-"""Where fetched data are kept."""
+"""The folder of fetched data."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def data_dir() -> Path:
-    """The folder of fetched data: $EINLINEAR_DATA, or ~/.cache/einlinear where that is unset or empty."""
+    """Return $EINLINEAR_DATA, or ~/.cache/einlinear where it is unset or empty."""
     return Path(os.environ.get("EINLINEAR_DATA") or "~/.cache/einlinear").expanduser()

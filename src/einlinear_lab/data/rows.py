@@ -1,4 +1,4 @@
-"""Text in files: plain text, and rows of JSON, JSON Lines, CSV or Parquet; all but Parquet also compressed by gzip."""
+"""Text in files: plain text, and rows of JSON, JSON Lines, CSV or Parquet. All but Parquet may be gzipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-# How the rows of a file are read, by the ending of its name, without .gz. Any other file is plain text.
+# Formats by the ending of a file name without .gz. Any other file is plain text.
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -22,7 +22,8 @@ FORMATS = {
     ".parquet": "parquet",
 }
 _GZIP = ".gz"
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks, as of Windows' editors and shells
+# Byte order marks, which editors and shells of Windows write.
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _LONGEST_CELL = 1 << 30
 _BINARY = {
     b"PK\x03\x04": "a ZIP archive, as .docx, .xlsx and .epub files are",
@@ -37,11 +38,11 @@ _BINARY = {
 
 
 class NotText(ValueError):
-    """A file whose bytes are no text in UTF-8."""
+    """A file whose bytes are not text in UTF-8."""
 
 
 def format_of(path: Path) -> str | None:
-    """How the rows of a file are stored: "jsonl", "json", "csv" or "parquet"; None for plain text.
+    """Return the format of the rows of a file: "jsonl", "json", "csv" or "parquet"; None for plain text.
 
     >>> [format_of(Path(name)) for name in ("a.jsonl", "A.CSV.gz", "a.txt", "a.txt.gz")]
     ['jsonl', 'csv', None, None]
@@ -51,7 +52,7 @@ def format_of(path: Path) -> str | None:
 
 
 def binary_kind(path: Path) -> str | None:
-    """What a file is that is no text, such as "a PDF document"; None for text.
+    """Return the kind of a file that is not text, such as "a PDF document"; None for text.
 
     Raises:
         ValueError: a file called .gz that gzip cannot read.
@@ -85,7 +86,7 @@ def open_text(path: Path, errors: str = "strict", newline: str | None = None) ->
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with the words that name its place, such as "line 3 of chat.jsonl".
+    """Yield the rows of a file, each with its place, such as "line 3 of chat.jsonl".
 
     Raises:
         ValueError: the file is damaged, or a row is not an object of named values.
@@ -111,7 +112,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of objects, or a single one, or one a line, as some write it."""
+    """Yield the objects of a list, a single object, or one object per line."""
     with open_text(path) as file:
         text = file.read()
     try:
@@ -158,12 +159,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
-    except ValueError as error:  # the base of pyarrow's own
+    # The base class of the errors of pyarrow.
+    except ValueError as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from None
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A file's content, decompressed."""
+    """Open a file for reading, decompressed."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
     if not path.exists():
@@ -175,7 +177,7 @@ def _opened(path: Path) -> BinaryIO:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Name the file, and what helps, when its content cannot be read."""
+    """Turn errors of reading into errors that name the file and a remedy."""
     try:
         yield
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Which examples of a data set a batch has: of training by the batch's number, of evaluation always the same ones."""
+"""The examples of a batch: of training by its number, of evaluation always the same ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from einlinear_lab.data.rng import shuffled
 
 
 class Epochs:
-    """Passes over all training examples, each in an order of its own, without those that would make a partial batch.
+    """Passes over all training examples, each in its own order, without a last partial batch.
 
     Args:
-        count: how many examples there are.
+        count: number of examples.
         batch_size: examples in a batch, B.
-        seed: what the orders are drawn from (its stream 0).
+        seed: of the orders (its stream 0).
 
     Attributes:
         per_epoch: batches of an epoch.
@@ -37,19 +37,20 @@ class Epochs:
         self._epoch, self._order = 0, shuffled(count, seed, 0)
 
     def rows(self, step: int) -> Tensor:
-        """The indices of the examples of batch `step`, (B,) int64. Steps are counted on from epoch to epoch.
+        """Return the indices of the examples of batch `step`, (B,) int64. Steps count on from epoch to epoch.
 
         Raises:
             ValueError: a negative step.
         """
         epoch, place = divmod(step, self.per_epoch)
-        if epoch != self._epoch:  # kept only to save time: it is the order of the epoch, whatever was asked for before
+        # A cache: the order of an epoch does not depend on the calls before.
+        if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(self.count, self.seed, epoch)
         return self._order[place * self.batch_size :][: self.batch_size]
 
 
 def spread(available: int, count: int, batch_size: int) -> Iterator[Tensor]:
-    """The indices of `count` examples (at most all), evenly spread over those available, in batches.
+    """Return the indices of `count` examples (at most all), evenly spread over the available ones, in batches.
 
     Returns:
         An iterator over (B,) int64; the last one may be smaller.

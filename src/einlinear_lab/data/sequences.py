@@ -1,4 +1,4 @@
-"""`Sequences`: what every source of batches for language models gives.
+"""`Sequences`: batches for language models.
 
 Shapes: B sequences in a batch, T tokens in each.
 """
@@ -15,28 +15,29 @@ from einlinear_lab.data.sampling import spread
 
 
 class Sequences(ABC):
-    """Where a language model's batches come from.
+    """Batches for a language model.
 
     Attributes:
-        vocabulary: how many different tokens there are; all of them are below it.
-        context: T, the tokens of a sequence.
-        batch_size: B.
+        vocab_size: number of different tokens; all tokens are below it.
+        context: tokens of a sequence, T.
+        batch_size: sequences in a batch, B.
         seed: of the training batches.
     """
 
-    def __init__(self, vocabulary: int, context: int, batch_size: int, seed: int) -> None:
+    def __init__(self, vocab_size: int, context: int, batch_size: int, seed: int) -> None:
         for name, value in (("context", context), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1")
-        numpy_generator(seed, 0)  # refuses a seed out of range
-        self.vocabulary = vocabulary
+        # Refuses a seed out of range.
+        numpy_generator(seed, 0)
+        self.vocab_size = vocab_size
         self.context = context
         self.batch_size = batch_size
         self.seed = seed
 
     @abstractmethod
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Training batch number `step`, the same one every time: a run goes on from any step without replaying others.
+        """Return training batch number `step`, the same one every time, so that a run resumes at any step.
 
         Returns:
             Inputs and targets, both (B, T) int64. targets[:, t] follows inputs[:, : t + 1].
@@ -47,10 +48,10 @@ class Sequences(ABC):
 
     @abstractmethod
     def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of held-out sequences, always the same ones in the same order.
+        """Yield batches of held-out sequences, always the same ones in the same order.
 
         Args:
-            count: how many sequences, spread evenly over all there are. Default, and at most: all.
+            count: number of sequences, evenly spread over all. Default, and at most: all.
 
         Returns:
             An iterator over inputs and targets as in `batch`; the last pair may have fewer than B rows.
@@ -59,8 +60,8 @@ class Sequences(ABC):
             ValueError: `count` below 1.
         """
 
-    def _chosen(self, available: int, count: int | None) -> Iterator[Tensor]:
-        """Which of the held-out sequences that are available each evaluation batch has, by their numbers."""
+    def _held_out(self, available: int, count: int | None) -> Iterator[Tensor]:
+        """Yield the numbers of the held-out sequences of each evaluation batch."""
         if count is not None and count < 1:
             raise ValueError(f"count={count}: evaluation needs at least 1 sequence")
         return spread(available, available if count is None else count, self.batch_size)

@@ -1,4 +1,4 @@
-"""Synthetic regression: what a random network computes, on fresh data at every step."""
+"""Synthetic regression: the outputs of a random network, with new data at every step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from einlinear_lab.data.rng import numpy_generator
 
-_TRAINING, _EVALUATION, _SCALE, _WEIGHTS = range(4)  # streams
-_SAMPLE = 4096  # so many inputs give the mean and the standard deviation, and as many are computed at a time
+# Streams of random numbers.
+_TRAINING, _EVALUATION, _SCALE, _WEIGHTS = range(4)
+# Inputs that mean and standard deviation are measured on, and that are computed at a time.
+_SAMPLE = 4096
 
 
 class Teacher:
-    """A random network of ReLUs, and the data that it makes: the regression task of arXiv 2410.02117.
+    """A random ReLU network and its data: the regression task of arXiv 2410.02117.
 
     Inputs are drawn from N(0, I). Each of `depth` layers is sqrt(2) relu(W x) with the entries of W from
     N(0, 1 / fan-in), which keeps the size of its input; a last layer gives one number, shifted and scaled to mean 0 and
@@ -25,7 +27,7 @@ class Teacher:
         features: of an input, F.
         width, depth: of the network.
         seed: of its weights.
-        device: where it is computed, and where batches are.
+        device: of the network and of batches.
 
     Raises:
         ValueError: features, width or depth below 1, a negative seed.
@@ -59,7 +61,7 @@ class Teacher:
         return (torch.cat(parts) - self._mean) / self._std
 
     def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Training batch number `step` of a seed, the same one every time.
+        """Return training batch number `step` of a seed, the same one every time.
 
         Returns:
             x (B, F) and y (B, 1), float32.
@@ -70,7 +72,7 @@ class Teacher:
         return self._pair(batch_size, seed, step, _TRAINING)
 
     def evaluation(self, batch_size: int = 4096) -> tuple[Tensor, Tensor]:
-        """A batch that no training batch has: x (B, F) and y (B, 1), always the same ones."""
+        """Return a batch apart from all training batches, always the same one: x (B, F) and y (B, 1)."""
         return self._pair(batch_size, 0, 0, _EVALUATION)
 
     def _pair(self, batch_size: int, seed: int, step: int, stream: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.foreign import Described, Known
+from einlinear.nn.layer_info import LayerInfo, SelfDescribing
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import MoEFeedForward, MoELinear
 from einlinear.structures import DoesNotFit, Structure
@@ -45,7 +45,9 @@ class Layers:
             return self.single(in_features, out_features, structure, gamma=gamma)
         made = make_structure(structure, in_features, out_features)
         normalize = self._normalizes(made)
-        return MoELinear(in_features, out_features, made, c.experts, c.active, self.bias, normalize, gamma=gamma)
+        return MoELinear(
+            in_features, out_features, made, c.experts, c.active, self.bias, normalize=normalize, gamma=gamma
+        )
 
     def single(
         self, in_features: int, out_features: int, structure: str | None = None, *, gamma: bool = True
@@ -96,7 +98,7 @@ class FeedForward(nn.Module):
         return torch.add(x, self.fc2(F.gelu(self.fc1(self.norm(x)))), alpha=self.multiplier)
 
 
-class Attention(Described):
+class Attention(SelfDescribing):
     """x + multiplier * out(attention(norm(x))): multi-head self-attention, (n, t, width) to the same.
 
     Scores are multiplied by 8 / d_head rather than 1 / sqrt(d_head): the same for heads of 64 features, and right for
@@ -145,8 +147,8 @@ class Attention(Described):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=8 / q.shape[-1])
         return torch.add(x, self.out(mixed.transpose(1, 2).flatten(2)), alpha=self.multiplier)
 
-    def known(self) -> Known:
-        return Known(macs_per_position=2 * self.features)
+    def layer_info(self) -> LayerInfo:
+        return LayerInfo(macs_per_position=2 * self.features)
 
 
 class TransformerBlock(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from einlinear.nn.foreign import known
+from einlinear.nn.third_party import layer_info
 
 
 def params(model: nn.Module) -> int:
@@ -37,14 +37,14 @@ def macs_per_token(model: nn.Module, tokens: int | None = None) -> int:
     macs = 0
     for name, module in model.named_modules():
         macs += _own_macs(name, module)
-        facts = known(module)
-        if facts is not None and facts.macs_per_position:
+        info = layer_info(module)
+        if info is not None and info.macs_per_position:
             if tokens is None:
                 raise ValueError(
                     f"{name or 'the model'} is attention, whose cost depends on the sequence: give tokens="
                 )
-            macs += tokens * facts.macs_per_position
-        elif facts is None and "attention" in type(module).__name__.lower():
+            macs += tokens * info.macs_per_position
+        elif info is None and "attention" in type(module).__name__.lower():
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__}: the products of its attention are unknown. "
                 "linear_macs counts the linear layers alone"
@@ -68,12 +68,12 @@ def linear_macs(model: nn.Module) -> int:
 
 def _own_macs(name: str, module: nn.Module) -> int:
     """Of a module without its children, and of one token by itself."""
-    facts = known(module)
-    counted = {*facts.matrices, *facts.vectors} if facts is not None and facts.macs is not None else set()
+    info = layer_info(module)
+    counted = {*info.roles} if info is not None and info.macs is not None else set()
     unknown = sorted(key for key, p in module.named_parameters(recurse=False) if p.dim() > 1 and key not in counted)
     if unknown:
         raise ValueError(
             f"the MACs of {name or 'the model'}, a {type(module).__name__}, are unknown: it has weights of its own, "
             f"{', '.join(unknown)}"
         )
-    return facts.macs or 0 if facts is not None else 0
+    return info.macs or 0 if info is not None else 0

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einlinear.conversion.calling import Batch as Batch
-from einlinear.conversion.calling import call as call
-from einlinear.conversion.calling import evaluating as evaluating
 from einlinear.nn import Linear
-from einlinear.nn.foreign import is_conv1d
+from einlinear.nn.model_call import Batch as Batch
+from einlinear.nn.model_call import call as call
+from einlinear.nn.model_call import evaluating as evaluating
+from einlinear.nn.third_party import is_conv1d
 
 _TRIED = 2  # calls after which the output is taken not to depend on a layer
 # nodes of the graph behind which a model's output is still that of its last layer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from einlinear.nn.foreign import features
+from einlinear.nn.third_party import features
 
 MANY = 256  # tokens at once
 _LEAST, _MOST, _ENOUGH = 6, 60, 0.1  # calls of each layer, and seconds of both after which no more are needed

@@ -88,7 +88,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     chapters = [_chapter(comparison, stores, floor) for comparison in comparisons]
     for path, check in checks:
         chapters.append(Chapter(f"Coordinate check in {path}", [coordinate_check.section(check)], [check.command]))
-    warnings = [*setup.code_warning([record for own in comparisons for record in own.records]), *damaged]
+    warnings = [*setup.code_warning([record for comparison in comparisons for record in comparison.records]), *damaged]
     command = ["einlinear", "report", *map(os.fspath, paths), *([] if out is None else ["--out", os.fspath(out)])]
     command += [] if floor == 0 else ["--floor", "fit" if floor is None else repr(floor)]
     page = render(

@@ -84,17 +84,19 @@ def figure_along(curves: Sequence[tuple[str, Sequence[MultiplierAt]]], compute: 
 def _chart_of_models(comparison: Comparison, metric: str) -> list[Chart]:
     points = []
     for curve in comparison.curves:
-        models = [(group, own, own.mean) for group in curve.best if (own := group.multipliers.get(metric)) and own.mean]
-        is_dense = all(str(own) == "1.00×" for _, own, _ in models)
+        models = [
+            (group, over, over.mean) for group in curve.best if (over := group.multipliers.get(metric)) and over.mean
+        ]
+        is_dense = all(str(over) == "1.00×" for _, over, _ in models)
         points.append(
             [
                 _Point(
                     group.result.macs,
                     mean,
-                    (own.smallest.value, own.largest.value),
-                    f"{hover(*group.good)}<br>{own}",
+                    (over.smallest.value, over.largest.value),
+                    f"{hover(*group.good)}<br>{over}",
                 )
-                for group, own, mean in models
+                for group, over, mean in models
                 if not is_dense
             ]
         )
@@ -112,8 +114,8 @@ def _ends(at: MultiplierAt) -> tuple[float, float]:
 
 def _chart(names: Sequence[str], points: Sequence[Sequence[_Point]], compute: str) -> Chart:
     traces = [part for i, name in enumerate(names) for part in _traces(i, name, points[i])]
-    macs = [point.macs for own in points for point in own]
-    ends = [1.0, *(end for own in points for point in own for end in point.ends)]
+    macs = [point.macs for series in points for point in series]
+    ends = [1.0, *(end for series in points for point in series for end in point.ends)]
     return Chart(traces, log_axis(macs, compute), log_axis(ends, "compute multiplier"), baseline=1)
 
 
@@ -124,18 +126,18 @@ def _traces(i: int, name: str, points: Sequence[_Point]) -> list[Trace]:
     triangles = {">": "triangle-up-open", "<": "triangle-down-open"}
     return [
         trace(
-            [point.macs for point in own],
-            [point.multiplier.value for point in own],
+            [point.macs for point in series],
+            [point.multiplier.value for point in series],
             colour(i),
             "%{customdata}",
-            [point.hover for point in own],
+            [point.hover for point in series],
             name=name,
-            legend=own is exact or not exact,
-            symbol=symbol(i) if own is exact else [triangles[point.multiplier.bound] for point in own],
+            legend=series is exact or not exact,
+            symbol=symbol(i) if series is exact else [triangles[point.multiplier.bound] for point in series],
             size=8,
-            line=1.5 if own is exact else 0,
-            ranges=[point.ends for point in own] if own is exact else None,
+            line=1.5 if series is exact else 0,
+            ranges=[point.ends for point in series] if series is exact else None,
         )
-        for own in (exact, bounds)
-        if own
+        for series in (exact, bounds)
+        if series
     ]

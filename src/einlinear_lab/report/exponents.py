@@ -57,15 +57,15 @@ def at_equal_compute(comparison: Comparison, metric: str) -> EqualCompute | None
 
     Naive curves are controls and left out.
     """
-    found = []
+    candidates = []
     for curve in comparison.curves:
         losses = [(group.result.macs, mean) for group in curve.best if (mean := group.mean(metric))]
         if losses and curve.structure_aware and (exponents := exponents_of(curve.best[-1].run.model)):
-            found.append((curve, exponents, sorted(losses)))
-    compute = float(min((losses[-1][0] for *_, losses in found), default=0))
+            candidates.append((curve, exponents, sorted(losses)))
+    compute = float(min((losses[-1][0] for *_, losses in candidates), default=0))
     points = tuple(
         CurvePoint(curve, exponents, _loss_at(compute, losses))
-        for curve, exponents, losses in found
+        for curve, exponents, losses in candidates
         if losses[0][0] <= compute
     )
     if len({point.curve.structure for point in points}) < MIN_STRUCTURES:
@@ -78,10 +78,10 @@ def at_equal_compute(comparison: Comparison, metric: str) -> EqualCompute | None
 def exponents_of(model: ModelConfig) -> dict[str, float]:
     """Return the exponents of a model's structure by name; none if its family is not registered."""
     try:
-        own = structure(model.structure, model.width, model.expansion * model.width)
+        built = structure(model.structure, model.width, model.expansion * model.width)
     except ValueError:
         return {}
-    return {name: getattr(own, name) for name in EXPONENTS}
+    return {name: getattr(built, name) for name in EXPONENTS}
 
 
 def regression_of(points: Sequence[tuple[Mapping[str, float], float]], dense: float) -> ExponentRegression:
@@ -92,30 +92,32 @@ def regression_of(points: Sequence[tuple[Mapping[str, float], float]], dense: fl
 
 def section(comparison: Comparison) -> Section | None:
     """Show losses over exponents, if at least five structures have models around the same compute."""
-    found = {metric: own for metric in comparison.metrics if (own := at_equal_compute(comparison, metric))}
-    if not found:
+    results = {metric: result for metric in comparison.metrics if (result := at_equal_compute(comparison, metric))}
+    if not results:
         return None
     text = Markup(
         "<p>Losses at {} MACs per {}, the largest compute that all structures reach, interpolated between models in "
         "log-log space. ω = 0: every parameter is used once; ψ = 1: full rank; ν = 1: the compute of dense.</p>"
-    ).format(short(float(f"{next(iter(found.values())).compute:.3g}")), comparison.input)
+    ).format(short(float(f"{next(iter(results.values())).compute:.3g}")), comparison.input)
     index = {curve.name: i for i, curve in enumerate(comparison.curves)}
-    titled = {metric_title(metric): own for metric, own in found.items()}
-    views = {title: [_chart(own.points, index, name, title) for name in EXPONENTS] for title, own in titled.items()}
+    titled = {metric_title(metric): result for metric, result in results.items()}
+    views = {
+        title: [_chart(result.points, index, name, title) for name in EXPONENTS] for title, result in titled.items()
+    }
     data = [
         {
             "curve": point.curve.name,
             "structure": point.curve.structure,
-            "macs": own.compute,
+            "macs": result.compute,
             "metric": metric,
             "loss": point.loss,
             **point.exponents,
         }
-        for metric, own in found.items()
-        for point in own.points
+        for metric, result in results.items()
+        for point in result.points
     ]
     caption = Markup("Lower is better. One mark per structure, the same in all panels; the table below is the legend.")
-    regressions = {title: own.regression for title, own in titled.items()}
+    regressions = {title: result.regression for title, result in titled.items()}
     tables = [_table(titled, index), *regression_table(regressions)]
     return Section("Loss against structure exponents", text, [Figure("exponents", caption, views, data)], tables)
 
@@ -180,11 +182,15 @@ def _chart(points: Sequence[CurvePoint], index: Mapping[str, int], exponent: str
     return Chart(traces, exponent_axis(exponent), losses, height=320, legend=False)
 
 
-def _table(found: Mapping[str, EqualCompute], index: Mapping[str, int]) -> SortableTable:
-    exponents = {point.curve.name: point.exponents for own in found.values() for point in own.points}
-    losses = [{point.curve.name: point.loss for point in own.points} for own in found.values()]
+def _table(results: Mapping[str, EqualCompute], index: Mapping[str, int]) -> SortableTable:
+    exponents = {point.curve.name: point.exponents for result in results.values() for point in result.points}
+    losses = [{point.curve.name: point.loss for point in result.points} for result in results.values()]
     rows = [
-        [Cell(name, name, index[name]), *exponent_cells(own), *(Cell.of(each.get(name), ".4f") for each in losses)]
-        for name, own in exponents.items()
+        [
+            Cell(name, name, index[name]),
+            *exponent_cells(values),
+            *(Cell.of(by_name.get(name), ".4f") for by_name in losses),
+        ]
+        for name, values in exponents.items()
     ]
-    return SortableTable(("structure", *(SIGNS[name] for name in EXPONENTS), *found), rows)
+    return SortableTable(("structure", *(SIGNS[name] for name in EXPONENTS), *results), rows)

@@ -19,7 +19,7 @@ from einlinear_lab.scaling.multipliers import Bound, Multiplier
 MIN_RATES = 3  # of a sweep
 
 Point = tuple[float, float | None]  # (learning rate, loss); None where it diverged
-Sweeps = Sequence[tuple[Curve, Sequence["LearningRateSweep"]]]
+CurveSweeps = Sequence[tuple[Curve, Sequence["LearningRateSweep"]]]
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
 
 def section(comparison: Comparison) -> Section | None:
     """Show the sweeps, if any model size has at least three learning rates."""
-    found = {metric: _all_sweeps(comparison, metric) for metric in comparison.metrics}
-    if not any(found.values()):
+    by_metric = {metric: _all_sweeps(comparison, metric) for metric in comparison.metrics}
+    if not any(by_metric.values()):
         return None
     sweeps = Figure(
         "learning-rates",
@@ -123,7 +123,7 @@ def section(comparison: Comparison) -> Section | None:
             "parabola through the lowest point and its neighbours. Crosses at the top: diverged. <i>Naive</i>: all "
             "factors have the learning rate of a dense layer. All panels share their axes."
         ),
-        {metric_title(metric): _sweep_charts(sweeps, metric) for metric, sweeps in found.items()},
+        {metric_title(metric): _sweep_charts(curves, metric) for metric, curves in by_metric.items()},
         [
             run_row(
                 curve.name,
@@ -131,7 +131,7 @@ def section(comparison: Comparison) -> Section | None:
                 diverged=result_of(record).diverged,
                 **{metric: metric_of(record, metric) for metric in comparison.metrics},
             )
-            for curve, sweeps in found[comparison.error]
+            for curve, sweeps in by_metric[comparison.error]
             for sweep in sweeps
             for group in sweep.groups
             for record in group.records
@@ -143,7 +143,7 @@ def section(comparison: Comparison) -> Section | None:
             "The optimal learning rate by width. A horizontal line means that the learning rate transfers across "
             "widths. Bars: range over single seeds. Open marks: the optimum is at an end of the sweep, or beyond."
         ),
-        {metric_title(metric): [_optima_chart(sweeps)] for metric, sweeps in found.items()},
+        {metric_title(metric): [_optima_chart(curves)] for metric, curves in by_metric.items()},
         [
             {
                 "curve": curve.name,
@@ -156,13 +156,13 @@ def section(comparison: Comparison) -> Section | None:
                 "largest": best.largest,
                 "bound": best.bound,
             }
-            for metric, found_sweeps in found.items()
-            for curve, sweeps in found_sweeps
+            for metric, curves in by_metric.items()
+            for curve, sweeps in curves
             for sweep in sweeps
             if (best := sweep.optimum)
         ],
     )
-    tables = [_table(sweeps, metric_title(metric)) for metric, sweeps in found.items()]
+    tables = [_table(curves, metric_title(metric)) for metric, curves in by_metric.items()]
     return Section("Learning rates", figures=[sweeps, optima], tables=tables)
 
 
@@ -177,28 +177,28 @@ def _optimum(groups: Sequence[SeedGroup], metric: str) -> Optimum | None:
     for record in (record for group in groups for record in group.records):
         seeds.setdefault(record.run.seed, []).append(record)
     curves = [[(record.run.training.lr, metric_of(record, metric)) for record in records] for records in seeds.values()]
-    single = [own[0] for points in curves if len(points) == len(groups) and (own := best_lr(points))]
+    optima = [single[0] for points in curves if len(points) == len(groups) and (single := best_lr(points))]
     lr, bound = best
-    return Optimum(lr, min(single, default=lr), max(single, default=lr), bound)
+    return Optimum(lr, min(optima, default=lr), max(optima, default=lr), bound)
 
 
-def _all_sweeps(comparison: Comparison, metric: str) -> Sweeps:
+def _all_sweeps(comparison: Comparison, metric: str) -> CurveSweeps:
     """Return the curves with sweeps."""
-    found = [(curve, sweeps_of(comparison, curve, metric)) for curve in comparison.curves]
-    return [(curve, sweeps) for curve, sweeps in found if sweeps]
+    curves = [(curve, sweeps_of(comparison, curve, metric)) for curve in comparison.curves]
+    return [(curve, sweeps) for curve, sweeps in curves if sweeps]
 
 
-def _sizes(found: Sweeps) -> Mapping[str, int]:
+def _sizes(curves: CurveSweeps) -> Mapping[str, int]:
     """Return size -> width, by width."""
-    sizes = {sweep.size: sweep.width for _, sweeps in found for sweep in sweeps}
+    sizes = {sweep.size: sweep.width for _, sweeps in curves for sweep in sweeps}
     return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
-def _sweep_charts(found: Sweeps, metric: str) -> list[Chart]:
+def _sweep_charts(curves: CurveSweeps, metric: str) -> list[Chart]:
     """Draw a chart per curve, all over the same axes."""
-    groups = [group for _, sweeps in found for sweep in sweeps for group in sweep.groups]
+    groups = [group for _, sweeps in curves for sweep in sweeps for group in sweep.groups]
     losses = [loss for group in groups for loss in group.values(metric) if loss > 0]
-    sizes, top = list(_sizes(found)), 1.08 * max(losses, default=1.0)
+    sizes, top = list(_sizes(curves)), 1.08 * max(losses, default=1.0)
     x = log_axis([group.run.training.lr for group in groups], "learning rate")
     y = log_axis([*losses, top], metric_title(metric))
     return [
@@ -209,7 +209,7 @@ def _sweep_charts(found: Sweeps, metric: str) -> list[Chart]:
             title=curve.name,
             height=340,
         )
-        for curve, sweeps in found
+        for curve, sweeps in curves
     ]
 
 
@@ -248,9 +248,9 @@ def _traces(sweep: LearningRateSweep, metric: str, i: int, count: int, top: floa
     return traces
 
 
-def _optima_chart(found: Sweeps) -> Chart:
+def _optima_chart(curves: CurveSweeps) -> Chart:
     traces, ends = [], list[float]()
-    for i, (curve, sweeps) in enumerate(found):
+    for i, (curve, sweeps) in enumerate(curves):
         optima = [(sweep, sweep.optimum) for sweep in sweeps if sweep.optimum]
         ends += [end for _, best in optima for end in (best.smallest, best.lr, best.largest)]
         traces.append(
@@ -268,14 +268,14 @@ def _optima_chart(found: Sweeps) -> Chart:
                 ranges=[(best.smallest, best.largest) for _, best in optima],
             )
         )
-    widths = {sweep.width for _, sweeps in found for sweep in sweeps if sweep.optimum}
+    widths = {sweep.width for _, sweeps in curves for sweep in sweeps if sweep.optimum}
     return Chart(traces, width_axis(widths), log_axis(ends, "optimal learning rate"))
 
 
-def _table(found: Sweeps, metric: str) -> SortableTable:
+def _table(curves: CurveSweeps, metric: str) -> SortableTable:
     """Return the optima: a row per curve, a column per size."""
-    sizes, rows = list(_sizes(found)), []
-    for i, (curve, sweeps) in enumerate(found):
+    sizes, rows = list(_sizes(curves)), []
+    for i, (curve, sweeps) in enumerate(curves):
         shift, optima = optimum_shift(sweeps), {sweep.size: sweep.optimum for sweep in sweeps}
         ratio = Cell(shift.text.replace(">", "≥"), shift.value) if shift else Cell("–")
         cells = [_cell(optima[size]) if size in optima else Cell("") for size in sizes]

@@ -28,13 +28,15 @@ def model_columns(
     megabytes = [None if result.memory is None else result.memory / 1e6 for result in results]
     return {
         "structure": [Cell(group.run.model.structure, group.curve, index[group.curve]) for group in groups],
-        **{name.replace("_", " "): [_config_cell(own.run.identity.get(name)) for own in groups] for name in names},
+        **{name.replace("_", " "): [_config_cell(group.run.identity.get(name)) for group in groups] for name in names},
         f"MACs per {comparison.input}": [Cell.of(result.macs, ",") for result in results],
         **{
-            metric_title(name): [Cell.of(own.mean(name), ".4f", "–" if own.good else "diverged") for own in groups]
+            metric_title(name): [
+                Cell.of(group.mean(name), ".4f", "–" if group.good else "diverged") for group in groups
+            ]
             for name in comparison.all_metrics
         },
-        **{heading: [_multiplier_cell(own, name) for own in groups] for heading, name in multipliers.items()},
+        **{heading: [_multiplier_cell(group, name) for group in groups] for heading, name in multipliers.items()},
         "parameters": [Cell.of(result.params, ",") for result in results],
         "ms per step": [Cell.of(value, ".2f") for value in milliseconds],
         "MB": [Cell.of(value, ",.1f") for value in megabytes],

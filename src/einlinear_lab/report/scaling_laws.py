@@ -164,23 +164,23 @@ def evaluations(group: SeedGroup, metric: str) -> LossCurves:
 def laws_as_json(laws: ScalingLaws, computes: Sequence[float] = ()) -> dict[str, Any]:
     """Return all numbers as JSON values, with the losses predicted at some computes; NaN and infinities become None."""
     structures = []
-    for own in laws.curves:
-        content = {"name": own.curve.name, "structure": own.curve.structure, "models": len(own.groups)}
-        if own.fit is None:
-            structures.append(content | {"no_law_because": own.reason})
+    for fit in laws.curves:
+        content = {"name": fit.curve.name, "structure": fit.curve.structure, "models": len(fit.groups)}
+        if fit.fit is None:
+            structures.append(content | {"no_law_reason": fit.reason})
             continue
-        frontier = np.stack([own.fit.frontier.compute, own.fit.frontier.loss], axis=1).tolist()
+        frontier = np.stack([fit.fit.frontier.compute, fit.fit.frontier.loss], axis=1).tolist()
         structures.append(
             content
-            | asdict(own.fit.law)
+            | asdict(fit.fit.law)
             | {
-                "exponent_interval": asdict(own.interval) if own.interval else None,
+                "exponent_interval": asdict(fit.interval) if fit.interval else None,
                 "frontier": frontier,
                 "compute_multipliers": [
                     {**asdict(point), "multiplier": point.multiplier.value, "bound": point.multiplier.bound}
-                    for point in own.multipliers
+                    for point in fit.multipliers
                 ],
-                "predictions": [asdict(found) for compute in computes if (found := own.predict(compute))],
+                "predictions": [asdict(prediction) for compute in computes if (prediction := fit.predict(compute))],
             }
         )
     content = {"metric": laws.metric, "compute": laws.compute, "assumed_floor": laws.floor, "structures": structures}
@@ -202,8 +202,8 @@ def section_per_input(comparison: Comparison, floor: float | None = 0.0) -> Sect
         for group in fit.groups
         for record in group.good
     ]
-    views = {metric_title(own.metric): [_final_chart(own)] for own in laws}
-    error, loss = (_table(own, _FRONTIER_OF_MODELS) for own in laws)
+    views = {metric_title(law.metric): [_final_chart(law)] for law in laws}
+    error, loss = (_table(law, _FRONTIER_OF_MODELS) for law in laws)
     return Section(
         f"Loss against compute per {comparison.input}",
         Markup("<p>Every model{}, over the compute of one {}.</p>").format(
@@ -270,10 +270,10 @@ def _fit_all(
     fits = [_fit(curve, losses, floor, rules) for curve in curves]
     by_name = {fit.curve.name: fit.fit for fit in fits}
 
-    def compared(own: CurveFit) -> CurveFit:
-        dense = dense_of(own.curve, curves)
-        reference = by_name[dense.name] if dense and dense is not own.curve else None
-        return replace(own, multipliers=multipliers_along(own.fit, reference)) if own.fit and reference else own
+    def compared(fit: CurveFit) -> CurveFit:
+        dense = dense_of(fit.curve, curves)
+        reference = by_name[dense.name] if dense and dense is not fit.curve else None
+        return replace(fit, multipliers=multipliers_along(fit.fit, reference)) if fit.fit and reference else fit
 
     return tuple(map(compared, fits))
 
@@ -282,9 +282,9 @@ def _fit(
     curve: Curve, losses: Callable[[SeedGroup], LossCurves], floor: float | None, rules: Mapping[str, Any]
 ) -> CurveFit:
     """Fit a curve without the losses that have no logarithm: an error of zero, or at an assumed floor."""
-    found = [(group, _positive(losses(group), floor or 0.0)) for group in curve.best if group.good]
-    found = [(group, own) for group, own in found if own.compute.size]
-    groups, loss_curves = tuple(group for group, _ in found), tuple(own for _, own in found)
+    models = [(group, _positive(losses(group), floor or 0.0)) for group in curve.best if group.good]
+    models = [(group, positive) for group, positive in models if positive.compute.size]
+    groups, loss_curves = tuple(group for group, _ in models), tuple(positive for _, positive in models)
     try:
         fit = fit_scaling(loss_curves, floor=floor, resamples=_RESAMPLES, **rules)
     except ValueError as error:

@@ -77,14 +77,14 @@ def map_of(comparison: Comparison, metric: str) -> StructureMap | None:
 
     Models whose layers have different structures are left out.
     """
-    found: list[tuple[float, SeedGroup]] = []
+    models: list[tuple[float, SeedGroup]] = []
     for curve in filter(lambda curve: curve.structure_aware, comparison.curves):
         groups = [group for group in curve.best if not getattr(group.run.model, "roles", {})]
-        found += [(mean, group) for group in groups if (mean := group.mean(metric)) is not None]
-    if not found or min(loss for loss, _ in found) <= 0:
+        models += [(mean, group) for group in groups if (mean := group.mean(metric)) is not None]
+    if not models or min(loss for loss, _ in models) <= 0:
         return None
-    compute = median(group.result.macs for _, group in found)
-    near = [(loss, group) for loss, group in found if abs(group.result.macs / compute - 1) <= TOLERANCE]
+    compute = median(group.result.macs for _, group in models)
+    near = [(loss, group) for loss, group in models if abs(group.result.macs / compute - 1) <= TOLERANCE]
     if len({group.run.model.structure for _, group in near}) < MIN_STRUCTURES:
         return None
     points, fastest = list[MapPoint](), float("inf")
@@ -96,7 +96,9 @@ def map_of(comparison: Comparison, metric: str) -> StructureMap | None:
             points.append(MapPoint(group, kind_of(group.run.model.structure), exponents, loss, is_pareto))
     if len(points) < MIN_STRUCTURES:
         return None
-    reference = next((own.loss for own in points if own.structure == DENSE), median(own.loss for own in points))
+    reference = next(
+        (point.loss for point in points if point.structure == DENSE), median(point.loss for point in points)
+    )
     regression = regression_of([(point.exponents, point.loss) for point in points], reference)
     return StructureMap(float(compute), tuple(points), regression, _unfinished(comparison, points))
 
@@ -126,10 +128,10 @@ def kind_of(spec: str) -> str:
 
 def section(comparison: Comparison) -> Section | None:
     """Show the map, if at least eight structures have models of about the same compute."""
-    maps = {metric: own for metric in comparison.metrics if (own := map_of(comparison, metric))}
+    maps = {metric: map_ for metric in comparison.metrics if (map_ := map_of(comparison, metric))}
     if not maps:
         return None
-    titled = {metric_title(metric): own for metric, own in maps.items()}
+    titled = {metric_title(metric): map_ for metric, map_ in maps.items()}
     title, first = next(iter(titled.items()))
     best = first.points[0]
     text = Markup(
@@ -164,13 +166,13 @@ def section(comparison: Comparison) -> Section | None:
             is_pareto=point.is_pareto,
             **point.exponents,
         )
-        for metric, own in maps.items()
-        for point in own.points
+        for metric, map_ in maps.items()
+        for point in map_.points
     ]
-    views = {title: _charts(own, kinds, title) for title, own in titled.items()}
+    views = {title: _charts(map_, kinds, title) for title, map_ in titled.items()}
     tables = [
         map_table(first.points[:_ROWS], title),
-        *regression_table({title: own.regression for title, own in titled.items()}),
+        *regression_table({title: map_.regression for title, map_ in titled.items()}),
     ]
     return Section("Structure map", text, [Figure("map", caption, views, data)], tables)
 
@@ -183,23 +185,23 @@ def _unfinished(comparison: Comparison, points: Sequence[MapPoint]) -> dict[str,
     return {model.structure: exponents for model in models if (exponents := exponents_of(model))}
 
 
-def _charts(own: StructureMap, kinds: Sequence[str], title: str) -> list[Chart]:
+def _charts(map_: StructureMap, kinds: Sequence[str], title: str) -> list[Chart]:
     """Draw the plane of every pair of exponents, and loss over time."""
     charts = []
     for x, y in combinations(reversed(EXPONENTS), 2):
         pruned = [
             trace([e[x]], [e[y]], "#999", f"{escape(spec)}<br>not finished", symbol="x-thin-open", size=6)
-            for spec, e in own.unfinished.items()
+            for spec, e in map_.unfinished.items()
         ]
-        marks = _marks(own.points, kinds, [(point.exponents[x], point.exponents[y]) for point in own.points])
+        marks = _marks(map_.points, kinds, [(point.exponents[x], point.exponents[y]) for point in map_.points])
         charts.append(Chart([*pruned, *marks], exponent_axis(x), exponent_axis(y), height=340, legend=False))
-    seconds = [point.group.step_seconds for point in own.points]
-    timed = [(1000 * s, point.loss) if s else None for s, point in zip(seconds, own.points, strict=True)]
-    front = sorted(xy for xy, point in zip(timed, own.points, strict=True) if xy and point.is_pareto)
+    seconds = [point.group.step_seconds for point in map_.points]
+    timed = [(1000 * s, point.loss) if s else None for s, point in zip(seconds, map_.points, strict=True)]
+    front = sorted(xy for xy, point in zip(timed, map_.points, strict=True) if xy and point.is_pareto)
     line = [trace([ms for ms, _ in front], [loss for _, loss in front], "#999", line=2)] if front else []
     x_axis = log_axis([xy[0] for xy in timed if xy], "milliseconds per training step")
-    y_axis = log_axis([point.loss for point in own.points], title)
-    charts.append(Chart([*line, *_marks(own.points, kinds, timed)], x_axis, y_axis, height=340, legend=False))
+    y_axis = log_axis([point.loss for point in map_.points], title)
+    charts.append(Chart([*line, *_marks(map_.points, kinds, timed)], x_axis, y_axis, height=340, legend=False))
     return charts
 
 

@@ -40,13 +40,13 @@ class TimeToLoss:
 
 def fastest(curve: Curve, metric: str, target: float) -> TimeToLoss | None:
     """Return the fastest model of a curve to a target; None where no model reaches it with all seeds."""
-    found = []
+    candidates = []
     for group in curve.best:
         times = [seconds_to(losses_over_time(record, metric), target) for record in group.good]
         reached = [seconds for seconds in times if seconds is not None]
         if reached and len(reached) == len(group.records):
-            found.append(TimeToLoss(group, fmean(reached)))
-    return min(found, key=lambda own: own.seconds, default=None)
+            candidates.append(TimeToLoss(group, fmean(reached)))
+    return min(candidates, key=lambda time: time.seconds, default=None)
 
 
 def target_losses(comparison: Comparison, count: int = 5) -> list[float]:
@@ -98,13 +98,13 @@ def section(comparison: Comparison) -> Section | None:
     times = {
         curve.name: [fastest(curve, comparison.error, target) for target in targets] for curve in comparison.curves
     }
-    dense = next((times[own.name] for own in comparison.curves if own.structure == DENSE), [None] * len(targets))
+    dense = next((times[curve.name] for curve in comparison.curves if curve.structure == DENSE), [None] * len(targets))
     error = metric_title(comparison.error)
     headings = ["structure", *(f"{error} {target:.4g}" for target in targets), f"{comparison.input}s per second"]
     rows = []
-    for i, (name, own) in enumerate(times.items()):
-        last = next((time for time in reversed(own) if time), None)
-        cells = [_cell(time, reference) for time, reference in zip(own, dense, strict=True)]
+    for i, (name, to_targets) in enumerate(times.items()):
+        last = next((time for time in reversed(to_targets) if time), None)
+        cells = [_cell(time, reference) for time, reference in zip(to_targets, dense, strict=True)]
         rows.append([Cell(name, name, i), *cells, Cell.of((last.inputs_per_second or None) if last else None, ",.0f")])
     note = Markup(
         "Seconds of training, without data loading and evaluations, of the fastest model of a structure; in brackets "

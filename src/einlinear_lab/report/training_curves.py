@@ -56,8 +56,8 @@ def training_curves_of(comparison: Comparison, metric: str) -> list[TrainingCurv
         for seed in itertools.zip_longest(*([(group, record) for record in group.records] for group in groups))
         for group, record in filter(None, seed)
     ]
-    found = (own for curve, record in runs if (own := _training_curve(curve, record, metric)))
-    return list(itertools.islice(found, _MAX_RUNS))
+    lines = (line for curve, record in runs if (line := _training_curve(curve, record, metric)))
+    return list(itertools.islice(lines, _MAX_RUNS))
 
 
 def section(comparison: Comparison) -> Section | None:
@@ -80,13 +80,13 @@ def section_of_experts(comparison: Comparison) -> Section | None:
     curves = {name: training_curves_of(comparison, metric) for name, metric in _EXPERT_METRICS.items()}
     if not all(curves.values()):
         return None
-    views = {name: [_chart(own, comparison, "steps", name)] for name, own in curves.items()}
+    views = {name: [_chart(lines, comparison, "steps", name)] for name, lines in curves.items()}
     caption = Markup(
         "<b>Largest load</b>: tokens of the most used expert of all mixtures, relative to a uniform load. "
         "<b>Entropy</b>: entropy of the expert shares relative to a uniform load, mean over the mixtures: 1 is "
         "uniform, 0 routes all tokens to one expert. Both of one batch, {}."
     ).format(_LOOK)
-    data = [row for name, own in curves.items() for row in _rows(own, f"smoothed_{_EXPERT_METRICS[name]}")]
+    data = [row for name, lines in curves.items() for row in _rows(lines, f"smoothed_{_EXPERT_METRICS[name]}")]
     return Section("Expert load", figures=[Figure("expert-loads", caption, views, data)])
 
 
@@ -112,32 +112,32 @@ def _smooth(steps: Array, values: Array) -> Array:
 
 def _chart(curves: Sequence[TrainingCurve], comparison: Comparison, over: str, title: str) -> Chart:
     names = [curve.name for curve in comparison.curves]
-    widths = sorted({own.record.run.model.width for own in curves})
+    widths = sorted({line.record.run.model.width for line in curves})
     traces, in_legend = [], set[str]()
-    for own in curves:
-        i = names.index(own.curve)
-        rank = widths.index(own.record.run.model.width) / max(1, len(widths) - 1)
+    for line in curves:
+        i = names.index(line.curve)
+        rank = widths.index(line.record.run.model.width) / max(1, len(widths) - 1)
         traces.append(
             trace(
-                getattr(own, over).tolist(),
-                own.values.tolist(),
+                getattr(line, over).tolist(),
+                line.values.tolist(),
                 colour(i),
-                f"{hover(own.record)}<br>%{{x:.4g}} {over}: %{{y:.4g}}",
-                name=own.curve,
-                legend=own.curve not in in_legend,
+                f"{hover(line.record)}<br>%{{x:.4g}} {over}: %{{y:.4g}}",
+                name=line.curve,
+                legend=line.curve not in in_legend,
                 line=0.8 + 1.7 * rank,
                 dash=_DASHES[i // 8 % len(_DASHES)],
                 opacity=0.8,
             )
         )
-        in_legend.add(own.curve)
-    values = [value for own in curves for value in own.values.tolist()]
+        in_legend.add(line.curve)
+    values = [value for line in curves for value in line.values.tolist()]
     return Chart(traces, axis(over, rangemode="tozero"), log_axis(values, title) if min(values) > 0 else axis(title))
 
 
 def _rows(curves: Sequence[TrainingCurve], name: str) -> list[CsvRow]:
     return [
-        run_row(own.curve, own.record, step=int(step), seconds=seconds, **{name: value})
-        for own in curves
-        for step, seconds, value in zip(own.steps.tolist(), own.seconds.tolist(), own.values.tolist(), strict=True)
+        run_row(line.curve, line.record, step=int(step), seconds=seconds, **{name: value})
+        for line in curves
+        for step, seconds, value in zip(line.steps.tolist(), line.seconds.tolist(), line.values.tolist(), strict=True)
     ]

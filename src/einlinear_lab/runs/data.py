@@ -151,7 +151,7 @@ class SequenceData(Data):
     validation_tokens: int = VALIDATION_TOKENS
 
     def _problem(self, sequences: Sequences, source: str, digest: str) -> TrainingProblem:
-        shape = Shape(sequences.vocabulary, sequences.vocabulary, context=sequences.context)
+        shape = Shape(sequences.vocab_size, sequences.vocab_size, context=sequences.context)
         task = LanguageModel(sequences, self.validation_tokens)
         return TrainingProblem(task, shape, self.batch_size * sequences.context, "validation_loss", source, digest)
 

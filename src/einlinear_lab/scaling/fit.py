@@ -170,7 +170,9 @@ def fit_scaling(
     law = fit(best)
     single = any(len(curve.losses) == 1 for curve in curves)
     frontiers = [frontier(losses) for losses in _resamples(curves, 0 if single else resamples, seed)]
-    draws = tuple(Draw(own, fit(own, near=law.floor)) for own in frontiers if len(own.index) >= enough)
+    draws = tuple(
+        Draw(resample, fit(resample, near=law.floor)) for resample in frontiers if len(resample.index) >= enough
+    )
     return ScalingFit(
         frontier=best,
         curve=np.repeat(np.arange(len(curves)), [len(curve.compute) for curve in curves])[best.index],

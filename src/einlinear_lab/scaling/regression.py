@@ -98,4 +98,5 @@ def regress_on_exponents(
         return Coefficient(value, stderr, t_interval(value, stderr, freedom, level) if freedom else None)
 
     r_squared = 1 - residual / total if total and freedom else math.nan
-    return ExponentRegression(*map(coefficient, range(4)), r_squared=r_squared, points=len(loss))
+    of_psi, of_nu, of_omega, offset = map(coefficient, range(4))
+    return ExponentRegression(of_psi, of_nu, of_omega, offset, r_squared, len(loss))

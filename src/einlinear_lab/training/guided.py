@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.foreign import Known, Matrix
+from einlinear.nn.layer_info import LayerInfo, Role
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import Mixture
 from einlinear.structures import structure as make_structure
@@ -44,11 +44,11 @@ class Guided(Linear):
         with torch.no_grad():
             self.guide.copy_(super().dense_weight())
 
-    def known(self) -> Known:
-        """The guide is a matrix of the structure "dense": then its base is the weight that W has."""
-        facts, dense = super().known(), make_structure("dense", self.in_features, self.out_features)
-        matrices = {**facts.matrices, "guide": Matrix(self.in_features, self.out_features, dense)}
-        return replace(facts, matrices=matrices, macs=self.structure.macs + dense.macs)
+    def layer_info(self) -> LayerInfo:
+        """Describe the guide as a matrix of the structure "dense": its base is then the weight that W has."""
+        info, dense = super().layer_info(), make_structure("dense", self.in_features, self.out_features)
+        roles = {**info.roles, "guide": Role("hidden", self.in_features, self.out_features, dense)}
+        return replace(info, roles=roles, macs=self.structure.macs + dense.macs)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from einlinear.conversion import densify
 from einlinear.mup import param_groups
 from einlinear.mup.groups import Base
 from einlinear.mup.optim import Muon
-from einlinear.mup.schedule import factor
+from einlinear.mup.schedule import lr_factor
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.nn.names import name_of
 from einlinear_lab.training import distributed, state, trackers
@@ -242,7 +242,7 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = self._lr(index) * group["lr_mult"]
         if self.config.guide_until is not None and index < self.config.guide_until:
-            set_share(self.plain, factor("cosine", index, self.config.guide_until))
+            set_share(self.plain, lr_factor("cosine", index, self.config.guide_until))
         batch = self.task.batch(index)
         distributed.check_batch(len(batch[0]), self.world.size, self.config.accumulate)
         x, y = map(self.world.share, batch)
@@ -299,7 +299,7 @@ class _Run:
 
     def _lr(self, index: int) -> float:
         c = self.config
-        return c.lr * factor(c.schedule, index, c.steps, c.warmup, c.final_lr)
+        return c.lr * lr_factor(c.schedule, index, c.steps, c.warmup, c.final_lr)
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.precision)
@@ -351,8 +351,8 @@ def _optimizers(groups: list[dict[str, Any]], config: Training) -> list[torch.op
     if config.optimizer == "sgd":
         return [torch.optim.SGD(groups, lr=config.lr, momentum=0.9)]
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    matrices = [group for group in groups if "matrices" in group]
-    others = [group for group in groups if "matrices" not in group]
+    matrices = [group for group in groups if "matrix_view" in group]
+    others = [group for group in groups if "matrix_view" not in group]
     found: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
     return [*found, kind(others, lr=config.lr, betas=config.betas, fused=True)] if others else found
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from einlinear_lab.bench.cases import Case
-from einlinear_lab.bench.results import Measurement, Result
+from einlinear_lab.bench.results import BenchResult, Measurement
 from einlinear_lab.bench.timing import Spread
-from einlinear_lab.bench.traffic import traffic
+from einlinear_lab.bench.traffic import estimate_traffic
 from einlinear_lab.bench.variants import COPYING, DENSE
 
 
@@ -13,7 +13,7 @@ def spread(value: float) -> Spread:
     return Spread(value, 0.95 * value, 1.05 * value)
 
 
-def made_up(case: Case, peaks: dict[str, int] | None = None, **seconds: float) -> Result:
+def made_up(case: Case, peaks: dict[str, int] | None = None, **seconds: float) -> BenchResult:
     """A result with these times of variants, nn.Linear (which takes a second) and the copying baseline among them."""
     times = {DENSE: 1.0, COPYING: 0.5} | {name.replace("_", "."): time for name, time in seconds.items()}
     measurements = [
@@ -28,4 +28,4 @@ def made_up(case: Case, peaks: dict[str, int] | None = None, **seconds: float) -
         for name, time in times.items()
     ]
     structure = case.build()
-    return Result(case, structure.macs, "cpu", traffic(case, structure), 0.01, tuple(measurements))
+    return BenchResult(case, structure.macs, "cpu", estimate_traffic(case, structure), 0.01, tuple(measurements))

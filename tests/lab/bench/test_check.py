@@ -11,11 +11,11 @@ from torch import Tensor
 
 from einlinear import ops
 from einlinear.structures import Structure
-from einlinear_lab.bench.cases import Case, Settings
+from einlinear_lab.bench.cases import BenchConfig, Case
 from einlinear_lab.bench.check import Reference
-from einlinear_lab.bench.machine import Roof
+from einlinear_lab.bench.machine import Roofline
 from einlinear_lab.bench.run import measure
-from einlinear_lab.bench.variants import OURS, Variant, problem, variants
+from einlinear_lab.bench.variants import OURS, Variant, make_variants, make_workload
 
 SPECS = ("btt", "monarch", "low_rank(rank=8)", "kronecker", "tt(rank=4)", "dyad", "btt(rank=2, cores=3)")
 
@@ -24,8 +24,8 @@ SPECS = ("btt", "monarch", "low_rank(rank=8)", "kronecker", "tt(rank=4)", "dyad"
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_is_right_passes(spec: str, dtype: str) -> None:
     for sizes, tokens, mode in (((64, 128), 96, "train"), ((60, 47), 33, "train"), ((128, 64), 1, "decode")):
-        p = problem(Case(spec, *sizes, tokens, mode, dtype, bias=True))
-        found, _ = variants(p)
+        p = make_workload(Case(spec, *sizes, tokens, mode, dtype, bias=True))
+        found, _ = make_variants(p)
         with p.differentiating():
             reference = Reference(p)
             assert {variant.name: reference.complaint(variant) for variant in found} == {v.name: None for v in found}
@@ -60,18 +60,18 @@ def _one_entry(y: Tensor) -> Tensor:
     ],
 )
 def test_what_is_wrong_does_not(damage: Callable[[Tensor], Tensor], complaint: str) -> None:
-    p = problem(Case("btt", 64, 64, 64, "train"))
+    p = make_workload(Case("btt", 64, 64, 64, "train"))
     assert complaint in str(Reference(p).complaint(Variant("wrong", p.layer.factors(), lambda x: damage(p.layer(x)))))
 
 
 def test_an_output_of_another_shape_is_wrong() -> None:
-    p = problem(Case("btt", 64, 64, 64, "forward"))
+    p = make_workload(Case("btt", 64, 64, 64, "forward"))
     wrong = Variant("wrong", p.layer.factors(), lambda x: p.layer(x)[:, :1])
     assert "output is off by inf" in str(Reference(p).complaint(wrong))
 
 
 def test_a_wrong_gradient_of_one_weight_is_found() -> None:
-    p = problem(Case("btt", 64, 64, 64, "train"))
+    p = make_workload(Case("btt", 64, 64, 64, "train"))
     first, second = p.layer.factors()
 
     def forward(x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def test_a_variant_that_computes_wrongly_gets_no_speedup(monkeypatch: pytest.Mon
         return 1.01 * y if backend == "batched" else y
 
     monkeypatch.setattr(ops, "linear", wrong)
-    result = measure(Case("btt", 64, 64, 32, "forward"), Settings(budget=0), Roof(1e11, 1e10))
+    result = measure(Case("btt", 64, 64, 32, "forward"), BenchConfig(budget=0), Roofline(1e11, 1e10))
     assert [m.name for m in result.failures] == ["batched"]
     (bmm,) = result.failures
     assert (bmm.seconds, bmm.speedup, bmm.over_copying, bmm.runs) == (None, None, None, 0)
@@ -106,5 +106,5 @@ def test_a_variant_that_raises_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
         return right(structure, factors, x, bias, backend)
 
     monkeypatch.setattr(ops, "linear", broken)
-    result = measure(Case("btt", 64, 64, 32, "forward"), Settings(budget=0), Roof(1e11, 1e10))
+    result = measure(Case("btt", 64, 64, 32, "forward"), BenchConfig(budget=0), Roofline(1e11, 1e10))
     assert [(m.name, m.refusal) for m in result.failures] == [("reference", "it raised out of luck")]

@@ -12,9 +12,9 @@ from einlinear import ops
 from einlinear.ops import choice
 from einlinear.ops import costs as costs_model
 from einlinear_lab.bench import fit_costs, results
-from einlinear_lab.bench.cases import Case, Settings, Suite
+from einlinear_lab.bench.cases import BenchConfig, Case, Suite
 from einlinear_lab.bench.machine import this_machine
-from einlinear_lab.bench.results import Bench, Result
+from einlinear_lab.bench.results import Bench, BenchResult
 from einlinear_lab.bench.variants import DENSE
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +33,7 @@ FORWARD = {
 COSTS = {"forward": FORWARD, "train": {name: tuple(3 * c for c in own) for name, own in FORWARD.items()}}
 
 
-def timed(case: Case) -> Result:
+def timed(case: Case) -> BenchResult:
     """A result whose times are those of the cost model."""
     costs, structure = COSTS["train" if case.mode == "train" else "forward"], case.build()
     amounts = {name: costs_model.amounts(name, structure, case.tokens) for name in costs}
@@ -43,7 +43,7 @@ def timed(case: Case) -> Result:
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(this_machine("cpu"), Settings(), results=tuple(map(timed, SUITE.cases())))
+    return Bench(this_machine("cpu"), BenchConfig(), results=tuple(map(timed, SUITE.cases())))
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_what_a_choice_costs(bench: Bench) -> None:
     assert [loss for loss, _ in found] == sorted((loss for loss, _ in found), reverse=True)
     by_case = {case: loss for loss, case in found}
     for result in bench.results:
-        bmm, tiles, reference = (result.of(name).seconds.median for name in ("batched", "cpu", "reference"))
-        assert by_case[result.case] == pytest.approx(bmm / min(bmm, tiles, reference))
+        batched, cpu, reference = (result.of(name).seconds.median for name in ("batched", "cpu", "reference"))
+        assert by_case[result.case] == pytest.approx(batched / min(batched, cpu, reference))
 
 
 def test_a_run_without_an_executor_is_refused(bench: Bench) -> None:
@@ -99,7 +99,7 @@ def test_written_and_checked(
     other_costs.write_text(json.dumps(content))
     capsys.readouterr()
     assert fit_costs.main(["--check"]) == 1
-    assert "costs.json is not the fit of these files: bmm (train)" in capsys.readouterr().out
+    assert "costs.json is not the fit of these files: batched (train)" in capsys.readouterr().out
     assert json.loads(other_costs.read_text()) == content
 
     file.unlink()

@@ -10,19 +10,28 @@ import torch
 import einlinear as el
 from einlinear import ops
 from einlinear_lab.bench import run, timing
-from einlinear_lab.bench.cases import SUITES, Case, Settings, choose
-from einlinear_lab.bench.machine import Roof, this_machine
+from einlinear_lab.bench.cases import SUITES, BenchConfig, Case, choose
+from einlinear_lab.bench.machine import Roofline, this_machine
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.timing import Spread, interleave, spread
-from einlinear_lab.bench.traffic import traffic
-from einlinear_lab.bench.variants import COPYING, DENSE, OURS, RECOMPUTING, SAVING, Variant, problem, variants
+from einlinear_lab.bench.traffic import estimate_traffic
+from einlinear_lab.bench.variants import (
+    COPYING,
+    DENSE,
+    OURS,
+    RECOMPUTING,
+    SAVING,
+    Variant,
+    make_variants,
+    make_workload,
+)
 
 
 def test_calls_take_turns() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     found = interleave(calls, "cpu", budget=0)
-    assert {name: len(seconds) for name, seconds in found.items()} == dict.fromkeys("abc", timing.LEAST)
+    assert {name: len(seconds) for name, seconds in found.items()} == dict.fromkeys("abc", timing.MIN_RUNS)
     rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
     assert len({tuple(turn) for turn in rounds}) > 1
@@ -49,8 +58,8 @@ def test_peak_memory_is_exact() -> None:
 
 
 def test_peak_memory_of_a_training_step() -> None:
-    p = problem(Case("btt", 64, 64, 100, "train"))
-    calls = {v.name: lambda v=v: p.step(v) for v in [*variants(p)[0], Variant(DENSE, [p.dense.weight], p.dense)]}
+    p = make_workload(Case("btt", 64, 64, 100, "train"))
+    calls = {v.name: lambda v=v: p.step(v) for v in [*make_variants(p)[0], Variant(DENSE, [p.dense.weight], p.dense)]}
     peaks = {name: peak_bytes(call, "cpu") for name, call in calls.items()}
     y = x = 4 * 100 * 64
     assert peaks[DENSE] == y + x + 4 * 64 * 64
@@ -66,24 +75,24 @@ def test_recomputing_is_switched_on_and_off(monkeypatch: pytest.MonkeyPatch) -> 
         return backend(recompute=recompute)
 
     monkeypatch.setattr(ops, "backend", recording)
-    p = problem(Case("btt", 64, 64, 32, "train"))
+    p = make_workload(Case("btt", 64, 64, 32, "train"))
     for name in (SAVING, RECOMPUTING):
-        p.step(next(variant for variant in variants(p)[0] if variant.name == name))
+        p.step(next(variant for variant in make_variants(p)[0] if variant.name == name))
     assert asked == [False, True]
 
 
 def test_ratios_are_those_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {DENSE: [4.0, 8.0, 1.0], OURS: [2.0, 2.0, 1.0], COPYING: [6.0, 6.0, 6.0]}
     monkeypatch.setattr(run, "interleave", lambda *_: seconds)
-    result = run.measure(Case("btt", 64, 64, 32, "forward"), Settings(), Roof(2e6, 1e9))
+    result = run.measure(Case("btt", 64, 64, 32, "forward"), BenchConfig(), Roofline(2e6, 1e9))
     ours = result.of(OURS)
     assert ours is not None
     assert (ours.runs, ours.seconds) == (3, spread([2, 2, 1]))
     assert ours.speedup == spread([2, 4, 1])
     assert ours.over_copying == spread([3, 3, 6])
-    assert result.roof_seconds == 32 * 64 * 8 * 2 / 1e6
-    training = run.measure(Case("btt", 64, 64, 32, "train"), Settings(), Roof(2e6, 1e9))
-    assert training.roof_seconds == 3 * result.roof_seconds
+    assert result.roofline_seconds == 32 * 64 * 8 * 2 / 1e6
+    training = run.measure(Case("btt", 64, 64, 32, "train"), BenchConfig(), Roofline(2e6, 1e9))
+    assert training.roofline_seconds == 3 * result.roofline_seconds
     assert ours.peak_bytes is None
     assert all(m.peak_bytes for m in training.measurements if m.seconds)
 
@@ -93,20 +102,20 @@ def test_traffic_against_numbers_worked_out_here() -> None:
     case = Case(s.spec, 64, 64, 10, "forward")
     x = y = 10 * 64
     z, factors = 10 * 128, 2 * 8 * 8 * 8 * 2
-    forward = traffic(case, s)
-    assert (forward.least, forward.total, forward.states) == (
+    forward = estimate_traffic(case, s)
+    assert (forward.least, forward.total, forward.intermediates) == (
         4 * (x + y + factors),
         4 * (x + y + factors + 2 * z),
         4 * z,
     )
-    training = traffic(Case(s.spec, 64, 64, 10, "train", "bfloat16"), s)
+    training = estimate_traffic(Case(s.spec, 64, 64, 10, "train", "bfloat16"), s)
     assert training.least == 2 * (3 * x + 2 * y + 3 * factors)
     assert training.total == training.least + 2 * 6 * z
 
 
 def test_the_slower_of_arithmetic_and_memory_is_the_roof() -> None:
-    assert Roof(flops=100, bandwidth=10).seconds(flops=200, moved=5) == 2
-    assert Roof(flops=100, bandwidth=10).seconds(flops=200, moved=50) == 5
+    assert Roofline(flops=100, bandwidth=10).seconds(flops=200, moved=5) == 2
+    assert Roofline(flops=100, bandwidth=10).seconds(flops=200, moved=50) == 5
 
 
 def test_the_machine_is_described() -> None:
@@ -130,7 +139,7 @@ def test_the_suites_are_what_they_say() -> None:
 def test_a_suite_can_be_changed() -> None:
     suite = choose("standard", structures=("dyad",), sizes=((64, 32),), tokens=(32,), modes=("train",), budget=0.5)
     assert suite.cases() == [Case("dyad", 64, 32, 32, "train")]
-    assert suite.settings.budget == 0.5
+    assert suite.config.budget == 0.5
 
 
 @pytest.mark.parametrize(

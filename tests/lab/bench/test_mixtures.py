@@ -13,7 +13,8 @@ from tests.lab.cli.command import assert_refused, run
 from einlinear.nn import MoELinear
 from einlinear.ops import backends
 from einlinear_lab.bench import mixtures
-from einlinear_lab.bench.mixtures import ALL, COMPARED, MASKED, RANK, Case, MaskedExperts, Result, ours
+from einlinear_lab.bench.cases import Case
+from einlinear_lab.bench.mixtures import ALL, COMPARED, MASKED, RANK, MaskedExperts, MixtureResult, ours
 from einlinear_lab.bench.timing import Spread
 
 
@@ -31,9 +32,9 @@ def test_the_masked_baseline_computes_the_mixture() -> None:
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(MaskedExperts, "_some", lambda self, x: 1.01 * self.mixture(x))
-        with pytest.raises(RuntimeError, match="all experts, masked is off by"):
-            mixtures.measure(Case(16, 16, 8, "forward"), 0)
+        patch.setattr(MaskedExperts, "_chunk", lambda self, x: 1.01 * self.mixture(x))
+        with pytest.raises(RuntimeError, match="all experts, masked has a relative error of"):
+            mixtures.measure(Case("btt", 16, 16, 8, "forward"), 0)
     found = backends.find("batched")
     own = found.backward
     for wrong in range(3):  # the gradients of x, gates and factors
@@ -44,40 +45,41 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             return results
 
         monkeypatch.setattr(found, "backward", spoilt)
-        with pytest.raises(RuntimeError, match="8 experts is off by 1"):
-            mixtures.measure(Case(16, 16, 8, "train", backend="batched"), 0)
+        with pytest.raises(RuntimeError, match="8 experts has a relative error of 1"):
+            mixtures.measure(Case("btt", 16, 16, 8, "train", backend="batched"), 0)
 
 
 @pytest.mark.parametrize("mode", mixtures.MODES)
 def test_all_variants_are_timed(mode: str) -> None:
-    result = mixtures.measure(Case(16, 64, 8, mode), 0)
+    result = mixtures.measure(Case("btt", 16, 64, 8, mode), 0)
     assert set(result.seconds) == {*map(ours, mixtures.EXPERTS), MASKED, ALL, RANK}
     assert {over for over in result.ratios[ours(COMPARED)]} == {MASKED, ALL, RANK}
     assert all(spread.median > 0 for spread in result.seconds.values())
 
 
-def test_executors_and_dtypes_by_themselves() -> None:
+def test_single_backends_and_dtypes() -> None:
     chosen = mixtures.cases([(16, 16)], [8], ["train"], ["float32", "bfloat16"], backends=["batched"])
     assert [str(case) for case in chosen] == [
-        "btt, 16 → 16, 8 tokens, train, bmm",
-        "btt, 16 → 16, 8 tokens, train, bfloat16, bmm",
+        "btt, 16 → 16, 8 tokens, train, float32, batched",
+        "btt, 16 → 16, 8 tokens, train, bfloat16, batched",
     ]
     for case in chosen:
         assert mixtures.measure(case, 0).ratios[ours(COMPARED)][RANK].median > 0
 
 
 def test_claims_can_be_missed() -> None:
-    def said(ratio: float, case: Case) -> list[str]:
+    def verdicts(ratio: float, case: Case) -> list[str]:
         spread = Spread(ratio, ratio, ratio)
         ratios = {ours(COMPARED): {RANK: spread, MASKED: spread, ALL: spread}, ours(64): {ours(8): spread}}
-        return [row[0] for row in mixtures.conclusions([Result(case, {}, ratios)]).rows]
+        conclusions, *_ = mixtures.tables([MixtureResult(case, {}, ratios)])
+        return [row[0] for row in conclusions.rows]
 
-    forward = Case(1024, 2048, 2048, "forward")
-    assert said(0.3, forward) == ["passed", "passed", "passed"]
-    assert said(2.1, forward) == ["passed", "missed by 530%", "missed by 40%"]
-    assert said(2.31, forward)[0] == "missed by 5%"
-    assert said(0.39, Case(1024, 1024, 2048, "train")) == ["passed", "passed"]
-    assert said(9.0, Case(512, 2048, 2048, "forward")) == []
+    forward = Case("btt", 1024, 2048, 2048, "forward")
+    assert verdicts(0.3, forward) == ["passed", "passed", "passed"]
+    assert verdicts(2.1, forward) == ["passed", "missed by 84%", "missed by 29%"]
+    assert verdicts(2.31, forward)[0] == "missed by 5%"
+    assert verdicts(0.39, Case("btt", 1024, 1024, 2048, "train")) == ["passed", "passed"]
+    assert verdicts(9.0, Case("btt", 512, 2048, 2048, "forward")) == []
 
 
 def test_command(tmp_path: Path) -> None:
@@ -87,9 +89,9 @@ def test_command(tmp_path: Path) -> None:
     assert "btt, 16 → 16, 8 tokens, forward" in out
     assert "all experts, masked" in (tmp_path / "moe.md").read_text(encoding="utf-8")
     assert len(json.loads((tmp_path / "moe.json").read_text(encoding="utf-8"))["results"]) == 1
-    code, _, err = run(*tiny, "--backends", "triton,bmm", "--passes", "forward", "--out", tmp_path / "two")
+    code, _, err = run(*tiny, "--backends", "triton,batched", "--passes", "forward", "--out", tmp_path / "two")
     assert code == 1
-    assert "8 tokens, forward, triton: einlinear.backend('triton') forces an backend that cannot run" in err
+    assert "8 tokens, forward, float32, triton: einlinear.backend('triton') forces a" in err
     assert len(json.loads((tmp_path / "two" / "moe.json").read_text(encoding="utf-8"))["results"]) == 1
     assert_refused(run(*tiny, "--passes", "decode"), "unknown pass 'decode'")
     assert_refused(run(*tiny, "--backends", "abacus"), "unknown backend 'abacus'")

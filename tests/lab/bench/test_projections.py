@@ -1,4 +1,4 @@
-"""`einlinear bench --suite projection`: ways of projecting, in turns, all to the same error."""
+"""`einlinear bench --suite projection`: methods of projection, interleaved, all with the same error."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from einlinear_lab.bench import projections
 
 
 @pytest.mark.parametrize("spec", ["monarch(blocks=4)", "btt(rank=2)", "low_rank(rank=8)", "btt(cores=3)"])
-def test_all_ways_leave_the_same_error(spec: str) -> None:
+def test_all_methods_leave_the_same_error(spec: str) -> None:
     result = projections.measure(spec, (96, 80), rounds=1)
-    assert result.seconds.keys() == result.memory.keys() == projections.WAYS.keys()
+    assert result.seconds.keys() == result.memory.keys() == projections.METHODS.keys()
     assert max(result.error.values()) == pytest.approx(min(result.error.values()), rel=1e-4)
     assert min(result.memory.values()) > 0
 
 
-def test_a_way_that_is_worse_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_is_worse_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def poor(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return matrices[:, :, :rank], torch.eye(rank, matrices.shape[2]).expand(len(matrices), -1, -1)
 
-    monkeypatch.setitem(projections.WAYS, projections.OURS, poor)
+    monkeypatch.setitem(projections.METHODS, projections.OURS, poor)
     with pytest.raises(RuntimeError, match=r"btt: the error of el\.Linear\.from_dense is .*, that of the SVD"):
         projections.measure("btt", (96, 80), rounds=1)
 
@@ -37,8 +37,8 @@ def test_the_command(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "projection.json").read_text())
     assert [result["spec"] for result in content["results"]] == ["btt", "low_rank(rank=4)"]
     page = (tmp_path / "projection.md").read_text()
-    for way in projections.WAYS:
-        assert way in out
-        assert way in page
+    for method in projections.METHODS:
+        assert method in out
+        assert method in page
     assert_refused(run(*command, "--tokens", 16), "--tokens has no meaning for --suite projection")
     assert_refused(run(*command, "--structures", "btr"), "unknown family 'btr'")

@@ -9,16 +9,16 @@ import pytest
 from tests.lab.bench.made_up import made_up
 
 from einlinear_lab.bench import results, run, tables
-from einlinear_lab.bench.cases import Case, Settings
-from einlinear_lab.bench.changes import changes
+from einlinear_lab.bench.cases import BenchConfig, Case
+from einlinear_lab.bench.changes import compare
 from einlinear_lab.bench.claims import judge
-from einlinear_lab.bench.machine import Roof, this_machine
-from einlinear_lab.bench.results import Bench, Measurement, Result, Session
+from einlinear_lab.bench.machine import Roofline, this_machine
+from einlinear_lab.bench.results import Bench, BenchResult, Measurement, Session
 from einlinear_lab.bench.run import Recorder
 from einlinear_lab.bench.variants import COPYING, DENSE, OURS, RECOMPUTING
 
 CASES = [Case("btt", 64, 64, 32, mode) for mode in ("forward", "train")]
-FAST = Settings(budget=0)
+FAST = BenchConfig(budget=0)
 
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     results.write(again, path)
     assert results.read(path) == again
     assert again.machine == bench.machine
-    assert again.settings == bench.settings
+    assert again.config == bench.config
     assert again.results[2] == odd
     for old, new in zip(bench.results, again.results, strict=True):
         assert (old.case, old.macs, old.traffic, old.backend) == (new.case, new.macs, new.traffic, new.backend)
@@ -50,7 +50,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Case] = []
 
-    def counting(case: Case, settings: Settings, roof: Roof) -> Result:
+    def counting(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
         measured.append(case)
         return made_up(case, el_Linear=0.2)
 
@@ -87,7 +87,7 @@ def test_a_file_of_another_machine_or_version_is_refused(tmp_path: Path, changed
 
 
 def test_a_file_of_other_settings_is_refused(tmp_path: Path) -> None:
-    results.write(Bench(this_machine("cpu"), Settings(budget=2)), tmp_path / run.FILE)
+    results.write(Bench(this_machine("cpu"), BenchConfig(budget=2)), tmp_path / run.FILE)
     with pytest.raises(ValueError, match="budget was 2, now 0"):
         Recorder(tmp_path, CASES, FAST)
 
@@ -103,14 +103,14 @@ def test_what_cannot_run_here_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no CUDA device"):
         Recorder(tmp_path, [dataclasses.replace(CASES[0], device="cuda")], FAST)
     with pytest.raises(ValueError, match="unknown backend 'abacus'"):
-        Recorder(tmp_path, CASES, Settings(backends=("abacus",)))
+        Recorder(tmp_path, CASES, BenchConfig(backends=("abacus",)))
 
 
 def test_ratios_of_a_result() -> None:
     result = made_up(Case("btt", 1024, 1024, 2048, "forward"), el_Linear=0.1)
     assert result.limit == 16
     assert result.fraction() == pytest.approx(10 / 16)
-    assert result.of_roof() == pytest.approx(0.01 / 0.1)
+    assert result.roofline_fraction() == pytest.approx(0.01 / 0.1)
     assert result.bandwidth() == pytest.approx(result.traffic.total / 0.1)
     assert not result.dense_wins
     assert made_up(result.case, el_Linear=1.2).dense_wins
@@ -133,7 +133,7 @@ def test_claims() -> None:
     )
     assert [r for r, _ in verdicts["never slower than the copying baseline"].missed] == [slow]
     assert verdicts["forward, btt, 2048 tokens, d ≥ 1024: at least 2.5 × the copying baseline"].missed[0][0] == slow
-    memory = verdicts["training: peak memory at most that of nn.Linear plus the intermediate states"]
+    memory = verdicts["training: peak memory at most that of nn.Linear plus the intermediates"]
     assert [r for r, _ in memory.missed] == [hungry]
     assert verdicts["training, recomputing: peak memory at most that of nn.Linear"].summary == "passed"
     assert verdicts["decode, btt, d = 4096: at least 8 × nn.Linear"].summary == "not measured"
@@ -142,7 +142,7 @@ def test_claims() -> None:
 def test_changes_beyond_the_spread_are_marked() -> None:
     before = Bench(this_machine("cpu"), FAST, results=tuple(made_up(case, el_Linear=0.2) for case in CASES))
     now = [made_up(CASES[0], el_Linear=0.3), made_up(CASES[1], el_Linear=0.205)]
-    found = {(change.case, change.name): change for change in changes(before, now)}
+    found = {(change.case, change.name): change for change in compare(before, now)}
     worse, same = (found[case, OURS] for case in CASES)
     assert worse.beyond_spread
     assert worse.ratio == pytest.approx(2 / 3)
@@ -157,16 +157,16 @@ def test_tables_and_page() -> None:
     case = Case("btt", 1024, 1024, 2048, "forward")
     wrong = Measurement("batched", "the output is off", wrong=True)
     absent = Measurement("triton", "it runs on GPUs")
-    result = dataclasses.replace(made_up(case, el_Linear=1.5, tiles=1.0), backend="reference")
+    result = dataclasses.replace(made_up(case, el_Linear=1.5, cpu=1.0), backend="reference")
     result = dataclasses.replace(result, measurements=(*result.measurements, wrong, absent))
     (table,) = tables.summary([result])
     row = dict(zip(table.headings, table.rows[0], strict=True))
     assert row["× nn.Linear"] == "0.667"
     assert row["fraction"] == "0.0417"
     assert row["MACs"] == f"{result.macs:,}"
-    assert row["remarks"] == "dense wins; bmm is wrong: the output is off; tiles is faster"
+    assert row["remarks"] == "dense wins; batched is wrong: the output is off; cpu is faster"
     (table,) = tables.summary([dataclasses.replace(result, backend="cpu")])  # the one that ran, without the layer
-    assert table.rows[0][-1] == "dense wins; bmm is wrong: the output is off"
+    assert table.rows[0][-1] == "dense wins; batched is wrong: the output is off"
     (detail,) = tables.details([result])
     names = [row[3] for row in detail.rows]
     assert names == [DENSE, COPYING, OURS, "cpu", "batched"]
@@ -174,7 +174,7 @@ def test_tables_and_page() -> None:
     assert tables.refusals([result]).rows == (("triton", "1", "it runs on GPUs"),)
     assert len(tables.dense_wins([result]).rows) == 1
 
-    bench = Bench(this_machine("cpu"), FAST, {"cpu float32": Roof(1e11, 1e10)}, (Session("today", "a"),), (result,))
+    bench = Bench(this_machine("cpu"), FAST, {"cpu float32": Roofline(1e11, 1e10)}, (Session("today", "a"),), (result,))
     page = tables.page(bench)
     assert "100 GFLOP/s" in page
     assert "| btt | 1024 → 1024 | 2048 |" in page

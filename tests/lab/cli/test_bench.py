@@ -12,9 +12,9 @@ from torch import Tensor
 
 from einlinear import ops
 from einlinear_lab.bench import results
-from einlinear_lab.bench.cases import Case, Settings
-from einlinear_lab.bench.machine import Roof
-from einlinear_lab.bench.results import Result
+from einlinear_lab.bench.cases import BenchConfig, Case
+from einlinear_lab.bench.machine import Roofline
+from einlinear_lab.bench.results import BenchResult
 
 BENCH = ("bench", "--structures", "btt", "--sizes", 64, "--tokens", 32, "--budget", 0)
 TINY = (*BENCH, "--passes", "forward")
@@ -23,7 +23,7 @@ TINY = (*BENCH, "--passes", "forward")
 @pytest.fixture(autouse=True)
 def _known_roof(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting for the machine's peaks."""
-    monkeypatch.setattr("einlinear_lab.bench.run.measure_roof", lambda *_: Roof(1e11, 1e10))
+    monkeypatch.setattr("einlinear_lab.bench.run.measure_roofline", lambda *_: Roofline(1e11, 1e10))
 
 
 def test_a_tiny_case_and_again(tmp_path: Path) -> None:
@@ -70,11 +70,11 @@ def test_a_wrong_result_gets_no_speedup_and_exit_status_1(tmp_path: Path, monkey
     assert code == 1
     assert "el.Linear: the output is off by" in err
     row = next(line for line in out.splitlines() if line.startswith("btt "))
-    assert re.search(r" –  +tiles  +–  +–  +–  +–  +–  +–  +–  +el.Linear is wrong: ", row)
+    assert re.search(r" –  +cpu  +–  +–  +–  +–  +–  +–  +–  +el.Linear is wrong: ", row)
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def impatient(case: Case, settings: Settings, roof: Roof) -> Result:
+    def impatient(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
         if case.mode == "train":
             raise KeyboardInterrupt
         return made_up(case, el_Linear=0.2)
@@ -82,7 +82,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("einlinear_lab.bench.run.measure", impatient)
     code, _, err = run(*BENCH, "--out", tmp_path)
     assert code == 130
-    assert "the same command goes on from there" in err
+    assert "the same command resumes" in err
     assert [result.case.mode for result in results.read(tmp_path / "bench.json").results] == ["forward"]
 
 

@@ -10,7 +10,7 @@ from tests.lab.data.samples import needs, prose
 
 from einlinear_lab.cli import packages
 from einlinear_lab.cli.prepare import command
-from einlinear_lab.data import Recipe, load_tokens
+from einlinear_lab.data import TextConfig, load_tokens
 from einlinear_lab.data.text import prepare
 
 
@@ -66,7 +66,7 @@ def test_a_text_that_characters_cannot_express_becomes_bytes(name: str, tmp_path
     everything = bytes([*found.train, *found.validation])
     last = {"latin.txt": b"\xe9", "binary.bin": b"\xff", "notepad.txt": "漢字".encode()}.get(name, "🙂".encode())
     assert everything.count(last) == {"faces.txt": 6000, "binary.bin": 50}.get(name, 1)
-    assert found.recipe["tokens"] == "bytes"
+    assert found.config["tokens"] == "bytes"
     assert run("prepare", source, "--out", tmp_path / "out")[:2][0] == 0, "the same command finds it"
     assert run("prepare", source, "--out", tmp_path / "other", "--tokens", "bytes")[2] == ""
     assert load_tokens(tmp_path / "other").sha256 == found.sha256
@@ -79,13 +79,13 @@ def test_marks_and_line_ends_of_other_systems_are_no_reason(ending: str, tmp_pat
     code, out, err = run("prepare", source, "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     assert "a vocabulary of 96" in out
-    assert "\r" not in load_tokens(tmp_path / "out").vocabulary.decode(load_tokens(tmp_path / "out").train)
+    assert "\r" not in load_tokens(tmp_path / "out").tokenizer.decode(load_tokens(tmp_path / "out").train)
 
 
 @needs("tokenizers")
 def test_byte_pairs(source: Path, tmp_path: Path) -> None:
     code, out, _ = run(
-        "prepare", source, "--out", tmp_path / "out", "--tokens", "bpe", "--vocab", 300, "--limit", "10k"
+        "prepare", source, "--out", tmp_path / "out", "--tokens", "bpe", "--vocab-size", 300, "--limit", "10k"
     )
     assert code == 0
     assert "a vocabulary of 300" in out
@@ -93,7 +93,7 @@ def test_byte_pairs(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_help_says_the_default() -> None:
-    assert int(said_default(command, "vocab")) == Recipe(sources=("a.txt",), tokens="bpe").vocabulary
+    assert int(said_default(command, "vocab_size")) == TextConfig(sources=("a.txt",), tokens="bpe").vocab_size
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_the_help_says_the_default() -> None:
     [
         (("nowhere.txt",), "nowhere.txt does not exist; give one of english, code"),
         (("english",), "run tools/fetch_english.sh"),
-        (("a.txt", "--vocab", "300"), "a vocabulary of 300 is for bpe; the characters are always 96"),
+        (("a.txt", "--vocab-size", "300"), "vocab_size=300 is for bpe; the characters are always 96"),
         (("a.txt", "--tokens", "word"), "tokens must be auto, char, bytes or bpe, not 'word'"),
-        (("a.txt", "--tokens", "bpe", "--vocab", "70000"), "vocabulary 70000 is too large"),
+        (("a.txt", "--tokens", "bpe", "--vocab-size", "70000"), "vocab_size 70000 is too large"),
         (("a.txt", "--limit", "much"), "--limit: 'much' is no number"),
         (("a.txt", "--limit", "1,2"), "--limit 1,2: give one number"),
         (("a.txt", "--validation", "0.9"), "validation=0.9: it must be more than 0"),
@@ -111,8 +111,8 @@ def test_the_help_says_the_default() -> None:
         (("latin.txt", "--tokens", "char"), "latin.txt is not UTF-8 text"),
         (("latin.txt", "--tokens", "bpe"), "or take its bytes as they are: --tokens bytes"),
         (
-            ("emoji.txt", "--tokens", "bytes", "--vocab", "300"),
-            "a vocabulary of 300 is for bpe; the bytes are always 256",
+            ("emoji.txt", "--tokens", "bytes", "--vocab-size", "300"),
+            "vocab_size=300 is for bpe; the bytes are always 256",
         ),
         (("rows.csv",), "rows.csv has no column `text` with a text (it has title, body); such a column is read"),
         (("rows.jsonl",), "line 2 of"),

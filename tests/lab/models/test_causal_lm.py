@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import einlinear as el
 from einlinear.structures import DoesNotFit
 from einlinear.structures.scales import adam_multipliers
-from einlinear_lab.data import Recipe, prepare_tokens
+from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.models import causal_lm
 from einlinear_lab.models.causal_lm import OPT, CausalLM, Pythia
 from einlinear_lab.runs.execution import execute
@@ -199,7 +199,7 @@ def test_the_last_block_is_named(kind: type[CausalLM]) -> None:
 @pytest.mark.parametrize("model", ["opt", "pythia"])
 def test_a_run_learns(model: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(prose(1000), encoding="utf-8")
-    prepare_tokens(Recipe(sources=(str(tmp_path / "text.txt"),)), tmp_path / "tokens")
+    prepare_tokens(TextConfig(sources=(str(tmp_path / "text.txt"),)), tmp_path / "tokens")
     options = {"model": model, "data": str(tmp_path / "tokens"), "structure": "dyad", "width": 32, "depth": 1}
     options |= {"context": 16, "batch_size": 8, "steps": 40, "lr": 1e-2, "threads": 1, "validation_tokens": 256}
     losses: list[float] = []

@@ -136,7 +136,7 @@ def test_json_has_all_numbers_and_says_why_there_is_no_law(tmp_path: Path) -> No
     assert dense["exponent"] == pytest.approx(0.12)
     assert btt["predictions"][0]["loss"] == pytest.approx(law(1e9, 2))
     assert btt["compute_multipliers"][0]["multiplier"] == pytest.approx(2)
-    assert "at least 3 points" in tt["no_law_because"]
+    assert "at least 3 points" in tt["no_law_reason"]
     assert isinstance(laws.curves[2], CurveFit)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from einlinear_lab.data import Recipe, prepare_tokens
+from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.models import MODELS, Shape
 from einlinear_lab.runs.data import ImageData
 from einlinear_lab.runs.execution import LAST, execute
@@ -108,7 +108,7 @@ def test_the_base_model_is_dense_whatever_the_structure() -> None:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     (folder / "lines.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(3000)))
-    prepare_tokens(Recipe(sources=(str(folder / "lines.txt"),)), folder / "tokens")
+    prepare_tokens(TextConfig(sources=(str(folder / "lines.txt"),)), folder / "tokens")
     return folder / "tokens"
 
 

@@ -16,7 +16,7 @@ from tests.lab.data.samples import prose
 from torch import nn
 
 from einlinear.nn.factored import Factored
-from einlinear_lab.data import Recipe as TextRecipe
+from einlinear_lab.data import TextConfig as TextRecipe
 from einlinear_lab.data import prepare_tokens
 from einlinear_lab.models.config import ModelConfig, Shape
 from einlinear_lab.runs.execution import execute

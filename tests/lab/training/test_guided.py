@@ -95,7 +95,7 @@ def test_it_is_counted_and_learns_as_a_dense_matrix() -> None:
         groups = el.param_groups(model, 1e-2, base=base, optimizer=optimizer, weight_decay=0.1)
         (own,) = (group for group in groups if "0.guide" in group["param_names"])
         assert (own["lr_mult"], own["weight_decay"]) == (of_dense, 0.1)
-        assert matrices is None or own["matrices"][1:] == matrices
+        assert matrices is None or own["matrix_view"][1:] == matrices
 
 
 def test_initialised_anew_it_is_the_same_function() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import checkpoint
-from einlinear.mup.schedule import factor
+from einlinear.mup.schedule import lr_factor
 from einlinear_lab.training import Training, loop, metrics
 from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import Guided
@@ -270,7 +270,7 @@ def test_groups_keep_their_ratios_and_gradients_are_clipped(monkeypatch: pytest.
     assert len(rates[0]) > 2
     for i, by_multiplier in enumerate(rates):
         for multiplier, lr in by_multiplier.items():
-            assert lr == pytest.approx(1e-2 * factor("cosine", i, 10, 4) * multiplier)
+            assert lr == pytest.approx(1e-2 * lr_factor("cosine", i, 10, 4) * multiplier)
     assert max(norms) <= 0.01 * 1.001
 
 
@@ -325,7 +325,7 @@ def test_settings_are_plain_values() -> None:
     [("constant", [1, 1, 1, 1]), ("linear", [1, 0.775, 0.55, 0.325]), ("cosine", [1, 0.868, 0.55, 0.232])],
 )
 def test_schedules(schedule: str, expected: list[float]) -> None:
-    found = [factor(schedule, step, 8, warmup=4, final=0.1) for step in range(8)]
+    found = [lr_factor(schedule, step, 8, warmup=4, final=0.1) for step in range(8)]
     assert found[:4] == [0.25, 0.5, 0.75, 1.0]
     assert found[4:] == pytest.approx(expected, abs=1e-3)
 

@@ -57,7 +57,7 @@ def test_training_error_is_of_augmented_images_that_are_not_mixed_up() -> None:
 
 def test_language_model() -> None:
     data = PixelSequences(random_images(), size=2, batch_size=3, seed=0)
-    model = nn.Embedding(data.vocabulary, data.vocabulary)  # logits of the next token, given this one
+    model = nn.Embedding(data.vocab_size, data.vocab_size)  # logits of the next token, given this one
     found = LanguageModel(data).evaluate(model, CPU)
     x, y = (torch.cat(parts) for parts in zip(*data.evaluation(), strict=True))
     assert x.shape == (7, 8)

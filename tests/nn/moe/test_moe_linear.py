@@ -172,11 +172,13 @@ def test_weight_decay_and_optimizers(optimizer: str) -> None:
     assert {name for name, decay in decays.items() if decay} == {"A", "B", "router"}
     if optimizer == "muon":
         one = el.param_groups(el.Linear(64, 64, "btt"), 1e-3, base=base, optimizer="muon")
-        sizes = {name: group["size"] for group in one for name in group["param_names"] if "size" in group}
+        sizes = {
+            name: group["update_scale"] for group in one for name in group["param_names"] if "update_scale" in group
+        }
         for group in groups:
             for name in {"A", "B"} & set(group["param_names"]):
-                assert group["size"] == sizes[name]
-                assert group["matrices"][0][0] == 0
+                assert group["update_scale"] == sizes[name]
+                assert group["matrix_view"][0][0] == 0
 
 
 @pytest.mark.parametrize("bad", [0, -1])

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.nn.foreign import Described, features, is_conv1d
+from einlinear.nn.layer_info import SelfDescribing
+from einlinear.nn.third_party import features, is_linear
 from einlinear.structures import FAMILIES
 from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_int
 from einlinear.structures.spec import is_family
@@ -37,7 +38,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Linear) and type(module).forward is Linear.forward:
             layers[name] = _entry(module)
-        elif isinstance(module, Described):
+        elif isinstance(module, SelfDescribing):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: of this library's layers only el.Linear can be saved with a "
                 "Hugging Face model. Save its state_dict() instead"
@@ -132,7 +133,7 @@ def restore(
                 continue
             raise ValueError(f"{name} is described as a structured layer, but {type(model).__name__} has none there")
         old: Any = modules[found]
-        if not isinstance(old, nn.Linear) and not is_conv1d(old):
+        if not is_linear(old):
             raise ValueError(f"{found} is described as a structured layer, but is a {type(old).__name__}, not linear")
         if features(old) != (entry["in_features"], entry["out_features"]):
             described = f"{entry['in_features']} -> {entry['out_features']}"

@@ -1,4 +1,4 @@
-"""Mixtures of experts: which experts a token goes to, layers that compute with those alone, and their losses."""
+"""Mixtures of experts: routers, layers that compute the routed experts only, and losses."""
 
 from einlinear.nn.moe.experts import Experts
 from einlinear.nn.moe.feed_forward import MoEFeedForward

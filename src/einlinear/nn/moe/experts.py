@@ -1,29 +1,26 @@
-"""`Experts`: several structured matrices of which every token meets a few, and what they share with `MoELinear`."""
+"""Layers of several structured matrices, of which every token is multiplied by a few."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from einlinear import ops
 from einlinear.nn.factored import Factored
-from einlinear.nn.foreign import Known
+from einlinear.nn.layer_info import LayerInfo
+from einlinear.nn.moe.exchange import Exchange
 from einlinear.nn.moe.mixture import check_experts
 from einlinear.ops.context import autocast_dtype
 from einlinear.structures import Structure
 
-if TYPE_CHECKING:
-    from einlinear.nn.moe.parallel import Exchange
 
+class ExpertStack(Factored):
+    """Stack of structured matrices, one per expert: the base class of `Experts` and `MoELinear`.
 
-class Stacked(Factored):
-    """Several structured matrices, stacked, of which every token meets a few; constructed as `Experts`.
-
-    Attributes:
-        experts, active: how many there are, and how many a token meets.
-        exchange: between the processes that divide the experts among them, as `expert_parallel` sets it; or None.
+    `exchange` moves tokens between the processes that share the experts; `expert_parallel` sets it.
     """
 
     def __init__(
@@ -31,66 +28,68 @@ class Stacked(Factored):
         in_features: int,
         out_features: int,
         structure: str | Structure,
-        experts: int,
-        active: int = 1,
-        bias: bool = False,
+        experts: int = 8,
+        active: int = 2,
+        bias: bool = True,
+        *,
         normalize: bool = False,
+        gamma: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        *,
-        gamma: bool = True,
     ) -> None:
-        experts, active = check_experts(experts, active)
-        super().__init__(in_features, out_features, structure, bias, normalize, gamma, device, dtype, stack=experts)
-        self.experts, self.active = experts, active
+        # before the factors, whose first axis has the number of experts
+        self.experts, self.active = check_experts(experts, active)
+        super().__init__(in_features, out_features, structure, bias, normalize, device, dtype, gamma=gamma)
         self.exchange: Exchange | None = None
-        self.reset_parameters()
 
     def mix(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
-        """For every token the sum of gate * W_e x over its experts, plus the bias; shapes as in `Experts`."""
+        """Return for every token the sum of gate * W_e x over its experts, plus the bias; shapes as in `Experts`."""
         if self.exchange is None:
-            routing = ops.Assignment(indices, gates)
-            return ops.linear(self.structure, self.factors(), x, self.bias, routing=routing)
+            assignment = ops.Assignment(indices, gates)
+            return ops.linear(self.structure, self.factors(), x, self.bias, routing=assignment)
 
-        dtype = autocast_dtype(x)  # so that what travels is no larger than it has to be
+        # tokens travel in the dtype of the product
+        dtype = autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)
 
-        def multiply(tokens: Tensor, own: Tensor) -> Tensor:
-            ones = tokens.new_ones(len(own), 1)
-            return ops.linear(self.structure, self.factors(), tokens, routing=ops.Assignment(own[:, None], ones))
+        def multiply(tokens: Tensor, experts: Tensor) -> Tensor:
+            assignment = ops.Assignment(experts[:, None], tokens.new_ones(len(experts), 1))
+            return ops.linear(self.structure, self.factors(), tokens, routing=assignment)
 
         y = self.exchange(x, indices, gates, multiply)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
+    def stack_shape(self) -> tuple[int, ...]:
+        return (self.experts,)
+
+    @property
     def stacked(self) -> list[str]:
         """The names of the parameters that have an entry for every expert."""
-        known = super().known()
-        return [name for name in (*known.matrices, *known.scalars) if name in self._parameters]
+        return [name for name in super().layer_info().roles if name in self._parameters and name != "bias"]
 
     def _parameter(self, name: str) -> Tensor:
         parameter = super()._parameter(name)
-        return parameter if self.exchange is None else self.exchange.own(parameter)
+        return parameter if self.exchange is None else self.exchange.local(parameter)
 
-    def known(self) -> Known:
-        known = super().known()
-        return Known(known.matrices, known.vectors, self.active * self.structure.macs, scalars=known.scalars)
+    def layer_info(self) -> LayerInfo:
+        return replace(super().layer_info(), macs=self.active * self.structure.macs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, experts={self.experts}, active={self.active}"
 
 
-class Experts(Stacked):
-    """For every token the sum of gate * W_e x over the experts e that it is sent to, plus a bias.
+class Experts(ExpertStack):
+    """Experts without a router: for every token the sum of gate * W_e x over its experts e, plus a bias.
 
-    Only these are multiplied, forward and backward, whatever the load: no token is dropped, no expert has a capacity.
+    Only the chosen experts are computed, forward and backward, whatever the load: no token is dropped, no expert has a
+    capacity.
 
     Args:
-        in_features, out_features: of every expert.
-        structure: of every expert, as for `Linear`.
-        experts: how many.
-        active: how many a token meets, as counted in MACs.
-        bias, normalize, device, dtype, gamma: as for `Linear`; every expert is normalised by itself.
+        in_features, out_features, structure, bias, normalize, gamma, device, dtype: as for `Linear`; every expert is
+            normalised by itself.
+        experts: the number of experts.
+        active: the number of experts per token, for the count of MACs.
 
     Shapes:
         tokens (n, in_features), the indices of their experts (n, k) in int64 and gates (n, k), for any k ≥ 1, to

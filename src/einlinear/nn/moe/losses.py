@@ -1,4 +1,4 @@
-"""What all mixtures of a model tell of the last forward pass: losses to train with, and how evenly experts are used."""
+"""Losses and loads of all mixtures of a model in the last forward pass."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from torch import Tensor, distributed, nn
 from einlinear.nn.moe.mixture import Mixture, Routing
 from einlinear.nn.names import plain_modules
 
-Z = 0.1  # of the z-loss, over that of the balance: the code of arXiv 2410.02117
+# weight of the z-loss over that of the balance, in the code of arXiv 2410.02117
+Z = 0.1
 
 
 def moe_loss(
     model: nn.Module, z: float = Z, group: distributed.ProcessGroup | None = None, check: bool = True
 ) -> Tensor:
-    """The mean over all mixtures of a load-balancing loss and `z` times a z-loss, of the last batch that each has seen.
+    """Return the mean over all mixtures of a load-balancing loss plus `z` times a z-loss, for the last batch.
 
-    The balance of E experts is E * sum of p_e f_e: p_e is the mean probability of an expert before the choice, f_e its
-    share of the pairs of tokens and experts. It is one for an even load, and the gradient lowers what is chosen most
-    (Fedus et al., arXiv 2101.03961, equation 4). The z-loss is the mean of logsumexp(logits)^2, which keeps logits
-    small (Zoph et al., arXiv 2202.08906, equation 5). The whole has a weight of 0.01 in arXiv 2410.02117 (its code).
+    The balance of E experts is E * sum of p_e f_e: p_e is the mean probability of an expert before routing, f_e its
+    share of the pairs of tokens and experts. The balance is one for an even load, and its gradient lowers the logits of
+    experts with a high load (Fedus et al., arXiv 2101.03961, equation 4). The z-loss is the mean of
+    logsumexp(logits)^2, which keeps logits small (Zoph et al., arXiv 2202.08906, equation 5). The code of
+    arXiv 2410.02117 gives the sum a weight of 0.01.
 
     Args:
-        model: that has run forward, with gradients if this is to have one.
+        model: after a forward pass, with gradients if the loss is to have one.
         z: the weight of the z-loss.
-        group: of processes that see parts of one batch, equally many tokens each. The load is then that of all of it,
-            so that the mean of this loss over the processes is that of one process that sees everything.
+        group: the processes that share one batch, with equally many tokens each. The load is then that of the full
+            batch, so that the mean of this loss over the processes equals that of one process with the full batch.
         check: whether to raise for logits that are not finite, which waits for the device.
 
     Returns:
@@ -44,14 +46,14 @@ def moe_loss(
         >>> y = layer(torch.randn(10, 64))
         >>> loss = y.square().mean() + 0.01 * el.moe_loss(layer)
     """
-    found = list(_routings(model))
-    counts = [routing.counts for _, routing in found]
+    routings = list(_routings(model))
+    counts = [routing.counts for _, routing in routings]
     if group is not None:
-        together = torch.cat(counts)
-        distributed.all_reduce(together, group=group)
-        counts = list(together.split([len(own) for own in counts]))
+        flat = torch.cat(counts)
+        distributed.all_reduce(flat, group=group)
+        counts = list(flat.split([len(load) for load in counts]))
     losses = []
-    for (_, routing), load in zip(found, counts, strict=True):
+    for (_, routing), load in zip(routings, counts, strict=True):
         share = load / load.sum().clamp(min=1)
         tokens = max(1, len(routing.logits))
         balance = len(share) * (routing.logits.softmax(1).sum(0) / tokens * share).sum()
@@ -59,7 +61,7 @@ def moe_loss(
     total = torch.stack(losses)
     if not check:
         return total.mean()
-    bad = [name for (name, _), ok in zip(found, total.isfinite().tolist(), strict=True) if not ok]
+    bad = [name for (name, _), ok in zip(routings, total.isfinite().tolist(), strict=True) if not ok]
     if bad:
         raise ValueError(f"{bad[0] or 'the layer'}: the logits of its experts are not finite, so its input was not")
     return total.mean()
@@ -67,10 +69,10 @@ def moe_loss(
 
 @dataclass(frozen=True)
 class Load:
-    """How evenly the experts of a layer were used in the last forward pass.
+    """Load of the experts of a layer in the last forward pass.
 
     Attributes:
-        counts: the tokens of every expert.
+        counts: the number of tokens of every expert.
         entropy: of the shares of the experts, over that of an even load: 1 is even, 0 all tokens on one expert.
         largest: the largest share, over that of an even load.
     """
@@ -81,7 +83,7 @@ class Load:
 
 
 def moe_loads(model: nn.Module) -> dict[str, Load]:
-    """The loads of all layers with experts, by qualified name.
+    """Return the loads of all layers with experts, by qualified name.
 
     Raises:
         ValueError: as for `moe_loss`.
@@ -89,15 +91,15 @@ def moe_loads(model: nn.Module) -> dict[str, Load]:
     loads = {}
     for name, routing in _routings(model):
         counts = routing.counts.tolist()
-        total, count = max(1, sum(counts)), len(counts)
-        shares = [own / total for own in counts if own]
-        entropy = -sum(share * math.log(share) for share in shares) / math.log(count) if count > 1 else 1.0
-        loads[name] = Load(tuple(counts), entropy, max(shares, default=0.0) * count)
+        total, experts = max(1, sum(counts)), len(counts)
+        shares = [count / total for count in counts if count]
+        entropy = -sum(share * math.log(share) for share in shares) / math.log(experts) if experts > 1 else 1.0
+        loads[name] = Load(tuple(counts), entropy, max(shares, default=0.0) * experts)
     return loads
 
 
 def _routings(model: nn.Module) -> Iterator[tuple[str, Routing]]:
-    """Of every mixture, by its name."""
+    """Iterate over the last routings of all mixtures, with their qualified names."""
     none = True
     for name, module in plain_modules(model):
         if isinstance(module, Mixture):

@@ -1,8 +1,8 @@
-// Forward for few tokens.
+// Decoding: forward for few tokens.
 //
-// With fewer tokens than a vector has lanes a tile would be mostly empty. Then a state is one plain vector per token,
-// and each matrix of a factor meets `count` = tokens x columns pieces of it. If these are few as well, they are
-// multiplied with the rows of the matrix as they lie in memory; otherwise they make up a tile.
+// With fewer tokens than a vector has lanes a tile would be mostly empty. Then an intermediate is one plain vector for
+// each token, and each matrix of a factor multiplies `count` = tokens x free pieces of it. If these are few as well, they
+// are multiplied with the rows of the matrix as they lie in memory; otherwise they make up a tile.
 #pragma once
 
 #include <algorithm>
@@ -28,85 +28,93 @@ static inline void sum_lanes(Vec<S>* r) {
 
 // to[m] = sum_k w[m][k] from[k] for as many rows as a vector has lanes
 template <class S>
-static inline void dot_rows(const S* const* w, const S* from, Index inner, S* to) {
+static inline void dot_rows(const S* const* w, const S* from, Index contracted, S* to) {
     constexpr int L = Simd<S>::lanes;
     Vec<S> sum[L];
 #pragma GCC unroll 16
     for (int m = 0; m < L; m++) sum[m] = Vec<S>{};
     Index k = 0;
-    for (; k + L <= inner; k += L) {
+    for (; k + L <= contracted; k += L) {
         Vec<S> x = load(from + k);
 #pragma GCC unroll 16
         for (int m = 0; m < L; m++) sum[m] += load(w[m] + k) * x;
     }
     sum_lanes<S, 1>(sum);
-    for (; k < inner; k++)
+    for (; k < contracted; k++)
         for (int m = 0; m < L; m++) sum[0][m] += w[m][k] * from[k];
     store(to, sum[0]);
 }
 
+// The features of a few tokens, one row each.
 template <class S>
-struct States {  // of a few tokens: one row of features each
+struct Rows {
     S* data;
     Index width;
 };
 
-// A thread's share of one step for a few tokens. `room` has space for a tile of its inner and row features.
+// A thread's share of one step for a few tokens. `room` has space for a tile of contracted and new features.
 template <class S>
-static void run_few(const Step& s, const S* factor, States<const S> from, States<S> to, Index tokens, S* room, bool add,
-                    Share mine) {
+static void decode_step(const Step& s, const S* factor, Rows<const S> from, Rows<S> to, Index tokens, S* room, bool add,
+                        Share mine) {
+    // A unit of work is a batch entry and a block of new features, as many as a vector has lanes.
     constexpr Index L = Simd<S>::lanes, block = L;
-    Index count = tokens * s.columns, tile = (count + L - 1) / L * L, blocks = (s.rows + block - 1) / block;
-    bool dots = count < L && s.w_inner == 1;
-    S *inputs = room, *outputs = room + s.inner * tile;
-    std::vector<Index> each(std::max(s.inner, block));  // rows of a tile, one after the other
+    Index count = tokens * s.free_size, tile = (count + L - 1) / L * L, blocks = (s.new_size + block - 1) / block;
+    bool dots = count < L && s.w_contracted_stride == 1;
+    S *inputs = room, *outputs = room + s.contracted_size * tile;
+    // rows of a tile, one after the other
+    std::vector<Index> each(std::max(s.contracted_size, block));
     for (size_t i = 0; i < each.size(); i++) each[i] = i;
     Index gathered = -1;
-    for (Index unit = mine.first(s.batches * blocks); unit < mine.last(s.batches * blocks); unit++) {
-        Index b = unit / blocks, first = unit % blocks * block, rows = std::min(block, s.rows - first);
+    for (Index unit = mine.first(s.batch_size * blocks); unit < mine.last(s.batch_size * blocks); unit++) {
+        Index b = unit / blocks, first = unit % blocks * block, rows = std::min(block, s.new_size - first);
+        // Units of the same batch entry read the same pieces: these are gathered once, as vectors or as a tile.
         for (Index i = 0; b != gathered && i < count; i++) {
-            const S* at = from.data + i / s.columns * from.width + s.in_b[b] + s.in_c[i % s.columns];
-            Index item = dots ? i * s.inner : i, next = dots ? 1 : tile;
-            for (Index k = 0; k < s.inner; k++) inputs[item + k * next] = at[s.in_k[k]];
+            const S* at = from.data + i / s.free_size * from.width + s.in_batch[b] + s.in_free[i % s.free_size];
+            Index item = dots ? i * s.contracted_size : i, next = dots ? 1 : tile;
+            for (Index k = 0; k < s.contracted_size; k++) inputs[item + k * next] = at[s.in_contracted[k]];
         }
         if (b != gathered && !dots)
-            for (Index k = 0; k < s.inner; k++) std::fill(inputs + k * tile + count, inputs + (k + 1) * tile, S(0));
+            for (Index k = 0; k < s.contracted_size; k++)
+                std::fill(inputs + k * tile + count, inputs + (k + 1) * tile, S(0));
         gathered = b;
-        const S* w = factor + s.w_b[b];
+        const S* w = factor + s.w_batch[b];
         if (dots) {
+            // beyond the last row, the last row again: its results are not used
             const S* at[L];
-            for (Index m = 0; m < L; m++) at[m] = w + s.w_r[std::min(first + m, s.rows - 1)];
-            for (Index i = 0; i < count; i++) dot_rows(at, inputs + i * s.inner, s.inner, outputs + i * L);
+            for (Index m = 0; m < L; m++) at[m] = w + s.w_new[std::min(first + m, s.new_size - 1)];
+            for (Index i = 0; i < count; i++)
+                dot_rows(at, inputs + i * s.contracted_size, s.contracted_size, outputs + i * L);
         } else
-            multiply(w + first * s.w_row, s.w_inner, s.w_row, inputs, each.data(), s.inner, outputs, each.data(), rows,
-                     tile, false);
+            multiply(w + first * s.w_new_stride, s.w_contracted_stride, s.w_new_stride, inputs, each.data(),
+                     s.contracted_size, outputs, each.data(), rows, tile, false);
         for (Index i = 0; i < count; i++) {
-            S* at = to.data + i / s.columns * to.width + s.out_b[b] + s.out_c[i % s.columns];
+            S* at = to.data + i / s.free_size * to.width + s.out_batch[b] + s.out_free[i % s.free_size];
             for (Index m = 0; m < rows; m++) {
-                S value = outputs[dots ? i * L + m : m * tile + i], &y = at[s.out_r[first + m]];
+                S value = outputs[dots ? i * L + m : m * tile + i], &y = at[s.out_new[first + m]];
                 y = add ? y + value : value;
             }
         }
     }
 }
 
-static bool few(const Program& p, Index n, Index lanes) {
+// Whether a call takes this path: few tokens, and factors whose matrices have constant strides.
+static bool decodes(const Program& p, Index n, Index lanes) {
     for (auto& term : p.terms)
         for (auto& s : term)
-            if (!s.w_row || !s.w_inner) return false;
+            if (!s.w_new_stride || !s.w_contracted_stride) return false;
     return n < lanes;
 }
 
 template <class S>
-static void forward_few(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, Index n,
-                        int threads) {
+static void decode(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, Index n, int threads) {
     constexpr Index L = Simd<S>::lanes;
     Index room = 0;
     for (auto& term : p.terms)
-        for (auto& s : term) room = std::max(room, (s.inner + L) * (n * s.columns + L));
-    Buffer<S> padded(n * p.width_in), result(n * p.width_out), middle(2 * n * p.widest);
+        for (auto& s : term) room = std::max(room, (s.contracted_size + L) * (n * s.free_size + L));
+    Buffer<S> padded(n * p.width_in), result(n * p.width_out), intermediates(2 * n * p.widest);
+    // Without surplus outputs, the last steps write to y.
     bool direct = p.width_out == p.out_features;
-    States<S> last{direct ? y : result.data, p.width_out};
+    Rows<S> last{direct ? y : result.data, p.width_out};
     Team::run(threads, [&](Team team) {
         Buffer<S> own(room);
         if (p.width_in > p.in_features)
@@ -117,13 +125,13 @@ static void forward_few(const Program& p, const S* const* factors, const S* x, c
                 }
             });
         for (auto& term : p.terms) {
-            States<const S> from{p.width_in > p.in_features ? padded.data : x, p.width_in};
+            Rows<const S> from{p.width_in > p.in_features ? padded.data : x, p.width_in};
             for (size_t k = 0; k < term.size(); k++) {
                 const Step& s = term[k];
                 bool ends = k + 1 == term.size();
-                States<S> to = ends ? last : States<S>{middle.data + k % 2 * n * p.widest, s.width_out};
+                Rows<S> to = ends ? last : Rows<S>{intermediates.data + k % 2 * n * p.widest, s.width_out};
                 team.phase([&](Share mine) {
-                    run_few(s, factors[s.factor], from, to, n, own.data, ends && &term != &p.terms[0], mine);
+                    decode_step(s, factors[s.factor], from, to, n, own.data, ends && &term != &p.terms[0], mine);
                 });
                 from = {to.data, to.width};
             }

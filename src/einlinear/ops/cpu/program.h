@@ -1,5 +1,8 @@
-// The program: a structure as an array of int64, written by program.py. Offsets of states count rows, offsets of
-// factors count entries.
+// The program: a structure as an array of int64, written by program.py.
+//
+// A step multiplies a factor (batch, new, contracted) with an input (batch, free, contracted): it sums over the
+// contracted axes and leaves an output (batch, free, new). Offsets into inputs and outputs count rows of a tile,
+// offsets into factors count entries.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +14,22 @@
 namespace {
 
 struct Step {
-    Index factor, batches, columns, rows, inner;  // counts of the step's matrix products and their sizes
-    Index width_in, width_out;                    // rows of the states before and after
-    // offsets: of batch, column and inner in the state before; of batch, column and row in the state after; of batch,
-    // row and inner in the factor
-    const Index *in_b, *in_c, *in_k, *out_b, *out_c, *out_r, *w_b, *w_r, *w_k;
-    // what lies between two entries of in_k, out_r, w_r and w_k, or 0 where that is not always the same
-    Index in_stride, out_stride, w_row, w_inner;
-    Index pairs() const { return batches * columns; }
-    Index entries() const { return batches * rows * inner; }  // of the factor
+    Index factor;
+    // the products of the sizes of a group's axes
+    Index batch_size, free_size, new_size, contracted_size;
+    // rows of the input and of the output
+    Index width_in, width_out;
+    const Index *in_batch, *in_free, *in_contracted;
+    const Index *out_batch, *out_free, *out_new;
+    const Index *w_batch, *w_new, *w_contracted;
+    // between two entries of in_contracted, out_new, w_new and w_contracted; 0 where that is not always the same
+    Index in_stride, out_stride, w_new_stride, w_contracted_stride;
+    // matrix-vector products for each token, and entries of the factor
+    Index products() const { return batch_size * free_size; }
+    Index entries() const { return batch_size * new_size * contracted_size; }
 };
 
-static Index term_states(const std::vector<Step>& term) {
+static Index intermediate_rows(const std::vector<Step>& term) {
     Index total = 0;
     for (auto& s : term) total += &s == &term.back() ? 0 : s.width_out;
     return total;
@@ -42,14 +49,16 @@ struct Program {
         for (Index i = 0; i < count; i++) {
             std::vector<Step> term(*p++);
             for (Step& s : term) {
-                s.factor = *p++, s.batches = *p++, s.columns = *p++, s.rows = *p++, s.inner = *p++;
+                s.factor = *p++;
+                s.batch_size = *p++, s.free_size = *p++, s.new_size = *p++, s.contracted_size = *p++;
                 s.width_in = *p++, s.width_out = *p++;
-                s.in_stride = *p++, s.out_stride = *p++, s.w_row = *p++, s.w_inner = *p++;
-                const Index** tables[] = {&s.in_b,  &s.in_c, &s.in_k, &s.out_b, &s.out_c,
-                                          &s.out_r, &s.w_b,  &s.w_r,  &s.w_k};
-                const Index lengths[] = {s.batches, s.columns, s.inner, s.batches, s.columns,
-                                         s.rows,    s.batches, s.rows,  s.inner};
-                for (int t = 0; t < 9; t++) *tables[t] = p, p += lengths[t];
+                s.in_stride = *p++, s.out_stride = *p++, s.w_new_stride = *p++, s.w_contracted_stride = *p++;
+                const std::pair<const Index**, Index> tables[] = {
+                    {&s.in_batch, s.batch_size},   {&s.in_free, s.free_size},   {&s.in_contracted, s.contracted_size},
+                    {&s.out_batch, s.batch_size},  {&s.out_free, s.free_size},  {&s.out_new, s.new_size},
+                    {&s.w_batch, s.batch_size},    {&s.w_new, s.new_size},      {&s.w_contracted, s.contracted_size},
+                };
+                for (auto& [table, length] : tables) *table = p, p += length;
                 widest = std::max({widest, s.width_in, s.width_out});
             }
             width_in = std::max(width_in, term.front().width_in);
@@ -59,9 +68,10 @@ struct Program {
     }
     const Step& first() const { return terms[0].front(); }
     const Step& last() const { return terms[0].back(); }
-    Index states() const {  // rows of all intermediate states
+    // rows of all intermediates
+    Index intermediates() const {
         Index total = 0;
-        for (auto& term : terms) total += term_states(term);
+        for (auto& term : terms) total += intermediate_rows(term);
         return total;
     }
     Index factor_entries() const {
@@ -70,10 +80,10 @@ struct Program {
             for (auto& s : term) total += s.entries();
         return total;
     }
-    // Whether it is the factors that do not stay in cache, and not the states.
+    // Whether the factors, and not the intermediates, are what does not stay in cache.
     bool heavy() const {
         Index entries = factor_entries();
-        return entries > HEAVY_ENTRIES && entries > HEAVY_RATIO * (width_in + states() + width_out);
+        return entries > HEAVY_ENTRIES && entries > HEAVY_RATIO * (width_in + intermediates() + width_out);
     }
 };
 

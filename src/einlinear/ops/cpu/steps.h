@@ -10,11 +10,14 @@
 
 namespace {
 
+// A factor as its step multiplies with it.
 template <class S>
-struct Weights {  // a factor as its step multiplies with it
+struct Weights {
     const S* data;
-    const Index* batch;  // offsets, or null where it is `size` times the batch
-    Index size, wk, wm;  // strides of inner and row; zero if packed
+    // offsets, or null where they are `size` times the index
+    const Index* batch;
+    // strides of the contracted and the new axes; zero if packed
+    Index size, wk, wm;
     const S* at(Index b) const { return data + (batch ? batch[b] : b * size); }
 };
 
@@ -25,42 +28,44 @@ static constexpr Index micro_rows(Index left) {
     return m;
 }
 
-// (rows, inner) -> for every group of rows that a micro-kernel takes, contiguous (inner, rows of the group)
+// (new, contracted) -> for every group of new features that a micro-kernel takes, contiguous (contracted, group)
 template <class S>
-static void pack_matrix(const S* from, const Index* row_at, const Index* inner_at, Index rows, Index inner, S* to) {
+static void pack_matrix(const S* from, const Index* row_at, const Index* k_at, Index rows, Index contracted, S* to) {
     constexpr Index L = Simd<S>::lanes;
     bool plain = true;
-    for (Index k = 0; k < inner; k++) plain &= inner_at[k] == k;
+    for (Index k = 0; k < contracted; k++) plain &= k_at[k] == k;
     for (Index m = 0; m < rows;) {
         Index group = micro_rows(rows - m), k = 0;
         // A whole vector is stored; what is too much of it is overwritten by the next one.
-        for (; plain && group <= L && (k + L - 1) * group + L <= inner * group; k += L) {
+        for (; plain && group <= L && (k + L - 1) * group + L <= contracted * group; k += L) {
             Vec<S> r[L];
 #pragma GCC unroll 16
             for (int l = 0; l < L; l++) r[l] = l < group ? load(from + row_at[m + l] + k) : Vec<S>{};
-            stage<S, 1>(r);
+            transpose_square<S>(r);
 #pragma GCC unroll 16
             for (int l = 0; l < L; l++) store(to + (k + l) * group, r[l]);
         }
-        for (; k < inner; k++)
-            for (Index i = 0; i < group; i++) to[k * group + i] = from[row_at[m + i] + inner_at[k]];
-        to += group * inner, m += group;
+        for (; k < contracted; k++)
+            for (Index i = 0; i < group; i++) to[k * group + i] = from[row_at[m + i] + k_at[k]];
+        to += group * contracted, m += group;
     }
 }
 
+// Pack a factor for its step, or for the step back, in which new and contracted axes change places.
 template <class S>
 static void pack(const Step& s, const S* factor, S* to, bool backward, Share mine) {
-    for (Index b = mine.first(s.batches); b < mine.last(s.batches); b++) {
-        const S* from = factor + s.w_b[b];
+    for (Index b = mine.first(s.batch_size); b < mine.last(s.batch_size); b++) {
+        const S* from = factor + s.w_batch[b];
+        S* matrix = to + b * s.new_size * s.contracted_size;
         if (backward)
-            pack_matrix(from, s.w_k, s.w_r, s.inner, s.rows, to + b * s.rows * s.inner);
+            pack_matrix(from, s.w_contracted, s.w_new, s.contracted_size, s.new_size, matrix);
         else
-            pack_matrix(from, s.w_r, s.w_k, s.rows, s.inner, to + b * s.rows * s.inner);
+            pack_matrix(from, s.w_new, s.w_contracted, s.new_size, s.contracted_size, matrix);
     }
 }
 
-// Token-major memory behind a tile: `tokens` rows of `features`, one after the other or, if `rows` is given, there.
-// Rows given so are scaled when they are read, and added to when they are written.
+// Token-major memory behind a tile: `tokens` rows of `features`, contiguous or, if `rows` is given, at these pointers.
+// Rows at pointers are scaled when they are read, and added to when they are written.
 template <class S, class Pointer>
 struct Tokens {
     Pointer data;
@@ -80,7 +85,8 @@ static void read_rows(Source<S> from, Index first, Index count, S* to, Index til
     if (from.rows)
         gather(from.rows, from.scales, from.tokens, first, present, to, tile);
     else {
-        if (from.tokens < tile) std::fill_n(to, present * tile, S(0));  // arithmetic on leftovers may be slow
+        // arithmetic on leftovers may be slow
+        if (from.tokens < tile) std::fill_n(to, present * tile, S(0));
         transpose(from.data + first, from.features, to, tile, from.tokens, present);
     }
     std::fill_n(to + present * tile, (count - present) * tile, S(0));
@@ -110,37 +116,38 @@ static void write_tile(const S* from, Index tile, Sink<S> to, const S* bias, Sha
         write_rows(from + i * tile, tile, to, i, std::min(block, to.features - i), bias);
 }
 
-// One direction of a step: where its products read and write.
+// One side of a step, its input or its output: which rows a product reads or writes.
 struct Side {
-    const Index *batch, *column, *row;
-    Index rows, stride;
-    bool run() const { return stride == 1; }  // whether a product's rows are neighbours
+    const Index *batch, *free, *feature;
+    Index features, stride;
+    // whether the rows of a product are neighbours
+    bool run() const { return stride == 1; }
 };
-static Side before(const Step& s) {
-    return {s.in_b, s.in_c, s.in_k, s.inner, s.in_stride};
+static Side input_of(const Step& s) {
+    return {s.in_batch, s.in_free, s.in_contracted, s.contracted_size, s.in_stride};
 }
-static Side after(const Step& s) {
-    return {s.out_b, s.out_c, s.out_r, s.rows, s.out_stride};
+static Side output_of(const Step& s) {
+    return {s.out_batch, s.out_free, s.out_new, s.new_size, s.out_stride};
 }
 
 // All products of a step. Where rows are neighbours the first step can read token-major memory and the last one write
-// it, a product at a time, through `scratch`: then these states need no room in cache.
+// it, a product at a time, through `scratch`: then these ends need no room in cache.
 template <class S>
 static void run_step(const Step& s, const Weights<S>& w, Side in, Side out, const S* from, S* to,
                      const Source<S>* source, const Sink<S>* sink, const S* bias, S* scratch, Index tile, bool add,
                      Share mine) {
-    for (Index p = mine.first(s.pairs()); p < mine.last(s.pairs()); p++) {
-        Index b = p / s.columns, c = p % s.columns;
-        Index in_at = in.batch[b] + in.column[c], out_at = out.batch[b] + out.column[c];
+    for (Index p = mine.first(s.products()); p < mine.last(s.products()); p++) {
+        Index b = p / s.free_size, c = p % s.free_size;
+        Index in_at = in.batch[b] + in.free[c], out_at = out.batch[b] + out.free[c];
         const S* rows_in = from + in_at * tile;
         S* rows_out = to + out_at * tile;
         if (source) {
-            read_rows(*source, in_at, in.rows, scratch, tile);
+            read_rows(*source, in_at, in.features, scratch, tile);
             rows_in = scratch;
         }
-        if (sink) rows_out = scratch + in.rows * tile;
-        multiply(w.at(b), w.wk, w.wm, rows_in, in.row, in.rows, rows_out, out.row, out.rows, tile, add);
-        if (sink) write_rows(rows_out, tile, *sink, out_at, out.rows, bias);
+        if (sink) rows_out = scratch + in.features * tile;
+        multiply(w.at(b), w.wk, w.wm, rows_in, in.feature, in.features, rows_out, out.feature, out.features, tile, add);
+        if (sink) write_rows(rows_out, tile, *sink, out_at, out.features, bias);
     }
 }
 

@@ -1,60 +1,68 @@
-"""How large tiles may be, and which design is worth it: from the sizes and the device's limits, by counting bytes.
+"""Sizes of the tiles that kernels work on.
 
-Candidates that do not fit into the shared memory or the registers are left out here; which of the rest is fastest is
-measured (`triton.autotune`). The first candidate is a fair one where nothing can be measured.
+Candidates fit the shared memory and the registers of the device. Which of them is fastest is measured on the device
+(`triton.autotune`); the first is a fair choice where nothing can be measured.
+
+The matrix product of a tile has m = tokens x free rows. b, f, n and k are as in `kernels.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 
-from einlinear.ops.triton.steps import SECTOR, Layout, Step, count, roles
+from einlinear.ops.triton.strided_steps import SECTOR, StridedStep
 
-SMALLEST = 16  # the shortest side of a tile that the matrix units take
-LARGEST = 256 * 128  # sums in one tile: 128 of the 255 registers of each of 256 threads
-BATCHED = 4  # what a sum counts for in a tile with a batch dimension, whose products keep more in registers
-SINGLE = 8  # what it counts for in float32, whose exact products are made without the matrix units
-L2_SPEED = 1.5  # of the second-level cache, relative to device memory: about that on Hopper, to be measured
-GAIN = 0.9  # of the time of two launches: what one must stay below, for its programs are fewer and longer
+# the shortest side of a tile that the matrix units take
+MIN_SIDE = 16
+# sums in one tile: 128 of the 255 registers of each of 256 threads
+MAX_SUMS = 256 * 128
+# The weight of a sum in a tile with a batch dimension, whose products keep more in registers, and in float32, whose
+# exact products are made without the matrix units.
+BATCHED_WEIGHT, FLOAT32_WEIGHT = 4, 8
 
-_SHAPES = ((64, 64), (128, 64), (128, 128), (64, 128), (256, 64), (128, 256), (32, 64), (16, 64))  # rows x columns
-_LONGEST = 128  # rows of a tile of `backward_step`
-_DEPTH = {2: 64, 4: 16}  # how much of a sum a tile makes at once, by the bytes of a number
+# candidates for the two sides of a tile of sums
+_SIDES = ((64, 64), (128, 64), (128, 128), (64, 128), (256, 64), (128, 256), (32, 64), (16, 64))
+# candidates for m if the sides are given
+_ROWS = (128, 64, 32)
+# summands of a sum that are loaded at once, by the bytes of a number
+_DEPTH = {2: 64, 4: 16}
 
 
 class Device(NamedTuple):
-    """What bounds a kernel: the processors to keep busy, and the shared memory (bytes) of one program."""
+    """The limits of a GPU.
+
+    Attributes:
+        processors: the number of streaming multiprocessors, all of which should be busy.
+        shared: bytes of shared memory of one program.
+    """
 
     processors: int
     shared: int
 
 
 class Tile(NamedTuple):
-    """One way to run a kernel: its block sizes by name, its warps and the depth of its pipeline."""
+    """One configuration of a kernel.
+
+    Attributes:
+        blocks: (name, size) pairs of the kernel's BLOCK_ arguments.
+        warps: the number of warps.
+        stages: the depth of the software pipeline.
+    """
 
     blocks: tuple[tuple[str, int], ...]
     warps: int
     stages: int
 
 
-class Fused(NamedTuple):
-    """A tile of a fused pair, its tokens, the number of programs that share them, and the bytes it moves per token."""
-
-    tile: Tile
-    tokens: int
-    programs: int
-    bytes: float
-
-
 @lru_cache
 def device_limits(device: torch.device) -> Device:
-    """The limits of a GPU; in the interpreter those of an imaginary one, small but with an H100's shared memory."""
+    """The limits of a GPU; for the interpreter those of a small GPU with the shared memory of an H100."""
     if device.type != "cuda":
         return Device(4, 232_448)
     properties: Any = torch.cuda.get_device_properties(device)
@@ -62,141 +70,83 @@ def device_limits(device: torch.device) -> Device:
 
 
 @lru_cache(maxsize=4096)
-def forward_tiles(step: Step, itemsize: int, tokens: int, device: Device) -> tuple[Tile, ...]:
-    """Tiles of `forward_step` for about this many tokens."""
-    block_b, block_c, weight = _runs(step, itemsize)
-    _, _, rows, inner = step.counts
+def forward_tiles(step: StridedStep, itemsize: int, tokens: int, device: Device) -> tuple[Tile, ...]:
+    """Tiles of `forward_step` for about this many tokens: the sums are m x n, the summands k."""
+    block_b, block_f, weight = _fixed_blocks(step, itemsize)
+    _, _, new, contracted = step.counts
+    k = _clip(_DEPTH[itemsize], contracted)
     tiles = []
-    for m, r in _SHAPES:
-        m, r, k = _rows(m, tokens, block_c), _clip(r, rows), _clip(_DEPTH[itemsize], inner)
-        while weight * m * r > LARGEST:
-            m, r = (m // 2, r) if m > max(r, block_c, SMALLEST) else (m, r // 2)
-        stages = max(1, min(4, device.shared // (block_b * (m + r) * k * itemsize)))
-        tiles.append(_tile(stages, weight * m * r, B=block_b, T=m // block_c, C=block_c, R=r, K=k))
-    return tuple(dict.fromkeys(tiles))
+    for m, n in _SIDES:
+        m, n = _clip_rows(m, tokens, block_f), _clip(n, new)
+        while weight * m * n > MAX_SUMS:
+            m, n = (m // 2, n) if m > max(n, block_f, MIN_SIDE) else (m, n // 2)
+        stages = max(1, min(4, device.shared // (block_b * (m + n) * k * itemsize)))
+        tiles.append(_tile(block_b, m // block_f, block_f, n, k, weight * m * n, stages))
+    return _distinct(tiles)
 
 
 @lru_cache(maxsize=4096)
-def backward_tiles(step: Step, itemsize: int, tokens: int, device: Device, joint: bool) -> tuple[Tile, ...]:
-    """Tiles of `backward_step`; joint: for both gradients at once, none if a tile cannot hold a whole matrix."""
-    block_b, block_c, weight = _runs(step, itemsize)
-    _, _, rows, inner = step.counts
-    shapes = [(_power(rows), _power(inner))] if joint else [*_SHAPES]
+def backward_tiles(step: StridedStep, itemsize: int, tokens: int, device: Device, joint: bool) -> tuple[Tile, ...]:
+    """Tiles of `backward_step` for about this many tokens: the sums are n x k, the summands m.
+
+    Joint tiles, which give the gradients of the factor and of the source, hold all of n and k. None may fit.
+    """
+    block_b, block_f, weight = _fixed_blocks(step, itemsize)
+    _, _, new, contracted = step.counts
+    sides = product([(_power(new), _power(contracted))], _ROWS) if joint else product(_SIDES, [_DEPTH[itemsize]])
     tiles = []
-    for (r, k), m in product(shapes, (_LONGEST, 64, 32) if joint else (_DEPTH[itemsize],)):
-        r, k, m = _clip(r, rows), _clip(k, inner), _rows(m, tokens, block_c)
-        while not joint and weight * r * k > LARGEST:
-            r, k = (r // 2, k) if r >= k else (r, k // 2)
-        sums = weight * k * (r + m * joint)
-        stages = min(3, (device.shared // itemsize // block_b - r * k * joint) // (m * (r + k)))
-        if stages > 0 and sums <= LARGEST:
-            tiles.append(_tile(stages, sums, B=block_b, T=m // block_c, C=block_c, R=r, K=k))
-    return tuple(dict.fromkeys(tiles))
+    for (n, k), m in sides:
+        n, k, m = _clip(n, new), _clip(k, contracted), _clip_rows(m, tokens, block_f)
+        while not joint and weight * n * k > MAX_SUMS:
+            n, k = (n // 2, k) if n >= k else (n, k // 2)
+        sums = weight * k * (n + m * joint)
+        stages = min(3, (device.shared // itemsize // block_b - n * k * joint) // (m * (n + k)))
+        if stages > 0 and sums <= MAX_SUMS:
+            tiles.append(_tile(block_b, m // block_f, block_f, n, k, sums, stages))
+    return _distinct(tiles)
 
 
-def share(step: Step, itemsize: int, tokens: int, device: Device, joint: bool) -> int:
-    """How many tokens x columns a program sums for a factor's gradient.
+def share(step: StridedStep, itemsize: int, tokens: int, device: Device, joint: bool) -> int:
+    """The number of tokens x free that one program sums for the gradient of a factor.
 
-    As many as leave work for all processors; but so many that the partial sums, which are written and read in four
-    bytes each, move at most half as much as the states.
+    It leaves work for all processors. It is also so large that the partial sums, which are written and read in four
+    bytes each, move at most half as much memory as source and result.
     """
-    block_b, block_c, _ = _runs(step, itemsize)
-    batch, columns, rows, inner = step.counts
-    programs = math.ceil(batch / block_b) * (1 if joint else math.ceil(rows / 64) * math.ceil(inner / 64))
-    busy = tokens * columns * programs // (4 * device.processors)
-    light = 16 * step.params * columns // (itemsize * (step.source.features + step.result.features))
-    return max(_rows(_LONGEST, tokens, block_c), _power(busy), _power(light))
+    block_b, block_f, _ = _fixed_blocks(step, itemsize)
+    batch, free, new, contracted = step.counts
+    programs = math.ceil(batch / block_b) * (1 if joint else math.ceil(new / 64) * math.ceil(contracted / 64))
+    busy = tokens * free * programs // (4 * device.processors)
+    light = 16 * step.params * free // (itemsize * (step.source.features + step.result.features))
+    return max(_clip_rows(_ROWS[0], tokens, block_f), _power(busy), _power(light))
 
 
-@lru_cache(maxsize=4096)
-def fused_tiles(first: Step, second: Step, itemsize: int, device: Device) -> tuple[Fused, ...]:
-    """Tiles of `forward_fused`, which keep the intermediate on chip: those that move the fewest bytes first."""
-    n = {role: count(group) for role, group in roles(first, second)._asdict().items()}
-    sides = product(_powers(128), _powers(_power(n["f"])), _powers(_power(n["d"])))
-    found = (_fused(first, second, n, t, f, d, itemsize, device) for t, f, d in sides)
-    return tuple(sorted(filter(None, found), key=lambda candidate: candidate.bytes)[:6])
-
-
-def _fused(
-    first: Step, second: Step, n: dict[str, int], t: int, f: int, d: int, itemsize: int, device: Device
-) -> Fused | None:
-    """The tile with so many entries of t, f and d, if it fits."""
-    b, g = _power(n["b"]), _power(n["g"])
-    r = max(_power(n["r"]), SMALLEST // (f * d), SMALLEST // (g * b))
-    a, e = _clip(_DEPTH[itemsize], n["a"]), _clip(64, n["e"])
-    weight = SINGLE if itemsize == 4 else 1
-    z, y = weight * g * t * b * r * f * d * (1 + (g > 1)), weight * f * t * d * (1 + (f > 1))  # y: for one entry of e
-    if t * b < SMALLEST or t * d < SMALLEST or max(z, y * SMALLEST) > LARGEST:
-        return None
-    e = min(e, LARGEST // y)
-    stage = g * a * (t * b + r * f * d) * itemsize
-    if max(2 * stage, g * b * r * f * (t * d + 2 * e) * itemsize) > device.shared:
-        return None
-    d_blocks = math.ceil(n["d"] / d)
-    shares = math.ceil(n["f"] / f) * d_blocks
-    blocks = {axis: f if axis in first.rows else 1 for axis in second.batch}
-    blocks |= {axis: d if axis in first.rows else 1 for axis in second.columns}
-    read = first.source.features * shares * _waste(first.source, blocks, itemsize)
-    written = second.result.features * _waste(second.result, blocks, itemsize)
-    factors = (first.params + second.params * d_blocks) / t
-    tile = _tile(min(4, device.shared // stage), max(z, y * e), T=t, A=a, D=d, E=e, F=f, ALL_B=b, ALL_G=g, ALL_R=r)
-    return Fused(tile, t, n["outer"] * shares, (read + written + factors) * itemsize)
-
-
-def fusing_pays(first: Step, second: Step, itemsize: int, tokens: int, device: Device, save: bool) -> bool:
-    """Whether one launch moves its bytes sooner than two do, and has work for all processors.
-
-    Two launches write the intermediate and read it again. A fused program has few tokens, so that it reads the factors
-    more often, and perhaps the input: from the second-level cache, which is faster, but not by much. In float32 it
-    never pays: without matrix units, the second product of a fused program needs more registers than there are.
-    """
-    if itemsize == 4:
-        return False
-    candidates = fused_tiles(first, second, itemsize, device)
-    busy = [fused for fused in candidates if math.ceil(tokens / fused.tokens) * fused.programs >= device.processors]
-    if not busy:
-        return False
-    ends, middle = first.source.features + second.result.features, first.result.features
-    factors = (first.params + second.params) / 128
-    apart = max(ends + 2 * middle, (ends + 2 * middle + factors) / L2_SPEED)
-    together = max(ends + middle * save, (busy[0].bytes / itemsize + middle * save) / L2_SPEED)
-    return together < GAIN * apart
-
-
-def _runs(step: Step, itemsize: int) -> tuple[int, int, int]:
-    """The blocks of batch and columns, so that memory is reached in whole sectors, and what an entry's sum counts."""
+def _fixed_blocks(step: StridedStep, itemsize: int) -> tuple[int, int, int]:
+    """Blocks of batch and free axes that reach memory in whole sectors, and the weight of a sum in registers."""
     sector = SECTOR // itemsize
-    block_b, block_c = min(_power(step.run("batch")), sector), min(_power(step.run("columns")), 2 * sector)
-    return block_b, block_c, block_b * max(BATCHED if block_b > 1 else 1, SINGLE if itemsize == 4 else 1)
+    block_b, block_f = min(_power(step.run(step.batch)), sector), min(_power(step.run(step.free)), 2 * sector)
+    weight = max(BATCHED_WEIGHT if block_b > 1 else 1, FLOAT32_WEIGHT if itemsize == 4 else 1)
+    return block_b, block_f, block_b * weight
 
 
-def _waste(layout: Layout, blocks: Mapping[str, int], itemsize: int) -> float:
-    """How many bytes are moved for each that is wanted, where a program has only so many entries of some axes."""
-    unit = layout.unit
-    if unit is None or unit not in blocks:
-        return 1
-    return max(1, min(dict(layout.sizes)[unit], SECTOR // itemsize) / blocks[unit])
+def _tile(b: int, t: int, f: int, n: int, k: int, sums: int, stages: int) -> Tile:
+    blocks = {"BLOCK_B": b, "BLOCK_T": t, "BLOCK_F": f, "BLOCK_N": n, "BLOCK_K": k}
+    return Tile(tuple(blocks.items()), 4 if sums <= MAX_SUMS // 4 else 8, stages)
 
 
-def _rows(m: int, tokens: int, block_c: int) -> int:
-    """A tile's rows: no more than there are tokens for, but whole runs of columns."""
-    return max(block_c, _clip(m, tokens * block_c))
+def _distinct(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
+    return tuple(dict.fromkeys(tiles))
 
 
-def _tile(stages: int, sums: int, **blocks: int) -> Tile:
-    named = {name if name.startswith("ALL") else f"BLOCK_{name}": block for name, block in blocks.items()}
-    return Tile(tuple(named.items()), 4 if sums <= LARGEST // 4 else 8, stages)
+def _clip_rows(m: int, tokens: int, block_f: int) -> int:
+    """Rows of a tile: no more than the tokens need, but a whole block of free axes."""
+    return max(block_f, _clip(m, tokens * block_f))
 
 
 def _clip(side: int, size: int) -> int:
     """A side of a tile that is no longer than the size needs."""
-    return max(SMALLEST, min(side, _power(size)))
+    return max(MIN_SIDE, min(side, _power(size)))
 
 
 def _power(size: int) -> int:
     """The smallest power of two that is not less."""
     return 1 << max(size - 1, 0).bit_length()
-
-
-def _powers(largest: int) -> list[int]:
-    return [1 << exponent for exponent in range(largest.bit_length())]

@@ -8,7 +8,7 @@ digits.py         a source: scikit-learn's digits
 cifar.py          a source: CIFAR-10 and CIFAR-100, from their binary files
 folder.py         a source: a user's folder
 split.py          a test set for sources without one
-dataset.py        Images: what every source gives
+dataset.py        Images: what every source returns
 augment.py        shifts, flips and mixup
 batching.py       shuffled batches, any of them by its number
 pixels.py         batches of pixels as sequences of tokens

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from einlinear_lab.data.images.dataset import Images
 
-_MIRRORED = frozenset({"fashion-mnist", "cifar-10", "cifar-100"})  # names that no folder has, whose names are paths
+# Folders have paths for names.
+_MIRRORED = frozenset({"fashion-mnist", "cifar-10", "cifar-100"})
 
 
 class Augment:
@@ -32,7 +33,8 @@ class Augment:
     """
 
     def __init__(self, size: tuple[int, int], *, shift: int = 2, flip: bool = False, mixup: float = 0.0) -> None:
-        import kornia.augmentation as K  # takes a second, and only training needs it
+        # Takes a second, and only training needs it.
+        import kornia.augmentation as K
 
         if shift < 0:
             raise ValueError(f"shift={shift}: it must be 0 or more pixels")
@@ -51,9 +53,9 @@ class Augment:
 
     @classmethod
     def suited_to(cls, images: Images, mixup: float = 0.0) -> Augment:
-        """Shifts of 2 pixels (1 below 16 x 16), and flips for Fashion-MNIST and CIFAR.
+        """Return shifts of 2 pixels (1 below 16 x 16), and flips for Fashion-MNIST and CIFAR.
 
-        A user's folder is not flipped: nobody said that its classes survive a mirror.
+        A user's folder is not flipped: its classes may not survive a mirror.
         """
         shift = 2 if min(images.size) >= 16 else 1
         return cls(images.size, shift=shift, flip=images.name in _MIRRORED, mixup=mixup)
@@ -74,16 +76,17 @@ class Augment:
             x: (B, C, H, W).
             y: (B,) int64 labels below `classes`.
             classes: number of classes.
-            generator: where the randomness comes from.
+            generator: source of the randomness.
 
         Returns:
             x of the same shape, and targets (B, classes) float32 whose rows sum to 1, which
             F.cross_entropy takes as they are.
         """
         with _seeded(generator):
-            x, labels = self._mixup(x, y)  # labels (B, 3): own label, the other's label, the other's share
-        own, other = F.one_hot(labels[:, :2].long(), classes).to(x.dtype).unbind(1)
-        return x, torch.lerp(own, other, labels[:, 2:])
+            # labels (B, 3): label, label of the second image, share of the second image
+            x, labels = self._mixup(x, y)
+        first, second = F.one_hot(labels[:, :2].long(), classes).to(x.dtype).unbind(1)
+        return x, torch.lerp(first, second, labels[:, 2:])
 
 
 @contextmanager

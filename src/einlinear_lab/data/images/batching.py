@@ -1,4 +1,4 @@
-"""Shuffled training batches: each is a function of the seed and its number alone, so a run can go on anywhere."""
+"""Shuffled training batches. Each is a function of the seed and its number, so that a run resumes at any step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from einlinear_lab.data.images.dataset import Images
 from einlinear_lab.data.rng import shuffled, torch_generator
 from einlinear_lab.data.sampling import Epochs, spread
 
-_AUGMENTATION, _PERMUTATION, _SAMPLE = 1, 2, 3  # streams; 0 has the order of the images
+# Streams of random numbers; stream 0 has the order of the images.
+_AUGMENTATION, _PERMUTATION, _SAMPLE = 1, 2, 3
 
 
 class Batches:
-    """Shuffled training batches, by number; the same seed gives the same ones, in whatever order they are asked for.
+    """Shuffled training batches by number, the same ones for the same seed, in any order of calls.
 
-    An epoch passes over all training images but those that would make a partial batch.
+    An epoch passes over all training images without a last partial batch.
 
     Args:
-        images: where to take the training images from.
+        images: data set of the training images.
         batch_size: images in a batch, B.
         seed: of the shuffling and the augmentation. The global generator is neither read nor changed.
         augment: applied to each batch. Default: none.
@@ -50,7 +51,7 @@ class Batches:
         self.per_epoch = self._epochs.per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """x (B, features) float32, or (B, C, H, W), and y, (B,) int64, or (B, classes) float32 with mixup.
+        """Return x (B, features) float32, or (B, C, H, W), and y, (B,) int64, or (B, classes) float32 with mixup.
 
         Raises:
             ValueError: a negative step.
@@ -65,7 +66,7 @@ class Batches:
         return self.inputs(x), y
 
     def sample(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`count` training images (at most all), evenly spread over them: always the same ones, whatever the seed.
+        """Yield `count` training images (at most all), evenly spread over them, the same ones for every seed.
 
         They are augmented, but never mixed up.
 
@@ -79,11 +80,11 @@ class Batches:
             yield self.inputs(x), self.images.train_y[rows]
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) as the model takes them: permuted, and flattened if it has to be."""
+        """Permute and flatten images (B, C, H, W) as the model needs them."""
         flat = x.flatten(1) if self.permutation is None else x.flatten(1)[:, self.permutation]
         return flat if self.flatten else flat.view_as(x)
 
 
 def pixel_permutation(features: int, seed: int) -> Tensor:
-    """A fixed random order of the input features, (features,) int64: it takes locality away from images."""
+    """Return a fixed random order of the input features, (features,) int64, which removes locality from images."""
     return shuffled(features, seed, 0, _PERMUTATION)

@@ -11,45 +11,52 @@ from torch import Tensor
 from einlinear_lab.data.images.dataset import Images
 
 PIXELS = 3 * 32 * 32
-RECORDS = {"data_batch": 10_000, "test_batch": 10_000, "train": 50_000, "test": 10_000}  # of each file, by its stem
-
-_CLASSES_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# The number of records of each file, by its stem.
+RECORDS = {"data_batch": 10_000, "test_batch": 10_000, "train": 50_000, "test": 10_000}
 
 
 @dataclass(frozen=True)
 class _Version:
-    """A data set's files. A record is its labels, a byte each, of which the last one counts, then its pixels."""
+    """The files of a data set. A record is its labels, a byte each, the last of which counts, then its pixels."""
 
     name: str
     train: tuple[str, ...]
     test: str
     labels: int
-    classes: int
     names: str
+    classes: tuple[str, ...]
 
 
 _VERSIONS = (
     _Version(
-        "cifar-10", tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", 1, 10, "batches.meta.txt"
+        "cifar-10",
+        tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        "test_batch.bin",
+        labels=1,
+        names="batches.meta.txt",
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     ),
-    _Version("cifar-100", ("train.bin",), "test.bin", 2, 100, "fine_label_names.txt"),
+    # Numbers, where its file of names is missing.
+    _Version("cifar-100", ("train.bin",), "test.bin", 2, "fine_label_names.txt", tuple(map(str, range(100)))),
 )
 _PICKLES = ("data_batch_1", "test_batch", "batches.meta")
 
 
 def is_cifar(folder: Path) -> bool:
-    """Whether a folder holds files called as those of CIFAR, in the binary or the Python version."""
-    return _found(folder) is not None or any((folder / name).is_file() for name in _PICKLES)
+    """Return whether a folder holds files named as those of CIFAR, in the binary or the Python version."""
+    return _version_of(folder) is not None or any((folder / name).is_file() for name in _PICKLES)
 
 
 def read_cifar(folder: Path) -> Images:
-    """CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or CIFAR-100 (train.bin, test.bin, fine labels).
+    """Read CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or CIFAR-100 (train.bin, test.bin).
+
+    The classes of CIFAR-100 are the fine labels.
 
     Raises:
         ValueError: a file is missing, or its size or a label is not that of CIFAR; or the folder holds the Python
             version, which is pickled: loading it could run any code.
     """
-    version = _found(folder)
+    version = _version_of(folder)
     if version is None:
         raise ValueError(
             f"{folder} holds the Python version of CIFAR, which is not read since loading a pickle can run any code; "
@@ -65,7 +72,7 @@ def read_cifar(folder: Path) -> Images:
     return Images(version.name, source, train_x, train_y, test_x, test_y, _classes(folder, version))
 
 
-def _found(folder: Path) -> _Version | None:
+def _version_of(folder: Path) -> _Version | None:
     for version in _VERSIONS:
         if (folder / version.train[0]).is_file() and (version.labels == 1 or (folder / version.test).is_file()):
             return version
@@ -73,31 +80,29 @@ def _found(folder: Path) -> _Version | None:
 
 
 def _read(path: Path, version: _Version) -> tuple[Tensor, Tensor]:
-    """(N, 3, 32, 32) float32 in [0, 1], and (N,) int64."""
+    """Return (N, 3, 32, 32) float32 in [0, 1], and (N,) int64."""
     record = version.labels + PIXELS
     records = RECORDS[path.stem.rstrip("_12345")]
-    found = path.stat().st_size
-    if found != records * record:
-        what = "truncated" if found < records * record else "of something else"
+    size = path.stat().st_size
+    if size != records * record:
+        problem = "truncated" if size < records * record else "of something else"
         raise ValueError(
-            f"{path} holds {found:,} bytes, expected {records * record:,} ({records:,} records of {record:,}, those of "
-            f"{version.name}'s binary version): it is {what}"
+            f"{path} holds {size:,} bytes, expected {records * record:,} ({records:,} records of {record:,}, those of "
+            f"{version.name}'s binary version): it is {problem}"
         )
     values = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).view(records, record)
     labels = values[:, version.labels - 1].long()
-    if labels.max() >= version.classes:
-        raise ValueError(
-            f"{path} is damaged: it has the label {int(labels.max())}, expected 0 to {version.classes - 1}"
-        )
+    largest = len(version.classes) - 1
+    if labels.max() > largest:
+        raise ValueError(f"{path} is damaged: it has the label {int(labels.max())}, expected 0 to {largest}")
     return values[:, version.labels :].reshape(-1, 3, 32, 32).float() / 255, labels
 
 
 def _classes(folder: Path, version: _Version) -> tuple[str, ...]:
-    """The names of the classes; numbers where CIFAR-100 comes without its file of names."""
     path = folder / version.names
     if not path.is_file():
-        return _CLASSES_10 if version.classes == 10 else tuple(map(str, range(version.classes)))
+        return version.classes
     names = tuple(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
-    if len(set(names)) != version.classes:
-        raise ValueError(f"{path} names {len(set(names))} classes, expected {version.classes}")
+    if len(set(names)) != len(version.classes):
+        raise ValueError(f"{path} names {len(set(names))} classes, expected {len(version.classes)}")
     return names

@@ -1,4 +1,4 @@
-"""What every source of images gives: `Images`, held in memory."""
+"""`Images`: what every source of images returns, in memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ class Images:
     """A classification data set: training and test images with their labels.
 
     Attributes:
-        name: which data it is: "fashion-mnist", "digits", "cifar-10", "cifar-100" or the folder's
-            resolved path.
-        source: one sentence that says where the images came from.
+        name: "fashion-mnist", "digits", "cifar-10", "cifar-100" or the folder's resolved path.
+        source: one sentence on where the images came from.
         train_x, test_x: (N, C, H, W) float32, standardised with the training set's mean and standard
             deviation per channel.
         train_y, test_y: (N,) int64, indices into classes.
@@ -37,25 +36,25 @@ class Images:
 
     @property
     def channels(self) -> int:
-        """C: 1 for grey images, 3 for colour."""
+        """Number of channels C: 1 for grey images, 3 for colour."""
         return self.train_x.shape[1]
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W)."""
+        """Height and width."""
         return self.train_x.shape[2], self.train_x.shape[3]
 
     @property
     def features(self) -> int:
-        """C H W: the width of a flattened image."""
+        """Number of features of a flattened image, C H W."""
         return math.prod(self.train_x.shape[1:])
 
 
 def check_finite(images: Images, files: Sequence[Path] = ()) -> None:
-    """Raise ValueError if any pixel is NaN or infinite, saying how many and in which split.
+    """Raise ValueError if any pixel is NaN or infinite.
 
     Args:
-        images: what to check.
+        images: to be checked.
         files: the images' files, those of the training images first; the error then names the first bad one.
     """
     starts = {"training": 0, "test": len(images.train_x)}
@@ -71,5 +70,5 @@ def check_finite(images: Images, files: Sequence[Path] = ()) -> None:
 
 
 def resize(x: Tensor, size: int) -> Tensor:
-    """(N, C, H, W) -> (N, C, size, size)."""
+    """Resize (N, C, H, W) to (N, C, size, size), bilinear and antialiased."""
     return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)

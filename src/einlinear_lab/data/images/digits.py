@@ -1,4 +1,4 @@
-"""scikit-learn's digits: small, and always there."""
+"""scikit-learn's digits, which need no file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from einlinear_lab.data.images.split import stratified_split
 
 
 def read_digits(test_fraction: float) -> Images:
-    """1,797 grey images of 8 x 8 pixels, part of scikit-learn's installation."""
+    """Return 1,797 grey images of 8 x 8 pixels, part of scikit-learn's installation."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: from this machine, or downloaded once and kept as idx files."""
+"""Fashion-MNIST, from this machine or downloaded once as idx files."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ CLASSES = (
 FILES = tuple(
     f"{split}-{content}-ubyte.gz" for split in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
 )
-SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package installs
-_DOWNLOAD_TIMEOUT = 5.0  # seconds without an answer or a byte
-_IDX_BYTES = 0x0800  # idx magic number of unsigned bytes; the number of axes is added to it
+# Of the Debian package.
+SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+# Seconds without an answer or a byte.
+_DOWNLOAD_TIMEOUT = 5.0
+# The magic number of idx files of unsigned bytes; the number of axes is added to it.
+_IDX_BYTES = 0x0800
 
 
 def read_fashion_mnist() -> Images:
-    """Fashion-MNIST from this machine, or downloaded; FileNotFoundError where neither works."""
+    """Read Fashion-MNIST from this machine, or download it. Raises FileNotFoundError where neither works."""
     fetched = data_dir() / "fashion-mnist"
     for folder in (fetched, SYSTEM_FOLDER):
         if all((folder / name).is_file() for name in FILES):
@@ -69,7 +72,7 @@ def _read(folder: Path) -> Images:
 
 
 def _read_idx(path: Path, ndim: int) -> Tensor:
-    """A gzipped idx file of bytes -> uint8 tensor of ndim axes."""
+    """Read a gzipped idx file of bytes as a uint8 tensor of ndim axes."""
     again = "Delete it and fetch the data again (tools/fetch_fashion_mnist.sh)"
     expected = f"a gzipped idx file with {ndim} axes"
     try:
@@ -87,7 +90,7 @@ def _read_idx(path: Path, ndim: int) -> Tensor:
 
 
 def _download(folder: Path) -> None:
-    """Download Fashion-MNIST once and keep it in `folder` as idx files, which load in seconds."""
+    """Download Fashion-MNIST into `folder` as idx files, which load in seconds."""
     from sklearn.datasets import fetch_openml
 
     logger.info("Downloading Fashion-MNIST (about 30 MB) into %s", folder)
@@ -97,13 +100,15 @@ def _download(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it warns before it raises: the error says it all
+                # Its errors say the same.
+                warnings.simplefilter("ignore")
                 table = fetch_openml(
                     name="Fashion-MNIST",
                     version=1,
                     data_home=scratch,
                     as_frame=False,
-                    parser="liac-arff",  # the other parser needs pandas
+                    # The other parser needs pandas.
+                    parser="liac-arff",
                     n_retries=1,
                     delay=0.1,
                 )
@@ -112,11 +117,11 @@ def _download(folder: Path) -> None:
         # The rows are the 60,000 training images, then the 10,000 test images.
         x = np.asarray(table.data, dtype=np.uint8).reshape(70_000, 28, 28)
         y = np.asarray(table.target).astype(np.uint8)
-        whole = Path(scratch) / "fashion-mnist"
-        whole.mkdir()
+        complete = Path(scratch) / "fashion-mnist"
+        complete.mkdir()
         for name, values in zip(FILES, (x[:60_000], y[:60_000], x[60_000:], y[60_000:]), strict=True):
-            with gzip.open(whole / name, "wb", compresslevel=1) as file:
+            with gzip.open(complete / name, "wb", compresslevel=1) as file:
                 file.write(struct.pack(f">{1 + values.ndim}I", _IDX_BYTES + values.ndim, *values.shape))
                 file.write(values.tobytes())
         shutil.rmtree(folder, ignore_errors=True)
-        whole.rename(folder)
+        complete.rename(folder)

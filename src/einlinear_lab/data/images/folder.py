@@ -1,4 +1,4 @@
-"""A user's folder with one subfolder of images per class."""
+"""A folder of the user's with one subfolder of images per class."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from einlinear_lab.data.images.dataset import Images, check_finite, resize
 from einlinear_lab.data.images.split import stratified_split
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-# What Pillow may take a file for, whatever its name: among its other formats is PostScript, which Ghostscript runs.
+# Formats that Pillow may read, whatever the name. Among its other ones is PostScript, which Ghostscript runs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Of one image. As many of three channels take 1 GB as float32; Pillow itself warns from 89 million on.
+# Of one image. With three channels they take 1 GB as float32. Pillow itself warns from 89 million on.
 MAX_PIXELS = 80_000_000
-_SHOWN = 10  # of the files that are broken
+# The number of broken files that are named.
+_SHOWN = 10
 
 
 def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_broken: bool = False) -> Images:
-    """A user's folder of class folders, or of train/ and test/ with class folders.
+    """Read class folders of images, or train/ and test/ with class folders.
 
-    All files are read before any of them is complained about.
+    An error about broken files names all of them.
     """
     if not root.is_dir():
         raise ValueError(
             f"{root} is a file; give a folder with one subfolder of images per class, or make a text ready first: "
             f"einlinear prepare {root} --out FOLDER"
         )
-    given = [split for split in ("train", "test") if _subfolders(root / split)]
-    if len(given) == 1:
-        missing = "test" if given == ["train"] else "train"
-        raise ValueError(f"{root} has class folders in {given[0]}/ but none in {missing}/; give both or neither")
+    splits = [split for split in ("train", "test") if _subfolders(root / split)]
+    if len(splits) == 1:
+        missing = "test" if splits == ["train"] else "train"
+        raise ValueError(f"{root} has class folders in {splits[0]}/ but none in {missing}/; give both or neither")
     test: list[tuple[Path, int]] = []
-    if given:
+    if splits:
         train, classes = _class_files(root / "train")
         test, test_classes = _class_files(root / "test")
         if classes != test_classes:
@@ -50,9 +51,9 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
 
     images, broken = _read_files([path for path, _ in train + test], image_size, skip_broken)
     if broken and not skip_broken:
-        raise ValueError(_complaint(broken, len(train + test)))
+        raise ValueError(_message(broken, len(train + test)))
     train, test = ([item for item in split if item[0] in images] for split in (train, test))
-    if given:
+    if splits:
         how = "with its own test set"
         for split, name in ((train, "train"), (test, "test")):
             for label in {*range(len(classes))} - {label for _, label in split}:
@@ -68,8 +69,9 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
     n = len(train)
     skipped = tuple(str(path.relative_to(root)) for path in broken)
     without = f"; without {_listed(skipped)}, which cannot be read" if skipped else ""
-    found = Images(
-        name=str(root.resolve()),  # two folders may end alike, or like the name of a built-in data set
+    result = Images(
+        # Two folders may have the same last name, or that of a built-in data set.
+        name=str(root.resolve()),
         source=f"{len(files)} images from {root}, {how}{without}",
         train_x=x[:n],
         train_y=y[:n],
@@ -78,17 +80,17 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
         classes=classes,
         skipped=skipped,
     )
-    check_finite(found, files)
-    return found
+    check_finite(result, files)
+    return result
 
 
-def _complaint(broken: dict[Path, str], count: int) -> str:
-    """What is wrong with files, at most `_SHOWN` of them by name."""
+def _message(broken: dict[Path, str], count: int) -> str:
+    """Return the message about broken files, which names at most `_SHOWN` of them."""
     if len(broken) == 1:
-        (why,) = broken.values()
+        (problem,) = broken.values()
     else:
-        why = f"{len(broken)} of {count} images are broken: {_listed([*broken.values()], '; ')}"
-    return f"{why}. Mend or remove them, or leave out what cannot be read: skip_broken=true (--skip-broken)"
+        problem = f"{len(broken)} of {count} images are broken: {_listed([*broken.values()], '; ')}"
+    return f"{problem}. Repair or remove them, or leave out what cannot be read: skip_broken=true (--skip-broken)"
 
 
 def _listed(words: Sequence[str], between: str = ", ") -> str:
@@ -108,12 +110,12 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Each image of root's class folders with its label, and the names of the classes."""
+    """Return each image of the class folders with its label, and the names of the classes."""
     folders = _subfolders(root)
     layout = "one subfolder of images per class is expected"
     if not folders:
-        found = "images but no class subfolders" if _image_files(root) else "neither subfolders nor images"
-        raise ValueError(f"{root} has {found}; {layout}")
+        content = "images but no class subfolders" if _image_files(root) else "neither subfolders nor images"
+        raise ValueError(f"{root} has {content}; {layout}")
     if len(folders) == 1:
         hint = f". Did you mean {folders[0]}?" if len(_subfolders(folders[0])) > 1 else ""
         raise ValueError(f"{root} has a single class, {folders[0].name!r}; classification needs at least 2{hint}")
@@ -130,7 +132,7 @@ def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
 def _read_files(
     files: Sequence[Path], image_size: int | None, skip_broken: bool = False
 ) -> tuple[dict[Path, Tensor], dict[Path, str]]:
-    """Images of one size, each (1, H, W) or (3, H, W), and what is wrong with the others."""
+    """Return images of one size, each (1, H, W) or (3, H, W), and the errors of the broken ones."""
     images: dict[Path, Tensor] = {}
     broken: dict[Path, str] = {}
     for path in files:
@@ -153,13 +155,13 @@ def _read_files(
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
-    """(N, C, H, W) float32: C = 1 if all images are grey, else 3."""
+    """Stack images as (N, C, H, W) float32: C = 1 if all images are grey, else 3."""
     channels = max(image.shape[0] for image in images)
     return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
 def _read_image(path: Path) -> Tensor:
-    """(1, H, W) if the image is grey, else (3, H, W); float32, in [0, 1] unless the file stores floats.
+    """Read an image as (1, H, W) if it is grey, else (3, H, W); float32, in [0, 1] unless the file stores floats.
 
     Raises:
         ValueError: the file is not a regular one, not of `FORMATS`, damaged, or of more than `MAX_PIXELS`, as its
@@ -170,7 +172,8 @@ def _read_image(path: Path) -> Tensor:
             image = ImageOps.exif_transpose(file)
             if image.mode == "F":
                 pixels, scale = image, 1.0
-            elif image.mode.startswith("I"):  # 16 bits
+            # 16 bits.
+            elif image.mode.startswith("I"):
                 pixels, scale = image, 65535.0
             elif image.mode in ("1", "L", "LA"):
                 pixels, scale = image.convert("L"), 255.0
@@ -178,7 +181,8 @@ def _read_image(path: Path) -> Tensor:
                 # Through RGBA: a palette with transparency does not convert to RGB without a warning.
                 pixels, scale = image.convert("RGBA").convert("RGB"), 255.0
             values = torch.from_numpy(np.array(pixels, dtype=np.float32)) / scale
-    except Exception as error:  # a decoder may raise anything at what others have written
+    # A decoder may raise anything when a file is hostile.
+    except Exception as error:
         raise ValueError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}") from error
     if values.ndim == 2:
         return values.unsqueeze(0)
@@ -188,11 +192,12 @@ def _read_image(path: Path) -> Tensor:
 
 
 def _opened(stream: BinaryIO) -> Image.Image:
-    """An image of which no more than the header was read."""
+    """Open an image and read its header only."""
     too_large = f"it has more than the {MAX_PIXELS:,} pixels that are read; scale it down"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # below, it is an error
+            # An error is raised below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"it is none of {', '.join(FORMATS)}, or damaged") from None

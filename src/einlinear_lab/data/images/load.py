@@ -1,4 +1,4 @@
-"""From the name of a data set to `Images`."""
+"""Loading of images by the name of a data set."""
 
 from __future__ import annotations
 
@@ -71,25 +71,27 @@ def load_images(
 
 
 def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_broken: bool = False) -> Images:
-    """The images that `data` names, not yet standardised."""
+    """Read the images that `data` names, not standardised."""
     if data == "auto":
         try:
             return _read("fashion-mnist", image_size, test_fraction)
         except FileNotFoundError:
-            why = "Fashion-MNIST is neither on this machine nor can it be downloaded"
+            reason = "Fashion-MNIST is neither on this machine nor can it be downloaded"
             images = _read("digits", image_size, test_fraction)
-            return replace(images, source=f"scikit-learn's digits, since {why}")
+            return replace(images, source=f"scikit-learn's digits, since {reason}")
     if data == "fashion-mnist":
         return _resized(read_fashion_mnist(), image_size)
     if data == "digits":
         return _resized(read_digits(test_fraction), image_size)
 
     path = Path(data).expanduser()
-    if str(data) and path.exists():  # Path("") is the current folder
+    # Path("") is the current folder.
+    if str(data) and path.exists():
         if is_cifar(path):
             return _resized(read_cifar(path), image_size)
         return read_folder(path, image_size, test_fraction, skip_broken)
-    if path.name != str(data):  # has a separator, so it was meant as a path
+    # A separator shows that a path is meant.
+    if path.name != str(data):
         raise FileNotFoundError(
             f"{path} does not exist; give a folder with one subfolder of images per class, or with CIFAR's .bin files"
         )
@@ -105,18 +107,21 @@ def _resized(images: Images, size: int | None) -> Images:
 
 
 def _limited(images: Images, limit: int) -> Images:
-    """The first images of each class in turn, `limit` in all."""
+    """Keep the first `limit` training images, taken from each class in turn."""
     if limit < len(images.classes):
         raise ValueError(
             f"limit={limit}: fewer training images than the {len(images.classes)} classes of {images.name}"
         )
-    one_hot = F.one_hot(images.train_y, len(images.classes))  # (N, classes)
-    turn = one_hot.cumsum(0).gather(1, images.train_y[:, None]).flatten()  # 1 for the first of its class, ...
+    # (N, classes)
+    one_hot = F.one_hot(images.train_y, len(images.classes))
+    # 1 for the first image of its class, 2 for the second, ...
+    turn = one_hot.cumsum(0).gather(1, images.train_y[:, None]).flatten()
     keep = turn.argsort(stable=True)[:limit].sort().values
     return replace(images, train_x=images.train_x[keep], train_y=images.train_y[keep])
 
 
 def _standardised(images: Images) -> Images:
     std, mean = torch.std_mean(images.train_x, dim=(0, 2, 3), keepdim=True, correction=0)
-    std = torch.where(std > 0, std, 1.0)  # a channel without contrast becomes all zeros
+    # A channel without contrast becomes all zeros.
+    std = torch.where(std > 0, std, 1.0)
     return replace(images, train_x=(images.train_x - mean) / std, test_x=(images.test_x - mean) / std)

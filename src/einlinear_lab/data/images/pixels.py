@@ -15,7 +15,8 @@ from einlinear_lab.data.sampling import Epochs
 from einlinear_lab.data.sequences import Sequences
 
 LEVELS = 256
-BOS = LEVELS  # the token before the first pixel
+# The token before the first pixel.
+BOS = LEVELS
 
 
 class PixelSequences(Sequences):
@@ -38,24 +39,25 @@ class PixelSequences(Sequences):
     def __init__(self, images: Images, *, size: int | None = 8, batch_size: int, seed: int) -> None:
         if size is not None and size < 1:
             raise ValueError(f"size={size}: it must be at least 1 pixel")
-        dark, bright = (end(images.train_x, (0, 2, 3)) for end in (torch.amin, torch.amax))  # (C,)
+        # (C,)
+        dark, bright = (end(images.train_x, (0, 2, 3)) for end in (torch.amin, torch.amax))
         self._train, self._test = (_quantise(x, dark, bright, size) for x in (images.train_x, images.test_x))
         super().__init__(LEVELS + 1, self._train.shape[1], batch_size, seed)
         self._epochs = Epochs(len(self._train), batch_size, seed)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The training images of batch `step`, counted on from epoch to epoch; an epoch has each image at most once."""
+        """Return the training images of batch `step`, which counts on from epoch to epoch."""
         return _shifted(self._train[self._epochs.rows(step)])
 
     def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Test images, in their order."""
-        return (_shifted(self._test[rows]) for rows in self._chosen(len(self._test), count))
+        """Yield test images in order."""
+        return (_shifted(self._test[rows]) for rows in self._held_out(len(self._test), count))
 
 
 def _quantise(x: Tensor, dark: Tensor, bright: Tensor, size: int | None) -> Tensor:
-    """(N, C, H, W) float -> (N, T) uint8, channels last. A channel without contrast is all zeros."""
+    """Quantise (N, C, H, W) floats as (N, T) uint8, channels last. A channel without contrast becomes zeros."""
     scale = torch.where(bright > dark, (LEVELS - 1) / (bright - dark), 0.0)
-    # By parts: resized floats of all images at once would be as large as the images.
+    # In parts, since resized floats of all images at once would be as large as the images.
     parts = [x[i : i + 4096] for i in range(0, len(x), 4096)]
     parts = [part if size is None else resize(part, size) for part in parts]
     levels = [((part - dark[:, None, None]) * scale[:, None, None]).round().clamp(0, LEVELS - 1) for part in parts]
@@ -63,6 +65,6 @@ def _quantise(x: Tensor, dark: Tensor, bright: Tensor, size: int | None) -> Tens
 
 
 def _shifted(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T) uint8 -> inputs and targets."""
+    """Return inputs and targets from (B, T) uint8."""
     targets = pixels.long()
     return torch.cat([torch.full_like(targets[:, :1], BOS), targets[:, :-1]], 1), targets

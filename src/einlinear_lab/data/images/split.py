@@ -1,4 +1,4 @@
-"""A test set for sources that have none of their own."""
+"""A test set for sources without one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def stratified_split(y: Tensor, classes: Sequence[str], test_fraction: float) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the test images, the same ones every time; each class is in both."""
+    """Return the indices of the training and of the test images, always the same ones; each class is in both."""
     train, test = [], []
     for label, name in enumerate(classes):
         members = (y == label).nonzero().flatten()

@@ -5,43 +5,25 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 from einlinear.files import sha256_of
 from einlinear_lab.data.paths import data_dir
-from einlinear_lab.data.text.part import Part
+from einlinear_lab.data.text.corpus import Corpus
 
 _AGAIN = "run tools/fetch_english.sh (Debian, no root)"
 _SUMS = "SHA256SUMS"
-_LINES = frozenset({"br", "dd", "dt", "li", "td", "th", "tr"})  # begin a new line
-_BLOCKS = frozenset(  # an empty line before and after
-    {
-        "blockquote",
-        "center",
-        "div",
-        "dl",
-        "form",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "hr",
-        "ol",
-        "p",
-        "pre",
-        "table",
-        "ul",
-    }
-)
+# Elements that begin a new line, and those with an empty line before and after them.
+_LINES = frozenset("br dd dt li td th tr".split())  # noqa: SIM905
+_BLOCKS = frozenset("blockquote center div dl form h1 h2 h3 h4 h5 h6 hr ol p pre table ul".split())  # noqa: SIM905
 _HIDDEN = frozenset({"head", "script", "style", "title"})
 _VOID = frozenset({"br", "hr"})
 
 
-def read_english() -> tuple[Part, ...]:
-    """Essays, the Bible and a dictionary of computing.
+def read_english() -> tuple[Corpus, ...]:
+    """Return essays, the Bible and a dictionary of computing.
 
     Raises:
         FileNotFoundError: the text was not fetched.
@@ -51,20 +33,24 @@ def read_english() -> tuple[Part, ...]:
     _check(root)
     pages = sorted((root / "anarchism").rglob("*.html"))
     verses, dictionary = root / "kjv.txt", root / "foldoc.dict.dz"
+
+    def page_texts() -> Iterator[str]:
+        return (page_text(page.read_text(encoding="utf-8", errors="replace")) for page in pages)
+
     return (
-        Part(
+        Corpus(
             "anarchism",
             "An Anarchist FAQ, Debian package anarchism",
             sum(page.stat().st_size for page in pages),
-            lambda: (page_text(page.read_text(encoding="utf-8", errors="replace")) for page in pages),
+            page_texts,
         ),
-        Part(
+        Corpus(
             "bible",
             "the Bible, King James version, Debian package bible-kjv-text",
             verses.stat().st_size,
             lambda: iter([verses.read_text(encoding="utf-8")]),
         ),
-        Part(
+        Corpus(
             "dictionary",
             "the Free On-line Dictionary of Computing, Debian package dict-foldoc",
             2 * dictionary.stat().st_size,
@@ -74,7 +60,7 @@ def read_english() -> tuple[Part, ...]:
 
 
 def page_text(html: str) -> str:
-    """What a reader sees of a page: its text, an empty line between blocks, none of its markup."""
+    """Return the text of a page without its markup, with an empty line between blocks."""
     parser = _PageText()
     parser.feed(html)
     parser.close()
@@ -115,7 +101,7 @@ class _PageText(HTMLParser):
 
 
 def _check(root: Path) -> None:
-    """Compare the files with the checksums that were noted when they were fetched."""
+    """Compare the files with the checksums of the fetched ones."""
     sums = root / _SUMS
     if not sums.is_file():
         raise FileNotFoundError(f"the English text is not in {root}: {_AGAIN}, or name a text of your own")
@@ -123,8 +109,8 @@ def _check(root: Path) -> None:
     for digest, name in lines:
         path = root / name.strip().lstrip("*")
         if not path.is_file() or sha256_of(path) != digest:
-            what = "damaged" if path.is_file() else "missing"
-            raise ValueError(f"{path} is {what}: delete {root} and {_AGAIN}")
+            problem = "damaged" if path.is_file() else "missing"
+            raise ValueError(f"{path} is {problem}: delete {root} and {_AGAIN}")
 
 
 def _unpacked(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A prepared text on disk: its tokens, mapped into memory, and tokens.json, which says what they are."""
+"""A prepared text on disk: memory-mapped tokens, and tokens.json, which describes them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,39 @@ import numpy as np
 import numpy.typing as npt
 
 from einlinear.files import sha256_of, write_text
-from einlinear_lab.data.text.encode import CHARACTERS, BytePairs, Bytes, Characters, Vocabulary, dtype_of
+from einlinear_lab.data.text.tokenizer import (
+    CHARACTERS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    dtype_of,
+)
 
-FORMAT = 1  # of the files; raised when an older program could misread them
+# Of the files; raised when an older program could misread them.
+FORMAT = 1
 DESCRIPTION = "tokens.json"
 TOKENIZER = "tokenizer.json"
 TRAIN, VALIDATION = "train.bin", "validation.bin"
 CHECKED = ".checked.json"
-UNFINISHED = ".part"  # ending of files that are being written
+# The ending of files that are being written.
+UNFINISHED = ".part"
+_AGAIN = "Prepare the text again: einlinear prepare with --fresh"
 
 
 @dataclass
-class Counts:
-    """What became of one part of the text.
+class CorpusCounts:
+    """Numbers of documents, characters and tokens of one corpus.
 
     Attributes:
-        name, origin: which it is, and one sentence that says where it came from.
-        documents: how many were read.
-        documents_dropped: those of them that are empty, or that the vocabulary cannot express.
+        name, origin: as of `Corpus`.
+        documents: read.
+        documents_dropped: empty, or with too many characters that the tokenizer does not have.
         characters: of the prepared text.
-        characters_replaced: those of them that stand for others.
+        characters_replaced: of the prepared text, which stand for others.
         characters_dropped: left out, with all of the dropped documents.
         train_tokens, validation_tokens: of each split.
-        fallback: why the tokens are bytes, where it was left to the text whether they are; else empty.
+        fallback: the reason why tokens="auto" became bytes; else empty.
     """
 
     name: str
@@ -56,20 +66,20 @@ class Tokens:
     """A prepared text.
 
     Attributes:
-        folder: where it is.
-        vocabulary: what its tokens mean.
+        folder: of its files.
+        tokenizer: that encoded it.
         train, validation: (tokens,) of uint8 for up to 256 tokens, else uint16; read from disk as they are used.
-        counts: what became of each part of the text.
-        recipe: what it was prepared from, and how; JSON values by name.
-        sha256: of train.bin and validation.bin together: the identity of the data.
+        counts: of each corpus.
+        config: the `TextConfig` it was prepared with, as JSON values by name.
+        sha256: of train.bin and validation.bin together, which identifies the data.
     """
 
     folder: Path
-    vocabulary: Vocabulary
+    tokenizer: Tokenizer
     train: npt.NDArray[Any]
     validation: npt.NDArray[Any]
-    counts: tuple[Counts, ...]
-    recipe: dict[str, Any]
+    counts: tuple[CorpusCounts, ...]
+    config: dict[str, Any]
     sha256: str
 
 
@@ -77,44 +87,45 @@ def load_tokens(folder: str | Path) -> Tokens:
     """Open a prepared text.
 
     The sizes of its files are checked every time. Their SHA-256 is computed when they are opened for the first time,
-    and again only when a file has changed since: what was checked is noted in .checked.json, beside them.
+    and again only when a file has changed since then; .checked.json beside them notes which files were checked.
 
     Args:
-        folder: what `einlinear prepare --out` wrote.
+        folder: as for `einlinear prepare --out`.
 
     Raises:
         ValueError: no prepared text, one of another format, or a file that is missing, truncated or changed.
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: no such folder.
     """
     folder = Path(folder).expanduser()
     content = _read_description(folder)
     try:
-        vocabulary_content: dict[str, Any] = content["vocabulary"]
-        files: dict[str, dict[str, Any]] = content["files"]
-        expected = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
-        size, kind = int(vocabulary_content["size"]), str(vocabulary_content["kind"])
-        counts = tuple(Counts(**part) for part in content["counts"])
-        recipe = dict(content["recipe"])
-        if expected.keys() != {TRAIN, VALIDATION} | ({TOKENIZER} if kind == BytePairs.kind else set()):
-            raise KeyError(f"files {', '.join(expected)}")
+        vocab_size, kind = int(content["tokenizer"]["vocab_size"]), str(content["tokenizer"]["kind"])
+        files = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in content["files"].items()}
+        counts = tuple(CorpusCounts(**one) for one in content["counts"])
+        config = dict(content["config"])
+        if files.keys() != {TRAIN, VALIDATION} | ({TOKENIZER} if kind == BPETokenizer.kind else set()):
+            raise KeyError(f"files {', '.join(files)}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(_damaged(folder / DESCRIPTION, repr(error))) from None
 
-    for name, (count, _) in expected.items():
-        _check_size(folder / name, count)
-    _check_sums(folder, expected)
-    vocabulary = _read_vocabulary(folder, kind, vocabulary_content)
-    if vocabulary.size != size:
-        raise ValueError(_damaged(folder / DESCRIPTION, f"a vocabulary of {size}, but its own has {vocabulary.size}"))
-    train, validation = (np.asarray(np.memmap(folder / name, dtype_of(size), "r")) for name in (TRAIN, VALIDATION))
-    together = hashlib.sha256("".join(expected[name][1] for name in (TRAIN, VALIDATION)).encode()).hexdigest()
-    return Tokens(folder, vocabulary, train, validation, counts, recipe, together)
+    for name, (size, _) in files.items():
+        _check_size(folder / name, size)
+    _check_sums(folder, {name: digest for name, (_, digest) in files.items()})
+    tokenizer = _read_tokenizer(folder, kind, content["tokenizer"])
+    if tokenizer.vocab_size != vocab_size:
+        reason = f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size}"
+        raise ValueError(_damaged(folder / DESCRIPTION, reason))
+    train, validation = (
+        np.asarray(np.memmap(folder / name, dtype_of(vocab_size), "r")) for name in (TRAIN, VALIDATION)
+    )
+    sha256 = hashlib.sha256("".join(files[name][1] for name in (TRAIN, VALIDATION)).encode()).hexdigest()
+    return Tokens(folder, tokenizer, train, validation, counts, config, sha256)
 
 
-def describe(vocabulary: Vocabulary) -> dict[str, Any]:
-    """A vocabulary, as tokens.json says it."""
-    how = {BytePairs.kind: {"file": TOKENIZER}, Characters.kind: {"characters": CHARACTERS}}.get(vocabulary.kind, {})
-    return {"kind": vocabulary.kind, "size": vocabulary.size} | how
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Describe a tokenizer as in tokens.json."""
+    content = {BPETokenizer.kind: {"file": TOKENIZER}, CharTokenizer.kind: {"characters": CHARACTERS}}
+    return {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size} | content.get(tokenizer.kind, {})
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -147,61 +158,53 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_vocabulary(folder: Path, kind: str, content: dict[str, Any]) -> Vocabulary:
-    if kind == Characters.kind:
+def _read_tokenizer(folder: Path, kind: str, content: dict[str, Any]) -> Tokenizer:
+    if kind == CharTokenizer.kind:
         if content.get("characters") != CHARACTERS:
             raise ValueError(_damaged(folder / DESCRIPTION, "other characters than this version's"))
-        return Characters()
-    if kind == Bytes.kind:
-        return Bytes()
-    if kind == BytePairs.kind:
+        return CharTokenizer()
+    if kind == ByteTokenizer.kind:
+        return ByteTokenizer()
+    if kind == BPETokenizer.kind:
         try:
-            return BytePairs((folder / TOKENIZER).read_text(encoding="utf-8"))
+            return BPETokenizer((folder / TOKENIZER).read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise ValueError(_damaged(folder / TOKENIZER, str(error))) from None
-    raise ValueError(_damaged(folder / DESCRIPTION, f"vocabulary of kind {kind!r}, expected char, bytes or bpe"))
+    raise ValueError(_damaged(folder / DESCRIPTION, f"tokenizer of kind {kind!r}, expected char, bytes or bpe"))
 
 
 def _check_size(path: Path, expected: int) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is missing, {expected:,} bytes are expected. {_AGAIN}")
-    found = path.stat().st_size
-    if found != expected:
-        what = "truncated" if found < expected else "another file, or appended to"
-        raise ValueError(f"{path} holds {found:,} bytes, expected {expected:,}: it is {what}. {_AGAIN}")
+    size = path.stat().st_size
+    if size != expected:
+        problem = "truncated" if size < expected else "another file, or appended to"
+        raise ValueError(f"{path} holds {size:,} bytes, expected {expected:,}: it is {problem}. {_AGAIN}")
 
 
-def _check_sums(folder: Path, expected: dict[str, tuple[int, str]]) -> None:
-    """Compare the checksums, unless they were compared before and the files are still the same to the file system."""
-    now = {name: [*_state(folder / name), digest] for name, (_, digest) in expected.items()}
-    if _noted(folder) == now:
-        return
-    for name, (_, digest) in expected.items():
-        found = sha256_of(folder / name)
-        if found != digest:
+def _check_sums(folder: Path, digests: dict[str, str]) -> None:
+    """Compare the checksums, unless they were compared before and the file system reports no change since then."""
+    now = {name: [*_fingerprint(folder / name), digest] for name, digest in digests.items()}
+    with suppress(OSError, ValueError):
+        if json.loads((folder / CHECKED).read_text(encoding="utf-8")) == now:
+            return
+    for name, digest in digests.items():
+        actual = sha256_of(folder / name)
+        if actual != digest:
             raise ValueError(
-                f"{folder / name} has the SHA-256 {found[:16]}…, expected {digest[:16]}…: its content has changed "
+                f"{folder / name} has the SHA-256 {actual[:16]}…, expected {digest[:16]}…: its content has changed "
                 f"since it was prepared. {_AGAIN}"
             )
-    with suppress(OSError):  # a folder that cannot be written is checked each time
+    # A folder that cannot be written is checked each time.
+    with suppress(OSError):
         write_text(folder / CHECKED, json.dumps(now))
 
 
-def _noted(folder: Path) -> object:
-    try:
-        return json.loads((folder / CHECKED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _state(path: Path) -> Iterable[int]:
-    """What changes with a file's content: the last of these, the time of its change, cannot be set by programs."""
+def _fingerprint(path: Path) -> Iterable[int]:
+    """Return numbers that change with a file's content. Programs cannot set the last one, the time of its change."""
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _damaged(path: Path, why: str) -> str:
-    return f"{path} is damaged ({why}). {_AGAIN}"
-
-
-_AGAIN = "Prepare the text again: einlinear prepare with --fresh"
+def _damaged(path: Path, reason: str) -> str:
+    return f"{path} is damaged ({reason}). {_AGAIN}"

@@ -1,4 +1,4 @@
-"""Windows of a prepared text, in batches for language models.
+"""Batches of windows of a prepared text, for language models.
 
 Shapes: B windows in a batch, T tokens in each.
 """
@@ -19,7 +19,7 @@ from einlinear_lab.data.text.tokens import Tokens
 
 
 class TextSequences(Sequences):
-    """Windows of a prepared text: random ones to train on, those of the validation text side by side to evaluate.
+    """Windows of a prepared text: random ones to train on, adjacent ones of the validation text to evaluate on.
 
     Args:
         tokens: the prepared text.
@@ -32,7 +32,7 @@ class TextSequences(Sequences):
     """
 
     def __init__(self, tokens: Tokens, *, context: int, batch_size: int, seed: int) -> None:
-        super().__init__(tokens.vocabulary.size, context, batch_size, seed)
+        super().__init__(tokens.tokenizer.vocab_size, context, batch_size, seed)
         for split, text in (("training", tokens.train), ("validation", tokens.validation)):
             if len(text) <= context:
                 raise ValueError(
@@ -42,20 +42,21 @@ class TextSequences(Sequences):
         self.tokens = tokens
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """B windows that start anywhere in the training text, each place as likely as any other."""
+        """Return B windows of the training text, which start at uniformly random tokens."""
         text = self.tokens.train
         generator = numpy_generator(self.seed, step)
-        raw = generator.bit_generator.random_raw(self.batch_size)  # uint64, of the same bits for ever
+        # Raw uint64 numbers are the same in every version of NumPy.
+        raw = generator.bit_generator.random_raw(self.batch_size)
         starts = (raw % np.uint64(len(text) - self.context)).astype(np.int64)
         return self._windows(text, starts)
 
     def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Windows of the validation text, side by side: each token is a target once, but for the first and a rest."""
+        """Yield adjacent windows of the validation text: each token but the first and the last few is a target once."""
         text = self.tokens.validation
-        chosen = self._chosen((len(text) - 1) // self.context, count)
+        chosen = self._held_out((len(text) - 1) // self.context, count)
         return (self._windows(text, rows.numpy() * self.context) for rows in chosen)
 
     def _windows(self, text: npt.NDArray[Any], starts: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        found = text[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)  # (B, T + 1)
-        windows = torch.from_numpy(found)
+        # (B, T + 1)
+        windows = torch.from_numpy(text[starts[:, None] + np.arange(self.context + 1)].astype(np.int64))
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -1,4 +1,4 @@
-"""Writes a prepared text: either all of its files are there under their names, or none can be taken for whole."""
+"""Writes a prepared text atomically: all of its files get their names at the end, tokens.json last."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import os
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy.typing as npt
 
 from einlinear.files import alone
 from einlinear.version import __version__
-from einlinear_lab.data.text.encode import BytePairs, Vocabulary
+from einlinear_lab.data.text.tokenizer import BPETokenizer, Tokenizer
 from einlinear_lab.data.text.tokens import (
     CHECKED,
     DESCRIPTION,
@@ -24,21 +23,22 @@ from einlinear_lab.data.text.tokens import (
     TRAIN,
     UNFINISHED,
     VALIDATION,
-    Counts,
+    CorpusCounts,
     describe,
 )
 
-_NAMES = (TRAIN, VALIDATION, TOKENIZER, DESCRIPTION)  # in the order in which they get their names
+# In the order in which they get their names.
+_NAMES = (TRAIN, VALIDATION, TOKENIZER, DESCRIPTION)
 _LOCK = ".lock"
 
 
-class Writer:
+class TokenWriter:
     """Writes tokens into a folder, to be used in a `with` statement.
 
-    All files have other names until `finish`, which renames them, tokens.json last. A folder without tokens.json is no
-    prepared text, so a process that is killed at any moment leaves none that looks whole; the next `Writer` writes over
-    what it left. A prepared text that was in the folder stays until `finish`. Nothing is forced onto the disk: should
-    the machine lose power just then, sizes and checksums tell when the text is opened.
+    All files have temporary names until `finish`. A folder without tokens.json is no prepared text, so a process that
+    is killed at any moment leaves none, and the next writer overwrites its files. A prepared text that was in the
+    folder before stays until `finish`. Nothing is forced onto the disk: after a power failure, sizes and checksums show
+    the damage when the text is opened.
 
     Args:
         folder: created if it is absent.
@@ -58,24 +58,26 @@ class Writer:
         self._files: dict[str, IO[bytes]] = {}
         self._digests = {name: hashlib.sha256() for name in (TRAIN, VALIDATION)}
 
-    def __enter__(self) -> Writer:
-        otherwise = f"another process is preparing a text in {self.folder}; wait for it, or end it"
-        self._lock.enter_context(alone(self.folder / _LOCK, otherwise))
+    def __enter__(self) -> TokenWriter:
+        busy = f"another process is preparing a text in {self.folder}; wait for it, or end it"
+        self._lock.enter_context(alone(self.folder / _LOCK, busy))
         for name in (TRAIN, VALIDATION):
-            self._files[name] = self._part(name).open("wb")  # over what an interrupted preparation left
+            self._files[name] = self._temporary(name).open("wb")
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for file in self._files.values():
             file.close()
         if not self._finished:
             for name in _NAMES:
-                self._part(name).unlink(missing_ok=True)
-        with suppress(OSError):  # Windows removes it when it is let go
+                self._temporary(name).unlink(missing_ok=True)
+        # Windows removes the file when the lock is released.
+        with suppress(OSError):
             (self.folder / _LOCK).unlink()
         self._lock.close()
         if self._created and not self._finished:
-            with suppress(OSError):  # not empty after all
+            # Others may have put files into it.
+            with suppress(OSError):
                 self.folder.rmdir()
 
     def add(self, name: str, tokens: npt.NDArray[Any]) -> None:
@@ -83,48 +85,49 @@ class Writer:
         self._files[name].write(tokens.data)
         self._digests[name].update(tokens.data)
 
-    def finish(self, vocabulary: Vocabulary, counts: list[Counts], recipe: dict[str, Any]) -> None:
-        """Write what remains to be written, and give all files their names."""
+    def finish(self, tokenizer: Tokenizer, counts: list[CorpusCounts], config: dict[str, Any]) -> None:
+        """Write tokenizer.json and tokens.json, and rename all files."""
         files: dict[str, dict[str, Any]] = {}
         for name, file in self._files.items():
             files[name] = {"bytes": file.tell(), "sha256": self._digests[name].hexdigest()}
             file.close()
-        if isinstance(vocabulary, BytePairs):
-            content = vocabulary.content.encode()
+        if isinstance(tokenizer, BPETokenizer):
+            content = tokenizer.content.encode()
             files[TOKENIZER] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            self._part(TOKENIZER).write_bytes(content)
+            self._temporary(TOKENIZER).write_bytes(content)
         description = {
             "format": FORMAT,
             "einlinear": __version__,
-            "vocabulary": describe(vocabulary),
-            "dtype": "uint8" if vocabulary.end.itemsize == 1 else "uint16, little-endian",
+            "tokenizer": describe(tokenizer),
+            "dtype": "uint8" if tokenizer.end.itemsize == 1 else "uint16, little-endian",
             "files": files,
-            "counts": [asdict(part) for part in counts],
-            "recipe": recipe,
+            "counts": [asdict(one) for one in counts],
+            "config": config,
         }
         content = (json.dumps(description, indent=2, allow_nan=False) + "\n").encode()
-        self._part(DESCRIPTION).write_bytes(content)
-        for name in (DESCRIPTION, CHECKED, TOKENIZER):  # of the text that was here before
+        self._temporary(DESCRIPTION).write_bytes(content)
+        # The text that was in the folder before.
+        for name in (DESCRIPTION, CHECKED, TOKENIZER):
             (self.folder / name).unlink(missing_ok=True)
         for name in _NAMES:
             if name in (*files, DESCRIPTION):
-                os.replace(self._part(name), self.folder / name)
+                os.replace(self._temporary(name), self.folder / name)
         self._finished = True
 
-    def _part(self, name: str) -> Path:
+    def _temporary(self, name: str) -> Path:
         return self.folder / (name + UNFINISHED)
 
     def _check_folder(self) -> None:
-        """Refuse to write among files that are not of a prepared text, or over any that may not be."""
+        """Refuse a folder with files that may not be those of a prepared text."""
         if not self.folder.exists():
             return
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file; name a folder for the tokens")
-        found = {path.name for path in self.folder.iterdir() if not path.name.startswith((CHECKED, _LOCK))}
-        parts = {name + UNFINISHED for name in _NAMES}
-        foreign = sorted(found - {*_NAMES} - parts)
-        if not found & {*parts, DESCRIPTION}:  # nothing says that train.bin and the like are of a prepared text
-            foreign = sorted(found)
+        names = {path.name for path in self.folder.iterdir() if not path.name.startswith((CHECKED, _LOCK))}
+        temporary = {name + UNFINISHED for name in _NAMES}
+        # Without tokens.json or a temporary file, train.bin and the like may be of something else.
+        is_ours = bool(names & {*temporary, DESCRIPTION})
+        foreign = sorted(names - {*_NAMES} - temporary if is_ours else names)
         if foreign:
             raise ValueError(
                 f"{self.folder} holds files that are no prepared text ({', '.join(foreign[:3])}"

@@ -37,7 +37,7 @@ class Scale:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Recipe:
     """Experiment of a paper at two scales: the content of a recipe.
 
     Attributes:
@@ -60,7 +60,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml")))
 
 
-def load(name: str) -> Experiment:
+def load(name: str) -> Recipe:
     """The recipe of a name.
 
     Raises:
@@ -75,10 +75,10 @@ def load(name: str) -> Experiment:
         raise ValueError(f"unknown recipe {name!r}: {hint}The recipes are {', '.join(names())}")
     file = resources.files(__name__) / f"{name}.toml"
     content = options.from_text(file.read_text(encoding="utf-8"), file.name)
-    options.refuse_unknown(content, options.names(Experiment), name)
+    options.refuse_unknown(content, options.names(Recipe), name)
     for scale in SCALES:
         options.refuse_unknown(content[scale], options.names(Scale), f"{scale} of {name}")
-    return options.parse(Experiment, content)
+    return options.parse(Recipe, content)
 
 
 def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None = None) -> Sweep:

@@ -56,7 +56,7 @@ def pixels(x: torch.Tensor) -> torch.Tensor:
 def test_cifar_10(cifar10: Path) -> None:
     images = load_images(cifar10)
     assert images.name == "cifar-10"
-    assert images.classes == cifar._CLASSES_10
+    assert images.classes == cifar._VERSIONS[0].classes
     assert images.train_x.shape == (100, 3, 32, 32)
     assert images.test_x.shape == (20, 3, 32, 32)
     assert images.train_y.tolist() == 5 * [*range(10), *range(10)]

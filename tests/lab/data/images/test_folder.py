@@ -181,7 +181,7 @@ def test_all_broken_images_are_named_at_once(make_folder: MakeFolder) -> None:
         load_images(folder)
     message = str(caught.value)
     assert message.count("cannot be read as an image") == 10
-    assert "; and 4 more. Mend or remove them, or leave out what cannot be read: skip_broken=true" in message
+    assert "; and 4 more. Repair or remove them, or leave out what cannot be read: skip_broken=true" in message
 
     found = load_images(folder, skip_broken=True)
     assert len(found.train_x) + len(found.test_x) == 14

@@ -23,7 +23,7 @@ def photographs(train: int = 12, test: int = 5, size: int = 4) -> tuple[Images, 
 def test_tokens_are_the_8_bits_channel_by_channel() -> None:
     images, levels = photographs()
     data = PixelSequences(images, size=None, batch_size=12, seed=0)
-    assert (data.vocabulary, data.context) == (257, 4 * 4 * 3)
+    assert (data.vocab_size, data.context) == (257, 4 * 4 * 3)
     expected = levels.permute(0, 2, 3, 1).reshape(len(levels), -1)  # rows, columns, channels
     x, y = data.batch(0)
     assert x.dtype == y.dtype == torch.int64

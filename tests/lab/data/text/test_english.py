@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from einlinear_lab.data import Recipe, prepare_tokens
+from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.data.text.english import page_text
-from einlinear_lab.data.text.read import read_text
+from einlinear_lab.data.text.sources import read_text
 
 SCRIPT = Path(__file__).parents[4] / "tools" / "fetch_english.sh"
 PAGE = "<html><head><title>T</title></head><body><h1>Why {0}?</h1><p>Since\n  <b>it</b> is.</p></body></html>"
@@ -99,7 +99,7 @@ def test_fetched_once_and_prepared(debian: Debian, tmp_path: Path) -> None:
     assert next(bible.documents()).startswith("And verse 0 was good.\nAnd verse 1 was good.\n")
     assert next(dictionary.documents()).startswith("entry 0\n\n   A word of computing, café.\n")
 
-    found = prepare_tokens(Recipe(sources=("english",)), tmp_path / "out")
+    found = prepare_tokens(TextConfig(sources=("english",)), tmp_path / "out")
     assert [part.name for part in found.counts] == ["anarchism", "bible", "dictionary"]
     assert all(part.train_tokens and part.validation_tokens for part in found.counts), "each is split inside itself"
     assert found.counts[2].characters_replaced == 500

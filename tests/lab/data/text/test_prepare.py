@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.lab.data.samples import needs, prose
 
-from einlinear_lab.data import Recipe, load_tokens, prepare_tokens
+from einlinear_lab.data import TextConfig, load_tokens, prepare_tokens
 from einlinear_lab.data.text import prepare
 from einlinear_lab.data.text.prepare import cut
 
@@ -38,15 +38,15 @@ def test_the_text_that_is_held_out_is_never_trained_on(kind: str, validation: fl
     sources = [write(tmp_path / f"{name}.txt", prose(lines, name)) for name, lines in (("a", 900), ("b", 400))]
     write(tmp_path / "c" / "1.txt", prose(300, "c1"))
     write(tmp_path / "c" / "deep" / "2.txt", prose(300, "c2"))
-    recipe = Recipe(
+    config = TextConfig(
         sources=(*sources, str(tmp_path / "c")),
         tokens=kind,
-        vocabulary=300 if kind == "bpe" else None,
+        vocab_size=300 if kind == "bpe" else None,
         validation=validation,
     )
-    found = prepare_tokens(recipe, tmp_path / "out")
+    found = prepare_tokens(config, tmp_path / "out")
     train, held_out = (
-        found.vocabulary.decode(split).replace("<|endoftext|>", "\n") for split in (found.train, found.validation)
+        found.tokenizer.decode(split).replace("<|endoftext|>", "\n") for split in (found.train, found.validation)
     )
     lines = [f"{name} {i}:" for name, count in (("a", 900), ("b", 400), ("c1", 300), ("c2", 300)) for i in range(count)]
     in_train, in_held_out = (set(re.findall(r"^\w+ \d+:", split, re.MULTILINE)) for split in (train, held_out))
@@ -68,7 +68,7 @@ def test_parts_are_counted(tmp_path: Path) -> None:
     write(folder / "4.txt", "x" * 150 + "漢")
     write(folder / "notes.md", "not read")
     write(folder / ".hidden" / "5.txt", "not read")
-    (part,) = prepare_tokens(Recipe(sources=(str(folder),), tokens="char"), tmp_path / "out").counts
+    (part,) = prepare_tokens(TextConfig(sources=(str(folder),), tokens="char"), tmp_path / "out").counts
     assert (part.documents, part.documents_dropped) == (4, 2)
     first = len(f'{prose(300)}\nnaive "quotes"')
     assert (part.characters, part.characters_replaced, part.characters_dropped) == (first + 150, 3, 1 + 2)
@@ -81,73 +81,73 @@ def test_parts_are_counted(tmp_path: Path) -> None:
 @needs("tokenizers")
 def test_byte_pairs_keep_everything(tmp_path: Path) -> None:
     source = write(tmp_path / "a.txt", f"{prose(300)}漢字\tΕλληνικά\n")
-    found = prepare_tokens(Recipe(sources=(source,), tokens="bpe", vocabulary=300), tmp_path / "out")
+    found = prepare_tokens(TextConfig(sources=(source,), tokens="bpe", vocab_size=300), tmp_path / "out")
     (part,) = found.counts
     assert (part.documents_dropped, part.characters_dropped, part.characters_replaced) == (0, 0, 0)
-    assert found.vocabulary.decode(found.train).endswith("漢字\tΕλληνικά<|endoftext|>")
-    assert found.train.max() < 300 == found.vocabulary.size
-    assert found.recipe["vocabulary"] == 300
+    assert found.tokenizer.decode(found.train).endswith("漢字\tΕλληνικά<|endoftext|>")
+    assert found.train.max() < 300 == found.tokenizer.vocab_size
+    assert found.config["vocab_size"] == 300
 
 
 @needs("tokenizers")
 def test_a_tokenizer_never_sees_what_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    train = prepare.BytePairs.train
+    train = prepare.BPETokenizer.train
 
     def spying(texts: Iterator[str], size: int) -> Any:
         seen.extend(texts)
         return train(seen, size)
 
-    monkeypatch.setattr(prepare.BytePairs, "train", spying)
+    monkeypatch.setattr(prepare.BPETokenizer, "train", spying)
     source = write(tmp_path / "a.txt", prose(600))
-    found = prepare_tokens(Recipe(sources=(source,), tokens="bpe", vocabulary=300), tmp_path / "out")
-    assert "".join(seen) == found.vocabulary.decode(found.train[:-1])
+    found = prepare_tokens(TextConfig(sources=(source,), tokens="bpe", vocab_size=300), tmp_path / "out")
+    assert "".join(seen) == found.tokenizer.decode(found.train[:-1])
     monkeypatch.setattr(prepare, "_SAMPLE", 1000)
     seen.clear()
-    prepare_tokens(Recipe(sources=(source,), tokens="bpe", vocabulary=258), tmp_path / "less")
+    prepare_tokens(TextConfig(sources=(source,), tokens="bpe", vocab_size=258), tmp_path / "less")
     assert len("".join(seen)) == 1000
 
 
 def test_limit(tmp_path: Path) -> None:
     sources = tuple(write(tmp_path / f"{name}.txt", prose(600, name)) for name in "ab")
-    found = prepare_tokens(Recipe(sources=sources, limit=9000), tmp_path / "out")
+    found = prepare_tokens(TextConfig(sources=sources, limit=9000), tmp_path / "out")
     assert [part.characters for part in found.counts] == [9000, 9000]
     assert len(found.validation) > 0
 
 
 def test_batches_of_the_encoder_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(sources=(write(tmp_path / "a.txt", prose(300)),))
-    at_once = prepare_tokens(recipe, tmp_path / "at-once")
+    config = TextConfig(sources=(write(tmp_path / "a.txt", prose(300)),))
+    at_once = prepare_tokens(config, tmp_path / "at-once")
     monkeypatch.setattr(prepare, "_BATCH", 1)
-    assert prepare_tokens(recipe, tmp_path / "one-by-one").sha256 == at_once.sha256
+    assert prepare_tokens(config, tmp_path / "one-by-one").sha256 == at_once.sha256
 
 
 def test_large_files_are_read_in_blocks_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(sources=(write(tmp_path / "a.txt", prose(300)),))
-    monkeypatch.setattr("einlinear_lab.data.text.read._BLOCK", 1000)
-    found = prepare_tokens(recipe, tmp_path / "out")
+    config = TextConfig(sources=(write(tmp_path / "a.txt", prose(300)),))
+    monkeypatch.setattr("einlinear_lab.data.text.sources._BLOCK", 1000)
+    found = prepare_tokens(config, tmp_path / "out")
     assert 10 < found.counts[0].documents < 15
-    together = found.vocabulary.decode(found.train) + found.vocabulary.decode(found.validation)
+    together = found.tokenizer.decode(found.train) + found.tokenizer.decode(found.validation)
     assert {*together.split("\n")} == {*prose(300).split("\n")}
 
 
 def test_progress_is_told(tmp_path: Path) -> None:
     source = write(tmp_path / "a.txt", prose(300))
     told: list[tuple[str, int, int | None]] = []
-    prepare_tokens(Recipe(sources=(source,)), tmp_path / "out", progress=lambda *step: told.append(step))
+    prepare_tokens(TextConfig(sources=(source,)), tmp_path / "out", progress=lambda *step: told.append(step))
     assert told == [(source, len(prose(300)) - 1, len(prose(300)))]
 
 
 def test_a_text_that_is_there_is_left_alone_and_another_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.txt", prose(300))
-    recipe = Recipe(sources=(source,))
-    first = prepare_tokens(recipe, tmp_path / "out")
+    config = TextConfig(sources=(source,))
+    first = prepare_tokens(config, tmp_path / "out")
     (tmp_path / "a.txt").unlink()  # no longer needed
-    assert prepare_tokens(recipe, tmp_path / "out").sha256 == first.sha256
-    with pytest.raises(ValueError, match=r"prepared otherwise: validation was 0\.05, now 0\.1\. Name another folder"):
-        prepare_tokens(Recipe(sources=(source,), validation=0.1), tmp_path / "out")
+    assert prepare_tokens(config, tmp_path / "out").sha256 == first.sha256
+    with pytest.raises(ValueError, match=r"with another config: validation was 0\.05, now 0\.1\. Name another"):
+        prepare_tokens(TextConfig(sources=(source,), validation=0.1), tmp_path / "out")
     write(tmp_path / "a.txt", prose(200, "new"))
-    assert prepare_tokens(recipe, tmp_path / "out", fresh=True).sha256 != first.sha256
+    assert prepare_tokens(config, tmp_path / "out", fresh=True).sha256 != first.sha256
 
 
 @pytest.mark.parametrize("kind", ["char", pytest.param("bpe", marks=needs("tokenizers"))])
@@ -164,35 +164,35 @@ def test_a_text_that_is_there_is_left_alone_and_another_is_refused(tmp_path: Pat
 )
 def test_too_little_text(texts: list[str], message: str, kind: str, tmp_path: Path) -> None:
     sources = tuple(write(tmp_path / f"a{i}.txt", text) for i, text in enumerate(texts))
-    vocabulary = 257 if kind == "bpe" else None
+    vocab_size = 257 if kind == "bpe" else None
     with pytest.raises(ValueError, match=message):
-        prepare_tokens(Recipe(sources=sources, tokens=kind, vocabulary=vocabulary), tmp_path / "out")
+        prepare_tokens(TextConfig(sources=sources, tokens=kind, vocab_size=vocab_size), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_in_96_characters(tmp_path: Path) -> None:
-    recipe = Recipe(sources=(write(tmp_path / "a.txt", "漢字だけの文書\n" * 1000),), tokens="char")
+    config = TextConfig(sources=(write(tmp_path / "a.txt", "漢字だけの文書\n" * 1000),), tokens="char")
     with pytest.raises(
         ValueError, match=r"documents: 1, .* more than 1 % .* outside the 96 \(--tokens bytes and bpe take any\)"
     ):
-        prepare_tokens(recipe, tmp_path / "out")
+        prepare_tokens(config, tmp_path / "out")
 
 
 @needs("tokenizers")
 def test_a_vocabulary_too_large_for_the_text(tmp_path: Path) -> None:
-    recipe = Recipe(sources=(write(tmp_path / "a.txt", prose(300)),), tokens="bpe")
-    with pytest.raises(ValueError, match=r"vocabulary 4096 is too large: this text has no more than \d+ tokens"):
-        prepare_tokens(recipe, tmp_path / "out")
+    config = TextConfig(sources=(write(tmp_path / "a.txt", prose(300)),), tokens="bpe")
+    with pytest.raises(ValueError, match=r"vocab_size 4096 is too large: this text has no more than \d+ tokens"):
+        prepare_tokens(config, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["char", pytest.param("bpe", marks=needs("tokenizers"))])
 def test_a_file_that_is_not_utf8(kind: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(prose(300).encode() + "café".encode("latin1"))
-    recipe = Recipe(sources=(str(tmp_path / "a.txt"),), tokens=kind)
+    config = TextConfig(sources=(str(tmp_path / "a.txt"),), tokens=kind)
     with pytest.raises(
         ValueError, match=r"a\.txt is not UTF-8 text \(it has the byte 0xe9 where none may be\); convert"
     ):
-        prepare_tokens(recipe, tmp_path / "out")
+        prepare_tokens(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -203,7 +203,7 @@ def test_text_that_is_given_twice(tmp_path: Path) -> None:
         ((inner, str(tmp_path / "texts")), r"a\.txt is given twice, the second time as a part of .*texts"),
     ):
         with pytest.raises(ValueError, match=message):
-            prepare_tokens(Recipe(sources=sources), tmp_path / "out")
+            prepare_tokens(TextConfig(sources=sources), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -211,15 +211,15 @@ def test_text_that_is_given_twice(tmp_path: Path) -> None:
     [
         ({"sources": ()}, "name at least one text"),
         ({"tokens": "word"}, "tokens must be auto, char, bytes or bpe, not 'word'"),
-        ({"vocabulary": 300}, "a vocabulary of 300 is for bpe; the characters are always 96"),
-        ({"tokens": "bpe", "vocabulary": 100}, "vocabulary 100 is too small"),
-        ({"tokens": "bpe", "vocabulary": 0}, "vocabulary 0 is too small"),
-        ({"tokens": "bpe", "vocabulary": 100_000}, "vocabulary 100000 is too large"),
+        ({"vocab_size": 300}, "vocab_size=300 is for bpe; the characters are always 96"),
+        ({"tokens": "bpe", "vocab_size": 100}, "vocab_size 100 is too small"),
+        ({"tokens": "bpe", "vocab_size": 0}, "vocab_size 0 is too small"),
+        ({"tokens": "bpe", "vocab_size": 100_000}, "vocab_size 100000 is too large"),
         ({"validation": 0.0}, "validation=0.0: it must be more than 0 and at most 0.5"),
         ({"validation": 0.6}, "validation=0.6"),
         ({"limit": 0}, "limit=0: it must be at least 1 character"),
     ],
 )
-def test_recipes_out_of_range(wrong: dict[str, Any], message: str) -> None:
+def test_configs_out_of_range(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Recipe(**{"sources": ("a.txt",)} | wrong)
+        TextConfig(**{"sources": ("a.txt",)} | wrong)

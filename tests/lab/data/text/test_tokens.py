@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 from tests.lab.data.samples import needs, prose
 
-from einlinear_lab.data import Recipe, Tokens, load_tokens, prepare_tokens
+from einlinear_lab.data import TextConfig, Tokens, load_tokens, prepare_tokens
 from einlinear_lab.data.text import tokens, writer
 from einlinear_lab.data.text.tokens import CHECKED, DESCRIPTION, TOKENIZER, TRAIN, VALIDATION
-from einlinear_lab.data.text.writer import Writer
+from einlinear_lab.data.text.writer import TokenWriter
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+def config(tmp_path: Path) -> TextConfig:
     (tmp_path / "a.txt").write_text(prose(300))
-    return Recipe(sources=(str(tmp_path / "a.txt"),))
+    return TextConfig(sources=(str(tmp_path / "a.txt"),))
 
 
 @pytest.fixture
-def folder(recipe: Recipe, tmp_path: Path) -> Path:
-    return prepare_tokens(recipe, tmp_path / "out").folder
+def folder(config: TextConfig, tmp_path: Path) -> Path:
+    return prepare_tokens(config, tmp_path / "out").folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -48,14 +48,14 @@ def flip(path: Path, at: int = 100) -> None:
 def test_what_is_on_disk(folder: Path) -> None:
     found = load_tokens(folder)
     assert isinstance(found, Tokens)
-    assert (found.train.dtype, found.vocabulary.size) == (np.uint8, 96)
+    assert (found.train.dtype, found.tokenizer.vocab_size) == (np.uint8, 96)
     assert found.train.tobytes() == (folder / TRAIN).read_bytes()
     assert found.validation.tobytes() == (folder / VALIDATION).read_bytes()
     assert not found.train.flags.writeable
     said = json.loads((folder / DESCRIPTION).read_text())
     assert said["format"] == 1
     assert said["dtype"] == "uint8"
-    assert said["vocabulary"]["characters"] == "\n" + "".join(map(chr, range(32, 127)))
+    assert said["tokenizer"]["characters"] == "\n" + "".join(map(chr, range(32, 127)))
     (part,) = found.counts
     assert (part.documents, part.documents_dropped, part.characters) == (1, 0, len(prose(300)) - 1)
     assert (part.train_tokens, part.validation_tokens) == (len(found.train), len(found.validation))
@@ -65,9 +65,9 @@ def test_what_is_on_disk(folder: Path) -> None:
 
 def test_the_identity_of_a_text_is_its_content(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text(prose(300))
-    same = prepare_tokens(Recipe(sources=(str(tmp_path / "b.txt"),)), tmp_path / "same")
+    same = prepare_tokens(TextConfig(sources=(str(tmp_path / "b.txt"),)), tmp_path / "same")
     (tmp_path / "c.txt").write_text(prose(300).replace("text 7:", "text X:"))
-    other = prepare_tokens(Recipe(sources=(str(tmp_path / "c.txt"),)), tmp_path / "other")
+    other = prepare_tokens(TextConfig(sources=(str(tmp_path / "c.txt"),)), tmp_path / "other")
     assert load_tokens(folder).sha256 == same.sha256 != other.sha256
 
 
@@ -139,15 +139,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"prepared by einlinear 0\.9\.0 in format 2, but this one reads format 1",
     ),
     "other characters": (
-        lambda f: edited(f, vocabulary={"kind": "char", "size": 96, "characters": "abc"}),
+        lambda f: edited(f, tokenizer={"kind": "char", "vocab_size": 96, "characters": "abc"}),
         r"tokens\.json is damaged \(other characters than this version's\)",
     ),
     "other size": (
-        lambda f: edited(f, vocabulary={"kind": "char", "size": 97, "characters": tokens.CHARACTERS}),
-        r"damaged \(a vocabulary of 97, but its own has 96\)",
+        lambda f: edited(f, tokenizer={"kind": "char", "vocab_size": 97, "characters": tokens.CHARACTERS}),
+        r"damaged \(vocab_size is 97, but the tokenizer has 96\)",
     ),
     "other kind": (
-        lambda f: edited(f, vocabulary={"kind": "word", "size": 96}),
+        lambda f: edited(f, tokenizer={"kind": "word", "vocab_size": 96}),
         "kind 'word', expected char, bytes or bpe",
     ),
     "no files": (lambda f: edited(f, files={}), r"tokens\.json is damaged"),
@@ -167,12 +167,12 @@ def test_damage(damage: str, folder: Path) -> None:
         load_tokens(folder)
 
 
-def test_a_damaged_text_is_not_taken_for_done_and_prepared_again_only_if_asked(recipe: Recipe, folder: Path) -> None:
+def test_a_damaged_text_is_refused_and_prepared_again_only_if_asked(config: TextConfig, folder: Path) -> None:
     whole = content(folder)
     flip(folder / TRAIN)
     with pytest.raises(ValueError, match=r"its content has changed .* --fresh"):
-        prepare_tokens(recipe, folder)
-    prepare_tokens(recipe, folder, fresh=True)
+        prepare_tokens(config, folder)
+    prepare_tokens(config, folder, fresh=True)
     assert content(folder) == whole
 
 
@@ -188,7 +188,7 @@ def test_paths_that_are_no_folder_of_tokens(tmp_path: Path) -> None:
 def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(prose(300))
     folder = prepare_tokens(
-        Recipe(sources=(str(tmp_path / "a.txt"),), tokens="bpe", vocabulary=280), tmp_path / "out"
+        TextConfig(sources=(str(tmp_path / "a.txt"),), tokens="bpe", vocab_size=280), tmp_path / "out"
     ).folder
     assert load_tokens(folder).train.dtype == np.uint16
     flip(folder / TOKENIZER)
@@ -199,49 +199,49 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("names", [["notes.md"], ["train.bin"], ["train.bin", "val.bin"], ["tokens.json", "notes.md"]])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_files_of_the_users_are_never_written_over(
-    names: list[str], fresh: bool, recipe: Recipe, tmp_path: Path
+    names: list[str], fresh: bool, config: TextConfig, tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     for name in names:
         (mine / name).write_text("mine")
     with pytest.raises(ValueError, match=r"holds files that are no prepared text|tokens\.json is damaged"):
-        prepare_tokens(recipe, mine, fresh=fresh)
+        prepare_tokens(config, mine, fresh=fresh)
     assert content(mine) == dict.fromkeys(names, b"mine")
 
 
-def test_out_is_a_file(recipe: Recipe) -> None:
+def test_out_is_a_file(config: TextConfig) -> None:
     with pytest.raises(ValueError, match=r"a\.txt is a file; name a folder for the tokens"):
-        prepare_tokens(recipe, recipe.sources[0])
+        prepare_tokens(config, config.sources[0])
 
 
-def test_one_preparation_at_a_time(recipe: Recipe, tmp_path: Path) -> None:
+def test_one_preparation_at_a_time(config: TextConfig, tmp_path: Path) -> None:
     with (
-        Writer(tmp_path / "out"),
+        TokenWriter(tmp_path / "out"),
         pytest.raises(BlockingIOError, match="another process is preparing a text in"),
     ):
-        prepare_tokens(recipe, tmp_path / "out")
+        prepare_tokens(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    prepare_tokens(recipe, tmp_path / "out")
+    prepare_tokens(config, tmp_path / "out")
 
 
-def test_an_error_leaves_nothing(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_nothing(config: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "add", interrupted)
+        patch.setattr(TokenWriter, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare_tokens(recipe, tmp_path / "new")
+            prepare_tokens(config, tmp_path / "new")
         assert not (tmp_path / "new").exists()
         (tmp_path / "empty").mkdir()
         with pytest.raises(KeyboardInterrupt):
-            prepare_tokens(recipe, tmp_path / "empty")
+            prepare_tokens(config, tmp_path / "empty")
         assert content(tmp_path / "empty") == {}
-    before = content(prepare_tokens(recipe, tmp_path / "there").folder)
-    monkeypatch.setattr(Writer, "add", interrupted)
+    before = content(prepare_tokens(config, tmp_path / "there").folder)
+    monkeypatch.setattr(TokenWriter, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare_tokens(recipe, tmp_path / "there", fresh=True)
+        prepare_tokens(config, tmp_path / "there", fresh=True)
     assert content(tmp_path / "there") == before, "what was there stays until its successor is whole"
     load_tokens(tmp_path / "there")
 
@@ -249,13 +249,13 @@ def test_an_error_leaves_nothing(recipe: Recipe, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("renames", range(3))
 @pytest.mark.parametrize("before", ["nothing", "another text"])
 def test_death_between_the_renames(
-    renames: int, before: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renames: int, before: str, config: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = content(prepare_tokens(recipe, tmp_path / "expected").folder)
+    expected = content(prepare_tokens(config, tmp_path / "expected").folder)
     out = tmp_path / "out"
     if before == "another text":
         (tmp_path / "b.txt").write_text(prose(200, "other"))
-        prepare_tokens(Recipe(sources=(str(tmp_path / "b.txt"),)), out)
+        prepare_tokens(TextConfig(sources=(str(tmp_path / "b.txt"),)), out)
     done: list[Path] = []
 
     class Dead(BaseException):
@@ -269,35 +269,37 @@ def test_death_between_the_renames(
 
     with monkeypatch.context() as patch:
         patch.setattr(writer.os, "replace", replace)
-        patch.setattr(Writer, "__exit__", lambda self, *_: self._lock.close())  # all that is left to a dead process
+        patch.setattr(
+            TokenWriter, "__exit__", lambda self, *_: self._lock.close()
+        )  # all that is left to a dead process
         with pytest.raises(Dead):
-            prepare_tokens(recipe, out, fresh=True)
+            prepare_tokens(config, out, fresh=True)
     with pytest.raises(ValueError, match="holds an unfinished preparation; run the same einlinear prepare again"):
         load_tokens(out)
-    prepare_tokens(recipe, out)
+    prepare_tokens(config, out)
     assert content(out) == expected
 
 
-def test_killed_in_the_middle_and_started_again(recipe: Recipe, tmp_path: Path) -> None:
-    expected = content(prepare_tokens(recipe, tmp_path / "expected").folder)
+def test_killed_in_the_middle_and_started_again(config: TextConfig, tmp_path: Path) -> None:
+    expected = content(prepare_tokens(config, tmp_path / "expected").folder)
     out = tmp_path / "out"
     slow = f"""
 import sys, time
 sys.modules.update(tokenizers=None, datasets=None)  # characters of files need neither
-from einlinear_lab.data import Recipe, prepare_tokens
+from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.data.text import prepare
-from einlinear_lab.data.text.writer import Writer
+from einlinear_lab.data.text.writer import TokenWriter
 
-add = Writer.add
+add = TokenWriter.add
 
 def slowly(self, name, tokens):
     add(self, name, tokens)
     self._files[name].flush()
     time.sleep(0.01)
 
-Writer.add = slowly
+TokenWriter.add = slowly
 prepare._BATCH = 1
-prepare_tokens(Recipe(sources=({recipe.sources[0]!r},)), {str(out)!r})
+prepare_tokens(TextConfig(sources=({config.sources[0]!r},)), {str(out)!r})
 """
     process = subprocess.Popen([sys.executable, "-c", slow])
     part = out / "train.bin.part"
@@ -306,11 +308,11 @@ prepare_tokens(Recipe(sources=({recipe.sources[0]!r},)), {str(out)!r})
         assert time.monotonic() < deadline
         time.sleep(0.002)
     with pytest.raises(BlockingIOError, match="another process is preparing"):
-        prepare_tokens(recipe, out)
+        prepare_tokens(config, out)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 5000 < part.stat().st_size < len(expected[TRAIN])
     with pytest.raises(ValueError, match="unfinished preparation; run the same einlinear prepare again"):
         load_tokens(out)
-    prepare_tokens(recipe, out)
+    prepare_tokens(config, out)
     assert content(out) == expected

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tests.lab.data.samples import prose
 
-from einlinear_lab.data import Recipe, TextSequences, Tokens, prepare_tokens
+from einlinear_lab.data import TextConfig, TextSequences, Tokens, prepare_tokens
 from einlinear_lab.data.rng import numpy_generator
 
 
@@ -13,7 +13,7 @@ from einlinear_lab.data.rng import numpy_generator
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     folder = tmp_path_factory.mktemp("tokens")
     (folder / "a.txt").write_text(prose(400))
-    return prepare_tokens(Recipe(sources=(str(folder / "a.txt"),)), folder / "out")
+    return prepare_tokens(TextConfig(sources=(str(folder / "a.txt"),)), folder / "out")
 
 
 def windows(text: np.ndarray, context: int) -> set[bytes]:
@@ -22,7 +22,7 @@ def windows(text: np.ndarray, context: int) -> set[bytes]:
 
 def test_shapes_and_targets(tokens: Tokens) -> None:
     data = TextSequences(tokens, context=32, batch_size=5, seed=0)
-    assert (data.vocabulary, data.context) == (96, 32)
+    assert (data.vocab_size, data.context) == (96, 32)
     allowed = windows(tokens.train, 32)
     for step in (0, 1, 10**9):
         x, y = data.batch(step)
@@ -61,7 +61,7 @@ EXPECTED = [2968336852963847644, 15180843502545175880]
 
 def test_every_window_can_be_drawn(tokens: Tokens) -> None:
     short = Tokens(
-        tokens.folder, tokens.vocabulary, tokens.train[:20], tokens.validation, tokens.counts, tokens.recipe, "short"
+        tokens.folder, tokens.tokenizer, tokens.train[:20], tokens.validation, tokens.counts, tokens.config, "short"
     )
     x, y = TextSequences(short, context=8, batch_size=400, seed=0).batch(0)
     drawn = {row.numpy().astype(np.uint8).tobytes() for row in torch.cat([x, y[:, -1:]], 1)}

@@ -1,4 +1,4 @@
-"""Where text comes from: a user's files, English of Debian packages, Python's own source, data sets of the hub."""
+"""Sources of text: files, English of Debian packages, the source of Python, data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import tokenize
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from einlinear_lab.data.rows import format_of, open_text, read_rows
+from einlinear_lab.data.text.corpus import Corpus
 from einlinear_lab.data.text.english import read_english
-from einlinear_lab.data.text.part import Part
-from einlinear_lab.data.text.streamed import HUB, stream
 
+HUB = "hub:"
 NAMES = ("english", "code", "openwebtext")
-_BLOCK = 1 << 26  # characters of a file that are read at a time
+_OPENWEBTEXT = "Skylion007/openwebtext"
+# Characters of a file that are read at a time.
+_BLOCK = 1 << 26
 
 
-def read_text(source: str) -> tuple[Part, ...]:
-    """Find a text.
+def read_text(source: str) -> tuple[Corpus, ...]:
+    """Return the corpora of a source.
 
     Args:
         source: one of
@@ -28,7 +31,7 @@ def read_text(source: str) -> tuple[Part, ...]:
             * "english": about 20 MB of clean English, from Debian packages that tools/fetch_english.sh fetches;
             * "code": the source of the standard library of this Python;
             * "openwebtext": streamed from the Hugging Face hub, as is any data set with a column `text` given as
-              "hub:OWNER/NAME" (the extra `text`);
+              "hub:OWNER/NAME";
             * a .jsonl, .json, .csv, .tsv or .parquet file with a column `text`, whose rows are documents;
             * any other file: plain text in UTF-8;
             * a folder whose .txt files, also those in subfolders, are documents.
@@ -46,43 +49,43 @@ def read_text(source: str) -> tuple[Part, ...]:
     if source == "code":
         return (_code(),)
     if source == "openwebtext" or source.startswith(HUB):
-        return (stream(source),)
+        return (_streamed(source),)
     path = Path(source).expanduser()
     if not source or not path.exists():
-        known = f"give one of {', '.join(NAMES)}, {HUB}OWNER/NAME, a text file or a folder of .txt files"
+        allowed = f"give one of {', '.join(NAMES)}, {HUB}OWNER/NAME, a text file or a folder of .txt files"
         if path.name != source or path.suffix:
-            raise FileNotFoundError(f"{path} does not exist; {known}")
-        raise ValueError(f"unknown text {source!r}; {known}")
+            raise FileNotFoundError(f"{path} does not exist; {allowed}")
+        raise ValueError(f"unknown text {source!r}; {allowed}")
     if path.is_file() and format_of(path):
-        found = path.resolve()
-        return (Part(str(found), f"the rows of {found}", _size(found), lambda: _texts(found)),)
+        file = path.resolve()
+        return (Corpus(str(file), f"the rows of {file}", _size(file), lambda: _texts(file)),)
     return (_files(path),)
 
 
 def name_of(source: str) -> str:
-    """A source by a name that is the same from any folder."""
-    known = source in NAMES or source.startswith(HUB)
-    return source if known else str(Path(source).expanduser().resolve())
+    """Return the name of a source, which is the same from any working directory."""
+    is_name = source in NAMES or source.startswith(HUB)
+    return source if is_name else str(Path(source).expanduser().resolve())
 
 
 def streams(source: str) -> bool:
-    """Whether reading a source takes the datasets package."""
+    """Return whether reading a source takes the datasets package."""
     return source == "openwebtext" or source.startswith(HUB)
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """The column `text` of rows."""
+    """Yield the column `text` of rows."""
     for where, row in read_rows(path):
         text = row.get("text")
         if not isinstance(text, str):
-            what = f"`text` is {type(text).__name__}" if "text" in row else f"it has {', '.join(map(str, row))}"
-            raise ValueError(f"{where} has no column `text` with a text ({what}); such a column is read")
-        # A lone half of a character, as JSON may have it, is no character.
+            problem = f"`text` is {type(text).__name__}" if "text" in row else f"it has {', '.join(map(str, row))}"
+            raise ValueError(f"{where} has no column `text` with a text ({problem}); such a column is read")
+        # A lone surrogate, as JSON may have it, is no character.
         yield text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def _files(path: Path) -> Part:
-    """A text file, or those of a folder."""
+def _files(path: Path) -> Corpus:
+    """Return the corpus of a text file, or of those of a folder."""
     files = [path]
     if path.is_dir():
         inside = (file for ending in ("*.txt", "*.txt.gz") for file in path.rglob(ending) if file.is_file())
@@ -97,39 +100,71 @@ def _files(path: Path) -> Part:
         return (text for file in files for text in _read(file, errors))
 
     size = sum(map(_size, files))
-    return Part(str(path.resolve()), origin, size, partial(documents, "strict"), partial(documents, "surrogateescape"))
+    return Corpus(
+        str(path.resolve()), origin, size, partial(documents, "strict"), partial(documents, "surrogateescape")
+    )
 
 
 def _size(path: Path) -> int:
-    """About how many characters a file has."""
+    """Return the approximate number of characters of a file."""
     return path.stat().st_size * (3 if path.name.lower().endswith(".gz") else 1)
 
 
 def _read(path: Path, errors: str) -> Iterator[str]:
-    """The text of a file, in blocks of whole lines if it is large."""
+    """Yield the text of a file, in blocks of lines if it is large."""
     with open_text(path, errors) as file:
         yield "".join(file.readlines(_BLOCK))
         while lines := file.readlines(_BLOCK):
             yield "".join(lines)
 
 
-def _code() -> Part:
-    """The .py files of the standard library, its tests among them, without installed packages."""
+def _code() -> Corpus:
+    """Return the .py files of the standard library with its tests, without installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, inner, names in os.walk(root):
-        inner[:] = sorted(set(inner) - {"site-packages", "dist-packages"})  # what is left of it is walked
+        # os.walk visits what is left of this list.
+        inner[:] = sorted(set(inner) - {"site-packages", "dist-packages"})
         files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
     if not files:
         raise ValueError(f"this Python has no source of its standard library at {root}; name another text")
     version = ".".join(map(str, sys.version_info[:3]))
     origin = f"the standard library of Python {version}: {len(files):,} files in {root}"
-    return Part("code", origin, sum(file.stat().st_size for file in files), lambda: map(_python, files))
+    return Corpus("code", origin, sum(file.stat().st_size for file in files), lambda: map(_python, files))
 
 
 def _python(path: Path) -> str:
     try:
-        with tokenize.open(path) as file:  # in the encoding that it declares
+        # In the encoding that the file declares.
+        with tokenize.open(path) as file:
             return file.read()
-    except (SyntaxError, UnicodeDecodeError):  # tests of Python's, wrong on purpose
+    # Some of Python's tests are wrong on purpose.
+    except (SyntaxError, UnicodeDecodeError):
         return ""
+
+
+def _streamed(source: str) -> Corpus:
+    """Return a data set of the hub."""
+    name = _OPENWEBTEXT if source == "openwebtext" else source.removeprefix(HUB)
+    if name.count("/") != 1:
+        raise ValueError(f"{source!r} is no data set of the hub; write {HUB}OWNER/NAME")
+    return Corpus(f"{HUB}{name}", f"the data set {name} of the Hugging Face hub", None, lambda: _hub_texts(name))
+
+
+def _hub_texts(name: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    rows: Iterator[dict[str, Any]] | None = None
+    while True:
+        try:
+            rows = iter(load_dataset(name, split="train", streaming=True)) if rows is None else rows
+            row = next(rows, None)
+        # The libraries below may raise anything.
+        except Exception as error:
+            hint = "a local .parquet or .jsonl file with a column `text` does as well"
+            raise OSError(f"{name} cannot be read ({error}); {hint}") from error
+        if row is None:
+            return
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{name} has a row without `text` (it has {', '.join(row)}); such a column is read")
+        yield row["text"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tests.lab.data.samples import needs, prose
 
-from einlinear_lab.data import Recipe, prepare_tokens
-from einlinear_lab.data.text.read import name_of, read_text, streams
+from einlinear_lab.data import TextConfig, prepare_tokens
+from einlinear_lab.data.text.sources import name_of, read_text, streams
 
 
 def test_a_folder_gives_its_text_files_in_order(tmp_path: Path) -> None:
@@ -96,13 +96,13 @@ def test_rows_of_a_local_file(suffix: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / f"rows.{suffix}", ROWS)
     (part,) = read_text(path)
     assert list(part.documents()) == list(part.documents()) == [row["text"] for row in ROWS]
-    found = prepare_tokens(Recipe(sources=(path,), tokens="char"), tmp_path / "out")
+    found = prepare_tokens(TextConfig(sources=(path,), tokens="char"), tmp_path / "out")
     assert (found.counts[0].documents, found.counts[0].documents_dropped) == (40, 20)
-    text = found.vocabulary.decode(found.train)
+    text = found.tokenizer.decode(found.train)
     assert "row 1 0: " in text
     assert ".\n\ne\n\nrow 3 0: " in text
     assert "row 2 0: " not in text
-    assert "\nrow" in found.vocabulary.decode(found.validation)
+    assert "\nrow" in found.tokenizer.decode(found.validation)
 
 
 @needs("pyarrow")
@@ -110,11 +110,11 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"title": "no text", "id": 1}])
     message = r"line 1 of .*rows\.jsonl has no column `text` with a text \(it has title, id\)"
     with pytest.raises(ValueError, match=message):
-        prepare_tokens(Recipe(sources=(path,)), tmp_path / "out")
+        prepare_tokens(TextConfig(sources=(path,)), tmp_path / "out")
     for name, message in (("rows.parquet", "is not a Parquet file"), ("rows.jsonl", "is not JSON")):
         (tmp_path / name).write_bytes(b"\x00 nothing of the kind")
         with pytest.raises(ValueError, match=rf"{name} {message}"):
-            prepare_tokens(Recipe(sources=(str(tmp_path / name),)), tmp_path / "out")
+            prepare_tokens(TextConfig(sources=(str(tmp_path / name),)), tmp_path / "out")
 
 
 @needs("datasets")
@@ -126,14 +126,14 @@ def test_openwebtext_is_streamed_from_the_hub(tmp_path: Path, monkeypatch: pytes
         return ROWS
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    found = prepare_tokens(Recipe(sources=("openwebtext",), limit=20_000, validation=0.2), tmp_path / "out")
+    found = prepare_tokens(TextConfig(sources=("openwebtext",), limit=20_000, validation=0.2), tmp_path / "out")
     assert asked == [("Skylion007/openwebtext", ("split", "train"), ("streaming", True))]
     assert found.counts[0].documents < len(ROWS)
-    assert found.recipe["sources"] == ["openwebtext"]
+    assert found.config["sources"] == ["openwebtext"]
 
     def unreachable(*_: object, **__: object) -> None:
         raise RuntimeError("no route to host")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(OSError, match=r"Skylion007/openwebtext cannot be read \(no route to host\); a local \.parquet"):
-        prepare_tokens(Recipe(sources=("openwebtext",)), tmp_path / "other")
+        prepare_tokens(TextConfig(sources=("openwebtext",)), tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Calling a model with a batch of its inputs, whatever these are."""
+"""Calls of a model with a batch, whatever arguments its forward pass takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Batch = Any  # what a model is called with: a tensor, a sequence of positional arguments, a mapping of named ones
+# a tensor, a sequence of positional arguments, or a mapping of named arguments
+Batch = Any
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
@@ -38,7 +39,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 
 def _mistake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """What is wrong with the number or the names of the arguments of a call."""
+    """Return the error in the number or the names of the arguments, or None."""
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:

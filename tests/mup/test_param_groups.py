@@ -181,7 +181,7 @@ class Odd(nn.Module):
         self.embed = nn.Embedding(100, width)
 
 
-ROLES = {"pos*": "vector", "mixer": "matrix", "scale": "vector"}
+ROLES = {"pos*": "vector", "mixer": "hidden", "scale": "vector"}
 
 
 def test_norms_of_other_libraries_are_known_by_their_name() -> None:
@@ -194,30 +194,31 @@ def test_norms_of_other_libraries_are_known_by_their_name() -> None:
     assert (group["lr_mult"], group["weight_decay"]) == (1.0, 0.0)
 
 
-def test_roles_are_taken_by_kind_where_no_module_is_known() -> None:
+def test_roles_are_inferred_for_modules_without_a_description() -> None:
     groups = el.param_groups(Odd(64), lr=0.1, base=Odd(16))
     mult = by_name(groups, "lr_mult")
     assert mult["positions"] == mult["scale"] == mult["embed.weight"] == mult["attention.in_proj_bias"] == 1
     assert mult["mixer"] == mult["attention.in_proj_weight"] == mult["attention.out_proj.weight"] == 1 / 4
     assert mult["prompt"] == mult["temperature"] == mult["attention.bias_k"] == 1
-    by_kind = {name for group in groups for name in group.get("by_kind", ())}
-    assert by_kind == {"positions", "mixer", "scale", "prompt"}
+    inferred = {name for group in groups for name in group.get("inferred", ())}
+    assert inferred == {"positions", "mixer", "scale", "prompt"}
     assert by_name(el.param_groups(Odd(64), lr=0.1, base=Odd(16), roles=ROLES), "lr_mult") == mult
 
 
-def test_what_is_taken_by_kind_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_inferred_roles_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "einlinear"):
         el.param_groups(Odd(16), lr=0.1, base=None)
     assert [record.getMessage() for record in caplog.records] == [
-        "taken for vectors: positions (10, 16), scale (16,), prompt (10, 8); roles={glob: role} says otherwise",
-        "taken for matrices: mixer (16, 16); roles={glob: role} says otherwise",
+        "taken for vectors or tables: positions (10, 16), scale (16,), prompt (10, 8); "
+        "override with roles={glob: role}",
+        "taken for matrices: mixer (16, 16); override with roles={glob: role}",
     ]
     with caplog.at_level("INFO", "einlinear"):
         el.param_groups(Odd(16), lr=0.1, base=None, roles=ROLES | {"prompt": "vector"})
     assert len(caplog.records) == 2
 
 
-def test_roles_of_which_kind_and_shapes_tell_nothing_raise() -> None:
+def test_parameters_of_unknown_role_raise() -> None:
     class Ambiguous(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
@@ -227,11 +228,11 @@ def test_roles_of_which_kind_and_shapes_tell_nothing_raise() -> None:
             self.query = nn.Parameter(torch.zeros(width, 2 * width))
             self.router = nn.Parameter(torch.zeros(10, width))
 
-    with pytest.raises(ValueError, match=r"unknown: things \(10, 64\), query \(64, 128\)\. Say what they are"):
+    with pytest.raises(ValueError, match=r"unknown: things \(10, 64\), query \(64, 128\)\. Give it with"):
         el.param_groups(Ambiguous(64), lr=0.1, base=Ambiguous(16))
     with pytest.raises(ValueError, match=r"unknown: query \(64, 128\)"):
         el.init_(Ambiguous(64), base=el.base_shapes(Ambiguous(16)), roles={"things": "vector"})
-    roles = {"things": "vector", "query": "matrix"}
+    roles = {"things": "vector", "query": "hidden"}
     mult = by_name(el.param_groups(Ambiguous(64), lr=0.1, base=Ambiguous(16), roles=roles), "lr_mult")
     assert mult == {"things": 1, "query": 1 / 4, "router": 1 / 4}
     assert {*by_name(el.param_groups(Ambiguous(64), lr=0.1, base=None), "lr_mult").values()} == {1}
@@ -239,7 +240,7 @@ def test_roles_of_which_kind_and_shapes_tell_nothing_raise() -> None:
 
 def test_what_does_not_grow_with_the_width_is_a_vector() -> None:
     groups = el.param_groups(Odd(16), lr=0.1, base=el.base_shapes(Odd(16)), optimizer="muon")
-    assert {name for group in groups if "matrices" in group for name in group["param_names"]} == {
+    assert {name for group in groups if "matrix_view" in group for name in group["param_names"]} == {
         "attention.in_proj_weight",
         "attention.out_proj.weight",
     }
@@ -248,8 +249,8 @@ def test_what_does_not_grow_with_the_width_is_a_vector() -> None:
 @pytest.mark.parametrize(
     ("roles", "message"),
     [
-        ({"mixer": "bias"}, "must be 'vector' or 'matrix', not 'bias'"),
-        ({"mixr": "matrix"}, "roles: 'mixr' matches no parameter or module; the nearest are mixer,"),
+        ({"mixer": "bias"}, "must be one of input, hidden, output, vector, not 'bias'"),
+        ({"mixr": "hidden"}, "roles: 'mixr' matches no parameter or module; the nearest are mixer,"),
     ],
 )
 def test_mistakes_in_roles(roles: dict[str, str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Roles by kind: every model of transformers gets groups and an initialisation without being told any role."""
+"""Inferred roles: every model of transformers gets groups and an initialisation without being told any role."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.aria.modeling_aria import AriaExperts
 
 import einlinear as el
-from einlinear.mup.kinds import by_kind
+from einlinear.mup.role_inference import infer_role
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 1}
 _WAVE: dict[str, Any] = {"vocab_size": 48, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
@@ -99,7 +99,7 @@ def test_models_need_no_roles(name: str) -> None:
     before = {key: p.clone() for key, p in model.named_parameters()}
     el.init_(model)
     for group in groups:
-        for key in group.get("by_kind", ()):
+        for key in group.get("inferred", ()):
             if "experts" not in key:
                 assert torch.equal(model.get_parameter(key), before[key])
     torch.optim.AdamW(groups)
@@ -136,13 +136,13 @@ def test_stacks_of_experts_are_matrices(name: str) -> None:
     assert float(up.detach().std()) == pytest.approx(math.sqrt(64) / 64, rel=0.1)
     assert float(down.detach().std()) == pytest.approx(math.sqrt(64) / 128, rel=0.1)
     muon = el.param_groups(model, lr=1e-3, base=base, optimizer="muon")
-    shapes = {key: group["matrices"] for group in muon if "matrices" in group for key in group["param_names"]}
+    shapes = {key: group["matrix_view"] for group in muon if "matrix_view" in group for key in group["param_names"]}
     assert shapes[f"{experts}gate_up_proj"] == ((0, 1, 2), *up.shape[1:])
 
 
 def test_experts_that_the_user_calls_matrices_are_stacks_as_well() -> None:
     model, base = MODELS["gpt_oss"](64), MODELS["gpt_oss"](32)
-    roles = {"*experts.*_proj": "matrix"}
+    roles = {"*experts.*_proj": "hidden"}
     mult = multipliers(el.param_groups(model, lr=1e-3, base=base, roles=roles))
     assert mult == multipliers(el.param_groups(model, lr=1e-3, base=base))
 
@@ -170,8 +170,7 @@ def test_what_decays(name: str) -> None:
 def test_the_shapes_of_transposed_experts() -> None:
     config = AriaTextConfig(hidden_size=32, intermediate_size=64, moe_num_experts=4)
     experts = AriaExperts(config)
-    s = by_kind("experts.gate_up_proj", type(experts).__name__, experts.gate_up_proj.shape, experts.is_transposed)
-    assert not isinstance(s, str)
+    s = infer_role("experts.gate_up_proj", type(experts).__name__, experts.gate_up_proj.shape, experts.is_transposed)
     assert s is not None
     assert (s.in_features, s.out_features, s.stacked) == (32, 128, True)
 
@@ -203,8 +202,9 @@ _TABLES = (
     ],
 )
 def test_vectors(name: str, shape: tuple[int, ...], base: tuple[int, ...] | None) -> None:
-    kind = by_kind(name, "Own", shape, base=base)
-    assert kind == ("table" if name in _TABLES else "vector")
+    role = infer_role(name, "Own", shape, base=base)
+    assert role is not None
+    assert role.kind == ("input" if name in _TABLES else "vector")
 
 
 @pytest.mark.parametrize(
@@ -222,10 +222,10 @@ def test_vectors(name: str, shape: tuple[int, ...], base: tuple[int, ...] | None
 def test_matrices(
     name: str, shape: tuple[int, ...], base: tuple[int, ...] | None, expected: tuple[int, int, bool]
 ) -> None:
-    found = by_kind(name, "Own", shape, base=base)
-    assert found is not None
-    assert not isinstance(found, str)
-    assert (found.in_features, found.out_features, found.stacked) == expected
+    role = infer_role(name, "Own", shape, base=base)
+    assert role is not None
+    assert role.is_matrix
+    assert (role.in_features, role.out_features, role.stacked) == expected
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_matrices(
     ],
 )
 def test_what_cannot_be_told(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> None:
-    assert by_kind(name, "Own", shape, base=base) is None
+    assert infer_role(name, "Own", shape, base=base) is None
 
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose1d, nn.ConvTranspose2d])

@@ -1,0 +1,104 @@
+"""Linear layers of a model: found by qualified name, created alike, replaced in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from einlinear.conversion.conversion_report import Conversion, ConversionReport
+from einlinear.nn import Linear, MoELinear
+from einlinear.nn.third_party import expert_stacks, features, is_linear
+from einlinear.structures import Structure
+
+T = TypeVar("T", Linear, MoELinear)
+
+
+def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
+    """Return the layers of a kind by every qualified name they have; `instead` is the advice for a bare layer."""
+    if is_one(model):
+        raise ValueError(f"the model is itself a linear layer, which cannot be replaced in place: use {instead}")
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_one(module)}
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """Return all linear layers, structured ones included, by every qualified name they have."""
+    return layers_of(
+        model,
+        "el.Linear.from_dense(layer, structure)",
+        lambda module: isinstance(module, Linear | MoELinear) or is_linear(module),
+    )
+
+
+def fused_experts(model: nn.Module) -> dict[str, str]:
+    """Return the reasons why parameters with the weights of many experts are skipped, by their qualified names.
+
+    Such a stack has no module for one expert that could be replaced.
+    """
+    return {
+        name: f"is a stack of {len(weight)} weights of a {type(module).__name__}, which is not supported"
+        for name, module, weight in expert_stacks(model)
+    }
+
+
+def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Return the modules that hold a parameter, with their names, by the parameter's id."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name, module))
+    return owners
+
+
+def structured_like(old: Any, structure: str | Structure) -> Linear:
+    """Return a structured layer with new weights, and the size, device, dtype and modes of a dense one."""
+    return layer_like(old, Linear, structure)
+
+
+def layer_like(old: Any, layer_class: type[T], structure: str | Structure, **config: Any) -> T:
+    """Return a layer of a class, with new weights, and the size, device, dtype and modes of a dense one."""
+    weight, bias = old.weight, old.bias
+    layer = layer_class(
+        *features(old), structure, bias=bias is not None, device=weight.device, dtype=weight.dtype, **config
+    )
+    if isinstance(layer, Linear):
+        layer.dense_class = type(old)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
+    return layer.train(old.training)
+
+
+def describe(module: nn.Module) -> str:
+    """Return the class and the size of a linear layer as text."""
+    return "{} {} -> {}".format(type(module).__name__, *features(module))
+
+
+def replace_layers(
+    model: nn.Module,
+    new: Mapping[int, nn.Module],
+    converted: Sequence[Conversion],
+    skipped: Sequence[tuple[str, str]],
+    otherwise: str,
+) -> ConversionReport:
+    """Put the new modules into the model and report it.
+
+    Raises:
+        ValueError: there are none, for the reasons of the skipped layers, or else `otherwise`.
+    """
+    if not converted:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped) or otherwise
+        raise ValueError(f"no layer could be converted: {reasons}")
+    put(model, new)
+    return ConversionReport(tuple(converted), tuple(skipped))
+
+
+def put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put new modules into all places of the old ones, by the id of the old."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
+                setattr(parent, name, new[id(child)])
