@@ -73,7 +73,7 @@ def main() -> None:
                 facts={"run": what.options},
                 progress=lambda step, *_: bars.update(task, completed=step),
             )
-        return model, {"seconds": outcome.step_seconds * len(outcome.losses), **outcome.measures}
+        return model, {"seconds": outcome.step_seconds * len(outcome.losses), **outcome.metrics}
 
     def dense_to_sparse() -> tuple[ReferenceModel, dict[str, float]]:
         folder, half = arguments.out / "dense-to-sparse", arguments.steps / 2

@@ -15,7 +15,7 @@ from einlinear_lab.cli.running import carry_out
 
 
 def command(
-    settings: Annotated[
+    config: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="NAME=VALUE",
@@ -87,7 +87,7 @@ def command(
             "seeds": seeds,
             "epochs": epochs,
             **({} if data is None else {"data": data}),
-            **assignments(settings),
+            **assignments(config),
         }
         others, best = split_leaders(specs(given["structures"]) or ())
         sized: list[dict[str, Any]] = []

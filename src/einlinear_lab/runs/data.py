@@ -38,10 +38,10 @@ class TrainingProblem:
     """Data that has been loaded, and what is to be learnt of it.
 
     Attributes:
-        task: batches, loss and measures.
+        task: batches, loss and metrics.
         shape: what the model has to know.
         inputs: of a step, that MACs are counted for: images, tokens or vectors.
-        error: the measure, by name, that stands for the quality of a final model.
+        error: the name of the metric that stands for the quality of a final model.
         source: one sentence on where the data came from.
         digest: of the data itself.
     """

@@ -60,7 +60,7 @@ def test_a_folder_is_all_that_a_first_run_needs(tmp_path: Path, monkeypatch: pyt
     assert len([*(tmp_path / "results" / "train").iterdir()]) == 2
     before = (first / "result.json").read_bytes()
     assert run(*command)[0] == 0, "and the same one goes on"
-    assert json.loads((first / "result.json").read_bytes())["measures"] == json.loads(before)["measures"]
+    assert json.loads((first / "result.json").read_bytes())["metrics"] == json.loads(before)["metrics"]
     assert run(*command, "steps=3", "out=here")[0] == 0
     assert (tmp_path / "here" / "result.json").exists()
     assert_refused(run(*command[:-1]), "cat/0.png cannot be read as an image", "skip_broken=true (--skip-broken)")

@@ -211,7 +211,7 @@ def test_a_run_learns(model: str, tmp_path: Path) -> None:
     assert 0 <= found.memory - 4 * 4 * found.params < 200  # and AdamW's count of steps, for every tensor
     (tmp_path / "run" / "result.json").unlink()
     again = execute(made, tmp_path / "run")  # from its last checkpoint
-    assert (again.train_loss, again.measures, again.memory) == (found.train_loss, found.measures, found.memory)
+    assert (again.train_loss, again.metrics, again.memory) == (found.train_loss, found.metrics, found.memory)
 
 
 # Mistakes

@@ -25,7 +25,7 @@ from einlinear_lab.sweeps.sweep import make_sweep
 from einlinear_lab.sweeps.workers import Workers
 
 SWEEP: dict[str, Any] = {
-    "settings": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},
+    "config": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},
     "grid": {"width": [16, 32], "structure": ["dense", "btt"], "seed": [0, 1]},
 }
 QUICK = Run.of({"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 2}).options
