@@ -22,14 +22,14 @@ else:
 PANELS = {
     "Layers": {
         "describe": "Show a structure's factors, parameters, MACs, rank and exponents at one size, beside dense.",
-        "bench": "Measure speed and memory of structures and backends beside nn.Linear, in turns.",
+        "bench": "Measure speed and memory of structures and backends against nn.Linear, in interleaved rounds.",
     },
     "Training": {
         "prepare": "Turn text into tokens for language models, a share of them held out for validation.",
         "compare": "Train structures side by side at matched compute, print a table and write report.html.",
         "train": "Train one model.",
         "sweep": "Do all runs that a file or a recipe describes, and report on them.",
-        "search": "Search the space of structures for the lowest loss at a budget of compute.",
+        "search": "Search for the structure with the lowest loss at a budget of compute.",
         "recipes": "List the experiments from papers that `einlinear sweep` knows by name, and what each should show.",
         "coord-check": "Measure how much a training step moves the features at several widths, and write report.html.",
     },

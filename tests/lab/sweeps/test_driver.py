@@ -132,13 +132,16 @@ def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
     Store(tmp_path).open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
 
 
-@pytest.mark.parametrize(("changed", "decides"), [("ops/tiles/tiles.cpp", True), ("cli/report.py", False)])
+@pytest.mark.parametrize(
+    ("changed", "decides"), [("einlinear/ops/cpu/kernel.cpp", True), ("einlinear_lab/cli/report.py", False)]
+)
 def test_the_code_is_that_of_the_sources_that_decide_how_a_run_goes(
     changed: str, decides: bool, tmp_path: Path
 ) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
-    copy = shutil.copytree(Path(el.__file__).parent, tmp_path / "einlinear", ignore=ignored)
-    with (copy / changed).open("a") as file:
+    for package in ("einlinear", "einlinear_lab"):
+        shutil.copytree(Path(el.__file__).parents[1] / package, tmp_path / package, ignore=ignored)
+    with (tmp_path / changed).open("a") as file:
         file.write("\n")
     command = "from einlinear_lab.runs.records import code_version; print(code_version())"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
