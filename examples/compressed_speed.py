@@ -19,19 +19,20 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import einlinear as el
 from einlinear.compression.candidates import members
-from einlinear.compression.select import select
+from einlinear.compression.selection import select_layers
 from einlinear.nn.third_party import features
-from einlinear_lab.pretrained.speed import speeds
+from einlinear_lab.pretrained.generation_speed import model_speeds
 
 FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")
 BUDGETS = (0.7, 0.5, 0.3)
 
 
 def smaller(model: Any, family: str, budget: float) -> Any:
-    """The same model with the richest member of a family that the budget allows in the place of every layer."""
-    found, _ = select(model, None)
-    specs = {name: s.spec for name, layer in found.items() for s in members(family, *features(layer), (budget,))}
-    structured = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # what stays as it is is shared
+    """Return the model with every layer replaced by the richest member of a family within the budget."""
+    layers = select_layers(model, None).layers
+    specs = {name: s.spec for name, layer in layers.items() for s in members(family, *features(layer), (budget,))}
+    # the other parameters are shared
+    structured = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     el.convert(structured, specs, layers=list(specs))
     return structured.eval()
 
@@ -56,12 +57,12 @@ def main() -> None:
         variants = {("dense", 1.0): model.eval()}
         variants |= {(family, budget): smaller(model, family, budget) for budget in BUDGETS for family in FAMILIES}
         labels = {f"{family} {budget}": (family, budget) for family, budget in variants}
-        found = speeds(
+        speeds = model_speeds(
             {label: variants[which] for label, which in labels.items()}, arguments.tokens, rounds=arguments.rounds
         )
-        dense = found["dense 1.0"]
+        dense = speeds["dense 1.0"]
         for label, (family, budget) in labels.items():
-            speed = found[label]
+            speed = speeds[label]
             cells = [name, family, f"{budget:.0%}", f"{speed.prefill:,.0f}", f"{speed.prefill / dense.prefill:.2f}"]
             cells += (
                 ["–", "–"]

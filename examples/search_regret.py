@@ -1,12 +1,12 @@
-"""How soon a search finds a good structure: the predictor, chance, and the 23 structures of arXiv 2410.02117.
+"""How soon a search finds a good structure: Optuna's samplers, chance, and the 23 structures of arXiv 2410.02117.
 
-    pip install 'einlinear[experiments,search]'
+    pip install 'einlinear[lab]'
     python examples/search_regret.py
 
-All train the same kind of model at the same budget of MACs. Searches are repeated with other seeds; the 23 structures
-are taken in random orders. The regret after some compute is how much higher the least error found by then is than the
-least that any way has found in the same repetition, whose runs all see the same batches. Everything is kept in a
-folder, and goes on after an interruption.
+All train the same kind of model at the same budget of MACs. Searches are repeated with several seeds; the 23 structures
+are taken in random orders. The regret after some compute is the lowest error so far minus the lowest error of all
+methods in the same repetition, whose runs all see the same batches. Everything is stored in a folder, and resumes after
+an interruption.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 from rich.console import Console
@@ -28,8 +29,8 @@ from einlinear.structures.spec import parse_family
 from einlinear_lab.runs.records import METRICS
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.search.matching import at
-from einlinear_lab.search.search import Config, Search
+from einlinear_lab.search.config import SearchConfig
+from einlinear_lab.search.search import Search
 from einlinear_lab.search.space import STRUCTURE, Proposal, Theta
 from einlinear_lab.sweeps import recipes
 from einlinear_lab.sweeps.driver import do
@@ -37,26 +38,43 @@ from einlinear_lab.sweeps.workers import Workers
 from einlinear_lab.training import metrics
 
 OPTIONS = {"depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "betas": (0.9, 0.999), "lr": 3e-3}
-PAPERS = "the paper's 23"
-# how candidates are chosen, whether those of the literature come first and runs end early, and how many trials are
-# needed for a whole run's worth of MACs each
-WAYS = {
-    "predictor": ("predictor", False, False, 1),
-    "predictor, known first, pruned": ("predictor", True, True, 2),
-    "random": ("random", False, False, 1),
+PAPER = "the paper's 23"
+
+
+class Method(NamedTuple):
+    """A sampler, with or without warm start and pruning."""
+
+    sampler: str
+    assisted: bool = False
+
+    @property
+    def trials_per_run(self) -> int:
+        """The number of trials that cost the MACs of one complete run, at least."""
+        return 2 if self.assisted else 1
+
+
+METHODS = {
+    "random": Method("random"),
+    "gp": Method("gp"),
+    "tpe": Method("tpe"),
+    "gp, warm start, pruned": Method("gp", assisted=True),
+    "tpe, warm start, pruned": Method("tpe", assisted=True),
 }
-ORDERS = 200  # of the paper's structures, over which their curve is averaged
+# Random orders of the paper's structures, over which their curve is averaged.
+ORDERS = 200
+# Rows of the table.
 SHOWN = (4, 8, 12, 16, 20)
 
-Curve = list[float]  # the least error after a whole run's worth of MACs, after two, ...
+# The lowest error after the MACs of one complete run, of two, ...
+Curve = list[float]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--budget", type=int, default=100_000, help="MACs of every model, for one image")
-    parser.add_argument("--steps", type=int, default=300, help="of every training")
-    parser.add_argument("--runs", type=int, default=23, help="whole trainings that every way may cost")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of every run")
+    parser.add_argument("--runs", type=int, default=23, help="compute of every method, in complete runs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/search-regret"))
@@ -64,86 +82,85 @@ def main() -> None:
 
     curves: dict[str, list[Curve]] = {}
     with Progress(console=Console(stderr=True)) as bars:
-        bar = bars.add_task("repetitions", total=arguments.repeats * (len(WAYS) + 1))
+        bar = bars.add_task("repetitions", total=arguments.repeats * (len(METHODS) + 1))
         for repeat in range(arguments.repeats):
             folder = arguments.out / f"repeat-{repeat}"
             options = {**OPTIONS, "data": arguments.data, "steps": arguments.steps, "batch_size": 256, "seed": repeat}
-            for name, (sampler, known, prune, times) in WAYS.items():
-                trials = times * arguments.runs
-                search = Search(
-                    Config(
-                        budget=arguments.budget,
-                        trials=trials,
-                        sampler=sampler,
-                        known=known,
-                        prune=prune,
-                        seed=repeat,
-                        options=options,
-                    )
+            for name, method in METHODS.items():
+                config = SearchConfig(
+                    budget=arguments.budget,
+                    trials=method.trials_per_run * arguments.runs,
+                    sampler=method.sampler,
+                    warm_start=method.assisted,
+                    prune=method.assisted,
+                    seed=repeat,
+                    options=options,
                 )
-                search.open(Store(folder / name.replace(", ", "-").replace(" ", "-"))).do(Workers(arguments.workers))
-                runs = [own.run for own in search.study.tried()]
+                search = Search(config).open(Store(folder / name.replace(", ", "-").replace(" ", "-")))
+                search.do(Workers(arguments.workers))
+                runs = [trial.run for trial in search.study.trained()]
                 curves.setdefault(name, []).append(curve(search.store, runs, arguments.runs))
                 bars.advance(bar)
-            store, runs = Store(folder / "paper"), [at_budget(spec, search) for spec in papers()]
+            store, runs = Store(folder / "paper"), [at_budget(spec, search) for spec in paper_specs()]
             store.open(runs, search.config.axes)
             do(runs, store, Workers(arguments.workers))
             orders = [random.Random(order).sample(runs, len(runs)) for order in range(ORDERS)]
-            every = [curve(store, order, arguments.runs) for order in orders]
-            curves.setdefault(PAPERS, []).append([fmean(errors) for errors in zip(*every, strict=True)])
+            shuffled = [curve(store, order, arguments.runs) for order in orders]
+            curves.setdefault(PAPER, []).append([fmean(errors) for errors in zip(*shuffled, strict=True)])
             bars.advance(bar)
 
-    least = [min(each[repeat][-1] for each in curves.values()) for repeat in range(arguments.repeats)]
+    lowest = [min(repeats[repeat][-1] for repeats in curves.values()) for repeat in range(arguments.repeats)]
     regrets = {
-        name: [[error - least[repeat] for error in each[repeat]] for repeat in range(arguments.repeats)]
-        for name, each in curves.items()
+        name: [[error - least for error in errors] for errors, least in zip(repeats, lowest, strict=True)]
+        for name, repeats in curves.items()
     }
     print(table(regrets))
     plot(regrets).write_html(arguments.out / "regret.html", config={"displayModeBar": False})
 
 
-def papers() -> list[str]:
-    """The two-factor einsums that the paper trained."""
+def paper_specs() -> list[str]:
+    """Return the two-factor einsums that the paper trained."""
     parts = recipes.load("char-gpt").paper.parts
     return [spec for part in parts for spec in part.get("grid", {}).get("structure", ())]
 
 
 def at_budget(spec: str, search: Search) -> Run:
-    """The run of a structure that costs what the search's candidates do, its rank moved by as little as that takes."""
+    """Return the run of a structure at the budget of a search, with the nearest rank that makes it fit."""
     theta = Theta(*map(Fraction, parse_family(spec)[1]["theta"]))
-    found = search.matching.match({STRUCTURE: Proposal("einsum", theta, rho=theta.rho)})
-    return replace(search.base, model=at(search.base.model, found.width, found.specs))
+    architecture = search.matching.match({STRUCTURE: Proposal("einsum", theta, rho=theta.rho)})
+    return replace(search.base, model=architecture.model(search.base.model))
 
 
 def curve(store: Store, runs: Sequence[Run], length: int) -> Curve:
-    """The least error of whole runs, in the order of their beginnings; those that ended early have cost as well."""
+    """Return the lowest error of complete runs, in the order of their starts. Pruned runs have cost MACs as well."""
     results = {record.run.key: record.result for record in store.records()}
-    spent, least, found = 0.0, float("inf"), []
+    spent, lowest, points = 0.0, float("inf"), []
     for run in runs:
         result = results[run.key]
-        spent += 1.0 if result else min(1.0, _seen(store.path(run), run) / run.training.steps)
+        spent += 1.0 if result else min(1.0, _steps_of_pruned(store.path(run), run) / run.training.steps)
         if result and result.error is not None:
-            least = min(least, result.error)
-        found.append((spent, least))
+            lowest = min(lowest, result.error)
+        points.append((spent, lowest))
     return [
-        min((least for spent, least in found if spent <= n + 1e-9), default=float("inf")) for n in range(1, length + 1)
+        min((lowest for spent, lowest in points if spent <= n + 1e-9), default=float("inf"))
+        for n in range(1, length + 1)
     ]
 
 
-def _seen(folder: Path, run: Run) -> int:
-    """The steps of a run that ended early, at most: it was on its way to the next that is noted."""
+def _steps_of_pruned(folder: Path, run: Run) -> int:
+    """Return the largest possible number of steps of a pruned run: it may have gone on until its next log."""
     return max(line["step"] for line in metrics.read(folder / METRICS)) + run.training.log_every
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half of its 95 % interval."""
+    """Return the mean, and half of its 95 % interval."""
     half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return fmean(values), float(half)
 
 
 def table(regrets: dict[str, list[Curve]]) -> str:
-    """In Markdown."""
-    lines = ["| runs' worth of MACs | " + " | ".join(regrets) + " |", "| --- |" + " --- |" * len(regrets)]
+    """Return the regrets as a table in Markdown."""
+    lines = ["| MACs, in complete runs | " + " | ".join(regrets) + " |", "| --- |" + " --- |" * len(regrets)]
     for n in SHOWN:
         ends = [interval([each[n - 1] for each in curves]) for curves in regrets.values() if len(curves[0]) >= n]
         if ends:
@@ -153,8 +170,10 @@ def table(regrets: dict[str, list[Curve]]) -> str:
 
 def plot(regrets: dict[str, list[Curve]]) -> go.Figure:
     figure = go.Figure()
-    top = 0.0  # of what is drawn: after a few runs, before which it may be anything
-    for (name, curves), colour in zip(regrets.items(), ("#0072B2", "#009E73", "#D55E00", "#000000"), strict=False):
+    # The highest regret after a few runs, before which it may be anything.
+    top = 0.0
+    colours = ("#999999", "#0072B2", "#009E73", "#56B4E9", "#D55E00", "#000000")
+    for (name, curves), colour in zip(regrets.items(), colours, strict=False):
         ends = [(n, *interval(errors)) for n, errors in enumerate(zip(*curves, strict=True), 1) if max(errors) < 1]
         x = [n for n, *_ in ends]
         top = max([top, *(mean + half for n, mean, half in ends if n >= SHOWN[0])])
@@ -165,8 +184,8 @@ def plot(regrets: dict[str, list[Curve]]) -> go.Figure:
         figure.add_scatter(x=x, y=[mean for _, mean, _ in ends], name=name, line={"color": colour}, mode="lines")
     legend = {"orientation": "h", "y": 1.15}
     figure.update_layout(template="simple_white", width=760, height=420, legend=legend)
-    figure.update_xaxes(title="whole runs' worth of MACs")
-    figure.update_yaxes(title="regret: training error above the least found", range=[0, top or None])
+    figure.update_xaxes(title="MACs of training, in complete runs")
+    figure.update_yaxes(title="regret: training error above the lowest", range=[0, top or None])
     return figure
 
 

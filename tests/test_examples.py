@@ -84,15 +84,15 @@ def test_search_regret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    assert len(example.papers()) == 23
-    monkeypatch.setattr(example, "papers", lambda every=example.papers: every()[:3])
-    for way in ("predictor", "random"):
-        del example.WAYS[way]
+    assert len(example.paper_specs()) == 23
+    monkeypatch.setattr(example, "paper_specs", lambda every=example.paper_specs: every()[:3])
+    for method in ("random", "gp", "tpe", "tpe, warm start, pruned"):
+        del example.METHODS[method]
     words = ["--data", "digits", "--budget", "30000", "--steps", "4", "--runs", "4", "--repeats", "2", "--workers", "1"]
     monkeypatch.setattr(sys, "argv", ["search_regret.py", *words, "--out", str(tmp_path / "out")])
     example.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| runs' worth of MACs | predictor, known first, pruned | the paper's 23 |"
+    assert lines[0] == "| MACs, in complete runs | gp, warm start, pruned | the paper's 23 |"
     assert lines[2].startswith("| 4 | ")
     regrets = [[float(number) for number in cell.split(" ± ")] for cell in lines[2].split(" | ")[1:-1]]
     assert min(mean for mean, _ in regrets) >= 0

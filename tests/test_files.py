@@ -1,11 +1,11 @@
-"""Files that are whole or absent, and locks."""
+"""Atomic writes, and locks."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from einlinear.files import alone, open_regular, sha256_of, write_json, write_text
+from einlinear.files import lock, open_regular, sha256_of, write_json, write_text
 
 
 def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
@@ -45,10 +45,10 @@ def test_nothing_is_written_that_is_no_json(tmp_path: Path) -> None:
 
 def test_one_at_a_time(tmp_path: Path) -> None:
     with (
-        alone(tmp_path / ".lock", "taken"),
+        lock(tmp_path / ".lock", "taken"),
         pytest.raises(BlockingIOError, match="taken"),
-        alone(tmp_path / ".lock", "taken"),
+        lock(tmp_path / ".lock", "taken"),
     ):
         pass
-    with alone(tmp_path / ".lock", "taken"):
+    with lock(tmp_path / ".lock", "taken"):
         pass

@@ -73,3 +73,18 @@ def test_hooks_run_once_a_module_is_there(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == ["this"]
     when_imported("this", hook)
     assert calls == ["this", "this"]
+
+
+SWITCHED_OFF = """
+import sys
+import einlinear
+from torch.utils.flop_counter import flop_registry
+import torch
+assert torch.ops.einlinear.linear not in flop_registry
+assert not any(type(finder).__module__ == "einlinear.import_hooks" for finder in sys.meta_path)
+"""
+
+
+def test_hooks_can_be_switched_off() -> None:
+    environment = {**os.environ, "EINLINEAR_HOOKS": "0"}
+    subprocess.run([sys.executable, "-c", SWITCHED_OFF], check=True, env=environment)

@@ -36,9 +36,11 @@ def main() -> None:
     """Draw every picture."""
     with plt.rc_context(STYLE):
         loss_against_compute()
+        vision_transformers()
         fashion_mnist()
         lr_transfer()
         coordinate_check()
+        dyad()
         compression()
 
 
@@ -55,6 +57,15 @@ def loss_against_compute() -> None:
     axes.annotate("", (2.0 * macs, error), (macs, error), arrowprops={"arrowstyle": "<->", "color": INK, "shrinkA": 5})
     axes.text(2.15 * macs, error, "2.0× less compute", va="center", fontsize=10)
     save(figure, "loss-against-compute")
+
+
+def vision_transformers() -> None:
+    """Training error of vision transformers against MACs."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+    for name, rows in read("training/image-vit.csv", "structure").items():
+        curve(axes, rows, "macs", "train_error", name.partition("(")[0], name.partition("(")[0])
+    _compute_axis(axes, [0.17, 0.18, 0.19, 0.2, 0.21], "training error", "{:.0%}")
+    save(figure, "vision-transformers")
 
 
 def fashion_mnist() -> None:
@@ -95,6 +106,20 @@ def coordinate_check() -> None:
     panels[0].set_ylabel("relative feature update")
     panels[0].legend(frameon=False, labelcolor=INK, loc="lower left")
     save(figure, "coordinate-check")
+
+
+def dyad() -> None:
+    """Validation loss of Pythia with DYAD or dense feed-forward layers against the duration of a training step."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+    markers = {"dense": "o", "IT, 4 blocks": "s", "OT, 4 blocks": "^", "DT, 4 blocks": "v", "IT, 8 blocks": "D"}
+    for name, rows in read("training/dyad.csv", "layers").items():
+        color = COLORS["dense" if name == "dense" else "btt"]
+        label = name if name == "dense" else f"DYAD-{name}"
+        axes.scatter(column(rows, "ms_per_step"), column(rows, "loss"), color=color, marker=markers[name], label=label)
+    axes.set(xlabel="ms per training step", ylabel="validation loss")
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False, labelcolor=INK)
+    save(figure, "dyad")
 
 
 def compression() -> None:
@@ -148,7 +173,7 @@ def logarithmic(axes: Any, x_ticks: list[float], y_ticks: list[float], x_format:
 
 def _compute_axis(axes: Any, y_ticks: list[float], label: str, y_format: str) -> None:
     low, high = axes.get_xlim()
-    ticks = [tick for tick in (5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6) if low < tick < high]
+    ticks = [tick for tick in (5e4, 1e5, 2e5, 5e5, 1e6, 2e6, 5e6, 1e7, 2e7) if low < tick < high]
     logarithmic(axes, ticks, y_ticks, "{:g}", y_format)
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k")

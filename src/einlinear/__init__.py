@@ -2,7 +2,7 @@
 
 from einlinear.compression import compress, distill
 from einlinear.conversion import convert, densify
-from einlinear.integrations.transformers.registration import register as _register
+from einlinear.integrations.transformers import register_on_import as _register_on_import
 from einlinear.mup import base_shapes, coord_check, init_, param_groups
 from einlinear.nn import Linear, MoELinear, moe_loads, moe_loss
 from einlinear.nn.explanation import explain
@@ -31,4 +31,4 @@ __all__ = [
     "structure",
 ]
 
-_register()
+_register_on_import()

@@ -1,4 +1,4 @@
-"""Files and folders: regular, private, whole or absent, locked, checksummed, compared with what is asked of them."""
+"""Files and folders: atomic writes, locks, owners and modes, checksums, JSON."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half written.
+    """Write a file atomically.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written. A file that was there before is as it was.
+        OSError: the disk is full, or the folder cannot be written. An earlier file is unchanged.
     """
     scratch = path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}")
     try:
@@ -30,14 +30,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_text` of JSON; what JSON has no words for, such as NaN, is an error."""
+    """Write JSON atomically; values outside of JSON, such as NaN, raise ValueError."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def rename(scratch: Path, path: Path) -> None:
-    """Give a file, or a folder of files, its name: on disk before it has the name, even if the power fails.
+    """Rename a file or folder atomically, once its content is on the disk, so that a power failure loses nothing.
 
-    A file of that name is replaced; a folder of that name has to be empty.
+    A file of the new name is replaced; a folder of the new name has to be empty.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -49,7 +49,7 @@ def rename(scratch: Path, path: Path) -> None:
 
 
 def _sync(place: Path) -> None:
-    """Have a file or a folder written to the disk; systems that cannot do so for folders need not."""
+    """Flush a file or a folder to the disk; not every system can do so for folders."""
     if place.is_dir():
         if os.name != "posix":
             return
@@ -62,12 +62,13 @@ def _sync(place: Path) -> None:
         finally:
             os.close(number)
     else:
-        with place.open("rb+") as file:  # which Windows wants to be writable
+        # Windows flushes only writable files
+        with place.open("rb+") as file:
             os.fsync(file.fileno())
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for this user alone.
+    """Make a folder, and the missing ones above it, private to this user.
 
     Raises:
         PermissionError: as `check_private`.
@@ -75,21 +76,22 @@ def make_private(folder: Path) -> None:
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     for place in reversed(missing):
-        with suppress(FileExistsError):  # another process has made it since
+        # another process may have made it since
+        with suppress(FileExistsError):
             place.mkdir(mode=0o700)
     check_private(folder)
 
 
 def check_private(path: Path) -> None:
-    """Check that nobody but this user and root can change what a file or folder holds, or what its path leads to.
+    """Check that only this user and root can change the content of a file or folder, or the target of its path.
 
-    So each folder and each symbolic link on the way has to belong to one of the two, and no others may write into the
-    folders; above the last one they may where the sticky bit keeps them from replacing what is not theirs, as in /tmp.
-    A group counts as others, unless it is this user's own and has no other members. Access control lists count where
-    they show in the mode. Windows is not checked: its folders of users are private.
+    Each folder and symbolic link on the path has to belong to one of the two, and nobody else may write into the
+    folders; above the last one others may, where the sticky bit protects files of this user, as in /tmp. A group counts
+    as others, unless it is this user's own and has no other members. Access control lists count where they show in the
+    mode. Windows is not checked: its folders of users are private.
 
     Raises:
-        PermissionError: others can; the message says where and how.
+        PermissionError: others can change it; the message says where and how.
         OSError: there is no such file or folder.
     """
     if os.name != "posix":
@@ -120,7 +122,7 @@ def check_private(path: Path) -> None:
 
 
 def _root_of_container() -> int:
-    """The number that root's files have in a container that does not know root, as Apptainer's; else 0."""
+    """The owner of root's files in a container without root, as Apptainer's; else 0."""
     try:
         inside = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
         if any(int(first) == 0 for first, _, _ in inside):
@@ -131,7 +133,7 @@ def _root_of_container() -> int:
 
 
 def _is_shared(status: os.stat_result) -> bool:
-    """Whether the group of a file may have other members than this user. Anybody may be in group 0 in a container."""
+    """Whether the group of a file may have other members. In a container anybody may be in group 0."""
     try:
         import grp
         import pwd
@@ -144,7 +146,7 @@ def _is_shared(status: os.stat_result) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file that others made, to read bytes; one that is no file, such as a pipe, could make the reader wait.
+    """Open a file of others to read bytes, if it is a regular file: a pipe could block the reader.
 
     Raises:
         OSError: there is no such file, it may not be read, or it is a folder, a pipe, a socket or a device.
@@ -155,21 +157,21 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file that others may have made.
+    """Return the content of a JSON file that others may have made.
 
     Raises:
-        ValueError: it is damaged, as `from_json` says.
+        ValueError: it is damaged.
         OSError: it cannot be read, or is not a regular file.
     """
     with open_regular(path) as file:
-        return from_json(file.read())
+        return parse_json(file.read())
 
 
-def from_json(text: bytes) -> Any:
-    """What a text in JSON says; NaN, which is none, is refused as well, and what is nested so deeply that it ends us.
+def parse_json(text: bytes) -> Any:
+    """Parse JSON strictly: NaN, which JSON does not have, and nesting beyond Python's recursion limit are refused.
 
     Raises:
-        ValueError: it is damaged, and how.
+        ValueError: it is damaged; the message says how.
     """
 
     def refuse(word: str) -> None:
@@ -182,7 +184,7 @@ def from_json(text: bytes) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a regular file, in hexadecimal."""
+    """Return the SHA-256 of a regular file, in hexadecimal."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
@@ -191,40 +193,42 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def alone(path: Path, otherwise: str) -> Iterator[None]:
-    """Hold a lock file, which stays; the system lets go of the lock when the process dies.
+def lock(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock file, which stays; the system releases the lock when the process dies.
 
     Raises:
-        BlockingIOError: another process holds it; `otherwise` is the message.
+        BlockingIOError: another process holds it; with this message.
     """
-    from filelock import FileLock, Timeout  # which takes a tenth of a second to import
+    # takes a tenth of a second to import
+    from filelock import FileLock, Timeout
 
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(path).acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(otherwise) from None
-    try:
+        raise BlockingIOError(message) from None
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
-def alone_beside(path: Path, otherwise: str) -> Iterator[None]:
-    """The same for a file or folder that is to be made: the lock lies beside it, and goes when the work is over."""
+def lock_output(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock file beside a file or folder that will be made, and remove it at the end.
+
+    Raises:
+        BlockingIOError: another process holds it; with this message.
+    """
     path = path.absolute()
-    lock = path.with_name(f".{path.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with alone(lock, otherwise):
+    file = path.with_name(f".{path.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with lock(file, message):
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What has changed between the settings that a folder was made with and those that are asked for.
+    """Return the differences between two configs, such as that of a folder and the one asked for.
 
     >>> differences({"steps": 10, "lr": 0.1}, {"steps": 20, "lr": 0.1, "seed": 0})
     ['steps was 10, now 20', 'seed was None, now 0']

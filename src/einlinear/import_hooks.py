@@ -1,11 +1,14 @@
-"""Code that runs once another module has been imported.
+"""Import hooks: functions that run once another module has been imported.
 
-Some modules take seconds to import and may not be installed, such as transformers. `import einlinear` does not import
-them: it leaves a hook, which runs when somebody else does.
+Some modules take long to import, or may not be installed: transformers, and torch's FLOP counter (half a second).
+Neither offers entry points for other libraries. `import einlinear` imports neither: a finder on `sys.meta_path` calls
+the hooks when somebody else does. EINLINEAR_HOOKS=0 in the environment switches the finder off; hooks then run only for
+modules that are imported already.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -17,17 +20,19 @@ _hooks: dict[str, list[Callable[[], None]]] = {}
 
 def when_imported(module: str, hook: Callable[[], None]) -> None:
     """Call a function after every execution of a module, and now if the module is imported already."""
+    if module in sys.modules:
+        hook()
+    if os.environ.get("EINLINEAR_HOOKS") == "0":
+        return
     hooks = _hooks.setdefault(module, [])
     if hook not in hooks:
         hooks.append(hook)
-    if module in sys.modules:
-        hook()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules as the other finders would, and calls the hooks once these modules have been executed."""
+    """Finds modules as the other finders do, and calls the hooks after a module's execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -35,7 +40,7 @@ class _Finder(MetaPathFinder):
         if fullname not in _hooks:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -1,4 +1,4 @@
-"""Which code this is: the version, and a digest of the sources that results depend on."""
+"""Version, and a digest of the sources that results depend on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 __version__ = version("einlinear")
 
 _ROOT = Path(__file__).parents[1]
-_SOURCES = (".py", ".cpp", ".h", ".json")  # costs.json chooses the backend
+# costs.json chooses the backend
+_SOURCES = (".py", ".cpp", ".h", ".json")
 
 
-@cache  # what this process runs, whatever becomes of the files
+# cached: what this process runs, even if the files change
+@cache
 def code_digest(*folders: str) -> str:
-    """A digest of the sources in these folders of the packages installed here, such as "einlinear/ops".
+    """Return a digest of the sources in some folders of the installed packages, such as "einlinear/ops".
 
     Returns:
-        Eight hexadecimal digits. They are others when a source is changed, renamed, added or removed.
+        Eight hexadecimal digits, which change when a source is changed, renamed, added or removed.
     """
     digest = hashlib.sha256()
     files = (file for folder in folders for file in (_ROOT / folder).rglob("*") if file.suffix in _SOURCES)

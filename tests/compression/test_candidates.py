@@ -12,29 +12,29 @@ from torch import nn
 
 from einlinear import ops
 from einlinear.compression import compress
-from einlinear.compression.candidates import CONSIDERED, Spectrum, estimated, members, probed
-from einlinear.compression.sensitivity import Outputs
+from einlinear.compression.candidates import Spectrum, estimated_errors, members, members_to_fit
+from einlinear.compression.sensitivity import SensitivityProbe
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48)])
 def test_the_spectrum_is_the_errors_of_low_rank(size: tuple[int, int]) -> None:
     w, moment = torch.randn(size[1], size[0], dtype=torch.float64), correlated(size[0])
     spectrum = Spectrum.of(w, moment)
-    for s in members("low_rank", *size, CONSIDERED):
+    for s in members("low_rank", *size):
         expected = error(s, w, ops.project(s, w, moment), moment)
         assert spectrum.at(s.params / w.numel()) == pytest.approx(expected, rel=1e-3)
-    assert spectrum.left[0] == pytest.approx(1.0)
-    assert len(spectrum.left) == 49
+    assert spectrum.errors[0] == pytest.approx(1.0)
+    assert len(spectrum.errors) == 49
 
 
 @pytest.mark.parametrize("family", ["monarch", "btt", "blast(blocks=4)", "low_rank"])
 def test_errors_between_those_that_are_fitted(family: str) -> None:
     w, moment = torch.randn(64, 96, dtype=torch.float64), correlated(96)
-    considered = list(members(family, 96, 64, CONSIDERED))
+    considered = list(members(family, 96, 64))
     found = {s.spec: error(s, w, ops.project(s, w, moment), moment) for s in considered}
-    known = {s.spec: found[s.spec] for s in probed(considered)}
+    known = {s.spec: found[s.spec] for s in members_to_fit(considered)}
     assert 2 <= len(known) <= 3
-    guesses = estimated(considered, known, Spectrum.of(w, moment))
+    guesses = estimated_errors(considered, known, Spectrum.of(w, moment))
     assert guesses.keys() == found.keys()
     for s in considered:
         if 0.15 < s.params / w.numel() < 0.85:
@@ -53,21 +53,21 @@ def test_other_budgets_share_what_is_known(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ops, "project", lambda *given, **more: fits.append(given) or project(*given, **more))
     with monkeypatch.context() as patched:  # what is compared is known: no inputs are needed for it
         patched.setattr(Spectrum, "of", None)
-        patched.setattr(Outputs, "moved", None)
+        patched.setattr(SensitivityProbe, "output_change", None)
         again = compress(copy.deepcopy(model), 0.4, ["low_rank", "monarch"], data, shared=shared)
     assert len(fits) == sum(layer.structure != "dense" for layer in again.layers)  # none to compare
-    assert [(layer.structure, layer.expected) for layer in again.layers] == [
-        (layer.structure, layer.expected) for layer in alone.layers
+    assert [(layer.structure, layer.expected_error) for layer in again.layers] == [
+        (layer.structure, layer.expected_error) for layer in alone.layers
     ]
-    with pytest.raises(ValueError, match="other settings \\(model and data\\)"):
+    with pytest.raises(ValueError, match="another config \\(model and data\\)"):
         compress(copy.deepcopy(model), 0.4, ["low_rank"], [2 * data[0]], shared=shared)
 
 
 def test_members_of_families() -> None:
-    ranks = [s.spec for s in members("low_rank", 64, 32, CONSIDERED)]
+    ranks = [s.spec for s in members("low_rank", 64, 32)]
     assert len(ranks) == len(set(ranks)) > 10
-    assert all(s.params < 64 * 32 for s in members("monarch", 64, 32, CONSIDERED))
-    assert [s.spec for s in members("btt(rank=1)", 64, 64, CONSIDERED)] == ["btt"]
-    assert list(members("monarch(blocks=4)", 64, 2, CONSIDERED)) == []  # no room for four blocks
+    assert all(s.params < 64 * 32 for s in members("monarch", 64, 32))
+    assert [s.spec for s in members("btt(rank=1)", 64, 64)] == ["btt"]
+    assert list(members("monarch(blocks=4)", 64, 2)) == []  # no room for four blocks
     with pytest.raises(ValueError, match=r"unknown family 'lowrank'\. Did you mean 'low_rank'"):
-        list(members("lowrank", 64, 64, CONSIDERED))
+        list(members("lowrank", 64, 64))

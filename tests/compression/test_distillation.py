@@ -161,12 +161,12 @@ def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
         el.distill(stopped, model, batches, **options, folder=tmp_path, checkpoint_every=0, progress=interrupt)
     again, other = compressed(model, batches), copy.deepcopy(model)
     other[0].weight.data.mul_(1.1)  # type: ignore[union-attr,operator]
-    with pytest.raises(ValueError, match=r"other settings: lr"):
+    with pytest.raises(ValueError, match=r"another config: lr"):
         el.distill(again, model, batches, steps=20, lr=1e-3, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"other settings: original"):
+    with pytest.raises(ValueError, match=r"another config: original"):
         el.distill(again, other, batches, **options, folder=tmp_path)
     another = compressed(model, [inputs(200, seed=9)])  # of the same original
-    with pytest.raises(ValueError, match=r"other settings: model"):
+    with pytest.raises(ValueError, match=r"another config: model"):
         el.distill(another, model, batches, **options, folder=tmp_path)
     found = el.distill(again, model, batches, **options, folder=tmp_path)
     assert found.losses == expected.losses

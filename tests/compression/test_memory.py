@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.compression.divergence import divergence, mean_divergence
-from einlinear.compression.sensitivity import Outputs
+from einlinear.compression.kl_divergence import mean_kl_divergence, summed_kl_divergence
+from einlinear.compression.sensitivity import SensitivityProbe
+from einlinear.compression.tracing import model_output
 from einlinear_lab.bench.memory import peak_bytes
-from einlinear_lab.pretrained.running import readout
 
 VOCABULARY = 16_000
 BATCHES = [
@@ -89,7 +89,7 @@ def masked(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("scale", "head"), [(None, "head"), (0.5, None)])
 def test_the_measured_divergence_is_exact(scale: float | None, head: str | None, layer: str) -> None:
     model, batch = Language(scale), masked()
-    assert readout(model, batch).head == head
+    assert model_output(model, batch).head == head
     other = copy.deepcopy(model)
     own = other.get_submodule(layer)
     change, shift = 0.1 * torch.randn_like(own.weight), 0.1 * torch.randn_like(own.bias)
@@ -97,7 +97,7 @@ def test_the_measured_divergence_is_exact(scale: float | None, head: str | None,
         own.weight += change
         own.bias += shift
         expected = float(exact(model, other, batch))
-    moved = Outputs(model, [batch]).moved(model.get_submodule(layer), change, shift)
+    moved = SensitivityProbe(model, [batch]).output_change(model.get_submodule(layer), change, shift)
     assert moved == pytest.approx(expected, rel=1e-4)
 
 
@@ -119,11 +119,11 @@ def test_gradients_of_the_divergence(in_place: bool) -> None:
     right, weight = torch.randn(300, 5000), torch.randn(300, 5000, requires_grad=True)
     expected = F.kl_div(weight.log_softmax(1), right.log_softmax(1), log_target=True, reduction="batchmean")
     (wanted,) = torch.autograd.grad(expected, weight)
-    loss = mean_divergence(weight.clone(), lambda part: right[part], in_place)
+    loss = mean_kl_divergence(weight.clone(), lambda part: right[part], in_place)
     (found,) = torch.autograd.grad(3 * loss, weight)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     torch.testing.assert_close(found, 3 * wanted, rtol=1e-3, atol=1e-9)
-    assert divergence(right, weight.detach()) / 300 == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert summed_kl_divergence(right, weight.detach()) / 300 == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
 def test_heads_that_another_batch_does_not_end_with() -> None:
@@ -137,5 +137,7 @@ def test_heads_that_another_batch_does_not_end_with() -> None:
     model, batches = Branching(), [masked(), masked()]
     for batch, sign in zip(batches, (1, -1), strict=True):
         batch["x"][0, 0, 0] = sign
-    assert [readout(model, batch).head for batch in batches] == [None, "head"]
-    assert Outputs(model, batches).moved(model.first, torch.zeros(12, 8), None) == pytest.approx(0, abs=1e-6)
+    assert [model_output(model, batch).head for batch in batches] == [None, "head"]
+    assert SensitivityProbe(model, batches).output_change(model.first, torch.zeros(12, 8), None) == pytest.approx(
+        0, abs=1e-6
+    )

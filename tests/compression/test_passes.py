@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from einlinear.compression.activations import layer_inputs
 from einlinear.compression.passes import Passes
-from einlinear_lab.pretrained.running import inputs_of
 
 
 class Block(nn.Module):
@@ -69,7 +69,7 @@ def seen_in_turn(model: nn.Module, passes: Passes, names: list[str]) -> None:
         found = list(passes.inputs(calls))
         layers = {name: model.get_submodule(name)}
         for batch, inputs in zip(DATA, found, strict=True):
-            ((expected,),) = inputs_of(model, layers, batch.clone(), calls).values()
+            ((expected,),) = layer_inputs(model, layers, batch.clone(), calls).values()
             assert torch.equal(inputs[name][0], expected)
         with torch.no_grad():
             model.get_submodule(name).weight.mul_(0.9)
@@ -111,7 +111,7 @@ def test_blocks_of_a_sequential() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(Block() for _ in range(4))))
     passes = Passes(model, DATA)
     seen_in_turn(model, passes, [f"1.{i}.up" for i in range(4)])
-    assert passes._at == 3
+    assert passes._start == 3
 
 
 def test_blocks_that_have_names() -> None:
@@ -135,7 +135,7 @@ def test_layers_of_several_blocks_are_seen_in_one_pass() -> None:
     model = Model()
     layers = {name: model.get_submodule(name) for name in NAMES[3:]}
     for batch, inputs in zip(DATA, Passes(model, DATA).inputs(dict.fromkeys(layers, 1)), strict=True):
-        expected = inputs_of(model, layers, batch)
+        expected = layer_inputs(model, layers, batch)
         assert inputs.keys() == expected.keys()
         assert all(torch.equal(inputs[name][0], expected[name][0]) for name in layers)
 

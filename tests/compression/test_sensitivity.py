@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear.compression import compress
-from einlinear.compression.sensitivity import Effect, Outputs
+from einlinear.compression.sensitivity import Sensitivity, SensitivityProbe
 
 
 class Classifier(nn.Module):
@@ -39,9 +39,9 @@ def test_a_change_of_a_weight_and_a_bias() -> None:
         other[0].bias += shift
         x = torch.cat(batches[:2])
         expected = float((other(x) - model(x)).square().sum() / model(x).square().sum())
-    outputs = Outputs(model, batches)
-    assert outputs.moved(model[0], change, shift) == pytest.approx(expected, rel=1e-4)
-    assert outputs.moved(model[0], 0 * change, None) == 0
+    probe = SensitivityProbe(model, batches)
+    assert probe.output_change(model[0], change, shift) == pytest.approx(expected, rel=1e-4)
+    assert probe.output_change(model[0], 0 * change, None) == 0
     assert not model[0]._forward_hooks
 
 
@@ -65,7 +65,7 @@ def test_layers_that_few_batches_call() -> None:
     with torch.no_grad():
         squares = sum(float(model(batch).square().sum()) for batch in batches[:5])
     expected = float((x @ change.T).square().sum()) / squares
-    assert Outputs(model, batches).moved(model.rare, change, None) == pytest.approx(expected, rel=1e-4)
+    assert SensitivityProbe(model, batches).output_change(model.rare, change, None) == pytest.approx(expected, rel=1e-4)
 
 
 def test_of_logits_the_divergence() -> None:
@@ -81,15 +81,17 @@ def test_of_logits_the_divergence() -> None:
     kept = mask.flatten().bool()
     p, q = before.softmax(1)[kept], after.softmax(1)[kept]
     expected = float((p * (p / q).log()).sum(1).mean())
-    assert Outputs(model, [batch]).moved(model.second, change, None) == pytest.approx(expected, rel=1e-4)
+    assert SensitivityProbe(model, [batch]).output_change(model.second, change, None) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_larger_errors_never_count_less() -> None:
-    effect = Effect.of([(0.4, 1.0), (0.1, 0.5), (0.2, 2.0), (0.1, 9.0)])
-    found = [effect.at(error) for error in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.8)]
+    sensitivity = Sensitivity.of([(0.4, 1.0), (0.1, 0.5), (0.2, 2.0), (0.1, 9.0)])
+    found = [sensitivity.at(error) for error in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.8)]
     assert found == sorted(found)
-    assert effect.slope == pytest.approx(5.0)
-    assert Effect.of([(0.1, 0.0)]).at(0.3) == 0
+    assert sensitivity.slope == pytest.approx(5.0)
+    assert Sensitivity.of([(0.1, 0.0)]).at(0.3) == 0
 
 
 class Averaging(nn.Module):
@@ -109,7 +111,7 @@ def test_errors_that_are_averaged_away_matter_less(tmp_path: Path) -> None:
     model.kept.load_state_dict(model.averaged.state_dict())
     report = compress(model, 0.6, ["low_rank"], [torch.randn(30, 50, 24)], shared=tmp_path)
     averaged, kept = sorted(report.layers, key=lambda layer: layer.name)
-    assert averaged.matters < kept.matters / 20
+    assert averaged.sensitivity < kept.sensitivity / 20
     assert averaged.params < kept.params / 2
 
 
@@ -123,4 +125,4 @@ def test_outputs_that_are_not_finite_are_the_worst() -> None:
             return self.second(self.first(x) * 1e18)  # type: ignore[no-any-return]
 
     report = compress(Steep(), 0.6, ["low_rank"], [torch.randn(64, 24)])
-    assert all(math.isfinite(layer.matters) for layer in report.layers)
+    assert all(math.isfinite(layer.sensitivity) for layer in report.layers)

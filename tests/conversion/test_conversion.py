@@ -51,7 +51,7 @@ def test_first_match_wins_and_layers_filter() -> None:
     assert report.skipped == ()
 
 
-def test_project_keeps_the_function_where_it_can() -> None:
+def test_project_keeps_the_function_if_possible() -> None:
     model = Block().double()
     x = torch.randn(3, 16, dtype=torch.float64)
     y = model(x)
@@ -79,7 +79,7 @@ def test_densify_is_the_inverse() -> None:
         el.densify(model)
 
 
-def test_what_is_kept() -> None:
+def test_convert_keeps_device_dtype_and_modes() -> None:
     model = Block().to(torch.bfloat16).eval()
     model.mlp[0].weight.requires_grad_(False)
     bias = model.mlp[0].bias.clone()
@@ -107,7 +107,7 @@ def test_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_what_densify_keeps(normalize: bool) -> None:
+def test_densify_keeps_device_dtype_and_modes(normalize: bool) -> None:
     model = nn.ModuleList(el.Linear(16, 16, "btt", normalize=normalize, dtype=torch.bfloat16) for _ in range(3)).eval()
     for parameter in model[0].weight_parameters():
         parameter.requires_grad_(False)
@@ -200,7 +200,7 @@ def test_conv1d_of_transformers() -> None:
     assert type(model[0]) is Conv1D
 
 
-def test_what_is_skipped_is_listed_with_the_reason() -> None:
+def test_skipped_layers_are_listed_with_reasons() -> None:
     model = nn.ModuleDict(
         {
             "plain": nn.Linear(16, 16),
@@ -247,7 +247,7 @@ def test_what_is_skipped_is_listed_with_the_reason() -> None:
         lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     ],
 )
-def test_what_is_made_permanent_is_converted(change: Callable[[nn.Module], nn.Module]) -> None:
+def test_permanent_parametrizations_are_converted(change: Callable[[nn.Module], nn.Module]) -> None:
     model = nn.Sequential(change(nn.Linear(16, 16)))
     with pytest.raises(ValueError, match=r"no layer could be converted: 0: has a .* make it permanent first"):
         el.convert(model, "btt")
@@ -346,7 +346,7 @@ def test_a_zero_start_of_mixtures_and_of_conv1d() -> None:
     assert torch.equal(model(torch.randn(3, 16)), model[1].bias.expand(3, 16))
 
 
-def test_the_report_says_what_was_considered() -> None:
+def test_the_report_has_the_coverage() -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 64, 3), "lstm": nn.LSTM(16, 32), "head": nn.Linear(16, 16)})
     report = el.convert(model, "btt")
     assert report.coverage is not None
@@ -452,7 +452,7 @@ def test_transformers_of_torch_still_run(training: bool) -> None:
         torch.testing.assert_close(model(x), y)
 
 
-def test_a_layer_alone_cannot_be_converted_in_place() -> None:
+def test_a_bare_layer_cannot_be_converted_in_place() -> None:
     with pytest.raises(ValueError, match=r"use el\.Linear.from_dense"):
         el.convert(nn.Linear(4, 4), "btt")
     with pytest.raises(ValueError, match=r"use layer\.to_dense\(\)"):

@@ -93,7 +93,7 @@ OTHER: dict[type[nn.Linear], str] = {
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("cls", SAME)
-def test_those_that_compute_the_same_are_converted(cls: Any, device: str) -> None:
+def test_subclasses_with_the_same_function_are_converted(cls: Any, device: str) -> None:
     with torch.device(device):
         model = nn.Sequential(cls(16, 24)).double().eval()
     el.convert(model, "low_rank(rank=16)", weights="init" if device == "meta" else "project")
@@ -107,7 +107,7 @@ def test_those_that_compute_the_same_are_converted(cls: Any, device: str) -> Non
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("cls", OTHER)
-def test_others_are_left_alone(cls: Any, device: str) -> None:
+def test_other_subclasses_are_skipped(cls: Any, device: str) -> None:
     with torch.device(device):
         model = nn.Sequential(cls(16, 24), nn.Linear(24, 16))
     if device == "cpu":
@@ -129,14 +129,14 @@ def test_a_router_is_no_linear_layer() -> None:
         el.convert(model, "low_rank(rank=1)")
 
 
-def test_no_random_number_of_the_users_is_drawn() -> None:
+def test_the_random_state_is_unchanged() -> None:
     layer, state = Dropped(16, 16), torch.get_rng_state()
     assert difference_to_linear(layer)
     assert torch.equal(torch.get_rng_state(), state)
     assert layer.training
 
 
-def test_attributes_decide_as_the_class_does() -> None:
+def test_attributes_count_as_the_class_does() -> None:
     class Switched(nn.Linear):
         def __init__(self, scale: float) -> None:
             super().__init__(16, 16)

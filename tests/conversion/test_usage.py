@@ -67,7 +67,7 @@ class Functional(nn.Module):
         return self.called.weight.square().sum()
 
 
-def test_a_module_of_ones_own() -> None:
+def test_custom_module() -> None:
     model = Functional().train()
     x = torch.randn(2, 16)
     assert found(model) == {"read": NEVER.format("Functional")}
@@ -81,7 +81,7 @@ def test_a_module_of_ones_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-def test_it_does_not_matter_how_the_model_runs() -> None:
+def test_any_way_of_running_the_model() -> None:
     x = torch.randn(2, 16)
     expected = found(Functional(), x)
     compiled = torch.compile(Functional())
@@ -136,7 +136,7 @@ def test_an_error_of_the_model_is_shown_as_it_is() -> None:
         el.convert(Wrong(), "btt", example_input=torch.randn(2, 16))
 
 
-def test_what_an_input_does_not_reach_is_judged_by_its_code() -> None:
+def test_unreached_layers_are_judged_by_source_code() -> None:
     class Optional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -161,7 +161,7 @@ def test_transformers_of_torch(with_input: bool) -> None:
     assert found(model, *batches) == {f"{name}.out_proj": NEVER.format("MultiheadAttention") for name in names}
 
 
-def test_a_tied_head_is_said_to_be_tied() -> None:
+def test_a_tied_head_has_its_own_reason() -> None:
     class Language(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -225,7 +225,7 @@ def test_jamba_calls_a_layer_only_where_it_is_quantised() -> None:
     assert found(nn.ModuleDict({"mixer": mixer})) == {"mixer.dt_proj": NEVER.format("JambaMambaMixer")}
 
 
-def test_compressing_uses_the_same() -> None:
+def test_compress_skips_uncalled_layers() -> None:
     model = nn.Sequential(Functional())
     with pytest.raises(ValueError, match=r"0\.read is never called: Functional computes"):
         el.compress(model, 0.5, ["low_rank"], layers="0.read")

@@ -41,7 +41,7 @@ def updates(structure: str, structure_aware: bool) -> dict[int, float]:
     return {c.width: c.relative_update for c in found}
 
 
-def test_features_move_alike_at_every_width_with_the_structure_aware_rule_only() -> None:
+def test_relative_updates_are_independent_of_width_with_the_structure_aware_rule_only() -> None:
     aware, control = updates("btt", True), updates("btt", False)
     assert max(aware.values()) / min(aware.values()) < 1.5
     assert control[64] / control[1024] > 3
@@ -82,7 +82,7 @@ def check(**arguments: Any) -> list[el.parametrize.Coordinates]:
     return el.coord_check(Noisy, [16], [BATCH], BATCH[0], **settings | arguments)
 
 
-def test_dropout_is_not_taken_for_a_change() -> None:
+def test_dropout_does_not_count_as_a_change() -> None:
     (found,) = check()
     assert found.relative_update < 1e-3  # a step of 1e-6; two draws of dropout differ by about as much as the features
     model = Noisy(16)
@@ -91,12 +91,12 @@ def test_dropout_is_not_taken_for_a_change() -> None:
     assert (model.training, model.drop.training, model.fc.training) == (True, True, False)
 
 
-def test_nothing_decays_unless_it_is_asked_to() -> None:
+def test_no_weight_decay_by_default() -> None:
     plain, decayed = check(lr=1e-2, layers="fc")[0], check(lr=1e-2, layers="fc", weight_decay=50.0)[0]
     assert decayed.size < 0.8 * plain.size
 
 
-def test_a_loss_may_be_of_the_model_itself() -> None:
+def test_custom_loss() -> None:
     def no_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return 0 * model(batch[0]).sum()
 
@@ -124,6 +124,6 @@ def test_mistakes(arguments: dict[str, Any], message: str) -> None:
         check(**arguments)
 
 
-def test_there_must_be_batches() -> None:
+def test_no_batches_raise() -> None:
     with pytest.raises(ValueError, match="batches is empty"):
         el.coord_check(Noisy, [16], [], BATCH[0], lr=1e-3, base=None)

@@ -27,7 +27,7 @@ def test_singular_values_come_near_one(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_a_single_matrix_moves_as_by_torch() -> None:
+def test_updates_of_one_matrix_equal_those_of_torch() -> None:
     start = torch.randn(8, 24, generator=torch.Generator().manual_seed(0))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     group = {"params": [ours], "matrix_view": ((0, 1), 8, 24), "update_scale": 1.0}
@@ -56,7 +56,7 @@ def step(layer: el.Linear, base: nn.Module, lr: float) -> dict[str, Tensor]:
         ("(g a), a g r f, r f g e -> (f e)", ("a g r f -> g (r f) a", "r f g e -> f e (g r)")),
     ],
 )
-def test_every_matrix_of_a_factor_moves_on_its_own(pattern: str, as_blocks: tuple[str, str]) -> None:
+def test_matrices_of_a_factor_are_orthogonalised_separately(pattern: str, as_blocks: tuple[str, str]) -> None:
     torch.manual_seed(0)
     # 24 = g a = 4 * 6 inputs; 30 = f e = 5 * 6 outputs: A maps a to (r f) for each g, B maps (g r) to e for each f
     sizes = {"g": 4, "a": 6, "f": 5, "e": 6, "r": 2}
@@ -80,7 +80,7 @@ def rearranged(x: Tensor, axes: str, sizes: dict[str, int]) -> Tensor:
     return x.reshape([math.prod(sizes[axis] for axis in re.findall(r"\w", group)) for group in groups])
 
 
-def test_the_base_moves_by_the_root_mean_square_of_adamw() -> None:
+def test_updates_of_the_base_have_the_root_mean_square_of_adamw() -> None:
     torch.manual_seed(0)
     for features in ((32, 32), (16, 64), (64, 16)):
         moved = step(el.Linear(*features, "dense"), nn.Linear(*features), lr=0.01)["A"]

@@ -96,7 +96,7 @@ def test_groups_of_a_structured_model() -> None:
     torch.optim.SGD(el.param_groups(model, lr=0.1, base=mlp(64), optimizer="sgd"))
 
 
-def test_weight_decay_is_the_optimizers_unless_it_is_given() -> None:
+def test_default_weight_decay_is_that_of_the_optimizer() -> None:
     def decays(**arguments: Any) -> dict[str, float]:
         groups = el.param_groups(mlp(64, "btt"), lr=0.1, base=mlp(64), **arguments)
         return by_name(torch.optim.AdamW(groups, weight_decay=0.3).param_groups, "weight_decay")
@@ -158,7 +158,7 @@ def test_wrappers_do_not_change_names() -> None:
         assert not model.module.head.weight.any()
 
 
-def test_scales_of_ones_own() -> None:
+def test_lr_scale() -> None:
     plain = by_name(el.param_groups(mlp(64), lr=0.1, base=None), "lr_mult")
     scaled = by_name(el.param_groups(mlp(64), lr=0.1, base=None, lr_scale={"input": 0.1, "*.fc1": 3}), "lr_mult")
     assert scaled["input.A"] == pytest.approx(0.1 * plain["input.A"])
@@ -238,12 +238,39 @@ def test_parameters_of_unknown_role_raise() -> None:
     assert {*by_name(el.param_groups(Ambiguous(64), lr=0.1, base=None), "lr_mult").values()} == {1}
 
 
-def test_what_does_not_grow_with_the_width_is_a_vector() -> None:
+def test_parameters_that_do_not_grow_are_tables() -> None:
     groups = el.param_groups(Odd(16), lr=0.1, base=el.base_shapes(Odd(16)), optimizer="muon")
     assert {name for group in groups if "matrix_view" in group for name in group["param_names"]} == {
         "attention.in_proj_weight",
         "attention.out_proj.weight",
     }
+
+
+def test_tables_decay_and_vectors_do_not() -> None:
+    decays = {}
+    for role in ("input", "vector"):
+        groups = el.param_groups(Odd(16), 0.1, base=None, weight_decay=0.1, roles={"embed": role, "scale": role})
+        decays[role] = by_name(groups, "weight_decay")
+    assert (decays["input"]["embed.weight"], decays["vector"]["embed.weight"]) == (0.1, 0.0)
+    assert decays["input"]["scale"] == decays["vector"]["scale"] == 0.0
+
+
+def test_output_matrices_learn_as_hidden_ones() -> None:
+    rates = [
+        by_name(el.param_groups(mlp(256), 0.1, base=mlp(64), roles={"head": role}), "lr_mult")
+        for role in ("hidden", "output")
+    ]
+    assert rates[0] == rates[1]
+    assert rates[0]["head.weight"] == 64 / 256
+
+
+def test_eps_is_for_adam() -> None:
+    for optimizer, with_eps in (("adamw", {True}), ("sgd", {False}), ("muon", {True, False})):
+        groups = el.param_groups(mlp(64), 0.1, base=None, optimizer=optimizer, eps=1e-12)
+        assert {"eps" in group for group in groups} == with_eps
+        assert all(("eps" in group) != ("matrix_view" in group) for group in groups if optimizer == "muon")
+        assert {group["eps"] for group in groups if "eps" in group} <= {1e-12}
+    assert not any("eps" in group for group in el.param_groups(mlp(64), 0.1, base=None))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +285,7 @@ def test_mistakes_in_roles(roles: dict[str, str], message: str) -> None:
         el.param_groups(Odd(64), lr=0.1, base=Odd(16), roles=ROLES | roles)
 
 
-def test_roles_override_what_is_known() -> None:
+def test_roles_override_descriptions() -> None:
     mult = by_name(el.param_groups(mlp(256), lr=0.1, base=mlp(64), roles={"head*": "vector"}), "lr_mult")
     assert mult["head.weight"] == mult["head.bias"] == 1
     model = el.init_(mlp(256), roles={"head": "vector"})
@@ -275,7 +302,7 @@ def tied(width: int) -> nn.ModuleDict:
     return model
 
 
-def test_a_tied_weight_is_a_matrix_unless_told_otherwise() -> None:
+def test_a_tied_weight_is_a_matrix_by_default() -> None:
     assert by_name(el.param_groups(tied(64), lr=0.1, base=tied(16)), "lr_mult") == {"embed.weight": 1 / 4}
     for glob in ("embed.weight", "head"):
         groups = el.param_groups(tied(64), lr=0.1, base=tied(16), roles={glob: "vector"})
@@ -351,13 +378,13 @@ def test_init_keeps_zero_starts(caplog: pytest.LogCaptureFixture) -> None:
         assert not bias.any()
 
 
-def test_zero_says_which_layers_are_zero_whatever_they_are_now() -> None:
+def test_zero_overrides_current_zeros() -> None:
     assert not zero_matrices(el.init_(zero_starts(), zero=()))
     assert zero_matrices(el.init_(zero_starts(), zero="body")) == {"body.weight"}
     assert zero_matrices(el.init_(zero_starts(), zero=["last", "first"])) == {"last.B", "first.B"}
 
 
-def test_a_model_whose_matrices_are_all_zero_has_not_decided_anything() -> None:
+def test_models_with_zero_matrices_only_are_drawn() -> None:
     """As after to_empty, when memory happens to be zero."""
     model = mlp(64, "btt")
     with torch.no_grad():
@@ -383,7 +410,7 @@ def test_a_converted_model_keeps_its_zero_starts() -> None:
 
 
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(784, 64), (64, 1024), (64, 10), (65, 10), (1024, 10)])
-def test_init_of_a_dense_layer_is_that_of_the_dense_structure_whatever_the_base(fan_in: int, fan_out: int) -> None:
+def test_dense_layers_and_the_dense_structure_start_alike(fan_in: int, fan_out: int) -> None:
     torch.manual_seed(0)
     expected = math.sqrt(min(fan_in, fan_out)) / fan_in
     assert init_std(el.structure("dense", fan_in, fan_out)) == pytest.approx((expected,))
@@ -393,7 +420,7 @@ def test_init_of_a_dense_layer_is_that_of_the_dense_structure_whatever_the_base(
         assert not layer.bias.any()
 
 
-def test_globs_may_stand_alone_or_in_a_list() -> None:
+def test_one_glob_or_a_list() -> None:
     for zero in ("*.fc2", ["*.fc2"], ("*.fc2",)):
         model = el.init_(mlp(64), zero=zero)
         assert std(model.blocks[0].fc2.A) == 0

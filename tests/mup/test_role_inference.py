@@ -106,7 +106,7 @@ def test_models_need_no_roles(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "wavlm"])
-def test_models_carry_their_learning_rates_over_from_a_narrower_one(name: str) -> None:
+def test_learning_rates_from_a_narrower_base(name: str) -> None:
     mult = multipliers(el.param_groups(MODELS[name](64), lr=1e-3, base=MODELS[name](32)))
     wide, narrow = MODELS[name](64), MODELS[name](32)
     linear = [f"{n}.weight" for n, m in wide.named_modules() if type(m) is nn.Linear]
@@ -140,14 +140,14 @@ def test_stacks_of_experts_are_matrices(name: str) -> None:
     assert shapes[f"{experts}gate_up_proj"] == ((0, 1, 2), *up.shape[1:])
 
 
-def test_experts_that_the_user_calls_matrices_are_stacks_as_well() -> None:
+def test_hidden_role_for_stacks_of_experts() -> None:
     model, base = MODELS["gpt_oss"](64), MODELS["gpt_oss"](32)
     roles = {"*experts.*_proj": "hidden"}
     mult = multipliers(el.param_groups(model, lr=1e-3, base=base, roles=roles))
     assert mult == multipliers(el.param_groups(model, lr=1e-3, base=base))
 
 
-def test_experts_are_drawn_whatever_the_base() -> None:
+def test_experts_are_drawn_with_any_base() -> None:
     for base in (None, MODELS["mixtral"](64), MODELS["mixtral"](32)):
         torch.manual_seed(0)
         model = el.init_(MODELS["mixtral"](64), base=base)
@@ -156,7 +156,7 @@ def test_experts_are_drawn_whatever_the_base() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt_oss", "mamba", "clip"])
-def test_what_decays(name: str) -> None:
+def test_matrices_and_tables_decay(name: str) -> None:
     """As known parameters do: matrices and tables, but no biases, scales, or single tokens."""
     groups = el.param_groups(MODELS[name](32), lr=1e-3, base=None, weight_decay=0.1)
     decays = {key for group in groups if group["weight_decay"] for key in group["param_names"]}
@@ -236,7 +236,7 @@ def test_matrices(
         ("stack", (4, 8, 64), (4, 8, 32)),
     ],
 )
-def test_what_cannot_be_told(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> None:
+def test_contradictions_have_no_role(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> None:
     assert infer_role(name, "Own", shape, base=base) is None
 
 

@@ -107,7 +107,7 @@ def test_steps_have_one_size_at_every_width(name: str, optimizer: str, lr: float
 
 @pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize(("optimizer", "lr"), [("adam", 1e-3), ("sgd", 0.1)])
-def test_an_output_multiplier_makes_it_an_embedding(name: str, optimizer: str, lr: float) -> None:
+def test_output_multiplier_with_the_role_of_an_embedding(name: str, optimizer: str, lr: float) -> None:
     """It serves models that keep their own initialisation, whose logits grow with the width without one."""
     with torch.device("meta"):
         base = BUILD[name](64, "dense")
@@ -148,7 +148,7 @@ def test_both_orders_are_initialised_as_the_head() -> None:
     assert torch.equal(el.init_(embedding)["embed"].weight, before)
 
 
-def test_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_tied_heads_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "einlinear"):
         el.param_groups(Tied(64, "btt", head_first=False), 1e-3, base=None)
         el.param_groups(Tied(64, "btt", head_first=False), 1e-3, base=None, roles={"head": "input"})
@@ -159,7 +159,7 @@ def test_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
-def test_a_start_that_is_too_large_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_large_start_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     base = Tied(64, "dense", head_first=True)
     model = Tied(256, "btt", head_first=False)
     el.param_groups(model, 1e-3, base=None)

@@ -64,7 +64,7 @@ def test_metadata_is_that_of_the_matrix_and_free(spec: str, dtype: torch.dtype, 
         lambda w: torch.ones(2, 192, dtype=torch.float64).view_as(w),
     ],
 )
-def test_tensors_made_like_it_need_no_values(make: Callable[[Tensor], Tensor], builds: list[el.Linear]) -> None:
+def test_tensors_like_a_weight_need_no_values(make: Callable[[Tensor], Tensor], builds: list[el.Linear]) -> None:
     layer = el.Linear(16, 24, "btt", dtype=torch.float64)
     found = make(layer.weight)
     assert builds == []
@@ -293,7 +293,7 @@ class Weight(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_code_has_no_matrix_that_nobody_uses() -> None:
+def test_compiled_code_drops_an_unused_matrix() -> None:
     class Caster(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -39,7 +39,7 @@ def test_strided_inputs(x: torch.Tensor) -> None:
     torch.testing.assert_close(layer(x), layer(x.contiguous()))
 
 
-def test_only_asked_gradients_are_computed() -> None:
+def test_only_required_gradients_are_computed() -> None:
     layer = el.Linear(16, 24, "btt")
     layer.B.requires_grad_(False)
     x = torch.randn(3, 16)

@@ -1,4 +1,4 @@
-"""The last factor that is solved for: it is the best one, and the error with it has the gradient that is said."""
+"""The last factor that is solved for: it is optimal, and the error has the right gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.ops.test_projection_of_outputs import correlated
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops.projection.descent import _Last, error_of
+from einlinear.ops.projection.descent import _LastFactor, error_of
 
 SPECS = ["btt(rank=2)", "btt(rank=2, cores=3)", "monarch(blocks=2)", "blast(blocks=2, rank=3)"]
 WITH_COLUMNS = ["kronecker", "tt(rank=2)", "einsum(theta=(1/2, 1/4, 1/4, 1/4, 1/2, 1/4, 1/4))"]
@@ -23,7 +23,7 @@ def test_the_last_factor_is_the_best(spec: str, features: tuple[int, int], monke
     monkeypatch.setattr("einlinear.ops.projection.descent._CHEAP", 1000)
     s = el.structure(spec, *features)
     w, c = torch.randn(features[1], features[0], dtype=torch.float64), correlated(features[0])
-    last = _Last.of(s, w, c)
+    last = _LastFactor.of(s, w, c)
     assert last is not None
     others = [torch.randn(f.shape, dtype=torch.float64, requires_grad=True) for f in s.factors[:-1]]
     best = last.best(others)
@@ -45,12 +45,12 @@ def test_the_last_factor_is_the_best(spec: str, features: tuple[int, int], monke
     assert slope == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3)
 
 
-def test_it_is_searched_for_where_solving_is_dear_or_undefined() -> None:
+def test_the_last_factor_is_searched_for_if_solving_is_expensive_or_undefined() -> None:
     w, c = torch.randn(64, 64), torch.eye(64)
     padded = el.structure("tt(rank=2)", 23, 37)
-    assert _Last.of(padded, torch.randn(37, 23), torch.eye(23)) is None
+    assert _LastFactor.of(padded, torch.randn(37, 23), torch.eye(23)) is None
     for spec in ("dyad", "block_diagonal", "dense", "btt(rank=7)"):
-        assert _Last.of(el.structure(spec, 64, 64), w, c) is None
+        assert _LastFactor.of(el.structure(spec, 64, 64), w, c) is None
 
 
 def test_equations_of_deficient_rank_are_solved() -> None:
@@ -59,6 +59,6 @@ def test_equations_of_deficient_rank_are_solved() -> None:
     w, x = torch.randn(16, 16), torch.randn(16)
     moment = torch.outer(x, x)
     assert all(factor.isfinite().all() for factor in ops.project(s, w, moment))
-    last = _Last.of(s, w, moment)
+    last = _LastFactor.of(s, w, moment)
     assert last is not None
     assert last.best([torch.zeros(s.factors[0].shape)]).isfinite().all()

@@ -254,7 +254,7 @@ def test_a_compiler_with_arguments(cache: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CXX", 'g++ "')
     why = kernels.load()
     assert isinstance(why, str)
-    assert "is no command" in why
+    assert "is not a command" in why
 
 
 def test_kernels_can_be_turned_off(

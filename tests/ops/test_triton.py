@@ -61,7 +61,7 @@ def draw(spec: str, in_features: int, out_features: int, n: int, dtype: torch.dt
 def by_torch(s: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
     """The output and the gradients of x and the factors, by plain einsum."""
     inputs = [tensor.detach().requires_grad_() for tensor in (x, *factors)]
-    y = reference.apply(s, inputs[1:], inputs[0]) + bias
+    y = reference.apply(Product(s, inputs[1:], inputs[0])) + bias
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
@@ -104,7 +104,7 @@ def test_in_the_interpreter(of: str) -> None:
 
 
 class TestKernels:
-    """What the kernels compute."""
+    """Outputs and gradients of products."""
 
     __test__ = RUNS
 
@@ -132,7 +132,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("spec", ["btt", "kronecker", "dyad", "tt(cores=3)"])
     def test_only_what_is_wanted(self, spec: str) -> None:
-        """Nothing is saved, states are computed again, and every subset of the gradients is found."""
+        """Without saved intermediates, every subset of the gradients is returned."""
         s, factors, x, bias, grad = draw(spec, 16, 16, 3, torch.float32)
         y, saved = kernels.forward(Product(s, factors, x, None), False)
         exact = by_torch(s, double(factors), x.double(), torch.zeros_like(bias).double(), grad.double())

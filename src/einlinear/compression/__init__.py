@@ -1,24 +1,25 @@
-"""Pretrained models made smaller: which layer becomes what, within a budget, so that outputs change least.
+"""Compression of pretrained models: `compress` chooses and fits structures within a budget, `distill` trains them.
 
-select.py       which layers
-running.py      the model on calibration data, and the inputs of its layers on the way
-passes.py       the same again and again, without what is finished
-moments.py      what is kept of these inputs
-effects.py      what an error of a layer's outputs does to the model's, measured
-divergence.py   how far answers are apart, a few tokens at a time
-calibration.py  all of that for one model
-candidates.py   what a layer could become, with the errors
-allocation.py   what each layer becomes, within the budget
-compress.py     `compress`
-journal.py      what it has found so far, on disk
-report.py       what it did
-speed.py        how fast layers and models are
-pretrained.py   models of transformers in folders, and text for them
-distill.py         `distill`: training the compressed model to do what the original does
+pipeline.py            `compress`: calibrate, measure sensitivity, allocate, fit
+selection.py           the layers to compress
+calibration.py         statistics of the layers' inputs
+second_moments.py      those statistics, and the errors that follow from them
+sensitivity.py         how much an error of each layer changes the model's output
+candidates.py          structures for each layer, with their errors
+allocation.py          the choice of one candidate per layer
+fitting.py             the new layers
+compression_report.py  the result
+distillation.py        `distill`: training the compressed model towards the original
+resume_cache.py        results on disk
+activations.py         inputs and outputs of layers
+tracing.py             how the model's output depends on its layers
+passes.py              forward passes that skip finished blocks
+kl_divergence.py       distance between two models' predictions
+timing.py              speed of layers
 """
 
-from einlinear.compression.compression_report import Compressed, CompressionReport
+from einlinear.compression.compression_report import CompressedLayer, CompressionReport
 from einlinear.compression.distillation import Distillation, distill
 from einlinear.compression.pipeline import compress
 
-__all__ = ["Compressed", "CompressionReport", "Distillation", "compress", "distill"]
+__all__ = ["CompressedLayer", "CompressionReport", "Distillation", "compress", "distill"]

@@ -1,74 +1,129 @@
-"""What a layer could become: members of the families that are allowed, with the error that each would leave.
+"""Candidates for a layer: members of the allowed families, each with the error that it would leave.
 
-Fitting every member would take hours. The errors of low rank are known at once, from one spectrum; those of another
-family are close to a multiple of them that changes slowly with the size: of each family a few members are fitted, and
-the multiple is interpolated between them.
+Fitting every member would take hours. One spectrum yields the errors of low rank. Those of another family are close to
+a multiple of them that changes slowly with the size: a few members of each family are fitted, and the multiple is
+interpolated between them.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from einlinear import ops
+from einlinear.compression.second_moments import InputStatistics
+from einlinear.compression.selection import weight_of
+from einlinear.compression.sensitivity import Sensitivity
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.budget import OverBudget
 
-CONSIDERED = tuple(n / 40 for n in range(2, 39))  # fractions of dense that a layer may be reduced to
-_PROBED = (0.25, 0.5, 0.75)  # those at which members are fitted
-_NOTHING = 1e-12  # an error that is none
+# fractions of the dense cost that a layer may be reduced to
+FRACTIONS = tuple(n / 40 for n in range(2, 39))
+# fractions at which members are fitted
+_FITTED = (0.25, 0.5, 0.75)
+# errors below this one count as none
+_NO_ERROR = 1e-12
 
-DEFAULT = ("low_rank", "monarch", "btt", "blast(blocks=4)")
+DEFAULT_FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A member of a family, for one layer. `cost` is in parameters or MACs, `error` the relative squared error."""
+class LayerCandidate:
+    """A structure for one layer, or "dense".
+
+    Attributes:
+        spec: of the structure.
+        cost: in parameters or MACs.
+        error: relative squared error of the layer's outputs.
+        output_change: how far the model's output moves with that error.
+    """
 
     spec: str
     cost: int
     error: float
+    output_change: float
 
 
-def members(family: str, in_features: int, out_features: int, fractions: Sequence[float]) -> Iterator[Structure]:
-    """The richest members that fractions of dense's MACs allow, each once, those that cost as much as dense left out.
+def layer_candidates(
+    layer: Any,
+    families: Mapping[str, Sequence[Structure]],
+    count: str,
+    spectrum: Spectrum,
+    errors: Mapping[str, Mapping[str, float]],
+    sensitivity: Sensitivity,
+) -> list[LayerCandidate]:
+    """Return the candidates for a layer, "dense" among them.
 
     Args:
-        family: a spec without its rank or blocks, or a spec that is complete, which is its only member.
+        layer: a dense linear layer.
+        families: the members of each.
+        count: "params" or "macs", the unit of the costs.
+        spectrum: of the layer.
+        errors: by family and spec, from `fitted_errors`.
+        sensitivity: of the layer.
+    """
+    candidates = [LayerCandidate("dense", weight_of(layer).numel(), 0.0, 0.0)]
+    for family, structures in families.items():
+        estimates = estimated_errors(structures, errors[family], spectrum)
+        candidates += [
+            LayerCandidate(s.spec, getattr(s, count), estimates[s.spec], sensitivity.at(estimates[s.spec]))
+            for s in structures
+        ]
+    return candidates
+
+
+@torch.no_grad()
+def fitted_errors(
+    structures: Sequence[Structure], layer: Any, damping: float, statistics: InputStatistics
+) -> dict[str, float]:
+    """Fit structures to a layer, and return their relative squared errors by spec."""
+    weight, moment = weight_of(layer), statistics.damped(damping)
+    return {
+        s.spec: statistics.relative_error(weight, ops.dense_weight(s, ops.project(s, weight, moment)))
+        for s in structures
+    }
+
+
+def members(
+    family: str, in_features: int, out_features: int, fractions: Sequence[float] = FRACTIONS
+) -> Iterator[Structure]:
+    """Yield the richest member of a family at each fraction of the dense MACs, if it has fewer parameters.
+
+    Args:
+        family: a spec without its rank or blocks, or a complete spec, which is its only member.
         in_features, out_features: of the layer.
         fractions: in increasing order.
     """
     try:
-        structure(family, in_features, out_features, max_macs=1.0)  # anything else that is wrong with it is an error
+        # any other mistake in the spec raises
+        structure(family, in_features, out_features, max_macs=1.0)
     except (DoesNotFit, OverBudget):
         return
     seen = set[str]()
     for fraction in fractions:
         try:
             s = structure(family, in_features, out_features, max_macs=fraction)
-        except (DoesNotFit, OverBudget):  # none is so cheap
+        except (DoesNotFit, OverBudget):
             continue
         if s.spec not in seen and s.params < in_features * out_features:
             seen.add(s.spec)
             yield s
 
 
-def reason_for_none(families: Sequence[str], in_features: int, out_features: int) -> str | None:
-    """Why no member of any family is smaller than the dense layer; None if one is.
+def reason_for_none(families: Iterable[str], in_features: int, out_features: int) -> str:
+    """Return why no family has a member that is smaller than the dense layer.
 
     >>> reason_for_none(["low_rank", "btt"], 64, 1)
     'no structure fits 64 -> 1: low_rank saves nothing; btt saves nothing'
-    >>> reason_for_none(["low_rank", "btt"], 64, 2) is None
-    True
     """
     reasons = []
     for family in families:
-        if any(True for _ in members(family, in_features, out_features, CONSIDERED)):
-            return None
         try:
             structure(family, in_features, out_features, max_macs=1.0)
             reasons.append(f"{family} saves nothing")
@@ -79,31 +134,31 @@ def reason_for_none(families: Sequence[str], in_features: int, out_features: int
     return f"no structure fits {in_features} -> {out_features}: {'; '.join(reasons)}"
 
 
-def probed(considered: Sequence[Structure]) -> list[Structure]:
-    """Those to fit."""
+def members_to_fit(considered: Sequence[Structure]) -> list[Structure]:
+    """Return the members whose errors are measured; those of the others are interpolated."""
     if not considered:
         return []
-    return list(dict.fromkeys(min(considered, key=lambda s: abs(_share(s) - share)) for share in _PROBED))
+    return list(dict.fromkeys(min(considered, key=lambda s: abs(_share(s) - share)) for share in _FITTED))
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What low rank leaves of a layer's outputs.
+    """Errors of the best low-rank approximations of a layer.
 
     Attributes:
-        left: the relative squared error by rank, from rank 0 on.
-        share: of dense's parameters that one rank takes.
+        errors: relative squared error by rank, from rank 0 on.
+        share: fraction of the dense parameters that one rank takes.
     """
 
-    left: tuple[float, ...]
+    errors: tuple[float, ...]
     share: float
 
     @classmethod
     def of(cls, weight: Tensor, moment: Tensor) -> Spectrum:
-        """Of a weight (out, in), on inputs of a second moment (in, in).
+        """Compute it for a weight (out, in) and inputs with second moment (in, in).
 
         >>> Spectrum.of(torch.diag(torch.tensor([1.0, 2.0, 0.0])), torch.eye(3))
-        Spectrum(left=(1.0, 0.2, 0.0, 0.0), share=0.6666666666666666)
+        Spectrum(errors=(1.0, 0.2, 0.0, 0.0), share=0.6666666666666666)
         """
         w, c = weight.double(), moment.double()
         if len(w) <= len(c):
@@ -112,28 +167,40 @@ class Spectrum:
             variances, directions = torch.linalg.eigh(c)
             root = directions * variances.clamp(min=0).sqrt()
             gram = root.T @ (w.T @ w) @ root
-        energies = torch.linalg.eigvalsh(gram).clamp(min=0)  # the smallest first
-        left = (energies.cumsum(0) / energies.sum().clamp(min=1e-300)).flip(0)
-        return cls((*left.tolist(), 0.0), sum(weight.shape) / weight.numel())
+        energies = torch.linalg.eigvalsh(gram).clamp(min=0)
+        # eigenvalues increase
+        errors = (energies.cumsum(0) / energies.sum().clamp(min=1e-300)).flip(0)
+        return cls((*errors.tolist(), 0.0), sum(weight.shape) / weight.numel())
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Spectrum:
+        """Return the spectrum that a resume cache holds."""
+        errors = tuple(map(float, record["errors"]))
+        if len(errors) < 2:
+            raise ValueError("a spectrum has the errors of at least two ranks")
+        return cls(errors, float(record["share"]))
 
     def at(self, share: float) -> float:
-        """The error of the low rank that keeps a share of the parameters, between two ranks in the logarithm."""
-        rank = min(max(share / self.share, 0.0), len(self.left) - 1.0)
-        low = min(int(rank), len(self.left) - 2)
-        return _between(rank, [low, low + 1], self.left[low : low + 2])
+        """Return the error of the low rank that keeps a share of the parameters, log-linear between two ranks."""
+        rank = min(max(share / self.share, 0.0), len(self.errors) - 1.0)
+        low = min(int(rank), len(self.errors) - 2)
+        return _between(rank, [low, low + 1], self.errors[low : low + 2])
 
 
-def estimated(considered: Sequence[Structure], errors: Mapping[str, float], spectrum: Spectrum) -> dict[str, float]:
-    """The errors of all members by spec, from those of a few."""
+def estimated_errors(
+    considered: Sequence[Structure], errors: Mapping[str, float], spectrum: Spectrum
+) -> dict[str, float]:
+    """Return the errors of all members by spec, from those of a few."""
     fitted = sorted((_share(s), errors[s.spec]) for s in considered if s.spec in errors)
-    shares = [0.0, *(share for share, _ in fitted)]  # of nothing, all make nothing
-    multiples = [1.0, *(max(error, _NOTHING) / max(spectrum.at(share), _NOTHING) for share, error in fitted)]
-    found = {}
+    # without parameters all families have the same error
+    shares = [0.0, *(share for share, _ in fitted)]
+    multiples = [1.0, *(max(error, _NO_ERROR) / max(spectrum.at(share), _NO_ERROR) for share, error in fitted)]
+    estimates = {}
     for s in considered:
         share = _share(s)
-        guess = _between(share, shares, multiples) * max(spectrum.at(share), _NOTHING)
-        found[s.spec] = errors.get(s.spec, min(guess, 1.0))
-    return found
+        estimate = _between(share, shares, multiples) * max(spectrum.at(share), _NO_ERROR)
+        estimates[s.spec] = errors.get(s.spec, min(estimate, 1.0))
+    return estimates
 
 
 def _share(s: Structure) -> float:
@@ -141,12 +208,12 @@ def _share(s: Structure) -> float:
 
 
 def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """y at x, linear in its logarithm between the points, whose x increase; beyond the last ones as between these.
+    """Interpolate log y linearly at x, whose points increase; beyond the ends the outer two points extrapolate.
 
     >>> _between(2.0, [1.0, 3.0], [0.1, 10.0]), _between(4.0, [1.0, 3.0], [0.1, 10.0])
     (1.0, 100.0)
     """
     right = min(max(bisect(xs, x), 1), len(xs) - 1)
     share = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
-    low, high = (math.log(max(y, _NOTHING)) for y in ys[right - 1 : right + 1])
+    low, high = (math.log(max(y, _NO_ERROR)) for y in ys[right - 1 : right + 1])
     return round(math.exp(low + share * (high - low)), 12)

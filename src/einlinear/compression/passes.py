@@ -1,100 +1,109 @@
-"""A model run on the same batches again and again, each time from the block on where something is to be seen.
+"""Repeated forward passes of a model on the same batches, which skip finished blocks.
 
-Most models hand a tensor from block to block of an `nn.ModuleList` or `nn.Sequential`, so what came out of the blocks
-before is all that those after need to know. Calibration in turn asks for one layer after the other: with the outputs of
-the last finished block kept, it runs every block a few times, not every block once for each layer behind it.
+Most models hand a tensor from block to block of an `nn.ModuleList` or `nn.Sequential`: a block needs no more than the
+output of the one before it. Sequential compression asks for the inputs of one layer after the other. With the outputs
+of the last finished block kept, every block runs a few times, not once for each layer behind it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from einlinear_lab.pretrained.running import Batch, Enough, call, hooked, inputs_of
+from einlinear.compression.activations import StopForward, hooked, layer_inputs
+from einlinear.nn.model_call import Batch, call
 
 
 class Passes:
-    """A model and its batches. Between two calls of `inputs`, only layers that were asked for before may change.
+    """Forward passes of a model. Between two calls of `inputs`, only layers that were asked for before may change.
 
     Args:
         model: in evaluation mode.
-        batches: see `running.call`. For each, the output of one block is kept.
+        batches: see `einlinear.nn.model_call.call`. For each, the output of one block is kept.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self._model, self._batches = model, batches
-        self._stack, self._at = "", 0  # the blocks before this one of this list are not run
-        self._kept: list[Any] = []  # what the last of them puts out, by batch
-        self._whole = set[str]()  # lists whose blocks need more than what the one before puts out
+        # a list of blocks by name, and the index of its first block that runs
+        self._stack, self._start = "", 0
+        # outputs of the block before that one, by batch
+        self._outputs: list[Any] = []
+        # lists whose blocks need more than the output of the one before
+        self._unskippable = set[str]()
 
     def inputs(self, calls: Mapping[str, int]) -> Iterator[dict[str, list[Tensor]]]:
-        """For every batch, the inputs of layers, call by call.
+        """Yield the inputs of layers for every batch, call by call.
 
         Args:
             calls: how often each layer is called, by name.
         """
         layers = {name: self._model.get_submodule(name) for name in calls}
-        self._go_to(layers, calls)
+        self._skip_to(layers, calls)
         for number in range(len(self._batches)):
-            yield self._seen(number, layers, calls)
+            yield self._inputs(number, layers, calls)
 
-    def _seen(self, number: int, layers: Mapping[str, nn.Module], calls: Mapping[str, int]) -> dict[str, list[Tensor]]:
+    def _inputs(
+        self, number: int, layers: Mapping[str, nn.Module], calls: Mapping[str, int]
+    ) -> dict[str, list[Tensor]]:
         with self._skipping(number):
-            return inputs_of(self._model, layers, self._batches[number], calls)
+            return layer_inputs(self._model, layers, self._batches[number], calls)
 
-    def _go_to(self, layers: Mapping[str, nn.Module], calls: Mapping[str, int]) -> None:
-        """Keep what comes out before the first of the blocks that have these layers."""
+    def _skip_to(self, layers: Mapping[str, nn.Module], calls: Mapping[str, int]) -> None:
+        """Keep the outputs of the block before the first one with these layers."""
         stack, at = _position(self._model, [*layers])
-        at = 0 if stack in self._whole else at
-        if stack != self._stack or at < self._at:
-            self._stack, self._at, self._kept = stack, 0, []
-        if at == self._at:
+        at = 0 if stack in self._unskippable else at
+        if stack != self._stack or at < self._start:
+            self._stack, self._start, self._outputs = stack, 0, []
+        if at == self._start:
             return
-        expected = inputs_of(self._model, layers, self._batches[0], calls)
+        expected = layer_inputs(self._model, layers, self._batches[0], calls)
         try:
-            kept = [self._output(number, at - 1) for number in range(len(self._batches))]
-            self._at, self._kept = at, kept
-            enough = _is_plain(kept) and _same(self._seen(0, layers, calls), expected)
-        except Exception:  # whatever a block raises that misses what an earlier one would have left behind
-            enough = False
-        if not enough:
-            self._whole.add(stack)
-            self._at, self._kept = 0, []
+            outputs = [self._output(number, at - 1) for number in range(len(self._batches))]
+            self._start, self._outputs = at, outputs
+            is_enough = _is_plain(outputs) and _same(self._inputs(0, layers, calls), expected)
+        # a block may raise anything if it misses what an earlier one leaves elsewhere
+        except Exception:
+            is_enough = False
+        if not is_enough:
+            self._unskippable.add(stack)
+            self._start, self._outputs = 0, []
 
     @torch.no_grad()
     def _output(self, number: int, index: int) -> Any:
-        """Of a block; None if it is not called."""
+        """The output of a block; None if it is not called."""
         outputs: list[Any] = []
 
-        def note(name: str, output: Any) -> None:
+        def record(_name: str, _input: Any, output: Any) -> None:
             outputs.append(output)
-            raise Enough
+            raise StopForward
 
         block = self._model.get_submodule(f"{self._stack}.{index}")
-        with self._skipping(number), hooked({self._stack: block}, note), suppress(Enough):
+        with self._skipping(number), hooked({self._stack: block}, record):
             call(self._model, self._batches[number])
         return _copy(outputs[0]) if outputs else None
 
     @contextmanager
     def _skipping(self, number: int) -> Iterator[None]:
-        """All blocks that are finished put out what the last of them does."""
+        """All finished blocks return the output of the last of them."""
         with ExitStack() as after:
-            for index in range(self._at):
+            for index in range(self._start):
                 block = self._model.get_submodule(f"{self._stack}.{index}")
-                own = vars(block).get("forward")  # other libraries put one there too
-                block.forward = partial(_kept, self._kept[number])
-                after.callback(partial(setattr, block, "forward", own) if own else partial(delattr, block, "forward"))
+                # other libraries replace it as well
+                before = vars(block).get("forward")
+                block.forward = partial(_replay, self._outputs[number])
+                undo = partial(setattr, block, "forward", before) if before else partial(delattr, block, "forward")
+                after.callback(undo)
             yield
 
 
 def _position(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
-    """The outermost list of modules that has all these layers, and the place of the first; ("", 0) if there is none."""
-    found: dict[str, list[int]] = {}
+    """The outermost list of modules with all these layers, and the index of the first; ("", 0) without such a list."""
+    indices: dict[str, list[int]] = {}
     for name in names:
         parts = name.split(".")
         above = [model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts))]
@@ -105,15 +114,16 @@ def _position(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
         ]
         if not lists:
             return "", 0
-        found.setdefault(".".join(parts[: lists[0]]), []).append(int(parts[lists[0]]))
-    if len(found) != 1:
+        indices.setdefault(".".join(parts[: lists[0]]), []).append(int(parts[lists[0]]))
+    if len(indices) != 1:
         return "", 0
-    ((stack, places),) = found.items()
-    return stack, min(places)
+    ((stack, positions),) = indices.items()
+    return stack, min(positions)
 
 
-def _kept(output: Any, *_: Any, **__: Any) -> Any:
-    return _copy(output)  # the model may change it in place
+def _replay(output: Any, *_: Any, **__: Any) -> Any:
+    # a copy, which the model may change in place
+    return _copy(output)
 
 
 def _copy(output: Any) -> Any:

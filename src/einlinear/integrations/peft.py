@@ -1,4 +1,4 @@
-"""LoRA of peft on structured layers: small trainable products beside frozen factors."""
+"""LoRA of peft on structured layers: trainable low-rank products beside frozen factors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 from einlinear.nn import Linear
 from einlinear.nn.third_party import is_conv1d
 
-# Other ways to start change the dense weight, which a structured layer has not.
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+# other initialisations change the dense weight, which a structured layer does not have
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def register(config: LoraConfig) -> LoraConfig:
@@ -27,7 +27,7 @@ def register(config: LoraConfig) -> LoraConfig:
         >>> from peft import LoraConfig, get_peft_model
         >>> from torch import nn
         >>> import einlinear as el
-        >>> from einlinear.integrations.transformers import lora
+        >>> from einlinear.integrations import peft as lora
         >>> model = nn.Sequential(el.Linear(64, 64, "btt"))
         >>> model = get_peft_model(model, lora.register(LoraConfig(r=4, target_modules=["0"])))
         >>> model.get_nb_trainable_parameters()
@@ -42,12 +42,12 @@ class _StructuredLoraLinear(LoraLinear):
     """y = structured(x) + B A x * scaling. It cannot be merged: the sum has no such structure."""
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        if config.init_lora_weights not in _STARTS:
+        if config.init_lora_weights not in _INITIALISATIONS:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the dense weight, but a structured layer has "
-                f"none: take one of {', '.join(map(repr, _STARTS))}"
+                f"none: take one of {', '.join(map(repr, _INITIALISATIONS))}"
             )
-        # the config says it of all layers, but a structured one is not transposed
+        # the config sets it for all layers, but a structured one is not transposed
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
@@ -58,12 +58,13 @@ class _StructuredLoraLinear(LoraLinear):
                 "LoRA cannot be merged into a structured layer: the sum has no such structure. Call el.densify(model) "
                 "first, which makes the layers dense"
             )
-        self.fan_in_fan_out = is_conv1d(base)  # of a layer that was made dense
+        # the layer was made dense
+        self.fan_in_fan_out = is_conv1d(base)
         super().merge(safe_merge, adapter_names)
 
 
 def _extend_all_linear() -> None:
-    """Let "all-linear" of a registered config include structured layers: peft looks for the classes that it knows."""
+    """Let "all-linear" of a registered config include structured layers: peft includes only its own classes."""
     original: Any = tuners_utils._maybe_include_all_linear_layers
     if original.__module__ == __name__:
         return
@@ -81,7 +82,7 @@ def _extend_all_linear() -> None:
 
 
 def _structured_targets(model: Any, task: str | None) -> list[str]:
-    """The structured layers that "all-linear" means: as for dense ones, all but the head and those inside adapters."""
+    """The structured layers that "all-linear" includes: as for dense ones, all but the head and those in adapters."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None and task == "SEQ_CLS":
         head = next((getattr(model, name) for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)), None)

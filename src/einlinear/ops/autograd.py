@@ -38,29 +38,18 @@ def traced(backend: str, product: Product) -> Tensor:
     """Return the same by the operator."""
     structure, factors, x, bias, routing = product
     indices, gates = routing or (None, None)
-    y: Tensor = linear_op(
-        x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend
-    )
+    y: Tensor = linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)
     return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        structure: Structure,
-        x: Tensor,
-        bias: Tensor | None,
-        indices: Tensor | None,
-        gates: Tensor | None,
-        *factors: Tensor,
-    ) -> Tensor:
-        save = not recomputes(backend, structure)
-        y, saved = backends.find(backend).forward(_product(structure, x, bias, indices, gates, *factors), save)
-        ctx.structure, ctx.backend, ctx.count = structure, backend, 4 + len(factors)
+    def forward(ctx: Any, backend: str, structure: Structure, *tensors: Any) -> Tensor:
+        product = _product(structure, *tensors)
+        y, saved = backends.find(backend).forward(product, not recomputes(backend, structure))
+        ctx.structure, ctx.backend, ctx.count = structure, backend, len(tensors)
         ctx.shapes = [tensor.shape for tensor in saved]
-        ctx.save_for_backward(x, bias, indices, gates, *factors, *saved)
+        ctx.save_for_backward(*tensors, *saved)
         return y
 
     @staticmethod
@@ -82,14 +71,7 @@ class _Linear(torch.autograd.Function):
         return None, None, grad_x, grad_bias, None, grad_gates, *grad_factors
 
 
-def _product(
-    structure: Structure,
-    x: Tensor,
-    bias: Tensor | None,
-    indices: Tensor | None,
-    gates: Tensor | None,
-    *factors: Tensor,
-) -> Product:
+def _product(structure: Structure, x: Tensor, bias: Any, indices: Any, gates: Any, *factors: Tensor) -> Product:
     """Return the product of tensors in the order in which torch sees them."""
     routing = None if indices is None or gates is None else Assignment(indices, gates)
     return Product(structure, factors, x, bias, routing)
@@ -102,7 +84,7 @@ def _plain_gradients(
     with torch.enable_grad():
         # by other names, since one input may have been computed from another: each gets its own share alone
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        y = reference.apply(*_product(structure, *inputs))  # type: ignore[arg-type]
+        y = reference.apply(_product(structure, *inputs))  # type: ignore[arg-type]
     wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
     gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
     return [next(gradients) if needs else None for needs in needed]
@@ -136,7 +118,7 @@ def linear_op(
     out_features: int,
     backend: str,
 ) -> Tensor:
-    """`run` without autograd: (n, in_features) to (n, out_features)."""
+    """Compute `run` without autograd: (n, in_features) to (n, out_features)."""
     structure = structure_of(spec, _features(x), out_features)
     product = _product(structure, x, bias, indices, gates, *factors)
     return backends.find_supporting(backend, product).forward(product, False)[0]
@@ -163,7 +145,7 @@ def linear_backward_op(
     needs_x: bool,
     needs_factors: list[bool],
 ) -> list[Tensor]:
-    """The gradients that are needed: of x and of the gates, if any, then of the factors; intermediates are recomputed."""
+    """Return the needed gradients, of x, of the gates and of the factors; intermediates are recomputed."""
     structure = structure_of(spec, _features(x), _features(grad))
     product = _product(structure, x, None, indices, gates, *factors)
     gradients = backends.find_supporting(backend, product).backward(product, grad, [], needs_x, needs_factors)
@@ -219,18 +201,8 @@ def _register_flops() -> None:
         return 2 * _vectors(x, indices) * structure_of(spec, x[1], out_features).macs
 
     @register_flop_formula(torch.ops.einlinear.linear_backward)
-    def _(
-        grad: Any,
-        x: Any,
-        factors: Any,
-        indices: Any,
-        gates: Any,
-        spec: str,
-        backend: str,
-        needs_x: bool,
-        needs_factors: list[bool],
-        **_: Any,
-    ) -> int:
+    def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, *others: Any, **_: Any) -> int:
+        _, needs_x, needs_factors = others
         # the step of a factor has two products: the gradient of its input, and that of the factor
         structure = structure_of(spec, x[1], grad[1])
         inputs = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])

@@ -60,7 +60,7 @@ def choose(
 
     Args:
         structure: of the matrix.
-        tokens: how many are multiplied; with a routing, by each expert on average. One choice serves every power of two.
+        tokens: their number; with a routing, for each expert on average. One choice serves every power of two.
         dtype, device: of the operands.
         training: whether a backward pass may follow.
         routed: whether the product has a routing.
@@ -81,9 +81,7 @@ def choose(
     return choice
 
 
-def choose_for_compiler(
-    structure: Structure, dtype: torch.dtype, device: torch.device, routed: bool
-) -> str:
+def choose_for_compiler(structure: Structure, dtype: torch.dtype, device: torch.device, routed: bool) -> str:
     """Return the backend that torch.compile traces: kernels as they are, or operators that it fuses itself."""
     backend = choose(structure, MANY_TOKENS, dtype, device, training=routed, routed=routed).backend
     fused = REGISTRY[backend].fusible and not routed and forced().backend is None

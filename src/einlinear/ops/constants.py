@@ -1,4 +1,4 @@
-"""Functions whose result torch.compile takes for a constant."""
+"""Functions whose result torch.compile treats as a constant."""
 
 from __future__ import annotations
 

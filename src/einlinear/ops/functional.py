@@ -27,7 +27,7 @@ def linear(
 ) -> Tensor:
     """Multiply with a structured matrix, as `torch.nn.functional.linear` does with a dense one.
 
-    With a routing, every token is multiplied with the matrices of its experts: y = sum of gate_e * W_e x, plus the bias.
+    With a routing, a token is multiplied with the matrices of its experts: y = sum of gate_e * W_e x, plus the bias.
 
     Args:
         structure: of the matrix.
@@ -124,7 +124,7 @@ def _linear(product: Product, backend: str | None) -> Tensor:
     if backend is not None:
         check_name(backend)
     if isinstance(product.x, fx.Proxy):
-        return reference.apply(*product)
+        return reference.apply(product)
     structure, factors, x, bias, routing = product
     tensors = (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
     context = call_context(*tensors)
@@ -146,7 +146,7 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
     if backend == "reference":
         operands.check(*product, memory=eager)
-        return reference.apply(*product)
+        return reference.apply(product)
     return autograd.run(backend, product, training) if eager else autograd.traced(backend, product)
 
 

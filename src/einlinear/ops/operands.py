@@ -17,7 +17,7 @@ from torch import Tensor
 from einlinear.ops.product import Assignment
 from einlinear.structures import Factor, Structure
 
-# what an operand is, the tensor, and the shape that it must have
+# name (or factor), tensor, and the shape that it must have
 Operand = tuple[str | Factor, Any, tuple[int, ...]]
 
 
@@ -41,7 +41,7 @@ def check(
         memory: whether the tensors have memory; False where something traces or transforms them.
 
     Returns:
-        Whether torch has put off the negation of an operand (`Tensor.is_neg`): then its memory is not yet what it is.
+        Whether torch has put off the negation of an operand (`Tensor.is_neg`), so that its memory holds other values.
 
     Raises:
         ValueError: more or fewer factors than the structure has.
@@ -100,13 +100,13 @@ def check(
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
-    """Raise RuntimeError where the memory of a strided tensor was released; `name` says in the message what it is."""
+    """Raise RuntimeError, with this name of the tensor, if the memory of a strided tensor was released."""
     if tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter) and not _in_memory(tensor):
         raise RuntimeError(_released(name))
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape in numbers, also while torch.jit traces, which makes tensors of them."""
+    """Return the shape as numbers, also while torch.jit traces, which makes tensors of them."""
     shape = tensor.shape
     if shape and isinstance(shape[-1], Tensor):
         with _untraced():
@@ -125,14 +125,14 @@ def _untraced() -> Iterator[None]:
 
 
 def _in_memory(tensor: Tensor) -> bool:
-    """Whether the storage reaches as far as the tensor does."""
+    """Return whether the storage reaches as far as the tensor does."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     extent = tensor.itemsize * (1 + last) if tensor.numel() else 0
     return tensor.untyped_storage().nbytes() >= tensor.storage_offset() * tensor.itemsize + extent
 
 
 def _check_indices(x: Tensor, indices: Tensor, gates: Tensor, memory: bool) -> tuple[int, ...]:
-    """The shape of the experts' indices, which is that of the gates."""
+    """Check the indices of the experts, and return their shape, which is that of the gates."""
     for name, tensor in (("the tensor of indices", indices), ("the tensor of gates", gates)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
@@ -158,8 +158,8 @@ def _check_range(indices: Tensor, experts: int) -> None:
 
 
 def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> None:
-    """Raise for the operand that does not fit: say what it is, and what would be right."""
-    named = [(what if isinstance(what, str) else f"factor {what.name}", *others) for what, *others in operands]
+    """Raise an error for the operand that does not fit, with its name and what would fit."""
+    named = [(key if isinstance(key, str) else f"factor {key.name}", *others) for key, *others in operands]
     for name, tensor, shape in named:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
@@ -173,10 +173,10 @@ def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> 
         if tensor.dtype != reference.dtype:
             raise RuntimeError(f"{name} is of {tensor.dtype}, but {other} of {reference.dtype}: convert one of them")
         if tensor.device != reference.device:
-            what = "move one of them"
+            advice = "move one of them"
             if "meta" in (tensor.device.type, reference.device.type):
-                what = "what is on meta has no values yet, so load it, or draw it after `to_empty`"
-            raise RuntimeError(f"{name} is on {tensor.device}, but {other} on {reference.device}: {what}")
+                advice = "a tensor on meta has no values yet, so load it, or initialise it after `to_empty`"
+            raise RuntimeError(f"{name} is on {tensor.device}, but {other} on {reference.device}: {advice}")
     for name, tensor, _ in named:
         if memory and not _in_memory(tensor):
             raise RuntimeError(_released(name))

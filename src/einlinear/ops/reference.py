@@ -1,4 +1,4 @@
-"""The reference: plain einsum, one factor after the other, right by inspection.
+"""The reference: plain einsum, one factor after the other, correct by inspection.
 
 Shapes: x (n, in_features), y (n, out_features), factors as `structure.factors` says, in the same order.
 """
@@ -13,19 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.product import Assignment
+from einlinear.ops.product import Product
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
 
-def apply(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    bias: Tensor | None = None,
-    routing: Assignment | None = None,
-) -> Tensor:
-    """Return y = x Wᵀ + bias for the operands of a `Product`, in plain operators."""
+def apply(product: Product) -> Tensor:
+    """Return y of shape (n, out_features), in plain operators."""
+    structure, factors, x, bias, routing = product
     if routing is None:
         y = _contract(structure, factors, x)
     else:
@@ -60,22 +55,23 @@ def _contract(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Ten
 
 
 def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
-    """W of shape (out_features, in_features): the weights of all terms, added up."""
+    """Return W of shape (out_features, in_features): the sum of the weights of all terms."""
     total: Tensor | None = None
-    for term, own in structure.by_term(factors):
-        weight = term_weight(structure, term, own)
+    for term, term_factors in structure.by_term(factors):
+        weight = term_weight(structure, term, term_factors)
         total = weight if total is None else total + weight
     assert total is not None
     return total
 
 
 def term_weight(structure: Structure, term: Term, factors: Sequence[Tensor]) -> Tensor:
-    """A term's share of W, of the same shape: its factors in a single einsum."""
+    """Return the weight of one term, of the shape of W: its factors in a single einsum."""
     sizes = dict(structure.sizes)
     operands = list(factors)
     subscripts = [factor.axes for factor in term.factors]
     outputs = []
-    for axis in term.outputs:  # an axis both read and written is a diagonal: einsum writes it with an identity
+    for axis in term.outputs:
+        # an axis of both input and output is a diagonal: einsum writes it with an identity
         if axis in term.inputs:
             operands.append(torch.eye(sizes[axis], dtype=operands[0].dtype, device=operands[0].device))
             subscripts.append((axis, f"{axis}'"))
@@ -87,12 +83,12 @@ def term_weight(structure: Structure, term: Term, factors: Sequence[Tensor]) -> 
 
 
 def pad(x: Tensor, features: int) -> Tensor:
-    """x with zeros appended to its last dimension until it holds this many features."""
+    """Append zeros to the last dimension of x until it has this many features."""
     return F.pad(x, (0, features - x.shape[-1])) if features > x.shape[-1] else x
 
 
 def einsum(subscripts: Sequence[Axes], result: Axes, *operands: Tensor) -> Tensor:
-    """torch.einsum with axes of any name; an axis of the result that an operand lacks is an error."""
+    """Call torch.einsum with axes of any name; every axis of the result must be one of an operand."""
     names = dict.fromkeys(axis for axes in (*subscripts, result) for axis in axes)
     letter = dict(zip(names, string.ascii_letters, strict=False))
     text = ",".join("".join(letter[a] for a in axes) for axes in subscripts)

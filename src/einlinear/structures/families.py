@@ -241,9 +241,9 @@ def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
         raise TypeError(f"einsum: theta must be a tuple of seven numbers, not {theta!r}")
     if len(theta) != 7 or not all(0 <= t <= 1 for t in theta):
         raise ValueError(f"einsum: theta must be seven numbers between 0 and 1, not ({', '.join(map(str, theta))})")
-    for side, part in (("alpha + beta + gamma", theta[:3]), ("delta + epsilon + phi", theta[3:6])):
-        if abs(sum(part) - 1) > 0.01:
-            raise ValueError(f"einsum: {side} must be 1, not {float(sum(part)):.4g}")
+    for names, exponents in (("alpha + beta + gamma", theta[:3]), ("delta + epsilon + phi", theta[3:6])):
+        if abs(sum(exponents) - 1) > 0.01:
+            raise ValueError(f"einsum: {names} must be 1, not {float(sum(exponents)):.4g}")
     if rank is not None:
         _check_counts("einsum", rank=rank)
     sizes = [f"{axis}=features^{exponent}" for axis, exponent in zip("abgdef", theta[:6])]

@@ -191,9 +191,9 @@ class Scanner:
 
     def accept(self, symbol: str) -> bool:
         """Read the next token if it is this symbol or keyword."""
-        found = self.tokens[self.next][1] == symbol
-        self.next += found
-        return found
+        matches = self.tokens[self.next][1] == symbol
+        self.next += matches
+        return matches
 
     def error(self, message: str, token: int | None = None) -> PatternError:
         """The error that points at a token, by default the next one."""

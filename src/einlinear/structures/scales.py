@@ -1,22 +1,22 @@
-"""Structure-aware muP as numbers: how a factor is initialised, and how fast it learns compared with dense.
+"""Structure-aware muP for one structure: initialisation scales and learning-rate multipliers of its factors.
 
-Every factor is treated as the batch of dense matrices that its step multiplies with, of fan_in summed and fan_out
-introduced features (Qiu et al., arXiv 2406.06248, section 3; the SGD rule after Yang and Hu, arXiv 2011.14522, that
-for Muon after Yang et al., arXiv 2310.17813).
+Every factor is a batch of dense matrices with fan_in contracted and fan_out new features (Qiu et al., arXiv 2406.06248,
+section 3). The rule for SGD is after Yang and Hu, arXiv 2011.14522, and the rule for Muon after Yang et al., arXiv
+2310.17813.
 
-These are the rules for one structure: `nn.Linear` draws its factors by them, and `parametrize/mup.py` applies them to
-whole models.
+`einlinear.Linear` initialises its factors with these scales, and `einlinear.mup` applies them to whole models.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from einlinear.structures.structured_matrix import Structure
+from einlinear.structures.structured_matrix import Factor, Structure
 
 
 def spectral_std(fan_in: int, fan_out: int) -> float:
-    """The standard deviation that gives a Gaussian matrix a spectral norm of one to two times sqrt(fan_out / fan_in).
+    """Return the standard deviation of a Gaussian matrix with spectral norm 1 to 2 times sqrt(fan_out / fan_in).
 
     sqrt(min(fan_in, fan_out)) / fan_in: the spectral condition of Yang et al., arXiv 2310.17813.
     """
@@ -24,9 +24,9 @@ def spectral_std(fan_in: int, fan_out: int) -> float:
 
 
 def init_std(structure: Structure) -> tuple[float, ...]:
-    """The standard deviation of every factor's entries at initialisation, in the order of `structure.factors`.
+    """Return the standard deviation of every factor's entries at initialisation, in the order of `structure.factors`.
 
-    It is that of `spectral_std`, divided by sqrt(T) in a sum of T terms, which share the variance.
+    It is `spectral_std`, divided by sqrt(T) in a sum of T terms, which share the variance.
 
     >>> import einlinear as el
     >>> init_std(el.structure("btt", 256, 256))
@@ -37,7 +37,7 @@ def init_std(structure: Structure) -> tuple[float, ...]:
 
 
 def adam_multipliers(structure: Structure) -> tuple[float, ...]:
-    """The learning rate of every factor over that of a dense layer of the same size, for Adam and its kin.
+    """Return the learning rate of every factor relative to a dense layer of the same size, for Adam and its variants.
 
     (in_features / fan_in) / k for each of the k factors of a term.
 
@@ -45,33 +45,27 @@ def adam_multipliers(structure: Structure) -> tuple[float, ...]:
     >>> adam_multipliers(el.structure("btt(rank=2)", 256, 256))
     (8.0, 4.0)
     """
-    return tuple(
-        structure.in_features / factor.fan_in / len(term.factors) for term in structure.terms for factor in term.factors
-    )
+    return _multipliers(structure, lambda factor: structure.in_features / factor.fan_in)
 
 
 def sgd_multipliers(structure: Structure) -> tuple[float, ...]:
-    """The learning rate of every factor over that of a dense layer of the same size, for SGD.
+    """Return the learning rate of every factor relative to a dense layer of the same size, for SGD.
 
     (fan_out / fan_in) / (out_features / in_features) / k for each of the k factors of a term.
     """
     aspect = structure.out_features / structure.in_features
-    return tuple(
-        factor.fan_out / factor.fan_in / aspect / len(term.factors)
-        for term in structure.terms
-        for factor in term.factors
-    )
+    return _multipliers(structure, lambda factor: factor.fan_out / factor.fan_in / aspect)
 
 
 def muon_multipliers(structure: Structure) -> tuple[float, ...]:
-    """The learning rate of every factor over that of a dense layer of the same size, for Muon.
+    """Return the learning rate of every factor relative to a dense layer of the same size, for Muon.
 
     sqrt((fan_out / fan_in) / (out_features / in_features)) / k for each of the k factors of a term: Muon's updates have
     a spectral norm of one, and the spectral condition asks for sqrt(fan_out / fan_in) of every matrix.
     """
     aspect = structure.out_features / structure.in_features
-    return tuple(
-        math.sqrt(factor.fan_out / factor.fan_in / aspect) / len(term.factors)
-        for term in structure.terms
-        for factor in term.factors
-    )
+    return _multipliers(structure, lambda factor: math.sqrt(factor.fan_out / factor.fan_in / aspect))
+
+
+def _multipliers(structure: Structure, ratio: Callable[[Factor], float]) -> tuple[float, ...]:
+    return tuple(ratio(factor) / len(term.factors) for term in structure.terms for factor in term.factors)

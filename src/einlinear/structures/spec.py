@@ -111,7 +111,7 @@ def _check_type(spec: Any) -> str:
     return spec
 
 
-def _validate_budget(max_macs: Any) -> float:
+def _validate_budget(max_macs: float) -> float:
     if not isinstance(max_macs, Real) or isinstance(max_macs, bool) or not 0 < max_macs <= 1:
         shown = limits.format_int(max_macs) if isinstance(max_macs, int) else repr(max_macs)
         raise ValueError(

@@ -41,10 +41,10 @@ def copying(structure: Structure, weights: Sequence[Tensor], x: Tensor, bias: Te
     """
     sizes = {**dict(structure.sizes), _TOKENS: x.shape[0]}
     total: Tensor | None = None
-    for term, own in structure.by_term(weights):
+    for term, term_weights in structure.by_term(weights):
         axes: Axes = (_TOKENS, *term.inputs)
         z = pad(x, math.prod(sizes[a] for a in term.inputs)).reshape([sizes[a] for a in axes])
-        for factor, w in zip(term.factors, own):
+        for factor, w in zip(term.factors, term_weights):
             columns = (_TOKENS, *factor.free)
             z = z.permute([axes.index(a) for a in factor.batch + columns + factor.contracted])
             z = z if factor is term.factors[0] else z.contiguous()
@@ -77,13 +77,13 @@ def blocktt_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Ten
     """Return the factors as tensorly-torch's BlockTT has them: (rank before, out, in, rank after), slow axes first."""
     cores = _cores(structure)
     assert cores is not None
-    found = []
+    stored = []
     for (core, mode), before, after in zip(cores, ((), _rank(cores)), (_rank(cores), ()), strict=True):
         w = factors[structure.factors.index(core)]
         sizes = dict(zip(core.axes, w.shape, strict=True))
         shape = (math.prod(sizes[a] for a in axes) for axes in (before, mode[:1], mode[1:], after))
-        found.append(w.permute([core.axes.index(a) for a in (*before, *mode, *after)]).reshape(*shape))
-    return found
+        stored.append(w.permute([core.axes.index(a) for a in (*before, *mode, *after)]).reshape(*shape))
+    return stored
 
 
 def blocktt(weights: Sequence[nn.Parameter], bias: nn.Parameter | None) -> nn.Module:

@@ -34,8 +34,8 @@ def compare(before: Bench, now: Iterable[BenchResult]) -> list[Change]:
     """Return the changes of all variants that both benchmarks measured, in the order of the second."""
     old = {(r.case, m.name): m.speedup for r in before.results for m in r.measurements}
     return [
-        Change(result.case, own.name, past, own.speedup)
+        Change(result.case, measurement.name, past, measurement.speedup)
         for result in now
-        for own in result.measurements
-        if own.speedup and (past := old.get((result.case, own.name)))
+        for measurement in result.measurements
+        if measurement.speedup and (past := old.get((result.case, measurement.name)))
     ]

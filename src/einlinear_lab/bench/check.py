@@ -37,12 +37,12 @@ class Reference:
         weight = ops.dense_weight(workload.structure, factors)
         y = sum(bias, x[0] @ weight.T)
         # gradients of the input, of the weight, of the bias
-        own = []
+        gradients = []
         self._of_factors: list[Tensor] = []
         if workload.case.mode == "train":
             grads = torch.autograd.grad(y, [*x, weight, *bias, *factors], workload.grad.double())
-            own, self._of_factors = [*grads[: -len(factors)]], [*grads[-len(factors) :]]
-        self._of_dense = [y.detach(), *own]
+            gradients, self._of_factors = [*grads[: -len(factors)]], [*grads[-len(factors) :]]
+        self._of_dense = [y.detach(), *gradients]
         outputs = workload.step(Variant(DENSE, [workload.dense.weight], workload.dense))
         self._errors = [_error(output, exact) for output, exact in zip(outputs, self._of_dense, strict=True)]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.results import BenchResult
+from einlinear_lab.bench.timing import Spread
 from einlinear_lab.bench.variants import COMPILED, COPYING, DENSE, OURS, RECOMPUTING
 
 
@@ -61,7 +63,12 @@ def judge(results: Sequence[HasCase], claims: Mapping[str, Sequence[Claim]] | No
     """Judge the claims (by device; default: those about layers) about the devices of some results."""
     devices = {result.case.device for result in results}
     by_device = CLAIMS if claims is None else claims
-    return [_verdict(claim, results) for device, own in by_device.items() if device in devices for claim in own]
+    return [
+        _verdict(claim, results)
+        for device, device_claims in by_device.items()
+        if device in devices
+        for claim in device_claims
+    ]
 
 
 def where(
@@ -86,14 +93,15 @@ def _verdict(claim: Claim, results: Iterable[HasCase]) -> Verdict:
     return Verdict(claim, tuple(sorted(measured, key=lambda pair: pair[1])))
 
 
-def _speedup(result: BenchResult) -> float | None:
+def _ratio(result: BenchResult, baseline: str) -> Spread | None:
+    """Return the speed-up of el.Linear over dense or over the copying baseline."""
     ours = result.of(OURS)
-    return ours.speedup.median if ours and ours.speedup else None
+    return None if ours is None else ours.speedup if baseline == DENSE else ours.over_copying
 
 
-def _over_copying(result: BenchResult) -> float | None:
-    ours = result.of(OURS)
-    return ours.over_copying.median if ours and ours.over_copying else None
+def _speedup(result: BenchResult, baseline: str = DENSE) -> float | None:
+    ratio = _ratio(result, baseline)
+    return ratio.median if ratio else None
 
 
 def _over_compiled(result: BenchResult) -> float | None:
@@ -105,8 +113,7 @@ def _over_compiled(result: BenchResult) -> float | None:
 
 def _not_slower(result: BenchResult, than: str) -> float | None:
     """Return the speed-up, or 1 for a smaller one within the spread."""
-    ours = result.of(OURS)
-    ratio = None if ours is None else ours.speedup if than == DENSE else ours.over_copying
+    ratio = _ratio(result, than)
     if ratio is None:
         return None
     return max(ratio.median, 1.0) if ratio.high >= 1 else ratio.median
@@ -119,10 +126,10 @@ def _thrifty_speedup(result: BenchResult) -> float | None:
 
 def _memory(result: BenchResult, name: str, intermediates: int) -> float | None:
     """Return the peak memory of dense (plus intermediates) over that of a variant, within a page."""
-    own, dense = result.of(name), result.of(DENSE)
-    if not (own and dense and own.peak_bytes and dense.peak_bytes):
+    variant, dense = result.of(name), result.of(DENSE)
+    if not (variant and dense and variant.peak_bytes and dense.peak_bytes):
         return None
-    return (dense.peak_bytes + intermediates * result.traffic.intermediates + 4096) / own.peak_bytes
+    return (dense.peak_bytes + intermediates * result.traffic.intermediates + 4096) / variant.peak_bytes
 
 
 _ALWAYS = (
@@ -147,6 +154,7 @@ _ALWAYS = (
     ),
 )
 _LIMIT, _ROOFLINE = BenchResult.fraction, BenchResult.roofline_fraction
+_over_copying = partial(_speedup, baseline=COPYING)
 
 # fmt: off
 CLAIMS: dict[str, tuple[Claim, ...]] = {

@@ -64,22 +64,22 @@ def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
 
 def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
     """Return the time of the chosen backend over that of the fastest, for every case, the worst first."""
-    found = []
+    ratios = []
     for case, mode, times in timings(benches):
         chosen = choice.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
-        found.append((times[chosen] / min(us for name, us in times.items() if name != model.DENSE), case))
-    return sorted(found, key=lambda loss: -loss[0])
+        ratios.append((times[chosen] / min(us for name, us in times.items() if name != model.DENSE), case))
+    return sorted(ratios, key=lambda loss: -loss[0])
 
 
 def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
     """Return the backends whose coefficients in ops/costs.json differ from these by more than 1 %."""
-    stored, found = model.read_costs(), []
-    for mode, own in costs.items():
-        for name, fitted in own.items():
+    stored, outdated = model.read_costs(), []
+    for mode, by_backend in costs.items():
+        for name, fitted in by_backend.items():
             pairs = zip_longest(fitted, stored[mode].get(name, []), fillvalue=math.nan)
             if not all(math.isclose(*pair, rel_tol=0.01) for pair in pairs):
-                found.append(f"{name} ({mode})")
-    return found
+                outdated.append(f"{name} ({mode})")
+    return outdated
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,10 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model.COSTS.clear()
     model.COSTS.update(model.read_costs())
     choice.forget()
-    found = losses(benches)
-    close = sum(loss <= 1.1 for loss, _ in found) / len(found)
-    print(f"{len(found)} cases; chosen within 10 % of the fastest: {close:.0%}; the worst:")
-    for loss, case in found[:5]:
+    ratios = losses(benches)
+    close = sum(loss <= 1.1 for loss, _ in ratios) / len(ratios)
+    print(f"{len(ratios)} cases; chosen within 10 % of the fastest: {close:.0%}; the worst:")
+    for loss, case in ratios[:5]:
         print(f"  {loss:.2f}  {case}")
     return 0
 

@@ -159,8 +159,8 @@ def _measure(case: Case, budget: float) -> MixtureResult:
     ratios: dict[str, dict[str, Spread]] = {}
     for name, other in sorted(_RATIOS):
         pairs = zip(seconds[name], seconds[other], strict=True)
-        ratios.setdefault(name, {})[other] = spread([own / reference for own, reference in pairs])
-    return MixtureResult(case, {name: spread(own) for name, own in seconds.items()}, ratios)
+        ratios.setdefault(name, {})[other] = spread([a / b for a, b in pairs])
+    return MixtureResult(case, {name: spread(times) for name, times in seconds.items()}, ratios)
 
 
 class MaskedExperts(nn.Module):
@@ -210,8 +210,8 @@ def _check(mixture: MoELinear, x: Tensor, grad: Tensor, train: bool) -> None:
 
 
 def _compare(name: str, outputs: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
-    for own, reference in zip(outputs, expected, strict=True):
-        error = float(torch.linalg.norm(own.double() - reference) / torch.linalg.norm(reference.double()))
+    for output, reference in zip(outputs, expected, strict=True):
+        error = float(torch.linalg.norm(output.double() - reference) / torch.linalg.norm(reference.double()))
         if not error < (1e-5 if dtype == torch.float32 else 0.02):
             raise RuntimeError(f"{name} has a relative error of {error:.1e}")
 

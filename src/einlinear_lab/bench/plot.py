@@ -45,13 +45,13 @@ def _draw_mode(panel: Axes, results: Sequence[BenchResult], colours: dict[str, s
     largest = [result for result in results if result.case.tokens == tokens]
     handles: dict[str, Artist] = {}
     for family, colour in colours.items():
-        own = [result for result in largest if _family(result) == family]
+        of_family = [result for result in largest if _family(result) == family]
         for name, face in ((COPYING, "none"), (OURS, colour)):
-            found = [(r, m.speedup.median) for r in own if (m := r.of(name)) and m.speedup]
+            speedups = [(r, m.speedup.median) for r in of_family if (m := r.of(name)) and m.speedup]
             handles[family] = panel.scatter(
-                [result.limit for result, _ in found],
-                [speedup for _, speedup in found],
-                [16 * (result.case.dense_macs / 2**18) ** 0.4 for result, _ in found],
+                [result.limit for result, _ in speedups],
+                [speedup for _, speedup in speedups],
+                [16 * (result.case.dense_macs / 2**18) ** 0.4 for result, _ in speedups],
                 facecolors=face,
                 edgecolors=colour,
             )

@@ -80,16 +80,18 @@ def measure(spec: str, size: tuple[int, int] = SIZE, device: str = "cpu", rounds
         for name, call in calls.items():
             times[name].append(seconds(call, device))
     memory = {name: peak_bytes(call, device) for name, call in calls.items()}
-    return ProjectionResult(spec, *size, device, {name: spread(own) for name, own in times.items()}, memory, error)
+    return ProjectionResult(
+        spec, *size, device, {name: spread(values) for name, values in times.items()}, memory, error
+    )
 
 
 def tables(results: Sequence[ProjectionResult]) -> list[Table]:
     """Return a table with a row per structure and method."""
     rows = []
     for result in results:
-        for name, own in result.seconds.items():
+        for name, time in result.seconds.items():
             case = f"{result.spec}, {result.in_features} → {result.out_features}"
-            ratio, memory = own.median / result.seconds[OURS].median, f"{result.memory[name] / 2**20:,.0f}"
-            rows.append((case, name, number(own.median), number(ratio), memory, f"{result.error[name]:.5f}"))
+            ratio, memory = time.median / result.seconds[OURS].median, f"{result.memory[name] / 2**20:,.0f}"
+            rows.append((case, name, number(time.median), number(ratio), memory, f"{result.error[name]:.5f}"))
     headings = ("weight", "method", "seconds", "× el.Linear.from_dense", "peak MiB", "relative error")
     return [Table(TITLE, headings, tuple(rows))]

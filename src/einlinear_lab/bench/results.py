@@ -75,18 +75,18 @@ class BenchResult:
 
     def fraction(self, name: str = OURS) -> float | None:
         """Return the speed-up over dense as a share of `limit`."""
-        own = self.of(name)
-        return own.speedup.median / self.limit if own and own.speedup else None
+        measurement = self.of(name)
+        return measurement.speedup.median / self.limit if measurement and measurement.speedup else None
 
     def roofline_fraction(self, name: str = OURS) -> float | None:
         """Return the share of the machine's measured peak of arithmetic or of memory, whichever is the bottleneck."""
-        own = self.of(name)
-        return self.roofline_seconds / own.seconds.median if own and own.seconds else None
+        measurement = self.of(name)
+        return self.roofline_seconds / measurement.seconds.median if measurement and measurement.seconds else None
 
     def bandwidth(self, name: str = OURS) -> float | None:
         """Return the bytes per second, if all of the estimated traffic went through memory."""
-        own = self.of(name)
-        return self.traffic.total / own.seconds.median if own and own.seconds else None
+        measurement = self.of(name)
+        return self.traffic.total / measurement.seconds.median if measurement and measurement.seconds else None
 
     @property
     def dense_wins(self) -> bool:
@@ -165,11 +165,11 @@ def _plain(value: Any) -> Any:
         return [_plain(number) for number in (value.median, value.low, value.high)]
     if dataclasses.is_dataclass(value):
         named = ((f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value))
-        return {name: _plain(own) for name, own, default in named if own != default}
+        return {name: _plain(item) for name, item, default in named if item != default}
     if isinstance(value, dict):
-        return {name: _plain(own) for name, own in value.items()}
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(own) for own in value]
+        return [_plain(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

@@ -108,12 +108,12 @@ class Recorder:
 def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
     """Check the outputs of all variants of a case; measure times, and in training peak memory, of the right ones."""
     p = make_workload(case)
-    found, refused = make_variants(p, config.backends, config.compiled)
+    candidates, refused = make_variants(p, config.backends, config.compiled)
     calls = {DENSE: partial(p.step, Variant(DENSE, [p.dense.weight], p.dense))}
     wrong: dict[str, str] = {}
     with p.differentiating():
         reference = Reference(p)
-        for variant in found:
+        for variant in candidates:
             try:
                 complaint = reference.complaint(variant)
             except torch.OutOfMemoryError:
@@ -140,16 +140,16 @@ def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
 
 
 def _measurement(name: str, seconds: dict[str, list[float]], peak: int | None) -> Measurement:
-    own = seconds[name]
+    times = seconds[name]
     ratios = {
-        other: spread([theirs / mine for theirs, mine in zip(seconds[other], own, strict=True)])
+        other: spread([other_time / time for other_time, time in zip(seconds[other], times, strict=True)])
         for other in (DENSE, COPYING)
         if other != name and other in seconds
     }
     return Measurement(
         name,
-        seconds=spread(own),
-        runs=len(own),
+        seconds=spread(times),
+        runs=len(times),
         speedup=ratios.get(DENSE),
         over_copying=ratios.get(COPYING),
         peak_bytes=peak,
@@ -158,11 +158,11 @@ def _measurement(name: str, seconds: dict[str, list[float]], peak: int | None) -
 
 def _estimate(case: Case, config: BenchConfig, roofline: Roofline) -> float:
     """Estimate a case: dense at its peak, 5 variants (7 in training) at 2/3 of theirs, and the check in float64."""
-    dense, own = (
+    dense, structured = (
         roofline.seconds(2 * case.passes * case.tokens * macs, 4 * macs)
         for macs in (case.dense_macs, case.build().macs)
     )
     training = case.mode == "train"
-    once = dense + (12 if training else 8) * own
+    once = dense + (12 if training else 8) * structured
     compiling = 4.0 if config.compiled and case.mode != "decode" else 0.0
     return 0.1 + compiling + 6 * dense + (1 + training) * once + max(config.budget, MIN_RUNS * once)

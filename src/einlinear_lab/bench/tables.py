@@ -39,15 +39,15 @@ class Table:
 def summary(results: Iterable[BenchResult]) -> list[Table]:
     """Return a table per pass, dtype and device with a row per case: el.Linear as dispatched against nn.Linear."""
     headings = ("structure", "in → out", "tokens", "MACs", f"{DENSE} ms", f"{OURS} ms", "backend", *_RATIOS, "remarks")
-    return [Table(title, headings, tuple(map(_summary_row, own))) for title, own in _by_kind(results)]
+    return [Table(title, headings, tuple(map(_summary_row, group))) for title, group in _by_kind(results)]
 
 
 def details(results: Iterable[BenchResult]) -> list[Table]:
     """Return a table per pass, dtype and device with a row per variant."""
     headings = ("structure", "in → out", "tokens", "variant", "ms", "quartiles", "runs", *_RATIOS, "remarks")
     return [
-        Table(title, headings, tuple(_detail_row(r, m) for r in own for m in r.measurements if m.seconds or m.wrong))
-        for title, own in _by_kind(results)
+        Table(title, headings, tuple(_detail_row(r, m) for r in group for m in r.measurements if m.seconds or m.wrong))
+        for title, group in _by_kind(results)
     ]
 
 
@@ -198,8 +198,8 @@ def _by_kind(results: Iterable[BenchResult]) -> Iterator[tuple[str, list[BenchRe
         bias = ", with bias" if case.bias else ""
         return MODES.index(case.mode), f"{case.mode}, {case.dtype} on {case.device}{bias}"
 
-    for (_, title), own in groupby(sorted(results, key=kind), kind):
-        yield title, list(own)
+    for (_, title), group in groupby(sorted(results, key=kind), kind):
+        yield title, list(group)
 
 
 def _median(spread: Spread | None) -> float | None:

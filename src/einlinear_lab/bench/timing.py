@@ -68,19 +68,19 @@ def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[st
     """
     names = list(calls)
     shuffler = random.Random(0)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     try:
         start = time.perf_counter()
-        while len(found[names[0]]) < MIN_RUNS or time.perf_counter() - start < budget:
+        while len(times[names[0]]) < MIN_RUNS or time.perf_counter() - start < budget:
             shuffler.shuffle(names)
             for name in names:
-                found[name].append(seconds(calls[name], device))
+                times[name].append(seconds(calls[name], device))
     finally:
         if collecting:
             gc.enable()
-    return found
+    return times
 
 
 def _cuda_seconds(call: Call) -> float:

@@ -107,35 +107,35 @@ def make_variants(
 ) -> tuple[list[Variant], dict[str, str]]:
     """Return the variants that can run, el.Linear first, and the reason why each of the others cannot."""
     structure, factors = p.structure, p.layer.factors()
-    found = [Variant(OURS, factors, p.layer)]
+    variants = [Variant(OURS, factors, p.layer)]
     refused: dict[str, str] = {}
     for name in ops.BACKENDS if backends is None else backends:
         reason = ops.unsupported(name, structure, p.x.dtype, p.x.device)
         if reason is not None:
             refused[name] = reason
         else:
-            found.append(Variant(name, factors, partial(_by_backend, p, name)))
+            variants.append(Variant(name, factors, partial(_by_backend, p, name)))
     if p.case.mode == "train":
-        found.append(Variant(SAVING, factors, partial(_recomputed, p, False)))
-        found.append(Variant(RECOMPUTING, factors, partial(_recomputed, p, True)))
+        variants.append(Variant(SAVING, factors, partial(_recomputed, p, False)))
+        variants.append(Variant(RECOMPUTING, factors, partial(_recomputed, p, True)))
 
     stored = partial(baselines.copying_weights, structure)
     weights = _leaves(stored(factors))
-    found.append(Variant(COPYING, weights, partial(_copying, p, weights), stored))
+    variants.append(Variant(COPYING, weights, partial(_copying, p, weights), stored))
 
     if compiled and p.case.mode != "decode":
         # without a reset torch stops compiling after a few cases
         torch.compiler.reset()
         run = torch.compile(partial(_by_backend, p, "reference"), fullgraph=True, dynamic=False)
-        found.append(Variant(COMPILED, factors, run))
+        variants.append(Variant(COMPILED, factors, run))
 
     if baselines.is_blocktt(structure) and find_spec("tltorch") is None:
         refused[BLOCKTT] = "tensorly-torch is not installed"
     elif baselines.is_blocktt(structure):
         stored = partial(baselines.blocktt_weights, structure)
         weights = _leaves(stored(factors))
-        found.append(Variant(BLOCKTT, weights, baselines.blocktt(weights, p.bias), stored))
-    return found, refused
+        variants.append(Variant(BLOCKTT, weights, baselines.blocktt(weights, p.bias), stored))
+    return variants, refused
 
 
 def _copying(p: Workload, weights: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -102,9 +102,9 @@ def command(
             torch.set_num_threads(threads)
         if suite == MIXTURES:
             _refuse(suite, structures=structures, bias=bias, variants=variants, compile=compiled, compare=compared)
-            own = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
+            options = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
             seconds = 10.0 if budget is None else budget
-            cases = mixtures.cases(**own, backends=_words(backends))
+            cases = mixtures.cases(**options, backends=_words(backends))
             calls: dict[str, Callable[[], object]] = {
                 str(case): partial(mixtures.measure, case, seconds) for case in cases
             }
@@ -130,22 +130,24 @@ def command(
 
     with interruptible(f"Interrupted. {recorder.path} holds every finished case; the same command resumes."):
         _measure(recorder)
-    found = recorder.results
+    results = recorder.results
     (folder / "bench.md").write_text(tables.page(recorder.bench), encoding="utf-8")
     if find_spec("matplotlib"):
         plot.draw(recorder.bench.results, folder / "bench.png")
     else:
         display.warning("bench.png is drawn with matplotlib: pip install 'einlinear[lab]'")
 
-    _print(tables.details(found) if variants else tables.summary(found))
-    verdicts = [verdict for verdict in claims.judge(found) if verdict.values]
-    _print([tables.refusals(found), tables.conclusions(verdicts), tables.misses(verdicts), tables.dense_wins(found)])
+    _print(tables.details(results) if variants else tables.summary(results))
+    verdicts = [verdict for verdict in claims.judge(results) if verdict.values]
+    _print(
+        [tables.refusals(results), tables.conclusions(verdicts), tables.misses(verdicts), tables.dense_wins(results)]
+    )
     if past:
         for difference in recorder.bench.differences(past):
             display.note(f"Differs from {compared}: {difference}")
-        _print([tables.changed(changes.compare(past, found))])
+        _print([tables.changed(changes.compare(past, results))])
     display.note(f"Results: {recorder.path}, with bench.md and bench.png.")
-    _fail([f"{result.case}, {m.name}: {m.refusal}" for result in found for m in result.failures])
+    _fail([f"{result.case}, {m.name}: {m.refusal}" for result in results for m in result.failures])
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""`einlinear compress`: its options, and what it prints."""
+"""Command `einlinear compress`: a pretrained model in a smaller folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from einlinear.files import alone_beside
+from einlinear.files import lock_output
 from einlinear_lab.cli import display
 from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
 from einlinear_lab.cli.packages import PRETRAINED, require
@@ -18,9 +18,10 @@ from einlinear_lab.cli.parsing import specs
 
 if TYPE_CHECKING:
     from einlinear.compression import CompressionReport
-    from einlinear_lab.pretrained.speed import Speed
+    from einlinear_lab.pretrained.generation_speed import ModelSpeed
 
-_SHOWN = 10  # of the files that are not copied
+# files that are not copied and are listed
+_SHOWN = 10
 
 
 def command(
@@ -35,7 +36,7 @@ def command(
     structures: Annotated[
         list[str] | None,
         typer.Option(
-            help="Families that layers may become members of, separated by ';' or ','; may be repeated. "
+            help="Families of structures to choose from, separated by ';' or ','; may be repeated. "
             "Default: low_rank, monarch, btt, blast(blocks=4)."
         ),
     ] = None,
@@ -43,7 +44,7 @@ def command(
         Path | None,
         typer.Option(
             help="A text file, or rows (.jsonl, .json, .csv, .parquet) with text, messages, or prompt and completion: "
-            "outputs on it are kept. Without it, weights are, which is much worse."
+            "the text whose outputs are kept. Without it weights are approximated, which is much worse."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Lines, rows or pieces of the text to calibrate on.")] = 256,
@@ -52,11 +53,14 @@ def command(
     layers: Annotated[
         list[str] | None, typer.Option(help="Globs on the layers' names. Default: all but the output head.")
     ] = None,
-    distill: Annotated[float, typer.Option(min=0.0, help="Minutes of training to do what the original does.")] = 0.0,
-    lr: Annotated[float, typer.Option(min=0.0, help="Its learning rate.")] = 3e-4,
+    distill: Annotated[float, typer.Option(min=0.0, help="Minutes of training towards the original's outputs.")] = 0.0,
+    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of --distill.")] = 3e-4,
     sequential: Annotated[
         bool,
-        typer.Option("--sequential/--parallel", help="Layers after those that are compressed already, or at once."),
+        typer.Option(
+            "--sequential/--parallel",
+            help="Fit layers one after the other, or all at once.",
+        ),
     ] = True,
     only_if_faster: Annotated[
         bool,
@@ -69,30 +73,27 @@ def command(
 ) -> None:
     """Make a pretrained Hugging Face model smaller.
 
-    Every linear layer gets a structure and a rank of its own, or stays dense: what changes the model's outputs least
-    within the budget. After an interruption the same command goes on.
+    Each linear layer gets its own structure and rank, or stays dense, so that the model's output changes least within
+    the budget. After an interruption the same command resumes.
     """
-    options = {name: str(value) for name, value in locals().items()}
+    config = {name: str(value) for name, value in locals().items()}
     require(PRETRAINED)
     import torch
     from transformers.utils import logging
 
-    from einlinear.compression import compress as compress_model
-    from einlinear.compression import distill as distill_model
-    from einlinear.compression.candidates import DEFAULT
-    from einlinear_lab.pretrained.documents import read_documents
-    from einlinear_lab.pretrained.pretrained import finish, load, save, text_batches
-    from einlinear_lab.pretrained.speed import speeds
+    from einlinear import compression
+    from einlinear.compression.candidates import DEFAULT_FAMILIES
+    from einlinear_lab.pretrained.documents import read_documents, text_batches
+    from einlinear_lab.pretrained.generation_speed import model_speeds
+    from einlinear_lab.pretrained.model_folder import finish, load, save
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # there is one of our own
+    # this command has progress bars of its own
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     unfinished = out.parent / f"{out.absolute().name}.unfinished"
-    with interruptible(f"Interrupted. The same command goes on; so far: {unfinished}"), ExitStack() as held:
+    distillation = None
+    with interruptible(f"Interrupted. The same command resumes; so far: {unfinished}"), ExitStack() as stack:
         with user_errors():
-            budgets = {"params": keep_params, "macs": keep_macs}
-            asked = {count: budget for count, budget in budgets.items() if budget is not None}
-            if len(asked) != 1:
-                raise ValueError("give either --keep-params or --keep-macs: the fraction to keep, such as 0.5")
-            ((count, budget),) = asked.items()
+            count, budget = _budget(keep_params, keep_macs)
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
@@ -100,31 +101,31 @@ def command(
             if distill and calibration is None:
                 raise ValueError("--distill needs text to train on: --calibration FILE")
             if distill and lr == 0:
-                raise ValueError("--lr must be positive: at 0 nothing distills")
-            held.enter_context(
-                alone_beside(out, f"another einlinear compress is at work on {out}: name another folder")
+                raise ValueError("--lr must be positive: at 0 nothing is learnt")
+            stack.enter_context(
+                lock_output(out, f"another einlinear compress is at work on {out}: name another folder")
             )
-            if finish(out, unfinished, options):
+            if finish(out, unfinished, config):
                 display.note(f"{out} is complete: the same command was interrupted after it had been written.")
                 return
             if out.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
-            found, tokenizer = load(model, dtype, device)
-            if distill and found.dtype == torch.float16:
-                raise ValueError("float16 cannot be trained: give --dtype float32 or bfloat16 with --distill")
+            compressed, tokenizer = load(model, dtype, device)
+            if distill and compressed.dtype == torch.float16:
+                raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16")
             batches = None
             if calibration is not None:
                 documents = read_documents(calibration, tokenizer)
                 display.note(f"Calibration: {documents.origin}.")
-                batches = text_batches(found, tokenizer, documents, samples, tokens, batch_size)
-            # trained, the compressed model needs tensors of its own; else the two share what stays
-            shared = {} if distill else {id(tensor): tensor for tensor in (*found.parameters(), *found.buffers())}
-            original = copy.deepcopy(found, shared)
+                batches = text_batches(compressed, tokenizer, documents, samples, tokens, batch_size)
+            # the two models share tensors, unless one of them is trained
+            tensors = () if distill else (*compressed.parameters(), *compressed.buffers())
+            original = copy.deepcopy(compressed, {id(tensor): tensor for tensor in tensors})
             with display.steps() as advance:
-                report = compress_model(
-                    found,
+                report = compression.compress(
+                    compressed,
                     budget,
-                    specs(structures) or DEFAULT,
+                    specs(structures) or DEFAULT_FAMILIES,
                     batches,
                     count=count,
                     layers=layers,
@@ -134,12 +135,11 @@ def command(
                     folder=unfinished,
                 )
             if distill and calibration is not None:
-                more = text_batches(found, tokenizer, documents, 10**6, tokens, batch_size)
                 with display.steps() as advance:
-                    distillation = distill_model(
-                        found,
+                    distillation = compression.distill(
+                        compressed,
                         original,
-                        more,
+                        text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size),
                         steps=10**9,
                         lr=lr,
                         seconds=60 * distill,
@@ -147,21 +147,30 @@ def command(
                         progress=lambda done, _, loss: advance("distillation", done, None),
                     )
         with system_errors():
-            left = save(found, tokenizer, report, out, model, options)
+            left_out = save(compressed, tokenizer, report, out, model, config)
             shutil.rmtree(unfinished)
     _print(report)
-    if distill and calibration is not None:
+    if distillation is not None:
         first, last = distillation.losses[0], distillation.losses[-1]
         display.note(
             f"Distilled in {len(distillation.losses):,} steps: the loss of a batch was {first:.4f} and is {last:.4f}."
         )
-    reads_text = found.main_input_name == "input_ids" and hasattr(found.config, "vocab_size")
-    if reads_text and not getattr(found.config, "is_encoder_decoder", False):
-        _print_speeds(speeds({"original": original, "compressed": found}))
-    if left:
-        rest = f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
-        display.note(f"Not copied from {model}: {', '.join(left[:_SHOWN])}{rest}.")
-    display.note(f"In {out}. from_pretrained loads it after import einlinear.")
+    reads_text = compressed.main_input_name == "input_ids" and hasattr(compressed.config, "vocab_size")
+    if reads_text and not getattr(compressed.config, "is_encoder_decoder", False):
+        _print_speeds(model_speeds({"original": original, "compressed": compressed}))
+    if left_out:
+        rest = f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else ""
+        display.note(f"Not copied from {model}: {', '.join(left_out[:_SHOWN])}{rest}.")
+    display.note(f"Saved in {out}. from_pretrained loads it after import einlinear.")
+
+
+def _budget(keep_params: float | None, keep_macs: float | None) -> tuple[str, float]:
+    """The count and the fraction of it to keep."""
+    if keep_params is not None and keep_macs is None:
+        return "params", keep_params
+    if keep_macs is not None and keep_params is None:
+        return "macs", keep_macs
+    raise ValueError("give either --keep-params or --keep-macs: the fraction to keep, such as 0.5")
 
 
 def _print(report: CompressionReport) -> None:
@@ -174,10 +183,10 @@ def _print(report: CompressionReport) -> None:
         display.note(note)
 
 
-def _print_speeds(found: dict[str, Speed]) -> None:
-    original = found["original"]
+def _print_speeds(speeds: dict[str, ModelSpeed]) -> None:
+    original = speeds["original"]
     rows = []
-    for name, speed in found.items():
+    for name, speed in speeds.items():
         decode = "–" if speed.decode is None else f"{speed.decode:,.0f}"
         rows.append((name, f"{speed.prefill:,.0f}", f"{speed.prefill / original.prefill:.2f}", decode))
-    display.show(("", "tokens/s read at once", "times the original's", "generated"), rows)
+    display.show(("", "prefill, tokens/s", "times the original's", "decode, tokens/s"), rows)

@@ -18,7 +18,8 @@ from einlinear_lab.cli.parsing import floor_of, numbers
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear_lab.report.scaling_laws import ScalingLaws
 
-_FEW_POINTS = 4  # R² of so few says little: two of them make a line
+# R² of so few points says little: two of them make a line
+_FEW_POINTS = 4
 
 
 def command(

@@ -75,18 +75,11 @@ def command(
 def _print(tokens: Tokens) -> None:
     """Print the counts of every corpus."""
     headings = ("text", "documents", "dropped", "characters", "replaced", "dropped", "training", "validation")
-    rows = []
-    for corpus in tokens.counts:
-        counts = (
-            corpus.documents,
-            corpus.documents_dropped,
-            corpus.characters,
-            corpus.characters_replaced,
-            corpus.characters_dropped,
-            corpus.train_tokens,
-            corpus.validation_tokens,
-        )
-        rows.append((corpus.name, *(f"{count:,}" for count in counts)))
+    columns = (
+        *("documents", "documents_dropped", "characters", "characters_replaced", "characters_dropped"),
+        *("train_tokens", "validation_tokens"),
+    )
+    rows = [(corpus.name, *(f"{getattr(corpus, column):,}" for column in columns)) for corpus in tokens.counts]
     display.show(headings, rows)
     for corpus in tokens.counts:
         display.note(f"{corpus.name}: {corpus.origin}.")

@@ -1,18 +1,22 @@
-"""Texts that calibrate a model: from a file of text, of rows or of chats to what its tokenizer takes."""
+"""Calibration texts: files of plain text, rows or chats, and batches of their tokens."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from einlinear_lab.data.rows import format_of, open_text, read_rows
 
 _SHAPES = {"text": ("text",), "messages": ("messages",), "prompt and completion": ("prompt", "completion")}
-_RIGHT = {"text": "a text", "messages": "a list of messages"}
-_KNOWN = "text, messages (a chat), or prompt and completion"
+_EXPECTED = {"text": "a text", "messages": "a list of messages"}
+_ALLOWED = "text, messages (a chat), or prompt and completion"
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,10 @@ class Documents:
     """The texts of a file.
 
     Attributes:
-        file: where they came from.
-        kind: "lines" of a text, or the keys that its rows are read by: "text", "messages", "prompt and completion".
-        count: how many there are.
-        text: the one of a number, rendered by the model's chat template if it is a chat.
+        file: their source.
+        kind: "lines", or the keys of the rows: "text", "messages", "prompt and completion".
+        count: of the texts.
+        text: returns the text of an index; a chat is rendered by the model's chat template.
     """
 
     file: Path
@@ -34,7 +38,7 @@ class Documents:
 
     @property
     def origin(self) -> str:
-        """What was read, in a few words."""
+        """Description of the source, for messages."""
         if self.kind == "lines":
             return f"{self.count:,} lines of text from {self.file}"
         how = ", by the tokenizer's chat template" if self.is_chat else ""
@@ -44,15 +48,15 @@ class Documents:
 def read_documents(file: Path, tokenizer: Any) -> Documents:
     """Read the texts of a file.
 
-    The ending of its name decides: .jsonl, .ndjson, .json, .csv, .tsv and .parquet hold rows; any other file is plain
-    text, each line of which is one. Before .gz the same endings count. All rows have the same one of
+    Files ending in .jsonl, .ndjson, .json, .csv, .tsv and .parquet, or these with .gz, hold rows; any other file is
+    plain text with one text per line. All rows have the same one of
 
     * `text`: a text;
-    * `messages`: a chat, a list of {"role": ..., "content": ...} that becomes text by the tokenizer's chat template,
-      without a prompt for a further answer; `tools` beside it are passed on;
-    * `prompt` and `completion`: two texts, one after the other, or two lists of messages.
+    * `messages`: a chat, a list of {"role": ..., "content": ...} that the tokenizer's chat template renders, without a
+      prompt for a further answer; the template gets `tools` as well;
+    * `prompt` and `completion`: two texts, which are joined, or two lists of messages.
 
-    Other values beside them mean nothing.
+    Other keys are ignored.
 
     Args:
         file: to read.
@@ -73,12 +77,13 @@ def read_documents(file: Path, tokenizer: Any) -> Documents:
     rows = list(read_rows(file))
     if not rows:
         raise ValueError(f"{file} holds no rows")
-    kinds: dict[str, str] = {}  # each with the place where it is first
+    # each with the place of its first row
+    kinds: dict[str, str] = {}
     for where, row in rows:
         kinds.setdefault(_shape(where, row), where)
     if len(kinds) > 1:
-        (first, where), (other, there) = list(kinds.items())[:2]
-        raise ValueError(f"{where} has {first}, but {there} has {other}: give one kind of rows in a file")
+        (first, where), (second, elsewhere) = list(kinds.items())[:2]
+        raise ValueError(f"{where} has {first}, but {elsewhere} has {second}: give one kind of rows in a file")
     (kind,) = kinds
     chats = [_is_chat(where, row, kind) for where, row in rows]
     if any(chats) and getattr(tokenizer, "chat_template", None) is None:
@@ -95,26 +100,106 @@ def read_documents(file: Path, tokenizer: Any) -> Documents:
     return Documents(file, kind, len(kept), lambda i: render(*rows[kept[i]]), chats[0])
 
 
+def text_batches(
+    model: Any, tokenizer: Any, documents: Documents, samples: int = 256, tokens: int = 256, batch_size: int = 16
+) -> list[dict[str, Tensor]]:
+    """Return calibration batches of texts, for the keyword arguments of a model.
+
+    A model that generates text gets pieces of equal length from all over the concatenated texts, each row ended by the
+    tokenizer's end-of-text token unless it is a chat, which its template ends. Other models get the lines or rows
+    padded, those of similar length together. The order is random, with a fixed seed.
+
+    Args:
+        model, tokenizer: from `model_folder.load`.
+        documents: from `read_documents`.
+        samples: pieces, lines or rows, at most.
+        tokens: of each, at most.
+        batch_size: samples in a batch.
+
+    Returns:
+        The batches, on the CPU.
+
+    Raises:
+        ValueError: no tokenizer, an encoder-decoder model, which takes pairs of texts, or a row that the chat template
+            refuses.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} takes pairs of texts, which a text file does not have: call el.compress in Python "
+            "with batches of your own"
+        )
+    if tokenizer is None:
+        raise ValueError("the model comes without a tokenizer, so text cannot calibrate it")
+    longest = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    tokens = min([tokens, *filter(None, longest)])
+    if model.can_generate():
+        ids = torch.tensor(_token_ids(tokenizer, documents, samples * tokens))
+        if not len(ids):
+            raise ValueError(f"{documents.file}: the tokenizer makes no tokens of its text")
+        tokens = min(tokens, len(ids))
+        starts = torch.arange(0, len(ids) - tokens + 1, tokens)
+        starts = _spread(starts, samples)[torch.randperm(min(samples, len(starts)), generator=_generator())]
+        pieces = torch.stack([ids[start : start + tokens] for start in starts])
+        return [{"input_ids": part} for part in pieces.split(batch_size)]
+    chosen = [documents.text(int(i)) for i in _spread(torch.arange(documents.count), samples)]
+    # texts of similar length together: less padding
+    chosen.sort(key=len)
+    if tokenizer.pad_token is None:
+        # a copy: the tokenizer is saved with the model
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    parts = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    parts = [parts[i] for i in torch.randperm(len(parts), generator=_generator()).tolist()]
+    arguments = {"padding": True, "truncation": True, "max_length": tokens, "add_special_tokens": not documents.is_chat}
+    return [dict(tokenizer(part, return_tensors="pt", **arguments)) for part in parts]
+
+
+def _token_ids(tokenizer: Any, documents: Documents, enough: int) -> list[int]:
+    """The tokens of a text, or of as many rows as have enough tokens."""
+    if documents.kind == "lines":
+        text = "\n".join(map(documents.text, range(documents.count)))
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    ids: list[int] = []
+    for i in torch.randperm(documents.count, generator=_generator()).tolist():
+        text = documents.text(i)
+        ids += tokenizer(text, verbose=False, add_special_tokens=not documents.is_chat)["input_ids"]
+        end = tokenizer.eos_token_id
+        if end is not None and not documents.is_chat and ids[-1:] != [end]:
+            ids.append(end)
+        if len(ids) >= enough:
+            break
+    return ids
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _spread(items: Tensor, count: int) -> Tensor:
+    """At most `count` of the items, evenly spread."""
+    return items[torch.linspace(0, len(items) - 1, min(count, len(items))).round().long()]
+
+
 def _shape(where: str, row: Mapping[str, Any]) -> str:
-    """Which keys a row is read by."""
-    found = [shape for shape, keys in _SHAPES.items() if all(row.get(key) is not None for key in keys)]
-    if len(found) > 1:
-        raise ValueError(f"{where} has {' as well as '.join(found)}, so it is not clear which to take: keep one")
-    if not found:
-        raise ValueError(f"{where} has {', '.join(map(str, row)) or 'no values'}; known are {_KNOWN}")
-    return found[0]
+    """The kind of a row."""
+    shapes = [shape for shape, keys in _SHAPES.items() if all(row.get(key) is not None for key in keys)]
+    if len(shapes) > 1:
+        raise ValueError(f"{where} has {' as well as '.join(shapes)}, so it is not clear which to take: keep one")
+    if not shapes:
+        raise ValueError(f"{where} has {', '.join(map(str, row)) or 'no values'}; known are {_ALLOWED}")
+    return shapes[0]
 
 
 def _is_chat(where: str, row: Mapping[str, Any], kind: str) -> bool:
-    """Whether a row holds lists of messages. Raises ValueError if it holds neither these nor texts."""
+    """Whether a row holds lists of messages. Raise ValueError if it holds neither these nor texts."""
     chats = []
     for key in _SHAPES[kind]:
         value = row[key]
         chats.append(isinstance(value, list))
         if key == "text" or not chats[-1]:
             if key == "messages" or not isinstance(value, str):
-                right = _RIGHT.get(key, "a text or a list of messages")
-                raise ValueError(f"{where}: {key} must be {right}, not {type(value).__name__}")
+                expected = _EXPECTED.get(key, "a text or a list of messages")
+                raise ValueError(f"{where}: {key} must be {expected}, not {type(value).__name__}")
         elif not value:
             raise ValueError(f"{where}: {key} is empty")
         else:
@@ -131,11 +216,12 @@ def _plain(keys: tuple[str, ...], _: str, row: Mapping[str, Any]) -> str:
 
 
 def _chat(keys: tuple[str, ...], tokenizer: Any, where: str, row: Mapping[str, Any]) -> str:
-    """The messages of a row as one text. In Parquet every message has the keys of all, most of them None."""
+    """Render the messages of a row. In Parquet every message has the keys of all messages, most of them None."""
     messages = [
         {name: value for name, value in message.items() if value is not None} for key in keys for message in row[key]
     ]
     try:
         return str(tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=False))
-    except Exception as error:  # a template raises what it likes
+    # a template may raise anything
+    except Exception as error:
         raise ValueError(f"{where} does not fit the tokenizer's chat template: {error}") from None

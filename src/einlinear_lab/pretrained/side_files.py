@@ -1,4 +1,4 @@
-"""The files of a model's folder beside its weights: tokenizer, processors, templates, the modules of a pipeline."""
+"""Side files of a model's folder: tokenizer, processors, templates, modules of a pipeline."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import re
 import shutil
 from pathlib import Path, PurePosixPath
 
-MODULES = "modules.json"  # of sentence-transformers: the modules of a pipeline and their folders
+# of sentence-transformers: the modules of a pipeline and their folders
+MODULES = "modules.json"
 _CONFIG = "config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf")
-_INDEX = ".index.json"  # of weights in several files
-# Folders that hold the same weights once more: in another format, or as they were during the training.
+# of sharded weights
+_INDEX = ".index.json"
+# folders with copies of the weights: in another format, or from the training
 _COPIES = re.compile(r"onnx|openvino|coreml|original|checkpoint-\d+|__pycache__|\..*")
 
 
 def subfolder_of_model(folder: Path) -> str:
-    """Where in a folder the transformer is: "" for the folder itself, else the path of a module of modules.json.
+    """Return the subfolder of the transformer: "" for the folder itself, else the path of a module in modules.json.
 
     Raises:
         ValueError: modules.json is damaged, or names a path out of the folder.
@@ -28,7 +30,7 @@ def subfolder_of_model(folder: Path) -> str:
 
 
 def module_paths(folder: Path) -> list[str]:
-    """The paths that modules.json names, in order; none where there is no such file.
+    """Return the paths in modules.json, in order; none without that file.
 
     Raises:
         ValueError: modules.json is damaged, or names a path out of the folder.
@@ -47,12 +49,12 @@ def module_paths(folder: Path) -> list[str]:
 
 
 def copy_side_files(source: Path, out: Path, model: str = "") -> list[str]:
-    """Copy all files of a model's folder but its weights.
+    """Copy all files of a model's folder except its weights.
 
     The content is copied, never run, and no file is executable afterwards. Left out are the weights in the model's own
-    folder, hidden folders, folders with the same weights in another format (onnx, openvino, coreml, original) or of a
-    training (checkpoint-NUMBER), and links that lead out of the folder. The blobs of the Hugging Face cache, which its
-    snapshots link to, count as inside.
+    folder, hidden folders, folders with copies of the weights (onnx, openvino, coreml, original, checkpoint-NUMBER),
+    and links that lead out of the folder. The blobs of the Hugging Face cache, to which its snapshots link, count as
+    inside.
 
     Args:
         source: the model's folder.
@@ -60,41 +62,41 @@ def copy_side_files(source: Path, out: Path, model: str = "") -> list[str]:
         model: the subfolder of the model's own weights, as `subfolder_of_model` returns it.
 
     Returns:
-        What was left out, by relative path, with the reason where it is not the weights.
+        The relative paths that were left out, with the reason for all but weights.
     """
-    root, own = source.resolve(), Path(model)
+    root, model_folder = source.resolve(), Path(model)
     inside = [root]
     if root.parent.name == "snapshots":
         inside.append(root.parent.parent / "blobs")
     modules = {Path(path) for path in module_paths(root)}
-    left = []
+    left_out = []
     for folder, folders, files in os.walk(root):
-        here = Path(folder).relative_to(root)
+        place = Path(folder).relative_to(root)
         for name in sorted(folders):
-            path = here / name
+            path = place / name
             if (root / path).is_symlink():
-                left.append(f"{path}/ (a linked folder)")
+                left_out.append(f"{path}/ (a linked folder)")
             elif path not in modules and _COPIES.fullmatch(name):
                 folders.remove(name)
-                left.append(f"{path}/")
+                left_out.append(f"{path}/")
         folders.sort()
         for name in sorted(files):
-            path = here / name
+            path = place / name
             target = (root / path).resolve()
-            if here == own and name.endswith((*WEIGHTS, _INDEX)):
-                left.append(str(path))
-            elif not any(target.is_relative_to(place) for place in inside):
-                left.append(f"{path} (a link out of the folder)")
+            if place == model_folder and name.endswith((*WEIGHTS, _INDEX)):
+                left_out.append(str(path))
+            elif not any(target.is_relative_to(parent) for parent in inside):
+                left_out.append(f"{path} (a link out of the folder)")
             elif not target.is_file():
-                left.append(f"{path} (not a regular file)")
+                left_out.append(f"{path} (not a regular file)")
             else:
-                (out / here).mkdir(parents=True, exist_ok=True)
+                (out / place).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(target, out / path)
-    return left
+    return left_out
 
 
 def _is_transformer(folder: Path) -> bool:
-    """Whether a folder holds the config of a model of transformers; those of pooling and the like name no model."""
+    """Whether a folder holds the config of a transformers model; those of pooling and the like have no model type."""
     try:
         return "model_type" in json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):

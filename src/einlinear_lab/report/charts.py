@@ -159,7 +159,8 @@ def width_axis(widths: Iterable[int]) -> Axis:
 def nice_ticks(low: float, high: float) -> list[float]:
     """Return about four to eight round values from below low to above high, for a logarithmic axis."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    if high / low > 8:  # 1, 2, 5, 10, ...; or 1, 10, 100, ...
+    if high / low > 8:
+        # 1, 2, 5, 10, ...; or 1, 10, 100, ...
         ticks = [m * 10.0**e for e in decades for m in ((1, 2, 5) if high / low < 500 else (1,))]
     else:
         steps = (m * 10.0**e for e in range(decades.start - 6, decades.stop) for m in (1, 2, 5))

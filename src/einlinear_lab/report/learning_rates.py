@@ -16,9 +16,11 @@ from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, hove
 from einlinear_lab.runs.records import Record
 from einlinear_lab.scaling.multipliers import Bound, Multiplier
 
-MIN_RATES = 3  # of a sweep
+# learning rates of a sweep
+MIN_RATES = 3
 
-Point = tuple[float, float | None]  # (learning rate, loss); None where it diverged
+# (learning rate, loss); None where the run diverged
+Point = tuple[float, float | None]
 CurveSweeps = Sequence[tuple[Curve, Sequence["LearningRateSweep"]]]
 
 

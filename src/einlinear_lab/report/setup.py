@@ -14,7 +14,8 @@ from einlinear_lab.report.comparison import Comparison, metric_title, result_of
 from einlinear_lab.report.page import Section, definitions
 from einlinear_lab.runs.records import Record
 
-_MAX_VALUES = 12  # of a hyperparameter that are listed
+# values of a hyperparameter that are listed
+_MAX_VALUES = 12
 
 
 def headline(comparison: Comparison) -> str:

@@ -26,8 +26,10 @@ from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, grou
 from einlinear_lab.scaling import ExponentRegression
 
 MIN_STRUCTURES = 8
-TOLERANCE = 0.1  # of the MACs of a map's models, as a share of their median
-_ROWS = 20  # of the table
+# largest deviation of the MACs of a map's models from their median, as a share
+TOLERANCE = 0.1
+# rows of the table
+_ROWS = 20
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from einlinear_lab.report.page import Cell, Section, SortableTable
 from einlinear_lab.runs.records import METRICS, Record
 from einlinear_lab.training import metrics
 
-Point = tuple[float, float]  # (seconds of training, loss)
+# (seconds of training, loss)
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from einlinear_lab.runs.records import METRICS, Record
 from einlinear_lab.training import metrics
 
 _MAX_RUNS = 48
-_MAX_POINTS = 200  # of a line
-_HALF_WINDOW = 0.02  # of the running mean, as a share of the run
+# points of a line
+_MAX_POINTS = 200
+# half the window of the running mean, as a share of the run
+_HALF_WINDOW = 0.02
 _LOOK = f"smoothed by a running mean over {2 * _HALF_WINDOW:.0%} of the steps; wider models have wider lines"
 _EXPERT_METRICS = {"largest load": "moe_largest", "entropy": "moe_entropy"}
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")

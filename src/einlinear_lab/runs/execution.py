@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from einlinear.files import alone
+from einlinear.files import lock
 from einlinear.mup import init_
 from einlinear_lab import training
 from einlinear_lab.models import ReferenceModel
@@ -50,7 +50,7 @@ def execute(
     if not is_first():  # the first one keeps the files
         return _train(run, folder, progress)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder / ".lock", f"another process is at work in {folder}"):
+    with lock(folder / ".lock", f"another process is at work in {folder}"):
         result = _train(run, folder, progress)
         write_result(folder, result)
     if not keep_checkpoints:

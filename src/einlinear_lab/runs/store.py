@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from einlinear.files import alone, from_json, write_text
+from einlinear.files import lock, parse_json, write_text
 from einlinear_lab.runs.data import Data
 from einlinear_lab.runs.passwords import command_without_passwords
 from einlinear_lab.runs.records import METRICS, RUN, Record, code_version, read_record
@@ -103,7 +103,7 @@ class Store:
         if path.is_file():
             for line in path.read_bytes().splitlines():
                 with suppress(ValueError):
-                    found.append(from_json(line))
+                    found.append(parse_json(line))
         lines = (line for line in found if isinstance(line, dict) and isinstance(line.get("command"), str))
         return [line | {"command": command_without_passwords(line["command"])} for line in lines]
 
@@ -114,7 +114,7 @@ class Store:
         Raises:
             BlockingIOError: one is at work.
         """
-        with alone(self.folder / ".driver", f"another einlinear is at work in {self.folder}"):
+        with lock(self.folder / ".driver", f"another einlinear is at work in {self.folder}"):
             yield
 
     def _read(self) -> Iterator[Record | ValueError]:

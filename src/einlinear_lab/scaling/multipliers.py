@@ -15,10 +15,12 @@ from einlinear_lab.scaling.frontier import Frontier
 from einlinear_lab.scaling.intervals import Interval, percentile_interval
 from einlinear_lab.scaling.laws import Array
 
-Point = tuple[float, float]  # (compute, loss), both positive
+# (compute, loss), both positive
+Point = tuple[float, float]
 Bound = Literal["", ">", "<"]
 
-_POINTS = 10  # along a frontier
+# computes along a frontier
+_POINTS = 10
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from einlinear.nn import Linear
-from einlinear.ops.projection.unfold import is_padded
+from einlinear.ops.projection.unfolding import is_padded
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.config import ModelConfig, Shape
@@ -208,10 +208,11 @@ class _Costs:
         models = [_build(with_structures(model, width, marks), shape) for width in widths]
 
         marked = [_marked(one, marks) for one in models]
-        shapes = [
-            (layer[0], *(_linear(widths, [by_name[name][side] for by_name in marked]) for side in (1, 2)))
-            for name, layer in marked[0].items()
-        ]
+        shapes = []
+        for name, (option, *_) in marked[0].items():
+            in_features = _linear(widths, [by_name[name][1] for by_name in marked])
+            out_features = _linear(widths, [by_name[name][2] for by_name in marked])
+            shapes.append((option, in_features, out_features))
         layers = tuple(_Layer(*shape, shapes.count(shape)) for shape in dict.fromkeys(shapes))
         if unused := set(options) - {layer.option for layer in layers}:
             raise ValueError(f"no layer of model={model.NAME} takes {', '.join(sorted(unused))}: name fewer roles")

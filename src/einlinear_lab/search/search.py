@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -147,16 +148,11 @@ class Search:
         if max(len(trained), len(failed)) >= self.config.trials:
             return None
         first = {trial.architecture.signature: trial for trial in (*trained, *failed)}
-        # The same after an interruption as without one, and never that of another driver.
         number = len(self.study.optuna.get_trials(deepcopy=False))
-        seed = random.Random(f"{self.config.seed}, {number}").getrandbits(32)
-        self.study.optuna.sampler = SAMPLERS[self.config.sampler](seed)
         if point := next((point for signature, point in self._literature.items() if signature not in first), None):
             self.study.optuna.enqueue_trial(dict(point))
         for attempt in range(_ALL):
-            if attempt == _FEW:
-                self.study.optuna.sampler = SAMPLERS["random"](seed)
-            trial = self.study.optuna.ask(self.space.coordinates)
+            trial = self._ask(self.config.sampler if attempt < _FEW else "random", number + attempt)
             try:
                 architecture = self._architecture(trial.params)
             except DoesNotFit as error:
@@ -170,6 +166,15 @@ class Search:
             self._trials[run.key] = trial, list(self._rungs)
             return run
         return None
+
+    def _ask(self, sampler: str, number: int) -> optuna.Trial:
+        """Create a trial. The seed is the same after an interruption as without one, and never another driver's."""
+        seed = random.Random(f"{self.config.seed}, {number}").getrandbits(32)
+        with warnings.catch_warnings():
+            # Optuna 4 warns of experimental samplers, and Gaussian processes of infinite values, which they clip.
+            warnings.simplefilter("ignore")
+            self.study.optuna.sampler = SAMPLERS[sampler](seed)
+            return self.study.optuna.ask(self.space.coordinates)
 
     def _architecture(self, point: Point) -> Architecture:
         return self.matching.match(self.space.propose(point))
@@ -215,7 +220,10 @@ class Search:
         folder = self.store.path(event.run)
         while rungs and event.step >= rungs[0]:
             lines = metrics.read(folder / METRICS)
-            lines = [line for line in lines if _window_of(rungs[0]) <= line["step"] <= rungs[0]]
+            # Lines of an evaluation have no training loss.
+            lines = [
+                line for line in lines if "train_loss" in line and _window_of(rungs[0]) <= line["step"] <= rungs[0]
+            ]
             losses = [line["train_loss"] for line in lines]
             if not losses or None in losses:
                 return

@@ -238,8 +238,8 @@ class SearchSpace:
             theta = theta_of(**values)
             return Proposal("einsum", theta, rho=theta.rho)
         if family == "btt3":
-            rho = _on_grid(_to_faces(values["rho"], high=False), Fraction(1, 2))
-            return Proposal("btt", arguments={"cores": 3}, rho=rho)
+            three_cores = _on_grid(_to_faces(values["rho"], high=False), Fraction(1, 2))
+            return Proposal("btt", arguments={"cores": 3}, rho=three_cores)
         rho = _on_grid(values.pop("rho")) if "rho" in values else None
         return Proposal(family, arguments=values, rho=rho)
 

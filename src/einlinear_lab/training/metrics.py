@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from einlinear.files import from_json, open_regular, write_text
+from einlinear.files import open_regular, parse_json, write_text
 from einlinear_lab.training.trackers import Tracker
 
 _LARGEST = 1e300  # of numbers that can still be added up
@@ -70,7 +70,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         return
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            yield number, _checked(from_json(line))
+            yield number, _checked(parse_json(line))
         except ValueError as error:
             yield number, error
 

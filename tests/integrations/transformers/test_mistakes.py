@@ -41,8 +41,8 @@ def entry(**change: Any) -> Change:
         (lambda d: d.update(version=2), "is of version 2, but this einlinear reads versions up to 1: update it"),
         (lambda d: d.update(version="1"), "version must be a whole number such as 1, not '1'"),
         (lambda d: d.pop("version"), "version must be a whole number such as 1, not None"),
-        (lambda d: d.pop("layers"), "layers must map the names of layers to what they are, not None"),
-        (lambda d: d.update(layers=[NAME]), r"layers must map the names of layers to what they are, not \['bert"),
+        (lambda d: d.pop("layers"), "layers must map the names of layers to descriptions, not None"),
+        (lambda d: d.update(layers=[NAME]), r"layers must map the names of layers to descriptions, not \['bert"),
         (lambda d: d.update(layer={}), "unknown layer; it has quant_method, version, layers"),
         (lambda d: d["layers"].update({NAME: "btt"}), f"{NAME}: expected a mapping with structure, .*, not 'btt'"),
         (entry(rank=2), f"{NAME} has rank, which is unknown: an entry has structure, in_features, out_features, bias"),
@@ -57,7 +57,10 @@ def entry(**change: Any) -> Change:
         (entry(structure="btt(cores=3000)"), f"{NAME}: btt: cores must be at most 31, not 3000"),
         (entry(structure="btt(rank=" + "-" * 5000 + "1)"), f"{NAME}: tuples and minus signs are nested more than 20"),
         (entry(structure="btt(rnk=2)"), f"{NAME}: btt has no argument 'rnk'"),
-        (entry(structure="mine(rank=2)"), f"{NAME}: unknown family 'mine'.*registered with el.register_family before"),
+        (
+            entry(structure="mine(rank=2)"),
+            f"{NAME}: unknown family 'mine'.*Register a family .* with el.register_family before",
+        ),
         (lambda d: d["layers"].update({"bert.nowhere": ENTRY}), "bert.nowhere .* but BertForMaskedLM has none there"),
         (
             lambda d: d["layers"].update({"bert.embeddings.LayerNorm": ENTRY}),

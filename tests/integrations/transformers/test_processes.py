@@ -61,6 +61,19 @@ def test_imported_first_or_last(imports: str, auto: str, tmp_path: Path) -> None
     assert torch.equal(load_file(tmp_path / "logits")["logits"], model(ids).logits)
 
 
+def test_registered_on_request(tmp_path: Path) -> None:
+    model = make("bert")
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 48, (2, 7))
+    torch.save(ids, tmp_path / "ids.pt")
+    loading = _PRINT.format(auto="BertForMaskedLM", folder=str(tmp_path), options={})
+    imports = "import einlinear, transformers\nfrom einlinear.integrations.transformers import register\n"
+    assert "ignore_mismatched_sizes" in run(imports + loading, EINLINEAR_HOOKS="0").stderr
+    done = run(f"{imports}register()\n{loading}", EINLINEAR_HOOKS="0")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], model(ids).logits)
+
+
 def test_not_imported(tmp_path: Path) -> None:
     """Nothing is loaded then, not even by mistake: a dense layer would start from random weights, so transformers has
     to raise. The code in the folder imports what is needed, where it is trusted."""

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import einlinear as el
-from einlinear.integrations.transformers.registration import register
+from einlinear.integrations.transformers import register
 
 AUTO: dict[str, Any] = {"bert": AutoModelForMaskedLM, "vit": AutoModelForImageClassification}
 SPECS = [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS[:3]

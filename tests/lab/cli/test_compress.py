@@ -111,17 +111,17 @@ def test_one_that_was_killed_before_it_cleaned_up_is_complete(
 @ONE
 def test_two_do_not_write_one_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one says so before it has done anything; the first one loses nothing."""
-    from einlinear_lab.pretrained import pretrained
+    from einlinear_lab.pretrained import model_folder
 
     command = ("compress", source, "--out", tmp_path / "new" / "out", "--keep-params", 0.6, *OPTIONS)
-    load, second = pretrained.load, []
+    load, second = model_folder.load, []
 
     def loading(*arguments: Any) -> Any:
-        monkeypatch.setattr(pretrained, "load", load)
+        monkeypatch.setattr(model_folder, "load", load)
         second.append(run(*command))
         return load(*arguments)
 
-    monkeypatch.setattr(pretrained, "load", loading)
+    monkeypatch.setattr(model_folder, "load", loading)
     code, _, err = run(*command)
     assert (code, err) == (0, "")
     assert_refused(second[0], "another einlinear compress is at work on")
@@ -252,7 +252,7 @@ def test_models_of_images_and_sound_keep_how_inputs_are_prepared(
 
 
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
-def test_macs_healing_and_no_calibration(source: Path, text: Path, tmp_path: Path) -> None:
+def test_macs_distillation_and_no_calibration(source: Path, text: Path, tmp_path: Path) -> None:
     code, out, err = run("compress", source, "--out", tmp_path / "a", "--keep-macs", 0.6, *OPTIONS)
     assert (code, err) == (0, "")
     assert "lm_head is the output head" in out or "lm_head is tied" in out or "Left as it was: lm_head" in out
@@ -283,25 +283,24 @@ def test_chats_calibrate_by_the_template(source: Path, tmp_path: Path) -> None:
 def test_interrupted_it_leaves_no_model_and_goes_on(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from einlinear.compression import compress
-    from einlinear_lab.pretrained import pretrained
+    from einlinear.compression import pipeline
+    from einlinear_lab.pretrained import model_folder
 
     arguments = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text)
-    write = pretrained.write_json
+    write = model_folder.write_json
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrained, "write_json", interrupted)  # the weights are written then
+    monkeypatch.setattr(model_folder, "write_json", interrupted)  # the weights are written then
     code, _, err = run(*arguments)
     assert code == 130
     assert f"so far: {tmp_path / 'out.unfinished'}" in err
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(pretrained, "write_json", write)
+    monkeypatch.setattr(model_folder, "write_json", write)
     (source / "preprocessor_config.json").write_text('{"size": 1}')
-    monkeypatch.setattr(
-        compress.__globals__["_Task"], "_candidates", lambda *_: pytest.fail("what was compared is compared again")
-    )
+    for compared in ("measure_sensitivity", "fitted_errors"):
+        monkeypatch.setattr(pipeline, compared, lambda *_: pytest.fail("a structure is compared again"))
     code, _, err = run(*arguments)
     assert (code, err) == (0, "")
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -310,7 +309,7 @@ def test_interrupted_it_leaves_no_model_and_goes_on(
 
 
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
-def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from einlinear import checkpoint, compression
 
     distill = compression.distill
@@ -332,7 +331,7 @@ def test_healing_goes_on(source: Path, text: Path, tmp_path: Path, monkeypatch: 
     command = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text)
     code, _, err = run(*command, "--distill", 0.02)
     assert code == 130
-    assert "The same command goes on" in err
+    assert "The same command resumes" in err
     assert not (tmp_path / "out").exists()
     code, out, err = run(*command, "--distill", 0.02)
     assert (code, err) == (0, "")

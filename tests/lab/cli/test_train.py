@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tests.lab.cli.command import TINY, assert_refused, run
 
-from einlinear.files import alone
+from einlinear.files import lock
 from einlinear_lab.cli import display
 from einlinear_lab.runs.defaults import with_defaults
 from einlinear_lab.runs.records import read_record
@@ -115,7 +115,7 @@ def test_a_full_disk_and_a_folder_in_use_are_said(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
     (tmp_path / "run").mkdir()
-    with alone(tmp_path / "run" / ".lock", ""):
+    with lock(tmp_path / "run" / ".lock", ""):
         assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "another process is at work")
     monkeypatch.setattr("einlinear_lab.runs.execution.training.train", full)
     assert_refused(run(*TRAIN, "--out", tmp_path / "new"), "No space left on device: 'metrics.jsonl'")

@@ -106,7 +106,7 @@ def test_what_a_model_gets(tmp_path: Path) -> None:
     """Chats as their template renders them; texts as the tokenizer marks beginning and end."""
     from tests.integrations.transformers.models import MODELS
 
-    from einlinear_lab.pretrained.pretrained import text_batches
+    from einlinear_lab.pretrained.documents import text_batches
 
     path, known = tmp_path / "rows.jsonl", tokenizer()
     chat = [7, 9, 8, 3, 4, 7, 10, 8, 5, 6]

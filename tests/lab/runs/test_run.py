@@ -221,7 +221,7 @@ def test_a_folder_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
         folder = tmp_path / first.key
         execute(first, folder)
         before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        with pytest.raises(ValueError, match=r"holds a run of other settings: .*width was 16, now 64.* Name another"):
+        with pytest.raises(ValueError, match=r"holds a run with another config: .*width was 16, now 64.* Name another"):
             execute(run(width=64), folder)
         assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
         assert read_record(folder).run == first
@@ -266,5 +266,5 @@ def test_only_another_thread_count_or_pace_continues_a_run(tmp_path: Path) -> No
     other = run(checkpoint_every=6, log_every=1, threads=2)
     execute(other, tmp_path, lambda step, *_: steps.append(step), keep_checkpoints=True)
     assert steps == []  # there are none left to do
-    with pytest.raises(ValueError, match=r"holds a run of other settings: lr was 0.003, now 0.01"):
+    with pytest.raises(ValueError, match=r"holds a run with another config: lr was 0.003, now 0.01"):
         execute(run(lr=1e-2), tmp_path)

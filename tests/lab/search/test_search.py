@@ -94,6 +94,12 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
     assert abs(macs / 8_000 - 1) <= 0.05
 
 
+def test_diverged_runs_count_as_the_worst(tmp_path: Path) -> None:
+    found = search(tmp_path, trials=10, sampler="gp", lr=1e12)
+    assert found.do(here) == []
+    assert [own.value for own in found.study.trained()] == 10 * [float("inf")]
+
+
 def test_time_may_count(tmp_path: Path) -> None:
     found = search(tmp_path, trials=6, sampler="random", time_weight=1.0, metric="test_loss")
     found.do(here)

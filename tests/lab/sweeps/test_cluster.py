@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tests.lab.sweeps.tables import read_table
 
-from einlinear.files import alone
+from einlinear.files import lock
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
@@ -72,7 +72,7 @@ def test_a_bug_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("new_worker")
 def test_a_worker_waits_for_one_that_was_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one").mkdir()
-    with alone(tmp_path / "one" / ".lock", "nobody"):
+    with lock(tmp_path / "one" / ".lock", "nobody"):
         with monkeypatch.context() as patched:
             patched.setattr(attempts, "_PATIENCE", 0)
             told = cluster._done(QUICK, "one", str(tmp_path), ())

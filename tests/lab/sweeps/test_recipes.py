@@ -16,8 +16,7 @@ from tests.lab.data.samples import prose
 from torch import nn
 
 from einlinear.nn.factored import Factored
-from einlinear_lab.data import TextConfig as TextRecipe
-from einlinear_lab.data import prepare_tokens
+from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.models.config import ModelConfig, Shape
 from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
@@ -107,7 +106,7 @@ def tiny(tmp_path: Path) -> dict[str, Mapping[str, Any]]:
     """What turns the runs of a recipe into a single one of seconds, on data that is made here."""
     text = tmp_path / "text.txt"
     text.write_text(prose(2000), encoding="utf-8")
-    prepare_tokens(TextRecipe(sources=(str(text),)), tmp_path / "tokens")
+    prepare_tokens(TextConfig(sources=(str(text),)), tmp_path / "tokens")
     images = {"data": "digits", "width": 32, "batch_size": 8}
     sequences = {"width": 32, "batch_size": 2, "validation_tokens": 64}
     return {

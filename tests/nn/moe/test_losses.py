@@ -40,7 +40,7 @@ def test_an_even_load_has_a_balance_of_one() -> None:
     assert el.moe_loss(layer, z=1).item() == pytest.approx(1 + math.log(4) ** 2)
 
 
-def test_it_evens_out_the_load() -> None:
+def test_the_loss_evens_out_the_load() -> None:
     torch.manual_seed(0)
     layer = el.MoELinear(16, 16, "btt", experts=4, active=1)
     nn.init.normal_(layer.router, std=3)

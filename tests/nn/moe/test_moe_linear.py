@@ -256,7 +256,7 @@ def test_thousands_of_steps_of_adversarial_routing(steps: int, threads: int) -> 
         torch.set_num_threads(before)
 
 
-def test_checkpointed_activations_are_let_go() -> None:
+def test_checkpointed_activations_are_freed() -> None:
     moe = layer()
     x = torch.randn(20, 32).double()
     y = checkpoint(moe, x, use_reentrant=False)
@@ -301,7 +301,7 @@ def test_copies_files_and_compilation(tmp_path: Path) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_experts_alone() -> None:
+def test_experts_without_a_router() -> None:
     stack = Experts(16, 24, "btt", experts=3).double()
     x, experts = torch.randn(10, 16).double(), torch.randint(3, (10, 1))
     y = stack(x, experts, torch.full((10, 1), 2.0).double())

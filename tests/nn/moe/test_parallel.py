@@ -40,7 +40,7 @@ def test_a_layer_with_two_names_is_divided_once(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_what_cannot_be_divided(mesh: DeviceMesh) -> None:
+def test_indivisible_experts_raise(mesh: DeviceMesh) -> None:
     with pytest.raises(ValueError, match="no layers with experts"):
         expert_parallel(nn.Linear(4, 4), mesh)
     model = nn.Sequential(el.MoELinear(16, 16, "btt", experts=4))

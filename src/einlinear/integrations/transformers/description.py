@@ -1,6 +1,6 @@
-"""What config.json says of the structured layers of a model, and how they are put into a dense one again.
+"""Description of a model's structured layers in config.json, and how they replace dense layers when it is loaded.
 
-A description maps qualified names to what the constructor of `Linear` needs. It is plain JSON, and nothing here needs
+A description maps qualified names to arguments of `Linear`. It is plain JSON, and this module does not need
 transformers.
 """
 
@@ -22,17 +22,18 @@ from einlinear.structures.spec import is_family
 METHOD = "einlinear"
 VERSION = 1
 MAX_LAYERS = 1_000_000
-CODE = "configuration_einlinear"  # the file of saving.py that config.json names
-# What an entry must and may say, each with its type and, where it may be left out, with the value that it has then.
+# the Python file of saving.py that config.json names
+CODE = "configuration_einlinear"
+# the keys of an entry with their types, and optional keys with their defaults
 _REQUIRED: dict[str, type] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
 _OPTIONAL = {"normalize": False, "gamma": True}
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The structured layers of a model by every qualified name they have, as JSON can hold them.
+    """Return the structured layers of a model, by every qualified name they have, as JSON values.
 
     Raises:
-        ValueError: a layer of this library, such as `MoELinear`, that is no `Linear`: there are no words for it yet.
+        ValueError: a layer of this library that is no `Linear`, such as `MoELinear`: it has no description yet.
     """
     layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -59,10 +60,10 @@ def _entry(layer: Linear) -> dict[str, Any]:
 
 
 def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
-    """The layers of a description that was read from a file, once they are known to be well-formed.
+    """Check a description that was read from a file, and return its layers.
 
     Raises:
-        ValueError: it comes from a newer version, or is not what `describe` makes.
+        ValueError: it comes from a newer version, or is malformed.
     """
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(f"quantization_config: version must be a whole number such as {VERSION}, not {version!r}")
@@ -72,7 +73,7 @@ def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
         )
     if not isinstance(layers, Mapping) or not layers:
         raise ValueError(
-            f"quantization_config: layers must map the names of layers to what they are, not {repr(layers)[:80]}"
+            f"quantization_config: layers must map the names of layers to descriptions, not {repr(layers)[:80]}"
         )
     if len(layers) > MAX_LAYERS:
         raise ValueError(f"quantization_config describes {len(layers):,} layers, more than {MAX_LAYERS:,}")
@@ -102,21 +103,21 @@ def restore(
     model: nn.Module,
     layers: Mapping[str, Mapping[str, Any]],
     prefix: str = "",
-    partly: bool = False,
-    renamed: Callable[[str], str] = lambda name: name,
+    partial: bool = False,
+    rename: Callable[[str], str] = lambda name: name,
 ) -> dict[str, str]:
-    """Put the layers of a description, without weights, in the place of the dense ones of a model, in place.
+    """Replace the dense layers of a model by those of a description, without weights, in place.
 
     Args:
         model: a model as its class makes it.
         layers: from `check`.
-        prefix: what names of this model have in front that those of its body alone have not, or the other way round
-            ("bert" in "bert.encoder.layer.0").
-        partly: whether the model may lack some of the layers, as a body lacks those of a head, and a tower all others.
-        renamed: what a name of the whole model is in this one, such as a tower.
+        prefix: of names in a model with a head, which names in its body lack ("bert" in "bert.encoder.layer.0"); either
+            may be the one in the description.
+        partial: whether the model may lack some of the layers, as a body lacks those of a head.
+        rename: maps a name of the whole model to one of this submodel.
 
     Returns:
-        The names that the layers have in this model, by those in the description.
+        The names of the layers in this model, by those in the description.
 
     Raises:
         ValueError: the model has no layer of a name, or one that is not linear or of other features; a structure that
@@ -124,27 +125,28 @@ def restore(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[str, str] = {}
-    new: dict[int, Linear] = {}  # a module with two names stays one
+    # by id of the dense layer: a module with two names stays one module
+    new: dict[int, Linear] = {}
     for name, entry in layers.items():
-        candidates = (name, renamed(name), f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        found = next((candidate for candidate in candidates if candidate in modules), None)
-        if found is None:
-            if partly:
+        aliases = (name, rename(name), f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        place = next((alias for alias in aliases if alias in modules), None)
+        if place is None:
+            if partial:
                 continue
             raise ValueError(f"{name} is described as a structured layer, but {type(model).__name__} has none there")
-        old: Any = modules[found]
+        old: Any = modules[place]
         if not is_linear(old):
-            raise ValueError(f"{found} is described as a structured layer, but is a {type(old).__name__}, not linear")
+            raise ValueError(f"{place} is described as a structured layer, but is a {type(old).__name__}, not linear")
         if features(old) != (entry["in_features"], entry["out_features"]):
             described = f"{entry['in_features']} -> {entry['out_features']}"
             has = "{} -> {}".format(*features(old))
-            raise ValueError(f"{found} is described as {described} features, but the model has {has} there")
+            raise ValueError(f"{place} is described as {described} features, but the model has {has} there")
         if id(old) not in new:
-            new[id(old)] = _build(found, entry, old.weight.device, old.weight.dtype)
+            new[id(old)] = _build(place, entry, old.weight.device, old.weight.dtype)
             new[id(old)].dense_class = type(old)
-        parent, _, child = found.rpartition(".")
+        parent, _, child = place.rpartition(".")
         setattr(modules[parent], child, new[id(old)])
-        names[name] = found
+        names[name] = place
     return names
 
 
@@ -153,13 +155,13 @@ def _build(name: str, entry: Mapping[str, Any], device: torch.device, dtype: tor
         return Linear(**entry, device=device, dtype=dtype)
     except (ValueError, TypeError) as error:
         spec = entry["structure"]
-        own = is_family(spec) and spec.partition("(")[0].strip() not in FAMILIES
-        hint = ". A family of your own is registered with el.register_family before the model is loaded" if own else ""
+        is_custom = is_family(spec) and spec.partition("(")[0].strip() not in FAMILIES
+        hint = ". Register a family of your own with el.register_family before you load the model" if is_custom else ""
         raise ValueError(f"{name}: {error}{hint}") from None
 
 
 def forget(config: Any) -> None:
-    """Remove from the config of a model what is only true of a folder. What others have written there stays."""
+    """Remove the description from a model's config, which holds only for a folder. Entries of others stay."""
     described = getattr(config, "quantization_config", None)
     method = described.get("quant_method") if isinstance(described, dict) else getattr(described, "quant_method", None)
     if method == METHOD:

@@ -1,8 +1,7 @@
-"""How transformers' `from_pretrained` makes structured layers: through its registry for layers that are replaced.
+"""Quantizer of transformers that makes structured layers in `from_pretrained`.
 
-What is registered there is called a quantizer. It is asked before the weights are loaded, when the model has none yet,
-and afterwards. Then all that marks the model as quantised is taken away: it is an ordinary model that can be trained,
-compiled, cast and saved.
+transformers calls it before the weights are loaded, to replace layers, and afterwards. Then it removes all that marks
+the model as quantised: the model can be trained, compiled, cast and saved.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from einlinear.integrations.transformers.description import METHOD, check, forget, restore
 
-if TYPE_CHECKING:  # it imports the registry, which waits for this file
+if TYPE_CHECKING:
+    # imports the registry, in which this module registers
     from transformers.modeling_utils import PreTrainedModel
 
 
@@ -34,7 +34,7 @@ class EinlinearConfig(QuantizationConfigMixin):
 
 
 class EinlinearQuantizer(HfQuantizer):
-    """Replaces the layers that config.json describes, and makes sure that all their weights were loaded."""
+    """Replaces the layers that config.json describes, and checks that all their weights were loaded."""
 
     quantization_config: EinlinearConfig
 
@@ -49,11 +49,11 @@ class EinlinearQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         prefix = model.base_model_prefix
-        # of another class, which has another head, or is a tower: the configs of towers name no class
-        partly = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
-        self.names = restore(model, self.quantization_config.layers, prefix, partly, _renaming(model))
+        # a model of another class has another head, or is a submodel, whose config names no class
+        partial = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
+        self.names = restore(model, self.quantization_config.layers, prefix, partial, _renaming(model))
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        # the guards (saving.py), which may have the prefix in front in the file and not in the model
+        # the guards of saving.py, whose names may have the prefix in the file and not in the model
         bodies = {re.escape(name.removeprefix(f"{prefix}.")) for name in self.names.values()}
         ignored = {rf"(^|\.){body}\.weight$" for body in bodies}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
@@ -81,22 +81,22 @@ class EinlinearQuantizer(HfQuantizer):
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """What transformers calls a layer of a folder in this model: it takes the prefixes of some towers away."""
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    """The map from names in a folder to names in this model: transformers removes the prefixes of some submodels."""
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
 
-    def renamed(name: str) -> str:
+    def rename(name: str) -> str:
         key = f"{name}.weight"
         for renaming in renamings:
             key, _ = renaming.rename_source_key(key)
         return key.removesuffix(".weight")
 
-    return renamed
+    return rename
 
 
 def check_loaded(name: str, layer: nn.Module) -> None:
-    """Raise ValueError if parameters were not in the checkpoint, or not in their shape: they would be random.
+    """Raise ValueError if parameters were not in the checkpoint, or had another shape: they would be random.
 
-    transformers marks those that it loaded. What it left on the meta device is read from the disk at every use.
+    transformers marks the ones that it loaded. Those on the meta device are read from disk at every use.
     """
     for key, parameter in layer.named_parameters():
         if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):

@@ -1,7 +1,7 @@
-"""What `save_pretrained` writes beside the weights of a model that has structured layers.
+"""Extension of `save_pretrained`: it describes a model's structured layers in config.json.
 
-It looks for them whenever a model is saved, however they came into it: by `el.convert` on all of it or on a part, or
-by hand. So there is no state to keep, and nothing that can be out of date.
+It looks for them whenever a model is saved, so the description is never out of date, however the layers came into the
+model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from einlinear.integrations.transformers.description import CODE, METHOD, VERSION, describe, forget
 
-# transformers asks for the config before it makes the model, whichever model it is to be
-_TEXT = '''"""With this, from_pretrained(..., trust_remote_code=True) loads the folder where einlinear is installed."""
+# transformers loads the config before the model, whatever the model's class
+_CODE = '''"""With this, from_pretrained(..., trust_remote_code=True) loads the folder where einlinear is installed."""
 
 import einlinear  # noqa: F401
 import transformers
@@ -49,7 +49,7 @@ def extend_save_pretrained() -> None:
         **kwargs: Any,
     ) -> Any:
         forget(self.config)
-        # with adapters of peft inside, these alone are saved
+        # with adapters of peft, transformers saves only these
         layers = {} if getattr(self, "_hf_peft_config_loaded", False) else describe(self)
         if not layers:
             return original(self, save_directory, is_main_process, state_dict, *args, **kwargs)
@@ -66,10 +66,10 @@ def extend_save_pretrained() -> None:
 
 
 def guards(layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """An empty tensor in the place of every dense weight.
+    """Return an empty tensor for each dense weight, by name.
 
-    transformers without this library would leave the dense layers in the model, and would draw new weights for them.
-    It raises where a weight has another shape, so there is one.
+    Without this library, transformers would keep the dense layers and draw new weights for them. An empty tensor makes
+    it raise, as for every weight of another shape.
     """
     return {f"{name}.weight": torch.empty(0) for name in layers}
 
@@ -93,11 +93,12 @@ def _check(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
 
 
 def _add_code(config: Any, folder: Path, is_main_process: bool) -> None:
-    """A file for processes in which nobody imports this library, such as that of lm_eval: it does so."""
+    """Write a Python file that imports this library, for processes that do not, such as lm_eval."""
     name = type(config).__name__
     if getattr(transformers, name, None) is not type(config):
-        return  # somebody has code of their own
+        # the config has code of its own
+        return
     config.auto_map = {**(getattr(config, "auto_map", None) or {}), "AutoConfig": f"{CODE}.{name}"}
     if is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{CODE}.py").write_text(_TEXT.format(name=name), encoding="utf-8")
+        (folder / f"{CODE}.py").write_text(_CODE.format(name=name), encoding="utf-8")

@@ -110,14 +110,14 @@ def _backward_routed(
             grad_gates.view(-1)[expert.pairs] = (gradients.x * product.x[expert.tokens]).sum(1)
         for stack, grad_factor in zip(grad_factors, gradients.factors, strict=True):
             if stack is not None and grad_factor is not None:
-                stack[expert.index] = grad_factor
+                stack[expert.number] = grad_factor
     return Gradients(grad_x, grad_gates, grad_factors)
 
 
 class _Expert(NamedTuple):
     """One expert's share of a routed product: its pairs of a token and an expert, their tokens and gates."""
 
-    index: int
+    number: int
     pairs: Tensor
     tokens: Tensor
     gates: Tensor
@@ -178,7 +178,7 @@ def _merge(tensor: Tensor, axes: Axes, groups: tuple[Axes, Axes, Axes], sizes: d
 
 
 def _product(a: Tensor, b: Tensor, groups: tuple[Axes, Axes, Axes], layout: Axes, sizes: dict[str, int]) -> Tensor:
-    """Return the product of (B, N, K) and (B, K, F), its dimensions ordered as the layout; also in memory if possible."""
+    """Return the product of (B, N, K) and (B, K, F) with dimensions as the layout, also in memory if possible."""
     if all(is_run(group, layout) for group in groups):
         y = a.new_empty([sizes[axis] for axis in layout])
         torch.bmm(a, b, out=_merge(y, layout, groups, sizes))

@@ -30,11 +30,13 @@ logger = logging.getLogger("einlinear")
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-_THREADS = ("-fopenmp",), ()  # tried in turn: without OpenMP the kernels run on one thread
+# tried in turn: without OpenMP the kernels run on one thread
+_THREADS = ("-fopenmp",), ()
 _SCRATCH = ".build-"
-_TIMEOUT = 300  # seconds for the compiler
-_PATIENCE = 2 * _TIMEOUT  # seconds to wait for another process that compiles
-_OVER = 3600  # seconds after which nothing compiles any more
+# seconds: for the compiler; to wait for another process that compiles; after which nothing compiles any more
+_TIMEOUT = 300
+_PATIENCE = 2 * _TIMEOUT
+_STALE = 3600
 
 
 class Pairs(ctypes.Structure):
@@ -54,19 +56,18 @@ class Library:
         pointer, count, pairs = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Pairs)
         self.functions = {}
         for dtype, name in DTYPES.items():
-            for role, arguments, result in (
-                ("forward", [*[pointer] * 6, pairs, count, ctypes.c_int], None),
-                ("backward", [*[pointer] * 8, pairs, count, ctypes.c_int], None),
-                ("tile", [pointer, count], count),
-            ):
+            for role, pointers in (("forward", 6), ("backward", 8)):
                 function = library[f"{name}_{role}"]
-                function.argtypes, function.restype = arguments, result
+                function.argtypes, function.restype = [*[pointer] * pointers, pairs, count, ctypes.c_int], None
                 self.functions[role, dtype] = function
+            function = library[f"{name}_tile"]
+            function.argtypes, function.restype = [pointer, count], count
+            self.functions["tile", dtype] = function
 
 
 @lru_cache(maxsize=1)
 def load() -> Library | str:
-    """The kernels, compiled if this machine has not done so yet; or why there are none."""
+    """Return the kernels, compiled if this machine has not done so yet; or why there are none."""
     if os.environ.get("EINLINEAR_KERNELS") == "0":
         return "they are turned off by EINLINEAR_KERNELS=0"
     try:
@@ -77,13 +78,13 @@ def load() -> Library | str:
 
 
 def build(machine_flags: Sequence[str]) -> Path:
-    """Compile the kernels into $EINLINEAR_CACHE (by default ~/.cache/einlinear), or find what was compiled before.
+    """Compile the kernels into $EINLINEAR_CACHE (by default ~/.cache/einlinear), or find them there.
 
-    A file is named after a digest of its content, and is compiled anew if that has changed since. Nothing is loaded
+    A file is named after a digest of its content, and is compiled anew if the content has changed. Nothing is loaded
     from a folder that others can write. Processes that want the kernels at once wait for the first of them.
 
     Raises:
-        RuntimeError: no compiler ($CXX, c++, g++ or clang++), or it fails; the message says what it said.
+        RuntimeError: no compiler ($CXX, c++, g++ or clang++), or it fails; with its message.
         PermissionError: somebody other than this user and root can change the folder; the message says what to do.
         OSError: the folder cannot be written.
     """
@@ -100,15 +101,16 @@ def build(machine_flags: Sequence[str]) -> Path:
         ) from None
     if path := _find(folder, key):
         return path
-    with _alone(folder) as alone:
-        if path := _find(folder, key):  # another process has compiled it meanwhile
+    with _lock(folder) as locked:
+        # another process may have compiled it meanwhile
+        if path := _find(folder, key):
             return path
-        _clean(folder, key, alone)
+        _clean(folder, key, locked)
         return _compile([*compiler, *FLAGS, *machine_flags], folder, key)
 
 
 def _compiler() -> list[str]:
-    """The compiler and arguments of its own: $CXX may be "ccache g++"."""
+    """Return the command of the compiler: $CXX may be "ccache g++"."""
     named = os.environ.get("CXX")
     if named and shutil.which(named):
         return [named]
@@ -116,15 +118,15 @@ def _compiler() -> list[str]:
         try:
             return shlex.split(named, posix=os.name == "posix")
         except ValueError as error:
-            raise RuntimeError(f"CXX={named!r} is no command: {error}") from None
-    found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if found is None:
+            raise RuntimeError(f"CXX={named!r} is not a command: {error}") from None
+    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
         raise RuntimeError("no C++ compiler found; install g++ or clang++, or name one in $CXX")
-    return [found]
+    return [compiler]
 
 
 def _find(folder: Path, key: str) -> Path | None:
-    """What was compiled before, if it is as it was then."""
+    """Return the library of a key, if its content is intact."""
     return next((path for path in folder.glob(f"kernel-{key}-*.so") if _is_intact(path)), None)
 
 
@@ -141,9 +143,10 @@ def _digest_of(path: Path) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether other processes are kept out: some file systems cannot lock, and one that hangs is not waited for."""
-    from filelock import FileLock  # which takes a tenth of a second to import
+def _lock(folder: Path) -> Iterator[bool]:
+    """Lock the folder; yield whether that succeeded: some file systems cannot, and a process that hangs may hold it."""
+    # takes a tenth of a second to import
+    from filelock import FileLock
 
     lock = FileLock(folder / ".lock")
     try:
@@ -157,10 +160,10 @@ def _alone(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _clean(folder: Path, key: str, alone: bool) -> None:
+def _clean(folder: Path, key: str, locked: bool) -> None:
     """Remove files that are damaged, and folders of compilations that were killed.
 
-    Those of this machine are over if this process has the lock; others are if they are old.
+    Folders of this machine are stale if this process has the lock; others are if they are old.
     """
     for path in folder.glob(f"kernel-{key}-*.so"):
         if not _is_intact(path):
@@ -168,39 +171,44 @@ def _clean(folder: Path, key: str, alone: bool) -> None:
     for left in (*folder.glob(f"{_SCRATCH}*"), *folder.glob("tmp*")):
         is_ours = left.name.startswith(_scratch())
         with suppress(OSError):
-            if (alone and is_ours) or left.lstat().st_mtime < time.time() - _OVER:
+            if (locked and is_ours) or left.lstat().st_mtime < time.time() - _STALE:
                 shutil.rmtree(left)
 
 
 def _scratch() -> str:
-    """How the folders of compilations on this machine begin."""
+    """Return the prefix of the folders of compilations on this machine."""
     return f"{_SCRATCH}{platform.node()}-"
 
 
 def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
     logger.info("Compiling the CPU kernels, once, into %s", folder)
-    said = ""
+    error_line = ""
     with tempfile.TemporaryDirectory(dir=folder, prefix=_scratch()) as scratch:
         for threads in _THREADS:
-            made = Path(scratch) / "kernel.so"
+            library = Path(scratch) / "kernel.so"
             try:
                 run = subprocess.run(
-                    [*command, *threads, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_TIMEOUT
+                    [*command, *threads, str(SOURCE), "-o", str(library)],
+                    capture_output=True,
+                    text=True,
+                    timeout=_TIMEOUT,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
-            if run.returncode == 0 and made.is_file():
-                made.chmod(0o700)  # whatever the umask
-                path = folder / f"kernel-{key}-{_digest_of(made)}.so"
-                rename(made, path)  # in one step, so that no other process sees half of it
+            if run.returncode == 0 and library.is_file():
+                # whatever the umask
+                library.chmod(0o700)
+                path = folder / f"kernel-{key}-{_digest_of(library)}.so"
+                # atomic: no other process sees half of the file
+                rename(library, path)
                 return path
             lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-            said = said or next((line for line in lines if "error" in line), lines[0])
-    raise RuntimeError(f"{command[0]!r} does not compile {SOURCE.name}: {said}")
+            error_line = error_line or next((line for line in lines if "error" in line), lines[0])
+    raise RuntimeError(f"{command[0]!r} does not compile {SOURCE.name}: {error_line}")
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by different machines."""
+    """Return the features of the processor, on which -march=native depends: machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

@@ -1,8 +1,8 @@
 // Decoding: forward for few tokens.
 //
 // With fewer tokens than a vector has lanes a tile would be mostly empty. Then an intermediate is one plain vector for
-// each token, and each matrix of a factor multiplies `count` = tokens x free pieces of it. If these are few as well, they
-// are multiplied with the rows of the matrix as they lie in memory; otherwise they make up a tile.
+// each token, and each matrix of a factor multiplies `count` = tokens x free pieces of it. If these are few as well,
+// they are multiplied with the rows of the matrix as they lie in memory; otherwise they make up a tile.
 #pragma once
 
 #include <algorithm>

@@ -10,7 +10,8 @@ namespace {
 // A sum is made of runs of so many terms: in one long sum the rounding errors would grow.
 constexpr Index RUN = 256;
 
-// The sums of a micro-kernel, M rows of V vectors. All loops are unrolled, so that they stay in registers.
+// The sums of a micro-kernel, M rows of V vectors. All loops are unrolled, so that they stay in registers; `weight` and
+// `row` capture by value for the same reason.
 template <class S, int M, int V>
 struct Sums {
     static constexpr int L = Simd<S>::lanes;
@@ -54,21 +55,21 @@ static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from,
     for (Index start = 0; start < contracted; start += RUN) {
         Sums<S, M, V> sums;
         for (Index k = start; k < std::min(contracted, start + RUN); k++, w += Packed ? M : wk)
-            sums.add([&](int m) { return w[Packed ? m : m * wm]; }, from + from_rows[k] * tile);
-        sums.write([&](int m) { return to + to_rows[m] * tile; }, add || start);
+            sums.add([=](int m) { return w[Packed ? m : m * wm]; }, from + from_rows[k] * tile);
+        sums.write([=](int m) { return to + to_rows[m] * tile; }, add || start);
     }
 }
 
 template <class S, int M, int V, bool Packed>
-static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted, S* to,
-                          const Index* to_rows, Index rows, Index tile, bool add) {
+static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted,
+                          S* to, const Index* to_rows, Index rows, Index tile, bool add) {
     Index m = 0;
     // from the weights of one row to those of the next
     const Index next = Packed ? contracted : wm;
     for (; m + M <= rows; m += M)
         for (Index t = 0; t < tile; t += V * Simd<S>::lanes)
-            multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from + t, from_rows, contracted, to + t, to_rows + m, tile,
-                                            add);
+            multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from + t, from_rows, contracted, to + t, to_rows + m,
+                                            tile, add);
     if constexpr (M > 1)
         if (m < rows)
             multiply_rows<S, (M > 4 ? M - 4 : M - 1), V, Packed>(w + m * next, wk, wm, from, from_rows, contracted, to,
@@ -88,8 +89,8 @@ static void multiply(const S* w, Index wk, Index wm, const S* from, const Index*
         multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from, from_rows, contracted, to, to_rows, rows, tile, add);
 }
 
-// gradient[m][V vectors] (+)= sum over free axes and tokens of from[m][token] panel[token][V vectors]. The sum of a tile
-// is added at once: in one long sum over all tokens the rounding errors would grow.
+// gradient[m][V vectors] (+)= sum over free axes and tokens of from[m][token] panel[token][V vectors]. The sum of a
+// tile is added at once: in one long sum over all tokens the rounding errors would grow.
 template <class S, int M, int V>
 static inline void accumulate_micro(const S* from, const Index* from_rows, const Index* free, Index count, Index tile,
                                     const S* const* panels, Index panel_ld, Index at, Index tokens, S* gradient,
@@ -100,9 +101,9 @@ static inline void accumulate_micro(const S* from, const Index* from_rows, const
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) rows[m] = from + (free[c] + from_rows[m]) * tile;
         const S* panel = panels[c] + at;
-        for (Index t = 0; t < tokens; t++, panel += panel_ld) sums.add([&](int m) { return rows[m][t]; }, panel);
+        for (Index t = 0; t < tokens; t++, panel += panel_ld) sums.add([=](int m) { return rows[m][t]; }, panel);
     }
-    sums.write([&](int m) { return gradient + m * gradient_ld; }, add);
+    sums.write([=](int m) { return gradient + m * gradient_ld; }, add);
 }
 
 template <class S, int M>

@@ -230,7 +230,10 @@ struct BackwardTile {
     void run(const Source<S>& input, const Source<S>& output, const S* saved, const Sink<S>& sink, S* sum, bool add,
              Team team) const {
         // The input lies where its gradient will be.
-        if (recompute) ForwardTile<S>{p, ends, w, nullptr, tile, dxs, nullptr, scratch}.run(input, recomputed, nullptr, team);
+        if (recompute) {
+            ForwardTile<S> forward{p, ends, w, nullptr, tile, dxs, nullptr, scratch};
+            forward.run(input, recomputed, nullptr, team);
+        }
         if (!ends.stream_out) team.phase([&](Share mine) { read_tile(output, dys, p.width_out, tile, mine); });
         const S* intermediates = saved ? saved : recomputed;
         Index offset = gradients.entries, back = w_back.size();

@@ -16,12 +16,13 @@ from einlinear.structures.pattern import Axes
 
 
 class Program:
-    """The numbers, in memory.
+    """The array of numbers, in memory.
 
     Attributes:
-        address: where they lie.
+        address: of the array.
         pointers: the type of an array with a pointer for each factor.
-        intermediate_size: the size of all intermediate states, for one input vector.
+        intermediate_size: the size of all intermediates, for one input vector.
+        macs: multiply-accumulates for one input vector.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -32,36 +33,34 @@ class Program:
         position = itertools.count()
         for term in structure.terms:
             numbers.append(len(term.factors))
-            before = term.inputs
+            source = term.inputs
             for factor, following in zip(term.factors, (*term.factors[1:], None), strict=True):
                 # groups in the factor's own order, so that it is read in large pieces
-                batch, inner = (
-                    tuple(a for a in factor.axes if a in group) for group in (factor.batch, factor.contracted)
-                )
-                rows = factor.new
-                columns = tuple(a for a in before if a in factor.free)
-                after = term.outputs
-                if following is not None:  # laid out as the next step reads it
-                    after = (
+                batch, contracted = (tuple(a for a in factor.axes if a in g) for g in (factor.batch, factor.contracted))
+                free, new = tuple(a for a in source if a in factor.free), factor.new
+                result = term.outputs
+                if following is not None:
+                    # laid out as the next step reads it
+                    result = (
                         *(a for a in following.axes if a in following.batch),
-                        *(a for a in before + rows if a in following.free),
+                        *(a for a in source + new if a in following.free),
                         *(a for a in following.axes if a in following.contracted),
                     )
-                    self.intermediate_size += self._size(after)
-                groups = (batch, columns, rows, inner)
-                numbers += [next(position), *map(self._size, groups), self._size(before), self._size(after)]
+                    self.intermediate_size += self._size(result)
+                groups = (batch, free, new, contracted)
+                numbers += [next(position), *map(self._size, groups), self._size(source), self._size(result)]
                 tables = [
                     self._offsets(group, layout)
-                    for layout, of in (
-                        (before, (batch, columns, inner)),
-                        (after, (batch, columns, rows)),
-                        (factor.axes, (batch, rows, inner)),
+                    for layout, layout_groups in (
+                        (source, (batch, free, contracted)),
+                        (result, (batch, free, new)),
+                        (factor.axes, (batch, new, contracted)),
                     )
-                    for group in of
+                    for group in layout_groups
                 ]
                 numbers += [_stride(tables[i]) for i in (2, 5, 7, 8)]
                 numbers += itertools.chain(*tables)
-                before = after
+                source = result
         self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
         self.address = ctypes.addressof(self._numbers)
 
@@ -69,7 +68,7 @@ class Program:
         return math.prod(self._sizes[axis] for axis in axes)
 
     def _offsets(self, group: Axes, layout: Axes) -> list[int]:
-        """Where the entries of a group of axes lie in row-major memory of this layout."""
+        """Return where the entries of a group of axes lie in row-major memory of a layout."""
         offsets = [0]
         for axis in group:
             stride = self._size(layout[layout.index(axis) + 1 :])
@@ -78,12 +77,12 @@ class Program:
 
 
 def _stride(offsets: Sequence[int]) -> int:
-    """What lies between two neighbours, or 0 where that is not always the same."""
+    """Return the distance of two neighbours, or 0 where that is not constant."""
     stride = offsets[1] if len(offsets) > 1 else 1
     return stride if all(offset == i * stride for i, offset in enumerate(offsets)) else 0
 
 
 @lru_cache(maxsize=4096)
 def program_of(structure: Structure) -> Program:
-    """The structure's program, from memory."""
+    """Return the program of a structure, from a cache."""
     return Program(structure)

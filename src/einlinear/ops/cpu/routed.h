@@ -1,8 +1,8 @@
 // Routed products: every token is multiplied with the matrices of its experts.
 //
 // Tokens come in blocks, and a block belongs to one thread: it goes through the experts, multiplies the tokens of the
-// block that are routed to an expert in tiles, and adds to their rows of the output. However uneven the load, the threads
-// have the same work, no two of them write to the same row, and nothing is stored for every pair.
+// block that are routed to an expert in tiles, and adds to their rows of the output. However uneven the load, the
+// threads have the same work, no two of them write to the same row, and nothing is stored for every pair.
 #pragma once
 
 #include <algorithm>

@@ -8,7 +8,8 @@
 #pragma once
 
 #include <cstdint>
-#if defined(EINLINEAR_STD_THREADS)  // what ThreadSanitizer understands, and with the second rule checked
+// std::thread, which ThreadSanitizer understands; the second rule is then checked
+#if defined(EINLINEAR_STD_THREADS)
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -87,7 +88,8 @@ class Team {
 
   public:
     static Team alone() { return {0, 1}; }
-    int rank() const { return rank_; }  // of this thread, for memory of its own
+    // of this thread, for memory of its own
+    int rank() const { return rank_; }
     int size() const { return size_; }
 
     template <class Work>

@@ -34,9 +34,10 @@ static inline void transpose_square(Vec<S>* r) {
 
 // (rows, cols) -> (cols, rows), square by square: `read` gives a vector of the row, `write` gets one of the column.
 // What does not fill a square goes through `move`, entry by entry; `any_row` says that `read` and `write` take care of
-// missing rows.
+// missing rows. The three capture by value: what they capture by reference is read again after every store.
 template <class S, class Read, class Write, class Move>
-static inline void transpose_squares(Index rows, Index cols, bool any_row, Read read, Write write, Move move) {
+__attribute__((always_inline)) static inline void transpose_squares(Index rows, Index cols, bool any_row, Read read,
+                                                                    Write write, Move move) {
     constexpr int L = Simd<S>::lanes;
     for (Index i = 0; i < rows; i += L)
         for (Index j = 0; j < cols; j += L) {
@@ -47,9 +48,11 @@ static inline void transpose_squares(Index rows, Index cols, bool any_row, Read 
                 transpose_square<S>(r);
 #pragma GCC unroll 16
                 for (int l = 0; l < L; l++) write(i, j, l, r[l]);
-            } else
+            } else {
+                const Index end = std::min(cols, j + L);
                 for (Index a = i; a < std::min(rows, i + L); a++)
-                    for (Index b = j; b < std::min(cols, j + L); b++) move(a, b);
+                    for (Index b = j; b < end; b++) move(a, b);
+            }
         }
 }
 
@@ -57,9 +60,9 @@ static inline void transpose_squares(Index rows, Index cols, bool any_row, Read 
 template <class S>
 static void transpose(const S* from, Index from_ld, S* to, Index to_ld, Index rows, Index cols) {
     transpose_squares<S>(
-        rows, cols, false, [&](Index i, Index j, int l) { return load(from + (i + l) * from_ld + j); },
-        [&](Index i, Index j, int l, Vec<S> v) { store(to + (j + l) * to_ld + i, v); },
-        [&](Index a, Index b) { to[b * to_ld + a] = from[a * from_ld + b]; });
+        rows, cols, false, [=](Index i, Index j, int l) { return load(from + (i + l) * from_ld + j); },
+        [=](Index i, Index j, int l, Vec<S> v) { store(to + (j + l) * to_ld + i, v); },
+        [=](Index a, Index b) { to[b * to_ld + a] = from[a * from_ld + b]; });
 }
 
 // The same from rows that lie anywhere, times their scales, into rows of `to_ld`: what there is no row for is zero.
@@ -67,26 +70,26 @@ template <class S>
 static void gather(const S* const* rows, const S* scales, Index count, Index first, Index cols, S* to, Index to_ld) {
     transpose_squares<S>(
         to_ld, cols, true,
-        [&](Index i, Index j, int l) {
+        [=](Index i, Index j, int l) {
             if (i + l >= count) return Vec<S>{};
             __builtin_prefetch(rows[i + l] + first + cols + j, 0, 2);
             return load(rows[i + l] + first + j) * scales[i + l];
         },
-        [&](Index i, Index j, int l, Vec<S> v) { store(to + (j + l) * to_ld + i, v); },
-        [&](Index a, Index b) { to[b * to_ld + a] = a < count ? rows[a][first + b] * scales[a] : S(0); });
+        [=](Index i, Index j, int l, Vec<S> v) { store(to + (j + l) * to_ld + i, v); },
+        [=](Index a, Index b) { to[b * to_ld + a] = a < count ? rows[a][first + b] * scales[a] : S(0); });
 }
 // And back, added to the rows. The squares are read by column and written by row: i counts rows of the result.
 template <class S>
 static void scatter_add(const S* from, Index from_ld, S* const* rows, Index count, Index first, Index cols) {
     transpose_squares<S>(
-        count, cols, true, [&](Index i, Index j, int l) { return load(from + (j + l) * from_ld + i); },
-        [&](Index i, Index j, int l, Vec<S> v) {
+        count, cols, true, [=](Index i, Index j, int l) { return load(from + (j + l) * from_ld + i); },
+        [=](Index i, Index j, int l, Vec<S> v) {
             if (i + l >= count) return;
             S* to = rows[i + l] + first + j;
             store(to, load(to) + v);
             __builtin_prefetch(to + cols, 1, 2);
         },
-        [&](Index a, Index b) { rows[a][first + b] += from[b * from_ld + a]; });
+        [=](Index a, Index b) { rows[a][first + b] += from[b * from_ld + a]; });
 }
 
 }  // namespace

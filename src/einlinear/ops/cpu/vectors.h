@@ -48,8 +48,9 @@ static S dot(const S* a, const S* b, Index count) {
     return total;
 }
 
+// Aligned scratch memory, not initialised.
 template <class S>
-struct Buffer {  // aligned scratch memory, not initialised
+struct Buffer {
     std::unique_ptr<S[]> memory;
     S* data;
     explicit Buffer(size_t count) : memory(new S[count + 64]) {

@@ -1,4 +1,4 @@
-"""`project`: which way to the closest structured matrix is taken."""
+"""`project`: the closest structured matrix to a given one."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from torch import Tensor
 from einlinear.ops import operands
 from einlinear.ops.projection.als import best_of_restarts
 from einlinear.ops.projection.svd import is_optimal, split_terms
-from einlinear.ops.projection.unfold import outer_axes, permute, unfold
+from einlinear.ops.projection.unfolding import outer_axes, permute, unfold
 from einlinear.ops.projection.weighted import closest_outputs
 from einlinear.ops.reference import dense_weight
 from einlinear.structures import Structure
 from einlinear.structures.scales import init_std
 
-_FLOOR = 1e-6  # of the mean variance: what a direction counts at least
+# the smallest variance of a direction, as a fraction of the mean variance
+_FLOOR = 1e-6
 
 
 @torch.no_grad()
 def project(
-    structure: Structure, weight: Tensor, moment: Tensor | None = None, steps: int | None = None
+    structure: Structure, weight: Tensor, second_moment: Tensor | None = None, steps: int | None = None
 ) -> list[Tensor]:
     """Factors of the best approximation of a matrix.
 
     Args:
-        structure: what to approximate with.
-        weight: (out_features, in_features), any floating dtype; float32 is used to compute where it is narrower.
-        moment: E[x x^T] of the inputs, (in_features, in_features): then the outputs for such inputs are to be closest,
-            and not the weight. It may be singular: directions that never occur count as next to nothing.
-        steps: at most so many of what is iterative, the descent that the moment asks for or alternating least squares;
-            by default as many as pay.
+        structure: the structure of the approximation.
+        weight: (out_features, in_features), of any floating dtype; the computation is in float32 or wider.
+        second_moment: E[x x^T] of the inputs, (in_features, in_features). With it, the error of the outputs for such
+            inputs is minimised instead of the error of the weight. It may be singular: directions that never occur have
+            a tiny weight.
+        steps: the maximum number of iterations (of L-BFGS with a second moment, else of alternating least squares); by
+            default as many as pay off.
 
     Returns:
-        The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device. Those of a
-        term could be scaled against each other; here all are the same multiple of what they are at initialisation
-        (`structures.mup.init_std`), so that structure-aware learning rates fit all of them.
+        The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device. The
+        factors of a term are scaled to the same multiple of their scale at initialisation
+        (`structures.scales.init_std`), so that structure-aware learning rates fit all of them.
 
     Raises:
-        ValueError: the weight or the moment has another shape, or values that are NaN or infinite; the weight is on
-            the meta device.
+        ValueError: the weight or the second moment has a wrong shape, or values that are NaN or infinite; the weight is
+            on the meta device.
         TypeError: a weight of integers, as quantized ones are.
         RuntimeError: the memory of the weight was released.
     """
@@ -56,8 +58,9 @@ def project(
     if not weight.isfinite().all():
         raise ValueError("the weight has values that are NaN or infinite: there is nothing close to it")
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    if moment is not None and moment.any():
-        factors = closest_outputs(structure, w, _definite(moment.to(w.device, torch.float64), structure), steps)
+    if second_moment is not None and second_moment.any():
+        definite = _definite(second_moment.to(w.device, torch.float64), structure)
+        factors = closest_outputs(structure, w, definite, steps)
     elif all(len(term.factors) == 1 for term in structure.terms):
         factors = _share(structure, w)
     else:
@@ -68,29 +71,30 @@ def project(
 
 
 def _even(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
-    """The same matrices by factors of which, within a term, all are equally many times as large as new ones."""
+    """Scale the factors of a term to the same multiple of their scale at initialisation; their product stays."""
     scaled: list[Tensor] = []
-    stds = init_std(structure)
-    for _, numbers in structure.by_term(range(len(factors))):
-        own = [factors[n] for n in numbers]
-        times = [float(factor.square().mean().sqrt()) / stds[n] for n, factor in zip(numbers, own, strict=True)]
-        mean = math.prod(times) ** (1 / len(times))
-        scaled += [factor * (mean / size) if mean > 0 else factor for factor, size in zip(own, times, strict=True)]
+    for _, pairs in structure.by_term(list(zip(factors, init_std(structure), strict=True))):
+        multiples = [float(factor.square().mean().sqrt()) / std for factor, std in pairs]
+        mean = math.prod(multiples) ** (1 / len(multiples))
+        scaled += [
+            factor * (mean / multiple) if mean > 0 else factor
+            for (factor, _), multiple in zip(pairs, multiples, strict=True)
+        ]
     return scaled
 
 
-def _definite(moment: Tensor, structure: Structure) -> Tensor:
-    """The moment over its mean variance, a little of which is added to the diagonal."""
+def _definite(second_moment: Tensor, structure: Structure) -> Tensor:
+    """The second moment, scaled to a mean variance of 1 and made positive definite."""
     n = structure.in_features
-    if tuple(moment.shape) != (n, n):
-        raise ValueError(f"the moment has shape {tuple(moment.shape)}; of {n} inputs it has ({n}, {n})")
-    if not moment.isfinite().all():
-        raise ValueError("the moment has values that are NaN or infinite: so had the inputs it is of")
-    return moment / moment.diagonal().mean() + _FLOOR * torch.eye(n).to(moment)
+    if tuple(second_moment.shape) != (n, n):
+        raise ValueError(f"the second moment has shape {tuple(second_moment.shape)}, not ({n}, {n})")
+    if not second_moment.isfinite().all():
+        raise ValueError("the second moment has values that are NaN or infinite: check the inputs it was computed from")
+    return second_moment / second_moment.diagonal().mean() + _FLOOR * torch.eye(n).to(second_moment)
 
 
 def _share(structure: Structure, w: Tensor) -> list[Tensor]:
-    """Least squares of least norm for terms of one factor: their entries are entries of W, or parts of one."""
+    """Least squares of least norm for terms of one factor: each entry of W is shared among the terms that have it."""
     ones = [w.new_ones(factor.shape) for factor in structure.factors]
     shared = w / dense_weight(structure, ones).clamp(min=1)
     return [

@@ -51,7 +51,7 @@ class Slots(NamedTuple):
     pairs: Rows
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """The number of slots."""
         return self.block_size * len(self.experts)
 

@@ -110,7 +110,7 @@ def _prepare(product: Product) -> tuple[Launcher, Operand, Rows | None]:
     if product.routing is None:
         return Launcher(len(x)), Operand(x), None
     slots = arrange(*product.routing, product.experts)
-    return Launcher(slots.count, slots), Operand(x, slots.inputs), slots.pairs
+    return Launcher(slots.size, slots), Operand(x, slots.inputs), slots.pairs
 
 
 def _sources(launcher: Launcher, steps: Sequence[StridedStep], weights: Sequence[Tensor], x: Operand) -> list[Operand]:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy.typing as npt
 
-from einlinear.files import alone
+from einlinear.files import lock
 from einlinear.version import __version__
 from einlinear_lab.data.text.tokenizer import BPETokenizer, Tokenizer
 from einlinear_lab.data.text.tokens import (
@@ -60,7 +60,7 @@ class TokenWriter:
 
     def __enter__(self) -> TokenWriter:
         busy = f"another process is preparing a text in {self.folder}; wait for it, or end it"
-        self._lock.enter_context(alone(self.folder / _LOCK, busy))
+        self._lock.enter_context(lock(self.folder / _LOCK, busy))
         for name in (TRAIN, VALIDATION):
             self._files[name] = self._temporary(name).open("wb")
         return self

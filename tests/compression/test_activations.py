@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from einlinear_lab.pretrained.running import output_of, tokens_of
+from einlinear.compression.activations import output_of, tokens_of
 
 X, Y = torch.randn(4, 6), torch.randn(4, 6)
 
@@ -37,7 +37,7 @@ def test_the_output_that_counts(result: object, expected: Tensor) -> None:
 
 
 def test_no_output() -> None:
-    with pytest.raises(ValueError, match="returns a dict, in which no tensor was found"):
+    with pytest.raises(ValueError, match="returns a dict, which holds no tensor"):
         output_of({"loss": X.mean()})
 
 

@@ -1,8 +1,9 @@
-"""A matrix as a tensor of the axes of a term."""
+"""Reshaping of a matrix into a tensor of the axes of a term, and of tensors into batches of matrices."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,12 +18,13 @@ def outer_axes(term: Term) -> Axes:
 
 
 def is_padded(structure: Structure, term: Term) -> bool:
+    """Whether a term has more inputs or outputs than the matrix."""
     sizes = dict(structure.sizes)
     return (count(term.outputs, sizes), count(term.inputs, sizes)) != (structure.out_features, structure.in_features)
 
 
 def unfold(w: Tensor, structure: Structure, term: Term) -> Tensor:
-    """W padded with zeros, a dimension per outer axis; of an axis both read and written, the diagonal."""
+    """Pad a matrix with zeros and give it one dimension per outer axis; an axis of both ends keeps its diagonal."""
     sizes = dict(structure.sizes)
     size_out, size_in = count(term.outputs, sizes), count(term.inputs, sizes)
     tensor = F.pad(w, (0, size_in - w.shape[1], 0, size_out - w.shape[0]))
@@ -36,9 +38,22 @@ def unfold(w: Tensor, structure: Structure, term: Term) -> Tensor:
     return permute(tensor, tuple(name.split()[0] for name in names), outer_axes(term))
 
 
-def permute(tensor: Tensor, axes: Axes, wanted: Axes) -> Tensor:
-    return tensor.permute([axes.index(a) for a in wanted])
+def permute(tensor: Tensor, axes: Axes, order: Axes) -> Tensor:
+    return tensor.permute([axes.index(axis) for axis in order])
 
 
-def count(axes: Axes, sizes: dict[str, int]) -> int:
-    return math.prod(sizes[a] for a in axes)
+def merge(tensor: Tensor, axes: Axes, groups: Sequence[Axes]) -> Tensor:
+    """Permute a tensor with these axes and merge each group of axes into one dimension."""
+    sizes = dict(zip(axes, tensor.shape, strict=True))
+    return permute(tensor, axes, sum(groups, ())).reshape([count(group, sizes) for group in groups])
+
+
+def unmerge(tensor: Tensor, groups: Sequence[Axes], order: Axes, sizes: Mapping[str, int]) -> Tensor:
+    """Invert `merge`: a tensor with one dimension per group becomes one with the axes in an order."""
+    axes = sum(groups, ())
+    return permute(tensor.reshape([sizes[axis] for axis in axes]), axes, order)
+
+
+def count(axes: Axes, sizes: Mapping[str, int]) -> int:
+    """The number of entries of some axes."""
+    return math.prod(sizes[axis] for axis in axes)

@@ -1,0 +1,135 @@
+"""Resume cache: results on disk, with which an interrupted computation resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from einlinear.files import read_json, write_json
+
+T = TypeVar("T")
+
+_CONFIG = "config.json"
+
+
+class ResumeCache:
+    """Results by key in a folder, each in a file of its own, which is written atomically.
+
+    Args:
+        folder: made if it does not exist; None: nothing is kept.
+        config: all that the results depend on, as JSON values.
+        content: of the folder, for messages.
+
+    Raises:
+        ValueError: the folder holds other files, or results of another config; the message names what differs.
+
+    Example:
+        >>> cache = ResumeCache(None, {}, "results")
+        >>> cache.get_or("square", lambda: 3 * 3)
+        9
+    """
+
+    def __init__(self, folder: str | Path | None, config: Mapping[str, Any], content: str) -> None:
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is None:
+            return
+        file = self._folder / _CONFIG
+        if not file.is_file():
+            if self._folder.exists() and any(self._folder.iterdir()):
+                raise ValueError(f"{folder} holds files that are not {content}: name another folder")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, dict(config))
+            return
+        try:
+            before = dict(read_json(file))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{file} holds no config ({error}): delete {folder} to start anew") from None
+        if changed := [name for name in config if before.get(name) != config[name]]:
+            raise ValueError(
+                f"{folder} holds {content} with another config ({', '.join(changed)}): repeat that config, name "
+                "another folder, or delete it to start anew"
+            )
+
+    def get_or(
+        self,
+        key: str,
+        compute: Callable[[], Any],
+        decode: Callable[[Any], T] = lambda record: record,
+        tensors: bool = False,
+    ) -> T:
+        """Return the result of a key from its file, or else compute it and write the file.
+
+        Args:
+            key: any text.
+            compute: returns the result as a record: JSON values, or with `tensors` a pair (tensors by name, JSON).
+            decode: makes the result from a record; it raises where a record has the wrong shape.
+            tensors: whether records hold tensors. Needs safetensors.
+
+        Raises:
+            ValueError: the file holds a record of the wrong shape; the message names the file.
+
+        Warns:
+            UserWarning: the file is damaged, such as truncated; its result is computed again.
+        """
+        if self._folder is None:
+            return decode(compute())
+        path = self._folder / f"{_file_name(key)}.{'safetensors' if tensors else 'json'}"
+        try:
+            record = (_read_tensors if tensors else read_json)(path)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path} is damaged, so its result is computed again: {error}", stacklevel=2)
+        else:
+            try:
+                return decode(record)
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{path} does not hold a result for {key} ({type(error).__name__}: {error}): delete the file, and "
+                    "the result is computed again"
+                ) from error
+        record = compute()
+        if tensors:
+            from einlinear.checkpoint import write_tensors
+
+            write_tensors(path, *record)
+        else:
+            write_json(path, record)
+        return decode(record)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    from einlinear.checkpoint import read_tensors
+
+    return read_tensors(path)
+
+
+def _file_name(key: str) -> str:
+    """A readable name, with a hash: two keys never share it."""
+    readable = re.sub(r"[^\w.-]+", "_", key)[:80]
+    return f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def digest_of(model: nn.Module, batches: Iterable[Any] | None) -> str:
+    """Return a hash of all the numbers of a model and of its data."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    for batch in batches or ():
+        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+        for value in values:
+            digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a contiguous CPU tensor, which is not copied."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
