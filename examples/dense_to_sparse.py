@@ -26,7 +26,7 @@ from rich.progress import Progress
 import einlinear as el
 from einlinear_lab import training
 from einlinear_lab.models import ReferenceModel
-from einlinear_lab.runs.execute import initialised
+from einlinear_lab.runs.execution import initialised
 from einlinear_lab.runs.run import Run
 
 Way = Callable[[], tuple[ReferenceModel, dict[str, float]]]
@@ -73,7 +73,7 @@ def main() -> None:
                 facts={"run": what.options},
                 progress=lambda step, *_: bars.update(task, completed=step),
             )
-        return model, {"seconds": outcome.step_seconds * len(outcome.losses), **outcome.measures}
+        return model, {"seconds": outcome.step_seconds * len(outcome.losses), **outcome.metrics}
 
     def dense_to_sparse() -> tuple[ReferenceModel, dict[str, float]]:
         folder, half = arguments.out / "dense-to-sparse", arguments.steps / 2

@@ -175,9 +175,9 @@ def test_commands(name: str) -> None:
             words = words[2:]
         command = load(words[0])
         context = command.make_context(words[0], words[1:])
-        settings = [word.removeprefix("--") for word in context.params.get("settings") or ()]
-        known = options_of_a_run([word for word in settings if word.startswith("model=")])
-        assert {word.partition("=")[0].replace("-", "_") for word in settings} <= known
+        config = [word.removeprefix("--") for word in context.params.get("config") or ()]
+        known = options_of_a_run([word for word in config if word.startswith("model=")])
+        assert {word.partition("=")[0].replace("-", "_") for word in config} <= known
 
 
 def options_of_a_run(model: list[str]) -> set[str]:

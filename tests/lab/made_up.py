@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from einlinear_lab.runs.data import Problem
-from einlinear_lab.runs.models import Shape
+from einlinear_lab.models.config import Shape
+from einlinear_lab.runs.data import TrainingProblem
 from einlinear_lab.runs.records import METRICS, Record, Result, describe, read_record, write_result, write_run
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import HISTORY, Store
@@ -40,7 +40,7 @@ def write(
     path.mkdir(parents=True)
     names = {"images": "train_error", "teacher": "test_loss"}
     name = names.get(run.data.KIND, "validation_loss")
-    problem = Problem(None, Shape(64, 10), run.data.batch_size, name, source, digest)  # type: ignore[arg-type]
+    problem = TrainingProblem(None, Shape(64, 10), run.data.batch_size, name, source, digest)  # type: ignore[arg-type]
     write_run(replace(describe(path, run, problem), code=code))
     if finished:
         error = train_loss / 2 if error is None and train_loss is not None else error

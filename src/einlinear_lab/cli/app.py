@@ -29,7 +29,7 @@ PANELS = {
         "compare": "Train structures side by side at matched compute, print a table and write report.html.",
         "train": "Train one model.",
         "sweep": "Do all runs that a file or a recipe describes, and report on them.",
-        "search": "Search the space of structures for the lowest loss at a budget of compute.",
+        "search": "Search for the structure with the lowest loss at a budget of compute.",
         "recipes": "List the experiments from papers that `einlinear sweep` knows by name, and what each should show.",
         "coord-check": "Measure how much a training step moves the features at several widths, and write report.html.",
     },

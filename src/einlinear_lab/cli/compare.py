@@ -15,7 +15,7 @@ from einlinear_lab.cli.running import carry_out
 
 
 def command(
-    settings: Annotated[
+    config: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="NAME=VALUE",
@@ -75,7 +75,7 @@ def command(
     """
     require(LAB)
     from einlinear_lab.search.leaders import alongside, as_searched, split_leaders, unseen_seed
-    from einlinear_lab.sweeps.compare import Config, configure, plan
+    from einlinear_lab.sweeps.compare import CompareConfig, configure, plan
 
     with user_errors():
         given: dict[str, Any] = {
@@ -87,15 +87,14 @@ def command(
             "seeds": seeds,
             "epochs": epochs,
             **({} if data is None else {"data": data}),
-            **assignments(settings),
+            **assignments(config),
         }
         others, best = split_leaders(specs(given["structures"]) or ())
         sized: list[dict[str, Any]] = []
         if best:
             given = as_searched(best, given)
-            options = {
-                name: value for name, value in given.items() if name not in {*Config.__dataclass_fields__, "preset"}
-            }
+            not_of_runs = {*CompareConfig.__dataclass_fields__, "preset"}
+            options = {name: value for name, value in given.items() if name not in not_of_runs}
             given.setdefault("first_seed", unseen_seed(best))
             is_matched = given.get("macs") is None and given.get("widths") is None
             sized = alongside(best, others if is_matched else (), options)

@@ -23,7 +23,7 @@ _STRUCTURES = ["dense; low_rank; kronecker; monarch; btt"]
 
 
 def command(
-    settings: Annotated[
+    config: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="NAME=VALUE", help="lr, and options of the model and the data, as for train: lr=1e-3, depth=3, ..."
@@ -48,7 +48,7 @@ def command(
     with user_errors():
         chosen = specs(structures) or ()
         sizes = numbers(widths, "--widths") or ()
-        run = template({"data": data, "steps": steps, **assignments(settings)})
+        run = template({"data": data, "steps": steps, **assignments(config)})
         problem = run.data.load(run.seed)
         check(run, problem, chosen, sizes)
         out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Settings = Annotated[
+RunConfig = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="NAME=VALUE",

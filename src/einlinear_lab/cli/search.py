@@ -13,7 +13,7 @@ import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
-from einlinear_lab.cli.options import MixCode, Settings, Workers
+from einlinear_lab.cli.options import MixCode, RunConfig, Workers
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import assignments, numbers
 from einlinear_lab.cli.running import (
@@ -35,7 +35,7 @@ _SHOWN = 10
 
 
 def command(
-    settings: Settings = None,
+    config: RunConfig = None,
     budget: Annotated[str, typer.Option(help="Multiply-accumulates for one input, of every model: 400k.")] = "100k",
     trials: Annotated[int, typer.Option(min=1, help="Number of models to train.")] = 60,
     hours: Annotated[float | None, typer.Option(help="Start no trial later than this. Default: no limit.")] = None,
@@ -102,8 +102,8 @@ def command(
             raise ValueError(f"--budget is one number, such as 400k, not {budget!r}")
         if "RANK" in os.environ:
             raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
-        options, notes = with_defaults(assignments(settings))
-        config = SearchConfig(
+        options, notes = with_defaults(assignments(config))
+        chosen = SearchConfig(
             budget=macs[0],
             trials=trials,
             hours=hours,
@@ -118,7 +118,7 @@ def command(
             options=options,
         )
         store = Store(out)
-        search = Search(config)
+        search = Search(chosen)
         check_here([search.base])
         say_skipped([search.base])
         for note in notes:

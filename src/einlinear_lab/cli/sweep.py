@@ -9,7 +9,7 @@ import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.endings import user_errors
-from einlinear_lab.cli.options import MixCode, Settings, Workers
+from einlinear_lab.cli.options import MixCode, RunConfig, Workers
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import assignments
 from einlinear_lab.cli.running import carry_out, check_place, cluster, refuse
@@ -17,7 +17,7 @@ from einlinear_lab.cli.running import carry_out, check_place, cluster, refuse
 
 def command(
     what: Annotated[str, typer.Argument(metavar="FILE|RECIPE", help="A .toml or .json file, or the name of a recipe.")],
-    settings: Settings = None,
+    config: RunConfig = None,
     out: Annotated[
         Path | None, typer.Option(help="Results folder. Default: results/FILE, or results/RECIPE-SCALE.")
     ] = None,
@@ -49,7 +49,7 @@ def command(
         is_file = Path(what).suffix in (".toml", ".json")
         if is_file:
             refuse({"--scale": scale}, f"is that of a recipe, and {what} is a file")
-        overrides, scale = assignments(settings), scale or "small"
+        overrides, scale = assignments(config), scale or "small"
         found = read_sweep(what, overrides) if is_file else recipes.sweep(what, scale, overrides)
         if not is_file and (how := getattr(recipes.load(what), scale).prepare):
             display.note(f"Its data has to be there: {how}")

@@ -9,7 +9,7 @@ import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
-from einlinear_lab.cli.options import Settings
+from einlinear_lab.cli.options import RunConfig
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import assignments
 from einlinear_lab.cli.running import bar, check_here, say_skipped
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
 
 
 def command(
-    settings: Settings = None,
+    config: RunConfig = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -40,13 +40,13 @@ def command(
     require(LAB)
     from einlinear_lab.runs.check import check_runs
     from einlinear_lab.runs.defaults import with_defaults
-    from einlinear_lab.runs.execute import execute
+    from einlinear_lab.runs.execution import execute
     from einlinear_lab.runs.records import check_folder, describe
     from einlinear_lab.runs.run import Run
     from einlinear_lab.training.distributed import is_first
 
     with user_errors():
-        options = assignments(settings)
+        options = assignments(config)
         named = options.pop("out", None)  # as all the other options are written
         options, why = with_defaults(options)
         run = Run.of(options)
@@ -72,7 +72,7 @@ def _print(run: Run, found: Result) -> None:
         ("parameters", f"{found.params:,}"),
         ("MACs of an input", f"{found.macs:,}"),
         ("train loss", "diverged" if found.train_loss is None else f"{found.train_loss:.4f}"),
-        *((name.replace("_", " "), f"{value:.4f}") for name, value in found.measures.items()),
+        *((name.replace("_", " "), f"{value:.4f}") for name, value in found.metrics.items()),
     ]
     if found.step_seconds:
         rows.append(("inputs a second", f"{found.inputs / found.step_seconds:,.0f}"))

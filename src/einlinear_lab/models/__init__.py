@@ -1,8 +1,39 @@
-"""Reference models, as the papers set them up, with any linear layer structured."""
+"""Reference models, as the papers set them up, with any linear layer structured; each is built from its config.
 
-from einlinear_lab.models.gpt import GPT
-from einlinear_lab.models.mlp import ResidualMLP
+config.py     what all configs share, and the shape of the data
+blocks.py     residual blocks: feed-forward, attention
+mlp.py        residual MLP
+vit.py        vision transformer
+gpt.py        language model
+causal_lm.py  OPT and Pythia, of transformers
+macs.py       MACs and parameters of a model
+model.py      the base class
+"""
+
+from einlinear_lab.models.causal_lm import OPT, OPTConfig, Pythia, PythiaConfig
+from einlinear_lab.models.config import ModelConfig, Shape
+from einlinear_lab.models.gpt import GPT, GPTConfig
+from einlinear_lab.models.mlp import MLPConfig, ResidualMLP
 from einlinear_lab.models.model import ReferenceModel
-from einlinear_lab.models.vit import ViT
+from einlinear_lab.models.vit import ViT, ViTConfig
 
-__all__ = ["GPT", "ReferenceModel", "ResidualMLP", "ViT"]
+MODELS: dict[str, type[ModelConfig]] = {
+    config.NAME: config for config in (MLPConfig, ViTConfig, GPTConfig, OPTConfig, PythiaConfig)
+}
+
+__all__ = [
+    "GPT",
+    "MODELS",
+    "OPT",
+    "GPTConfig",
+    "MLPConfig",
+    "ModelConfig",
+    "OPTConfig",
+    "Pythia",
+    "PythiaConfig",
+    "ReferenceModel",
+    "ResidualMLP",
+    "Shape",
+    "ViT",
+    "ViTConfig",
+]

@@ -1,14 +1,12 @@
-"""Residual blocks, which the reference models are made of: feed-forward, self-attention, and one after the other.
+"""Residual blocks of the reference models: feed-forward, self-attention, and one after the other.
 
-All are x + multiplier * branch(norm(x)), shapes (..., width) to the same. Their linear layers are made by a function
-that they are given, so that no block needs to know what kinds of layers there are.
+All are x + multiplier * branch(norm(x)), shapes (..., width) to the same. A block gets a function that makes its linear
+layers, so that no block knows the kinds of layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +15,9 @@ from torch import Tensor, nn
 from einlinear.nn.layer_info import LayerInfo, SelfDescribing
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import MoEFeedForward, MoELinear
-from einlinear.nn.moe.mixture import check_experts
 from einlinear.structures import DoesNotFit, Structure
 from einlinear.structures import structure as make_structure
-
-ROUTED = ("linear", "feed_forward", "both")
-# what linear layers make: queries, keys and values; the attention's output; a feed-forward's hidden layer; its output
-ROLES = ("attention_in", "attention_out", "up", "down")
+from einlinear_lab.models.config import DENSE, ModelConfig
 
 
 class MakeLayer(Protocol):
@@ -32,77 +26,60 @@ class MakeLayer(Protocol):
     def __call__(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module: ...
 
 
-@dataclass(frozen=True)
 class Layers:
-    """Makes the layers of a model: of a structure, and mixtures of experts where that is asked for.
+    """Makes the linear layers and feed-forward blocks of a model from its config.
 
-    Attributes:
-        structure: of every linear layer, or of every expert.
+    Args:
+        config: structures, experts and, of structured layers that are not dense, `normalize`.
         bias: whether linear layers and norms have one; experts that are whole networks have none.
-        normalize: whether the weights of structured layers, that is all but dense ones, are normalised as by `Linear`.
-        experts: how many; None for none.
-        active: how many of them a token goes to.
-        routed: which parts are mixtures: "linear", every linear layer; "feed_forward", whole feed-forward networks;
-            "both", these and every linear layer of the attention.
-        roles: structures of some of the `ROLES`, instead of `structure`.
-
-    Raises:
-        ValueError: another `routed` or role, fewer experts than one, more active ones than experts, experts that are
-            whole networks with structures for their roles.
     """
 
-    structure: str
-    bias: bool = True
-    normalize: bool = False
-    experts: int | None = None
-    active: int = 2
-    routed: str = ROUTED[0]
-    roles: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if unknown := sorted(self.roles.keys() - set(ROLES)):
-            raise ValueError(f"roles must be {', '.join(ROLES)}, not {', '.join(unknown)}")
-        if self.routed not in ROUTED:
-            raise ValueError(f"routed must be {' or '.join(ROUTED)}, not {self.routed!r}")
-        if self.experts is not None:
-            check_experts(self.experts, self.active)
-            if self.routed != "linear" and self.roles.keys() & {"up", "down"}:
-                raise ValueError("experts that are whole networks have one structure: leave out roles up and down")
+    def __init__(self, config: ModelConfig, *, bias: bool = True) -> None:
+        self.config, self.bias = config, bias
 
     def linear(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
-        """A linear layer of the attention, or of a feed-forward network that is no expert."""
-        structure = self.roles.get(role, self.structure)
-        if self.experts is None or self.routed == "feed_forward":
+        """Make a linear layer of the attention, or of a feed-forward network that is no expert."""
+        c = self.config
+        structure = c.roles.get(role, c.structure)
+        if c.experts is None or c.routed == "feed_forward":
             return self.single(in_features, out_features, structure, gamma=gamma)
         made = make_structure(structure, in_features, out_features)
         normalize = self._normalizes(made)
-        experts, active = self.experts, self.active
-        return MoELinear(in_features, out_features, made, experts, active, self.bias, normalize=normalize, gamma=gamma)
+        return MoELinear(
+            in_features, out_features, made, c.experts, c.active, self.bias, normalize=normalize, gamma=gamma
+        )
 
     def single(
         self, in_features: int, out_features: int, structure: str | None = None, *, gamma: bool = True
     ) -> nn.Module:
-        """A linear layer without experts, such as the first or last of a model; by default of the same structure."""
-        made = make_structure(structure or self.structure, in_features, out_features)
+        """Make a linear layer without experts, such as the first or last of a model."""
+        made = make_structure(structure or self.config.structure, in_features, out_features)
         return Linear(in_features, out_features, made, self.bias, self._normalizes(made), gamma=gamma)
 
-    def feed_forward(self, width: int, expansion: int, multiplier: float = 1.0) -> nn.Module:
-        """A feed-forward block."""
-        if self.experts is None or self.routed == "linear":
-            return FeedForward(width, self.linear, expansion, bias=self.bias, multiplier=multiplier)
-        return MoEFeedForward(
-            width,
-            self.experts,
-            self.active,
-            self.structure,
-            expansion,
-            bias=self.bias,
-            normalize=self._normalizes(make_structure(self.structure, width, expansion * width)),
-            multiplier=multiplier,
-        )
+    def feed_forward(self, multiplier: float = 1.0) -> nn.Module:
+        """Make a feed-forward block."""
+        c = self.config
+        if c.experts is None or c.routed == "linear":
+            return FeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
+        normalize = self._normalizes(make_structure(c.structure, c.width, c.expansion * c.width))
+        sizes = (c.width, c.experts, c.active, c.structure, c.expansion)
+        return MoEFeedForward(*sizes, bias=self.bias, normalize=normalize, multiplier=multiplier)
+
+    def blocks(self, **attention: Any) -> nn.Sequential:
+        """Make `depth` blocks: feed-forward alone, or transformer blocks with this config of `Attention`."""
+        c, multiplier = self.config, attention.get("multiplier", 1.0)
+
+        def block() -> nn.Module:
+            if not attention:
+                return self.feed_forward()
+            return TransformerBlock(
+                Attention(c.width, layer=self.linear, bias=self.bias, **attention), self.feed_forward(multiplier)
+            )
+
+        return nn.Sequential(*(block() for _ in range(c.depth)))
 
     def _normalizes(self, structure: Structure) -> bool:
-        return self.normalize and structure.spec != "dense"
+        return getattr(self.config, "normalize", False) and structure.spec != DENSE
 
 
 class FeedForward(nn.Module):
@@ -184,10 +161,3 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.feed_forward(self.attention(x))
         return out
-
-
-def stack(depth: int, block: Callable[[], nn.Module]) -> nn.Sequential:
-    """So many blocks, one after the other."""
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, not {depth}")
-    return nn.Sequential(*(block() for _ in range(depth)))

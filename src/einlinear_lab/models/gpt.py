@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from einlinear.structures import DoesNotFit
-from einlinear_lab.models.blocks import Attention, Layers, TransformerBlock, stack
+from einlinear_lab.models.blocks import Layers
+from einlinear_lab.models.config import DENSE, Shape, TransformerConfig
 from einlinear_lab.models.macs import macs_per_token
 from einlinear_lab.models.model import ReferenceModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(TransformerConfig):
+    """Config of a `GPT`.
+
+    Attributes:
+        d_head: features of an attention head; None: width / heads.
+        heads: of the attention; None: width / d_head.
+        head_structure: of the head.
+        qk_norm: whether queries and keys pass through a LayerNorm.
+        normalize: whether the weights of structured layers, all but dense ones, are normalised as by `Linear`.
+    """
+
+    NAME = "gpt"
+    SEQUENCES = True
+
+    d_head: int | None = 64
+    heads: int | None = None
+    head_structure: str = DENSE
+    qk_norm: bool = True
+    normalize: bool = True
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        if shape.context is None:
+            raise ValueError("a gpt takes sequences of tokens: prepare a text, or name pixels:DATA")
+        return GPT(vocab=shape.outputs, context=shape.context, **vars(self))
 
 
 class GPT(ReferenceModel):
     """Token and learned position embeddings, pre-norm transformer blocks with causal attention, a head of its own.
 
-    Embeddings start with a standard deviation of one, as torch has it: a token is a one-hot input, and features of size
-    one are what every other layer gives as well.
+    The branches of the blocks are multiplied by sqrt(3 / depth). Embeddings start with a standard deviation of one, as
+    in torch: a token is a one-hot input, and all other layers return features of size one as well.
 
     Args:
         vocab: the number of different tokens.
         width: of the residual stream.
         context: the most tokens of a sequence.
-        depth: the number of blocks, whose branches are multiplied by sqrt(3 / depth).
-        d_head: features of an attention head; None: width / heads.
-        heads: of the attention; None: width / d_head.
-        structure: of every linear layer of the blocks, as for `Linear`.
-        head_structure: of the head.
-        expansion: of the blocks' hidden layer.
         bias: whether linear layers and norms have one.
-        qk_norm: whether queries and keys pass through a LayerNorm.
-        normalize: whether the weights of structured layers, that is all but dense ones, are normalised as by `Linear`.
-        experts: makes mixtures of so many experts; None: none.
-        active: how many of them a token goes to.
-        routed: what is a mixture, see `Layers`: "linear", "feed_forward" or "both".
-        roles: structures of some roles of the linear layers, instead of `structure`: "attention_in" (queries, keys,
-            values), "attention_out", "up" and "down" (of the feed-forward networks).
+        config: other attributes of `GPTConfig`.
 
     Shapes:
         integers (n, t) to logits (n, t, vocab), for t up to `context`.
@@ -48,7 +65,7 @@ class GPT(ReferenceModel):
     Example:
         >>> import torch, einlinear as el
         >>> from einlinear_lab.models import GPT
-        >>> model = GPT(vocab=96, width=128, context=32, structure="btt(rank=2)", normalize=True)
+        >>> model = GPT(vocab=96, width=128, context=32, structure="btt(rank=2)")
         >>> model = el.init_(model, zero=model.ZERO)
         >>> model(torch.randint(96, (2, 32))).shape
         torch.Size([2, 32, 96])
@@ -58,55 +75,23 @@ class GPT(ReferenceModel):
 
     ZERO = ("*.out", "*.fc2", "head")
 
-    def __init__(
-        self,
-        vocab: int,
-        width: int,
-        context: int,
-        *,
-        depth: int = 3,
-        d_head: int | None = 64,
-        heads: int | None = None,
-        structure: str = "dense",
-        head_structure: str = "dense",
-        expansion: int = 4,
-        bias: bool = False,
-        qk_norm: bool = True,
-        normalize: bool = False,
-        experts: int | None = None,
-        active: int = 2,
-        routed: str = "linear",
-        roles: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, vocab: int, width: int, context: int, *, bias: bool = False, **config: Any) -> None:
         super().__init__()
+        c = GPTConfig(width=width, **config)
+        heads = c.heads
         if heads is None:
-            if d_head is None:
+            if c.d_head is None:
                 raise ValueError("give d_head, heads or both: neither says how attention is divided into heads")
-            if d_head < 1 or width % d_head:
-                raise DoesNotFit(f"a width of {width} cannot be divided into heads of {d_head} features")
-            heads = width // d_head
+            if c.d_head < 1 or width % c.d_head:
+                raise DoesNotFit(f"a width of {width} cannot be divided into heads of {c.d_head} features")
+            heads = width // c.d_head
         self.context = context
         self.embedding = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(context, width)
-        layers = Layers(structure, bias, normalize, experts, active, routed, roles or {})
-
-        def block() -> TransformerBlock:
-            multiplier = math.sqrt(3 / depth)
-            attention = Attention(
-                width,
-                heads,
-                layers.linear,
-                d_head=d_head,
-                bias=bias,
-                causal=True,
-                qk_norm=qk_norm,
-                multiplier=multiplier,
-            )
-            return TransformerBlock(attention, layers.feed_forward(width, expansion, multiplier))
-
-        self.blocks = stack(depth, block)
+        layers, multiplier = Layers(c, bias=bias), math.sqrt(3 / c.depth)
+        self.blocks = layers.blocks(heads=heads, d_head=c.d_head, causal=True, qk_norm=c.qk_norm, multiplier=multiplier)
         self.norm = nn.LayerNorm(width, bias=bias)
-        self.head = layers.single(width, vocab, head_structure)
+        self.head = layers.single(width, vocab, c.head_structure)
 
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]

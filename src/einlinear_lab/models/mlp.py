@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from einlinear_lab.models.blocks import Layers, stack
+from einlinear_lab.models.blocks import Layers
+from einlinear_lab.models.config import FeedForwardConfig, Shape
 from einlinear_lab.models.model import ReferenceModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig(FeedForwardConfig):
+    """Config of a `ResidualMLP`; its head is dense.
+
+    Attributes:
+        input_structure: of the input layer; None: that of the others.
+    """
+
+    NAME = "mlp"
+
+    input_structure: str | None = None
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        if shape.context is not None:
+            raise ValueError("an mlp takes images or vectors, not sequences of tokens: choose model=gpt")
+        return ResidualMLP(in_features=shape.inputs, out_features=shape.outputs, **vars(self))
 
 
 class ResidualMLP(ReferenceModel):
@@ -18,21 +38,14 @@ class ResidualMLP(ReferenceModel):
         in_features: of the flattened input.
         width: of the residual stream.
         out_features: the number of classes.
-        depth: the number of blocks.
-        structure: of every linear layer but the head, as for `Linear`.
-        expansion: of the blocks' hidden layer.
         bias: whether linear layers and norms have one.
-        input_structure: of the input layer; by default that of the others.
-        experts: makes mixtures of so many experts; None: none.
-        active: how many of them a token goes to.
-        routed: what is a mixture, see `Layers`: "linear" or "feed_forward".
-        roles: structures of some roles of the linear layers, instead of `structure`: "up" and "down".
+        config: other attributes of `MLPConfig`.
 
     Shapes:
         (n, ...) of in_features values, such as images, to (n, out_features).
 
     Raises:
-        ValueError: a depth below 1, an unknown structure.
+        ValueError: as `MLPConfig`, or an unknown structure.
 
     Example:
         >>> import torch, einlinear as el
@@ -48,27 +61,12 @@ class ResidualMLP(ReferenceModel):
     ZERO = ("*.fc2", "head")
     LR_SCALE: ClassVar[Mapping[str, float]] = {"input": 0.1}
 
-    def __init__(
-        self,
-        in_features: int,
-        width: int,
-        out_features: int,
-        depth: int = 3,
-        structure: str = "dense",
-        expansion: int = 4,
-        bias: bool = True,
-        input_structure: str | None = None,
-        experts: int | None = None,
-        active: int = 2,
-        routed: str = "linear",
-        roles: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, width: int, out_features: int, *, bias: bool = True, **config: Any) -> None:
         super().__init__()
-        if roles and (unknown := roles.keys() - {"up", "down"}):
-            raise ValueError(f"roles must be up and down, not {', '.join(sorted(unknown))}: a MLP has no attention")
-        layers = Layers(structure, bias, False, experts, active, routed, roles or {})
-        self.input = layers.single(in_features, width, input_structure)
-        self.blocks = stack(depth, lambda: layers.feed_forward(width, expansion))
+        c = MLPConfig(width=width, **config)
+        layers = Layers(c, bias=bias)
+        self.input = layers.single(in_features, width, c.input_structure)
+        self.blocks = layers.blocks()
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)
 

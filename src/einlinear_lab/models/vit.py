@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear_lab.models.blocks import Attention, Layers, TransformerBlock, stack
+from einlinear_lab.models.blocks import Layers
+from einlinear_lab.models.config import Shape, TransformerConfig
 from einlinear_lab.models.macs import macs_per_token
 from einlinear_lab.models.model import ReferenceModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(TransformerConfig):
+    """Config of a `ViT`; its head is dense.
+
+    Attributes:
+        heads: of the attention; `width` is a multiple of them.
+        patch_size: side of a square patch in pixels; both sides of an image are multiples of it.
+        input_structure: of the layer that embeds patches; None: that of the others.
+        qk_norm: whether queries and keys pass through a LayerNorm, which large models need to train stably.
+        normalize: whether the weights of structured layers, all but dense ones, are normalised as by `Linear`.
+    """
+
+    NAME = "vit"
+
+    heads: int = 4
+    patch_size: int = 4
+    input_structure: str | None = None
+    qk_norm: bool = False
+    normalize: bool = False
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        if shape.image is None:
+            raise ValueError("a vit takes images: choose model=mlp for vectors, model=gpt for sequences of tokens")
+        channels, height, width = shape.image
+        sizes: dict[str, Any] = {"image_size": (height, width), "channels": channels, "out_features": shape.outputs}
+        return ViT(**sizes, **vars(self))
 
 
 class ViT(ReferenceModel):
@@ -22,23 +52,11 @@ class ViT(ReferenceModel):
 
     Args:
         image_size: (height, width) of the images, or one number if they are square.
-        width: of the residual stream; a multiple of `heads`.
+        width: of the residual stream.
         out_features: the number of classes.
         channels: of the images.
-        patch_size: side of a square patch; both sides of an image are multiples of it.
-        depth: the number of blocks.
-        heads: of the attention.
-        structure: of every linear layer but the head, as for `Linear`.
-        expansion: of the blocks' hidden layer.
         bias: whether linear layers and norms have one.
-        qk_norm: whether queries and keys pass through a LayerNorm, which large models need to train stably.
-        normalize: whether the weights of structured layers, that is all but dense ones, are normalised as by `Linear`.
-        input_structure: of the layer that embeds patches; by default that of the others.
-        experts: makes mixtures of so many experts; None: none.
-        active: how many of them a token goes to.
-        routed: what is a mixture, see `Layers`: "linear", "feed_forward" or "both".
-        roles: structures of some roles of the linear layers, instead of `structure`: "attention_in" (queries, keys,
-            values), "attention_out", "up" and "down" (of the feed-forward networks).
+        config: other attributes of `ViTConfig`.
 
     Shapes:
         (n, channels, height, width) to (n, out_features).
@@ -49,11 +67,11 @@ class ViT(ReferenceModel):
     Example:
         >>> import torch, einlinear as el
         >>> from einlinear_lab.models import ViT
-        >>> model = ViT(32, 64, 10, structure="monarch(blocks=4)")
+        >>> model = ViT(32, 64, 10, patch_size=8, structure="monarch(blocks=4)")
         >>> model = el.init_(model, zero=model.ZERO)
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
-        >>> model.macs, ViT(32, 64, 10).macs
+        >>> model.macs, ViT(32, 64, 10, patch_size=8).macs
         (1049216, 2654848)
     """
 
@@ -66,35 +84,22 @@ class ViT(ReferenceModel):
         out_features: int,
         *,
         channels: int = 3,
-        patch_size: int = 8,
-        depth: int = 3,
-        heads: int = 8,
-        structure: str = "dense",
-        expansion: int = 4,
         bias: bool = True,
-        qk_norm: bool = False,
-        normalize: bool = False,
-        input_structure: str | None = None,
-        experts: int | None = None,
-        active: int = 2,
-        routed: str = "linear",
-        roles: Mapping[str, str] | None = None,
+        **config: Any,
     ) -> None:
         super().__init__()
-        rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if patch_size < 1 or rows % patch_size or columns % patch_size:
-            raise ValueError(f"images of {rows} x {columns} cannot be cut into patches of {patch_size} x {patch_size}")
-        self.image_shape, self.patch_size = (channels, rows, columns), patch_size
-        self.tokens = (rows // patch_size) * (columns // patch_size)
-        layers = Layers(structure, bias, normalize, experts, active, routed, roles or {})
-        self.patches = layers.single(channels * patch_size**2, width, input_structure)
+        c = ViTConfig(width=width, **config)
+        height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if c.patch_size < 1 or height % c.patch_size or breadth % c.patch_size:
+            raise ValueError(
+                f"images of {height} x {breadth} cannot be cut into patches of {c.patch_size} x {c.patch_size}"
+            )
+        self.image_shape, self.patch_size = (channels, height, breadth), c.patch_size
+        self.tokens = (height // c.patch_size) * (breadth // c.patch_size)
+        layers = Layers(c, bias=bias)
+        self.patches = layers.single(channels * c.patch_size**2, width, c.input_structure)
         self.positions = nn.Embedding(self.tokens, width)
-
-        def block() -> TransformerBlock:
-            attention = Attention(width, heads, layers.linear, bias=bias, qk_norm=qk_norm)
-            return TransformerBlock(attention, layers.feed_forward(width, expansion))
-
-        self.blocks = stack(depth, block)
+        self.blocks = layers.blocks(heads=c.heads, qk_norm=c.qk_norm)
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)
 

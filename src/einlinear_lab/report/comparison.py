@@ -10,7 +10,7 @@ from functools import cached_property
 from statistics import fmean, median
 from typing import Any
 
-from einlinear_lab.runs.models import DENSE, OF_EXPERTS
+from einlinear_lab.models.config import DENSE, OF_EXPERTS
 from einlinear_lab.runs.records import Record, Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.scaling import Multiplier, MultiplierOverSeeds, compute_multiplier, multiplier_over_seeds
@@ -133,7 +133,7 @@ class Comparison:
     @property
     def all_metrics(self) -> tuple[str, ...]:
         """The training loss, the error, and every other metric of any run."""
-        others = (name for record in self.records for name in result_of(record).measures)
+        others = (name for record in self.records for name in result_of(record).metrics)
         return tuple(dict.fromkeys((TRAIN_LOSS, self.error, *others)))
 
     @property
@@ -178,7 +178,7 @@ def result_of(record: Record) -> Result:
 def metric_of(record: Record, metric: str) -> float | None:
     """Return a metric of a finished run, "train_loss" included; None where the run diverged."""
     result = result_of(record)
-    return result.train_loss if metric == TRAIN_LOSS else result.measures.get(metric)
+    return result.train_loss if metric == TRAIN_LOSS else result.metrics.get(metric)
 
 
 def metric_title(metric: str) -> str:

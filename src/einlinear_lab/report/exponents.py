@@ -10,10 +10,10 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from einlinear.structures import structure
+from einlinear_lab.models.config import DENSE, ModelConfig
 from einlinear_lab.report.charts import Axis, Chart, axis, colour, log_axis, short, symbol, trace
 from einlinear_lab.report.comparison import Comparison, Curve, metric_title
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable
-from einlinear_lab.runs.models import DENSE, Model
 from einlinear_lab.scaling import ExponentRegression, regress_on_exponents
 
 MIN_STRUCTURES = 5
@@ -75,7 +75,7 @@ def at_equal_compute(comparison: Comparison, metric: str) -> EqualCompute | None
     return EqualCompute(compute, points, regression)
 
 
-def exponents_of(model: Model) -> dict[str, float]:
+def exponents_of(model: ModelConfig) -> dict[str, float]:
     """Return the exponents of a model's structure by name; none if its family is not registered."""
     try:
         built = structure(model.structure, model.width, model.expansion * model.width)

@@ -301,7 +301,7 @@ def _by_step(record: Record, metric: str) -> dict[int, float]:
     """Return the metric by step; the final value alone where it was not measured during training."""
     lines = metrics.read(record.folder / METRICS)
     values = {line["step"]: line[metric] for line in lines if line.get(metric) is not None}
-    return values or {result_of(record).steps: result_of(record).measures[metric]}
+    return values or {result_of(record).steps: result_of(record).metrics[metric]}
 
 
 def _compute_at(group: SeedGroup, step: int) -> float:

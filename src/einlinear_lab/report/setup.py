@@ -9,9 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from einlinear_lab.models.config import DENSE
 from einlinear_lab.report.comparison import Comparison, metric_title, result_of
 from einlinear_lab.report.page import Section, definitions
-from einlinear_lab.runs.models import DENSE
 from einlinear_lab.runs.records import Record
 
 # values of a hyperparameter that are listed

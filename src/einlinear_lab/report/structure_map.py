@@ -10,6 +10,7 @@ from statistics import median
 from markupsafe import Markup, escape
 
 from einlinear.structures.spec import is_family, parse_family
+from einlinear_lab.models.config import DENSE
 from einlinear_lab.report.charts import Chart, Trace, glyph, log_axis, shade, short, symbol, trace
 from einlinear_lab.report.comparison import Comparison, SeedGroup, metric_title
 from einlinear_lab.report.exponents import (
@@ -22,7 +23,6 @@ from einlinear_lab.report.exponents import (
     regression_table,
 )
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, group_row
-from einlinear_lab.runs.models import DENSE
 from einlinear_lab.scaling import ExponentRegression
 
 MIN_STRUCTURES = 8

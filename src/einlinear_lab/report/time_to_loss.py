@@ -10,9 +10,9 @@ from statistics import fmean
 import numpy as np
 from markupsafe import Markup
 
+from einlinear_lab.models.config import DENSE
 from einlinear_lab.report.comparison import Comparison, Curve, SeedGroup, metric_title, result_of
 from einlinear_lab.report.page import Cell, Section, SortableTable
-from einlinear_lab.runs.models import DENSE
 from einlinear_lab.runs.records import METRICS, Record
 from einlinear_lab.training import metrics
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from einlinear_lab.runs.data import Data, Problem
+from einlinear_lab.runs.data import Data, TrainingProblem
 from einlinear_lab.runs.run import Run
 
 
@@ -19,7 +19,7 @@ def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
     Raises:
         ValueError, OSError: what is wrong with the data, a structure or a size.
     """
-    problems: dict[Data, Problem] = {}
+    problems: dict[Data, TrainingProblem] = {}
     for run in runs:
         if run.data not in problems:
             problems[run.data] = run.data.load(run.seed)

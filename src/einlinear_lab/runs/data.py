@@ -25,7 +25,7 @@ from einlinear_lab.data import (
     pixel_permutation,
 )
 from einlinear_lab.data.text.tokens import DESCRIPTION
-from einlinear_lab.runs.models import Shape
+from einlinear_lab.models.config import Shape
 from einlinear_lab.training.loop import Task
 from einlinear_lab.training.tasks import VALIDATION_TOKENS, Classification, LanguageModel, Regression
 
@@ -34,14 +34,14 @@ PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in
 
 
 @dataclass(frozen=True)
-class Problem:
+class TrainingProblem:
     """Data that has been loaded, and what is to be learnt of it.
 
     Attributes:
-        task: batches, loss and measures.
+        task: batches, loss and metrics.
         shape: what the model has to know.
         inputs: of a step, that MACs are counted for: images, tokens or vectors.
-        error: the measure, by name, that stands for the quality of a final model.
+        error: the name of the metric that stands for the quality of a final model.
         source: one sentence on where the data came from.
         digest: of the data itself.
     """
@@ -69,7 +69,7 @@ class Data(ABC):
     batch_size: int = 256
 
     @abstractmethod
-    def load(self, seed: int) -> Problem:
+    def load(self, seed: int) -> TrainingProblem:
         """The problem, whose batches are those of a seed.
 
         Raises:
@@ -118,14 +118,15 @@ class ImageData(Data):
         if self.mixup and not self.augment:
             raise ValueError(f"mixup={self.mixup} needs augment=true")
 
-    def load(self, seed: int) -> Problem:
+    def load(self, seed: int) -> TrainingProblem:
         images = self._read()
         order = pixel_permutation(images.features, PERMUTATION_SEED) if self.permute else None
         augment = Augment.suited_to(images, self.mixup) if self.augment else None
         batches = Batches(images, self.batch_size, seed=seed, augment=augment, permutation=order, flatten=False)
         task = Classification(images, batches, self.label_smoothing)
         digest = _digest(images.train_x, images.train_y, images.test_x, images.test_y)
-        return Problem(task, Shape.of_images(images), self.batch_size, "train_error", images.source, digest)
+        shape = Shape(images.features, len(images.classes), (images.channels, *images.size))
+        return TrainingProblem(task, shape, self.batch_size, "train_error", images.source, digest)
 
     def examples(self) -> int:
         return len(self._read().train_x)
@@ -149,10 +150,10 @@ class SequenceData(Data):
     batch_size: int = 32
     validation_tokens: int = VALIDATION_TOKENS
 
-    def _problem(self, sequences: Sequences, source: str, digest: str) -> Problem:
+    def _problem(self, sequences: Sequences, source: str, digest: str) -> TrainingProblem:
         shape = Shape(sequences.vocab_size, sequences.vocab_size, context=sequences.context)
         task = LanguageModel(sequences, self.validation_tokens)
-        return Problem(task, shape, self.batch_size * sequences.context, "validation_loss", source, digest)
+        return TrainingProblem(task, shape, self.batch_size * sequences.context, "validation_loss", source, digest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,7 @@ class TextData(SequenceData):
 
     context: int = 128
 
-    def load(self, seed: int) -> Problem:
+    def load(self, seed: int) -> TrainingProblem:
         tokens = _tokens(self.data)
         sequences = TextSequences(tokens, context=self.context, batch_size=self.batch_size, seed=seed)
         source = "; ".join(f"{part.name}: {part.origin}" for part in tokens.counts)
@@ -193,7 +194,7 @@ class PixelData(SequenceData):
     image_size: int = 8
     skip_broken: bool = False
 
-    def load(self, seed: int) -> Problem:
+    def load(self, seed: int) -> TrainingProblem:
         images = self._read()
         sequences = PixelSequences(images, size=self.image_size, batch_size=self.batch_size, seed=seed)
         return self._problem(sequences, images.source, _digest(images.train_x, images.test_x))
@@ -226,12 +227,12 @@ class TeacherData(Data):
     teacher_width: int = 1024
     teacher_depth: int = 6
 
-    def load(self, seed: int) -> Problem:
+    def load(self, seed: int) -> TrainingProblem:
         teacher = Teacher(self.features, width=self.teacher_width, depth=self.teacher_depth)
         task = Regression(teacher, self.batch_size, seed=seed)
         source = f"a random network of {self.teacher_depth} layers of width {self.teacher_width}"
         digest = _digest(*teacher.evaluation())
-        return Problem(task, Shape(self.features, 1), self.batch_size, "test_loss", source, digest)
+        return TrainingProblem(task, Shape(self.features, 1), self.batch_size, "test_loss", source, digest)
 
     def examples(self) -> None:
         return None

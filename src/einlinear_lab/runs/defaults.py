@@ -1,4 +1,4 @@
-"""Options that follow from the data where they are not given: how many steps, and of how many examples."""
+"""Defaults that follow from the data: the number of steps and the batch size."""
 
 from __future__ import annotations
 
@@ -7,50 +7,44 @@ from collections.abc import Mapping
 from typing import Any
 
 from einlinear_lab.runs.data import TextData
-from einlinear_lab.runs.options import names
-from einlinear_lab.runs.run import Run
-from einlinear_lab.training import Training
+from einlinear_lab.runs.run import model_and_data
 
-PASSES = 20  # over the training data
-FEWEST, MOST = 200, 5000  # steps
-ENDLESS = 2000  # steps on data without end
+# Passes over the training data.
+PASSES = 20
+# Bounds of the steps.
+FEWEST, MOST = 200, 5000
+# Steps on data without end.
+ENDLESS = 2000
 
 
 def with_defaults(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Complete the options of a run by `steps` and `batch_size` that suit its data.
+    """Complete the options of a run with `steps` and `batch_size` that suit its data.
 
-    Steps make 20 passes over the training data, but at least 200 and at most 5,000 of them; 2,000 where the data has
-    no end. A batch has what it has by default, or, of fewer images than that, a power of two of at most a quarter of
-    them.
+    The steps make 20 passes over the training data, within 200 and 5,000 steps; 2,000 steps where the data has no end.
+    With fewer images than the default batch size, the batch size is a power of two of at most a quarter of them.
 
     Returns:
-        The options, and for each that was added a sentence that says why. Both are the same whenever the data is.
+        The options, and a sentence for each that was added, with the reason. Both depend on options and data alone.
 
     Raises:
-        ValueError, OSError: what is wrong with the data or an option.
+        ValueError, OSError: wrong data, or a wrong or unknown option.
     """
-    found = dict(options)
-    why: list[str] = []
-    of_training = {field for field in names(Training) if field in found}
-    data = Run.of({name: value for name, value in found.items() if name not in of_training} | {"steps": 1}).data
-    if {"steps", "batch_size"} <= found.keys():
-        return found, why
-    examples = data.examples()
-    is_fixed = "batch_size" in found or isinstance(data, TextData)
-    if examples is not None and not is_fixed and examples < data.batch_size:
-        size = 1 << max(0, (examples // 4).bit_length() - 1)
+    completed, reasons = dict(options), list[str]()
+    _, data = model_and_data(options)
+    if {"steps", "batch_size"} <= options.keys():
+        return completed, reasons
+    examples, is_text = data.examples(), isinstance(data, TextData)
+    if examples is not None and examples < data.batch_size and not is_text and "batch_size" not in options:
+        size = completed["batch_size"] = 1 << max(0, (examples // 4).bit_length() - 1)
         data = dataclasses.replace(data, batch_size=size)
-        found["batch_size"] = size
-        why.append(f"batch_size={size}, as there are {examples:,} training images")
-    if "steps" not in found:
-        if examples is None:
-            found["steps"] = ENDLESS
-            why.append(f"steps={ENDLESS}")
-        else:
-            passes = PASSES * max(1, examples // data.batch_size)
-            found["steps"] = min(max(passes, FEWEST), MOST)
-            what = "windows of the training text" if isinstance(data, TextData) else "training images"
-            bound = {FEWEST: f", but at least {FEWEST}", MOST: f", but at most {MOST:,}"}.get(found["steps"], "")
-            bound = "" if passes == found["steps"] else bound
-            why.append(f"steps={found['steps']}: {PASSES} passes over {examples:,} {what}{bound}")
-    return found, why
+        reasons.append(f"batch_size={size}, as there are {examples:,} training images")
+    if "steps" not in options and examples is None:
+        completed["steps"] = ENDLESS
+        reasons.append(f"steps={ENDLESS}")
+    elif "steps" not in options and examples is not None:
+        passes = PASSES * max(1, examples // data.batch_size)
+        steps = completed["steps"] = min(max(passes, FEWEST), MOST)
+        unit = "windows of the training text" if is_text else "training images"
+        bound = "" if passes == steps else f", but at {'least' if steps == FEWEST else 'most'} {steps:,}"
+        reasons.append(f"steps={steps}: {PASSES} passes over {examples:,} {unit}{bound}")
+    return completed, reasons

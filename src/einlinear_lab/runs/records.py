@@ -14,7 +14,7 @@ import torch
 from einlinear.checkpoint import check_same
 from einlinear.files import read_json, write_json
 from einlinear.version import __version__, code_digest
-from einlinear_lab.runs.data import Problem
+from einlinear_lab.runs.data import TrainingProblem
 from einlinear_lab.runs.options import names, parse_strictly
 from einlinear_lab.runs.run import Run
 
@@ -38,8 +38,8 @@ class Result:
         steps: that were made.
         compute: multiply-accumulates of all forward passes of the training, those of guides included.
         train_loss: mean over the last tenth of the steps, as the batches were trained on.
-        measures: of the final model, by name.
-        error: the one of the measures that runs on the same data are compared by, see `Problem.error`.
+        metrics: of the final model, by name.
+        error: the metric by which runs on the same data are compared, see `TrainingProblem.error`.
         step_seconds: median duration of a training step, without its data.
         memory: bytes, of the first process: see `einlinear_lab.training.Outcome`.
         guide_macs: of the guides, for one input, as long as there were any: `Training.guide_until`.
@@ -51,7 +51,7 @@ class Result:
     steps: int
     compute: int
     train_loss: float | None
-    measures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     error: float | None = None
     step_seconds: float | None = None
     memory: int | None = None
@@ -73,7 +73,7 @@ class Record:
         code: of einlinear, that it was made with.
         pattern: what the name of its structure stood for.
         digest, source: of its data.
-        error: the name of the measure that `Result.error` is.
+        error: the name of the metric that `Result.error` is.
         made_with: versions and machine.
     """
 
@@ -114,7 +114,7 @@ def code_version() -> str:
     return f"{__version__}+{code_digest(*_DECISIVE)}"
 
 
-def describe(folder: Path, run: Run, problem: Problem) -> Record:
+def describe(folder: Path, run: Run, problem: TrainingProblem) -> Record:
     """A run that is about to start."""
     return Record(
         folder=folder,
@@ -165,7 +165,7 @@ def read_record(folder: Path) -> Record:
         return record
     try:
         result = _check(parse_strictly(Result, read_json(path)))
-        if not result.diverged and (result.error is None or record.error not in result.measures):
+        if not result.diverged and (result.error is None or record.error not in result.metrics):
             raise ValueError(f"it has no {record.error}")
         return replace(record, result=result)
     except (OSError, ValueError) as error:
@@ -191,7 +191,7 @@ def _read_description(folder: Path) -> Record:
 
 def _check(result: Result) -> Result:
     """Raise ValueError if a result has a number that no run comes to."""
-    for name, value in {**dataclasses.asdict(result), **result.measures}.items():
+    for name, value in {**dataclasses.asdict(result), **result.metrics}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is not finite")
         if isinstance(value, int) and not (name in _COUNTED) <= value < 2**63:

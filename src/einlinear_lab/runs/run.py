@@ -12,8 +12,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from einlinear.structures import structure
+from einlinear_lab.models import MODELS, ModelConfig
+from einlinear_lab.models.config import OF_EXPERTS
 from einlinear_lab.runs.data import Data, kind_of
-from einlinear_lab.runs.models import MODELS, OF_EXPERTS, Model
 from einlinear_lab.runs.options import names, parse, refuse_unknown
 from einlinear_lab.training import Training
 
@@ -37,7 +38,7 @@ class Run:
         seed: of the weights and the batches.
     """
 
-    model: Model
+    model: ModelConfig
     data: Data
     training: Training
     seed: int = 0
@@ -63,20 +64,8 @@ class Run:
         Raises:
             ValueError: an unknown option, or a value that is wrong, with what would be right.
         """
-        given = dict(options)
-        kind = given.pop("model", "mlp")
-        if kind not in MODELS:
-            raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
-        data = str(given.get("data", "auto"))
-        model = MODELS[kind]
-        of_data = kind_of(data, given.pop("data_kind", None), sequences=model.SEQUENCES)
-        known = [*names(model), *names(of_data), *names(Training), "seed"]
-        refuse_unknown(given, known, f"a run of model={kind} on data={data} ({of_data.KIND})")
-
-        def part(kind: type[T]) -> T:
-            return parse(kind, {name: given[name] for name in names(kind) if name in given})
-
-        return cls(part(model), part(of_data), part(Training), part(_Seed).seed)
+        model, data = model_and_data(options)
+        return cls(model, data, _part(Training, options), _part(_Seed, options).seed)
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -109,6 +98,27 @@ class Run:
         """The name for people and folders: "btt-rank-2-w64-s0-" and the key."""
         words = re.sub(r"[^a-z0-9]+", "-", self.model.structure.lower()).strip("-")[:40].strip("-")
         return f"{words}-w{self.model.width}-s{self.seed}-{self.key}"
+
+
+def model_and_data(options: Mapping[str, Any]) -> tuple[ModelConfig, Data]:
+    """Return the model and the data of a run from its options, of which none has to be given.
+
+    Raises:
+        ValueError: an unknown option, or a wrong value of an option of the model or the data.
+    """
+    kind, name = options.get("model", "mlp"), str(options.get("data", "auto"))
+    if kind not in MODELS:
+        raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
+    model = MODELS[kind]
+    data = kind_of(name, options.get("data_kind"), sequences=model.SEQUENCES)
+    known = [*names(model), *names(data), *names(Training), "seed"]
+    given = [option for option in options if option not in ("model", "data_kind")]
+    refuse_unknown(given, known, f"a run of model={kind} on data={name} ({data.KIND})")
+    return _part(model, options), _part(data, options)
+
+
+def _part(kind: type[T], options: Mapping[str, Any]) -> T:
+    return parse(kind, {name: options[name] for name in names(kind) if name in options})
 
 
 @dataclass(frozen=True)

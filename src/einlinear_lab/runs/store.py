@@ -71,7 +71,7 @@ class Store:
             digests: of the data: what is behind a name may have changed.
 
         Raises:
-            ValueError: the folder holds other files, or runs of other settings, other data or another code: it says
+            ValueError: the folder holds other files, or runs of another config, other data or another code: it says
                 which.
         """
         if self.folder.exists() and not self.folder.is_dir():
@@ -79,7 +79,7 @@ class Store:
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / RUNS).is_dir():
             raise ValueError(f"{self.folder} holds files that are no results of einlinear; name another folder")
         found = self.records()
-        self._check_settings(found, runs, axes)
+        self._check_config(found, runs, axes)
         self._check_data(found, digests or {})
         self._check_families(found, runs)
         if not mix_code:
@@ -125,7 +125,7 @@ class Store:
                 except ValueError as error:
                     yield error
 
-    def _check_settings(self, found: Collection[Record], runs: Collection[Run], axes: Collection[str]) -> None:
+    def _check_config(self, found: Collection[Record], runs: Collection[Run], axes: Collection[str]) -> None:
         """What is not varied has to be as it was."""
         there = _values(record.run.identity for record in found)
         here = _values(run.identity for run in runs)
@@ -137,8 +137,8 @@ class Store:
         ]
         if differences:
             raise ValueError(
-                f"{self.folder} holds results of other settings: {'; '.join(differences)}. "
-                "Name another folder (--out), or repeat the settings to add to this one"
+                f"{self.folder} holds results of another config: {'; '.join(differences)}. "
+                "Name another folder (--out), or repeat the config to add to this one"
             )
 
     def _check_data(self, found: Collection[Record], digests: Mapping[Data, str]) -> None:

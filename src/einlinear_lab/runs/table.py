@@ -19,12 +19,12 @@ from einlinear_lab.runs.run import Run
 
 FILE = "runs.sqlite"
 _NAMES = {"steps": "steps_made"}  # of results, where an option has the same
-_RESULTS = {field.name: _NAMES.get(field.name, field.name) for field in fields(Result) if field.name != "measures"}
+_RESULTS = {field.name: _NAMES.get(field.name, field.name) for field in fields(Result) if field.name != "metrics"}
 _PATIENCE = 1  # seconds to wait for somebody who reads
 
 
 class RunTable:
-    """One row per run: its key, folder and status; its options; its results and measures.
+    """One row per run: its key, folder and status; its options; its results and metrics.
 
     Status is "waiting", "running", "finished", "diverged", "lost" or "failed". What cannot be written, or read from the
     folder of a run, ends no sweep: it warns, and rows that are left over are written with the next one.
@@ -99,7 +99,7 @@ def _of_record(record: Record) -> dict[str, Any]:
         raise ValueError(f"the run in {record.folder} has no result that can be seen")
     row = _row(record.run, record.folder, "diverged" if record.result.diverged else "finished")
     results = {column: getattr(record.result, name) for name, column in _RESULTS.items()}
-    return row | results | record.result.measures | {"code": record.code}
+    return row | results | record.result.metrics | {"code": record.code}
 
 
 def _row(run: Run, folder: Path | None, status: str, message: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from einlinear.files import differences
 from einlinear_lab.runs.records import Record
-from einlinear_lab.runs.run import Run
+from einlinear_lab.runs.run import model_and_data
 from einlinear_lab.runs.store import open_store
 from einlinear_lab.search.manifest import SearchManifest
 from einlinear_lab.search.matching import Matching
@@ -112,9 +112,9 @@ def alongside(leaders: Sequence[Leader], specs: Sequence[str], options: Mapping[
     Raises:
         DoesNotFit: a structure has no model of that compute.
     """
-    base = Run.of({"steps": 1, **options})
+    model, data = model_and_data(options)
     macs = [leader.record.result.macs for leader in leaders if leader.record.result]
-    matching = Matching(base.model, base.data.load(base.seed).shape, round(fmean(macs)), granule=1)
+    matching = Matching(model, data.load(seed=0).shape, round(fmean(macs)), granule=1)
     matched = [matching.match({STRUCTURE: Proposal(spec)}) for spec in specs]
     return [{**architecture.specs, "width": architecture.width} for architecture in matched] + [
         leader.model for leader in leaders

@@ -42,7 +42,7 @@ class SearchManifest:
 
     def objective(self, result: Result) -> float:
         """Return the value that is minimised, infinite if the run diverged."""
-        value = result.error if self.metric is None else result.measures.get(self.metric)
+        value = result.error if self.metric is None else result.metrics.get(self.metric)
         if result.diverged or value is None:
             return math.inf
         return value * self.time_factor(result.step_seconds)

@@ -16,7 +16,7 @@ from einlinear.nn import Linear
 from einlinear.ops.projection.unfolding import is_padded
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear_lab.models import ReferenceModel
-from einlinear_lab.runs.models import Model, Shape
+from einlinear_lab.models.config import ModelConfig, Shape
 from einlinear_lab.search.space import STRUCTURE, Proposals
 
 # Relative to the budget.
@@ -77,12 +77,12 @@ class Architecture:
         s = _structure(self.spec, in_features, out_features)
         return s.psi, s.nu, s.omega
 
-    def model(self, base: Model) -> Model:
+    def model(self, base: ModelConfig) -> ModelConfig:
         """Return the model with this width and these structures."""
         return with_structures(base, self.width, self.specs)
 
 
-def with_structures(model: Model, width: int, specs: Mapping[str, str]) -> Model:
+def with_structures(model: ModelConfig, width: int, specs: Mapping[str, str]) -> ModelConfig:
     """Return a model of another width, with structures by option."""
     changes: dict[str, Any] = {"width": width, **specs}
     return replace(model, **changes)
@@ -99,7 +99,7 @@ class Matching:
         granule: widths are multiples of it, and of the number of heads; odd widths factor badly.
     """
 
-    model: Model
+    model: ModelConfig
     shape: Shape
     budget: int
     granule: int = 2
@@ -196,7 +196,7 @@ class _Costs:
     rest: tuple[Fraction, ...]
 
     @classmethod
-    def of(cls, model: Model, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
+    def of(cls, model: ModelConfig, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
         if model.experts is not None:
             raise ValueError("a search has no mixtures of experts: leave out experts")
         if unknown := [option for option in options if not hasattr(model, option)]:
@@ -256,7 +256,7 @@ class _Costs:
 
 
 @cache
-def _costs(model: Model, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
+def _costs(model: ModelConfig, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
     return _Costs.of(model, shape, granule, options)
 
 
@@ -265,7 +265,7 @@ def _structure(spec: str, in_features: int, out_features: int) -> Structure:
     return structure(spec, in_features, out_features)
 
 
-def _build(model: Model, shape: Shape) -> ReferenceModel:
+def _build(model: ModelConfig, shape: Shape) -> ReferenceModel:
     with torch.device("meta"):
         return model.build(shape)
 

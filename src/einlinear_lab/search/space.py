@@ -23,7 +23,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from einlinear_lab.models.blocks import ROLES
+from einlinear_lab.models.config import ROLES
 
 # Exponents are multiples of 1/24, such as halves, thirds and quarters: a factor of 1.26 at width 256.
 GRID = 24

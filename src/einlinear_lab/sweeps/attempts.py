@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from einlinear_lab.runs.execute import execute
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training.loop import Progress
 

@@ -10,13 +10,12 @@ import torch
 
 from einlinear.structures import structure
 from einlinear_lab.models import ReferenceModel
+from einlinear_lab.models.config import DENSE, ModelConfig, Shape
 from einlinear_lab.runs.data import ImageData, kind_of
-from einlinear_lab.runs.models import DENSE, Model, Shape
-from einlinear_lab.runs.options import names, parse
-from einlinear_lab.runs.run import Run
+from einlinear_lab.runs.options import parse
+from einlinear_lab.runs.run import Run, model_and_data
 from einlinear_lab.sweeps.budget import widest
 from einlinear_lab.sweeps.sweep import Sweep
-from einlinear_lab.training import Training
 from einlinear_lab.training.tasks import Classification
 
 STRUCTURES = (DENSE, "low_rank", "kronecker", "tt(rank=4)", "monarch", "btt", "dyad")
@@ -41,7 +40,7 @@ _DEFAULTS: dict[str, Any] = {"depth": 2, "permute": True, "betas": (0.9, 0.999)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class CompareConfig:
     """What to compare.
 
     Attributes:
@@ -82,8 +81,8 @@ class Config:
             raise ValueError(f"{', '.join(taken)} cannot be set: a comparison varies {', '.join(sorted(AXES))}")
 
 
-def configure(preset: str | None = None, **options: Any) -> Config:
-    """A `Config` from its options and those of runs by name, then the preset's; its own are not given if they are None.
+def configure(preset: str | None = None, **options: Any) -> CompareConfig:
+    """Make a `CompareConfig` from its options and those of runs; what is not given, or None, is the preset's.
 
     Raises:
         ValueError: an unknown preset; both macs and widths, or epochs and steps; a value of the wrong type or out of
@@ -91,7 +90,7 @@ def configure(preset: str | None = None, **options: Any) -> Config:
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    own = Config.__dataclass_fields__.keys() - {"options"}
+    own = CompareConfig.__dataclass_fields__.keys() - {"options"}
     given = {name: value for name, value in options.items() if not (name in own and value is None)}
     if "macs" in given and "widths" in given:
         raise ValueError("give either macs, of which the widths follow, or widths, not both")
@@ -99,25 +98,27 @@ def configure(preset: str | None = None, **options: Any) -> Config:
         raise ValueError("give either epochs, of which the steps follow, or steps, not both")
     chosen = (PRESETS[preset] if preset else {}) | given
     of_runs = {name: value for name, value in chosen.items() if name not in own}
-    return parse(Config, {name: value for name, value in chosen.items() if name in own} | {"options": of_runs})
+    return parse(CompareConfig, {name: value for name, value in chosen.items() if name in own} | {"options": of_runs})
 
 
 def template(options: Mapping[str, Any]) -> Run:
     """A run with the defaults of a comparison, on top of which come the options."""
+    return Run.of(_with_defaults(options))
+
+
+def _with_defaults(options: Mapping[str, Any]) -> Mapping[str, Any]:
     images = kind_of(str(options.get("data", "auto"))) is ImageData
-    defaults = _DEFAULTS if images and options.get("model", "mlp") == "mlp" else {}
-    return Run.of({**defaults, **options})
+    return {**_DEFAULTS, **options} if images and options.get("model", "mlp") == "mlp" else options
 
 
-def plan(config: Config) -> Sweep:
+def plan(config: CompareConfig) -> Sweep:
     """The runs of a comparison: seed by seed, the cheapest models first. Nothing is trained.
 
     Raises:
         ValueError, OSError: what is wrong with the data or an option; a structure that is unknown, cannot be built at a
             width asked for or not within the MACs.
     """
-    untrained = {name: value for name, value in config.options.items() if name not in names(Training)}
-    data = template({"steps": 1} | untrained).data
+    _, data = model_and_data(_with_defaults(config.options))
     problem = data.load(seed=0)
     steps = config.options.get("steps")
     if steps is None:
@@ -139,7 +140,7 @@ def plan(config: Config) -> Sweep:
     return Sweep(runs, AXES.union(*config.sized))
 
 
-def _models(base: Run, shape: Shape, config: Config, target: int) -> Iterator[Model]:
+def _models(base: Run, shape: Shape, config: CompareConfig, target: int) -> Iterator[ModelConfig]:
     """Every structure's model for one target, a width or a number of MACs, its structure written canonically."""
     for spec in config.structures:
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from einlinear.mup.coordinates import coord_check
-from einlinear_lab.runs.data import Problem
-from einlinear_lab.runs.execute import initialised
-from einlinear_lab.runs.models import DENSE
+from einlinear_lab.models.config import DENSE
+from einlinear_lab.runs.data import TrainingProblem
+from einlinear_lab.runs.execution import initialised
 from einlinear_lab.runs.options import names
 from einlinear_lab.runs.run import Run
 from einlinear_lab.sweeps import compare
@@ -39,7 +39,7 @@ def template(options: Mapping[str, Any]) -> Run:
     return compare.template(options)
 
 
-def check(template: Run, problem: Problem, structures: Sequence[str], widths: Sequence[int]) -> None:
+def check(template: Run, problem: TrainingProblem, structures: Sequence[str], widths: Sequence[int]) -> None:
     """Build every model without memory.
 
     Raises:
@@ -63,7 +63,7 @@ def cases(structures: Sequence[str]) -> list[tuple[str, bool]]:
 
 def measure(
     template: Run,
-    problem: Problem,
+    problem: TrainingProblem,
     structures: Sequence[str],
     widths: Sequence[int],
     progress: Callable[[str, int, int], None] | None = None,

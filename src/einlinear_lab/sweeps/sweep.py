@@ -12,7 +12,7 @@ from typing import Any
 from einlinear_lab.runs.options import from_text, refuse_unknown
 from einlinear_lab.runs.run import Run
 
-_KEYS = ("settings", "grid", "parts")
+_KEYS = ("config", "grid", "parts")
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Sweep:
 def read_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     """The runs that a TOML or JSON file describes.
 
-    The file has `[settings]`, options that all runs share; `[grid]`, options with lists of values, of which all
-    combinations are made; and `[[parts]]`, tables with settings and grids of their own, on top of the others. Without
+    The file has `[config]`, options that all runs share; `[grid]`, options with lists of values, of which all
+    combinations are made; and `[[parts]]`, tables with a config and a grid of their own, on top of the others. Without
     parts the file is a single one.
 
     Args:
@@ -48,7 +48,7 @@ def read_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, what: str = "a sweep") -> Sweep:
     """The runs that the content of a file describes, see `read_sweep`.
 
-    >>> sweep = make_sweep({"settings": {"data": "digits", "steps": 10}, "grid": {"lr": [1e-3, 3e-3], "seed": [0, 1]}})
+    >>> sweep = make_sweep({"config": {"data": "digits", "steps": 10}, "grid": {"lr": [1e-3, 3e-3], "seed": [0, 1]}})
     >>> len(sweep.runs), sorted(sweep.axes)
     (4, ['lr', 'seed'])
     """
@@ -68,14 +68,14 @@ def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None =
 def _expand(content: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
     """The options of every run."""
     refuse_unknown(content, _KEYS, what)
-    settings, grid = dict(content.get("settings", {})), dict(content.get("grid", {}))
+    config, grid = dict(content.get("config", {})), dict(content.get("grid", {}))
     for part in content.get("parts", [{}]):
         refuse_unknown(part, _KEYS[:2], f"a part of {what}")
         own_grid = grid | part.get("grid", {})
-        own = settings | part.get("settings", {})
-        if twice := part.get("grid", {}).keys() & part.get("settings", {}).keys():
-            raise ValueError(f"a part of {what} has {' and '.join(sorted(twice))} in its settings and in its grid")
-        own_grid = {name: values for name, values in own_grid.items() if name not in part.get("settings", {})}
+        own = config | part.get("config", {})
+        if twice := part.get("grid", {}).keys() & part.get("config", {}).keys():
+            raise ValueError(f"a part of {what} has {' and '.join(sorted(twice))} in its config and in its grid")
+        own_grid = {name: values for name, values in own_grid.items() if name not in part.get("config", {})}
         for name, values in own_grid.items():
             if not isinstance(values, list):
                 raise ValueError(f"{what}: the grid of {name} must be a list of values, not {values!r}")
@@ -87,5 +87,5 @@ def _gridded(content: Mapping[str, Any]) -> set[str]:
     """Options that the file varies, or could if its lists had more values."""
     parts = content.get("parts", [])
     return {name for table in (content, *parts) for name in table.get("grid", {})} | {
-        name for part in parts for name in part.get("settings", {})
+        name for part in parts for name in part.get("config", {})
     }

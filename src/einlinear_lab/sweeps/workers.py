@@ -52,7 +52,7 @@ class Workers:
 
     def __call__(self, jobs: Iterable[Job]) -> Iterator[Event]:
         waiting, again, deaths = iter(jobs), deque[Job](), Counter[str]()
-        _processes.set_forkserver_preload(["einlinear_lab.runs.execute"])
+        _processes.set_forkserver_preload(["einlinear_lab.runs.execution"])
         devices = cycle(_devices() or [None])
         workers: list[_Worker] = []
         try:

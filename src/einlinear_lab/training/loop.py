@@ -38,7 +38,7 @@ class Task(Protocol):
     """What a model is trained to do.
 
     Attributes:
-        ERRORS: the measures of which less is better.
+        ERRORS: the metrics of which less is better.
     """
 
     ERRORS: ClassVar[tuple[str, ...]]
@@ -50,7 +50,7 @@ class Task(Protocol):
         """The mean loss of a batch, or of a part of one."""
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Measures of a model, by name, on data that is always the same."""
+        """Return the metrics of a model by name, on data that is always the same."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Outcome:
 
     Attributes:
         losses: of every step; fewer than asked for where one became NaN or infinite.
-        measures: of the final model, by name.
+        metrics: of the final model, by name.
         step_seconds: median duration of a step, without its data and without evaluation.
         memory: bytes on the device of this process. On a GPU, the most that torch's tensors took at any time of a step;
             None where no step was left to make. On a CPU parameters, their gradients and the optimizer's state, without
@@ -67,13 +67,13 @@ class Outcome:
     """
 
     losses: tuple[float, ...]
-    measures: Mapping[str, float]
+    metrics: Mapping[str, float]
     step_seconds: float
     memory: int | None
 
     @property
     def diverged(self) -> bool:
-        return not all(map(math.isfinite, (*self.losses[-1:], *self.measures.values())))
+        return not all(map(math.isfinite, (*self.losses[-1:], *self.metrics.values())))
 
 
 def train(
@@ -92,7 +92,7 @@ def train(
     Args:
         model: initialised, the same on every process; trained in place. Guides are taken out again however it ends.
         base, lr_scale: as for `param_groups`.
-        task: batches, loss and measures.
+        task: batches, loss and metrics.
         config: how.
         folder: for metrics.jsonl and checkpoints, from which a run that was interrupted goes on. None keeps nothing.
         facts: what identifies the run, as JSON. A checkpoint of a run with other facts is refused.
@@ -115,7 +115,7 @@ def train(
         >>> model = el.init_(model, zero=model.ZERO)
         >>> task = Regression(Teacher(8, width=32, depth=2), batch_size=64, seed=0)
         >>> outcome = train(model, base=ResidualMLP(8, 32, 1), task=task, config=Training(steps=20))
-        >>> len(outcome.losses), list(outcome.measures)
+        >>> len(outcome.losses), list(outcome.metrics)
         (20, ['test_loss'])
         >>> outcome.losses[-1] < outcome.losses[0]
         True
@@ -208,7 +208,7 @@ class _Run:
 
     def _train(self, progress: Progress | None, metrics: Metrics) -> Outcome:
         first, steps = self.world.rank == 0, self.config.steps
-        training_seconds, measures = sum(self.seconds), dict[str, float]()
+        training_seconds, final = sum(self.seconds), dict[str, float]()
         for step in range(len(self.losses) + 1, steps + 1):
             self._after(step - 1)
             loss = self._step(step - 1)
@@ -226,14 +226,14 @@ class _Run:
                     **self._loads(),
                 )
             if _due(step, self.config.evaluate_every) or last:
-                measures = self._evaluate()
-                metrics.write(step=step, training_seconds=training_seconds, **measures)
+                final = self._evaluate()
+                metrics.write(step=step, training_seconds=training_seconds, **final)
             if diverged:
                 break
             if _due(step, self.config.checkpoint_every) or last:  # after the metrics, which a resumed run relies on
                 self._save()
         seconds = statistics.median(self.seconds)
-        return Outcome(tuple(self.losses), measures or self._evaluate(), seconds, self._memory())
+        return Outcome(tuple(self.losses), final or self._evaluate(), seconds, self._memory())
 
     def _step(self, index: int) -> float:
         """One step of the optimizer; the mean loss of its batch."""

@@ -1,4 +1,4 @@
-"""What models are trained to do: data, a loss and measures. ERRORS are those measures of which less is better."""
+"""Tasks: data, a loss and metrics. ERRORS are the metrics of which less is better."""
 
 from __future__ import annotations
 

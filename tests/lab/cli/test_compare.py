@@ -11,11 +11,11 @@ from tests.lab.cli.command import QUICK, TINY, assert_refused, run, said_default
 from einlinear_lab.cli.compare import command as compare
 from einlinear_lab.cli.parsing import numbers, specs
 from einlinear_lab.runs.data import ImageData
-from einlinear_lab.runs.execute import execute
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
 from einlinear_lab.sweeps import workers
-from einlinear_lab.sweeps.compare import Config
+from einlinear_lab.sweeps.compare import CompareConfig
 from einlinear_lab.sweeps.driver import Event, Job
 
 
@@ -160,7 +160,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
 
 
 def test_the_help_says_the_defaults() -> None:
-    config = Config()
+    config = CompareConfig()
     assert specs(said_default(compare, "structures")) == config.structures
     assert numbers(said_default(compare, "macs"), "--macs") == config.macs
     for name in ("dense_reach", "seeds", "epochs"):

@@ -11,7 +11,7 @@ from einlinear_lab.runs.store import Store
 @pytest.mark.usefixtures("trained")
 def test_a_sweep_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "sizes.toml"
-    path.write_text('[settings]\ndata = "digits"\nsteps = 9\ndepth = 1\n[grid]\nstructure = ["dense", "btt"]\n')
+    path.write_text('[config]\ndata = "digits"\nsteps = 9\ndepth = 1\n[grid]\nstructure = ["dense", "btt"]\n')
     code, out, _ = run("sweep", path, "width=16", "--out", tmp_path / "out")
     assert code == 0
     assert "2 runs to do" in out

@@ -60,7 +60,7 @@ def test_a_folder_is_all_that_a_first_run_needs(tmp_path: Path, monkeypatch: pyt
     assert len([*(tmp_path / "results" / "train").iterdir()]) == 2
     before = (first / "result.json").read_bytes()
     assert run(*command)[0] == 0, "and the same one goes on"
-    assert json.loads((first / "result.json").read_bytes())["measures"] == json.loads(before)["measures"]
+    assert json.loads((first / "result.json").read_bytes())["metrics"] == json.loads(before)["metrics"]
     assert run(*command, "steps=3", "out=here")[0] == 0
     assert (tmp_path / "here" / "result.json").exists()
     assert_refused(run(*command[:-1]), "cat/0.png cannot be read as an image", "skip_broken=true (--skip-broken)")
@@ -102,7 +102,7 @@ def test_a_bug_in_training_is_no_mistake_of_the_users(
     def fail(*_: object, **__: object) -> None:
         raise bug("shapes")
 
-    monkeypatch.setattr("einlinear_lab.runs.execute.training.train", fail)
+    monkeypatch.setattr("einlinear_lab.runs.execution.training.train", fail)
     with pytest.raises(bug, match="shapes"):
         run(*TRAIN, "--out", tmp_path / "run")
     monkeypatch.setattr(workers, "Workers", lambda *_: fail)
@@ -117,13 +117,13 @@ def test_a_full_disk_and_a_folder_in_use_are_said(tmp_path: Path, monkeypatch: p
     (tmp_path / "run").mkdir()
     with lock(tmp_path / "run" / ".lock", ""):
         assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "another process is at work")
-    monkeypatch.setattr("einlinear_lab.runs.execute.training.train", full)
+    monkeypatch.setattr("einlinear_lab.runs.execution.training.train", full)
     assert_refused(run(*TRAIN, "--out", tmp_path / "new"), "No space left on device: 'metrics.jsonl'")
 
 
 def test_another_run_is_refused_before_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*TRAIN, "--out", tmp_path / "run")[0] == 0
-    monkeypatch.setattr("einlinear_lab.runs.execute.training.train", None)
+    monkeypatch.setattr("einlinear_lab.runs.execution.training.train", None)
     assert_refused(run(*TRAIN, "width=32", "--out", tmp_path / "run"), "width was 16, now 32", "Name another folder")
     monkeypatch.setattr("einlinear_lab.runs.records.code_version", lambda: "9.9+beef")
     assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "now '9.9+beef'")

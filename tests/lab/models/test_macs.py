@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import einlinear as el
-from einlinear_lab.models import GPT, ReferenceModel, ResidualMLP, ViT
+from einlinear_lab.models import GPT, MLPConfig, ReferenceModel, ResidualMLP, ViT
 from einlinear_lab.models.blocks import Attention, Layers
 from einlinear_lab.models.macs import linear_macs, macs_per_token, params
 
@@ -80,7 +80,10 @@ class LoRA(nn.Linear):
         (nn.Bilinear(3, 3, 3), "a Bilinear, are unknown"),
         (LoRA(), "a LoRA, are unknown: it has weights of its own, down, up$"),
         (spectral_norm(nn.Linear(3, 3)), "a ParametrizationList, are unknown"),
-        (Attention(8, 2, Layers("dense").linear), "0 is attention, whose cost depends on the sequence: give tokens="),
+        (
+            Attention(8, 2, Layers(MLPConfig()).linear),
+            "0 is attention, whose cost depends on the sequence: give tokens=",
+        ),
     ],
 )
 def test_what_is_not_known_is_not_counted_wrongly(module: Any, message: str) -> None:

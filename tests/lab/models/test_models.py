@@ -19,18 +19,18 @@ VOCAB, CONTEXT, CLASSES = 20, 12, 5
 Build = Callable[..., ReferenceModel]
 
 
-def mlp(width: int = 32, structure: str = "btt") -> ResidualMLP:
-    return ResidualMLP(48, width, CLASSES, depth=2, structure=structure)
+def mlp(width: int = 32, structure: str = "btt", **options: Any) -> ResidualMLP:
+    return ResidualMLP(48, width, CLASSES, depth=2, structure=structure, **options)
 
 
 def vit(width: int = 32, structure: str = "btt", **options: Any) -> ViT:
-    settings: dict[str, Any] = {"patch_size": 4, "depth": 2, "heads": 4, "structure": structure}
-    return ViT((8, 12), width, CLASSES, **settings | options)
+    config: dict[str, Any] = {"patch_size": 4, "depth": 2, "heads": 4, "structure": structure}
+    return ViT((8, 12), width, CLASSES, **config | options)
 
 
 def gpt(width: int = 32, structure: str = "btt", **options: Any) -> GPT:
-    settings: dict[str, Any] = {"depth": 2, "d_head": 16, "structure": structure, "head_structure": structure}
-    return GPT(VOCAB, width, CONTEXT, **settings | options)
+    config: dict[str, Any] = {"depth": 2, "d_head": 16, "structure": structure, "head_structure": structure}
+    return GPT(VOCAB, width, CONTEXT, **{"normalize": False} | config | options)
 
 
 def inputs(build: Build, n: int = 3) -> Tensor:
@@ -59,11 +59,9 @@ with_tokens = pytest.mark.parametrize("build", [vit, gpt])
 @every_model
 def test_roles_have_structures_of_their_own(build: Build) -> None:
     roles = {"up": "low_rank(rank=2)", "down": "monarch(blocks=2)"}
-    if build is mlp:
-        model: ReferenceModel = ResidualMLP(48, 32, CLASSES, depth=2, structure="btt", roles=roles)
-    else:
+    if build is not mlp:
         roles |= {"attention_in": "dense", "attention_out": "kronecker"}
-        model = build(roles=roles)
+    model = build(**{f"{role}_structure": structure for role, structure in roles.items()})
     right = {"fc1": "up", "fc2": "down", "out": "attention_out"} | dict.fromkeys(
         ("query", "key", "value"), "attention_in"
     )
@@ -78,12 +76,12 @@ def test_roles_have_structures_of_their_own(build: Build) -> None:
 
 
 def test_roles_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="roles must be attention_in, attention_out, up, down, not head"):
-        gpt(roles={"head": "btt"})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'query_structure'"):
+        gpt(query_structure="btt")
     with pytest.raises(ValueError, match="experts that are whole networks have one structure"):
-        gpt(roles={"up": "btt"}, experts=2, routed="feed_forward")
-    with pytest.raises(ValueError, match="a MLP has no attention"):
-        ResidualMLP(48, 32, CLASSES, roles={"attention_in": "btt"})
+        gpt(up_structure="btt", experts=2, routed="feed_forward")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'attention_in_structure'"):
+        ResidualMLP(48, 32, CLASSES, attention_in_structure="btt")
 
 
 # What they compute
@@ -166,7 +164,10 @@ def test_heads_say_how_wide_attention_is() -> None:
 def test_the_input_layer_may_have_a_structure_of_its_own() -> None:
     specs = [
         [layer.structure.spec for layer in model.modules() if isinstance(layer, el.Linear)]
-        for model in (ResidualMLP(48, 32, 5, 1, "btt", input_structure="dense"), vit(depth=1, input_structure="dense"))
+        for model in (
+            ResidualMLP(48, 32, 5, depth=1, structure="btt", input_structure="dense"),
+            vit(depth=1, input_structure="dense"),
+        )
     ]
     assert [own[0] for own in specs] == ["dense", "dense"]
     assert all(set(own[1:]) == {"btt"} for own in specs)

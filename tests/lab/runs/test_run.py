@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from einlinear_lab.data import TextConfig, prepare_tokens
+from einlinear_lab.models import MODELS, Shape
 from einlinear_lab.runs.data import ImageData
-from einlinear_lab.runs.execute import LAST, execute
-from einlinear_lab.runs.models import MODELS, Shape
+from einlinear_lab.runs.execution import LAST, execute
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training import metrics
@@ -132,7 +132,7 @@ def test_every_model_and_data(options: dict[str, Any], error: str, text: Path, t
     record = read_record(tmp_path / "run")
     assert (record.run, record.result) == (made, result)
     assert record.error == error
-    assert result.error == result.measures[error]
+    assert result.error == result.metrics[error]
     assert result.compute == result.macs * result.inputs * 12
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -170,7 +170,7 @@ def test_training_learns_and_measures_its_last_tenth(tmp_path: Path) -> None:
     assert found.train_loss == pytest.approx(sum(losses[-last:]) / last)
     assert found.train_loss is not None
     assert found.train_loss < 0.5 * losses[0]
-    assert found.measures["test_accuracy"] > 0.8
+    assert found.metrics["test_accuracy"] > 0.8
     assert found.error is not None
     assert found.error < 0.3
     assert metrics.read(tmp_path / "metrics.jsonl")[-1]["train_error"] == found.error
@@ -179,7 +179,7 @@ def test_training_learns_and_measures_its_last_tenth(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
     found = execute(run(lr=1e30, steps=500), tmp_path)
     assert found.diverged
-    assert (found.train_loss, found.error, found.measures) == (None, None, {})
+    assert (found.train_loss, found.error, found.metrics) == (None, None, {})
     assert found.steps < 500
     assert read_record(tmp_path).result == found
 

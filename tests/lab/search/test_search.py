@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from tests.lab.search.postgres import server
 from tests.lab.sweeps.test_workers import children, is_worker
 
-from einlinear_lab.runs.models import Shape
+from einlinear_lab.models.config import Shape
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
 from einlinear_lab.search.config import STARTUP_TRIALS, configure
@@ -81,7 +81,7 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
         assert record.result is not None
         assert record.result.macs == own.architecture.macs
         assert abs(own.architecture.macs / 8_000 - 1) <= 0.05
-        assert own.value == record.result.measures[found.manifest.metric or ""]
+        assert own.value == record.result.metrics[found.manifest.metric or ""]
     best = [leader.record for leader in read_leaders(tmp_path, 3)]
     assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
     others, found_best = split_leaders(("dense", f"from-study:{tmp_path}"))
@@ -108,7 +108,7 @@ def test_time_may_count(tmp_path: Path) -> None:
         result = results[own.run.key]
         assert result is not None
         assert result.step_seconds is not None
-        assert own.value == result.measures["test_loss"] * result.step_seconds
+        assert own.value == result.metrics["test_loss"] * result.step_seconds
     best = read_leaders(tmp_path, 6)
     assert [leader.record.run.key for leader in best] == [
         own.run.key for own in sorted(found.study.trained(), key=lambda own: own.value or 0)
@@ -160,7 +160,7 @@ def test_it_goes_on_with_more_trials_and_refuses_other_settings(tmp_path: Path) 
     assert all(after[number] == own for number, own in before.items())
     with pytest.raises(ValueError, match=r"budget was 8000, now 9000\. Name another folder"):
         search(tmp_path, trials=5, budget=9_000)
-    with pytest.raises(ValueError, match="holds results of other settings: lr was"):
+    with pytest.raises(ValueError, match="holds results of another config: lr was"):
         search(tmp_path, trials=5, lr=0.1)
 
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from einlinear_lab.runs.execute import execute
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.store import Store
 from einlinear_lab.sweeps.driver import Event, Job, Pool, do
 from einlinear_lab.sweeps.sweep import Sweep
 
 SETTINGS: dict[str, Any] = {"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 6}
-FOUR: dict[str, Any] = {"settings": SETTINGS, "grid": {"structure": ["dense", "btt"], "seed": [0, 1]}}
+FOUR: dict[str, Any] = {"config": SETTINGS, "grid": {"structure": ["dense", "btt"], "seed": [0, 1]}}
 
 
 def here(jobs: Sequence[Job]) -> Iterator[Event]:
@@ -28,7 +28,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
         found[record.run.key] = {
             "train_loss": record.result.train_loss,
             "steps": record.result.steps,
-            **record.result.measures,
+            **record.result.metrics,
         }
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 from PIL import Image
 from tests.lab.sweeps.tables import read_table
 
@@ -18,14 +19,15 @@ from einlinear.files import lock
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.search.search import Search, configure
+from einlinear_lab.search.config import configure
+from einlinear_lab.search.search import Search
 from einlinear_lab.sweeps import attempts, cluster
 from einlinear_lab.sweeps.driver import do
 from einlinear_lab.sweeps.sweep import make_sweep
 from einlinear_lab.sweeps.workers import Workers
 
 SWEEP: dict[str, Any] = {
-    "settings": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},
+    "config": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},
     "grid": {"width": [16, 32], "structure": ["dense", "btt"], "seed": [0, 1]},
 }
 QUICK = Run.of({"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 2}).options
@@ -116,7 +118,7 @@ def drive(folder: Path) -> None:
     search = Search(configure(budget=8_000, trials=4, **options)).open(Store(folder / "search"))
     failed = [event.message for event in search.do(Cluster())]
     told = {"statuses": statuses, "killed": len(killed), "failed": failed}
-    told["searched"] = [own.is_finished for own in search.study.tried()]
+    told["searched"] = [trial.state == TrialState.COMPLETE for trial in search.study.trained()]
     (folder / "done.json").write_text(json.dumps(told))
 
 

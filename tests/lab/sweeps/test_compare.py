@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from einlinear_lab.runs.models import MLP, Gpt, Shape
+from einlinear_lab.models import GPTConfig, MLPConfig, Shape
 from einlinear_lab.runs.run import Run
 from einlinear_lab.sweeps.budget import widest
-from einlinear_lab.sweeps.compare import PRESETS, Config, configure, plan
+from einlinear_lab.sweeps.compare import PRESETS, CompareConfig, configure, plan
 
 OPTIONS: dict[str, Any] = {"data": "digits", "batch_size": 128, "depth": 1}
 SHAPE = Shape(64, 10, (1, 8, 8))  # of the digits
@@ -17,7 +17,7 @@ SHAPE = Shape(64, 10, (1, 8, 8))  # of the digits
 
 def macs(structure: str, width: int, depth: int = 1) -> int:
     with torch.device("meta"):
-        return MLP(structure=structure, width=width, depth=depth).build(SHAPE).macs
+        return MLPConfig(structure=structure, width=width, depth=depth).build(SHAPE).macs
 
 
 # Budgets
@@ -26,22 +26,26 @@ def macs(structure: str, width: int, depth: int = 1) -> int:
 @pytest.mark.parametrize("spec", ["dense", "btt", "monarch", "low_rank"])
 @pytest.mark.parametrize("budget", [20_000, 100_000])
 def test_the_widest_model_within_the_budget(spec: str, budget: int) -> None:
-    width = widest(spec, lambda width: MLP(structure=spec, width=width, depth=2).build(SHAPE), budget)
+    width = widest(spec, lambda width: MLPConfig(structure=spec, width=width, depth=2).build(SHAPE), budget)
     assert macs(spec, width, 2) <= budget
     assert all(macs(spec, wider, 2) > budget for wider in range(width + 16, 2 * width + 16, 16))
 
 
 def test_a_budget_that_is_too_small_says_what_the_cheapest_model_takes() -> None:
     with pytest.raises(ValueError, match=r"btt: 100 MACs are too few, the cheapest model takes \d"):
-        widest("btt", lambda width: MLP(structure="btt", width=width, depth=2).build(SHAPE), 100)
+        widest("btt", lambda width: MLPConfig(structure="btt", width=width, depth=2).build(SHAPE), 100)
 
 
 def test_only_widths_that_do_not_fit_are_passed_over() -> None:
     sentences = Shape(64, 64, context=8)
-    assert widest("dense", lambda width: Gpt(width=width, d_head=48, depth=1).build(sentences), 100_000) % 48 == 0
+    assert widest("dense", lambda width: GPTConfig(width=width, d_head=48, depth=1).build(sentences), 100_000) % 48 == 0
     tried = []
     with pytest.raises(ValueError, match="unknown family 'bttt'"):
-        widest("bttt", lambda width: (tried.append(width), MLP(structure="bttt", width=width).build(SHAPE))[1], 10_000)
+        widest(
+            "bttt",
+            lambda width: (tried.append(width), MLPConfig(structure="bttt", width=width).build(SHAPE))[1],
+            10_000,
+        )
     assert tried == [16]
 
 
@@ -53,7 +57,7 @@ def models(runs: tuple[Run, ...], seed: int = 0) -> list[tuple[str, int]]:
 
 
 def test_plan_matches_compute_and_lets_dense_reach_further() -> None:
-    config = Config(structures=("btt", "dense"), macs=(40_000, 20_000), seeds=2, dense_reach=2, options=OPTIONS)
+    config = CompareConfig(structures=("btt", "dense"), macs=(40_000, 20_000), seeds=2, dense_reach=2, options=OPTIONS)
     runs = plan(config).runs
     assert [run.seed for run in runs] == [0] * 5 + [1] * 5
     assert [structure for structure, _ in models(runs)] == ["btt", "dense", "btt", "dense", "dense"]
@@ -62,7 +66,9 @@ def test_plan_matches_compute_and_lets_dense_reach_further() -> None:
 
 
 def test_plan_by_widths_has_each_model_once_and_canonical_specs() -> None:
-    config = Config(structures=("btt(rank=1)", "btt", "monarch( blocks = 2 )"), widths=(32, 16, 32), options=OPTIONS)
+    config = CompareConfig(
+        structures=("btt(rank=1)", "btt", "monarch( blocks = 2 )"), widths=(32, 16, 32), options=OPTIONS
+    )
     assert models(plan(config).runs) == [
         ("btt", 16),
         ("monarch(blocks=2)", 16),
@@ -72,21 +78,23 @@ def test_plan_by_widths_has_each_model_once_and_canonical_specs() -> None:
 
 
 def test_epochs_become_steps_of_the_training_images() -> None:
-    of_epochs = plan(Config(structures=("dense",), widths=(16,), epochs=3, options=OPTIONS)).runs[0]
+    of_epochs = plan(CompareConfig(structures=("dense",), widths=(16,), epochs=3, options=OPTIONS)).runs[0]
     assert of_epochs.training.steps == 3 * (1438 // 128)
-    of_steps = plan(Config(structures=("dense",), widths=(16,), options=OPTIONS | {"steps": 7})).runs[0]
+    of_steps = plan(CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS | {"steps": 7})).runs[0]
     assert of_steps.training.steps == 7
-    warm = plan(Config(structures=("dense",), widths=(16,), options=OPTIONS | {"warmup": 100, "densify_at": 150}))
+    warm = plan(
+        CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS | {"warmup": 100, "densify_at": 150})
+    )
     assert (warm.runs[0].training.warmup, warm.runs[0].training.steps) == (100, 20 * (1438 // 128))
     with pytest.raises(ValueError, match="warmup must be from 0 to below the 220 steps, not 300"):
-        plan(Config(structures=("dense",), widths=(16,), options=OPTIONS | {"warmup": 300}))
+        plan(CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS | {"warmup": 300}))
     with pytest.raises(ValueError, match="data=teacher has no epochs: give steps"):
-        plan(Config(structures=("dense",), widths=(16,), options={"data": "teacher", "teacher_width": 8}))
+        plan(CompareConfig(structures=("dense",), widths=(16,), options={"data": "teacher", "teacher_width": 8}))
 
 
 def test_pixels_are_permuted_for_an_mlp_alone() -> None:
     mlp, vit = (
-        plan(Config(structures=("dense",), widths=(16,), options={"data": "digits", "model": model})).runs[0]
+        plan(CompareConfig(structures=("dense",), widths=(16,), options={"data": "digits", "model": model})).runs[0]
         for model in ("mlp", "vit")
     )
     assert (mlp.options["permute"], vit.options["permute"]) == (True, False)
@@ -103,7 +111,7 @@ def test_pixels_are_permuted_for_an_mlp_alone() -> None:
 def test_every_structure_is_checked_before_training(spec: str, message: str) -> None:
     for size in ({"widths": (16, 32)}, {"macs": (20_000,)}):
         with pytest.raises(ValueError, match=message):
-            plan(Config(structures=("dense", spec), options=OPTIONS, **size))  # type: ignore[arg-type]
+            plan(CompareConfig(structures=("dense", spec), options=OPTIONS, **size))  # type: ignore[arg-type]
 
 
 def test_options_override_the_preset_and_the_preset_the_defaults() -> None:

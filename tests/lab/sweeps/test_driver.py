@@ -22,7 +22,7 @@ from einlinear.structures import FAMILIES
 from einlinear_lab.runs import records, table
 from einlinear_lab.runs.check import check_runs
 from einlinear_lab.runs.data import _images
-from einlinear_lab.runs.execute import execute
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.records import Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import HISTORY, Store
@@ -61,22 +61,22 @@ def test_the_same_sweep_again_does_nothing_and_more_can_be_added(tmp_path: Path)
         ({"betas": [0.9, 0.99]}, r"betas was \(0.9, 0.95\), now \(0.9, 0.99\)"),
     ],
 )
-def test_other_settings_are_refused(change: dict[str, Any], difference: str, tmp_path: Path) -> None:
+def test_another_config_is_refused(change: dict[str, Any], difference: str, tmp_path: Path) -> None:
     carry_out(make_sweep(FOUR), tmp_path)
-    other = make_sweep({"settings": SETTINGS | change, "grid": FOUR["grid"]})
-    with pytest.raises(ValueError, match=f"other settings: {difference}.*Name another folder"):
+    other = make_sweep({"config": SETTINGS | change, "grid": FOUR["grid"]})
+    with pytest.raises(ValueError, match=f"another config: {difference}.*Name another folder"):
         Store(tmp_path).open(other.runs, other.axes)
-    varied = make_sweep({"settings": SETTINGS, "grid": FOUR["grid"] | {name: [v] for name, v in change.items()}})
+    varied = make_sweep({"config": SETTINGS, "grid": FOUR["grid"] | {name: [v] for name, v in change.items()}})
     Store(tmp_path).open(varied.runs, varied.axes)  # said to be varied: nothing is mixed up
 
 
-def test_options_that_meant_nothing_so_far_are_no_other_settings(tmp_path: Path) -> None:
+def test_options_that_meant_nothing_so_far_are_no_other_config(tmp_path: Path) -> None:
     carry_out(make_sweep(FOUR), tmp_path)
-    mixtures = make_sweep({"settings": SETTINGS, "grid": FOUR["grid"] | {"experts": [2]}})
+    mixtures = make_sweep({"config": SETTINGS, "grid": FOUR["grid"] | {"experts": [2]}})
     Store(tmp_path).open(mixtures.runs, mixtures.axes)  # how many of the experts are active: asked for the first time
     carry_out(mixtures, tmp_path)
-    others = make_sweep({"settings": SETTINGS | {"active": 1}, "grid": FOUR["grid"] | {"experts": [2]}})
-    with pytest.raises(ValueError, match="other settings: active was 2, now 1"):
+    others = make_sweep({"config": SETTINGS | {"active": 1}, "grid": FOUR["grid"] | {"experts": [2]}})
+    with pytest.raises(ValueError, match="another config: active was 2, now 1"):
         Store(tmp_path).open(others.runs, others.axes)
 
 
@@ -91,7 +91,7 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path) -> None:
                 image.save(tmp_path / "pets" / label / f"{i}.png")
 
     draw()
-    sweep = make_sweep({"settings": SETTINGS | {"data": str(tmp_path / "pets"), "batch_size": 4}})
+    sweep = make_sweep({"config": SETTINGS | {"data": str(tmp_path / "pets"), "batch_size": 4}})
     store = Store(tmp_path / "out")
     carry_out(sweep, store.folder)
     store.open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
@@ -117,28 +117,31 @@ def test_another_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_family_that_has_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
     el.register_family("grouped", lambda: "(g a), g r a, g e r -> (g e) where g=4, r=2")
-    sweep = make_sweep({"settings": SETTINGS | {"structure": "grouped"}})
+    sweep = make_sweep({"config": SETTINGS | {"structure": "grouped"}})
     carry_out(sweep, tmp_path)
     Store(tmp_path).open(sweep.runs, sweep.axes)
     el.register_family("grouped", lambda: "(g a), g r a, g e r -> (g e) where g=4, r=3", overwrite=True)
-    again = make_sweep({"settings": SETTINGS | {"structure": "grouped"}})
+    again = make_sweep({"config": SETTINGS | {"structure": "grouped"}})
     with pytest.raises(ValueError, match="holds runs in which grouped was another structure"):
         Store(tmp_path).open(again.runs, again.axes)
 
 
 def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
-    sweep = make_sweep({"settings": SETTINGS, "grid": {"limit": [200, 300]}})
+    sweep = make_sweep({"config": SETTINGS, "grid": {"limit": [200, 300]}})
     carry_out(sweep, tmp_path)
     Store(tmp_path).open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
 
 
-@pytest.mark.parametrize(("changed", "decides"), [("ops/tiles/tiles.cpp", True), ("cli/report.py", False)])
+@pytest.mark.parametrize(
+    ("changed", "decides"), [("einlinear/ops/cpu/kernel.cpp", True), ("einlinear_lab/cli/report.py", False)]
+)
 def test_the_code_is_that_of_the_sources_that_decide_how_a_run_goes(
     changed: str, decides: bool, tmp_path: Path
 ) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
-    copy = shutil.copytree(Path(el.__file__).parent, tmp_path / "einlinear", ignore=ignored)
-    with (copy / changed).open("a") as file:
+    for package in ("einlinear", "einlinear_lab"):
+        shutil.copytree(Path(el.__file__).parents[1] / package, tmp_path / package, ignore=ignored)
+    with (tmp_path / changed).open("a") as file:
         file.write("\n")
     command = "from einlinear_lab.runs.records import code_version; print(code_version())"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -190,7 +193,7 @@ def test_two_drivers_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path: Path) -> None:
-    sweep = make_sweep({"settings": SETTINGS, "grid": {"seed": [0, 1]}})
+    sweep = make_sweep({"config": SETTINGS, "grid": {"seed": [0, 1]}})
     seen = carry_out(sweep, tmp_path, Workers(2, setup=(refuse_seed_one,)))
     ends = {event.run.seed: event for event in seen if event.status != "running"}
     assert ends[0].status == "finished"
@@ -211,17 +214,17 @@ def refuse_seed_one() -> None:
 
 def test_what_cannot_be_built_is_found_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match="fewer than blocks"):
-        check_runs(make_sweep({"settings": SETTINGS, "grid": {"structure": ["dense", "monarch(blocks=100)"]}}).runs)
+        check_runs(make_sweep({"config": SETTINGS, "grid": {"structure": ["dense", "monarch(blocks=100)"]}}).runs)
     with pytest.raises(ValueError, match="unknown data 'digit'"):
-        check_runs(make_sweep({"settings": SETTINGS | {"data": "digit"}}).runs)
+        check_runs(make_sweep({"config": SETTINGS | {"data": "digit"}}).runs)
 
 
 def test_a_diverged_run_is_finished(tmp_path: Path) -> None:
-    carry_out(make_sweep({"settings": SETTINGS | {"lr": 1e30, "steps": 50}}), tmp_path)
+    carry_out(make_sweep({"config": SETTINGS | {"lr": 1e30, "steps": 50}}), tmp_path)
     (row,) = read_table(tmp_path)
     assert row["status"] == "diverged"
     assert row["steps_made"] < row["steps"] == 50
-    assert Store(tmp_path).missing(make_sweep({"settings": SETTINGS | {"lr": 1e30, "steps": 50}}).runs) == []
+    assert Store(tmp_path).missing(make_sweep({"config": SETTINGS | {"lr": 1e30, "steps": 50}}).runs) == []
 
 
 def test_the_table_can_be_read_while_runs_are_on(tmp_path: Path) -> None:
@@ -341,7 +344,7 @@ def test_a_result_that_cannot_be_read_ends_no_sweep(damage: str, message: str, t
 
 def test_a_full_disk_is_said_and_what_was_done_stays(tmp_path: Path) -> None:
     """Files of more than some kilobytes cannot be written, as on a disk that has no more room."""
-    sweep = make_sweep({"settings": SETTINGS | {"checkpoint_every": 2, "steps": 20}, "grid": FOUR["grid"]})
+    sweep = make_sweep({"config": SETTINGS | {"checkpoint_every": 2, "steps": 20}, "grid": FOUR["grid"]})
     seen = carry_out(sweep, tmp_path, Workers(1, setup=(small_files,)))
     failed = [event for event in seen if event.status == "failed"]
     assert len(failed) == 4

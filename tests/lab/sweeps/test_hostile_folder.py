@@ -12,7 +12,7 @@ import einlinear
 # some that Python's own start needs, some that its multiprocessing does, and some of this library
 MODULES = ("types", "enum", "socket", "pickle", "selectors", "struct", "torch", "numpy", "einlinear", "joblib", "ray")
 SWEEP = """
-[settings]
+[config]
 data = "digits"
 depth = 1
 batch_size = 256

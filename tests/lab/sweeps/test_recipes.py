@@ -17,12 +17,12 @@ from torch import nn
 
 from einlinear.nn.factored import Factored
 from einlinear_lab.data import TextConfig, prepare_tokens
-from einlinear_lab.runs.execute import execute
-from einlinear_lab.runs.models import Model, Shape
+from einlinear_lab.models.config import ModelConfig, Shape
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.sweeps import recipes
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "recipes.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "guides" / "recipes.md"
 EVERY = [(name, scale) for name in recipes.names() for scale in recipes.SCALES]
 SWEEPS = [(name, scale) for name, scale in EVERY if not getattr(recipes.load(name), scale).commands]
 VOCABULARIES = {
@@ -61,11 +61,11 @@ def test_it_says_what_it_is(name: str, scale: str) -> None:
     assert re.match(r"arXiv \d{4}\.\d{5}, ", recipe.source)
     assert (chosen.minutes is not None) == (scale == "small")
     if chosen.commands:
-        assert not chosen.settings
+        assert not chosen.config
         assert all(command.startswith("einlinear ") for command in chosen.commands)
         assert all(re.search(r" --out [\w/-]+$", command) for command in chosen.commands)
     else:
-        data = chosen.settings["data"].removeprefix("pixels:")
+        data = chosen.config["data"].removeprefix("pixels:")
         assert data.startswith("data/") == bool(chosen.prepare)  # what has to be put there first
         assert data in chosen.prepare or not chosen.prepare
 
@@ -76,7 +76,7 @@ def test_no_run_is_there_twice(name: str, scale: str) -> None:
     described = 0
     for part in chosen.parts:
         grid = {**chosen.grid, **part.get("grid", {})}
-        lists = [values for option, values in grid.items() if option not in part.get("settings", {})]
+        lists = [values for option, values in grid.items() if option not in part.get("config", {})]
         described += len(list(itertools.product(*lists)))
     assert len(recipes.sweep(name, scale).runs) == described
 
@@ -95,7 +95,7 @@ def test_its_models_can_be_built_and_span_the_compute(name: str, scale: str, mon
 
 
 @lru_cache(None)
-def built(model: Model, shape: Shape) -> int:
+def built(model: ModelConfig, shape: Shape) -> int:
     """The MACs of a model that can be built, and so can what its learning rates refer to."""
     model.base(shape)
     with torch.device("meta"):
@@ -130,7 +130,7 @@ def test_its_settings_train(name: str, tmp_path: Path) -> None:
     assert result.steps == 3
     assert not result.diverged
     small = recipes.load(name).small
-    assert run.model.NAME in small.grid.get("model", [small.settings.get("model")])
+    assert run.model.NAME in small.grid.get("model", [small.config.get("model")])
 
 
 def test_overrides_replace_the_settings() -> None:
@@ -174,16 +174,15 @@ def test_a_file_with_unknown_entries_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_documentation_says_what_the_files_say() -> None:
-    rows = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
-    assert rows == [_row(name) for name in recipes.names()]
+    rows = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert [row.rsplit(" | ", 1)[0] for row in rows] == [_row(name) for name in recipes.names()]
 
 
 def _row(name: str) -> str:
     recipe = recipes.load(name)
-    folder = "../src/einlinear_lab/sweeps/recipes"
     counts = [
         "a command" if scale.commands else f"{len(recipes.sweep(name, which).runs)} runs"
         for which, scale in zip(recipes.SCALES, (recipe.small, recipe.paper), strict=True)
     ]
     shows = " ".join(recipe.shows.split())
-    return f"| [{name}]({folder}/{name}.toml) | {shows} | {counts[0]}, {recipe.small.minutes} minutes | {counts[1]} |"
+    return f"| `{name}` | {shows} | {counts[0]}, {recipe.small.minutes} minutes | {counts[1]}"

@@ -10,10 +10,10 @@ from tests.lab.sweeps.carrying_out import FOUR, SETTINGS
 from einlinear_lab.sweeps.sweep import make_sweep, read_sweep
 
 
-def test_settings_grid_and_parts(tmp_path: Path) -> None:
+def test_config_grid_and_parts(tmp_path: Path) -> None:
     path = tmp_path / "sweep.toml"
     path.write_text("""
-        [settings]
+        [config]
         data = "digits"
         steps = 6
         width = 64
@@ -21,9 +21,9 @@ def test_settings_grid_and_parts(tmp_path: Path) -> None:
         seed = [0, 1]
         lr = [1e-3, 3e-3]
         [[parts]]
-        settings = { structure = "dense" }
+        config = { structure = "dense" }
         [[parts]]
-        settings = { structure = "btt", lr = 1e-2 }
+        config = { structure = "btt", lr = 1e-2 }
         grid = { width = [32, 48, 32] }
     """)
     sweep = read_sweep(path)
@@ -41,16 +41,16 @@ def test_settings_grid_and_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"setings": {}}, "has no option 'setings': did you mean 'settings'"),
-        ({"settings": SETTINGS, "parts": [{"grids": {}}]}, "a part of a sweep has no option 'grids'"),
-        ({"settings": SETTINGS, "grid": {"lr": 1e-3}}, "the grid of lr must be a list of values, not 0.001"),
-        ({"settings": SETTINGS, "grid": {"lr": []}}, "describes no runs"),
+        ({"confg": {}}, "has no option 'confg': did you mean 'config'"),
+        ({"config": SETTINGS, "parts": [{"grids": {}}]}, "a part of a sweep has no option 'grids'"),
+        ({"config": SETTINGS, "grid": {"lr": 1e-3}}, "the grid of lr must be a list of values, not 0.001"),
+        ({"config": SETTINGS, "grid": {"lr": []}}, "describes no runs"),
         (
-            {"settings": SETTINGS, "parts": [{"settings": {"lr": 0.1}, "grid": {"lr": [0.1, 0.2]}}]},
-            "a part of a sweep has lr in its settings and in its grid",
+            {"config": SETTINGS, "parts": [{"config": {"lr": 0.1}, "grid": {"lr": [0.1, 0.2]}}]},
+            "a part of a sweep has lr in its config and in its grid",
         ),
-        ({"settings": SETTINGS, "grid": {"lerning_rate": [1]}}, "no option 'lerning_rate'"),
-        ({"settings": SETTINGS, "grid": {"lr": [0.1, -1]}}, "lr must be a positive number, not -1"),
+        ({"config": SETTINGS, "grid": {"lerning_rate": [1]}}, "no option 'lerning_rate'"),
+        ({"config": SETTINGS, "grid": {"lr": [0.1, -1]}}, "lr must be a positive number, not -1"),
     ],
 )
 def test_a_wrong_file_says_what_is_right(content: dict[str, Any], message: str) -> None:
@@ -59,6 +59,6 @@ def test_a_wrong_file_says_what_is_right(content: dict[str, Any], message: str) 
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text("[settings")
+    (tmp_path / "a.toml").write_text("[config")
     with pytest.raises(ValueError, match=r"a\.toml cannot be read"):
         read_sweep(tmp_path / "a.toml")

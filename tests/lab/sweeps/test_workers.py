@@ -20,7 +20,7 @@ from einlinear_lab.sweeps.sweep import make_sweep
 from einlinear_lab.sweeps.workers import Workers
 
 SURVIVOR = {
-    "settings": SETTINGS | {"steps": 300, "checkpoint_every": 10, "log_every": 1, "batch_size": 32},
+    "config": SETTINGS | {"steps": 300, "checkpoint_every": 10, "log_every": 1, "batch_size": 32},
     "grid": {"structure": ["dense", "btt"], "seed": [0, 1]},
 }
 
@@ -80,7 +80,7 @@ def is_worker(pid: int) -> bool:
 
 
 def test_a_process_that_always_dies_fails_its_run(tmp_path: Path) -> None:
-    seen = carry_out(make_sweep({"settings": SETTINGS}), tmp_path, Workers(1, setup=(die,)))
+    seen = carry_out(make_sweep({"config": SETTINGS}), tmp_path, Workers(1, setup=(die,)))
     assert [event.status for event in seen] == ["lost"] * (attempts.ATTEMPTS - 1) + ["failed"]
     assert "died 3 times" in seen[-1].message
 
@@ -103,7 +103,7 @@ def test_each_process_sees_one_gpu(
 def test_a_process_that_died_is_replaced_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,8")
-    carry_out(make_sweep({"settings": SETTINGS}), tmp_path, Workers(1, setup=(partial(note_gpu, tmp_path), die)))
+    carry_out(make_sweep({"config": SETTINGS}), tmp_path, Workers(1, setup=(partial(note_gpu, tmp_path), die)))
     assert [path.read_text() for path in tmp_path.glob("gpu-*")][:3] == ["7", "7", "7"]
 
 
@@ -113,7 +113,7 @@ def test_runs_on_gpus_get_a_process_each(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(workers, "cpu_count", lambda: 16)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     grid = {"grid": {"seed": list(range(20))}}
-    on_cpu, on_gpu = (make_sweep({"settings": SETTINGS | {"device": d}} | grid).runs for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = (make_sweep({"config": SETTINGS | {"device": d}} | grid).runs for d in ("cpu", "cuda"))
     assert (workers.suited(on_cpu), workers.suited(on_gpu), workers.suited(on_gpu[:2])) == (16, 3, 2)
 
 

@@ -73,5 +73,5 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) 
     damaged.write_bytes(content)
     with pytest.warns(UserWarning, match="step-00000020 cannot be used: its content is not what was written"):
         again = toy.run(tmp_path, **OPTIONS)
-    assert (again.losses, again.measures) == (whole.losses, whole.measures)
+    assert (again.losses, again.metrics) == (whole.losses, whole.metrics)
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [*range(1, 21), 20]

@@ -78,4 +78,4 @@ def test_two_processes_follow_one(together: Path, tmp_path: Path, case: str) -> 
     shutil.rmtree(together / case / "checkpoints" / "step-00000040")
     again, _ = toy.run_gpt(together / case, **longer)
     assert again.losses == first.losses
-    assert again.measures == first.measures
+    assert again.metrics == first.metrics

@@ -51,7 +51,7 @@ def test_it_learns_and_says_what_happened(tmp_path: Path) -> None:
     lines = metrics.read(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "train_loss" in line] == list(range(10, 101, 10))
     assert [line["step"] for line in lines if "error" in line] == [40, 80, 100]
-    assert lines[-1]["error"] == found.measures["error"]
+    assert lines[-1]["error"] == found.metrics["error"]
     assert lines[0]["train_loss"] == found.losses[9]
 
 
@@ -69,11 +69,11 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.
     parts = toy.run(tmp_path / "parts", **options)
     assert [step for step in made if step >= 0] == list(range(12, 20))
     assert parts.losses == whole.losses
-    assert parts.measures == whole.measures
+    assert parts.metrics == whole.metrics
     steps = [line["step"] for line in metrics.read(tmp_path / "parts" / "metrics.jsonl") if "train_loss" in line]
     assert steps == list(range(1, 21))
     again = toy.run(tmp_path / "parts", **options)
-    assert (again.losses, again.measures) == (whole.losses, whole.measures)
+    assert (again.losses, again.metrics) == (whole.losses, whole.metrics)
 
 
 def test_the_time_to_a_loss_can_be_read_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_guided_runs_go_on_exactly(tmp_path: Path, optimizer: str) -> None:
         assert saved is not None
         assert any("guide" in name for name in saved.tensors) == (saved.step <= 10)
         found = toy.run(folder, model=other, **options)
-        assert (found.losses, found.measures) == (whole.losses, whole.measures)
+        assert (found.losses, found.metrics) == (whole.losses, whole.metrics)
         for name, value in other.state_dict().items():
             assert torch.equal(value, model.state_dict()[name])
         lines = [
@@ -333,7 +333,7 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
 def run_and_tell(folder: Path, options: dict[str, Any], steps_made: Connection) -> None:
     """What a process does that is killed again and again."""
     found = toy.run(folder, pause=0.01, progress=lambda step, *_: steps_made.send(step), **options)
-    (folder / "done.json").write_text(json.dumps([found.losses, dict(found.measures)]))
+    (folder / "done.json").write_text(json.dumps([found.losses, dict(found.metrics)]))
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         assert process.exitcode == (-signal.SIGKILL if kill < 20 else 0)
     losses, measures = json.loads((folder / "done.json").read_text())
     assert losses == list(whole.losses)
-    assert measures == whole.measures
+    assert measures == whole.metrics
     lines = metrics.read(folder / "metrics.jsonl")
     assert [(line["step"], line.get("train_loss"), line.get("error")) for line in lines] == [
         (line["step"], line.get("train_loss"), line.get("error"))

@@ -86,7 +86,7 @@ def test_a_tracker_is_told_what_the_file_is(
     for line in metrics.read(tmp_path / "a run" / "metrics.jsonl"):
         expected.setdefault(line.pop("step"), {}).update(line)
     assert recorder.told == expected
-    assert recorder.told[12]["error"] == found.measures["error"]
+    assert recorder.told[12]["error"] == found.metrics["error"]
     assert recorder.closed == len(recorder.opened) == 2
     first, second = recorder.opened
     if tracker == "tensorboard":

@@ -6,7 +6,7 @@ same question of models that two CPU cores train in minutes, or in an hour or tw
     about     what of the paper can be seen at this scale
     prepare   the command that gets its data, where that is to be done first
     minutes   what it takes on two cores, estimated from the time of single steps
-    settings, grid, parts   the runs, see `make_sweep`
+    config, grid, parts     the runs, see `make_sweep`
     commands  instead of runs: the commands that make the figure
 """
 
@@ -30,7 +30,7 @@ class Scale:
     about: str
     prepare: str = ""
     minutes: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[Mapping[str, Any], ...] = ({},)
     commands: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A figure of a paper, and how to make it.
+    """Experiment of a paper at two scales: the content of a recipe.
 
     Attributes:
         title: what is compared.
@@ -102,5 +102,5 @@ def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None =
     chosen: Scale = getattr(recipe, scale)
     if chosen.commands:
         raise ValueError(f"{name} is no sweep; its figure is made by: {'; '.join(chosen.commands)}")
-    content = {"settings": chosen.settings, "grid": chosen.grid, "parts": chosen.parts}
+    content = {"config": chosen.config, "grid": chosen.grid, "parts": chosen.parts}
     return make_sweep(content, overrides, f"{name} ({scale})")

@@ -20,7 +20,7 @@ from einlinear.mup import init_
 from einlinear_lab import training
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models import macs as counts
-from einlinear_lab.runs.data import Problem
+from einlinear_lab.runs.data import TrainingProblem
 from einlinear_lab.runs.records import Result, describe, write_result, write_run
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training.distributed import is_first
@@ -58,7 +58,7 @@ def execute(
     return result
 
 
-def initialised(run: Run, problem: Problem) -> ReferenceModel:
+def initialised(run: Run, problem: TrainingProblem) -> ReferenceModel:
     """The model of a run as it starts."""
     torch.manual_seed(run.seed)
     model = run.model.build(problem.shape)
@@ -100,7 +100,7 @@ def _guide_macs(model: ReferenceModel) -> int:
     return added
 
 
-def _result(outcome: Outcome, problem: Problem, model: ReferenceModel, compute: int, guide_macs: int) -> Result:
+def _result(outcome: Outcome, problem: TrainingProblem, model: ReferenceModel, compute: int, guide_macs: int) -> Result:
     last = max(1, round(LAST * len(outcome.losses)))
     finished = not outcome.diverged
     return Result(
@@ -110,8 +110,8 @@ def _result(outcome: Outcome, problem: Problem, model: ReferenceModel, compute: 
         steps=len(outcome.losses),
         compute=compute,
         train_loss=statistics.fmean(outcome.losses[-last:]) if finished else None,
-        measures=dict(outcome.measures) if finished else {},
-        error=outcome.measures[problem.error] if finished else None,
+        metrics=dict(outcome.metrics) if finished else {},
+        error=outcome.metrics[problem.error] if finished else None,
         step_seconds=None if math.isnan(outcome.step_seconds) else outcome.step_seconds,
         memory=outcome.memory,
         guide_macs=guide_macs,

@@ -17,9 +17,9 @@ import einlinear as el
 from einlinear.structures import DoesNotFit
 from einlinear.structures.scales import adam_multipliers
 from einlinear_lab.data import TextConfig, prepare_tokens
-from einlinear_lab.runs import causal_lm
-from einlinear_lab.runs.causal_lm import OPT, CausalLM, Pythia
-from einlinear_lab.runs.execute import execute
+from einlinear_lab.models import causal_lm
+from einlinear_lab.models.causal_lm import OPT, CausalLM, Pythia
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training import Training, train
 from einlinear_lab.training.loop import Batch
@@ -211,7 +211,7 @@ def test_a_run_learns(model: str, tmp_path: Path) -> None:
     assert 0 <= found.memory - 4 * 4 * found.params < 200  # and AdamW's count of steps, for every tensor
     (tmp_path / "run" / "result.json").unlink()
     again = execute(made, tmp_path / "run")  # from its last checkpoint
-    assert (again.train_loss, again.measures, again.memory) == (found.train_loss, found.measures, found.memory)
+    assert (again.train_loss, again.metrics, again.memory) == (found.train_loss, found.metrics, found.memory)
 
 
 # Mistakes

@@ -9,6 +9,7 @@ own, and scores are multiplied by 8 / d_head, which for heads of 64 features, as
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -16,24 +17,61 @@ from torch import Tensor
 
 from einlinear.conversion import convert
 from einlinear.structures import DoesNotFit, structure
-from einlinear_lab.models import ReferenceModel
+from einlinear_lab.models.config import DENSE, ModelConfig, Shape
 from einlinear_lab.models.macs import macs_per_token
+from einlinear_lab.models.model import ReferenceModel
 
 # Special tokens are none of the data's; the row of a padding token would never be trained.
 _NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CausalLMConfig(ModelConfig):
+    """Config of a language model of transformers; only its feed-forward layers take `structure`.
+
+    Attributes:
+        heads: of the attention, of width / heads features each.
+    """
+
+    SEQUENCES = True
+
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts is not None:
+            raise ValueError(f"model={self.NAME} has no mixtures of experts: choose model=gpt, or leave out experts")
+
+    def build(self, shape: Shape) -> ReferenceModel:
+        if shape.context is None:
+            raise ValueError(f"model={self.NAME} takes sequences of tokens: prepare a text, or name pixels:DATA")
+        kind = OPT if isinstance(self, OPTConfig) else Pythia
+        return kind(vocab=shape.outputs, context=shape.context, **vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPTConfig(CausalLMConfig):
+    """Config of an `OPT`."""
+
+    NAME = "opt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythiaConfig(CausalLMConfig):
+    """Config of a `Pythia`."""
+
+    NAME = "pythia"
+
+
 class CausalLM(ReferenceModel, ABC):
-    """A model of transformers that gives logits, as `einlinear.nn.GPT` does.
+    """A language model of transformers that returns logits, as `GPT` does.
 
     Args:
         vocab: the number of different tokens.
         width: of the residual stream.
         context: the most tokens of a sequence.
-        depth: the number of blocks.
-        heads: of the attention, of width / heads features each.
-        structure: of the two feed-forward layers of every block, as for `einlinear.convert`; all others stay dense.
-        expansion: of the blocks' hidden layer.
+        config: other attributes of `CausalLMConfig`. `structure` is that of the two feed-forward layers of every block,
+            as for `einlinear.convert`; all others stay dense.
 
     Attributes:
         FEED_FORWARD: globs on the layers that are structured.
@@ -49,6 +87,7 @@ class CausalLM(ReferenceModel, ABC):
 
     Example:
         >>> import torch, einlinear as el
+        >>> from einlinear_lab.models import OPT
         >>> model = OPT(vocab=96, width=64, context=32, structure="dyad")
         >>> model = el.init_(model, zero=model.ZERO)
         >>> model(torch.randint(96, (2, 32))).shape
@@ -63,34 +102,30 @@ class CausalLM(ReferenceModel, ABC):
     BLOCKS: ClassVar[str]
     ATTENTION: ClassVar[str]
 
-    def __init__(
-        self,
-        vocab: int,
-        width: int,
-        context: int,
-        *,
-        depth: int = 3,
-        heads: int = 4,
-        structure: str = "dense",
-        expansion: int = 4,
-    ) -> None:
+    CONFIG: ClassVar[type[CausalLMConfig]]
+
+    def __init__(self, vocab: int, width: int, context: int, **config: Any) -> None:
         super().__init__()
         _check_installed()
-        if heads < 1 or width % heads:
-            raise DoesNotFit(f"a width of {width} cannot be divided into {heads} heads")
+        c = self.CONFIG(width=width, **config)
+        if c.heads < 1 or width % c.heads:
+            raise DoesNotFit(f"a width of {width} cannot be divided into {c.heads} heads")
         self.context = context
         sizes = {"vocab_size": vocab, "hidden_size": width, "max_position_embeddings": context}
-        sizes |= {"num_hidden_layers": depth, "num_attention_heads": heads}
-        self.model = self._made({**sizes, **_NO_TOKENS, "tie_word_embeddings": False}, expansion * width)
+        sizes |= {"num_hidden_layers": c.depth, "num_attention_heads": c.heads}
+        hidden = c.expansion * width
+        self.model = self._dense({**sizes, **_NO_TOKENS, "tie_word_embeddings": False}, hidden)
         for block in self.blocks:
-            block.get_submodule(self.ATTENTION).scaling = 8 * heads / width
-        if structure != "dense":
-            _check_fits(structure, width, expansion * width)
-            convert(self.model, structure, self.FEED_FORWARD)
+            block.get_submodule(self.ATTENTION).scaling = 8 * c.heads / width
+        if c.structure != DENSE:
+            # Both layers have to fit: `convert` would leave the other one dense.
+            structure(c.structure, width, hidden)
+            structure(c.structure, hidden, width)
+            convert(self.model, c.structure, self.FEED_FORWARD)
 
     @abstractmethod
-    def _made(self, config: dict[str, Any], hidden: int) -> Any:
-        """The dense model of a config, with so many features in the hidden layers."""
+    def _dense(self, config: dict[str, Any], hidden: int) -> Any:
+        """Make the dense model of a config of transformers, with `hidden` features in the hidden layers."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.context:
@@ -111,29 +146,31 @@ class CausalLM(ReferenceModel, ABC):
 class OPT(CausalLM):
     """Zhang et al., arXiv 2205.01068: learned positions, ReLU."""
 
+    CONFIG = OPTConfig
     ZERO = ("*.out_proj", "*.fc2", "*.lm_head")
     FEED_FORWARD = ("*.fc1", "*.fc2")
     BLOCKS = "model.decoder.layers"
     ATTENTION = "self_attn"
 
-    def _made(self, config: dict[str, Any], hidden: int) -> Any:
-        from transformers import OPTConfig, OPTForCausalLM
+    def _dense(self, config: dict[str, Any], hidden: int) -> Any:
+        import transformers
 
-        return OPTForCausalLM(OPTConfig(**config, ffn_dim=hidden, dropout=0.0))
+        return transformers.OPTForCausalLM(transformers.OPTConfig(**config, ffn_dim=hidden, dropout=0.0))
 
 
 class Pythia(CausalLM):
     """Biderman et al., arXiv 2304.01373, that is GPT-NeoX: rotary positions, attention and feed-forward in parallel."""
 
+    CONFIG = PythiaConfig
     ZERO = ("*.attention.dense", "*.dense_4h_to_h", "*.lm_head")
     FEED_FORWARD = ("*.dense_h_to_4h", "*.dense_4h_to_h")
     BLOCKS = "gpt_neox.layers"
     ATTENTION = "attention"
 
-    def _made(self, config: dict[str, Any], hidden: int) -> Any:
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    def _dense(self, config: dict[str, Any], hidden: int) -> Any:
+        import transformers
 
-        return GPTNeoXForCausalLM(GPTNeoXConfig(**config, intermediate_size=hidden))
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**config, intermediate_size=hidden))
 
 
 def _check_installed() -> None:
@@ -142,9 +179,3 @@ def _check_installed() -> None:
             "models opt and pythia need a package that is not installed (transformers). Install it with:  "
             "pip install 'einlinear[pretrained]'"
         )
-
-
-def _check_fits(spec: str, width: int, hidden: int) -> None:
-    """Raise DoesNotFit where one of the two layers would stay dense."""
-    structure(spec, width, hidden)
-    structure(spec, hidden, width)

@@ -1,0 +1,133 @@
+"""Configs of the reference models: each builds its model for the shape of the data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+
+from einlinear.nn.moe.mixture import check_experts
+from einlinear_lab.models.model import ReferenceModel
+
+DENSE = "dense"
+ROUTED = ("linear", "feed_forward", "both")
+# Roles of linear layers: queries, keys and values; output of the attention; hidden layer and output of a feed-forward
+# network.
+ROLES = ("attention_in", "attention_out", "up", "down")
+# Options that have no effect without experts.
+OF_EXPERTS = ("active", "routed")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of the data that a model is built for.
+
+    Attributes:
+        inputs: features of an input vector; of images, all their values.
+        outputs: classes, tokens of the vocabulary, or numbers to predict.
+        image: (channels, height, width), of images only.
+        context: tokens of a sequence, of sequences only.
+    """
+
+    inputs: int
+    outputs: int
+    image: tuple[int, int, int] | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ABC):
+    """Config that all models share.
+
+    Attributes:
+        structure: of the linear layers, as for `einlinear.structure`.
+        width: of the residual stream.
+        depth: number of residual blocks.
+        expansion: width of the blocks' hidden layers over `width`.
+        base_width, base_expansion: of the dense model that the learning rate refers to, elsewhere the same.
+        experts: number of experts of the mixtures in the blocks; None: no mixtures.
+        active: experts that each token is routed to.
+        routed: layers that are mixtures: "linear", every linear layer of the blocks; "feed_forward", whole feed-forward
+            networks; "both", these and every linear layer of the attention.
+        NAME: of the model.
+        SEQUENCES: whether the model takes sequences of tokens, and nothing else.
+
+    Raises:
+        ValueError: sizes or experts below 1, more active experts than experts, another `routed`, or experts that are
+            whole networks with structures for `up` and `down`.
+    """
+
+    NAME: ClassVar[str]
+    SEQUENCES: ClassVar[bool] = False
+
+    structure: str = DENSE
+    width: int = 64
+    depth: int = 3
+    expansion: int = 4
+    base_width: int = 64
+    base_expansion: int = 4
+    experts: int | None = None
+    active: int = 2
+    routed: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "expansion", "base_width", "base_expansion"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.routed not in ROUTED:
+            raise ValueError(f"routed must be {' or '.join(ROUTED)}, not {self.routed!r}")
+        if self.experts is not None:
+            check_experts(self.experts, self.active)
+            if self.routed != "linear" and self.roles.keys() & {"up", "down"}:
+                raise ValueError(
+                    "experts that are whole networks have one structure: leave out up_structure and down_structure"
+                )
+
+    @abstractmethod
+    def build(self, shape: Shape) -> ReferenceModel:
+        """Build the model; its weights are not yet initialised.
+
+        Raises:
+            ValueError: data of a kind that the model is not made for; sizes or a structure that do not fit.
+        """
+
+    def base(self, shape: Shape) -> ReferenceModel:
+        """Build the model that learning rates refer to: dense, of base_width; on the meta device."""
+        structures = [field.name for field in fields(self) if field.name.endswith("structure")]
+        changes: dict[str, Any] = {name: DENSE for name in structures if getattr(self, name) is not None}
+        changes |= {"width": self.base_width, "expansion": self.base_expansion}
+        with torch.device("meta"):
+            return replace(self, **changes).build(shape)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Structures of the roles that have their own."""
+        structures = {role: getattr(self, f"{role}_structure", None) for role in ROLES}
+        return {role: structure for role, structure in structures.items() if structure is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardConfig(ModelConfig):
+    """Config of a model of feed-forward blocks; a structure of None is that of the other layers.
+
+    Attributes:
+        up_structure, down_structure: of the hidden layers and of the outputs of the feed-forward networks.
+    """
+
+    up_structure: str | None = None
+    down_structure: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(FeedForwardConfig):
+    """Config of a model of transformer blocks.
+
+    Attributes:
+        attention_in_structure: of queries, keys and values.
+        attention_out_structure: of the outputs of the attention.
+    """
+
+    attention_in_structure: str | None = None
+    attention_out_structure: str | None = None
