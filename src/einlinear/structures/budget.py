@@ -20,9 +20,9 @@ class OverBudget(ValueError):
     """No structure is within a budget of MACs."""
 
 
-def within(structure: Structure, max_macs: float) -> Structure:
-    """Return a structure that is within the budget. Raises OverBudget with the budget it needs if it is not."""
-    if _fraction(structure) > max_macs:
+def within(structure: Structure, max_macs: float | None) -> Structure:
+    """Return a structure that is within the budget, if any. Raises OverBudget with the budget that it needs."""
+    if max_macs is not None and _fraction(structure) > max_macs:
         raise OverBudget(
             f"max_macs={max_macs:g} of dense is too small for {structure.spec} at {structure.in_features} -> "
             f"{structure.out_features}: it needs {_fraction(structure):.4g}"
