@@ -1,4 +1,4 @@
-"""Structure-aware initialisation of whole models, by the rules of `mup/rules.py`."""
+"""Structure-aware initialisation of whole models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from einlinear.mup.groups import Base, listed, logger, resolve
 from einlinear.mup.parameters import Parameter, check_matches
-from einlinear.mup.rules import initial_std
 from einlinear.nn.factored import Factored
 from einlinear.nn.names import as_globs
 
@@ -81,7 +80,7 @@ def init_(
             nn.init.zeros_(p.tensor)
     for p in drawn:
         if p.role.structure is None:
-            nn.init.normal_(p.tensor, std=initial_std(p.role))
+            nn.init.normal_(p.tensor, std=p.init_std)
     for p in (*zeros, *routers):
         nn.init.zeros_(p.tensor)
     return model

@@ -18,6 +18,7 @@ from einlinear.mup.role_inference import infer_role, matrix_role
 from einlinear.nn.layer_info import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role
 from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.nn.third_party import layer_info
+from einlinear.structures.scales import init_std, spectral_std
 
 ROLE_KINDS = ("input", "hidden", "output", "vector")
 
@@ -88,6 +89,13 @@ class Parameter:
             return self.role.is_matrix
         ends = itertools.accumulate(len(term.factors) for term in self.role.structure.terms)
         return self.role.factor + 1 in ends
+
+    @property
+    def init_std(self) -> float:
+        """The standard deviation of a matrix, or of a factor, at initialisation."""
+        if self.role.structure is not None:
+            return init_std(self.role.structure)[self.role.factor]
+        return spectral_std(self.role.in_features, self.role.out_features)
 
     def inferred(self, base: Sequence[int] | None = None) -> Parameter:
         """Return the parameter with the role that its name, its shape and its shape in a base model suggest."""
