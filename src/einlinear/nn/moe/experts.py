@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,13 @@ from torch import Tensor
 from einlinear import ops
 from einlinear.nn.factored import Factored
 from einlinear.nn.layer_info import LayerInfo
-from einlinear.nn.moe.exchange import Exchange
 from einlinear.nn.moe.mixture import check_experts
 from einlinear.ops.context import autocast_dtype
 from einlinear.structures import Structure
+
+if TYPE_CHECKING:
+    # importing DTensors takes long
+    from einlinear.nn.moe.parallel import Exchange
 
 
 class ExpertStack(Factored):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from einlinear.nn.autocast import without_autocast
+from einlinear.ops.context import without_autocast
 from einlinear.ops.operands import shape_of
 from einlinear.structures.limits import validate_size
 
