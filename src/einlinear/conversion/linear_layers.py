@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -11,8 +11,6 @@ from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.third_party import expert_stacks, features, is_linear
 from einlinear.structures import Structure
-
-T = TypeVar("T", Linear, MoELinear)
 
 
 def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
@@ -52,14 +50,13 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def structured_like(old: Any, structure: str | Structure) -> Linear:
-    """Return a structured layer with new weights, and the size, device, dtype and modes of a dense one."""
-    return layer_like(old, Linear, structure)
+def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
+    """Return a structured layer with new weights, and the size, device, dtype and modes of a dense one.
 
-
-def layer_like(old: Any, layer_class: type[T], structure: str | Structure, **config: Any) -> T:
-    """Return a layer of a class, with new weights, and the size, device, dtype and modes of a dense one."""
+    It is a `Linear`, or a `MoELinear` if `config`, further arguments of its constructor, has "experts".
+    """
     weight, bias = old.weight, old.bias
+    layer_class = MoELinear if "experts" in config else Linear
     layer = layer_class(
         *features(old), structure, bias=bias is not None, device=weight.device, dtype=weight.dtype, **config
     )

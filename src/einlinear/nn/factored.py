@@ -89,18 +89,12 @@ class Factored(SelfDescribing):
         """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
         names = [factor.name for factor in self.structure.factors]
         factors = [self._parameter(name) for name in names]
-        if not self.normalize:
-            return factors
-        normalized = [
-            m / (self._mean_square(m).add(1e-8).sqrt() / std).clamp(min=1)
-            for m, std in zip(factors, init_std(self.structure), strict=True)
-        ]
-        if not self.has_gamma:
-            return normalized
-        gammas = [self._parameter(f"gamma_{name}") for name in names]
-        if self.stack_shape:
-            gammas = [gamma.view(-1, *[1] * (m.dim() - 1)) for gamma, m in zip(gammas, normalized, strict=True)]
-        return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
+        if self.normalize:
+            factors = [self._normalized(m, std) for m, std in zip(factors, init_std(self.structure), strict=True)]
+        if self.has_gamma:
+            gammas = [self._parameter(f"gamma_{name}") for name in names]
+            factors = [gamma.view(-1, *[1] * (m.dim() - 1)) * m for gamma, m in zip(gammas, factors, strict=True)]
+        return factors
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the weight: all but the bias."""
@@ -114,11 +108,10 @@ class Factored(SelfDescribing):
         parameter: Tensor = getattr(self, name)
         return parameter
 
-    def _mean_square(self, m: Tensor) -> Tensor:
-        """Return the mean square of a factor, or of each in a stack, broadcastable to the stack."""
-        if not self.stack_shape:
-            return m.square().mean()
-        return m.square().mean(tuple(range(1, m.dim())), keepdim=True)
+    def _normalized(self, m: Tensor, std: float) -> Tensor:
+        """Return a factor, or each in a stack, with a root mean square of at most std."""
+        axes = tuple(range(len(self.stack_shape), m.dim()))
+        return m / (m.square().mean(axes, keepdim=True).add(1e-8).sqrt() / std).clamp(min=1)
 
     def layer_info(self) -> LayerInfo:
         s = self.structure
