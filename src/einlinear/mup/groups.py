@@ -69,38 +69,32 @@ def param_groups(
             nothing); or its `base_shapes`, as a mapping or as the path of a JSON file. None if this model itself has
             the base width.
         optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.mup.Muon` for matrices and AdamW for the
-            rest, at the same `lr`. Muon makes all singular values of an update one, and muP asks for a spectral
-            norm of sqrt(fan_out / fan_in) of every matrix (Yang et al., arXiv 2310.17813, condition 1). So the
-            multiplier of a matrix is the root of fan_out / fan_in over that in the base, and a structured one is seen
-            as the batches of matrices its k factors are, each at 1 / k of theirs. In the base, updates have the
-            root mean square of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), hence the same `lr`.
-        weight_decay: for matrices and embeddings, that is parameters of two or more dimensions, as in timm and in the
-            paper; biases, norms, scales, class tokens and scalars get none. It is passed on as it is: AdamW decays a
-            group by its own learning rate times this. None leaves it out of their groups, so that the optimizer's own
-            applies, which is 0.01 for torch's AdamW.
+            rest, at the same `lr`: in the base, updates have the root mean square of AdamW's (Liu et al., arXiv
+            2502.16982, section 2.2). The multiplier of a matrix under Muon is the root of fan_out / fan_in over that in
+            the base (Yang et al., arXiv 2310.17813, condition 1); a structured one is seen as the batches of matrices
+            its k factors are, each at 1 / k of theirs.
+        weight_decay: of parameters with two or more dimensions, passed on as it is; biases, norms, scales, class tokens
+            and scalars get none. None leaves it to the optimizer, which is 0.01 for torch's AdamW.
         eps: of Adam, for every group that Muon and SGD do not take. None leaves it to the optimizer.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
         roles: glob on qualified names -> a role of muP: "input" (tables such as embeddings and positions), "hidden" or
-            "output" (matrices) or "vector" (biases, norms and scales, without decay). The first match counts. It
-            overrides the description of a module, and the role inferred from name and shape for modules without a
-            description (see `einlinear.mup.role_inference.infer_role`). An embedding that shares its weight with a
-            head is a hidden matrix, in whichever order the two are registered: this keeps steps from growing with the
-            width. A model that multiplies its logits by base width / width can pass ``roles={"*embed*": "input"}``:
-            then the embedding learns as one without a head.
+            "output" (matrices) or "vector" (biases, norms and scales, without decay). The first match counts, before
+            the description of a module, and before the role inferred from name and shape where there is none (see
+            `einlinear.mup.role_inference.infer_role`). An embedding that shares its weight with a head is a hidden
+            matrix, unless ``roles={"*embed*": "input"}``: for a model that multiplies its logits by base width / width.
         hidden: a glob, or several, on the matrices that Muon takes; its authors leave heads to AdamW. Default: all.
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless they are left to the
         optimizer, "weight_decay" and "eps"; "inferred" has the names of parameters whose role was inferred, if any.
         Groups for Muon have "matrix_view" (the order of axes and the shape that make matrices of a parameter) and
-        "update_scale" (the factor of a unit spectral norm). Parameters with equal hyperparameters share a group.
+        "update_scale" (the factor of a unit spectral norm).
 
     Raises:
         ValueError: an unknown optimizer, `hidden` without Muon, a parameter that the base lacks, a glob that matches
-            none, parameters that FSDP1 has flattened, or a parameter of unknown role: its layer is not one of torch,
-            transformers or this library, `roles` does not name it, and its name and its shape in the base contradict
-            each other.
+            none, parameters that FSDP1 has flattened, or a parameter of unknown role: neither its layer nor `roles`
+            tells, and its name and its shape in the base contradict each other.
 
     Example:
         >>> import torch, einlinear as el

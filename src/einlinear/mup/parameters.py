@@ -31,12 +31,10 @@ class Parameter:
         names: qualified, without the prefixes of wrappers such as torch.compile and DDP; several for a shared tensor,
             in the order in which the modules are registered.
         key: its name in a base model: for a factor that of the full weight (fc1.weight for fc1.A).
-        tensor: the parameter itself.
         shape: of the full parameter, also if it is divided among processes.
         owner: the class name of its module.
         role: its role, with `shares_input_with` as a qualified name.
         transposed: whether the module stacks weights as (experts, in, out).
-        is_inferred: whether the role was inferred from name and shapes.
         is_tied: whether it is an embedding and also the head that shares its weight.
     """
 

@@ -18,15 +18,8 @@ STRUCTURED = "structured layers"
 class Factored(SelfDescribing):
     """Module whose parameters are the factors of a structured matrix, or of several with the same structure.
 
-    Factors are plain parameters named A, B, C, ... as in the pattern, with the shapes of `structure.factors`.
-    Subclasses with several matrices stack them along the axes of `stack_shape`.
-
-    Args:
-        in_features, out_features, structure, bias, normalize, device, dtype, gamma: as for `Linear`. Stacked factors
-            are normalised one by one, with a gamma each.
-
-    Raises:
-        ValueError: a structure that is unknown or does not fit.
+    Arguments are those of `Linear`. Subclasses with several matrices stack them along the axes of `stack_shape`: then
+    factors are normalised one by one, with a gamma each.
     """
 
     bias: Tensor | None
@@ -103,10 +96,9 @@ class Factored(SelfDescribing):
             return [parameter for parameter in self.parameters() if parameter is not self.bias]
         return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
 
-    def _parameter(self, name: str) -> Tensor:
+    def _parameter(self, name: str) -> Any:
         """Return a factor or a gamma; of stacked ones, the part of this process."""
-        parameter: Tensor = getattr(self, name)
-        return parameter
+        return getattr(self, name)
 
     def _normalized(self, m: Tensor, std: float) -> Tensor:
         """Return a factor, or each in a stack, with a root mean square of at most std."""

@@ -71,7 +71,7 @@ class ExpertStack(Factored):
         """The names of the parameters that have an entry for every expert."""
         return [name for name in super().layer_info().roles if name in self._parameters and name != "bias"]
 
-    def _parameter(self, name: str) -> Tensor:
+    def _parameter(self, name: str) -> Any:
         parameter = super()._parameter(name)
         return parameter if self.exchange is None else self.exchange.local(parameter)
 
@@ -89,9 +89,7 @@ class Experts(ExpertStack):
     capacity.
 
     Args:
-        in_features, out_features, structure, bias, normalize, gamma, device, dtype: as for `Linear`; every expert is
-            normalised by itself.
-        experts: the number of experts.
+        in_features, out_features, structure, experts, bias, normalize, gamma, device, dtype: as for `MoELinear`.
         active: the number of experts per token, for the count of MACs.
 
     Shapes:
@@ -99,7 +97,7 @@ class Experts(ExpertStack):
         (n, out_features). The factors are parameters of shape (experts, *shape of the factor).
 
     Raises:
-        ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
+        ValueError: as for `MoELinear`.
         RuntimeError, IndexError: on call, as `einlinear.ops.linear`.
 
     Example:
