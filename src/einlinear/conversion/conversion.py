@@ -1,4 +1,4 @@
-"""Conversion of the linear layers of a model to structured ones.
+"""Conversion of the linear layers of a model to structured ones, and back to dense ones.
 
 Globs on qualified names choose the layers. The report lists every chosen layer that is not converted, with the reason.
 """
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.conversion.coverage import measure_coverage
-from einlinear.conversion.eligibility import reason_to_skip
+from einlinear.conversion.eligibility import has_hooks, reason_to_skip
 from einlinear.conversion.linear_layers import (
     describe,
     fused_experts,
+    layers_of,
     linear_layers,
     owners_of,
     replace_layers,
@@ -27,9 +28,10 @@ from einlinear.conversion.linear_layers import (
 from einlinear.conversion.usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.model_call import Batch
+from einlinear.nn.moe.experts import ExpertStack
 from einlinear.nn.moe.mixture import check_experts
 from einlinear.nn.names import as_globs, check_globs, matches_any
-from einlinear.nn.third_party import features, weight_matrix
+from einlinear.nn.third_party import as_class, features, weight_matrix
 from einlinear.structures import DoesNotFit
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
@@ -155,6 +157,49 @@ def convert(
         model, new, converted, skipped, "no layer matches layers and structure, and is not excluded"
     )
     return replace(report, coverage=coverage)
+
+
+def densify(model: nn.Module) -> ConversionReport:
+    """Replace every structured layer by the dense one that computes the same function, in place.
+
+    The dense layer is a `torch.nn.Linear`, or of the class that the structured layer replaced: transformers' Conv1D, or
+    a subclass of `torch.nn.Linear` without a constructor of its own. Layers that share a module or all their factors
+    share their weight afterwards. Bias, device, dtype, training mode and requires_grad are kept; a weight is frozen if
+    all its factors were.
+
+    Returns:
+        A report on every layer, converted or skipped for a reason, such as hooks, which would be lost.
+
+    Raises:
+        ValueError: there is no structured layer inside the model, or none that could be replaced.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> model = torch.nn.Sequential(el.Linear(64, 64, "btt"))
+        >>> report = el.densify(model)
+        >>> report.params_before, report.params
+        (1024, 4096)
+        >>> model[0]
+        Linear(in_features=64, out_features=64, bias=True)
+    """
+    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
+    new: dict[int, nn.Module] = {}
+    converted: list[Conversion] = []
+    mixtures = [name for name, module in model.named_modules() if isinstance(module, ExpertStack)]
+    skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
+    hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}
+    for name, layer in structured.items():
+        if factors[name] in hooked:
+            skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
+        elif id(layer) not in new:
+            dense: Any = as_class(layer.to_dense(), layer.dense_class)
+            dense.weight = weights.setdefault(factors[name], dense.weight)
+            new[id(layer)] = dense
+            s, entries = layer.structure, layer.in_features * layer.out_features
+            converted.append(Conversion(name, s.spec, describe(dense), s.params, entries, s.macs, entries))
+    return replace_layers(model, new, converted, skipped, "there is no structured layer in the model")
 
 
 def _check_new_weights(weights: str, normalize: Any, gamma: Any, experts: int | None, active: int | None) -> None:

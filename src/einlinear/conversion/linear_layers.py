@@ -9,7 +9,7 @@ from torch import nn
 
 from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.nn import Linear, MoELinear
-from einlinear.nn.third_party import expert_stacks, features, is_linear
+from einlinear.nn.third_party import features, is_linear, layer_info
 from einlinear.structures import Structure
 
 
@@ -32,11 +32,15 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
 def fused_experts(model: nn.Module) -> dict[str, str]:
     """Return the reasons why parameters with the weights of many experts are skipped, by their qualified names.
 
-    Such a stack has no module for one expert that could be replaced.
+    transformers keeps the experts of most mixtures in such a stack, in a class with "Experts" in its name: there is no
+    module for one expert that could be replaced.
     """
     return {
-        name: f"is a stack of {len(weight)} weights of a {type(module).__name__}, which is not supported"
-        for name, module, weight in expert_stacks(model)
+        f"{name}.{key}": f"is a stack of {len(weight)} weights of a {type(module).__name__}, which is not supported"
+        for name, module in model.named_modules()
+        if "expert" in type(module).__name__.lower() and layer_info(module) is None
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
     }
 
 
