@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.conversion.coverage import measure_coverage
 from einlinear.conversion.eligibility import has_hooks, reason_to_skip
-from einlinear.conversion.linear_layers import (
+from einlinear.conversion.replacement import (
     describe,
     fused_experts,
     layers_of,

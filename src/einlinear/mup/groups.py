@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from einlinear.mup.parameters import Parameter, check_matches, parameters
+from einlinear.mup.parameter_roles import Parameter, check_matches, parameters
 from einlinear.mup.role_inference import matrix_role
 from einlinear.nn.layer_info import UNKNOWN, Role
 from einlinear.nn.names import as_globs, as_rules

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from einlinear.mup.groups import Base, listed, logger, resolve
-from einlinear.mup.parameters import Parameter, check_matches
+from einlinear.mup.parameter_roles import Parameter, check_matches
 from einlinear.nn.factored import Factored
 from einlinear.nn.names import as_globs
 
