@@ -112,7 +112,10 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
 
 def section(comparison: Comparison) -> Section | None:
     """Show the sweeps, if any model size has at least three learning rates."""
-    by_metric = {metric: _all_sweeps(comparison, metric) for metric in comparison.metrics}
+    by_metric = {
+        metric: [(curve, of_curve) for curve in comparison.curves if (of_curve := sweeps_of(comparison, curve, metric))]
+        for metric in comparison.metrics
+    }
     if not any(by_metric.values()):
         return None
     sweeps = Figure(
@@ -171,12 +174,6 @@ def _optimum(groups: Sequence[SeedGroup], metric: str) -> Optimum | None:
     optima = [single[0] for points in seeds.values() if len(points) == len(groups) and (single := best_lr(points))]
     lr, bound = best
     return Optimum(lr, min(optima, default=lr), max(optima, default=lr), bound)
-
-
-def _all_sweeps(comparison: Comparison, metric: str) -> CurveSweeps:
-    """Return the curves with sweeps."""
-    curves = [(curve, sweeps_of(comparison, curve, metric)) for curve in comparison.curves]
-    return [(curve, sweeps) for curve, sweeps in curves if sweeps]
 
 
 def _sizes(curves: CurveSweeps) -> list[str]:
