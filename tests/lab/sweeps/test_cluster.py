@@ -19,7 +19,7 @@ from einlinear.files import lock
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.search.config import configure
+from einlinear_lab.search.config import SearchConfig
 from einlinear_lab.search.search import Search
 from einlinear_lab.sweeps import attempts, cluster
 from einlinear_lab.sweeps.driver import do
@@ -115,7 +115,7 @@ def drive(folder: Path) -> None:
     is_over.set()
     killer.join()
     options = {"data": "digits", "depth": 1, "batch_size": 128, "steps": 8, "threads": 1}
-    search = Search(configure(budget=8_000, trials=4, **options)).open(Store(folder / "search"))
+    search = Search(SearchConfig(budget=8_000, trials=4, options=options)).open(Store(folder / "search"))
     failed = [event.message for event in search.do(Cluster())]
     told = {"statuses": statuses, "killed": len(killed), "failed": failed}
     told["searched"] = [trial.state == TrialState.COMPLETE for trial in search.study.trained()]
