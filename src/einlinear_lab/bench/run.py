@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from einlinear import ops
-from einlinear.nn.explanation import explain
+from einlinear.nn.linear import explain
 from einlinear_lab.bench import results
 from einlinear_lab.bench.cases import BenchConfig, Case
 from einlinear_lab.bench.check import Reference
