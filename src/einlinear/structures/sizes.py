@@ -9,11 +9,10 @@ features are padded by as little as necessary. No input feature is ever dropped.
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import product
+from itertools import chain, product
 
 from einlinear.structures import limits
 from einlinear.structures.pattern import Axes, Pattern
@@ -120,7 +119,7 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
         few = math.prod(map(len, options)) * len(choices) <= _MAX_CANDIDATES
         options.append(choices if few else choices[:1])
     for choice in product(*options):
-        sizes = ChainMap(fixed, *choice)
+        sizes = dict(chain(fixed.items(), *map(dict.items, choice)))
         yield {axis: sizes[axis] for axis in axes}
 
 
