@@ -12,17 +12,8 @@ from einlinear.conversion.coverage import Coverage
 _ENOUGH = 10.0
 # slow layers that are listed by name
 _LISTED = 5
-HEADINGS = (
-    "layer",
-    "structure",
-    "params",
-    "MACs",
-    "kept",
-    "expected error",
-    "error",
-    "x as fast, 1 token",
-    f"{MANY} tokens",
-)
+_NAMES = "layer", "structure", "params", "MACs", "kept", "expected error", "error", "x as fast, 1 token"
+HEADINGS = (*_NAMES, f"{MANY} tokens")
 
 
 @dataclass(frozen=True)
