@@ -1,4 +1,4 @@
-"""Distillation: a compressed model is trained to return the original's outputs again."""
+"""Distillation: train a compressed model to match the outputs of the original."""
 
 from __future__ import annotations
 

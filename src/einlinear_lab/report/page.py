@@ -1,4 +1,4 @@
-"""The shape of every figure (title, caption, charts, tables), and one HTML file of them that loads nothing."""
+"""The shape of every figure (title, caption, charts, tables), and a self-contained HTML page of all figures."""
 
 from __future__ import annotations
 

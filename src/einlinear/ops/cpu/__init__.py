@@ -1,1 +1,1 @@
-"""A compiled kernel for the CPU: its calls (backend), what it is told (program), how it is made (build), its code."""
+"""Compiled CPU kernel: calls (cpu_backend.py), description of a structure (program.py), compilation (kernel_library.py), C++."""
