@@ -60,7 +60,7 @@ def moe_loss(
     total = torch.stack(losses)
     if check and False in (finite := total.isfinite().tolist()):
         name = routings[finite.index(False)][0] or "the layer"
-        raise ValueError(f"{name}: the router logits are NaN or infinite: check the input of the layer and the weights of its router")
+        raise ValueError(f"{name}: router logits are NaN or infinite: check the layer's input and router weights")
     return total.mean()
 
 

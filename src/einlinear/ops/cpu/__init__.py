@@ -1,1 +1,6 @@
-"""Compiled CPU kernel: calls (cpu_backend.py), description of a structure (program.py), compilation (kernel_library.py), C++."""
+"""Compiled CPU kernel, in C++.
+
+cpu_backend.py     calls of the kernel
+program.py         a structure as the kernel reads it
+kernel_library.py  compilation and cache
+"""
