@@ -121,15 +121,15 @@ def is_differentiated_again(grad: Tensor, *others: Tensor | None) -> bool:
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Return whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def autocast(product: Product) -> Product:
     """Return the product with its operands cast as autocast says, if it is on; gates always get the dtype of x."""
     structure, factors, x, bias, routing = product
-    dtype = autocast_dtype(x)
-    if dtype is None and routing is None:
+    if routing is None and not torch._C._is_any_autocast_enabled():
         return product
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, bias, *factors = (_cast(tensor, dtype) for tensor in (x, bias, *factors))
     if routing is not None:

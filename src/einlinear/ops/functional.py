@@ -125,14 +125,13 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         check_name(backend)
     if isinstance(product.x, fx.Proxy):
         return reference.apply(product)
-    structure, factors, x, bias, routing = product
-    tensors = (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
+    tensors = product.tensors()
     context = call_context(*tensors)
     eager = context is CallContext.EAGER
     plain = not eager and context is CallContext.PLAIN
     training = not plain and wants_gradients(*tensors)
     product = autocast(product)
-    x = product.x
+    structure, _, x, _, routing = product
     if plain or (routing is not None and x.is_meta):
         # other backends read the indices, which have no values on "meta"
         backend = "reference"

@@ -71,7 +71,7 @@ def check(
     if bias is not None:
         operands.append(("the bias", bias, (structure.out_features,)))
     for tensor in saved:
-        operands.append(("a saved intermediate", tensor, tuple(tensor.shape)))
+        operands.append(("a saved intermediate", tensor, tensor.shape))
     negated = False
     try:
         _, first, _ = operands[0]
@@ -126,7 +126,7 @@ def _untraced() -> Iterator[None]:
 
 def _in_memory(tensor: Tensor) -> bool:
     """Return whether the storage reaches as far as the tensor does."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())])
     extent = tensor.itemsize * (1 + last) if tensor.numel() else 0
     return tensor.untyped_storage().nbytes() >= tensor.storage_offset() * tensor.itemsize + extent
 
