@@ -103,7 +103,7 @@ def call_context(*tensors: Tensor | None) -> CallContext:
         return CallContext.PLAIN if torch.compiler.is_exporting() else CallContext.TRACED
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return CallContext.PLAIN
-    kinds = set(map(type, tensors))
+    kinds = {*map(type, tensors)}
     if not kinds <= _KINDS:
         return CallContext.PLAIN
     traced = FakeTensor in kinds or torch._C._len_torch_dispatch_stack() > 0

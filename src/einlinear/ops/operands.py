@@ -62,10 +62,10 @@ def check(
         stack = factors[0].shape[:1]
         operands = [(factor, tensor, stack + factor.shape) for factor, tensor in zip(expected, factors)]
     if x is not None:
-        rows = x.shape[:1]
-        operands.append(("the input", x, (*rows, structure.in_features)))
+        n = x.shape[0] if x.dim() else 0
+        operands.append(("the input", x, (n, structure.in_features)))
         if grad is not None:
-            operands.append(("the gradient of the output", grad, (*rows, structure.out_features)))
+            operands.append(("the gradient of the output", grad, (n, structure.out_features)))
         if routing is not None:
             operands.append(("the tensor of gates", routing[1], _check_indices(x, *routing, memory)))
     if bias is not None:
