@@ -162,7 +162,7 @@ def test_backend_as_a_decorator() -> None:
     assert forced() is None
 
 
-def test_a_backward_pass_uses_the_executor_of_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backward_pass_uses_the_backend_of_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     backward = batched.backward
     monkeypatch.setattr(batched, "backward", lambda *args: (ran.append(1), backward(*args))[1])

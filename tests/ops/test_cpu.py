@@ -14,8 +14,8 @@ import torch
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import choice, costs
-from einlinear.ops.cpu import build as kernels
 from einlinear.ops.cpu import cpu_backend
+from einlinear.ops.cpu import kernel_library as kernels
 from einlinear.ops.cpu.program import program_of
 
 

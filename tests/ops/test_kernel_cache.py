@@ -15,7 +15,7 @@ import filelock
 import pytest
 
 from einlinear.files import check_private
-from einlinear.ops.cpu import build as kernels
+from einlinear.ops.cpu import kernel_library as kernels
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="owners and modes are those of POSIX")
 

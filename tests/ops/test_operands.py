@@ -165,7 +165,7 @@ def test_an_input_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
     product = Operands()
     product.x = replace(product.x)
-    # an backend that is named says first what it cannot do, an operator that no structure has such a size
+    # a backend that is named says first what it cannot do, an operator that no structure has such a size
     refuse(product.forward(), (error, ValueError), f"{message}|cannot run this|in_features")
     refuse(product.backward(), (error, ValueError), f"{message}|cannot run this|in_features")
     layer = el.Linear(48, 60, "btt(rank=2)")
@@ -238,7 +238,7 @@ def test_layers_whose_parameters_were_changed() -> None:
     refused(lambda layer: setattr(layer.B, "data", torch.zeros(3)), r"factor B has shape \(3,\)")
     refused(lambda layer: setattr(layer, "bias", nn.Parameter(torch.zeros(1))), r"the bias has shape \(1,\)")
     with pytest.raises(
-        RuntimeError, match="the input is on cpu, but the layer on meta: a tensor on meta"
+        RuntimeError, match="the input is on cpu, but the layer on meta: a tensor on meta has no values"
     ):
         el.Linear(64, 64, "btt(rank=2)", device="meta")(x)
 
@@ -342,7 +342,7 @@ def test_experts_that_do_not_fit(wrong: str) -> None:
         refuse(product.backward(), error, message)
 
 
-def test_every_executor_is_behind_the_check() -> None:
+def test_every_backend_is_behind_the_check() -> None:
     """Also those that cannot run here."""
     draw = Operands()
     operands = Product(draw.structure, [draw.factors[0], draw.factors[1][:1]], draw.x)
@@ -359,7 +359,7 @@ def test_every_executor_is_behind_the_check() -> None:
                 way(backends.find(name))
 
 
-def test_operators_of_executors_that_cannot_run() -> None:
+def test_operators_of_backends_that_cannot_run() -> None:
     product = Operands()
     factors = [f.bfloat16() for f in product.factors]
     arguments = (product.x.bfloat16(), factors, None, None, None, product.structure.spec, 60)

@@ -17,7 +17,7 @@ import pytest
 from tests.families import PATTERNS, SAMPLES, structures
 from tests.random_patterns import random_structure
 
-from einlinear.ops.cpu import build
+from einlinear.ops.cpu import kernel_library
 from einlinear.ops.cpu.program import program_of
 from einlinear.structures import Structure
 
@@ -31,7 +31,7 @@ SANITIZERS = {
 }
 
 
-def compiled(folder: Path, flags: Sequence[str], source: Path = build.SOURCE, optimize: str = "-O1") -> Path:
+def compiled(folder: Path, flags: Sequence[str], source: Path = kernel_library.SOURCE, optimize: str = "-O1") -> Path:
     """The kernel as a program, with threads that sanitizers understand."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -74,18 +74,20 @@ def _small(spec: str) -> list[Structure]:
 
 def test_a_missing_barrier_is_found(tmp_path: Path) -> None:
     """The kind of mistake that the suite is for, made on purpose."""
-    broken = Path(shutil.copytree(build.SOURCE.parent, tmp_path / "broken"))
+    broken = Path(shutil.copytree(kernel_library.SOURCE.parent, tmp_path / "broken"))
     team = broken / "team.h"
     assert "if (size_ > 1) barrier();" in team.read_text()
     team.write_text(team.read_text().replace("if (size_ > 1) barrier();", ""))
-    result = run(compiled(tmp_path, SANITIZERS["threads"], broken / build.SOURCE.name, "-O0"), [random_structure(1)])
+    result = run(
+        compiled(tmp_path, SANITIZERS["threads"], broken / kernel_library.SOURCE.name, "-O0"), [random_structure(1)]
+    )
     assert result.returncode != 0
     assert "data race" in result.stderr
 
 
 def test_a_phase_within_a_phase_is_found(tmp_path: Path) -> None:
-    broken = Path(shutil.copytree(build.SOURCE.parent, tmp_path / "broken"))
-    kernel = broken / build.SOURCE.name
+    broken = Path(shutil.copytree(kernel_library.SOURCE.parent, tmp_path / "broken"))
+    kernel = broken / kernel_library.SOURCE.name
     divided = "work(i, Team::alone(), i == first);"
     assert divided in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(divided, "work(i, all, i == first);"))

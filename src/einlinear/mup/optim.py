@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 # coefficients of the odd polynomial that brings singular values near 1 in the fewest steps
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -87,13 +86,17 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 def _gathered(x: Tensor) -> Tensor:
     """Return a full tensor: every process orthogonalises full matrices, also of tensors that FSDP divides."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _divided_like(x: Tensor, like: Tensor) -> Tensor:
     """Return this process's part of a full tensor, if `like` is divided."""
-    if not isinstance(like, DTensor):
+    if not hasattr(like, "full_tensor"):
         return x
+    # importing DTensors takes long
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(like, DTensor)
     replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()])
     part: Tensor = replicated.redistribute(placements=like.placements)
     return part

@@ -104,8 +104,8 @@ def drive(folder: Path) -> None:
     def kill_one() -> None:
         """The first process that has saved a checkpoint."""
         while not killed and not is_over.wait(0.05):
-            for path in folder.glob("runs/*/checkpoints/step-*/../../.lock"):
-                if not killed and (holder := holder_of(path.resolve())):
+            for lock_file in folder.glob("runs/*/checkpoints/step-*/../../.lock"):
+                if not killed and (holder := holder_of(lock_file.resolve())):
                     os.kill(holder, signal.SIGKILL)
                     killed.append(holder)
 

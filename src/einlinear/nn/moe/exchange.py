@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    # importing DTensors takes long
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Exchange:
@@ -28,10 +30,9 @@ class Exchange:
         # looked up each time: copies and files can have a mesh, but no group
         return self.mesh.get_group()
 
-    def local(self, parameter: Tensor) -> Tensor:
+    def local(self, parameter: Any) -> Tensor:
         """Return this process's experts, whose gradient is a mean over the processes instead of a sum."""
-        assert isinstance(parameter, DTensor)
-        local = parameter.to_local()
+        local: Tensor = parameter.to_local()
         if local.requires_grad:
             local.register_hook(lambda grad: grad / self.size)
         return local

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops import reference
-from einlinear.ops.batched.plan import TOKENS, Step, is_run, plan
+from einlinear.ops.batched.contraction_plan import TOKENS, Step, is_run, plan
 from einlinear.ops.product import Assignment, Gradients, Product
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes

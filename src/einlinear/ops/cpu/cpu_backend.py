@@ -1,7 +1,7 @@
 """The compiled CPU backend: tiles of tokens that stay in cache.
 
-The kernel (kernel.cpp) knows no structure, it reads a program (program.py). Without a compiler (build.py) the other
-backends do its work.
+The kernel (kernel.cpp) knows no structure, it reads a program (program.py). Without a compiler (kernel_library.py) the
+other backends do its work.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from einlinear.ops.cpu.build import DTYPES, Library, Pairs, load
+from einlinear.ops.cpu.kernel_library import DTYPES, Library, Pairs, load
 from einlinear.ops.cpu.program import Program, program_of
 from einlinear.ops.product import Assignment, Gradients, Product
 from einlinear.structures import Structure
