@@ -1,4 +1,4 @@
-"""`einlinear describe`: its options, and what it prints."""
+"""The command `einlinear describe`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def command(
         float | None,
         typer.Option(help="Choose the largest rank, or the fewest blocks, within this fraction of the MACs of dense."),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Also say how it is run on this machine's CPU.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Also show the backend and its steps on this CPU.")] = False,
     tokens: Annotated[int, typer.Option(help="For --plan: input vectors at a time.", min=1)] = 2048,
 ) -> None:
     """Show a structure's factors, parameters, MACs, rank and exponents at one size, beside dense."""
@@ -54,18 +54,18 @@ def _print_structure(s: Structure) -> None:
 
     totals = []
     for name in ("params", "macs", "rank"):
-        own, full = getattr(s, name), getattr(dense, name)
-        totals.append(("MACs" if name == "macs" else name, f"{own:,}", f"{full:,}", f"{own / full:.4g}"))
+        value, reference = getattr(s, name), getattr(dense, name)
+        totals.append(("MACs" if name == "macs" else name, f"{value:,}", f"{reference:,}", f"{value / reference:.4g}"))
     for name, meaning in (("psi", "rank = n^psi"), ("nu", "MACs = n^(1+nu)"), ("omega", "params / MACs = n^-omega")):
         totals.append((f"{name}  ({meaning})", f"{getattr(s, name):.4g}", f"{getattr(dense, name):.4g}", ""))
     display.show(("", "this", "dense", "ratio"), totals)
 
 
 def _print_plan(s: Structure, tokens: int) -> None:
-    """Which backend runs a structure on this CPU in float32, and the steps of the batched matmuls."""
-    display.note(f"\nExecutor for {tokens:,} inputs of float32 on this CPU, and what the others would take:")
+    """Print the backend of a structure on this CPU in float32, and the steps of the batched matmuls."""
+    display.note(f"\nBackend for {tokens:,} inputs of float32 on this CPU, and the estimated time of the others:")
     display.note(str(ops.choose(s, tokens, torch.float32, torch.device("cpu"))))
-    display.note("\nBatched matmuls, and the states between them, the slowest axis first:")
+    display.note("\nBatched matmuls, and the intermediates between them, the slowest axis first:")
     for steps in make_plan(s):
         for step in steps:
             display.note(f"  {s.factors[step.index].name}  {step}")
