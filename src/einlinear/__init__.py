@@ -5,7 +5,7 @@ from einlinear.conversion import convert, densify
 from einlinear.integrations.transformers import register_on_import as _register_on_import
 from einlinear.mup import base_shapes, coord_check, init_, param_groups
 from einlinear.nn import Linear, MoELinear, moe_loads, moe_loss
-from einlinear.nn.explanation import explain
+from einlinear.nn.linear import explain
 from einlinear.ops import backend
 from einlinear.structures import Structure, register_family, structure
 from einlinear.version import __version__

@@ -7,7 +7,6 @@ FOLDER/step-00000500/sha256              of that file
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from einlinear.files import differences, rename, sha256_of
+from einlinear.files import atomic, differences, sha256_of
 
 FORMAT = "1"
 # the newest checkpoint, and one to fall back on
@@ -48,23 +47,18 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         OSError: the disk is full, or the folder cannot be written. Earlier checkpoints are unchanged.
     """
     place = folder / f"step-{checkpoint.step:08d}"
-    scratch = folder / f".{place.name}.{os.getpid()}"
-    # of a killed process with the same number
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
-        write_tensors(scratch / _STATE, checkpoint.tensors, {"step": checkpoint.step, **checkpoint.facts})
-        (scratch / _DIGEST).write_text(f"{sha256_of(scratch / _STATE)}\n", encoding="ascii")
-        # a damaged one, or else this step would not have been made again
-        if place.exists():
-            shutil.rmtree(place)
-        rename(scratch, place)
+        with atomic(place) as scratch:
+            scratch.mkdir(parents=True)
+            write_tensors(scratch / _STATE, checkpoint.tensors, {"step": checkpoint.step, **checkpoint.facts})
+            (scratch / _DIGEST).write_text(f"{sha256_of(scratch / _STATE)}\n", encoding="ascii")
+            # a damaged one, or else this step would not have been made again
+            if place.exists():
+                shutil.rmtree(place)
         _intact.add(_version_of(place))
     # neither says what nor where if the disk is full
     except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint {place} cannot be written, earlier ones are unchanged: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     _prune(folder, place)
     # of killed processes
     for abandoned in folder.glob(".step-*"):
@@ -119,12 +113,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None
         # safetensors refuses tensors that share memory
         separate[name] = contiguous.clone() if storage in storages else contiguous
         storages.add(storage)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic(path) as scratch:
         save_file(separate, scratch, metadata={"format": FORMAT, "facts": json.dumps(facts)})
-        rename(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -20,18 +21,33 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written. An earlier file is unchanged.
     """
-    scratch = path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-        rename(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with atomic(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; values outside of JSON, such as NaN, raise ValueError."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a scratch path to write a file or folder at, and rename it to `path` at the end; see `rename`."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    # of a killed process with the same number
+    _remove(scratch)
+    try:
+        yield scratch
+        rename(scratch, path)
+    finally:
+        _remove(scratch)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def rename(scratch: Path, path: Path) -> None:

@@ -15,7 +15,7 @@ from einlinear.compression.calibration import Calibration, naming_layer
 from einlinear.compression.resume_cache import ResumeCache
 from einlinear.compression.second_moments import InputStatistics
 from einlinear.compression.selection import weight_of
-from einlinear.conversion.linear_layers import put, structured_like
+from einlinear.conversion.replacement import put, structured_like
 from einlinear.nn import Linear
 
 

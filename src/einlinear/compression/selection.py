@@ -14,7 +14,7 @@ from einlinear.compression.activations import Stage, stages_of
 from einlinear.compression.tracing import trace_layers
 from einlinear.conversion.coverage import Coverage, measure_coverage
 from einlinear.conversion.eligibility import reason_to_skip
-from einlinear.conversion.linear_layers import fused_experts, linear_layers, owners_of
+from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of
 from einlinear.conversion.usage import uncalled_layers
 from einlinear.nn.model_call import Batch
 from einlinear.nn.names import as_globs, check_globs

@@ -1,12 +1,12 @@
-"""Conversion of the linear layers of a model to structured ones.
+"""Conversion of the linear layers of a model to structured ones, and back to dense ones.
 
 Globs on qualified names choose the layers. The report lists every chosen layer that is not converted, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,21 +15,23 @@ from torch import Tensor, nn
 
 from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.conversion.coverage import measure_coverage
-from einlinear.conversion.eligibility import reason_to_skip
-from einlinear.conversion.linear_layers import (
+from einlinear.conversion.eligibility import has_hooks, reason_to_skip
+from einlinear.conversion.replacement import (
     describe,
     fused_experts,
-    layer_like,
+    layers_of,
     linear_layers,
     owners_of,
     replace_layers,
+    structured_like,
 )
 from einlinear.conversion.usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.model_call import Batch
+from einlinear.nn.moe.experts import ExpertStack
 from einlinear.nn.moe.mixture import check_experts
 from einlinear.nn.names import as_globs, check_globs, matches_any
-from einlinear.nn.third_party import features, weight_matrix
+from einlinear.nn.third_party import as_class, features, weight_matrix
 from einlinear.structures import DoesNotFit
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
@@ -111,18 +113,44 @@ def convert(
     for text in plan.values():
         check_spec(text)
     linears, fused = linear_layers(model), fused_experts(model)
-    included, excluded = as_globs(layers, "layers"), as_globs(exclude, "exclude")
-    make = _LayerMaker(weights, _flag_or_globs(normalize, "normalize"), _flag_or_globs(gamma, "gamma"), experts, active)
-    for argument, globs in {"layers": included, "structure": plan, "exclude": excluded, **make.globs}.items():
-        check_globs(globs, [*linears, *fused], argument, "linear layer")
+    globs = {"layers": as_globs(layers, "layers"), "structure": plan, "exclude": as_globs(exclude, "exclude")}
+    if not isinstance(normalize, bool):
+        globs["normalize"] = as_globs(normalize, "normalize")
+    if not isinstance(gamma, bool):
+        globs["gamma"] = as_globs(gamma, "gamma")
+    _check_new_weights(weights, normalize, gamma, experts, active)
+    for argument, group in globs.items():
+        check_globs(group, [*linears, *fused], argument, "linear layer")
 
     matched: dict[str, str] = {}
     for name in (*linears, *fused):
         spec = next((spec for glob, spec in plan.items() if fnmatchcase(name, glob)), None)
-        if spec is not None and matches_any(name, included) and not matches_any(name, excluded):
+        if spec is not None and matches_any(name, globs["layers"]) and not matches_any(name, globs["exclude"]):
             matched[name] = spec
+    mixture = {} if experts is None else {"experts": experts, "active": 2 if active is None else active}
+
+    @torch.no_grad()
+    def make(name: str, old: Any, spec: str) -> Linear | MoELinear:
+        """Return the layer that replaces a dense one."""
+        s = make_structure(spec, *features(old))
+        if weights == "project" and old.weight.is_meta:
+            raise ValueError("layers on the meta device have no weight to project: load it first, or weights='init'")
+        is_zero = _is_zero(old.weight)
+        if weights == "project" and not is_zero:
+            projected = Linear.from_dense(old, s)
+            projected.dense_class = type(old)
+            return projected
+        is_normalized = s.spec != "dense" if normalize is True else matches_any(name, globs.get("normalize", ()))
+        has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
+        layer: Linear | MoELinear = structured_like(old, s, normalize=is_normalized, gamma=has_gamma, **mixture)
+        if is_zero:
+            layer.zero_last_factors()
+            if layer.bias is not None:
+                layer.bias.copy_(old.bias)
+        return layer
+
     uncalled = uncalled_layers(model, None if example_input is None else [example_input])
-    new, converted, skipped = _new_layers(model, linears, matched, uncalled, _as_classes(classes), make)
+    new, converted, skipped = _new_layers(model, linears, matched, uncalled, _as_classes(classes), make, weights)
     skipped += [(name, reason) for name, reason in fused.items() if name in matched]
     coverage = measure_coverage(model, [linears[c.name] for c in converted])
     report = replace_layers(
@@ -131,70 +159,63 @@ def convert(
     return replace(report, coverage=coverage)
 
 
-@dataclass(frozen=True)
-class _LayerMaker:
-    """Makes new layers from the arguments of `convert`, which it checks."""
+def densify(model: nn.Module) -> ConversionReport:
+    """Replace every structured layer by the dense one that computes the same function, in place.
 
-    weights: str
-    normalize: bool | list[str]
-    gamma: bool | list[str]
-    experts: int | None
-    active: int | None
+    The dense layer is a `torch.nn.Linear`, or of the class that the structured layer replaced: transformers' Conv1D, or
+    a subclass of `torch.nn.Linear` without a constructor of its own. Layers that share a module or all their factors
+    share their weight afterwards. Bias, device, dtype, training mode and requires_grad are kept; a weight is frozen if
+    all its factors were.
 
-    def __post_init__(self) -> None:
-        if self.weights not in ("init", "project"):
-            raise ValueError(f"weights must be 'init' or 'project', not {self.weights!r}")
-        if self.normalize and self.weights == "project":
-            raise ValueError("normalize is for weights='init': it would change what a projected layer computes")
-        if self.gamma is not True and not self.normalize:
-            raise ValueError(f"gamma={self.gamma!r} is for layers that are normalised: give normalize as well")
-        if self.experts is None and self.active is not None:
-            raise ValueError(f"active={self.active} is for mixtures of experts: give experts as well")
-        if self.experts is not None and self.weights == "project":
-            raise ValueError(
-                "experts have new weights: give weights='init', or leave experts out to project the layers"
-            )
-        if self.experts is not None:
-            check_experts(self.experts, self.active_experts)
+    Returns:
+        A report on every layer, converted or skipped for a reason, such as hooks, which would be lost.
 
-    @property
-    def active_experts(self) -> int:
-        return 2 if self.active is None else self.active
+    Raises:
+        ValueError: there is no structured layer inside the model, or none that could be replaced.
 
-    @property
-    def globs(self) -> dict[str, list[str]]:
-        """The globs among the arguments, by argument."""
-        arguments = {"normalize": self.normalize, "gamma": self.gamma}
-        return {argument: value for argument, value in arguments.items() if not isinstance(value, bool)}
+    Example:
+        >>> import torch, einlinear as el
+        >>> model = torch.nn.Sequential(el.Linear(64, 64, "btt"))
+        >>> report = el.densify(model)
+        >>> report.params_before, report.params
+        (1024, 4096)
+        >>> model[0]
+        Linear(in_features=64, out_features=64, bias=True)
+    """
+    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
+    new: dict[int, nn.Module] = {}
+    converted: list[Conversion] = []
+    mixtures = [name for name, module in model.named_modules() if isinstance(module, ExpertStack)]
+    skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
+    hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}
+    for name, layer in structured.items():
+        if factors[name] in hooked:
+            skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
+        elif id(layer) not in new:
+            dense: Any = as_class(layer.to_dense(), layer.dense_class)
+            dense.weight = weights.setdefault(factors[name], dense.weight)
+            new[id(layer)] = dense
+            s, entries = layer.structure, layer.in_features * layer.out_features
+            converted.append(Conversion(name, s.spec, describe(dense), s.params, entries, s.macs, entries))
+    return replace_layers(model, new, converted, skipped, "there is no structured layer in the model")
 
-    @torch.no_grad()
-    def __call__(self, name: str, old: Any, spec: str) -> Linear | MoELinear:
-        """Return the layer that replaces a dense one."""
-        s = make_structure(spec, *features(old))
-        is_zero = _is_zero(old.weight)
-        if self.weights == "project":
-            if old.weight.is_meta:
-                raise ValueError(
-                    "layers on the meta device have no weight to project: load it first, or weights='init'"
-                )
-            if not is_zero:
-                projected = Linear.from_dense(old, s)
-                projected.dense_class = type(old)
-                return projected
-        config = {
-            "normalize": s.spec != "dense" if self.normalize is True else _is_on(self.normalize, name),
-            "gamma": _is_on(self.gamma, name),
-        }
-        layer: Linear | MoELinear
-        if self.experts is None:
-            layer = layer_like(old, Linear, s, **config)
-        else:
-            layer = layer_like(old, MoELinear, s, experts=self.experts, active=self.active_experts, **config)
-        if is_zero:
-            layer.zero_last_factors()
-            if layer.bias is not None:
-                layer.bias.copy_(old.bias)
-        return layer
+
+def _check_new_weights(weights: str, normalize: Any, gamma: Any, experts: int | None, active: int | None) -> None:
+    """Raise ValueError for arguments of `convert` that contradict each other."""
+    if weights not in ("init", "project"):
+        raise ValueError(f"weights must be 'init' or 'project', not {weights!r}")
+    if normalize and weights == "project":
+        raise ValueError("normalize is for weights='init': it would change what a projected layer computes")
+    if gamma is not True and not normalize:
+        raise ValueError(f"gamma={gamma!r} is for layers that are normalised: give normalize as well")
+    if experts is None and active is not None:
+        raise ValueError(f"active={active} is for mixtures of experts: give experts as well")
+    if experts is not None and weights == "project":
+        raise ValueError("experts have new weights: give weights='init', or leave experts out to project the layers")
+    if experts is not None:
+        check_experts(experts, 2 if active is None else active)
 
 
 def _new_layers(
@@ -203,7 +224,8 @@ def _new_layers(
     matched: Mapping[str, str],
     uncalled: Mapping[int, str],
     classes: tuple[type[nn.Module], ...],
-    make: _LayerMaker,
+    make: Callable[[str, Any, str], Linear | MoELinear],
+    weights: str,
 ) -> tuple[dict[int, nn.Module], list[Conversion], list[tuple[str, str]]]:
     """Return the new modules by the id of the old, the converted and the skipped layers. The model is unchanged."""
     new: dict[int, nn.Module] = {}
@@ -241,7 +263,7 @@ def _new_layers(
             if key != "bias":
                 setattr(layer, key, parameter)
         new[id(old)] = layer
-        converted.append(_conversion(name, old, layer, make.weights))
+        converted.append(_conversion(name, old, layer, weights))
     return new, converted, skipped
 
 
@@ -262,14 +284,6 @@ def _conversion(name: str, old: Any, layer: Linear | MoELinear, weights: str) ->
 def _is_zero(weight: Tensor) -> bool:
     # the first row is enough for most weights
     return not weight.is_meta and not weight[:1].any() and not weight.any()
-
-
-def _flag_or_globs(value: bool | str | Sequence[str], argument: str) -> bool | list[str]:
-    return value if isinstance(value, bool) else as_globs(value, argument)
-
-
-def _is_on(value: bool | list[str], name: str) -> bool:
-    return value if isinstance(value, bool) else matches_any(name, value)
 
 
 def _as_classes(value: type[nn.Module] | Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ def measure_coverage(model: nn.Module, layers: Iterable[nn.Module]) -> Coverage:
     # by the id of the tensor: the rank of its kind, and a name
     places: dict[int, tuple[int, str]] = {}
     for module_name, module, name, parameter in _owned(model):
-        sizes[id(parameter)] = _size(parameter)
+        sizes[id(parameter)] = math.prod(_shape(parameter))
         kind = _kind(module, name, parameter)
         full = f"{module_name}.{name}".strip(".")
         shown = full if kind in (PACKED, _STACKS, _VECTORS, _PLAIN) else module_name or full
@@ -139,8 +140,7 @@ def _kind(module: nn.Module, name: str, parameter: Any) -> str:
         return _VECTORS if name == "bias" else STRUCTURED
     if category == RECURRENT:
         return RECURRENT
-    # a parameter that is partitioned over processes by DeepSpeed keeps its full shape there
-    shape: tuple[int, ...] = getattr(parameter, "ds_shape", () if is_lazy(parameter) else parameter.shape)
+    shape = _shape(parameter)
     if sum(size > 1 for size in shape) < 2:
         return _VECTORS
     if category:
@@ -150,7 +150,6 @@ def _kind(module: nn.Module, name: str, parameter: Any) -> str:
     return _STACKS if is_stack else _PLAIN
 
 
-def _size(parameter: Any) -> int:
-    """Return the number of entries, of the full parameter if it is partitioned over processes."""
-    size: int = 0 if is_lazy(parameter) else getattr(parameter, "ds_numel", parameter.numel())
-    return size
+def _shape(parameter: Any) -> tuple[int, ...]:
+    """Return the full shape, also of a parameter that DeepSpeed has partitioned over processes; (0,) of a lazy one."""
+    return (0,) if is_lazy(parameter) else tuple(getattr(parameter, "ds_shape", parameter.shape))

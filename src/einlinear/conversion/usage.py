@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from einlinear.conversion.linear_layers import linear_layers
+from einlinear.conversion.replacement import linear_layers
 from einlinear.nn.lazy_weight import METADATA, METADATA_NAMES
 from einlinear.nn.model_call import Batch, call, evaluating
 

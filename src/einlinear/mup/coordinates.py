@@ -135,8 +135,9 @@ def coord_check(
             stepper.step()
             features = _features(model, probe, layers)
             for layer, h in features.items():
-                size[layer] += _rms(h) / steps
-                update[layer] += _rms(h - previous[layer]) / steps
+                for total, value in ((size, h), (update, h - previous[layer])):
+                    rms = value.float().flatten(0, -2).square().mean(-1).sqrt()
+                    total[layer] += float(rms.mean()) / steps
             previous = features
             if progress:
                 progress(width, step + 1)
@@ -170,8 +171,3 @@ def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> d
         if h.dim() < 2 or h.numel() == 0:
             raise ValueError(f"layers: {name} has an output of shape {tuple(h.shape)}; it must be (..., features)")
     return features
-
-
-def _rms(h: Tensor) -> float:
-    """Return the mean over inputs of the root mean square over features."""
-    return float(h.float().flatten(0, -2).square().mean(-1).sqrt().mean())

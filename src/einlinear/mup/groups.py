@@ -1,6 +1,8 @@
 """Parameter groups with structure-aware learning rates, for whole models.
 
-One learning rate, found at the width of a small dense base model, serves every width and every structure.
+One learning rate, found at the width of a small dense base model, serves every width and every structure. A dense
+matrix learns at base_in / in of the base model's rate under Adam, and a factor of a structured matrix at that times its
+own multiplier (Yang et al., arXiv 2203.03466; Qiu et al., arXiv 2406.06248, section 3).
 """
 
 from __future__ import annotations
@@ -14,16 +16,17 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from einlinear.mup.parameters import Parameter, check_matches, parameters
+from einlinear.mup.parameter_roles import Parameter, check_matches, parameters
 from einlinear.mup.role_inference import matrix_role
-from einlinear.mup.rules import Rule, hyperparameters, initial_std
-from einlinear.nn.layer_info import UNKNOWN
+from einlinear.nn.layer_info import UNKNOWN, Role
 from einlinear.nn.names import as_globs, as_rules
+from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
 
 # their update does not depend on the size of the gradient
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")
 # root mean square of the entries of Adam's updates over the learning rate: arXiv 2502.16982, section 2.2
 _ADAM_RMS = 0.2
+_FACTOR_MULTIPLIERS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}
 
 logger = logging.getLogger("einlinear")
 
@@ -66,38 +69,32 @@ def param_groups(
             nothing); or its `base_shapes`, as a mapping or as the path of a JSON file. None if this model itself has
             the base width.
         optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.mup.Muon` for matrices and AdamW for the
-            rest, at the same `lr`. Muon makes all singular values of an update one, and muP asks for a spectral
-            norm of sqrt(fan_out / fan_in) of every matrix (Yang et al., arXiv 2310.17813, condition 1). So the
-            multiplier of a matrix is the root of fan_out / fan_in over that in the base, and a structured one is seen
-            as the batches of matrices its k factors are, each at 1 / k of theirs. In the base, updates have the
-            root mean square of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), hence the same `lr`.
-        weight_decay: for matrices and embeddings, that is parameters of two or more dimensions, as in timm and in the
-            paper; biases, norms, scales, class tokens and scalars get none. It is passed on as it is: AdamW decays a
-            group by its own learning rate times this. None leaves it out of their groups, so that the optimizer's own
-            applies, which is 0.01 for torch's AdamW.
+            rest, at the same `lr`: in the base, updates have the root mean square of AdamW's (Liu et al., arXiv
+            2502.16982, section 2.2). The multiplier of a matrix under Muon is the root of fan_out / fan_in over that in
+            the base (Yang et al., arXiv 2310.17813, condition 1); a structured one is seen as the batches of matrices
+            its k factors are, each at 1 / k of theirs.
+        weight_decay: of parameters with two or more dimensions, passed on as it is; biases, norms, scales, class tokens
+            and scalars get none. None leaves it to the optimizer, which is 0.01 for torch's AdamW.
         eps: of Adam, for every group that Muon and SGD do not take. None leaves it to the optimizer.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
         roles: glob on qualified names -> a role of muP: "input" (tables such as embeddings and positions), "hidden" or
-            "output" (matrices) or "vector" (biases, norms and scales, without decay). The first match counts. It
-            overrides the description of a module, and the role inferred from name and shape for modules without a
-            description (see `einlinear.mup.role_inference.infer_role`). An embedding that shares its weight with a
-            head is a hidden matrix, in whichever order the two are registered: this keeps steps from growing with the
-            width. A model that multiplies its logits by base width / width can pass ``roles={"*embed*": "input"}``:
-            then the embedding learns as one without a head.
+            "output" (matrices) or "vector" (biases, norms and scales, without decay). The first match counts, before
+            the description of a module, and before the role inferred from name and shape where there is none (see
+            `einlinear.mup.role_inference.infer_role`). An embedding that shares its weight with a head is a hidden
+            matrix, unless ``roles={"*embed*": "input"}``: for a model that multiplies its logits by base width / width.
         hidden: a glob, or several, on the matrices that Muon takes; its authors leave heads to AdamW. Default: all.
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless they are left to the
         optimizer, "weight_decay" and "eps"; "inferred" has the names of parameters whose role was inferred, if any.
         Groups for Muon have "matrix_view" (the order of axes and the shape that make matrices of a parameter) and
-        "update_scale" (the factor of a unit spectral norm). Parameters with equal hyperparameters share a group.
+        "update_scale" (the factor of a unit spectral norm).
 
     Raises:
         ValueError: an unknown optimizer, `hidden` without Muon, a parameter that the base lacks, a glob that matches
-            none, parameters that FSDP1 has flattened, or a parameter of unknown role: its layer is not one of torch,
-            transformers or this library, `roles` does not name it, and its name and its shape in the base contradict
-            each other.
+            none, parameters that FSDP1 has flattened, or a parameter of unknown role: neither its layer nor `roles`
+            tells, and its name and its shape in the base contradict each other.
 
     Example:
         >>> import torch, einlinear as el
@@ -121,12 +118,13 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in params:
         muon = optimizer == "muon" and p.role.is_matrix and any(p.matches(glob) for glob in hidden_globs)
-        rule: Rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
+        rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
         base_shape = shapes.get(p.key, p.base_shape)
-        h = hyperparameters(p.role, rule, p.base_shape, base_shape, weight_decay, eps, structure_aware)
-        multiplier = h.lr_multiplier * next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
+        multiplier = _lr_multiplier(p.role, rule, p.base_shape, base_shape, structure_aware)
+        multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
         config: dict[str, Any] = {"lr": lr * multiplier, "lr_mult": multiplier}
-        optional = {"weight_decay": h.weight_decay, "eps": h.eps}
+        decay = 0.0 if p.role.kind == "vector" else weight_decay
+        optional = {"weight_decay": decay, "eps": eps if rule == "adam" else None}
         config |= {key: value for key, value in optional.items() if value is not None}
         if muon:
             config |= {"matrix_view": p.matrix_view, "update_scale": _ADAM_RMS * math.sqrt(max(base_shape))}
@@ -140,6 +138,23 @@ def param_groups(
     return list(groups.values())
 
 
+def _lr_multiplier(
+    role: Role, rule: str, shape: Sequence[int], base_shape: Sequence[int], structure_aware: bool
+) -> float:
+    """Return the learning rate of a parameter over that of the base model."""
+    # parameters without entries exist: DINOv3 has no register tokens by default
+    if role.is_scalar or 0 in (*shape, *base_shape):
+        return 1.0
+    if not role.is_matrix:
+        return math.prod(shape) / math.prod(base_shape) if rule == "sgd" else 1.0
+    (fan_out, fan_in), (base_out, base_in) = shape, base_shape
+    aspect = (fan_out / fan_in) / (base_out / base_in)
+    width = {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
+    if role.structure is None or not structure_aware:
+        return width
+    return width * _FACTOR_MULTIPLIERS[rule](role.structure)[role.factor]
+
+
 def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
     """Warn of heads tied to embeddings that start so large that steps grow with the width."""
     for p in params:
@@ -147,13 +162,12 @@ def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
         if not (p.is_tied and is_full and p.role.is_matrix) or shapes[p.key][1] == p.role.in_features:
             continue
         size = float(p.tensor.detach().float().square().mean().sqrt())
-        std = initial_std(p.role)
-        if size > 2 * std:
+        if size > 2 * p.init_std:
             logger.warning(
                 "%s is shared by an embedding and a head. Its entries have the size %.2g, where a head of %d inputs "
                 "starts at %.2g: logits, and how much a step changes them, will grow with the width. el.init_ draws it "
                 "as a head; or multiply the logits by base width / width, and pass roles={%r: 'input'}",
-                *(p.name, size, p.role.in_features, std, p.name),
+                *(p.name, size, p.role.in_features, p.init_std, p.name),
             )
 
 

@@ -1,4 +1,4 @@
-"""Structure-aware initialisation of whole models, by the rules of `mup/rules.py`."""
+"""Structure-aware initialisation of whole models."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from einlinear.mup.groups import Base, listed, logger, resolve
-from einlinear.mup.parameters import Parameter, check_matches
-from einlinear.mup.rules import initial_std
+from einlinear.mup.parameter_roles import Parameter, check_matches
 from einlinear.nn.factored import Factored
 from einlinear.nn.names import as_globs
 
@@ -30,18 +29,17 @@ def init_(
     layers and routers of mixtures are zero. Embeddings, norms and other vectors stay as they are, and so do matrices
     whose role was only inferred. An embedding that shares its weight with a head is drawn as the head.
 
-    A layer that is zero stays zero, such as a head or the last layer of a residual branch: the model has decided that.
-    Layers that stay zero are logged to the logger "einlinear" at level INFO.
+    A layer that is zero stays zero, such as a head or the last layer of a residual branch, and is logged to the logger
+    "einlinear" at level INFO.
 
     Args:
         model: any model `param_groups` takes, on the meta device or with values, as whole tensors or as DTensors.
-        base: as for `param_groups`. No value depends on it: the base is only checked, so that a model without matching
-            learning rates is refused before it is trained.
-        zero: a glob, or several, on qualified names of layers that start at zero, such as heads and the last layers of
-            residual branches; of a structured layer only the last factor is set to zero. Then they are the only ones:
-            with ``zero=()`` every layer is drawn. Default (None): those that are zero now. A layer is zero where every
-            term of its structure has a factor of zeros; this factor stays zero, or the last if all are. If all matrices
-            of a model are zero, nothing has been decided yet, as after `to_empty`, and all are drawn.
+        base: as for `param_groups`, and only checked: a model without matching learning rates is refused before it is
+            trained.
+        zero: a glob, or several, on qualified names of the layers that start at zero, all others are drawn; of a
+            structured layer only the last factor is set to zero. Default (None): those that are zero now. A layer is
+            zero where every term of its structure has a factor of zeros; this factor stays zero, or the last if all
+            are. If all matrices of a model are zero, as after `to_empty`, all are drawn.
         roles: as for `param_groups`.
 
     Returns:
@@ -81,7 +79,7 @@ def init_(
             nn.init.zeros_(p.tensor)
     for p in drawn:
         if p.role.structure is None:
-            nn.init.normal_(p.tensor, std=initial_std(p.role))
+            nn.init.normal_(p.tensor, std=p.init_std)
     for p in (*zeros, *routers):
         nn.init.zeros_(p.tensor)
     return model

@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             order, fan_out, fan_in = group["matrix_view"]
-            momenta = torch.stack([_gathered(self._momentum(p, group["momentum"])) for p in params])
+            momenta = torch.stack([self._momentum(p, group["momentum"]) for p in params])
             blocks = momenta.permute(0, *(1 + i for i in order))
             updates = orthogonalised(blocks.reshape(-1, fan_out, fan_in)).reshape(blocks.shape)
             inverse = sorted(range(len(order)), key=order.__getitem__)
@@ -61,12 +61,12 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
-        state = self.state[p]
-        if not state:
+        """Return a full tensor, also of tensors that FSDP divides: every process orthogonalises full matrices."""
+        if not (state := self.state[p]):
             state["momentum_buffer"] = torch.zeros_like(p)
         assert p.grad is not None
-        mean: Tensor = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(mean, momentum)
+        mean: Any = p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum)
+        return mean.full_tensor() if hasattr(mean, "full_tensor") else mean  # type: ignore[no-any-return]
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -82,11 +82,6 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide else x.mT
-
-
-def _gathered(x: Tensor) -> Tensor:
-    """Return a full tensor: every process orthogonalises full matrices, also of tensors that FSDP divides."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _divided_like(x: Tensor, like: Tensor) -> Tensor:

@@ -18,15 +18,8 @@ STRUCTURED = "structured layers"
 class Factored(SelfDescribing):
     """Module whose parameters are the factors of a structured matrix, or of several with the same structure.
 
-    Factors are plain parameters named A, B, C, ... as in the pattern, with the shapes of `structure.factors`.
-    Subclasses with several matrices stack them along the axes of `stack_shape`.
-
-    Args:
-        in_features, out_features, structure, bias, normalize, device, dtype, gamma: as for `Linear`. Stacked factors
-            are normalised one by one, with a gamma each.
-
-    Raises:
-        ValueError: a structure that is unknown or does not fit.
+    Arguments are those of `Linear`. Subclasses with several matrices stack them along the axes of `stack_shape`: then
+    factors are normalised one by one, with a gamma each.
     """
 
     bias: Tensor | None
@@ -89,18 +82,12 @@ class Factored(SelfDescribing):
         """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
         names = [factor.name for factor in self.structure.factors]
         factors = [self._parameter(name) for name in names]
-        if not self.normalize:
-            return factors
-        normalized = [
-            m / (self._mean_square(m).add(1e-8).sqrt() / std).clamp(min=1)
-            for m, std in zip(factors, init_std(self.structure), strict=True)
-        ]
-        if not self.has_gamma:
-            return normalized
-        gammas = [self._parameter(f"gamma_{name}") for name in names]
-        if self.stack_shape:
-            gammas = [gamma.view(-1, *[1] * (m.dim() - 1)) for gamma, m in zip(gammas, normalized, strict=True)]
-        return [gamma * m for gamma, m in zip(gammas, normalized, strict=True)]
+        if self.normalize:
+            factors = [self._normalized(m, std) for m, std in zip(factors, init_std(self.structure), strict=True)]
+        if self.has_gamma:
+            gammas = [self._parameter(f"gamma_{name}") for name in names]
+            factors = [gamma.view(-1, *[1] * (m.dim() - 1)) * m for gamma, m in zip(gammas, factors, strict=True)]
+        return factors
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the weight: all but the bias."""
@@ -109,16 +96,14 @@ class Factored(SelfDescribing):
             return [parameter for parameter in self.parameters() if parameter is not self.bias]
         return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
 
-    def _parameter(self, name: str) -> Tensor:
+    def _parameter(self, name: str) -> Any:
         """Return a factor or a gamma; of stacked ones, the part of this process."""
-        parameter: Tensor = getattr(self, name)
-        return parameter
+        return getattr(self, name)
 
-    def _mean_square(self, m: Tensor) -> Tensor:
-        """Return the mean square of a factor, or of each in a stack, broadcastable to the stack."""
-        if not self.stack_shape:
-            return m.square().mean()
-        return m.square().mean(tuple(range(1, m.dim())), keepdim=True)
+    def _normalized(self, m: Tensor, std: float) -> Tensor:
+        """Return a factor, or each in a stack, with a root mean square of at most std."""
+        axes = tuple(range(len(self.stack_shape), m.dim()))
+        return m / (m.square().mean(axes, keepdim=True).add(1e-8).sqrt() / std).clamp(min=1)
 
     def layer_info(self) -> LayerInfo:
         s = self.structure

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
-from einlinear.nn.autocast import without_autocast
-from einlinear.structures import Structure
+from einlinear.ops.context import wants_gradients, without_autocast
+
+if TYPE_CHECKING:
+    from einlinear.nn.linear import Linear
+    from einlinear.nn.moe.moe_linear import MoELinear
+
+Layer: TypeAlias = "Linear | MoELinear"
 
 _PROPERTIES = (
     *("dtype", "device", "shape", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes"),
@@ -42,20 +47,6 @@ _NEW = frozenset(
 _LIKE = frozenset([Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as])
 
 
-class Layer(Protocol):
-    """Interface of a layer with a lazy weight."""
-
-    structure: Structure
-    in_features: int
-    out_features: int
-
-    def dense_weight(self) -> Tensor:
-        """Return W, of shape (out_features, in_features); differentiable in the factors."""
-
-    def weight_parameters(self) -> list[torch.nn.Parameter]:
-        """Return the parameters of the weight."""
-
-
 def weight_of(layer: Layer) -> Tensor:
     """Return the dense weight of a layer, built at once only in traced code, which hides the uses of a tensor.
 
@@ -66,8 +57,8 @@ def weight_of(layer: Layer) -> Tensor:
         return _build(layer)
     if any(parameter.is_meta for parameter in parameters):
         shape, dtype = (layer.out_features, layer.in_features), parameters[0].dtype
-        return torch.empty(shape, device="meta", dtype=dtype, requires_grad=_wants_gradients(parameters))
-    if torch.is_grad_enabled() and _wants_gradients(parameters):
+        return torch.empty(shape, device="meta", dtype=dtype, requires_grad=any(p.requires_grad for p in parameters))
+    if wants_gradients(*parameters):
         weight: Tensor = _Differentiable.apply(layer, *parameters)  # type: ignore[no-untyped-call]
         return weight
     return LazyWeight(layer, parameters[0])
@@ -175,10 +166,6 @@ def _is_traced(layer: Any, parameters: Sequence[Tensor]) -> bool:
 
 def _is_checkpointed() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _wants_gradients(parameters: Sequence[Tensor]) -> bool:
-    return any(parameter.requires_grad for parameter in parameters)
 
 
 @lru_cache(maxsize=4096)

@@ -11,6 +11,7 @@ from einlinear import ops
 from einlinear.nn.factored import Factored
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.third_party import is_conv1d, is_linear, weight_matrix
+from einlinear.ops.context import autocast_dtype, wants_gradients
 from einlinear.structures import Structure
 
 
@@ -87,9 +88,8 @@ class Linear(Factored):
         layer = cls(in_features, out_features, structure, bias is not None, device=weight.device, dtype=weight.dtype)
         if isinstance(linear, nn.Module) and is_conv1d(linear):
             layer.dense_class = type(linear)
-        for factor, value in zip(
-            layer.structure.factors, ops.project(layer.structure, weight, second_moment), strict=True
-        ):
+        values = ops.project(layer.structure, weight, second_moment)
+        for factor, value in zip(layer.structure.factors, values, strict=True):
             getattr(layer, factor.name).copy_(value).requires_grad_(weight.requires_grad)
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias).requires_grad_(bias.requires_grad)
@@ -131,6 +131,28 @@ class Linear(Factored):
         s = self.structure
         share = s.macs / (s.in_features * s.out_features)
         return f"{super().extra_repr()}, params={s.params}, macs={s.macs} ({share:.1%} of dense)"
+
+
+def explain(layer: Any, x: Tensor) -> ops.Choice:
+    """Explain which backend a layer uses for an input: in a training step if gradients are needed, else forward.
+
+    Args:
+        layer: an `einlinear.Linear`.
+        x: an input of the layer, (..., in_features).
+
+    Raises:
+        TypeError: `layer` is not an `einlinear.Linear`.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> print(el.explain(el.Linear(64, 64, "btt"), torch.randn(8, 64)).backend in el.ops.BACKENDS)
+        True
+    """
+    if not isinstance(layer, Linear):
+        raise TypeError(f"expected an einlinear.Linear, not {type(layer).__name__}")
+    training = wants_gradients(x, *layer.parameters())
+    tokens = x.numel() // layer.in_features
+    return ops.choose(layer.structure, tokens, autocast_dtype(x) or x.dtype, x.device, training)
 
 
 def _dense_parameters(linear: Any) -> tuple[Tensor, Tensor | None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 # a tensor, a sequence of positional arguments, or a mapping of named arguments
 Batch = Any
@@ -20,31 +20,22 @@ def call(model: nn.Module, batch: Batch) -> Any:
     Raises:
         TypeError: the batch has arguments that the model's forward pass does not take, such as labels.
     """
-    device = next(model.parameters()).device
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
+    args, kwargs = batch if isinstance(batch, list | tuple) else (batch,), {}
     if isinstance(batch, Mapping):
-        kwargs = {name: _to(value, device) for name, value in batch.items()}
-    else:
-        args = tuple(_to(value, device) for value in (batch if isinstance(batch, list | tuple) else (batch,)))
+        args, kwargs = (), dict(batch)
+    device = next(model.parameters()).device
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
     try:
         return model(*args, **kwargs)
     except TypeError as error:
-        if (mistake := _mistake(model, args, kwargs)) is None:
-            raise
-        raise TypeError(
-            f"the model cannot be called with this batch: {mistake}. A sequence holds positional arguments and a "
-            "mapping named ones: leave out labels, as in [x for x, _ in loader]"
-        ) from error
-
-
-def _mistake(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """Return the error in the number or the names of the arguments, or None."""
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        return str(error)
-    return None
+        try:
+            inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError as mistake:
+            raise TypeError(
+                f"the model cannot be called with this batch: {mistake}. A sequence holds positional arguments and a "
+                "mapping named ones: leave out labels, as in [x for x, _ in loader]"
+            ) from error
+        raise
 
 
 @contextmanager
@@ -58,7 +49,3 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -7,7 +7,6 @@ divided among processes have other shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,18 +96,6 @@ def as_class(linear: nn.Linear, dense_class: type[nn.Module]) -> nn.Module:
     conv1d.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
     conv1d.bias = linear.bias
     return conv1d.train(linear.training)  # type: ignore[no-any-return]
-
-
-def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """Find parameters that stack the weights of many experts: (qualified name, module, parameter).
-
-    transformers keeps the experts of most mixtures in one such parameter, in a class with "Experts" in its name.
-    """
-    for name, module in model.named_modules():
-        if "expert" in type(module).__name__.lower() and layer_info(module) is None:
-            for key, weight in module.named_parameters(recurse=False):
-                if weight.dim() == 3:
-                    yield f"{name}.{key}", module, weight
 
 
 def _is_transformers(module: Any, *names: str) -> bool:

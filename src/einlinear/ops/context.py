@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +135,13 @@ def autocast(product: Product) -> Product:
     if routing is not None:
         routing = Assignment(routing.indices, routing.gates.to(x.dtype))
     return Product(structure, factors, x, bias, routing)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context that disables autocast, if it is enabled for the type of device."""
+    # only if it is enabled: torch.export cannot save a program with such a region
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

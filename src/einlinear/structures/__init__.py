@@ -6,9 +6,8 @@ families.py           the named families, one function each
 arguments.py          the arguments of a family, as text and as values
 structured_matrix.py  Structure, Term and Factor
 sizes.py              integer sizes of the axes
-contraction.py        order of contraction, intermediates, MACs
+contraction.py        order of contraction, intermediates, MACs, exponents
 rank.py               generic rank
-exponents.py          psi, nu and omega
 budget.py             the richest structure within a budget of MACs
 scales.py             initialisation and learning-rate scales of the factors (structure-aware muP)
 limits.py             upper limits that keep hostile text from taking long

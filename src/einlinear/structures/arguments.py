@@ -117,8 +117,6 @@ class _ArgumentParser(Scanner):
             raise self.unreadable(start)
         text = self.take()
         if kind == "number":
-            if len(text) > limits.MAX_DIGITS:
-                raise self.error(f"a number has at most {limits.MAX_DIGITS} digits, not {len(text)}", start)
             try:
                 return exact(int(text) if text.isdecimal() else float(text))
             except ValueError as error:

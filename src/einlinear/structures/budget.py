@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 from einlinear.structures.limits import MAX_SIZE
@@ -19,9 +20,9 @@ class OverBudget(ValueError):
     """No structure is within a budget of MACs."""
 
 
-def within(structure: Structure, max_macs: float) -> Structure:
-    """Return a structure that is within the budget. Raises OverBudget with the budget it needs if it is not."""
-    if _fraction(structure) > max_macs:
+def within(structure: Structure, max_macs: float | None) -> Structure:
+    """Return a structure that is within the budget, if any. Raises OverBudget with the budget that it needs."""
+    if max_macs is not None and _fraction(structure) > max_macs:
         raise OverBudget(
             f"max_macs={max_macs:g} of dense is too small for {structure.spec} at {structure.in_features} -> "
             f"{structure.out_features}: it needs {_fraction(structure):.4g}"
@@ -31,21 +32,14 @@ def within(structure: Structure, max_macs: float) -> Structure:
 
 def largest_rank(make: Callable[[int], Structure], max_macs: float) -> Structure:
     """Find the structure of largest rank within the budget, by doubling and bisection."""
-    best = within(make(1), max_macs)
-    low, high = 1, 2
+    best, high = within(make(1), max_macs), 2
     while high <= MAX_SIZE and _fraction(candidate := make(high)) <= max_macs:
         if candidate.macs == best.macs:
             # the pattern makes no use of the rank
             return best
-        best, low, high = candidate, high, 2 * high
-    high = min(high, MAX_SIZE + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _fraction(candidate := make(middle)) <= max_macs:
-            best, low = candidate, middle
-        else:
-            high = middle
-    return best
+        best, high = candidate, 2 * high
+    ranks = range(high // 2, min(high, MAX_SIZE + 1))
+    return make(ranks[bisect_right(ranks, max_macs, key=lambda rank: _fraction(make(rank))) - 1])
 
 
 def fewest_blocks(make: Callable[[int], Structure], most: int, max_macs: float) -> Structure:
@@ -54,21 +48,17 @@ def fewest_blocks(make: Callable[[int], Structure], most: int, max_macs: float) 
     Every number of blocks is tried: many do not fit the features, and padding makes the MACs rise and fall.
     """
     cheapest: Structure | None = None
-    refusal: DoesNotFit | None = None
     for blocks in range(1, min(most, _MAX_BLOCKS) + 1):
         try:
             candidate = make(blocks)
-        except DoesNotFit as error:
-            refusal = error
+        except DoesNotFit:
             continue
         if _fraction(candidate) <= max_macs:
             return candidate
         if cheapest is None or candidate.macs < cheapest.macs:
             cheapest = candidate
-    if cheapest is None:
-        assert refusal is not None
-        raise refusal
-    return within(cheapest, max_macs)
+    # if no number of blocks fits, the last one raises again
+    return within(cheapest or make(blocks), max_macs)
 
 
 def _fraction(structure: Structure) -> float:

@@ -64,8 +64,7 @@ class Family:
         arguments = tuple(arguments)
         for argument in arguments:
             if argument not in self.defaults:
-                nearest = difflib.get_close_matches(argument, self.defaults, n=1)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+                hint = _hint(argument, self.defaults)
                 takes = f"It takes {', '.join(self.defaults)}" if self.defaults else "It takes no arguments"
                 raise ValueError(f"{self.name} has no argument {argument!r}.{hint} {takes}")
         required = (name for name, default in self.defaults.items() if default is inspect.Parameter.empty)
@@ -138,9 +137,12 @@ def find_family(name: str) -> Family:
     """Look up a family. Raises ValueError that lists the families and suggests the nearest name."""
     if name in FAMILIES:
         return FAMILIES[name]
-    nearest = difflib.get_close_matches(name.lower().replace("-", "_"), FAMILIES, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    hint = _hint(name.lower().replace("-", "_"), FAMILIES, cutoff=0.5)
     raise ValueError(f"unknown family {name!r}.{hint} The families are {', '.join(FAMILIES)}")
+
+
+def _hint(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    return "".join(f" Did you mean {near!r}?" for near in difflib.get_close_matches(name, list(names), 1, cutoff))
 
 
 def _check_counts(family: str, **arguments: object) -> None:
@@ -271,13 +273,5 @@ def _chain(
     return f"({' '.join(inputs)}), {cores} -> ({' '.join(outputs)}) where {sizes}"
 
 
-register_family("dense", _dense)
-register_family("low_rank", _low_rank)
-register_family("kronecker", _kronecker)
-register_family("tt", _tt)
-register_family("btt", _btt)
-register_family("monarch", _monarch)
-register_family("dyad", _dyad)
-register_family("block_diagonal", _block_diagonal)
-register_family("blast", _blast)
-register_family("einsum", _einsum)
+for _builder in (_dense, _low_rank, _kronecker, _tt, _btt, _monarch, _dyad, _block_diagonal, _blast, _einsum):
+    register_family(_builder.__name__.removeprefix("_"), _builder)

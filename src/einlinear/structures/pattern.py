@@ -16,9 +16,9 @@ for all other axes. Sizes that are not fixed are balanced (`sizes.py`).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
@@ -30,11 +30,9 @@ from einlinear.structures import limits
 Axes = tuple[str, ...]
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<number>\d+\.\d+|\d+)|(?P<symbol>->|[(),+=/^])|(?P<end>$)|(?P<other>\S))",
+    r"\s*(?:(?P<keyword>where\b)|(?P<name>[A-Za-z_]\w*)|(?P<number>\d+\.\d+|\d+)|(?P<symbol>->|[(),+=/^])|(?P<end>$)|(?P<other>\S))",
     re.ASCII,
 )
-# the logarithm of the largest size without its scale
-_MAX_LOG = 2 * math.log(limits.MAX_SIZE)
 # characters that an error shows of a long text
 _EXCERPT = 240
 
@@ -58,9 +56,8 @@ class Size:
 
     def of(self, features: int) -> float:
         """The size, not rounded, of an axis of this many features. Raises ValueError if it is above `MAX_SIZE`."""
-        exponent = float(self.exponent)
-        if exponent * math.log(features) < _MAX_LOG:
-            size = float(float(self.scale) * features**exponent)
+        with suppress(OverflowError):
+            size = float(self.scale) * float(features) ** float(self.exponent)
             if size <= limits.MAX_SIZE:
                 return size
         raise ValueError(f"the size {self} of an axis is more than {limits.MAX_SIZE} for {features} features")
@@ -185,9 +182,12 @@ class Scanner:
         return self.tokens[self.next][0]
 
     def take(self) -> str:
-        """Read the next token."""
+        """Read the next token. Raises PatternError for a number of too many digits."""
+        kind, text, _ = self.tokens[self.next]
+        if kind == "number" and len(text) > limits.MAX_DIGITS:
+            raise self.error(f"a number has at most {limits.MAX_DIGITS} digits, not {len(text)}")
         self.next += 1
-        return self.tokens[self.next - 1][1]
+        return text
 
     def accept(self, symbol: str) -> bool:
         """Read the next token if it is this symbol or keyword."""
@@ -220,7 +220,7 @@ class _Parser(Scanner):
         sizes: dict[str, Size] = {}
         if self.accept("where"):
             axes = Pattern(tuple(terms)).axes
-            while True:
+            while not sizes or self.accept(","):
                 token = self.next
                 axis, size = self.size()
                 if axis not in axes:
@@ -228,8 +228,6 @@ class _Parser(Scanner):
                 if axis in sizes:
                     raise self.error(f"axis {axis!r} is given two sizes", token)
                 sizes[axis] = size
-                if not self.accept(","):
-                    break
         if self.kind != "end":
             raise self.error("expected '+', 'where' or the end of the pattern")
         return Pattern(tuple(terms), tuple(sizes.items()))
@@ -244,20 +242,14 @@ class _Parser(Scanner):
             raise self.error("expected ',' and the axes of the first factor")
         self.expect("->", "or ',' after a factor")
         term = TermPattern(inputs, tuple(factors), self.group("the output"))
-        self.check(term, start)
-        return term
-
-    def check(self, term: TermPattern, start: int) -> None:
-        """Refuse an axis that no factor has, or that a single factor has and neither the input nor the output."""
         for axis in term.axes:
-            count = sum(axis in factor for factor in term.factors)
-            if count > 1 or (count and (axis in term.inputs or axis in term.outputs)):
-                continue
-            token = next(i for i in range(start, self.next) if self.tokens[i][1] == axis)
-            if not count:
-                side = "input" if axis in term.inputs else "output"
-                raise self.error(f"no factor carries axis {axis!r} of the {side}", token)
-            raise self.error(f"axis {axis!r} is only in one factor: it must also be in another or outside", token)
+            side = "input" if axis in term.inputs else "output" if axis in term.outputs else None
+            if sum(axis in factor for factor in term.factors) < (1 if side else 2):
+                token = next(i for i in range(start, self.next) if self.tokens[i][1] == axis)
+                if side:
+                    raise self.error(f"no factor carries axis {axis!r} of the {side}", token)
+                raise self.error(f"axis {axis!r} is only in one factor: it must also be in another or outside", token)
+        return term
 
     def group(self, name: str) -> Axes:
         if not self.accept("("):
@@ -268,7 +260,7 @@ class _Parser(Scanner):
 
     def axes(self, name: str) -> Axes:
         axes = [self.axis(name)]
-        while self.kind == "name" and self.tokens[self.next][1] != "where":
+        while self.kind == "name":
             axis = self.axis(name)
             if axis in axes:
                 raise self.error(f"axis {axis!r} stands twice in {name}", self.next - 1)
@@ -276,7 +268,7 @@ class _Parser(Scanner):
         return tuple(axes)
 
     def axis(self, name: str) -> str:
-        if self.kind != "name" or self.tokens[self.next][1] == "where":
+        if self.kind != "name":
             raise self.error(f"expected an axis of {name}")
         return self.take()
 
@@ -298,9 +290,8 @@ class _Parser(Scanner):
         return axis, Size(size)
 
     def number(self, name: str) -> Fraction:
-        kind, text, _ = self.tokens[self.next]
-        if kind == "number" and len(text) > limits.MAX_DIGITS:
-            raise self.error(f"a number has at most {limits.MAX_DIGITS} digits, not {len(text)}")
-        if kind != "number" or (name == "a divisor" and Fraction(text) == 0):
-            raise self.error(f"expected {name}")
-        return Fraction(self.take())
+        token = self.next
+        number = Fraction(self.take()) if self.kind == "number" else None
+        if number is None or (name == "a divisor" and not number):
+            raise self.error(f"expected {name}", token)
+        return number

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count, pairwise, permutations
 
-from einlinear.structures.contraction import contract, intermediate
+from einlinear.structures.contraction import contract, intermediates
 from einlinear.structures.pattern import Axes, TermPattern
 
 # nodes of the graphs whose maximum flow is a rank
@@ -41,7 +41,7 @@ def _padded_rank(term: TermPattern, sizes: Mapping[str, int], in_features: int, 
     """The smallest maximum flow over all orders of contraction, or that of the written order of many factors."""
     written = tuple(range(len(term.factors)))
     orders = permutations(written) if len(written) <= _MAX_PERMUTED else [written]
-    paths = [[intermediate(term, order[:n]) for n in range(len(written) + 1)] for order in orders]
+    paths = [intermediates(term, order) for order in orders]
     for digits in range(max(len(term.inputs), len(term.outputs)), -1, -1):
         ends = (_End(term.inputs, sizes, in_features, digits), _End(term.outputs, sizes, out_features, digits))
         pieces = {

@@ -121,14 +121,12 @@ def _validate_budget(max_macs: float) -> float:
 
 
 def _from_pattern(pattern: Pattern, in_features: int, out_features: int, max_macs: float | None) -> Structure:
-    if max_macs is None:
-        return _build(pattern, in_features, out_features)
-    unsized = [axis for axis in pattern.rank_axes if axis not in dict(pattern.sizes)]
-    if len(unsized) > 1:
-        raise ValueError(f"max_macs can choose one rank axis, but {', '.join(unsized)} have no size: give all but one")
-    if not unsized:
+    unset = [axis for axis in pattern.rank_axes if axis not in dict(pattern.sizes)]
+    if max_macs is None or not unset:
         return within(_build(pattern, in_features, out_features), max_macs)
-    axis = unsized[0]
+    if len(unset) > 1:
+        raise ValueError(f"max_macs can choose one rank axis, but {', '.join(unset)} have no size: give all but one")
+    (axis,) = unset
     return largest_rank(lambda rank: _build(pattern.with_sizes({axis: rank}), in_features, out_features), max_macs)
 
 
@@ -139,10 +137,8 @@ def _from_family(
         every = {**arguments, **chosen}
         return _build(family.pattern(every, in_features, out_features), in_features, out_features, family.spec(every))
 
-    if max_macs is None:
-        return make()
     unset = [name for name in ("rank", "blocks") if name in family.defaults and name not in arguments]
-    if not unset:
+    if max_macs is None or not unset:
         return within(make(), max_macs)
     if unset[0] == "rank":
         return largest_rank(lambda rank: make(rank=rank), max_macs)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeVar
 
-from einlinear.structures.contraction import contract, intermediate
-from einlinear.structures.exponents import scaling_exponents
+from einlinear.structures.contraction import contract, intermediates, scaling_exponents
 from einlinear.structures.limits import MAX_NUMBER, check_text
 from einlinear.structures.pattern import Axes, Pattern, TermPattern
 from einlinear.structures.rank import generic_rank
@@ -104,11 +104,10 @@ class Structure:
     @cached_property
     def terms(self) -> tuple[Term, ...]:
         """The summands of the matrix."""
-        names, sizes = self._factor_names(), dict(self.sizes)
-        return tuple(
-            _term(term, [next(names) for _ in term.factors], sizes, len(self.pattern.terms))
-            for term in self.pattern.terms
-        )
+        terms, sizes = self.pattern.terms, dict(self.sizes)
+        count = sum(len(term.factors) for term in terms)
+        names = iter(string.ascii_uppercase if count <= 26 else [f"F{i}" for i in range(count)])
+        return tuple(_term(term, [next(names) for _ in term.factors], sizes, len(terms)) for term in terms)
 
     @cached_property
     def factors(self) -> tuple[Factor, ...]:
@@ -178,11 +177,6 @@ class Structure:
     def _exponents(self) -> tuple[float, float, float]:
         return scaling_exponents(self.pattern, dict(self.sizes), self.in_features, self.out_features)
 
-    def _factor_names(self) -> Iterator[str]:
-        count = sum(len(term.factors) for term in self.pattern.terms)
-        letters = string.ascii_uppercase
-        return iter(letters if count <= len(letters) else [f"F{i}" for i in range(count)])
-
     def __hash__(self) -> int:
         # Layers hash their structure in every call, so only what tells two structures apart is hashed.
         return hash((self.spec, self.in_features, self.out_features))
@@ -231,9 +225,8 @@ def _term(term: TermPattern, names: Sequence[str], sizes: Mapping[str, int], ter
 
     order = contract(term, sizes, terms).order
     factors = []
-    for position, index in enumerate(order):
+    for index, (source, result) in zip(order, pairwise(intermediates(term, order)), strict=True):
         axes = term.factors[index]
-        source, result = intermediate(term, order[:position]), intermediate(term, order[: position + 1])
         contracted = tuple(axis for axis in source if axis in axes and axis not in result)
         new = tuple(axis for axis in axes if axis not in source)
         factor = Factor(

@@ -34,11 +34,8 @@ def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, flo
         if (result.case.device, result.case.dtype) == ("cpu", "float32"):
             mode = "train" if result.case.mode == "train" else "forward"
             names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
-            yield (
-                result.case,
-                mode,
-                {model.DENSE: names[DENSE], **{name: us for name, us in names.items() if name in CPU_BACKENDS}},
-            )
+            of_backends = {name: us for name, us in names.items() if name in CPU_BACKENDS}
+            yield result.case, mode, {model.DENSE: names[DENSE], **of_backends}
 
 
 def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:

@@ -22,11 +22,7 @@ PageFile = Annotated[
 ]
 
 
-def command(
-    folders: Folders,
-    out: PageFile = None,
-    floor: Floor = "0",
-) -> None:
+def command(folders: Folders, out: PageFile = None, floor: Floor = "0") -> None:
     """Print a table of the models in results folders, and write a page about all their runs."""
     require(LAB)
     from einlinear_lab.report import write_report

@@ -14,17 +14,18 @@ from typing import IO, Any, BinaryIO, cast
 
 # Formats by the ending of a file name without .gz. Any other file is plain text.
 FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
+    **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"},
+    **{".csv": "csv", ".tsv": "csv", ".parquet": "parquet"},
 }
 _GZIP = ".gz"
 # Byte order marks, which editors and shells of Windows write.
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _LONGEST_CELL = 1 << 30
+# Values of JSON other than objects.
+_KINDS = {
+    **{list: "a list", str: "a text", bool: "a truth value", type(None): "null"},
+    **{int: "a number", float: "a number"},
+}
 _BINARY = {
     b"PK\x03\x04": "a ZIP archive, as .docx, .xlsx and .epub files are",
     b"%PDF": "a PDF document",
@@ -47,8 +48,11 @@ def format_of(path: Path) -> str | None:
     >>> [format_of(Path(name)) for name in ("a.jsonl", "A.CSV.gz", "a.txt", "a.txt.gz")]
     ['jsonl', 'csv', None, None]
     """
-    name = Path(path.name.lower().removesuffix(_GZIP))
-    return FORMATS.get(name.suffix)
+    return FORMATS.get(_ending(path))
+
+
+def _ending(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(_GZIP)).suffix
 
 
 def binary_kind(path: Path) -> str | None:
@@ -96,7 +100,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for place, row in readers[format_of(path) or "jsonl"](path):
         where = f"{place} of {path}"
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is {_kind(row)}, not an object of named values")
+            raise ValueError(f"{where} is {_KINDS[type(row)]}, not an object of named values")
         yield where, row
 
 
@@ -129,16 +133,14 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(_LONGEST_CELL)
-    tabs = Path(path.name.lower().removesuffix(_GZIP)).suffix == ".tsv"
     with open_text(path, newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=True)
+        reader = csv.DictReader(file, delimiter="\t" if _ending(path) == ".tsv" else ",", strict=True)
         try:
             for row in reader:
                 where = f"line {reader.line_num}"
                 if None in row:
-                    raise ValueError(
-                        f"{where} of {path} has more cells than the {len(reader.fieldnames or ())} columns"
-                    )
+                    columns = len(reader.fieldnames or ())
+                    raise ValueError(f"{where} of {path} has more cells than the {columns} columns")
                 yield where, row
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num} of {path} is not CSV: {error}") from None
@@ -152,13 +154,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             f"reading {path} takes a package that is not installed: pip install pyarrow", name="pyarrow"
         ) from None
 
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
     # The base class of the errors of pyarrow.
     except ValueError as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from None
@@ -181,8 +180,7 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        kind = binary_kind(path)
-        if kind:
+        if kind := binary_kind(path):
             raise NotText(f"{path} is not text but {kind}; save its content as UTF-8 text") from None
         byte = error.object[error.start]
         raise NotText(
@@ -193,8 +191,3 @@ def _damage(path: Path) -> Iterator[None]:
         raise NotText(f"{path} is not text of its encoding: {error}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is truncated or not compressed by gzip, as its name says: {error}") from None
-
-
-def _kind(value: object) -> str:
-    kinds = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
-    return kinds.get(type(value), "null")

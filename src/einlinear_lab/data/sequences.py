@@ -30,10 +30,7 @@ class Sequences(ABC):
                 raise ValueError(f"{name}={value}: it must be at least 1")
         # Refuses a seed out of range.
         numpy_generator(seed, 0)
-        self.vocab_size = vocab_size
-        self.context = context
-        self.batch_size = batch_size
-        self.seed = seed
+        self.vocab_size, self.context, self.batch_size, self.seed = vocab_size, context, batch_size, seed
 
     @abstractmethod
     def batch(self, step: int) -> tuple[Tensor, Tensor]:

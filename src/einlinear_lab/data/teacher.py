@@ -34,13 +34,7 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        features: int = 8,
-        *,
-        width: int = 1024,
-        depth: int = 6,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
+        self, features: int = 8, *, width: int = 1024, depth: int = 6, seed: int = 0, device: str | torch.device = "cpu"
     ) -> None:
         for name, value in (("features", features), ("width", width), ("depth", depth)):
             if value < 1:
@@ -48,8 +42,7 @@ class Teacher:
         self.features = features
         self.device = torch.device(device)
         random = numpy_generator(seed, 0, _WEIGHTS)
-        fans = [features, *depth * [width]]
-        shapes = [*((width, fan) for fan in fans[:-1]), (1, width)]
+        shapes = [(width, features), *(depth - 1) * [(width, width)], (1, width)]
         weights = [random.standard_normal(shape, np.float32) / math.sqrt(shape[1]) for shape in shapes]
         self._weights = [torch.from_numpy(weight).to(self.device) for weight in weights]
         y = self._raw(self._inputs(seed, 0, _SCALE, _SAMPLE))

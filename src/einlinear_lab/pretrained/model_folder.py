@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import glob
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from torch import nn
 from transformers.utils.hub import cached_file
 
 from einlinear.compression.compression_report import CompressionReport
-from einlinear.files import read_json, rename, write_json
+from einlinear.files import atomic, read_json, write_json
 from einlinear_lab.pretrained.side_files import MODULES, WEIGHTS, copy_side_files, module_paths, subfolder_of_model
 
 REPORT = "compression.json"
@@ -101,26 +98,8 @@ def _snapshot(source: str | Path) -> Path:
     return folder
 
 
-@contextmanager
-def written(out: Path) -> Iterator[Path]:
-    """Yield a scratch folder, and rename it to `out` once all of it is written.
-
-    Raises:
-        ValueError: `out` exists.
-    """
-    if out.exists():
-        raise ValueError(f"{out} exists: name a folder that does not")
-    scratch = out.with_name(f".{out.name}.{os.getpid()}")
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        rename(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def save(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     report: CompressionReport,
     out: Path,
@@ -142,9 +121,11 @@ def save(
     Raises:
         ValueError: `out` exists.
     """
-    saved: Any = model
+    if out.exists():
+        raise ValueError(f"{out} exists: name a folder that does not")
     left_out: list[str] = []
-    with written(out) as folder:
+    with atomic(out) as folder:
+        folder.mkdir(parents=True)
         place = folder
         if source is not None:
             root = _snapshot(source)
@@ -156,10 +137,9 @@ def save(
         if source is not None:
             # replaces the tokenizer's files by the original ones
             left_out = copy_side_files(root, folder, subfolder)
-        saved.save_pretrained(place)
-        layers = [asdict(layer) for layer in report.layers]
-        coverage = None if report.coverage is None else asdict(report.coverage)
-        content = {"layers": layers, "skipped": dict(report.skipped), "coverage": coverage}
+        model.save_pretrained(place)
+        facts = asdict(report)
+        content = {"layers": facts["layers"], "skipped": dict(report.skipped), "coverage": facts["coverage"]}
         write_json(folder / REPORT, content if config is None else {**content, "config": dict(config)})
     return left_out
 
@@ -176,7 +156,7 @@ def finish(out: Path, unfinished: Path, config: Mapping[str, str]) -> bool:
         Whether the same command had written all of `out`, and was killed before it removed `unfinished`.
     """
     for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
-        # scratch folders of `written`
+        # scratch folders of `save`
         if left.suffix[1:].isdigit():
             shutil.rmtree(left, ignore_errors=True)
     try:

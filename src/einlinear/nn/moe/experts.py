@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,13 @@ from torch import Tensor
 from einlinear import ops
 from einlinear.nn.factored import Factored
 from einlinear.nn.layer_info import LayerInfo
-from einlinear.nn.moe.exchange import Exchange
 from einlinear.nn.moe.mixture import check_experts
 from einlinear.ops.context import autocast_dtype
 from einlinear.structures import Structure
+
+if TYPE_CHECKING:
+    # importing DTensors takes long
+    from einlinear.nn.moe.parallel import Exchange
 
 
 class ExpertStack(Factored):
@@ -68,7 +71,7 @@ class ExpertStack(Factored):
         """The names of the parameters that have an entry for every expert."""
         return [name for name in super().layer_info().roles if name in self._parameters and name != "bias"]
 
-    def _parameter(self, name: str) -> Tensor:
+    def _parameter(self, name: str) -> Any:
         parameter = super()._parameter(name)
         return parameter if self.exchange is None else self.exchange.local(parameter)
 
@@ -86,9 +89,7 @@ class Experts(ExpertStack):
     capacity.
 
     Args:
-        in_features, out_features, structure, bias, normalize, gamma, device, dtype: as for `Linear`; every expert is
-            normalised by itself.
-        experts: the number of experts.
+        in_features, out_features, structure, experts, bias, normalize, gamma, device, dtype: as for `MoELinear`.
         active: the number of experts per token, for the count of MACs.
 
     Shapes:
@@ -96,7 +97,7 @@ class Experts(ExpertStack):
         (n, out_features). The factors are parameters of shape (experts, *shape of the factor).
 
     Raises:
-        ValueError: a structure that is unknown or does not fit, fewer experts than one, more active ones than experts.
+        ValueError: as for `MoELinear`.
         RuntimeError, IndexError: on call, as `einlinear.ops.linear`.
 
     Example:

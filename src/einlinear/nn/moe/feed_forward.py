@@ -52,7 +52,8 @@ class MoEFeedForward(Mixture, SelfDescribing):
         self.norm = nn.LayerNorm(width, bias=bias)
         self.fc1 = Experts(width, expansion * width, structure, experts, active, False, normalize=normalize)
         self.fc2 = Experts(expansion * width, width, structure, experts, active, False, normalize=normalize)
-        self.make_router(width, experts, active)
+        self.experts, self.active = self.fc1.experts, self.fc1.active
+        self.make_router(width)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

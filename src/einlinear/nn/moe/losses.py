@@ -59,11 +59,9 @@ def moe_loss(
         balance = len(share) * (routing.logits.softmax(1).sum(0) / tokens * share).sum()
         losses.append(balance + z * routing.logits.logsumexp(1).square().sum() / tokens)
     total = torch.stack(losses)
-    if not check:
-        return total.mean()
-    bad = [name for (name, _), ok in zip(routings, total.isfinite().tolist(), strict=True) if not ok]
-    if bad:
-        raise ValueError(f"{bad[0] or 'the layer'}: the logits of its experts are not finite, so its input was not")
+    if check and False in (finite := total.isfinite().tolist()):
+        name = routings[finite.index(False)][0] or "the layer"
+        raise ValueError(f"{name}: the logits of its experts are not finite, so its input was not")
     return total.mean()
 
 
@@ -100,12 +98,10 @@ def moe_loads(model: nn.Module) -> dict[str, Load]:
 
 def _routings(model: nn.Module) -> Iterator[tuple[str, Routing]]:
     """Iterate over the last routings of all mixtures, with their qualified names."""
-    none = True
-    for name, module in plain_modules(model):
-        if isinstance(module, Mixture):
-            if module.last is None:
-                raise ValueError(f"{name or 'the layer'} has not run yet: call the model first")
-            none = False
-            yield name, module.last
-    if none:
+    mixtures = [(name, module) for name, module in plain_modules(model) if isinstance(module, Mixture)]
+    if not mixtures:
         raise ValueError("the model has no layers with experts")
+    for name, mixture in mixtures:
+        if mixture.last is None:
+            raise ValueError(f"{name or 'the layer'} has not run yet: call the model first")
+        yield name, mixture.last

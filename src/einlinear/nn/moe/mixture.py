@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from einlinear.nn.autocast import without_autocast
+from einlinear.ops.context import without_autocast
 from einlinear.ops.operands import shape_of
 from einlinear.structures.limits import validate_size
 
@@ -58,15 +58,8 @@ class Mixture:
     active: int
     last: Routing | None
 
-    def make_router(
-        self, in_features: int, experts: int, active: int, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
-        """Add the router. Call it once, after `nn.Module.__init__`.
-
-        Raises:
-            ValueError: fewer experts than one, or more active ones than there are.
-        """
-        self.experts, self.active = check_experts(experts, active)
+    def make_router(self, in_features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        """Add the router. Call it once, after `nn.Module.__init__` and with `experts` and `active` set."""
         self.last = None
         self.router = nn.Parameter(torch.zeros(self.experts, int(in_features), device=device, dtype=dtype))
 

@@ -46,7 +46,7 @@ class MoELinear(Mixture, ExpertStack):
 
     def _add_parameters(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         super()._add_parameters(bias, device, dtype)
-        self.make_router(self.in_features, self.experts, self.active, device, dtype)
+        self.make_router(self.in_features, device, dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from einlinear.nn.moe.exchange import Exchange
 from einlinear.nn.moe.experts import ExpertStack
 from einlinear.nn.names import plain_modules
 
@@ -49,3 +52,72 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
             setattr(module, key, nn.Parameter(divided, requires_grad=parameter.requires_grad))
         module.exchange = Exchange(mesh, module.experts)
     return [f"{name}.{key}".lstrip(".") for name, module in layers.items() for key in module.stacked]
+
+
+class Exchange:
+    """All-to-all exchange of the tokens of one layer.
+
+    Args:
+        mesh: the processes.
+        experts: the number of experts of the layer; every process has an equal share, in the order of the ranks.
+    """
+
+    def __init__(self, mesh: DeviceMesh, experts: int) -> None:
+        self.mesh, self.size = mesh, mesh.size()
+        self.experts_per_process = experts // self.size
+
+    @property
+    def group(self) -> distributed.ProcessGroup:
+        # looked up each time: copies and files can have a mesh, but no group
+        return self.mesh.get_group()
+
+    def local(self, parameter: Any) -> Tensor:
+        """Return this process's experts, whose gradient is a mean over the processes instead of a sum."""
+        local: Tensor = parameter.to_local()
+        if local.requires_grad:
+            local.register_hook(lambda grad: grad / self.size)
+        return local
+
+    def __call__(
+        self, x: Tensor, indices: Tensor, gates: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Return for every token the sum of gate * W_expert x, with products computed by the experts' processes.
+
+        Args:
+            x: (n, in_features); n may differ between processes.
+            indices, gates: (n, active).
+            multiply: computes the products of (m, in_features) tokens with (m,) of this process's experts, as
+                (m, out_features).
+        """
+        flat = indices.flatten()
+        order = flat.argsort(stable=True)
+        tokens = order // indices.shape[1]
+        # the numbers of tokens that this process sends to each process, and receives from each
+        sent = torch.bincount(flat // self.experts_per_process, minlength=self.size)
+        received = torch.empty_like(sent)
+        distributed.all_to_all_single(received, sent, group=self.group)
+        to, from_ = torch.stack((sent, received)).tolist()
+        gated = x[tokens] * gates.flatten()[order, None].to(x.dtype)
+        inputs = self._send(gated, to, from_)
+        experts = self._send(flat[order] % self.experts_per_process, to, from_)
+        outputs = self._send(multiply(inputs, experts), from_, to)
+        return outputs.new_zeros(x.shape[0], outputs.shape[1]).index_add(0, tokens, outputs)
+
+    def _send(self, rows: Tensor, to: list[int], from_: list[int]) -> Tensor:
+        received: Tensor = _AllToAll.apply(rows, to, from_, self.group)  # type: ignore[no-untyped-call]
+        return received
+
+
+class _AllToAll(torch.autograd.Function):
+    """Send the first `to[0]` rows to the first process and so on, and receive `from_` rows; gradients go back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, to: list[int], from_: list[int], group: distributed.ProcessGroup) -> Tensor:
+        ctx.to, ctx.from_, ctx.group = to, from_, group
+        received = rows.new_empty(sum(from_), *rows.shape[1:])
+        distributed.all_to_all_single(received, rows.contiguous(), from_, to, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _AllToAll.apply(grads[0], ctx.from_, ctx.to, ctx.group), None, None, None  # type: ignore[no-untyped-call]

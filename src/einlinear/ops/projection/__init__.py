@@ -21,14 +21,6 @@ als.py        alternating least squares
 weighted.py   closest outputs: the start
 descent.py    closest outputs: L-BFGS
 unfolding.py  a matrix as a tensor of a term's axes
-
-Seconds for a Gaussian float32 matrix on one core of an AMD EPYC:
-
-    features                       1024      4096
-    btt, monarch                    0.1    2 to 6
-    low_rank, kronecker      0.4 to 0.6  20 to 32
-    btt(cores=3)                    0.9        21
-    blast, 16 blocks, rank n/16       8        84
 """
 
 from einlinear.ops.projection.nearest import project

@@ -27,14 +27,7 @@ _SMALL = 2**16
 
 
 def best_of_restarts(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int | None = None) -> list[Tensor]:
-    """Improve the SVD's factors and, unless the result is exact, random ones. Return the best.
-
-    Args:
-        structure: the structure of the approximation.
-        w: (out_features, in_features).
-        start: the SVD's factors.
-        sweeps: the maximum number of sweeps from each start; by default as many as pay off.
-    """
+    """Improve the SVD's factors and, unless the result is exact, random ones. Return the best."""
     max_sweeps = _sweeps(w) if sweeps is None else min(sweeps, _sweeps(w))
     best, error = _alternate(structure, w, start, max_sweeps)
     # a generator of its own, so that a projection is reproducible
@@ -68,18 +61,21 @@ def _alternate(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int
     scale = float(w.norm())
     if scale == 0:
         return [torch.zeros_like(factor) for factor in start], 0.0
-    factors = list(start)
-    error = float((w - dense_weight(structure, factors)).norm()) / scale
-    previous, stretch = factors, 1.0
+
+    def error_of(factors: Sequence[Tensor]) -> float:
+        return float((w - dense_weight(structure, factors)).norm()) / scale
+
+    factors = previous = start
+    error, stretch = error_of(start), 1.0
     for sweep in range(sweeps):
         if error < (_EXACT64 if w.dtype == torch.float64 else _EXACT32):
             break
-        swept = _sweep(structure, w, _balanced(structure, factors), damping=1e-2 * error)
-        swept_error = float((w - dense_weight(structure, swept)).norm()) / scale
+        swept = _sweep(structure, w, balanced(structure, factors), damping=1e-2 * error)
+        swept_error = error_of(swept)
         if sweep:
             # Extrapolate the last two sweeps as long as that helps, since sweeps in swamps are slow.
-            further = [x + stretch * (x - y) for x, y in zip(swept, _balanced(structure, previous))]
-            further_error = float((w - dense_weight(structure, further)).norm()) / scale
+            further = [x + stretch * (x - y) for x, y in zip(swept, balanced(structure, previous))]
+            further_error = error_of(further)
             if further_error < swept_error:
                 swept, swept_error, stretch = further, further_error, 1.5 * stretch
             else:
@@ -146,20 +142,22 @@ def _contract(operands: Sequence[tuple[Axes, Tensor]], result: Axes) -> Tensor:
     while len(remaining) > 1:
         i, j = min(combinations(range(len(remaining)), 2), key=lambda pair: product(*pair)[0])
         _, axes = product(i, j)
-        (first, x), (second, y) = remaining[i], remaining[j]
-        remaining = [operand for k, operand in enumerate(remaining) if k not in (i, j)]
+        # the second first, so that the first keeps its position
+        (second, y), (first, x) = remaining.pop(j), remaining.pop(i)
         remaining.append((axes, einsum([first, second], axes, x, y)))
     ((axes, tensor),) = remaining
     return einsum([axes], result, tensor)
 
 
-def _balanced(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
+def balanced(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
     """The same matrices by factors of equal norm within each term."""
-    return [factor for _, term_factors in structure.by_term(factors) for factor in of_equal_norm(term_factors)]
+    return equalized(structure, factors, [float(torch.linalg.vector_norm(factor)) for factor in factors])
 
 
-def of_equal_norm(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The factors of one term, scaled so that their product stays the same."""
-    norms = [float(torch.linalg.vector_norm(factor)) for factor in factors]
-    mean = math.prod(norms) ** (1 / len(norms))
-    return [factor * (mean / norm) if mean > 0 else factor for factor, norm in zip(factors, norms, strict=True)]
+def equalized(structure: Structure, factors: Sequence[Tensor], norms: Sequence[float]) -> list[Tensor]:
+    """Scale the factors of each term so that these norms become equal. Their product stays."""
+    scaled: list[Tensor] = []
+    for _, pairs in structure.by_term(list(zip(factors, norms, strict=True))):
+        mean = math.prod(norm for _, norm in pairs) ** (1 / len(pairs))
+        scaled += [factor * (mean / norm) if mean > 0 else factor for factor, norm in pairs]
+    return scaled

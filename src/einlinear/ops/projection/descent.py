@@ -40,15 +40,9 @@ def error_of(s: Structure, w: Tensor, c: Tensor, factors: Sequence[Tensor]) -> T
 def descend(
     s: Structure, w: Tensor, c: Tensor, variables: Sequence[Tensor], coloured: Colours, steps: int | None
 ) -> list[Tensor]:
-    """Reduce the error and return the factors.
+    """Reduce the error of outputs for the input second moment C, and return the factors.
 
-    Args:
-        s: the structure.
-        w: (out_features, in_features).
-        c: the input second moment, (in_features, in_features).
-        variables: the start, one variable per factor.
-        coloured: the function from variables to factors; it leaves the last one as it is.
-        steps: the maximum number of steps; by default as many as pay off.
+    `variables` is the start. `coloured` is the function from variables to factors; it leaves the last one as it is.
     """
     scale = float(((w @ c) * w).sum())
     if scale == 0:
@@ -88,11 +82,7 @@ class _LastFactor:
     """The last factor of a structure of one term, and the least squares problem that it solves.
 
     The other factors give z of shape (batch, contracted, free, in_features); b, s, d, i in einsums, and e for new.
-
-    Attributes:
-        s, term: the structure and its term.
-        c: the input second moment.
-        w, wc: W and W C, (batch, new, free, in_features), grouped by the axes of the factor.
+    W and W C are (batch, new, free, in_features).
     """
 
     s: Structure

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from einlinear.ops import operands
-from einlinear.ops.projection.als import best_of_restarts
+from einlinear.ops.projection.als import best_of_restarts, equalized
 from einlinear.ops.projection.svd import is_optimal, split_terms
 from einlinear.ops.projection.unfolding import outer_axes, permute, unfold
 from einlinear.ops.projection.weighted import closest_outputs
@@ -67,20 +64,9 @@ def project(
         factors = split_terms(structure, w)
         if not is_optimal(structure):
             factors = best_of_restarts(structure, w, factors, steps)
-    return [factor.to(weight.dtype).contiguous() for factor in _even(structure, factors)]
-
-
-def _even(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
-    """Scale the factors of a term to the same multiple of their scale at initialisation; their product stays."""
-    scaled: list[Tensor] = []
-    for _, pairs in structure.by_term(list(zip(factors, init_std(structure), strict=True))):
-        multiples = [float(factor.square().mean().sqrt()) / std for factor, std in pairs]
-        mean = math.prod(multiples) ** (1 / len(multiples))
-        scaled += [
-            factor * (mean / multiple) if mean > 0 else factor
-            for (factor, _), multiple in zip(pairs, multiples, strict=True)
-        ]
-    return scaled
+    stds = zip(factors, init_std(structure), strict=True)
+    multiples = [float(factor.square().mean().sqrt()) / std for factor, std in stds]
+    return [factor.to(weight.dtype).contiguous() for factor in equalized(structure, factors, multiples)]
 
 
 def _definite(second_moment: Tensor, structure: Structure) -> Tensor:

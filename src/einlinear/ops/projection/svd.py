@@ -12,7 +12,6 @@ from einlinear.ops.projection.truncate import truncated
 from einlinear.ops.projection.unfolding import count, is_padded, merge, outer_axes, permute, unfold, unmerge
 from einlinear.ops.reference import term_weight
 from einlinear.structures import Structure, Term
-from einlinear.structures.pattern import Axes
 
 # a function such as `truncated`
 Truncate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -56,7 +55,9 @@ def split(structure: Structure, term: Term, target: Tensor, truncate: Truncate =
     generator = torch.Generator().manual_seed(0)
     while len(remaining) > 1:
         # an end of the chain first: the factor that shares rank axes with the fewest others
-        index = min(remaining, key=lambda i: _neighbours(i, remaining, axes))
+        index = min(
+            remaining, key=lambda i: sum(bool({*remaining[i]} & {*other} - {*axes}) for other in remaining.values())
+        )
         factor_axes = remaining.pop(index)
         others = {axis for other in remaining.values() for axis in other}
         batch = tuple(a for a in axes if a in factor_axes and a in others)
@@ -80,9 +81,3 @@ def split(structure: Structure, term: Term, target: Tensor, truncate: Truncate =
     ((index, factor_axes),) = remaining.items()
     factors[index] = permute(target, axes, factor_axes)
     return [factors[index] for index in range(len(term.factors))]
-
-
-def _neighbours(index: int, remaining: dict[int, Axes], outer: Axes) -> int:
-    """The number of factors that share rank axes with a factor."""
-    rank_axes = {axis for axis in remaining[index] if axis not in outer}
-    return sum(bool(rank_axes & set(axes)) for other, axes in remaining.items() if other != index)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.projection.als import of_equal_norm
+from einlinear.ops.projection.als import balanced
 from einlinear.ops.projection.descent import descend, error_of
 from einlinear.ops.projection.svd import is_optimal, split
 from einlinear.ops.projection.unfolding import count, outer_axes, permute, unfold
@@ -29,32 +30,21 @@ _NOISE = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 
 def closest_outputs(s: Structure, w: Tensor, second_moment: Tensor, steps: int | None = None) -> list[Tensor]:
-    """Return the factors with the outputs closest to those of W.
-
-    Args:
-        s: the structure.
-        w: (out_features, in_features), float32 or float64.
-        second_moment: (in_features, in_features), positive definite, on W's device.
-        steps: the maximum number of L-BFGS steps; by default as many as pay off.
-    """
+    """Return the factors with the outputs closest to those of W, for a positive definite second moment."""
     readers = [_FirstFactor.of(s, term, second_moment.double()) for term in s.terms]
     c = second_moment.to(w.dtype)
     starts = [_split(s, w, readers), *_two_factor_start(s, w, second_moment)]
     start = min(starts, key=lambda factors: error_of(s, w, c, factors))
-    if _is_exact(s):
+    if is_optimal(s) and s.factors[0].fan_in == s.in_features:
+        # two factors, the first of which reads all features at once
         return start
-    firsts = {number: reader for reader, (_, (number, *_)) in zip(readers, s.by_term(range(len(start))), strict=True)}
+    firsts = {numbers[0]: reader for reader, (_, numbers) in zip(readers, s.by_term(range(len(start))), strict=True)}
 
     def coloured(variables: Sequence[Tensor]) -> list[Tensor]:
-        return [firsts[i].colour(v, firsts[i].factor.axes) if i in firsts else v for i, v in enumerate(variables)]
+        return [firsts[i].colour(v) if i in firsts else v for i, v in enumerate(variables)]
 
-    by_term = zip(readers, s.by_term(start), strict=True)
-    variables = [
-        variable
-        for reader, (_, (first, *others)) in by_term
-        for variable in of_equal_norm([reader.whiten(first, reader.factor.axes), *others])
-    ]
-    return descend(s, w, c, variables, coloured, steps)
+    whitened = [firsts[i].whiten(f, firsts[i].factor.axes) if i in firsts else f for i, f in enumerate(start)]
+    return descend(s, w, c, balanced(s, whitened), coloured, steps)
 
 
 @dataclass(frozen=True)
@@ -87,11 +77,10 @@ class _FirstFactor:
         """Multiply a tensor that has the batch and contracted axes, among others, with L."""
         return self._along(tensor, axes, torch.matmul)
 
-    def colour(self, tensor: Tensor, axes: Axes) -> Tensor:
-        """Multiply a tensor with the inverse of L."""
-        return self._along(
-            tensor, axes, lambda flat, roots: torch.linalg.solve_triangular(roots, flat, upper=False, left=False)
-        )
+    def colour(self, factor: Tensor) -> Tensor:
+        """Multiply the factor with the inverse of L."""
+        solve = partial(torch.linalg.solve_triangular, upper=False, left=False)
+        return self._along(factor, self.factor.axes, lambda flat, roots: solve(roots, flat))
 
     def _along(self, tensor: Tensor, axes: Axes, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         batch, contracted = self.factor.batch, self.factor.contracted
@@ -120,7 +109,7 @@ def _split(s: Structure, w: Tensor, readers: Sequence[_FirstFactor]) -> list[Ten
     for reader, term in zip(readers, s.terms, strict=True):
         target = reader.whiten(unfold(residual, s, term), outer_axes(term))
         first, *others = split(s, term, target)
-        term_factors = [reader.colour(first, term.factors[0].axes), *others]
+        term_factors = [reader.colour(first), *others]
         residual = residual - term_weight(s, term, term_factors)
         factors += term_factors
     return factors
@@ -141,8 +130,3 @@ def _two_factor_start(s: Structure, w: Tensor, second_moment: Tensor) -> list[li
         f.axes: factor for f, factor in zip(simple.factors, closest_outputs(simple, w, second_moment), strict=True)
     }
     return [[ends_by_axes[f.axes] if f in (first, last) else w.new_ones(f.shape) for f in term.factors]]
-
-
-def _is_exact(s: Structure) -> bool:
-    """Whether the start is the best there is: two factors, the first of which reads all features at once."""
-    return is_optimal(s) and s.factors[0].fan_in == s.in_features

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from einlinear.ops.triton import tile_sizes
-from einlinear.ops.triton.slots import Rows, Slots
+from einlinear.ops.triton.slots import EVERY_SLOT, Rows, Slots
 from einlinear.ops.triton.strided_steps import Layout, StridedStep
 from einlinear.ops.triton.tile_sizes import Tile
 
@@ -33,10 +33,10 @@ def interpreting() -> bool:
 
 
 class Operand(NamedTuple):
-    """An input, intermediate or gradient, and the rows of the slots in it; None if it has a row for every slot."""
+    """An input, intermediate or gradient, and the rows of the slots in it."""
 
     tensor: Tensor
-    rows: Rows | None = None
+    rows: Rows = EVERY_SLOT
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,13 @@ class Launcher:
         step: StridedStep,
         weight: Tensor,
         source: Operand,
-        rows: Rows | None = None,
+        rows: Rows = EVERY_SLOT,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """Return the result of a step, plus the bias and the residual.
+        """Return the result of a step, plus the bias and the residual, which has the layout of the result.
 
-        Args:
-            step: the step.
-            weight: its factor; stacked if there are slots.
-            source: the input or the intermediate that the step reads.
-            rows: the rows of the slots in the result; None: it has a row for every slot.
-            bias: (features,).
-            residual: of the layout of the result.
+        With slots, the weight is stacked, and `rows` are the rows of the slots in the result.
         """
         from einlinear.ops.triton.kernels import forward_step
 
@@ -82,7 +76,7 @@ class Launcher:
             forward_step, lambda blocks: _count_blocks(sizes, blocks),
             tile_sizes.forward_tiles(step, x.itemsize, self._tile_tokens, tile_sizes.device_limits(x.device)),
             x, weight, bias, residual, result,
-            *_row_arguments(source.rows), _row_arguments(rows)[0], self.slots and self.slots.experts,
+            source.rows.numbers, source.rows.gates, rows.numbers, self.slots and self.slots.experts,
             *source_address, *result_address, step.params, _bucket(self.tokens), **self._constants(step, x.dtype),
         )  # fmt: skip
         return result
@@ -94,17 +88,13 @@ class Launcher:
         source: Operand,
         grad: Operand,
         joint: bool,
-        rows: Rows | None = None,
+        rows: Rows = EVERY_SLOT,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradient of the factor and, if joint, that of the source plus the residual.
+        """Return the gradient of the factor and, if joint (which `fits_joint` allows), that of the source.
 
-        Args:
-            step, weight, source: as in `forward`.
-            grad: the gradient of the result.
-            joint: requires that `fits_joint`.
-            rows: the rows of the slots in the gradient of the source.
-            residual: of the layout of the source.
+        `grad` is the gradient of the result. The residual is added to the gradient of the source, in which the slots
+        have these rows.
         """
         from einlinear.ops.triton.kernels import backward_step
 
@@ -131,7 +121,7 @@ class Launcher:
         _launch(
             backward_step, lambda blocks: splits * _count_blocks(sizes, blocks), tiles,
             grad.tensor, weight, x, residual, grad_source, grad_factors,
-            _row_arguments(grad.rows)[0], *_row_arguments(source.rows), _row_arguments(rows)[0],
+            grad.rows.numbers, source.rows.numbers, source.rows.gates, rows.numbers,
             self.slots and self.slots.starts,
             *addresses[0], *addresses[1], *addresses[2], step.params, _bucket(self.tokens),
             **self._constants(step, x.dtype), SHARE=share,
@@ -153,14 +143,14 @@ class Launcher:
         """The largest number of tokens of a tile that is of use."""
         return self.slots.block_size if self.slots else _bucket(self.tokens)
 
-    def _empty(self, layout: Layout, rows: Rows | None, like: Tensor) -> Tensor:
+    def _empty(self, layout: Layout, rows: Rows, like: Tensor) -> Tensor:
         """Memory for a tensor. Tokens that come last are padded to whole sectors; kernels write zeros there."""
-        n = rows.total if rows else self.tokens
-        return like.new_empty((layout.features, _cdiv(n, 16) * 16) if layout.tokens_last else (n, layout.features))
+        n = rows.total or self.tokens
+        return like.new_empty((layout.features, math.ceil(n / 16) * 16) if layout.tokens_last else (n, layout.features))
 
     def _constants(self, step: StridedStep, dtype: torch.dtype) -> dict[str, Any]:
         return {
-            **{name.upper(): group for name, group in step.groups._asdict().items()},
+            **step.groups,
             **dict(zip("BFNK", step.counts, strict=True)),
             "SOURCE_LIMIT": step.source.limit,
             "RESULT_LIMIT": step.result.limit,
@@ -204,10 +194,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and dtype == torch.float32 else "ieee"
 
 
-def _row_arguments(rows: Rows | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if rows is None else (rows.numbers, rows.gates)
-
-
 def _address(tensor: Tensor, layout: Layout) -> tuple[int, int, int]:
     """The strides of tokens and of features, and the number of tokens, padding included."""
     if layout.tokens_last:
@@ -221,13 +207,9 @@ def _bucket(tokens: int) -> int:
 
 
 def _count_blocks(sizes: Mapping[str, int], blocks: Mapping[str, int]) -> int:
-    return math.prod(_cdiv(size, blocks[f"BLOCK_{name}"]) for name, size in sizes.items())
+    return math.prod(-(-size // blocks[f"BLOCK_{name}"]) for name, size in sizes.items())
 
 
 def _count_shares(tokens: int, free: int, share: int, blocks: Mapping[str, int]) -> int:
     """The number of shares that the tokens x free of a gradient are split into."""
-    return _cdiv(_count_blocks({"T": tokens, "F": free}, blocks), share // (blocks["BLOCK_T"] * blocks["BLOCK_F"]))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return -(-_count_blocks({"T": tokens, "F": free}, blocks) // (share // (blocks["BLOCK_T"] * blocks["BLOCK_F"])))

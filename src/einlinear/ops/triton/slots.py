@@ -26,9 +26,13 @@ class Rows(NamedTuple):
         gates: (slots,), float32: factors of the rows when they are read; None for 1.
     """
 
-    numbers: Tensor
-    total: int
+    numbers: Tensor | None = None
+    total: int = 0
     gates: Tensor | None = None
+
+
+# of a tensor that has a row for every slot
+EVERY_SLOT = Rows()
 
 
 class Slots(NamedTuple):

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from operator import mul
 
 from einlinear.structures import Factor, Structure
 from einlinear.structures.pattern import Axes
 
-Sizes = tuple[tuple[str, int], ...]
 # for each axis, slowest first: its size, its strides in the factor, the source and the result (0 where it is absent)
 Group = tuple[tuple[int, ...], ...]
 
@@ -37,33 +37,20 @@ class Layout:
     """
 
     axes: Axes
-    sizes: Sizes
+    sizes: Mapping[str, int]
     features: int
     tokens_last: bool = False
-
-    @cached_property
-    def strides(self) -> dict[str, int]:
-        return _strides(self.axes, dict(self.sizes))
 
     @property
     def fastest_axis(self) -> str | None:
         """The axis whose entries are neighbours in memory; None for the tokens."""
-        long = [axis for axis in self.axes if dict(self.sizes)[axis] > 1]
+        long = [axis for axis in self.axes if self.sizes[axis] > 1]
         return None if self.tokens_last or not long else long[-1]
 
     @property
     def limit(self) -> int:
         """The number of features if there is padding, else 0."""
-        return self.features if self.features < math.prod(dict(self.sizes)[axis] for axis in self.axes) else 0
-
-
-class Groups(NamedTuple):
-    """The groups of axes of a step."""
-
-    batch: Group
-    free: Group
-    new: Group
-    contracted: Group
+        return self.features if self.features < math.prod(self.sizes[axis] for axis in self.axes) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +61,6 @@ class StridedStep:
         factor: the axes of the factor.
         batch, free, new, contracted: the groups of axes, as in `einlinear.structures.Factor`.
         source, result: the layouts.
-        sizes: of all axes.
     """
 
     factor: Axes
@@ -84,32 +70,32 @@ class StridedStep:
     contracted: Axes
     source: Layout
     result: Layout
-    sizes: Sizes
 
     @cached_property
     def transposed(self) -> StridedStep:
         """The step from the gradient of the result to the gradient of the source."""
-        groups = self.batch, self.free, self.contracted, self.new
-        return StridedStep(self.factor, *groups, self.result, self.source, self.sizes)
+        return replace(self, new=self.contracted, contracted=self.new, source=self.result, result=self.source)
 
     @cached_property
-    def groups(self) -> Groups:
-        return Groups(*map(self._group, (self.batch, self.free, self.new, self.contracted)))
+    def groups(self) -> dict[str, Group]:
+        """The groups as constants of the kernels."""
+        groups = {"BATCH": self.batch, "FREE": self.free, "NEW": self.new, "CONTRACTED": self.contracted}
+        return {name: self._group(axes) for name, axes in groups.items()}
 
     @cached_property
     def counts(self) -> tuple[int, int, int, int]:
         """The number of entries of each group: batch, free, new, contracted."""
-        b, f, n, k = (math.prod(axis[0] for axis in group) for group in self.groups)
+        b, f, n, k = (math.prod(axis[0] for axis in group) for group in self.groups.values())
         return b, f, n, k
 
     @property
     def params(self) -> int:
         """The number of entries of the factor."""
-        return math.prod(dict(self.sizes)[axis] for axis in self.factor)
+        return math.prod(self.source.sizes[axis] for axis in self.factor)
 
     def run(self, axes: Axes) -> int:
         """How many entries of a group are neighbours in the source or the result, counted in features."""
-        return max((dict(self.sizes)[axis] for axis in axes if axis in self._fastest_axes), default=1)
+        return max((self.source.sizes[axis] for axis in axes if axis in self._fastest_axes), default=1)
 
     @property
     def _fastest_axes(self) -> tuple[str | None, str | None]:
@@ -117,8 +103,8 @@ class StridedStep:
 
     def _group(self, axes: Axes) -> Group:
         """The sizes and strides of a group, neighbours merged; never empty."""
-        size = dict(self.sizes)
-        strides = _strides(self.factor, size), self.source.strides, self.result.strides
+        size = self.source.sizes
+        strides = [_strides(axes, size) for axes in (self.factor, self.source.axes, self.result.axes)]
         # in the order of the factor, where most axes merge; the fastest axis of the source or the result last
         order = (*self.factor, *self.source.axes)
         merged: list[tuple[int, ...]] = []
@@ -135,39 +121,32 @@ class StridedStep:
 @lru_cache(maxsize=4096)
 def plan(structure: Structure) -> tuple[tuple[StridedStep, ...], ...]:
     """The steps of every term. Inputs and outputs are token-major."""
-    terms = []
+    sizes, terms = dict(structure.sizes), []
     for term in structure.terms:
-        between = (_between(*pair, structure.sizes) for pair in zip(term.factors, term.factors[1:]))
-        outputs = Layout(term.outputs, structure.sizes, structure.out_features)
-        layouts = [Layout(term.inputs, structure.sizes, structure.in_features), *between, outputs]
-        terms.append(
-            tuple(
-                StridedStep(f.axes, f.batch, f.free, f.new, f.contracted, source, result, structure.sizes)
-                for f, source, result in zip(term.factors, layouts, layouts[1:])
-            )
-        )
+        between = (_between(first, second, sizes) for first, second in pairwise(term.factors))
+        outputs = Layout(term.outputs, sizes, structure.out_features)
+        layouts = pairwise((Layout(term.inputs, sizes, structure.in_features), *between, outputs))
+        steps = [
+            StridedStep(f.axes, f.batch, f.free, f.new, f.contracted, *ends) for f, ends in zip(term.factors, layouts)
+        ]
+        terms.append(tuple(steps))
     return tuple(terms)
 
 
-def _between(first: Factor, second: Factor, sizes: Sizes) -> Layout:
+def _between(first: Factor, second: Factor, sizes: Mapping[str, int]) -> Layout:
     """The layout of an intermediate that both steps reach in runs of at least a sector.
 
     It is token-major if a new axis of the first step is long enough and the second step contracts it or keeps it free.
     Otherwise (as in a BTT of small rank, whose new axes are the batch of the next step) the tokens come last.
     """
-    size = dict(sizes)
     axes = (*first.batch, *first.free, *first.new)
-    long = [axis for axis in first.new if 2 * size[axis] >= SECTOR and axis not in second.batch]
-    features = math.prod(size[axis] for axis in axes)
+    long = [axis for axis in first.new if 2 * sizes[axis] >= SECTOR and axis not in second.batch]
+    features = math.prod(sizes[axis] for axis in axes)
     if not long:
         return Layout(axes, sizes, features, tokens_last=True)
-    last = max(long, key=lambda axis: (axis in second.contracted, size[axis]))
+    last = max(long, key=lambda axis: (axis in second.contracted, sizes[axis]))
     return Layout((*(axis for axis in axes if axis != last), last), sizes, features)
 
 
 def _strides(axes: Axes, size: Mapping[str, int]) -> dict[str, int]:
-    strides, stride = {}, 1
-    for axis in reversed(axes):
-        strides[axis] = stride
-        stride *= size[axis]
-    return strides
+    return dict(zip(reversed(axes), accumulate((size[axis] for axis in reversed(axes)), mul, initial=1)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from einlinear.ops.product import Gradients, Product
 from einlinear.ops.triton.launch import Launcher, Operand, interpreting
-from einlinear.ops.triton.slots import Rows, arrange
+from einlinear.ops.triton.slots import EVERY_SLOT, Rows, arrange
 from einlinear.ops.triton.strided_steps import StridedStep, plan
 from einlinear.structures import Structure
 
@@ -83,7 +83,7 @@ def backward(
         grad_gates = torch.empty_like(routing.gates) if needs_x and routing is not None else None
         return Gradients(torch.empty_like(product.x) if needs_x else None, grad_gates, zeros)
     launcher, x, pairs = _prepare(product)
-    grad_y = Operand(_unit_stride(grad.to(product.x.dtype)), launcher.slots and launcher.slots.tokens)
+    grad_y = Operand(_unit_stride(grad.to(product.x.dtype)), launcher.slots.tokens if launcher.slots else EVERY_SLOT)
     intermediates = iter(saved)
     # with a routing, a row for every pair
     grad_x: Tensor | None = None
@@ -104,11 +104,11 @@ def backward(
     return Gradients(_sum_pairs(grad_inputs * routing.gates[..., None]), grad_gates, grad_factors)
 
 
-def _prepare(product: Product) -> tuple[Launcher, Operand, Rows | None]:
+def _prepare(product: Product) -> tuple[Launcher, Operand, Rows]:
     """The launcher, the input, and the rows of the slots in the output and in the gradient of the input."""
     x = _unit_stride(product.x)
     if product.routing is None:
-        return Launcher(len(x)), Operand(x), None
+        return Launcher(len(x)), Operand(x), EVERY_SLOT
     slots = arrange(*product.routing, product.experts)
     return Launcher(slots.size, slots), Operand(x, slots.inputs), slots.pairs
 
@@ -127,30 +127,25 @@ def _backward_term(
     weights: Sequence[Tensor],
     sources: Sequence[Operand],
     grad: Operand,
-    rows: Rows | None,
+    rows: Rows,
     residual: Tensor | None,
     needs_x: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradient of a term's input plus the residual, and the gradients of its factors.
 
-    Args:
-        launcher, steps, weights: of the term.
-        sources: the source of every step up to the last one whose factor needs a gradient.
-        grad: the gradient of the term's output.
-        rows: the rows of the slots in the gradient of the input.
-        residual: the gradient of the input from other terms.
-        needs_x, needs: whether the gradients of the input and of each factor are needed.
+    The sources are those of every step up to the last one whose factor needs a gradient. The residual is the gradient
+    of the input from other terms, in which the slots have these rows.
     """
     grad_factors: list[Tensor | None] = [None] * len(steps)
     for i in reversed(range(len(steps))):
         # the gradient of the first step's source is that of the term's input
-        ends = (None, None) if i else (rows, residual)
+        ends = (EVERY_SLOT, None) if i else (rows, residual)
         needs_source = needs_x or any(needs[:i])
         joint = needs_source and needs[i] and launcher.fits_joint(steps[i], weights[i])
         grad_source: Tensor | None = None
         if needs[i]:
-            ends_joint = ends if joint else (None, None)
+            ends_joint = ends if joint else (EVERY_SLOT, None)
             grad_factors[i], grad_source = launcher.backward(steps[i], weights[i], sources[i], grad, joint, *ends_joint)
         if not needs_source:
             return residual, grad_factors

@@ -40,10 +40,7 @@ class Augment:
             raise ValueError(f"shift={shift}: it must be 0 or more pixels")
         if not 0 <= mixup <= 1:
             raise ValueError(f"mixup={mixup}: it must lie between 0 and 1")
-        self.size = tuple(size)
-        self.shift = shift
-        self.flip = flip
-        self.mixup = mixup
+        self.size, self.shift, self.flip, self.mixup = tuple(size), shift, flip, mixup
         self._steps: list[torch.nn.Module] = []
         if shift:
             self._steps.append(K.RandomCrop(self.size, padding=shift, padding_mode="replicate"))

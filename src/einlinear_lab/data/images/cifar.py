@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ PIXELS = 3 * 32 * 32
 RECORDS = {"data_batch": 10_000, "test_batch": 10_000, "train": 50_000, "test": 10_000}
 
 
-@dataclass(frozen=True)
-class _Version:
+class _Version(NamedTuple):
     """The files of a data set. A record is its labels, a byte each, the last of which counts, then its pixels."""
 
     name: str
@@ -27,14 +26,10 @@ class _Version:
     classes: tuple[str, ...]
 
 
+_TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _VERSIONS = (
     _Version(
-        "cifar-10",
-        tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        "test_batch.bin",
-        labels=1,
-        names="batches.meta.txt",
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        "cifar-10", tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", 1, "batches.meta.txt", _TEN
     ),
     # Numbers, where its file of names is missing.
     _Version("cifar-100", ("train.bin",), "test.bin", 2, "fine_label_names.txt", tuple(map(str, range(100)))),
@@ -73,10 +68,11 @@ def read_cifar(folder: Path) -> Images:
 
 
 def _version_of(folder: Path) -> _Version | None:
-    for version in _VERSIONS:
-        if (folder / version.train[0]).is_file() and (version.labels == 1 or (folder / version.test).is_file()):
-            return version
-    return None
+    ten, hundred = _VERSIONS
+    if (folder / ten.train[0]).is_file():
+        return ten
+    # These names are common.
+    return hundred if all((folder / name).is_file() for name in (*hundred.train, hundred.test)) else None
 
 
 def _read(path: Path, version: _Version) -> tuple[Tensor, Tensor]:

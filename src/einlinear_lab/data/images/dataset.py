@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,25 +50,31 @@ class Images:
         return math.prod(self.train_x.shape[1:])
 
 
-def check_finite(images: Images, files: Sequence[Path] = ()) -> None:
-    """Raise ValueError if any pixel is NaN or infinite.
-
-    Args:
-        images: to be checked.
-        files: the images' files, those of the training images first; the error then names the first bad one.
-    """
-    starts = {"training": 0, "test": len(images.train_x)}
-    for (split, start), x in zip(starts.items(), (images.train_x, images.test_x), strict=True):
+def check_finite(images: Images) -> None:
+    """Raise ValueError if any pixel is NaN or infinite."""
+    for split, x in (("training", images.train_x), ("test", images.test_x)):
         bad = ~x.isfinite().flatten(1)  # (N, C H W)
         if bad.any():
-            rows = bad.any(1).nonzero().flatten()
-            first = f", first in {files[start + int(rows[0])]}" if files else ""
-            raise ValueError(
-                f"{images.name}: {int(bad.sum())} pixels of {len(rows)} {split} images are NaN or infinite"
-                f"{first}; all pixels must be finite"
-            )
+            where = f"{int(bad.sum())} pixels of {int(bad.any(1).sum())} {split} images"
+            raise ValueError(f"{images.name}: {where} are NaN or infinite; all pixels must be finite")
 
 
 def resize(x: Tensor, size: int) -> Tensor:
     """Resize (N, C, H, W) to (N, C, size, size), bilinear and antialiased."""
     return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
+
+
+def stratified_split(y: Tensor, classes: Sequence[str], test_fraction: float) -> tuple[Tensor, Tensor]:
+    """Return the indices of the training and of the test images, always the same ones; each class is in both."""
+    train, test = [], []
+    for label, name in enumerate(classes):
+        members = (y == label).nonzero().flatten()
+        count = len(members)
+        if count < 2:
+            raise ValueError(f"class {name!r} has {count} image; a training and a test set need at least 2")
+        # A generator for each class: its split does not depend on which other classes there are.
+        members = members[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+        tests = min(max(1, round(test_fraction * count)), count - 1)
+        test.append(members[:tests])
+        train.append(members[tests:])
+    return torch.cat(train).sort().values, torch.cat(test).sort().values

@@ -56,7 +56,7 @@ def read_fashion_mnist() -> Images:
 
 
 def _read(folder: Path) -> Images:
-    tensors: list[Tensor] = []
+    splits: list[Tensor] = []
     for images_name, labels_name in (FILES[:2], FILES[2:]):
         x, y = _read_idx(folder / images_name, ndim=3), _read_idx(folder / labels_name, ndim=1)
         if len(x) != len(y):
@@ -65,10 +65,8 @@ def _read(folder: Path) -> Images:
             )
         if y.max() >= len(CLASSES):
             raise ValueError(f"{folder / labels_name}: label {int(y.max())}, expected 0 to 9")
-        tensors += [x.unsqueeze(1).float() / 255, y.long()]
-    train_x, train_y, test_x, test_y = tensors
-    source = f"Fashion-MNIST, read from {folder}"
-    return Images("fashion-mnist", source, train_x, train_y, test_x, test_y, CLASSES)
+        splits += [x.unsqueeze(1).float() / 255, y.long()]
+    return Images("fashion-mnist", f"Fashion-MNIST, read from {folder}", *splits, CLASSES)
 
 
 def _read_idx(path: Path, ndim: int) -> Tensor:
@@ -102,16 +100,9 @@ def _download(folder: Path) -> None:
             with warnings.catch_warnings():
                 # Its errors say the same.
                 warnings.simplefilter("ignore")
-                table = fetch_openml(
-                    name="Fashion-MNIST",
-                    version=1,
-                    data_home=scratch,
-                    as_frame=False,
-                    # The other parser needs pandas.
-                    parser="liac-arff",
-                    n_retries=1,
-                    delay=0.1,
-                )
+                # The default parser needs pandas.
+                options = {"as_frame": False, "parser": "liac-arff", "n_retries": 1, "delay": 0.1}
+                table = fetch_openml(name="Fashion-MNIST", version=1, data_home=scratch, **options)
         finally:
             socket.setdefaulttimeout(timeout)
         # The rows are the 60,000 training images, then the 10,000 test images.

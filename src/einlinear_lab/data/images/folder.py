@@ -13,8 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from einlinear.files import open_regular
-from einlinear_lab.data.images.dataset import Images, check_finite, resize
-from einlinear_lab.data.images.split import stratified_split
+from einlinear_lab.data.images.dataset import Images, resize, stratified_split
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # Formats that Pillow may read, whatever the name. Among its other ones is PostScript, which Ghostscript runs.
@@ -35,14 +34,14 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
             f"{root} is a file; give a folder with one subfolder of images per class, or make a text ready first: "
             f"einlinear prepare {root} --out FOLDER"
         )
-    splits = [split for split in ("train", "test") if _subfolders(root / split)]
-    if len(splits) == 1:
-        missing = "test" if splits == ["train"] else "train"
-        raise ValueError(f"{root} has class folders in {splits[0]}/ but none in {missing}/; give both or neither")
+    splits = {split: bool(_subfolders(root / split)) for split in ("train", "test")}
+    has_test = all(splits.values())
+    if any(splits.values()) and not has_test:
+        present, missing = sorted(splits, key=splits.__getitem__, reverse=True)
+        raise ValueError(f"{root} has class folders in {present}/ but none in {missing}/; give both or neither")
     test: list[tuple[Path, int]] = []
-    if splits:
-        train, classes = _class_files(root / "train")
-        test, test_classes = _class_files(root / "test")
+    if has_test:
+        (train, classes), (test, test_classes) = (_class_files(root / split) for split in splits)
         if classes != test_classes:
             odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
             raise ValueError(f"{root}: train/ and test/ must have the same classes; only one of them has {odd}")
@@ -50,10 +49,8 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
         train, classes = _class_files(root)
 
     images, broken = _read_files([path for path, _ in train + test], image_size, skip_broken)
-    if broken and not skip_broken:
-        raise ValueError(_message(broken, len(train + test)))
     train, test = ([item for item in split if item[0] in images] for split in (train, test))
-    if splits:
+    if has_test:
         how = "with its own test set"
         for split, name in ((train, "train"), (test, "test")):
             for label in {*range(len(classes))} - {label for _, label in split}:
@@ -64,12 +61,14 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
         how = f"of which {len(test)} are held out for testing"
 
     files = [path for path, _ in train + test]
-    x = _stacked([images[path] for path in files])
+    # Grey if all images are.
+    channels = max(image.shape[0] for image in images.values())
+    x = torch.stack([images[path].expand(channels, -1, -1) for path in files])
     y = torch.tensor([label for _, label in train + test])
     n = len(train)
     skipped = tuple(str(path.relative_to(root)) for path in broken)
     without = f"; without {_listed(skipped)}, which cannot be read" if skipped else ""
-    result = Images(
+    return Images(
         # Two folders may have the same last name, or that of a built-in data set.
         name=str(root.resolve()),
         source=f"{len(files)} images from {root}, {how}{without}",
@@ -80,17 +79,6 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
         classes=classes,
         skipped=skipped,
     )
-    check_finite(result, files)
-    return result
-
-
-def _message(broken: dict[Path, str], count: int) -> str:
-    """Return the message about broken files, which names at most `_SHOWN` of them."""
-    if len(broken) == 1:
-        (problem,) = broken.values()
-    else:
-        problem = f"{len(broken)} of {count} images are broken: {_listed([*broken.values()], '; ')}"
-    return f"{problem}. Repair or remove them, or leave out what cannot be read: skip_broken=true (--skip-broken)"
 
 
 def _listed(words: Sequence[str], between: str = ", ") -> str:
@@ -132,32 +120,33 @@ def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
 def _read_files(
     files: Sequence[Path], image_size: int | None, skip_broken: bool = False
 ) -> tuple[dict[Path, Tensor], dict[Path, str]]:
-    """Return images of one size, each (1, H, W) or (3, H, W), and the errors of the broken ones."""
+    """Return images of one size, each (1, H, W) or (3, H, W), and the errors of the broken ones if they are skipped."""
     images: dict[Path, Tensor] = {}
     broken: dict[Path, str] = {}
     for path in files:
         try:
             image = _read_image(path)
-            if skip_broken and not image.isfinite().all():
-                raise ValueError(f"{path} has pixels that are NaN or infinite")
+            if bad := int((~image.isfinite()).sum()):
+                raise ValueError(f"{path} has NaN or infinite pixels ({bad} of {image.numel()})")
         except ValueError as error:
             broken[path] = str(error)
             continue
         images[path] = image if image_size is None else resize(image[None], image_size)[0]
+    if broken and not skip_broken:
+        problem = _listed([*broken.values()], "; ")
+        if len(broken) > 1:
+            problem = f"{len(broken)} of {len(files)} images are broken: {problem}"
+        raise ValueError(
+            f"{problem}. Repair or remove them, or leave out what cannot be read: skip_broken=true (--skip-broken)"
+        )
     sizes = {(image.shape[1], image.shape[2]): path for path, image in reversed(images.items())}
-    if len(sizes) > 1 and not (broken and not skip_broken):
+    if len(sizes) > 1:
         (h1, w1), (h0, w0) = list(sizes)[-2:]
         raise ValueError(
             f"images differ in size: {sizes[h0, w0]} is {w0} x {h0} pixels, {sizes[h1, w1]} is {w1} x {h1}; "
             "give an image_size, such as image_size=32, to resize all of them to"
         )
     return images, broken
-
-
-def _stacked(images: Sequence[Tensor]) -> Tensor:
-    """Stack images as (N, C, H, W) float32: C = 1 if all images are grey, else 3."""
-    channels = max(image.shape[0] for image in images)
-    return torch.stack([image.expand(channels, -1, -1) for image in images])
 
 
 def _read_image(path: Path) -> Tensor:
@@ -184,9 +173,7 @@ def _read_image(path: Path) -> Tensor:
     # A decoder may raise anything when a file is hostile.
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}") from error
-    if values.ndim == 2:
-        return values.unsqueeze(0)
-    image_chw = values.movedim(-1, 0)
+    image_chw = values[None] if values.ndim == 2 else values.movedim(-1, 0)
     is_grey = bool((image_chw == image_chw[:1]).all())
     return image_chw[:1] if is_grey else image_chw
 

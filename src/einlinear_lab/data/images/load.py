@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from einlinear_lab.data.images.cifar import is_cifar, read_cifar
-from einlinear_lab.data.images.dataset import Images, check_finite, resize
-from einlinear_lab.data.images.digits import read_digits
+from einlinear_lab.data.images.dataset import Images, check_finite, resize, stratified_split
 from einlinear_lab.data.images.fashion_mnist import read_fashion_mnist
 from einlinear_lab.data.images.folder import read_folder
 
@@ -70,40 +69,54 @@ def load_images(
     return _standardised(images)
 
 
-def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_broken: bool = False) -> Images:
+def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_broken: bool) -> Images:
     """Read the images that `data` names, not standardised."""
+    path = Path(data).expanduser()
     if data == "auto":
         try:
-            return _read("fashion-mnist", image_size, test_fraction)
+            images = read_fashion_mnist()
         except FileNotFoundError:
             reason = "Fashion-MNIST is neither on this machine nor can it be downloaded"
-            images = _read("digits", image_size, test_fraction)
-            return replace(images, source=f"scikit-learn's digits, since {reason}")
-    if data == "fashion-mnist":
-        return _resized(read_fashion_mnist(), image_size)
-    if data == "digits":
-        return _resized(read_digits(test_fraction), image_size)
-
-    path = Path(data).expanduser()
+            images = replace(_read_digits(test_fraction), source=f"scikit-learn's digits, since {reason}")
+    elif data == "fashion-mnist":
+        images = read_fashion_mnist()
+    elif data == "digits":
+        images = _read_digits(test_fraction)
     # Path("") is the current folder.
-    if str(data) and path.exists():
-        if is_cifar(path):
-            return _resized(read_cifar(path), image_size)
-        return read_folder(path, image_size, test_fraction, skip_broken)
+    elif str(data) and path.exists():
+        if not is_cifar(path):
+            return read_folder(path, image_size, test_fraction, skip_broken)
+        images = read_cifar(path)
+    else:
+        raise _unknown(data)
+    if image_size is None:
+        return images
+    return replace(images, train_x=resize(images.train_x, image_size), test_x=resize(images.test_x, image_size))
+
+
+def _unknown(data: str | Path) -> Exception:
+    path = Path(data).expanduser()
     # A separator shows that a path is meant.
     if path.name != str(data):
-        raise FileNotFoundError(
+        return FileNotFoundError(
             f"{path} does not exist; give a folder with one subfolder of images per class, or with CIFAR's .bin files"
         )
     near = difflib.get_close_matches(str(data).lower(), NAMES, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown data {str(data)!r}: {hint}Give one of {', '.join(NAMES)}, or an existing folder")
+    return ValueError(f"unknown data {str(data)!r}: {hint}Give one of {', '.join(NAMES)}, or an existing folder")
 
 
-def _resized(images: Images, size: int | None) -> Images:
-    if size is None:
-        return images
-    return replace(images, train_x=resize(images.train_x, size), test_x=resize(images.test_x, size))
+def _read_digits(test_fraction: float) -> Images:
+    """Return 1,797 grey images of 8 x 8 pixels, part of scikit-learn's installation."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
+    y = torch.from_numpy(labels).long()
+    classes = tuple(map(str, range(10)))
+    train, test = stratified_split(y, classes, test_fraction)
+    source = "scikit-learn's digits, part of its installation"
+    return Images("digits", source, x[train], y[train], x[test], y[test], classes)
 
 
 def _limited(images: Images, limit: int) -> Images:
@@ -112,10 +125,8 @@ def _limited(images: Images, limit: int) -> Images:
         raise ValueError(
             f"limit={limit}: fewer training images than the {len(images.classes)} classes of {images.name}"
         )
-    # (N, classes)
-    one_hot = F.one_hot(images.train_y, len(images.classes))
     # 1 for the first image of its class, 2 for the second, ...
-    turn = one_hot.cumsum(0).gather(1, images.train_y[:, None]).flatten()
+    turn = F.one_hot(images.train_y).cumsum(0).gather(1, images.train_y[:, None]).flatten()
     keep = turn.argsort(stable=True)[:limit].sort().values
     return replace(images, train_x=images.train_x[keep], train_y=images.train_y[keep])
 

@@ -58,8 +58,7 @@ def _quantise(x: Tensor, dark: Tensor, bright: Tensor, size: int | None) -> Tens
     """Quantise (N, C, H, W) floats as (N, T) uint8, channels last. A channel without contrast becomes zeros."""
     scale = torch.where(bright > dark, (LEVELS - 1) / (bright - dark), 0.0)
     # In parts, since resized floats of all images at once would be as large as the images.
-    parts = [x[i : i + 4096] for i in range(0, len(x), 4096)]
-    parts = [part if size is None else resize(part, size) for part in parts]
+    parts = [part if size is None else resize(part, size) for part in x.split(4096)]
     levels = [((part - dark[:, None, None]) * scale[:, None, None]).round().clamp(0, LEVELS - 1) for part in parts]
     return torch.cat([level.byte().movedim(1, -1).flatten(1) for level in levels])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,12 +13,10 @@ from einlinear_lab.data.paths import data_dir
 from einlinear_lab.data.text.corpus import Corpus
 
 _AGAIN = "run tools/fetch_english.sh (Debian, no root)"
-_SUMS = "SHA256SUMS"
 # Elements that begin a new line, and those with an empty line before and after them.
 _LINES = frozenset("br dd dt li td th tr".split())  # noqa: SIM905
 _BLOCKS = frozenset("blockquote center div dl form h1 h2 h3 h4 h5 h6 hr ol p pre table ul".split())  # noqa: SIM905
 _HIDDEN = frozenset({"head", "script", "style", "title"})
-_VOID = frozenset({"br", "hr"})
 
 
 def read_english() -> tuple[Corpus, ...]:
@@ -33,30 +30,18 @@ def read_english() -> tuple[Corpus, ...]:
     _check(root)
     pages = sorted((root / "anarchism").rglob("*.html"))
     verses, dictionary = root / "kjv.txt", root / "foldoc.dict.dz"
-
-    def page_texts() -> Iterator[str]:
-        return (page_text(page.read_text(encoding="utf-8", errors="replace")) for page in pages)
-
+    faq = "An Anarchist FAQ, Debian package anarchism"
+    bible = "the Bible, King James version, Debian package bible-kjv-text"
+    foldoc = "the Free On-line Dictionary of Computing, Debian package dict-foldoc"
     return (
-        Corpus(
-            "anarchism",
-            "An Anarchist FAQ, Debian package anarchism",
-            sum(page.stat().st_size for page in pages),
-            page_texts,
-        ),
-        Corpus(
-            "bible",
-            "the Bible, King James version, Debian package bible-kjv-text",
-            verses.stat().st_size,
-            lambda: iter([verses.read_text(encoding="utf-8")]),
-        ),
-        Corpus(
-            "dictionary",
-            "the Free On-line Dictionary of Computing, Debian package dict-foldoc",
-            2 * dictionary.stat().st_size,
-            lambda: iter([_unpacked(dictionary)]),
-        ),
+        Corpus("anarchism", faq, sum(page.stat().st_size for page in pages), lambda: map(_page, pages)),
+        Corpus("bible", bible, verses.stat().st_size, lambda: iter([verses.read_text(encoding="utf-8")])),
+        Corpus("dictionary", foldoc, 2 * dictionary.stat().st_size, lambda: iter([_unpacked(dictionary)])),
     )
+
+
+def _page(path: Path) -> str:
+    return page_text(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def page_text(html: str) -> str:
@@ -82,7 +67,7 @@ class _PageText(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         self._hidden = max(0, self._hidden - (tag in _HIDDEN))
         self._preformatted = max(0, self._preformatted - (tag == "pre"))
-        if tag not in _VOID:
+        if tag not in ("br", "hr"):
             self._break(tag)
 
     def handle_data(self, data: str) -> None:
@@ -102,11 +87,11 @@ class _PageText(HTMLParser):
 
 def _check(root: Path) -> None:
     """Compare the files with the checksums of the fetched ones."""
-    sums = root / _SUMS
+    sums = root / "SHA256SUMS"
     if not sums.is_file():
         raise FileNotFoundError(f"the English text is not in {root}: {_AGAIN}, or name a text of your own")
-    lines = [line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8").splitlines()]
-    for digest, name in lines:
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        digest, name = line.split(maxsplit=1)
         path = root / name.strip().lstrip("*")
         if not path.is_file() or sha256_of(path) != digest:
             problem = "damaged" if path.is_file() else "missing"

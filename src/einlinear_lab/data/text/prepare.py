@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, pairwise, permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from einlinear.files import differences
 from einlinear_lab.data.rows import NotText
@@ -174,8 +174,7 @@ def _write(config: TextConfig, corpora: list[Corpus], folder: Path, progress: Pr
     """Raises NotText where the text has to be encoded as bytes."""
     with TokenWriter(folder) as writer:
         tokenizer = _tokenizer(config, corpora, progress)
-        counts = [_encode(corpus, config, tokenizer, writer, progress) for corpus in corpora]
-        counts = [replace(one, fallback=fallback) for one in counts]
+        counts = [_encode(corpus, config, tokenizer, writer, progress, fallback) for corpus in corpora]
         _check(config, counts)
         resolved = replace(config, tokens=CharTokenizer.kind) if config.tokens == AUTO else config
         writer.finish(tokenizer, counts, _to_json(resolved))
@@ -188,8 +187,7 @@ def _tokenizer(config: TextConfig, corpora: list[Corpus], progress: Progress) ->
         return ByteTokenizer()
     counts = CorpusCounts("", "")
     texts = _sample(config, corpora, counts, progress)
-    first = next(texts, "")
-    if not first:
+    if not (first := next(texts, "")):
         _check(config, [counts])
     return BPETokenizer.train(chain([first], texts), config.vocab_size or 0)
 
@@ -208,10 +206,10 @@ def _sample(config: TextConfig, corpora: list[Corpus], counts: CorpusCounts, pro
 
 
 def _encode(
-    corpus: Corpus, config: TextConfig, tokenizer: Tokenizer, writer: TokenWriter, progress: Progress
+    corpus: Corpus, config: TextConfig, tokenizer: Tokenizer, writer: TokenWriter, progress: Progress, fallback: str
 ) -> CorpusCounts:
     """Write the tokens of a corpus."""
-    counts = CorpusCounts(corpus.name, corpus.origin)
+    counts = CorpusCounts(corpus.name, corpus.origin, fallback=fallback)
     totals = {TRAIN: 0, VALIDATION: 0}
     for batch in _batches(_pieces(corpus, config, counts, partial(progress, corpus.name))):
         for piece, tokens in zip(batch, tokenizer.encode([piece.text for piece in batch]), strict=True):
@@ -221,8 +219,7 @@ def _encode(
     return replace(counts, train_tokens=totals[TRAIN], validation_tokens=totals[VALIDATION])
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A stretch of a document in one split; `ends` says whether it is the last one of its document."""
 
     text: str

@@ -49,7 +49,11 @@ def read_text(source: str) -> tuple[Corpus, ...]:
     if source == "code":
         return (_code(),)
     if source == "openwebtext" or source.startswith(HUB):
-        return (_streamed(source),)
+        name = _OPENWEBTEXT if source == "openwebtext" else source.removeprefix(HUB)
+        if name.count("/") != 1:
+            raise ValueError(f"{source!r} is no data set of the hub; write {HUB}OWNER/NAME")
+        origin = f"the data set {name} of the Hugging Face hub"
+        return (Corpus(f"{HUB}{name}", origin, None, lambda: _hub_texts(name)),)
     path = Path(source).expanduser()
     if not source or not path.exists():
         allowed = f"give one of {', '.join(NAMES)}, {HUB}OWNER/NAME, a text file or a folder of .txt files"
@@ -66,11 +70,6 @@ def name_of(source: str) -> str:
     """Return the name of a source, which is the same from any working directory."""
     is_name = source in NAMES or source.startswith(HUB)
     return source if is_name else str(Path(source).expanduser().resolve())
-
-
-def streams(source: str) -> bool:
-    """Return whether reading a source takes the datasets package."""
-    return source == "openwebtext" or source.startswith(HUB)
 
 
 def _texts(path: Path) -> Iterator[str]:
@@ -99,10 +98,8 @@ def _files(path: Path) -> Corpus:
     def documents(errors: str) -> Iterator[str]:
         return (text for file in files for text in _read(file, errors))
 
-    size = sum(map(_size, files))
-    return Corpus(
-        str(path.resolve()), origin, size, partial(documents, "strict"), partial(documents, "surrogateescape")
-    )
+    strict, raw = (partial(documents, errors) for errors in ("strict", "surrogateescape"))
+    return Corpus(str(path.resolve()), origin, sum(map(_size, files)), strict, raw)
 
 
 def _size(path: Path) -> int:
@@ -141,14 +138,6 @@ def _python(path: Path) -> str:
     # Some of Python's tests are wrong on purpose.
     except (SyntaxError, UnicodeDecodeError):
         return ""
-
-
-def _streamed(source: str) -> Corpus:
-    """Return a data set of the hub."""
-    name = _OPENWEBTEXT if source == "openwebtext" else source.removeprefix(HUB)
-    if name.count("/") != 1:
-        raise ValueError(f"{source!r} is no data set of the hub; write {HUB}OWNER/NAME")
-    return Corpus(f"{HUB}{name}", f"the data set {name} of the Hugging Face hub", None, lambda: _hub_texts(name))
 
 
 def _hub_texts(name: str) -> Iterator[str]:

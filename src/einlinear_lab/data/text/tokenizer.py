@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:  # of an extra; imported where it is used
+# Of an extra: imported where it is used.
+if TYPE_CHECKING:
     from tokenizers import Tokenizer as HubTokenizer
 
 # Token i is the character i.
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 _END = "<|endoftext|>"
-# Every byte, and the end of a document.
-_SMALLEST_BPE = 256 + 1
-# Tokens are stored in two bytes.
-_LARGEST_BPE = 2**16
 _MOST_DROPPED = 0.01
 
 _OUTSIDE = re.compile(r"[^\n -~]")
@@ -196,18 +193,12 @@ class BPETokenizer(Tokenizer):
         tokenizer = HubTokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=[_END],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        options = {"min_frequency": 2, "special_tokens": [_END], "initial_alphabet": alphabet, "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
         tokenizer.train_from_iterator(texts, trainer)
-        if (trained := tokenizer.get_vocab_size()) < vocab_size:
-            raise ValueError(
-                f"vocab_size {vocab_size} is too large: this text has no more than {trained} tokens to offer"
-            )
+        if (size := tokenizer.get_vocab_size()) < vocab_size:
+            raise ValueError(f"vocab_size {vocab_size} is too large: this text has no more than {size} tokens to offer")
         return cls(tokenizer.to_str())
 
     @cached_property
@@ -229,9 +220,7 @@ class BPETokenizer(Tokenizer):
 
 def check_bpe_size(size: int) -> None:
     """Raise ValueError for a vocabulary size that no byte-pair encoding here has."""
-    if size < _SMALLEST_BPE:
+    if size < 256 + 1:
         raise ValueError(f"vocab_size {size} is too small: the 256 bytes and the end of a document are tokens already")
-    if size > _LARGEST_BPE:
-        raise ValueError(
-            f"vocab_size {size} is too large: tokens are stored in two bytes, which count {_LARGEST_BPE:,}"
-        )
+    if size > 2**16:
+        raise ValueError(f"vocab_size {size} is too large: tokens are stored in two bytes, which count {2**16:,}")

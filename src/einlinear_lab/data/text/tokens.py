@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,18 +107,14 @@ def load_tokens(folder: str | Path) -> Tokens:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(_damaged(folder / DESCRIPTION, repr(error))) from None
 
-    for name, (size, _) in files.items():
-        _check_size(folder / name, size)
-    _check_sums(folder, {name: digest for name, (_, digest) in files.items()})
+    _check_files(folder, files)
     tokenizer = _read_tokenizer(folder, kind, content["tokenizer"])
     if tokenizer.vocab_size != vocab_size:
         reason = f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size}"
         raise ValueError(_damaged(folder / DESCRIPTION, reason))
-    train, validation = (
-        np.asarray(np.memmap(folder / name, dtype_of(vocab_size), "r")) for name in (TRAIN, VALIDATION)
-    )
+    splits = (np.asarray(np.memmap(folder / name, dtype_of(vocab_size), "r")) for name in (TRAIN, VALIDATION))
     sha256 = hashlib.sha256("".join(files[name][1] for name in (TRAIN, VALIDATION)).encode()).hexdigest()
-    return Tokens(folder, tokenizer, train, validation, counts, config, sha256)
+    return Tokens(folder, tokenizer, *splits, counts, config, sha256)
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -131,15 +126,13 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not folder.exists():
+        example = f"for example with einlinear prepare english --out {folder}"
         raise FileNotFoundError(
-            f"{folder} does not exist; name a folder that einlinear prepare wrote, or write it, for example with "
-            f"einlinear prepare english --out {folder}"
+            f"{folder} does not exist; name a folder that einlinear prepare wrote, or write it, {example}"
         )
     if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is a file; name the folder that einlinear prepare wrote, or write it first: "
-            f"einlinear prepare {folder} --out FOLDER"
-        )
+        first = f"write it first: einlinear prepare {folder} --out FOLDER"
+        raise ValueError(f"{folder} is a file; name the folder that einlinear prepare wrote, or {first}")
     if not path.exists():
         if list(folder.glob(f"*{UNFINISHED}")):
             raise ValueError(f"{folder} holds an unfinished preparation; run the same einlinear prepare again")
@@ -173,37 +166,29 @@ def _read_tokenizer(folder: Path, kind: str, content: dict[str, Any]) -> Tokeniz
     raise ValueError(_damaged(folder / DESCRIPTION, f"tokenizer of kind {kind!r}, expected char, bytes or bpe"))
 
 
-def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, {expected:,} bytes are expected. {_AGAIN}")
-    size = path.stat().st_size
-    if size != expected:
-        problem = "truncated" if size < expected else "another file, or appended to"
-        raise ValueError(f"{path} holds {size:,} bytes, expected {expected:,}: it is {problem}. {_AGAIN}")
-
-
-def _check_sums(folder: Path, digests: dict[str, str]) -> None:
-    """Compare the checksums, unless they were compared before and the file system reports no change since then."""
-    now = {name: [*_fingerprint(folder / name), digest] for name, digest in digests.items()}
+def _check_files(folder: Path, files: dict[str, tuple[int, str]]) -> None:
+    """Compare the sizes, and the checksums unless the file system reports no change since they were compared."""
+    now = {}
+    for name, (expected, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, {expected:,} bytes are expected. {_AGAIN}")
+        status = path.stat()
+        if (size := status.st_size) != expected:
+            problem = "truncated" if size < expected else "another file, or appended to"
+            raise ValueError(f"{path} holds {size:,} bytes, expected {expected:,}: it is {problem}. {_AGAIN}")
+        # Programs cannot set the time of a change of the status.
+        now[name] = [status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns, digest]
     with suppress(OSError, ValueError):
         if json.loads((folder / CHECKED).read_text(encoding="utf-8")) == now:
             return
-    for name, digest in digests.items():
-        actual = sha256_of(folder / name)
-        if actual != digest:
-            raise ValueError(
-                f"{folder / name} has the SHA-256 {actual[:16]}…, expected {digest[:16]}…: its content has changed "
-                f"since it was prepared. {_AGAIN}"
-            )
+    for name, (_, digest) in files.items():
+        if (actual := sha256_of(folder / name)) != digest:
+            sums = f"the SHA-256 {actual[:16]}…, expected {digest[:16]}…"
+            raise ValueError(f"{folder / name} has {sums}: its content has changed since it was prepared. {_AGAIN}")
     # A folder that cannot be written is checked each time.
     with suppress(OSError):
         write_text(folder / CHECKED, json.dumps(now))
-
-
-def _fingerprint(path: Path) -> Iterable[int]:
-    """Return numbers that change with a file's content. Programs cannot set the last one, the time of its change."""
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _damaged(path: Path, reason: str) -> str:

@@ -44,9 +44,8 @@ class TextSequences(Sequences):
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return B windows of the training text, which start at uniformly random tokens."""
         text = self.tokens.train
-        generator = numpy_generator(self.seed, step)
         # Raw uint64 numbers are the same in every version of NumPy.
-        raw = generator.bit_generator.random_raw(self.batch_size)
+        raw = numpy_generator(self.seed, step).bit_generator.random_raw(self.batch_size)
         starts = (raw % np.uint64(len(text) - self.context)).astype(np.int64)
         return self._windows(text, starts)
 

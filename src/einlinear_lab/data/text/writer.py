@@ -127,9 +127,6 @@ class TokenWriter:
         temporary = {name + UNFINISHED for name in _NAMES}
         # Without tokens.json or a temporary file, train.bin and the like may be of something else.
         is_ours = bool(names & {*temporary, DESCRIPTION})
-        foreign = sorted(names - {*_NAMES} - temporary if is_ours else names)
-        if foreign:
-            raise ValueError(
-                f"{self.folder} holds files that are no prepared text ({', '.join(foreign[:3])}"
-                f"{', …' if foreign[3:] else ''}); name another folder"
-            )
+        if foreign := sorted(names - {*_NAMES} - temporary if is_ours else names):
+            shown = ", ".join([*foreign[:3], "…"] if foreign[3:] else foreign)
+            raise ValueError(f"{self.folder} holds files that are no prepared text ({shown}); name another folder")

@@ -9,7 +9,7 @@ import pytest
 from tests.lab.data.samples import needs, prose
 
 from einlinear_lab.data import TextConfig, prepare_tokens
-from einlinear_lab.data.text.sources import name_of, read_text, streams
+from einlinear_lab.data.text.sources import name_of, read_text
 
 
 def test_a_folder_gives_its_text_files_in_order(tmp_path: Path) -> None:
@@ -71,10 +71,6 @@ def test_names_do_not_depend_on_the_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     assert name_of("a.txt") == str(tmp_path / "a.txt")
     assert [name_of(known) for known in ("code", "hub:a/b")] == ["code", "hub:a/b"]
-    assert [streams(source) for source in ("openwebtext", "hub:a/b", "x.jsonl.gz", "a.txt", "english")] == [
-        *(True, True),
-        *(False, False, False),
-    ]
 
 
 ROWS = [{"text": f"{prose(30, f'row {i}')}\r\n{'é' if i % 2 else '漢字' * 20}\n", "other": i} for i in range(40)]

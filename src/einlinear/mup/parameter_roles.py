@@ -18,6 +18,7 @@ from einlinear.mup.role_inference import infer_role, matrix_role
 from einlinear.nn.layer_info import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role
 from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.nn.third_party import layer_info
+from einlinear.structures.scales import init_std, spectral_std
 
 ROLE_KINDS = ("input", "hidden", "output", "vector")
 
@@ -30,12 +31,10 @@ class Parameter:
         names: qualified, without the prefixes of wrappers such as torch.compile and DDP; several for a shared tensor,
             in the order in which the modules are registered.
         key: its name in a base model: for a factor that of the full weight (fc1.weight for fc1.A).
-        tensor: the parameter itself.
         shape: of the full parameter, also if it is divided among processes.
         owner: the class name of its module.
         role: its role, with `shares_input_with` as a qualified name.
         transposed: whether the module stacks weights as (experts, in, out).
-        is_inferred: whether the role was inferred from name and shapes.
         is_tied: whether it is an embedding and also the head that shares its weight.
     """
 
@@ -88,6 +87,13 @@ class Parameter:
             return self.role.is_matrix
         ends = itertools.accumulate(len(term.factors) for term in self.role.structure.terms)
         return self.role.factor + 1 in ends
+
+    @property
+    def init_std(self) -> float:
+        """The standard deviation of a matrix, or of a factor, at initialisation."""
+        if self.role.structure is not None:
+            return init_std(self.role.structure)[self.role.factor]
+        return spectral_std(self.role.in_features, self.role.out_features)
 
     def inferred(self, base: Sequence[int] | None = None) -> Parameter:
         """Return the parameter with the role that its name, its shape and its shape in a base model suggest."""

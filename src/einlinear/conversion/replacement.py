@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.nn import Linear, MoELinear
-from einlinear.nn.third_party import expert_stacks, features, is_linear
+from einlinear.nn.third_party import features, is_linear, layer_info
 from einlinear.structures import Structure
-
-T = TypeVar("T", Linear, MoELinear)
 
 
 def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
@@ -34,11 +32,15 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
 def fused_experts(model: nn.Module) -> dict[str, str]:
     """Return the reasons why parameters with the weights of many experts are skipped, by their qualified names.
 
-    Such a stack has no module for one expert that could be replaced.
+    transformers keeps the experts of most mixtures in such a stack, in a class with "Experts" in its name: there is no
+    module for one expert that could be replaced.
     """
     return {
-        name: f"is a stack of {len(weight)} weights of a {type(module).__name__}, which is not supported"
-        for name, module, weight in expert_stacks(model)
+        f"{name}.{key}": f"is a stack of {len(weight)} weights of a {type(module).__name__}, which is not supported"
+        for name, module in model.named_modules()
+        if "expert" in type(module).__name__.lower() and layer_info(module) is None
+        for key, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3
     }
 
 
@@ -52,14 +54,13 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def structured_like(old: Any, structure: str | Structure) -> Linear:
-    """Return a structured layer with new weights, and the size, device, dtype and modes of a dense one."""
-    return layer_like(old, Linear, structure)
+def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
+    """Return a structured layer with new weights, and the size, device, dtype and modes of a dense one.
 
-
-def layer_like(old: Any, layer_class: type[T], structure: str | Structure, **config: Any) -> T:
-    """Return a layer of a class, with new weights, and the size, device, dtype and modes of a dense one."""
+    It is a `Linear`, or a `MoELinear` if `config`, further arguments of its constructor, has "experts".
+    """
     weight, bias = old.weight, old.bias
+    layer_class = MoELinear if "experts" in config else Linear
     layer = layer_class(
         *features(old), structure, bias=bias is not None, device=weight.device, dtype=weight.dtype, **config
     )
