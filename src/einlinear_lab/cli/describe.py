@@ -62,7 +62,7 @@ def _print_structure(s: Structure) -> None:
 
 
 def _print_plan(s: Structure, tokens: int) -> None:
-    """Which backend runs a structure on this CPU in float32, and the steps of the batched matmuls."""
+    """Print the backend of a structure on this CPU in float32, and the steps of the batched matmuls."""
     display.note(f"\nBackend for {tokens:,} inputs of float32 on this CPU, and the estimated time of the others:")
     display.note(str(ops.choose(s, tokens, torch.float32, torch.device("cpu"))))
     display.note("\nBatched matmuls and the intermediates between them, slowest axis first:")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from einlinear_lab.cli import display
+from einlinear_lab.cli.arguments import Folders
 from einlinear_lab.cli.endings import user_errors
-from einlinear_lab.cli.options import Folders
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.report import PageFile
 

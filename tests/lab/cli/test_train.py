@@ -10,9 +10,8 @@ from tests.lab.cli.command import TINY, assert_refused, run
 
 from einlinear.files import lock
 from einlinear_lab.cli import display
-from einlinear_lab.runs.defaults import with_defaults
 from einlinear_lab.runs.records import read_record
-from einlinear_lab.runs.run import Run
+from einlinear_lab.runs.run import Run, with_defaults
 from einlinear_lab.sweeps import workers
 
 TRAIN = ("train", "data=digits", "steps=4", "depth=1", "width=16", "threads=1")
