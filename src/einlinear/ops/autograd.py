@@ -19,8 +19,8 @@ from torch import Tensor
 from einlinear import structures
 from einlinear.import_hooks import when_imported
 from einlinear.ops import backends, operands, reference
-from einlinear.ops.choice import recomputes
 from einlinear.ops.context import is_differentiated_again
+from einlinear.ops.dispatch import recomputes
 from einlinear.ops.product import Assignment, Product
 from einlinear.structures import Structure
 

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from einlinear.ops import autograd, operands, reference
 from einlinear.ops.backends import check_name, check_support
-from einlinear.ops.choice import choose, choose_for_compiler
 from einlinear.ops.context import CallContext, autocast, call_context, wants_gradients
+from einlinear.ops.dispatch import choose, choose_for_compiler
 from einlinear.ops.product import Assignment, Product
 from einlinear.structures import Structure
 
