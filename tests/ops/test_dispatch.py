@@ -34,7 +34,7 @@ def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_gpu_what_was_never_measured_there_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "unsupported", lambda *_: None)
+    monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
     dispatch.forget()
     chosen = ops.choose(el.structure("btt", 64, 64), 2048, torch.bfloat16, torch.device("cuda"))
     assert chosen.backend == "batched"
