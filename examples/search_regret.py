@@ -149,7 +149,7 @@ def curve(store: Store, runs: Sequence[Run], length: int) -> Curve:
 
 def _steps_of_pruned(folder: Path, run: Run) -> int:
     """Return the largest possible number of steps of a pruned run: it may have gone on until its next log."""
-    return max(line["step"] for line in metrics.read(folder / METRICS)) + run.training.log_every
+    return int(max(line["step"] for line in metrics.read(folder / METRICS))) + run.training.log_every
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import choice, costs
+from einlinear.ops import costs, dispatch
 from einlinear.ops.cpu import cpu_backend
 from einlinear.ops.cpu import kernel_library as kernels
 from einlinear.ops.cpu.program import program_of
@@ -25,7 +25,7 @@ def fresh() -> object:
 
     def forget() -> None:
         kernels.load.cache_clear()
-        choice.forget()
+        dispatch.forget()
 
     forget()
     yield forget

@@ -116,9 +116,7 @@ def tokens_of(batch: Batch, tensor: Tensor) -> Tensor:
 class Stage:
     """Layers that read the same input, such as the projections to queries, keys and values.
 
-    Attributes:
-        names: of the layers.
-        calls: how often each is called in one forward pass.
+    Each is called `calls` times in one forward pass.
     """
 
     names: tuple[str, ...]

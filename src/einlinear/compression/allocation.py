@@ -84,14 +84,7 @@ def check_budget(
     structured: Mapping[str, Mapping[str, Sequence[Structure]]],
     unfit: Mapping[str, str | None],
 ) -> None:
-    """Raise ValueError if no structures reach a budget.
-
-    Args:
-        layers: dense linear layers by name.
-        budget, count: the fraction of their parameters ("params") or MACs ("macs") to keep.
-        structured: by layer and family, the structures in its place.
-        unfit: why no structure fits a layer, or None.
-    """
+    """Raise ValueError if no structures, by layer and family, reach a budget; `unfit` says which layers have none."""
     dense, least = 0, 0
     for name, layer in layers.items():
         size = weight_of(layer).numel()

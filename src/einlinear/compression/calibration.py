@@ -61,7 +61,10 @@ class Calibration:
         """
         if self._batches is None:
             for name in (name for stage in stages for name in stage.names):
-                yield name, partial(InputStatistics.white, features(self.layers[name])[0], self._device(name))
+                yield (
+                    name,
+                    partial(InputStatistics.white, features(self.layers[name])[0], self.layers[name].weight.device),
+                )
             return
         for group in self._groups(stages, copies=1 if compressed is None else 4):
             collect = cache(partial(self._collect, group, compressed))
@@ -96,10 +99,8 @@ class Calibration:
         """Run the data once, and accumulate the inputs of the first layer of each stage."""
         assert self._batches is not None
         accumulators = {
-            stage: SecondMomentAccumulator(
-                features(self.layers[stage.names[0]])[0], self._device(stage.names[0]), compressed is not None
-            )
-            for stage in stages
+            stage: SecondMomentAccumulator(features(layer)[0], layer.weight.device, compressed is not None)
+            for stage, layer in ((stage, self.layers[stage.names[0]]) for stage in stages)
         }
         calls = {stage.names[0]: stage.calls for stage in stages}
         originals = self._passes.inputs(calls)
@@ -124,10 +125,6 @@ class Calibration:
                 except ValueError as error:
                     raise ValueError(f"{place}: {error}") from None
         return accumulators
-
-    def _device(self, name: str) -> torch.device:
-        device: torch.device = self.layers[name].weight.device
-        return device
 
 
 @contextmanager

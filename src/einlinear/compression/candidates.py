@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,6 @@ from torch import Tensor
 from einlinear import ops
 from einlinear.compression.second_moments import InputStatistics
 from einlinear.compression.selection import weight_of
-from einlinear.compression.sensitivity import Sensitivity
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.budget import OverBudget
 
@@ -50,34 +50,6 @@ class LayerCandidate:
     output_change: float
 
 
-def layer_candidates(
-    layer: Any,
-    families: Mapping[str, Sequence[Structure]],
-    count: str,
-    spectrum: Spectrum,
-    errors: Mapping[str, Mapping[str, float]],
-    sensitivity: Sensitivity,
-) -> list[LayerCandidate]:
-    """Return the candidates for a layer, "dense" among them.
-
-    Args:
-        layer: a dense linear layer.
-        families: the members of each.
-        count: "params" or "macs", the unit of the costs.
-        spectrum: of the layer.
-        errors: by family and spec, from `fitted_errors`.
-        sensitivity: of the layer.
-    """
-    candidates = [LayerCandidate("dense", weight_of(layer).numel(), 0.0, 0.0)]
-    for family, structures in families.items():
-        estimates = estimated_errors(structures, errors[family], spectrum)
-        candidates += [
-            LayerCandidate(s.spec, getattr(s, count), estimates[s.spec], sensitivity.at(estimates[s.spec]))
-            for s in structures
-        ]
-    return candidates
-
-
 @torch.no_grad()
 def fitted_errors(
     structures: Sequence[Structure], layer: Any, damping: float, statistics: InputStatistics
@@ -100,20 +72,14 @@ def members(
         in_features, out_features: of the layer.
         fractions: in increasing order.
     """
-    try:
-        # any other mistake in the spec raises
-        structure(family, in_features, out_features, max_macs=1.0)
-    except (DoesNotFit, OverBudget):
-        return
     seen = set[str]()
     for fraction in fractions:
-        try:
+        # any other mistake in the spec raises
+        with suppress(DoesNotFit, OverBudget):
             s = structure(family, in_features, out_features, max_macs=fraction)
-        except (DoesNotFit, OverBudget):
-            continue
-        if s.spec not in seen and s.params < in_features * out_features:
-            seen.add(s.spec)
-            yield s
+            if s.spec not in seen and s.params < in_features * out_features:
+                seen.add(s.spec)
+                yield s
 
 
 def reason_for_none(families: Iterable[str], in_features: int, out_features: int) -> str:

@@ -5,23 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from einlinear.compression.timing import MANY, SpeedUp
+from einlinear.conversion.conversion_report import aligned, total
 from einlinear.conversion.coverage import Coverage
 
 # tokens for each input feature that are enough to fit a layer
 _ENOUGH = 10.0
 # slow layers that are listed by name
 _LISTED = 5
-HEADINGS = (
-    "layer",
-    "structure",
-    "params",
-    "MACs",
-    "kept",
-    "expected error",
-    "error",
-    "x as fast, 1 token",
-    f"{MANY} tokens",
-)
+_NAMES = "layer", "structure", "params", "MACs", "kept", "expected error", "error", "x as fast, 1 token"
+HEADINGS = (*_NAMES, f"{MANY} tokens")
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,7 @@ class CompressionReport:
         skipped: the other linear layers, as (name, reason).
         coverage: the share of the model's parameters that was considered, and the kinds of the others.
         missed_budget: the budget, if it was not reached because only faster layers were wanted; else None.
+        params_before, params, macs: sums over the weights of the layers.
     """
 
     layers: tuple[CompressedLayer, ...]
@@ -70,20 +63,8 @@ class CompressionReport:
     coverage: Coverage | None = None
     missed_budget: float | None = None
 
-    @property
-    def params_before(self) -> int:
-        """Parameters of the dense weights."""
-        return sum(layer.params_before for layer in self.layers)
-
-    @property
-    def params(self) -> int:
-        """Parameters of the new weights."""
-        return sum(layer.params for layer in self.layers)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of the new weights for one token."""
-        return sum(layer.macs for layer in self.layers)
+    params_before, params = total("layers", "params_before"), total("layers", "params")
+    macs = total("layers", "macs")
 
     @property
     def warning(self) -> str | None:
@@ -130,11 +111,9 @@ class CompressionReport:
             errors = (f"{layer.expected_error:.3g}", f"{layer.error:.3g}")
             speeds = (f"{layer.speed_up.one_token:.2f}", f"{layer.speed_up.many_tokens:.2f}")
             rows.append((layer.name, layer.structure, *counts, *errors, *speeds))
-        total = (f"{self.params:,}", f"{self.macs:,}", f"{self.params / self.params_before:.1%}")
-        return [*rows, ("all of them", "", *total, "", "", "", "")]
+        sums = (f"{self.params:,}", f"{self.macs:,}", f"{self.params / self.params_before:.1%}")
+        return [*rows, ("all of them", "", *sums, "", "", "", "")]
 
     def __str__(self) -> str:
         rows = [HEADINGS, *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*([self.warning] if self.warning else []), *lines, *self.notes])
+        return "\n".join([*([self.warning] if self.warning else []), *aligned(rows), *self.notes])

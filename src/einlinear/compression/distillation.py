@@ -1,4 +1,4 @@
-"""Distillation: a compressed model is trained to return the original's outputs again."""
+"""Distillation: train a compressed model to match the outputs of the original."""
 
 from __future__ import annotations
 
@@ -151,11 +151,7 @@ def distill(
 
 
 class _Optimizer:
-    """AdamW at structure-aware rates. Most steps are too small for bfloat16, whose parameters learn in float32.
-
-    Raises:
-        ValueError: nothing requires gradients, or something is in float16.
-    """
+    """AdamW at structure-aware rates. Most steps are too small for bfloat16, whose parameters learn in float32."""
 
     def __init__(self, model: nn.Module, original: nn.Module, lr: float, weight_decay: float) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -190,7 +186,6 @@ class _Optimizer:
         self._round()
 
     def save(self, folder: Path, losses: Sequence[float], facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint."""
         # needs safetensors, which is no dependency of the core
         from einlinear import checkpoint
 
@@ -226,13 +221,7 @@ class _Optimizer:
 
 
 class _Loss:
-    """Distance between the outputs of two models. A head's logits are held for the trained model only.
-
-    Args:
-        model, original: the trained model and its target.
-        matched: names of modules whose outputs are matched as well.
-        task_loss: weight of the model's own loss.
-    """
+    """Distance between the outputs of two models. A head's logits are held for the trained model only."""
 
     def __init__(self, model: nn.Module, original: nn.Module, matched: Sequence[str], task_loss: float) -> None:
         self._model, self._original, self._matched, self._task_loss = model, original, matched, task_loss

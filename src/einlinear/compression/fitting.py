@@ -37,25 +37,29 @@ def fit_layers(
     cache: ResumeCache,
     progress: Callable[[int], None],
 ) -> dict[str, FittedLayer]:
-    """Fit structured layers, and put them into a copy of the model.
+    """Fit layers with the structures of these specs, and put them into `model`, a copy of the original.
 
     Args:
-        calibration: of the original model.
-        model: a copy of it, which gets the new layers.
-        structures: specs by layer.
-        damping: see `compress`.
         sequential: each layer is fitted to the outputs of those before it, which are compressed already.
-        cache: for the new layers.
         progress: called with the number of layers that are done.
     """
     fitted: dict[str, FittedLayer] = {}
 
+    @torch.no_grad()
     def compute(name: str, statistics: Callable[[], InputStatistics]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         progress(len(fitted))
-        inputs = statistics()
+        inputs, old = statistics(), calibration.layers[name]
+        weight, layer = weight_of(old), structured_like(old, structures[name])
         with naming_layer(name, damping):
-            new = _fit(calibration.layers[name], structures[name], inputs, damping)
-        return new.layer.state_dict(), {"error": new.error, "tokens": new.tokens}
+            target = inputs.target_weight(weight, damping)
+            factors = ops.project(layer.structure, target, inputs.damped(damping) if inputs.tokens else None)
+            for factor, value in zip(layer.structure.factors, factors, strict=True):
+                layer.get_parameter(factor.name).copy_(value)
+            approximation = layer.dense_weight()
+            if layer.bias is not None:
+                layer.bias.copy_(inputs.corrected_bias(old.bias, weight, approximation))
+            error = inputs.relative_error(weight, approximation)
+        return layer.state_dict(), {"error": error, "tokens": inputs.tokens}
 
     def decode(name: str, record: tuple[dict[str, Tensor], dict[str, Any]]) -> FittedLayer:
         tensors, facts = record
@@ -75,18 +79,3 @@ def fit_layers(
         put(model, {id(model.get_submodule(n)): fitted[n].layer for stage in group for n in stage.names if n in fitted})
     progress(len(fitted))
     return fitted
-
-
-@torch.no_grad()
-def _fit(old: Any, spec: str, statistics: InputStatistics, damping: float) -> FittedLayer:
-    """The structured layer in the place of a dense one."""
-    weight = weight_of(old)
-    target = statistics.target_weight(weight, damping)
-    layer = structured_like(old, spec)
-    moment = statistics.damped(damping) if statistics.tokens else None
-    for factor, value in zip(layer.structure.factors, ops.project(layer.structure, target, moment), strict=True):
-        layer.get_parameter(factor.name).copy_(value)
-    approximation = layer.dense_weight()
-    if layer.bias is not None:
-        layer.bias.copy_(statistics.corrected_bias(old.bias, weight, approximation))
-    return FittedLayer(layer, statistics.relative_error(weight, approximation), statistics.tokens)

@@ -20,12 +20,7 @@ from einlinear.nn.model_call import Batch, call
 
 
 class Passes:
-    """Forward passes of a model. Between two calls of `inputs`, only layers that were asked for before may change.
-
-    Args:
-        model: in evaluation mode.
-        batches: see `einlinear.nn.model_call.call`. For each, the output of one block is kept.
-    """
+    """Forward passes of a model. Between two calls of `inputs`, only layers that were asked for before may change."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self._model, self._batches = model, batches
@@ -37,11 +32,7 @@ class Passes:
         self._unskippable = set[str]()
 
     def inputs(self, calls: Mapping[str, int]) -> Iterator[dict[str, list[Tensor]]]:
-        """Yield the inputs of layers for every batch, call by call.
-
-        Args:
-            calls: how often each layer is called, by name.
-        """
+        """Yield the inputs of layers for every batch, call by call, given how often each is called, by name."""
         layers = {name: self._model.get_submodule(name) for name in calls}
         self._skip_to(layers, calls)
         for number in range(len(self._batches)):
@@ -107,18 +98,13 @@ def _position(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
     for name in names:
         parts = name.split(".")
         above = [model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts))]
-        lists = [
-            i
-            for i, module in enumerate(above, 1)
-            if isinstance(module, nn.ModuleList | nn.Sequential) and parts[i].isdigit()
-        ]
-        if not lists:
+        lists = [isinstance(module, nn.ModuleList | nn.Sequential) for module in above]
+        depth = next((i for i, is_list in enumerate(lists, 1) if is_list and parts[i].isdigit()), 0)
+        if not depth:
             return "", 0
-        indices.setdefault(".".join(parts[: lists[0]]), []).append(int(parts[lists[0]]))
-    if len(indices) != 1:
-        return "", 0
-    ((stack, positions),) = indices.items()
-    return stack, min(positions)
+        indices.setdefault(".".join(parts[:depth]), []).append(int(parts[depth]))
+    ((stack, positions), *others) = indices.items()
+    return ("", 0) if others else (stack, min(positions))
 
 
 def _replay(output: Any, *_: Any, **__: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache as once
 from functools import partial
 from importlib.util import find_spec
@@ -15,14 +15,14 @@ from typing import Any, SupportsFloat, TypeVar
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.allocation import allocate, allocate_faster, check_budget
+from einlinear.compression.allocation import allocate_faster, check_budget
 from einlinear.compression.calibration import Calibration, naming_layer
 from einlinear.compression.candidates import (
     DEFAULT_FAMILIES,
     LayerCandidate,
     Spectrum,
+    estimated_errors,
     fitted_errors,
-    layer_candidates,
     members,
     members_to_fit,
     reason_for_none,
@@ -154,22 +154,19 @@ def compress(
         comparing = partial(report_progress, "comparing structures")
         for name, statistics in calibrated.statistics(calibrated.stages):
             advance = partial(comparing, len(candidates), len(dense))
-            results = _LayerResults(name, dense[name], once(statistics), damping, measured, advance)
-            sensitivities[name] = results.sensitivity(probe)
-            candidates[name] = results.candidates(structured[name], count, sensitivities[name])
+            sensitivities[name], candidates[name] = _measure(
+                name, dense[name], structured[name], count, damping, probe, statistics, measured, advance
+            )
         comparing(len(dense), len(dense))
 
         # 3. allocate
         timer = LayerTimer(lambda done: report_progress("timing layers", done, len(dense)))
 
+        def is_slower(name: str, spec: str) -> bool:
+            return only_if_faster and timer(dense[name], structured_like(dense[name], spec)).is_slower
+
         def choose() -> dict[str, Any]:
-            if not only_if_faster:
-                return {"structures": _specs(allocate(candidates, int(budget * total))), "slow": []}
-            chosen, slow = allocate_faster(
-                candidates,
-                int(budget * total),
-                lambda name, spec: timer(dense[name], structured_like(dense[name], spec)).is_slower,
-            )
+            chosen, slow = allocate_faster(candidates, int(budget * total), is_slower)
             return {"structures": _specs(chosen), "slow": slow}
 
         def decode(record: Any) -> dict[str, LayerCandidate]:
@@ -204,50 +201,49 @@ def _specs(candidates: Mapping[str, LayerCandidate]) -> dict[str, str]:
     return {name: candidate.spec for name, candidate in candidates.items()}
 
 
-@dataclass(frozen=True)
-class _LayerResults:
-    """Cached results for one layer."""
+def _measure(
+    name: str,
+    layer: Any,
+    families: Mapping[str, Sequence[Structure]],
+    count: str,
+    damping: float,
+    probe: SensitivityProbe | None,
+    statistics: Callable[[], InputStatistics],
+    cache: ResumeCache,
+    progress: Callable[[], None],
+) -> tuple[Sensitivity, list[LayerCandidate]]:
+    """The sensitivity to a layer, and its candidates, "dense" among them."""
+    inputs, weight = once(statistics), weight_of(layer)
 
-    name: str
-    layer: Any
-    statistics: Callable[[], InputStatistics]
-    damping: float
-    cache: ResumeCache
-    progress: Callable[[], None]
-
-    def sensitivity(self, probe: SensitivityProbe | None) -> Sensitivity:
-        if probe is None:
-            return UNKNOWN
-        return self._cached(
-            "sensitivity", lambda x: measure_sensitivity(self.layer, x, self.damping, probe).points, Sensitivity.of
-        )
-
-    def candidates(
-        self, families: Mapping[str, Sequence[Structure]], count: str, sensitivity: Sensitivity
-    ) -> list[LayerCandidate]:
-        spectrum = self._cached(
-            "spectrum",
-            lambda x: asdict(Spectrum.of(weight_of(self.layer), x.damped(self.damping))),
-            Spectrum.from_record,
-        )
-        errors = {family: self._errors(family, members_to_fit(families[family])) for family in families}
-        return layer_candidates(self.layer, families, count, spectrum, errors, sensitivity)
-
-    def _errors(self, family: str, structures: Sequence[Structure]) -> dict[str, float]:
-        return self._cached(
-            f"errors of {family}",
-            partial(fitted_errors, structures, self.layer, self.damping),
-            lambda record: {s.spec: float(record[s.spec]) for s in structures},
-        )
-
-    def _cached(self, key: str, compute: Callable[[InputStatistics], Any], decode: Callable[[Any], T]) -> T:
+    def cached(key: str, compute: Callable[[InputStatistics], Any], decode: Callable[[Any], T]) -> T:
         def record() -> Any:
-            statistics = self.statistics()
-            self.progress()
-            with naming_layer(self.name, self.damping):
-                return compute(statistics)
+            inputs()
+            progress()
+            with naming_layer(name, damping):
+                return compute(inputs())
 
-        return self.cache.get_or(f"{key} of {self.name}", record, decode)
+        return cache.get_or(f"{key} of {name}", record, decode)
+
+    sensitivity = UNKNOWN
+    if probe is not None:
+        sensitivity = cached(
+            "sensitivity", lambda x: measure_sensitivity(layer, x, damping, probe).points, Sensitivity.of
+        )
+    spectrum = cached("spectrum", lambda x: asdict(Spectrum.of(weight, x.damped(damping))), Spectrum.from_record)
+    candidates = [LayerCandidate("dense", weight.numel(), 0.0, 0.0)]
+    for family, structures in families.items():
+        fitted = members_to_fit(structures)
+        errors = cached(
+            f"errors of {family}",
+            partial(fitted_errors, fitted, layer, damping),
+            lambda record, fitted=fitted: {s.spec: float(record[s.spec]) for s in fitted},  # type: ignore[misc]
+        )
+        estimates = estimated_errors(structures, errors, spectrum)
+        candidates += [
+            LayerCandidate(s.spec, getattr(s, count), estimates[s.spec], sensitivity.at(estimates[s.spec]))
+            for s in structures
+        ]
+    return sensitivity, candidates
 
 
 def _report(

@@ -80,9 +80,12 @@ class ResumeCache:
         """
         if self._folder is None:
             return decode(compute())
+        if tensors:
+            # needs safetensors, which is no dependency of the core
+            from einlinear.checkpoint import read_tensors, write_tensors
         path = self._folder / f"{_file_name(key)}.{'safetensors' if tensors else 'json'}"
         try:
-            record = (_read_tensors if tensors else read_json)(path)
+            record = (read_tensors if tensors else read_json)(path)
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
@@ -97,18 +100,10 @@ class ResumeCache:
                 ) from error
         record = compute()
         if tensors:
-            from einlinear.checkpoint import write_tensors
-
             write_tensors(path, *record)
         else:
             write_json(path, record)
         return decode(record)
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    from einlinear.checkpoint import read_tensors
-
-    return read_tensors(path)
 
 
 def _file_name(key: str) -> str:

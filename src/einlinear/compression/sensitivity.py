@@ -12,6 +12,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,10 +115,6 @@ class SensitivityProbe:
     """Output of the original model on some of the calibration data, and its distance to that of a changed model.
 
     Where a linear layer computes the output, the inputs of that layer are kept, which are much smaller than logits.
-
-    Args:
-        model: the original.
-        batches: the calibration data.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
@@ -138,9 +135,7 @@ class SensitivityProbe:
             calls += x.numel() > 0
             return output + F.linear(x, weight_change.to(x), None if bias_change is None else bias_change.to(x))
 
-        def changed() -> AbstractContextManager[None]:
-            return hooked({"": layer}, add_change)
-
+        changed = partial(hooked, {"": layer}, add_change)
         total = size = 0.0
         reached = 0
         for number, batch in enumerate(self._batches):

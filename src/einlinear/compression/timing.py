@@ -47,8 +47,7 @@ def speed_up(old: nn.Module, new: nn.Module) -> SpeedUp:
 class LayerTimer:
     """Speed-ups of structured layers, timed once for each structure, size and dtype.
 
-    Args:
-        progress: called with the number of timings so far.
+    `progress` is called with the number of timings so far.
     """
 
     def __init__(self, progress: Callable[[int], None]) -> None:

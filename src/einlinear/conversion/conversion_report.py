@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from einlinear.conversion.coverage import Coverage
-from einlinear.conversion.report_tables import Totals, aligned
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines, with aligned columns.
+
+    >>> aligned([("layer", "params"), ("head", "640")])
+    ['layer  params', 'head   640']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def total(layers: str, count: str) -> Any:
+    """Return a property of a report: the sum of a count over its layers."""
+    return property(lambda report: sum(getattr(layer, count) for layer in getattr(report, layers)))
 
 
 @dataclass(frozen=True)
@@ -33,26 +49,27 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class ConversionReport(Totals):
+class ConversionReport:
     """Printable report of a conversion.
 
     Attributes:
         converted: the layers that were replaced.
         skipped: matched layers that were not replaced, as (name, reason).
         coverage: the share of the model's parameters in the replaced layers, and the kinds of the others; of `convert`.
+        params_before, params, macs_before, macs: sums over the converted layers.
     """
 
     converted: tuple[Conversion, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     coverage: Coverage | None = None
 
-    def counts(self) -> tuple[Conversion, ...]:
-        return self.converted
+    params_before, params = total("converted", "params_before"), total("converted", "params")
+    macs_before, macs = total("converted", "macs_before"), total("converted", "macs")
 
     def __str__(self) -> str:
         rows = [("layer", "before", "after", "params", "MACs", "error")]
-        total = Conversion("total", "", "", self.params_before, self.params, self.macs_before, self.macs)
-        for c in (*self.converted, total):
+        sums = Conversion("total", "", "", self.params_before, self.params, self.macs_before, self.macs)
+        for c in (*self.converted, sums):
             error = "" if c.error is None else f"{c.error:.3g}"
             params, macs = f"{c.params_before:,} -> {c.params:,}", f"{c.macs_before:,} -> {c.macs:,}"
             rows.append((c.name, c.before, c.after, params, macs, error))

@@ -1,4 +1,4 @@
-"""Schedules: the learning rate over the steps, as one factor for all parameter groups, whose ratios stay."""
+"""Learning-rate schedules: one factor per step multiplies the rate of every group, so their ratios stay."""
 
 from __future__ import annotations
 

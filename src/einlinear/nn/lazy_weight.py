@@ -59,8 +59,7 @@ def weight_of(layer: Layer) -> Tensor:
         shape, dtype = (layer.out_features, layer.in_features), parameters[0].dtype
         return torch.empty(shape, device="meta", dtype=dtype, requires_grad=any(p.requires_grad for p in parameters))
     if wants_gradients(*parameters):
-        weight: Tensor = _Differentiable.apply(layer, *parameters)  # type: ignore[no-untyped-call]
-        return weight
+        return _Differentiable.apply(layer, *parameters)  # type: ignore[no-any-return, no-untyped-call]
     return LazyWeight(layer, parameters[0])
 
 
@@ -98,7 +97,6 @@ class LazyWeight(Tensor):
         return value
 
     def placeholder(self) -> Tensor:
-        """Return a tensor of the same shape, dtype and device, for functions that read no values."""
         return _placeholder(*self.shape, self.dtype, self.device)
 
     @classmethod

@@ -59,6 +59,6 @@ def check_globs(globs: Iterable[str], names: Sequence[str], argument: str, noun:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             if not names:
-                raise ValueError(f"{argument}: {glob!r} matches no {noun}: there is none")
+                raise ValueError(f"{argument}: {glob!r} matches no {noun}: the model has none")
             near = difflib.get_close_matches(glob.strip("*."), dict.fromkeys(names), n=10, cutoff=0)
             raise ValueError(f"{argument}: {glob!r} matches no {noun}; the nearest are {', '.join(near)}")

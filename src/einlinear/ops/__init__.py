@@ -9,15 +9,15 @@ operands.py    the check of operands before any backend runs
 backends.py    the interface and the registry of backends
 context.py     who looks at a call, and what a user forces
 costs.py       the cost model of backends on a CPU
-choice.py      the backend that runs, and why
+dispatch.py    the backend that runs, and why
 autograd.py    the derivatives: autograd function and operators
 functional.py  `linear`, the counterpart of torch.nn.functional.linear
 projection/    from a dense W to factors
 """
 
 from einlinear.ops.backends import BACKENDS, unsupported
-from einlinear.ops.choice import Choice, choose
 from einlinear.ops.context import backend
+from einlinear.ops.dispatch import Choice, choose
 from einlinear.ops.functional import dense_weight, linear
 from einlinear.ops.product import Assignment
 from einlinear.ops.projection import project

@@ -19,8 +19,8 @@ from torch import Tensor
 from einlinear import structures
 from einlinear.import_hooks import when_imported
 from einlinear.ops import backends, operands, reference
-from einlinear.ops.choice import recomputes
 from einlinear.ops.context import is_differentiated_again
+from einlinear.ops.dispatch import recomputes
 from einlinear.ops.product import Assignment, Product
 from einlinear.structures import Structure
 
@@ -28,8 +28,7 @@ from einlinear.structures import Structure
 def run(backend: str, product: Product, training: bool) -> Tensor:
     """Return y of shape (n, out_features) by a backend other than the reference, differentiable if `training`."""
     if training:
-        structure, factors, x, bias, routing = product
-        y: Tensor = _Linear.apply(backend, structure, x, bias, *(routing or (None, None)), *factors)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call]
         return y
     return backends.find(backend).forward(product, False)[0]
 
@@ -44,10 +43,9 @@ def traced(backend: str, product: Product) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, structure: Structure, *tensors: Any) -> Tensor:
-        product = _product(structure, *tensors)
-        y, saved = backends.find(backend).forward(product, not recomputes(backend, structure))
-        ctx.structure, ctx.backend, ctx.count = structure, backend, len(tensors)
+    def forward(ctx: Any, backend: str, product: Product, *tensors: Tensor | None) -> Tensor:
+        ctx.structure, ctx.backend = product.structure, backend
+        y, saved = backends.find(backend).forward(product, not recomputes(backend, product.structure))
         ctx.shapes = [tensor.shape for tensor in saved]
         ctx.save_for_backward(*tensors, *saved)
         return y
@@ -55,26 +53,31 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        tensors = ctx.saved_tensors
-        inputs, saved, needed = tensors[: ctx.count], tensors[ctx.count :], ctx.needs_input_grad[2:]
-        x, _, indices, gates, *factors = inputs
-        if is_differentiated_again(grad, x, gates, *factors):
-            return None, None, *_plain_gradients(ctx.structure, inputs, needed, grad)
+        structure, tensors, needed = ctx.structure, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        inputs, saved = tensors[: len(needed)], tensors[len(needed) :]
+        if is_differentiated_again(grad, *inputs):
+            return None, None, *_plain_gradients(structure, inputs, needed, grad)
         if [tensor.shape for tensor in saved] != ctx.shapes:
             raise RuntimeError("an intermediate was unpacked in another shape than it was saved in")
-        needs_x, needs_bias, _, needs_gates, *needs_factors = needed
-        product = _product(ctx.structure, x, None, indices, gates, *factors)
-        grad_bias = grad.sum(0) if needs_bias else None
+        product = _product(structure, inputs[0], None, *inputs[2:])
+        end = 2 + len(product.factors)
+        needs_x = needed[0] or any(needed[end:])
         grad_x, grad_gates, grad_factors = backends.find(ctx.backend).backward(
-            product, grad, saved, needs_x or needs_gates, needs_factors
+            product, grad, saved, needs_x, needed[2:end]
         )
-        return None, None, grad_x, grad_bias, None, grad_gates, *grad_factors
+        grad_bias = grad.sum(0) if needed[1] else None
+        return None, None, grad_x, grad_bias, *grad_factors, *(() if product.routing is None else (None, grad_gates))
 
 
-def _product(structure: Structure, x: Tensor, bias: Any, indices: Any, gates: Any, *factors: Tensor) -> Product:
-    """Return the product of tensors in the order in which torch sees them."""
-    routing = None if indices is None or gates is None else Assignment(indices, gates)
-    return Product(structure, factors, x, bias, routing)
+def _product(structure: Structure, x: Tensor, bias: Tensor | None, *others: Tensor) -> Product:
+    """Return the product of tensors in the order of `Product.tensors`."""
+    count = len(structure.factors)
+    routing = Assignment(*others[count:]) if len(others) > count else None
+    return Product(structure, others[:count], x, bias, routing)
+
+
+def _routing(indices: Tensor | None, gates: Tensor | None) -> Assignment | None:
+    return None if indices is None or gates is None else Assignment(indices, gates)
 
 
 def _plain_gradients(
@@ -120,7 +123,7 @@ def linear_op(
 ) -> Tensor:
     """Compute `run` without autograd: (n, in_features) to (n, out_features)."""
     structure = structure_of(spec, _features(x), out_features)
-    product = _product(structure, x, bias, indices, gates, *factors)
+    product = Product(structure, factors, x, bias, _routing(indices, gates))
     return backends.find_supporting(backend, product).forward(product, False)[0]
 
 
@@ -129,7 +132,7 @@ def _(
     x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, backend: str
 ) -> Tensor:
     structure = structure_of(spec, _features(x), out_features)
-    operands.check(*_product(structure, x, bias, indices, gates, *factors), memory=False)
+    operands.check(*Product(structure, factors, x, bias, _routing(indices, gates)), memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -147,7 +150,7 @@ def linear_backward_op(
 ) -> list[Tensor]:
     """Return the needed gradients, of x, of the gates and of the factors; intermediates are recomputed."""
     structure = structure_of(spec, _features(x), _features(grad))
-    product = _product(structure, x, None, indices, gates, *factors)
+    product = Product(structure, factors, x, None, _routing(indices, gates))
     gradients = backends.find_supporting(backend, product).backward(product, grad, [], needs_x, needs_factors)
     return [g for g in (gradients.x, gradients.gates, *gradients.factors) if g is not None]
 
@@ -165,7 +168,7 @@ def _(
     needs_factors: Any,
 ) -> list[Tensor]:
     structure = structure_of(spec, _features(x), _features(grad))
-    operands.check(*_product(structure, x, None, indices, gates, *factors), grad=grad, memory=False)
+    operands.check(*Product(structure, factors, x, None, _routing(indices, gates)), grad=grad, memory=False)
     tensors = zip((x, gates, *factors), (needs_x, needs_x and gates is not None, *needs_factors), strict=True)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
 

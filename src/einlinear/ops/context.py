@@ -103,7 +103,7 @@ def call_context(*tensors: Tensor | None) -> CallContext:
         return CallContext.PLAIN if torch.compiler.is_exporting() else CallContext.TRACED
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return CallContext.PLAIN
-    kinds = set(map(type, tensors))
+    kinds = {*map(type, tensors)}
     if not kinds <= _KINDS:
         return CallContext.PLAIN
     traced = FakeTensor in kinds or torch._C._len_torch_dispatch_stack() > 0
@@ -121,15 +121,15 @@ def is_differentiated_again(grad: Tensor, *others: Tensor | None) -> bool:
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Return whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def autocast(product: Product) -> Product:
     """Return the product with its operands cast as autocast says, if it is on; gates always get the dtype of x."""
     structure, factors, x, bias, routing = product
-    dtype = autocast_dtype(x)
-    if dtype is None and routing is None:
+    if routing is None and not torch._C._is_any_autocast_enabled():
         return product
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, bias, *factors = (_cast(tensor, dtype) for tensor in (x, bias, *factors))
     if routing is not None:

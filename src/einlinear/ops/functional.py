@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from einlinear.ops import autograd, operands, reference
 from einlinear.ops.backends import check_name, check_support
-from einlinear.ops.choice import choose, choose_for_compiler
-from einlinear.ops.constants import assume_constant_result
 from einlinear.ops.context import CallContext, autocast, call_context, wants_gradients
+from einlinear.ops.dispatch import choose, choose_for_compiler
 from einlinear.ops.product import Assignment, Product
 from einlinear.structures import Structure
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def linear(
@@ -125,14 +126,13 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         check_name(backend)
     if isinstance(product.x, fx.Proxy):
         return reference.apply(product)
-    structure, factors, x, bias, routing = product
-    tensors = (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
+    tensors = product.tensors()
     context = call_context(*tensors)
     eager = context is CallContext.EAGER
     plain = not eager and context is CallContext.PLAIN
     training = not plain and wants_gradients(*tensors)
     product = autocast(product)
-    x = product.x
+    structure, _, x, _, routing = product
     if plain or (routing is not None and x.is_meta):
         # other backends read the indices, which have no values on "meta"
         backend = "reference"
@@ -148,6 +148,15 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         operands.check(*product, memory=eager)
         return reference.apply(product)
     return autograd.run(backend, product, training) if eager else autograd.traced(backend, product)
+
+
+def assume_constant_result(function: F) -> F:
+    """`torch.compiler.assume_constant_result` without its import of the compiler, which takes longer than torch's own.
+
+    The decorator of torch does the same: it sets the mark that the compiler looks for.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @assume_constant_result

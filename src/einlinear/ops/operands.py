@@ -62,16 +62,16 @@ def check(
         stack = factors[0].shape[:1]
         operands = [(factor, tensor, stack + factor.shape) for factor, tensor in zip(expected, factors)]
     if x is not None:
-        rows = x.shape[:1]
-        operands.append(("the input", x, (*rows, structure.in_features)))
+        n = x.shape[0] if x.dim() else 0
+        operands.append(("the input", x, (n, structure.in_features)))
         if grad is not None:
-            operands.append(("the gradient of the output", grad, (*rows, structure.out_features)))
+            operands.append(("the gradient of the output", grad, (n, structure.out_features)))
         if routing is not None:
             operands.append(("the tensor of gates", routing[1], _check_indices(x, *routing, memory)))
     if bias is not None:
         operands.append(("the bias", bias, (structure.out_features,)))
     for tensor in saved:
-        operands.append(("a saved intermediate", tensor, tuple(tensor.shape)))
+        operands.append(("a saved intermediate", tensor, tensor.shape))
     negated = False
     try:
         _, first, _ = operands[0]
@@ -126,7 +126,7 @@ def _untraced() -> Iterator[None]:
 
 def _in_memory(tensor: Tensor) -> bool:
     """Return whether the storage reaches as far as the tensor does."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())])
     extent = tensor.itemsize * (1 + last) if tensor.numel() else 0
     return tensor.untyped_storage().nbytes() >= tensor.storage_offset() * tensor.itemsize + extent
 

@@ -53,6 +53,11 @@ class Product(NamedTuple):
         """The number of stacked matrices; 0 without factors."""
         return len(self.factors[0]) if self.factors else 0
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return x, the bias, the factors and the routing's indices and gates."""
+        _, factors, x, bias, routing = self
+        return (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
+
     def resolve_neg(self) -> Product:
         """Return the product with operands whose negation torch has put off (`Tensor.is_neg`) negated in memory."""
         bias, routing = self.bias, self.routing

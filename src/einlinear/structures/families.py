@@ -68,8 +68,7 @@ class Family:
                 takes = f"It takes {', '.join(self.defaults)}" if self.defaults else "It takes no arguments"
                 raise ValueError(f"{self.name} has no argument {argument!r}.{hint} {takes}")
         required = (name for name, default in self.defaults.items() if default is inspect.Parameter.empty)
-        missing = [f"{name}=" for name in required if name not in arguments]
-        if missing:
+        if missing := [f"{name}=" for name in required if name not in arguments]:
             raise ValueError(f"{self.name} needs {', '.join(missing)}")
 
     def pattern(self, arguments: Mapping[str, Any], in_features: int, out_features: int) -> Pattern:

@@ -57,7 +57,7 @@ class Size:
     def of(self, features: int) -> float:
         """The size, not rounded, of an axis of this many features. Raises ValueError if it is above `MAX_SIZE`."""
         with suppress(OverflowError):
-            size = float(self.scale) * float(features) ** float(self.exponent)
+            size: float = float(self.scale) * float(features) ** float(self.exponent)
             if size <= limits.MAX_SIZE:
                 return size
         raise ValueError(f"the size {self} of an axis is more than {limits.MAX_SIZE} for {features} features")

@@ -49,19 +49,15 @@ def adam_multipliers(structure: Structure) -> tuple[float, ...]:
 
 
 def sgd_multipliers(structure: Structure) -> tuple[float, ...]:
-    """Return the learning rate of every factor relative to a dense layer of the same size, for SGD.
-
-    (fan_out / fan_in) / (out_features / in_features) / k for each of the k factors of a term.
-    """
+    """Return the multipliers for SGD, as `adam_multipliers`: (fan_out / fan_in) / (out_features / in_features) / k."""
     aspect = structure.out_features / structure.in_features
     return _multipliers(structure, lambda factor: factor.fan_out / factor.fan_in / aspect)
 
 
 def muon_multipliers(structure: Structure) -> tuple[float, ...]:
-    """Return the learning rate of every factor relative to a dense layer of the same size, for Muon.
+    """Return the multipliers for Muon: sqrt((fan_out / fan_in) / (out_features / in_features)) / k.
 
-    sqrt((fan_out / fan_in) / (out_features / in_features)) / k for each of the k factors of a term: Muon's updates have
-    a spectral norm of one, and the spectral condition asks for sqrt(fan_out / fan_in) of every matrix.
+    Muon's updates have a spectral norm of one. The spectral condition asks for sqrt(fan_out / fan_in) of every matrix.
     """
     aspect = structure.out_features / structure.in_features
     return _multipliers(structure, lambda factor: math.sqrt(factor.fan_out / factor.fan_in / aspect))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import product
+from itertools import chain, product
 
 from einlinear.structures import limits
 from einlinear.structures.pattern import Axes, Pattern
@@ -85,20 +85,18 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
     for axis in axes:
         owners = [group for group in all_groups if axis in group.axes]
         features = min((group.features for group in owners), default=min(in_features, out_features))
-        size = named.get(axis)
-        if size is None:
-            if not owners:
-                raise ValueError(
-                    f"axis {axis!r} is neither read nor written, so its size must be given: 'where {axis}=2' in the "
-                    f'pattern, or sizes={{"{axis}": 2}}'
-                )
-        elif size.exponent in (0, 1):
-            fixed[axis] = max(1, math.floor(size.of(features)))
-        elif owners:
-            targets[axis] = size.of(features)
-        else:
-            # 64**(1/3) is 3.9999...96 in floats
-            fixed[axis] = max(1, math.ceil(size.of(features) - 1e-9))
+        if axis in named:
+            size, is_power = named[axis].of(features), named[axis].exponent not in (0, 1)
+            if owners and is_power:
+                targets[axis] = size
+            else:
+                # 64**(1/3) is 3.9999...96 in floats
+                fixed[axis] = max(1, math.ceil(size - 1e-9) if is_power else math.floor(size))
+        elif not owners:
+            raise ValueError(
+                f"axis {axis!r} is neither read nor written, so its size must be given: 'where {axis}=2' in the "
+                f'pattern, or sizes={{"{axis}": 2}}'
+            )
 
     for axis in axes:
         # an axis of several groups must divide each of them
@@ -107,28 +105,21 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
             fixed[axis] = _shared_size(axis, owners, fixed, targets)
 
     options: list[list[dict[str, int]]] = []
-    candidates = 1
     for group in all_groups:
         free = [axis for axis in group.axes if axis not in fixed]
         step = math.prod(fixed[axis] for axis in group.axes if axis in fixed)
         remaining = math.ceil(group.features / step)
+        _check_padding(group, step * remaining if free else step, fixed)
         if not free:
-            _check_padding(group, step, fixed)
-            options.append([{}])
             continue
-        _check_padding(group, step * remaining, fixed)
         goals = _targets(free, targets, group.features / step)
         limit = max(remaining, math.floor(group.features * (1 + MAX_PADDING) / step))
         effort = 1 / max(1, len(all_groups) // 4)
         choices = [dict(zip(free, sizes)) for sizes in _closest(remaining, limit, goals, group.side == "in", effort)]
-        if candidates * len(choices) > _MAX_CANDIDATES:
-            choices = choices[:1]
-        candidates *= len(choices)
-        options.append(choices)
+        few = math.prod(map(len, options)) * len(choices) <= _MAX_CANDIDATES
+        options.append(choices if few else choices[:1])
     for choice in product(*options):
-        sizes = dict(fixed)
-        for group_sizes in choice:
-            sizes.update(group_sizes)
+        sizes = dict(chain(fixed.items(), *map(dict.items, choice)))
         yield {axis: sizes[axis] for axis in axes}
 
 
@@ -178,11 +169,7 @@ def _closest(
 ) -> list[tuple[int, ...]]:
     """The ordered factorisations closest to the targets, all equally close, of as few features as possible.
 
-    Args:
-        features, limit: the smallest and the largest padded number of features.
-        targets: of the axes.
-        descending: whether larger sizes come first.
-        effort: the fraction of the limits of the search.
+    The padded number of features is from `features` to `limit`. `effort` is the fraction of the limits of the search.
     """
     if len(targets) == 1:
         return [(min(max(features, math.ceil(targets[0] * math.exp(-_CLOSE))), limit),)]

@@ -223,25 +223,14 @@ def _term(term: TermPattern, names: Sequence[str], sizes: Mapping[str, int], ter
     def size(axes: Axes) -> int:
         return math.prod(sizes[axis] for axis in axes)
 
-    order = contract(term, sizes, terms).order
-    factors = []
+    order, factors = contract(term, sizes, terms).order, []
     for index, (source, result) in zip(order, pairwise(intermediates(term, order)), strict=True):
         axes = term.factors[index]
+        shape = tuple(sizes[axis] for axis in axes)
+        batch = tuple(axis for axis in source if axis in axes and axis in result)
         contracted = tuple(axis for axis in source if axis in axes and axis not in result)
+        free = tuple(axis for axis in source if axis not in axes)
         new = tuple(axis for axis in axes if axis not in source)
-        factor = Factor(
-            name=names[index],
-            axes=axes,
-            shape=tuple(sizes[axis] for axis in axes),
-            source=source,
-            result=result,
-            batch=tuple(axis for axis in source if axis in axes and axis in result),
-            contracted=contracted,
-            free=tuple(axis for axis in source if axis not in axes),
-            new=new,
-            fan_in=size(contracted),
-            fan_out=size(new),
-            macs=size(contracted) * size(result),
-        )
-        factors.append(factor)
+        counts = size(contracted), size(new), size(contracted) * size(result)
+        factors.append(Factor(names[index], axes, shape, source, result, batch, contracted, free, new, *counts))
     return Term(term.inputs, tuple(factors), term.outputs)

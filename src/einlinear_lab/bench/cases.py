@@ -1,4 +1,4 @@
-"""Benchmark cases, each a structure at a size with a number of tokens and a pass, and suites, grids of cases."""
+"""Benchmark cases (a structure at a size, a number of tokens, a pass), suites of cases, and memory traffic."""
 
 from __future__ import annotations
 
@@ -73,6 +73,21 @@ class Case:
     def __str__(self) -> str:
         backend = f", {self.backend}" if self.backend else ""
         return f"{self.structure}, {self.size}, {self.amount}, {self.mode}, {self.dtype}{backend}"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes to move. A tensor counts once for every pass that reads it and once for every pass that writes it.
+
+    Attributes:
+        least: input, output and factors, and in training their gradients. No implementation moves less.
+        total: the same with intermediates, written and read again. Caches may avoid this traffic.
+        intermediates: the intermediates once, which a training step may have to keep.
+    """
+
+    least: int
+    total: int
+    intermediates: int
 
 
 @dataclass(frozen=True)
@@ -156,12 +171,7 @@ SUITES = {
         config=BenchConfig(budget=0.2),
     ),
     # Dominated by the overhead of a call. The dispatcher is fitted to this suite and "standard".
-    "small": Suite(
-        structures=_STRUCTURES,
-        sizes=((256, 256),),
-        tokens=(1, 32, 256),
-        config=BenchConfig(budget=0.3),
-    ),
+    "small": Suite(structures=_STRUCTURES, sizes=((256, 256),), tokens=(1, 32, 256), config=BenchConfig(budget=0.3)),
     # Two CPU cores, about twenty minutes.
     "standard": Suite(
         structures=_STRUCTURES,
@@ -181,6 +191,22 @@ SUITES = {
 }
 
 
+def estimate_traffic(case: Case, structure: Structure) -> Traffic:
+    """Return the traffic of one call.
+
+    Forward reads the input and the factors and writes the output. Backward reads the output's gradient, the input and
+    the factors and writes the gradients of input and factors. Forward writes and reads every intermediate; backward
+    reads the intermediate, writes its gradient, and reads this twice.
+    """
+    size = DTYPES[case.dtype].itemsize
+    x, y = case.tokens * case.in_features, case.tokens * case.out_features
+    intermediates = case.tokens * sum(term.intermediate_size for term in structure.terms)
+    training = case.mode == "train"
+    times = (3, 2, 3, 6) if training else (1, 1, 1, 2)
+    least = times[0] * x + times[1] * y + times[2] * structure.params
+    return Traffic(size * least, size * (least + times[3] * intermediates), size * intermediates)
+
+
 def check(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raise ValueError for an unknown name."""
     for name in names:
@@ -194,8 +220,7 @@ def choose(name: str, **options: Any) -> Suite:
     Raises:
         ValueError: the suite is unknown.
     """
-    if name not in SUITES:
-        raise ValueError(f"unknown suite {name!r}: choose from {', '.join(SUITES)}")
+    check("suite", [name], SUITES)
     suite = SUITES[name]
     fields = {key: value for key, value in options.items() if value is not None}
     of_config = {f.name for f in dataclasses.fields(BenchConfig)} & fields.keys()

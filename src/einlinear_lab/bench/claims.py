@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -62,35 +62,24 @@ class Verdict:
 def judge(results: Sequence[HasCase], claims: Mapping[str, Sequence[Claim]] | None = None) -> list[Verdict]:
     """Judge the claims (by device; default: those about layers) about the devices of some results."""
     devices = {result.case.device for result in results}
-    by_device = CLAIMS if claims is None else claims
-    return [
-        _verdict(claim, results)
-        for device, device_claims in by_device.items()
-        if device in devices
-        for claim in device_claims
-    ]
+    verdicts = []
+    for claim in (claim for device, group in (claims or CLAIMS).items() if device in devices for claim in group):
+        values = [(result, claim.value(result)) for result in results if claim.applies(result.case)]
+        measured = ((result, value) for result, value in values if value is not None)
+        verdicts.append(Verdict(claim, tuple(sorted(measured, key=lambda pair: pair[1]))))
+    return verdicts
 
 
 def where(
     mode: str = "", structure: str = "", least: int = 0, below: int = 2**31, tokens: int = 0
 ) -> Callable[[Case], bool]:
     """Return the condition on cases: pass, structure, from `least` to `below` features, and at least `tokens`."""
-
-    def applies(case: Case) -> bool:
-        return (
-            case.mode == (mode or case.mode)
-            and case.structure == (structure or case.structure)
-            and least <= min(case.in_features, case.out_features) < below
-            and case.tokens >= tokens
-        )
-
-    return applies
-
-
-def _verdict(claim: Claim, results: Iterable[HasCase]) -> Verdict:
-    values = [(result, claim.value(result)) for result in results if claim.applies(result.case)]
-    measured = ((result, value) for result, value in values if value is not None)
-    return Verdict(claim, tuple(sorted(measured, key=lambda pair: pair[1])))
+    return lambda case: (
+        case.mode == (mode or case.mode)
+        and case.structure == (structure or case.structure)
+        and least <= min(case.in_features, case.out_features) < below
+        and case.tokens >= tokens
+    )
 
 
 def _ratio(result: BenchResult, baseline: str) -> Spread | None:
@@ -119,11 +108,6 @@ def _not_slower(result: BenchResult, than: str) -> float | None:
     return max(ratio.median, 1.0) if ratio.high >= 1 else ratio.median
 
 
-def _thrifty_speedup(result: BenchResult) -> float | None:
-    """Return `_not_slower` than dense, for at most a quarter of the MACs of dense."""
-    return _not_slower(result, DENSE) if result.limit >= 4 else None
-
-
 def _memory(result: BenchResult, name: str, intermediates: int) -> float | None:
     """Return the peak memory of dense (plus intermediates) over that of a variant, within a page."""
     variant, dense = result.of(name), result.of(DENSE)
@@ -132,31 +116,20 @@ def _memory(result: BenchResult, name: str, intermediates: int) -> float | None:
     return (dense.peak_bytes + intermediates * result.traffic.intermediates + 4096) / variant.peak_bytes
 
 
-_ALWAYS = (
-    Claim("never slower than the copying baseline", 1.0, lambda r: _not_slower(r, COPYING), where()),
-    Claim(
-        "never slower than nn.Linear where MACs are at most a quarter of dense and d ≥ 1024",
-        1.0,
-        _thrifty_speedup,
-        where(least=1024),
-    ),
-    Claim(
-        "training: peak memory at most that of nn.Linear plus the intermediates",
-        1.0,
-        lambda r: _memory(r, OURS, 1),
-        where("train"),
-    ),
-    Claim(
-        "training, recomputing: peak memory at most that of nn.Linear",
-        1.0,
-        lambda r: _memory(r, RECOMPUTING, 0),
-        where("train"),
-    ),
-)
 _LIMIT, _ROOFLINE = BenchResult.fraction, BenchResult.roofline_fraction
 _over_copying = partial(_speedup, baseline=COPYING)
 
 # fmt: off
+_ALWAYS = (
+    Claim("never slower than the copying baseline",
+          1.0, lambda r: _not_slower(r, COPYING), where()),
+    Claim("never slower than nn.Linear where MACs are at most a quarter of dense and d ≥ 1024",
+          1.0, lambda r: _not_slower(r, DENSE) if r.limit >= 4 else None, where(least=1024)),
+    Claim("training: peak memory at most that of nn.Linear plus the intermediates",
+          1.0, lambda r: _memory(r, OURS, 1), where("train")),
+    Claim("training, recomputing: peak memory at most that of nn.Linear",
+          1.0, lambda r: _memory(r, RECOMPUTING, 0), where("train")),
+)
 CLAIMS: dict[str, tuple[Claim, ...]] = {
     "cpu": (
         Claim("forward, 2048 tokens, d ≥ 1024: at least 0.55 of the MAC limit",

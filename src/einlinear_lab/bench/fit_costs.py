@@ -20,8 +20,8 @@ import torch
 from scipy.optimize import nnls
 
 from einlinear.files import write_json
-from einlinear.ops import choice
 from einlinear.ops import costs as model
+from einlinear.ops import dispatch
 from einlinear.ops.backends import CPU_BACKENDS
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.results import Bench, read
@@ -34,11 +34,8 @@ def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, flo
         if (result.case.device, result.case.dtype) == ("cpu", "float32"):
             mode = "train" if result.case.mode == "train" else "forward"
             names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
-            yield (
-                result.case,
-                mode,
-                {model.DENSE: names[DENSE], **{name: us for name, us in names.items() if name in CPU_BACKENDS}},
-            )
+            of_backends = {name: us for name, us in names.items() if name in CPU_BACKENDS}
+            yield result.case, mode, {model.DENSE: names[DENSE], **of_backends}
 
 
 def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
@@ -66,7 +63,7 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
     """Return the time of the chosen backend over that of the fastest, for every case, the worst first."""
     ratios = []
     for case, mode, times in timings(benches):
-        chosen = choice.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
+        chosen = dispatch.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
         ratios.append((times[chosen] / min(us for name, us in times.items() if name != model.DENSE), case))
     return sorted(ratios, key=lambda loss: -loss[0])
 
@@ -102,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(model.COSTS_FILE, {"fitted_to": files, **costs})
     model.COSTS.clear()
     model.COSTS.update(model.read_costs())
-    choice.forget()
+    dispatch.forget()
     ratios = losses(benches)
     close = sum(loss <= 1.1 for loss, _ in ratios) / len(ratios)
     print(f"{len(ratios)} cases; chosen within 10 % of the fastest: {close:.0%}; the worst:")

@@ -54,7 +54,8 @@ def this_machine(device: str) -> Machine:
         cpu=f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
         gpu=_gpu() if device == "cuda" else "",
         system=f"{platform.system()} {platform.machine()}",
-        cores=_cores(),
+        # not every system has an affinity
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -102,10 +103,3 @@ def _cpu() -> str:
 def _gpu() -> str:
     properties = torch.cuda.get_device_properties()
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1

@@ -22,19 +22,13 @@ from einlinear_lab.bench.timing import Call
 
 def peak_bytes(call: Call, device: str) -> int:
     """Return the peak memory of a call in bytes, without memory allocated before."""
-    return _cuda_peak(call) if device == "cuda" else _cpu_peak(call)
-
-
-def _cuda_peak(call: Call) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated()) - before
-
-
-def _cpu_peak(call: Call) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated()) - before
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with _quiet():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,9 +68,7 @@ def _faster(variant: str, over: str) -> Callable[[MixtureResult], float]:
     return lambda result: 1 / result.ratios[variant][over].median
 
 
-def _large(mode: str) -> Callable[[Case], bool]:
-    return where(mode, least=LEAST, tokens=LEAST)
-
+_large = partial(where, least=LEAST, tokens=LEAST)
 
 # fmt: off
 CLAIMS = {"cpu": (
@@ -117,45 +116,34 @@ def measure(case: Case, budget: float) -> MixtureResult:
     Raises:
         RuntimeError: the output of a mixture or of its masked counterpart is wrong, or the backend cannot run.
     """
-    with backend(case.backend or None):
-        return _measure(case, budget)
-
-
-def _measure(case: Case, budget: float) -> MixtureResult:
     torch.manual_seed(0)
     options: dict[str, Any] = {"device": case.device, "dtype": DTYPES[case.dtype]}
-    calls: dict[str, Callable[[], object]] = {}
-    size = (case.in_features, case.out_features)
-    x = torch.randn(case.tokens, case.in_features, **options, requires_grad=case.mode == "train")
+    modules: dict[str, nn.Module] = {}
+    training, size = case.mode == "train", (case.in_features, case.out_features)
+    x = torch.randn(case.tokens, case.in_features, **options, requires_grad=training)
     grad = torch.randn(case.tokens, case.out_features, **options)
 
-    def add(name: str, run: Callable[[Tensor], Tensor], weights: Iterable[Tensor]) -> None:
-        leaves = [x, *weights]
+    def step(module: nn.Module) -> object:
+        with torch.set_grad_enabled(training):
+            y = module(x)
+        return torch.autograd.grad(y, [x, *module.parameters()], grad) if training else y
 
-        def step() -> object:
-            if case.mode == "train":
-                return torch.autograd.grad(run(x), leaves, grad)
-            with torch.no_grad():
-                return run(x)
-
-        calls[name] = step
-
-    for experts in EXPERTS:
-        mixture = MoELinear(*size, "btt", experts, ACTIVE, bias=False, **options)
-        nn.init.normal_(mixture.router, std=case.in_features**-0.5)
-        add(ours(experts), mixture, mixture.parameters())
-        _check(mixture, x, grad, case.mode == "train")
-        if experts == COMPARED:
-            masked = MaskedExperts(mixture)
-            with torch.no_grad():
-                _compare(MASKED, [masked(x)], [mixture(x)], x.dtype)
-            add(MASKED, masked, mixture.parameters())
-    for name, rank in ((RANK, ACTIVE), (ALL, COMPARED)):
-        layer = Linear(*size, f"btt(rank={rank})", bias=False, **options)
-        add(name, layer, layer.parameters())
-    for call in calls.values():
-        call()
-    seconds = interleave(calls, case.device, budget)
+    with backend(case.backend or None):
+        for experts in EXPERTS:
+            mixture = MoELinear(*size, "btt", experts, ACTIVE, bias=False, **options)
+            nn.init.normal_(mixture.router, std=case.in_features**-0.5)
+            modules[ours(experts)] = mixture
+            _check(mixture, x, grad, training)
+            if experts == COMPARED:
+                modules[MASKED] = MaskedExperts(mixture)
+                with torch.no_grad():
+                    _compare(MASKED, [modules[MASKED](x)], [mixture(x)], x.dtype)
+        for name, rank in ((RANK, ACTIVE), (ALL, COMPARED)):
+            modules[name] = Linear(*size, f"btt(rank={rank})", bias=False, **options)
+        calls = {name: partial(step, module) for name, module in modules.items()}
+        for call in calls.values():
+            call()
+        seconds = interleave(calls, case.device, budget)
     ratios: dict[str, dict[str, Spread]] = {}
     for name, other in sorted(_RATIOS):
         pairs = zip(seconds[name], seconds[other], strict=True)
@@ -223,8 +211,8 @@ def tables(results: Sequence[MixtureResult]) -> list[Table]:
     for result in results:
         for name, seconds in result.seconds.items():
             ratio = result.ratios[ours(COMPARED)].get(name)
-            low, high = number(1000 * seconds.low), number(1000 * seconds.high)
-            milliseconds = f"{number(1000 * seconds.median)} ({low} to {high})"
-            rows.append((str(result.case), name, milliseconds, number(ratio.median if ratio else None)))
+            median, low, high = (number(1000 * value) for value in (seconds.median, seconds.low, seconds.high))
+            time = f"{median} ({low} to {high})"
+            rows.append((str(result.case), name, time, number(ratio.median if ratio else None)))
     headings = ("case", "variant", "ms (quartiles)", f"{ours(COMPARED)}, × this")
     return [conclusions(verdicts), misses(verdicts), Table(f"Times, {ACTIVE} experts active", headings, tuple(rows))]

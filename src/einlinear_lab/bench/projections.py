@@ -8,7 +8,7 @@ transpose, so both layouts are measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,21 +68,15 @@ def measure(spec: str, size: tuple[int, int] = SIZE, device: str = "cpu", rounds
     """
     s = structure(spec, *size)
     w = torch.randn(s.out_features, s.in_features, generator=torch.Generator().manual_seed(0)).to(device)
-    calls: dict[str, Callable[[], list[Tensor]]] = {
-        name: partial(split_terms, s, w, truncate) for name, truncate in METHODS.items()
-    }
+    calls = {name: partial(split_terms, s, w, truncate) for name, truncate in METHODS.items()}
     # this warms up as well
     error = {name: float((dense_weight(s, call()) - w).norm() / w.norm()) for name, call in calls.items()}
     if error[OURS] > error[BATCHED] * (1 + 1e-4):
         raise RuntimeError(f"{spec}: the error of {OURS} is {error[OURS]:.6g}, that of the SVD {error[BATCHED]:.6g}")
-    times: dict[str, list[float]] = {name: [] for name in METHODS}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call, device))
+    times = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(rounds)]
+    spreads = {name: spread([time[name] for time in times]) for name in METHODS}
     memory = {name: peak_bytes(call, device) for name, call in calls.items()}
-    return ProjectionResult(
-        spec, *size, device, {name: spread(values) for name, values in times.items()}, memory, error
-    )
+    return ProjectionResult(spec, *size, device, spreads, memory, error)
 
 
 def tables(results: Sequence[ProjectionResult]) -> list[Table]:

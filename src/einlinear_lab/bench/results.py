@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from einlinear.files import differences, write_text
-from einlinear_lab.bench.cases import BenchConfig, Case
+from einlinear_lab.bench.cases import BenchConfig, Case, Traffic
 from einlinear_lab.bench.machine import Machine, Roofline
 from einlinear_lab.bench.timing import Spread
-from einlinear_lab.bench.traffic import Traffic
 from einlinear_lab.bench.variants import OURS
 
 # of the file; raised when an older program could misread it
@@ -92,7 +92,7 @@ class BenchResult:
     def dense_wins(self) -> bool:
         """Whether nn.Linear is faster than our layer, beyond the spread."""
         ours = self.of(OURS)
-        return ours is not None and ours.speedup is not None and ours.speedup.median < 1 and ours.speedup.high < 1
+        return ours is not None and ours.speedup is not None and ours.speedup.high < 1
 
     @property
     def failures(self) -> list[Measurement]:
@@ -110,15 +110,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Bench:
-    """The content of a file of results.
-
-    Attributes:
-        machine: the machine of the measurements.
-        config: the configuration of the measurements.
-        rooflines: the machine's peaks by "device dtype".
-        sessions: the command lines that added results.
-        results: the results, case by case.
-    """
+    """The content of a file of results: the machine, its peaks by "device dtype", and the results case by case."""
 
     machine: Machine
     config: BenchConfig
@@ -130,6 +122,37 @@ class Bench:
         """Return the differences that make the times of two files incomparable, a phrase each."""
         old, new = (dataclasses.asdict(bench.machine) | dataclasses.asdict(bench.config) for bench in (before, self))
         return differences(old, new)
+
+
+@dataclass(frozen=True)
+class Change:
+    """The speed-ups over nn.Linear of a variant of a case in two benchmarks; the machine's state cancels."""
+
+    case: Case
+    name: str
+    before: Spread
+    now: Spread
+
+    @property
+    def ratio(self) -> float:
+        """The new speed-up over the old: above 1 if faster than before."""
+        return self.now.median / self.before.median
+
+    @property
+    def beyond_spread(self) -> bool:
+        """Whether the ranges between the quartiles do not overlap."""
+        return self.before.apart(self.now)
+
+
+def compare(before: Bench, now: Iterable[BenchResult]) -> list[Change]:
+    """Return the changes of all variants that both benchmarks measured, in the order of the second."""
+    old = {(r.case, m.name): m.speedup for r in before.results for m in r.measurements}
+    return [
+        Change(result.case, measurement.name, past, measurement.speedup)
+        for result in now
+        for measurement in result.measurements
+        if measurement.speedup and (past := old.get((result.case, measurement.name)))
+    ]
 
 
 def write(bench: Bench, path: Path) -> None:
@@ -151,7 +174,7 @@ def read(path: Path) -> Bench:
             BenchConfig(**_tuples(content["config"])),
             {name: Roofline(**roofline) for name, roofline in content["rooflines"].items()},
             tuple(Session(**session) for session in content["sessions"]),
-            tuple(_result(result) for result in content["results"]),
+            tuple(map(_result, content["results"])),
         )
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
@@ -178,14 +201,9 @@ def _tuples(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _result(content: dict[str, Any]) -> BenchResult:
-    parts = {
-        "case": Case(**content["case"]),
-        "traffic": Traffic(**content["traffic"]),
-        "measurements": tuple(_measurement(m) for m in content["measurements"]),
-    }
-    return BenchResult(**content | parts)
-
-
-def _measurement(content: dict[str, Any]) -> Measurement:
-    fields: dict[str, Any] = {k: Spread(*value) if isinstance(value, list) else value for k, value in content.items()}
-    return Measurement(**fields)
+    measurements = []
+    for measurement in content["measurements"]:
+        spreads = {name: Spread(*value) for name, value in measurement.items() if isinstance(value, list)}
+        measurements.append(Measurement(**measurement | spreads))
+    case, traffic = Case(**content["case"]), Traffic(**content["traffic"])
+    return BenchResult(**content | {"case": case, "traffic": traffic, "measurements": tuple(measurements)})

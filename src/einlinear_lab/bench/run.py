@@ -13,13 +13,12 @@ import torch
 from einlinear import ops
 from einlinear.nn.linear import explain
 from einlinear_lab.bench import results
-from einlinear_lab.bench.cases import BenchConfig, Case
+from einlinear_lab.bench.cases import BenchConfig, Case, estimate_traffic
 from einlinear_lab.bench.check import Reference
 from einlinear_lab.bench.machine import Roofline, measure_roofline, this_machine
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.results import Bench, BenchResult, Measurement, Session
 from einlinear_lab.bench.timing import MIN_RUNS, interleave, spread
-from einlinear_lab.bench.traffic import estimate_traffic
 from einlinear_lab.bench.variants import BLOCKTT, COMPILED, COPYING, DENSE, Variant, make_variants, make_workload
 
 FILE = "bench.json"
@@ -61,16 +60,15 @@ class Recorder:
         for name in config.backends or ():
             # raises for an unknown backend
             ops.unsupported(name, cases[0].build(), torch.float32, device)
-        self.bench = Bench(this_machine(device), config)
-        differences = self.bench.differences(before) if before else []
-        if differences:
+        bench = Bench(this_machine(device), config)
+        if before and (differences := bench.differences(before)):
             raise ValueError(
                 f"{self.path} was measured elsewhere or otherwise: {'; '.join(differences)}. "
                 "Name another folder (--out), or measure all of it again (--fresh)"
             )
+        bench = before or bench
         session = Session(datetime.now().astimezone().isoformat(timespec="seconds"), command)
-        self.bench = before or self.bench
-        self.bench = dataclasses.replace(self.bench, sessions=(*self.bench.sessions, session))
+        self.bench = dataclasses.replace(bench, sessions=(*bench.sessions, session))
 
     @property
     def missing(self) -> list[Case]:
@@ -115,17 +113,15 @@ def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
         reference = Reference(p)
         for variant in candidates:
             try:
-                complaint = reference.complaint(variant)
+                if complaint := reference.complaint(variant):
+                    wrong[variant.name] = complaint
+                else:
+                    calls[variant.name] = partial(p.step, variant)
             except torch.OutOfMemoryError:
                 refused[variant.name] = "out of memory"
             except RuntimeError as error:
                 failed = refused if variant.name in (COMPILED, BLOCKTT) else wrong
                 failed[variant.name] = f"it raised {error}"
-            else:
-                if complaint is None:
-                    calls[variant.name] = partial(p.step, variant)
-                else:
-                    wrong[variant.name] = complaint
         del reference
         peaks = {name: peak_bytes(call, case.device) for name, call in calls.items() if case.mode == "train"}
         seconds = interleave(calls, case.device, config.budget)
@@ -146,14 +142,8 @@ def _measurement(name: str, seconds: dict[str, list[float]], peak: int | None) -
         for other in (DENSE, COPYING)
         if other != name and other in seconds
     }
-    return Measurement(
-        name,
-        seconds=spread(times),
-        runs=len(times),
-        speedup=ratios.get(DENSE),
-        over_copying=ratios.get(COPYING),
-        peak_bytes=peak,
-    )
+    speedups = ratios.get(DENSE), ratios.get(COPYING)
+    return Measurement(name, None, False, spread(times), len(times), *speedups, peak)
 
 
 def _estimate(case: Case, config: BenchConfig, roofline: Roofline) -> float:

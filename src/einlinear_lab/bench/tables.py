@@ -14,10 +14,9 @@ from typing import Any
 from einlinear import ops
 from einlinear.files import write_text
 from einlinear_lab.bench.cases import MODES
-from einlinear_lab.bench.changes import Change
 from einlinear_lab.bench.claims import Verdict, judge
 from einlinear_lab.bench.machine import Machine
-from einlinear_lab.bench.results import Bench, BenchResult, Measurement
+from einlinear_lab.bench.results import Bench, BenchResult, Change, Measurement
 from einlinear_lab.bench.timing import Spread
 from einlinear_lab.bench.variants import DENSE, OURS
 
@@ -91,20 +90,12 @@ def dense_wins(results: Iterable[BenchResult]) -> Table:
 
 def changed(changes: Iterable[Change]) -> Table:
     """Return all changes, those beyond the spread marked."""
-    rows = [
-        (
-            change.case.structure,
-            change.case.size,
-            str(change.case.tokens),
-            change.case.mode,
-            change.name,
-            number(change.before.median),
-            number(change.now.median),
-            f"{change.ratio - 1:+.0%}",
-            ("faster" if change.ratio > 1 else "slower") if change.beyond_spread else "within the spread",
-        )
-        for change in changes
-    ]
+    rows = []
+    for change in changes:
+        case, before, now = change.case, number(change.before.median), number(change.now.median)
+        verdict = ("faster" if change.ratio > 1 else "slower") if change.beyond_spread else "within the spread"
+        times = before, now, f"{change.ratio - 1:+.0%}", verdict
+        rows.append((case.structure, case.size, str(case.tokens), case.mode, change.name, *times))
     headings = ("structure", "in → out", "tokens", "pass", "variant", "× before", "× now", "change", "")
     return Table(f"Changes of the speed-up over {DENSE}", headings, tuple(rows))
 
@@ -123,6 +114,7 @@ def write_results(
 def page(bench: Bench) -> str:
     """Return all results in Markdown, without the single variants."""
     verdicts = judge(bench.results)
+    judgements = conclusions(verdicts), misses(verdicts), dense_wins(bench.results)
     rooflines = (
         f"- {name}: {peak.flops / 1e9:,.0f} GFLOP/s in a large matmul, {peak.bandwidth / 1e9:,.0f} GB/s in a large copy"
         for name, peak in bench.rooflines.items()
@@ -132,11 +124,7 @@ def page(bench: Bench) -> str:
         str(bench.machine),
         "\n".join(rooflines),
         "\n".join(f"    {session.command}    # {session.date}" for session in bench.sessions),
-        *(
-            table.markdown()
-            for table in (conclusions(verdicts), misses(verdicts), dense_wins(bench.results))
-            if table.rows
-        ),
+        *(table.markdown() for table in judgements if table.rows),
         "![Speed-up over nn.Linear against the reduction of MACs](bench.png)",
         *(table.markdown() for table in summary(bench.results)),
     ]
@@ -154,16 +142,11 @@ def _summary_row(result: BenchResult) -> tuple[str, ...]:
         peak = f"{peak} / {number(dense.peak_bytes / 1e6)}"
     times = (_milliseconds(m.seconds) if m else "–" for m in (dense, ours))
     remarks = ["dense wins"] * result.dense_wins + [f"{m.name} is wrong: {m.refusal}" for m in result.failures]
-    remarks += [f"{name} is faster" for name in _faster(result, ours)]
+    others, low = {*ops.BACKENDS} - {result.backend}, ours.seconds.low if ours.seconds else 0.0
+    rivals = [m for m in result.measurements if m.name in others and m.seconds and m.seconds.high < low]
+    remarks += [f"{rival.name} is faster" for rival in rivals]
     spec = (case.structure, case.size, str(case.tokens), f"{result.macs:,}")
     return (*spec, *times, result.backend, *ratios, peak, "; ".join(remarks))
-
-
-def _faster(result: BenchResult, ours: Measurement) -> list[str]:
-    """Return the other backends that are faster, beyond the spread."""
-    others = {*ops.BACKENDS} - {result.backend}
-    rivals = [m for m in result.measurements if m.name in others and m.seconds]
-    return [m.name for m in rivals if ours.seconds and m.seconds and m.seconds.high < ours.seconds.low]
 
 
 def _detail_row(result: BenchResult, m: Measurement) -> tuple[str, ...]:

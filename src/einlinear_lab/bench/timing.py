@@ -46,11 +46,19 @@ def spread(values: Sequence[float]) -> Spread:
 
 def seconds(call: Call, device: str) -> float:
     """Return the time of one call: on the CPU by the wall clock, on a GPU by its own clock with cold caches."""
-    if device == "cuda":
-        return _cuda_seconds(call)
-    start = time.perf_counter()
+    if device != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _flushed().zero_()
+    # a millisecond for the CPU to get ahead, so that launches cost no time
+    torch.cuda._sleep(2_000_000)
+    start.record()
     call()
-    return time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[str, list[float]]:
@@ -81,18 +89,6 @@ def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[st
         if collecting:
             gc.enable()
     return times
-
-
-def _cuda_seconds(call: Call) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    _flushed().zero_()
-    # a millisecond for the CPU to get ahead, so that launches cost no time
-    torch.cuda._sleep(2_000_000)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1000
 
 
 @cache

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,18 +111,18 @@ def make_variants(
     variants = [Variant(OURS, factors, p.layer)]
     refused: dict[str, str] = {}
     for name in ops.BACKENDS if backends is None else backends:
-        reason = ops.unsupported(name, structure, p.x.dtype, p.x.device)
-        if reason is not None:
+        if reason := ops.unsupported(name, structure, p.x.dtype, p.x.device):
             refused[name] = reason
         else:
             variants.append(Variant(name, factors, partial(_by_backend, p, name)))
     if p.case.mode == "train":
-        variants.append(Variant(SAVING, factors, partial(_recomputed, p, False)))
-        variants.append(Variant(RECOMPUTING, factors, partial(_recomputed, p, True)))
+        both = {SAVING: False, RECOMPUTING: True}
+        variants += [Variant(name, factors, partial(_recomputed, p, choice)) for name, choice in both.items()]
 
     stored = partial(baselines.copying_weights, structure)
     weights = _leaves(stored(factors))
-    variants.append(Variant(COPYING, weights, partial(_copying, p, weights), stored))
+    copying = partial(baselines.copying, structure, weights, bias=p.bias)
+    variants.append(Variant(COPYING, weights, copying, stored))
 
     if compiled and p.case.mode != "decode":
         # without a reset torch stops compiling after a few cases
@@ -138,18 +139,13 @@ def make_variants(
     return variants, refused
 
 
-def _copying(p: Workload, weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    return baselines.copying(p.structure, weights, x, p.bias)
-
-
 def _by_backend(p: Workload, backend: str, x: Tensor) -> Tensor:
     return ops.linear(p.structure, p.layer.factors(), x, p.bias, backend)
 
 
 def _recomputed(p: Workload, recompute: bool, x: Tensor) -> Tensor:
     with ops.backend(recompute=recompute):
-        y: Tensor = p.layer(x)
-    return y
+        return cast(Tensor, p.layer(x))
 
 
 def _leaves(weights: Sequence[Tensor]) -> list[nn.Parameter]:

@@ -1,7 +1,6 @@
-"""The `einlinear` command: all commands as one program, each imported when it is called.
+"""The `einlinear` command. Each subcommand is imported when it is called.
 
-This module stands beside the package, because `import einlinear` imports torch, which `--version` and `--help` do not
-need. So the first lines of the commands' help are written here; a test compares them with those of the commands.
+`--version` and `--help` must not import torch, so the help of the subcommands is repeated here; a test compares it.
 """
 
 from __future__ import annotations
@@ -42,29 +41,26 @@ PANELS = {
         "compress": "Make a pretrained Hugging Face model smaller.",
     },
 }
-# an option that these do not know is one of a run, which says what is right
+# Commands with options of runs, which check unknown options themselves.
 _OF_RUNS = ("compare", "train", "sweep", "search", "coord-check")
-_PLAIN: dict[str, Any] = {
-    "add_completion": False,
-    "pretty_exceptions_enable": False,  # a bug shows its plain traceback
-}
+# Bugs show a plain traceback.
+_PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
 
 
 class _Commands(TyperGroup):
-    """Commands of which only the names and first lines are known until one of them is called."""
+    """Group of commands that are imported when they are called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that the arguments name, imported."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, load(name) if name else command, rest
 
 
 def load(name: str) -> Any:
-    """Import a command: what click calls."""
+    """Import a command and return it as a click command."""
     function = import_module(f"einlinear_lab.cli.{name.replace('-', '_')}").command
-    alone = typer.Typer(**_PLAIN)
-    alone.command(name, context_settings={"ignore_unknown_options": name in _OF_RUNS})(function)
-    return typer.main.get_command(alone)
+    single = typer.Typer(**_PLAIN)
+    single.command(name, context_settings={"ignore_unknown_options": name in _OF_RUNS})(function)
+    return typer.main.get_command(single)
 
 
 app = typer.Typer(
@@ -79,8 +75,8 @@ for panel, commands in PANELS.items():
         app.command(name, help=first_line, rich_help_panel=panel)(lambda: None)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_set: bool) -> None:
+    if is_set:
         print(f"einlinear {version('einlinear')}")
         raise typer.Exit
 

@@ -83,9 +83,9 @@ def command(
     """
     import torch
 
-    from einlinear_lab.bench import changes, claims, mixtures, plot, projections, tables
+    from einlinear_lab.bench import claims, mixtures, plot, projections, tables
     from einlinear_lab.bench.cases import DEVICES, check, choose
-    from einlinear_lab.bench.results import read
+    from einlinear_lab.bench.results import compare, read
     from einlinear_lab.bench.run import FILE, Recorder
 
     with user_errors():
@@ -103,12 +103,9 @@ def command(
         if suite == MIXTURES:
             _refuse(suite, structures=structures, bias=bias, variants=variants, compile=compiled, compare=compared)
             options = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
-            seconds = 10.0 if budget is None else budget
+            measure = partial(mixtures.measure, budget=10.0 if budget is None else budget)
             cases = mixtures.cases(**options, backends=_words(backends))
-            calls: dict[str, Callable[[], object]] = {
-                str(case): partial(mixtures.measure, case, seconds) for case in cases
-            }
-            _run(suite, mixtures, calls, device, out)
+            _run(suite, mixtures, {str(case): partial(measure, case) for case in cases}, device, out)
             return
         if suite == PROJECTIONS:
             _refuse(suite, tokens=tokens, passes=passes, dtype=dtypes, bias=bias, backends=backends, budget=budget)
@@ -116,8 +113,7 @@ def command(
             check("device", [device or "cpu"], DEVICES)
             weights = product(grid["structures"] or projections.SPECS, grid["sizes"] or (projections.SIZE,))
             project = partial(projections.measure, device=device or "cpu")
-            calls = {f"{spec}, {size}": partial(project, spec, size) for spec, size in weights}
-            _run(suite, projections, calls, device, out)
+            _run(suite, projections, {f"{w[0]}, {w[1]}": partial(project, *w) for w in weights}, device, out)
             return
         past = None if compared is None else read(compared / FILE if compared.is_dir() else compared)
         chosen = choose(suite or "quick", **grid, backends=_words(backends), compiled=compiled, budget=budget)
@@ -145,7 +141,7 @@ def command(
     if past:
         for difference in recorder.bench.differences(past):
             display.note(f"Differs from {compared}: {difference}")
-        _print([tables.changed(changes.compare(past, results))])
+        _print([tables.changed(compare(past, results))])
     display.note(f"Results: {recorder.path}, with bench.md and bench.png.")
     _fail([f"{result.case}, {m.name}: {m.refusal}" for result in results for m in result.failures])
 
@@ -201,10 +197,10 @@ def _measure(recorder: Recorder) -> None:
     if not missing:
         display.note(f"{recorder.path} has all cases already; --fresh measures them again.")
         return
-    display.note(
-        f"{len(missing)} of {len(recorder.cases)} cases to measure, about {_duration(recorder.estimate())}; "
-        f"results in {recorder.path}."
-    )
+    seconds = recorder.estimate()
+    duration = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    count = f"{len(missing)} of {len(recorder.cases)} cases"
+    display.note(f"{count} to measure, about {duration}; results in {recorder.path}.")
     with display.progress() as progress:
         task = progress.add_task("", total=len(missing))
         for case in missing:
@@ -219,10 +215,6 @@ def _print(tables: Iterable[Table]) -> None:
         if table.rows:
             display.show(table.headings, table.rows, table.title, prose=True)
             display.note("")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""`einlinear compare`: its options, and what it prints."""
+"""The command `einlinear compare`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from einlinear_lab.cli.arguments import MixCode, Workers
 from einlinear_lab.cli.endings import user_errors
-from einlinear_lab.cli.options import MixCode, Workers
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import assignments, numbers, specs
 from einlinear_lab.cli.running import carry_out
@@ -78,7 +78,7 @@ def command(
     from einlinear_lab.sweeps.compare import CompareConfig, configure, plan
 
     with user_errors():
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "structures": structures,
             "macs": macs,
             "widths": widths,
@@ -89,21 +89,21 @@ def command(
             **({} if data is None else {"data": data}),
             **assignments(config),
         }
-        others, best = split_leaders(specs(given["structures"]) or ())
+        others, best = split_leaders(specs(options["structures"]) or ())
         sized: list[dict[str, Any]] = []
         if best:
-            given = as_searched(best, given)
+            options = as_searched(best, options)
             not_of_runs = {*CompareConfig.__dataclass_fields__, "preset"}
-            options = {name: value for name, value in given.items() if name not in not_of_runs}
-            given.setdefault("first_seed", unseen_seed(best))
-            is_matched = given.get("macs") is None and given.get("widths") is None
-            sized = alongside(best, others if is_matched else (), options)
+            run_options = {name: value for name, value in options.items() if name not in not_of_runs}
+            options.setdefault("first_seed", unseen_seed(best))
+            is_matched = options.get("macs") is None and options.get("widths") is None
+            sized = alongside(best, others if is_matched else (), run_options)
             others = () if is_matched else others
-        lists: dict[str, Any] = {
+        options |= {
             "structures": others or (() if best else None),
             "sized": tuple(sized) or None,
-            "macs": numbers(given.get("macs"), "--macs"),
-            "widths": numbers(given.get("widths"), "--widths"),
+            "macs": numbers(options.get("macs"), "--macs"),
+            "widths": numbers(options.get("widths"), "--widths"),
         }
-        sweep = plan(configure(**given | lists))
+        sweep = plan(configure(**options))
     carry_out(sweep, out, workers, mix_code)

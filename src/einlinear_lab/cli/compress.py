@@ -17,7 +17,6 @@ from einlinear_lab.cli.packages import PRETRAINED, require
 from einlinear_lab.cli.parsing import specs
 
 if TYPE_CHECKING:
-    from einlinear.compression import CompressionReport
     from einlinear_lab.pretrained.generation_speed import ModelSpeed
 
 # files that are not copied and are listed
@@ -57,10 +56,7 @@ def command(
     lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of --distill.")] = 3e-4,
     sequential: Annotated[
         bool,
-        typer.Option(
-            "--sequential/--parallel",
-            help="Fit layers one after the other, or all at once.",
-        ),
+        typer.Option("--sequential/--parallel", help="Fit layers one after the other, or all at once."),
     ] = True,
     only_if_faster: Annotated[
         bool,
@@ -83,6 +79,7 @@ def command(
 
     from einlinear import compression
     from einlinear.compression.candidates import DEFAULT_FAMILIES
+    from einlinear.compression.compression_report import HEADINGS
     from einlinear_lab.pretrained.documents import read_documents, text_batches
     from einlinear_lab.pretrained.generation_speed import model_speeds
     from einlinear_lab.pretrained.model_folder import finish, load, save
@@ -93,7 +90,9 @@ def command(
     distillation = None
     with interruptible(f"Interrupted. The same command resumes; so far: {unfinished}"), ExitStack() as stack:
         with user_errors():
-            count, budget = _budget(keep_params, keep_macs)
+            count, budget = ("params", keep_params) if keep_macs is None else ("macs", keep_macs)
+            if budget is None or (keep_params is not None and keep_macs is not None):
+                raise ValueError("give either --keep-params or --keep-macs: the fraction to keep, such as 0.5")
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
@@ -102,9 +101,8 @@ def command(
                 raise ValueError("--distill needs text to train on: --calibration FILE")
             if distill and lr == 0:
                 raise ValueError("--lr must be positive: at 0 nothing is learnt")
-            stack.enter_context(
-                lock_output(out, f"another einlinear compress is at work on {out}: name another folder")
-            )
+            message = f"another einlinear compress is at work on {out}: name another folder"
+            stack.enter_context(lock_output(out, message))
             if finish(out, unfinished, config):
                 display.note(f"{out} is complete: the same command was interrupted after it had been written.")
                 return
@@ -149,7 +147,11 @@ def command(
         with system_errors():
             left_out = save(compressed, tokenizer, report, out, model, config)
             shutil.rmtree(unfinished)
-    _print(report)
+    if report.warning:
+        display.note(report.warning)
+    display.show(HEADINGS, report.rows())
+    for note in report.notes:
+        display.note(note)
     if distillation is not None:
         first, last = distillation.losses[0], distillation.losses[-1]
         display.note(
@@ -162,25 +164,6 @@ def command(
         rest = f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else ""
         display.note(f"Not copied from {model}: {', '.join(left_out[:_SHOWN])}{rest}.")
     display.note(f"Saved in {out}. from_pretrained loads it after import einlinear.")
-
-
-def _budget(keep_params: float | None, keep_macs: float | None) -> tuple[str, float]:
-    """The count and the fraction of it to keep."""
-    if keep_params is not None and keep_macs is None:
-        return "params", keep_params
-    if keep_macs is not None and keep_params is None:
-        return "macs", keep_macs
-    raise ValueError("give either --keep-params or --keep-macs: the fraction to keep, such as 0.5")
-
-
-def _print(report: CompressionReport) -> None:
-    from einlinear.compression.compression_report import HEADINGS
-
-    if report.warning:
-        display.note(report.warning)
-    display.show(HEADINGS, report.rows())
-    for note in report.notes:
-        display.note(note)
 
 
 def _print_speeds(speeds: dict[str, ModelSpeed]) -> None:

@@ -1,4 +1,4 @@
-"""`einlinear coord-check`: its options, and what it prints."""
+"""The command `einlinear coord-check`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import assignments, numbers, specs
 from einlinear_lab.cli.running import command_line
 
-if TYPE_CHECKING:  # heavy: imported by the command itself
+if TYPE_CHECKING:
     from einlinear_lab.report.coordinate_check import FeatureUpdates
-
 
 _STRUCTURES = ["dense; low_rank; kronecker; monarch; btt"]
 
@@ -59,7 +58,7 @@ def command(
         def advance(spec: str, width: int, _: int) -> None:
             bars.update(bar, advance=1, description=f"{spec}, width {width}")
 
-        updates = [FeatureUpdates(*found) for found in measure(run, problem, chosen, sizes, advance)]
+        updates = [FeatureUpdates(*result) for result in measure(run, problem, chosen, sizes, advance)]
     _print(updates)
     write_updates(out, updates, command_line(), problem.source)
     display.note(f"Report: {write_report([out]).path}")

@@ -62,10 +62,10 @@ def _print_structure(s: Structure) -> None:
 
 
 def _print_plan(s: Structure, tokens: int) -> None:
-    """Which backend runs a structure on this CPU in float32, and the steps of the batched matmuls."""
-    display.note(f"\nExecutor for {tokens:,} inputs of float32 on this CPU, and what the others would take:")
+    """Print the backend of a structure on this CPU in float32, and the steps of the batched matmuls."""
+    display.note(f"\nBackend for {tokens:,} inputs of float32 on this CPU, and the estimated time of the others:")
     display.note(str(ops.choose(s, tokens, torch.float32, torch.device("cpu"))))
-    display.note("\nBatched matmuls, and the states between them, the slowest axis first:")
+    display.note("\nBatched matmuls and the intermediates between them, slowest axis first:")
     for steps in make_plan(s):
         for step in steps:
             display.note(f"  {s.factors[step.index].name}  {step}")

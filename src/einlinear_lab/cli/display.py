@@ -1,8 +1,7 @@
-"""What several commands print: messages, tables, progress bars."""
+"""Output of commands: messages, tables, progress bars."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,26 +21,27 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-_SECONDS = 10  # between two lines of progress, where there is no terminal
+# Seconds between two lines of progress without a terminal.
+_INTERVAL = 10
 
 
 def note(message: str) -> None:
-    """A line to the terminal, its markup characters as they are."""
+    """Print a message; markup characters stay as they are."""
     Console().print(Text(message), soft_wrap=True)
 
 
 def error(message: str) -> None:
-    """A message in red to stderr."""
+    """Print an error in red to stderr."""
     Console(stderr=True).print(Text(f"error: {message}", style="red"), soft_wrap=True)
 
 
 def warning(message: str) -> None:
-    """A message in yellow to stderr."""
+    """Print a warning in yellow to stderr."""
     Console(stderr=True).print(Text(message, style="yellow"), soft_wrap=True)
 
 
 def show(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, prose: bool = False) -> None:
-    """A table of texts: the first column to the left; the others to the right and unbroken, unless some hold prose."""
+    """Print a table of texts; columns after the first are right-aligned and not wrapped, unless they hold prose."""
     table = Table(
         title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
@@ -51,11 +51,12 @@ def show(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console()
-    (console if console.is_terminal else Console(width=250)).print(table)  # a pipe or file has no width to fit it into
+    # A pipe or file has no width.
+    (console if console.is_terminal else Console(width=250)).print(table)
 
 
 def progress(*more: ProgressColumn) -> Progress:
-    """Progress bars with these further columns. Only a terminal shows them, and of torchrun's processes the first."""
+    """Return progress bars with these further columns; shown only in a terminal, by the first process of torchrun."""
     console = Console()
     columns = (
         TextColumn(
@@ -73,36 +74,32 @@ def progress(*more: ProgressColumn) -> Progress:
 
 @contextmanager
 def steps() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show how far one thing after the other has come: in a terminal by a bar, elsewhere by a line now and then."""
-    with progress() as bars:
-        lines = _Lines(is_shown=os.environ.get("RANK", "0") == "0")
-        yield lines if bars.disable else partial(advance, bars)
+    """Yield a function that shows the progress of tasks in sequence, called with (task, done, total).
 
+    A terminal shows a bar; otherwise a line is printed when a task begins and every ten seconds.
+    """
+    started, last, tasks = time.monotonic(), 0.0, set[str]()
 
-class _Lines:
-    """A line when a thing is begun for the first time, and one every ten seconds."""
-
-    def __init__(self, is_shown: bool) -> None:
-        self._is_shown = is_shown
-        self._start = time.monotonic()
-        self._last = -math.inf
-        self._begun = set[str]()
-
-    def __call__(self, what: str, done: int, total: int | None) -> None:
+    def print_line(task: str, done: int, total: int | None) -> None:
+        nonlocal last
         now = time.monotonic()
-        if not self._is_shown or (what in self._begun and now - self._last < _SECONDS):
+        if os.environ.get("RANK", "0") != "0" or (task in tasks and now - last < _INTERVAL):
             return
-        self._begun.add(what)
-        self._last = now
-        note(f"{what}: {done:,}{'' if total is None else f' of {total:,}'} ({now - self._start:.0f} s)")
+        tasks.add(task)
+        last = now
+        note(f"{task}: {done:,}{'' if total is None else f' of {total:,}'} ({now - started:.0f} s)")
+
+    with progress() as bars:
+        yield print_line if bars.disable else partial(advance, bars)
 
 
-def advance(bars: Progress, what: str, done: int, total: int | None) -> None:
-    """Show how far one thing has come, the only one at a time."""
-    what = what if len(what) <= 40 else f"…{what[-39:]}"  # a path may be long
+def advance(bars: Progress, name: str, done: int, total: int | None) -> None:
+    """Show the progress of a task as the only bar."""
+    # A path may be long.
+    name = name if len(name) <= 40 else f"…{name[-39:]}"
     for task in bars.tasks:
-        if task.description != what:
+        if task.description != name:
             bars.remove_task(task.id)
     if not bars.tasks:
-        bars.add_task(what, total=total)
+        bars.add_task(name, total=total)
     bars.update(bars.tasks[0].id, completed=done)

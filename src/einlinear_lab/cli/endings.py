@@ -1,4 +1,4 @@
-"""How commands end early: on a mistake of the user's, or on Ctrl-C."""
+"""Early ends of commands: errors of the user, errors of the system, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from einlinear_lab.cli import display
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what the library says about wrong arguments, files and missing packages into one message and exit code 2.
+    """Turn errors of wrong arguments, files and missing packages into a message and exit code 2.
 
-    Only around what checks and reads what the user gave: an error of the same type later on is a bug. Under torchrun
-    all processes find the same mistake, and the first one of every machine says so.
+    For checks of the user's input only: later, an error of the same type is a bug. Under torchrun all processes raise
+    the same error, and the first process of every machine prints it.
     """
     try:
         yield
@@ -28,7 +28,7 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """The same around training, for what is no bug there: a folder in use, a full disk."""
+    """Turn errors of the system during training, such as a full disk, into a message and exit code 2."""
     try:
         yield
     except OSError as error:
@@ -38,7 +38,7 @@ def system_errors() -> Iterator[None]:
 
 @contextmanager
 def interruptible(message: str) -> Iterator[None]:
-    """Let Ctrl-C end the command with a message and the customary exit code."""
+    """End the command on Ctrl-C with a message and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from einlinear_lab.cli import display
+from einlinear_lab.cli.arguments import Floor, Folders
 from einlinear_lab.cli.endings import user_errors
-from einlinear_lab.cli.options import Floor, Folders
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import floor_of, numbers
 

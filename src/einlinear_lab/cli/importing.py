@@ -1,4 +1,4 @@
-"""Code of the user's, imported for the families that it registers."""
+"""Import of the user's code (--import), which registers families."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-_imported: list[str] = []  # by this process
+# Modules and files that this process has imported.
+_imported: list[str] = []
 
 
 def import_all(targets: Sequence[str]) -> None:
-    """Import what --import names, one after the other; raises as `import_user_code`."""
+    """Import all modules and files of --import; raises as `import_user_code`."""
     _imported[:] = targets
     for target in targets:
         import_user_code(target)
 
 
 def setup() -> tuple[Callable[[], None], ...]:
-    """What another process has to call, so that it knows the families that this one knows."""
+    """Return functions that register the same families in another process."""
     return tuple(partial(import_user_code, target) for target in _imported)
 
 
@@ -29,13 +30,20 @@ def import_user_code(target: str) -> None:
     """Import a module by its name, or a file by its path, which ends in .py.
 
     Raises:
-        ValueError: there is no such module or file, or its own code raises; the message then shows where.
+        ValueError: the module or file does not exist, or its code raises; the message then has the traceback.
     """
     if target.endswith(".py") and not Path(target).is_file():
         raise ValueError(f"--import {target}: there is no such file")
     try:
         if target.endswith(".py"):
-            _import_file(Path(target))
+            # Not the bare stem, which may be the name of another module.
+            name = f"_imported_{Path(target).stem}"
+            spec = spec_from_file_location(name, target)
+            assert spec is not None
+            assert spec.loader is not None
+            # Dataclasses and pickle look modules up there.
+            sys.modules[name] = module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
         else:
             importlib.import_module(target)
     except Exception as error:
@@ -44,12 +52,3 @@ def import_user_code(target: str) -> None:
         else:
             why = "".join(traceback.format_exception(error, limit=-2)).rstrip()
         raise ValueError(f"--import {target}: {why}") from None
-
-
-def _import_file(path: Path) -> None:
-    name = f"_imported_{path.stem}"  # not the bare stem: a file may be called as a module that others import
-    spec = spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module_from_spec(spec)  # where dataclasses and pickle look it up
-    spec.loader.exec_module(sys.modules[name])

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from einlinear_lab.cli import display
+from einlinear_lab.cli.arguments import Folders
 from einlinear_lab.cli.endings import user_errors
-from einlinear_lab.cli.options import Folders
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.report import PageFile
 
 _ROWS = 10
 
 
-def command(
-    folders: Folders,
-    out: PageFile = None,
-) -> None:
+def command(folders: Folders, out: PageFile = None) -> None:
     """Map a search: the exponents of its structures against their loss."""
     require(LAB)
     from einlinear_lab.report import write_report
@@ -37,9 +34,8 @@ def command(
         display.note(f"{comparison}: {len(map_.points)} structures at {map_.compute:,.0f} MACs per {comparison.input}")
         table = map_table(map_.points[:_ROWS], error)
         display.show(table.headings, [[cell.text for cell in row] for row in table.rows])
-        coefficients = [
-            (sign, *(cell.text for cell in cells)) for sign, cells in coefficient_cells(map_.regression).items()
-        ]
+        cells = coefficient_cells(map_.regression)
+        coefficients = [(sign, *(cell.text for cell in row)) for sign, row in cells.items()]
         display.show(("exponent", f"coefficient for log {error}", "95 % interval"), coefficients)
         if map_.unfinished:
             display.note(f"{len(map_.unfinished)} more structures are left out: pruned or not finished.")

@@ -1,12 +1,13 @@
-"""The packages that commands need beyond those of the library, and the extras that install them."""
+"""Packages that commands need beyond those of the library, and the extras that install them."""
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
 
-CLI = ("rich", "typer")  # any command
-LAB = (  # those that train or report
+CLI = ("rich", "typer")
+# Of commands that train or report.
+LAB = (
     *CLI,
     "datasets",
     "jinja2",
@@ -23,13 +24,13 @@ LAB = (  # those that train or report
     "tokenizers",
     *(() if sys.version_info >= (3, 11) else ("tomli",)),
 )
-PRETRAINED = (*CLI, "safetensors", "scipy", "transformers")  # models of transformers
-RAY = ("ray",)  # a cluster
+PRETRAINED = (*CLI, "safetensors", "scipy", "transformers")
+RAY = ("ray",)
 _INSTALLED_BY = {CLI: "'einlinear[lab]'", LAB: "'einlinear[lab]'", PRETRAINED: "'einlinear[pretrained]'", RAY: "ray"}
 
 
 def require(modules: tuple[str, ...]) -> None:
-    """End the program with a message that says what to install, if one of the modules cannot be imported."""
+    """Exit with the command that installs the packages if a module cannot be imported."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         sys.exit(

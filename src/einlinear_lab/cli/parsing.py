@@ -1,4 +1,4 @@
-"""What is written as one argument: lists of structures, lists of numbers, NAME=VALUE, a floor."""
+"""Parsing of arguments: lists of structures, lists of numbers, NAME=VALUE, a floor."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from pathlib import Path
 
 from einlinear.structures.spec import is_family
 
-FLAGS = ("--skip-broken",)  # options of runs that may stand without a value
+# Options of runs that need no value.
+FLAGS = ("--skip-broken",)
 
 
 def specs(texts: str | list[str] | None) -> tuple[str, ...] | None:
     """["dense; tt(rank=2, cores=3), btt", "monarch"] -> ("dense", "tt(rank=2, cores=3)", "btt", "monarch")."""
     if not texts:
         return None
-    found: list[str] = []
-    for part in ";".join([texts] if isinstance(texts, str) else texts).split(";"):
-        pieces = _split_at_commas(part)
-        found += pieces if all(map(is_family, pieces)) else [part.strip()]  # the commas of a pattern are its own
-    if not any(found):
+    result: list[str] = []
+    for text in ";".join([texts] if isinstance(texts, str) else texts).split(";"):
+        # Commas separate families; a pattern has commas of its own.
+        families = _split_at_commas(text)
+        result += families if all(map(is_family, families)) else [text.strip()]
+    if not any(result):
         raise ValueError("--structures is empty; write structures such as dense; btt(rank=2)")
-    return tuple(filter(None, found))
+    return tuple(filter(None, result))
 
 
 def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
@@ -30,7 +32,7 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     sizes = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-    found: list[int] = []
+    values: list[int] = []
     for word in filter(None, map(str.strip, text.split(","))):
         size = sizes.get(word[-1].lower())
         try:
@@ -39,20 +41,20 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
             raise ValueError(f"{option}: {word!r} is no number; write numbers such as 50k,100k,1.5M") from None
         if number.denominator > 1:
             raise ValueError(f"{option}: {word!r} is not a whole number")
-        found.append(int(number))
-    if not found:
+        values.append(int(number))
+    if not values:
         raise ValueError(f"{option} is empty; write numbers such as 50k,100k,1.5M")
-    return tuple(found)
+    return tuple(values)
 
 
 def assignments(words: Sequence[str] | None) -> dict[str, str]:
-    """Options by name; of one that is given twice, the last value.
+    """Return options by name; the last value of an option counts.
 
     >>> assignments(["lr=1e-3", "--batch-size", "64", "--skip-broken", "--depth=2"])
     {'lr': '1e-3', 'batch_size': '64', 'skip_broken': 'true', 'depth': '2'}
 
     Raises:
-        ValueError: a word that sets nothing.
+        ValueError: a word that is no assignment.
     """
     options: dict[str, str] = {}
     rest = iter(words or ())
@@ -73,11 +75,7 @@ def assignments(words: Sequence[str] | None) -> dict[str, str]:
 
 
 def floor_of(text: str) -> float | None:
-    """The option --floor; None where the floor is to be fitted.
-
-    Raises:
-        ValueError: it is neither a number of at least zero nor "fit".
-    """
+    """Parse --floor: a number of at least 0, or None for "fit". Raises ValueError for other texts."""
     if text == "fit":
         return None
     try:
@@ -90,12 +88,12 @@ def floor_of(text: str) -> float | None:
 
 
 def _split_at_commas(text: str) -> list[str]:
-    """The parts between the commas that no bracket encloses."""
-    pieces, depth = [""], 0
+    """Split at the commas outside of brackets."""
+    parts, depth = [""], 0
     for character in text:
         depth += (character == "(") - (character == ")")
         if character == "," and depth == 0:
-            pieces.append("")
+            parts.append("")
         else:
-            pieces[-1] += character
-    return [piece.strip() for piece in pieces if piece.strip()]
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]

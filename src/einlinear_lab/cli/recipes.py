@@ -1,4 +1,4 @@
-"""`einlinear recipes`: what it prints."""
+"""The command `einlinear recipes`."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from einlinear_lab.cli import display
+from einlinear_lab.cli.arguments import Floor, Folders
 from einlinear_lab.cli.endings import user_errors
-from einlinear_lab.cli.options import Floor, Folders
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import floor_of
 
@@ -22,11 +22,7 @@ PageFile = Annotated[
 ]
 
 
-def command(
-    folders: Folders,
-    out: PageFile = None,
-    floor: Floor = "0",
-) -> None:
+def command(folders: Folders, out: PageFile = None, floor: Floor = "0") -> None:
     """Print a table of the models in results folders, and write a page about all their runs."""
     require(LAB)
     from einlinear_lab.report import write_report

@@ -1,4 +1,4 @@
-"""Doing the runs of a command: what is missing, with progress bars, then the report."""
+"""Runs of a command: do the missing ones with progress bars, then report."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
 from einlinear_lab.cli.importing import setup
 from einlinear_lab.cli.packages import RAY, require
 
-if TYPE_CHECKING:  # heavy: imported where it is needed
+if TYPE_CHECKING:
     from einlinear_lab.runs.run import Run
     from einlinear_lab.sweeps.driver import Event, Pool
     from einlinear_lab.sweeps.sweep import Sweep
 
-_SHOWN = 20  # of the files that are left out
+# Of the skipped files.
+_SHOWN = 20
 
 
 def loss_column() -> TextColumn:
-    """What stands beside every bar."""
+    """Return the column of the loss beside every bar."""
     return TextColumn("{task.fields[loss]}")
 
 
 def command_line() -> str:
-    """The command that was given, for the record, without passwords."""
+    """Return the command line without passwords."""
     from einlinear_lab.runs.passwords import without_passwords
 
     return shlex.join(["einlinear", *map(without_passwords, sys.argv[1:])])
 
 
 def check_place(on: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> None:
-    """Raise ValueError for a place to train that there is not, and for options that would do nothing there."""
+    """Raise ValueError for an unknown --on, and for options that have no effect with it."""
     if on == "local":
         refuse({"--address": address, "--cpus": cpus, "--gpus": gpus}, "goes with --on ray")
     elif on == "ray":
@@ -50,21 +51,21 @@ def check_place(on: str, workers: int | None, address: str | None, cpus: float |
 
 
 def refuse(options: Mapping[str, object], why: str) -> None:
-    """Raise ValueError if one of these options was given."""
+    """Raise ValueError if one of these options is set."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"{name} {why}")
 
 
 def cluster(address: str | None, cpus: float | None, gpus: float | None) -> Pool:
-    """Where --on ray trains."""
+    """Return the pool of --on ray."""
     from einlinear_lab.sweeps.cluster import Cluster
 
     return Cluster(address, 1 if cpus is None else cpus, gpus or 0, setup())
 
 
 def processes(workers: int | None, runs: Sequence[Run]) -> Pool:
-    """Where --on local trains."""
+    """Return the pool of --on local."""
     from joblib import cpu_count
 
     from einlinear_lab.sweeps.workers import Workers, suited
@@ -74,10 +75,10 @@ def processes(workers: int | None, runs: Sequence[Run]) -> Pool:
 
 
 def check_here(runs: Iterable[Run]) -> None:
-    """What training would find wrong with this machine, before it starts.
+    """Check before training that this machine can do the runs.
 
     Raises:
-        ValueError: there is no such device; the processes that torchrun started cannot share a batch.
+        ValueError: the device does not exist, or torchrun's processes cannot share a batch equally.
         ModuleNotFoundError: a tracker's package is not installed.
     """
     from einlinear_lab.training.distributed import check_batch, check_device, processes
@@ -91,10 +92,9 @@ def check_here(runs: Iterable[Run]) -> None:
 
 
 def say_skipped(runs: Iterable[Run]) -> None:
-    """Name the files of the user's data that were left out."""
-    for data in {run.data: None for run in runs}:
-        skipped = data.skipped()
-        if skipped:
+    """Warn about skipped files of the user's data."""
+    for data in dict.fromkeys(run.data for run in runs):
+        if skipped := data.skipped():
             more = f" and {len(skipped) - _SHOWN} more" if skipped[_SHOWN:] else ""
             names = ", ".join(skipped[:_SHOWN])
             files = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
@@ -102,8 +102,8 @@ def say_skipped(runs: Iterable[Run]) -> None:
 
 
 def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None) -> None:
-    """Do what is missing of a sweep, on processes of this machine unless another pool is given, and report."""
-    from einlinear_lab.runs.check import check_runs
+    """Do the missing runs of a sweep, on processes of this machine or another pool, and report."""
+    from einlinear_lab.runs.execution import check_runs
     from einlinear_lab.runs.store import Store
     from einlinear_lab.sweeps.driver import do
 
@@ -118,9 +118,10 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
             display.warning(f"{problem}; if it belongs here it is done again")
         missing = store.missing(sweep.runs)
         say_skipped(sweep.runs)
-    there = len(sweep.runs) - len(missing)
-    already = f"; {there} of {len(sweep.runs)} are already there" if there else ""
+    finished = len(sweep.runs) - len(missing)
+    already = f"; {finished} of {len(sweep.runs)} are already there" if finished else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
+    failed = []
     if missing:
         pool = pool or processes(workers, missing)
         interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
@@ -128,15 +129,13 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
             failed = do(sweep.runs, store, pool, Watch(bars, len(missing)).see)
         for event in failed:
             display.error(f"{event.run.name} failed: {event.message}")
-    else:
-        failed = []
     report.command([folder])
     if failed:
         raise typer.Exit(1)
 
 
 class Watch:
-    """Bars: one for all runs, one for each that is running."""
+    """Progress bars: one for all runs, and one for each running run."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
@@ -159,13 +158,13 @@ class Watch:
 
 
 def title(run: Run) -> str:
-    """A run in a few words."""
+    """Return a short title of a run."""
     return f"{run.model.structure}, width {run.model.width}, lr {run.training.lr:g}, seed {run.seed}"
 
 
 @contextmanager
 def bar(run: Run) -> Iterator[Callable[[int, int, float], None]]:
-    """A bar for a single run, and the function that moves it."""
+    """Show the progress bar of a single run; yield the function that updates it."""
     with display.progress(loss_column()) as progress:
         task = progress.add_task(title(run), loss="")
         yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=f"loss {loss:.3f}")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from einlinear_lab.cli import display
+from einlinear_lab.cli.arguments import MixCode, RunConfig, Workers
 from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
-from einlinear_lab.cli.options import MixCode, RunConfig, Workers
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import assignments, numbers
 from einlinear_lab.cli.running import (
@@ -89,7 +89,7 @@ def command(
     also on several machines that share it. NAME=VALUE are options of the runs, as for train.
     """
     require(LAB)
-    from einlinear_lab.runs.defaults import with_defaults
+    from einlinear_lab.runs.run import with_defaults
     from einlinear_lab.runs.store import Store
     from einlinear_lab.runs.table import RunTable
     from einlinear_lab.search.config import SearchConfig

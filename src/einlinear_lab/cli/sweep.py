@@ -1,4 +1,4 @@
-"""`einlinear sweep`: its options, and where its runs come from."""
+"""The command `einlinear sweep`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from einlinear_lab.cli import display
+from einlinear_lab.cli.arguments import MixCode, RunConfig, Workers
 from einlinear_lab.cli.endings import user_errors
-from einlinear_lab.cli.options import MixCode, RunConfig, Workers
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import assignments
 from einlinear_lab.cli.running import carry_out, check_place, cluster, refuse
@@ -50,9 +50,9 @@ def command(
         if is_file:
             refuse({"--scale": scale}, f"is that of a recipe, and {what} is a file")
         overrides, scale = assignments(config), scale or "small"
-        found = read_sweep(what, overrides) if is_file else recipes.sweep(what, scale, overrides)
-        if not is_file and (how := getattr(recipes.load(what), scale).prepare):
-            display.note(f"Its data has to be there: {how}")
+        sweep = read_sweep(what, overrides) if is_file else recipes.sweep(what, scale, overrides)
+        if not is_file and (prepare := getattr(recipes.load(what), scale).prepare):
+            display.note(f"Its data has to be there: {prepare}")
         name = Path(what).stem if is_file else f"{what}-{scale}"
     pool = cluster(address, cpus, gpus) if on == "ray" else None
-    carry_out(found, out or Path("results") / name, workers, mix_code, pool)
+    carry_out(sweep, out or Path("results") / name, workers, mix_code, pool)

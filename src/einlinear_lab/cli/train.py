@@ -1,4 +1,4 @@
-"""`einlinear train`: its options, and what it prints."""
+"""The command `einlinear train`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from einlinear_lab.cli import display
+from einlinear_lab.cli.arguments import RunConfig
 from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
-from einlinear_lab.cli.options import RunConfig
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import assignments
 from einlinear_lab.cli.running import bar, check_here, say_skipped
 
-if TYPE_CHECKING:  # heavy: imported by the command itself
+if TYPE_CHECKING:
     from einlinear_lab.runs.records import Result
     from einlinear_lab.runs.run import Run
 
@@ -32,23 +32,22 @@ def command(
 
     Without steps=NUMBER there are 20 passes over the data, but at least 200 and at most 5,000 steps.
 
-    After an interruption the same command goes on from the last checkpoint; checkpoint_every=100 writes one every 100
+    After an interruption the same command resumes from the last checkpoint; checkpoint_every=100 writes one every 100
     steps. Under torchrun all processes train the model together: parallel=ddp or parallel=fsdp.
 
     For example:  einlinear train model=gpt data=data/english structure="btt(rank=2)" width=256 steps=2000 lr=3e-3
     """
     require(LAB)
-    from einlinear_lab.runs.check import check_runs
-    from einlinear_lab.runs.defaults import with_defaults
-    from einlinear_lab.runs.execution import execute
+    from einlinear_lab.runs.execution import check_runs, execute
     from einlinear_lab.runs.records import check_folder, describe
-    from einlinear_lab.runs.run import Run
+    from einlinear_lab.runs.run import Run, with_defaults
     from einlinear_lab.training.distributed import is_first
 
     with user_errors():
         options = assignments(config)
-        named = options.pop("out", None)  # as all the other options are written
-        options, why = with_defaults(options)
+        # out=FOLDER is written like the other options.
+        named = options.pop("out", None)
+        options, reasons = with_defaults(options)
         run = Run.of(options)
         folder = out or Path(named or Path("results", "train", run.name))
         check_here([run])
@@ -56,24 +55,23 @@ def command(
         check_folder(describe(folder, run, run.data.load(run.seed)))
         if is_first():
             say_skipped([run])
-            for sentence in why:
+            for sentence in reasons:
                 display.note(f"{sentence}.")
-            display.note(f"In {folder}. The same command goes on with it, or shows what is there.")
-    interrupted = "Interrupted. The same command goes on from the last checkpoint, if checkpoint_every was set."
+            display.note(f"In {folder}. The same command resumes it, or shows its result.")
+    interrupted = "Interrupted. The same command resumes from the last checkpoint, if checkpoint_every was set."
     with interruptible(interrupted), bar(run) as progress, system_errors():
         result = execute(run, folder, progress, keep_checkpoints=True)
     if is_first():
         _print(run, result)
 
 
-def _print(run: Run, found: Result) -> None:
-    """What it came to."""
+def _print(run: Run, result: Result) -> None:
     rows = [
-        ("parameters", f"{found.params:,}"),
-        ("MACs of an input", f"{found.macs:,}"),
-        ("train loss", "diverged" if found.train_loss is None else f"{found.train_loss:.4f}"),
-        *((name.replace("_", " "), f"{value:.4f}") for name, value in found.metrics.items()),
+        ("parameters", f"{result.params:,}"),
+        ("MACs of an input", f"{result.macs:,}"),
+        ("train loss", "diverged" if result.train_loss is None else f"{result.train_loss:.4f}"),
+        *((name.replace("_", " "), f"{value:.4f}") for name, value in result.metrics.items()),
     ]
-    if found.step_seconds:
-        rows.append(("inputs a second", f"{found.inputs / found.step_seconds:,.0f}"))
+    if result.step_seconds:
+        rows.append(("inputs a second", f"{result.inputs / result.step_seconds:,.0f}"))
     display.show(("", run.name), rows)

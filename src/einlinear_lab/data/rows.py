@@ -22,7 +22,7 @@ _GZIP = ".gz"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _LONGEST_CELL = 1 << 30
 # Values of JSON other than objects.
-_KINDS = {
+_KINDS: dict[type, str] = {
     **{list: "a list", str: "a text", bool: "a truth value", type(None): "null"},
     **{int: "a number", float: "a number"},
 }

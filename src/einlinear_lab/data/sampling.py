@@ -1,4 +1,4 @@
-"""The examples of a batch: of training by its number, of evaluation always the same ones."""
+"""Sampling: which examples form each training batch, and the fixed subset for evaluation."""
 
 from __future__ import annotations
 

@@ -1,20 +1,18 @@
-"""Reference models, as the papers set them up, with any linear layer structured; each is built from its config.
+"""Reference models of the papers, with any linear layer structured; each is built from its config.
 
-config.py     what all configs share, and the shape of the data
+config.py     base classes of models and configs, shape of the data
 blocks.py     residual blocks: feed-forward, attention
 mlp.py        residual MLP
 vit.py        vision transformer
 gpt.py        language model
-causal_lm.py  OPT and Pythia, of transformers
+causal_lm.py  OPT and Pythia of transformers
 macs.py       MACs and parameters of a model
-model.py      the base class
 """
 
 from einlinear_lab.models.causal_lm import OPT, OPTConfig, Pythia, PythiaConfig
-from einlinear_lab.models.config import ModelConfig, Shape
+from einlinear_lab.models.config import ModelConfig, ReferenceModel, Shape
 from einlinear_lab.models.gpt import GPT, GPTConfig
 from einlinear_lab.models.mlp import MLPConfig, ResidualMLP
-from einlinear_lab.models.model import ReferenceModel
 from einlinear_lab.models.vit import ViT, ViTConfig
 
 MODELS: dict[str, type[ModelConfig]] = {

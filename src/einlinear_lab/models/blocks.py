@@ -1,7 +1,7 @@
 """Residual blocks of the reference models: feed-forward, self-attention, and one after the other.
 
-All are x + multiplier * branch(norm(x)), shapes (..., width) to the same. A block gets a function that makes its linear
-layers, so that no block knows the kinds of layers.
+All are x + multiplier * branch(norm(x)), shapes (..., width) to the same. A function passed to the block makes its
+linear layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from einlinear_lab.models.config import DENSE, ModelConfig
 
 
 class MakeLayer(Protocol):
-    """Makes the linear layer of a role; without gamma where its output is normalised anyway."""
+    """Makes the linear layer of a role; without gamma if its output is normalised anyway."""
 
     def __call__(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module: ...
 
@@ -30,7 +30,7 @@ class Layers:
     """Makes the linear layers and feed-forward blocks of a model from its config.
 
     Args:
-        config: structures, experts and, of structured layers that are not dense, `normalize`.
+        config: structures, experts and `normalize`, which applies to structured layers but dense ones.
         bias: whether linear layers and norms have one; experts that are whole networks have none.
     """
 
@@ -101,16 +101,16 @@ class FeedForward(nn.Module):
 class Attention(SelfDescribing):
     """x + multiplier * out(attention(norm(x))): multi-head self-attention, (n, t, width) to the same.
 
-    Scores are multiplied by 8 / d_head rather than 1 / sqrt(d_head): the same for heads of 64 features, and right for
-    all others under muP (Yang et al., arXiv 2203.03466), since a query and its key correlate.
+    Scores are multiplied by 8 / d_head instead of 1 / sqrt(d_head), as muP needs (Yang et al., arXiv 2203.03466); the
+    two are equal for heads of 64 features.
 
     Args:
         width: of the residual stream.
-        heads: how many.
+        heads: number of heads.
         layer: makes the four linear layers; those of queries and keys without gamma if qk_norm undoes it.
-        d_head: features of a head; by default width / heads, which has to be a whole number.
+        d_head: features of a head; default width / heads, which has to be a whole number.
         bias: whether norms have one.
-        causal: whether a token sees only itself and those before it.
+        causal: whether attention is causal.
         qk_norm: whether every head's queries and keys pass through a LayerNorm.
         multiplier: of the branch.
     """
@@ -143,7 +143,8 @@ class Attention(SelfDescribing):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
-        q, k, v = (z.transpose(1, 2) for z in (self.query_norm(q), self.key_norm(k), v))  # (n, heads, t, d_head)
+        # (n, heads, t, d_head)
+        q, k, v = (z.transpose(1, 2) for z in (self.query_norm(q), self.key_norm(k), v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=8 / q.shape[-1])
         return torch.add(x, self.out(mixed.transpose(1, 2).flatten(2)), alpha=self.multiplier)
 

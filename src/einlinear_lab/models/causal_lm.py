@@ -1,9 +1,8 @@
-"""Language models of transformers, made from a config, whose feed-forward layers are structured.
+"""Language models of transformers with structured feed-forward layers, as in DYAD (Chandy et al., arXiv 2312.06881).
 
-These are the models of DYAD (Chandy et al., arXiv 2312.06881). What differs from the published architectures is what
-learning rates that carry over from width to width need (Yang et al., arXiv 2203.03466): OPT's head has a weight of its
-own, and scores are multiplied by 8 / d_head, which for heads of 64 features, as the published ones are, is the same as
-1 / sqrt(d_head). OPT has no dropout.
+They differ from the published architectures where learning-rate transfer needs it (Yang et al., arXiv 2203.03466):
+OPT's head is untied, and scores are multiplied by 8 / d_head, which equals 1 / sqrt(d_head) for the published heads of
+64 features. OPT has no dropout.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from torch import Tensor
 
 from einlinear.conversion import convert
 from einlinear.structures import DoesNotFit, structure
-from einlinear_lab.models.config import DENSE, ModelConfig, Shape
+from einlinear_lab.models.config import DENSE, ModelConfig, ReferenceModel, Shape
 from einlinear_lab.models.macs import macs_per_token
-from einlinear_lab.models.model import ReferenceModel
 
-# Special tokens are none of the data's; the row of a padding token would never be trained.
+# The data has no special tokens, and the embedding of a padding token would never be trained.
 _NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
@@ -64,26 +62,26 @@ class PythiaConfig(CausalLMConfig):
 
 
 class CausalLM(ReferenceModel, ABC):
-    """A language model of transformers that returns logits, as `GPT` does.
+    """A language model of transformers that returns logits, like `GPT`.
 
     Args:
-        vocab: the number of different tokens.
+        vocab: vocabulary size.
         width: of the residual stream.
-        context: the most tokens of a sequence.
-        config: other attributes of `CausalLMConfig`. `structure` is that of the two feed-forward layers of every block,
+        context: maximum number of tokens of a sequence.
+        config: other attributes of `CausalLMConfig`. `structure` applies to the two feed-forward layers of every block,
             as for `einlinear.convert`; all others stay dense.
 
     Attributes:
-        FEED_FORWARD: globs on the layers that are structured.
-        BLOCKS: the name of the list of blocks in the model of transformers.
-        ATTENTION: the name of the attention in a block.
+        FEED_FORWARD: globs of the structured layers.
+        BLOCKS: name of the list of blocks in the model of transformers.
+        ATTENTION: name of the attention in a block.
 
     Shapes:
         integers (n, t) to logits (n, t, vocab), for t up to `context`.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
-        ValueError: sizes that do not divide as they must, an unknown structure; on call, a sequence that is too long.
+        ValueError: sizes that do not divide, an unknown structure; on call, a sequence that is too long.
 
     Example:
         >>> import torch, einlinear as el
@@ -106,7 +104,11 @@ class CausalLM(ReferenceModel, ABC):
 
     def __init__(self, vocab: int, width: int, context: int, **config: Any) -> None:
         super().__init__()
-        _check_installed()
+        if find_spec("transformers") is None:
+            raise ModuleNotFoundError(
+                "models opt and pythia need a package that is not installed (transformers). Install it with:  "
+                "pip install 'einlinear[pretrained]'"
+            )
         c = self.CONFIG(width=width, **config)
         if c.heads < 1 or width % c.heads:
             raise DoesNotFit(f"a width of {width} cannot be divided into {c.heads} heads")
@@ -118,14 +120,14 @@ class CausalLM(ReferenceModel, ABC):
         for block in self.blocks:
             block.get_submodule(self.ATTENTION).scaling = 8 * c.heads / width
         if c.structure != DENSE:
-            # Both layers have to fit: `convert` would leave the other one dense.
+            # Raise if one of the layers does not fit: `convert` would leave it dense.
             structure(c.structure, width, hidden)
             structure(c.structure, hidden, width)
             convert(self.model, c.structure, self.FEED_FORWARD)
 
     @abstractmethod
     def _dense(self, config: dict[str, Any], hidden: int) -> Any:
-        """Make the dense model of a config of transformers, with `hidden` features in the hidden layers."""
+        """Make the dense model of transformers, with `hidden` features in the hidden layers."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.context:
@@ -134,7 +136,7 @@ class CausalLM(ReferenceModel, ABC):
         return logits
 
     @property
-    def blocks(self) -> Any:  # type: ignore[override]  # they are where transformers has them
+    def blocks(self) -> Any:  # type: ignore[override]
         return self.model.get_submodule(self.BLOCKS)
 
     @property
@@ -171,11 +173,3 @@ class Pythia(CausalLM):
         import transformers
 
         return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**config, intermediate_size=hidden))
-
-
-def _check_installed() -> None:
-    if find_spec("transformers") is None:
-        raise ModuleNotFoundError(
-            "models opt and pythia need a package that is not installed (transformers). Install it with:  "
-            "pip install 'einlinear[pretrained]'"
-        )

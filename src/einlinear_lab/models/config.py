@@ -1,15 +1,18 @@
-"""Configs of the reference models: each builds its model for the shape of the data."""
+"""Base classes of the reference models and of their configs; a config builds its model for the shape of the data."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from einlinear.nn.moe.mixture import check_experts
-from einlinear_lab.models.model import ReferenceModel
+from einlinear.nn.names import name_of
+from einlinear_lab.models.macs import macs_per_token
 
 DENSE = "dense"
 ROUTED = ("linear", "feed_forward", "both")
@@ -35,6 +38,30 @@ class Shape:
     outputs: int
     image: tuple[int, int, int] | None = None
     context: int | None = None
+
+
+class ReferenceModel(nn.Module):
+    """A model of residual blocks.
+
+    Attributes:
+        ZERO: globs of the zero-initialised layers: ``el.init_(model, zero=model.ZERO)``.
+        LR_SCALE: glob -> learning-rate scale: ``el.param_groups(model, ..., lr_scale=model.LR_SCALE)``.
+        blocks: the residual blocks, in order.
+    """
+
+    ZERO: ClassVar[tuple[str, ...]]
+    LR_SCALE: ClassVar[Mapping[str, float]] = {}
+    blocks: nn.Sequential
+
+    @property
+    def last_block(self) -> str:
+        """Qualified name of the last block, whose output a coordinate check measures."""
+        return name_of(self, self.blocks[-1])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one input, see `macs_per_token`."""
+        return macs_per_token(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from einlinear.structures import DoesNotFit
 from einlinear_lab.models.blocks import Layers
-from einlinear_lab.models.config import DENSE, Shape, TransformerConfig
+from einlinear_lab.models.config import DENSE, ReferenceModel, Shape, TransformerConfig
 from einlinear_lab.models.macs import macs_per_token
-from einlinear_lab.models.model import ReferenceModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +43,10 @@ class GPTConfig(TransformerConfig):
 
 
 class GPT(ReferenceModel):
-    """Token and learned position embeddings, pre-norm transformer blocks with causal attention, a head of its own.
+    """Token and learned position embeddings, pre-norm transformer blocks with causal attention, an untied head.
 
-    The branches of the blocks are multiplied by sqrt(3 / depth). Embeddings start with a standard deviation of one, as
-    in torch: a token is a one-hot input, and all other layers return features of size one as well.
+    The branches of the blocks are multiplied by sqrt(3 / depth). Embeddings start with a standard deviation of 1, as in
+    torch, like the outputs of all other layers.
 
     Args:
         vocab: the number of different tokens.
@@ -60,7 +59,7 @@ class GPT(ReferenceModel):
         integers (n, t) to logits (n, t, vocab), for t up to `context`.
 
     Raises:
-        ValueError: sizes that do not divide as they must, an unknown structure; on call, a sequence that is too long.
+        ValueError: sizes that do not divide, an unknown structure; on call, a sequence that is too long.
 
     Example:
         >>> import torch, einlinear as el

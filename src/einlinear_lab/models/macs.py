@@ -1,4 +1,4 @@
-"""What a model costs: multiply-accumulates (MACs) and parameters."""
+"""Multiply-accumulates (MACs) and parameters of a model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from einlinear.nn.third_party import layer_info
 
 
 def params(model: nn.Module) -> int:
-    """The number of parameters, biases and norms included, shared ones once."""
+    """Return the number of parameters, biases and norms included; shared parameters count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def macs_per_token(model: nn.Module, tokens: int | None = None) -> int:
-    """Multiply-accumulates that one token, or one vector, takes to pass through every layer of a model once.
+    """Return the multiply-accumulates of one token, or one vector, through every layer of a model.
 
-    Counted are linear layers (structured ones, torch's, transformers' Conv1D) and the two products of this library's
-    attention: 2 * tokens * heads * d_head. Causal attention counts in full, also what its mask hides, as torch's
-    FlopCounterMode does it. Biases, norms, activation functions and lookups are not counted.
+    Linear layers (structured ones, torch's, transformers' Conv1D) and the two products of this library's attention
+    (2 * tokens * heads * d_head) count. Causal attention counts in full, masked scores included, as in torch's
+    FlopCounterMode. Biases, norms, activation functions and lookups do not count.
 
     Args:
-        model: any module whose layers see one token each time; what sees several, such as a layer before a pooling and
-            one after it, is counted apart and added up.
-        tokens: the length of the sequence, for models with attention.
+        model: any module each of whose layers is applied once per token. Count modules of different lengths, such as
+            those before and after a pooling, separately.
+        tokens: length of the sequence, for models with attention.
 
     Raises:
-        ValueError: a module with weights that it does not know, such as `torch.nn.MultiheadAttention`; attention over a
-            number of tokens that was not given, or the attention of another library, whose products are in no layer
-            that could be counted: see `linear_macs`.
+        ValueError: a module with unknown weights, such as `torch.nn.MultiheadAttention`; attention without `tokens`;
+            attention of another library, see `linear_macs`.
 
     Example:
         >>> import torch, einlinear as el
@@ -36,7 +35,7 @@ def macs_per_token(model: nn.Module, tokens: int | None = None) -> int:
     """
     macs = 0
     for name, module in model.named_modules():
-        macs += _own_macs(name, module)
+        macs += _module_macs(name, module)
         info = layer_info(module)
         if info is not None and info.macs_per_position:
             if tokens is None:
@@ -53,21 +52,21 @@ def macs_per_token(model: nn.Module, tokens: int | None = None) -> int:
 
 
 def linear_macs(model: nn.Module) -> int:
-    """Multiply-accumulates that one token takes in all linear layers of a model, of whatever library.
+    """Return the multiply-accumulates of one token in all linear layers of a model of any library.
 
     Raises:
-        ValueError: a module with weights that it does not know, such as `torch.nn.MultiheadAttention`.
+        ValueError: a module with unknown weights, such as `torch.nn.MultiheadAttention`.
 
     Example:
         >>> import torch
         >>> linear_macs(torch.nn.TransformerEncoderLayer(8, 2).linear1)
         16384
     """
-    return sum(_own_macs(name, module) for name, module in model.named_modules())
+    return sum(_module_macs(name, module) for name, module in model.named_modules())
 
 
-def _own_macs(name: str, module: nn.Module) -> int:
-    """Of a module without its children, and of one token by itself."""
+def _module_macs(name: str, module: nn.Module) -> int:
+    """Return the MACs of a module without its children, for one token."""
     info = layer_info(module)
     counted = {*info.roles} if info is not None and info.macs is not None else set()
     unknown = sorted(key for key, p in module.named_parameters(recurse=False) if p.dim() > 1 and key not in counted)

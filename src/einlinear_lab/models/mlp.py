@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from einlinear_lab.models.blocks import Layers
-from einlinear_lab.models.config import FeedForwardConfig, Shape
-from einlinear_lab.models.model import ReferenceModel
+from einlinear_lab.models.config import FeedForwardConfig, ReferenceModel, Shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear_lab.models.blocks import Layers
-from einlinear_lab.models.config import Shape, TransformerConfig
+from einlinear_lab.models.config import ReferenceModel, Shape, TransformerConfig
 from einlinear_lab.models.macs import macs_per_token
-from einlinear_lab.models.model import ReferenceModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +45,11 @@ class ViTConfig(TransformerConfig):
 class ViT(ReferenceModel):
     """Patches, learned positions, pre-norm transformer blocks, the mean over tokens, a dense head.
 
-    Patches are cut out by reshaping and embedded by a linear layer, so that all weights are those of linear layers. The
-    mean over tokens stands where others have a class token: it is one kind of parameter less, and the number of tokens
-    stays that of the patches.
+    A linear layer embeds the patches, so that all weights are those of linear layers. The mean over tokens replaces a
+    class token.
 
     Args:
-        image_size: (height, width) of the images, or one number if they are square.
+        image_size: (height, width) of the images, or one number for square images.
         width: of the residual stream.
         out_features: the number of classes.
         channels: of the images.
@@ -62,7 +60,7 @@ class ViT(ReferenceModel):
         (n, channels, height, width) to (n, out_features).
 
     Raises:
-        ValueError: sizes that do not divide as they must, an unknown structure; on call, images of another size.
+        ValueError: sizes that do not divide, an unknown structure; on call, images of another size.
 
     Example:
         >>> import torch, einlinear as el
@@ -107,7 +105,8 @@ class ViT(ReferenceModel):
         if tuple(x.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must be of shape (n, {expected}), not {tuple(x.shape)}")
-        h = self.patches(F.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2))  # (n, tokens, width)
+        # (n, tokens, width)
+        h = self.patches(F.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2))
         h = self.blocks(h + self.positions(torch.arange(self.tokens, device=x.device)))
         out: Tensor = self.head(self.norm(h).mean(1))
         return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +95,13 @@ def read_documents(file: Path, tokenizer: Any) -> Documents:
     kept = [i for i, (_, row) in enumerate(rows) if chats[i] or any(row[key].strip() for key in _SHAPES[kind])]
     if not kept:
         raise ValueError(f"{file} holds no text: {kind} is empty in all of its rows")
-    render = partial(_chat, _SHAPES[kind], tokenizer) if chats[0] else partial(_plain, _SHAPES[kind])
-    return Documents(file, kind, len(kept), lambda i: render(*rows[kept[i]]), chats[0])
+    keys = _SHAPES[kind]
+
+    def text(i: int) -> str:
+        where, row = rows[kept[i]]
+        return _chat(keys, tokenizer, where, row) if chats[0] else "".join(row[key] for key in keys)
+
+    return Documents(file, kind, len(kept), text, chats[0])
 
 
 def text_batches(
@@ -209,10 +213,6 @@ def _is_chat(where: str, row: Mapping[str, Any], kind: str) -> bool:
     if len({*chats}) > 1:
         raise ValueError(f"{where}: prompt and completion must both be texts, or both lists of messages")
     return chats[0]
-
-
-def _plain(keys: tuple[str, ...], _: str, row: Mapping[str, Any]) -> str:
-    return "".join(row[key] for key in keys)
 
 
 def _chat(keys: tuple[str, ...], tokenizer: Any, where: str, row: Mapping[str, Any]) -> str:

@@ -45,7 +45,11 @@ def model_speeds(
             prefill = seconds_of(partial(model, input_ids=ids), ids.device)
             prefills[name].append(tokens / prefill)
             if model.can_generate():
-                both = seconds_of(partial(_generate, model, ids, new_tokens), ids.device)
+                # past any end of the text
+                count = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0}
+                mask = torch.ones_like(ids)
+                generate = partial(model.generate, ids, attention_mask=mask, do_sample=False, **count)
+                both = seconds_of(generate, ids.device)
                 decodes[name].append((new_tokens - 1) / max(both - prefill, 1e-9))
     return {
         name: ModelSpeed(
@@ -53,15 +57,3 @@ def model_speeds(
         )
         for name in models
     }
-
-
-def _generate(model: Any, ids: torch.Tensor, new_tokens: int) -> None:
-    """Generate greedily, past any end of the text."""
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from pathlib import Path, PurePosixPath
+
+from einlinear.files import read_json
 
 # of sentence-transformers: the modules of a pipeline and their folders
 MODULES = "modules.json"
@@ -39,7 +40,7 @@ def module_paths(folder: Path) -> list[str]:
     if not file.is_file():
         return []
     try:
-        paths = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
+        paths = [str(module["path"]) for module in read_json(file)]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: it is not a list of modules with a path each ({error!r})") from None
     for path in paths:
@@ -98,6 +99,6 @@ def copy_side_files(source: Path, out: Path, model: str = "") -> list[str]:
 def _is_transformer(folder: Path) -> bool:
     """Whether a folder holds the config of a transformers model; those of pooling and the like have no model type."""
     try:
-        return "model_type" in json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        return "model_type" in read_json(folder / _CONFIG)
     except (OSError, ValueError, TypeError):
         return False

@@ -41,8 +41,7 @@ from einlinear_lab.report import (
 )
 from einlinear_lab.report.comparison import Comparison, compare_runs
 from einlinear_lab.report.page import Chapter, render
-from einlinear_lab.runs.records import Record
-from einlinear_lab.runs.store import RUNS, Store
+from einlinear_lab.runs.store import Store, open_store
 
 __all__ = ["Report", "write_report"]
 
@@ -51,13 +50,7 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Report:
-    """A page and its content.
-
-    Attributes:
-        path: the file of the page.
-        comparisons: the comparisons on the page.
-        warnings: the warnings at the top of the page.
-    """
+    """The file of a page, the comparisons on it, and the warnings at its top."""
 
     path: Path
     comparisons: tuple[Comparison, ...]
@@ -78,17 +71,25 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     paths = [Path(folder) for folder in folders]
     if out is None and len(paths) != 1:
         raise ValueError(f"{len(paths)} folders: name the file for the page (--out)")
-    stores = [Store(path) for path in paths]
-    checks, damaged = _read_checks(paths)
-    records, damaged_runs = _read_runs(stores, {path for path, _ in checks})
-    damaged = [f"{text}; it is left out" for text in (*damaged, *damaged_runs)]
-    comparisons = compare_runs(records)
+    checks: dict[Path, coordinate_check.CoordinateCheck] = {}
+    damaged: list[str] = []
+    for path in paths:
+        try:
+            if check := coordinate_check.read_updates(path):
+                checks[path] = check
+        except ValueError as error:
+            damaged.append(str(error))
+    stores = [Store(path) if path in checks else open_store(path) for path in paths]
+    damaged += [text for store in stores for text in (*store.damaged(), *store.damaged_lines())]
+    damaged = [f"{text}; it is left out" for text in damaged]
+    comparisons = compare_runs(record for store in stores for record in store.records())
     if not comparisons and not checks:
         raise ValueError("; ".join([f"{' and '.join(map(str, paths))}: no finished runs yet", *damaged]))
     chapters = [_chapter(comparison, stores, floor) for comparison in comparisons]
-    for path, check in checks:
+    for path, check in checks.items():
         chapters.append(Chapter(f"Coordinate check in {path}", [coordinate_check.section(check)], [check.command]))
-    warnings = [*setup.code_warning([record for comparison in comparisons for record in comparison.records]), *damaged]
+    records = [record for comparison in comparisons for record in comparison.records]
+    warnings = [*setup.code_warning(records), *damaged]
     command = ["einlinear", "report", *map(os.fspath, paths), *([] if out is None else ["--out", os.fspath(out)])]
     command += [] if floor == 0 else ["--floor", "fit" if floor is None else repr(floor)]
     page = render(
@@ -107,33 +108,6 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return Report(path, tuple(comparisons), tuple(warnings))
-
-
-def _read_runs(stores: Sequence[Store], may_be_empty: set[Path]) -> tuple[list[Record], list[str]]:
-    """Return the runs of all stores, and the reasons why others are damaged."""
-    records: list[Record] = []
-    damaged: list[str] = []
-    for store in stores:
-        if not (store.folder / RUNS).is_dir() and store.folder not in may_be_empty:
-            raise ValueError(
-                f"{store.folder} holds no results of einlinear ({store.folder / RUNS} is missing); "
-                "name the folder of a compare, a sweep or a search"
-            )
-        records += store.records()
-        damaged += [*store.damaged(), *store.damaged_lines()]
-    return records, damaged
-
-
-def _read_checks(paths: Sequence[Path]) -> tuple[list[tuple[Path, coordinate_check.CoordinateCheck]], list[str]]:
-    """Return the coordinate checks of all folders, and the reasons why others are damaged."""
-    checks, damaged = [], []
-    for path in paths:
-        try:
-            if check := coordinate_check.read_updates(path):
-                checks.append((path, check))
-        except ValueError as error:
-            damaged.append(str(error))
-    return checks, damaged
 
 
 def _chapter(comparison: Comparison, stores: Sequence[Store], floor: float | None) -> Chapter:

@@ -44,13 +44,7 @@ class Chart:
     @property
     def plotly(self) -> dict[str, Any]:
         """The figure as plotly reads it."""
-        common = {
-            "gridcolor": "#e5e5e5",
-            "linecolor": "#555",
-            "ticks": "outside",
-            "zeroline": False,
-            "automargin": True,
-        }
+        both = {"gridcolor": "#e5e5e5", "linecolor": "#555", "ticks": "outside", "zeroline": False, "automargin": True}
         layout: dict[str, Any] = {
             "template": "none",
             "font": {"family": _FONT, "size": 13, "color": "#222"},
@@ -59,8 +53,8 @@ class Chart:
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
             "hoverlabel": {"font": {"family": _FONT}},
             "dragmode": False,
-            "xaxis": {**common, **self.x},
-            "yaxis": {**common, **self.y},
+            "xaxis": {**both, **self.x},
+            "yaxis": {**both, **self.y},
         }
         if not self.legend:
             layout["showlegend"] = False
@@ -104,7 +98,9 @@ def trace(
         ranges: for every point, the ends of a vertical error bar.
     """
     x, y = list(x), list(y)
-    shape: dict[str, Any] = {"mode": "+".join(["lines"] * (line > 0) + ["markers"] * bool(symbol)), "opacity": opacity}
+    mode = "+".join(["lines"] * (line > 0) + ["markers"] * bool(symbol))
+    label = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
+    shape: dict[str, Any] = {"type": "scatter", "x": x, "y": y, "mode": mode, "opacity": opacity, **label}
     if symbol:
         shape["marker"] = {"color": colour, "symbol": symbol, "size": size}
     if outline:
@@ -117,17 +113,7 @@ def trace(
         up = [max(0.0, high - value) for value, (_, high) in zip(y, ranges, strict=True)]
         down = [max(0.0, value - low) for value, (low, _) in zip(y, ranges, strict=True)]
         shape["error_y"] = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1}
-    label = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
-    return {
-        **shape,
-        **label,
-        "name": name,
-        "legendgroup": name,
-        "showlegend": legend,
-        "x": x,
-        "y": y,
-        "type": "scatter",
-    }
+    return shape | {"name": name, "legendgroup": name, "showlegend": legend}
 
 
 def axis(title: str, **options: Any) -> Axis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -146,6 +147,10 @@ class Comparison:
         """The input that MACs are counted for: "image", "vector" or "token"."""
         return {"images": "image", "teacher": "vector"}.get(self.records[0].run.data.KIND, "token")
 
+    def values(self, record: Record) -> dict[str, float | None]:
+        """Return the metrics that figures show, of one run."""
+        return {metric: metric_of(record, metric) for metric in self.metrics}
+
     def size(self, run: Run) -> str:
         """Return the size of a run's model: "width 64", and every other size that varies."""
         names = ("width", *(name for name in SIZES[1:] if name in self.varied and run.identity.get(name) is not None))
@@ -166,7 +171,13 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
             finished.setdefault(key, {})[record.run.key] = record
         else:
             unfinished.setdefault(key, []).append(record)
-    return [_comparison(list(runs.values()), unfinished.get(key, ())) for key, runs in finished.items()]
+    comparisons = []
+    for key, by_key in finished.items():
+        runs = tuple(by_key.values())
+        curves = make_curves(runs)
+        compared = tuple(_with_multipliers(curve, curves, (runs[0].error, TRAIN_LOSS)) for curve in curves)
+        comparisons.append(Comparison(runs, _varied(runs), compared, tuple(unfinished.get(key, ()))))
+    return comparisons
 
 
 def result_of(record: Record) -> Result:
@@ -222,12 +233,6 @@ def dense_of(curve: Curve, curves: Sequence[Curve]) -> Curve | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _comparison(records: Sequence[Record], unfinished: Sequence[Record]) -> Comparison:
-    curves, metrics = make_curves(records), (records[0].error, TRAIN_LOSS)
-    with_multipliers = tuple(_with_multipliers(curve, curves, metrics) for curve in curves)
-    return Comparison(tuple(records), _varied(records), with_multipliers, tuple(unfinished))
-
-
 def _varied(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
     """Return the hyperparameters with more than one value among the runs that have them."""
     values: dict[str, dict[str, Any]] = {}
@@ -245,16 +250,13 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def _curve_name(run: Run, named: Sequence[str]) -> str:
-    words = [_words(name, run.identity[name]) for name in named if name in run.identity]
-    return ", ".join(filter(None, (run.model.structure, *words)))
-
-
-def _words(name: str, value: Any) -> str:
-    if name == "structure_aware":
-        return "" if value else "naive"
-    if value is None:
-        return ""
-    return str(value) if name == "model" else f"{name}={value}"
+    words = [run.model.structure]
+    for name, value in ((name, run.identity.get(name)) for name in named):
+        if name == "structure_aware":
+            words += [] if run.identity.get(name, True) else ["naive"]
+        elif value is not None:
+            words.append(str(value) if name == "model" else f"{name}={value}")
+    return ", ".join(words)
 
 
 def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
@@ -265,30 +267,25 @@ def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
         # one run per seed: runs that differ in irrelevant hyperparameters are the same
         seeds.setdefault(record.run.seed, record)
     groups = [[SeedGroup(name, tuple(seeds.values()), {}) for seeds in rates.values()] for rates in models.values()]
-    return Curve(
-        name,
-        records[0].run.model.structure,
-        {key: records[0].run.identity[key] for key in named if key in records[0].run.identity},
-        tuple(group for model in groups for group in model),
-        tuple(min(model, key=_badness) for model in groups),
-    )
 
+    def badness(group: SeedGroup) -> tuple[int, float]:
+        mean = group.mean(records[0].error)
+        return group.diverged, math.inf if mean is None else mean
 
-def _badness(group: SeedGroup) -> tuple[int, float]:
-    mean = group.mean(group.records[0].error)
-    return group.diverged, math.inf if mean is None else mean
+    run = records[0].run
+    config = {key: run.identity[key] for key in named if key in run.identity}
+    best = tuple(min(model, key=badness) for model in groups)
+    return Curve(name, run.model.structure, config, tuple(itertools.chain(*groups)), best)
 
 
 def _with_multipliers(curve: Curve, curves: Sequence[Curve], metrics: Sequence[str]) -> Curve:
     dense = dense_of(curve, curves)
     if dense is None:
         return curve
-
-    def multiplied(group: SeedGroup) -> SeedGroup:
-        multipliers = {metric: _multiplier(group, dense, metric) for metric in metrics}
-        return replace(group, multipliers={metric: found for metric, found in multipliers.items() if found})
-
-    groups = {id(group): multiplied(group) for group in curve.groups}
+    groups = {}
+    for group in curve.groups:
+        multipliers = {metric: over for metric in metrics if (over := _multiplier(group, dense, metric))}
+        groups[id(group)] = replace(group, multipliers=multipliers)
     return replace(curve, groups=tuple(groups.values()), best=tuple(groups[id(group)] for group in curve.best))
 
 

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace
-from einlinear_lab.report.comparison import Comparison, metric_title
+from einlinear_lab.report.comparison import Comparison, Curve, metric_title
 from einlinear_lab.report.page import Figure, group_row, hover
 from einlinear_lab.scaling import Multiplier, MultiplierAt
 
-
-@dataclass(frozen=True)
-class _Point:
-    """A compute multiplier at some compute, the ends of its error bar, and its hover label."""
-
-    macs: float
-    multiplier: Multiplier
-    ends: tuple[float, float]
-    hover: str
+# MACs, multiplier, ends of the error bar, hover label
+_Point = tuple[float, Multiplier, tuple[float, float], str]
 
 
 def figure_of_models(comparison: Comparison) -> list[Figure]:
     """Show the compute multiplier of every model against dense; no figure without any."""
-    views = {metric_title(metric): _chart_of_models(comparison, metric) for metric in comparison.metrics}
+    names, views = [curve.name for curve in comparison.curves], {}
+    for metric in comparison.metrics:
+        points = [_points_of_models(curve, metric) for curve in comparison.curves]
+        if any(points):
+            views[metric_title(metric)] = [_chart(names, points, f"MACs per {comparison.input}")]
     data = [
         {
             "curve": group.curve,
@@ -46,7 +42,6 @@ def figure_of_models(comparison: Comparison) -> list[Figure]:
         "Higher is better; dense is 1. Bars: range over seeds. Open triangles are bounds, where the dense curve ends "
         "before the loss is reached: lower bounds point up, upper bounds down."
     )
-    views = {title: charts for title, charts in views.items() if charts}
     return [Figure("compute-multipliers", caption, views, data)] if views else []
 
 
@@ -55,10 +50,7 @@ def figure_along(curves: Sequence[tuple[str, Sequence[MultiplierAt]]], compute: 
     if not any(multipliers for _, multipliers in curves):
         return []
     points = [
-        [
-            _Point(at.compute, at.multiplier, _ends(at), f"{escape(name)}<br>{at.compute:.3g} MACs: {at}")
-            for at in multipliers
-        ]
+        [(at.compute, at.multiplier, _ends(at), f"{escape(name)}<br>{at.compute:.3g} MACs: {at}") for at in multipliers]
         for name, multipliers in curves
     ]
     data = [
@@ -81,27 +73,15 @@ def figure_along(curves: Sequence[tuple[str, Sequence[MultiplierAt]]], compute: 
     return [Figure("compute-multipliers", caption, {"": [_chart([name for name, _ in curves], points, compute)]}, data)]
 
 
-def _chart_of_models(comparison: Comparison, metric: str) -> list[Chart]:
-    points = []
-    for curve in comparison.curves:
-        models = [
-            (group, over, over.mean) for group in curve.best if (over := group.multipliers.get(metric)) and over.mean
-        ]
-        is_dense = all(str(over) == "1.00×" for _, over, _ in models)
-        points.append(
-            [
-                _Point(
-                    group.result.macs,
-                    mean,
-                    (over.smallest.value, over.largest.value),
-                    f"{hover(*group.good)}<br>{over}",
-                )
-                for group, over, mean in models
-                if not is_dense
-            ]
-        )
-    names = [curve.name for curve in comparison.curves]
-    return [_chart(names, points, f"MACs per {comparison.input}")] if any(points) else []
+def _points_of_models(curve: Curve, metric: str) -> list[_Point]:
+    """Return the points of all models; none where all are 1, as those of dense."""
+    models = [(group, over) for group in curve.best if (over := group.multipliers.get(metric)) and over.mean]
+    points: list[_Point] = [
+        (group.result.macs, over.mean, (over.smallest.value, over.largest.value), f"{hover(*group.good)}<br>{over}")
+        for group, over in models
+        if over.mean
+    ]
+    return [] if all(str(over) == "1.00×" for _, over in models) else points
 
 
 def _ends(at: MultiplierAt) -> tuple[float, float]:
@@ -114,30 +94,32 @@ def _ends(at: MultiplierAt) -> tuple[float, float]:
 
 def _chart(names: Sequence[str], points: Sequence[Sequence[_Point]], compute: str) -> Chart:
     traces = [part for i, name in enumerate(names) for part in _traces(i, name, points[i])]
-    macs = [point.macs for series in points for point in series]
-    ends = [1.0, *(end for series in points for point in series for end in point.ends)]
+    macs = [macs for series in points for macs, *_ in series]
+    ends = [1.0, *(end for series in points for _, _, ends, _ in series for end in ends)]
     return Chart(traces, log_axis(macs, compute), log_axis(ends, "compute multiplier"), baseline=1)
 
 
 def _traces(i: int, name: str, points: Sequence[_Point]) -> list[Trace]:
     """Draw a line through exact multipliers, and triangles for bounds."""
-    exact = [point for point in points if not point.multiplier.bound]
-    bounds = [point for point in points if point.multiplier.bound]
     triangles = {">": "triangle-up-open", "<": "triangle-down-open"}
-    return [
-        trace(
-            [point.macs for point in series],
-            [point.multiplier.value for point in series],
-            colour(i),
-            "%{customdata}",
-            [point.hover for point in series],
-            name=name,
-            legend=series is exact or not exact,
-            symbol=symbol(i) if series is exact else [triangles[point.multiplier.bound] for point in series],
-            size=8,
-            line=1.5 if series is exact else 0,
-            ranges=[point.ends for point in series] if series is exact else None,
-        )
-        for series in (exact, bounds)
-        if series
-    ]
+    traces = list[Trace]()
+    for is_exact in (True, False):
+        series = [point for point in points if is_exact == (not point[1].bound)]
+        if series:
+            macs, multipliers, ends, labels = zip(*series, strict=True)
+            traces.append(
+                trace(
+                    macs,
+                    [multiplier.value for multiplier in multipliers],
+                    colour(i),
+                    "%{customdata}",
+                    labels,
+                    name=name,
+                    legend=not traces,
+                    symbol=symbol(i) if is_exact else [triangles[multiplier.bound] for multiplier in multipliers],
+                    size=8,
+                    line=1.5 if is_exact else 0,
+                    ranges=ends if is_exact else None,
+                )
+            )
+    return traces

@@ -14,7 +14,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from einlinear.files import read_json, write_json
-from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace, width_axis
+from einlinear_lab.report.charts import Chart, colour, log_axis, symbol, trace, width_axis
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable
 
 FILE = "coord-check.json"
@@ -50,13 +50,7 @@ class FeatureUpdates:
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """The updates of several structures.
-
-    Attributes:
-        updates: the updates of every structure.
-        command: the command that measured them.
-        source: the data, in a sentence.
-    """
+    """The updates of several structures, the command that measured them, and the data in a sentence."""
 
     updates: tuple[FeatureUpdates, ...]
     command: str
@@ -67,11 +61,7 @@ def write_updates(folder: Path, updates: Sequence[FeatureUpdates], command: str,
     """Write the file of a results folder; NaN and infinities become null."""
     folder.mkdir(parents=True, exist_ok=True)
     content = [
-        {
-            "structure": update.structure,
-            "structure_aware": update.structure_aware,
-            "by_width": {str(width): v if math.isfinite(v) else None for width, v in update.by_width.items()},
-        }
+        {**vars(update), "by_width": {w: v if math.isfinite(v) else None for w, v in update.by_width.items()}}
         for update in updates
     ]
     path = folder / FILE
@@ -110,12 +100,24 @@ def section(check: CoordinateCheck) -> Section:
     updates = check.updates
     structures = list(dict.fromkeys(update.structure for update in updates))
     widths = sorted({width for update in updates for width in update.by_width})
-    values = [value for update in updates for value in update.by_width.values() if _is_update(value)]
-    chart = Chart(
-        [_trace(update, structures.index(update.structure)) for update in updates],
-        width_axis(widths),
-        log_axis(values, "relative feature update per step"),
-    )
+    traces = []
+    for update in updates:
+        i = structures.index(update.structure)
+        traces.append(
+            trace(
+                update.by_width,
+                [value if _is_update(value) else None for value in update.by_width.values()],
+                colour(i),
+                f"{escape(update.name)}, width %{{x}}<br>relative update %{{y:.4g}}",
+                name=update.name,
+                legend=True,
+                symbol=symbol(i) if update.structure_aware else f"{symbol(i)}-open",
+                line=1.5,
+                dash="solid" if update.structure_aware else "dot",
+            )
+        )
+    values = [value for update in updates for value in update.by_width.values()]
+    updated = log_axis(filter(_is_update, values), "relative feature update per step")
     caption = Markup(
         "Root mean square of the change of the features after the last block in one step, divided by that of the "
         "features; mean over the steps. Dotted: the naive control, in which all factors have the learning rate of a "
@@ -139,12 +141,11 @@ def section(check: CoordinateCheck) -> Section:
         ]
         for update in updates
     ]
+    text = Markup("<p>A horizontal line means that the learning rate transfers across widths. {}.</p>")
     return Section(
         "Feature updates by width",
-        Markup("<p>A horizontal line means that the learning rate transfers across widths. {}.</p>").format(
-            check.source.rstrip(".")
-        ),
-        [Figure("feature-updates", caption, {"": [chart]}, data)],
+        text.format(check.source.rstrip(".")),
+        [Figure("feature-updates", caption, {"": [Chart(traces, width_axis(widths), updated)]}, data)],
         [SortableTable(("structure", *(f"width {width}" for width in widths), "largest / smallest"), rows)],
     )
 
@@ -152,20 +153,6 @@ def section(check: CoordinateCheck) -> Section:
 def _is_update(value: float) -> bool:
     """Whether a value is a positive number: NaN or infinite values come from divergence, zero from frozen features."""
     return 0 < value < math.inf
-
-
-def _trace(update: FeatureUpdates, i: int) -> Trace:
-    return trace(
-        update.by_width,
-        [value if _is_update(value) else None for value in update.by_width.values()],
-        colour(i),
-        f"{escape(update.name)}, width %{{x}}<br>relative update %{{y:.4g}}",
-        name=update.name,
-        legend=True,
-        symbol=symbol(i) if update.structure_aware else f"{symbol(i)}-open",
-        line=1.5,
-        dash="solid" if update.structure_aware else "dot",
-    )
 
 
 def _cell(value: float | None) -> Cell:

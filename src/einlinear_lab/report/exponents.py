@@ -14,7 +14,7 @@ from einlinear_lab.models.config import DENSE, ModelConfig
 from einlinear_lab.report.charts import Axis, Chart, axis, colour, log_axis, short, symbol, trace
 from einlinear_lab.report.comparison import Comparison, Curve, metric_title
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable
-from einlinear_lab.scaling import ExponentRegression, regress_on_exponents
+from einlinear_lab.scaling import Coefficient, ExponentRegression, regress_on_exponents
 
 MIN_STRUCTURES = 5
 EXPONENTS = ("omega", "psi", "nu")
@@ -24,13 +24,7 @@ _MEANINGS = {"omega": "parameters / MACs = n^−ω", "psi": "rank = n^ψ", "nu":
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A curve at a given compute.
-
-    Attributes:
-        curve: the curve.
-        exponents: the exponents of its structure, by name.
-        loss: the loss, interpolated between its models in log-log space.
-    """
+    """A curve at some compute: its exponents by name, and its loss, interpolated in log-log space."""
 
     curve: Curve
     exponents: Mapping[str, float]
@@ -64,7 +58,7 @@ def at_equal_compute(comparison: Comparison, metric: str) -> EqualCompute | None
             candidates.append((curve, exponents, sorted(losses)))
     compute = float(min((losses[-1][0] for *_, losses in candidates), default=0))
     points = tuple(
-        CurvePoint(curve, exponents, _loss_at(compute, losses))
+        CurvePoint(curve, exponents, math.exp(np.interp(math.log(compute), *np.log(losses).T)))
         for curve, exponents, losses in candidates
         if losses[0][0] <= compute
     )
@@ -101,9 +95,7 @@ def section(comparison: Comparison) -> Section | None:
     ).format(short(float(f"{next(iter(results.values())).compute:.3g}")), comparison.input)
     index = {curve.name: i for i, curve in enumerate(comparison.curves)}
     titled = {metric_title(metric): result for metric, result in results.items()}
-    views = {
-        title: [_chart(result.points, index, name, title) for name in EXPONENTS] for title, result in titled.items()
-    }
+    views = {title: [_chart(result, index, name, title) for name in EXPONENTS] for title, result in titled.items()}
     data = [
         {
             "curve": point.curve.name,
@@ -134,14 +126,13 @@ def exponent_cells(exponents: Mapping[str, float]) -> list[Cell]:
 
 def coefficient_cells(regression: ExponentRegression) -> dict[str, list[Cell]]:
     """Return the coefficient and the interval of every exponent by its sign; – where they are not identified."""
-    intervals = {name: getattr(regression, name).interval for name in EXPONENTS}
-    return {
-        SIGNS[name]: [
-            Cell.of(getattr(regression, name).value if ends else None, "+.3f"),
-            Cell(f"{ends.low:+.3f} to {ends.high:+.3f}" if ends else "–"),
-        ]
-        for name, ends in intervals.items()
-    }
+    cells = {}
+    for name in EXPONENTS:
+        coefficient: Coefficient = getattr(regression, name)
+        ends = coefficient.interval
+        text = f"{ends.low:+.3f} to {ends.high:+.3f}" if ends else "–"
+        cells[SIGNS[name]] = [Cell.of(coefficient.value if ends else None, "+.3f"), Cell(text)]
+    return cells
 
 
 def regression_table(regressions: Mapping[str, ExponentRegression | None]) -> list[SortableTable]:
@@ -151,8 +142,7 @@ def regression_table(regressions: Mapping[str, ExponentRegression | None]) -> li
         if regression is not None:
             r_squared = Cell.of(regression.r_squared if math.isfinite(regression.r_squared) else None, ".2f")
             for sign, cells in coefficient_cells(regression).items():
-                label = f"{sign}, {title}"
-                rows.append([Cell(label, label), *cells, r_squared])
+                rows.append([Cell.of(f"{sign}, {title}"), *cells, r_squared])
     note = Markup(
         "Linear regression of log(loss / dense loss) on ψ − 1, ν − 1 and ω. One unit more of an exponent multiplies "
         "the loss by e to its coefficient. –: the data does not identify the coefficient."
@@ -160,25 +150,13 @@ def regression_table(regressions: Mapping[str, ExponentRegression | None]) -> li
     return [SortableTable(("exponent", "coefficient", "95 % interval", "R²"), rows, note)] if rows else []
 
 
-def _loss_at(compute: float, losses: Sequence[tuple[float, float]]) -> float:
-    x, y = np.log(np.array(losses, dtype=float)).T
-    return math.exp(np.interp(math.log(compute), x, y))
-
-
-def _chart(points: Sequence[CurvePoint], index: Mapping[str, int], exponent: str, title: str) -> Chart:
-    traces = [
-        trace(
-            [point.exponents[exponent]],
-            [point.loss],
-            colour(index[point.curve.name]),
-            f"{escape(point.curve.name)}<br>%{{x:.3g}}: %{{y:.4g}}",
-            name=point.curve.name,
-            symbol=symbol(index[point.curve.name]),
-            size=10,
-        )
-        for point in points
-    ]
-    losses = log_axis([point.loss for point in points], title)
+def _chart(result: EqualCompute, index: Mapping[str, int], exponent: str, title: str) -> Chart:
+    traces = []
+    for point in result.points:
+        name, x, label = point.curve.name, point.exponents[exponent], "<br>%{x:.3g}: %{y:.4g}"
+        hue, mark = colour(index[name]), symbol(index[name])
+        traces.append(trace([x], [point.loss], hue, f"{escape(name)}{label}", name=name, symbol=mark, size=10))
+    losses = log_axis([point.loss for point in result.points], title)
     return Chart(traces, exponent_axis(exponent), losses, height=320, legend=False)
 
 
@@ -186,11 +164,8 @@ def _table(results: Mapping[str, EqualCompute], index: Mapping[str, int]) -> Sor
     exponents = {point.curve.name: point.exponents for result in results.values() for point in result.points}
     losses = [{point.curve.name: point.loss for point in result.points} for result in results.values()]
     rows = [
-        [
-            Cell(name, name, index[name]),
-            *exponent_cells(values),
-            *(Cell.of(by_name.get(name), ".4f") for by_name in losses),
-        ]
-        for name, values in exponents.items()
+        [Cell(name, name, i), *exponent_cells(exponents[name]), *(Cell.of(by.get(name), ".4f") for by in losses)]
+        for name, i in index.items()
+        if name in exponents
     ]
-    return SortableTable(("structure", *(SIGNS[name] for name in EXPONENTS), *results), rows)
+    return SortableTable(("structure", *SIGNS.values(), *results), rows)

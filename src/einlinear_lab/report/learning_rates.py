@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from functools import partial
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -13,7 +13,6 @@ from markupsafe import Markup, escape
 from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, shade, symbol, trace, width_axis
 from einlinear_lab.report.comparison import Comparison, Curve, SeedGroup, metric_of, metric_title, result_of
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, hover, run_row
-from einlinear_lab.runs.records import Record
 from einlinear_lab.scaling.multipliers import Bound, Multiplier
 
 # learning rates of a sweep
@@ -28,9 +27,8 @@ CurveSweeps = Sequence[tuple[Curve, Sequence["LearningRateSweep"]]]
 class Optimum:
     """The optimal learning rate of one model.
 
-    The optimum of the mean loss need not lie within the range of single seeds: each parabola goes through the lowest
-    point of its own curve and both neighbours, and where the loss is flat, the curves have their lowest points at
-    different learning rates. The range shows how well the runs determine the optimum. It is no confidence interval.
+    The range shows how well the runs determine the optimum. It is no confidence interval, and where the loss is flat it
+    may not contain the optimum of the mean loss, since every curve has its own parabola.
 
     Attributes:
         lr: the optimum of the mean loss over the seeds.
@@ -50,8 +48,7 @@ class LearningRateSweep:
     """One model size at several learning rates.
 
     Attributes:
-        size: "width 64", and every other size that varies.
-        width: the width of the model.
+        size, width: "width 64" with every other size that varies, and the width alone.
         groups: the runs, by learning rate.
         optimum: None where every run diverged.
     """
@@ -115,7 +112,10 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
 
 def section(comparison: Comparison) -> Section | None:
     """Show the sweeps, if any model size has at least three learning rates."""
-    by_metric = {metric: _all_sweeps(comparison, metric) for metric in comparison.metrics}
+    by_metric = {
+        metric: [(curve, of_curve) for curve in comparison.curves if (of_curve := sweeps_of(comparison, curve, metric))]
+        for metric in comparison.metrics
+    }
     if not any(by_metric.values()):
         return None
     sweeps = Figure(
@@ -127,12 +127,7 @@ def section(comparison: Comparison) -> Section | None:
         ),
         {metric_title(metric): _sweep_charts(curves, metric) for metric, curves in by_metric.items()},
         [
-            run_row(
-                curve.name,
-                record,
-                diverged=result_of(record).diverged,
-                **{metric: metric_of(record, metric) for metric in comparison.metrics},
-            )
+            run_row(curve.name, record, diverged=result_of(record).diverged, **comparison.values(record))
             for curve, sweeps in by_metric[comparison.error]
             for sweep in sweeps
             for group in sweep.groups
@@ -170,83 +165,61 @@ def section(comparison: Comparison) -> Section | None:
 
 def _optimum(groups: Sequence[SeedGroup], metric: str) -> Optimum | None:
     """Return the optimum of the means and the range over seeds; a learning rate where a seed diverges has no loss."""
-    best = best_lr(
-        [(group.run.training.lr, None if group.diverged else fmean(group.values(metric))) for group in groups]
-    )
+    best = best_lr([(group.run.training.lr, None if group.diverged else group.mean(metric)) for group in groups])
     if best is None:
         return None
-    seeds: dict[int, list[Record]] = {}
+    seeds: dict[int, list[Point]] = {}
     for record in (record for group in groups for record in group.records):
-        seeds.setdefault(record.run.seed, []).append(record)
-    curves = [[(record.run.training.lr, metric_of(record, metric)) for record in records] for records in seeds.values()]
-    optima = [single[0] for points in curves if len(points) == len(groups) and (single := best_lr(points))]
+        seeds.setdefault(record.run.seed, []).append((record.run.training.lr, metric_of(record, metric)))
+    optima = [single[0] for points in seeds.values() if len(points) == len(groups) and (single := best_lr(points))]
     lr, bound = best
     return Optimum(lr, min(optima, default=lr), max(optima, default=lr), bound)
 
 
-def _all_sweeps(comparison: Comparison, metric: str) -> CurveSweeps:
-    """Return the curves with sweeps."""
-    curves = [(curve, sweeps_of(comparison, curve, metric)) for curve in comparison.curves]
-    return [(curve, sweeps) for curve, sweeps in curves if sweeps]
-
-
-def _sizes(curves: CurveSweeps) -> Mapping[str, int]:
-    """Return size -> width, by width."""
+def _sizes(curves: CurveSweeps) -> list[str]:
+    """Return all sizes, by width."""
     sizes = {sweep.size: sweep.width for _, sweeps in curves for sweep in sweeps}
-    return dict(sorted(sizes.items(), key=lambda item: item[1]))
+    return sorted(sizes, key=lambda size: sizes[size])
 
 
 def _sweep_charts(curves: CurveSweeps, metric: str) -> list[Chart]:
     """Draw a chart per curve, all over the same axes."""
     groups = [group for _, sweeps in curves for sweep in sweeps for group in sweep.groups]
     losses = [loss for group in groups for loss in group.values(metric) if loss > 0]
-    sizes, top = list(_sizes(curves)), 1.08 * max(losses, default=1.0)
+    sizes, top = _sizes(curves), 1.08 * max(losses, default=1.0)
     x = log_axis([group.run.training.lr for group in groups], "learning rate")
     y = log_axis([*losses, top], metric_title(metric))
-    return [
-        Chart(
-            [part for sweep in sweeps for part in _traces(sweep, metric, sizes.index(sweep.size), len(sizes), top)],
-            x,
-            y,
-            title=curve.name,
-            height=340,
-        )
-        for curve, sweeps in curves
-    ]
+    charts = []
+    for curve, sweeps in curves:
+        traces = [part for sweep in sweeps for part in _traces(sweep, metric, sizes, top)]
+        charts.append(Chart(traces, x, y, title=curve.name, height=340))
+    return charts
 
 
-def _traces(sweep: LearningRateSweep, metric: str, i: int, count: int, top: float) -> list[Trace]:
+def _traces(sweep: LearningRateSweep, metric: str, sizes: Sequence[str], top: float) -> list[Trace]:
     """Draw one size: its seeds, their means, the diverged runs and the optimum."""
-    hue, mark, name = shade(i, count), symbol(i), sweep.size
+    i = sizes.index(sweep.size)
+    draw = partial(trace, colour=shade(i, len(sizes)), name=sweep.size)
     good = [group for group in sweep.groups if group.good]
     seeds = [record for group in good if len(group.good) > 1 for record in group.good]
     diverged = [record for group in sweep.groups for record in group.records if result_of(record).diverged]
-    label = "%{customdata}<br>%{y:.4g}"
-
-    def rates(records: Sequence[Record]) -> list[float]:
-        return [record.run.training.lr for record in records]
-
-    traces = []
+    traces, label = [], "%{customdata}<br>%{y:.4g}"
     if seeds:
-        losses, texts = [metric_of(record, metric) for record in seeds], list(map(hover, seeds))
-        traces.append(
-            trace(rates(seeds), losses, hue, label, texts, name=name, symbol=f"{mark}-open", size=4, opacity=0.6)
-        )
-    means, texts = [group.mean(metric) for group in good], [hover(*group.good) for group in good]
-    lrs = [group.run.training.lr for group in good]
-    traces.append(trace(lrs, means, hue, label, texts, name=name, legend=True, symbol=mark, size=7, line=1.5))
+        lrs, losses = [record.run.training.lr for record in seeds], [metric_of(record, metric) for record in seeds]
+        texts = list(map(hover, seeds))
+        traces.append(draw(lrs, losses, hover=label, texts=texts, symbol=f"{symbol(i)}-open", size=4, opacity=0.6))
+    lrs, losses = [group.run.training.lr for group in good], [group.mean(metric) for group in good]
+    texts = [hover(*group.good) for group in good]
+    traces.append(draw(lrs, losses, hover=label, texts=texts, legend=True, symbol=symbol(i), size=7, line=1.5))
     if diverged:
-        texts, height = [f"{hover(record)}<br>diverged" for record in diverged], [top] * len(diverged)
-        traces.append(
-            trace(rates(diverged), height, hue, "%{customdata}", texts, name=name, symbol="x-thin-open", outline=2)
-        )
+        lrs, height = [record.run.training.lr for record in diverged], [top] * len(diverged)
+        texts = [f"{hover(record)}<br>diverged" for record in diverged]
+        traces.append(draw(lrs, height, hover="%{customdata}", texts=texts, symbol="x-thin-open", outline=2))
     if sweep.optimum:
         lr = sweep.optimum.lr
         nearest = min(good, key=lambda group: abs(math.log(group.run.training.lr / lr)))
-        label = f"{name}: optimum {lr:.3g}"
-        traces.append(
-            trace([lr], [nearest.mean(metric)], hue, label, name=name, symbol="circle-open", size=15, outline=2)
-        )
+        label = f"{sweep.size}: optimum {lr:.3g}"
+        traces.append(draw([lr], [nearest.mean(metric)], hover=label, symbol="circle-open", size=15, outline=2))
     return traces
 
 
@@ -276,7 +249,7 @@ def _optima_chart(curves: CurveSweeps) -> Chart:
 
 def _table(curves: CurveSweeps, metric: str) -> SortableTable:
     """Return the optima: a row per curve, a column per size."""
-    sizes, rows = list(_sizes(curves)), []
+    sizes, rows = _sizes(curves), []
     for i, (curve, sweeps) in enumerate(curves):
         shift, optima = optimum_shift(sweeps), {sweep.size: sweep.optimum for sweep in sweeps}
         ratio = Cell(shift.text.replace(">", "≥"), shift.value) if shift else Cell("–")

@@ -24,22 +24,19 @@ def model_columns(
     index = {curve.name: i for i, curve in enumerate(comparison.curves)}
     names = ["width", *(name for name in comparison.varied if name not in ("structure", "width", "seed"))]
     results = [group.result for group in groups]
-    milliseconds = [None if group.step_seconds is None else 1000 * group.step_seconds for group in groups]
-    megabytes = [None if result.memory is None else result.memory / 1e6 for result in results]
+
+    def metric_cells(name: str) -> list[Cell]:
+        return [Cell.of(group.mean(name), ".4f", "–" if group.good else "diverged") for group in groups]
+
     return {
         "structure": [Cell(group.run.model.structure, group.curve, index[group.curve]) for group in groups],
         **{name.replace("_", " "): [_config_cell(group.run.identity.get(name)) for group in groups] for name in names},
         f"MACs per {comparison.input}": [Cell.of(result.macs, ",") for result in results],
-        **{
-            metric_title(name): [
-                Cell.of(group.mean(name), ".4f", "–" if group.good else "diverged") for group in groups
-            ]
-            for name in comparison.all_metrics
-        },
+        **{metric_title(name): metric_cells(name) for name in comparison.all_metrics},
         **{heading: [_multiplier_cell(group, name) for group in groups] for heading, name in multipliers.items()},
         "parameters": [Cell.of(result.params, ",") for result in results],
-        "ms per step": [Cell.of(value, ".2f") for value in milliseconds],
-        "MB": [Cell.of(value, ",.1f") for value in megabytes],
+        "ms per step": [Cell.of((seconds := group.step_seconds) and 1000 * seconds, ".2f") for group in groups],
+        "MB": [Cell.of(result.memory and result.memory / 1e6, ",.1f") for result in results],
         "seeds": [Cell(group.seed_count, len(group.good)) for group in groups],
     }
 
@@ -69,18 +66,12 @@ def section(comparison: Comparison) -> Section:
 def _run_table(comparison: Comparison) -> SortableTable:
     names = ["structure", *(name for name in comparison.varied if name != "structure")]
     headings = ("run", *(name.replace("_", " ") for name in names), *map(metric_title, comparison.all_metrics), "code")
-    rows = [
-        [
-            Cell.of(record.run.key),
-            *(_config_cell(record.run.identity.get(name)) for name in names),
-            *(
-                Cell.of(metric_of(record, metric), ".4f", "diverged" if result_of(record).diverged else "–")
-                for metric in comparison.all_metrics
-            ),
-            Cell.of(record.code),
-        ]
-        for record in comparison.records
-    ]
+    rows = []
+    for record in comparison.records:
+        missing = "diverged" if result_of(record).diverged else "–"
+        config = (_config_cell(record.run.identity.get(name)) for name in names)
+        metrics = (Cell.of(metric_of(record, metric), ".4f", missing) for metric in comparison.all_metrics)
+        rows.append([Cell.of(record.run.key), *config, *metrics, Cell.of(record.code)])
     note = Markup("The folder of a run ends with its key, runs/…-KEY; its run.json holds the whole configuration.")
     return SortableTable(headings, rows, note, summary=f"All {len(rows)} runs")
 
@@ -88,15 +79,10 @@ def _run_table(comparison: Comparison) -> SortableTable:
 def _config_cell(value: object) -> Cell:
     if isinstance(value, (bool, list)) or value is None:
         return Cell("" if value is None else json.dumps(value), json.dumps(value))
-    return (
-        Cell.of(value, "g" if isinstance(value, float) else "")
-        if isinstance(value, (int, float))
-        else Cell.of(str(value))
-    )
+    number = value if isinstance(value, (int, float)) else str(value)
+    return Cell.of(number, "g" if isinstance(value, float) else "")
 
 
 def _multiplier_cell(group: SeedGroup, metric: str) -> Cell:
-    multiplier = group.multipliers.get(metric)
-    if multiplier is None:
-        return Cell("–")
-    return Cell(str(multiplier), multiplier.mean.value if multiplier.mean else None)
+    over = group.multipliers.get(metric)
+    return Cell(str(over or "–"), over.mean.value if over and over.mean else None)

@@ -1,4 +1,4 @@
-"""The shape of every figure (title, caption, charts, tables), and one HTML file of them that loads nothing."""
+"""The shape of every figure (title, caption, charts, tables), and a self-contained HTML page of all figures."""
 
 from __future__ import annotations
 
@@ -40,10 +40,8 @@ class Figure:
     @property
     def csv(self) -> str:
         """The data as a data: URI."""
-        text = io.StringIO()
-        writer = csv.DictWriter(
-            text, list(dict.fromkeys(name for row in self.data for name in row)), lineterminator="\n"
-        )
+        text, names = io.StringIO(), dict.fromkeys(name for row in self.data for name in row)
+        writer = csv.DictWriter(text, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.data)
         return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.getvalue().encode()).decode()
@@ -74,8 +72,7 @@ class SortableTable:
     """A table that a click on a heading sorts.
 
     Attributes:
-        headings: the names of the columns.
-        rows: the cells, one for each column.
+        headings, rows: the names of the columns, and cells, one for each column.
         note: the text below the table, as HTML.
         summary: the visible line of a table that is folded up; empty for a table that is not.
     """
@@ -88,13 +85,7 @@ class SortableTable:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a text, figures and tables about one question.
-
-    Attributes:
-        title: the heading.
-        text: the introduction, as HTML.
-        figures, tables: from top to bottom.
-    """
+    """A heading, an introduction as HTML, and figures and tables from top to bottom, about one question."""
 
     title: str
     text: Markup = field(default=Markup())
@@ -104,10 +95,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Chapter:
-    """The sections about one comparison or coordinate check, and the commands of its runs.
-
-    The title is shown where the page has several chapters.
-    """
+    """Sections and the commands of their runs, under a title that is shown where the page has several chapters."""
 
     title: str
     sections: Sequence[Section]
@@ -117,14 +105,7 @@ class Chapter:
 def render(
     title: str, headline: str, warnings: Sequence[str], chapters: Sequence[Chapter], footer: Mapping[str, str]
 ) -> str:
-    """Render the page as one HTML file.
-
-    Args:
-        title, headline: shown at the top.
-        warnings: shown below the headline.
-        chapters: the content.
-        footer: how the page was made.
-    """
+    """Render the page as one HTML file: title, headline and warnings, the content, and how the page was made."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"draw": _draw, "colour": colour, "glyph": glyph}
     return environment.from_string(_asset("page.html.jinja")).render(

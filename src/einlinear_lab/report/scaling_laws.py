@@ -18,7 +18,6 @@ from einlinear_lab.report.comparison import (
     SeedGroup,
     dense_of,
     make_curves,
-    metric_of,
     metric_title,
     result_of,
 )
@@ -63,8 +62,7 @@ class CurveFit:
     """The scaling law of one curve.
 
     Attributes:
-        curve: the curve.
-        groups: its models, each at its best learning rate; those without a positive loss are left out.
+        groups: the models of the curve, each at its best learning rate; those without a positive loss are left out.
         losses: the loss curves of these models.
         fit: the frontier and the law; None where no law can be fitted.
         reason: why no law can be fitted.
@@ -96,14 +94,7 @@ class CurveFit:
 
 @dataclass(frozen=True)
 class ScalingLaws:
-    """The scaling laws of a comparison for one metric.
-
-    Attributes:
-        metric: the fitted metric.
-        compute: the compute that it is fitted over, in words.
-        floor: the assumed floor; None for a fitted one.
-        curves: the fit of every curve.
-    """
+    """The fits of all curves: a metric over some compute (in words), with an assumed floor or a fitted one (None)."""
 
     metric: str
     compute: str
@@ -123,9 +114,7 @@ def laws_per_input(comparison: Comparison, metric: str, floor: float | None = 0.
     """
 
     def final(group: SeedGroup) -> LossCurves:
-        return LossCurves(
-            np.array([group.result.macs], dtype=float), np.array(group.values(metric), dtype=float)[:, None]
-        )
+        return LossCurves(np.array([float(group.result.macs)]), np.array(group.values(metric), dtype=float)[:, None])
 
     fits = _fit_all(comparison.curves, final, floor, _NO_HULL)
     return ScalingLaws(metric, f"MACs per {comparison.input}", floor, fits)
@@ -163,26 +152,25 @@ def evaluations(group: SeedGroup, metric: str) -> LossCurves:
 
 def laws_as_json(laws: ScalingLaws, computes: Sequence[float] = ()) -> dict[str, Any]:
     """Return all numbers as JSON values, with the losses predicted at some computes; NaN and infinities become None."""
-    structures = []
-    for fit in laws.curves:
-        content = {"name": fit.curve.name, "structure": fit.curve.structure, "models": len(fit.groups)}
+
+    def law(fit: CurveFit) -> dict[str, Any]:
         if fit.fit is None:
-            structures.append(content | {"no_law_reason": fit.reason})
-            continue
-        frontier = np.stack([fit.fit.frontier.compute, fit.fit.frontier.loss], axis=1).tolist()
-        structures.append(
-            content
-            | asdict(fit.fit.law)
-            | {
-                "exponent_interval": asdict(fit.interval) if fit.interval else None,
-                "frontier": frontier,
-                "compute_multipliers": [
-                    {**asdict(point), "multiplier": point.multiplier.value, "bound": point.multiplier.bound}
-                    for point in fit.multipliers
-                ],
-                "predictions": [asdict(prediction) for compute in computes if (prediction := fit.predict(compute))],
-            }
-        )
+            return {"no_law_reason": fit.reason}
+        return {
+            **asdict(fit.fit.law),
+            "exponent_interval": asdict(fit.interval) if fit.interval else None,
+            "frontier": np.stack([fit.fit.frontier.compute, fit.fit.frontier.loss], axis=1).tolist(),
+            "compute_multipliers": [
+                {**asdict(point), "multiplier": point.multiplier.value, "bound": point.multiplier.bound}
+                for point in fit.multipliers
+            ],
+            "predictions": [asdict(prediction) for compute in computes if (prediction := fit.predict(compute))],
+        }
+
+    structures = [
+        {"name": fit.curve.name, "structure": fit.curve.structure, "models": len(fit.groups), **law(fit)}
+        for fit in laws.curves
+    ]
     content = {"metric": laws.metric, "compute": laws.compute, "assumed_floor": laws.floor, "structures": structures}
     return dict(_finite(content))
 
@@ -197,12 +185,12 @@ def section_per_input(comparison: Comparison, floor: float | None = 0.0) -> Sect
         "the frontier."
     )
     data = [
-        run_row(fit.curve.name, record, **{metric: metric_of(record, metric) for metric in comparison.metrics})
+        run_row(fit.curve.name, record, **comparison.values(record))
         for fit in laws[0].curves
         for group in fit.groups
         for record in group.good
     ]
-    views = {metric_title(law.metric): [_final_chart(law)] for law in laws}
+    views = {metric_title(law.metric): [_chart(law, _final_traces)] for law in laws}
     error, loss = (_table(law, _FRONTIER_OF_MODELS) for law in laws)
     return Section(
         f"Loss against compute per {comparison.input}",
@@ -233,7 +221,7 @@ def section_of_training(comparison: Comparison, floor: float | None = 0.0) -> Se
             name
         ),
         [
-            Figure("error-over-training-compute", caption, {name: [_training_chart(laws)]}, data),
+            Figure("error-over-training-compute", caption, {name: [_chart(laws, _training_traces)]}, data),
             *figure_along([(fit.curve.name, fit.multipliers) for fit in laws.curves], laws.compute),
         ],
         [_table(laws, _FRONTIER_OF_TRAINING)],
@@ -244,10 +232,9 @@ def law_cells(fit: CurveFit, digits: int = 3) -> dict[str, Cell]:
     """Return the numbers of a scaling law by heading; none without a law."""
     if fit.fit is None:
         return {}
-    law, interval, points = fit.fit.law, fit.interval, len(fit.fit.frontier.index)
+    law, interval, multiplier = fit.fit.law, fit.interval, fit.multiplier
     doubt = " (not identified)" if law.floor_identified is False else ""
     ends = f"{interval.low:.{digits}f} to {interval.high:.{digits}f}, {interval.source}" if interval else "–"
-    multiplier = fit.multiplier
     return {
         "exponent": Cell.of(law.exponent, f".{digits}f"),
         "95 % interval": Cell(ends),
@@ -255,44 +242,34 @@ def law_cells(fit: CurveFit, digits: int = 3) -> dict[str, Cell]:
         "scale": Cell.of(law.scale, f".{digits}g"),
         "floor": Cell(f"{law.floor:.{digits}g}{doubt}", law.floor),
         "models": Cell.of(len(fit.groups)),
-        "points": Cell.of(points),
+        "points": Cell.of(len(fit.fit.frontier.index)),
         "compute multiplier": Cell(str(multiplier), multiplier.multiplier.value) if multiplier else Cell("–"),
     }
 
 
 def _fit_all(
-    curves: Sequence[Curve],
-    losses: Callable[[SeedGroup], LossCurves],
-    floor: float | None,
-    rules: Mapping[str, Any],
+    curves: Sequence[Curve], losses: Callable[[SeedGroup], LossCurves], floor: float | None, rules: Mapping[str, Any]
 ) -> tuple[CurveFit, ...]:
     """Fit every curve, and compare it with its dense curve."""
-    fits = [_fit(curve, losses, floor, rules) for curve in curves]
-    by_name = {fit.curve.name: fit.fit for fit in fits}
-
-    def compared(fit: CurveFit) -> CurveFit:
-        dense = dense_of(fit.curve, curves)
-        reference = by_name[dense.name] if dense and dense is not fit.curve else None
-        return replace(fit, multipliers=multipliers_along(fit.fit, reference)) if fit.fit and reference else fit
-
-    return tuple(map(compared, fits))
-
-
-def _fit(
-    curve: Curve, losses: Callable[[SeedGroup], LossCurves], floor: float | None, rules: Mapping[str, Any]
-) -> CurveFit:
-    """Fit a curve without the losses that have no logarithm: an error of zero, or at an assumed floor."""
-    models = [(group, _positive(losses(group), floor or 0.0)) for group in curve.best if group.good]
-    models = [(group, positive) for group, positive in models if positive.compute.size]
-    groups, loss_curves = tuple(group for group, _ in models), tuple(positive for _, positive in models)
-    try:
-        fit = fit_scaling(loss_curves, floor=floor, resamples=_RESAMPLES, **rules)
-    except ValueError as error:
-        return CurveFit(curve, groups, loss_curves, None, str(error))
-    return CurveFit(curve, groups, loss_curves, fit)
+    fits: dict[str, CurveFit] = {}
+    for curve in curves:
+        models = [(group, _positive(losses(group), floor or 0.0)) for group in curve.best if group.good]
+        models = [(group, positive) for group, positive in models if positive.compute.size]
+        unfitted = CurveFit(curve, tuple(group for group, _ in models), tuple(losses for _, losses in models), None)
+        try:
+            law = fit_scaling(unfitted.losses, floor=floor, resamples=_RESAMPLES, **rules)
+            fits[curve.name] = replace(unfitted, fit=law)
+        except ValueError as error:
+            fits[curve.name] = replace(unfitted, reason=str(error))
+    for curve in curves:
+        dense, fit = dense_of(curve, curves), fits[curve.name]
+        if dense and dense is not curve and fit.fit and (reference := fits[dense.name].fit):
+            fits[curve.name] = replace(fit, multipliers=multipliers_along(fit.fit, reference))
+    return tuple(fits.values())
 
 
 def _positive(curve: LossCurves, floor: float) -> LossCurves:
+    """Leave out the losses without a logarithm: an error of zero, or at an assumed floor."""
     good = (curve.losses > floor).all(0)
     return LossCurves(curve.compute[good], curve.losses[:, good])
 
@@ -335,44 +312,37 @@ def _seeds(fit: CurveFit) -> list[tuple[Record, LossCurves, list[float]]]:
     ]
 
 
-def _final_chart(laws: ScalingLaws) -> Chart:
-    traces = list[Trace]()
-    for i, fit in enumerate(laws.curves):
-        hue, mark, name = colour(i), symbol(i), fit.curve.name
-        label = "%{customdata}<br>%{x:,} MACs: %{y:.4g}"
-        seeds = [(record, losses[0]) for record, curve, losses in _seeds(fit) if len(curve.losses) > 1]
-        if seeds:
-            x, y = [result_of(record).macs for record, _ in seeds], [loss for _, loss in seeds]
-            texts = [hover(record) for record, _ in seeds]
-            traces.append(trace(x, y, hue, label, texts, name=name, symbol=f"{mark}-open", size=5, opacity=0.6))
-        means, texts = (
-            [float(curve.losses.mean()) for curve in fit.losses],
-            [hover(*group.good) for group in fit.groups],
-        )
-        macs = [group.result.macs for group in fit.groups]
-        traces += [trace(macs, means, hue, label, texts, name=name, legend=True, symbol=mark), *_law(fit, i, "solid")]
-    losses = [loss for fit in laws.curves for curve in fit.losses for loss in (*curve.losses.flat, curve.losses.mean())]
-    compute = [compute for fit in laws.curves for curve in fit.losses for compute in curve.compute]
-    return Chart(traces, log_axis(compute, laws.compute), log_axis(losses, metric_title(laws.metric)))
-
-
-def _training_chart(laws: ScalingLaws) -> Chart:
-    traces = list[Trace]()
-    for i, fit in enumerate(laws.curves):
-        hue, name = colour(i), fit.curve.name
-        for record, curve, losses in _seeds(fit):
-            mark = f"{symbol(i)}-open" if len(losses) == 1 else ""
-            label = f"{hover(record)}<br>%{{x:.4g}} MACs: %{{y:.4g}}"
-            compute = curve.compute.tolist()
-            traces.append(trace(compute, losses, hue, label, name=name, symbol=mark, size=5, line=0.8, opacity=0.5))
-        if fit.fit:
-            frontier, texts = fit.fit.frontier, [hover(*fit.groups[k].good) for k in fit.fit.curve.tolist()]
-            x, y, label = frontier.compute.tolist(), frontier.loss.tolist(), "%{customdata}<br>%{x:.4g} MACs: %{y:.4g}"
-            traces.append(trace(x, y, hue, label, texts, name=name, legend=True, symbol=symbol(i), size=7, line=2.5))
-        traces += _law(fit, i, "dash")
+def _chart(laws: ScalingLaws, draw: Callable[[CurveFit, int], list[Trace]]) -> Chart:
+    traces = [part for i, fit in enumerate(laws.curves) for part in draw(fit, i)]
     losses = [loss for fit in laws.curves for curve in fit.losses for loss in curve.losses.flat]
     compute = [compute for fit in laws.curves for curve in fit.losses for compute in curve.compute]
     return Chart(traces, log_axis(compute, laws.compute), log_axis(losses, metric_title(laws.metric)))
+
+
+def _final_traces(fit: CurveFit, i: int) -> list[Trace]:
+    hue, mark, name, label = colour(i), symbol(i), fit.curve.name, "%{customdata}<br>%{x:,} MACs: %{y:.4g}"
+    seeds = [(result_of(r).macs, losses[0], hover(r)) for r, curve, losses in _seeds(fit) if len(curve.losses) > 1]
+    traces = []
+    if seeds:
+        x, y, labels = zip(*seeds, strict=True)
+        traces.append(trace(x, y, hue, label, labels, name=name, symbol=f"{mark}-open", size=5, opacity=0.6))
+    means, texts = [float(curve.losses.mean()) for curve in fit.losses], [hover(*group.good) for group in fit.groups]
+    macs = [group.result.macs for group in fit.groups]
+    return [*traces, trace(macs, means, hue, label, texts, name=name, legend=True, symbol=mark), *_law(fit, i, "solid")]
+
+
+def _training_traces(fit: CurveFit, i: int) -> list[Trace]:
+    hue, name, traces = colour(i), fit.curve.name, []
+    for record, curve, losses in _seeds(fit):
+        mark = f"{symbol(i)}-open" if len(losses) == 1 else ""
+        label = f"{hover(record)}<br>%{{x:.4g}} MACs: %{{y:.4g}}"
+        compute = curve.compute.tolist()
+        traces.append(trace(compute, losses, hue, label, name=name, symbol=mark, size=5, line=0.8, opacity=0.5))
+    if fit.fit:
+        frontier, texts = fit.fit.frontier, [hover(*fit.groups[k].good) for k in fit.fit.curve.tolist()]
+        x, y, label = frontier.compute.tolist(), frontier.loss.tolist(), "%{customdata}<br>%{x:.4g} MACs: %{y:.4g}"
+        traces.append(trace(x, y, hue, label, texts, name=name, legend=True, symbol=symbol(i), size=7, line=2.5))
+    return [*traces, *_law(fit, i, "dash")]
 
 
 def _law(fit: CurveFit, i: int, dash: str) -> list[Trace]:

@@ -37,10 +37,8 @@ class MapPoint:
     """A model on the map.
 
     Attributes:
-        group: its runs.
-        kind: the name of its kind of structure, see `kind_of`.
-        exponents: the exponents of its structure, by name.
-        loss: the mean over its seeds.
+        group, loss: its runs, and their mean loss.
+        kind, exponents: the kind of its structure, see `kind_of`, and the exponents by name.
         is_pareto: whether no other model is both better and faster to train.
     """
 
@@ -98,9 +96,8 @@ def map_of(comparison: Comparison, metric: str) -> StructureMap | None:
             points.append(MapPoint(group, kind_of(group.run.model.structure), exponents, loss, is_pareto))
     if len(points) < MIN_STRUCTURES:
         return None
-    reference = next(
-        (point.loss for point in points if point.structure == DENSE), median(point.loss for point in points)
-    )
+    dense = [point.loss for point in points if point.structure == DENSE]
+    reference = dense[0] if dense else median(point.loss for point in points)
     regression = regression_of([(point.exponents, point.loss) for point in points], reference)
     return StructureMap(float(compute), tuple(points), regression, _unfinished(comparison, points))
 
@@ -153,11 +150,11 @@ def section(comparison: Comparison) -> Section | None:
         "Each mark is a model: the darker, the lower its loss; its symbol is the kind of structure: {}. The best model "
         "is larger. Last panel: the line is the Pareto front of loss and time per training step."
     ).format(", ".join(f"{glyph(i)} {kind}" for i, kind in enumerate(kinds)))
-    if first.unfinished:
+    if count := len(first.unfinished):
         caption += Markup(
             " Small crosses: structures whose runs were pruned or are not finished ({}); the regression leaves them "
             "out."
-        ).format(len(first.unfinished))
+        ).format(count)
     data = [
         group_row(
             point.group,
@@ -172,11 +169,9 @@ def section(comparison: Comparison) -> Section | None:
         for point in map_.points
     ]
     views = {title: _charts(map_, kinds, title) for title, map_ in titled.items()}
-    tables = [
-        map_table(first.points[:_ROWS], title),
-        *regression_table({title: map_.regression for title, map_ in titled.items()}),
-    ]
-    return Section("Structure map", text, [Figure("map", caption, views, data)], tables)
+    regressions = regression_table({title: map_.regression for title, map_ in titled.items()})
+    figure = Figure("map", caption, views, data)
+    return Section("Structure map", text, [figure], [map_table(first.points[:_ROWS], title), *regressions])
 
 
 def _unfinished(comparison: Comparison, points: Sequence[MapPoint]) -> dict[str, dict[str, float]]:
@@ -189,45 +184,38 @@ def _unfinished(comparison: Comparison, points: Sequence[MapPoint]) -> dict[str,
 
 def _charts(map_: StructureMap, kinds: Sequence[str], title: str) -> list[Chart]:
     """Draw the plane of every pair of exponents, and loss over time."""
-    charts = []
+    charts, points = [], map_.points
     for x, y in combinations(reversed(EXPONENTS), 2):
         pruned = [
             trace([e[x]], [e[y]], "#999", f"{escape(spec)}<br>not finished", symbol="x-thin-open", size=6)
             for spec, e in map_.unfinished.items()
         ]
-        marks = _marks(map_.points, kinds, [(point.exponents[x], point.exponents[y]) for point in map_.points])
+        marks = _marks(points, kinds, [(point.exponents[x], point.exponents[y]) for point in points])
         charts.append(Chart([*pruned, *marks], exponent_axis(x), exponent_axis(y), height=340, legend=False))
-    seconds = [point.group.step_seconds for point in map_.points]
-    timed = [(1000 * s, point.loss) if s else None for s, point in zip(seconds, map_.points, strict=True)]
-    front = sorted(xy for xy, point in zip(timed, map_.points, strict=True) if xy and point.is_pareto)
+    timed = [(1000 * s, point.loss) if (s := point.group.step_seconds) else None for point in points]
+    front = sorted(xy for xy, point in zip(timed, points, strict=True) if xy and point.is_pareto)
     line = [trace([ms for ms, _ in front], [loss for _, loss in front], "#999", line=2)] if front else []
     x_axis = log_axis([xy[0] for xy in timed if xy], "milliseconds per training step")
-    y_axis = log_axis([point.loss for point in map_.points], title)
-    charts.append(Chart([*line, *_marks(map_.points, kinds, timed)], x_axis, y_axis, height=340, legend=False))
-    return charts
+    y_axis = log_axis([point.loss for point in points], title)
+    return [*charts, Chart([*line, *_marks(points, kinds, timed)], x_axis, y_axis, height=340, legend=False)]
 
 
 def _marks(
     points: Sequence[MapPoint], kinds: Sequence[str], places: Sequence[tuple[float, float] | None]
 ) -> list[Trace]:
     """Draw the models that have a place, the best on top."""
-    return [
-        trace(
-            [place[0]],
-            [place[1]],
-            shade(rank, len(points)),
-            f"{escape(point.structure)}<br>{escape(point.kind)}, loss {point.loss:.4g}",
-            symbol=symbol(kinds.index(point.kind)),
-            size=14 if rank == 0 else 10,
-        )
-        for rank, (point, place) in reversed([*enumerate(zip(points, places, strict=True))])
-        if place
-    ]
+    marks = []
+    for rank, (point, place) in reversed([*enumerate(zip(points, places, strict=True))]):
+        if place:
+            label = f"{escape(point.structure)}<br>{escape(point.kind)}, loss {point.loss:.4g}"
+            mark, size = symbol(kinds.index(point.kind)), 10 if rank else 14
+            marks.append(trace(place[:1], place[1:], shade(rank, len(points)), label, symbol=mark, size=size))
+    return marks
 
 
 def map_table(points: Sequence[MapPoint], title: str) -> SortableTable:
     """Return the models with their exponents and their losses, under the title of the metric."""
-    headings = ("structure", "kind", "width", "MACs", *(SIGNS[name] for name in EXPONENTS), title)
+    headings = ("structure", "kind", "width", "MACs", *SIGNS.values(), title)
     rows = [
         [
             Cell.of(point.structure),

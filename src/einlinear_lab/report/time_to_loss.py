@@ -22,12 +22,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class TimeToLoss:
-    """The fastest model of a curve to a target loss.
-
-    Attributes:
-        group: the model.
-        seconds: training time without data loading and evaluations, mean over its seeds.
-    """
+    """The fastest model of a curve to a target loss, and its mean time without data loading and evaluations."""
 
     group: SeedGroup
     seconds: float
@@ -73,14 +68,9 @@ def seconds_to(points: Sequence[Point], target: float) -> float | None:
     >>> seconds_to([(10.0, 3.0), (20.0, 2.0), (30.0, 1.5)], 2.5)
     15.0
     """
-    previous: Point | None = None
-    for seconds, loss in points:
+    for (before, high), (seconds, loss) in zip([*points[:1], *points], points, strict=False):
         if loss <= target:
-            if previous is None or loss == previous[1]:
-                return seconds
-            share = (previous[1] - target) / (previous[1] - loss)
-            return previous[0] + share * (seconds - previous[0])
-        previous = seconds, loss
+            return before + (high - target) / (high - loss) * (seconds - before) if high > loss else seconds
     return None
 
 
@@ -96,16 +86,14 @@ def section(comparison: Comparison) -> Section | None:
     targets = target_losses(comparison)
     if not targets:
         return None
-    times = {
-        curve.name: [fastest(curve, comparison.error, target) for target in targets] for curve in comparison.curves
-    }
+    metric, error = comparison.error, metric_title(comparison.error)
+    times = {curve.name: [fastest(curve, metric, target) for target in targets] for curve in comparison.curves}
     dense = next((times[curve.name] for curve in comparison.curves if curve.structure == DENSE), [None] * len(targets))
-    error = metric_title(comparison.error)
     headings = ["structure", *(f"{error} {target:.4g}" for target in targets), f"{comparison.input}s per second"]
     rows = []
     for i, (name, to_targets) in enumerate(times.items()):
         last = next((time for time in reversed(to_targets) if time), None)
-        cells = [_cell(time, reference) for time, reference in zip(to_targets, dense, strict=True)]
+        cells = map(_cell, to_targets, dense)
         rows.append([Cell(name, name, i), *cells, Cell.of((last.inputs_per_second or None) if last else None, ",.0f")])
     note = Markup(
         "Seconds of training, without data loading and evaluations, of the fastest model of a structure; in brackets "

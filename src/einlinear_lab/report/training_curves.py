@@ -30,13 +30,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TrainingCurve:
-    """A smoothed metric of one run.
-
-    Attributes:
-        curve: the name of the curve of the run.
-        record: the run.
-        steps, seconds, values: (points,); seconds of training alone, without data loading and evaluations.
-    """
+    """A smoothed metric of one run of a named curve; (points,), in seconds without data loading and evaluations."""
 
     curve: str
     record: Record
@@ -67,10 +61,8 @@ def section(comparison: Comparison) -> Section | None:
     curves = training_curves_of(comparison, "train_loss")
     if not curves:
         return None
-    views = {
-        "by steps": [_chart(curves, comparison, "steps", "training loss")],
-        "by time": [_chart(curves, comparison, "seconds", "training loss")],
-    }
+    axes = {"by steps": "steps", "by time": "seconds"}
+    views = {view: [_chart(curves, comparison, over, "training loss")] for view, over in axes.items()}
     count = "" if len(curves) == len(comparison.records) else f"{len(curves)} of {len(comparison.records)} runs. "
     caption = Markup("{}Loss of the training batches, {}. Seconds of training exclude data loading and evaluations.")
     figure = Figure("training-curves", caption.format(count, _LOOK), views, _rows(curves, "smoothed_train_loss"))
@@ -115,7 +107,8 @@ def _smooth(steps: Array, values: Array) -> Array:
 def _chart(curves: Sequence[TrainingCurve], comparison: Comparison, over: str, title: str) -> Chart:
     names = [curve.name for curve in comparison.curves]
     widths = sorted({line.record.run.model.width for line in curves})
-    traces, in_legend = [], set[str]()
+    firsts = {line.curve: line for line in reversed(curves)}
+    traces = []
     for line in curves:
         i = names.index(line.curve)
         rank = widths.index(line.record.run.model.width) / max(1, len(widths) - 1)
@@ -126,13 +119,12 @@ def _chart(curves: Sequence[TrainingCurve], comparison: Comparison, over: str, t
                 colour(i),
                 f"{hover(line.record)}<br>%{{x:.4g}} {over}: %{{y:.4g}}",
                 name=line.curve,
-                legend=line.curve not in in_legend,
+                legend=line is firsts[line.curve],
                 line=0.8 + 1.7 * rank,
                 dash=_DASHES[i // 8 % len(_DASHES)],
                 opacity=0.8,
             )
         )
-        in_legend.add(line.curve)
     values = [value for line in curves for value in line.values.tolist()]
     return Chart(traces, axis(over, rangemode="tozero"), log_axis(values, title) if min(values) > 0 else axis(title))
 

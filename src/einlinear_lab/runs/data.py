@@ -1,4 +1,4 @@
-"""What models are trained on: what can be set about each kind of data, and the task it makes."""
+"""Data of runs: the config of each kind of data, and the task it makes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from einlinear_lab.data import (
     Sequences,
     Teacher,
     TextSequences,
-    Tokens,
     load_images,
     load_tokens,
     pixel_permutation,
@@ -30,20 +29,22 @@ from einlinear_lab.training.loop import Task
 from einlinear_lab.training.tasks import VALIDATION_TOKENS, Classification, LanguageModel, Regression
 
 PIXELS, TEACHER = "pixels:", "teacher"
-PERMUTATION_SEED = 0  # the order of the pixels is part of the task, the same in all runs
+# The order of the pixels is part of the task, so it is the same in all runs.
+PERMUTATION_SEED = 0
+_images, _tokens = lru_cache(2)(load_images), lru_cache(2)(load_tokens)
 
 
 @dataclass(frozen=True)
 class TrainingProblem:
-    """Data that has been loaded, and what is to be learnt of it.
+    """Loaded data and its task.
 
     Attributes:
         task: batches, loss and metrics.
-        shape: what the model has to know.
-        inputs: of a step, that MACs are counted for: images, tokens or vectors.
-        error: the name of the metric that stands for the quality of a final model.
-        source: one sentence on where the data came from.
-        digest: of the data itself.
+        shape: shape of the data, for the model.
+        inputs: images, tokens or vectors per step.
+        error: name of the metric by which final models are compared.
+        source: origin of the data, one sentence.
+        digest: of the data.
     """
 
     task: Task
@@ -56,11 +57,11 @@ class TrainingProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(ABC):
-    """What all kinds of data have in common.
+    """Config that all kinds of data share.
 
     Attributes:
-        data: which.
-        batch_size: images, sequences or vectors of a step.
+        data: name or path.
+        batch_size: images, sequences or vectors per step.
     """
 
     KIND: ClassVar[str]
@@ -70,34 +71,40 @@ class Data(ABC):
 
     @abstractmethod
     def load(self, seed: int) -> TrainingProblem:
-        """The problem, whose batches are those of a seed.
+        """Load the data and make the task, with batches of this seed.
 
         Raises:
-            ValueError, OSError: the data cannot be had or is damaged; a setting that it does not allow.
+            ValueError, OSError: the data cannot be loaded or is damaged, or does not allow an option.
         """
 
-    @abstractmethod
     def examples(self) -> int | None:
-        """How many images, windows or vectors there are to train on; None if there is no end of them."""
+        """Return the number of training images or windows; None if unlimited."""
+        images = self._read()
+        return None if images is None else len(images.train_x)
 
     def skipped(self) -> tuple[str, ...]:
-        """Files that were left out since they cannot be read."""
-        return ()
+        """Return the files that were skipped as unreadable."""
+        images = self._read()
+        return () if images is None else images.skipped
+
+    def _read(self) -> Images | None:
+        """Read the images, if the data consists of images."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData(Data):
-    """Images and their classes.
+    """Config of image classification.
 
     Attributes:
         data: as for `einlinear_lab.data.load_images`.
-        image_size: resize to so many pixels a side.
-        limit: use only so many training images.
-        permute: give the values of an image in a fixed random order, which takes locality away: for an mlp.
-        augment: shift training images at random, and mirror those that keep their class.
+        image_size: side in pixels after resizing.
+        limit: maximum number of training images.
+        permute: whether to permute the pixels in a fixed random order, which removes locality: for an mlp.
+        augment: whether to shift training images at random, and flip those that keep their class.
         mixup: largest share of a second image, see `einlinear_lab.data.Augment`.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        skip_broken: leave out the files of a folder that cannot be read, and say which.
+        skip_broken: whether to skip unreadable files of a folder, and report them.
     """
 
     KIND = "images"
@@ -128,23 +135,17 @@ class ImageData(Data):
         shape = Shape(images.features, len(images.classes), (images.channels, *images.size))
         return TrainingProblem(task, shape, self.batch_size, "train_error", images.source, digest)
 
-    def examples(self) -> int:
-        return len(self._read().train_x)
-
-    def skipped(self) -> tuple[str, ...]:
-        return self._read().skipped
-
     def _read(self) -> Images:
-        return _images(self.data, self.image_size, self.limit, self.skip_broken)
+        return _images(self.data, self.image_size, limit=self.limit, skip_broken=self.skip_broken)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceData(Data):
-    """Sequences of tokens.
+    """Config of next-token prediction.
 
     Attributes:
-        batch_size: sequences of a step.
-        validation_tokens: how many a model is evaluated on, at most; the same every time.
+        batch_size: sequences per step.
+        validation_tokens: maximum number of tokens of an evaluation, always the same ones.
     """
 
     batch_size: int = 32
@@ -158,11 +159,11 @@ class SequenceData(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class TextData(SequenceData):
-    """A text whose next token is predicted.
+    """Config of next-token prediction on a text.
 
     Attributes:
-        data: the folder that `einlinear prepare` wrote.
-        context: tokens of a sequence.
+        data: a folder that `einlinear prepare` wrote.
+        context: tokens per sequence.
     """
 
     KIND = "text"
@@ -181,12 +182,12 @@ class TextData(SequenceData):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelData(SequenceData):
-    """Images whose next pixel is predicted.
+    """Config of next-pixel prediction on images.
 
     Attributes:
-        data: "pixels:" and what `einlinear_lab.data.load_images` takes.
-        image_size: pixels a side, after resizing.
-        skip_broken: leave out the files of a folder that cannot be read, and say which.
+        data: "pixels:" and a name or path for `einlinear_lab.data.load_images`.
+        image_size: side in pixels after resizing.
+        skip_broken: as for `ImageData`.
     """
 
     KIND = "pixels"
@@ -199,23 +200,17 @@ class PixelData(SequenceData):
         sequences = PixelSequences(images, size=self.image_size, batch_size=self.batch_size, seed=seed)
         return self._problem(sequences, images.source, _digest(images.train_x, images.test_x))
 
-    def examples(self) -> int:
-        return len(self._read().train_x)
-
-    def skipped(self) -> tuple[str, ...]:
-        return self._read().skipped
-
     def _read(self) -> Images:
-        return _images(self.data.removeprefix(PIXELS), None, None, self.skip_broken)
+        return _images(self.data.removeprefix(PIXELS), skip_broken=self.skip_broken)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherData(Data):
-    """What a random network computes, see `einlinear_lab.data.Teacher`.
+    """Config of regression to a random network, see `einlinear_lab.data.Teacher`.
 
     Attributes:
         data: "teacher".
-        features: of an input.
+        features: number of input features.
         teacher_width, teacher_depth: of the random network.
     """
 
@@ -234,20 +229,17 @@ class TeacherData(Data):
         digest = _digest(*teacher.evaluation())
         return TrainingProblem(task, Shape(self.features, 1), self.batch_size, "test_loss", source, digest)
 
-    def examples(self) -> None:
-        return None
-
 
 KINDS: dict[str, type[Data]] = {kind.KIND: kind for kind in (ImageData, TextData, PixelData, TeacherData)}
 
 
 def kind_of(data: str, kind: str | None = None, sequences: bool = False) -> type[Data]:
-    """Which kind of data a name or path stands for; the kind itself may be named, as where the data is elsewhere.
+    """Return the kind of data of a name or path.
 
     Args:
-        data: the name or path.
-        kind: one of `KINDS`, whatever is there.
-        sequences: a model is to be trained that takes nothing else: what is not there yet should be a text.
+        data: name or path.
+        kind: a key of `KINDS`, which overrides the name, for data that is not on this machine.
+        sequences: whether the model takes sequences only, so that a path without a description is a text.
 
     Raises:
         ValueError: an unknown kind.
@@ -261,16 +253,6 @@ def kind_of(data: str, kind: str | None = None, sequences: bool = False) -> type
     if data.startswith(PIXELS):
         return PixelData
     return TextData if sequences or (Path(data).expanduser() / DESCRIPTION).is_file() else ImageData
-
-
-@lru_cache(2)
-def _images(data: str, image_size: int | None, limit: int | None, skip_broken: bool) -> Images:
-    return load_images(data, image_size, limit=limit, skip_broken=skip_broken)
-
-
-@lru_cache(2)
-def _tokens(data: str) -> Tokens:
-    return load_tokens(data)
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -1,9 +1,9 @@
-"""One run in its folder: trained, interrupted and continued, and never by two processes at a time.
+"""Execution of a run in its folder, with a lock: an interrupted run resumes.
 
-FOLDER/run.json       its options, and the code and data it was started with
-FOLDER/metrics.jsonl  what happened, see einlinear_lab.training.metrics
-FOLDER/checkpoints/   where it goes on after an interruption
-FOLDER/result.json    what it came to; where this file is, the run is finished
+FOLDER/run.json       options, code version and data
+FOLDER/metrics.jsonl  metrics by step, see einlinear_lab.training.metrics
+FOLDER/checkpoints/   checkpoints to resume from
+FOLDER/result.json    result of a finished run
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,35 +20,35 @@ from einlinear.files import lock
 from einlinear.mup import init_
 from einlinear_lab import training
 from einlinear_lab.models import ReferenceModel
-from einlinear_lab.models import macs as counts
-from einlinear_lab.runs.data import TrainingProblem
+from einlinear_lab.models.macs import params
+from einlinear_lab.runs.data import Data, TrainingProblem
 from einlinear_lab.runs.records import Result, describe, write_result, write_run
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training.distributed import is_first
 from einlinear_lab.training.guided import guide, unguide
-from einlinear_lab.training.loop import Outcome, Progress
+from einlinear_lab.training.loop import Progress
 
-LAST = 0.1  # share of the steps whose mean loss is the training loss of a run
+# Share of the steps whose mean loss is the training loss of a run.
+LAST = 0.1
 
 
 def execute(
     run: Run, folder: Path | None = None, progress: Progress | None = None, *, keep_checkpoints: bool = False
 ) -> Result:
-    """Train the model of a run; on a CPU with as many threads, the same run gives the same losses.
+    """Train the model of a run. Losses are reproducible on a CPU with the same number of threads.
 
     Args:
-        run: what to train.
-        folder: where the run is kept, and from where it goes on. None keeps nothing.
+        run: model, data and training.
+        folder: for the files of the run, from which it resumes. None writes no files.
         progress: called after every step.
-        keep_checkpoints: the last ones, also when the run is finished.
+        keep_checkpoints: whether to keep the checkpoints of the finished run.
 
     Raises:
-        ValueError, OSError: whatever is wrong with the run, its data or its folder.
+        ValueError, OSError: the run, its data or its folder is invalid.
         BlockingIOError: another process is at work in the folder.
     """
-    if folder is None:
-        return _train(run, None, progress)
-    if not is_first():  # the first one keeps the files
+    # Under torchrun only the first process writes files.
+    if folder is None or not is_first():
         return _train(run, folder, progress)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", f"another process is at work in {folder}"):
@@ -59,11 +60,29 @@ def execute(
 
 
 def initialised(run: Run, problem: TrainingProblem) -> ReferenceModel:
-    """The model of a run as it starts."""
+    """Return the initialised model of a run."""
     torch.manual_seed(run.seed)
     model = run.model.build(problem.shape)
     init_(model, zero=model.ZERO)
     return model
+
+
+def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
+    """Load the data of all runs and build every model on the meta device, so that errors come before training.
+
+    Returns:
+        The digest of each data.
+
+    Raises:
+        ValueError, OSError: the data cannot be loaded, or a structure or size is invalid.
+    """
+    problems: dict[Data, TrainingProblem] = {}
+    for run in runs:
+        if run.data not in problems:
+            problems[run.data] = run.data.load(run.seed)
+        with torch.device("meta"):
+            run.model.build(problems[run.data].shape)
+    return {data: problem.digest for data, problem in problems.items()}
 
 
 def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
@@ -85,30 +104,16 @@ def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
         progress=progress,
     )
     steps = len(outcome.losses)
-    before = min(run.training.densify_at or steps, steps)
+    structured = min(run.training.densify_at or steps, steps)
     guided = min(run.training.guide_until or 0, steps)
-    compute = problem.inputs * (macs * before + model.macs * (steps - before) + guide_macs * guided)
-    return _result(outcome, problem, model, compute, guide_macs)
-
-
-def _guide_macs(model: ReferenceModel) -> int:
-    """What guides add to the MACs of an input."""
-    before = model.macs
-    guide(model)
-    added = model.macs - before
-    unguide(model)
-    return added
-
-
-def _result(outcome: Outcome, problem: TrainingProblem, model: ReferenceModel, compute: int, guide_macs: int) -> Result:
-    last = max(1, round(LAST * len(outcome.losses)))
+    last = max(1, round(LAST * steps))
     finished = not outcome.diverged
     return Result(
-        params=counts.params(model),
+        params=params(model),
         macs=model.macs,
         inputs=problem.inputs,
-        steps=len(outcome.losses),
-        compute=compute,
+        steps=steps,
+        compute=problem.inputs * (macs * structured + model.macs * (steps - structured) + guide_macs * guided),
         train_loss=statistics.fmean(outcome.losses[-last:]) if finished else None,
         metrics=dict(outcome.metrics) if finished else {},
         error=outcome.metrics[problem.error] if finished else None,
@@ -116,3 +121,11 @@ def _result(outcome: Outcome, problem: TrainingProblem, model: ReferenceModel, c
         memory=outcome.memory,
         guide_macs=guide_macs,
     )
+
+
+def _guide_macs(model: ReferenceModel) -> int:
+    without = model.macs
+    guide(model)
+    added = model.macs - without
+    unguide(model)
+    return added

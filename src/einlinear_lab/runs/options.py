@@ -1,4 +1,4 @@
-"""From options by name, as command lines and files have them, to checked settings; what is wrong is said by name."""
+"""Parsing of options by name, from command lines and files, into config dataclasses."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ else:
 
 T = TypeVar("T")
 
-_OF_COMMANDS = ("out", "workers", "on", "mix_code", "storage", "budget", "trials")  # options of commands, not of runs
-
-_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)  # making one takes longer than a thousand options
-
+_OF_COMMANDS = ("out", "workers", "on", "mix_code", "storage", "budget", "trials")
+# Cached, as making an adapter takes longer than parsing a thousand options.
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 _hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)
 
 
 def names(kind: type) -> tuple[str, ...]:
-    """The options of a dataclass."""
+    """Return the fields of a dataclass, which are its options."""
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def parse(kind: type[T], options: Mapping[str, Any]) -> T:
-    """A dataclass from its options. Texts become what the field is: "3e-3" a number, "0.9,0.99" a tuple, "none" None.
+    """Make a dataclass from its options. Texts are converted: "3e-3" to 0.003, "0.9,0.99" to a tuple, "none" to None.
 
     Raises:
-        ValueError: a value of the wrong type, one that the dataclass refuses, or an option that is missing.
+        ValueError: a value of the wrong type, a value that the dataclass refuses, or a missing option.
     """
     values = {name: None if value == "none" else value for name, value in options.items()}
     for name, value in values.items():
@@ -48,10 +47,10 @@ def parse(kind: type[T], options: Mapping[str, Any]) -> T:
 
 
 def parse_strictly(kind: type[T], content: Any) -> T:
-    """A dataclass from JSON values that are what its fields are; texts do not become numbers.
+    """Make a dataclass from JSON values of exactly its types; texts are not converted.
 
     Raises:
-        ValueError: no object, a value of the wrong type, one that is missing or unknown.
+        ValueError: not an object; a value that has the wrong type, is missing or unknown.
     """
     if not isinstance(content, dict):
         raise ValueError(f"it holds {json.dumps(content)[:40]}, not an object")
@@ -62,35 +61,35 @@ def parse_strictly(kind: type[T], content: Any) -> T:
         raise ValueError("; ".join(map(_message, error.errors()))) from None
 
 
-def from_text(text: str, what: str, kind: str = "toml") -> dict[str, Any]:
-    """The tables of a text in TOML, or the objects of one in JSON. Raises ValueError if it is damaged."""
+def from_text(text: str, source: str, kind: str = "toml") -> dict[str, Any]:
+    """Parse a text in TOML or JSON. Raises ValueError if the text is damaged."""
     try:
         content: dict[str, Any] = json.loads(text) if kind == "json" else tomllib.loads(text)
     except ValueError as error:
-        raise ValueError(f"{what} cannot be read: {error}") from None
+        raise ValueError(f"{source} cannot be read: {error}") from None
     return content
 
 
-def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise ValueError if an option is none of those that are known."""
-    known = list(known)
-    for name in given:
-        if name in known:
+def refuse_unknown(options: Iterable[str], allowed: Iterable[str], owner: str) -> None:
+    """Raise ValueError if an option is not allowed."""
+    allowed = list(allowed)
+    for name in options:
+        if name in allowed:
             continue
         if name in _OF_COMMANDS:
             option = "--" + name.replace("_", "-")
-            raise ValueError(f"{what} has no option {name!r}: if the command has it, write {option} before its value")
-        raise ValueError(f"{what} has no option {name!r}: {nearest(name, known)}It has {', '.join(known)}")
+            raise ValueError(f"{owner} has no option {name!r}: if the command has it, write {option} before its value")
+        raise ValueError(f"{owner} has no option {name!r}: {nearest(name, allowed)}It has {', '.join(allowed)}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A question that names the most similar of those that are known; empty where none is."""
-    near = difflib.get_close_matches(name, known, n=1)
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a question with the most similar name, or an empty string."""
+    near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _message(error: Any) -> str:
-    """One of pydantic's errors in a line; what the dataclass itself raised stays as it is."""
+    """Return an error in one line; errors of the dataclass itself stay the same."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     where = ".".join(map(str, error["loc"]))

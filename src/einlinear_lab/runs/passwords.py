@@ -1,4 +1,4 @@
-"""Passwords of databases, which are to be shown and kept nowhere."""
+"""Masking of passwords in addresses of databases, in messages and files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import shlex
 
 _MASK = "***"
 _MASKED = (
-    # user:PASSWORD@host of an address. A password that should have been quoted may have "@", "/" or blanks in it: where
-    # all of a text is an address, as an argument of a command may be, it is masked up to its last "@".
+    # user:PASSWORD@host of an address. An unquoted password may contain "@", "/" or blanks: a text that is a single
+    # address, such as an argument of a command, is masked up to its last "@".
     re.compile(r"(\A(?:--?[\w-]+=)?[\w+.-]+:(?://)?[^:/@\s]*:).*(?=@)", re.DOTALL),
     re.compile(r"(://[^:/@\s]*:)[^\s'\"]*(?=@)"),
-    # all that comes after "?": there, drivers have passwords under many names, which may be quoted as well
+    # Everything after "?", where drivers have passwords under many names, some of them quoted.
     re.compile(r"(\A(?:--?[\w-]+=)?[\w+.-]+://[^?]*\?).+", re.DOTALL),
     re.compile(r"(://[^?\s]*\?)[^\s'\"]+"),
-    # name=value, as libpq and ODBC have them
+    # name=value of libpq and ODBC.
     re.compile(
         r"(\b\w*(?:password|passwd|passphrase|pass|pwd|secret|token)\s*=\s*)(?:'[^']*'|\{[^}]*\}|[^\s;&'\"]+)",
         re.IGNORECASE,
@@ -23,7 +23,7 @@ _MASKED = (
 
 
 def command_without_passwords(command: str) -> str:
-    """A command with them masked in each of its words, whose quotes may hide blanks."""
+    """Mask passwords in each word of a command; quoted words may contain blanks."""
     try:
         return shlex.join(map(without_passwords, shlex.split(command)))
     except ValueError:
@@ -31,8 +31,7 @@ def command_without_passwords(command: str) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """A text with what may be a password in an address of a database masked.
-
+    """Mask possible passwords in the addresses of a text.
     >>> without_passwords("postgresql+psycopg://me:secret@host/name")
     'postgresql+psycopg://me:***@host/name'
     >>> without_passwords("mysql://host/name?user=me&password=secret")

@@ -1,4 +1,4 @@
-"""A run: one model, its data and its training. It is written down as flat options, and known by their hash."""
+"""A run: one model, its data and its training, as flat options identified by their hash."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ from typing import Any, TypeVar
 from einlinear.structures import structure
 from einlinear_lab.models import MODELS, ModelConfig
 from einlinear_lab.models.config import OF_EXPERTS
-from einlinear_lab.runs.data import Data, kind_of
+from einlinear_lab.runs.data import Data, TextData, kind_of
 from einlinear_lab.runs.options import names, parse, refuse_unknown
 from einlinear_lab.training import Training
 
-# They change no result, but for how floating-point sums are rounded. Nor does evaluate_every, but a run that was never
-# evaluated is not the one that is asked for where its errors over time are wanted. Which files were left out is
-# told by the digest of the data.
+# Options that change results by rounding at most. Skipped files change the digest of the data. evaluate_every changes
+# no result either, but errors over time need the evaluations.
 _HIDDEN = ("device", "threads", "parallel", "tracker", "log_every", "checkpoint_every", "skip_broken")
-
+# Passes over the training data.
+PASSES = 20
+# Bounds of the steps.
+FEWEST, MOST = 200, 5000
+# Steps on data without end.
+ENDLESS = 2000
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of.
+    """Model, data, training and seed of a run.
 
     Attributes:
-        model: its kind and sizes.
-        data: what it is trained on.
-        training: how.
+        model: config of the model.
+        data: config of the data.
+        training: config of the training.
         seed: of the weights and the batches.
     """
 
@@ -55,21 +59,21 @@ class Run:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Run:
-        """A run from options by name, all in one: `model` and `data` say which others there are.
+        """Make a run from its options by name; `model` and `data` determine the other options.
 
         >>> run = Run.of({"model": "mlp", "data": "digits", "structure": "btt", "width": "64", "steps": 100})
         >>> run.model.width, run.training.lr
         (64, 0.003)
 
         Raises:
-            ValueError: an unknown option, or a value that is wrong, with what would be right.
+            ValueError: an unknown option or a wrong value, with the allowed ones.
         """
         model, data = model_and_data(options)
         return cls(model, data, _part(Training, options), _part(_Seed, options).seed)
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """All options by name, as JSON values: `Run.of` gives the run back."""
+        """All options by name as JSON values; `Run.of` inverts it."""
         parts = [dataclasses.asdict(part) for part in (self.model, self.data, self.training)]
         kinds = {"model": self.model.NAME, "data_kind": self.data.KIND}
         flat = {**kinds, **parts[0], **parts[1], **parts[2], "seed": self.seed}
@@ -77,25 +81,24 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The options that can change what comes out: all but the device, how often it is noted down and the like, and
-        those about experts where there are none."""
-        idle = (*_HIDDEN, *(OF_EXPERTS if self.model.experts is None else ()))
-        return {name: value for name, value in self.options.items() if name not in idle}
+        """Options that can change the result; without experts, options of experts cannot."""
+        hidden = (*_HIDDEN, *(OF_EXPERTS if self.model.experts is None else ()))
+        return {name: value for name, value in self.options.items() if name not in hidden}
 
     @cached_property
     def key(self) -> str:
-        """12 hexadecimal digits, which are the same for runs of the same identity."""
+        """Hash of the identity, 12 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @cached_property
     def pattern(self) -> str:
-        """What the structure's name stands for at this width: a family of the user's may have changed."""
+        """Pattern of the structure at this width: it changes if the user redefines a family."""
         width = self.model.width
         return str(structure(self.model.structure, width, self.model.expansion * width).pattern)
 
     @property
     def name(self) -> str:
-        """The name for people and folders: "btt-rank-2-w64-s0-" and the key."""
+        """Readable name of the run and its folder: "btt-rank-2-w64-s0-" and the key."""
         words = re.sub(r"[^a-z0-9]+", "-", self.model.structure.lower()).strip("-")[:40].strip("-")
         return f"{words}-w{self.model.width}-s{self.seed}-{self.key}"
 
@@ -111,10 +114,45 @@ def model_and_data(options: Mapping[str, Any]) -> tuple[ModelConfig, Data]:
         raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
     model = MODELS[kind]
     data = kind_of(name, options.get("data_kind"), sequences=model.SEQUENCES)
-    known = [*names(model), *names(data), *names(Training), "seed"]
-    given = [option for option in options if option not in ("model", "data_kind")]
-    refuse_unknown(given, known, f"a run of model={kind} on data={name} ({data.KIND})")
+    allowed = [*names(model), *names(data), *names(Training), "seed"]
+    others = [option for option in options if option not in ("model", "data_kind")]
+    refuse_unknown(others, allowed, f"a run of model={kind} on data={name} ({data.KIND})")
     return _part(model, options), _part(data, options)
+
+
+def with_defaults(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Add default `steps` and `batch_size` to the options of a run.
+
+    The default is 20 passes over the training data, between 200 and 5,000 steps; 2,000 steps for unlimited data. With
+    fewer images than the default batch size, the batch size is a power of two, at most a quarter of the images.
+
+    Returns:
+        The options, and a sentence with the reason for each added option.
+
+    Raises:
+        ValueError, OSError: invalid data, or a wrong or unknown option.
+    """
+    completed, reasons = dict(options), list[str]()
+    _, data = model_and_data(options)
+    if {"steps", "batch_size"} <= options.keys():
+        return completed, reasons
+    examples, is_text = data.examples(), isinstance(data, TextData)
+    if examples is not None and examples < data.batch_size and not is_text and "batch_size" not in options:
+        size = completed["batch_size"] = 1 << max(0, (examples // 4).bit_length() - 1)
+        data = dataclasses.replace(data, batch_size=size)
+        reasons.append(f"batch_size={size}, as there are {examples:,} training images")
+    if "steps" in options:
+        return completed, reasons
+    if examples is None:
+        completed["steps"] = ENDLESS
+        reasons.append(f"steps={ENDLESS}")
+    else:
+        passes = PASSES * max(1, examples // data.batch_size)
+        steps = completed["steps"] = min(max(passes, FEWEST), MOST)
+        unit = "windows of the training text" if is_text else "training images"
+        bound = "" if passes == steps else f", but at {'least' if steps == FEWEST else 'most'} {steps:,}"
+        reasons.append(f"steps={steps}: {PASSES} passes over {examples:,} {unit}{bound}")
+    return completed, reasons
 
 
 def _part(kind: type[T], options: Mapping[str, Any]) -> T:

@@ -1,4 +1,4 @@
-"""The table of all runs of a results folder, in SQLite: it can be queried while they run, and is made anew at will.
+"""SQLite table of the runs of a results folder. It can be queried during a sweep, and rebuilt from the runs' files.
 
 sqlite3 FOLDER/runs.sqlite "select structure, width, lr, train_loss from runs where status = 'finished'"
 """
@@ -11,54 +11,54 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from einlinear_lab.runs.records import Record, Result, read_record
 from einlinear_lab.runs.run import Run
 
 FILE = "runs.sqlite"
-_NAMES = {"steps": "steps_made"}  # of results, where an option has the same
+# Options of runs have the same names.
+_NAMES = {"steps": "steps_made"}
 _RESULTS = {field.name: _NAMES.get(field.name, field.name) for field in fields(Result) if field.name != "metrics"}
-_PATIENCE = 1  # seconds to wait for somebody who reads
+# Seconds to wait for a reader's lock.
+_PATIENCE = 1
 
 
 class RunTable:
     """One row per run: its key, folder and status; its options; its results and metrics.
 
-    Status is "waiting", "running", "finished", "diverged", "lost" or "failed". What cannot be written, or read from the
-    folder of a run, ends no sweep: it warns, and rows that are left over are written with the next one.
+    Status is "waiting", "running", "finished", "diverged", "lost" or "failed". Errors of the table or the files of a
+    run become warnings, so that a sweep goes on; rows that could not be written are written with the next row.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._connection = sqlite3.connect(self._path, isolation_level=None, timeout=_PATIENCE)
-        self._columns: set[str] = set()  # none before it is made
-        self._said: dict[str, str] = {}  # key -> status
+        # Empty until the table exists.
+        self._columns: set[str] = set()
+        self._statuses: dict[str, str] = {}
         self._unwritten: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> RunTable:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._unwritten:
             self._write()
         self._connection.close()
 
     def rebuild(self, records: Iterable[Record], waiting: Iterable[Run]) -> None:
-        """Make the table from what is on disk, and the runs that are to be done."""
+        """Create the table from the finished runs on disk, and the runs to be done."""
         rows = [_row(run, None, "waiting") for run in waiting]
         rows += [_of_record(record) for record in records if record.result]
         self._columns, self._unwritten = set(), {row["key"]: row for row in rows}
         self._write()
 
     def note(self, run: Run, folder: Path, status: str, message: str = "") -> None:
-        """Note what became of a run, if that is new; the results of a finished one are read from its folder."""
-        if self._said.get(run.key) == status:
+        """Write the row of a run if its status is new; results of a finished run are read from its folder."""
+        if self._statuses.get(run.key) == status:
             return
-        self._said[run.key] = status
+        self._statuses[run.key] = status
         row = _row(run, folder, status, message)
         if status == "finished":
             try:
@@ -69,7 +69,7 @@ class RunTable:
         self._write()
 
     def _write(self) -> None:
-        """Write all rows that are left over, or none of them."""
+        """Write all unwritten rows in one transaction."""
         columns = set(self._columns)
         try:
             self._connection.execute("begin immediate")

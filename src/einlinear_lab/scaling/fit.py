@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,10 +99,8 @@ class ScalingFit:
 
     def seeds_interval(self, number: Callable[[Draw], float], level: float = 0.95) -> Interval | None:
         """Return the percentile interval of any function of a resample."""
-        if not self.draws:
-            return None
         numbers = [number(draw) for draw in self.draws]
-        return percentile_interval(numbers, numbers, level)
+        return percentile_interval(numbers, numbers, level) if numbers else None
 
 
 def fit_scaling(
@@ -167,21 +165,13 @@ def fit_scaling(
             f"a law needs at least {enough} points on the frontier, since any {enough - 1} lie on one, but {count}: "
             f"train models of more sizes{wider}"
         )
-    law = fit(best)
-    single = any(len(curve.losses) == 1 for curve in curves)
-    frontiers = [frontier(losses) for losses in _resamples(curves, 0 if single else resamples, seed)]
-    draws = tuple(
-        Draw(resample, fit(resample, near=law.floor)) for resample in frontiers if len(resample.index) >= enough
-    )
-    return ScalingFit(
-        frontier=best,
-        curve=np.repeat(np.arange(len(curves)), [len(curve.compute) for curve in curves])[best.index],
-        law=law,
-        draws=draws,
-    )
-
-
-def _resamples(curves: Sequence[LossCurves], count: int, seed: int) -> Iterator[list[Array]]:
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        yield [curve.losses[rng.integers(len(curve.losses), size=len(curve.losses) - 1)] for curve in curves]
+    law, rng = fit(best), np.random.default_rng(seed)
+    counts = [len(curve.losses) for curve in curves]
+    draws = []
+    for _ in range(0 if 1 in counts else resamples):
+        drawn = [rng.integers(count, size=count - 1) for count in counts]
+        resample = frontier([curve.losses[seeds] for curve, seeds in zip(curves, drawn, strict=True)])
+        if len(resample.index) >= enough:
+            draws.append(Draw(resample, fit(resample, near=law.floor)))
+    curve_of_point = np.repeat(np.arange(len(curves)), [len(curve.compute) for curve in curves])
+    return ScalingFit(best, curve_of_point[best.index], law, tuple(draws))

@@ -89,13 +89,9 @@ def check_rules(tolerance: float, window: tuple[float, float]) -> None:
 
 
 def _lower_hull(x: Array, y: Array) -> NDArray[np.intp]:
-    """Return the corners of the convex hull that face down, by x.
-
-    The published rule adds a dummy point at (max + 1, max + 1). A second one above the point of least x makes the rest
-    of the hull dummies, so that the hull is never flat.
-    """
-    top = y.max() + 1
-    dummies = [(x.min(), top), (x.max() + 1, top)]
+    """Return the corners of the convex hull that face down, by x."""
+    # the published rule has the second dummy; with the first above the point of least x the hull is never flat
+    dummies = [(x.min(), y.max() + 1), (x.max() + 1, y.max() + 1)]
     corners = ConvexHull(np.concatenate([np.stack([x, y], axis=1), dummies])).vertices
     corners = corners[corners < len(x)]
     return np.asarray(corners[np.argsort(x[corners])])

@@ -1,15 +1,13 @@
-"""Confidence intervals from two sources.
+"""Confidence intervals: percentiles over resampled seeds, or the t-distribution of a least-squares fit.
 
-seeds       percentiles over resampled seeds: the effect of training again with other seeds
-regression  the t-distribution of a least-squares fit: the scatter of the points around the law, as if they were
-            independent. Points of one training curve are not, which makes these intervals too narrow.
+Regression takes points as independent. Those of one training curve are not, which makes its intervals too narrow.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -64,36 +62,25 @@ def t_interval(value: float, stderr: float, freedom: int, level: float = 0.95) -
 def law_interval(
     law: PowerLaw, compute: ArrayLike, loss: ArrayLike, quantity: Quantity, level: float = 0.95
 ) -> Interval | None:
-    """Return the regression interval of a parameter of a law, or None without degrees of freedom.
-
-    The interval of an assumed floor is that floor.
-    """
+    """Return the regression interval of a parameter (an assumed floor is exact), or None without degrees of freedom."""
     if quantity == "floor" and law.floor_identified is None:
         return Interval(law.floor, law.floor, "regression", check_level(level))
-    value = math.log(law.scale) if quantity == "scale" else float(getattr(law, quantity))
     direction = np.eye(3)[("scale", "exponent", "floor").index(quantity)]
-    interval = _delta_interval(law, compute, loss, value, direction, level)
-    return _exponential(interval) if interval and quantity == "scale" else interval
+    if quantity == "scale":
+        return _exponential(_delta_interval(law, compute, loss, math.log(law.scale), direction, level))
+    return _delta_interval(law, compute, loss, float(getattr(law, quantity)), direction, level)
 
 
 def prediction_interval(
     law: PowerLaw, compute: ArrayLike, loss: ArrayLike, at: float, level: float = 0.95
 ) -> Interval | None:
-    """Return the regression interval of a law's loss at a compute, or None without degrees of freedom.
-
-    The interval is that of the law; a single run scatters around the law in addition.
-    """
-    floor = assumed_floor(law)
-    interval = _delta_interval(law, compute, loss, math.log(law(at) - floor), gradient(law, np.array([at]))[0], level)
-    return _exponential(interval, floor) if interval else None
+    """Return the regression interval of a law's loss at a compute, without the scatter of a single run; else None."""
+    floor, direction = assumed_floor(law), gradient(law, np.array([at]))[0]
+    return _exponential(_delta_interval(law, compute, loss, math.log(law(at) - floor), direction, level), floor)
 
 
 def check_level(level: float) -> float:
-    """Return the confidence level.
-
-    Raises:
-        ValueError: the level is not between 0 and 1.
-    """
+    """Return a confidence level. Raises ValueError if it is not between 0 and 1."""
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval must be between 0 and 1, such as 0.95 for 95 %, not {level}")
     return level
@@ -104,13 +91,11 @@ def _delta_interval(
 ) -> Interval | None:
     """Return the interval of a function of a law's parameters from its gradient by them (the delta method)."""
     matrix = covariance(law, compute, loss)
-    freedom = np.size(np.asarray(compute)) - len(matrix)
-    if freedom < 1:
+    freedom, direction = np.size(compute) - len(matrix), direction[: len(matrix)]
+    return t_interval(value, math.sqrt(direction @ matrix @ direction), freedom, level) if freedom > 0 else None
+
+
+def _exponential(interval: Interval | None, plus: float = 0.0) -> Interval | None:
+    if interval is None:
         return None
-    direction = direction[: len(matrix)]
-    return t_interval(value, math.sqrt(direction @ matrix @ direction), freedom, level)
-
-
-def _exponential(interval: Interval, plus: float = 0.0) -> Interval:
-    low, high = plus + math.exp(interval.low), plus + float(np.exp(min(interval.high, 700.0)))
-    return Interval(low, high, interval.source, interval.level)
+    return replace(interval, low=plus + math.exp(interval.low), high=plus + math.exp(min(interval.high, 700.0)))

@@ -14,7 +14,6 @@ from scipy.stats import f
 
 Array = NDArray[np.float64]
 
-MIN_POINTS = 2
 # three parameters fit any three points
 MIN_POINTS_WITH_FLOOR = 4
 # a steeper exponent means that all but the first points lie on the floor
@@ -68,7 +67,7 @@ def power_law(compute: ArrayLike, loss: ArrayLike, *, floor: float = 0.0) -> Pow
         ValueError: a point has no logarithm, or there are fewer than two different computes.
     """
     x, y = log_points(compute, loss, floor)
-    _require_points(x, MIN_POINTS, "a power law")
+    _require_points(x, 2, "a power law")
     slope, intercept = np.polyfit(x, y, 1)
     return _with_quality(PowerLaw(-float(slope), math.exp(intercept), math.nan, math.nan, floor), compute, loss)
 
@@ -114,7 +113,8 @@ def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
     x, y = log_points(compute, loss, assumed_floor(law))
     jacobian = gradient(law, np.exp(x))
     freedom = len(x) - jacobian.shape[1]
-    variance = _squares(_residuals(law, x, y)) / freedom if freedom > 0 else math.nan
+    residuals = _residuals(law, x, y)
+    variance = residuals @ residuals / freedom if freedom > 0 else math.nan
     # columns differ in size by orders of magnitude
     sizes = np.linalg.norm(jacobian, axis=0)
     inverse = np.linalg.pinv(jacobian / sizes) / sizes[:, None]
@@ -138,8 +138,8 @@ def assumed_floor(law: PowerLaw) -> float:
 def _with_quality(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
     """Return the law with its standard error and R²."""
     x, y = log_points(compute, loss, assumed_floor(law))
-    total = _squares(y - y.mean())
-    r_squared = 1 - _squares(_residuals(law, x, y)) / total if total else math.nan
+    residuals, spread = _residuals(law, x, y), y - y.mean()
+    r_squared = 1 - float(residuals @ residuals) / total if (total := float(spread @ spread)) else math.nan
     return replace(law, stderr=math.sqrt(covariance(law, compute, loss)[1, 1]), r_squared=r_squared)
 
 
@@ -147,17 +147,8 @@ def _residuals(law: PowerLaw, x: Array, y: Array) -> Array:
     return y - np.log(law(np.exp(x)) - assumed_floor(law))
 
 
-def _squares(values: Array) -> float:
-    return float(values @ values)
-
-
 def log_points(compute: ArrayLike, loss: ArrayLike, floor: float = 0.0) -> tuple[Array, Array]:
-    """Return the logarithms of compute and of loss - floor.
-
-    Raises:
-        ValueError: the arrays are empty or of different shapes, a compute is not positive and finite, or a loss is not
-            finite and above the floor.
-    """
+    """Return the logarithms of compute and of loss - floor. Raises ValueError for points without."""
     compute, loss = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
     if compute.ndim != 1 or compute.shape != loss.shape or not compute.size:
         raise ValueError(
@@ -172,15 +163,10 @@ def log_points(compute: ArrayLike, loss: ArrayLike, floor: float = 0.0) -> tuple
 
 
 def _minimise(x: Array, y: Array, floor: float, fixed: bool = False) -> tuple[float, Array]:
-    """Minimise Huber's loss from an initial floor, or with a fixed one.
-
-    Returns:
-        Huber's loss and (log scale, exponent, floor) at the minimum.
-    """
+    """Return the least Huber's loss from an initial floor, or with a fixed one, at (log scale, exponent, floor)."""
 
     def log_terms(parameters: Array) -> tuple[Array, Array]:
-        """Return the logarithms of the floor and of the power law."""
-        # the logarithm of a floor of zero is minus infinity
+        """Return the logarithms of the floor (minus infinity for zero) and of the power law."""
         with np.errstate(divide="ignore"):
             return np.log(np.full_like(x, floor if fixed else parameters[2])), parameters[0] - parameters[1] * x
 
@@ -194,16 +180,14 @@ def _minimise(x: Array, y: Array, floor: float, fixed: bool = False) -> tuple[fl
         columns = [share, -share * x, np.exp(-np.logaddexp(log_floor, log_power))]
         return np.stack(columns[: len(parameters)], axis=1)
 
-    loss = np.exp(y)
+    loss, count = np.exp(y), 2 if fixed else 3
     slope, intercept = np.polyfit(x, np.log(np.maximum(loss - floor, 0.01 * loss)), 1)
-    count = 2 if fixed else 3
-    start = [intercept, min(max(-slope, 0.0), MAX_EXPONENT), min(floor, loss.max())][:count]
-    bounds = ([-math.inf, 0.0, 0.0][:count], [math.inf, MAX_EXPONENT, loss.max()][:count])
+    bounds = np.array([[-math.inf, 0.0, 0.0], [math.inf, MAX_EXPONENT, loss.max()]])[:, :count]
+    start = np.clip([intercept, -slope, floor][:count], *bounds)
     fit = least_squares(residuals, start, jacobian, bounds, "dogbox", loss="huber", f_scale=HUBER_SCALE)
     return float(fit.cost), np.append(fit.x, [floor] if fixed else [])
 
 
 def _require_points(log_compute: Array, least: int, law: str) -> None:
-    different = len(np.unique(log_compute))
-    if different < least:
+    if (different := len(np.unique(log_compute))) < least:
         raise ValueError(f"{law} needs points of at least {least} different computes, got {different}")

@@ -60,9 +60,8 @@ class MultiplierOverSeeds:
     seeds: int
 
     def __str__(self) -> str:
-        mean = str(self.mean) if self.mean else "seeds disagree"
-        ends = f" ({self.smallest.text} to {self.largest.text})"
-        return mean if self.smallest == self.largest else mean + ends
+        mean = str(self.mean or "seeds disagree")
+        return mean if self.smallest == self.largest else f"{mean} ({self.smallest.text} to {self.largest.text})"
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,10 @@ def multiplier_over_seeds(multipliers: Sequence[Multiplier]) -> MultiplierOverSe
         return None
     # a mean of exact values and lower bounds is a lower bound, and likewise for upper bounds
     bounds = {multiplier.bound for multiplier in multipliers} - {""}
-    mean = None
-    if len(bounds) < 2:
-        mean = Multiplier(float(gmean([multiplier.value for multiplier in multipliers])), next(iter(bounds), ""))
+    mean = Multiplier(float(gmean([multiplier.value for multiplier in multipliers])), next(iter(bounds), ""))
     # of equal values, an upper bound is the smallest and a lower bound the largest
     ordered = sorted(multipliers, key=lambda multiplier: (multiplier.value, ("<", "", ">").index(multiplier.bound)))
-    return MultiplierOverSeeds(mean, ordered[0], ordered[-1], len(multipliers))
+    return MultiplierOverSeeds(mean if len(bounds) < 2 else None, ordered[0], ordered[-1], len(multipliers))
 
 
 def multipliers_along(fit: ScalingFit, dense: ScalingFit, *, level: float = 0.95) -> tuple[MultiplierAt, ...]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
-from einlinear_lab.runs.options import parse
 from einlinear_lab.search.space import STRUCTURE, SearchSpace, option_of
 
 # Trained trials before a sampler leaves the random ones, and before any trial is pruned.
@@ -75,11 +74,3 @@ class SearchConfig:
     def axes(self) -> frozenset[str]:
         """The options of the model that the search chooses."""
         return frozenset({STRUCTURE, "width", *map(option_of, self.roles)})
-
-
-def configure(**options: Any) -> SearchConfig:
-    """Return a `SearchConfig` from its options and those of runs, by name; None is left out."""
-    values = {name: value for name, value in options.items() if value is not None}
-    names = SearchConfig.__dataclass_fields__.keys() - {"options"}
-    of_runs = {name: value for name, value in values.items() if name not in names}
-    return parse(SearchConfig, {name: values[name] for name in values.keys() & names} | {"options": of_runs})

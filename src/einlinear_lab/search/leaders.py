@@ -59,13 +59,13 @@ def read_leaders(folder: str | Path, count: int) -> list[Leader]:
     store = open_store(folder)
     manifest = SearchManifest.read(store.folder)
     scored = [(manifest.objective(record.result), record) for record in store.records() if record.result]
-    scored = sorted((pair for pair in scored if pair[0] < math.inf), key=lambda pair: pair[0])
-    if not scored:
-        raise ValueError(f"{folder} holds no finished runs yet")
     best: dict[tuple[str, ...], Leader] = {}
     structures = [option for option in manifest.axes if option != "width"]
-    for _, record in scored:
-        best.setdefault(tuple(record.run.options[option] for option in structures), Leader(record, manifest))
+    for value, record in sorted(scored, key=lambda pair: pair[0]):
+        if value < math.inf:
+            best.setdefault(tuple(record.run.options[option] for option in structures), Leader(record, manifest))
+    if not best:
+        raise ValueError(f"{folder} holds no finished runs yet")
     return list(best.values())[:count]
 
 
@@ -104,18 +104,11 @@ def as_searched(leaders: Sequence[Leader], options: Mapping[str, Any]) -> dict[s
 def alongside(leaders: Sequence[Leader], specs: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the options of models: other structures at the compute of the leaders, then the leaders.
 
-    Args:
-        leaders: of the search.
-        specs: of the other structures.
-        options: of all runs.
-
     Raises:
         DoesNotFit: a structure has no model of that compute.
     """
     model, data = model_and_data(options)
     macs = [leader.record.result.macs for leader in leaders if leader.record.result]
     matching = Matching(model, data.load(seed=0).shape, round(fmean(macs)), granule=1)
-    matched = [matching.match({STRUCTURE: Proposal(spec)}) for spec in specs]
-    return [{**architecture.specs, "width": architecture.width} for architecture in matched] + [
-        leader.model for leader in leaders
-    ]
+    others = [matching.match({STRUCTURE: Proposal(spec)}) for spec in specs]
+    return [*({**other.specs, "width": other.width} for other in others), *(leader.model for leader in leaders)]

@@ -34,6 +34,7 @@ _EINSUM = "einsum"
 
 # By the option of the model.
 Ranks = Mapping[str, Fraction]
+_structure = lru_cache(maxsize=2**16)(structure)
 # One for each kind of layer.
 Structures = tuple[Structure, ...]
 
@@ -119,14 +120,12 @@ class Matching:
             for width in self._widths(costs, proposals, ranks, reach):
                 if (structures := costs.structures(proposals, ranks, width)) is None:
                     continue
-                macs = costs.macs(structures, width)
-                distances.append(abs(macs / self.budget - 1))
-                if distances[-1] > TOLERANCE or (padded and _are_padded(structures)):
+                distances.append(abs(costs.macs(structures, width) / self.budget - 1))
+                if distances[-1] > TOLERANCE:
                     continue
-                architecture = costs.architecture(structures, width)
-                if not _are_padded(structures):
-                    return architecture
-                padded = architecture
+                if not any(is_padded(s, term) for s in structures for term in s.terms):
+                    return costs.architecture(structures, width)
+                padded = padded or costs.architecture(structures, width)
             if padded:
                 return padded
         nearest = f"the closest is {min(distances):.0%} off" if distances[1:] else "it fits no width"
@@ -161,10 +160,6 @@ def _ranks(proposals: Proposals) -> Iterator[Ranks]:
         yield {option: values[min(n, len(values) - 1)] for option, values in ranks.items()}
 
 
-def _are_padded(structures: Structures) -> bool:
-    return any(is_padded(s, term) for s in structures for term in s.terms)
-
-
 @dataclass(frozen=True)
 class _Layer:
     """Layers of one shape that take the structure of an option. Features are constant + slope * width."""
@@ -195,39 +190,6 @@ class _Costs:
     layers: tuple[_Layer, ...]
     rest: tuple[Fraction, ...]
 
-    @classmethod
-    def of(cls, model: ModelConfig, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
-        if model.experts is not None:
-            raise ValueError("a search has no mixtures of experts: leave out experts")
-        if unknown := [option for option in options if not hasattr(model, option)]:
-            raise ValueError(f"model={model.NAME} has no {', '.join(unknown)}")
-        heads, d_head = getattr(model, "heads", None), getattr(model, "d_head", None)
-        step = math.lcm(granule, (d_head or 1) if heads is None else heads if d_head is None else 1)
-        widths = [n * step for n in (4, 8, 12)]
-        marks, doubled = ({option: _MARK.format(k * n) for n, option in enumerate(options, 1)} for k in (1, 2))
-        models = [_build(with_structures(model, width, marks), shape) for width in widths]
-
-        marked = [_marked(one, marks) for one in models]
-        shapes = []
-        for name, (option, *_) in marked[0].items():
-            in_features = _linear(widths, [by_name[name][1] for by_name in marked])
-            out_features = _linear(widths, [by_name[name][2] for by_name in marked])
-            shapes.append((option, in_features, out_features))
-        layers = tuple(_Layer(*shape, shapes.count(shape)) for shape in dict.fromkeys(shapes))
-        if unused := set(options) - {layer.option for layer in layers}:
-            raise ValueError(f"no layer of model={model.NAME} takes {', '.join(sorted(unused))}: name fewer roles")
-
-        def macs(specs: Mapping[str, str], width: int) -> int:
-            return sum(layer.count * layer.structure(specs[layer.option], width).macs for layer in layers)
-
-        # Twice the rank costs twice the MACs of these layers at every position.
-        more = _build(with_structures(model, widths[-1], doubled), shape).macs - models[-1].macs
-        positions, remainder = divmod(more, macs(doubled, widths[-1]) - macs(marks, widths[-1]))
-        if remainder:
-            raise ValueError(f"the layers of model={model.NAME} are applied to different numbers of positions")
-        rest = [one.macs - positions * macs(marks, width) for one, width in zip(models, widths, strict=True)]
-        return cls(step, positions, layers, _parabola(widths, rest))
-
     def structures(self, proposals: Proposals, ranks: Ranks, width: int) -> Structures | None:
         """Return the structures of all kinds of layers; None where one does not fit."""
         specs = {option: proposal.spec(ranks[option], width) for option, proposal in proposals.items()}
@@ -250,19 +212,44 @@ class _Costs:
     def architecture(self, structures: Structures, width: int) -> Architecture:
         layers = [(layer.option, s) for layer, s in zip(self.layers, structures, strict=True)]
         specs = {option: s.spec for option, s in reversed(layers)}
-        sizes = tuple((option, (s.in_features, s.out_features, *(size for _, size in s.sizes))) for option, s in layers)
         specs = dict(sorted(specs.items(), key=lambda item: item[0] != STRUCTURE))
+        sizes = tuple((option, (s.in_features, s.out_features, *(size for _, size in s.sizes))) for option, s in layers)
         return Architecture(specs, width, self.macs(structures, width), sizes)
 
 
 @cache
 def _costs(model: ModelConfig, shape: Shape, granule: int, options: tuple[str, ...]) -> _Costs:
-    return _Costs.of(model, shape, granule, options)
+    if model.experts is not None:
+        raise ValueError("a search has no mixtures of experts: leave out experts")
+    if unknown := [option for option in options if not hasattr(model, option)]:
+        raise ValueError(f"model={model.NAME} has no {', '.join(unknown)}")
+    heads, d_head = getattr(model, "heads", None), getattr(model, "d_head", None)
+    step = math.lcm(granule, (d_head or 1) if heads is None else heads if d_head is None else 1)
+    widths = [n * step for n in (4, 8, 12)]
+    marks, doubled = ({option: _MARK.format(k * n) for n, option in enumerate(options, 1)} for k in (1, 2))
+    models = [_build(with_structures(model, width, marks), shape) for width in widths]
 
+    options_of_marks = {mark: option for option, mark in marks.items()}
+    shapes = []
+    for same in zip(*(_linear_layers(one) for one in models), strict=True):
+        if option := options_of_marks.get(same[0].structure.spec):
+            in_features = _linear(widths, [layer.in_features for layer in same])
+            out_features = _linear(widths, [layer.out_features for layer in same])
+            shapes.append((option, in_features, out_features))
+    layers = tuple(_Layer(*shape, shapes.count(shape)) for shape in dict.fromkeys(shapes))
+    if unused := set(options) - {layer.option for layer in layers}:
+        raise ValueError(f"no layer of model={model.NAME} takes {', '.join(sorted(unused))}: name fewer roles")
 
-@lru_cache(maxsize=2**16)
-def _structure(spec: str, in_features: int, out_features: int) -> Structure:
-    return structure(spec, in_features, out_features)
+    def macs(specs: Mapping[str, str], width: int) -> int:
+        return sum(layer.count * layer.structure(specs[layer.option], width).macs for layer in layers)
+
+    # Twice the rank costs twice the MACs of these layers at every position.
+    more = _build(with_structures(model, widths[-1], doubled), shape).macs - models[-1].macs
+    positions, remainder = divmod(more, macs(doubled, widths[-1]) - macs(marks, widths[-1]))
+    if remainder:
+        raise ValueError(f"the layers of model={model.NAME} are applied to different numbers of positions")
+    rest = [one.macs - positions * macs(marks, width) for one, width in zip(models, widths, strict=True)]
+    return _Costs(step, positions, layers, _parabola(widths, rest))
 
 
 def _build(model: ModelConfig, shape: Shape) -> ReferenceModel:
@@ -270,18 +257,11 @@ def _build(model: ModelConfig, shape: Shape) -> ReferenceModel:
         return model.build(shape)
 
 
-def _marked(model: ReferenceModel, marks: Mapping[str, str]) -> dict[str, tuple[str, int, int]]:
-    """Return the option, in_features and out_features of the layers that take a structure, by name."""
-    options = {mark: option for option, mark in marks.items()}
-    return {
-        name: (options[layer.structure.spec], layer.in_features, layer.out_features)
-        for name, layer in model.named_modules()
-        if isinstance(layer, Linear) and layer.structure.spec in options
-    }
+def _linear_layers(model: ReferenceModel) -> list[Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, Linear)]
 
 
 def _linear(widths: list[int], features: list[int]) -> tuple[int, int]:
-    """Return constant and slope of the features as a function of the width."""
     constant, slope, quadratic = _parabola(widths, features)
     if quadratic or any(c.denominator > 1 for c in (constant, slope)):
         raise ValueError(f"layers whose features are no linear function of the width cannot be matched: {features}")

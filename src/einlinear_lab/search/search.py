@@ -62,7 +62,7 @@ class Search:
         self.manifest = SearchManifest(metric, config.time_weight, config.budget, tuple(sorted(config.axes)))
         self.matching = Matching(self.base.model, problem.shape, config.budget)
         self.space = SearchSpace(config.families, config.roles)
-        self._digest = problem.digest
+        self._digest, self._rungs = problem.digest, rungs_of(self.base)
         # Trials that failed before this driver started may be tried again.
         self._failed_before: set[int] = set()
         # The trial and the rungs that it has not reached, by the key of its run.
@@ -98,7 +98,7 @@ class Search:
         config = {"results folder": self.manifest.id, "data digest": self._digest, **fixed}
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.config.prune:
-            pruner = optuna.pruners.SuccessiveHalvingPruner(rungs_of(self.base)[0], reduction_factor=2)
+            pruner = optuna.pruners.SuccessiveHalvingPruner(self._rungs[0], reduction_factor=2)
         self.study = open_study(store.folder, config, storage, self.manifest.study or "", pruner)
         return self
 
@@ -108,15 +108,14 @@ class Search:
         end = math.inf if self.config.hours is None else time.monotonic() + 3600 * self.config.hours
         self._failed_before = {trial.number for trial in self.study.failed()}
         with self.study.driving():
-            complete = False
-            while not complete:
-                complete = True
+            before = -1
+            # The pool may have asked for its last job before a run failed.
+            while before < len(failed):
+                before = len(failed)
                 for event in pool(self._jobs(end)):
                     self._record(event)
                     if event.status == "failed":
                         failed.append(event)
-                        # The pool may have asked for its last job before.
-                        complete = False
                     watch(event)
         self.study.close()
         return failed
@@ -128,10 +127,8 @@ class Search:
                 orphans = self.study.adopt_orphans()
                 run = None if orphans or time.monotonic() > end else self.next_run()
             for orphan, trial in orphans:
-                self._trials[orphan.run.key] = (
-                    trial,
-                    [r for r in self._rungs if r not in orphan.frozen.intermediate_values],
-                )
+                rungs = [rung for rung in self._rungs if rung not in orphan.frozen.intermediate_values]
+                self._trials[orphan.run.key] = trial, rungs
                 if self._result(orphan.run) is None:
                     yield orphan.run, self.store.path(orphan.run)
                 else:
@@ -189,10 +186,6 @@ class Search:
                     points[self._architecture(point).signature] = point
         return points
 
-    @cached_property
-    def _rungs(self) -> tuple[int, int]:
-        return rungs_of(self.base)
-
     def _check_budget(self) -> None:
         """Raise ValueError if structures drawn at random have no model of the budget."""
         study = optuna.create_study(sampler=SAMPLERS["random"](self.config.seed))
@@ -219,11 +212,9 @@ class Search:
         """Report the losses at the rungs that a run has reached, and stop the run if Optuna prunes its trial."""
         folder = self.store.path(event.run)
         while rungs and event.step >= rungs[0]:
-            lines = metrics.read(folder / METRICS)
+            window = range(_window_of(rungs[0]), rungs[0] + 1)
             # Lines of an evaluation have no training loss.
-            lines = [
-                line for line in lines if "train_loss" in line and _window_of(rungs[0]) <= line["step"] <= rungs[0]
-            ]
+            lines = [line for line in metrics.read(folder / METRICS) if "train_loss" in line and line["step"] in window]
             losses = [line["train_loss"] for line in lines]
             if not losses or None in losses:
                 return

@@ -59,8 +59,7 @@ class Theta:
     @property
     def spec(self) -> str:
         """The structure as text."""
-        exponents = self.alpha, self.beta, self.gamma, self.delta, self.epsilon, self.phi, self.rho
-        return f"einsum(theta=({', '.join(map(str, exponents))}))"
+        return f"einsum(theta=({', '.join(map(str, vars(self).values()))}))"
 
 
 # Structures of arXiv 2410.02117 that differ in psi, nu and omega. A search is warm-started with them, in this order.
@@ -218,13 +217,10 @@ class SearchSpace:
         """The points at which all layers share a structure of `LITERATURE`; none without einsums."""
         if "einsum" not in self.families:
             return []
-        points = [
-            ({"family": "einsum"} if self.families[1:] else {}) | point_of(theta) for theta in LITERATURE.values()
-        ]
-        return [
-            {_of_role(role, name): value for role in ("", *self.roles) for name, value in point.items()}
-            for point in points
-        ]
+        family = {"family": "einsum"} if self.families[1:] else {}
+        points = [family | point_of(theta) for theta in LITERATURE.values()]
+        roles = ("", *self.roles)
+        return [{_of_role(role, name): value for role in roles for name, value in point.items()} for point in points]
 
     def propose(self, point: Point) -> dict[str, Proposal]:
         """Return the structures at a point, by the option of the model."""

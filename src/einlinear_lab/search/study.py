@@ -84,11 +84,9 @@ class SearchStudy:
             yield
         path.unlink(missing_ok=True)
 
-    @contextmanager
-    def choosing(self) -> Iterator[None]:
-        """Hold the lock under which trials are created, so that no two drivers choose the same."""
-        with FileLock(self._folder / LOCK):
-            yield
+    def choosing(self) -> FileLock:
+        """Return the lock under which trials are created, so that no two drivers choose the same."""
+        return FileLock(self._folder / LOCK)
 
     def close(self) -> None:
         """Disconnect from the database; the next query connects again."""
@@ -169,16 +167,12 @@ def open_study(
     # Two drivers that create the tables of a database at the same time fail.
     with FileLock(folder / LOCK):
         backend = _storage(folder, storage)
-        study = optuna.create_study(
-            storage=backend, study_name=name, direction="minimize", load_if_exists=True, pruner=pruner
-        )
+        study = optuna.create_study(storage=backend, study_name=name, load_if_exists=True, pruner=pruner)
         stored = study.user_attrs.get(_CONFIG)
         if stored is None:
             study.set_user_attr(_CONFIG, dict(config))
     if stored is not None and (changed := differences(stored, config)):
-        raise ValueError(
-            f"the study {study.study_name} has another config: {'; '.join(changed)}. Name another folder (--out)"
-        )
+        raise ValueError(f"the study {name} has another config: {'; '.join(changed)}. Name another folder (--out)")
     return SearchStudy(study, backend, folder)
 
 

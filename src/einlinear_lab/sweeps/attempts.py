@@ -1,10 +1,13 @@
-"""One run on a worker, of this machine or of a cluster: doing it, and saying what became of it."""
+"""Attempts of a worker process, local or on a cluster, to do a run."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +15,27 @@ from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training.loop import Progress
 
-_STOP = "stop"  # the file in a run's folder that ends it
-ATTEMPTS = 3  # of a run whose process dies every time
-_PATIENCE = 30  # seconds to wait for a process that an earlier driver left behind
+# Of a run whose process dies.
+ATTEMPTS = 3
+# File in the folder of a run that ends it.
+_STOP = "stop"
+# Seconds to wait for a process that an earlier driver left behind.
+_PATIENCE = 30
 
 
 def stop(folder: Path) -> None:
-    """Ask for the end of the run in a folder, wherever it is done: it is not worth its compute."""
+    """Stop the run in a folder, on whichever machine it is."""
     (folder / _STOP).touch()
 
 
 def attempt(options: Mapping[str, Any], folder: Path, progress: Progress | None = None) -> dict[str, str]:
-    """Do a run, from its options. What goes wrong with it becomes a message: a bug, its traceback.
+    """Do a run from its options. Errors become a message; bugs, a traceback.
 
     Returns:
-        The status of its last event, "finished", "stopped" or "failed", and its message.
+        The status of the run's last event, "finished", "stopped" or "failed", and its message.
 
     Raises:
-        BrokenPipeError: the driver that progress is reported to is gone.
+        BrokenPipeError: the driver has ended, so that progress cannot be reported.
     """
     began = time.monotonic()
 
@@ -44,7 +50,8 @@ def attempt(options: Mapping[str, Any], folder: Path, progress: Progress | None 
             execute(Run.of(options), folder, watched)
             return {"status": "finished"}
         except _Stopped:
-            (folder / _STOP).unlink(missing_ok=True)  # whoever asks for the run again wants all of it
+            # The next attempt does the whole run.
+            (folder / _STOP).unlink(missing_ok=True)
             return {"status": "stopped"}
         except BlockingIOError as error:
             if time.monotonic() > began + _PATIENCE:
@@ -57,5 +64,21 @@ def attempt(options: Mapping[str, Any], folder: Path, progress: Progress | None 
             return {"status": "failed", "message": message}
 
 
+@contextmanager
+def away() -> Iterator[None]:
+    """Start processes from Python's own folder, so that they do not import from the current one.
+
+    Python looks for modules where "python -c" starts, which is how multiprocessing starts processes, and Ray where
+    `ray.init` was called: a file types.py or torch.py in the current folder would be executed. Python's option -P
+    prevents it from 3.11 on.
+    """
+    current = os.getcwd()
+    os.chdir(sys.prefix)
+    try:
+        yield
+    finally:
+        os.chdir(current)
+
+
 class _Stopped(Exception):
-    """What ends a run that is not to go on."""
+    """`stop` was called for the run."""

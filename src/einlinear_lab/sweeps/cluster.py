@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.attempts import ATTEMPTS, attempt
+from einlinear_lab.sweeps.attempts import ATTEMPTS, attempt, away
 from einlinear_lab.sweeps.driver import Event, Job
-from einlinear_lab.sweeps.starting import away
 
-_set_up = False  # whether this process is, which may do several runs
+# A process may do several runs.
+_set_up = False
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A `Pool` that hands runs to Ray. Paths are those of the driver's working folder; events come at the end of a run.
+    """A `Pool` on a Ray cluster. Paths are relative to the driver's working folder; each run yields one event.
 
     Attributes:
-        address: of the cluster; None: that of $RAY_ADDRESS, or a new one on this machine.
-        cpus, gpus: that a run takes.
+        address: of the cluster; None: $RAY_ADDRESS, or a new cluster on this machine.
+        cpus, gpus: resources per run.
         setup: called in every process before its first run, to register families; can be pickled.
     """
 
@@ -41,21 +41,22 @@ class Cluster:
             with away():
                 ray.init(address=self.address, logging_level=logging.WARNING, log_to_driver=False)
         try:
-            remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_done)
-            here, setup = os.getcwd(), tuple(self.setup)
+            remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_attempt)
+            current, setup = os.getcwd(), tuple(self.setup)
             left, waiting = iter(jobs), dict[Any, Run]()
             while True:
-                # what is there already may all wait, so that the cluster knows how much it could grow
+                # A fixed list is queued at once, so that the cluster can scale up.
                 room = len(jobs) if isinstance(jobs, Sequence) else self._room(ray.cluster_resources())  # type: ignore[no-untyped-call]
                 for run, folder in islice(left, max(0, room - len(waiting))):
-                    waiting[remote.remote(run.options, str(folder), here, setup)] = run
+                    waiting[remote.remote(run.options, str(folder), current, setup)] = run
                 if not waiting:
                     return
                 (reference,), _ = ray.wait(list(waiting), num_returns=1)
                 run = waiting.pop(reference)
                 try:
                     yield Event(run, **ray.get(reference))
-                except ray.exceptions.RayTaskError as error:  # before the run began
+                # Raised before the run began.
+                except ray.exceptions.RayTaskError as error:
                     yield Event(run, "failed", message=str(error))
                 except ray.exceptions.RayError as error:
                     yield Event(run, "failed", message=f"its process died {ATTEMPTS} times: {error}")
@@ -64,15 +65,15 @@ class Cluster:
                 ray.shutdown()
 
     def _room(self, resources: Mapping[str, float]) -> int:
-        """How many runs the cluster can do at a time."""
-        wanted = {"CPU": self.cpus, "GPU": self.gpus}
-        return max(1, min((int(resources.get(name, 0) // count) for name, count in wanted.items() if count), default=1))
+        """Return the number of runs that fit on the cluster."""
+        needed = {"CPU": self.cpus, "GPU": self.gpus}
+        return max(1, min((int(resources.get(name, 0) // count) for name, count in needed.items() if count), default=1))
 
 
-def _done(options: dict[str, Any], folder: str, where: str, setup: Sequence[Callable[[], None]]) -> dict[str, str]:
-    """What became of a run; its folder, its data and the code to set up may be given from the driver's folder."""
+def _attempt(options: dict[str, Any], folder: str, current: str, setup: Sequence[Callable[[], None]]) -> dict[str, str]:
+    """Do a run in the driver's working folder, after the setup of this process."""
     global _set_up
-    os.chdir(where)
+    os.chdir(current)
     if not _set_up:
         for prepare in setup:
             prepare()

@@ -1,27 +1,29 @@
-"""Structures side by side at matched compute: which runs a comparison consists of."""
+"""Comparisons of structures at matched compute: the runs of a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from einlinear.structures import structure
+from einlinear.structures import DoesNotFit, structure
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.config import DENSE, ModelConfig, Shape
 from einlinear_lab.runs.data import ImageData, kind_of
 from einlinear_lab.runs.options import parse
 from einlinear_lab.runs.run import Run, model_and_data
-from einlinear_lab.sweeps.budget import widest
 from einlinear_lab.sweeps.sweep import Sweep
 from einlinear_lab.training.tasks import Classification
 
 STRUCTURES = (DENSE, "low_rank", "kronecker", "tt(rank=4)", "monarch", "btt", "dyad")
 AXES = frozenset({"structure", "width", "seed"})
+_SMALLEST_WIDTH = 16
+# Where no model can be built up to this width, none can.
+_LAST_WIDTH_TRIED = 1024
 
-# Options of `einlinear compare` by name; those given on the command line come first, then these, then the defaults.
+# Options of `einlinear compare` by name; those of the command line override them.
 PRESETS: dict[str, dict[str, Any]] = {
     # A few minutes on two cores.
     "demo": {"macs": (40_000, 80_000, 160_000), "seeds": 1, "epochs": 2},
@@ -35,24 +37,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.3,
     },
 }
-# What it sets differently from a single run for an mlp on images: that of arXiv 2406.06248, section 4, in small.
+# Defaults for an mlp on images, after arXiv 2406.06248, section 4, at a small scale.
 _DEFAULTS: dict[str, Any] = {"depth": 2, "permute": True, "betas": (0.9, 0.999)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What to compare.
+    """Config of a comparison.
 
     Attributes:
         structures: specs, as for `einlinear.structure`.
-        macs: targets: for each, every structure gets its widest model within this many MACs per input.
-        widths: instead of macs: the widths every structure is trained at.
-        sized: models whose sizes are given, such as those that a search has found: their structures and widths, by
-            option.
-        dense_reach: dense also gets the targets 2, 4, ... times the largest one, up to this many, so that its curve
-            reaches the losses that better structures have at the targets.
-        seeds: how many runs of each.
-        first_seed: of these.
+        macs: targets of MACs per input; every structure gets its widest model within each target.
+        widths: widths of every structure, instead of macs.
+        sized: further models, such as those of a search, by options of structures and widths.
+        dense_reach: dense also gets 2, 4, ... times the largest target, up to this multiple, so that its curve reaches
+            the losses of better structures.
+        seeds: runs of each model.
+        first_seed: first of their seeds.
         epochs: passes over the training images, unless the options have `steps`.
         options: of all runs, see `Run.of`.
     """
@@ -76,13 +77,12 @@ class CompareConfig:
         for name in ("macs", "widths"):
             if any(value < 1 for value in getattr(self, name)):
                 raise ValueError(f"{name} must be positive, not {', '.join(map(str, getattr(self, name)))}")
-        taken = sorted(AXES & self.options.keys())
-        if taken:
-            raise ValueError(f"{', '.join(taken)} cannot be set: a comparison varies {', '.join(sorted(AXES))}")
+        if varied := sorted(AXES & self.options.keys()):
+            raise ValueError(f"{', '.join(varied)} cannot be set: a comparison varies {', '.join(sorted(AXES))}")
 
 
 def configure(preset: str | None = None, **options: Any) -> CompareConfig:
-    """Make a `CompareConfig` from its options and those of runs; what is not given, or None, is the preset's.
+    """Make a `CompareConfig` from its options and those of runs; the preset replaces missing ones.
 
     Raises:
         ValueError: an unknown preset; both macs and widths, or epochs and steps; a value of the wrong type or out of
@@ -90,33 +90,32 @@ def configure(preset: str | None = None, **options: Any) -> CompareConfig:
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    own = CompareConfig.__dataclass_fields__.keys() - {"options"}
-    given = {name: value for name, value in options.items() if not (name in own and value is None)}
-    if "macs" in given and "widths" in given:
-        raise ValueError("give either macs, of which the widths follow, or widths, not both")
-    if "epochs" in given and "steps" in given:
-        raise ValueError("give either epochs, of which the steps follow, or steps, not both")
-    chosen = (PRESETS[preset] if preset else {}) | given
-    of_runs = {name: value for name, value in chosen.items() if name not in own}
-    return parse(CompareConfig, {name: value for name, value in chosen.items() if name in own} | {"options": of_runs})
+    fields = CompareConfig.__dataclass_fields__.keys() - {"options"}
+    options = {name: value for name, value in options.items() if name not in fields or value is not None}
+    for name, derived in (("macs", "widths"), ("epochs", "steps")):
+        if name in options and derived in options:
+            raise ValueError(f"give either {name}, of which the {derived} follow, or {derived}, not both")
+    options = (PRESETS[preset] if preset else {}) | options
+    run_options = {name: options.pop(name) for name in list(options) if name not in fields}
+    return parse(CompareConfig, options | {"options": run_options})
 
 
 def template(options: Mapping[str, Any]) -> Run:
-    """A run with the defaults of a comparison, on top of which come the options."""
+    """Make a run from options, with the defaults of a comparison."""
     return Run.of(_with_defaults(options))
 
 
 def _with_defaults(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    images = kind_of(str(options.get("data", "auto"))) is ImageData
-    return {**_DEFAULTS, **options} if images and options.get("model", "mlp") == "mlp" else options
+    is_images = kind_of(str(options.get("data", "auto"))) is ImageData
+    return {**_DEFAULTS, **options} if is_images and options.get("model", "mlp") == "mlp" else options
 
 
 def plan(config: CompareConfig) -> Sweep:
-    """The runs of a comparison: seed by seed, the cheapest models first. Nothing is trained.
+    """Return the runs of a comparison, without training: seed by seed, the cheapest models first.
 
     Raises:
-        ValueError, OSError: what is wrong with the data or an option; a structure that is unknown, cannot be built at a
-            width asked for or not within the MACs.
+        ValueError, OSError: invalid data or options; a structure that is unknown, or has no model at a width or within
+            the MACs.
     """
     _, data = model_and_data(_with_defaults(config.options))
     problem = data.load(seed=0)
@@ -131,17 +130,16 @@ def plan(config: CompareConfig) -> Sweep:
     models = [model for target in targets for model in _models(base, problem.shape, config, target)]
     models += [replace(base.model, **sized) for sized in config.sized]
     if not config.widths and DENSE in config.structures:
-        dense, times = replace(config, structures=(DENSE,)), 2
-        while times <= config.dense_reach:
-            models += _models(base, problem.shape, dense, times * targets[-1])
-            times *= 2
+        dense = replace(config, structures=(DENSE,))
+        for exponent in range(1, config.dense_reach.bit_length()):
+            models += _models(base, problem.shape, dense, targets[-1] << exponent)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     runs = tuple(replace(base, model=model, seed=seed) for seed in seeds for model in dict.fromkeys(models))
     return Sweep(runs, AXES.union(*config.sized))
 
 
 def _models(base: Run, shape: Shape, config: CompareConfig, target: int) -> Iterator[ModelConfig]:
-    """Every structure's model for one target, a width or a number of MACs, its structure written canonically."""
+    """Yield every structure's model, with the canonical spec, for a target: a width or a number of MACs."""
     for spec in config.structures:
 
         def build(width: int, spec: str = spec) -> ReferenceModel:
@@ -152,3 +150,44 @@ def _models(base: Run, shape: Shape, config: CompareConfig, target: int) -> Iter
             build(width)
         canonical = structure(spec, width, base.model.expansion * width).spec
         yield replace(base.model, structure=canonical, width=width)
+
+
+def widest(name: str, build: Callable[[int], ReferenceModel], budget: int) -> int:
+    """Return the largest width within a budget, among multiples of 16 (above 2048: of larger powers of two).
+
+    MACs do not grow strictly with the width, as some widths factor better: the search ends at twice the budget.
+
+    Args:
+        name: of the model, for messages.
+        build: width -> model; called on the meta device.
+        budget: maximum multiply-accumulates for one input.
+
+    Raises:
+        ValueError: no width is within the budget, or no model can be built.
+    """
+    affordable: list[int] = []
+    seen: list[int] = []
+    for width in _widths():
+        try:
+            with torch.device("meta"):
+                macs = build(width).macs
+        except DoesNotFit:
+            if not seen and width >= _LAST_WIDTH_TRIED:
+                raise
+            continue
+        seen.append(macs)
+        if macs <= budget:
+            affordable.append(width)
+        elif macs > 2 * budget:
+            break
+    if affordable:
+        return affordable[-1]
+    raise ValueError(f"{name}: {budget:,} MACs are too few, the cheapest model takes {min(seen):,}")
+
+
+def _widths() -> Iterator[int]:
+    """Yield 16, 32, ... in steps of at most 1/32 of the width."""
+    width = _SMALLEST_WIDTH
+    while True:
+        yield width
+        width += max(_SMALLEST_WIDTH, 1 << (width // 64).bit_length() >> 1)

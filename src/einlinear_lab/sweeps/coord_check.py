@@ -1,9 +1,10 @@
-"""The coordinate check on real data: whether the features of wide models move as much as those of narrow ones."""
+"""Coordinate check on real data: do the features of wide models change as much per step as those of narrow ones?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +19,19 @@ from einlinear_lab.runs.run import Run
 from einlinear_lab.sweeps import compare
 from einlinear_lab.training import Training
 
-_BATCHES = 16  # different ones, used in turn
+# Different batches, used in turn.
+_BATCHES = 16
 _OF_TRAINING = ("steps", "lr")
 _WITHOUT_EFFECT = {"structure", "width", *names(Training), "validation_tokens"} - {*_OF_TRAINING}
 
 
 def template(options: Mapping[str, Any]) -> Run:
-    """A run with the defaults of a comparison, on top of which come the options.
+    """Make a run from options, with the defaults of a comparison.
 
     Raises:
-        ValueError: an option that is unknown or wrong, or one of a run that a coordinate check has no use for.
+        ValueError: an option that is unknown, wrong or without effect on a coordinate check.
     """
-    refused = [name for name in options if name in _WITHOUT_EFFECT]
-    if refused:
+    if refused := [name for name in options if name in _WITHOUT_EFFECT]:
         raise ValueError(
             f"{', '.join(refused)} cannot be set: a coordinate check varies structure, width and structure_aware, and "
             "trains in float32 on the CPU with AdamW at a constant learning rate; it evaluates nothing. Of training "
@@ -40,7 +41,7 @@ def template(options: Mapping[str, Any]) -> Run:
 
 
 def check(template: Run, problem: TrainingProblem, structures: Sequence[str], widths: Sequence[int]) -> None:
-    """Build every model without memory.
+    """Build every model on the meta device.
 
     Raises:
         ValueError: a structure that is unknown or does not fit a width, or too few steps.
@@ -57,7 +58,7 @@ def check(template: Run, problem: TrainingProblem, structures: Sequence[str], wi
 
 
 def cases(structures: Sequence[str]) -> list[tuple[str, bool]]:
-    """What to measure: every structure with its own learning rates and, unless it is dense, with those of dense."""
+    """Return (structure, structure-aware learning rates?) of all measurements; dense has no control."""
     return [(spec, aware) for spec in structures for aware in (True, False) if aware or spec != DENSE]
 
 
@@ -68,18 +69,18 @@ def measure(
     widths: Sequence[int],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[tuple[str, bool, dict[int, float]]]:
-    """Train the models of all `cases`, and measure how much one step changes the features after the last block.
+    """Train the models of all `cases`, and measure the relative change of the last block's features in one step.
 
     Args:
-        template: a run of which structure and width are varied; of its training only steps and lr count.
-        problem: its data.
+        template: run whose structure and width are varied; of its training only steps and lr count.
+        problem: its data and task.
         structures: specs.
         widths: to compare.
         progress: called with (structure, width, step) after every step.
 
     Yields:
-        The structure, whether its factors had their own learning rates, and width -> relative update: what
-        `einlinear_lab.report.coordinate_check.FeatureUpdates` is made of.
+        The arguments of `einlinear_lab.report.coordinate_check.FeatureUpdates`: structure, whether learning rates were
+        structure-aware, and width -> relative update.
     """
     steps = template.training.steps
     batches = [problem.task.batch(step) for step in range(min(steps, _BATCHES))]
@@ -91,11 +92,7 @@ def measure(
             model = replace(template.model, structure=spec, width=width)
             return initialised(replace(template, model=model), problem)
 
-        def report(width: int, step: int, spec: str = spec) -> None:
-            if progress:
-                progress(spec, width, step)
-
-        found = coord_check(
+        results = coord_check(
             build,
             widths,
             batches,
@@ -107,6 +104,6 @@ def measure(
             loss=problem.task.loss,
             lr_scale=base.LR_SCALE,
             structure_aware=structure_aware,
-            progress=report,
+            progress=progress and partial(progress, spec),
         )
-        yield spec, structure_aware, {measured.width: measured.relative_update for measured in found}
+        yield spec, structure_aware, {result.width: result.relative_update for result in results}

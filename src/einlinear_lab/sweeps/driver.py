@@ -1,4 +1,4 @@
-"""Doing those runs of a sweep that are missing, wherever they are done, and keeping the table of all of them."""
+"""Execution of the missing runs of a sweep on a pool of workers, with a table of all runs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
 from einlinear_lab.runs.table import RunTable
 
-Job = tuple[Run, Path]  # a run, and the folder that it is kept in
+# A run and its folder.
+Job = tuple[Run, Path]
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a run.
+    """Change of a run's status.
 
     Attributes:
-        run: which.
-        status: "running", "finished", "stopped" (as `attempts.stop` asked for), "lost" (its worker died: it is tried
-            again) or "failed".
-        step, steps, loss: how far it is, where it is running.
-        message: what went wrong, where it failed.
+        run: the run.
+        status: "running", "finished", "stopped" (by `attempts.stop`), "lost" (its worker died, and it is repeated) or
+            "failed".
+        step, steps, loss: progress of a running run.
+        message: error of a failed or lost run.
     """
 
     run: Run
@@ -35,12 +36,12 @@ class Event:
 
 
 class Pool(Protocol):
-    """Where runs are done: processes of this machine, or a cluster."""
+    """Pool of workers: processes of this machine, or a cluster."""
 
     def __call__(self, jobs: Iterable[Job]) -> Iterator[Event]:
-        """Do runs, each in its folder; every run ends with one event that is "finished", "stopped" or "failed".
+        """Do runs, each in its folder; the last event of a run is "finished", "stopped" or "failed".
 
-        The next job is asked for when there is room for it, and all events so far have been seen.
+        The next job is requested when a worker is free and all events so far have been consumed.
         """
 
 
@@ -50,13 +51,13 @@ def do(
     pool: Pool,
     watch: Callable[[Event], None] = lambda event: None,
 ) -> list[Event]:
-    """Do the runs that are not finished, keep the table of all up to date, and say which failed.
+    """Do the unfinished runs, update the table of all runs, and return the events of failed runs.
 
     Args:
-        runs: to be done.
-        store: opened for them.
-        pool: where.
-        watch: called with everything that happens.
+        runs: of the sweep.
+        store: opened for these runs.
+        pool: workers.
+        watch: called with every event.
 
     Raises:
         BlockingIOError: another driver is at work in the folder.

@@ -1,4 +1,4 @@
-"""Runs on processes of this machine: each process does one at a time, and a run whose process dies is done again."""
+"""Worker processes of this machine. Each does one run at a time; a run whose process dies is repeated."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ import torch
 from joblib import cpu_count
 
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.attempts import ATTEMPTS, attempt
+from einlinear_lab.sweeps.attempts import ATTEMPTS, attempt, away
 from einlinear_lab.sweeps.driver import Event, Job
-from einlinear_lab.sweeps.starting import away
-from einlinear_lab.training.loop import Progress
 
-_EVERY = 0.2  # seconds between two messages of a run
+# Seconds between two progress messages of a run.
+_INTERVAL = 0.2
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-# Not "fork": a fork of a process with threads, such as torch's, may hang. A server that has done no more than import
-# torch can be forked, and saves every new process the seconds that this takes.
+# A fork of a process with threads, such as torch's, may hang. A fork server that imported torch saves every new process
+# the seconds of the import.
 if sys.platform == "win32":
     _processes = multiprocessing.get_context("spawn")
 else:
@@ -38,11 +36,11 @@ else:
 
 @dataclass(frozen=True)
 class Workers:
-    """A `Pool` of processes. Where there are GPUs, each process sees one, the first one again after the last.
+    """A `Pool` of local processes. With GPUs, each process sees one, assigned round-robin.
 
     Attributes:
-        count: how many.
-        threads: of each; a run's own setting overrides it.
+        count: number of processes.
+        threads: CPU threads per process, unless the run sets its own number.
         setup: called in every process before its first run, to register families; can be pickled.
     """
 
@@ -71,24 +69,21 @@ class Workers:
                     return
                 for connection in wait(list(busy)):
                     worker = busy[connection]
-                    assert worker.job is not None
-                    run, folder = worker.job
-                    event = worker.event()
-                    if event is None:  # it died
-                        workers[workers.index(worker)] = _Worker(self, worker.device)
-                        deaths[run.key] += 1
-                        if deaths[run.key] < ATTEMPTS:
-                            again.append((run, folder))
-                            yield Event(
-                                run,
-                                "lost",
-                                message="its process died; it is done again, from a checkpoint if it has one",
-                            )
-                        else:
-                            message = f"its process died {ATTEMPTS} times: it was killed, or the memory was not enough"
-                            yield Event(run, "failed", message=message)
-                    else:
+                    job, event = worker.job, worker.event()
+                    assert job is not None
+                    if event is not None:
                         yield event
+                        continue
+                    workers[workers.index(worker)] = _Worker(self, worker.device)
+                    run = job[0]
+                    deaths[run.key] += 1
+                    if deaths[run.key] < ATTEMPTS:
+                        again.append(job)
+                        message = "its process died; it is done again, from a checkpoint if it has one"
+                        yield Event(run, "lost", message=message)
+                    else:
+                        message = f"its process died {ATTEMPTS} times: it was killed, or the memory was not enough"
+                        yield Event(run, "failed", message=message)
         finally:
             for worker in workers:
                 worker.process.terminate()
@@ -97,21 +92,19 @@ class Workers:
 
 
 def suited(runs: Sequence[Run]) -> int:
-    """How many processes suit these runs: one for each core, or for each GPU if they are on GPUs."""
+    """Return the number of processes for these runs: one per CPU core, or per GPU if they train on GPUs."""
     on_gpus = any(run.training.device == "cuda" for run in runs)
     return max(1, min(len(_devices()) if on_gpus else cpu_count(), len(runs)))
 
 
 def _devices() -> list[str]:
-    """The GPUs that this process sees, as CUDA knows them."""
+    """Return the ids of the GPUs that this process sees."""
     count = torch.cuda.device_count()
     visible = os.environ.get(_VISIBLE)
     return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
 
 
 class _Worker:
-    """A process, as its driver sees it."""
-
     def __init__(self, pool: Workers, device: str | None) -> None:
         self.connection, theirs = _processes.Pipe()
         self.device = device
@@ -120,16 +113,18 @@ class _Worker:
         self.process: BaseProcess = _processes.Process(target=_work, args=arguments, daemon=True)
         with away():
             self.process.start()
-        theirs.close()  # so that its death ends the connection
+        # The connection then ends with the process.
+        theirs.close()
 
     def start(self, job: Job) -> None:
         self.job = job
         run, folder = job
-        with suppress(OSError):  # it is dead, as `event` will say
+        # If the process is dead, `event` returns None.
+        with suppress(OSError):
             self.connection.send((run.options, folder))
 
     def event(self) -> Event | None:
-        """The next event of the run, or None if the process died."""
+        """Return the next event of the run, or None if the process died."""
         assert self.job is not None
         try:
             event = Event(self.job[0], **self.connection.recv())
@@ -142,30 +137,29 @@ class _Worker:
 
 
 def _work(
-    connection: Connection, where: str, threads: int, setup: Sequence[Callable[[], None]], device: str | None
+    connection: Connection, current: str, threads: int, setup: Sequence[Callable[[], None]], device: str | None
 ) -> None:
-    """The life of a process: it does what it is sent, and ends with its driver, whose paths may be relative."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which stops all
-    os.chdir(where)
+    """Do the runs that the driver sends, in its working folder, until the driver ends."""
+    # Ctrl-C reaches the driver, which stops all processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.chdir(current)
     if device is not None:
-        os.environ[_VISIBLE] = device  # CUDA reads it when it is first used
+        # CUDA reads it at its first use.
+        os.environ[_VISIBLE] = device
     torch.set_num_threads(threads)
     for prepare in setup:
         prepare()
-    with suppress(EOFError, BrokenPipeError):  # the driver is gone
-        while True:
-            options, folder = connection.recv()
-            connection.send(attempt(options, folder, _reports(connection)))
-
-
-def _reports(connection: Connection) -> Progress:
-    """Tells the driver how far a run is, now and then."""
-    said = 0.0
+    last = 0.0
 
     def progress(step: int, steps: int, loss: float) -> None:
-        nonlocal said
-        if time.monotonic() > said + _EVERY:
-            said = time.monotonic()
+        nonlocal last
+        if time.monotonic() > last + _INTERVAL:
+            last = time.monotonic()
             connection.send({"status": "running", "step": step, "steps": steps, "loss": loss})
 
-    return progress
+    # Raised when the driver ends.
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            options, folder = connection.recv()
+            last = 0.0
+            connection.send(attempt(options, folder, progress))

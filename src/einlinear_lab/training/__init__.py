@@ -1,12 +1,13 @@
-"""Training one model: on one process or many, interrupted or not, the same steps.
+"""Training of one model on one process or many; an interrupted run resumes exactly.
 
-config.py       what can be set
-state.py        what a run has to remember, as tensors by name
-distributed.py  the processes that torchrun starts
-metrics.py      what happened, a JSON line at a time
-trackers.py     and where else it is told: TensorBoard, W&B, MLflow
-tasks.py        what models are trained to do
-loop.py         train: the loop itself
+config.py       config of a training
+loop.py         train, the training loop
+tasks.py        data, loss and metrics of classification, language modelling and regression
+guided.py       self-guided training
+distributed.py  the processes of torchrun
+state.py        tensors of a checkpoint
+metrics.py      metrics.jsonl
+trackers.py     TensorBoard, W&B, MLflow
 """
 
 from einlinear_lab.training.config import Training

@@ -1,4 +1,4 @@
-"""What can be set about training a model, whatever the model and its data."""
+"""Config of the training of one model, whatever the model and its data."""
 
 from __future__ import annotations
 
@@ -8,47 +8,52 @@ from dataclasses import dataclass
 from einlinear.mup.schedule import SCHEDULES
 from einlinear_lab.training.trackers import TRACKERS
 
-OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
-PRECISIONS = ("float32", "bfloat16", "float16")
-PARALLEL = ("ddp", "fsdp", "experts")
+_CHOICES = {
+    "optimizer": ("adamw", "adam", "sgd", "muon"),
+    "schedule": SCHEDULES,
+    "precision": ("float32", "bfloat16", "float16"),
+    "parallel": ("ddp", "fsdp", "experts"),
+    "tracker": (None, *TRACKERS),
+    "device": ("cpu", "cuda"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How one model is trained.
+    """Config of the training of one model.
 
     Attributes:
-        steps: of the optimizer.
-        lr: learning rate of the dense base model; muP carries it over.
-        optimizer: "adamw", "adam", "sgd" (with momentum 0.9), or "muon" (for the matrices in the model's `blocks`, or
-            all where it has none; AdamW for the rest).
+        steps: number of optimizer steps.
+        lr: learning rate of the dense base model; muP transfers it.
+        optimizer: "adamw", "adam", "sgd" (momentum 0.9), or "muon" (for the matrices in the model's `blocks`, or all
+            matrices of a model without `blocks`; AdamW for the rest).
         betas: of Adam.
         weight_decay: of matrices and embeddings, see `param_groups`.
         schedule: "constant", "cosine" or "linear", after the warm-up.
         warmup: steps over which the learning rate rises from zero.
-        final_lr: what cosine and linear end at, as a share of lr.
-        clip: largest norm of the gradient of all parameters; None does not clip.
-        accumulate: parts of a batch that are computed one after the other, to save memory.
-        precision: of the arithmetic, "float32" or, by autocast, "bfloat16" or "float16".
-        compile: whether torch.compile compiles the model.
-        parallel: how several processes share the model: "ddp" (each has all of it), "fsdp" (each has a part) or
-            "experts" (each has all but the experts of mixtures, and a part of these).
-        guide_until: for so many steps every structured layer has a dense weight beside it, which starts as its own and
-            hands over to it along a cosine (self-guided training of Wei et al., arXiv 2406.16450; `nn/guided.py`).
-            Until then a step costs what a dense model's does on top. None: no guides.
-        densify_at: after so many steps structured layers become the dense ones that compute the same, and training
-            goes on (sparse-to-dense of Dao et al., arXiv 2204.00595, after 90 % of the steps); None: never. The
-            optimizer keeps what it knows of all other parameters.
-        moe_loss: weight of `einlinear.moe_loss` in what is minimised, for models with mixtures of experts. Losses that
-            are written down are without it. With `accumulate` the load is that of every part of a batch by itself.
-        structure_aware: False is the control: factors learn at the rate of a dense layer.
-        log_every, evaluate_every, checkpoint_every: in steps; None: at the end only.
-        tracker: "tensorboard", "wandb" or "mlflow", which then get the metrics as well.
+        final_lr: final learning rate of cosine and linear, as a fraction of lr.
+        clip: maximum norm of the gradient of all parameters; None does not clip.
+        accumulate: micro-batches per batch, to save memory.
+        precision: "float32" or, with autocast, "bfloat16" or "float16".
+        compile: whether to compile the model with torch.compile.
+        parallel: how several processes share the model: "ddp" (replicated), "fsdp" (sharded) or "experts" (replicated,
+            but the experts of mixtures are sharded).
+        guide_until: number of steps with self-guided training (Wei et al., arXiv 2406.16450): every structured layer
+            has a dense guide, initialised to the same weight, whose share of the output falls to 0 along a cosine.
+            Until then a step also costs as much as that of a dense model. None: no guides.
+        densify_at: step after which structured layers become dense layers with the same weights (sparse-to-dense of Dao
+            et al., arXiv 2204.00595, after 90 % of the steps). The optimizer keeps its state of all other parameters.
+            None: never.
+        moe_loss: weight of `einlinear.moe_loss` in the objective, for mixtures of experts. Logged losses exclude it.
+            With `accumulate` the load is that of each micro-batch.
+        structure_aware: False is the control: factors have the learning rate of a dense layer.
+        log_every, evaluate_every, checkpoint_every: intervals in steps; None: only at the end.
+        tracker: "tensorboard", "wandb" or "mlflow", which also receives the metrics.
         device: "cpu" or "cuda".
-        threads: of the CPU; None leaves torch's.
+        threads: CPU threads; None leaves torch's number.
 
     Raises:
-        ValueError: an unknown name, a number out of range, settings that do not go together.
+        ValueError: an unknown name, a number out of range, or options that cannot be combined.
 
     Example:
         >>> from einlinear_lab.training import Training
@@ -86,44 +91,29 @@ class Training:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-            ("parallel", PARALLEL),
-            ("tracker", (None, *TRACKERS)),
-            ("device", ("cpu", "cuda")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {' or '.join(map(str, known))}, not {getattr(self, name)!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(str, choices))}, not {getattr(self, name)!r}")
         for name in ("steps", "accumulate", "log_every", "evaluate_every", "checkpoint_every", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if not 0 <= self.warmup < self.steps:
-            raise ValueError(f"warmup must be from 0 to below the {self.steps} steps, not {self.warmup}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be a positive number, not {self.lr}")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"final_lr is a share of lr, from 0 to 1, not {self.final_lr}")
-        if not 0 <= self.moe_loss < math.inf:
-            raise ValueError(f"moe_loss must be zero or a positive number, not {self.moe_loss}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive, or None, not {self.clip}")
+        steps = f"below the {self.steps} steps"
+        for name, is_allowed, allowed in (
+            ("warmup", 0 <= self.warmup < self.steps, f"from 0 to {steps}"),
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("final_lr", 0 <= self.final_lr <= 1, "a share of lr, from 0 to 1"),
+            ("moe_loss", 0 <= self.moe_loss < math.inf, "zero or a positive number"),
+            ("clip", self.clip is None or self.clip > 0, "positive, or None"),
+            ("guide_until", self.guide_until is None or 0 < self.guide_until < self.steps, f"from 1 to {steps}"),
+            ("densify_at", self.densify_at is None or 0 < self.densify_at < self.steps, f"from 1 to {steps}"),
+        ):
+            if not is_allowed:
+                raise ValueError(f"{name} must be {allowed}, not {getattr(self, name)}")
         for name in ("guide_until", "densify_at"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < self.steps:
-                raise ValueError(f"{name} must be from 1 to below the {self.steps} steps, not {value}")
-            if value is not None and self.parallel != "ddp":
-                raise ValueError(
-                    f"{name} needs whole layers, of which {self.parallel} leaves each process a part: take ddp"
-                )
+            if getattr(self, name) is not None and self.parallel != "ddp":
+                raise ValueError(f"{name} needs whole layers, which {self.parallel} divides among processes: take ddp")
         if self.guide_until is not None and self.densify_at is not None and self.densify_at < self.guide_until:
-            raise ValueError(
-                f"densify_at={self.densify_at} would make layers dense that have guides: it must be at least "
-                f"guide_until, {self.guide_until}"
-            )
+            raise ValueError(f"densify_at={self.densify_at} must be at least guide_until, {self.guide_until}")
         if self.precision == "float16" and self.parallel != "ddp":
-            raise ValueError(
-                f"float16 needs its gradients scaled, which {self.parallel} does not do here: take bfloat16"
-            )
+            raise ValueError(f"float16 needs scaled gradients, which {self.parallel} does not support: take bfloat16")

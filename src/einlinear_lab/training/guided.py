@@ -1,7 +1,7 @@
-"""Guides: dense weights beside the structured ones of a model, that help them while they learn to be of use.
+"""Self-guided training (Wei et al., arXiv 2406.16450): a dense guide beside every structured weight.
 
-Self-guided training of Wei et al., arXiv 2406.16450: a structured matrix trains badly at first, since its factors wait
-for each other. So a dense one, which starts as the same matrix, computes in its place, and hands over by and by.
+A structured weight trains badly at first, since the gradient of each factor depends on the others. The guide starts as
+the same matrix, computes the output at first, and its share of the output falls to 0.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from einlinear.structures import structure as make_structure
 class Guided(Linear):
     """y = (1 - share) * (x W^T) + share * (x guide^T) + bias, with a structured W and a dense guide.
 
-    `guide` makes it of a `Linear` that is there, whose parameters, names and hooks it keeps.
+    `guide` turns a `Linear` into a `Guided` in place; its parameters, names and hooks stay.
 
     Attributes:
         guide: (out_features, in_features), a parameter.
-        share: of the guide, from 1 to 0. A tensor, since torch.compile would compile anew for every number, and in no
-            state_dict: it follows from the step.
+        share: share of the guide, from 1 to 0. A tensor, since torch.compile would recompile for every number; not in
+            the state_dict, since it follows from the step.
     """
 
     guide: nn.Parameter
@@ -45,7 +45,7 @@ class Guided(Linear):
             self.guide.copy_(super().dense_weight())
 
     def layer_info(self) -> LayerInfo:
-        """Describe the guide as a matrix of the structure "dense": its base is then the weight that W has."""
+        """Describe the guide as a matrix of the structure "dense", so that its base is the weight W has there."""
         info, dense = super().layer_info(), make_structure("dense", self.in_features, self.out_features)
         roles = {**info.roles, "guide": Role("hidden", self.in_features, self.out_features, dense)}
         return replace(info, roles=roles, macs=self.structure.macs + dense.macs)
@@ -53,14 +53,14 @@ class Guided(Linear):
 
 @torch.no_grad()
 def guide(model: nn.Module) -> None:
-    """Give every structured layer a guide, in place; what the model computes stays the same.
+    """Add a guide to every structured layer, in place; the outputs of the model stay the same.
 
-    Guides are parameters: make the optimizer, and wrap the model, afterwards. Layers of the structure "dense" need
-    none, and layers that share all their factors share it. A guide is frozen if all factors are.
+    Guides are parameters: make the optimizer, and wrap the model, afterwards. Layers of the structure "dense" get no
+    guide; layers that share all factors share their guide. A guide is frozen if all factors are frozen.
 
     Raises:
-        ValueError: there is no `Linear` in the model; a mixture of experts; a subclass of `Linear`, such as a layer
-            that has a guide already. Nothing is changed then.
+        ValueError: the model has no `Linear`, has a mixture of experts, or has a subclass of `Linear`, such as a layer
+            with a guide. The model is then unchanged.
 
     Example:
         >>> import torch, einlinear as el
@@ -69,7 +69,7 @@ def guide(model: nn.Module) -> None:
         >>> guide(model)
         >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
         [('0.A', (8, 1, 8, 8)), ('0.B', (8, 8, 8, 1)), ('0.bias', (64,)), ('0.guide', (64, 64))]
-        >>> set_share(model, 0.5)  # and less with every step
+        >>> set_share(model, 0.5)  # less with every step
         >>> unguide(model)
         >>> model[0]
         Linear(in_features=64, out_features=64, structure='btt', bias=True, params=1024, macs=1024 (25.0% of dense))
@@ -88,21 +88,22 @@ def guide(model: nn.Module) -> None:
             continue
         factors = layer.weight_parameters()
         weight = layer.dense_weight().clone(memory_format=torch.contiguous_format)
-        own = nn.Parameter(weight, any(p.requires_grad for p in factors))
+        dense = nn.Parameter(weight, any(p.requires_grad for p in factors))
         share = torch.ones((), dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-        layer.__class__ = Guided  # a new module would not be known to hooks, nor to others that hold the old one
-        layer.register_parameter("guide", guides.setdefault(tuple(map(id, factors)), own))
+        # A new module would lose its hooks, and other references would keep the old one.
+        layer.__class__ = Guided
+        layer.register_parameter("guide", guides.setdefault(tuple(map(id, factors)), dense))
         layer.register_buffer("share", share, persistent=False)
 
 
 def set_share(model: nn.Module, share: float) -> None:
-    """Say how much of every output is the guide's: 1 at first, 0 before it is taken out."""
+    """Set the guides' share of every output: 1 at first, 0 before `unguide`."""
     for layer in _guided(model):
         layer.share.fill_(share)
 
 
 def unguide(model: nn.Module) -> None:
-    """Take all guides out, in place, whatever their share: what is left is what was there before `guide`."""
+    """Remove all guides, in place, whatever their share: the layers become what they were before `guide`."""
     for layer in _guided(model):
         del layer.guide, layer.share
         layer.__class__ = Linear

@@ -1,4 +1,4 @@
-"""The training loop: every step a function of its number, so that a run that is continued is the run undisturbed."""
+"""The training loop. Every step is a function of its number, so that resuming is exact."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -30,40 +30,41 @@ from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import guide, set_share, unguide
 from einlinear_lab.training.metrics import Metrics
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, a row per sample
-Progress = Callable[[int, int, float], None]  # (steps done, steps in all, loss)
+# Inputs and targets, a row per sample.
+Batch = tuple[Tensor, Tensor]
+# Called with (step, number of steps, loss).
+Progress = Callable[[int, int, float], None]
 
 
 class Task(Protocol):
-    """What a model is trained to do.
+    """Training task: data, loss and metrics.
 
     Attributes:
-        ERRORS: the metrics of which less is better.
+        ERRORS: the metrics where lower is better.
     """
 
     ERRORS: ClassVar[tuple[str, ...]]
 
     def batch(self, step: int) -> Batch:
-        """The whole batch of a step: the same one whenever it is asked for."""
+        """Return the batch of all processes; it depends on the step alone."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean loss of a batch, or of a part of one."""
+        """Return the mean loss of a batch or micro-batch."""
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Return the metrics of a model by name, on data that is always the same."""
+        """Return the metrics of a model by name, always on the same data."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """Result of a training.
 
     Attributes:
-        losses: of every step; fewer than asked for where one became NaN or infinite.
+        losses: of every step; the last one is NaN or infinite if the training diverged.
         metrics: of the final model, by name.
-        step_seconds: median duration of a step, without its data and without evaluation.
-        memory: bytes on the device of this process. On a GPU, the most that torch's tensors took at any time of a step;
-            None where no step was left to make. On a CPU parameters, their gradients and the optimizer's state, without
-            activations.
+        step_seconds: median duration of a step, without data loading and evaluation.
+        memory: bytes on the device of this process. On a GPU, the peak memory of torch's tensors in any step; None if
+            no step was left to make. On a CPU, parameters, gradients and optimizer state, without activations.
     """
 
     losses: tuple[float, ...]
@@ -90,20 +91,20 @@ def train(
     """Train a model; under torchrun, with all processes.
 
     Args:
-        model: initialised, the same on every process; trained in place. Guides are taken out again however it ends.
+        model: initialised, the same on every process; trained in place. Guides are removed even after an error.
         base, lr_scale: as for `param_groups`.
         task: batches, loss and metrics.
-        config: how.
-        folder: for metrics.jsonl and checkpoints, from which a run that was interrupted goes on. None keeps nothing.
-        facts: what identifies the run, as JSON. A checkpoint of a run with other facts is refused.
-        progress: called after every step, by the first process only.
+        config: of the training.
+        folder: for metrics.jsonl and the checkpoints from which an interrupted run resumes. None writes no files.
+        facts: JSON values that identify the run. A checkpoint with other facts is refused.
+        progress: called after every step, on rank 0 only.
 
     Raises:
-        ValueError: there is no such device; the folder holds a checkpoint of another run, or not the same ones for all
-            processes; a batch that cannot be shared or divided; a tracker without a folder; no layer for a guide, or a
-            mixture of experts, where guides are asked for.
+        ValueError: the device does not exist; the folder holds a checkpoint of another run, or processes find different
+            checkpoints; a batch that does not divide equally; a tracker without a folder; guides for a model without
+            structured layers or with mixtures of experts.
         ModuleNotFoundError: the tracker's package is not installed.
-        OSError: the folder cannot be written, or its disk is full. What was saved before is still there.
+        OSError: the folder cannot be written, or its disk is full. Earlier checkpoints remain.
 
     Example:
         >>> import einlinear as el
@@ -123,7 +124,7 @@ def train(
     if config.tracker:
         trackers.check_installed(config.tracker)
         if folder is None:
-            raise ValueError(f"tracker={config.tracker!r} needs a folder, where the run goes on if it is interrupted")
+            raise ValueError(f"tracker={config.tracker!r} needs a folder, from which an interrupted run resumes")
     distributed.check_device(config.device)
     threads = torch.get_num_threads()
     if config.threads is not None:
@@ -137,32 +138,33 @@ def train(
         torch.set_num_threads(threads)
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        model: nn.Module,
-        base: Base,
-        task: Task,
-        config: Training,
-        folder: Path | None,
-        lr_scale: Mapping[str, float] | None,
-        facts: dict[str, Any],
-        world: World,
-    ) -> None:
-        self.plain, self.base, self.lr_scale = model.to(world.device), base, lr_scale
-        self.task, self.config, self.facts, self.world = task, config, facts, world
-        self.folder = folder
-        if config.guide_until is not None:
+    plain: nn.Module
+    base: Base
+    task: Task
+    config: Training
+    folder: Path | None
+    lr_scale: Mapping[str, float] | None
+    facts: dict[str, Any]
+    world: World
+    # Of every step, those before an interruption included.
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    # Bytes.
+    peak: int | None = None
+
+    def __post_init__(self) -> None:
+        device = self.world.device.type
+        self.plain.to(self.world.device)
+        if self.config.guide_until is not None:
             guide(self.plain)
         self._set_up()
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
-        self.losses: list[float] = []
-        self.seconds: list[float] = []  # of every step; like the losses, those before an interruption as well
-        self.on_gpu = world.device.type == "cuda"
-        self.peak: int | None = None  # bytes
+        self.scaler = torch.amp.GradScaler(device, enabled=self.config.precision == "float16")
+        self.on_gpu = device == "cuda"
 
     def _set_up(self) -> None:
-        """What depends on which parameters there are."""
+        """Wrap the model and make the optimizers, for its current parameters."""
         config = self.config
         blocks: Any = getattr(self.plain, "blocks", None)
         of_muon = config.optimizer == "muon" and blocks is not None
@@ -183,60 +185,48 @@ class _Run:
             raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
 
-    def _after(self, step: int) -> None:
-        """Change layers after so many steps, if that is asked for."""
-        if step == self.config.guide_until:
-            self._change(unguide)
-        if step == self.config.densify_at:
-            self._change(densify)
-
-    def _change(self, change: Callable[[nn.Module], object]) -> None:
-        """Change layers; what the optimizers know of parameters that stay, stays."""
-        states = {p: known for optimizer in self.optimizers for p, known in optimizer.state.items()}
-        before = {name: states[p] for name, p in self.plain.named_parameters() if p in states}
-        change(self.plain)
-        self._set_up()
-        names = {p: name for name, p in self.plain.named_parameters()}
-        for optimizer in self.optimizers:
-            own = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer.state.update({p: before[names[p]] for p in own if names[p] in before})
-
     def train(self, progress: Progress | None) -> Outcome:
         self._resume()
+        final, training_seconds = dict[str, float](), sum(self.seconds)
         with self._metrics() as metrics:
-            return self._train(progress, metrics)
-
-    def _train(self, progress: Progress | None, metrics: Metrics) -> Outcome:
-        first, steps = self.world.rank == 0, self.config.steps
-        training_seconds, final = sum(self.seconds), dict[str, float]()
-        for step in range(len(self.losses) + 1, steps + 1):
-            self._after(step - 1)
-            loss = self._step(step - 1)
-            training_seconds += self.seconds[-1]
-            if progress and first:
-                progress(step, steps, loss)
-            diverged = not math.isfinite(loss)
-            last = step == steps or diverged
-            if _due(step, self.config.log_every) or last:
-                metrics.write(
-                    step=step,
-                    training_seconds=training_seconds,
-                    train_loss=loss,
-                    lr=self._lr(step - 1),
-                    **self._loads(),
-                )
-            if _due(step, self.config.evaluate_every) or last:
-                final = self._evaluate()
-                metrics.write(step=step, training_seconds=training_seconds, **final)
-            if diverged:
-                break
-            if _due(step, self.config.checkpoint_every) or last:  # after the metrics, which a resumed run relies on
-                self._save()
+            for step in range(len(self.losses) + 1, self.config.steps + 1):
+                self._change_layers(step - 1)
+                loss = self._step(step - 1)
+                training_seconds += self.seconds[-1]
+                if progress and self.world.rank == 0:
+                    progress(step, self.config.steps, loss)
+                diverged = not math.isfinite(loss)
+                is_last = step == self.config.steps or diverged
+                if _is_due(step, self.config.log_every) or is_last:
+                    lr = self._lr(step - 1)
+                    metrics.write(step, training_seconds=training_seconds, train_loss=loss, lr=lr, **self._loads())
+                if _is_due(step, self.config.evaluate_every) or is_last:
+                    final = self._evaluate()
+                    metrics.write(step, training_seconds=training_seconds, **final)
+                if diverged:
+                    break
+                # After the metrics: a resumed run does not write those of earlier steps.
+                if _is_due(step, self.config.checkpoint_every) or is_last:
+                    self._save()
         seconds = statistics.median(self.seconds)
         return Outcome(tuple(self.losses), final or self._evaluate(), seconds, self._memory())
 
+    def _change_layers(self, step: int) -> None:
+        """Remove guides and densify layers if they end after this step; other parameters keep their state."""
+        for end, change in ((self.config.guide_until, unguide), (self.config.densify_at, densify)):
+            if step != end:
+                continue
+            states = {p: values for optimizer in self.optimizers for p, values in optimizer.state.items()}
+            by_name = {name: states[p] for name, p in self.plain.named_parameters() if p in states}
+            change(self.plain)
+            self._set_up()
+            names = {p: name for name, p in self.plain.named_parameters()}
+            for optimizer in self.optimizers:
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                optimizer.state.update({p: by_name[names[p]] for p in params if names[p] in by_name})
+
     def _step(self, index: int) -> float:
-        """One step of the optimizer; the mean loss of its batch."""
+        """Make an optimizer step and return the mean loss of its batch."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
@@ -251,14 +241,16 @@ class _Run:
         began = time.perf_counter()
         self.model.train()
         total = torch.zeros((), device=self.world.device)
-        parts = list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
-        for i, (inputs, targets) in enumerate(parts):
-            with distributed.accumulating(self.model, more=i + 1 < len(parts)):
+        micro_batches = list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
+        for i, (inputs, targets) in enumerate(micro_batches, 1):
+            with distributed.accumulating(self.model, more=i < len(micro_batches)):
                 with self._autocast():
-                    own = inputs.to(self.world.device), targets.to(self.world.device)
-                    loss = self.task.loss(self.forward, own)
-                total += loss.detach() / len(parts)
-                self.scaler.scale(self._with_moe_loss(loss) / len(parts)).backward()
+                    loss = self.task.loss(self.forward, (inputs.to(total.device), targets.to(total.device)))
+                total += loss.detach() / len(micro_batches)
+                if self.mixtures:
+                    # A loss that is not finite ends the run on all processes, so it is not checked here.
+                    loss = loss + self.config.moe_loss * moe_loss(self.model, group=self.world.group, check=False)
+                self.scaler.scale(loss / len(micro_batches)).backward()
         if self.config.clip is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -266,29 +258,24 @@ class _Run:
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
-        self.losses.append(self.world.mean(total))  # waits for the device
+        # Waits for the device.
+        self.losses.append(self.world.mean(total))
         self.seconds.append(time.perf_counter() - began)
         if self.on_gpu:
             self.peak = max(self.peak or 0, torch.cuda.max_memory_allocated(self.world.device))
         return self.losses[-1]
 
     def _memory(self) -> int | None:
-        """What `Outcome.memory` is. Gradients are counted by their parameters: a run that went on may have none yet."""
+        """Return `Outcome.memory`. Parameters stand for their gradients, which a resumed run may not have yet."""
         if self.on_gpu:
             return self.peak
         parameters = list(self.model.parameters())
-        states = [value for own in self.optimizers for state in own.state.values() for value in state.values()]
+        states = [value for each in self.optimizers for state in each.state.values() for value in state.values()]
         tensors = [*parameters, *(p for p in parameters if p.requires_grad), *filter(torch.is_tensor, states)]
         return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
-    def _with_moe_loss(self, loss: Tensor) -> Tensor:
-        """The loss to minimise. One that is not finite ends the run, on all processes: nothing is checked here."""
-        if not self.mixtures:
-            return loss
-        return loss + self.config.moe_loss * moe_loss(self.model, group=self.world.group, check=False)
-
     def _loads(self) -> dict[str, float]:
-        """How evenly experts were used in what this process computed last: on average over mixtures, and at worst."""
+        """Return the expert load of this process's last micro-batch: mean entropy, and the largest share."""
         if not self.mixtures:
             return {}
         loads = moe_loads(self.model).values()
@@ -312,23 +299,24 @@ class _Run:
             return self.task.evaluate(self.model, self.world.device)
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        found = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
-        self.world.check_equal(found.step if found else 0, f"checkpoints in {self.folder}, which all have to see")
-        if found is None:
-            if self.folder:
-                self.folder.mkdir(parents=True, exist_ok=True)
+        """Load the newest checkpoint, if any."""
+        latest = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
+        self.world.check_equal(latest.step if latest else 0, f"checkpoints in {self.folder}, which all have to see")
+        if self.folder is None:
             return
-        assert self.folder is not None
-        checkpoint.check_same(self.folder, found.facts, self.facts)
-        for step in range(found.step):  # what changes after the last of them, changes when the run goes on
-            self._after(step)
-        state.restore(self.model, self.optimizers, self.scaler, found.tensors)
-        self.losses, self.seconds = (found.tensors[name].tolist() for name in ("losses", "seconds"))
+        if latest is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return
+        checkpoint.check_same(self.folder, latest.facts, self.facts)
+        # Changes after the last of these steps are made when the training resumes.
+        for step in range(latest.step):
+            self._change_layers(step)
+        state.restore(self.model, self.optimizers, self.scaler, latest.tensors)
+        self.losses, self.seconds = (latest.tensors[name].tolist() for name in ("losses", "seconds"))
 
     @contextmanager
     def _metrics(self) -> Iterator[Metrics]:
-        """The first process keeps them, where there is a folder."""
+        """Open the metrics; only rank 0 writes them, and only to a folder."""
         if self.folder is None or self.world.rank > 0:
             yield Metrics(None, 0)
             return
@@ -339,7 +327,8 @@ class _Run:
     def _save(self) -> None:
         if self.folder is None:
             return
-        tensors = state.gather(self.model, self.optimizers, self.scaler)  # all processes take part
+        # All processes take part.
+        tensors = state.gather(self.model, self.optimizers, self.scaler)
         for name, values in (("losses", self.losses), ("seconds", self.seconds)):
             tensors[name] = torch.tensor(values, dtype=torch.float64)
         if self.world.rank == 0:
@@ -347,15 +336,15 @@ class _Run:
 
 
 def _optimizers(groups: list[dict[str, Any]], config: Training) -> list[torch.optim.Optimizer]:
-    """One, or two with Muon, which leaves what is not a hidden matrix to AdamW."""
+    """Return one optimizer, or two for Muon: AdamW takes all but the hidden matrices."""
     if config.optimizer == "sgd":
         return [torch.optim.SGD(groups, lr=config.lr, momentum=0.9)]
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     matrices = [group for group in groups if "matrix_view" in group]
     others = [group for group in groups if "matrix_view" not in group]
-    found: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
-    return [*found, kind(others, lr=config.lr, betas=config.betas, fused=True)] if others else found
+    optimizers: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
+    return [*optimizers, kind(others, lr=config.lr, betas=config.betas, fused=True)] if others else optimizers
 
 
-def _due(step: int, every: int | None) -> bool:
+def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0

@@ -1,7 +1,7 @@
-"""What happened in a run, a JSON object per line: `{"step": 20, "training_seconds": 1.5, "train_loss": 0.7, ...}`.
+"""Metrics of a run, one JSON object a line: `{"step": 20, "training_seconds": 1.5, "train_loss": 0.7, ...}`.
 
-Every line has the steps made and the seconds that they took: of training alone, without loading data, evaluating and
-saving, and without what an interrupted run did in vain. So the time to a loss can be read off.
+Training seconds exclude the loading of data, evaluation, checkpoints, and steps that an interruption lost, so that the
+time to a loss can be read from the file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 from einlinear.files import open_regular, parse_json, write_text
 from einlinear_lab.training.trackers import Tracker
 
-_LARGEST = 1e300  # of numbers that can still be added up
+# Larger numbers could overflow when they are added up.
+_LARGEST = 1e300
 
 
 class Metrics:
-    """The lines of a run. Steps that are made again after an interruption are written again, not twice.
+    """Writer of metrics.jsonl. Lines after the step of the checkpoint are dropped, as the steps are made again.
 
     Args:
-        path: of the file, or None to keep nothing.
-        start: the step that the run goes on from.
-        tracker: gets what is written as well, but for NaN and infinite numbers.
+        path: of the file, or None to write nothing.
+        start: step from which the run resumes.
+        tracker: also receives the metrics, except NaN and infinite numbers.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -34,32 +35,32 @@ class Metrics:
     def __init__(self, path: Path | None, start: int, tracker: Tracker | None = None) -> None:
         self._path, self._tracker = path, tracker
         if path is not None:
-            kept = [line for line in read(path) if line["step"] <= start]
-            with _naming(path):
-                write_text(path, "".join(map(_line, kept)))
+            lines = [line for line in read(path) if line["step"] <= start]
+            with _named_errors(path):
+                write_text(path, "".join(map(_line, lines)))
 
     def write(self, step: int, **values: float) -> None:
-        """Add a line. NaN and infinite numbers become null, which every reader of JSON knows."""
+        """Append a line. NaN and infinite numbers become null, as JSON has neither."""
         if self._path is None:
             return
-        with _naming(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(_line({"step": step, **values}))
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with _named_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(_line({"step": step, **finite}))
         if self._tracker is not None:
-            self._tracker(step, {name: value for name, value in values.items() if math.isfinite(value)})
+            self._tracker(step, {name: value for name, value in finite.items() if value is not None})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, without those that are damaged; none where there is no file."""
+    """Return the valid lines of a file; none if the file does not exist."""
     return [line for _, line in _lines(path) if isinstance(line, dict)]
 
 
 def damaged(path: Path) -> list[str]:
-    """What is wrong with the others, such as one that was cut off: file, line and reason."""
+    """Return file, line number and error of every damaged line, such as a truncated one."""
     return [f"{path}, line {number}: {error}" for number, error in _lines(path) if isinstance(error, ValueError)]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Every line by its number, or what is wrong with it."""
     if not path.exists():
         return
     try:
@@ -76,7 +77,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
 
 def _checked(line: Any) -> dict[str, Any]:
-    """A line, if it is an object of numbers with a step and its seconds."""
+    """Return the line if it is an object of numbers with a step and training seconds, else raise ValueError."""
     if not isinstance(line, dict):
         raise ValueError(f"it is {json.dumps(line)[:40]}, not an object")
     for name, value in line.items():
@@ -88,8 +89,8 @@ def _checked(line: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of writing it: where its disk is full, the error does not."""
+def _named_errors(path: Path) -> Iterator[None]:
+    """Name the file in errors: those of a full disk do not."""
     try:
         yield
     except OSError as error:
@@ -97,7 +98,4 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _line(values: dict[str, Any]) -> str:
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(values, allow_nan=False) + "\n"

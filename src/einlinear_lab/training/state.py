@@ -1,4 +1,4 @@
-"""What a run has to remember, as plain tensors by name, whole ones, however processes share the model."""
+"""Checkpoint state of a run as unsharded tensors by name, however processes share the model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-Optimizers: TypeAlias = list[torch.optim.Optimizer]  # of different parameters each
+Optimizers: TypeAlias = list[torch.optim.Optimizer]
 
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _MODEL, _OPTIMIZER, _SCALER, _RANDOM = "model.", "optimizer.", "scaler.", "random"
 
 
 def gather(model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
-    """The parameters and buffers, the optimizers' state of each, the scaler's, and that of torch's generator.
+    """Return parameters, buffers, and the states of optimizers, scaler and torch's generator.
 
-    All processes have to call it; the first one gets what the model and the optimizers hold. Names are those of the
-    plain model. Settings of parameter groups are left out: they follow from the run's own.
+    All processes have to call it; rank 0 gets the tensors of model and optimizers, by the names of the unwrapped model.
+    Parameter groups are not saved, as they follow from the config of the run.
     """
     parameters: dict[str, Any] = get_model_state_dict(model, options=_OPTIONS)
     optimised: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_OPTIONS)
@@ -37,16 +37,9 @@ def gather(model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScale
 
 
 def restore(
-    model: nn.Module,
-    optimizers: Optimizers,
-    scaler: torch.amp.GradScaler,
-    tensors: Mapping[str, Tensor],
+    model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `gather` found, on every process.
-
-    Raises:
-        RuntimeError: they are those of another model.
-    """
+    """Load the tensors of `gather`, on every process. Raises RuntimeError for those of another model."""
 
     def part(prefix: str) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

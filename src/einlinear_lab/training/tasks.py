@@ -1,4 +1,4 @@
-"""Tasks: data, a loss and metrics. ERRORS are the metrics of which less is better."""
+"""Training tasks: data, loss and metrics. ERRORS are the metrics where lower is better."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from einlinear_lab.data import Batches, Images, Sequences, Teacher
 
-TRAIN_SAMPLE = 10_000  # training images that the training error is measured on
-VALIDATION_TOKENS = 2**18  # of a language model's validation
-_AT_ONCE = 1000  # images that are evaluated at a time
+# Training images that the training error is measured on.
+TRAIN_SAMPLE = 10_000
+VALIDATION_TOKENS = 2**18
+# Images of an evaluation batch.
+_AT_ONCE = 1000
 
 
 class Classification:
-    """Images to classes.
+    """Image classification.
 
     Args:
-        images: what to learn, and the test images that measure it.
-        batches: of the training images.
+        images: training and test images.
+        batches: batches of the training images.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        train_sample: how many training images the training error is measured on, at most.
+        train_sample: maximum number of training images that the training error is measured on.
 
     Raises:
         ValueError: a train_sample below 1.
@@ -43,16 +45,15 @@ class Classification:
         return self.batches.batch(step)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean cross-entropy."""
+        """Return the mean cross-entropy."""
         x, y = batch
         return F.cross_entropy(model(x), y, label_smoothing=self.label_smoothing)
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Mean cross-entropy ("test_loss") and accuracy ("test_accuracy") on all test images, and "train_error".
+        """Return "test_loss" (mean cross-entropy) and "test_accuracy" of all test images, and "train_error".
 
-        The training error is the share of wrong answers on a fixed sample of training images, which are augmented as
-        they are trained on but not mixed up. It is what scaling laws are fitted to: how well a model learns, whatever
-        mixup and label smoothing do to its loss.
+        The training error is the error rate on a fixed sample of training images, with augmentation but without mixup.
+        Scaling laws are fitted to it, as mixup and label smoothing do not change its meaning.
         """
         loss, correct = 0.0, 0
         tests = zip(self.images.test_x.split(_AT_ONCE), self.images.test_y.split(_AT_ONCE), strict=True)
@@ -69,11 +70,11 @@ class Classification:
 
 
 class LanguageModel:
-    """The next token of sequences, of text or of pixels.
+    """Next-token prediction on sequences of text or pixels.
 
     Args:
-        sequences: to train on, and held-out ones to validate on.
-        validation_tokens: how many tokens of these, at most; rounded down to whole sequences, but at least one.
+        sequences: training and held-out sequences.
+        validation_tokens: maximum number of held-out tokens; rounded down to whole sequences, but at least one.
     """
 
     ERRORS: ClassVar[tuple[str, ...]] = ("validation_loss", "bits_per_token")
@@ -85,12 +86,12 @@ class LanguageModel:
         return self.sequences.batch(step)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean cross-entropy, in nats per token."""
+        """Return the mean cross-entropy in nats per token."""
         tokens, targets = batch
         return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """The mean cross-entropy on held-out sequences, as "validation_loss" in nats, and as "bits_per_token"."""
+        """Return the mean cross-entropy on held-out sequences: "validation_loss" in nats, and "bits_per_token"."""
         loss, count = 0.0, 0
         for tokens, targets in self.sequences.evaluation(max(1, self.validation_tokens // self.sequences.context)):
             mean = self.loss(model, (tokens.to(device), targets.to(device)))
@@ -100,11 +101,11 @@ class LanguageModel:
 
 
 class Regression:
-    """What a teacher computes, on fresh inputs at every step.
+    """Regression to a teacher on new inputs at every step.
 
     Args:
         teacher: the function to learn.
-        batch_size: inputs of a batch.
+        batch_size: inputs per batch.
         seed: of the batches.
     """
 
@@ -117,14 +118,11 @@ class Regression:
         return self.teacher.batch(self.batch_size, self.seed, step)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean squared error."""
+        """Return the mean squared error."""
         x, y = batch
         return F.mse_loss(model(x), y)
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """The mean squared error on the teacher's evaluation batch over the variance of its targets ("test_loss").
-
-        That is 1 - R^2: 1 for a model that knows the mean alone.
-        """
+        """Return "test_loss" = 1 - R^2 on the teacher's evaluation batch: mean squared error / variance of targets."""
         x, y = (part.to(device) for part in self.teacher.evaluation())
         return {"test_loss": self.loss(model, (x, y)).item() / y.var(correction=0).item()}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from einlinear_lab.bench.cases import Case
+from einlinear_lab.bench.cases import Case, estimate_traffic
 from einlinear_lab.bench.results import BenchResult, Measurement
 from einlinear_lab.bench.timing import Spread
-from einlinear_lab.bench.traffic import estimate_traffic
 from einlinear_lab.bench.variants import COPYING, DENSE
 
 

@@ -9,8 +9,8 @@ import pytest
 from tests.lab.bench.made_up import made_up
 
 from einlinear import ops
-from einlinear.ops import choice
 from einlinear.ops import costs as costs_model
+from einlinear.ops import dispatch
 from einlinear_lab.bench import fit_costs, results
 from einlinear_lab.bench.cases import BenchConfig, Case, Suite
 from einlinear_lab.bench.machine import this_machine
@@ -52,7 +52,7 @@ def other_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     monkeypatch.setattr(costs_model, "COSTS_FILE", tmp_path / "costs.json")
     monkeypatch.setattr(costs_model, "COSTS", {})
     yield tmp_path / "costs.json"
-    choice.forget()
+    dispatch.forget()
 
 
 def test_a_fit_finds_the_costs_that_timings_were_made_of(bench: Bench) -> None:

@@ -10,11 +10,10 @@ import torch
 import einlinear as el
 from einlinear import ops
 from einlinear_lab.bench import run, timing
-from einlinear_lab.bench.cases import SUITES, BenchConfig, Case, choose
+from einlinear_lab.bench.cases import SUITES, BenchConfig, Case, choose, estimate_traffic
 from einlinear_lab.bench.machine import Roofline, this_machine
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.timing import Spread, interleave, spread
-from einlinear_lab.bench.traffic import estimate_traffic
 from einlinear_lab.bench.variants import (
     COPYING,
     DENSE,

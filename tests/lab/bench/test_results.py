@@ -10,10 +10,9 @@ from tests.lab.bench.made_up import made_up
 
 from einlinear_lab.bench import results, run, tables
 from einlinear_lab.bench.cases import BenchConfig, Case
-from einlinear_lab.bench.changes import compare
 from einlinear_lab.bench.claims import judge
 from einlinear_lab.bench.machine import Roofline, this_machine
-from einlinear_lab.bench.results import Bench, BenchResult, Measurement, Session
+from einlinear_lab.bench.results import Bench, BenchResult, Measurement, Session, compare
 from einlinear_lab.bench.run import Recorder
 from einlinear_lab.bench.variants import COPYING, DENSE, OURS, RECOMPUTING
 

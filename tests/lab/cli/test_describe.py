@@ -41,7 +41,7 @@ def test_describe_the_plan() -> None:
     _, out, _ = run("describe", "btt", 64, 64, "--plan", "--tokens", 1)
     assert "Backend for 1 inputs" in out
     assert "a dense layer would be faster" in out
-    assert "A  batch (g), rows (r f), inner (a), columns (tokens): (tokens g a) -> (g r f tokens)" in out
+    assert "A  batch (g), contracted (a), free (tokens), new (r f): (tokens g a) -> (g r f tokens)" in out
     assert "Backend" not in run("describe", "btt", 64, 64)[1]
 
 

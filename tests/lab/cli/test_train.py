@@ -10,9 +10,8 @@ from tests.lab.cli.command import TINY, assert_refused, run
 
 from einlinear.files import lock
 from einlinear_lab.cli import display
-from einlinear_lab.runs.defaults import with_defaults
 from einlinear_lab.runs.records import read_record
-from einlinear_lab.runs.run import Run
+from einlinear_lab.runs.run import Run, with_defaults
 from einlinear_lab.sweeps import workers
 
 TRAIN = ("train", "data=digits", "steps=4", "depth=1", "width=16", "threads=1")
@@ -29,7 +28,7 @@ def test_train_and_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints").exists()
     assert run("train", *options)[0] == 0
     answer = run("train", *options, "lr=1e-2")
-    assert_refused(answer, "lr was 0.003, now 0.01. Name another folder (--out), or repeat the settings to resume")
+    assert_refused(answer, "lr was 0.003, now 0.01. Name another folder (--out), or repeat the config to resume")
 
 
 def images(folder: Path, count: int) -> Path:

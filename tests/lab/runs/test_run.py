@@ -216,6 +216,12 @@ def test_a_damaged_run_says_so(tmp_path: Path, content: str) -> None:
         read_record(tmp_path)
 
 
+def test_a_run_of_an_older_format_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"format": 2, "kind": "mlp"}')
+    with pytest.raises(ValueError, match="format 2 of another version of einlinear, and this version reads format 3"):
+        read_record(tmp_path)
+
+
 def test_a_folder_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:
     for first in (run(), run(lr=1e30)):  # one that diverges leaves no checkpoint
         folder = tmp_path / first.key

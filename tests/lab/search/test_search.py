@@ -23,7 +23,7 @@ from tests.lab.sweeps.test_workers import children, is_worker
 from einlinear_lab.models.config import Shape
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.search.config import STARTUP_TRIALS, configure
+from einlinear_lab.search.config import STARTUP_TRIALS, SearchConfig
 from einlinear_lab.search.leaders import alongside, read_leaders, split_leaders, unseen_seed
 from einlinear_lab.search.matching import with_structures
 from einlinear_lab.search.search import Search, base_run, rungs_of
@@ -64,6 +64,12 @@ def step_by_step(jobs: Iterable[Job]) -> Iterator[Event]:
                     yield events.get(timeout=0.1)
                     events.task_done()
             yield Event(run, **outcome.result())
+
+
+def configure(**options: Any) -> SearchConfig:
+    """The config of a search from its options and those of its runs."""
+    own = {name: options.pop(name) for name in SearchConfig.__dataclass_fields__.keys() & options.keys()}
+    return SearchConfig(options=options, **own)
 
 
 def search(folder: Path, storage: str | None = None, **options: Any) -> Search:

@@ -19,7 +19,7 @@ from einlinear.files import lock
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.search.config import configure
+from einlinear_lab.search.config import SearchConfig
 from einlinear_lab.search.search import Search
 from einlinear_lab.sweeps import attempts, cluster
 from einlinear_lab.sweeps.driver import do
@@ -50,7 +50,7 @@ def test_a_worker_takes_paths_as_the_driver_does(tmp_path: Path) -> None:
             image = Image.fromarray(random.integers(0, 256, (6, 6), dtype=np.uint8))
             image.save(tmp_path / "driver" / "pets" / label / f"{i}.png")
     options = QUICK | {"data": "pets", "batch_size": 4}
-    assert cluster._done(options, "runs/one", str(tmp_path / "driver"), ()) == {"status": "finished"}
+    assert cluster._attempt(options, "runs/one", str(tmp_path / "driver"), ()) == {"status": "finished"}
     assert read_record(tmp_path / "driver" / "runs" / "one").run.data.data == "pets"
 
 
@@ -58,14 +58,14 @@ def test_a_worker_takes_paths_as_the_driver_does(tmp_path: Path) -> None:
 def test_a_worker_is_set_up_once(tmp_path: Path) -> None:
     calls: list[str] = []
     for name in ("one", "two"):
-        assert cluster._done(QUICK, name, str(tmp_path), (lambda: calls.append("x"),))["status"] == "finished"
+        assert cluster._attempt(QUICK, name, str(tmp_path), (lambda: calls.append("x"),))["status"] == "finished"
     assert calls == ["x"]
 
 
 @pytest.mark.usefixtures("new_worker")
 def test_a_bug_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "execute", lambda *_: {}["bug"])
-    told = cluster._done(QUICK, "one", str(tmp_path), ())
+    told = cluster._attempt(QUICK, "one", str(tmp_path), ())
     assert told["status"] == "failed"
     assert "Traceback" in told["message"]
     assert "KeyError: 'bug'" in told["message"]
@@ -77,10 +77,10 @@ def test_a_worker_waits_for_one_that_was_left_behind(tmp_path: Path, monkeypatch
     with lock(tmp_path / "one" / ".lock", "nobody"):
         with monkeypatch.context() as patched:
             patched.setattr(attempts, "_PATIENCE", 0)
-            told = cluster._done(QUICK, "one", str(tmp_path), ())
+            told = cluster._attempt(QUICK, "one", str(tmp_path), ())
         assert told == {"status": "failed", "message": "another process is at work in one"}
         threading.Timer(0.5, (tmp_path / "one" / ".lock").unlink).start()  # it ends
-        assert cluster._done(QUICK, "one", str(tmp_path), ()) == {"status": "finished"}
+        assert cluster._attempt(QUICK, "one", str(tmp_path), ()) == {"status": "finished"}
 
 
 def table(folder: Path) -> dict[str, dict[str, Any]]:
@@ -115,7 +115,7 @@ def drive(folder: Path) -> None:
     is_over.set()
     killer.join()
     options = {"data": "digits", "depth": 1, "batch_size": 128, "steps": 8, "threads": 1}
-    search = Search(configure(budget=8_000, trials=4, **options)).open(Store(folder / "search"))
+    search = Search(SearchConfig(budget=8_000, trials=4, options=options)).open(Store(folder / "search"))
     failed = [event.message for event in search.do(Cluster())]
     told = {"statuses": statuses, "killed": len(killed), "failed": failed}
     told["searched"] = [trial.state == TrialState.COMPLETE for trial in search.study.trained()]

@@ -8,8 +8,7 @@ import torch
 
 from einlinear_lab.models import GPTConfig, MLPConfig, Shape
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.budget import widest
-from einlinear_lab.sweeps.compare import PRESETS, CompareConfig, configure, plan
+from einlinear_lab.sweeps.compare import PRESETS, CompareConfig, configure, plan, widest
 
 OPTIONS: dict[str, Any] = {"data": "digits", "batch_size": 128, "depth": 1}
 SHAPE = Shape(64, 10, (1, 8, 8))  # of the digits

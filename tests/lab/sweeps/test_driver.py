@@ -20,9 +20,8 @@ from tests.lab.sweeps.tables import read_table
 import einlinear as el
 from einlinear.structures import FAMILIES
 from einlinear_lab.runs import records, table
-from einlinear_lab.runs.check import check_runs
 from einlinear_lab.runs.data import _images
-from einlinear_lab.runs.execution import execute
+from einlinear_lab.runs.execution import check_runs, execute
 from einlinear_lab.runs.records import Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import HISTORY, Store

@@ -62,6 +62,7 @@ def build(width: int = 16, structure: str = "btt") -> ReferenceModel:
 
 
 def build_gpt(width: int = 32, structure: str = "btt", **options: Any) -> ReferenceModel:
+    options = {"normalize": False, **options}
     return GPT(257, width, 16, depth=2, d_head=16, structure=structure, bias=True, **options)
 
 

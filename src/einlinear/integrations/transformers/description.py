@@ -38,25 +38,21 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Linear) and type(module).forward is Linear.forward:
-            layers[name] = _entry(module)
+            entry = {
+                "structure": module.structure.spec,
+                "in_features": module.in_features,
+                "out_features": module.out_features,
+                "bias": module.bias is not None,
+                "normalize": module.normalize,
+                "gamma": module.has_gamma or not module.normalize,
+            }
+            layers[name] = {k: value for k, value in entry.items() if k not in _OPTIONAL or value != _OPTIONAL[k]}
         elif isinstance(module, SelfDescribing):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: of this library's layers only el.Linear can be saved with a "
                 "Hugging Face model. Save its state_dict() instead"
             )
     return layers
-
-
-def _entry(layer: Linear) -> dict[str, Any]:
-    entry = {
-        "structure": layer.structure.spec,
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "bias": layer.bias is not None,
-        "normalize": layer.normalize,
-        "gamma": layer.has_gamma or not layer.normalize,
-    }
-    return {key: value for key, value in entry.items() if key not in _OPTIONAL or value != _OPTIONAL[key]}
 
 
 def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
@@ -138,9 +134,10 @@ def restore(
         if not is_linear(old):
             raise ValueError(f"{place} is described as a structured layer, but is a {type(old).__name__}, not linear")
         if features(old) != (entry["in_features"], entry["out_features"]):
-            described = f"{entry['in_features']} -> {entry['out_features']}"
-            has = "{} -> {}".format(*features(old))
-            raise ValueError(f"{place} is described as {described} features, but the model has {has} there")
+            raise ValueError(
+                f"{place} is described as {entry['in_features']} -> {entry['out_features']} features, but the model "
+                f"has {' -> '.join(map(str, features(old)))} there"
+            )
         if id(old) not in new:
             new[id(old)] = _build(place, entry, old.weight.device, old.weight.dtype)
             new[id(old)].dense_class = type(old)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
@@ -37,6 +36,9 @@ class EinlinearQuantizer(HfQuantizer):
     """Replaces the layers that config.json describes, and checks that all their weights were loaded."""
 
     quantization_config: EinlinearConfig
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
 
     def __init__(self, quantization_config: EinlinearConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -59,24 +61,20 @@ class EinlinearQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        # parameters that were not in the checkpoint, or had another shape, would be random: transformers marks the
+        # ones that it loaded; those on the meta device are read from disk at every use
         for name in self.names.values():
-            check_loaded(name, model.get_submodule(name))
+            for key, parameter in model.get_submodule(name).named_parameters():
+                if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+                    raise ValueError(
+                        f"{name} is described as a structured layer, but {name}.{key} of shape "
+                        f"{tuple(parameter.shape)} did not come from the checkpoint: it is missing there, or has "
+                        "another shape"
+                    )
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         forget(model.config)
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
 
@@ -91,16 +89,3 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
         return key.removesuffix(".weight")
 
     return rename
-
-
-def check_loaded(name: str, layer: nn.Module) -> None:
-    """Raise ValueError if parameters were not in the checkpoint, or had another shape: they would be random.
-
-    transformers marks the ones that it loaded. Those on the meta device are read from disk at every use.
-    """
-    for key, parameter in layer.named_parameters():
-        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
-            raise ValueError(
-                f"{name} is described as a structured layer, but {name}.{key} of shape {tuple(parameter.shape)} did "
-                "not come from the checkpoint: it is missing there, or has another shape"
-            )

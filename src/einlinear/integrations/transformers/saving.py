@@ -54,7 +54,10 @@ def extend_save_pretrained() -> None:
         if not layers:
             return original(self, save_directory, is_main_process, state_dict, *args, **kwargs)
         _check(self, layers)
-        state_dict = {**(self.state_dict() if state_dict is None else state_dict), **guards(layers)}
+        # without this library, transformers would keep the dense layers and draw new weights for them: an empty
+        # tensor in the place of each makes it raise, as for every weight of another shape
+        guards = {f"{name}.weight": torch.empty(0) for name in layers}
+        state_dict = {**(self.state_dict() if state_dict is None else state_dict), **guards}
         self.config.quantization_config = {"quant_method": METHOD, "version": VERSION, "layers": layers}
         try:
             _add_code(self.config, Path(save_directory), is_main_process)
@@ -63,15 +66,6 @@ def extend_save_pretrained() -> None:
             forget(self.config)
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
-
-
-def guards(layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return an empty tensor for each dense weight, by name.
-
-    Without this library, transformers would keep the dense layers and draw new weights for them. An empty tensor makes
-    it raise, as for every weight of another shape.
-    """
-    return {f"{name}.weight": torch.empty(0) for name in layers}
 
 
 def _check(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:

@@ -21,11 +21,10 @@ def moe_loss(
 ) -> Tensor:
     """Return the mean over all mixtures of a load-balancing loss plus `z` times a z-loss, for the last batch.
 
-    The balance of E experts is E * sum of p_e f_e: p_e is the mean probability of an expert before routing, f_e its
-    share of the pairs of tokens and experts. The balance is one for an even load, and its gradient lowers the logits of
-    experts with a high load (Fedus et al., arXiv 2101.03961, equation 4). The z-loss is the mean of
-    logsumexp(logits)^2, which keeps logits small (Zoph et al., arXiv 2202.08906, equation 5). The code of
-    arXiv 2410.02117 gives the sum a weight of 0.01.
+    The balance of E experts is E * sum of p_e f_e, one for an even load: p_e is the mean probability of an expert
+    before routing, f_e its share of the pairs of tokens and experts (Fedus et al., arXiv 2101.03961, equation 4). The
+    z-loss is the mean of logsumexp(logits)^2, which keeps logits small (Zoph et al., arXiv 2202.08906, equation 5). The
+    code of arXiv 2410.02117 gives the sum a weight of 0.01.
 
     Args:
         model: after a forward pass, with gradients if the loss is to have one.
@@ -61,7 +60,7 @@ def moe_loss(
     total = torch.stack(losses)
     if check and False in (finite := total.isfinite().tolist()):
         name = routings[finite.index(False)][0] or "the layer"
-        raise ValueError(f"{name}: the logits of its experts are not finite, so its input was not")
+        raise ValueError(f"{name}: router logits are NaN or infinite: check the layer's input and router weights")
     return total.mean()
 
 

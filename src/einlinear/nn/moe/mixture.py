@@ -82,20 +82,15 @@ class Mixture:
             logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _TIE * _pattern(self.router, wide))
         indices = _largest(logits.detach(), self.active)
         routing = Routing(indices, logits.gather(1, indices).softmax(1), logits)
-        if _is_recorded():
+        is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not (is_traced or in_backward):
             self.last = routing
         return routing
 
     def __getstate__(self) -> dict[str, Any]:
         # the last routing belongs to one batch and its graph
         return {**self.__dict__, "last": None}
-
-
-def _is_recorded() -> bool:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return False
-    # not in a backward pass
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:

@@ -55,12 +55,7 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
 
 
 class Exchange:
-    """All-to-all exchange of the tokens of one layer.
-
-    Args:
-        mesh: the processes.
-        experts: the number of experts of the layer; every process has an equal share, in the order of the ranks.
-    """
+    """All-to-all exchange of a layer's tokens: every process has an equal share of experts, by rank."""
 
     def __init__(self, mesh: DeviceMesh, experts: int) -> None:
         self.mesh, self.size = mesh, mesh.size()
@@ -81,13 +76,10 @@ class Exchange:
     def __call__(
         self, x: Tensor, indices: Tensor, gates: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Return for every token the sum of gate * W_expert x, with products computed by the experts' processes.
+        """Return the sums of gate * W_expert x for tokens (n, in_features), with indices and gates (n, active).
 
-        Args:
-            x: (n, in_features); n may differ between processes.
-            indices, gates: (n, active).
-            multiply: computes the products of (m, in_features) tokens with (m,) of this process's experts, as
-                (m, out_features).
+        n may differ between processes; `multiply` computes the products of (m, in_features) tokens with (m,) of this
+        process's experts.
         """
         flat = indices.flatten()
         order = flat.argsort(stable=True)
@@ -104,8 +96,7 @@ class Exchange:
         return outputs.new_zeros(x.shape[0], outputs.shape[1]).index_add(0, tokens, outputs)
 
     def _send(self, rows: Tensor, to: list[int], from_: list[int]) -> Tensor:
-        received: Tensor = _AllToAll.apply(rows, to, from_, self.group)  # type: ignore[no-untyped-call]
-        return received
+        return _AllToAll.apply(rows, to, from_, self.group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AllToAll(torch.autograd.Function):

@@ -1,1 +1,6 @@
-"""A compiled kernel for the CPU: its calls (backend), what it is told (program), how it is made (build), its code."""
+"""Compiled CPU kernel, in C++.
+
+cpu_backend.py     calls of the kernel
+program.py         a structure as the kernel reads it
+kernel_library.py  compilation and cache
+"""

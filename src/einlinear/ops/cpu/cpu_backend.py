@@ -38,6 +38,7 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Return y of shape (n, out_features), and the intermediates if they are to be saved."""
     structure, factors, x, bias, routing = product
     program, n = program_of(structure), x.shape[0]
+    x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(n, structure.out_features)
     saved = []
@@ -77,15 +78,13 @@ def backward(
 def _call(
     role: str, program: Program, factors: Sequence[Tensor], x: Tensor, routing: Assignment | None, *pointers: object
 ) -> None:
-    """Call a function of the kernel; `pointers` are the arguments that only this one has."""
-    # contiguous tensors, which live until the call returns
-    x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
+    """Call a function of the kernel on contiguous tensors; `pointers` are the arguments that only this one has."""
     n, pairs = x.shape[0], None
-    if routing is None:
-        threads = _threads(program.macs * n)
-    else:
-        threads = _threads(program.macs * routing.indices.numel())
-        pairs, _tensors = _sort_pairs(routing, len(factors[0]), threads)
+    macs = program.macs * (n if routing is None else routing.indices.numel())
+    threads = torch.get_num_threads() if macs > PARALLEL_MACS else 1
+    if routing is not None:
+        sorted_pairs, _tensors = _sort_pairs(routing, len(factors[0]), threads)
+        pairs = ctypes.byref(sorted_pairs)
     addresses = program.pointers(*[factor.data_ptr() for factor in factors])
     _function(role, x)(program.address, addresses, x.data_ptr(), *pointers, pairs, n, threads)
 
@@ -106,10 +105,6 @@ def _sort_pairs(routing: Assignment, experts: int, threads: int) -> tuple[Pairs,
     order = keys.flatten().argsort(stable=True)
     pointers = first.data_ptr(), order.data_ptr(), gates.data_ptr()
     return Pairs(*pointers, n, block, experts, active), (first, order, gates)
-
-
-def _threads(macs: int) -> int:
-    return torch.get_num_threads() if macs > PARALLEL_MACS else 1
 
 
 def _function(role: str, x: Tensor) -> ctypes._NamedFuncPointer:

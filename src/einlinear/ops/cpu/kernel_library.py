@@ -53,12 +53,12 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        pointer, count, pairs = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(Pairs)
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
         self.functions = {}
         for dtype, name in DTYPES.items():
-            for role, pointers in (("forward", 6), ("backward", 8)):
+            for role, pointers in (("forward", 7), ("backward", 9)):
                 function = library[f"{name}_{role}"]
-                function.argtypes, function.restype = [*[pointer] * pointers, pairs, count, ctypes.c_int], None
+                function.argtypes, function.restype = [*[pointer] * pointers, count, ctypes.c_int], None
                 self.functions[role, dtype] = function
             function = library[f"{name}_tile"]
             function.argtypes, function.restype = [pointer, count], count

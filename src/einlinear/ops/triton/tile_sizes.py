@@ -9,7 +9,6 @@ The matrix product of a tile has m = tokens x free rows. b, f, n and k are as in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -82,7 +81,7 @@ def forward_tiles(step: StridedStep, itemsize: int, tokens: int, device: Device)
             m, n = (m // 2, n) if m > max(n, block_f, MIN_SIDE) else (m, n // 2)
         stages = max(1, min(4, device.shared // (block_b * (m + n) * k * itemsize)))
         tiles.append(_tile(block_b, m // block_f, block_f, n, k, weight * m * n, stages))
-    return _distinct(tiles)
+    return tuple(dict.fromkeys(tiles))
 
 
 @lru_cache(maxsize=4096)
@@ -103,7 +102,7 @@ def backward_tiles(step: StridedStep, itemsize: int, tokens: int, device: Device
         stages = min(3, (device.shared // itemsize // block_b - n * k * joint) // (m * (n + k)))
         if stages > 0 and sums <= MAX_SUMS:
             tiles.append(_tile(block_b, m // block_f, block_f, n, k, sums, stages))
-    return _distinct(tiles)
+    return tuple(dict.fromkeys(tiles))
 
 
 def share(step: StridedStep, itemsize: int, tokens: int, device: Device, joint: bool) -> int:
@@ -131,10 +130,6 @@ def _fixed_blocks(step: StridedStep, itemsize: int) -> tuple[int, int, int]:
 def _tile(b: int, t: int, f: int, n: int, k: int, sums: int, stages: int) -> Tile:
     blocks = {"BLOCK_B": b, "BLOCK_T": t, "BLOCK_F": f, "BLOCK_N": n, "BLOCK_K": k}
     return Tile(tuple(blocks.items()), 4 if sums <= MAX_SUMS // 4 else 8, stages)
-
-
-def _distinct(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
-    return tuple(dict.fromkeys(tiles))
 
 
 def _clip_rows(m: int, tokens: int, block_f: int) -> int:

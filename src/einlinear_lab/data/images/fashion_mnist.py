@@ -66,7 +66,9 @@ def _read(folder: Path) -> Images:
         if y.max() >= len(CLASSES):
             raise ValueError(f"{folder / labels_name}: label {int(y.max())}, expected 0 to 9")
         splits += [x.unsqueeze(1).float() / 255, y.long()]
-    return Images("fashion-mnist", f"Fashion-MNIST, read from {folder}", *splits, CLASSES)
+    train_x, train_y, test_x, test_y = splits
+    source = f"Fashion-MNIST, read from {folder}"
+    return Images("fashion-mnist", source, train_x, train_y, test_x, test_y, CLASSES)
 
 
 def _read_idx(path: Path, ndim: int) -> Tensor:

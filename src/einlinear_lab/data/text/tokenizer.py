@@ -193,9 +193,13 @@ class BPETokenizer(Tokenizer):
         tokenizer = HubTokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        options = {"min_frequency": 2, "special_tokens": [_END], "initial_alphabet": alphabet, "show_progress": False}
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[_END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
         tokenizer.train_from_iterator(texts, trainer)
         if (size := tokenizer.get_vocab_size()) < vocab_size:
             raise ValueError(f"vocab_size {vocab_size} is too large: this text has no more than {size} tokens to offer")

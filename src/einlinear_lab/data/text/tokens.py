@@ -112,9 +112,11 @@ def load_tokens(folder: str | Path) -> Tokens:
     if tokenizer.vocab_size != vocab_size:
         reason = f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size}"
         raise ValueError(_damaged(folder / DESCRIPTION, reason))
-    splits = (np.asarray(np.memmap(folder / name, dtype_of(vocab_size), "r")) for name in (TRAIN, VALIDATION))
+    train, validation = (
+        np.asarray(np.memmap(folder / name, dtype_of(vocab_size), "r")) for name in (TRAIN, VALIDATION)
+    )
     sha256 = hashlib.sha256("".join(files[name][1] for name in (TRAIN, VALIDATION)).encode()).hexdigest()
-    return Tokens(folder, tokenizer, *splits, counts, config, sha256)
+    return Tokens(folder, tokenizer, train, validation, counts, config, sha256)
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:

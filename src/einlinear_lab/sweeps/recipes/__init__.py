@@ -1,13 +1,13 @@
 """Recipes: the figures of the papers, each a TOML file in this folder, at two scales.
 
-The scale "paper" has the settings of the paper; its comments say which of them cannot be set here. "small" asks the
-same question of models that two CPU cores train in minutes, or in an hour or two. A scale is a table of its own:
+The scale "paper" has the config of the paper; comments name the options that cannot be reproduced. "small" asks the
+same question of models that two CPU cores train in minutes to two hours. Each scale is a table:
 
-    about     what of the paper can be seen at this scale
-    prepare   the command that gets its data, where that is to be done first
-    minutes   what it takes on two cores, estimated from the time of single steps
+    about     results of the paper that this scale shows
+    prepare   command that prepares the data, if needed
+    minutes   duration on two cores, estimated from single steps
     config, grid, parts     the runs, see `make_sweep`
-    commands  instead of runs: the commands that make the figure
+    commands  commands that make the figure, instead of runs
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCALES = ("small", "paper")
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How a recipe is run at one scale: what its table in the file holds, see above."""
+    """One scale of a recipe, with the fields above."""
 
     about: str
     prepare: str = ""
@@ -38,12 +38,12 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Experiment of a paper at two scales: the content of a recipe.
+    """Experiment of a paper at two scales.
 
     Attributes:
-        title: what is compared.
-        source: the paper, and where in it.
-        shows: what the paper found.
+        title: of the experiment.
+        source: paper and section or figure.
+        shows: finding of the paper.
         small, paper: the scales.
     """
 
@@ -55,17 +55,13 @@ class Recipe:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all recipes."""
+    """Return the names of all recipes."""
     files = (file.name for file in resources.files(__name__).iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml")))
 
 
 def load(name: str) -> Recipe:
-    """The recipe of a name.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
+    """Load a recipe. Raises ValueError for an unknown name."""
     if name not in names():
         if "." in name or "/" in name:
             raise ValueError(
@@ -82,7 +78,7 @@ def load(name: str) -> Recipe:
 
 
 def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None = None) -> Sweep:
-    """The runs of a recipe.
+    """Return the runs of a recipe.
 
     >>> sorted({run.model.width for run in sweep("lr-transfer", "paper").runs})
     [16, 64, 256, 1024, 4096]
@@ -93,8 +89,7 @@ def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None =
         overrides: options that override those of the recipe.
 
     Raises:
-        ValueError: there is no such recipe or scale; an option that its runs do not have; the recipe has no runs, but
-            commands.
+        ValueError: an unknown recipe, scale or option; a recipe with commands instead of runs.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be {' or '.join(SCALES)}, not {scale!r}")

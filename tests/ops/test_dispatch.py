@@ -13,7 +13,7 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import backends, choice, context, reference
+from einlinear.ops import backends, context, dispatch, reference
 from einlinear.ops.batched import batched_backend as batched
 
 
@@ -34,12 +34,12 @@ def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_gpu_what_was_never_measured_there_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "unsupported", lambda *_: None)
-    choice.forget()
+    monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
+    dispatch.forget()
     chosen = ops.choose(el.structure("btt", 64, 64), 2048, torch.bfloat16, torch.device("cuda"))
     assert chosen.backend == "batched"
     assert "einlinear.backend('triton')" in dict(chosen.refusals)["triton"]
-    choice.forget()
+    dispatch.forget()
 
 
 def test_explain_says_where_dense_is_faster() -> None:
@@ -77,8 +77,8 @@ def test_backends_nest() -> None:
     with el.backend("batched"):
         with el.backend(recompute=True):
             assert el.explain(layer, x).backend == "batched"
-            assert choice.recomputes("batched", layer.structure)
-        assert not choice.recomputes("batched", layer.structure)
+            assert dispatch.recomputes("batched", layer.structure)
+        assert not dispatch.recomputes("batched", layer.structure)
 
 
 LAYER, X = el.Linear(64, 64, "btt"), torch.randn(3, 64)
