@@ -82,11 +82,18 @@ class Factored(SelfDescribing):
         """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
         names = [factor.name for factor in self.structure.factors]
         factors = [self._parameter(name) for name in names]
+        if not (self.normalize or self.has_gamma):
+            return factors
+        # not m.dim(), which torch.fx does not know
+        dims = [len(self.stack_shape) + len(factor.shape) for factor in self.structure.factors]
         if self.normalize:
-            factors = [self._normalized(m, std) for m, std in zip(factors, init_std(self.structure), strict=True)]
+            scales = zip(factors, init_std(self.structure), dims, strict=True)
+            factors = [self._normalized(m, std, n) for m, std, n in scales]
         if self.has_gamma:
-            gammas = [self._parameter(f"gamma_{name}") for name in names]
-            factors = [gamma.view(-1, *[1] * (m.dim() - 1)) * m for gamma, m in zip(gammas, factors, strict=True)]
+            gammas = [
+                self._parameter(f"gamma_{name}").view(-1, *[1] * (n - 1)) for name, n in zip(names, dims, strict=True)
+            ]
+            factors = [gamma * m for gamma, m in zip(gammas, factors, strict=True)]
         return factors
 
     def weight_parameters(self) -> list[nn.Parameter]:
@@ -100,9 +107,9 @@ class Factored(SelfDescribing):
         """Return a factor or a gamma; of stacked ones, the part of this process."""
         return getattr(self, name)
 
-    def _normalized(self, m: Tensor, std: float) -> Tensor:
+    def _normalized(self, m: Tensor, std: float, dims: int) -> Tensor:
         """Return a factor, or each in a stack, with a root mean square of at most std."""
-        axes = tuple(range(len(self.stack_shape), m.dim()))
+        axes = tuple(range(len(self.stack_shape), dims))
         return m / (m.square().mean(axes, keepdim=True).add(1e-8).sqrt() / std).clamp(min=1)
 
     def layer_info(self) -> LayerInfo:
