@@ -50,7 +50,7 @@ def test_compressed_speed() -> None:
 
 @needs("transformers")
 def test_compression_memory() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "compression_memory.py"), "--vocabulary", "5000"]
+    command = [sys.executable, str(ROOT / "examples" / "compression_memory.py"), "--vocabulary", "40000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ \|$", out, re.M) == [
