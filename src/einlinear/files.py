@@ -149,7 +149,7 @@ def _root_of_container() -> int:
 
 
 def _is_shared(status: os.stat_result) -> bool:
-    """Whether the group of a file may have other members. In a container anybody may be in group 0."""
+    """Return whether the group of a file may have other members. In a container anybody may be in group 0."""
     try:
         import grp
         import pwd

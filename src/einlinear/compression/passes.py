@@ -66,7 +66,7 @@ class Passes:
 
     @torch.no_grad()
     def _output(self, number: int, index: int) -> Any:
-        """The output of a block; None if it is not called."""
+        """Return the output of a block; None if it is not called."""
         outputs: list[Any] = []
 
         def record(_name: str, _input: Any, output: Any) -> None:
@@ -80,7 +80,7 @@ class Passes:
 
     @contextmanager
     def _skipping(self, number: int) -> Iterator[None]:
-        """All finished blocks return the output of the last of them."""
+        """Replace every finished block by one that returns the stored output of the last of them."""
         with ExitStack() as after:
             for index in range(self._start):
                 block = self._model.get_submodule(f"{self._stack}.{index}")
@@ -119,7 +119,7 @@ def _copy(output: Any) -> Any:
 
 
 def _is_plain(outputs: Sequence[Any]) -> bool:
-    """Whether all are tensors or tuples of such."""
+    """Return whether all are tensors or tuples of such."""
     parts = [part for output in outputs for part in (output if type(output) is tuple else (output,))]
     return all(isinstance(part, Tensor) for part in parts)
 

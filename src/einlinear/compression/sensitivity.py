@@ -41,7 +41,7 @@ _NOT_FINITE = 1e6
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How far the model's output moves with the error of one layer.
+    """Sensitivity of the model's output to the error of one layer.
 
     Attributes:
         points: (relative squared error of the layer, change of the model's output), errors increasing; at least one.

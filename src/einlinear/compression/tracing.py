@@ -1,4 +1,4 @@
-"""How a model's output depends on its layers: which ones it needs, and which one computes it."""
+"""Dependence of a model's output on its layers: which layers it needs, and which layer computes it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def model_output(model: nn.Module, batch: Batch) -> ModelOutput:
 
 
 def _is_unchanged(tensor: Tensor, output: Tensor | None, version: int) -> bool:
-    """Whether a tensor is a layer's output, unchanged since."""
+    """Return whether a tensor is a layer's output, unchanged since."""
     return output is not None and (
         tensor.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
         and (tensor.shape, tensor.stride(), tensor.dtype) == (output.shape, output.stride(), output.dtype)
@@ -89,7 +89,7 @@ def head_inputs(model: nn.Module, head: str, batch: Batch, gradients: bool = Fal
 
 @dataclass(frozen=True)
 class Trace:
-    """How a model uses its layers on calibration data.
+    """Use of a model's layers on calibration data.
 
     Attributes:
         called: the layers that get at least one token.

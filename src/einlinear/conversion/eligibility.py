@@ -58,7 +58,7 @@ def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> st
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks of any kind, on calls or on its state_dict, or its parameters have."""
+    """Return whether the module has hooks of any kind, on calls or on its state_dict, or its parameters have."""
     of_module = [hooks for name, hooks in vars(module).items() if name.endswith("_hooks")]
     of_parameters = [hooks for p in module.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
     hooks = [hook for hooks in (*of_module, *of_parameters) if hooks for hook in hooks.values()]

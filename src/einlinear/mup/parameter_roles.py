@@ -1,4 +1,4 @@
-"""Every parameter of a model with its role, by qualified name.
+"""Roles of all parameters of a model, by qualified name.
 
 Nothing is attached to tensors, whose attributes are lost under FSDP2, torch.compile and deepcopy.
 """
@@ -58,7 +58,7 @@ class Parameter:
         return self.names + tuple(name.rpartition(".")[0] for name in self.names if "." in name)
 
     def matches(self, glob: str) -> bool:
-        """Whether a glob names the parameter or a module it belongs to."""
+        """Return whether a glob names the parameter or a module it belongs to."""
         return any(fnmatchcase(name, glob) for name in self.matched)
 
     @property

@@ -80,8 +80,7 @@ class Factored(SelfDescribing):
 
     def factors(self) -> list[Tensor]:
         """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
-        names = [factor.name for factor in self.structure.factors]
-        factors = [self._parameter(name) for name in names]
+        factors = [self._parameter(factor.name) for factor in self.structure.factors]
         if not (self.normalize or self.has_gamma):
             return factors
         # not m.dim(), which torch.fx does not know
@@ -90,10 +89,8 @@ class Factored(SelfDescribing):
             scales = zip(factors, init_std(self.structure), dims, strict=True)
             factors = [self._normalized(m, std, n) for m, std, n in scales]
         if self.has_gamma:
-            gammas = [
-                self._parameter(f"gamma_{name}").view(-1, *[1] * (n - 1)) for name, n in zip(names, dims, strict=True)
-            ]
-            factors = [gamma * m for gamma, m in zip(gammas, factors, strict=True)]
+            gammas = [self._parameter(f"gamma_{factor.name}") for factor in self.structure.factors]
+            factors = [gamma.view(-1, *[1] * (n - 1)) * m for gamma, m, n in zip(gammas, factors, dims, strict=True)]
         return factors
 
     def weight_parameters(self) -> list[nn.Parameter]:

@@ -149,7 +149,7 @@ def _build(layer: Layer) -> Tensor:
 
 
 def _is_traced(layer: Any, parameters: Sequence[Tensor]) -> bool:
-    """Whether operations are recorded, to run again with other parameters."""
+    """Return whether operations are recorded, to run again with other parameters."""
     return (
         torch.compiler.is_compiling()
         or torch.compiler.is_exporting()

@@ -50,7 +50,7 @@ def as_rules(value: Mapping[str, T] | None, argument: str) -> dict[str, T]:
 
 
 def matches_any(name: str, globs: Iterable[str]) -> bool:
-    """Whether a qualified name matches one of the globs."""
+    """Return whether a qualified name matches one of the globs."""
     return any(fnmatchcase(name, glob) for glob in globs)
 
 

@@ -58,12 +58,12 @@ def layer_info(module: Any) -> LayerInfo | None:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module is a dense linear layer: `torch.nn.Linear`, a subclass, or transformers' Conv1D."""
+    """Return whether a module is a dense linear layer: `torch.nn.Linear`, a subclass, or transformers' Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: Any) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer with a weight of shape (in_features, out_features)."""
+    """Return whether a module is transformers' Conv1D, whose weight has the shape (in_features, out_features)."""
     return _is_transformers(module, "Conv1D")
 
 
@@ -99,5 +99,5 @@ def as_class(linear: nn.Linear, dense_class: type[nn.Module]) -> nn.Module:
 
 
 def _is_transformers(module: Any, *names: str) -> bool:
-    """Whether the class of a module is one of transformers, with one of these names."""
+    """Return whether the class of a module is one of transformers, with one of these names."""
     return type(module).__name__ in names and type(module).__module__.startswith("transformers.")

@@ -1,4 +1,4 @@
-"""How a structured product is computed: a reference, backends that must agree with it, and the choice among them.
+"""Structured products: a reference, backends that must agree with it, and the choice among them.
 
 product.py     the operands of a product, and its gradients
 reference.py   plain einsum, and the dense W

@@ -64,7 +64,7 @@ class Family:
         arguments = tuple(arguments)
         for argument in arguments:
             if argument not in self.defaults:
-                hint = _hint(argument, self.defaults)
+                hint = did_you_mean(argument, self.defaults)
                 takes = f"It takes {', '.join(self.defaults)}" if self.defaults else "It takes no arguments"
                 raise ValueError(f"{self.name} has no argument {argument!r}.{hint} {takes}")
         required = (name for name, default in self.defaults.items() if default is inspect.Parameter.empty)
@@ -136,11 +136,12 @@ def find_family(name: str) -> Family:
     """Look up a family. Raises ValueError that lists the families and suggests the nearest name."""
     if name in FAMILIES:
         return FAMILIES[name]
-    hint = _hint(name.lower().replace("-", "_"), FAMILIES, cutoff=0.5)
+    hint = did_you_mean(name.lower().replace("-", "_"), FAMILIES, cutoff=0.5)
     raise ValueError(f"unknown family {name!r}.{hint} The families are {', '.join(FAMILIES)}")
 
 
-def _hint(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return " Did you mean NEAREST?" for a misspelt name, or an empty string."""
     return "".join(f" Did you mean {near!r}?" for near in difflib.get_close_matches(name, list(names), 1, cutoff))
 
 
@@ -233,7 +234,7 @@ def _blast(blocks: int, rank: int) -> str:
 
 
 def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
-    """Every two-factor einsum, by the exponents (alpha, beta, gamma, delta, epsilon, phi, rho) of its axes' sizes.
+    """Build a two-factor einsum from the exponents (alpha, beta, gamma, delta, epsilon, phi, rho) of its axes' sizes.
 
     The axes a, b, g split in_features, the axes d, e, f split out_features, and r is the smaller feature count to the
     power rho (or the rank). The exponents of each side sum to 1 (arXiv 2410.02117, section 2).

@@ -72,14 +72,14 @@ class _End:
         self.axes, self.last = axes[: len(last)], tuple(last)
 
     def cuts(self, axis: str) -> Iterable[int]:
-        """Where the values of an axis must be cut so that all values of a piece are alike."""
+        """Return the cuts of an axis between which all values are alike."""
         if axis not in self.axes:
             return ()
         digit = self.last[self.axes.index(axis)]
         return (digit + 1,) if axis == self.axes[-1] else (digit, digit + 1)
 
     def has(self, start: Mapping[str, int]) -> bool:
-        """Whether a piece of every axis, starting at these values, is made of features."""
+        """Return whether a piece of every axis, starting at these values, is made of features."""
         return tuple(start[axis] for axis in self.axes) <= self.last
 
 

@@ -92,7 +92,7 @@ def check_spec(spec: str) -> None:
 
 
 def is_family(spec: str) -> bool:
-    """Whether a spec is a family, with or without arguments. Everything else is a pattern."""
+    """Return whether a spec is a family, with or without arguments. Everything else is a pattern."""
     return re.match(r"\s*[\w-]+\s*(\(|$)", spec) is not None
 
 

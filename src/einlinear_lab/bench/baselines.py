@@ -65,7 +65,7 @@ def _matrices(tensor: Tensor, factor: Factor, rows: int, sizes: dict[str, int]) 
 
 
 def is_blocktt(structure: Structure) -> bool:
-    """Whether tensorly-torch's BlockTT layer supports the structure: a tensor-train matrix without padding."""
+    """Return whether tensorly-torch's BlockTT layer supports the structure: a tensor-train matrix without padding."""
     if _cores(structure) is None:
         return False
     sizes, term = dict(structure.sizes), structure.terms[0]

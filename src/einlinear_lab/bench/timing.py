@@ -28,7 +28,7 @@ class Spread:
     high: float
 
     def apart(self, other: Spread) -> bool:
-        """Whether the ranges between the quartiles do not overlap."""
+        """Return whether the ranges between the quartiles do not overlap."""
         return self.low > other.high or other.low > self.high
 
 

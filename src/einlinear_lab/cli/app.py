@@ -20,14 +20,14 @@ else:
 
 PANELS = {
     "Layers": {
-        "describe": "Show a structure's factors, parameters, MACs, rank and exponents at one size, beside dense.",
+        "describe": "Show a structure's factors, parameters, MACs, rank and exponents at one size, next to dense.",
         "bench": "Measure speed and memory of structures and backends against nn.Linear, in interleaved rounds.",
     },
     "Training": {
         "prepare": "Turn text into tokens for language models, a share of them held out for validation.",
         "compare": "Train structures side by side at matched compute, print a table and write report.html.",
         "train": "Train one model.",
-        "sweep": "Do all runs that a file or a recipe describes, and report on them.",
+        "sweep": "Do all runs of a sweep file or a recipe, and report on them.",
         "search": "Search for the structure with the lowest loss at a budget of compute.",
         "recipes": "List the experiments from papers that `einlinear sweep` knows by name, and what each should show.",
         "coord-check": "Measure how much a training step moves the features at several widths, and write report.html.",
@@ -65,8 +65,8 @@ def load(name: str) -> Any:
 
 app = typer.Typer(
     cls=_Commands,
-    help="Structured linear layers: what they cost, and what they are worth on a budget of compute.\n\n"
-    'To begin with:  einlinear describe "btt(rank=2)" 1024 4096  or  einlinear compare --preset demo',
+    help="Structured linear layers for PyTorch: train, compare, search and compress.\n\n"
+    'Start with:  einlinear describe "btt(rank=2)" 1024 4096  or  einlinear compare --preset demo',
     no_args_is_help=True,
     **_PLAIN,
 )

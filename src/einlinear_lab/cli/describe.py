@@ -30,7 +30,7 @@ def command(
     plan: Annotated[bool, typer.Option("--plan", help="Also say how it is run on this machine's CPU.")] = False,
     tokens: Annotated[int, typer.Option(help="For --plan: input vectors at a time.", min=1)] = 2048,
 ) -> None:
-    """Show a structure's factors, parameters, MACs, rank and exponents at one size, beside dense."""
+    """Show a structure's factors, parameters, MACs, rank and exponents at one size, next to dense."""
     with user_errors():
         structure = einlinear.structure(spec, in_features, out_features, max_macs=max_macs)
     _print_structure(structure)
@@ -50,7 +50,7 @@ def _print_structure(s: Structure) -> None:
         numbers = (*(f"{n:,}" for n in counts), f"{std:.4g}", f"{multiplier:.4g}×")
         factors.append((factor.name, " ".join(factor.axes), shape, *numbers))
     display.show(("factor", "axes", "shape", "fan in", "fan out", "params", "MACs", "init std", "Adam lr"), factors)
-    display.note("Factors in order of contraction. Adam lr: of dense of the same size.\n")
+    display.note("Factors in order of contraction. Adam lr: relative to a dense layer of the same size.\n")
 
     totals = []
     for name in ("params", "macs", "rank"):

@@ -35,7 +35,7 @@ def command(
     gpus: Annotated[float | None, typer.Option(help="GPUs for each run on Ray. Default: none.")] = None,
     mix_code: MixCode = False,
 ) -> None:
-    """Do all runs that a file or a recipe describes, and report on them.
+    """Do all runs of a sweep file or a recipe, and report on them.
 
     The same command again does only what is missing, also after an interruption. All the while, runs.sqlite in the
     results folder is a table of the runs. NAME=VALUE overrides what the file or recipe says.

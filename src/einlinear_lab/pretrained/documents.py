@@ -195,7 +195,7 @@ def _shape(where: str, row: Mapping[str, Any]) -> str:
 
 
 def _is_chat(where: str, row: Mapping[str, Any], kind: str) -> bool:
-    """Whether a row holds lists of messages. Raise ValueError if it holds neither these nor texts."""
+    """Return whether a row holds lists of messages. Raise ValueError if it holds neither these nor texts."""
     chats = []
     for key in _SHAPES[kind]:
         value = row[key]

@@ -97,7 +97,7 @@ def copy_side_files(source: Path, out: Path, model: str = "") -> list[str]:
 
 
 def _is_transformer(folder: Path) -> bool:
-    """Whether a folder holds the config of a transformers model; those of pooling and the like have no model type."""
+    """Return whether a folder holds the config of a transformers model, which names a model type."""
     try:
         return "model_type" in read_json(folder / _CONFIG)
     except (OSError, ValueError, TypeError):

@@ -151,7 +151,7 @@ def section(check: CoordinateCheck) -> Section:
 
 
 def _is_update(value: float) -> bool:
-    """Whether a value is a positive number: NaN or infinite values come from divergence, zero from frozen features."""
+    """Return whether a value is positive and finite: divergence gives NaN or infinity, frozen features give zero."""
     return 0 < value < math.inf
 
 

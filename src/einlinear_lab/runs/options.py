@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +10,8 @@ from functools import cache
 from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
+
+from einlinear.structures.families import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,13 +80,9 @@ def refuse_unknown(options: Iterable[str], allowed: Iterable[str], owner: str) -
         if name in _OF_COMMANDS:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{owner} has no option {name!r}: if the command has it, write {option} before its value")
-        raise ValueError(f"{owner} has no option {name!r}: {nearest(name, allowed)}It has {', '.join(allowed)}")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a question with the most similar name, or an empty string."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"{owner} has no option {name!r}.{did_you_mean(name, allowed)} Its options are {', '.join(allowed)}"
+        )
 
 
 def _message(error: Any) -> str:

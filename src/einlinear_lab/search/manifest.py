@@ -19,7 +19,7 @@ _FILE = "search.json"
 
 @dataclass(frozen=True)
 class SearchManifest:
-    """What a search minimises and varies, and where its study is.
+    """Manifest of a search: its metric, its config and the place of its study.
 
     Attributes:
         metric: of the final model, by name; None: the error that the data is judged by.

@@ -74,7 +74,7 @@ def test_a_language_model_is_confirmed_as_it_was_searched(tmp_path: Path) -> Non
         (("experts=4",), "a search has no mixtures of experts"),
         (("--hours", "-1"), "hours must be positive, not -1"),
         (("structure=btt",), "structure cannot be set: the search chooses them"),
-        (("stepz=9",), "did you mean 'steps'?"),
+        (("stepz=9",), "Did you mean 'steps'?"),
         (("device=cuda",), "this torch finds no CUDA device"),
     ],
 )

@@ -49,7 +49,7 @@ def test_the_key_is_that_of_what_can_change_the_result() -> None:
     ("options", "message"),
     [
         ({"model": "cnn"}, "model must be mlp, vit, gpt, opt, pythia, not 'cnn'"),
-        ({"wdith": 64}, r"a run of model=mlp on data=digits \(images\) has no option 'wdith': did you mean 'width'\?"),
+        ({"wdith": 64}, r"a run of model=mlp on data=digits \(images\) has no option 'wdith'\. Did you mean 'width'\?"),
         ({"heads": 2}, "has no option 'heads'"),
         ({"context": 64}, "has no option 'context'"),
         ({"data_kind": "audio"}, "data_kind must be images, text, pixels, teacher, not 'audio'"),

@@ -147,7 +147,7 @@ def test_files_of_other_kinds_are_refused_as_files(name: str) -> None:
 
 def test_what_is_unknown_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown recipe 'char_gpt': did you mean 'char-gpt'\? The recipes are btt-moe, char-gpt,"
+        ValueError, match=r"unknown recipe 'char_gpt'\. Did you mean 'char-gpt'\? The recipes are btt-moe, char-gpt,"
     ):
         recipes.load("char_gpt")
     with pytest.raises(ValueError, match="scale must be small or paper, not 'large'"):
@@ -163,7 +163,7 @@ def test_a_file_with_unknown_entries_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("importlib.resources.files", lambda _: tmp_path)
     for name, text, message in (
         ("top", f"author = 1\n{whole}", "top has no option 'author'"),
-        ("scale", f"{whole}minute = 3\n", "paper of scale has no option 'minute': did you mean 'minutes'"),
+        ("scale", f"{whole}minute = 3\n", "paper of scale has no option 'minute'. Did you mean 'minutes'"),
         ("damaged", f"{whole}[", "damaged.toml cannot be read"),
         ("part", whole.replace("[paper]", "parts = [{ grids = {} }]\n[paper]"), "a part of part .small. has no option"),
     ):

@@ -41,7 +41,7 @@ def test_config_grid_and_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"confg": {}}, "has no option 'confg': did you mean 'config'"),
+        ({"confg": {}}, "has no option 'confg'. Did you mean 'config'"),
         ({"config": SETTINGS, "parts": [{"grids": {}}]}, "a part of a sweep has no option 'grids'"),
         ({"config": SETTINGS, "grid": {"lr": 1e-3}}, "the grid of lr must be a list of values, not 0.001"),
         ({"config": SETTINGS, "grid": {"lr": []}}, "describes no runs"),

@@ -46,8 +46,18 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
         tile: int = _function("tile", x)(program.address, n)
         saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size)]
     if n:
-        pointers = None if bias is None else bias.data_ptr(), y.data_ptr(), saved[0].data_ptr() if saved else None
-        _call("forward", program, factors, x, routing, *pointers)
+        pairs, threads, _tensors = _schedule(program, factors, routing, n)
+        _function("forward", x)(
+            program.address,
+            program.pointers(*[factor.data_ptr() for factor in factors]),
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            saved[0].data_ptr() if saved else None,
+            pairs,
+            n,
+            threads,
+        )
     return y, saved
 
 
@@ -64,29 +74,32 @@ def backward(
     grad_gates = new(routing.gates.contiguous()) if needs_x and routing is not None else None
     grad_factors = [new(factor) if needed else None for factor, needed in zip(factors, needs_factors, strict=True)]
     if x.shape[0]:
-        pointers = (
+        pairs, threads, _tensors = _schedule(program, factors, routing, x.shape[0])
+        _function("backward", x)(
+            program.address,
+            program.pointers(*[factor.data_ptr() for factor in factors]),
+            x.data_ptr(),
             grad.data_ptr(),
             saved[0].data_ptr() if saved else None,
             None if grad_x is None else grad_x.data_ptr(),
             program.pointers(*[None if g is None else g.data_ptr() for g in grad_factors]),
             None if grad_gates is None else grad_gates.data_ptr(),
+            pairs,
+            x.shape[0],
+            threads,
         )
-        _call("backward", program, factors, x, routing, *pointers)
     return Gradients(grad_x, grad_gates, grad_factors)
 
 
-def _call(
-    role: str, program: Program, factors: Sequence[Tensor], x: Tensor, routing: Assignment | None, *pointers: object
-) -> None:
-    """Call a function of the kernel on contiguous tensors; `pointers` are the arguments that only this one has."""
-    n, pairs = x.shape[0], None
-    macs = program.macs * (n if routing is None else routing.indices.numel())
-    threads = torch.get_num_threads() if macs > PARALLEL_MACS else 1
-    if routing is not None:
-        sorted_pairs, _tensors = _sort_pairs(routing, len(factors[0]), threads)
-        pairs = ctypes.byref(sorted_pairs)
-    addresses = program.pointers(*[factor.data_ptr() for factor in factors])
-    _function(role, x)(program.address, addresses, x.data_ptr(), *pointers, pairs, n, threads)
+def _schedule(
+    program: Program, factors: Sequence[Tensor], routing: Assignment | None, tokens: int
+) -> tuple[object, int, tuple[Tensor, ...]]:
+    """Return the sorted pairs of a routing for the kernel, the number of threads, and the tensors behind the pairs."""
+    if routing is None:
+        return None, torch.get_num_threads() if program.macs * tokens > PARALLEL_MACS else 1, ()
+    threads = torch.get_num_threads() if program.macs * routing.indices.numel() > PARALLEL_MACS else 1
+    pairs, tensors = _sort_pairs(routing, len(factors[0]), threads)
+    return ctypes.byref(pairs), threads, tensors
 
 
 def _sort_pairs(routing: Assignment, experts: int, threads: int) -> tuple[Pairs, tuple[Tensor, ...]]:

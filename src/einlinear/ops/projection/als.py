@@ -43,7 +43,7 @@ def best_of_restarts(structure: Structure, w: Tensor, start: list[Tensor], sweep
 
 
 def _is_hard(structure: Structure) -> bool:
-    """Whether successive SVDs may miss a matrix of the structure: sums, and rank axes of three factors (BLAST)."""
+    """Return whether successive SVDs may miss the best matrix: for sums, and rank axes of three factors (BLAST)."""
     if len(structure.terms) > 1:
         return True
     outer = outer_axes(structure.terms[0])

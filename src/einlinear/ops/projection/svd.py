@@ -30,7 +30,7 @@ def split_terms(structure: Structure, w: Tensor, truncate: Truncate = truncated)
 
 
 def is_optimal(structure: Structure) -> bool:
-    """Whether the SVD is the best approximation: two factors, and padding that removes full rows or columns."""
+    """Return whether the SVD is the best approximation: two factors, and padding that removes full rows or columns."""
     if len(structure.terms) > 1 or len(structure.factors) > 2:
         return False
     (term,) = structure.terms

@@ -52,7 +52,7 @@ def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _by_gram(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """As `truncated`, by Gram matrices, for no more rows than columns."""
+    """Compute `truncated` by Gram matrices, for no more rows than columns."""
     gram = _gram(matrices)
     eigenvalue_sum = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
     values, vectors = _largest(gram, rank)
@@ -103,7 +103,7 @@ def _gram(matrices: Tensor) -> Tensor:
 
 
 def by_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """As `truncated`, always by SVD."""
+    """Compute `truncated`, always by SVD."""
     u, s, v = torch.linalg.svd(matrices, full_matrices=False)
     root = s[:, :rank].sqrt()
     return u[:, :, :rank] * root[:, None, :], v[:, :rank] * root[:, :, None]

@@ -18,7 +18,7 @@ def outer_axes(term: Term) -> Axes:
 
 
 def is_padded(structure: Structure, term: Term) -> bool:
-    """Whether a term has more inputs or outputs than the matrix."""
+    """Return whether a term has more inputs or outputs than the matrix."""
     sizes = dict(structure.sizes)
     return (count(term.outputs, sizes), count(term.inputs, sizes)) != (structure.out_features, structure.in_features)
 

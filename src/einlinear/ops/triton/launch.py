@@ -28,7 +28,7 @@ TUNE = os.environ.get("EINLINEAR_TUNE") != "0"
 
 
 def interpreting() -> bool:
-    """Whether kernels are interpreted on the CPU. The variable must be set before triton is imported."""
+    """Return whether kernels are interpreted on the CPU. The variable must be set before triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -131,7 +131,7 @@ class Launcher:
         return grad_factors.sum(0).to(weight.dtype) if splits > 1 else grad_factors[0], grad_source
 
     def fits_joint(self, step: StridedStep, weight: Tensor) -> bool:
-        """Whether a tile can hold a whole matrix of the factor, as the joint backward step needs it."""
+        """Return whether a tile can hold a whole matrix of the factor, as the joint backward step needs it."""
         return bool(self._backward_tiles(step, weight, joint=True))
 
     def _backward_tiles(self, step: StridedStep, weight: Tensor, joint: bool) -> tuple[Tile, ...]:

@@ -94,7 +94,7 @@ class StridedStep:
         return math.prod(self.source.sizes[axis] for axis in self.factor)
 
     def run(self, axes: Axes) -> int:
-        """How many entries of a group are neighbours in the source or the result, counted in features."""
+        """Return the number of features of a group that are neighbours in the source or the result."""
         return max((self.source.sizes[axis] for axis in axes if axis in self._fastest_axes), default=1)
 
     @property

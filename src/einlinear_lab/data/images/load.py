@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from einlinear.structures.families import did_you_mean
 from einlinear_lab.data.images.cifar import is_cifar, read_cifar
 from einlinear_lab.data.images.dataset import Images, check_finite, resize, stratified_split
 from einlinear_lab.data.images.fashion_mnist import read_fashion_mnist
@@ -101,9 +101,8 @@ def _unknown(data: str | Path) -> Exception:
         return FileNotFoundError(
             f"{path} does not exist; give a folder with one subfolder of images per class, or with CIFAR's .bin files"
         )
-    near = difflib.get_close_matches(str(data).lower(), NAMES, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown data {str(data)!r}: {hint}Give one of {', '.join(NAMES)}, or an existing folder")
+    hint = did_you_mean(str(data).lower(), NAMES, cutoff=0.5)
+    return ValueError(f"unknown data {str(data)!r}.{hint} Give one of {', '.join(NAMES)}, or an existing folder")
 
 
 def _read_digits(test_fraction: float) -> Images:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from einlinear.structures.families import did_you_mean
 from einlinear_lab.runs import options
 from einlinear_lab.sweeps.sweep import Sweep, make_sweep
 
@@ -67,8 +68,8 @@ def load(name: str) -> Recipe:
             raise ValueError(
                 f"{name} is neither a recipe nor a .toml or .json file. The recipes are {', '.join(names())}"
             )
-        hint = options.nearest(name, names())
-        raise ValueError(f"unknown recipe {name!r}: {hint}The recipes are {', '.join(names())}")
+        hint = did_you_mean(name, names())
+        raise ValueError(f"unknown recipe {name!r}.{hint} The recipes are {', '.join(names())}")
     file = resources.files(__name__) / f"{name}.toml"
     content = options.from_text(file.read_text(encoding="utf-8"), file.name)
     options.refuse_unknown(content, options.names(Recipe), name)

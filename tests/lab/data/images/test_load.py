@@ -61,9 +61,9 @@ def test_limit_is_balanced(limit: int) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digit", "unknown data 'digit': did you mean 'digits'?"),
-        ("Fashion-MNIST", "did you mean 'fashion-mnist'?"),
-        ("cifar10", "unknown data 'cifar10': Give one of auto, fashion-mnist, digits, or an existing folder"),
+        ("digit", "unknown data 'digit'. Did you mean 'digits'?"),
+        ("Fashion-MNIST", "Did you mean 'fashion-mnist'?"),
+        ("cifar10", "unknown data 'cifar10'. Give one of auto, fashion-mnist, digits, or an existing folder"),
         ("", "Give one of auto, fashion-mnist, digits"),
     ],
 )
