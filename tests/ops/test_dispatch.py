@@ -33,6 +33,14 @@ def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == [1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_routed_products_of_half_precision_are_not_left_to_the_reference(dtype: torch.dtype) -> None:
+    """The reference multiplies every token with every expert."""
+    s, cpu = el.structure("btt", 64, 64), torch.device("cpu")
+    assert ops.choose(s, 256, dtype, cpu).backend == "reference"
+    assert ops.choose(s, 256, dtype, cpu, routed=True).backend == "batched"
+
+
 def test_on_a_gpu_what_was_never_measured_there_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
     dispatch.forget()
