@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from einlinear.ops import dense_weight
-from einlinear.ops.projection.svd import Truncate, split_terms
-from einlinear.ops.projection.truncate import by_svd, truncated
+from einlinear.ops.projection.svd import Truncate, by_svd, split_terms, truncated
 from einlinear.structures import structure
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.tables import Table, number
