@@ -6,15 +6,16 @@ import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean, median
 from typing import Any
 
 from einlinear_lab.models.config import DENSE, OF_EXPERTS
-from einlinear_lab.runs.records import Record, Result
+from einlinear_lab.runs.records import METRICS, Record, Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.scaling import Multiplier, MultiplierOverSeeds, compute_multiplier, multiplier_over_seeds
+from einlinear_lab.training import metrics
 
 TRAIN_LOSS = "train_loss"
 SIZES = ("width", "depth", "expansion", "heads", "d_head")
@@ -37,7 +38,7 @@ class SeedGroup:
 
     curve: str
     records: tuple[Record, ...]
-    multipliers: Mapping[str, MultiplierOverSeeds]
+    multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
 
     @property
     def run(self) -> Run:
@@ -56,7 +57,6 @@ class SeedGroup:
 
     @property
     def diverged(self) -> int:
-        """The number of diverged runs."""
         return len(self.records) - len(self.good)
 
     @property
@@ -110,7 +110,6 @@ class Comparison:
     """Finished runs on the same data, whose metrics are comparable.
 
     Attributes:
-        records: all runs.
         varied: the hyperparameters with several values, and these values in order.
         curves: dense first, the others by name.
         unfinished: runs on the same data without a result: pruned, interrupted, or still running.
@@ -139,7 +138,6 @@ class Comparison:
 
     @property
     def groups(self) -> list[SeedGroup]:
-        """The groups of all curves."""
         return [group for curve in self.curves for group in curve.groups]
 
     @cached_property
@@ -174,9 +172,9 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
     comparisons = []
     for key, by_key in finished.items():
         runs = tuple(by_key.values())
-        curves = make_curves(runs)
-        compared = tuple(_with_multipliers(curve, curves, (runs[0].error, TRAIN_LOSS)) for curve in curves)
-        comparisons.append(Comparison(runs, _varied(runs), compared, tuple(unfinished.get(key, ()))))
+        comparison = Comparison(runs, _varied(runs), tuple(make_curves(runs)), tuple(unfinished.get(key, ())))
+        _add_multipliers(comparison)
+        comparisons.append(comparison)
     return comparisons
 
 
@@ -197,12 +195,16 @@ def metric_title(metric: str) -> str:
     return "training loss" if metric == TRAIN_LOSS else metric.replace("_", " ")
 
 
-def make_curves(records: Sequence[Record], shared: Collection[str] = ()) -> list[Curve]:
-    """Group runs on the same data into curves, dense first.
+def logged(record: Record, metric: str) -> list[tuple[int, float, float]]:
+    """Return step, seconds of training and value wherever a run logged a metric."""
+    lines = metrics.read(record.folder / METRICS)
+    return [(line["step"], line["training_seconds"], line[metric]) for line in lines if line.get(metric) is not None]
 
-    Args:
-        records: finished runs.
-        shared: hyperparameters whose values share a curve, beside the model size, the learning rate and the seed.
+
+def make_curves(records: Sequence[Record], shared: Collection[str] = ()) -> list[Curve]:
+    """Group finished runs on the same data into curves, dense first.
+
+    The values of `shared` hyperparameters share a curve, as those of the model size, the learning rate and the seed do.
     """
     by_structure: dict[str, list[Record]] = {}
     for record in records:
@@ -266,7 +268,7 @@ def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
         seeds = models.setdefault(model, {}).setdefault(record.run.training.lr, {})
         # one run per seed: runs that differ in irrelevant hyperparameters are the same
         seeds.setdefault(record.run.seed, record)
-    groups = [[SeedGroup(name, tuple(seeds.values()), {}) for seeds in rates.values()] for rates in models.values()]
+    groups = [[SeedGroup(name, tuple(seeds.values())) for seeds in rates.values()] for rates in models.values()]
 
     def badness(group: SeedGroup) -> tuple[int, float]:
         mean = group.mean(records[0].error)
@@ -278,15 +280,13 @@ def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
     return Curve(name, run.model.structure, config, tuple(itertools.chain(*groups)), best)
 
 
-def _with_multipliers(curve: Curve, curves: Sequence[Curve], metrics: Sequence[str]) -> Curve:
-    dense = dense_of(curve, curves)
-    if dense is None:
-        return curve
-    groups = {}
-    for group in curve.groups:
-        multipliers = {metric: over for metric in metrics if (over := _multiplier(group, dense, metric))}
-        groups[id(group)] = replace(group, multipliers=multipliers)
-    return replace(curve, groups=tuple(groups.values()), best=tuple(groups[id(group)] for group in curve.best))
+def _add_multipliers(comparison: Comparison) -> None:
+    """Compare every group with dense."""
+    for curve in comparison.curves:
+        if dense := dense_of(curve, comparison.curves):
+            for group, metric in itertools.product(curve.groups, comparison.metrics):
+                if over := _multiplier(group, dense, metric):
+                    group.multipliers[metric] = over
 
 
 def _multiplier(group: SeedGroup, dense: Curve, metric: str) -> MultiplierOverSeeds | None:
@@ -295,13 +295,10 @@ def _multiplier(group: SeedGroup, dense: Curve, metric: str) -> MultiplierOverSe
     if any(group is best for best in dense.best):
         return multiplier_over_seeds([Multiplier(1.0)] * len(group.good))
     multipliers = []
+    dense_runs = [record for best in dense.best for record in best.good]
     for record in group.good:
-        points = [
-            (result_of(other).macs, loss)
-            for best in dense.best
-            for other in best.good
-            if other.run.seed == record.run.seed and (loss := metric_of(other, metric))
-        ]
+        rivals = [rival for rival in dense_runs if rival.run.seed == record.run.seed]
+        points = [(result_of(rival).macs, loss) for rival in rivals if (loss := metric_of(rival, metric))]
         # an error of zero has no logarithm
         if points and (loss := metric_of(record, metric)):
             multipliers.append(compute_multiplier(points, result_of(record).macs, loss))

@@ -17,13 +17,14 @@ from einlinear_lab.report.comparison import (
     Curve,
     SeedGroup,
     dense_of,
+    logged,
     make_curves,
     metric_title,
     result_of,
 )
 from einlinear_lab.report.compute_multipliers import figure_along, figure_of_models
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, hover, run_row
-from einlinear_lab.runs.records import METRICS, Record
+from einlinear_lab.runs.records import Record
 from einlinear_lab.scaling import (
     Interval,
     LossCurves,
@@ -33,8 +34,7 @@ from einlinear_lab.scaling import (
     fit_scaling,
     multipliers_along,
 )
-from einlinear_lab.scaling.frontier import check_rules
-from einlinear_lab.training import metrics
+from einlinear_lab.scaling.fit import check_rules
 
 LAW_HEADINGS = ("exponent", "95 % interval", "R²", "scale", "floor", "models", "points", "compute multiplier")
 _RESAMPLES = 300
@@ -62,8 +62,7 @@ class CurveFit:
     """The scaling law of one curve.
 
     Attributes:
-        groups: the models of the curve, each at its best learning rate; those without a positive loss are left out.
-        losses: the loss curves of these models.
+        groups, losses: the models with a positive loss, each at its best learning rate, and their loss curves.
         fit: the frontier and the law; None where no law can be fitted.
         reason: why no law can be fitted.
         multipliers: compute multipliers along the frontier against dense; empty without a dense curve.
@@ -105,12 +104,8 @@ class ScalingLaws:
 def laws_per_input(comparison: Comparison, metric: str, floor: float | None = 0.0) -> ScalingLaws:
     """Fit final losses over the MACs of one input, with every model at its best learning rate.
 
-    The law of a curve is fitted to all models that no cheaper one beats (arXiv 2406.06248 takes all models).
-
-    Args:
-        comparison: the runs.
-        metric: "train_loss", or another metric.
-        floor: assumed irreducible loss; None fits it.
+    The law of a curve is fitted to all models that no cheaper one beats (arXiv 2406.06248 takes all models). An assumed
+    floor is the irreducible loss; None fits it.
     """
 
     def final(group: SeedGroup) -> LossCurves:
@@ -123,17 +118,13 @@ def laws_per_input(comparison: Comparison, metric: str, floor: float | None = 0.
 def laws_of_training(comparison: Comparison, floor: float | None = 0.0, **rules: Any) -> ScalingLaws | None:
     """Fit the error during training over the MACs of all forward passes so far; None without evaluations in training.
 
-    The law of a curve is fitted to the points on the lower convex hull of all training curves. Runs of several lengths
-    (`steps`) share a law.
-
-    Args:
-        comparison, floor: as for `laws_per_input`.
-        rules: `tolerance`, `window` and `prune` of `scaling.pareto_frontier`.
+    The law of a curve is fitted to the points on the lower convex hull of all training curves, by the rules
+    `tolerance`, `window` and `prune` of `scaling.pareto_frontier`. Runs of several lengths (`steps`) share a law.
 
     Raises:
         ValueError: the tolerance is negative, or the window is empty.
     """
-    check_rules(rules.get("tolerance", 0.0), rules.get("window", (0.0, math.inf)))
+    check_rules(**rules)
     curves = make_curves(comparison.records, shared=LENGTHS)
     fits = _fit_all(curves, lambda group: evaluations(group, comparison.error), floor, rules)
     if all(len(losses.compute) == 1 for fit in fits for losses in fit.losses):
@@ -179,7 +170,7 @@ def section_per_input(comparison: Comparison, floor: float | None = 0.0) -> Sect
     """Show final losses over the compute per input, if a structure has at least two model sizes."""
     if not any(len({group.result.macs for group in curve.best}) > 1 for curve in comparison.curves):
         return None
-    laws = [laws_per_input(comparison, metric, floor) for metric in comparison.metrics]
+    laws, unit = [laws_per_input(comparison, metric, floor) for metric in comparison.metrics], comparison.input
     caption = Markup(
         "Lower left is better. Filled marks: means over the seeds; open marks: single seeds; lines: power laws through "
         "the frontier."
@@ -192,14 +183,10 @@ def section_per_input(comparison: Comparison, floor: float | None = 0.0) -> Sect
     ]
     views = {metric_title(law.metric): [_chart(law, _final_traces)] for law in laws}
     error, loss = (_table(law, _FRONTIER_OF_MODELS) for law in laws)
-    return Section(
-        f"Loss against compute per {comparison.input}",
-        Markup("<p>Every model{}, over the compute of one {}.</p>").format(
-            " at its best learning rate" if "lr" in comparison.varied else "", comparison.input
-        ),
-        [Figure(f"loss-over-macs-per-{comparison.input}", caption, views, data), *figure_of_models(comparison)],
-        [replace(error, note=Markup()), loss],
-    )
+    rates = " at its best learning rate" if "lr" in comparison.varied else ""
+    text = Markup("<p>Every model{}, over the compute of one {}.</p>").format(rates, unit)
+    figures = [Figure(f"loss-over-macs-per-{unit}", caption, views, data), *figure_of_models(comparison)]
+    return Section(f"Loss against compute per {unit}", text, figures, [replace(error, note=Markup()), loss])
 
 
 def section_of_training(comparison: Comparison, floor: float | None = 0.0) -> Section | None:
@@ -207,7 +194,8 @@ def section_of_training(comparison: Comparison, floor: float | None = 0.0) -> Se
     laws = laws_of_training(comparison, floor)
     if laws is None:
         return None
-    name = metric_title(laws.metric)
+    name, multipliers = metric_title(laws.metric), [(fit.curve.name, fit.multipliers) for fit in laws.curves]
+    text = Markup("<p>The {} of every model at every evaluation, over the MACs of all forward passes so far.</p>")
     caption = Markup("Thin lines: runs; thick lines: the frontier of each structure; dashed: power laws through it.")
     data = [
         run_row(fit.curve.name, record, training_macs=compute, **{laws.metric: loss})
@@ -215,17 +203,9 @@ def section_of_training(comparison: Comparison, floor: float | None = 0.0) -> Se
         for record, curve, losses in _seeds(fit)
         for compute, loss in zip(curve.compute.tolist(), losses, strict=True)
     ]
-    return Section(
-        "Error against training compute",
-        Markup("<p>The {} of every model at every evaluation, over the MACs of all forward passes so far.</p>").format(
-            name
-        ),
-        [
-            Figure("error-over-training-compute", caption, {name: [_chart(laws, _training_traces)]}, data),
-            *figure_along([(fit.curve.name, fit.multipliers) for fit in laws.curves], laws.compute),
-        ],
-        [_table(laws, _FRONTIER_OF_TRAINING)],
-    )
+    views = {name: [_chart(laws, _training_traces)]}
+    figures = [Figure("error-over-training-compute", caption, views, data), *figure_along(multipliers, laws.compute)]
+    return Section("Error against training compute", text.format(name), figures, [_table(laws, _FRONTIER_OF_TRAINING)])
 
 
 def law_cells(fit: CurveFit, digits: int = 3) -> dict[str, Cell]:
@@ -276,16 +256,12 @@ def _positive(curve: LossCurves, floor: float) -> LossCurves:
 
 def _by_step(record: Record, metric: str) -> dict[int, float]:
     """Return the metric by step; the final value alone where it was not measured during training."""
-    lines = metrics.read(record.folder / METRICS)
-    values = {line["step"]: line[metric] for line in lines if line.get(metric) is not None}
+    values = {step: value for step, _, value in logged(record, metric)}
     return values or {result_of(record).steps: result_of(record).metrics[metric]}
 
 
 def _compute_at(group: SeedGroup, step: int) -> float:
-    """Return the MACs of all forward passes up to a step.
-
-    A step costs more while a model has guides, and less before a structured model is made dense.
-    """
+    """Return the MACs of all forward passes so far: more with guides, less before a structured model is made dense."""
     result, dense_from, guided = group.result, group.run.training.densify_at, group.run.training.guide_until or 0
     final, guides = result.macs * result.inputs, result.guide_macs * result.inputs
     if dense_from is None or result.steps <= dense_from:
@@ -304,7 +280,6 @@ def _finite(value: Any) -> Any:
 
 
 def _seeds(fit: CurveFit) -> list[tuple[Record, LossCurves, list[float]]]:
-    """Return every run of a curve with its losses."""
     return [
         (record, curve, losses)
         for group, curve in zip(fit.groups, fit.losses, strict=True)
@@ -325,10 +300,14 @@ def _final_traces(fit: CurveFit, i: int) -> list[Trace]:
     traces = []
     if seeds:
         x, y, labels = zip(*seeds, strict=True)
-        traces.append(trace(x, y, hue, label, labels, name=name, symbol=f"{mark}-open", size=5, opacity=0.6))
+        traces.append(trace(x, y, hue, label, labels, name=name, symbol=f"{mark}-open", marker_size=5, opacity=0.6))
     means, texts = [float(curve.losses.mean()) for curve in fit.losses], [hover(*group.good) for group in fit.groups]
     macs = [group.result.macs for group in fit.groups]
-    return [*traces, trace(macs, means, hue, label, texts, name=name, legend=True, symbol=mark), *_law(fit, i, "solid")]
+    return [
+        *traces,
+        trace(macs, means, hue, label, texts, name=name, showlegend=True, symbol=mark),
+        *_law(fit, i, "solid"),
+    ]
 
 
 def _training_traces(fit: CurveFit, i: int) -> list[Trace]:
@@ -337,11 +316,13 @@ def _training_traces(fit: CurveFit, i: int) -> list[Trace]:
         mark = f"{symbol(i)}-open" if len(losses) == 1 else ""
         label = f"{hover(record)}<br>%{{x:.4g}} MACs: %{{y:.4g}}"
         compute = curve.compute.tolist()
-        traces.append(trace(compute, losses, hue, label, name=name, symbol=mark, size=5, line=0.8, opacity=0.5))
+        traces.append(trace(compute, losses, hue, label, name=name, symbol=mark, marker_size=5, line=0.8, opacity=0.5))
     if fit.fit:
         frontier, texts = fit.fit.frontier, [hover(*fit.groups[k].good) for k in fit.fit.curve.tolist()]
         x, y, label = frontier.compute.tolist(), frontier.loss.tolist(), "%{customdata}<br>%{x:.4g} MACs: %{y:.4g}"
-        traces.append(trace(x, y, hue, label, texts, name=name, legend=True, symbol=symbol(i), size=7, line=2.5))
+        traces.append(
+            trace(x, y, hue, label, texts, name=name, showlegend=True, symbol=symbol(i), marker_size=7, line=2.5)
+        )
     return [*traces, *_law(fit, i, "dash")]
 
 
@@ -350,7 +331,7 @@ def _law(fit: CurveFit, i: int, dash: str) -> list[Trace]:
     if fit.fit is None:
         return []
     x = np.geomspace(fit.fit.frontier.compute[0], fit.fit.frontier.compute[-1], 30 if fit.fit.law.floor else 2)
-    return [trace(x.tolist(), fit.fit.law(x).tolist(), colour(i), name=fit.curve.name, line=1.5, dash=dash)]
+    return [trace(x.tolist(), fit.fit.law(x).tolist(), colour(i), name=fit.curve.name, line=1.5, line_dash=dash)]
 
 
 def _table(laws: ScalingLaws, frontier: str) -> SortableTable:

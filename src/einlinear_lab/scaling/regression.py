@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from einlinear_lab.scaling.intervals import Interval, check_level, t_interval
+from einlinear_lab.scaling.laws import Interval, check_level, t_interval
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class ExponentRegression:
     Attributes:
         psi, nu, omega: a, b, c: one unit more of the exponent multiplies the loss by e to the coefficient.
         offset: the log ratio at the exponents of dense, (1, 1, 0).
-        r_squared: share of the variance that the exponents explain; NaN where the log ratio is constant, or without
-            degrees of freedom.
+        r_squared: share of the variance explained; NaN where the log ratio is constant, or without degrees of freedom.
         points: number of points.
     """
 
