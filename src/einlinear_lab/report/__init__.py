@@ -1,18 +1,6 @@
 """The report: results folders as figures and tables on one self-contained HTML page.
 
-comparison.py           runs on the same data: curves of structures, groups of seeds, compute multipliers
-charts.py               the look of all charts
-page.py                 the shape of a figure, and the page
-
-overview.py             the headline, the setup of the runs, all models and all runs
-scaling_laws.py         losses over compute, and the laws of their frontiers
-compute_multipliers.py  compute multipliers, by model and along frontiers
-learning_rates.py       losses over the learning rate, and the optima by width
-training_curves.py      losses during training, the time to a target loss, and the load of experts
-structure_map.py        losses over the structure exponents psi, nu and omega, and the map of a search
-coordinate_check.py     feature updates by width
-
-A figure's file computes its data from a comparison and draws it: a section is None without data.
+A figure's file computes its data from a comparison and draws it as a section, which is None without data.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 from plotly.colors import sample_colorscale
 
 Axis = Mapping[str, Any]
@@ -33,7 +34,7 @@ class Chart:
     legend: bool = True
     baseline: float | None = None
 
-    def draw(self) -> go.Figure:
+    def html(self, id: str) -> Markup:
         both = {"gridcolor": "#e5e5e5", "linecolor": "#555", "ticks": "outside", "zeroline": False, "automargin": True}
         layout: dict[str, Any] = {
             "template": "none",
@@ -51,7 +52,8 @@ class Chart:
         figure = go.Figure(self.traces, layout)
         if self.baseline is not None:
             figure.add_hline(self.baseline, line={"color": colour(0), "width": 1, "dash": "dot"})
-        return figure
+        config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+        return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=id, config=config))
 
 
 def trace(
@@ -89,7 +91,6 @@ def trace(
 
 
 def axis(title: str, **options: Any) -> Axis:
-    """Return a linear axis with these further options of plotly."""
     return {"title": {"text": title}, **options}
 
 
@@ -104,7 +105,6 @@ def log_axis(values: Iterable[float], title: str) -> Axis:
 
 
 def width_axis(widths: Iterable[int]) -> Axis:
-    """Return a logarithmic axis with a tick at every width."""
     ticks = sorted({*widths})
     return {"title": {"text": "width"}, "type": "log", "tickvals": ticks, "ticktext": list(map(str, ticks))}
 
@@ -128,7 +128,6 @@ def colour(i: int) -> str:
 
 
 def symbol(i: int) -> str:
-    """Return the marker symbol of the i-th curve."""
     return _SYMBOLS[i % len(_SYMBOLS)]
 
 

@@ -28,16 +28,11 @@ _IRRELEVANT = {"data", "data_kind", "evaluate_every"}
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """Finished runs that differ only in their seed. Means leave out diverged runs.
-
-    Attributes:
-        curve: the name of its curve.
-        records: the runs, by seed.
-        multipliers: metric -> compute multiplier against dense models of the same seeds; 1 for dense itself.
-    """
+    """Finished runs of a named curve that differ only in their seed. Means leave out diverged runs."""
 
     curve: str
     records: tuple[Record, ...]
+    # metric -> compute multiplier against dense models of the same seeds; 1 for dense itself
     multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
 
     @property
@@ -52,7 +47,6 @@ class SeedGroup:
 
     @property
     def good(self) -> tuple[Record, ...]:
-        """The runs that did not diverge."""
         return tuple(record for record in self.records if not result_of(record).diverged)
 
     @property
@@ -85,12 +79,9 @@ class Curve:
     """One structure, with one choice of all hyperparameters but model size, learning rate and seed.
 
     Attributes:
-        name: the structure, and those hyperparameters of which a structure has several values.
-        structure: its spec.
-        config: the hyperparameters in the name.
+        name, config: the structure, and those hyperparameters of which a structure has several values.
         groups: all groups, by MACs, then by learning rate.
-        best: one group for every model size: the learning rate with the lowest error among those with the fewest
-            diverged seeds.
+        best: for every model size the learning rate of the lowest error among those with the fewest diverged seeds.
     """
 
     name: str
@@ -107,17 +98,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished runs on the same data, whose metrics are comparable.
-
-    Attributes:
-        varied: the hyperparameters with several values, and these values in order.
-        curves: dense first, the others by name.
-        unfinished: runs on the same data without a result: pruned, interrupted, or still running.
-    """
+    """Finished runs on the same data, whose metrics are comparable."""
 
     records: tuple[Record, ...]
+    # the hyperparameters with several values, and these values in order
     varied: Mapping[str, tuple[Any, ...]]
+    # dense first, the others by name
     curves: tuple[Curve, ...]
+    # runs without a result: pruned, interrupted, or still running
     unfinished: tuple[Record, ...] = ()
 
     @property
@@ -146,7 +134,6 @@ class Comparison:
         return {"images": "image", "teacher": "vector"}.get(self.records[0].run.data.KIND, "token")
 
     def values(self, record: Record) -> dict[str, float | None]:
-        """Return the metrics that figures show, of one run."""
         return {metric: metric_of(record, metric) for metric in self.metrics}
 
     def size(self, run: Run) -> str:
@@ -179,7 +166,6 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
 
 
 def result_of(record: Record) -> Result:
-    """Return the result of a finished run."""
     assert record.result is not None
     return record.result
 
@@ -202,10 +188,7 @@ def logged(record: Record, metric: str) -> list[tuple[int, float, float]]:
 
 
 def make_curves(records: Sequence[Record], shared: Collection[str] = ()) -> list[Curve]:
-    """Group finished runs on the same data into curves, dense first.
-
-    The values of `shared` hyperparameters share a curve, as those of the model size, the learning rate and the seed do.
-    """
+    """Group finished runs on the same data into curves, dense first; values of `shared` options share a curve."""
     by_structure: dict[str, list[Record]] = {}
     for record in records:
         by_structure.setdefault(record.run.model.structure, []).append(record)

@@ -24,16 +24,12 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class FeatureUpdates:
-    """The relative change of the features after the last block in one step.
-
-    Attributes:
-        structure_aware: whether every factor had its own learning rate; the naive control has that of a dense layer.
-        by_width: width -> root mean square of the change over that of the features, mean over the steps; NaN or
-            infinite where the run diverged.
-    """
+    """The relative change of the features after the last block in one step."""
 
     structure: str
+    # whether every factor had its own learning rate; the naive control has that of a dense layer
     structure_aware: bool
+    # root mean square of the change over that of the features, mean over the steps; NaN or infinite for divergence
     by_width: dict[int, float]
 
     @property
@@ -68,11 +64,7 @@ def write_updates(folder: Path, updates: Sequence[FeatureUpdates], command: str,
 
 
 def read_updates(folder: Path) -> CoordinateCheck | None:
-    """Read the file of a results folder; None without a file.
-
-    Raises:
-        ValueError: the file is damaged, or of another format.
-    """
+    """Read the file of a results folder; None without a file. Raises ValueError for a damaged file."""
     path = folder / FILE
     if not path.exists():
         return None
@@ -90,7 +82,6 @@ def read_updates(folder: Path) -> CoordinateCheck | None:
 
 
 def section(check: CoordinateCheck) -> Section:
-    """Show the updates by width."""
     updates = check.updates
     structures = list(dict.fromkeys(update.structure for update in updates))
     widths = sorted({width for update in updates for width in update.by_width})

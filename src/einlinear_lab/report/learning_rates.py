@@ -25,12 +25,9 @@ CurveSweeps = Sequence[tuple[Curve, Sequence["LearningRateSweep"]]]
 
 @dataclass(frozen=True)
 class Optimum:
-    """The optimal learning rate of one model.
+    """The optimum of the mean loss over the seeds, and the range of those of single seeds, which need not contain it.
 
-    Attributes:
-        lr: the optimum of the mean loss over the seeds.
-        smallest, largest: range of the optima of single seeds, no confidence interval; it may not contain `lr`.
-        bound: "<" or ">" where the lowest loss is at the smallest or at the largest learning rate of the sweep.
+    The bound is "<" or ">" where the lowest loss is at the smallest or at the largest learning rate of the sweep.
     """
 
     lr: float
@@ -41,16 +38,12 @@ class Optimum:
 
 @dataclass(frozen=True)
 class LearningRateSweep:
-    """One model size ("width 64" with every other size that varies) at several learning rates.
-
-    Attributes:
-        groups: the runs, by learning rate.
-        optimum: None where every run diverged.
-    """
+    """One model size ("width 64" with every other size that varies) at several learning rates."""
 
     size: str
     width: int
     groups: tuple[SeedGroup, ...]
+    # None where every run diverged
     optimum: Optimum | None
 
 
@@ -82,12 +75,6 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
 
     It is the vertex of the parabola through the lowest point and its two neighbours, over the log learning rate; or the
     lowest point itself, at an end or next to a learning rate that diverges.
-
-    >>> lr, _ = best_lr([(0.001, 2.0), (0.01, 1.0), (0.1, 2.0)])
-    >>> round(lr, 6)
-    0.01
-    >>> best_lr([(0.001, 1.0), (0.01, 2.0), (0.1, None)])
-    (0.001, '<')
     """
     points = sorted(points)
     losses = [math.inf if loss is None else loss for _, loss in points]
@@ -160,7 +147,6 @@ def _optimum(groups: Sequence[SeedGroup], metric: str) -> Optimum | None:
 
 
 def _sizes(curves: CurveSweeps) -> list[str]:
-    """Return all sizes, by width."""
     sizes = {sweep.size: sweep.width for _, sweeps in curves for sweep in sweeps}
     return sorted(sizes, key=lambda size: sizes[size])
 
@@ -228,7 +214,6 @@ def _optima_chart(curves: CurveSweeps) -> Chart:
 
 
 def _table(curves: CurveSweeps, metric: str) -> SortableTable:
-    """Return the optima: a row per curve, a column per size."""
     sizes, rows = _sizes(curves), []
     for i, (curve, sweeps) in enumerate(curves):
         shift, optima = optimum_shift(sweeps), {sweep.size: sweep.optimum for sweep in sweeps}

@@ -66,12 +66,16 @@ def model_columns(
     def metric_cells(name: str) -> list[Cell]:
         return [Cell.of(group.mean(name), ".4f", "–" if group.good else "diverged") for group in groups]
 
+    def multiplier_cells(name: str) -> list[Cell]:
+        over = [group.multipliers.get(name) for group in groups]
+        return [Cell(str(one or "–"), one.mean.value if one and one.mean else None) for one in over]
+
     return {
         "structure": [Cell(group.run.model.structure, group.curve, index[group.curve]) for group in groups],
         **{_term(name): [_config_cell(group.run.identity.get(name)) for group in groups] for name in names},
         f"MACs per {comparison.input}": [Cell.of(result.macs, ",") for result in results],
         **{metric_title(name): metric_cells(name) for name in comparison.all_metrics},
-        **{heading: [_multiplier_cell(group, name) for group in groups] for heading, name in multipliers.items()},
+        **{heading: multiplier_cells(name) for heading, name in multipliers.items()},
         "parameters": [Cell.of(result.params, ",") for result in results],
         "ms per step": [Cell.of((seconds := group.step_seconds) and 1000 * seconds, ".2f") for group in groups],
         "MB": [Cell.of(result.memory and result.memory / 1e6, ",.1f") for result in results],
@@ -117,11 +121,6 @@ def _config_cell(value: object) -> Cell:
         return Cell("" if value is None else json.dumps(value), json.dumps(value))
     number = value if isinstance(value, (int, float)) else str(value)
     return Cell.of(number, "g" if isinstance(value, float) else "")
-
-
-def _multiplier_cell(group: SeedGroup, metric: str) -> Cell:
-    over = group.multipliers.get(metric)
-    return Cell(str(over or "–"), over.mean.value if over and over.mean else None)
 
 
 def _term(name: str) -> str:

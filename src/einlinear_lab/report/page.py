@@ -96,7 +96,7 @@ class Chapter:
 def render(headline: str, warnings: Sequence[str], chapters: Sequence[Chapter], footer: Mapping[str, str]) -> str:
     """Render the page as one HTML file: headline and warnings, the content, and how the page was made."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"draw": _draw, "colour": colour, "glyph": glyph}
+    environment.filters |= {"colour": colour, "glyph": glyph}
     return environment.from_string(_asset("page.html.jinja")).render(
         title="Structured linear layers side by side",
         headline=headline,
@@ -143,8 +143,3 @@ def definitions(terms: Mapping[str, str]) -> Markup:
 
 def _asset(name: str) -> str:
     return files("einlinear_lab.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _draw(chart: Chart, id: str) -> Markup:
-    config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    return Markup(chart.draw().to_html(full_html=False, include_plotlyjs=False, div_id=id, config=config))

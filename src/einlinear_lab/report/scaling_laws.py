@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from einlinear_lab import scaling
 from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace
 from einlinear_lab.report.comparison import (
     LENGTHS,
@@ -25,15 +28,6 @@ from einlinear_lab.report.comparison import (
 from einlinear_lab.report.compute_multipliers import figure_along, figure_of_models
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, hover, run_row
 from einlinear_lab.runs.records import Record
-from einlinear_lab.scaling import (
-    Interval,
-    LossCurves,
-    MultiplierAt,
-    Prediction,
-    ScalingFit,
-    fit_scaling,
-    multipliers_along,
-)
 from einlinear_lab.scaling.fit import check_rules
 
 LAW_HEADINGS = ("exponent", "95 % interval", "R²", "scale", "floor", "models", "points", "compute multiplier")
@@ -70,23 +64,23 @@ class CurveFit:
 
     curve: Curve
     groups: tuple[SeedGroup, ...]
-    losses: tuple[LossCurves, ...]
-    fit: ScalingFit | None
+    losses: tuple[scaling.LossCurves, ...]
+    fit: scaling.ScalingFit | None
     reason: str = ""
-    multipliers: tuple[MultiplierAt, ...] = ()
+    multipliers: tuple[scaling.MultiplierAt, ...] = ()
 
     @property
-    def interval(self) -> Interval | None:
+    def interval(self) -> scaling.Interval | None:
         """The confidence interval of the exponent: from seeds if every model has several, else from the regression."""
         return (self.fit.interval("exponent") or self.fit.interval("exponent", "regression")) if self.fit else None
 
     @property
-    def multiplier(self) -> MultiplierAt | None:
+    def multiplier(self) -> scaling.MultiplierAt | None:
         """The multiplier at the largest compute where the dense frontier gives an exact one; else the last bound."""
         exact = [point for point in self.multipliers if not point.multiplier.bound]
         return next(reversed(exact or self.multipliers), None)
 
-    def predict(self, compute: float) -> Prediction | None:
+    def predict(self, compute: float) -> scaling.Prediction | None:
         """Predict the loss at a compute, with an interval of the same source as that of the exponent."""
         return self.fit.predict(compute, "seeds" if self.fit.draws else "regression") if self.fit else None
 
@@ -102,14 +96,15 @@ class ScalingLaws:
 
 
 def laws_per_input(comparison: Comparison, metric: str, floor: float | None = 0.0) -> ScalingLaws:
-    """Fit final losses over the MACs of one input, with every model at its best learning rate.
+    """Fit final losses at the best learning rates over the MACs of one input, of models that no cheaper one beats.
 
-    The law of a curve is fitted to all models that no cheaper one beats (arXiv 2406.06248 takes all models). An assumed
-    floor is the irreducible loss; None fits it.
+    The floor is an assumed irreducible loss; None fits it. (arXiv 2406.06248 fits all models.)
     """
 
-    def final(group: SeedGroup) -> LossCurves:
-        return LossCurves(np.array([float(group.result.macs)]), np.array(group.values(metric), dtype=float)[:, None])
+    def final(group: SeedGroup) -> scaling.LossCurves:
+        return scaling.LossCurves(
+            np.array([float(group.result.macs)]), np.array(group.values(metric), dtype=float)[:, None]
+        )
 
     fits = _fit_all(comparison.curves, final, floor, _NO_HULL)
     return ScalingLaws(metric, f"MACs per {comparison.input}", floor, fits)
@@ -118,11 +113,7 @@ def laws_per_input(comparison: Comparison, metric: str, floor: float | None = 0.
 def laws_of_training(comparison: Comparison, floor: float | None = 0.0, **rules: Any) -> ScalingLaws | None:
     """Fit the error during training over the MACs of all forward passes so far; None without evaluations in training.
 
-    The law of a curve is fitted to the points on the lower convex hull of all training curves, by the rules
-    `tolerance`, `window` and `prune` of `scaling.pareto_frontier`. Runs of several lengths (`steps`) share a law.
-
-    Raises:
-        ValueError: the tolerance is negative, or the window is empty.
+    The rules are `tolerance`, `window` and `prune` of `scaling.pareto_frontier`. Runs of several lengths share a law.
     """
     check_rules(**rules)
     curves = make_curves(comparison.records, shared=LENGTHS)
@@ -132,13 +123,17 @@ def laws_of_training(comparison: Comparison, floor: float | None = 0.0, **rules:
     return ScalingLaws(comparison.error, "MACs of training", floor, fits)
 
 
-def evaluations(group: SeedGroup, metric: str) -> LossCurves:
+def evaluations(group: SeedGroup, metric: str) -> scaling.LossCurves:
     """Return a metric during the training of one model, at the steps at which all of its seeds were evaluated."""
-    seeds = [_by_step(record, metric) for record in group.good]
+    seeds = []
+    for record in group.good:
+        by_step = {step: value for step, _, value in logged(record, metric)}
+        # the final value alone where it was not measured during training
+        seeds.append(by_step or {result_of(record).steps: result_of(record).metrics[metric]})
     steps = sorted(set(seeds[0]).intersection(*seeds))
     compute = [_compute_at(group, step) for step in steps]
     losses = [[values[step] for step in steps] for values in seeds]
-    return LossCurves(np.array(compute, dtype=float), np.array(losses, dtype=float))
+    return scaling.LossCurves(np.array(compute, dtype=float), np.array(losses, dtype=float))
 
 
 def laws_as_json(laws: ScalingLaws, computes: Sequence[float] = ()) -> dict[str, Any]:
@@ -163,7 +158,7 @@ def laws_as_json(laws: ScalingLaws, computes: Sequence[float] = ()) -> dict[str,
         for fit in laws.curves
     ]
     content = {"metric": laws.metric, "compute": laws.compute, "assumed_floor": laws.floor, "structures": structures}
-    return dict(_finite(content))
+    return dict(json.loads(json.dumps(content), parse_constant=lambda constant: None))
 
 
 def section_per_input(comparison: Comparison, floor: float | None = 0.0) -> Section | None:
@@ -228,7 +223,10 @@ def law_cells(fit: CurveFit, digits: int = 3) -> dict[str, Cell]:
 
 
 def _fit_all(
-    curves: Sequence[Curve], losses: Callable[[SeedGroup], LossCurves], floor: float | None, rules: Mapping[str, Any]
+    curves: Sequence[Curve],
+    losses: Callable[[SeedGroup], scaling.LossCurves],
+    floor: float | None,
+    rules: Mapping[str, Any],
 ) -> tuple[CurveFit, ...]:
     """Fit every curve, and compare it with its dense curve."""
     fits: dict[str, CurveFit] = {}
@@ -237,27 +235,21 @@ def _fit_all(
         models = [(group, positive) for group, positive in models if positive.compute.size]
         unfitted = CurveFit(curve, tuple(group for group, _ in models), tuple(losses for _, losses in models), None)
         try:
-            law = fit_scaling(unfitted.losses, floor=floor, resamples=_RESAMPLES, **rules)
+            law = scaling.fit_scaling(unfitted.losses, floor=floor, resamples=_RESAMPLES, **rules)
             fits[curve.name] = replace(unfitted, fit=law)
         except ValueError as error:
             fits[curve.name] = replace(unfitted, reason=str(error))
     for curve in curves:
         dense, fit = dense_of(curve, curves), fits[curve.name]
         if dense and dense is not curve and fit.fit and (reference := fits[dense.name].fit):
-            fits[curve.name] = replace(fit, multipliers=multipliers_along(fit.fit, reference))
+            fits[curve.name] = replace(fit, multipliers=scaling.multipliers_along(fit.fit, reference))
     return tuple(fits.values())
 
 
-def _positive(curve: LossCurves, floor: float) -> LossCurves:
+def _positive(curve: scaling.LossCurves, floor: float) -> scaling.LossCurves:
     """Leave out the losses without a logarithm: an error of zero, or at an assumed floor."""
     good = (curve.losses > floor).all(0)
-    return LossCurves(curve.compute[good], curve.losses[:, good])
-
-
-def _by_step(record: Record, metric: str) -> dict[int, float]:
-    """Return the metric by step; the final value alone where it was not measured during training."""
-    values = {step: value for step, _, value in logged(record, metric)}
-    return values or {result_of(record).steps: result_of(record).metrics[metric]}
+    return scaling.LossCurves(curve.compute[good], curve.losses[:, good])
 
 
 def _compute_at(group: SeedGroup, step: int) -> float:
@@ -270,16 +262,7 @@ def _compute_at(group: SeedGroup, step: int) -> float:
     return min(step, guided) * guides + min(step, dense_from) * structured + max(step - dense_from, 0) * final
 
 
-def _finite(value: Any) -> Any:
-    """Return JSON values with None for NaN and infinities."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _seeds(fit: CurveFit) -> list[tuple[Record, LossCurves, list[float]]]:
+def _seeds(fit: CurveFit) -> list[tuple[Record, scaling.LossCurves, list[float]]]:
     return [
         (record, curve, losses)
         for group, curve in zip(fit.groups, fit.losses, strict=True)
@@ -295,34 +278,31 @@ def _chart(laws: ScalingLaws, draw: Callable[[CurveFit, int], list[Trace]]) -> C
 
 
 def _final_traces(fit: CurveFit, i: int) -> list[Trace]:
-    hue, mark, name, label = colour(i), symbol(i), fit.curve.name, "%{customdata}<br>%{x:,} MACs: %{y:.4g}"
+    draw = partial(trace, colour=colour(i), name=fit.curve.name, hover="%{customdata}<br>%{x:,} MACs: %{y:.4g}")
     seeds = [(result_of(r).macs, losses[0], hover(r)) for r, curve, losses in _seeds(fit) if len(curve.losses) > 1]
     traces = []
     if seeds:
-        x, y, labels = zip(*seeds, strict=True)
-        traces.append(trace(x, y, hue, label, labels, name=name, symbol=f"{mark}-open", marker_size=5, opacity=0.6))
-    means, texts = [float(curve.losses.mean()) for curve in fit.losses], [hover(*group.good) for group in fit.groups]
-    macs = [group.result.macs for group in fit.groups]
-    return [
-        *traces,
-        trace(macs, means, hue, label, texts, name=name, showlegend=True, symbol=mark),
-        *_law(fit, i, "solid"),
-    ]
+        x, y, texts = zip(*seeds, strict=True)
+        traces.append(draw(x, y, texts=texts, symbol=f"{symbol(i)}-open", marker_size=5, opacity=0.6))
+    macs, means = [group.result.macs for group in fit.groups], [float(curve.losses.mean()) for curve in fit.losses]
+    traces.append(
+        draw(macs, means, texts=[hover(*group.good) for group in fit.groups], showlegend=True, symbol=symbol(i))
+    )
+    return [*traces, *_law(fit, i, "solid")]
 
 
 def _training_traces(fit: CurveFit, i: int) -> list[Trace]:
-    hue, name, traces = colour(i), fit.curve.name, []
+    draw, label, traces = partial(trace, colour=colour(i), name=fit.curve.name), "<br>%{x:.4g} MACs: %{y:.4g}", []
     for record, curve, losses in _seeds(fit):
-        mark = f"{symbol(i)}-open" if len(losses) == 1 else ""
-        label = f"{hover(record)}<br>%{{x:.4g}} MACs: %{{y:.4g}}"
-        compute = curve.compute.tolist()
-        traces.append(trace(compute, losses, hue, label, name=name, symbol=mark, marker_size=5, line=0.8, opacity=0.5))
+        look = partial(
+            draw, symbol=f"{symbol(i)}-open" if len(losses) == 1 else "", marker_size=5, line=0.8, opacity=0.5
+        )
+        traces.append(look(curve.compute.tolist(), losses, hover=f"{hover(record)}{label}"))
     if fit.fit:
         frontier, texts = fit.fit.frontier, [hover(*fit.groups[k].good) for k in fit.fit.curve.tolist()]
-        x, y, label = frontier.compute.tolist(), frontier.loss.tolist(), "%{customdata}<br>%{x:.4g} MACs: %{y:.4g}"
-        traces.append(
-            trace(x, y, hue, label, texts, name=name, showlegend=True, symbol=symbol(i), marker_size=7, line=2.5)
-        )
+        look = partial(draw, showlegend=True, symbol=symbol(i), marker_size=7, line=2.5)
+        x, y = frontier.compute.tolist(), frontier.loss.tolist()
+        traces.append(look(x, y, hover=f"%{{customdata}}{label}", texts=texts))
     return [*traces, *_law(fit, i, "dash")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
 
@@ -15,7 +15,7 @@ from einlinear.structures import structure
 from einlinear.structures.spec import is_family, parse_family
 from einlinear_lab.models.config import DENSE, ModelConfig
 from einlinear_lab.report.charts import Axis, Chart, Trace, axis, colour, glyph, log_axis, shade, short, symbol, trace
-from einlinear_lab.report.comparison import Comparison, Curve, SeedGroup, metric_title
+from einlinear_lab.report.comparison import Comparison, SeedGroup, metric_title
 from einlinear_lab.report.page import Cell, CsvRow, Figure, Section, SortableTable, group_row
 from einlinear_lab.scaling import Coefficient, ExponentRegression, regress_on_exponents
 
@@ -33,26 +33,8 @@ Exponents = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class CurvePoint:
-    """A curve at some compute, with its loss interpolated in log-log space."""
-
-    curve: Curve
-    exponents: Exponents
-    loss: float
-
-
-@dataclass(frozen=True)
-class EqualCompute:
-    """The curves of a comparison at the most MACs per input that all reach, and the regression against dense."""
-
-    compute: float
-    points: tuple[CurvePoint, ...]
-    regression: ExponentRegression | None
-
-
-@dataclass(frozen=True)
 class MapPoint:
-    """A model on the map; it is Pareto-optimal if no other model is both better and faster to train."""
+    """A model, or a structure of interpolated loss; Pareto-optimal if no model is both better and faster to train."""
 
     group: SeedGroup
     exponents: Exponents
@@ -70,49 +52,35 @@ class MapPoint:
 
 @dataclass(frozen=True)
 class StructureMap:
-    """Models of about equal compute.
-
-    Attributes:
-        compute: MACs per input, the median over the models.
-        points: the models, lowest loss first.
-        regression: of the log loss on the exponents.
-        unfinished: spec -> exponents of further structures of the same folders, whose runs were pruned or are not
-            finished.
-    """
+    """Structures at some compute in MACs per input, and further unfinished ones by spec."""
 
     compute: float
-    points: tuple[MapPoint, ...]
-    regression: ExponentRegression
-    unfinished: Mapping[str, Exponents]
+    points: Sequence[MapPoint]
+    regression: ExponentRegression | None
+    unfinished: Mapping[str, Exponents] = field(default_factory=dict)
 
 
-def at_equal_compute(comparison: Comparison, metric: str) -> EqualCompute | None:
-    """Interpolate all curves at the largest compute that all reach; None with fewer than five structures.
-
-    Naive curves are controls and left out.
-    """
+def at_equal_compute(comparison: Comparison, metric: str) -> StructureMap | None:
+    """Interpolate all curves but naive controls at the largest compute that all reach; None with too few structures."""
     candidates = []
     for curve in comparison.curves:
         losses = [(group.result.macs, mean) for group in curve.best if (mean := group.mean(metric))]
         if losses and curve.structure_aware and (exponents := _exponents_of(curve.best[-1].run.model)):
-            candidates.append((curve, exponents, sorted(losses)))
+            candidates.append((curve.best[-1], exponents, sorted(losses)))
     compute = float(min((losses[-1][0] for *_, losses in candidates), default=0))
-    points = tuple(
-        CurvePoint(curve, exponents, math.exp(np.interp(math.log(compute), *np.log(losses).T)))
-        for curve, exponents, losses in candidates
+    points = [
+        MapPoint(group, exponents, math.exp(np.interp(math.log(compute), *np.log(losses).T)))
+        for group, exponents, losses in candidates
         if losses[0][0] <= compute
-    )
-    if len({point.curve.structure for point in points}) < MIN_CURVES:
+    ]
+    if len({point.structure for point in points}) < MIN_CURVES:
         return None
-    dense = next((point.loss for point in points if point.curve.structure == DENSE), None)
-    return EqualCompute(compute, points, _regression_of(points, dense) if dense else None)
+    dense = next((point.loss for point in points if point.structure == DENSE), None)
+    return StructureMap(compute, points, _regression_of(points, dense) if dense else None)
 
 
 def map_of(comparison: Comparison, metric: str) -> StructureMap | None:
-    """Return the map of a comparison; None with fewer than eight structures, or where a loss is not positive.
-
-    Models whose layers have different structures are left out.
-    """
+    """Return the map of models with one structure; None with fewer than eight, or where a loss is not positive."""
     models: list[tuple[float, SeedGroup]] = []
     for curve in filter(lambda curve: curve.structure_aware, comparison.curves):
         groups = [group for group in curve.best if not getattr(group.run.model, "roles", {})]
@@ -121,8 +89,6 @@ def map_of(comparison: Comparison, metric: str) -> StructureMap | None:
         return None
     compute = median(group.result.macs for _, group in models)
     near = [(loss, group) for loss, group in models if abs(group.result.macs / compute - 1) <= TOLERANCE]
-    if len({group.run.model.structure for _, group in near}) < MIN_STRUCTURES:
-        return None
     points, fastest = list[MapPoint](), math.inf
     for loss, group in sorted(near, key=lambda item: item[0]):
         seconds = group.step_seconds
@@ -130,11 +96,11 @@ def map_of(comparison: Comparison, metric: str) -> StructureMap | None:
         fastest = min(fastest, seconds or fastest)
         if exponents := _exponents_of(group.run.model):
             points.append(MapPoint(group, exponents, loss, is_pareto))
-    if len(points) < MIN_STRUCTURES:
+    if len({point.structure for point in points}) < MIN_STRUCTURES:
         return None
     dense = [point.loss for point in points if point.structure == DENSE]
     regression = _regression_of(points, dense[0] if dense else median(point.loss for point in points))
-    return StructureMap(float(compute), tuple(points), regression, _unfinished(comparison, points))
+    return StructureMap(float(compute), points, regression, _unfinished(comparison, points))
 
 
 def kind_of(spec: str) -> str:
@@ -175,11 +141,11 @@ def section_at_equal_compute(comparison: Comparison) -> Section | None:
     data: list[CsvRow] = []
     for metric, result in results.items():
         for point in result.points:
-            names = {"curve": point.curve.name, "structure": point.curve.structure, "macs": result.compute}
+            names = {"curve": point.group.curve, "structure": point.structure, "macs": result.compute}
             data.append({**names, "metric": metric, "loss": point.loss, **point.exponents})
     caption = Markup("Lower is better. One mark per structure, the same in all panels; the table below is the legend.")
-    exponents = {point.curve.name: point.exponents for result in results.values() for point in result.points}
-    losses = [{point.curve.name: point.loss for point in result.points} for result in results.values()]
+    exponents = {point.group.curve: point.exponents for result in results.values() for point in result.points}
+    losses = [{point.group.curve: point.loss for point in result.points} for result in results.values()]
     rows = [
         [Cell(name, name, i), *_exponent_cells(exponents[name]), *(Cell.of(by.get(name), ".4f") for by in losses)]
         for name, i in index.items()
@@ -238,10 +204,10 @@ def map_table(points: Sequence[MapPoint], title: str) -> SortableTable:
     return SortableTable(headings, rows, Markup("The {} models of the lowest loss.").format(len(rows)))
 
 
-def coefficient_cells(regression: ExponentRegression) -> dict[str, list[Cell]]:
+def coefficient_cells(regression: ExponentRegression | None) -> dict[str, list[Cell]]:
     """Return the coefficient and the interval of every exponent by its sign; – where they are not identified."""
     cells = {}
-    for name, sign in _SIGNS.items():
+    for name, sign in _SIGNS.items() if regression else ():
         coefficient: Coefficient = getattr(regression, name)
         ends = coefficient.interval
         text = f"{ends.low:+.3f} to {ends.high:+.3f}" if ends else "–"
@@ -258,7 +224,7 @@ def _exponents_of(model: ModelConfig) -> dict[str, float]:
     return {name: getattr(built, name) for name in _SIGNS}
 
 
-def _regression_of(points: Sequence[CurvePoint | MapPoint], dense: float) -> ExponentRegression:
+def _regression_of(points: Sequence[MapPoint], dense: float) -> ExponentRegression:
     """Regress losses on exponents, relative to the dense loss."""
     psi, nu, omega = ([point.exponents[name] for point in points] for name in ("psi", "nu", "omega"))
     return regress_on_exponents(psi, nu, omega, [point.loss for point in points], dense)
@@ -284,7 +250,7 @@ def _regression_table(regressions: Mapping[str, ExponentRegression | None]) -> l
     """Return the table of the regression on all exponents, by title of the metric, if there is one."""
     rows = []
     for title, regression in regressions.items():
-        if regression is not None:
+        if regression:
             r_squared = Cell.of(regression.r_squared if math.isfinite(regression.r_squared) else None, ".2f")
             for sign, cells in coefficient_cells(regression).items():
                 rows.append([Cell.of(f"{sign}, {title}"), *cells, r_squared])
@@ -295,10 +261,10 @@ def _regression_table(regressions: Mapping[str, ExponentRegression | None]) -> l
     return [SortableTable(("exponent", "coefficient", "95 % interval", "R²"), rows, note)] if rows else []
 
 
-def _exponent_chart(result: EqualCompute, index: Mapping[str, int], exponent: str, title: str) -> Chart:
+def _exponent_chart(result: StructureMap, index: Mapping[str, int], exponent: str, title: str) -> Chart:
     traces = []
     for point in result.points:
-        name, x, label = point.curve.name, point.exponents[exponent], "<br>%{x:.3g}: %{y:.4g}"
+        name, x, label = point.group.curve, point.exponents[exponent], "<br>%{x:.3g}: %{y:.4g}"
         hue, mark = colour(index[name]), symbol(index[name])
         traces.append(trace([x], [point.loss], hue, f"{escape(name)}{label}", name=name, symbol=mark, marker_size=10))
     losses = log_axis([point.loss for point in result.points], title)

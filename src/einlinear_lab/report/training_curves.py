@@ -58,10 +58,7 @@ class TimeToLoss:
 
 
 def training_curves_of(comparison: Comparison, metric: str) -> list[TrainingCurve]:
-    """Return the curves of the runs that logged the metric at least twice.
-
-    At most 48 runs are returned, those at the best learning rates first, and first seeds before others.
-    """
+    """Return curves of at most 48 runs that logged the metric twice: best learning rates first, first seeds first."""
     best = [group for curve in comparison.curves for group in curve.best]
     others = [group for group in comparison.groups if group not in best]
     runs = [
@@ -125,10 +122,7 @@ def section_of_time(comparison: Comparison) -> Section | None:
 
 
 def target_losses(comparison: Comparison, count: int = 5) -> list[float]:
-    """Return target losses, evenly spaced in log: from an early loss of all curves to the lowest that two reach.
-
-    The list is empty if runs were not evaluated during training.
-    """
+    """Return target losses, even in log: from an early loss of all evaluated curves to the lowest that two reach."""
     lowest, early = [], []
     for curve in comparison.curves:
         runs = [_losses_over_time(record, comparison.error) for group in curve.best for record in group.good]

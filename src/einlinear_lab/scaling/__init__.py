@@ -1,10 +1,4 @@
-"""Scaling laws as mathematics: arrays of compute and loss, in any unit, give laws, multipliers and intervals.
-
-fit.py          start here: the Pareto frontier and the law of several models, with resampled seeds
-laws.py         loss = floor + scale * compute ** -exponent, and confidence intervals
-multipliers.py  compute multipliers: how many times the compute dense needs for the same loss
-regression.py   the loss against the structure exponents psi, nu and omega
-"""
+"""Scaling laws as mathematics: arrays of compute and loss, in any unit, give laws, multipliers and intervals."""
 
 from einlinear_lab.scaling.fit import Frontier, LossCurves, Prediction, ScalingFit, fit_scaling, pareto_frontier
 from einlinear_lab.scaling.laws import Interval, PowerLaw, power_law, power_law_with_floor

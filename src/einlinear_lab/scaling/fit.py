@@ -10,20 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import ConvexHull
 
-from einlinear_lab.scaling.laws import (
-    MIN_POINTS_WITH_FLOOR,
-    Array,
-    Interval,
-    PowerLaw,
-    Quantity,
-    Source,
-    law_interval,
-    log_points,
-    percentile_interval,
-    power_law,
-    power_law_with_floor,
-    prediction_interval,
-)
+from einlinear_lab.scaling import laws
+from einlinear_lab.scaling.laws import Array, Interval, PowerLaw, Quantity, Source, power_law, power_law_with_floor
 
 # any two points lie on a law
 MIN_FRONTIER = 3
@@ -34,12 +22,7 @@ _EVERYWHERE = (0.0, math.inf)
 
 @dataclass(frozen=True, eq=False)
 class LossCurves:
-    """The loss curves of one model trained with several seeds.
-
-    Attributes:
-        compute: compute of every measurement, (points,); a single point where only the final loss counts.
-        losses: (seeds, points).
-    """
+    """Losses (seeds, points) of one model over its compute (points,): a single point for final losses."""
 
     compute: Array
     losses: Array
@@ -47,22 +30,14 @@ class LossCurves:
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Points in the order of compute, each of less loss than the one before it.
-
-    Attributes:
-        index: positions among the points that the frontier was taken of, (points,).
-        compute, loss: compute and loss of these points, (points,).
-    """
+    """Points in the order of compute, each of less loss than the one before; index is their place among all points."""
 
     index: NDArray[np.intp]
     compute: Array
     loss: Array
 
     def loss_at(self, compute: ArrayLike) -> Array:
-        """Return the lowest loss for at most this compute, on straight lines between points in log-log space.
-
-        The loss is infinite before the first point and constant after the last one.
-        """
+        """Return the lowest loss for this compute, on lines in log-log space; infinite before the first point."""
         log_compute = np.log(np.asarray(compute, dtype=float))
         return np.asarray(np.exp(np.interp(log_compute, np.log(self.compute), np.log(self.loss), left=math.inf)))
 
@@ -101,22 +76,18 @@ class ScalingFit:
     draws: tuple[Draw, ...]
 
     def interval(self, quantity: Quantity, source: Source = "seeds", level: float = 0.95) -> Interval | None:
-        """Return the confidence interval of a parameter of the law; None without resamples or degrees of freedom.
+        """Return the interval of "exponent", "scale" or "floor"; None without resamples or degrees of freedom.
 
-        Args:
-            quantity: "exponent", "scale" or "floor".
-            source: "seeds": percentiles over the resamples. "regression": from the scatter of the frontier around the
-                law, as if its points were independent.
-            level: confidence level.
+        It is by percentiles over the resampled "seeds", or by "regression", as if points were independent.
         """
         if source == "regression":
-            return law_interval(self.law, self.frontier.compute, self.frontier.loss, quantity, level)
+            return laws.law_interval(self.law, self.frontier.compute, self.frontier.loss, quantity, level)
         return self.seeds_interval(lambda draw: float(getattr(draw.law, quantity)), level)
 
     def predict(self, compute: float, source: Source = "seeds", level: float = 0.95) -> Prediction:
         """Predict the loss at a compute, also outside the range of the points, without the scatter of a single run."""
         if source == "regression":
-            interval = prediction_interval(self.law, self.frontier.compute, self.frontier.loss, compute, level)
+            interval = laws.prediction_interval(self.law, self.frontier.compute, self.frontier.loss, compute, level)
         else:
             interval = self.seeds_interval(lambda draw: draw.law(compute), level)
         return Prediction(compute, self.law(compute), interval)
@@ -124,7 +95,7 @@ class ScalingFit:
     def seeds_interval(self, number: Callable[[Draw], float], level: float = 0.95) -> Interval | None:
         """Return the percentile interval of any function of a resample."""
         numbers = [number(draw) for draw in self.draws]
-        return percentile_interval(numbers, numbers, level) if numbers else None
+        return laws.percentile_interval(numbers, numbers, level) if numbers else None
 
 
 def fit_scaling(
@@ -151,11 +122,9 @@ def fit_scaling(
     0.10: 0.097 to 0.103 (95 %, seeds)
 
     Args:
-        curves: loss curves, one for every model.
         floor: assumed irreducible loss; None fits it.
         tolerance, window, prune: rules of the frontier, see `pareto_frontier`.
-        resamples: number of resamples; none are drawn where a model has a single seed.
-        seed: random seed of the resamples.
+        resamples, seed: number and random seed of the resamples; none are drawn where a model has a single seed.
 
     Raises:
         ValueError: a curve has the wrong shape, a point has no logarithm, or the frontier has too few points for a law.
@@ -178,7 +147,7 @@ def fit_scaling(
         x, y = frontier.compute, frontier.loss
         return power_law_with_floor(x, y, near=near) if floor is None else power_law(x, y, floor=floor)
 
-    enough = MIN_FRONTIER if floor is not None else MIN_POINTS_WITH_FLOOR
+    enough = MIN_FRONTIER if floor is not None else laws.MIN_POINTS_WITH_FLOOR
     best = frontier([curve.losses for curve in curves])
     if (found := len(best.index)) < enough:
         wider = "" if window == _EVERYWHERE else ", or widen the window"
@@ -209,8 +178,7 @@ def pareto_frontier(
 ) -> Frontier:
     """Return the points on the lower convex hull of (log compute, log(loss - floor)), or slightly above it.
 
-    The rules are those of Potapczynski et al., "Searching for Efficient Linear Layers over a Continuous Space of
-    Structured Matrices" (2410.02117), for the points of all training curves of one structure.
+    The rules are those of Potapczynski et al. (arXiv 2410.02117), for all training curves of one structure.
 
     >>> frontier = pareto_frontier([1, 10, 10, 100], [8.0, 4.0, 6.0, 2.0])
     >>> frontier.index.tolist(), frontier.loss.tolist()
@@ -221,14 +189,13 @@ def pareto_frontier(
         floor: assumed irreducible loss, subtracted from the loss.
         tolerance: largest relative excess of loss - floor over the hull.
         window: least and most compute of the frontier. The hull is taken of all points.
-        prune: drop the point of most compute, one by one, as long as R² of a power law grows: such runs had not
-            reached their frontier when training ended. At least three points remain.
+        prune: drop points of most compute (of unfinished runs) as long as R² of a power law grows and three remain.
 
     Raises:
         ValueError: a point has no logarithm, the tolerance is negative, or the window is empty.
     """
     check_rules(tolerance, window)
-    x, y = log_points(compute, loss, floor)
+    x, y = laws.log_points(compute, loss, floor)
     hull = _lower_hull(x, y)
     near = np.flatnonzero(y <= np.interp(x, x[hull], y[hull]) + math.log1p(tolerance) + ROUNDING)
     order = near[np.lexsort((y[near], x[near]))]

@@ -32,11 +32,9 @@ class PowerLaw:
     """loss = floor + scale * compute ** -exponent.
 
     Attributes:
-        exponent, scale: parameters of the law.
         stderr: standard error of the exponent by regression; NaN with two points, which any line fits.
         r_squared: share of the variance that the law explains, of log(loss - floor) with an assumed floor and of
             log(loss) with a fitted one.
-        floor: irreducible loss, the limit at infinite compute.
         floor_identified: whether a fitted floor is significantly better than none; None for an assumed floor.
     """
 
@@ -78,8 +76,8 @@ def power_law(compute: ArrayLike, loss: ArrayLike, *, floor: float = 0.0) -> Pow
 def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | None = None) -> PowerLaw:
     """Fit a power law and its floor by robust regression: Huber's loss of log residuals, minimised from several starts.
 
-    Where the best law without a floor is not significantly worse (F-test at 5 %), the points do not identify the floor:
-    `floor_identified` is False, and exponent and scale, which trade off against the floor, mean little.
+    Where the best law without a floor is not significantly worse (F-test at 5 %), `floor_identified` is False: exponent
+    and scale, which trade off against the floor, then mean little.
 
     >>> compute = 10.0 ** np.arange(6, 13)
     >>> law = power_law_with_floor(compute, 1.5 + 200 * compute**-0.3)
@@ -112,10 +110,7 @@ def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | N
 class Interval:
     """A confidence interval, by percentiles over resampled "seeds", or by "regression" of independent points.
 
-    Attributes:
-        low, high: its ends; infinite where the data sets no end.
-        source: "seeds" or "regression"; the points of one training curve make intervals by regression too narrow.
-        level: confidence level.
+    An end is infinite where the data sets none. Points of one training curve make regression intervals too narrow.
     """
 
     low: float
@@ -226,7 +221,6 @@ def _assumed_floor(law: PowerLaw) -> float:
 
 
 def _with_quality(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
-    """Return the law with its standard error and R²."""
     x, y = log_points(compute, loss, _assumed_floor(law))
     residuals, spread = _residuals(law, x, y), y - y.mean()
     r_squared = 1 - float(residuals @ residuals) / total if (total := float(spread @ spread)) else math.nan

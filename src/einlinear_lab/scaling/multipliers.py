@@ -23,12 +23,7 @@ _POINTS = 10
 
 @dataclass(frozen=True)
 class Multiplier:
-    """A compute multiplier, or a bound on it where the dense curve ends before the loss is reached.
-
-    Attributes:
-        value: the multiplier, or its bound.
-        bound: "" for an exact value, ">" for a lower bound, "<" for an upper bound.
-    """
+    """A compute multiplier, or a lower (">") or upper ("<") bound on it where the dense curve ends before the loss."""
 
     value: float
     bound: Bound = ""
@@ -38,18 +33,14 @@ class Multiplier:
 
     @property
     def text(self) -> str:
-        """The bound and the number, without the multiplication sign."""
         return f"{self.bound} {self.value:.2f}".lstrip()
 
 
 @dataclass(frozen=True)
 class MultiplierOverSeeds:
-    """The compute multipliers of several seeds.
+    """The compute multipliers of several seeds: their number, range and geometric mean.
 
-    Attributes:
-        mean: geometric mean, itself a bound where some seeds are bounds; None where upper and lower bounds mix.
-        smallest, largest: range over the seeds.
-        seeds: number of seeds.
+    The mean is a bound where some seeds are bounds, and None where upper and lower bounds mix.
     """
 
     mean: Multiplier | None
@@ -64,13 +55,10 @@ class MultiplierOverSeeds:
 
 @dataclass(frozen=True)
 class MultiplierAt:
-    """The compute multiplier of a structure at one compute.
+    """How many times the compute dense needs for the same loss, at a point of a structure's frontier.
 
-    Attributes:
-        compute, loss: a point of the structure's frontier.
-        multiplier: how many times this compute dense needs for this loss.
-        interval: confidence interval from the seeds of both; None where one of them has no resamples. An end is
-            infinite, or zero, where the dense curve of a resample ends before the loss.
+    The confidence interval is from the seeds of both; None where one has no resamples. An end is infinite, or zero,
+    where the dense curve of a resample ends before the loss.
     """
 
     compute: float
@@ -130,10 +118,6 @@ def multipliers_along(fit: ScalingFit, dense: ScalingFit, *, level: float = 0.95
 
     They are computed at ten log-spaced computes over the common range of both frontiers; without one the result is
     empty. Seeds of the two are resampled independently: where both share their batches, intervals are too wide.
-
-    Args:
-        fit, dense: fits of the structure and of dense.
-        level: confidence level.
     """
     low = max(fit.frontier.compute[0], dense.frontier.compute[0])
     high = min(fit.frontier.compute[-1], dense.frontier.compute[-1])
