@@ -16,8 +16,7 @@ def command(folders: Folders, out: PageFile = None) -> None:
     require(LAB)
     from einlinear_lab.report import write_report
     from einlinear_lab.report.comparison import compare_runs, metric_title
-    from einlinear_lab.report.exponents import coefficient_cells
-    from einlinear_lab.report.structure_map import MIN_STRUCTURES, map_of, map_table
+    from einlinear_lab.report.structure_map import MIN_STRUCTURES, coefficient_cells, map_of, map_table
     from einlinear_lab.runs.store import open_store
 
     with user_errors():

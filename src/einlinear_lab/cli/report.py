@@ -39,7 +39,7 @@ def command(folders: Folders, out: PageFile = None, floor: Floor = "0") -> None:
 def _print(comparison: Comparison) -> None:
     """Print every model, at its best learning rate where there are several."""
     from einlinear_lab.report.comparison import metric_title
-    from einlinear_lab.report.model_table import model_columns
+    from einlinear_lab.report.overview import model_columns
 
     best = [group for curve in comparison.curves for group in curve.best]
     columns = model_columns(comparison, best, {"compute multiplier": comparison.error})
