@@ -8,9 +8,9 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any
 
 # Formats by the ending of a file name without .gz. Any other file is plain text.
 FORMATS = {
@@ -56,13 +56,9 @@ def _ending(path: Path) -> str:
 
 
 def binary_kind(path: Path) -> str | None:
-    """Return the kind of a file that is not text, such as "a PDF document"; None for text.
-
-    Raises:
-        ValueError: a file called .gz that gzip cannot read.
-    """
-    with _opened(path) as file, _damage(path):
-        start: bytes = file.read(8192)
+    """Return the kind of a file that is not text, such as "a PDF document"; None for text."""
+    with _damage(path), _opened(path) as file:
+        start = file.read(8192)
     for magic, kind in _BINARY.items():
         if start.startswith(magic):
             return kind
@@ -75,18 +71,16 @@ def open_text(path: Path, errors: str = "strict", newline: str | None = None) ->
 
     Args:
         path: decompressed if its name ends in .gz.
-        errors: as for `open`.
-        newline: as for `open`; by default the line ends of all systems become "\\n".
+        errors, newline: as for `open`; by default the line ends of all systems become "\\n".
 
     Raises:
         ValueError: it is damaged, or is no regular file; `NotText` if it is not text in one of these encodings.
         OSError: it does not exist or cannot be read.
     """
-    with _opened(path) as raw, _damage(path):
-        start = raw.read(2)
-    encoding = "utf-16" if start in _UTF_16 else "utf-8-sig"
-    with TextIOWrapper(_opened(path), encoding=encoding, errors=errors, newline=newline) as file, _damage(path):
-        yield file
+    with _damage(path), _opened(path) as raw:
+        encoding = "utf-16" if raw.peek(2)[:2] in _UTF_16 else "utf-8-sig"
+        with TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline) as file:
+            yield file
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -108,11 +102,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
-                yield f"line {number}", row
+                yield f"line {number}", _parsed(line, f"line {number} of {path}")
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -120,15 +110,21 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     with open_text(path) as file:
         text = file.read()
     try:
-        content = json.loads(text)
+        content = _parsed(text, str(path))
+    except ValueError as error:
+        if "Extra data" not in str(error):
+            raise
+        yield from _json_lines(path)
+    else:
+        rows = content if isinstance(content, list) else [content]
+        yield from ((f"item {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        first = text.strip().partition("\n")[0]
-        if str(error).startswith("Extra data") and first.startswith("{") and first.rstrip().endswith("}"):
-            yield from _json_lines(path)
-            return
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    rows = content if isinstance(content, list) else [content]
-    yield from ((f"item {number}", row) for number, row in enumerate(rows, start=1))
+        raise ValueError(f"{place} is not JSON: {error}") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -149,11 +145,8 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"reading {path} takes a package that is not installed: pip install pyarrow", name="pyarrow"
-        ) from None
-
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading {path} needs a package: pip install pyarrow", name="pyarrow") from error
     try:
         with parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
@@ -163,15 +156,15 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path} is not a Parquet file: {error}") from None
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed."""
+def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
+    """Open a regular file for reading, decompressed."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file, such as a pipe; write its content into one")
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(_GZIP) else path.open("rb")
+    return gzip.open(path, "rb") if path.name.lower().endswith(_GZIP) else path.open("rb")
 
 
 @contextmanager

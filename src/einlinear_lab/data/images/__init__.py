@@ -7,7 +7,5 @@ fashion_mnist.py  a source: Fashion-MNIST, read from this machine or downloaded
 cifar.py          a source: CIFAR-10 and CIFAR-100, from their binary files
 folder.py         a source: a user's folder
 dataset.py        Images: what every source returns; a test set for sources without one
-augment.py        shifts, flips and mixup
-batching.py       shuffled batches, any of them by its number
-pixels.py         batches of pixels as sequences of tokens
+batching.py       shuffled, augmented batches, any of them by its number
 """
