@@ -54,10 +54,7 @@ class CleanText:
 
 
 def to_characters(text: str) -> CleanText | None:
-    """Reduce a document to the 96 characters of `CHARACTERS`; None if more than 1 % of it would be dropped.
-
-    Other characters are replaced by similar ones, such as é by e, or dropped where there is none.
-    """
+    """Replace or drop all but the 96 characters of a document; None if more than 1 % of it would be dropped."""
     if not _OUTSIDE.search(text):
         return CleanText(text)
     # A combining accent joins its letter.
@@ -158,13 +155,9 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A byte-pair encoding, which encodes any text. A document ends with a token of its own.
+    """A byte-pair encoding, which encodes any text, from the JSON of the tokenizers library.
 
-    Args:
-        content: JSON that the tokenizers library wrote.
-
-    Raises:
-        ValueError: the content is no byte-pair encoding, or lacks the token that ends a document.
+    A document ends with a token of its own.
     """
 
     kind = "bpe"
@@ -181,11 +174,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Train an encoding on texts; the same texts give the same encoding.
-
-        Raises:
-            ValueError: more tokens than the texts have pairs that occur twice, or a size outside 257 to 65,536.
-        """
+        """Train an encoding on texts; the same texts give the same encoding."""
         from tokenizers import Tokenizer as HubTokenizer
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -193,11 +182,12 @@ class BPETokenizer(Tokenizer):
         tokenizer = HubTokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
             special_tokens=[_END],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            initial_alphabet=alphabet,
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
