@@ -1,12 +1,12 @@
 """Residual blocks of the reference models: feed-forward, self-attention, and one after the other.
 
-All are x + multiplier * branch(norm(x)), shapes (..., width) to the same. A function passed to the block makes its
-linear layers.
+All are x + multiplier * branch(norm(x)), shapes (..., width) to the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,8 @@ from einlinear.structures import DoesNotFit, Structure
 from einlinear.structures import structure as make_structure
 from einlinear_lab.models.config import DENSE, ModelConfig
 
-
-class MakeLayer(Protocol):
-    """Makes the linear layer of a role; without gamma if its output is normalised anyway."""
-
-    def __call__(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module: ...
+# Makes the linear layer of a role, as `Layers.linear` does.
+MakeLayer: TypeAlias = Callable[..., nn.Module]
 
 
 class Layers:
@@ -38,16 +35,14 @@ class Layers:
         self.config, self.bias = config, bias
 
     def linear(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
-        """Make a linear layer of the attention, or of a feed-forward network that is no expert."""
+        """Make a linear layer of the blocks; without gamma if its output is normalised anyway."""
         c = self.config
         structure = c.roles.get(role, c.structure)
         if c.experts is None or c.routed == "feed_forward":
             return self.single(in_features, out_features, structure, gamma=gamma)
         made = make_structure(structure, in_features, out_features)
-        normalize = self._normalizes(made)
-        return MoELinear(
-            in_features, out_features, made, c.experts, c.active, self.bias, normalize=normalize, gamma=gamma
-        )
+        sizes = (in_features, out_features, made, c.experts, c.active, self.bias)
+        return MoELinear(*sizes, normalize=self._normalizes(made), gamma=gamma)
 
     def single(
         self, in_features: int, out_features: int, structure: str | None = None, *, gamma: bool = True
@@ -57,7 +52,6 @@ class Layers:
         return Linear(in_features, out_features, made, self.bias, self._normalizes(made), gamma=gamma)
 
     def feed_forward(self, multiplier: float = 1.0) -> nn.Module:
-        """Make a feed-forward block."""
         c = self.config
         if c.experts is None or c.routed == "linear":
             return FeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
