@@ -1,13 +1,4 @@
-"""Training data: images for classification, sequences of tokens, a synthetic regression.
-
-images/       from the files of many data sets to batches of images
-text/         from documents to tokens on disk
-sequences.py  batches for language models: windows of a text, pixels of images
-teacher.py    a synthetic regression: the outputs of a random network
-sampling.py   random numbers and the examples of a batch, by its number
-rows.py       text and rows in files
-paths.py      the folder of fetched data
-"""
+"""Training data: images for classification, text and pixels as sequences of tokens, a synthetic regression."""
 
 from einlinear_lab.data.images.batching import Augment, Batches, pixel_permutation
 from einlinear_lab.data.images.dataset import Images

@@ -13,19 +13,13 @@ from pathlib import Path
 from typing import IO, Any
 
 # Formats by the ending of a file name without .gz. Any other file is plain text.
-FORMATS = {
-    **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"},
-    **{".csv": "csv", ".tsv": "csv", ".parquet": "parquet"},
-}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _GZIP = ".gz"
 # Byte order marks, which editors and shells of Windows write.
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _LONGEST_CELL = 1 << 30
-# Values of JSON other than objects.
-_KINDS: dict[type, str] = {
-    **{list: "a list", str: "a text", bool: "a truth value", type(None): "null"},
-    **{int: "a number", float: "a number"},
-}
+# Values of JSON other than objects and numbers.
+_KINDS: dict[type, str] = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
 _BINARY = {
     b"PK\x03\x04": "a ZIP archive, as .docx, .xlsx and .epub files are",
     b"%PDF": "a PDF document",
@@ -67,16 +61,7 @@ def binary_kind(path: Path) -> str | None:
 
 @contextmanager
 def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a file as text: UTF-8, or UTF-16 if it begins with that mark; a mark at the beginning is left out.
-
-    Args:
-        path: decompressed if its name ends in .gz.
-        errors, newline: as for `open`; by default the line ends of all systems become "\\n".
-
-    Raises:
-        ValueError: it is damaged, or is no regular file; `NotText` if it is not text in one of these encodings.
-        OSError: it does not exist or cannot be read.
-    """
+    """Open a file as text, decompressed: UTF-8, or UTF-16 if it begins with that mark; marks are left out."""
     with _damage(path), _opened(path) as raw:
         encoding = "utf-16" if raw.peek(2)[:2] in _UTF_16 else "utf-8-sig"
         with TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline) as file:
@@ -84,17 +69,12 @@ def open_text(path: Path, errors: str = "strict", newline: str | None = None) ->
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a file, each with its place, such as "line 3 of chat.jsonl".
-
-    Raises:
-        ValueError: the file is damaged, or a row is not an object of named values.
-        ModuleNotFoundError: a Parquet file, and pyarrow is not installed.
-    """
+    """Yield the rows of a file, each with its place, such as "line 3 of chat.jsonl"."""
     readers = {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet}
     for place, row in readers[format_of(path) or "jsonl"](path):
         where = f"{place} of {path}"
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is {_KINDS[type(row)]}, not an object of named values")
+            raise ValueError(f"{where} is {_KINDS.get(type(row), 'a number')}, not an object of named values")
         yield where, row
 
 
@@ -157,7 +137,6 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
-    """Open a regular file for reading, decompressed."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
     if not path.exists():

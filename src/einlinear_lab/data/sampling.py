@@ -10,14 +10,7 @@ from torch import Tensor
 
 
 def numpy_generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
-    """Return NumPy's generator for one step of one seed, independent of all others.
-
-    Args:
-        seed, step, stream: from 0 to 2^64 - 1. Numbers for different purposes come from different streams.
-
-    Raises:
-        ValueError: a number out of range.
-    """
+    """Return NumPy's generator for one step of one seed; a stream for each purpose. All are independent."""
     for name, value in (("seed", seed), ("step", step), ("stream", stream)):
         if not 0 <= value < 2**64:
             raise ValueError(f"{name}={value}: it must lie between 0 and 2^64 - 1")
@@ -28,7 +21,7 @@ def numpy_generator(seed: int, step: int, stream: int = 0) -> np.random.Generato
 
 
 def torch_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """Return torch's generator for one step of one seed, on the CPU; see `numpy_generator`."""
+    """Return torch's generator for one step of one seed, on the CPU."""
     return torch.Generator().manual_seed(int(numpy_generator(seed, step, stream).bit_generator.random_raw()) >> 1)
 
 
@@ -44,14 +37,7 @@ def shuffled(count: int, seed: int, step: int, stream: int = 0) -> Tensor:
 
 
 class Epochs:
-    """Passes over all training examples, each in its own order (stream 0 of the seed), without a last partial batch.
-
-    Attributes:
-        per_epoch: batches of an epoch.
-
-    Raises:
-        ValueError: a batch_size below 1 or above `count`.
-    """
+    """Passes over all training examples, each in its own order (stream 0 of the seed), without a last partial batch."""
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         if batch_size < 1:

@@ -45,22 +45,14 @@ class Sequences(ABC):
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return training batch number `step`, the same one every time, so that a run resumes at any step.
 
-        Returns:
-            Inputs and targets, both (B, T) int64. targets[:, t] follows inputs[:, : t + 1].
-
-        Raises:
-            ValueError: a negative step.
+        Inputs and targets are (B, T) int64; targets[:, t] follows inputs[:, : t + 1]. Raises ValueError below step 0.
         """
 
     @abstractmethod
     def evaluation(self, count: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches of held-out sequences, as `batch` does, always the same ones; the last one may be smaller.
+        """Yield batches of held-out sequences, evenly spread, always the same ones: `count` of them, or by default all.
 
-        Args:
-            count: number of sequences, evenly spread over all. Default, and at most: all.
-
-        Raises:
-            ValueError: `count` below 1.
+        The last one may be smaller. Raises ValueError for a `count` below 1.
         """
 
     def _held_out(self, available: int, count: int | None) -> Iterator[Tensor]:

@@ -53,11 +53,7 @@ class Teacher:
         return (torch.cat(parts) - self._mean) / self._std
 
     def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Return training batch number `step` of a seed, always the same one: x (B, F) and y (B, 1), float32.
-
-        Raises:
-            ValueError: a batch_size below 1, a negative seed or step.
-        """
+        """Return training batch number `step` of a seed, always the same one: x (B, F) and y (B, 1), float32."""
         x = self._inputs(seed, step, _TRAINING, batch_size)
         return x, self(x)
 

@@ -1,11 +1,4 @@
-"""Reference models of the papers, with any linear layer structured; each is built from its config.
-
-config.py     base classes of models and configs, shape of the data
-blocks.py     residual blocks: feed-forward, attention
-reference.py  residual MLP, vision transformer, GPT
-causal_lm.py  OPT and Pythia of transformers
-macs.py       MACs and parameters of a model
-"""
+"""Reference models of the papers, with any linear layer structured; each is built from its config."""
 
 from einlinear_lab.models.causal_lm import OPT, OPTConfig, Pythia, PythiaConfig
 from einlinear_lab.models.config import ModelConfig, ReferenceModel, Shape

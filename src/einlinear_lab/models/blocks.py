@@ -24,12 +24,7 @@ MakeLayer: TypeAlias = Callable[..., nn.Module]
 
 
 class Layers:
-    """Makes the linear layers and feed-forward blocks of a model from its config.
-
-    Args:
-        config: structures, experts and `normalize`, which applies to structured layers but dense ones.
-        bias: whether linear layers and norms have one; experts that are whole networks have none.
-    """
+    """Makes the linear layers and blocks of a model from its config: structures, experts and `normalize`."""
 
     def __init__(self, config: ModelConfig, *, bias: bool = True) -> None:
         self.config, self.bias = config, bias
@@ -96,17 +91,7 @@ class Attention(SelfDescribing):
     """x + multiplier * out(attention(norm(x))): multi-head self-attention, (n, t, width) to the same.
 
     Scores are multiplied by 8 / d_head instead of 1 / sqrt(d_head), as muP needs (Yang et al., arXiv 2203.03466); the
-    two are equal for heads of 64 features.
-
-    Args:
-        width: of the residual stream.
-        heads: number of heads.
-        layer: makes the four linear layers; those of queries and keys without gamma if qk_norm undoes it.
-        d_head: features of a head; default width / heads, which has to be a whole number.
-        bias: whether norms have one.
-        causal: whether attention is causal.
-        qk_norm: whether every head's queries and keys pass through a LayerNorm.
-        multiplier: of the branch.
+    two are equal for heads of 64 features. With qk_norm, queries and keys pass through a LayerNorm, which undoes gamma.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """Language models of transformers with structured feed-forward layers, as in DYAD (Chandy et al., arXiv 2312.06881).
 
-They differ from the published architectures where learning-rate transfer needs it (Yang et al., arXiv 2203.03466):
-OPT's head is untied, and scores are multiplied by 8 / d_head, which equals 1 / sqrt(d_head) for the published heads of
-64 features. OPT has no dropout.
+For the transfer of learning rates, OPT's head is untied and attention scores are those of `Attention`. OPT has no
+dropout.
 """
 
 from __future__ import annotations

@@ -122,11 +122,7 @@ class ModelConfig(ABC):
 
     @abstractmethod
     def build(self, shape: Shape) -> ReferenceModel:
-        """Build the model; its weights are not yet initialised.
-
-        Raises:
-            ValueError: data of a kind that the model is not made for; sizes or a structure that do not fit.
-        """
+        """Build the model, not yet initialised. Raises ValueError for data or sizes that do not fit."""
 
     def _context(self, shape: Shape) -> int:
         if shape.context is None:

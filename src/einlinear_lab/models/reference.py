@@ -48,9 +48,6 @@ class ResidualMLP(ReferenceModel):
     Shapes:
         (n, ...) of in_features values, such as images, to (n, out_features).
 
-    Raises:
-        ValueError: as `MLPConfig`, or an unknown structure.
-
     Example:
         >>> import torch, einlinear as el
         >>> from einlinear_lab.models import ResidualMLP

@@ -69,14 +69,9 @@ class Augment:
         return x
 
     def mix(self, x: Tensor, y: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Blend each image with another one of the batch, and their labels alike.
+        """Blend each image x (B, C, H, W) with another one of the batch, and their labels y (B,) alike.
 
-        Args:
-            x: (B, C, H, W).
-            y: (B,) int64 labels below `classes`.
-
-        Returns:
-            x of the same shape, and targets (B, classes) float32 whose rows sum to 1, as F.cross_entropy takes them.
+        Returns x of the same shape, and targets (B, classes) float32 whose rows sum to 1, for F.cross_entropy.
         """
         with _seeded(generator):
             # labels (B, 3): label, label of the second image, share of the second image
@@ -130,11 +125,7 @@ class Batches:
         self.per_epoch = self._epochs.per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return x (B, features) float32, or (B, C, H, W), and y, (B,) int64, or (B, classes) float32 with mixup.
-
-        Raises:
-            ValueError: a negative step.
-        """
+        """Return x (B, features) float32, or (B, C, H, W), and y, (B,) int64, or (B, classes) float32 with mixup."""
         rows = self._epochs.rows(step)
         x, y = self.images.train_x[rows], self.images.train_y[rows]
         if self.augment is not None:

@@ -35,20 +35,12 @@ _VERSIONS = (
 )
 
 
-def is_cifar(folder: Path) -> bool:
-    """Return whether a folder holds files named as those of CIFAR, in the binary or the Python version."""
-    return _version_of(folder) is not None or any((folder / name).is_file() for name in _PICKLES)
-
-
-def read_cifar(folder: Path) -> Images:
-    """Read CIFAR-10, or CIFAR-100 with its fine labels.
-
-    Raises:
-        ValueError: a file is missing, or its size or a label is not that of CIFAR; or the folder holds the Python
-            version, which is pickled.
-    """
+def read_cifar(folder: Path) -> Images | None:
+    """Read CIFAR-10, or CIFAR-100 with its fine labels; return None for a folder without files named as theirs."""
     version = _version_of(folder)
     if version is None:
+        if not any((folder / name).is_file() for name in _PICKLES):
+            return None
         raise ValueError(
             f"{folder} holds the Python version of CIFAR, which is not read since loading a pickle can run any code; "
             "give the binary version (data_batch_1.bin and so on)"

@@ -29,6 +29,7 @@ CLASSES = (
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 FILES = tuple(f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+_SCRIPT = "tools/fetch_fashion_mnist.sh"
 # Of the Debian package.
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # Seconds without an answer or a byte.
@@ -47,32 +48,27 @@ def read_fashion_mnist() -> Images:
         _download(fetched)
     except (OSError, HTTPException) as error:
         raise FileNotFoundError(
-            f"Fashion-MNIST is not on this machine and its download failed ({error}). Either run "
-            f"tools/fetch_fashion_mnist.sh (Debian, no root), which fills {fetched}; or install the Debian "
-            f"package dataset-fashion-mnist, which fills {SYSTEM_FOLDER}; or try again with internet"
+            f"Fashion-MNIST is not on this machine and its download failed ({error}). Run {_SCRIPT} (Debian, no root), "
+            f"or install the Debian package dataset-fashion-mnist, or try again with internet"
         ) from error
     return _read(fetched)
 
 
 def _read(folder: Path) -> Images:
-    splits: list[Tensor] = []
-    for images_name, labels_name in (FILES[:2], FILES[2:]):
-        x, y = _read_idx(folder / images_name, ndim=3), _read_idx(folder / labels_name, ndim=1)
+    paths, splits = [folder / name for name in FILES], list[Tensor]()
+    for images, labels in (paths[:2], paths[2:]):
+        x, y = _read_idx(images, ndim=3), _read_idx(labels, ndim=1)
         if len(x) != len(y):
-            raise ValueError(
-                f"{folder / images_name} holds {len(x)} images, but {folder / labels_name} {len(y)} labels"
-            )
+            raise ValueError(f"{images} holds {len(x)} images, but {labels} {len(y)} labels")
         if y.max() >= len(CLASSES):
-            raise ValueError(f"{folder / labels_name}: label {int(y.max())}, expected 0 to 9")
+            raise ValueError(f"{labels}: label {int(y.max())}, expected 0 to 9")
         splits += [x.unsqueeze(1).float() / 255, y.long()]
     train_x, train_y, test_x, test_y = splits
     return Images("fashion-mnist", f"Fashion-MNIST, read from {folder}", train_x, train_y, test_x, test_y, CLASSES)
 
 
 def _read_idx(path: Path, ndim: int) -> Tensor:
-    """Read a gzipped idx file of bytes as a uint8 tensor of ndim axes."""
-    again = "Delete it and fetch the data again (tools/fetch_fashion_mnist.sh)"
-    expected = f"a gzipped idx file with {ndim} axes"
+    again, expected = f"Delete it and fetch the data again ({_SCRIPT})", f"a gzipped idx file with {ndim} axes"
     try:
         with gzip.open(path) as file:
             magic, *shape = struct.unpack(f">{1 + ndim}I", file.read(4 + 4 * ndim))

@@ -28,7 +28,6 @@ _SHOWN = 10
 
 
 def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_broken: bool = False) -> Images:
-    """Read class folders of images, or train/ and test/ with class folders."""
     if not root.is_dir():
         raise ValueError(
             f"{root} is a file; give a folder with one subfolder of images per class, or make a text ready first: "
@@ -88,7 +87,6 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Return each image of the class folders with its label, and the names of the classes."""
     folders = _subfolders(root)
     layout = "one subfolder of images per class is expected"
     if not folders:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from einlinear.structures.families import did_you_mean
-from einlinear_lab.data.images.cifar import is_cifar, read_cifar
+from einlinear_lab.data.images.cifar import read_cifar
 from einlinear_lab.data.images.dataset import Images, resize, stratified_split
 from einlinear_lab.data.images.fashion_mnist import read_fashion_mnist
 from einlinear_lab.data.images.folder import read_folder
@@ -73,7 +73,6 @@ def load_images(
 
 
 def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_broken: bool) -> Images:
-    """Read the images that `data` names, not standardised."""
     path = Path(data).expanduser()
     if data == "auto":
         try:
@@ -87,9 +86,10 @@ def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_b
         images = _read_digits(test_fraction)
     # Path("") is the current folder.
     elif str(data) and path.exists():
-        if not is_cifar(path):
+        cifar = read_cifar(path)
+        if cifar is None:
             return read_folder(path, image_size, test_fraction, skip_broken)
-        images = read_cifar(path)
+        images = cifar
     # A separator shows that a path is meant.
     elif path.name != str(data):
         raise FileNotFoundError(
@@ -118,10 +118,9 @@ def _read_digits(test_fraction: float) -> Images:
 
 def _limited(images: Images, limit: int) -> Images:
     """Keep the first `limit` training images, taken from each class in turn."""
-    if limit < len(images.classes):
-        raise ValueError(
-            f"limit={limit}: fewer training images than the {len(images.classes)} classes of {images.name}"
-        )
+    classes = len(images.classes)
+    if limit < classes:
+        raise ValueError(f"limit={limit}: fewer training images than the {classes} classes of {images.name}")
     # 1 for the first image of its class, 2 for the second, ...
     turn = F.one_hot(images.train_y).cumsum(0).gather(1, images.train_y[:, None]).flatten()
     keep = turn.argsort(stable=True)[:limit].sort().values

@@ -86,11 +86,7 @@ class TextConfig:
 
 
 def load_prepared(config: TextConfig, folder: str | Path) -> Tokens | None:
-    """Return the prepared text of a folder; None if the folder holds none yet.
-
-    Raises:
-        ValueError: it was prepared with another config, or it is damaged.
-    """
+    """Return the prepared text of a folder, None if it holds none yet. Raises ValueError for that of another config."""
     folder = Path(folder).expanduser()
     if not (folder / DESCRIPTION).exists():
         return None
@@ -271,7 +267,6 @@ def _pieces(
 
 
 def _check(config: TextConfig, counts: list[CorpusCounts]) -> None:
-    """Refuse a text that is too short."""
     characters = sum(one.characters for one in counts)
     sources = ", ".join(config.sources)
     if not characters:

@@ -36,13 +36,9 @@ class Corpus:
     """A collection of documents, which gives its own share to validation.
 
     Attributes:
-        name: of the corpus; the full path of a file or folder.
-        origin: one sentence on where the documents came from.
         size: approximate number of characters, None if unknown.
-        documents: returns the documents from the first one, at every call the same ones in the same order. A document
-            that could not be read as text is empty. `NotText` where the bytes of a file are not UTF-8.
-        raw: the same with bytes that are not UTF-8 as `open(..., errors="surrogateescape")` returns them; None if there
-            are no such bytes.
+        documents: returns the documents, always in the same order; raises `NotText` where a file is not UTF-8.
+        raw: the same with such bytes as `open(..., errors="surrogateescape")` returns them; None if there are none.
     """
 
     name: str
@@ -67,12 +63,6 @@ def read_text(source: str) -> tuple[Corpus, ...]:
             * a folder whose .txt files, also those in subfolders, are documents.
 
             All but .parquet may be compressed, with .gz at the end of the name.
-
-    Raises:
-        ValueError: an unknown name, a folder without .txt files, or files that are damaged. Reading the documents
-            raises it for a row without `text`, and `NotText` for a file that is not UTF-8.
-        FileNotFoundError: the file or folder does not exist, or the English text was not fetched.
-        OSError: a data set of the hub is out of reach.
     """
     if source == "english":
         return read_english()
@@ -103,7 +93,6 @@ def name_of(source: str) -> str:
 
 
 def _texts(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
-    """Yield the column `text` of rows, which come with their places."""
     for where, row in rows:
         text = row.get("text")
         if not isinstance(text, str):
@@ -126,7 +115,6 @@ def _hub_rows(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _files(path: Path) -> Corpus:
-    """Return the corpus of a text file, or of those of a folder."""
     files = [path]
     if path.is_dir():
         inside = (file for ending in ("*.txt", "*.txt.gz") for file in path.rglob(ending) if file.is_file())
@@ -145,7 +133,6 @@ def _files(path: Path) -> Corpus:
 
 
 def _size(path: Path) -> int:
-    """Return the approximate number of characters of a file."""
     return path.stat().st_size * (3 if path.name.lower().endswith(".gz") else 1)
 
 
@@ -183,12 +170,7 @@ def _python(path: Path) -> str:
 
 
 def read_english() -> tuple[Corpus, ...]:
-    """Return about 20 MB of clean English: essays, the Bible and a dictionary of computing, from Debian packages.
-
-    Raises:
-        FileNotFoundError: the text was not fetched.
-        ValueError: a file is missing or damaged.
-    """
+    """Return about 20 MB of clean English: essays, the Bible and a dictionary of computing, from Debian packages."""
     root = data_dir() / "english"
     sums = root / "SHA256SUMS"
     if not sums.is_file():

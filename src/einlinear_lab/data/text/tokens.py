@@ -43,13 +43,10 @@ class CorpusCounts:
     """Numbers of documents, characters and tokens of one corpus.
 
     Attributes:
-        name, origin: as of `Corpus`.
-        documents: read.
         documents_dropped: empty, or with too many characters that the tokenizer does not have.
         characters: of the prepared text.
         characters_replaced: of the prepared text, which stand for others.
         characters_dropped: left out, with all of the dropped documents.
-        train_tokens, validation_tokens: of each split.
         fallback: the reason why tokens="auto" became bytes; else empty.
     """
 
@@ -117,9 +114,8 @@ def load_tokens(folder: str | Path) -> Tokens:
     if tokenizer.vocab_size != vocab_size:
         reason = f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size}"
         raise _damaged(folder / DESCRIPTION, reason)
-    train, validation = (
-        np.asarray(np.memmap(folder / name, dtype_of(vocab_size), "r")) for name in (TRAIN, VALIDATION)
-    )
+    splits = (np.memmap(folder / name, dtype_of(vocab_size), "r") for name in (TRAIN, VALIDATION))
+    train, validation = map(np.asarray, splits)
     sha256 = hashlib.sha256("".join(files[name][1] for name in (TRAIN, VALIDATION)).encode()).hexdigest()
     return Tokens(folder, tokenizer, train, validation, counts, config, sha256)
 
@@ -127,13 +123,11 @@ def load_tokens(folder: str | Path) -> Tokens:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not folder.exists():
-        example = f"for example with einlinear prepare english --out {folder}"
-        raise FileNotFoundError(
-            f"{folder} does not exist; name a folder that einlinear prepare wrote, or write it, {example}"
-        )
+        write = f"write it, for example with einlinear prepare english --out {folder}"
+        raise FileNotFoundError(f"{folder} does not exist; name a folder that einlinear prepare wrote, or {write}")
     if not folder.is_dir():
-        first = f"write it first: einlinear prepare {folder} --out FOLDER"
-        raise ValueError(f"{folder} is a file; name the folder that einlinear prepare wrote, or {first}")
+        write = f"write it first: einlinear prepare {folder} --out FOLDER"
+        raise ValueError(f"{folder} is a file; name the folder that einlinear prepare wrote, or {write}")
     if not path.exists():
         if list(folder.glob(f"*{UNFINISHED}")):
             raise ValueError(f"{folder} holds an unfinished preparation; run the same einlinear prepare again")
@@ -153,18 +147,16 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(folder: Path, kind: str, content: dict[str, Any]) -> Tokenizer:
-    if kind == CharTokenizer.kind:
-        if content.get("characters") != CHARACTERS:
-            raise _damaged(folder / DESCRIPTION, "other characters than this version's")
-        return CharTokenizer()
-    if kind == ByteTokenizer.kind:
-        return ByteTokenizer()
     if kind == BPETokenizer.kind:
         try:
             return BPETokenizer((folder / TOKENIZER).read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise _damaged(folder / TOKENIZER, str(error)) from None
-    raise _damaged(folder / DESCRIPTION, f"tokenizer of kind {kind!r}, expected char, bytes or bpe")
+    if kind == CharTokenizer.kind and content.get("characters") != CHARACTERS:
+        raise _damaged(folder / DESCRIPTION, "other characters than this version's")
+    if kind not in (CharTokenizer.kind, ByteTokenizer.kind):
+        raise _damaged(folder / DESCRIPTION, f"tokenizer of kind {kind!r}, expected char, bytes or bpe")
+    return CharTokenizer() if kind == CharTokenizer.kind else ByteTokenizer()
 
 
 def _check_files(folder: Path, files: dict[str, tuple[int, str]]) -> None:
@@ -199,13 +191,8 @@ def _damaged(path: Path, reason: str) -> ValueError:
 class TokenWriter:
     """Writes tokens into a folder atomically, in a `with` statement.
 
-    All files have temporary names until `finish`, and a text that was in the folder stays until then. A folder without
-    tokens.json is no prepared text, so a process that is killed at any moment leaves none, and the next writer
-    overwrites its files. Nothing is forced onto the disk: after a power failure, `load_tokens` reports the damage.
-
-    Raises:
-        ValueError: the folder is a file, or holds files of the user's.
-        BlockingIOError: another process prepares a text in it.
+    All files have temporary names until `finish`, and a text that was in the folder stays until then. Nothing is forced
+    onto the disk: after a power failure, `load_tokens` reports the damage.
     """
 
     def __init__(self, folder: Path) -> None:
