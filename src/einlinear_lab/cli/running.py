@@ -82,7 +82,7 @@ def check_here(runs: Iterable[Run]) -> None:
         ModuleNotFoundError: a tracker's package is not installed.
     """
     from einlinear_lab.training.distributed import check_batch, check_device, processes
-    from einlinear_lab.training.trackers import check_installed
+    from einlinear_lab.training.metrics import check_installed
 
     for run in runs:
         check_device(run.training.device)
