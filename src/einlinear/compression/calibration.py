@@ -13,8 +13,8 @@ from einlinear.compression.activations import Stage, tokens_of
 from einlinear.compression.passes import Passes
 from einlinear.compression.second_moments import InputStatistics, SecondMomentAccumulator
 from einlinear.compression.selection import Selection
+from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch
-from einlinear.nn.third_party import features
 
 # bytes of second moments that are collected in one pass over the data
 MEMORY = 2**31

@@ -35,8 +35,8 @@ from einlinear.compression.selection import select_layers, weight_of
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.compression.timing import LayerTimer
 from einlinear.conversion.replacement import put, structured_like
+from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch, evaluating
-from einlinear.nn.third_party import features
 from einlinear.structures import Structure
 
 T = TypeVar("T")

@@ -16,9 +16,9 @@ from einlinear.conversion.coverage import Coverage, measure_coverage
 from einlinear.conversion.eligibility import reason_to_skip
 from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of
 from einlinear.conversion.usage import uncalled_layers
+from einlinear.nn.layer_kinds import features, is_conv1d
 from einlinear.nn.model_call import Batch
 from einlinear.nn.names import as_globs, check_globs
-from einlinear.nn.third_party import features, is_conv1d
 
 # batches that show which layers the model does not call
 _WATCHED = 2

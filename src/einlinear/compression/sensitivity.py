@@ -25,8 +25,8 @@ from einlinear.compression.kl_divergence import slices, summed_kl_divergence
 from einlinear.compression.second_moments import InputStatistics
 from einlinear.compression.selection import weight_of
 from einlinear.compression.tracing import ModelOutput, head_inputs, model_output
+from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch, call
-from einlinear.nn.third_party import features
 from einlinear.structures import structure
 
 # fractions of the dense parameters that the low-rank approximations keep

@@ -13,7 +13,7 @@ from torch import nn
 
 from einlinear.compression.selection import weight_of
 from einlinear.nn import Linear
-from einlinear.nn.third_party import features
+from einlinear.nn.layer_kinds import features
 
 # tokens of a large batch
 MANY = 256

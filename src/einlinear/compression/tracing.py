@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from einlinear.compression.activations import hooked, layer_inputs, output_of, tokens_of
 from einlinear.nn import Linear
+from einlinear.nn.layer_kinds import is_conv1d
 from einlinear.nn.model_call import Batch, call
-from einlinear.nn.third_party import is_conv1d
 
 # outputs with so many features are computed again, slice by slice, rather than kept
 LARGE = 2**12

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
 from einlinear.nn import Linear, MoELinear
-from einlinear.nn.third_party import is_conv1d
+from einlinear.nn.layer_kinds import is_conv1d
 
 _TOKENS = 3
 _PLAIN = {"training", "in_features", "out_features", *vars(nn.Module())}

@@ -9,7 +9,7 @@ from torch import nn
 
 from einlinear.conversion.conversion_report import Conversion, ConversionReport
 from einlinear.nn import Linear, MoELinear
-from einlinear.nn.third_party import features, is_linear, layer_info
+from einlinear.nn.layer_kinds import features, is_linear, layer_info
 from einlinear.structures import Structure
 
 
