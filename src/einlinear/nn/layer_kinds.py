@@ -21,10 +21,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 
 @dataclass(frozen=True)
 class Role:
-    """Role of a parameter in muP (Yang et al., arXiv 2203.03466, table 3).
-
-    A plain linear layer is "hidden": only its shape in the base model tells an input or an output matrix.
-    """
+    """Role of a parameter in muP (Yang et al., arXiv 2203.03466, table 3). A plain linear layer is always "hidden"."""
 
     # "input" is a table, such as an embedding, and "output" a matrix with a fixed number of outputs, such as a router
     kind: Literal["input", "hidden", "output", "vector", "unknown"]

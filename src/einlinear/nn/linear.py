@@ -17,10 +17,7 @@ from einlinear.structures.scales import init_std
 
 
 class Factored(SelfDescribing):
-    """Module whose parameters are the factors of a structured matrix; arguments as for `Linear`.
-
-    Subclasses with several matrices stack them along the axes of `stack_shape`: each has its own norm and gamma.
-    """
+    """Module with the factors of a structured matrix, or of several, stacked along the axes of `stack_shape`."""
 
     bias: Tensor | None
     stack_shape: tuple[int, ...] = ()

@@ -1,7 +1,4 @@
-"""Models of transformers with structured layers: `save_pretrained` and `from_pretrained` keep them.
-
-config.json describes the layers. transformers has no entry point for quantizers: an import hook registers ours.
-"""
+"""Models of transformers with structured layers: `save_pretrained` and `from_pretrained` keep them."""
 
 from collections.abc import Mapping
 from functools import wraps
