@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from einlinear.conversion.replacement import patched
 from einlinear.nn import Linear
+from einlinear.nn.layer_kinds import is_conv1d
 from einlinear.nn.model_call import Batch, call
-from einlinear.nn.third_party import is_conv1d
 
 # outputs with so many features are computed again, slice by slice, rather than kept
 _LARGE = 2**12

@@ -23,7 +23,7 @@ from einlinear import ops
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.selection import weight_of
 from einlinear.compression.sensitivity import Sensitivity
-from einlinear.nn.third_party import features
+from einlinear.nn.layer_kinds import features
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.budget import OverBudget
 

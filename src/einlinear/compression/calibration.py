@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from einlinear.compression.activations import Passes, tokens_of
 from einlinear.compression.selection import Selection, Stage
+from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch
-from einlinear.nn.third_party import features
 
 # bytes of second moments that are collected in one pass over the data
 _MEMORY = 2**31

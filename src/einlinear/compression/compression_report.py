@@ -14,7 +14,7 @@ from torch import nn
 from einlinear.compression.selection import weight_of
 from einlinear.conversion.conversion_report import Coverage, aligned, total
 from einlinear.nn import Linear
-from einlinear.nn.third_party import features
+from einlinear.nn.layer_kinds import features
 
 # tokens of a large batch
 _MANY = 256

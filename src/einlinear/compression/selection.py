@@ -14,9 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from einlinear.compression.activations import hooked, output_of
 from einlinear.conversion.conversion_report import Coverage, measure_coverage
 from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of, reason_to_skip, uncalled_layers
+from einlinear.nn.layer_kinds import features, is_conv1d
 from einlinear.nn.model_call import Batch, call
 from einlinear.nn.names import as_globs, check_globs, matches_any
-from einlinear.nn.third_party import features, is_conv1d
 
 # batches that show which layers the model does not call
 _WATCHED = 2

@@ -30,8 +30,8 @@ from einlinear.compression.activations import (
 )
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.selection import weight_of
+from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch, call
-from einlinear.nn.third_party import features
 from einlinear.structures import structure
 
 # fractions of the dense parameters that the low-rank approximations keep

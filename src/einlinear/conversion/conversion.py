@@ -22,11 +22,10 @@ from einlinear.conversion.replacement import (
     uncalled_layers,
 )
 from einlinear.nn import Linear, MoELinear
+from einlinear.nn.layer_kinds import as_class, features, weight_matrix
 from einlinear.nn.model_call import Batch
-from einlinear.nn.moe.experts import ExpertStack
-from einlinear.nn.moe.mixture import check_experts
+from einlinear.nn.moe.mixture import Experts, check_experts
 from einlinear.nn.names import as_globs, check_globs, matches_any
-from einlinear.nn.third_party import as_class, features, weight_matrix
 from einlinear.structures import DoesNotFit
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
@@ -189,7 +188,7 @@ def densify(model: nn.Module) -> ConversionReport:
     structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
     new: dict[int, nn.Module] = {}
     converted: list[Conversion] = []
-    mixtures = [name for name, module in model.named_modules() if isinstance(module, ExpertStack)]
+    mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
     skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einlinear.nn.factored import STRUCTURED
-from einlinear.nn.third_party import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, layer_info
+from einlinear.nn.layer_kinds import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, STRUCTURED, layer_info
 
 # the number of names of each kind that are printed
 _NAMED = 3

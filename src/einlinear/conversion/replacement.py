@@ -28,9 +28,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from einlinear.nn import Linear, MoELinear
+from einlinear.nn.layer_kinds import features, is_conv1d, is_linear, layer_info
 from einlinear.nn.lazy_weight import METADATA, METADATA_NAMES
 from einlinear.nn.model_call import Batch, call, evaluating
-from einlinear.nn.third_party import features, is_conv1d, is_linear, layer_info
 from einlinear.structures import Structure
 
 _TOKENS = 3

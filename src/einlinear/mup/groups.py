@@ -18,7 +18,7 @@ from torch import nn
 
 from einlinear.mup.parameter_roles import Parameter, check_matches, parameters
 from einlinear.mup.role_inference import matrix_role
-from einlinear.nn.layer_info import UNKNOWN, Role
+from einlinear.nn.layer_kinds import UNKNOWN, Role
 from einlinear.nn.names import as_globs, as_rules
 from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
 

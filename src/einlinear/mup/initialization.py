@@ -10,7 +10,7 @@ from torch import nn
 
 from einlinear.mup.groups import Base, listed, logger, resolve
 from einlinear.mup.parameter_roles import Parameter, check_matches
-from einlinear.nn.factored import Factored
+from einlinear.nn.linear import Factored
 from einlinear.nn.names import as_globs
 
 

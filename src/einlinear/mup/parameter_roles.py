@@ -15,9 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from einlinear.mup.role_inference import infer_role, matrix_role
-from einlinear.nn.layer_info import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role
+from einlinear.nn.layer_kinds import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role, layer_info
 from einlinear.nn.names import as_rules, check_globs, plain_modules
-from einlinear.nn.third_party import layer_info
 from einlinear.structures.scales import init_std, spectral_std
 
 ROLE_KINDS = ("input", "hidden", "output", "vector")

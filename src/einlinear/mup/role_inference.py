@@ -1,6 +1,6 @@
 """Role of a parameter by its name, its shape and, with a base model, by which dimensions grow.
 
-For parameters of modules without a description (`nn/third_party.py`): class tokens, positions, stacked weights of
+For parameters of modules without a description (`nn/layer_kinds.py`): class tokens, positions, stacked weights of
 experts, parameters of a user's own module. Shapes come first: a dimension that does not grow with the width is no
 fan-in.
 """
@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from einlinear.nn.layer_info import INPUT, VECTOR, Role
+from einlinear.nn.layer_kinds import INPUT, VECTOR, Role
 
 # Beginnings of the words of a name ("pos" for position, positional, ...). The first tuple with a match decides; a name
 # without any match is that of a matrix.

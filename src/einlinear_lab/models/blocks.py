@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.layer_info import LayerInfo, SelfDescribing
+from einlinear.nn.layer_kinds import LayerInfo, SelfDescribing
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import MoEFeedForward, MoELinear
 from einlinear.structures import DoesNotFit, Structure
