@@ -21,7 +21,7 @@ from einlinear import ops
 from einlinear.compression.second_moments import InputStatistics
 from einlinear.compression.selection import weight_of
 from einlinear.structures import DoesNotFit, Structure, structure
-from einlinear.structures.budget import OverBudget
+from einlinear.structures.spec import OverBudget
 
 # fractions of the dense cost that a layer may be reduced to
 FRACTIONS = tuple(n / 40 for n in range(2, 39))

@@ -21,7 +21,7 @@ from einlinear.compression.kl_divergence import mean_kl_divergence
 from einlinear.compression.resume_cache import digest_of
 from einlinear.compression.tracing import head_inputs, model_output
 from einlinear.mup import param_groups
-from einlinear.mup.schedule import lr_factor
+from einlinear.mup.optim import lr_factor
 from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.nn.names import as_globs, check_globs
 

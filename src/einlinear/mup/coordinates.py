@@ -1,16 +1,10 @@
-"""Coordinate check: whether features, and their change in a step, keep their size as the width grows.
-
-After every step the features of a fixed batch are compared with those before it. With the right learning rates the
-change is of the same size at every width (Yang et al., arXiv 2203.03466, appendix D.1; Qiu et al., arXiv 2406.06248,
-figure 3).
-"""
+"""Coordinate check: whether features, and their change in a step, keep their size as the width grows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -21,7 +15,7 @@ from torch import Tensor, nn
 
 from einlinear.mup.groups import Base, param_groups
 from einlinear.nn.model_call import evaluating
-from einlinear.nn.names import as_globs, check_globs, plain_modules
+from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
 
 # inputs and targets, one sample per row
 Batch = tuple[Tensor, Tensor]
@@ -45,10 +39,8 @@ class Coordinates:
     """Size of the features of one layer at one width, and of their change in a step.
 
     Attributes:
-        width: the width the model was built with.
-        layer: the qualified name.
-        size: root mean square of the features, averaged over the steps.
-        update: root mean square of their change in one step, averaged over the steps.
+        width, layer: the width the model was built with, and the qualified name.
+        size, update: root mean square of the features, and of their change in one step, averaged over the steps.
     """
 
     width: int
@@ -58,11 +50,7 @@ class Coordinates:
 
     @property
     def relative_update(self) -> float:
-        """The update over the size: about constant if the learning rate carries over to this width.
-
-        The ratio is independent of the size at initialisation: narrow layers behind a wide input start with small
-        features.
-        """
+        """The update over the size: about constant if the learning rate carries over to this width."""
         return self.update / self.size if self.size else math.nan
 
 
@@ -83,19 +71,20 @@ def coord_check(
 ) -> list[Coordinates]:
     """Train a model briefly at every width and measure how much its features change in a step.
 
+    With the right learning rates the change is of the same size at every width (Yang et al., arXiv 2203.03466, appendix
+    D.1; Qiu et al., arXiv 2406.06248, figure 3).
+
     Args:
         build: width -> model, initialised.
         widths: the widths to compare.
-        batches: (input, target) pairs, used in turn, again from the start when they run out.
-        probe: a fixed input for the measurement, which runs in evaluation mode: dropout is not a change.
+        batches: (input, target) pairs, used in turn.
+        probe: a fixed input for the measurement, which runs in evaluation mode.
         lr: learning rate of the base model.
         base: the model of base width, as for `param_groups`; it may be dense.
-        layers: a glob, or several, on qualified names of the modules to measure, whose outputs are tensors of shape
-            (..., features).
+        layers: a glob, or several, on qualified names of modules whose outputs are tensors of shape (..., features).
         steps: of training, at least one.
         optimizer: "adamw", "adam" or "sgd".
-        loss: training loss of a model and a batch, with the balance loss of a mixture of experts if training has one.
-            Default: the cross-entropy of the outputs.
+        loss: training loss of a model and a batch. Default: the cross-entropy of the outputs.
         progress: called with (width, step) after every step.
         **groups: further arguments of `param_groups`, such as structure_aware=False for the control.
 
@@ -147,12 +136,12 @@ def coord_check(
 
 @torch.no_grad()
 def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> dict[str, Tensor]:
-    """Return the outputs of the chosen modules for the probe, in evaluation mode."""
+    """Return the outputs of the chosen modules for the probe."""
     features: dict[str, Tensor] = {}
     globs = as_globs(layers, "layers")
     modules = {name: module for name, module in plain_modules(model) if name}
     check_globs(globs, list(modules), "layers", "module")
-    chosen = {name: module for name, module in modules.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    chosen = {name: module for name, module in modules.items() if matches_any(name, globs)}
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):

@@ -1,8 +1,6 @@
-"""Parameter groups with structure-aware learning rates, for whole models.
+"""Parameter groups whose learning rates carry over from a narrow dense model to any width and structure.
 
-One learning rate, found at the width of a small dense base model, serves every width and every structure. A dense
-matrix learns at base_in / in of the base model's rate under Adam, and a factor of a structured matrix at that times its
-own multiplier (Yang et al., arXiv 2203.03466; Qiu et al., arXiv 2406.06248, section 3).
+Yang et al., arXiv 2203.03466; Qiu et al., arXiv 2406.06248, section 3.
 """
 
 from __future__ import annotations
@@ -16,8 +14,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from einlinear.mup.parameter_roles import Parameter, check_matches, parameters
-from einlinear.mup.role_inference import matrix_role
+from einlinear.mup.parameter_roles import Parameter, check_matches, matrix_role, parameters
 from einlinear.nn.layer_info import UNKNOWN, Role
 from einlinear.nn.names import as_globs, as_rules
 from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
@@ -35,10 +32,9 @@ Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
 
 
 def base_shapes(model: nn.Module, roles: Mapping[str, str] | None = None) -> dict[str, list[int]]:
-    """Return the shapes that identify a base model, by name, to be saved as JSON: of weights and all other parameters.
+    """Return the shapes of a base model by name, to be saved as JSON: of weights and all other parameters.
 
-    For a structured layer it is the shape [out_features, in_features] of its full weight, also of each of its experts.
-    Shapes are those of full parameters, also if a model's parameters are divided among processes.
+    The shape of a structured layer is [out_features, in_features], of its full weight or of each of its experts.
 
     >>> import einlinear as el
     >>> el.base_shapes(el.Linear(64, 256, "btt"))
@@ -69,20 +65,17 @@ def param_groups(
             nothing); or its `base_shapes`, as a mapping or as the path of a JSON file. None if this model itself has
             the base width.
         optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.mup.Muon` for matrices and AdamW for the
-            rest, at the same `lr`: in the base, updates have the root mean square of AdamW's (Liu et al., arXiv
-            2502.16982, section 2.2). The multiplier of a matrix under Muon is the root of fan_out / fan_in over that in
-            the base (Yang et al., arXiv 2310.17813, condition 1); a structured one is seen as the batches of matrices
-            its k factors are, each at 1 / k of theirs.
+            rest, at the same `lr`, since updates in the base have the root mean square of AdamW's (arXiv 2502.16982,
+            section 2.2). Matrices under Muon follow the spectral condition (arXiv 2310.17813, condition 1).
         weight_decay: of parameters with two or more dimensions, passed on as it is; biases, norms, scales, class tokens
             and scalars get none. None leaves it to the optimizer, which is 0.01 for torch's AdamW.
         eps: of Adam, for every group that Muon and SGD do not take. None leaves it to the optimizer.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
-        lr_scale: glob on qualified names -> a multiplier of one's own on top; the first that matches counts.
+        lr_scale: glob on qualified names -> an additional multiplier; the first that matches counts.
         roles: glob on qualified names -> a role of muP: "input" (tables such as embeddings and positions), "hidden" or
             "output" (matrices) or "vector" (biases, norms and scales, without decay). The first match counts, before
-            the description of a module, and before the role inferred from name and shape where there is none (see
-            `einlinear.mup.role_inference.infer_role`). An embedding that shares its weight with a head is a hidden
-            matrix, unless ``roles={"*embed*": "input"}``: for a model that multiplies its logits by base width / width.
+            the description of a layer and before inference from name and shape. An embedding that shares its weight
+            with a head is a hidden matrix, unless ``roles={"*embed*": "input"}``, for logits times base width / width.
         hidden: a glob, or several, on the matrices that Muon takes; its authors leave heads to AdamW. Default: all.
 
     Returns:
@@ -93,8 +86,7 @@ def param_groups(
 
     Raises:
         ValueError: an unknown optimizer, `hidden` without Muon, a parameter that the base lacks, a glob that matches
-            none, parameters that FSDP1 has flattened, or a parameter of unknown role: neither its layer nor `roles`
-            tells, and its name and its shape in the base contradict each other.
+            none, parameters that FSDP1 has flattened, or a parameter whose role is unknown.
 
     Example:
         >>> import torch, einlinear as el
@@ -138,16 +130,14 @@ def param_groups(
     return list(groups.values())
 
 
-def _lr_multiplier(
-    role: Role, rule: str, shape: Sequence[int], base_shape: Sequence[int], structure_aware: bool
-) -> float:
+def _lr_multiplier(role: Role, rule: str, shape: Sequence[int], base: Sequence[int], structure_aware: bool) -> float:
     """Return the learning rate of a parameter over that of the base model."""
     # parameters without entries exist: DINOv3 has no register tokens by default
-    if role.is_scalar or 0 in (*shape, *base_shape):
+    if role.is_scalar or 0 in (*shape, *base):
         return 1.0
     if not role.is_matrix:
-        return math.prod(shape) / math.prod(base_shape) if rule == "sgd" else 1.0
-    (fan_out, fan_in), (base_out, base_in) = shape, base_shape
+        return math.prod(shape) / math.prod(base) if rule == "sgd" else 1.0
+    (fan_out, fan_in), (base_out, base_in) = shape, base
     aspect = (fan_out / fan_in) / (base_out / base_in)
     width = {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
     if role.structure is None or not structure_aware:
@@ -174,10 +164,7 @@ def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
 def resolve(
     model: nn.Module, base: Base, roles: Mapping[str, str] | None
 ) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
-    """Return every parameter with its role, and the shapes of the base model by key: (out, in) for a matrix.
-
-    Roles that modules do not describe are inferred, and logged.
-    """
+    """Return every parameter with its role, described or inferred, and the shapes of the base model by key."""
     declared = parameters(model, roles)
     shapes = _base_shapes_of(base, declared, roles)
     params: list[Parameter] = []
@@ -192,12 +179,12 @@ def resolve(
     if unknown := [p for p in params if p.role == UNKNOWN]:
         raise ValueError(
             f"the role of these parameters is unknown: {listed(unknown)}. Give it with roles={{glob: role}}: 'input' "
-            "for tables such as positions, 'vector' for norms and scales, whose learning rates must not depend on the "
-            "width, or 'hidden' for matrices of shape (out_features, in_features)"
+            "for tables such as positions, 'vector' for norms and scales, 'hidden' for matrices of shape (out, in)"
         )
+    inferred = [p for p in params if p.is_inferred]
     for role, of_role in (
-        ("vectors or tables", [p for p in params if p.is_inferred and not p.role.is_matrix]),
-        ("matrices", [p for p in params if p.is_inferred and p.role.is_matrix]),
+        ("vectors or tables", [p for p in inferred if not p.role.is_matrix]),
+        ("matrices", [p for p in inferred if p.role.is_matrix]),
         ("matrices, though embeddings are tied to them", [p for p in params if p.is_tied]),
     ):
         if of_role:
@@ -208,11 +195,11 @@ def resolve(
 def _base_shapes_of(
     base: Base, params: Sequence[Parameter], roles: Mapping[str, str] | None
 ) -> dict[str, Sequence[int]]:
-    """Return the base shape of every parameter, by key, once each is known to have as many dimensions as here."""
-    current = {p.key: p.base_shape for p in params}
+    """Return the base shape of every parameter, by key."""
+    current: dict[str, Sequence[int]] = {p.key: p.base_shape for p in params}
     shapes: dict[str, Sequence[int]]
     if base is None:
-        return dict(current)
+        return current
     if isinstance(base, nn.Module):
         shapes = {**base_shapes(base, roles)}
     elif isinstance(base, Mapping):
@@ -222,8 +209,8 @@ def _base_shapes_of(
     else:
         raise TypeError(f"base must be a model, a mapping of shapes, the path of a JSON file or None, not {base!r}")
     for p in params:
+        # gammas and the like learn at the base rate whether the base has them or not
         if p.role.is_scalar:
-            # such as gammas: they learn at the base rate whether the base has them or not
             continue
         if p.key not in shapes and p.role.shares_input_with in shapes:
             # a router, and a base without experts
@@ -232,15 +219,12 @@ def _base_shapes_of(
             # the same tensor, by another of its names
             shapes[p.key] = shapes[name]
         if p.key not in shapes:
-            raise ValueError(
-                f"the base has no {p.key!r}: it must be the same model, at another width, with equal names"
-            )
+            raise ValueError(f"the base has no {p.key!r}: it must be the same model at another width, with equal names")
         if len(shapes[p.key]) != len(current[p.key]):
             raise ValueError(f"{p.key!r} has shape {current[p.key]}, but {list(shapes[p.key])} in the base")
     return shapes
 
 
 def listed(params: Sequence[Parameter]) -> str:
-    """Return the names and shapes of at most ten parameters as text."""
     more = f" and {len(params) - 10} more" if len(params) > 10 else ""
     return ", ".join(f"{p.name} {p.shape}" for p in params[:10]) + more

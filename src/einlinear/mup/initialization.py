@@ -24,22 +24,19 @@ def init_(
 ) -> nn.Module:
     """Initialise a model in place, with the structure-aware standard deviations of muP.
 
-    Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in: structured layers as by
-    `Linear.reset_parameters`, others, and every matrix of a stack of experts, like a "dense" one. Biases of these
-    layers and routers of mixtures are zero. Embeddings, norms and other vectors stay as they are, and so do matrices
-    whose role was only inferred. An embedding that shares its weight with a head is drawn as the head.
-
-    A layer that is zero stays zero, such as a head or the last layer of a residual branch, and is logged to the logger
-    "einlinear" at level INFO.
+    Every matrix is drawn with standard deviation sqrt(min(fan_in, fan_out)) / fan_in, structured layers as by
+    `Linear.reset_parameters`. Biases of these layers and routers of mixtures are zero. Embeddings, norms and other
+    vectors stay as they are, and so do matrices whose role was only inferred, except stacks of experts. An embedding
+    that shares its weight with a head is drawn as the head.
 
     Args:
         model: any model `param_groups` takes, on the meta device or with values, as whole tensors or as DTensors.
         base: as for `param_groups`, and only checked: a model without matching learning rates is refused before it is
             trained.
         zero: a glob, or several, on qualified names of the layers that start at zero, all others are drawn; of a
-            structured layer only the last factor is set to zero. Default (None): those that are zero now. A layer is
-            zero where every term of its structure has a factor of zeros; this factor stays zero, or the last if all
-            are. If all matrices of a model are zero, as after `to_empty`, all are drawn.
+            structured layer only the last factor is set to zero. Default (None): layers that are zero now, such as
+            heads, stay zero and are logged at level INFO. If all matrices of a model are zero, as after `to_empty`,
+            all are drawn.
         roles: as for `param_groups`.
 
     Returns:
@@ -86,28 +83,24 @@ def init_(
 
 
 def _check_undivided(params: Sequence[Parameter]) -> None:
-    """Raise ValueError for parameters that are divided in such a way that this process could draw only a part."""
+    """Raise ValueError for parameters of which this process could draw only a part."""
     divided = next((p for p in params if tuple(p.tensor.shape) != p.shape), None)
     if divided is None:
         return
     if hasattr(divided.tensor, "ds_shape"):
-        by = "DeepSpeed's ZeRO-3"
+        by, first = "DeepSpeed's ZeRO-3", "deepspeed.initialize, on a model made outside of deepspeed.zero.Init"
         gather = "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
-        first = "deepspeed.initialize, on a model that was made outside of deepspeed.zero.Init"
     else:
-        by, gather = "FSDP1", "FullyShardedDataParallel.summon_full_params(model)"
-        first = "FullyShardedDataParallel"
+        by, first = "FSDP1", "FullyShardedDataParallel"
+        gather = "FullyShardedDataParallel.summon_full_params(model)"
     raise ValueError(
-        f"{divided.name} of shape {divided.shape} is divided among processes by {by}, so this one cannot draw it. Call "
-        f"init_ within `with {gather}:`, or before {first}"
+        f"{divided.name} of shape {divided.shape} is divided among processes by {by}. Call init_ within "
+        f"`with {gather}:`, or before {first}"
     )
 
 
 def _zero_parameters(matrices: Sequence[Parameter]) -> list[Parameter]:
-    """Return the parameters that stay zero: those that make the full matrix of their layer zero.
-
-    If all layers are zero, nothing has been decided yet, and none stays zero.
-    """
+    """Return the parameters that make the full matrix of their layer zero; none if all layers are zero."""
     layers: dict[tuple[str, Any], list[Parameter]] = {}
     for p in matrices:
         layers.setdefault((p.key, p.role.structure), []).append(p)

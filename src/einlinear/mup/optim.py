@@ -1,11 +1,8 @@
-"""Muon: gradient descent by orthogonal matrices, for structured layers block by block.
-
-Jordan et al., https://kellerjordan.github.io/posts/muon. `torch.optim.Muon` takes one matrix per parameter, while a
-factor of a structured layer is a batch of them.
-"""
+"""Muon, for structured layers block by block, and learning-rate schedules."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +13,14 @@ from torch import Tensor
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
+SCHEDULES = ("constant", "cosine", "linear")
+
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with updates whose matrices are orthogonalised approximately.
+    """Muon: momentum with updates whose matrices are orthogonalised approximately.
+
+    `torch.optim.Muon` takes one matrix per parameter, while a factor is a batch of matrices (Jordan et al.,
+    https://kellerjordan.github.io/posts/muon).
 
     Args:
         groups: the groups of ``param_groups(..., optimizer="muon")`` that have "matrix_view". AdamW takes the others.
@@ -95,3 +97,18 @@ def _divided_like(x: Tensor, like: Tensor) -> Tensor:
     replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()])
     part: Tensor = replicated.redistribute(placements=like.placements)
     return part
+
+
+def lr_factor(schedule: str, step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Return the learning rate of a step, counted from 0, over its peak, which the last step of the warm-up has.
+
+    >>> [lr_factor("linear", step, 6, warmup=2) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup) / (steps - warmup)
+    decay = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return final + (1 - final) * decay

@@ -1,18 +1,15 @@
-"""Sizes of the axes: integers whose product is the number of features.
+"""Sizes of the axes: integers whose product is the number of features, closest to the targets of the pattern.
 
-The size of an axis is fixed by the pattern, or has a target: features**exponent if the pattern has an exponent, else an
-equal share of the features that the fixed axes of its group leave (balanced). Of the integers whose product is the
-number of features, those closest to the targets are taken. If none are within a factor of two of every target, the
-features are padded by as little as necessary. No input feature is ever dropped.
+If none are within a factor of two of every target, the features are padded by as little as necessary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import chain, product
+from typing import NamedTuple
 
 from einlinear.structures import limits
 from einlinear.structures.pattern import Axes, Pattern
@@ -25,35 +22,30 @@ _CLOSE = math.log(2) + 1e-9
 _EQUAL = 1e-9
 # candidates that are compared: orders of equally good sizes in one group, and assignments to all groups
 _MAX_ORDERS, _MAX_CANDIDATES = 6, 1024
-# Limits of the search, after which the best sizes so far are taken: padded feature counts without large prime factors,
-# padded feature counts where no sizes are close to their targets, and sizes of an axis.
+# limits of the search, after which the best sizes so far are taken: padded feature counts without large prime factors,
+# padded feature counts where no sizes are close to their targets, and sizes of an axis
 _MAX_TRIED, _MAX_FAR, _MAX_STEPS = 65536, 1024, 65536
-# Numbers without a prime factor above a limit: up to the first limit they are rare and are multiplied up, above the
-# second limit most numbers qualify.
+# largest prime factors up to which numbers are rare, and are multiplied up, and above which most numbers qualify
 _RARE, _COMMON = 64, 4096
 
 
 class DoesNotFit(ValueError):
     """The structure does not exist at this size, but may exist at another one.
 
-    Raised if sizes contradict the features or would pad them too far. A family's builder raises it for features that no
-    member of the family fits. All other mistakes, such as an unknown family, are wrong at every size: they are plain
-    ValueErrors.
+    A family's builder raises it, too, for features that no member of the family fits. All other mistakes, such as an
+    unknown family, are wrong at every size: they are plain ValueErrors.
 
     Example:
         >>> import einlinear as el
-        >>> def fits(width):
-        ...     try:
-        ...         return bool(el.structure("dyad(blocks=30)", width, width))
-        ...     except el.structures.DoesNotFit:
-        ...         return False
-        >>> fits(60), fits(64)
-        (True, False)
+        >>> try:
+        ...     el.structure("dyad(blocks=30)", 64, 64)
+        ... except el.structures.DoesNotFit:
+        ...     print("no blocks at this width")
+        no blocks at this width
     """
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Axes that together index the features of one side, "in" or "out"."""
 
     side: str
@@ -62,7 +54,7 @@ class Group:
 
 
 def groups(pattern: Pattern, in_features: int, out_features: int) -> tuple[Group, ...]:
-    """The distinct groups of a pattern. The same axes in another order are the same group."""
+    """Return the distinct groups of a pattern. The same axes in another order are the same group."""
     distinct: dict[tuple[str, frozenset[str]], Group] = {}
     for term in pattern.terms:
         for side, axes, features in (("in", term.inputs, in_features), ("out", term.outputs, out_features)):
@@ -73,66 +65,56 @@ def groups(pattern: Pattern, in_features: int, out_features: int) -> tuple[Group
 def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> Iterator[dict[str, int]]:
     """Yield equally good assignments of a size to every axis, the preferred one first.
 
-    Raises:
-        DoesNotFit: fixed sizes contradict the features, or padding would exceed MAX_PADDING.
-        ValueError: a rank axis has no size, or the size of an axis is huge.
+    Axes are fixed by the pattern, or have a target: features**exponent, else an equal share of the features that the
+    other axes of the group leave. Raises DoesNotFit if fixed sizes contradict the features or need too much padding.
     """
-    axes = pattern.axes
-    all_groups = groups(pattern, in_features, out_features)
-    named = dict(pattern.sizes)
+    all_groups, named = groups(pattern, in_features, out_features), dict(pattern.sizes)
+    owners = {axis: [group for group in all_groups if axis in group.axes] for axis in pattern.axes}
     fixed: dict[str, int] = {}
     targets: dict[str, float] = {}
-    for axis in axes:
-        owners = [group for group in all_groups if axis in group.axes]
-        features = min((group.features for group in owners), default=min(in_features, out_features))
+    for axis in pattern.axes:
+        features = min((group.features for group in owners[axis]), default=min(in_features, out_features))
         if axis in named:
             size, is_power = named[axis].of(features), named[axis].exponent not in (0, 1)
-            if owners and is_power:
+            if owners[axis] and is_power:
                 targets[axis] = size
             else:
                 # 64**(1/3) is 3.9999...96 in floats
                 fixed[axis] = max(1, math.ceil(size - 1e-9) if is_power else math.floor(size))
-        elif not owners:
+        elif not owners[axis]:
             raise ValueError(
                 f"axis {axis!r} is neither read nor written, so its size must be given: 'where {axis}=2' in the "
                 f'pattern, or sizes={{"{axis}": 2}}'
             )
-
-    for axis in axes:
+    for axis in pattern.axes:
         # an axis of several groups must divide each of them
-        owners = [group for group in all_groups if axis in group.axes]
-        if len(owners) > 1 and axis not in fixed:
-            fixed[axis] = _shared_size(axis, owners, fixed, targets)
+        if len(owners[axis]) > 1 and axis not in fixed:
+            fixed[axis] = _shared_size(axis, owners[axis], fixed, targets)
 
     options: list[list[dict[str, int]]] = []
     for group in all_groups:
+        sizes = {axis: fixed[axis] for axis in group.axes if axis in fixed}
         free = [axis for axis in group.axes if axis not in fixed]
-        step = math.prod(fixed[axis] for axis in group.axes if axis in fixed)
+        step = math.prod(sizes.values())
         remaining = math.ceil(group.features / step)
-        _check_padding(group, step * remaining if free else step, fixed)
-        if not free:
-            continue
-        goals = _targets(free, targets, group.features / step)
-        limit = max(remaining, math.floor(group.features * (1 + MAX_PADDING) / step))
-        effort = 1 / max(1, len(all_groups) // 4)
-        choices = [dict(zip(free, sizes)) for sizes in _closest(remaining, limit, goals, group.side == "in", effort)]
-        few = math.prod(map(len, options)) * len(choices) <= _MAX_CANDIDATES
-        options.append(choices if few else choices[:1])
+        _check_padding(group, step * remaining if free else step, sizes)
+        if free:
+            powers = math.prod(targets.get(axis, 1.0) for axis in free)
+            balanced = sum(axis not in targets for axis in free)
+            share = max(1.0, group.features / step / powers) ** (1 / max(1, balanced))
+            goals = tuple(targets.get(axis, share) for axis in free)
+            limit = max(remaining, math.floor(group.features * (1 + MAX_PADDING) / step))
+            effort = 1 / max(1, len(all_groups) // 4)
+            closest = _closest(remaining, limit, goals, group.side == "in", effort)
+            few = math.prod(map(len, options)) * len(closest) <= _MAX_CANDIDATES
+            options.append([dict(zip(free, values)) for values in (closest if few else closest[:1])])
     for choice in product(*options):
-        sizes = dict(chain(fixed.items(), *map(dict.items, choice)))
-        yield {axis: sizes[axis] for axis in axes}
-
-
-def _targets(free: list[str], targets: Mapping[str, float], features: float) -> tuple[float, ...]:
-    """The target of each free axis: that of the pattern, or an equal share of the features that these leave."""
-    named = {axis: targets[axis] for axis in free if axis in targets}
-    count = len(free) - len(named)
-    share = max(1.0, features / math.prod(named.values())) ** (1 / count) if count else 1.0
-    return tuple(named.get(axis, share) for axis in free)
+        every = dict(chain(fixed.items(), *map(dict.items, choice)))
+        yield {axis: every[axis] for axis in pattern.axes}
 
 
 def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targets: Mapping[str, float]) -> int:
-    """The size of an axis of several groups."""
+    """Return the size of an axis of several groups."""
     for group in owners:
         # if all other axes of the group are fixed, this one follows
         others = [other for other in group.axes if other != axis]
@@ -144,22 +126,21 @@ def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targe
     return best if abs(math.log(best / target)) <= _CLOSE else max(1, round(target))
 
 
-def _check_padding(group: Group, total: int, fixed: Mapping[str, int]) -> None:
+def _check_padding(group: Group, total: int, sizes: Mapping[str, int]) -> None:
     """Refuse sizes with fewer features than there are, or with too much padding."""
-    sizes = {axis: fixed[axis] for axis in group.axes if axis in fixed}
-    named = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    if total < group.features:
+    features, named = group.features, ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if total < features:
         raise DoesNotFit(
-            f"the sizes {named} multiply to {total}, fewer than {group.side}_features={group.features}: "
-            "give larger sizes, or leave one axis free"
+            f"the sizes {named} multiply to {total}, fewer than {group.side}_features={features}: give larger sizes, "
+            "or leave one axis free"
         )
-    if total - group.features > MAX_PADDING * group.features:
+    if total - features > MAX_PADDING * features:
         step = math.prod(sizes.values())
-        down, up = group.features // step * step, math.ceil(group.features / step) * step
-        nearby = " and ".join(str(size) for size in dict.fromkeys((down, up)) if size)
+        down, up = features // step * step, math.ceil(features / step) * step
+        nearby = f"{down} and {up}" if 0 < down < up else str(up)
         raise DoesNotFit(
-            f"{group.side}_features={group.features} is not divisible by {step} (the axes {named}) and would be padded "
-            f"to {total}, by more than {MAX_PADDING:.0%}; nearby sizes that fit: {nearby}"
+            f"{group.side}_features={features} is not divisible by {step} (the axes {named}) and would be padded to "
+            f"{total}, by more than {MAX_PADDING:.0%}; nearby sizes that fit: {nearby}"
         )
 
 
@@ -167,9 +148,9 @@ def _check_padding(group: Group, total: int, fixed: Mapping[str, int]) -> None:
 def _closest(
     features: int, limit: int, targets: tuple[float, ...], descending: bool, effort: float
 ) -> list[tuple[int, ...]]:
-    """The ordered factorisations closest to the targets, all equally close, of as few features as possible.
+    """Return the factorisations closest to the targets, all equally close, of from `features` to `limit` features.
 
-    The padded number of features is from `features` to `limit`. `effort` is the fraction of the limits of the search.
+    They are of as few features as possible. `effort` is the fraction of the limits of the search.
     """
     if len(targets) == 1:
         return [(min(max(features, math.ceil(targets[0] * math.exp(-_CLOSE))), limit),)]
@@ -194,7 +175,7 @@ def _closest(
 
 
 def _smooth_numbers(first: int, last: int, largest: float, tried: int) -> Iterator[int]:
-    """The numbers from first to last without a prime factor above `largest`, which no axis could have."""
+    """Yield the numbers from first to last without a prime factor above `largest`, which no axis could have."""
     if largest > _COMMON:
         yield from range(first, last + 1)
         return
@@ -229,7 +210,7 @@ class _Search:
         self.best, self.closest_sizes = math.inf, set[tuple[int, ...]]()
 
     def closest(self, features: int, below: float = math.inf) -> tuple[float, list[tuple[int, ...]]]:
-        """The least distance below a bound, and all sizes of this distance, or the best ones within the steps."""
+        """Return the least distance below a bound, and all sizes of this distance, or the best within the steps."""
         self.best, self.closest_sizes = below, set()
         divisors = _divisors(features)
         # about the time that the divisors take

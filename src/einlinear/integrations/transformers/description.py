@@ -16,7 +16,7 @@ from einlinear.nn import Linear
 from einlinear.nn.layer_info import SelfDescribing
 from einlinear.nn.third_party import features, is_linear
 from einlinear.structures import FAMILIES
-from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_int
+from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_number
 from einlinear.structures.spec import is_family
 
 METHOD = "einlinear"
@@ -89,7 +89,7 @@ def check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"{name}: {key} must be of type {expected.__name__}, not {repr(value)[:80]}")
         for key in ("in_features", "out_features"):
             if not 1 <= entry[key] <= MAX_SIZE:
-                raise ValueError(f"{name}: {key} must be from 1 to {MAX_SIZE}, not {format_int(entry[key])}")
+                raise ValueError(f"{name}: {key} must be from 1 to {MAX_SIZE}, not {format_number(entry[key])}")
         if len(entry["structure"]) > MAX_TEXT:
             raise ValueError(f"{name}: structure must have at most {MAX_TEXT:,} characters")
     return {name: dict(entry) for name, entry in layers.items()}
