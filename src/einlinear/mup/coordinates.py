@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.mup.groups import Base, param_groups
+from einlinear.mup.parametrization import Base, param_groups
 from einlinear.nn.model_call import evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
 
@@ -29,9 +30,7 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy of the model's outputs."""
-    inputs, targets = batch
-    return F.cross_entropy(model(inputs), targets)
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,13 @@ def coord_check(
 ) -> list[Coordinates]:
     """Train a model briefly at every width and measure how much its features change in a step.
 
-    With the right learning rates the change is of the same size at every width (Yang et al., arXiv 2203.03466, appendix
-    D.1; Qiu et al., arXiv 2406.06248, figure 3).
+    With the right learning rates it is the same at every width (arXiv 2203.03466, appendix D.1; 2406.06248, figure 3).
 
     Args:
-        build: width -> model, initialised.
-        widths: the widths to compare.
+        build, widths: width -> model, initialised, and the widths to compare.
         batches: (input, target) pairs, used in turn.
         probe: a fixed input for the measurement, which runs in evaluation mode.
-        lr: learning rate of the base model.
-        base: the model of base width, as for `param_groups`; it may be dense.
+        lr, base: learning rate and model of base width, as for `param_groups`.
         layers: a glob, or several, on qualified names of modules whose outputs are tensors of shape (..., features).
         steps: of training, at least one.
         optimizer: "adamw", "adam" or "sgd".
@@ -92,17 +88,14 @@ def coord_check(
         One entry per width and layer, in this order.
 
     Raises:
-        ValueError: a glob that matches no module, modules whose output cannot be measured, an optimizer not listed,
-            nothing to train on, and what `param_groups` raises.
+        ValueError: a glob that matches no module, outputs that cannot be measured, and what `param_groups` raises.
 
     Example:
         >>> import torch, einlinear as el
         >>> def build(width):
-        ...     model = torch.nn.Sequential(el.Linear(16, width, "btt"), torch.nn.ReLU(), torch.nn.Linear(width, 10))
-        ...     return el.init_(model)
+        ...     return el.init_(torch.nn.Sequential(el.Linear(16, width, "btt"), torch.nn.Linear(width, 10)))
         >>> batch = torch.randn(32, 16), torch.randint(10, (32,))
-        >>> base = build(64)
-        >>> checked = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base=base, layers="0", steps=3)
+        >>> checked = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base=build(64), layers="0", steps=3)
         >>> [(c.width, c.layer, c.relative_update < 0.1) for c in checked]
         [(64, '0', True), (256, '0', True)]
     """
@@ -147,13 +140,11 @@ def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> d
         if isinstance(output, Tensor):
             features[name] = output.detach().clone()
 
-    handles = [module.register_forward_hook(partial(record, name)) for name, module in chosen.items()]
-    try:
-        with evaluating(model):
-            model(probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, module in chosen.items():
+            stack.callback(module.register_forward_hook(partial(record, name)).remove)
+        stack.enter_context(evaluating(model))
+        model(probe)
     if not features:
         raise ValueError(f"layers: none of {', '.join(chosen)} was called and returned a tensor")
     for name, h in features.items():

@@ -1,7 +1,4 @@
-"""Roles of all parameters of a model, by qualified name: as their layers describe them, or by name and shapes.
-
-Nothing is attached to tensors, whose attributes are lost under FSDP2, torch.compile and deepcopy.
-"""
+"""Roles of all parameters of a model, by qualified name: as their layers describe them, or by name and shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -20,10 +17,11 @@ from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.nn.third_party import layer_info
 from einlinear.structures.scales import init_std, spectral_std
 
+Roles: TypeAlias = "Mapping[str, str] | None"
+
 ROLE_KINDS = ("input", "hidden", "output", "vector")
 
-# Beginnings of the words of a name ("pos" for position, positional, ...). The first tuple with a match decides; a name
-# without any match is that of a matrix.
+# beginnings of the words of a name ("pos" for position, positional, ...)
 _VECTOR_WORDS = ("bias", "scale", "scaling", "gamma", "beta", "lambda", "alpha")
 # their number of outputs does not depend on the width
 _OUTPUT_WORDS = ("router", "gate", "head", "classifier")
@@ -39,7 +37,7 @@ _ELEMENTWISE = ("A_log", "D")
 class Parameter:
     """A parameter and its role."""
 
-    # qualified, without the prefixes of wrappers; several for a shared tensor, in order of registration
+    # without the prefixes of wrappers; several for a shared tensor
     names: tuple[str, ...]
     # its name in a base model: for a factor that of the full weight (fc1.weight for fc1.A)
     key: str
@@ -48,7 +46,6 @@ class Parameter:
     shape: tuple[int, ...]
     # the class name of its module
     owner: str
-    # with `shares_input_with` as a qualified name
     role: Role
     # whether the module stacks weights as (experts, in, out)
     transposed: bool = False
@@ -103,7 +100,7 @@ class Parameter:
         return replace(self, role=role or UNKNOWN, is_inferred=True)
 
 
-def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Parameter]:
+def parameters(model: nn.Module, roles: Roles = None) -> list[Parameter]:
     """Return every parameter of a model with its role, each tensor once. `roles` is as for `param_groups`.
 
     A head tied to an embedding is a matrix, whichever of them is registered first, unless `roles` says otherwise.
@@ -119,10 +116,8 @@ def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list
             first = by_tensor.get(id(parameter.tensor))
             by_tensor[id(parameter.tensor)] = parameter if first is None else _merged(first, parameter)
     check_matches(rules, by_tensor.values(), "roles")
-    return [
-        _with_kind(parameter, next((kind for glob, kind in rules.items() if parameter.matches(glob)), None))
-        for parameter in by_tensor.values()
-    ]
+    kinds = {p: next((kind for glob, kind in rules.items() if p.matches(glob)), None) for p in by_tensor.values()}
+    return [_with_kind(p, kind) for p, kind in kinds.items()]
 
 
 def check_matches(globs: Iterable[str], parameters: Iterable[Parameter], argument: str) -> None:
@@ -155,21 +150,16 @@ def _shapes_before_fsdp1(model: nn.Module) -> dict[int, tuple[int, ...]]:
     """Return the full shapes of parameters that FSDP1 has divided, by their id."""
     handles = (getattr(module, "_handle", None) for module in model.modules())
     flat = (getattr(handle, "flat_param", None) for handle in handles)
-    return {
-        id(parameter): tuple(shape)
-        for one in flat
-        for parameter, shape in zip(getattr(one, "_params", None) or (), getattr(one, "_shapes", ()), strict=False)
-    }
+    pairs = (zip(getattr(one, "_params", None) or (), getattr(one, "_shapes", ()), strict=False) for one in flat)
+    return {id(parameter): tuple(shape) for parameter, shape in itertools.chain.from_iterable(pairs)}
 
 
 def _module_parameters(module: nn.Module, prefix: str, shapes: Mapping[int, tuple[int, ...]]) -> Iterator[Parameter]:
     info = layer_info(module) or LayerInfo()
     for name, tensor in module.named_parameters(recurse=False):
         if getattr(tensor, "_is_flat_param", False):
-            raise ValueError(
-                "the model is wrapped in FSDP1, which has put its parameters into flat ones: pass use_orig_params=True "
-                "to FullyShardedDataParallel, or use fully_shard"
-            )
+            advice = "pass use_orig_params=True to it, or use fully_shard"
+            raise ValueError(f"the model is wrapped in FSDP1, which flattens its parameters: {advice}")
         # DeepSpeed's ZeRO-3 leaves parameters empty and notes their shapes
         shape = tuple(getattr(tensor, "ds_shape", shapes.get(id(tensor), tensor.shape)))
         role = info.roles.get(name, UNKNOWN)
@@ -191,27 +181,27 @@ def infer_role(
 ) -> Role | None:
     """Return the role of a parameter by its name and shapes, or None if these contradict each other.
 
-    Shapes come first: a dimension that does not grow from the base model is no fan-in. Contradictions are a table of
-    which both dimensions grow, and a matrix whose inputs alone grow, as those of a table do, and that is no head. With
-    `transposed` a stack is (experts, in, out). The rules are listed in docs/guides/transfer.md.
+    The rules are listed in docs/guides/transfer.md. Contradictions are a table of which both dimensions grow from the
+    base model, and a matrix of which only the inputs grow, as in a table. Heads and routers do that, too.
 
     >>> infer_role("embeddings.cls_token", "ViTEmbeddings", (1, 1, 768)).kind
     'vector'
-    >>> role = infer_role("mlp.experts.down_proj", "MixtralExperts", (8, 64, 256))
-    >>> role.kind, role.in_features, role.out_features, role.stacked
-    ('hidden', 256, 64, True)
     """
     words = _words(name, owner)
-    if sum(size != 1 for size in shape) <= 1 or name.rpartition(".")[2] in _ELEMENTWISE or _has(words, _VECTOR_WORDS):
+
+    def has(beginnings: tuple[str, ...]) -> bool:
+        return any(word.startswith(beginnings) for word in words)
+
+    if sum(size != 1 for size in shape) <= 1 or name.rpartition(".")[2] in _ELEMENTWISE or has(_VECTOR_WORDS):
         return VECTOR
     grows = None if base is None else [i for i, (now, then) in enumerate(zip(shape, base, strict=True)) if now != then]
     if len(shape) == 3 and ("expert" in f"{name} {owner}".lower() or grows == [1, 2]):
         return matrix_role(shape, stacked=True, transposed=transposed)
     if grows == []:
         return INPUT
-    if (len(shape) > 2 and shape[0] == 1) or (_has(words, _TABLE_WORDS) and not _has(words, _MATRIX_WORDS)):
+    if (len(shape) > 2 and shape[0] == 1) or (has(_TABLE_WORDS) and not has(_MATRIX_WORDS)):
         return INPUT if grows is None or len(grows) == 1 else None
-    if grows is not None and 0 not in grows and not _has(words, _OUTPUT_WORDS):
+    if grows is not None and 0 not in grows and not has(_OUTPUT_WORDS):
         return None
     return matrix_role(shape)
 
@@ -222,10 +212,6 @@ def matrix_role(shape: Sequence[int], stacked: bool = False, transposed: bool = 
         return Role("hidden", shape[1], shape[2], stacked=True)
     out_features, *rest = shape[1:] if stacked else shape
     return Role("hidden", math.prod(rest), out_features, stacked=stacked)
-
-
-def _has(words: Sequence[str], beginnings: tuple[str, ...]) -> bool:
-    return any(word.startswith(beginnings) for word in words)
 
 
 def _words(name: str, owner: str) -> list[str]:

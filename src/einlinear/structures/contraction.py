@@ -1,17 +1,12 @@
-"""Contraction of terms, factor by factor: order of the factors, intermediates, MACs, exponents and generic rank.
-
-The intermediate after some factors has the axes of the input and of these factors that the output or a later factor
-still needs. The MACs of a step are the product of all axes of the intermediate and of the factor.
-"""
+"""Contraction of terms, factor by factor: order of the factors, intermediates, MACs, exponents and generic rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import cache, lru_cache, reduce
-from itertools import chain, count, pairwise, permutations
-from operator import or_
+from functools import cache, lru_cache
+from itertools import chain, pairwise, permutations
 from typing import NamedTuple
 
 from einlinear.structures.pattern import Axes, Pattern, TermPattern
@@ -19,28 +14,20 @@ from einlinear.structures.sizes import groups
 
 # subsets of factors that are compared in all terms together
 _MAX_SUBSETS = 1024
-# nodes of the graphs whose maximum flow is a rank
-_MAX_NODES = 1500
-# factors up to which the flows of all orders are compared
-_MAX_PERMUTED = 4
+# nodes of the graphs whose maximum flow is a rank, and factors up to which the flows of all orders are compared
+_MAX_NODES, _MAX_PERMUTED = 1500, 4
 
 
 class Contraction(NamedTuple):
-    """The cheapest contraction of a term at one size."""
+    """The cheapest contraction of a term: order of its factors, MACs, and smallest intermediate over all orders."""
 
-    # positions of the factors in the pattern, first to last
     order: tuple[int, ...]
-    # multiply-accumulates for one input vector
     macs: int
-    # size of the smallest intermediate over all orders, input and output included: the rank without padding
     bottleneck: int
 
 
 def contract(term: TermPattern, sizes: Mapping[str, int], terms: int) -> Contraction:
-    """Find the order of contraction with the fewest MACs. On a tie, or with too many factors, it is the written order.
-
-    `terms` is the number of terms of the pattern, which share the work.
-    """
+    """Find the order of the fewest MACs: the written one on a tie, or if the factors of all `terms` are too many."""
     return _contract(term, tuple(sizes[axis] for axis in term.axes), _MAX_SUBSETS // terms)
 
 
@@ -57,19 +44,30 @@ def intermediates(term: TermPattern, order: tuple[int, ...]) -> tuple[Axes, ...]
 
 @lru_cache(maxsize=4096)
 def _contract(term: TermPattern, sizes: tuple[int, ...], max_subsets: int) -> Contraction:
-    axes, factors = _subsets(term, max_subsets)
+    # sets of axes and of factors are bits of ints, since there may be many
+    bits = {axis: 1 << bit for bit, axis in enumerate(term.axes)}
+    inputs, outputs, *factors = (sum(bits[a] for a in axes) for axes in (term.inputs, term.outputs, *term.factors))
+    count = len(factors)
+    subsets = range(2**count) if 2**count <= max_subsets else [2**n - 1 for n in range(count + 1)]
+
+    @cache
+    def union(subset: int) -> int:
+        lowest = subset & -subset
+        return factors[lowest.bit_length() - 1] | union(subset ^ lowest) if subset else 0
 
     @cache
     def product(axes: int) -> int:
         lowest = axes & -axes
         return sizes[lowest.bit_length() - 1] * product(axes ^ lowest) if axes else 1
 
+    # of the intermediate after each subset of the factors
+    axes = {done: (inputs | union(done)) & (outputs | union(2**count - 1 - done)) for done in subsets}
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
-    for subset in list(axes)[1:]:
+    for subset in subsets[1:]:
         steps = []
         for last, factor in enumerate(factors):
-            before = subset & ~(1 << last)
-            if before != subset and before in best:
+            before = subset ^ 1 << last
+            if before in best:
                 macs, order = best[before]
                 steps.append((macs + product(axes[before] | factor), (*order, last)))
         best[subset] = min(steps)
@@ -77,31 +75,10 @@ def _contract(term: TermPattern, sizes: tuple[int, ...], max_subsets: int) -> Co
     return Contraction(order, macs, min(map(product, axes.values())))
 
 
-@lru_cache(maxsize=1024)
-def _subsets(term: TermPattern, most: int) -> tuple[dict[int, int], list[int]]:
-    """Return the axes of the intermediate after each subset of the factors, or of the first ones, and of each factor.
-
-    Sets of factors and of axes are bits of ints, since there may be many.
-    """
-
-    def bits(axes: Axes) -> int:
-        return sum(1 << term.axes.index(axis) for axis in axes)
-
-    def union(subset: int) -> int:
-        return reduce(or_, (factor for index, factor in enumerate(factors) if subset >> index & 1), 0)
-
-    inputs, outputs, *factors = map(bits, (term.inputs, term.outputs, *term.factors))
-    subsets = range(2 ** len(factors)) if 2 ** len(factors) <= most else [2**n - 1 for n in range(len(factors) + 1)]
-    return {done: (inputs | union(done)) & (outputs | union(~done)) for done in subsets}, factors
-
-
 def scaling_exponents(
     pattern: Pattern, sizes: Mapping[str, int], in_features: int, out_features: int
 ) -> tuple[float, float, float]:
-    """Return psi, nu and omega of arXiv 2410.02117: rank = n^psi, MACs = n^(1 + nu), parameters / MACs = n^-omega.
-
-    As in the paper's closed forms, the factors are contracted in the order they are written in.
-    """
+    """Return psi, nu and omega of arXiv 2410.02117, whose closed forms take the factors in the written order."""
     theta = {axis: size.exponent for axis, size in pattern.sizes}
     for group in groups(pattern, in_features, out_features):
         # open axes share equally what their group has left
@@ -127,9 +104,8 @@ def scaling_exponents(
 def generic_rank(terms: Sequence[TermPattern], sizes: Mapping[str, int], in_features: int, out_features: int) -> int:
     """Return the rank for almost all values of the factors: at most the sum of the ranks of the terms.
 
-    The rank of a term is a minimum cut: its smallest intermediate, over all orders of contraction. With padding only
-    some values of the outer axes are features, and the rank is a maximum flow. Where that would take long, it is an
-    upper bound, off by less than the padding.
+    The rank of a term is a minimum cut: its smallest intermediate. With padding, only some values of the outer axes are
+    features, and the rank is a maximum flow, or an upper bound (off by less than the padding) if that takes long.
     """
     full, rank = min(in_features, out_features), 0
     for term in terms:
@@ -148,61 +124,44 @@ def _padded_rank(term: TermPattern, sizes: Mapping[str, int], in_features: int, 
     written = tuple(range(len(term.factors)))
     orders = permutations(written) if len(written) <= _MAX_PERMUTED else [written]
     paths = [intermediates(term, order) for order in orders]
+    sides = ((term.inputs, in_features), (term.outputs, out_features))
     for digits in range(max(len(term.inputs), len(term.outputs)), -1, -1):
-        ends = (_End(term.inputs, sizes, in_features, digits), _End(term.outputs, sizes, out_features, digits))
-        pieces = {
-            axis: list(pairwise(sorted({0, size, *chain(*(end.cuts(axis) for end in ends))})))
-            for axis, size in sizes.items()
-        }
-        nodes = sum(math.prod(len(pieces[axis]) for axis in axes) for path in paths for axes in path)
-        if nodes <= _MAX_NODES:
+        ends = [_last_feature(axes, sizes, features, digits) for axes, features in sides]
+        pieces = {}
+        for axis, size in sizes.items():
+            cuts = {0, size}
+            for last in ends:
+                if axis in last:
+                    cuts |= {last[axis] + 1} if axis == [*last][-1] else {last[axis], last[axis] + 1}
+            pieces[axis] = list(pairwise(sorted(cuts)))
+        if sum(math.prod(len(pieces[axis]) for axis in axes) for path in paths for axes in path) <= _MAX_NODES:
             break
     return min(_maximum_flow(path, pieces, ends) for path in paths)
 
 
-class _End:
-    """The input or the output of a padded term: which values of its axes are features, and which are padding.
-
-    Features are the values up to the last feature, compared as numbers are: leading digit first. Only some leading
-    digits of the last feature are looked at; whatever the other digits are counts as a feature.
-    """
-
-    def __init__(self, axes: Axes, sizes: Mapping[str, int], features: int, digits: int) -> None:
-        rest, last = features - 1, list[int]()
-        for axis in reversed(axes):
-            rest, digit = divmod(rest, sizes[axis])
-            last.append(digit)
-        last = last[::-1][:digits]
-        while last and last[-1] == sizes[axes[len(last) - 1]] - 1:
-            last.pop()
-        self.axes, self.last = axes[: len(last)], tuple(last)
-
-    def cuts(self, axis: str) -> Iterable[int]:
-        """Return the cuts of an axis between which all values are alike."""
-        if axis not in self.axes:
-            return ()
-        digit = self.last[self.axes.index(axis)]
-        return (digit + 1,) if axis == self.axes[-1] else (digit, digit + 1)
-
-    def has(self, start: Mapping[str, int]) -> bool:
-        """Return whether a piece of every axis, starting at these values, is made of features."""
-        return tuple(start[axis] for axis in self.axes) <= self.last
+def _last_feature(axes: Axes, sizes: Mapping[str, int], features: int, digits: int) -> dict[str, int]:
+    """Return up to `digits` leading digits of the last feature, by axis: all values up to it are features."""
+    rest, last = features - 1, list[int]()
+    for axis in reversed(axes):
+        rest, digit = divmod(rest, sizes[axis])
+        last.append(digit)
+    last = last[::-1][:digits]
+    while last and last[-1] == sizes[axes[len(last) - 1]] - 1:
+        last.pop()
+    return dict(zip(axes, last))
 
 
-def _maximum_flow(
-    path: Sequence[Axes], pieces: Mapping[str, Sequence[tuple[int, int]]], ends: tuple[_End, _End]
-) -> int:
+def _maximum_flow(path: tuple[Axes, ...], pieces: dict[str, list[tuple[int, int]]], ends: list[dict[str, int]]) -> int:
     """Return the maximum flow through the intermediates of one order of contraction.
 
-    A node is one piece of every axis of an intermediate. Its capacity is the number of values it stands for. Nodes of
-    consecutive intermediates are joined where they agree in their shared axes, through one more node.
+    A node is one piece of every axis of an intermediate; its capacity is the number of values. Nodes of consecutive
+    intermediates are joined where they agree in their shared axes, through one more node.
     """
     # networkx comes with torch, and only padded structures need it
     import networkx as nx
 
     graph = nx.DiGraph()
     graph.add_nodes_from(("source", "sink"))
-    names = count(1)
     shared: list[str] = []
     for depth, axes in enumerate(path):
         nodes: list[tuple[dict[str, int], int]] = [({}, 1)]
@@ -210,10 +169,11 @@ def _maximum_flow(
             nodes = [({**starts, axis: a}, size * (b - a)) for starts, size in nodes for a, b in pieces[axis]]
         first, last = depth == 0, depth == len(path) - 1
         shared_next = [axis for axis in axes if not last and axis in path[depth + 1]]
+        end = ends[0] if first else ends[1] if last else {}
         for starts, capacity in nodes:
-            if (first and not ends[0].has(starts)) or (last and not ends[1].has(starts)):
+            if [starts[axis] for axis in end] > [*end.values()]:
                 continue
-            name = next(names)
+            name = len(graph)
             graph.add_edge(name, -name, capacity=capacity)
             graph.add_edge("source" if first else (depth, *(starts[axis] for axis in shared)), name)
             graph.add_edge(-name, "sink" if last else (depth + 1, *(starts[axis] for axis in shared_next)))

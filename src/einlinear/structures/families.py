@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -19,6 +19,7 @@ from einlinear.structures.pattern import Pattern, parse
 from einlinear.structures.sizes import DoesNotFit
 
 Builder = Callable[..., str]
+FAMILIES: dict[str, Family] = {}
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Family:
     """A named family of structures.
 
     Attributes:
-        name: its name in specs.
-        builder: the function from arguments to the text of a pattern.
+        name, builder: its name in specs, and the function from arguments to the text of a pattern.
         defaults: the default of every argument, by name; `inspect.Parameter.empty` if the argument is required.
         features: the ones of in_features and out_features that the builder takes as well.
     """
@@ -40,8 +40,6 @@ class Family:
     @classmethod
     def of(cls, name: str, builder: Builder) -> Family:
         """Inspect a builder, which must be a function of named arguments."""
-        if not callable(builder):
-            raise TypeError(f"the builder of {name!r} must be a function that returns a pattern, not {builder!r}")
         parameters = inspect.signature(builder).parameters
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         if any(parameter.kind not in named for parameter in parameters.values()):
@@ -50,9 +48,8 @@ class Family:
         defaults = {p: parameter.default for p, parameter in parameters.items() if p not in features}
         return cls(name, builder, defaults, features)
 
-    def check(self, arguments: Iterable[str]) -> None:
+    def check(self, arguments: Collection[str]) -> None:
         """Raise ValueError for an unknown or a missing argument."""
-        arguments = tuple(arguments)
         for argument in arguments:
             if argument not in self.defaults:
                 hint = did_you_mean(argument, self.defaults)
@@ -85,13 +82,8 @@ def _format_value(value: Any) -> str:
     return repr(float(value)) if isinstance(value, Fraction) and value.denominator > 1000 else str(value)
 
 
-FAMILIES: dict[str, Family] = {}
-
-
 def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> Builder:
-    """Register a named family: from then on ``name(argument=value, ...)`` is a structure.
-
-    On the command line, ``einlinear --import FILE`` runs the file that registers the family.
+    """Register a named family, so that ``name(argument=value, ...)`` is a structure. Return the builder.
 
     Args:
         name: an identifier that no family has.
@@ -100,12 +92,8 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
             of the family fits, it raises `DoesNotFit`.
         overwrite: whether to replace a family of this name. Existing structures keep their pattern.
 
-    Returns:
-        The builder.
-
     Raises:
-        ValueError: the name is taken or not an identifier.
-        TypeError: the builder is not a function of named arguments.
+        ValueError, TypeError: the name is taken or no identifier; the builder is no function of named arguments.
 
     Example:
         >>> import einlinear as el
@@ -122,7 +110,6 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
 
 
 def find_family(name: str) -> Family:
-    """Look up a family. Raises ValueError that lists the families and suggests the nearest name."""
     if name in FAMILIES:
         return FAMILIES[name]
     hint = did_you_mean(name.lower().replace("-", "_"), FAMILIES, cutoff=0.5)
@@ -169,11 +156,7 @@ def _tt(rank: int = 1, cores: int = 2) -> str:
 
 
 def _btt(rank: int = 1, cores: int = 2) -> str:
-    """Block tensor-train: a tensor-train matrix whose cores also depend on the axes that they do not map.
-
-    Two cores: y[f, e] = sum_{g, r} B[f, e, g, r] sum_a A[g, r, f, a] x[g, a] (arXiv 2406.06248, section 3.2). With rank
-    1 and log2(features) cores it is a butterfly matrix.
-    """
+    """Block tensor-train: the cores also depend on the axes that they do not map (arXiv 2406.06248, section 3.2)."""
     inputs, outputs, ranks = _chain_axes("btt", rank, cores, "ag", "fe")
     factors = [
         [*inputs[:k:-1], *outputs[:k], *ranks[k : k + 1], outputs[k], inputs[k], *ranks[max(k - 1, 0) : k]]
@@ -215,11 +198,7 @@ def _blast(blocks: int, rank: int) -> str:
 
 
 def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
-    """Build a two-factor einsum from the exponents (alpha, beta, gamma, delta, epsilon, phi, rho) of its axes' sizes.
-
-    The axes a, b, g split in_features, the axes d, e, f split out_features, and r is the smaller feature count to the
-    power rho (or the rank). The exponents of each side sum to 1 (arXiv 2410.02117, section 2).
-    """
+    """Two factors whose axes a, b, g, d, e, f, r have these exponents, alpha to rho (arXiv 2410.02117, section 2)."""
     if not isinstance(theta, tuple | list) or not all(isinstance(t, int | float | Fraction) for t in theta):
         raise TypeError(f"einsum: theta must be a tuple of seven numbers, not {theta!r}")
     if len(theta) != 7 or not all(0 <= t <= 1 for t in theta):
@@ -237,7 +216,6 @@ def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
 def _chain_axes(
     family: str, rank: int, cores: int, inputs: str, outputs: str
 ) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
-    """Name the input, output and rank axes of a chain, from the first core to the last; short names of two cores."""
     _check_counts(family, rank=rank, cores=cores)
     if cores < 2:
         raise ValueError(f"{family}: cores must be at least 2, not {cores}")

@@ -15,10 +15,13 @@ MAX_SIZE = 2**31 - 1
 MAX_NUMBER = 10**30
 
 
-def check_text(text: str) -> None:
-    """Raise ValueError for text that is too long to be a structure."""
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"a structure has at most {MAX_TEXT:,} characters, not {len(text):,}: {text[:40]}…")
+def check_text(spec: Any) -> str:
+    """Return a spec that is text, and not too long to be a structure."""
+    if not isinstance(spec, str):
+        raise TypeError(f"a structure is given as text such as 'btt(rank=2)', not {spec!r}")
+    if len(spec) > MAX_TEXT:
+        raise ValueError(f"a structure has at most {MAX_TEXT:,} characters, not {len(spec):,}: {spec[:40]}…")
+    return spec
 
 
 def as_int(value: Any) -> int | None:

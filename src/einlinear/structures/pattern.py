@@ -68,7 +68,6 @@ class TermPattern:
 
     @cached_property
     def axes(self) -> Axes:
-        """All axes, in order of first appearance."""
         return tuple(dict.fromkeys(chain(self.inputs, *self.factors, self.outputs)))
 
     def __str__(self) -> str:
@@ -99,7 +98,6 @@ class Pattern:
         return tuple(axis for axis in self.axes if axis not in outer)
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Pattern:
-        """Return the pattern with more sizes fixed."""
         fixed = dict(self.sizes)
         for axis, value in sizes.items():
             if axis not in self.axes:
@@ -112,21 +110,13 @@ class Pattern:
 
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Pattern:
-    """Parse a pattern. Raises PatternError (a ValueError) that points at the mistake in the text.
-
-    >>> parse("(g a), g r f a, f e g r -> (f e) where r=2").terms[0].factors
-    (('g', 'r', 'f', 'a'), ('f', 'e', 'g', 'r'))
-    """
-    limits.check_text(text)
-    pattern = _Parser(" ".join(text.split())).pattern()
-    factors = sum(len(term.factors) for term in pattern.terms)
-    for name, count, limit in (
-        ("terms", len(pattern.terms), limits.MAX_TERMS),
-        ("factors", factors, limits.MAX_FACTORS),
-        ("axes", len(pattern.axes), limits.MAX_AXES),
-    ):
-        if count > limit:
-            raise ValueError(f"a pattern has at most {limit} {name}, not {count}")
+    """Parse a pattern. Raises PatternError (a ValueError) that points at the mistake in the text."""
+    pattern = _Parser(" ".join(limits.check_text(text).split())).pattern()
+    factors = [axes for term in pattern.terms for axes in term.factors]
+    parts = {"terms": pattern.terms, "factors": factors, "axes": pattern.axes}
+    for (name, part), limit in zip(parts.items(), (limits.MAX_TERMS, limits.MAX_FACTORS, limits.MAX_AXES), strict=True):
+        if len(part) > limit:
+            raise ValueError(f"a pattern has at most {limit} {name}, not {len(part)}")
     return pattern
 
 

@@ -1,47 +1,35 @@
-"""Sizes of the axes: integers whose product is the number of features, closest to the targets of the pattern.
-
-If none are within a factor of two of every target, the features are padded by as little as necessary.
-"""
+"""Sizes of the axes: integers close to the targets of the pattern, with as little padding as possible."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from itertools import chain, product
 from typing import NamedTuple
 
 from einlinear.structures import limits
 from einlinear.structures.pattern import Axes, Pattern
 
+Sizes = tuple[int, ...]
+
 # padding as a fraction of the features
 MAX_PADDING = 0.15
-# log ratio of a size and its target above which padding is preferred
-_CLOSE = math.log(2) + 1e-9
-# distances that count as equal
-_EQUAL = 1e-9
+# log ratio of a size and its target above which padding is preferred, and distances that count as equal
+_CLOSE, _EQUAL = math.log(2) + 1e-9, 1e-9
 # candidates that are compared: orders of equally good sizes in one group, and assignments to all groups
 _MAX_ORDERS, _MAX_CANDIDATES = 6, 1024
-# limits of the search, after which the best sizes so far are taken: padded feature counts without large prime factors,
-# padded feature counts where no sizes are close to their targets, and sizes of an axis
-_MAX_TRIED, _MAX_FAR, _MAX_STEPS = 65536, 1024, 65536
-# largest prime factors up to which numbers are rare, and are multiplied up, and above which most numbers qualify
-_RARE, _COMMON = 64, 4096
+# limits of the search, after which the best sizes so far are taken: padded feature counts where no sizes are close to
+# their targets, and sizes of an axis
+_MAX_FAR, _MAX_STEPS = 1024, 65536
+# numbers without larger prime factors are rare
+_RARE = 64
 
 
 class DoesNotFit(ValueError):
     """The structure does not exist at this size, but may exist at another one.
 
-    A family's builder raises it, too, for features that no member of the family fits. All other mistakes, such as an
-    unknown family, are wrong at every size: they are plain ValueErrors.
-
-    Example:
-        >>> import einlinear as el
-        >>> try:
-        ...     el.structure("dyad(blocks=30)", 64, 64)
-        ... except el.structures.DoesNotFit:
-        ...     print("no blocks at this width")
-        no blocks at this width
+    Builders raise it for features that no member of the family fits. Mistakes at every size are plain ValueErrors.
     """
 
 
@@ -82,10 +70,8 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
                 # 64**(1/3) is 3.9999...96 in floats
                 fixed[axis] = max(1, math.ceil(size - 1e-9) if is_power else math.floor(size))
         elif not owners[axis]:
-            raise ValueError(
-                f"axis {axis!r} is neither read nor written, so its size must be given: 'where {axis}=2' in the "
-                f'pattern, or sizes={{"{axis}": 2}}'
-            )
+            advice = f"its size must be given: 'where {axis}=2' in the pattern, or sizes={{'{axis}': 2}}"
+            raise ValueError(f"axis {axis!r} is neither read nor written, so {advice}")
     for axis in pattern.axes:
         # an axis of several groups must divide each of them
         if len(owners[axis]) > 1 and axis not in fixed:
@@ -108,8 +94,8 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
             closest = _closest(remaining, limit, goals, group.side == "in", effort)
             few = math.prod(map(len, options)) * len(closest) <= _MAX_CANDIDATES
             options.append([dict(zip(free, values)) for values in (closest if few else closest[:1])])
-    for choice in product(*options):
-        every = dict(chain(fixed.items(), *map(dict.items, choice)))
+    for choice in itertools.product(*options):
+        every = dict(itertools.chain(fixed.items(), *map(dict.items, choice)))
         yield {axis: every[axis] for axis in pattern.axes}
 
 
@@ -129,42 +115,36 @@ def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targe
 def _check_padding(group: Group, total: int, sizes: Mapping[str, int]) -> None:
     """Refuse sizes with fewer features than there are, or with too much padding."""
     features, named = group.features, ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    given = f"{group.side}_features={features}"
     if total < features:
-        raise DoesNotFit(
-            f"the sizes {named} multiply to {total}, fewer than {group.side}_features={features}: give larger sizes, "
-            "or leave one axis free"
-        )
+        raise DoesNotFit(f"the sizes {named} multiply to {total}, fewer than {given}: enlarge or free an axis")
     if total - features > MAX_PADDING * features:
         step = math.prod(sizes.values())
         down, up = features // step * step, math.ceil(features / step) * step
         nearby = f"{down} and {up}" if 0 < down < up else str(up)
-        raise DoesNotFit(
-            f"{group.side}_features={features} is not divisible by {step} (the axes {named}) and would be padded to "
-            f"{total}, by more than {MAX_PADDING:.0%}; nearby sizes that fit: {nearby}"
-        )
+        padded = f"padded to {total}, by more than {MAX_PADDING:.0%}; nearby sizes that fit: {nearby}"
+        raise DoesNotFit(f"{given} is not divisible by {step} (the axes {named}) and would be {padded}")
 
 
 @lru_cache(maxsize=4096)
-def _closest(
-    features: int, limit: int, targets: tuple[float, ...], descending: bool, effort: float
-) -> list[tuple[int, ...]]:
-    """Return the factorisations closest to the targets, all equally close, of from `features` to `limit` features.
+def _closest(features: int, limit: int, targets: tuple[float, ...], descending: bool, effort: float) -> list[Sizes]:
+    """Return the factorisations closest to the targets, of as few features as possible, from `features` to `limit`.
 
-    They are of as few features as possible. `effort` is the fraction of the limits of the search.
+    All are equally close. `effort` is the fraction of the limits of the search.
     """
     if len(targets) == 1:
         return [(min(max(features, math.ceil(targets[0] * math.exp(-_CLOSE))), limit),)]
     search = _Search(targets, int(effort * _MAX_STEPS))
     product, slack = math.prod(targets), 2 ** len(targets) * 1.01
     if product / slack <= limit and features <= product * slack:
-        for padded in _smooth_numbers(features, limit, 2 * max(targets) + 1, int(effort * _MAX_TRIED)):
+        for padded in _smooth_numbers(features, limit, 2 * max(targets) + 1):
             _, closest = search.closest(padded)
             if max(abs(math.log(size / target)) for size, target in zip(closest[0], targets)) <= _CLOSE:
                 return sorted(closest, reverse=descending)[:_MAX_ORDERS]
             if search.steps <= 0:
                 break
     search.steps = int(effort * _MAX_STEPS)
-    best, closest = math.inf, list[tuple[int, ...]]()
+    best, closest = math.inf, list[Sizes]()
     for padded in range(features, min(limit, features + _MAX_FAR) + 1):
         distance, candidates = search.closest(padded, best)
         if distance < best - _EQUAL:
@@ -174,23 +154,13 @@ def _closest(
     return sorted(closest, reverse=descending)[:_MAX_ORDERS]
 
 
-def _smooth_numbers(first: int, last: int, largest: float, tried: int) -> Iterator[int]:
-    """Yield the numbers from first to last without a prime factor above `largest`, which no axis could have."""
-    if largest > _COMMON:
+def _smooth_numbers(first: int, last: int, largest: float) -> Iterator[int]:
+    """Yield the numbers from first to last, without those of a prime factor above `largest` where these are many."""
+    if largest > _RARE:
         yield from range(first, last + 1)
         return
-    primes = [p for p in _primes() if p <= largest]
-    if largest > _RARE:
-        product = math.prod(primes)
-        for number in range(first, min(last, first + tried) + 1):
-            rest = number
-            while (common := math.gcd(rest, product)) > 1:
-                rest //= common
-            if rest == 1:
-                yield number
-        return
     numbers = [1]
-    for prime in primes:
+    for prime in itertools.takewhile(lambda prime: prime <= largest, _primes()):
         # the list grows during iteration
         for number in numbers:
             if number * prime <= last:
@@ -201,15 +171,15 @@ def _smooth_numbers(first: int, last: int, largest: float, tried: int) -> Iterat
 class _Search:
     """Branch and bound for the sizes of a given product that are closest to the targets: least squares of log ratios.
 
-    The bound spreads the rest of the product evenly over the remaining axes. All orders of up to three axes are
-    compared. Of more axes only the two monotone orders are, since the number of orders grows as the factorial.
+    The bound spreads the rest of the product evenly over the remaining axes. Of more than three axes, only the two
+    monotone orders are compared, since the number of orders grows as the factorial.
     """
 
     def __init__(self, targets: tuple[float, ...], steps: int) -> None:
         self.targets, self.steps = targets, steps
-        self.best, self.closest_sizes = math.inf, set[tuple[int, ...]]()
+        self.best, self.closest_sizes = math.inf, set[Sizes]()
 
-    def closest(self, features: int, below: float = math.inf) -> tuple[float, list[tuple[int, ...]]]:
+    def closest(self, features: int, below: float = math.inf) -> tuple[float, list[Sizes]]:
         """Return the least distance below a bound, and all sizes of this distance, or the best within the steps."""
         self.best, self.closest_sizes = below, set()
         divisors = _divisors(features)
@@ -222,7 +192,7 @@ class _Search:
         return self.best, list(self.closest_sizes)
 
     def _extend(
-        self, sizes: tuple[int, ...], rest: int, logs: list[float], distance: float, divisors: Sequence[int], back: bool
+        self, sizes: Sizes, rest: int, logs: list[float], distance: float, divisors: Sequence[int], back: bool
     ) -> None:
         """Choose the size of the next axis: sizes nearest to an even share first."""
         monotone, left = len(logs) > 3, len(logs) - len(sizes)
@@ -263,7 +233,7 @@ def _divisors(n: int) -> tuple[int, ...]:
 
 @cache
 def _primes() -> tuple[int, ...]:
-    """The primes up to the square root of the largest padded number of features."""
+    """Return the primes up to the square root of the largest padded number of features."""
     sieve = bytearray([1]) * (math.isqrt(limits.MAX_SIZE * 2) + 1)
     for n in range(2, math.isqrt(len(sieve)) + 1):
         sieve[n * n :: n] = bytes(len(sieve[n * n :: n]))

@@ -23,12 +23,10 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _CONSTANTS = {"True": True, "False": False, "None": None}
-# how deep tuples and minus signs may be nested
-_MAX_NESTED = 20
+# how deep tuples and minus signs may be nested, and up to how many blocks a budget chooses
+_MAX_NESTED, _MAX_BLOCKS = 20, 1024
 # arguments of families that a budget chooses
 _CHOSEN: tuple[str, ...] = ("rank", "blocks")
-# more blocks are taken only where the user asks for them
-_MAX_BLOCKS = 1024
 
 
 class OverBudget(ValueError):
@@ -47,7 +45,7 @@ def structure(
     """Build the structure of a matrix of shape (out_features, in_features).
 
     Args:
-        spec: a family, ``"btt(rank=2)"`` or ``"btt"``, or a pattern, ``"(g a), g r f a, f e g r -> (f e)"``.
+        spec: a family, ``"btt(rank=2)"``, or a pattern, ``"(g a), g r f a, f e g r -> (f e)"``.
         in_features, out_features: the size of the layer, integers of any kind up to 2^31 - 1.
         max_macs: a fraction of the MACs of dense, at most 1. It chooses what is not set: the largest rank of a family,
             or else the fewest blocks; the one rank axis of a pattern that has no size.
@@ -56,8 +54,8 @@ def structure(
 
     Raises:
         DoesNotFit: the sizes contradict the features, or the features would be padded by more than 15 %.
-        ValueError: an unknown family or argument, a pattern that cannot be read (the error points at the mistake), a
-            budget that is too small, or a larger text or pattern than any real structure has.
+        ValueError: an unknown family or argument, a pattern that cannot be read, a budget that is too small, or a text
+            that exceeds a limit.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -68,15 +66,13 @@ def structure(
         >>> el.structure("btt", 1024, 4096, max_macs=0.25).spec
         'btt(rank=5)'
     """
-    spec = _check_type(spec.spec if isinstance(spec, Structure) else spec)
+    spec = limits.check_text(spec.spec if isinstance(spec, Structure) else spec)
     in_features = limits.validate_size("in_features", in_features)
     out_features = limits.validate_size("out_features", out_features)
     if max_macs is not None:
         if not isinstance(max_macs, Real) or isinstance(max_macs, bool) or not 0 < max_macs <= 1:
-            raise ValueError(
-                "max_macs is a fraction of the MACs of dense, above 0 and at most 1, such as 0.25, "
-                f"not {limits.format_number(max_macs)}"
-            )
+            shown = limits.format_number(max_macs)
+            raise ValueError(f"max_macs is a fraction of the MACs of dense, above 0 and at most 1, not {shown}")
         max_macs = float(max_macs)
     if is_family(spec):
         if sizes is not None:
@@ -93,10 +89,8 @@ def structure(
             return _build(pattern, in_features, out_features, family.spec({**given, **chosen}))
     else:
         if arguments:
-            raise ValueError(
-                f"a pattern takes no arguments, not {', '.join(arguments)}=: write sizes into it, as in 'where r=2', "
-                'or give them as sizes={"r": 2}'
-            )
+            named = ", ".join(arguments)
+            raise ValueError(f"a pattern takes no arguments, not {named}=: write 'where r=2', or give sizes={{'r': 2}}")
         pattern = parse(spec).with_sizes(sizes or {})
         unset = [axis for axis in pattern.rank_axes if axis not in dict(pattern.sizes)]
 
@@ -117,15 +111,14 @@ def check_spec(spec: str) -> None:
     """Raise what `structure` would raise at any size: an unknown family or argument, a pattern that cannot be read."""
     if isinstance(spec, Structure):
         raise TypeError(f"a Structure has one size: give its spec, {spec.spec!r}, which is for layers of any size")
-    if not is_family(_check_type(spec)):
+    if not is_family(limits.check_text(spec)):
         parse(spec)
         return
     name, arguments = parse_family(spec)
     family = find_family(name)
-    if family.features:
-        # the builder may refuse some sizes only
-        family.check(arguments)
-    else:
+    family.check(arguments)
+    # a builder that takes features may refuse some sizes only
+    if not family.features:
         family.pattern(arguments, 1, 1)
 
 
@@ -135,18 +128,10 @@ def is_family(spec: str) -> bool:
 
 
 def parse_family(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split "btt(rank=2)" into the family's name and the arguments. Raises ValueError that points at a mistake."""
-    limits.check_text(spec)
-    name = spec.partition("(")[0].strip()
+    """Split "btt(rank=2)" into the family's name and the arguments."""
+    name = limits.check_text(spec).partition("(")[0].strip()
     find_family(name)
     return name, _ArgumentParser(spec, name).arguments()
-
-
-def _check_type(spec: Any) -> str:
-    if not isinstance(spec, str):
-        raise TypeError(f"a structure is given as text such as 'btt(rank=2)', not {spec!r}")
-    limits.check_text(spec)
-    return spec
 
 
 class _ArgumentParser(Scanner):
@@ -181,11 +166,10 @@ class _ArgumentParser(Scanner):
                 return
 
     def value(self, nested: int = 0) -> Any:
-        """A number, a fraction such as 1/2, a word, or a tuple of these."""
         start, value = self.next, self.operand(nested)
         while self.accept("/"):
             divisor = self.operand(nested)
-            if not _is_number(value) or not _is_number(divisor) or not divisor:
+            if not {type(value), type(divisor)} <= {int, Fraction} or not divisor:
                 raise self.unreadable(start)
             value = Fraction(value) / divisor
         return value
@@ -196,7 +180,7 @@ class _ArgumentParser(Scanner):
             raise self.error(f"tuples and minus signs are nested more than {_MAX_NESTED} times")
         if self.accept("-"):
             operand = self.operand(nested + 1)
-            if not _is_number(operand):
+            if type(operand) not in (int, Fraction):
                 raise self.unreadable(start)
             return -operand
         if self.accept("("):
@@ -217,10 +201,6 @@ class _ArgumentParser(Scanner):
     def unreadable(self, token: int) -> PatternError:
         expected = "expected a number, a fraction, a word or a tuple"
         return self.error(f"cannot read the arguments of {self.family}: {expected}", token)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | Fraction) and not isinstance(value, bool)
 
 
 def _exact(value: Any) -> Any:
@@ -250,7 +230,15 @@ def _build(pattern: Pattern, in_features: int, out_features: int, spec: str | No
         # type(error): a DoesNotFit stays one
         raise type(error)(f"{spec}: {error}") from None
     if others:
-        best = max([best, *others], key=lambda sizes: _preference(pattern, sizes, min(in_features, out_features)))
+        # rank axes of size 1: the other axes stay as they are as the rank grows
+        ones = dict.fromkeys(pattern.rank_axes, 1)
+
+        def preference(sizes: Mapping[str, int]) -> tuple[int, int]:
+            contractions = [contract(term, {**sizes, **ones}, len(pattern.terms)) for term in pattern.terms]
+            rank = sum(contraction.bottleneck for contraction in contractions)
+            return min(rank, in_features, out_features), -sum(contraction.macs for contraction in contractions)
+
+        best = max([best, *others], key=preference)
     # the canonical text may be longer than the text that was read
     limits.check_text(spec)
     structure = Structure(spec, in_features, out_features, pattern, tuple(best.items()))
@@ -259,25 +247,15 @@ def _build(pattern: Pattern, in_features: int, out_features: int, spec: str | No
     return structure
 
 
-def _preference(pattern: Pattern, sizes: Mapping[str, int], full_rank: int) -> tuple[int, int]:
-    """Rank without padding, and MACs (negated), with rank axes of size 1: axes stay as they are as the rank grows."""
-    sizes = {**sizes, **dict.fromkeys(pattern.rank_axes, 1)}
-    contractions = [contract(term, sizes, len(pattern.terms)) for term in pattern.terms]
-    rank = sum(contraction.bottleneck for contraction in contractions)
-    return min(rank, full_rank), -sum(contraction.macs for contraction in contractions)
-
-
 def _fraction(structure: Structure) -> float:
-    """The MACs, as a fraction of those of dense."""
     return structure.macs / (structure.in_features * structure.out_features)
 
 
 def _within(structure: Structure, max_macs: float | None) -> Structure:
-    if max_macs is not None and _fraction(structure) > max_macs:
-        raise OverBudget(
-            f"max_macs={max_macs:g} of dense is too small for {structure.spec} at {structure.in_features} -> "
-            f"{structure.out_features}: it needs {_fraction(structure):.4g}"
-        )
+    needed = _fraction(structure)
+    if max_macs is not None and needed > max_macs:
+        where = f"{structure.spec} at {structure.in_features} -> {structure.out_features}"
+        raise OverBudget(f"max_macs={max_macs:g} of dense is too small for {where}: it needs {needed:.4g}")
     return structure
 
 

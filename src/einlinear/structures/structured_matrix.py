@@ -23,13 +23,11 @@ class Factor:
     The step reads an intermediate (the input, for the first factor) and leaves another one (the output, for the last).
 
     Attributes:
-        name: A, B, C, ... in the order the pattern writes them; also the name of the layer's parameter.
-        axes, shape: the axes as the pattern writes them, and their sizes: the shape of the parameter.
+        name: A, B, C, ... in the written order; also the name of the layer's parameter.
+        axes, shape: the axes in the written order, and their sizes: the shape of the parameter.
         source, result: the axes of the intermediate that the step reads, and of the one that it leaves.
-        batch: the axes that factor, source and result have.
-        contracted: the axes that factor and source have: they are summed.
-        free: the axes that source and result have: the same matrices are applied for all of their values.
-        new: the axes that factor and result have.
+        batch, contracted: the axes of factor and source that the result has, and that are summed.
+        free, new: the axes of the result that the factor lacks, and that the source lacks.
         fan_in, fan_out: the products of the sizes of `contracted` and of `new`.
         macs: multiply-accumulates of the step for one input vector.
     """
@@ -132,11 +130,9 @@ class Structure:
 
     @property
     def psi(self) -> float:
-        """The exponent of the rank: rank = n^psi for n features, as n grows (arXiv 2410.02117, section 3).
+        """The exponent of the rank: rank = n^psi for n features (arXiv 2410.02117, section 3).
 
-        Named sizes (``rank=4``, ``blocks=4``) stay fixed and balanced axes grow. If all axes of the input or output are
-        fixed, they count with the exponents they have at this size. Factors are taken in the written order, as in the
-        paper, so a theta that is cheaper in another order can have a smaller rank; `rank` is exact.
+        Named sizes (``rank=4``, ``blocks=4``) stay fixed, balanced axes grow. Factors are taken in the written order.
         """
         return self._exponents[0]
 
