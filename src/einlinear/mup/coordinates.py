@@ -21,12 +21,7 @@ from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
 # inputs and targets, one sample per row
 Batch = tuple[Tensor, Tensor]
 
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    # decay would be measured, too: without weight_decay= there is none
-    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),
-    "sgd": torch.optim.SGD,
-}
+_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -68,7 +63,7 @@ def coord_check(
     progress: Callable[[int, int], None] | None = None,
     **groups: Any,
 ) -> list[Coordinates]:
-    """Train a model briefly at every width and measure how much its features change in a step.
+    """Train a model briefly at every width and return, by width and layer, how much its features change in a step.
 
     With the right learning rates it is the same at every width (arXiv 2203.03466, appendix D.1; 2406.06248, figure 3).
 
@@ -83,9 +78,6 @@ def coord_check(
         loss: training loss of a model and a batch. Default: the cross-entropy of the outputs.
         progress: called with (width, step) after every step.
         **groups: further arguments of `param_groups`, such as structure_aware=False for the control.
-
-    Returns:
-        One entry per width and layer, in this order.
 
     Raises:
         ValueError: a glob that matches no module, outputs that cannot be measured, and what `param_groups` raises.
@@ -108,7 +100,9 @@ def coord_check(
     results = []
     for width in widths:
         model = build(width)
-        stepper = _OPTIMIZERS[optimizer](param_groups(model, lr, base=base, optimizer=optimizer, **groups), lr=lr)
+        scaled = param_groups(model, lr, base=base, optimizer=optimizer, **groups)
+        # decay would be measured, too: without weight_decay= there is none
+        stepper = _OPTIMIZERS[optimizer](scaled, lr=lr, weight_decay=0.0)
         previous = _features(model, probe, layers)
         size, update = dict.fromkeys(previous, 0.0), dict.fromkeys(previous, 0.0)
         for step, batch in enumerate(islice(cycle(batches), steps)):
@@ -129,7 +123,6 @@ def coord_check(
 
 @torch.no_grad()
 def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> dict[str, Tensor]:
-    """Return the outputs of the chosen modules for the probe."""
     features: dict[str, Tensor] = {}
     globs = as_globs(layers, "layers")
     modules = {name: module for name, module in plain_modules(model) if name}

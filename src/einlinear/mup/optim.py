@@ -88,7 +88,7 @@ def _divided_like(x: Tensor, like: Any) -> Tensor:
 
 
 def lr_factor(schedule: str, step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Return the learning rate of a step, counted from 0, over its peak, which the last step of the warm-up has."""
+    """Return the learning rate of a step, counted from 0, over its peak."""
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":

@@ -101,10 +101,7 @@ class Parameter:
 
 
 def parameters(model: nn.Module, roles: Roles = None) -> list[Parameter]:
-    """Return every parameter of a model with its role, each tensor once. `roles` is as for `param_groups`.
-
-    A head tied to an embedding is a matrix, whichever of them is registered first, unless `roles` says otherwise.
-    """
+    """Return every parameter of a model with its role, each tensor once. `roles` is as for `param_groups`."""
     rules = as_rules(roles, "roles")
     for glob, kind in rules.items():
         if kind not in ROLE_KINDS:
@@ -181,11 +178,8 @@ def infer_role(
 ) -> Role | None:
     """Return the role of a parameter by its name and shapes, or None if these contradict each other.
 
-    The rules are listed in docs/guides/transfer.md. Contradictions are a table of which both dimensions grow from the
-    base model, and a matrix of which only the inputs grow, as in a table. Heads and routers do that, too.
-
-    >>> infer_role("embeddings.cls_token", "ViTEmbeddings", (1, 1, 768)).kind
-    'vector'
+    Contradictions are a table of which both dimensions grow from the base model, and a matrix of which only the inputs
+    grow, as in a table. Heads and routers do that, too. The rules are listed in docs/guides/transfer.md.
     """
     words = _words(name, owner)
 

@@ -32,9 +32,7 @@ Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
 
 
 def base_shapes(model: nn.Module, roles: Roles = None) -> dict[str, list[int]]:
-    """Return the shapes of a base model by name, to be saved as JSON: of weights and all other parameters.
-
-    A structured layer has the shape [out_features, in_features], and so has each of its experts.
+    """Return the shapes of a base model by name, to be saved as JSON: [out, in] for structured layers and experts.
 
     >>> import einlinear as el
     >>> el.base_shapes(el.Linear(64, 256, "btt"))
@@ -167,19 +165,15 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
             module.reset_parameters()
     drawn = [p for p in matrices if not p.is_inferred or p.role.stacked]
     biases = {f"{name.removesuffix('weight')}bias" for p in drawn for name in p.names}
-    for p in params:
-        if not p.role.is_matrix and p.name in biases:
-            nn.init.zeros_(p.tensor)
     for p in drawn:
         if p.role.structure is None:
             nn.init.normal_(p.tensor, std=p.init_std)
-    for p in (*zeros, *routers):
+    for p in (*zeros, *routers, *(p for p in params if not p.role.is_matrix and p.name in biases)):
         nn.init.zeros_(p.tensor)
     return model
 
 
 def _lr_multiplier(role: Role, rule: str, shape: Sequence[int], base: Sequence[int], structure_aware: bool) -> float:
-    """Return the learning rate of a parameter over that of the base model."""
     # parameters without entries exist: DINOv3 has no register tokens by default
     if role.is_scalar or 0 in (*shape, *base):
         return 1.0
@@ -239,7 +233,6 @@ def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter
 
 
 def _base_shapes_of(base: Base, params: Sequence[Parameter], roles: Roles) -> dict[str, Sequence[int]]:
-    """Return the base shape of every parameter, by key."""
     current: dict[str, Sequence[int]] = {p.key: p.base_shape for p in params}
     shapes: dict[str, Sequence[int]]
     if base is None:

@@ -102,7 +102,7 @@ def scaling_exponents(
 
 
 def generic_rank(terms: Sequence[TermPattern], sizes: Mapping[str, int], in_features: int, out_features: int) -> int:
-    """Return the rank for almost all values of the factors: at most the sum of the ranks of the terms.
+    """Return the rank for almost all values of the factors.
 
     The rank of a term is a minimum cut: its smallest intermediate. With padding, only some values of the outer axes are
     features, and the rank is a maximum flow, or an upper bound (off by less than the padding) if that takes long.
@@ -152,11 +152,7 @@ def _last_feature(axes: Axes, sizes: Mapping[str, int], features: int, digits: i
 
 
 def _maximum_flow(path: tuple[Axes, ...], pieces: dict[str, list[tuple[int, int]]], ends: list[dict[str, int]]) -> int:
-    """Return the maximum flow through the intermediates of one order of contraction.
-
-    A node is one piece of every axis of an intermediate; its capacity is the number of values. Nodes of consecutive
-    intermediates are joined where they agree in their shared axes, through one more node.
-    """
+    """Return the maximum flow through the intermediates of one order: a node is one piece of every axis."""
     # networkx comes with torch, and only padded structures need it
     import networkx as nx
 
@@ -175,6 +171,7 @@ def _maximum_flow(path: tuple[Axes, ...], pieces: dict[str, list[tuple[int, int]
                 continue
             name = len(graph)
             graph.add_edge(name, -name, capacity=capacity)
+            # nodes of consecutive intermediates are joined where they agree in their shared axes, through one more node
             graph.add_edge("source" if first else (depth, *(starts[axis] for axis in shared)), name)
             graph.add_edge(-name, "sink" if last else (depth + 1, *(starts[axis] for axis in shared_next)))
         shared = shared_next

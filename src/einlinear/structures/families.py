@@ -132,7 +132,6 @@ def _check_counts(family: str, **arguments: object) -> None:
 
 
 def _dense() -> str:
-    """Any matrix."""
     return "i, o i -> o"
 
 
@@ -186,7 +185,6 @@ def _dyad(blocks: int = 4, variant: str = "it") -> str:
 
 
 def _block_diagonal(blocks: int = 4) -> str:
-    """One block-diagonal factor."""
     _check_counts("block_diagonal", blocks=blocks)
     return f"(n k), o n k -> (n o) where n={blocks}"
 

@@ -41,7 +41,6 @@ class Size:
     exponent: Fraction = Fraction(0)
 
     def of(self, features: int) -> float:
-        """Return the size for this many features, not rounded."""
         with suppress(OverflowError):
             size: float = float(self.scale) * float(features) ** float(self.exponent)
             if size <= limits.MAX_SIZE:
@@ -130,11 +129,9 @@ class Scanner:
 
     @property
     def kind(self) -> str:
-        """The kind of the next token."""
         return self.tokens[self.next][0]
 
     def take(self) -> str:
-        """Read the next token."""
         kind, text, _ = self.tokens[self.next]
         if kind == "number" and len(text) > limits.MAX_DIGITS:
             raise self.error(f"a number has at most {limits.MAX_DIGITS} digits, not {len(text)}")
@@ -148,7 +145,6 @@ class Scanner:
         return matches
 
     def expect(self, symbol: str, where: str) -> None:
-        """Read the next token, which must be this symbol."""
         if not self.accept(symbol):
             raise self.error(f"expected {symbol!r} {where}")
 

@@ -1,7 +1,4 @@
-"""Structure-aware muP for one structure: initialisation scales and learning-rate multipliers of its factors.
-
-A factor is a batch of dense matrices (Qiu et al., arXiv 2406.06248, section 3; for SGD Yang and Hu, arXiv 2011.14522).
-"""
+"""Structure-aware muP for one structure (arXiv 2406.06248, section 3; for SGD after arXiv 2011.14522)."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ MAX_PADDING = 0.15
 _CLOSE, _EQUAL = math.log(2) + 1e-9, 1e-9
 # candidates that are compared: orders of equally good sizes in one group, and assignments to all groups
 _MAX_ORDERS, _MAX_CANDIDATES = 6, 1024
-# limits of the search, after which the best sizes so far are taken: padded feature counts where no sizes are close to
-# their targets, and sizes of an axis
+# limits of the search, after which the best sizes so far are taken: padded feature counts, and sizes of an axis
 _MAX_FAR, _MAX_STEPS = 1024, 65536
 # numbers without larger prime factors are rare
 _RARE = 64
@@ -128,10 +127,7 @@ def _check_padding(group: Group, total: int, sizes: Mapping[str, int]) -> None:
 
 @lru_cache(maxsize=4096)
 def _closest(features: int, limit: int, targets: tuple[float, ...], descending: bool, effort: float) -> list[Sizes]:
-    """Return the factorisations closest to the targets, of as few features as possible, from `features` to `limit`.
-
-    All are equally close. `effort` is the fraction of the limits of the search.
-    """
+    """Return the equally close factorisations of the fewest features from `features` to `limit`."""
     if len(targets) == 1:
         return [(min(max(features, math.ceil(targets[0] * math.exp(-_CLOSE))), limit),)]
     search = _Search(targets, int(effort * _MAX_STEPS))
@@ -171,8 +167,7 @@ def _smooth_numbers(first: int, last: int, largest: float) -> Iterator[int]:
 class _Search:
     """Branch and bound for the sizes of a given product that are closest to the targets: least squares of log ratios.
 
-    The bound spreads the rest of the product evenly over the remaining axes. Of more than three axes, only the two
-    monotone orders are compared, since the number of orders grows as the factorial.
+    Of more than three axes, only the two monotone orders are compared: the number of orders grows as the factorial.
     """
 
     def __init__(self, targets: tuple[float, ...], steps: int) -> None:

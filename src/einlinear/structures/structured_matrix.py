@@ -159,8 +159,6 @@ class Structure:
 
 
 def _term(term: TermPattern, names: Sequence[str], sizes: Mapping[str, int], terms: int) -> Term:
-    """Return a term with its factors in order of contraction."""
-
     def size(axes: Axes) -> int:
         return math.prod(sizes[axis] for axis in axes)
 
