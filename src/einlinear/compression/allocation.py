@@ -25,7 +25,7 @@ from einlinear.compression.selection import weight_of
 from einlinear.compression.sensitivity import Sensitivity
 from einlinear.nn.layer_kinds import features
 from einlinear.structures import DoesNotFit, Structure, structure
-from einlinear.structures.budget import OverBudget
+from einlinear.structures.spec import OverBudget
 
 DEFAULT_FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")
 # fractions of the dense cost that a layer may be reduced to

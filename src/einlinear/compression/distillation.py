@@ -24,7 +24,7 @@ from einlinear.compression.activations import (
 )
 from einlinear.compression.resume_cache import digest_of
 from einlinear.mup import param_groups
-from einlinear.mup.schedule import lr_factor
+from einlinear.mup.optim import lr_factor
 from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any
 

@@ -15,7 +15,7 @@ from einlinear.integrations.transformers.saving import OPTIONAL, REQUIRED, VERSI
 from einlinear.nn import Linear
 from einlinear.nn.layer_kinds import features, is_linear
 from einlinear.structures import FAMILIES
-from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_int
+from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_number
 from einlinear.structures.spec import is_family
 
 
@@ -89,7 +89,7 @@ def _check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
             if type(value) is not expected:
                 raise ValueError(f"{name}: {field} must be of type {expected.__name__}, not {repr(value)[:80]}")
             if expected is int and not 1 <= value <= MAX_SIZE:
-                raise ValueError(f"{name}: {field} must be from 1 to {MAX_SIZE}, not {format_int(value)}")
+                raise ValueError(f"{name}: {field} must be from 1 to {MAX_SIZE}, not {format_number(value)}")
             if expected is str and len(value) > MAX_TEXT:
                 raise ValueError(f"{name}: {field} must have at most {MAX_TEXT:,} characters")
     return {name: dict(entry) for name, entry in layers.items()}
