@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -9,6 +10,17 @@ namespace {
 
 // A sum is made of runs of so many terms: in one long sum the rounding errors would grow.
 constexpr Index RUN = 256;
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Call `work` for groups of at most M rows, with the size of each (a constant) and its first row.
+template <int M, class Work>
+__attribute__((always_inline)) static inline void each_group(Index rows, Work work, Index first = 0) {
+    for (; first + M <= rows; first += M) work(Constant<M>(), first);
+    if constexpr (M > 1)
+        if (first < rows) each_group<(M > 4 ? M - 4 : M - 1)>(rows, work, first);
+}
 
 // The sums of a micro-kernel, M rows of V vectors. All loops are unrolled, so that they stay in registers; `weight` and
 // `row` capture by value for the same reason.
@@ -60,33 +72,25 @@ static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from,
     }
 }
 
-template <class S, int M, int V, bool Packed>
-static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted,
-                          S* to, const Index* to_rows, Index rows, Index tile, bool add) {
-    Index m = 0;
-    // from the weights of one row to those of the next
-    const Index next = Packed ? contracted : wm;
-    for (; m + M <= rows; m += M)
-        for (Index t = 0; t < tile; t += V * Simd<S>::lanes)
-            multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from + t, from_rows, contracted, to + t, to_rows + m,
-                                            tile, add);
-    if constexpr (M > 1)
-        if (m < rows)
-            multiply_rows<S, (M > 4 ? M - 4 : M - 1), V, Packed>(w + m * next, wk, wm, from, from_rows, contracted, to,
-                                                                 to_rows + m, rows - m, tile, add);
-}
-
+// The same for any number of rows and a tile of tokens. Without strides the weights are packed.
 template <class S>
 static void multiply(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted, S* to,
                      const Index* to_rows, Index rows, Index tile, bool add) {
-    if (wk && tile % (2 * Simd<S>::lanes) == 0)
-        multiply_rows<S, 8, 2, false>(w, wk, wm, from, from_rows, contracted, to, to_rows, rows, tile, add);
-    else if (wk)
-        multiply_rows<S, 8, 1, false>(w, wk, wm, from, from_rows, contracted, to, to_rows, rows, tile, add);
-    else if (tile % (2 * Simd<S>::lanes))
-        multiply_rows<S, MICRO_ROWS, 1, true>(w, 0, 0, from, from_rows, contracted, to, to_rows, rows, tile, add);
+    auto multiply_rows = [=](auto vectors, auto packed) {
+        constexpr int V = decltype(vectors)::value;
+        constexpr bool Packed = decltype(packed)::value;
+        each_group<Packed ? MICRO_ROWS : 8>(rows, [=](auto group, Index m) {
+            for (Index t = 0; t < tile; t += V * Simd<S>::lanes)
+                multiply_micro<S, decltype(group)::value, V, Packed>(w + m * (Packed ? contracted : wm), wk, wm,
+                                                                     from + t, from_rows, contracted, to + t,
+                                                                     to_rows + m, tile, add);
+        });
+    };
+    bool even = tile % (2 * Simd<S>::lanes) == 0;
+    if (wk)
+        even ? multiply_rows(Constant<2>(), std::false_type()) : multiply_rows(Constant<1>(), std::false_type());
     else
-        multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from, from_rows, contracted, to, to_rows, rows, tile, add);
+        even ? multiply_rows(Constant<2>(), std::true_type()) : multiply_rows(Constant<1>(), std::true_type());
 }
 
 // gradient[m][V vectors] (+)= sum over free axes and tokens of from[m][token] panel[token][V vectors]. The sum of a
@@ -106,25 +110,21 @@ static inline void accumulate_micro(const S* from, const Index* from_rows, const
     sums.write([=](int m) { return gradient + m * gradient_ld; }, add);
 }
 
-template <class S, int M>
-static void accumulate_rows(const S* from, const Index* from_rows, Index rows, const Index* free, Index count,
-                            Index tile, const S* const* panels, Index panel_ld, Index width, Index tokens, S* gradient,
-                            bool add) {
-    constexpr int L = Simd<S>::lanes;
-    Index m = 0;
-    for (; m + M <= rows; m += M) {
+// The same for any number of rows, and vectors that make up `width`.
+template <class S>
+static void accumulate(const S* from, const Index* from_rows, Index rows, const Index* free, Index count, Index tile,
+                       const S* const* panels, Index panel_ld, Index width, Index tokens, S* gradient, bool add) {
+    each_group<MICRO_ROWS>(rows, [=](auto group, Index m) {
+        auto accumulate_vectors = [=](auto vectors, Index j) __attribute__((always_inline)) {
+            accumulate_micro<S, decltype(group)::value, decltype(vectors)::value>(from, from_rows + m, free, count,
+                                                                                  tile, panels, panel_ld, j, tokens,
+                                                                                  gradient + m * width + j, width, add);
+        };
+        constexpr int L = Simd<S>::lanes;
         Index j = 0;
-        for (; j + 2 * L <= width; j += 2 * L)
-            accumulate_micro<S, M, 2>(from, from_rows + m, free, count, tile, panels, panel_ld, j, tokens,
-                                      gradient + m * width + j, width, add);
-        for (; j < width; j += L)
-            accumulate_micro<S, M, 1>(from, from_rows + m, free, count, tile, panels, panel_ld, j, tokens,
-                                      gradient + m * width + j, width, add);
-    }
-    if constexpr (M > 1)
-        if (m < rows)
-            accumulate_rows<S, (M > 4 ? M - 4 : M - 1)>(from, from_rows + m, rows - m, free, count, tile, panels,
-                                                        panel_ld, width, tokens, gradient + m * width, add);
+        for (; j + 2 * L <= width; j += 2 * L) accumulate_vectors(Constant<2>(), j);
+        for (; j < width; j += L) accumulate_vectors(Constant<1>(), j);
+    });
 }
 
 }  // namespace

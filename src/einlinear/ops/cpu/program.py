@@ -29,10 +29,8 @@ class Program:
         self.macs, self._sizes = structure.macs, dict(structure.sizes)
         self.pointers = ctypes.c_void_p * len(structure.factors)
         self.intermediate_size = 0
-        numbers = [len(structure.terms), structure.in_features, structure.out_features]
-        position = itertools.count()
-        for term in structure.terms:
-            numbers.append(len(term.factors))
+        numbers = [len(structure.factors), len(structure.terms), structure.in_features, structure.out_features]
+        for i, term in enumerate(structure.terms):
             source = term.inputs
             for factor, following in zip(term.factors, (*term.factors[1:], None), strict=True):
                 # groups in the factor's own order, so that it is read in large pieces
@@ -47,8 +45,8 @@ class Program:
                         *(a for a in following.axes if a in following.contracted),
                     )
                     self.intermediate_size += self._size(result)
-                groups = (batch, free, new, contracted)
-                numbers += [next(position), *map(self._size, groups), self._size(source), self._size(result)]
+                numbers += [i, factor is term.factors[0], following is None]
+                numbers += map(self._size, (batch, free, new, contracted, source, result))
                 tables = [
                     self._offsets(group, layout)
                     for layout, layout_groups in (
