@@ -2,7 +2,7 @@
 // and compares several threads with one. Outputs start as NaN, so what is left unwritten shows as well.
 //
 // Usage: sanitized_kernel FILE
-// FILE holds int64 numbers: for each structure the count of numbers in its program, then these (program.py).
+// FILE holds int64 numbers: for each structure the count of numbers in its program, then these (cpu_backend.py).
 #include <cmath>
 #include <cstdio>
 #include <limits>

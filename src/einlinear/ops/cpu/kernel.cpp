@@ -5,15 +5,6 @@
 // axes costs nothing: it only changes the tables. Transposition happens where a tile is read from and written to
 // token-major memory.
 //
-// vectors.h   vectors of the machine at hand, memory
-// program.h   the structure, as numbers
-// multiply.h  the micro-kernels
-// packing.h   between token-major and feature-major; factors for the micro-kernels
-// team.h      the threads, and how work is divided among them
-// tiles.h     a tile through all steps, forward and back
-// decode.h    the path for few tokens, as in decoding: no tiles
-// routed.h    every token is routed to some of several matrices
-//
 // Here: forward, backward, and the functions that Python calls.
 #include <algorithm>
 #include <vector>
@@ -131,14 +122,14 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
         if (pairs) return forward_routed<S>(Program(program), factors, *pairs, x, bias, y, threads);                   \
         forward<S>(Program(program), factors, x, bias, y, saved, n, threads);                                          \
     }                                                                                                                  \
-    extern "C" void NAME##_backward(const Index* program, const S* const* factors, const S* x, const S* dy,            \
-                                    const S* saved, S* dx, S* const* dfactors, S* dgates, const Pairs<S>* pairs,       \
-                                    Index n, int threads) {                                                            \
+    extern "C" void NAME##_backward(const Index* program, const S* const* factors, S* const* dfactors, const S* x,     \
+                                    const S* dy, const S* saved, S* dx, S* dgates, const Pairs<S>* pairs, Index n,     \
+                                    int threads) {                                                                     \
         if (pairs) return backward_routed<S>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads); \
         backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                                \
     }                                                                                                                  \
-    extern "C" Index NAME##_tile(const Index* program, Index tokens) {                                                 \
-        return tile_of<S>(Program(program), tokens);                                                                   \
+    extern "C" Index NAME##_tile(const Index* program, Index n) {                                                      \
+        return tile_of<S>(Program(program), n);                                                                        \
     }
 EXPORT(float, float32)
 EXPORT(double, float64)
