@@ -50,9 +50,10 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
         saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size)]
     if n:
         pairs, threads, _tensors = _schedule(program, factors, routing, n)
-        addresses = _addresses(x, bias, y, saved[0] if saved else None)
-        pointers = program.pointers(*_addresses(*factors))
-        _function("forward", x)(program.address, pointers, *addresses, pairs, n, threads)
+        # written out: this is most of the overhead of a call
+        at = program.pointers(*[factor.data_ptr() for factor in factors])
+        bias_at, saved_at = None if bias is None else bias.data_ptr(), saved[0].data_ptr() if saved else None
+        _function("forward", x)(program.address, at, x.data_ptr(), bias_at, y.data_ptr(), saved_at, pairs, n, threads)
     return y, saved
 
 
@@ -84,11 +85,10 @@ def _schedule(
     program: Program, factors: Sequence[Tensor], routing: Assignment | None, n: int
 ) -> tuple[object, int, tuple[Tensor, ...]]:
     """Return the sorted pairs of a routing for the kernel, the number of threads, and the tensors behind the pairs."""
-    threads = torch.get_num_threads()
     if routing is None:
-        return None, threads if program.macs * n > PARALLEL_MACS else 1, ()
+        return None, torch.get_num_threads() if program.macs * n > PARALLEL_MACS else 1, ()
     indices, gates = routing.indices, routing.gates.contiguous()
-    threads = threads if program.macs * indices.numel() > PARALLEL_MACS else 1
+    threads = torch.get_num_threads() if program.macs * indices.numel() > PARALLEL_MACS else 1
     active, experts = indices.shape[1], len(factors[0])
     # a block should have some full tiles of every expert, and every thread needs one
     block = max(1, min(-(-n // threads), -(-_PAIRS * experts // active)))
