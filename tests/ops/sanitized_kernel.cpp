@@ -2,11 +2,13 @@
 // and compares several threads with one. Outputs start as NaN, so what is left unwritten shows as well.
 //
 // Usage: sanitized_kernel FILE
-// FILE holds int64 numbers: for each structure the count of numbers in its program, then these (program.py).
+// FILE holds int64 numbers: for each structure the count of numbers in its program, then these (cpu_backend.py).
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
+
+#include "std_threads.h"
 
 #include "kernel.cpp"
 
@@ -39,13 +41,7 @@ struct Factors {
     std::vector<Array<S>> arrays;
     std::vector<S*> pointers;
     Factors(const Program& p, Index stack, bool random) {
-        std::vector<Index> entries;
-        for (auto& term : p.terms)
-            for (auto& s : term) {
-                entries.resize(std::max<size_t>(entries.size(), s.factor + 1));
-                entries[s.factor] = s.entries();
-            }
-        for (Index count : entries) arrays.emplace_back(stack * count, random);
+        for (auto& s : p.steps) arrays.emplace_back(stack * s.entries(), random);
         for (auto& array : arrays) pointers.push_back(array.values.data());
     }
 };
@@ -65,7 +61,7 @@ static void one_matrix(const Index* numbers, Index n, const std::vector<int>& co
             std::vector<std::vector<S>> first;
             for (int threads : counts) {
                 Array<S> y(n * p.out_features, false), dx(n * p.in_features, false);
-                Array<S> saved(save ? padded * p.intermediates() : 0, false);
+                Array<S> saved(save ? padded * p.intermediates : 0, false);
                 S* intermediates = saved.values.empty() ? nullptr : saved.values.data();
                 forward<S>(Program(numbers), factors.pointers.data(), x.values.data(), bias.values.data(),
                            y.values.data(), intermediates, n, threads);

@@ -18,7 +18,7 @@ from tests.families import PATTERNS, SAMPLES, structures
 from tests.random_patterns import random_structure
 
 from einlinear.ops.cpu import kernel_library
-from einlinear.ops.cpu.program import program_of
+from einlinear.ops.cpu.cpu_backend import program_of
 from einlinear.structures import Structure
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def compiled(folder: Path, flags: Sequence[str], source: Path = kernel_library.S
             pytest.fail("the tests need a C++ compiler with sanitizers")
         pytest.skip("no C++ compiler")
     program = folder / "sanitized_kernel"
-    machine = ("-march=native", "-std=c++17", optimize, "-g1", "-pthread", "-DEINLINEAR_STD_THREADS")
+    machine = ("-march=native", "-std=c++17", optimize, "-g1", "-pthread")
     command = [compiler, *machine, *flags, f"-I{source.parent}", str(SOURCE), "-o", str(program)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode and "cannot find" in run.stderr and os.environ.get("CI") != "true":
@@ -76,8 +76,8 @@ def test_a_missing_barrier_is_found(tmp_path: Path) -> None:
     """The kind of mistake that the suite is for, made on purpose."""
     broken = Path(shutil.copytree(kernel_library.SOURCE.parent, tmp_path / "broken"))
     team = broken / "team.h"
-    assert "if (size_ > 1) barrier();" in team.read_text()
-    team.write_text(team.read_text().replace("if (size_ > 1) barrier();", ""))
+    assert "if (size_ > 1) Threads::barrier();" in team.read_text()
+    team.write_text(team.read_text().replace("if (size_ > 1) Threads::barrier();", ""))
     result = run(
         compiled(tmp_path, SANITIZERS["threads"], broken / kernel_library.SOURCE.name, "-O0"), [random_structure(1)]
     )

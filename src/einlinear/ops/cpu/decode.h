@@ -6,9 +6,10 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
-#include "steps.h"
+#include "packing.h"
 
 namespace {
 
@@ -57,40 +58,41 @@ template <class S>
 static void decode_step(const Step& s, const S* factor, Rows<const S> from, Rows<S> to, Index tokens, S* room, bool add,
                         Share mine) {
     // A unit of work is a batch entry and a block of new features, as many as a vector has lanes.
-    constexpr Index L = Simd<S>::lanes, block = L;
-    Index count = tokens * s.free_size, tile = (count + L - 1) / L * L, blocks = (s.new_size + block - 1) / block;
+    constexpr Index L = Simd<S>::lanes;
+    const Index contracted = s.in.features, count = tokens * s.free_size, tile = (count + L - 1) / L * L;
+    const Index blocks = (s.out.features + L - 1) / L;
     bool dots = count < L && s.w_contracted_stride == 1;
-    S *inputs = room, *outputs = room + s.contracted_size * tile;
+    S *inputs = room, *outputs = room + contracted * tile;
     // rows of a tile, one after the other
-    std::vector<Index> each(std::max(s.contracted_size, block));
-    for (size_t i = 0; i < each.size(); i++) each[i] = i;
+    std::vector<Index> each(std::max(contracted, L));
+    std::iota(each.begin(), each.end(), 0);
     Index gathered = -1;
     for (Index unit = mine.first(s.batch_size * blocks); unit < mine.last(s.batch_size * blocks); unit++) {
-        Index b = unit / blocks, first = unit % blocks * block, rows = std::min(block, s.new_size - first);
+        Index b = unit / blocks, first = unit % blocks * L, rows = std::min(L, s.out.features - first);
         // Units of the same batch entry read the same pieces: these are gathered once, as vectors or as a tile.
-        for (Index i = 0; b != gathered && i < count; i++) {
-            const S* at = from.data + i / s.free_size * from.width + s.in_batch[b] + s.in_free[i % s.free_size];
-            Index item = dots ? i * s.contracted_size : i, next = dots ? 1 : tile;
-            for (Index k = 0; k < s.contracted_size; k++) inputs[item + k * next] = at[s.in_contracted[k]];
-        }
-        if (b != gathered && !dots)
-            for (Index k = 0; k < s.contracted_size; k++)
+        if (b != gathered) {
+            for (Index i = 0; i < count; i++) {
+                const S* at = from.data + i / s.free_size * from.width + s.in.batch[b] + s.in.free[i % s.free_size];
+                Index item = dots ? i * contracted : i, next = dots ? 1 : tile;
+                for (Index k = 0; k < contracted; k++) inputs[item + k * next] = at[s.in.feature[k]];
+            }
+            for (Index k = 0; !dots && k < contracted; k++)
                 std::fill(inputs + k * tile + count, inputs + (k + 1) * tile, S(0));
-        gathered = b;
+            gathered = b;
+        }
         const S* w = factor + s.w_batch[b];
         if (dots) {
             // beyond the last row, the last row again: its results are not used
             const S* at[L];
-            for (Index m = 0; m < L; m++) at[m] = w + s.w_new[std::min(first + m, s.new_size - 1)];
-            for (Index i = 0; i < count; i++)
-                dot_rows(at, inputs + i * s.contracted_size, s.contracted_size, outputs + i * L);
+            for (Index m = 0; m < L; m++) at[m] = w + s.w_new[std::min(first + m, s.out.features - 1)];
+            for (Index i = 0; i < count; i++) dot_rows(at, inputs + i * contracted, contracted, outputs + i * L);
         } else
-            multiply(w + first * s.w_new_stride, s.w_contracted_stride, s.w_new_stride, inputs, each.data(),
-                     s.contracted_size, outputs, each.data(), rows, tile, false);
+            multiply(w + first * s.w_new_stride, s.w_contracted_stride, s.w_new_stride, inputs, each.data(), contracted,
+                     outputs, each.data(), rows, tile, false);
         for (Index i = 0; i < count; i++) {
-            S* at = to.data + i / s.free_size * to.width + s.out_batch[b] + s.out_free[i % s.free_size];
+            S* at = to.data + i / s.free_size * to.width + s.out.batch[b] + s.out.free[i % s.free_size];
             for (Index m = 0; m < rows; m++) {
-                S value = outputs[dots ? i * L + m : m * tile + i], &y = at[s.out_new[first + m]];
+                S value = outputs[dots ? i * L + m : m * tile + i], &y = at[s.out.feature[first + m]];
                 y = add ? y + value : value;
             }
         }
@@ -99,42 +101,37 @@ static void decode_step(const Step& s, const S* factor, Rows<const S> from, Rows
 
 // Whether a call takes this path: few tokens, and factors whose matrices have constant strides.
 static bool decodes(const Program& p, Index n, Index lanes) {
-    for (auto& term : p.terms)
-        for (auto& s : term)
-            if (!s.w_new_stride || !s.w_contracted_stride) return false;
-    return n < lanes;
+    return n < lanes && std::all_of(p.steps.begin(), p.steps.end(), [](const Step& s) { return s.has_strides(); });
 }
 
 template <class S>
 static void decode(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, Index n, int threads) {
     constexpr Index L = Simd<S>::lanes;
     Index room = 0;
-    for (auto& term : p.terms)
-        for (auto& s : term) room = std::max(room, (s.contracted_size + L) * (n * s.free_size + L));
+    for (auto& s : p.steps) room = std::max(room, (s.in.features + L) * (n * s.free_size + L));
     Buffer<S> padded(n * p.width_in), result(n * p.width_out), intermediates(2 * n * p.widest);
+    bool pads = p.width_in > p.in_features;
+    Rows<const S> input{pads ? padded.data : x, p.width_in};
     // Without surplus outputs, the last steps write to y.
     bool direct = p.width_out == p.out_features;
     Rows<S> last{direct ? y : result.data, p.width_out};
     Team::run(threads, [&](Team team) {
         Buffer<S> own(room);
-        if (p.width_in > p.in_features)
+        if (pads)
             team.phase([&](Share mine) {
                 for (Index t = mine.first(n); t < mine.last(n); t++) {
                     S* row = std::copy_n(x + t * p.in_features, p.in_features, padded.data + t * p.width_in);
                     std::fill_n(row, p.width_in - p.in_features, S(0));
                 }
             });
-        for (auto& term : p.terms) {
-            Rows<const S> from{p.width_in > p.in_features ? padded.data : x, p.width_in};
-            for (size_t k = 0; k < term.size(); k++) {
-                const Step& s = term[k];
-                bool ends = k + 1 == term.size();
-                Rows<S> to = ends ? last : Rows<S>{intermediates.data + k % 2 * n * p.widest, s.width_out};
-                team.phase([&](Share mine) {
-                    decode_step(s, factors[s.factor], from, to, n, own.data, ends && &term != &p.terms[0], mine);
-                });
-                from = {to.data, to.width};
-            }
+        Rows<const S> from = input;
+        for (size_t k = 0; k < p.steps.size(); k++) {
+            const Step& s = p.steps[k];
+            if (s.begins) from = input;
+            Rows<S> to = s.ends ? last : Rows<S>{intermediates.data + k % 2 * n * p.widest, s.out.width};
+            team.phase(
+                [&](Share mine) { decode_step(s, factors[k], from, to, n, own.data, s.ends && s.term > 0, mine); });
+            from = {to.data, to.width};
         }
         if (bias || !direct)
             team.phase([&](Share mine) {

@@ -5,23 +5,13 @@
 // axes costs nothing: it only changes the tables. Transposition happens where a tile is read from and written to
 // token-major memory.
 //
-// vectors.h     vectors of the machine at hand, memory
-// program.h     the structure, as numbers
-// transpose.h   between token-major and feature-major
-// multiply.h    the small matrix products
-// team.h        the threads, and how work is divided among them
-// steps.h       a thread's share of a step of a tile
-// passes.h      a tile through all steps, forward and back
-// decode.h      the path for few tokens, as in decoding: no tiles
-// routed.h      every token is routed to some of several matrices
-//
 // Here: forward, backward, and the functions that Python calls.
 #include <algorithm>
 #include <vector>
 
 #include "decode.h"
-#include "passes.h"
 #include "routed.h"
+#include "tiles.h"
 
 namespace {
 
@@ -29,15 +19,14 @@ namespace {
 template <class S>
 static Index tile_of(const Program& p, Index tokens) {
     constexpr Index L = Simd<S>::lanes;
-    return tokens <= L ? L : p.heavy() && tokens >= 8 * L ? 8 * L : 2 * L;
+    return tokens <= L ? L : p.is_heavy() && tokens >= 8 * L ? 8 * L : 2 * L;
 }
 
 // How a call is divided: its tiles among the threads or, where there are fewer tiles than threads, every tile's
-// products.
+// products. `small`: so few tokens that packing the factors would not pay.
 template <class S>
 struct Division {
     Index tile, tiles;
-    // small: so few tokens that packing the factors would not pay
     bool shared, small;
 
     Division(const Program& p, Index n, int threads) : tile(tile_of<S>(p, n)), tiles((n + tile - 1) / tile) {
@@ -62,24 +51,24 @@ static void forward(const Program& p, const S* const* factors, const S* x, const
                     int threads) {
     if (!saved && decodes(p, n, Simd<S>::lanes)) return decode(p, factors, x, bias, y, n, threads);
     Division<S> division(p, n, threads);
-    Ends ends = Ends::forward(p);
-    Index tile = division.tile, intermediates = p.intermediates();
+    Ends ends(p, false);
+    Index tile = division.tile;
     expect(y, n * p.out_features * sizeof(S));
-    if (saved) expect(saved, division.tiles * tile * intermediates * sizeof(S));
-    Index room = (ends.rows_in + ends.rows_out + (saved ? 0 : intermediates)) * tile;
-    Buffer<S> packed(p.factor_entries()), common(division.shared ? room : 0);
+    if (saved) expect(saved, division.tiles * tile * p.intermediates * sizeof(S));
+    Index room = (ends.rows_in + ends.rows_out + (saved ? 0 : p.intermediates)) * tile;
+    Buffer<S> packed(p.factor_entries), common(division.shared ? room : 0);
     Team::run(threads, [&](Team all) {
         std::vector<Weights<S>> w;
-        all.phase([&](Share mine) { w = all_weights(p, factors, packed.data, false, division.small, mine); });
+        all.phase([&](Share mine) { w = all_weights(p, factors, 0, packed.data, false, division.small, mine); });
         Buffer<S> own(division.shared ? 0 : room), scratch(2 * p.widest * tile);
         S* xs = division.shared ? common.data : own.data;
         S *ys = xs + ends.rows_in * tile, *memory = ys + ends.rows_out * tile;
         ForwardTile<S> steps{p, ends, w, bias, tile, xs, ys, scratch.data};
         division.each_tile(all, [&](Index i, Team team, bool) {
-            Index tokens = std::min(tile, n - i * tile);
-            Source<S> source{x + i * tile * p.in_features, p.in_features, tokens};
-            Sink<S> sink{y + i * tile * p.out_features, p.out_features, tokens};
-            steps.run(source, saved ? saved + i * intermediates * tile : memory, &sink, team);
+            Index first = i * tile, tokens = std::min(tile, n - first);
+            Source<S> source{x + first * p.in_features, p.in_features, tokens};
+            Sink<S> sink{y + first * p.out_features, p.out_features, tokens};
+            steps.run(source, saved ? saved + first * p.intermediates : memory, &sink, team);
         });
     });
 }
@@ -88,33 +77,32 @@ template <class S>
 static void backward(const Program& p, const S* const* factors, const S* x, const S* dy, const S* saved, S* dx,
                      S* const* dfactors, Index n, int threads) {
     Division<S> division(p, n, threads);
-    Ends ends = Ends::backward(p);
-    Index tile = division.tile, intermediates = p.intermediates();
+    Ends ends(p, true);
+    Index tile = division.tile;
     if (dx) expect(dx, n * p.in_features * sizeof(S));
-    FactorGradients gradients(p, tile, S());
-    bool recompute = !saved && intermediates;
+    FactorGradients<S> gradients(p, tile);
+    bool recompute = !saved && p.intermediates;
     Index room = BackwardTile<S>::room(p, ends, recompute, tile);
-    Buffer<S> packed(p.factor_entries()), packed_forward(recompute ? p.factor_entries() : 0);
+    Buffer<S> packed(p.factor_entries), packed_forward(recompute ? p.factor_entries : 0);
     Buffer<S> common(division.shared ? room : 0);
     std::vector<Buffer<S>> sums;
     for (int i = 0; i < (division.shared ? 1 : threads); i++) sums.emplace_back(gradients.entries);
     Team::run(threads, [&](Team all) {
         std::vector<Weights<S>> w, w_back;
         all.phase([&](Share mine) {
-            w_back = all_weights(p, factors, packed.data, true, division.small, mine);
-            if (recompute) w = all_weights(p, factors, packed_forward.data, false, division.small, mine);
+            w_back = all_weights(p, factors, 0, packed.data, true, division.small, mine);
+            if (recompute) w = all_weights(p, factors, 0, packed_forward.data, false, division.small, mine);
         });
         Buffer<S> own(division.shared ? 0 : room), panels(gradients.panel), scratch(2 * p.widest * tile);
-        S* sum = sums[division.shared ? 0 : all.rank()].data;
-        BackwardTile<S> steps{p,  ends,          gradients,   w, w_back, dfactors, recompute, dx != nullptr, tile,
-                              panels.data, scratch.data};
-        steps.place(division.shared ? common.data : own.data);
-        division.each_tile(all, [&](Index i, Team team, bool first) {
-            Index tokens = std::min(tile, n - i * tile);
-            Source<S> input{x + i * tile * p.in_features, p.in_features, tokens};
-            Source<S> output{dy + i * tile * p.out_features, p.out_features, tokens};
-            Sink<S> sink{dx ? dx + i * tile * p.in_features : nullptr, p.in_features, tokens};
-            steps.run(input, output, saved ? saved + i * intermediates * tile : nullptr, sink, sum, !first, team);
+        S *sum = sums[division.shared ? 0 : all.rank()].data, *memory = division.shared ? common.data : own.data;
+        BackwardTile<S> steps{p,         ends,          gradients, w,      w_back,      dfactors,
+                              recompute, dx != nullptr, tile,      memory, panels.data, scratch.data};
+        division.each_tile(all, [&](Index i, Team team, bool is_first) {
+            Index first = i * tile, tokens = std::min(tile, n - first);
+            Source<S> input{x + first * p.in_features, p.in_features, tokens};
+            Source<S> output{dy + first * p.out_features, p.out_features, tokens};
+            Sink<S> sink{dx ? dx + first * p.in_features : nullptr, p.in_features, tokens};
+            steps.run(input, output, saved ? saved + first * p.intermediates : nullptr, sink, sum, !is_first, team);
         });
         all.phase([&](Share mine) {
             // fewer threads may run than were asked for
@@ -128,21 +116,20 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
 }  // namespace
 
 // The functions that Python calls. `pairs` is null where there is a single matrix.
-#define EXPORT(S, NAME)                                                                                            \
-    extern "C" void NAME##_forward(const Index* program, const S* const* factors, const S* x, const S* bias, S* y, \
-                                   S* saved, const Pairs<S>* pairs, Index n, int threads) {                        \
-        if (pairs) return forward_routed<S>(Program(program), factors, *pairs, x, bias, y, threads);               \
-        forward<S>(Program(program), factors, x, bias, y, saved, n, threads);                                      \
-    }                                                                                                              \
-    extern "C" void NAME##_backward(const Index* program, const S* const* factors, const S* x, const S* dy,        \
-                                    const S* saved, S* dx, S* const* dfactors, S* dgates, const Pairs<S>* pairs,   \
-                                    Index n, int threads) {                                                        \
-        if (pairs)                                                                                                 \
-            return backward_routed<S>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads);    \
-        backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                            \
-    }                                                                                                              \
-    extern "C" Index NAME##_tile(const Index* program, Index tokens) {                                             \
-        return tile_of<S>(Program(program), tokens);                                                               \
+#define EXPORT(S, NAME)                                                                                                \
+    extern "C" void NAME##_forward(const Index* program, const S* const* factors, const S* x, const S* bias, S* y,     \
+                                   S* saved, const Pairs<S>* pairs, Index n, int threads) {                            \
+        if (pairs) return forward_routed<S>(Program(program), factors, *pairs, x, bias, y, threads);                   \
+        forward<S>(Program(program), factors, x, bias, y, saved, n, threads);                                          \
+    }                                                                                                                  \
+    extern "C" void NAME##_backward(const Index* program, const S* const* factors, S* const* dfactors, const S* x,     \
+                                    const S* dy, const S* saved, S* dx, S* dgates, const Pairs<S>* pairs, Index n,     \
+                                    int threads) {                                                                     \
+        if (pairs) return backward_routed<S>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads); \
+        backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                                \
+    }                                                                                                                  \
+    extern "C" Index NAME##_tile(const Index* program, Index n) {                                                      \
+        return tile_of<S>(Program(program), n);                                                                        \
     }
 EXPORT(float, float32)
 EXPORT(double, float64)

@@ -1,14 +1,90 @@
-// The micro-kernels: the small matrix products that every step is made of.
+// Vectors of the machine at hand, memory for them, and the micro-kernels: the small matrix products of every step.
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
-#include "vectors.h"
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, MICRO_ROWS = 12;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32, MICRO_ROWS = 6;
+#else
+constexpr int VECTOR_BYTES = 16, MICRO_ROWS = 8;
+#endif
 
 namespace {
 
+using Index = int64_t;
+
+template <class S>
+struct Simd {
+    typedef S type __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(S)), may_alias));
+    static constexpr int lanes = VECTOR_BYTES / sizeof(S);
+};
+template <class S>
+using Vec = typename Simd<S>::type;
+template <class S>
+static inline Vec<S> load(const S* p) {
+    return *(const Vec<S>*)p;
+}
+template <class S>
+static inline void store(S* p, Vec<S> v) {
+    *(Vec<S>*)p = v;
+}
+
+template <class S>
+static S dot(const S* a, const S* b, Index count) {
+    constexpr Index L = Simd<S>::lanes;
+    Vec<S> sum{};
+    Index k = 0;
+    for (; k + L <= count; k += L) sum += load(a + k) * load(b + k);
+    S total = 0;
+    for (Index l = 0; l < L; l++) total += sum[l];
+    for (; k < count; k++) total += a[k] * b[k];
+    return total;
+}
+
+// Aligned scratch memory, not initialised.
+template <class S>
+struct Buffer {
+    std::unique_ptr<S[]> memory;
+    S* data;
+    explicit Buffer(size_t count) : memory(new S[count + 64]) {
+        data = (S*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63);
+    }
+};
+
+// Fresh memory of many megabytes is mapped page by page as it is written, which costs as much as the arithmetic: ask
+// for large pages. Memory that is mapped already is not affected.
+static void expect(const void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 2 << 20;
+    uintptr_t first = ((uintptr_t)data + page - 1) & ~(page - 1), last = ((uintptr_t)data + bytes) & ~(page - 1);
+    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 // A sum is made of runs of so many terms: in one long sum the rounding errors would grow.
 constexpr Index RUN = 256;
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Call `work` for groups of at most M rows, with the size of each (a constant) and its first row.
+template <int M, class Work>
+__attribute__((always_inline)) static inline void each_group(Index rows, Work work, Index first = 0) {
+    for (; first + M <= rows; first += M) work(Constant<M>(), first);
+    if constexpr (M > 1)
+        if (first < rows) each_group<(M > 4 ? M - 4 : M - 1)>(rows, work, first);
+}
 
 // The sums of a micro-kernel, M rows of V vectors. All loops are unrolled, so that they stay in registers; `weight` and
 // `row` capture by value for the same reason.
@@ -60,33 +136,25 @@ static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from,
     }
 }
 
-template <class S, int M, int V, bool Packed>
-static void multiply_rows(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted,
-                          S* to, const Index* to_rows, Index rows, Index tile, bool add) {
-    Index m = 0;
-    // from the weights of one row to those of the next
-    const Index next = Packed ? contracted : wm;
-    for (; m + M <= rows; m += M)
-        for (Index t = 0; t < tile; t += V * Simd<S>::lanes)
-            multiply_micro<S, M, V, Packed>(w + m * next, wk, wm, from + t, from_rows, contracted, to + t, to_rows + m,
-                                            tile, add);
-    if constexpr (M > 1)
-        if (m < rows)
-            multiply_rows<S, (M > 4 ? M - 4 : M - 1), V, Packed>(w + m * next, wk, wm, from, from_rows, contracted, to,
-                                                                 to_rows + m, rows - m, tile, add);
-}
-
+// The same for any number of rows and a tile of tokens. Without strides the weights are packed.
 template <class S>
 static void multiply(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted, S* to,
                      const Index* to_rows, Index rows, Index tile, bool add) {
-    if (wk && tile % (2 * Simd<S>::lanes) == 0)
-        multiply_rows<S, 8, 2, false>(w, wk, wm, from, from_rows, contracted, to, to_rows, rows, tile, add);
-    else if (wk)
-        multiply_rows<S, 8, 1, false>(w, wk, wm, from, from_rows, contracted, to, to_rows, rows, tile, add);
-    else if (tile % (2 * Simd<S>::lanes))
-        multiply_rows<S, MICRO_ROWS, 1, true>(w, 0, 0, from, from_rows, contracted, to, to_rows, rows, tile, add);
+    auto multiply_rows = [=](auto vectors, auto packed) {
+        constexpr int V = decltype(vectors)::value;
+        constexpr bool Packed = decltype(packed)::value;
+        each_group<Packed ? MICRO_ROWS : 8>(rows, [=](auto group, Index m) {
+            for (Index t = 0; t < tile; t += V * Simd<S>::lanes)
+                multiply_micro<S, decltype(group)::value, V, Packed>(w + m * (Packed ? contracted : wm), wk, wm,
+                                                                     from + t, from_rows, contracted, to + t,
+                                                                     to_rows + m, tile, add);
+        });
+    };
+    bool even = tile % (2 * Simd<S>::lanes) == 0;
+    if (wk)
+        even ? multiply_rows(Constant<2>(), std::false_type()) : multiply_rows(Constant<1>(), std::false_type());
     else
-        multiply_rows<S, MICRO_ROWS, 2, true>(w, 0, 0, from, from_rows, contracted, to, to_rows, rows, tile, add);
+        even ? multiply_rows(Constant<2>(), std::true_type()) : multiply_rows(Constant<1>(), std::true_type());
 }
 
 // gradient[m][V vectors] (+)= sum over free axes and tokens of from[m][token] panel[token][V vectors]. The sum of a
@@ -106,25 +174,21 @@ static inline void accumulate_micro(const S* from, const Index* from_rows, const
     sums.write([=](int m) { return gradient + m * gradient_ld; }, add);
 }
 
-template <class S, int M>
-static void accumulate_rows(const S* from, const Index* from_rows, Index rows, const Index* free, Index count,
-                            Index tile, const S* const* panels, Index panel_ld, Index width, Index tokens, S* gradient,
-                            bool add) {
-    constexpr int L = Simd<S>::lanes;
-    Index m = 0;
-    for (; m + M <= rows; m += M) {
+// The same for any number of rows, and vectors that make up `width`.
+template <class S>
+static void accumulate(const S* from, const Index* from_rows, Index rows, const Index* free, Index count, Index tile,
+                       const S* const* panels, Index panel_ld, Index width, Index tokens, S* gradient, bool add) {
+    each_group<MICRO_ROWS>(rows, [=](auto group, Index m) {
+        auto accumulate_vectors = [=](auto vectors, Index j) __attribute__((always_inline)) {
+            accumulate_micro<S, decltype(group)::value, decltype(vectors)::value>(from, from_rows + m, free, count,
+                                                                                  tile, panels, panel_ld, j, tokens,
+                                                                                  gradient + m * width + j, width, add);
+        };
+        constexpr int L = Simd<S>::lanes;
         Index j = 0;
-        for (; j + 2 * L <= width; j += 2 * L)
-            accumulate_micro<S, M, 2>(from, from_rows + m, free, count, tile, panels, panel_ld, j, tokens,
-                                      gradient + m * width + j, width, add);
-        for (; j < width; j += L)
-            accumulate_micro<S, M, 1>(from, from_rows + m, free, count, tile, panels, panel_ld, j, tokens,
-                                      gradient + m * width + j, width, add);
-    }
-    if constexpr (M > 1)
-        if (m < rows)
-            accumulate_rows<S, (M > 4 ? M - 4 : M - 1)>(from, from_rows + m, rows - m, free, count, tile, panels,
-                                                        panel_ld, width, tokens, gradient + m * width, add);
+        for (; j + 2 * L <= width; j += 2 * L) accumulate_vectors(Constant<2>(), j);
+        for (; j < width; j += L) accumulate_vectors(Constant<1>(), j);
+    });
 }
 
 }  // namespace

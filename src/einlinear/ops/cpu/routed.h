@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "passes.h"
+#include "tiles.h"
 
 namespace {
 
@@ -52,18 +52,6 @@ struct PairTile {
     }
 };
 
-// The factors of an expert, which are stacked.
-template <class S>
-static std::vector<const S*> expert_factors(const Program& p, const S* const* factors, Index expert) {
-    std::vector<const S*> own;
-    for (auto& term : p.terms)
-        for (auto& s : term) {
-            own.resize(std::max<size_t>(own.size(), s.factor + 1));
-            own[s.factor] = factors[s.factor] + expert * s.entries();
-        }
-    return own;
-}
-
 // pairs for which packing the factors pays
 constexpr Index PACKED = 64;
 
@@ -71,18 +59,17 @@ template <class S>
 static void forward_routed(const Program& p, const S* const* factors, const Pairs<S>& pairs, const S* x, const S* bias,
                            S* y, int threads) {
     constexpr Index L = Simd<S>::lanes;
-    Ends ends = Ends::forward(p);
-    Index tile = 2 * L, room = (ends.rows_in + ends.rows_out + p.intermediates()) * tile;
+    Ends ends(p, false);
+    Index tile = 2 * L, room = (ends.rows_in + ends.rows_out + p.intermediates) * tile;
     expect(y, pairs.tokens * p.out_features * sizeof(S));
     Team::run(threads, [&](Team all) {
-        Buffer<S> packed(p.factor_entries()), own(room), scratch(2 * p.widest * tile);
+        Buffer<S> packed(p.factor_entries), own(room), scratch(2 * p.widest * tile);
         S *xs = own.data, *ys = xs + ends.rows_in * tile, *intermediates = ys + ends.rows_out * tile;
         std::vector<Weights<S>> w;
         ForwardTile<S> steps{p, ends, w, nullptr, tile, xs, ys, scratch.data};
         PairTile<S> t(tile);
         auto expert_in_block = [&](Index b, Index e) {
-            w = all_weights(p, expert_factors(p, factors, e).data(), packed.data, false, pairs.count(b, e) < PACKED,
-                            Share::whole());
+            w = all_weights(p, factors, e, packed.data, false, pairs.count(b, e) < PACKED, Share::whole());
             for (Index i = pairs.at(b, e); i < pairs.at(b, e + 1); i += tile) {
                 t.set(pairs, i, pairs.at(b, e + 1), x, p.in_features, y, p.out_features);
                 Source<S> source{nullptr, p.in_features, t.count, t.inputs.data(), t.gates.data()};
@@ -116,13 +103,12 @@ template <class S>
 static void backward_routed(const Program& p, const S* const* factors, const Pairs<S>& pairs, const S* x, const S* dy,
                             S* dx, S* dgates, S* const* dfactors, int threads) {
     Index tile = 2 * Simd<S>::lanes, width = p.in_features;
-    Ends ends = Ends::backward(p);
-    FactorGradients gradients(p, tile, S());
+    Ends ends(p, true);
+    FactorGradients<S> gradients(p, tile);
     if (dx) expect(dx, pairs.tokens * width * sizeof(S));
-    for (auto& term : p.terms)
-        for (auto& s : term)
-            if (dfactors[s.factor]) expect(dfactors[s.factor], pairs.experts * s.entries() * sizeof(S));
-    bool recompute = p.intermediates();
+    for (size_t k = 0; k < p.steps.size(); k++)
+        if (dfactors[k]) expect(dfactors[k], pairs.experts * p.steps[k].entries() * sizeof(S));
+    bool recompute = p.intermediates;
     // experts at a time
     Index few = std::min(pairs.experts, std::max<Index>(1, SUMS / gradients.entries));
     std::vector<Buffer<S>> sums;
@@ -130,14 +116,13 @@ static void backward_routed(const Program& p, const S* const* factors, const Pai
     std::vector<std::vector<char>> has_sum(threads, std::vector<char>(few));
     for (int i = 0; i < threads; i++) sums.emplace_back(few * gradients.entries);
     Team::run(threads, [&](Team all) {
-        Buffer<S> packed(p.factor_entries()), packed_forward(recompute ? p.factor_entries() : 0);
+        Buffer<S> packed(p.factor_entries), packed_forward(recompute ? p.factor_entries : 0);
         Buffer<S> own(BackwardTile<S>::room(p, ends, recompute, tile)), scratch(2 * p.widest * tile);
         Buffer<S> panels(gradients.panel), inputs(tile * width), outputs(tile * p.out_features), dinputs(tile * width);
         PairTile<S> t(tile);
         std::vector<Weights<S>> w, w_back;
-        BackwardTile<S> steps{p, ends, gradients, w, w_back, dfactors, recompute, dx != nullptr, tile,
-                              panels.data, scratch.data};
-        steps.place(own.data);
+        BackwardTile<S> steps{p,         ends,          gradients, w,        w_back,      dfactors,
+                              recompute, dx != nullptr, tile,      own.data, panels.data, scratch.data};
 
         auto tile_back = [&](S* sum, bool add) {
             // Gradients of factors read token-major memory, so scaled inputs and output gradients are copied together.
@@ -167,11 +152,9 @@ static void backward_routed(const Program& p, const S* const* factors, const Pai
             for (Index b = begin; b < end; b++)
                 for (Index e = expert; e < last; e++) {
                     if (!pairs.count(b, e)) continue;
-                    auto own_factors = expert_factors(p, factors, e);
                     bool small = pairs.count(b, e) < PACKED;
-                    w_back = all_weights(p, own_factors.data(), packed.data, true, small, Share::whole());
-                    if (recompute)
-                        w = all_weights(p, own_factors.data(), packed_forward.data, false, small, Share::whole());
+                    w_back = all_weights(p, factors, e, packed.data, true, small, Share::whole());
+                    if (recompute) w = all_weights(p, factors, e, packed_forward.data, false, small, Share::whole());
                     S* sum = sums[all.rank()].data + (e - expert) * gradients.entries;
                     for (Index i = pairs.at(b, e); i < pairs.at(b, e + 1); i += tile) {
                         t.set(pairs, i, pairs.at(b, e + 1), x, width, dx, width);
