@@ -30,14 +30,10 @@ def copying_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Ten
 
 
 def copying(structure: Structure, weights: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute the copying baseline: one batched matmul per factor, with a transposing copy after each.
+    """Compute the copying baseline of weights as of `copying_weights`: x (n, in_features) -> (n, out_features).
 
-    This is the published implementation of two-factor structures: the matmul has its batch axes first, so the
-    intermediate is transposed and made contiguous for the second matmul, and its result for the output. Autograd
-    differentiates it.
-
-    Shapes:
-        x (n, in_features), weights as of `copying_weights` -> (n, out_features).
+    This is the published implementation of two-factor structures: a batched matmul per factor has its batch axes first,
+    so the intermediate is transposed and made contiguous for the second matmul, and its result for the output.
     """
     sizes = {**dict(structure.sizes), _TOKENS: x.shape[0]}
     total: Tensor | None = None
@@ -66,11 +62,9 @@ def _matrices(tensor: Tensor, factor: Factor, rows: int, sizes: dict[str, int]) 
 
 def is_blocktt(structure: Structure) -> bool:
     """Return whether tensorly-torch's BlockTT layer supports the structure: a tensor-train matrix without padding."""
-    if _cores(structure) is None:
-        return False
     sizes, term = dict(structure.sizes), structure.terms[0]
     padded = math.prod(sizes[a] for a in term.inputs + term.outputs)
-    return structure.in_features * structure.out_features == padded
+    return _cores(structure) is not None and structure.in_features * structure.out_features == padded
 
 
 def blocktt_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
@@ -88,9 +82,8 @@ def blocktt_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Ten
 
 def blocktt(weights: Sequence[nn.Parameter], bias: nn.Parameter | None) -> nn.Module:
     """Return the layer of tensorly-torch with these weights."""
-    # imported on use: it is slow, and has no types
+    # slow to import, and without types
     tltorch = import_module("tltorch")
-
     shape = tuple(w.shape[1] for w in weights), tuple(w.shape[2] for w in weights)
     tensor = tltorch.BlockTT(list(weights), tensorized_shape=shape, rank=[1, *(w.shape[3] for w in weights)])
     layer = tltorch.FactorizedLinear(shape[1], shape[0], bias=False, factorization=tensor)

@@ -1,7 +1,6 @@
-"""Peak memory of one call: the bytes that torch allocates in addition to those before the call, on CPU and GPU.
+"""Peak memory of one call.
 
-On the CPU the profiler records every allocation and release of torch's allocator. Scratch memory inside a kernel
-(of MKL, oneDNN or this library, a few tiles per thread) does not count.
+On the CPU the profiler records the allocator of torch. Scratch memory inside a kernel does not count.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from einlinear_lab.bench.timing import Call
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Return the peak memory of a call in bytes, without memory allocated before."""
+    """Return the most bytes that torch allocates in addition to those before the call."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

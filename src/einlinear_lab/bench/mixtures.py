@@ -45,10 +45,9 @@ RANK, MASKED, ALL = f"rank {ACTIVE}", "all experts, masked", "all experts"
 
 @dataclass(frozen=True)
 class MixtureResult:
-    """The times of all variants of a case.
+    """The times of all variants of a case, whose structure is that of an expert.
 
     Attributes:
-        case: the case; its structure is that of an expert.
         seconds: variant -> time of a call.
         ratios: variant -> other variant -> ratio of their times, of the pairs that tables and claims are about.
     """
@@ -82,7 +81,7 @@ CLAIMS = {"cpu": (
           1 / 1.5, _faster(ours(64), ours(8)), _large("")),
 )}
 # fmt: on
-_RATIOS = {*((ours(COMPARED), over) for over in (RANK, MASKED, ALL)), (ours(64), ours(8))}
+_RATIOS = {ours(COMPARED): (RANK, MASKED, ALL), ours(64): (ours(8),)}
 
 
 def cases(
@@ -96,12 +95,12 @@ def cases(
     """Return the grid of cases, for every backend if some are given. Raises ValueError for unknown names."""
     check("pass", modes or (), MODES)
     check("dtype", dtypes or (), DTYPES)
-    check("device", [device or DEVICES[0]], DEVICES)
+    check("device", [device or "cpu"], DEVICES)
     check("backend", backends or (), BACKENDS)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here")
     return [
-        Case("btt", *size, count, mode, dtype, device or DEVICES[0], backend=backend)
+        Case("btt", *size, count, mode, dtype, device or "cpu", backend=backend)
         for size in sizes or SIZES
         for count in tokens or (TOKENS,)
         for mode in modes or MODES
@@ -144,20 +143,18 @@ def measure(case: Case, budget: float) -> MixtureResult:
         for call in calls.values():
             call()
         seconds = interleave(calls, case.device, budget)
-    ratios: dict[str, dict[str, Spread]] = {}
-    for name, other in sorted(_RATIOS):
-        pairs = zip(seconds[name], seconds[other], strict=True)
-        ratios.setdefault(name, {})[other] = spread([a / b for a, b in pairs])
+    ratios = {
+        name: {other: spread([a / b for a, b in zip(seconds[name], seconds[other], strict=True)]) for other in others}
+        for name, others in _RATIOS.items()
+    }
     return MixtureResult(case, {name: spread(times) for name, times in seconds.items()}, ratios)
 
 
 class MaskedExperts(nn.Module):
-    """The published mixture: all BTT experts at once, as slices of the rank, times a gate that is mostly zero.
+    """The published mixture: all rank-1 BTT experts at once, as slices of the rank, times a gate that is mostly zero.
 
-    It is faster than the published code: the intermediate is not copied between the products, and stays in cache.
-
-    Args:
-        mixture: the mixture, of rank-1 BTT experts whose sizes need no padding.
+    It is faster than the published code: the intermediate is not copied between the products, and stays in cache. The
+    sizes must need no padding.
     """
 
     def __init__(self, mixture: MoELinear) -> None:
@@ -211,8 +208,7 @@ def tables(results: Sequence[MixtureResult]) -> list[Table]:
     for result in results:
         for name, seconds in result.seconds.items():
             ratio = result.ratios[ours(COMPARED)].get(name)
-            median, low, high = (number(1000 * value) for value in (seconds.median, seconds.low, seconds.high))
-            time = f"{median} ({low} to {high})"
-            rows.append((str(result.case), name, time, number(ratio.median if ratio else None)))
+            median, low, high = (number(1000 * value) for value in vars(seconds).values())
+            rows.append((str(result.case), name, f"{median} ({low} to {high})", number(ratio)))
     headings = ("case", "variant", "ms (quartiles)", f"{ours(COMPARED)}, × this")
     return [conclusions(verdicts), misses(verdicts), Table(f"Times, {ACTIVE} experts active", headings, tuple(rows))]

@@ -34,7 +34,6 @@ LOOP, TRANSPOSED = "loop of SVDs, out × in", "loop of SVDs, in × out"
 
 
 def _transposed_loop(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Truncate one matrix after the other; their rows are inputs."""
     parts = [by_svd(matrix[None], rank) for matrix in matrices]
     return torch.cat([first for first, _ in parts]), torch.cat([second for _, second in parts])
 
@@ -61,11 +60,7 @@ class ProjectionResult:
 
 
 def measure(spec: str, size: tuple[int, int] = SIZE, device: str = "cpu", rounds: int = ROUNDS) -> ProjectionResult:
-    """Project a random weight by all methods, interleaved.
-
-    Raises:
-        RuntimeError: the error of el.Linear.from_dense is larger than that of the SVD.
-    """
+    """Project a random weight by all methods. Raises RuntimeError if ours has a larger error than the SVD."""
     s = structure(spec, *size)
     w = torch.randn(s.out_features, s.in_features, generator=torch.Generator().manual_seed(0)).to(device)
     calls = {name: partial(split_terms, s, w, truncate) for name, truncate in METHODS.items()}
@@ -80,7 +75,6 @@ def measure(spec: str, size: tuple[int, int] = SIZE, device: str = "cpu", rounds
 
 
 def tables(results: Sequence[ProjectionResult]) -> list[Table]:
-    """Return a table with a row per structure and method."""
     rows = []
     for result in results:
         for name, time in result.seconds.items():

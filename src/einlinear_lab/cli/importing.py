@@ -15,7 +15,6 @@ _imported: list[str] = []
 
 
 def import_all(targets: Sequence[str]) -> None:
-    """Import all modules and files of --import; raises as `import_user_code`."""
     _imported[:] = targets
     for target in targets:
         import_user_code(target)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from einlinear_lab.cli import display
-from einlinear_lab.cli.arguments import RunConfig
-from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
 from einlinear_lab.cli.packages import LAB, require
-from einlinear_lab.cli.parsing import assignments
+from einlinear_lab.cli.parsing import RunConfig, assignments
 from einlinear_lab.cli.running import bar, check_here, say_skipped
 
 if TYPE_CHECKING:
@@ -19,15 +15,7 @@ if TYPE_CHECKING:
     from einlinear_lab.runs.run import Run
 
 
-def command(
-    config: RunConfig = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the run: its checkpoints, metrics and result. Default: one of its own in results/train."
-        ),
-    ] = None,
-) -> None:
+def train_command(config: RunConfig = None, out: Path | None = None) -> None:
     """Train one model.
 
     Without steps=NUMBER there are 20 passes over the data, but at least 200 and at most 5,000 steps.
@@ -36,6 +24,9 @@ def command(
     steps. Under torchrun all processes train the model together: parallel=ddp or parallel=fsdp.
 
     For example:  einlinear train model=gpt data=data/english structure="btt(rank=2)" width=256 steps=2000 lr=3e-3
+
+    Args:
+        out: Folder of the run: its checkpoints, metrics and result. Default: one of its own in results/train.
     """
     require(LAB)
     from einlinear_lab.runs.execution import check_runs, execute
@@ -43,7 +34,7 @@ def command(
     from einlinear_lab.runs.run import Run, with_defaults
     from einlinear_lab.training.distributed import is_first
 
-    with user_errors():
+    with display.user_errors():
         options = assignments(config)
         # out=FOLDER is written like the other options.
         named = options.pop("out", None)
@@ -59,7 +50,7 @@ def command(
                 display.note(f"{sentence}.")
             display.note(f"In {folder}. The same command resumes it, or shows its result.")
     interrupted = "Interrupted. The same command resumes from the last checkpoint, if checkpoint_every was set."
-    with interruptible(interrupted), bar(run) as progress, system_errors():
+    with display.interruptible(interrupted), bar(run) as progress, display.system_errors():
         result = execute(run, folder, progress, keep_checkpoints=True)
     if is_first():
         _print(run, result)

@@ -1,6 +1,6 @@
-"""One run: its options, execution and files.
+"""One run: its config, execution and files.
 
-run.py        model, data and training of a run as flat options; their hash and defaults
+run.py        model, data and training of a run; their options by name, hash and defaults
 data.py       kinds of data, their config and tasks
 options.py    parsing of options
 execution.py  training of a run in its folder

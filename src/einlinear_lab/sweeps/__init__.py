@@ -5,7 +5,6 @@ compare.py      runs of a comparison of structures at matched compute
 coord_check.py  coordinate check on real data
 recipes/        experiments of papers
 driver.py       execution of missing runs
-attempts.py     attempts of a worker process to do a run
 workers.py      worker processes of this machine
 cluster.py      workers on a Ray cluster
 """

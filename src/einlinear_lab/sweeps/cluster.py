@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.attempts import ATTEMPTS, attempt, away
 from einlinear_lab.sweeps.driver import Event, Job
+from einlinear_lab.sweeps.workers import ATTEMPTS, attempt, away
 
 # A process may do several runs.
 _set_up = False
@@ -65,7 +65,6 @@ class Cluster:
                 ray.shutdown()
 
     def _room(self, resources: Mapping[str, float]) -> int:
-        """Return the number of runs that fit on the cluster."""
         needed = {"CPU": self.cpus, "GPU": self.gpus}
         return max(1, min((int(resources.get(name, 0) // count) for name, count in needed.items() if count), default=1))
 

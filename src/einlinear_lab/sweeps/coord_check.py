@@ -16,7 +16,7 @@ from einlinear_lab.runs.data import TrainingProblem
 from einlinear_lab.runs.execution import initialised
 from einlinear_lab.runs.options import names
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps import compare
+from einlinear_lab.sweeps.compare import with_comparison_defaults
 from einlinear_lab.training import Training
 
 # Different batches, used in turn.
@@ -37,20 +37,15 @@ def template(options: Mapping[str, Any]) -> Run:
             "trains in float32 on the CPU with AdamW at a constant learning rate; it evaluates nothing. Of training "
             f"only {' and '.join(_OF_TRAINING)} can be set"
         )
-    return compare.template(options)
+    run = Run.of(with_comparison_defaults(options))
+    if run.training.steps < 2:
+        steps = run.training.steps
+        raise ValueError(f"steps must be at least 2, not {steps}: the first moves only the head, which starts at zero")
+    return run
 
 
 def check(template: Run, problem: TrainingProblem, structures: Sequence[str], widths: Sequence[int]) -> None:
-    """Build every model on the meta device.
-
-    Raises:
-        ValueError: a structure that is unknown or does not fit a width, or too few steps.
-    """
-    if template.training.steps < 2:
-        raise ValueError(
-            f"steps must be at least 2, not {template.training.steps}: the first moves only the head, which starts at "
-            "zero"
-        )
+    """Build every model on the meta device. Raises ValueError for an unknown structure, or one that does not fit."""
     with torch.device("meta"):
         for spec in structures:
             for width in widths:
@@ -73,9 +68,6 @@ def measure(
 
     Args:
         template: run whose structure and width are varied; of its training only steps and lr count.
-        problem: its data and task.
-        structures: specs.
-        widths: to compare.
         progress: called with (structure, width, step) after every step.
 
     Yields:

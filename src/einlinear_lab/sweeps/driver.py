@@ -20,8 +20,7 @@ class Event:
     """Change of a run's status.
 
     Attributes:
-        run: the run.
-        status: "running", "finished", "stopped" (by `attempts.stop`), "lost" (its worker died, and it is repeated) or
+        status: "running", "finished", "stopped" (by `workers.stop`), "lost" (its worker died, and it is repeated) or
             "failed".
         step, steps, loss: progress of a running run.
         message: error of a failed or lost run.
@@ -46,17 +45,12 @@ class Pool(Protocol):
 
 
 def do(
-    runs: Sequence[Run],
-    store: Store,
-    pool: Pool,
-    watch: Callable[[Event], None] = lambda event: None,
+    runs: Sequence[Run], store: Store, pool: Pool, watch: Callable[[Event], None] = lambda event: None
 ) -> list[Event]:
     """Do the unfinished runs, update the table of all runs, and return the events of failed runs.
 
     Args:
-        runs: of the sweep.
         store: opened for these runs.
-        pool: workers.
         watch: called with every event.
 
     Raises:

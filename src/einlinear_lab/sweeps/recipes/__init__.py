@@ -39,14 +39,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Experiment of a paper at two scales.
-
-    Attributes:
-        title: of the experiment.
-        source: paper and section or figure.
-        shows: finding of the paper.
-        small, paper: the scales.
-    """
+    """Experiment of a paper: its title, the paper and section or figure, the finding, and two scales."""
 
     title: str
     source: str
@@ -56,7 +49,6 @@ class Recipe:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all recipes."""
     files = (file.name for file in resources.files(__name__).iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml")))
 
@@ -64,12 +56,10 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Recipe:
     """Load a recipe. Raises ValueError for an unknown name."""
     if name not in names():
-        if "." in name or "/" in name:
-            raise ValueError(
-                f"{name} is neither a recipe nor a .toml or .json file. The recipes are {', '.join(names())}"
-            )
-        hint = did_you_mean(name, names())
-        raise ValueError(f"unknown recipe {name!r}.{hint} The recipes are {', '.join(names())}")
+        is_path = "." in name or "/" in name
+        unknown = f"{name} is neither a recipe nor a .toml or .json file" if is_path else f"unknown recipe {name!r}"
+        hint = "" if is_path else did_you_mean(name, names())
+        raise ValueError(f"{unknown}.{hint} The recipes are {', '.join(names())}")
     file = resources.files(__name__) / f"{name}.toml"
     content = options.from_text(file.read_text(encoding="utf-8"), file.name)
     options.refuse_unknown(content, options.names(Recipe), name)
@@ -79,15 +69,10 @@ def load(name: str) -> Recipe:
 
 
 def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None = None) -> Sweep:
-    """Return the runs of a recipe.
+    """Return the runs of a recipe at the scale "small" or "paper", with overridden options.
 
     >>> sorted({run.model.width for run in sweep("lr-transfer", "paper").runs})
     [16, 64, 256, 1024, 4096]
-
-    Args:
-        name: of the recipe.
-        scale: "small" or "paper".
-        overrides: options that override those of the recipe.
 
     Raises:
         ValueError: an unknown recipe, scale or option; a recipe with commands instead of runs.
