@@ -23,14 +23,10 @@ _SHARE = re.compile(r"\{d/(\d+)\}")
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """A benchmark case.
+    """A structure and a size, a number of input vectors, and a pass.
 
-    Attributes:
-        structure: the spec of the structure.
-        tokens: the number of input vectors.
-        mode: "forward" (no gradients), "train" (forward and backward, gradients of the input and of all parameters), or
-            "decode" (forward of 1 to 16 tokens).
-        backend: the only backend to measure; empty for the dispatcher's choice.
+    The pass is "forward" (no gradients), "train" (forward and backward, gradients of the input and all parameters) or
+    "decode" (forward of 1 to 16 tokens). An empty backend is the dispatcher's choice.
     """
 
     structure: str
@@ -72,13 +68,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes to move. A tensor counts once for every pass that reads it and once for every pass that writes it.
-
-    Attributes:
-        least: input, output and factors, and in training their gradients. No implementation moves less.
-        total: the same with intermediates, written and read again. Caches may avoid this traffic.
-        intermediates: the intermediates once, which a training step may have to keep.
-    """
+    """Bytes to move: at least, with written and read intermediates, and the size of the intermediates alone."""
 
     least: int
     total: int
@@ -87,13 +77,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The configuration of a measurement.
-
-    Attributes:
-        budget: seconds to repeat the measurement of a case; every variant gets at least five runs.
-        backends: backends to measure besides the dispatcher's choice; None for all that can run.
-        compiled: whether to measure torch.compile of the plain einsum, in forward and training.
-    """
+    """Seconds per case, backends to measure besides the dispatcher's choice (None: all), and whether to compile."""
 
     budget: float = 1.0
     backends: tuple[str, ...] | None = None
@@ -102,13 +86,7 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A grid of cases and the configuration of their measurement.
-
-    Attributes:
-        structures: specs; ``{d/8}`` in a spec stands for an eighth of the smaller feature count.
-        sizes: (in_features, out_features) pairs.
-        tokens: numbers of tokens: up to 16 make a "decode" case, more a "forward" and a "train" case.
-    """
+    """A grid of cases and the configuration of their measurement; ``{d/8}`` in a spec is an eighth of the features."""
 
     structures: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
@@ -196,11 +174,7 @@ def check(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def choose(name: str, **options: Any) -> Suite:
-    """Return a suite, with fields of the suite or of its config replaced by all options that are not None.
-
-    Raises:
-        ValueError: the suite is unknown.
-    """
+    """Return a suite, with fields of the suite or of its config replaced by all options that are not None."""
     check("suite", [name], SUITES)
     suite = SUITES[name]
     fields = {key: value for key, value in options.items() if value is not None}

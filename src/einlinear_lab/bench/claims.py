@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.results import BenchResult
+from einlinear_lab.bench.timing import Spread
 from einlinear_lab.bench.variants import COMPILED, COPYING, DENSE, OURS, RECOMPUTING
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The claim that a value (result -> value, None if not measured) is at least `least` for all cases it applies to.
-
-    Results are those of any benchmark: a `BenchResult`, or another class with a `case`.
-    """
+    """The claim that a value of a result (None if not measured) is at least `least` in all cases that it applies to."""
 
     text: str
     least: float
@@ -67,14 +66,17 @@ def where(
     )
 
 
-def _speedup(result: BenchResult) -> float | None:
+def _ratio(result: BenchResult, baseline: str) -> Spread | None:
+    """Return the speed-up of el.Linear over dense or over the copying baseline."""
     ours = result.of(OURS)
-    return ours.speedup.median if ours and ours.speedup else None
+    if ours is None:
+        return None
+    return ours.speedup if baseline == DENSE else ours.over_copying
 
 
-def _over_copying(result: BenchResult) -> float | None:
-    ours = result.of(OURS)
-    return ours.over_copying.median if ours and ours.over_copying else None
+def _speedup(result: BenchResult, baseline: str = DENSE) -> float | None:
+    ratio = _ratio(result, baseline)
+    return ratio.median if ratio else None
 
 
 def _over_compiled(result: BenchResult) -> float | None:
@@ -88,9 +90,8 @@ def _over_compiled(result: BenchResult) -> float | None:
 
 def _not_slower(result: BenchResult, than: str) -> float | None:
     """Return the speed-up, or 1 for a smaller one within the spread."""
-    ours = result.of(OURS)
-    ratio = ours and (ours.speedup if than == DENSE else ours.over_copying)
-    if not ratio:
+    ratio = _ratio(result, than)
+    if ratio is None:
         return None
     return max(ratio.median, 1.0) if ratio.high >= 1 else ratio.median
 
@@ -103,7 +104,11 @@ def _memory(result: BenchResult, name: str, intermediates: int) -> float | None:
     return (dense.peak_bytes + intermediates * result.traffic.intermediates + 4096) / variant.peak_bytes
 
 
-_LIMIT, _ROOFLINE = BenchResult.fraction, BenchResult.roofline_fraction
+_LIMIT, _ROOFLINE, _over_copying = (
+    BenchResult.fraction,
+    BenchResult.roofline_fraction,
+    partial(_speedup, baseline=COPYING),
+)
 
 # fmt: off
 _ALWAYS = (

@@ -1,8 +1,6 @@
 """Fit the dispatcher's cost model to measurements.
 
-``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how much
-slower the chosen backends are than the fastest. ``--check`` exits with status 1 if the file is not the fit of the
-measurements that it names.
+``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json.
 """
 
 from __future__ import annotations

@@ -44,9 +44,13 @@ class Machine:
 
 
 def this_machine(device: str) -> Machine:
+    gpu = ""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties()
+        gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     return Machine(
         cpu=f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
-        gpu=_gpu() if device == "cuda" else "",
+        gpu=gpu,
         system=f"{platform.system()} {platform.machine()}",
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
@@ -63,11 +67,6 @@ def _cpu() -> str:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def _gpu() -> str:
-    properties = torch.cuda.get_device_properties()
-    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 @dataclass(frozen=True)

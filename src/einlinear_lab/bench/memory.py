@@ -1,7 +1,4 @@
-"""Peak memory of one call.
-
-On the CPU the profiler records the allocator of torch. Scratch memory inside a kernel does not count.
-"""
+"""Peak memory of one call; on the CPU without scratch memory inside a kernel."""
 
 from __future__ import annotations
 

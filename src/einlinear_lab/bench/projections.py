@@ -1,9 +1,7 @@
-"""Benchmark of projections of a large weight: against the SVDs that they replace, in a loop and batched.
+"""Benchmark of projections of a large random weight: against the SVDs that they replace, in a loop and batched.
 
-The weight is random, the hardest case: all singular values matter. The methods are interleaved, and differ only in the
-truncation of the matrices. Published projections take the SVD of matrices in the layout of the weight, out × in (Dao et
-al., arXiv 2204.00595, section 3.3, and their code). LAPACK takes about twice as long for a wide matrix as for its
-transpose, so both layouts are measured.
+Published projections take SVDs of matrices in the layout of the weight, out × in (arXiv 2204.00595, section 3.3).
+LAPACK takes about twice as long for a wide matrix as for its transpose, so both layouts are measured.
 """
 
 from __future__ import annotations

@@ -21,15 +21,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Measurement:
-    """The measurement of one variant of a case. Ratios compare calls of the same round.
-
-    Attributes:
-        refusal: why the variant was not measured: it cannot run, or (`wrong`) its output is wrong.
-        wrong: whether the output is wrong, which makes the whole benchmark fail.
-        seconds, runs: the time of a call, and the number of timed calls.
-        speedup, over_copying: the speed-up over nn.Linear and over the copying baseline.
-        peak_bytes: the peak memory of a training step.
-    """
+    """Time of a call, speed-ups of the same rounds, and peak memory of a variant, or why it was refused or is wrong."""
 
     name: str
     refusal: str | None = None
@@ -43,14 +35,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The result of a case.
-
-    Attributes:
-        macs: the MACs of the structure, for one token.
-        backend: the dispatcher's choice.
-        roofline_seconds: the least time that the machine's measured peaks allow.
-        measurements: the measurements of the variants, nn.Linear first.
-    """
+    """The result of a case: MACs per token, the chosen backend, the least time at measured peaks, all variants."""
 
     case: Case
     macs: int

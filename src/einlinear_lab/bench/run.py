@@ -1,8 +1,7 @@
 """Measure cases, each with all its variants in interleaved rounds, into a file that can be resumed.
 
-No speed is reported without a check of the output against the dense matrix in float64. The tolerance is four times the
-error of the dense matmul in the same dtype on the same data. For gradients of factors it grows with the square root of
-the number of terms in their sums.
+No speed is reported without a check of the output in float64, within four times the error of the dense matmul in the
+same dtype. For gradients of factors the tolerance grows with the square root of the number of terms in their sums.
 """
 
 from __future__ import annotations
@@ -35,11 +34,8 @@ _NAMES = ("output", "gradient of the input", "gradient of the weight", "gradient
 class Recorder:
     """The results in a folder, and the measurements that add to them.
 
-    Results of the same machine and config are resumed, unless `fresh`. With `reading`, complete results of another
-    machine or config are accepted. The command line is for the record.
-
-    Raises:
-        ValueError: the folder holds results of another machine, version or config, or the device or backend is unknown.
+    Results of the same machine and config are resumed unless `fresh`; others raise ValueError, unless `reading` and
+    complete.
     """
 
     def __init__(

@@ -68,11 +68,7 @@ def _flushed() -> Tensor:
 
 
 def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[str, list[float]]:
-    """Time warmed-up calls in rounds, each call once per round in random order; return seconds, round by round.
-
-    Between two runs of a call the others use the caches, as the other layers of a model do. No round begins after
-    `budget` seconds and at least `MIN_RUNS` rounds.
-    """
+    """Time warmed-up calls in rounds of random order, so that others use the caches; return seconds, round by round."""
     names, shuffler = list(calls), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()

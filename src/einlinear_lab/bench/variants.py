@@ -31,13 +31,7 @@ FOREIGN = (COMPILED, BLOCKTT)
 
 @dataclass(frozen=True)
 class Variant:
-    """An implementation of y = x W^T + bias.
-
-    Attributes:
-        weights: the parameters of W, whose gradients a training step computes.
-        forward: x of shape (n, in_features) -> y.
-        stored: factors of the structure -> tensors in the layout of `weights`.
-    """
+    """An implementation of y = x W^T + bias, the parameters of W, and their layout as a function of the factors."""
 
     name: str
     weights: Sequence[Tensor]
@@ -47,13 +41,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Workload:
-    """The tensors of a case, shared by all variants.
-
-    Attributes:
-        layer: el.Linear, whose factors all variants of the structure have in layouts of their own.
-        dense: a dense layer with the same matrix, rounded to the dtype.
-        x, grad: the input, and the gradient of the output.
-    """
+    """The tensors of a case that all variants share: a structured and a dense layer with one matrix, x and gradient."""
 
     case: Case
     structure: Structure

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.parsing import numbers, specs, words
-from einlinear_lab.cli.running import command_line
+from einlinear_lab.cli.running import command_line, refuse
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear_lab.bench.run import Recorder
     from einlinear_lab.bench.tables import Table
 
+T = TypeVar("T")
 # suites of other benchmarks than that of layers
 MIXTURES, PROJECTIONS = "moe", "projection"
 
@@ -73,27 +74,22 @@ def bench_command(
     from einlinear_lab.bench.run import FILE, Recorder
 
     with display.user_errors():
-        grid: dict[str, Any] = {
-            "structures": specs(structures),
-            "sizes": _sizes(sizes),
-            "tokens": numbers(tokens, "--tokens"),
-            "modes": words(passes),
-            "dtypes": words(dtypes),
-            "device": device,
-            "bias": bias,
-        }
+        grid: dict[str, Any] = {"structures": specs(structures), "sizes": _sizes(sizes), "device": device, "bias": bias}
+        grid |= {"tokens": numbers(tokens, "--tokens"), "modes": words(passes), "dtypes": words(dtypes)}
         if threads is not None:
             torch.set_num_threads(threads)
+        no_meaning = f"has no meaning for --suite {suite}"
+        of_layers = {"--variants": variants or None, "--compile": compiled, "--compare": compared}
         if suite == MIXTURES:
-            _refuse(suite, structures=structures, bias=bias, variants=variants, compile=compiled, compare=compared)
+            refuse({"--structures": structures, "--bias": bias, **of_layers}, no_meaning)
             options = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
             measure = partial(mixtures.measure, budget=10.0 if budget is None else budget)
             cases = mixtures.cases(**options, backends=words(backends))
             _run(suite, mixtures, {str(case): partial(measure, case) for case in cases}, device, out)
             return
         if suite == PROJECTIONS:
-            _refuse(suite, tokens=tokens, passes=passes, dtype=dtypes, bias=bias, backends=backends, budget=budget)
-            _refuse(suite, variants=variants, compile=compiled, compare=compared)
+            others = {"--tokens": tokens, "--passes": passes, "--dtype": dtypes, "--bias": bias, "--backends": backends}
+            refuse({**others, "--budget": budget, **of_layers}, no_meaning)
             check("device", [device or "cpu"], DEVICES)
             weights = product(grid["structures"] or projections.SPECS, grid["sizes"] or (projections.SIZE,))
             project = partial(projections.measure, device=device or "cpu")
@@ -139,15 +135,11 @@ def _run(
     folder, machine = out or Path("results") / f"bench-{suite}", this_machine(device or "cpu")
     display.note(str(machine))
     results, failures = [], []
-    with display.progress() as progress:
-        task = progress.add_task("", total=len(calls))
-        for name, call in calls.items():
-            progress.update(task, description=name)
-            try:
-                results.append(call())
-            except RuntimeError as error:
-                failures.append(f"{name}: {error}")
-            progress.advance(task)
+    for name, call in _with_bar(calls.items()):
+        try:
+            results.append(call())
+        except RuntimeError as error:
+            failures.append(f"{name}: {error}")
     # the files of an earlier benchmark stay if everything fails
     if results:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,13 +148,6 @@ def _run(
         _print(tables)
         display.note(f"Results: {path}, with {path.with_suffix('.md').name}.")
     display.fail(failures)
-
-
-def _refuse(suite: str, **options: object) -> None:
-    """Raise ValueError for options that a suite does not use."""
-    for name, value in options.items():
-        if value not in (None, False):
-            raise ValueError(f"--{name} has no meaning for --suite {suite}")
 
 
 def _measure(recorder: Recorder) -> None:
@@ -176,11 +161,17 @@ def _measure(recorder: Recorder) -> None:
     duration = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     count = f"{len(missing)} of {len(recorder.cases)} cases"
     display.note(f"{count} to measure, about {duration}; results in {recorder.path}.")
+    for _, case in _with_bar([(str(case), case) for case in missing]):
+        recorder.measure(case)
+
+
+def _with_bar(named: Collection[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Yield all items, with a progress bar of their names."""
     with display.progress() as progress:
-        task = progress.add_task("", total=len(missing))
-        for case in missing:
-            progress.update(task, description=str(case))
-            recorder.measure(case)
+        task = progress.add_task("", total=len(named))
+        for name, item in named:
+            progress.update(task, description=name)
+            yield name, item
             progress.advance(task)
 
 

@@ -6,7 +6,7 @@ import copy
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,9 +14,6 @@ from einlinear.files import lock_output
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import PRETRAINED, require
 from einlinear_lab.cli.parsing import specs
-
-if TYPE_CHECKING:
-    from einlinear_lab.pretrained.generation_speed import ModelSpeed
 
 # files that are not copied and are listed
 _SHOWN = 10
@@ -117,31 +114,18 @@ def compress_command(
             # the two models share tensors, unless one of them is trained
             tensors = () if distill else (*compressed.parameters(), *compressed.buffers())
             original = copy.deepcopy(compressed, {id(tensor): tensor for tensor in tensors})
+            families = specs(structures) or DEFAULT_FAMILIES
+            options: dict[str, Any] = {"count": count, "layers": layers, "sequential": sequential, "folder": unfinished}
             with display.steps() as advance:
-                report = compression.compress(
-                    compressed,
-                    budget,
-                    specs(structures) or DEFAULT_FAMILIES,
-                    batches,
-                    count=count,
-                    layers=layers,
-                    sequential=sequential,
-                    only_if_faster=only_if_faster,
-                    progress=advance,
-                    folder=unfinished,
-                )
+                options |= {"only_if_faster": only_if_faster, "progress": advance}
+                report = compression.compress(compressed, budget, families, batches, **options)
             if distill and calibration is not None:
+                texts = text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size)
+                folder = unfinished / f"distillation of {distill:g} minutes at {lr:g}"
+                options = {"steps": 10**9, "lr": lr, "seconds": 60 * distill, "folder": folder}
                 with display.steps() as advance:
-                    distillation = compression.distill(
-                        compressed,
-                        original,
-                        text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size),
-                        steps=10**9,
-                        lr=lr,
-                        seconds=60 * distill,
-                        folder=unfinished / f"distillation of {distill:g} minutes at {lr:g}",
-                        progress=lambda done, _, loss: advance("distillation", done, None),
-                    )
+                    options["progress"] = lambda done, _, loss: advance("distillation", done, None)
+                    distillation = compression.distill(compressed, original, texts, **options)
         with display.system_errors():
             left_out = save(compressed, tokenizer, report, out, model, config)
             shutil.rmtree(unfinished)
@@ -156,17 +140,13 @@ def compress_command(
         display.note(f"Distilled in {len(losses):,} steps: {change}.")
     reads_text = compressed.main_input_name == "input_ids" and hasattr(compressed.config, "vocab_size")
     if reads_text and not getattr(compressed.config, "is_encoder_decoder", False):
-        _print_speeds(model_speeds({"original": original, "compressed": compressed}))
+        speeds = model_speeds({"original": original, "compressed": compressed})
+        rows = []
+        for name, speed in speeds.items():
+            decode = "–" if speed.decode is None else f"{speed.decode:,.0f}"
+            rows.append((name, f"{speed.prefill:,.0f}", f"{speed.prefill / speeds['original'].prefill:.2f}", decode))
+        display.show(("", "prefill, tokens/s", "times the original's", "decode, tokens/s"), rows)
     if left_out:
         rest = f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else ""
         display.note(f"Not copied from {model}: {', '.join(left_out[:_SHOWN])}{rest}.")
     display.note(f"Saved in {out}. from_pretrained loads it after import einlinear.")
-
-
-def _print_speeds(speeds: dict[str, ModelSpeed]) -> None:
-    original = speeds["original"]
-    rows = []
-    for name, speed in speeds.items():
-        decode = "–" if speed.decode is None else f"{speed.decode:,.0f}"
-        rows.append((name, f"{speed.prefill:,.0f}", f"{speed.prefill / original.prefill:.2f}", decode))
-    display.show(("", "prefill, tokens/s", "times the original's", "decode, tokens/s"), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated
 
 import torch
@@ -37,7 +38,12 @@ def describe_command(
         structure = einlinear.structure(spec, in_features, out_features, max_macs=max_macs)
     _print_structure(structure)
     if plan:
-        _print_plan(structure, tokens)
+        device = torch.device("cpu")
+        display.note(f"\nBackend for {tokens:,} inputs of float32 on this CPU, and the estimated time of the others:")
+        display.note(str(ops.choose(structure, tokens, torch.float32, device)))
+        display.note("\nBatched matmuls and the intermediates between them, slowest axis first:")
+        for step in chain.from_iterable(make_plan(structure)):
+            display.note(f"  {structure.factors[step.index].name}  {step}")
 
 
 def _print_structure(s: Structure) -> None:
@@ -61,13 +67,3 @@ def _print_structure(s: Structure) -> None:
     for name, meaning in (("psi", "rank = n^psi"), ("nu", "MACs = n^(1+nu)"), ("omega", "params / MACs = n^-omega")):
         totals.append((f"{name}  ({meaning})", f"{getattr(s, name):.4g}", f"{getattr(dense, name):.4g}", ""))
     display.show(("", "this", "dense", "ratio"), totals)
-
-
-def _print_plan(s: Structure, tokens: int) -> None:
-    """Print the backend of a structure on this CPU in float32, and the steps of the batched matmuls."""
-    display.note(f"\nBackend for {tokens:,} inputs of float32 on this CPU, and the estimated time of the others:")
-    display.note(str(ops.choose(s, tokens, torch.float32, torch.device("cpu"))))
-    display.note("\nBatched matmuls and the intermediates between them, slowest axis first:")
-    for steps in make_plan(s):
-        for step in steps:
-            display.note(f"  {s.factors[step.index].name}  {step}")

@@ -67,10 +67,7 @@ def progress(*more: ProgressColumn) -> Progress:
 
 @contextmanager
 def steps() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yield a function that shows the progress of tasks in sequence, called with (task, done, total).
-
-    A terminal shows a bar; otherwise a line is printed when a task begins and every ten seconds.
-    """
+    """Yield a function that shows the progress of tasks in sequence, called with (task, done, total)."""
     started, last, tasks = time.monotonic(), 0.0, set[str]()
 
     def print_line(task: str, done: int, total: int | None) -> None:
@@ -102,8 +99,7 @@ def advance(bars: Progress, name: str, done: int, total: int | None) -> None:
 def user_errors() -> Iterator[None]:
     """Turn errors of wrong arguments, files and missing packages into a message and exit code 2.
 
-    For checks of the user's input only: later, an error of the same type is a bug. Under torchrun all processes raise
-    the same error, and the first process of every machine prints it.
+    For checks of the user's input only: later, an error of the same type is a bug.
     """
     try:
         yield

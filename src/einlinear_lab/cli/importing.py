@@ -26,11 +26,7 @@ def setup() -> tuple[Callable[[], None], ...]:
 
 
 def import_user_code(target: str) -> None:
-    """Import a module by its name, or a file by its path, which ends in .py.
-
-    Raises:
-        ValueError: the module or file does not exist, or its code raises; the message then has the traceback.
-    """
+    """Import a module by its name, or a file by its path; raise ValueError with the reason or a traceback."""
     if target.endswith(".py") and not Path(target).is_file():
         raise ValueError(f"--import {target}: there is no such file")
     try:

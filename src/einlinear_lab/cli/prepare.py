@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import numbers
-
-if TYPE_CHECKING:  # heavy: imported by the command itself
-    from einlinear_lab.data import Tokens
 
 
 def prepare_command(
@@ -47,10 +44,10 @@ def prepare_command(
 
     interrupted = f"Interrupted. The same command prepares {out} from the start."
     with display.user_errors(), display.interruptible(interrupted):
-        characters = numbers(limit, "--limit") or (None,)
-        if len(characters) > 1:
+        limits = numbers(limit, "--limit") or (None,)
+        if len(limits) > 1:
             raise ValueError(f"--limit {limit}: give one number")
-        options: dict[str, Any] = {"vocab_size": vocab_size, "validation": validation, "limit": characters[0]}
+        options: dict[str, Any] = {"vocab_size": vocab_size, "validation": validation, "limit": limits[0]}
         config = TextConfig(sources=tuple(sources), tokens=tokens, **options)
         prepared = None if fresh else load_prepared(config, out)
         if prepared:
@@ -58,25 +55,20 @@ def prepare_command(
         else:
             with display.progress() as progress:
                 prepared = prepare_tokens(config, out, fresh=fresh, progress=partial(display.advance, progress))
-    _print(prepared)
-
-
-def _print(tokens: Tokens) -> None:
-    """Print the counts of every corpus."""
     headings = ("text", "documents", "dropped", "characters", "replaced", "dropped", "training", "validation")
     columns = (
         *("documents", "documents_dropped", "characters", "characters_replaced", "characters_dropped"),
         *("train_tokens", "validation_tokens"),
     )
-    rows = [(corpus.name, *(f"{getattr(corpus, column):,}" for column in columns)) for corpus in tokens.counts]
-    display.show(headings, rows)
-    for corpus in tokens.counts:
+    counts = prepared.counts
+    display.show(headings, [(c.name, *(f"{getattr(c, column):,}" for column in columns)) for c in counts])
+    for corpus in counts:
         display.note(f"{corpus.name}: {corpus.origin}.")
-    for reason in {corpus.fallback: None for corpus in tokens.counts if corpus.fallback}:
+    for reason in {corpus.fallback: None for corpus in counts if corpus.fallback}:
         display.warning(f"The tokens are bytes: {reason}.")
-    train, validation = len(tokens.train), len(tokens.validation)
-    characters = sum(corpus.characters for corpus in tokens.counts)
+    train, held_out = len(prepared.train), len(prepared.validation)
+    characters = sum(corpus.characters for corpus in counts)
     display.note(
-        f"{train:,} tokens to train on, {validation:,} held out; a vocabulary of {tokens.tokenizer.vocab_size:,}, "
-        f"{characters / (train + validation):.2f} characters a token. In {tokens.folder}."
+        f"{train:,} tokens to train on, {held_out:,} held out; a vocabulary of {prepared.tokenizer.vocab_size:,}, "
+        f"{characters / (train + held_out):.2f} characters a token. In {prepared.folder}."
     )

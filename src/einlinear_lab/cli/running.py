@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,23 +57,8 @@ def cluster(on: str, workers: int | None, address: str | None, cpus: float | Non
     return Cluster(address, 1 if cpus is None else cpus, gpus or 0, setup())
 
 
-def processes(workers: int | None, runs: Sequence[Run]) -> Pool:
-    """Return the pool of --on local."""
-    from joblib import cpu_count
-
-    from einlinear_lab.sweeps.workers import Workers, suited
-
-    count = workers or suited(runs)
-    return Workers(count, max(1, cpu_count() // count), setup())
-
-
 def check_here(runs: Iterable[Run]) -> None:
-    """Check before training that this machine can do the runs.
-
-    Raises:
-        ValueError: the device does not exist, or torchrun's processes cannot share a batch equally.
-        ModuleNotFoundError: a tracker's package is not installed.
-    """
+    """Raise ValueError or ModuleNotFoundError if this machine lacks a device or a package, or cannot share a batch."""
     from einlinear_lab.training.distributed import check_batch, check_device, processes
     from einlinear_lab.training.trackers import check_installed
 
@@ -83,12 +69,13 @@ def check_here(runs: Iterable[Run]) -> None:
             check_installed(run.training.tracker)
 
 
-def check_many(runs: Iterable[Run], pool: Pool | None) -> None:
+def check_many(runs: Sequence[Run], pool: Pool | None) -> None:
     """Check before training that the pool, or this machine, can do the runs; raises as `check_here`."""
     if "RANK" in os.environ:
         raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
     if pool is None:
         check_here(runs)
+    say_skipped(runs)
 
 
 def say_skipped(runs: Iterable[Run]) -> None:
@@ -114,23 +101,31 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
         for problem in store.damaged():
             display.warning(f"{problem}; if it belongs here it is done again")
         missing = store.missing(sweep.runs)
-        say_skipped(sweep.runs)
     finished = len(sweep.runs) - len(missing)
     already = f"; {finished} of {len(sweep.runs)} are already there" if finished else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
-    failed = list[str]()
-    if missing:
-        chosen = pool or processes(workers, missing)
-        failed = watched(lambda watch: do(sweep.runs, store, chosen, watch), len(missing), folder)
+    failed = watched(partial(do, sweep.runs, store), missing, folder, workers, pool) if missing else []
     report_command([folder])
     display.fail(failed)
 
 
-def watched(do: Callable[[Callable[[Event], None]], list[Event]], total: int, folder: Path) -> list[str]:
-    """Do runs with progress bars, one for all and one for each running run; return the errors of those that failed."""
+def watched(
+    do: Callable[[Pool, Callable[[Event], None]], list[Event]],
+    runs: Sequence[Run],
+    folder: Path,
+    workers: int | None,
+    pool: Pool | None,
+) -> list[str]:
+    """Do runs with progress bars, by default on processes of this machine; return the errors of those that failed."""
+    from joblib import cpu_count
+
+    from einlinear_lab.sweeps.workers import Workers, suited
+
+    count = workers or suited(runs)
+    pool = pool or Workers(count, max(1, cpu_count() // count), setup())
     interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
     with display.interruptible(interrupted), display.progress(TextColumn(_LOSS)) as bars, display.system_errors():
-        failed = do(_Watch(bars, total).see)
+        failed = do(pool, _Watch(bars, len(runs)).see)
     return [f"{event.run.name} failed: {event.message}" for event in failed]
 
 

@@ -13,7 +13,7 @@ import typer
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import Address, Cpus, Gpus, MixCode, On, RunConfig, Workers, assignments, numbers, words
-from einlinear_lab.cli.running import check_many, cluster, command_line, processes, say_skipped, watched
+from einlinear_lab.cli.running import check_many, cluster, command_line, watched
 
 if TYPE_CHECKING:
     from einlinear_lab.search.search import Search
@@ -70,6 +70,7 @@ def search_command(
         name: Name of the study. Default: the folder's.
     """
     require(LAB)
+    from einlinear_lab.runs.options import parse
     from einlinear_lab.runs.run import with_defaults
     from einlinear_lab.runs.store import Store
     from einlinear_lab.runs.table import RunTable
@@ -82,31 +83,17 @@ def search_command(
         if len(macs) != 1:
             raise ValueError(f"--budget is one number, such as 400k, not {budget!r}")
         options, notes = with_defaults(assignments(config))
-        chosen = SearchConfig(
-            budget=macs[0],
-            trials=trials,
-            hours=hours,
-            families=words(families) or (),
-            roles=words(roles) or (),
-            sampler=sampler,
-            warm_start=warm_start,
-            prune=prune,
-            metric=metric,
-            time_weight=time_weight,
-            seed=sampler_seed,
-            options=options,
-        )
-        store = Store(out)
-        search = Search(chosen)
+        budgets = {"budget": macs[0], "trials": trials, "hours": hours, "metric": metric, "time_weight": time_weight}
+        space = {"families": words(families) or (), "roles": words(roles) or (), "options": options}
+        sampling = {"sampler": sampler, "warm_start": warm_start, "prune": prune, "seed": sampler_seed}
+        store, search = Store(out), Search(parse(SearchConfig, {**budgets, **space, **sampling}))
         check_many([search.base], pool)
-        say_skipped([search.base])
         for note in notes:
             display.note(f"{note}.")
         search.open(store, storage, name, command=command_line(), mix_code=mix_code)
-    workers_pool = pool or processes(workers, [search.base] * trials)
     done = len(search.study.trained())
     display.note(f"{done} of {trials} trials are done; results in {out}.")
-    failed = watched(lambda watch: search.do(workers_pool, watch), max(0, trials - done), out)
+    failed = watched(search.do, [search.base] * (trials - done), out, workers, pool)
     with suppress(BlockingIOError), store.driving(), RunTable(out) as table:
         table.rebuild(store.records(), [])
     _print(search)

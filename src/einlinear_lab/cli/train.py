@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import RunConfig, assignments
 from einlinear_lab.cli.running import bar, check_here, say_skipped
-
-if TYPE_CHECKING:
-    from einlinear_lab.runs.records import Result
-    from einlinear_lab.runs.run import Run
 
 
 def train_command(config: RunConfig = None, out: Path | None = None) -> None:
@@ -52,17 +47,11 @@ def train_command(config: RunConfig = None, out: Path | None = None) -> None:
     interrupted = "Interrupted. The same command resumes from the last checkpoint, if checkpoint_every was set."
     with display.interruptible(interrupted), bar(run) as progress, display.system_errors():
         result = execute(run, folder, progress, keep_checkpoints=True)
-    if is_first():
-        _print(run, result)
-
-
-def _print(run: Run, result: Result) -> None:
-    rows = [
-        ("parameters", f"{result.params:,}"),
-        ("MACs of an input", f"{result.macs:,}"),
-        ("train loss", "diverged" if result.train_loss is None else f"{result.train_loss:.4f}"),
-        *((name.replace("_", " "), f"{value:.4f}") for name, value in result.metrics.items()),
-    ]
+    if not is_first():
+        return
+    loss = "diverged" if result.train_loss is None else f"{result.train_loss:.4f}"
+    rows = [("parameters", f"{result.params:,}"), ("MACs of an input", f"{result.macs:,}"), ("train loss", loss)]
+    rows += [(name.replace("_", " "), f"{value:.4f}") for name, value in result.metrics.items()]
     if result.step_seconds:
         rows.append(("inputs a second", f"{result.inputs / result.step_seconds:,.0f}"))
     display.show(("", run.name), rows)

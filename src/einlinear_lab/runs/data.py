@@ -26,13 +26,7 @@ _images, _tokens = lru_cache(2)(datasets.load_images), lru_cache(2)(datasets.loa
 
 @dataclass(frozen=True)
 class TrainingProblem:
-    """Loaded data and its task.
-
-    Attributes:
-        inputs: images, tokens or vectors per step.
-        error: name of the metric by which final models are compared.
-        source, digest: origin of the data in one sentence, and its digest.
-    """
+    """Data and its task, inputs per step, the metric by which models are compared, and the origin of the data."""
 
     task: Task
     shape: Shape
@@ -53,11 +47,7 @@ class Data(ABC):
 
     @abstractmethod
     def load(self, seed: int) -> TrainingProblem:
-        """Load the data and make the task, with batches of this seed.
-
-        Raises:
-            ValueError, OSError: the data cannot be loaded or is damaged, or does not allow an option.
-        """
+        """Load the data and make the task, with batches of this seed; raise ValueError or OSError for unusable data."""
 
     def examples(self) -> int | None:
         """Return the number of training images or windows; None if unlimited."""
@@ -194,16 +184,7 @@ KINDS: dict[str, type[Data]] = {kind.KIND: kind for kind in (ImageData, TextData
 
 
 def kind_of(data: str, kind: str | None = None, sequences: bool = False) -> type[Data]:
-    """Return the kind of data of a name or path.
-
-    Args:
-        data: name or path.
-        kind: a key of `KINDS`, which overrides the name, for data that is not on this machine.
-        sequences: whether the model takes sequences only, so that a path without a description is a text.
-
-    Raises:
-        ValueError: an unknown kind.
-    """
+    """Return the kind of data of a name or path, unless a key of `KINDS` is given; models of sequences take texts."""
     if kind is not None:
         if kind not in KINDS:
             raise ValueError(f"data_kind must be {', '.join(KINDS)}, not {kind!r}")

@@ -39,13 +39,13 @@ def execute(
     """Train the model of a run. Losses are reproducible on a CPU with the same number of threads.
 
     Args:
+        run: config of the run.
         folder: for the files of the run, from which it resumes. None writes no files.
         progress: called after every step.
         keep_checkpoints: whether to keep the checkpoints of the finished run.
 
     Raises:
-        ValueError, OSError: the run, its data or its folder is invalid.
-        BlockingIOError: another process is at work in the folder.
+        ValueError, OSError: the run, its data or its folder is invalid, or another process is at work in the folder.
     """
     # Under torchrun only the first process writes files.
     if folder is None or not is_first():
@@ -68,11 +68,7 @@ def initialised(run: Run, problem: TrainingProblem) -> ReferenceModel:
 
 
 def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
-    """Load all data and build every model on the meta device, before any training; return the digests of the data.
-
-    Raises:
-        ValueError, OSError: the data cannot be loaded, or a structure or size is invalid.
-    """
+    """Load all data and build all models on the meta device, so that errors come early; return the data's digests."""
     problems: dict[Data, TrainingProblem] = {}
     for run in runs:
         if run.data not in problems:

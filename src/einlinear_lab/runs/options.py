@@ -31,11 +31,7 @@ def names(kind: type) -> tuple[str, ...]:
 
 
 def parse(kind: type[T], options: Mapping[str, Any]) -> T:
-    """Make a dataclass from its options. Texts are converted: "3e-3" to 0.003, "0.9,0.99" to a tuple, "none" to None.
-
-    Raises:
-        ValueError: a value of the wrong type, a value that the dataclass refuses, or a missing option.
-    """
+    """Make a dataclass from options or texts: "3e-3" becomes 0.003, "0.9,0.99" a tuple, "none" None."""
     values = {name: None if value == "none" else value for name, value in options.items()}
     for name, value in values.items():
         if isinstance(value, str) and get_origin(_hints(kind).get(name)) is tuple:

@@ -65,15 +65,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Origin of a run.
-
-    Attributes:
-        code: version of einlinear's code that made it, see `code_version`.
-        pattern: of its structure.
-        digest, source: of its data.
-        error: name of the metric in `Result.error`.
-        made_with: versions and machine.
-    """
+    """Version of the code, pattern, digest and source of the data, name of the metric in `Result.error`, machine."""
 
     code: str
     pattern: str

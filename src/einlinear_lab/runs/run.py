@@ -97,11 +97,7 @@ class Run:
 
 
 def model_and_data(options: Mapping[str, Any]) -> tuple[ModelConfig, Data]:
-    """Return the model and the data of a run from its options, of which none has to be given.
-
-    Raises:
-        ValueError: an unknown option, or a wrong value of an option of the model or the data.
-    """
+    """Return the model and the data of a run from its options, none of which is required; raises as `Run.of`."""
     kind, name = options.get("model", "mlp"), str(options.get("data", "auto"))
     if kind not in MODELS:
         raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
@@ -118,9 +114,6 @@ def with_defaults(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
     The default is 20 passes over the training data, between 200 and 5,000 steps; 2,000 steps for unlimited data. With
     fewer images than the default batch size, the batch size is a power of two, at most a quarter of the images.
-
-    Raises:
-        ValueError, OSError: invalid data, or a wrong or unknown option.
     """
     completed, reasons = dict(options), list[str]()
     _, data = model_and_data(options)

@@ -20,13 +20,7 @@ _set_up = False
 
 @dataclass(frozen=True)
 class Cluster:
-    """A `Pool` on a Ray cluster. Paths are relative to the driver's working folder; each run yields one event.
-
-    Attributes:
-        address: of the cluster; None: $RAY_ADDRESS, or a new cluster on this machine.
-        cpus, gpus: resources per run.
-        setup: called in every process before its first run, to register families; can be pickled.
-    """
+    """A `Pool` on a Ray cluster (default: $RAY_ADDRESS, or a new one) with resources per run, each with one event."""
 
     address: str | None = None
     cpus: float = 1

@@ -46,13 +46,11 @@ class CompareConfig:
     """Config of a comparison.
 
     Attributes:
-        structures: specs, as for `einlinear.structure`.
         macs: targets of MACs per input; every structure gets its widest model within each target.
         widths: widths of every structure, instead of macs.
         sized: further models, such as those of a search, by options of structures and widths.
         dense_reach: dense also gets 2, 4, ... times the largest target, up to this multiple, so that its curve reaches
             the losses of better structures.
-        seeds, first_seed: runs of each model, and the first of their seeds.
         epochs: passes over the training images, unless the options have `steps`.
         options: of all runs, see `Run.of`.
     """
@@ -81,12 +79,7 @@ class CompareConfig:
 
 
 def configure(preset: str | None = None, **options: Any) -> CompareConfig:
-    """Make a `CompareConfig` from its options and those of runs; the preset replaces missing ones.
-
-    Raises:
-        ValueError: an unknown preset; both macs and widths, or epochs and steps; a value of the wrong type or out of
-            range.
-    """
+    """Make a `CompareConfig` from its options and those of runs; the preset replaces missing ones."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
     own = {*names(CompareConfig)} - {"options"}
@@ -106,12 +99,7 @@ def with_comparison_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plan(config: CompareConfig) -> Sweep:
-    """Return the runs of a comparison, without training: seed by seed, the cheapest models first.
-
-    Raises:
-        ValueError, OSError: invalid data or options; a structure that is unknown, or has no model at a width or within
-            the MACs.
-    """
+    """Return the runs of a comparison, seed by seed, the cheapest models first; raise ValueError for an invalid one."""
     options = with_comparison_defaults(config.options)
     _, data = model_and_data(options)
     problem = data.load(seed=0)
@@ -148,13 +136,9 @@ def _models(base: Run, shape: Shape, config: CompareConfig, target: int) -> Iter
 
 
 def widest(name: str, build: Callable[[int], ReferenceModel], budget: int) -> int:
-    """Return the largest width at which the model has at most `budget` MACs, among multiples of 16.
+    """Return the largest width of at most `budget` MACs, among multiples of 16, above 2048 of larger powers of two.
 
-    Above width 2048 only multiples of larger powers of two are tried. MACs do not grow strictly with the width, as some
-    widths factor better: the search ends at twice the budget.
-
-    Raises:
-        ValueError: no width is within the budget, or no model can be built.
+    MACs do not grow strictly with the width, as some widths factor better: the search ends at twice the budget.
     """
     affordable: list[int] = []
     seen: list[int] = []

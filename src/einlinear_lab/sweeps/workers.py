@@ -42,11 +42,9 @@ else:
 
 @dataclass(frozen=True)
 class Workers:
-    """A `Pool` of local processes. With GPUs, each process sees one, assigned round-robin.
+    """A `Pool` of local processes, each with some CPU threads and, round-robin, one of the GPUs.
 
-    Attributes:
-        threads: CPU threads per process, unless the run sets its own number.
-        setup: called in every process before its first run, to register families; can be pickled.
+    The functions of `setup` register families in every process; they can be pickled.
     """
 
     count: int
@@ -174,9 +172,7 @@ def _work(
 def away() -> Iterator[None]:
     """Start processes from Python's own folder, so that they do not import from the current one.
 
-    Python looks for modules where "python -c" starts, which is how multiprocessing starts processes, and Ray where
-    `ray.init` was called: a file types.py or torch.py in the current folder would be executed. Python's option -P
-    prevents it from 3.11 on.
+    Python and Ray import from the folder where a process starts: a file types.py there would be executed.
     """
     current = os.getcwd()
     os.chdir(sys.prefix)

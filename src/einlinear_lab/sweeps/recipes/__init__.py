@@ -1,13 +1,8 @@
 """Recipes: the figures of the papers, each a TOML file in this folder, at two scales.
 
 The scale "paper" has the config of the paper; comments name the options that cannot be reproduced. "small" asks the
-same question of models that two CPU cores train in minutes to two hours. Each scale is a table:
-
-    about     results of the paper that this scale shows
-    prepare   command that prepares the data, if needed
-    minutes   duration on two cores, estimated from single steps
-    config, grid, parts     the runs, see `make_sweep`
-    commands  commands that make the figure, instead of runs
+same question of models that two CPU cores train in minutes to two hours. A scale has runs, see `make_sweep`, or
+commands that make the figure; minutes are estimated from single steps on two cores.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ SCALES = ("small", "paper")
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """One scale of a recipe, with the fields above."""
+    """One scale of a recipe: the results that it shows, the command that prepares its data, and its runs."""
 
     about: str
     prepare: str = ""
