@@ -21,7 +21,7 @@ _SHOWN = 10
 
 _Fraction = Annotated[float | None, typer.Option(min=0.0, max=1.0)]
 _Count = Annotated[int, typer.Option(min=1)]
-_Positive = Annotated[float, typer.Option(min=0.0)]
+_NonNegative = Annotated[float, typer.Option(min=0.0)]
 
 
 def compress_command(
@@ -35,8 +35,8 @@ def compress_command(
     tokens: _Count = 256,
     batch_size: _Count = 16,
     layers: list[str] | None = None,
-    distill: _Positive = 0.0,
-    lr: _Positive = 3e-4,
+    distill: _NonNegative = 0.0,
+    lr: _NonNegative = 3e-4,
     sequential: Annotated[bool, typer.Option("--sequential/--parallel")] = True,
     only_if_faster: Annotated[bool, typer.Option("--only-if-faster")] = False,
     dtype: str = "auto",

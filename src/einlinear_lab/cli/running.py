@@ -115,6 +115,7 @@ def watched(
     folder: Path,
     workers: int | None,
     pool: Pool | None,
+    done: int = 0,
 ) -> list[str]:
     """Do runs with progress bars, by default on processes of this machine; return the errors of those that failed."""
     from joblib import cpu_count
@@ -125,14 +126,14 @@ def watched(
     pool = pool or Workers(count, max(1, cpu_count() // count), setup())
     interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
     with display.interruptible(interrupted), display.progress(TextColumn(_LOSS)) as bars, display.system_errors():
-        failed = do(pool, _Watch(bars, len(runs)).see)
+        failed = do(pool, _Watch(bars, len(runs), done).see)
     return [f"{event.run.name} failed: {event.message}" for event in failed]
 
 
 class _Watch:
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: Progress, total: int, done: int) -> None:
         self._progress = progress
-        self._all = progress.add_task("runs", total=total, loss="")
+        self._all = progress.add_task("runs", total=total, completed=done, loss="")
         self._bars: dict[str, TaskID] = {}
 
     def see(self, event: Event) -> None:

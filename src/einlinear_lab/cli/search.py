@@ -93,7 +93,7 @@ def search_command(
         search.open(store, storage, name, command=command_line(), mix_code=mix_code)
     done = len(search.study.trained())
     display.note(f"{done} of {trials} trials are done; results in {out}.")
-    failed = watched(search.do, [search.base] * (trials - done), out, workers, pool)
+    failed = watched(search.do, [search.base] * trials, out, workers, pool, done)
     with suppress(BlockingIOError), store.driving(), RunTable(out) as table:
         table.rebuild(store.records(), [])
     _print(search)
