@@ -132,7 +132,7 @@ def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "decides"), [("einlinear/ops/cpu/kernel.cpp", True), ("einlinear_lab/cli/report.py", False)]
+    ("changed", "decides"), [("einlinear/ops/cpu/kernel.cpp", True), ("einlinear_lab/cli/results.py", False)]
 )
 def test_the_code_is_that_of_the_sources_that_decide_how_a_run_goes(
     changed: str, decides: bool, tmp_path: Path
