@@ -1,8 +1,6 @@
 """Fit the dispatcher's cost model to measurements.
 
-``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how
-much slower the chosen backends are than the fastest. With ``--check`` it writes nothing, and exits with status 1 if the
-file is not the fit of the measurements that it names.
+``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json.
 """
 
 from __future__ import annotations
@@ -51,7 +49,6 @@ def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
         raise ValueError(f"there are no measurements in float32 on the CPU of {', '.join(missing)}")
     for (mode, name), relative in rows.items():
         matrix = np.array(relative)
-        # columns differ in size by orders of magnitude
         scale = np.maximum(matrix.max(0), 1e-30)
         solution, _ = nnls(matrix / scale, np.ones(len(matrix)))
         costs[mode][name] = [float(f"{c:.4g}") for c in solution / scale]
@@ -79,7 +76,6 @@ def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser("python -m einlinear_lab.bench.fit_costs", description=__doc__)
     parser.add_argument("files", nargs="*", help="bench.json of some runs (default: those that ops/costs.json names)")
     parser.add_argument("--check", action="store_true", help="only check that ops/costs.json is the fit of the files")

@@ -23,8 +23,8 @@ from einlinear_lab.search.config import SAMPLERS, STARTUP_TRIALS, SearchConfig, 
 from einlinear_lab.search.matching import Architecture, Matching
 from einlinear_lab.search.space import Point, SearchSpace
 from einlinear_lab.search.study import kind_of_storage, open_study
-from einlinear_lab.sweeps.attempts import stop
 from einlinear_lab.sweeps.driver import Event, Job, Pool
+from einlinear_lab.sweeps.workers import stop
 from einlinear_lab.training import metrics
 
 # Of a gpt without heads, whatever its width, which has to be a multiple of them.
