@@ -14,22 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.compression.activations import (
-    head_inputs,
-    hooked,
-    mean_kl_divergence,
-    model_output,
-    output_of,
-    tokens_of,
-)
+from einlinear.compression import activations
+from einlinear.compression.activations import head_inputs, hooked, model_output, output_of, tokens_of
 from einlinear.compression.resume_cache import digest_of
 from einlinear.mup import param_groups
 from einlinear.mup.optim import lr_factor
 from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any
-
-# prefix of names in checkpoints
-_PARAMETER = "parameter"
 
 
 @dataclass(frozen=True)
@@ -59,9 +50,9 @@ def distill(
 ) -> Distillation:
     """Train a compressed model towards the original's outputs, in place, at structure-aware learning rates.
 
-    For a model with logits the loss is the KL divergence between the two distributions (Hinton et al.,
-    arXiv 1503.02531), for another the squared error over the variance. The optimiser is AdamW with linear warm-up and
-    cosine decay; dropout is off. Parameters in bfloat16 are trained in float32, and rounded after every step.
+    The loss is the KL divergence of the logits (Hinton et al., arXiv 1503.02531), or of other outputs the squared error
+    over the variance. AdamW has linear warm-up and cosine decay; dropout is off. Parameters in bfloat16 are trained in
+    float32, and rounded after every step.
 
     Args:
         model: compressed; its parameters that require gradients are trained.
@@ -75,8 +66,7 @@ def distill(
         warmup: fraction of the steps in which the rate rises.
         seconds: time limit; the rate falls in time for it.
         progress: called after every step with the number of steps done, of all, and the loss.
-        folder: for checkpoints, with safetensors. After an interruption the same call resumes from the last one. It is
-            not removed at the end.
+        folder: for checkpoints, from which the same call resumes after an interruption. It is not removed at the end.
         checkpoint_every: seconds of training between two checkpoints.
 
     Raises:
@@ -185,9 +175,9 @@ class _Optimizer:
         # needs safetensors, which is no dependency of the core
         from einlinear import checkpoint
 
-        tensors = {f"{_PARAMETER}.{name}": p for name, p in self._learning.items()}
+        tensors: dict[str, Tensor] = {}
         for name, p in self._learning.items():
-            tensors |= {f"{key}.{name}": value for key, value in self._adamw.state[p].items()}
+            tensors |= {f"{key}.{name}": value for key, value in {"parameter": p, **self._adamw.state[p]}.items()}
         checkpoint.save(folder, checkpoint.Checkpoint(len(losses), tensors, {**facts, "losses": list(losses)}))
 
     @torch.no_grad()
@@ -201,7 +191,7 @@ class _Optimizer:
         checkpoint.check_same(folder, last.facts["config"], config)
         for full_name, tensor in last.tensors.items():
             key, name = full_name.split(".", 1)
-            if key == _PARAMETER:
+            if key == "parameter":
                 self._learning[name].copy_(tensor)
             else:
                 # AdamW keeps the number of steps on the CPU
@@ -221,13 +211,12 @@ class _Loss:
 
     def __init__(self, model: nn.Module, original: nn.Module, matched: Sequence[str], task_loss: float) -> None:
         self._model, self._original, self._matched, self._task_loss = model, original, matched, task_loss
-        # the linear layer that computes the logits of both models, if they are many; looked up with the first batch
+        # the layer that computes the logits of both models, if they are many, or ""; looked up with the first batch
         self._head: str | None = None
-        self._looked_up = False
 
     def __call__(self, batch: Batch) -> Tensor:
-        if not self._looked_up:
-            self._head, self._looked_up = self._find_head(batch), True
+        if self._head is None:
+            self._head = self._find_head(batch)
         with torch.no_grad():
             target, targets = self._run(self._original, batch)
         result, outputs = self._run(self._model, batch)
@@ -244,16 +233,15 @@ class _Loss:
         total: Tensor = loss + self._task_loss * result.loss
         return total
 
-    def _find_head(self, batch: Batch) -> str | None:
-        """Return the head of both models, before which they can stop; None if they have to run to their ends."""
+    def _find_head(self, batch: Batch) -> str:
+        """Return the head of both models, before which they can stop; "" if they have to run to their ends."""
         if self._task_loss:
-            return None
+            return ""
         target = model_output(self._original, batch)
-        head = target.head
-        if head is None or not target.is_logits or model_output(self._model, batch).head != head:
-            return None
-        is_matched = any(name == head or head.startswith(f"{name}.") for name in self._matched)
-        return None if is_matched else head
+        is_matched = any(f"{target.head}.".startswith(f"{name}.") for name in self._matched)
+        if is_matched or not (target.head and target.is_logits):
+            return ""
+        return target.head if model_output(self._model, batch).head == target.head else ""
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
         """Return the model's result, or the inputs of its head, and the outputs of the matched modules."""
@@ -263,15 +251,15 @@ class _Loss:
             outputs[name] = output_of(output)
 
         with hooked({name: model.get_submodule(name) for name in self._matched}, record):
-            if self._head is None:
+            if not self._head:
                 return call(model, batch), outputs
             return head_inputs(model, self._head, batch, gradients=torch.is_grad_enabled()), outputs
 
     def _output_loss(self, result: Any, target: Any, batch: Batch) -> Tensor:
-        if self._head is not None:
+        if self._head:
             head = self._original.get_submodule(self._head)
             logits: Tensor = self._model.get_submodule(self._head)(result)
-            return mean_kl_divergence(logits, lambda part: head(target[part]), in_place=True)
+            return activations.mean_kl_divergence(logits, lambda part: head(target[part]), in_place=True)
         x, y = output_of(result), output_of(target)
         if not hasattr(target, "logits"):
             return _relative_squared_error(x, y, batch)
@@ -279,7 +267,7 @@ class _Loss:
         # one feature: a regression
         if y.shape[-1] == 1:
             return F.mse_loss(x.float(), y.float()) / y.float().var().clamp_min(1e-12)
-        return mean_kl_divergence(x, lambda part: y[part])
+        return activations.mean_kl_divergence(x, lambda part: y[part])
 
 
 def _relative_squared_error(output: Tensor, target: Tensor, batch: Batch) -> Tensor:

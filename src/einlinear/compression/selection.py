@@ -14,12 +14,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from einlinear.compression.activations import hooked, output_of
 from einlinear.conversion.conversion_report import Coverage, measure_coverage
 from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of, reason_to_skip, uncalled_layers
-from einlinear.nn.layer_kinds import features, is_conv1d
+from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch, call
 from einlinear.nn.names import as_globs, check_globs, matches_any
 
-# batches that show which layers the model does not call
-_WATCHED = 2
 # calls without a gradient after which the output counts as independent of a layer
 _CALLS = 2
 # names of output heads in torchvision, timm and transformers
@@ -76,17 +74,11 @@ def select_layers(
     coverage = measure_coverage(model, selected.values())
     if not selected:
         because = [f"{name} {reason}" for name, reason in skipped] or ["the model has no linear layer"]
-        others = [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
-        raise ValueError(f"there is no dense linear layer to compress: {'; '.join([*because, *others])}")
-    if broken := next((name for name, layer in selected.items() if not weight_of(layer).isfinite().all()), None):
+        because += [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
+        raise ValueError(f"there is no dense linear layer to compress: {'; '.join(because)}")
+    if broken := next((name for name, layer in selected.items() if not layer.weight.isfinite().all()), None):
         raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
     return Selection(selected, stages, skipped, coverage)
-
-
-def weight_of(layer: Any) -> Tensor:
-    """Return the weight of a dense linear layer as (out_features, in_features)."""
-    weight: Tensor = layer.weight.detach()
-    return weight.T if is_conv1d(layer) else weight
 
 
 def _suitable_layers(
@@ -99,7 +91,8 @@ def _suitable_layers(
         raise ValueError("layers is empty: give a glob such as '*.mlp.*', or None for all but output heads")
     check_globs(globs if layers is not None else [], [*linears, *fused], "layers", "linear layer")
     heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
-    owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:_WATCHED])
+    # two batches show which layers the model calls
+    owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:2])
     chosen: dict[str, Any] = {}
     skipped = [(name, reason) for name, reason in fused.items() if matches_any(name, globs)]
     seen = set[int]()
@@ -111,8 +104,7 @@ def _suitable_layers(
         if reason is None and len(owners[id(layer.weight)]) > 1:
             others = [other for other, module in owners[id(layer.weight)] if module is not layer]
             reason = f"has its weight tied to {', '.join(others)}"
-        if reason is None and id(layer) in heads:
-            reason = _IS_HEAD
+        reason = reason or (_IS_HEAD if id(layer) in heads else None)
         if reason is not None:
             skipped.append((name, reason))
         elif layer.weight.is_meta:
@@ -132,22 +124,16 @@ def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
     classifier = getattr(model, "get_classifier", lambda: None)()
     of_timm = classifier if isinstance(classifier, list | tuple) else [classifier]
     heads += [layer for part in of_timm if isinstance(part, nn.Module) for layer in part.modules()]
-    if not linears:
-        return heads
-    *_, (last, layer) = linears.items()
+    last = [*linears][-1] if linears else ""
     # "blocks.11.fc" is in a list of blocks, which have a layer of that name each
     before_lists = takewhile(lambda part: not part.isdigit(), last.split("."))
-    return [*heads, layer] if _HEADS.intersection(before_lists) else heads
+    return [*heads, linears[last]] if _HEADS.intersection(before_lists) else heads
 
 
 def _trace(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
 ) -> tuple[list[Stage], dict[str, int], set[str], set[str]]:
-    """Return the stages in the order of their calls, and how often each layer gets tokens.
-
-    Gradients show the layers that the output depends on, and those whose output is the model's, up to a softmax.
-    """
-    stages: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    """Return the stages in order, how often each layer gets tokens, the layers with gradients, and the last ones."""
     inputs: dict[str, list[tuple[int, int]]] = {}
     calls, reached, last = dict.fromkeys(layers, 0), set[str](), set[str]()
     numbers, new_number = WeakTensorKeyDictionary(), count()
@@ -168,9 +154,7 @@ def _trace(
         nodes[result.grad_fn] = name
         return result
 
-    learning = [p for p in model.parameters() if p.requires_grad]
-    for p in learning:
-        p.requires_grad_(False)
+    learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
         for batch in batches:
             left = {name: layer for name, layer in layers.items() if name not in reached and calls[name] < _CALLS}
@@ -189,6 +173,7 @@ def _trace(
     finally:
         for p in learning:
             p.requires_grad_()
+    stages: dict[tuple[tuple[int, int], ...], list[str]] = {}
     for name, identities in inputs.items():
         stages.setdefault(tuple(identities), []).append(name)
     return [Stage(tuple(names), len(key)) for key, names in stages.items()], calls, reached, last
