@@ -147,19 +147,10 @@ def head_inputs(model: nn.Module, head: str, batch: Batch, gradients: bool = Fal
 
 
 def slices(tokens: int, features: int, most: int = 32) -> Iterator[slice]:
-    """Split tokens into slices whose outputs are small; not into `most`, as a head reads its weight for each one.
-
-    >>> [(part.start, part.stop) for part in slices(5, 2**17)]
-    [(0, 2), (2, 4), (4, 5)]
-    """
+    """Split tokens into slices with small outputs, but into few, since a head reads its weight for each one."""
     step = max(1, _SLICE_ENTRIES // features, tokens // most)
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))
-
-
-def summed_kl_divergence(target: Tensor, logits: Tensor) -> float:
-    """Return KL(target || logits) in nats, summed over the tokens; both are logits of shape (tokens, classes)."""
-    return float(_divergence(target, logits))
 
 
 def mean_kl_divergence(logits: Tensor, target: Callable[[slice], Tensor], in_place: bool = False) -> Tensor:
@@ -168,8 +159,11 @@ def mean_kl_divergence(logits: Tensor, target: Callable[[slice], Tensor], in_pla
     return loss
 
 
-def _divergence(target: Tensor, logits: Tensor, gradient: Tensor | None = None, tokens: int = 1) -> Tensor:
-    """Return the sum over tokens, and write the gradient of the mean over `tokens`, which may overwrite the logits."""
+def summed_kl_divergence(target: Tensor, logits: Tensor, gradient: Tensor | None = None, tokens: int = 1) -> Tensor:
+    """Return KL(target || logits) in nats for logits of shape (tokens, classes), summed over the tokens.
+
+    The gradient of the mean over `tokens` is written to `gradient`, which may be the logits.
+    """
     total = torch.zeros((), device=logits.device)
     for part in slices(len(target), target.shape[1], len(target)):
         p, q = target[part].float().log_softmax(1), logits[part].float().log_softmax(1)
@@ -186,7 +180,7 @@ class _MeanDivergence(torch.autograd.Function):
         ctx.gradient = logits if in_place else torch.empty_like(logits)
         total = torch.zeros((), device=logits.device)
         for part in slices(len(logits), logits.shape[1]):
-            total += _divergence(target(part), logits[part], ctx.gradient[part], len(logits))
+            total += summed_kl_divergence(target(part), logits[part], ctx.gradient[part], len(logits))
         return total / max(len(logits), 1)
 
     @staticmethod
@@ -247,7 +241,7 @@ class Passes:
         outputs: list[Any] = []
 
         def record(_name: str, _input: Any, output: Any) -> None:
-            outputs.append(_copy(output))
+            outputs.append(tree_map_only(Tensor, Tensor.clone, output))
             raise _StopForward
 
         block = self._model.get_submodule(f"{self._stack}.{index}")
@@ -258,10 +252,13 @@ class Passes:
     @contextmanager
     def _skipping(self, number: int) -> Iterator[None]:
         """Replace every finished block by one that returns a copy of the stored output of the last of them."""
+
+        def stored(*_: Any, **__: Any) -> Any:
+            return tree_map_only(Tensor, Tensor.clone, self._outputs[number])
+
         with ExitStack() as after:
             for index in range(self._start):
-                block = self._model.get_submodule(f"{self._stack}.{index}")
-                after.enter_context(patched(block, "forward", lambda *_, **__: _copy(self._outputs[number])))
+                after.enter_context(patched(self._model.get_submodule(f"{self._stack}.{index}"), "forward", stored))
             yield
 
 
@@ -274,7 +271,3 @@ def _position(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
         depth = next((i for i, module in above.items() if isinstance(module, nn.ModuleList | nn.Sequential)), None)
         positions.add((".".join(parts[:depth]), int(parts[depth])) if depth else ("", 0))
     return min(positions) if len({stack for stack, _ in positions}) == 1 else ("", 0)
-
-
-def _copy(output: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.clone, output)

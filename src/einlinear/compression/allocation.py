@@ -63,7 +63,7 @@ def members_that_fit(
     fitting = {name: {f: list(members(f, *features(layer))) for f in families} for name, layer in layers.items()}
     unfit, dense, least = dict[str, str](), 0, 0
     for name, layer in layers.items():
-        size, structures = layer.weight.numel(), [s for members in fitting[name].values() for s in members]
+        size, structures = layer.weight.numel(), [s for of_family in fitting[name].values() for s in of_family]
         dense, least = dense + size, least + min([size, *(getattr(s, count) for s in structures)])
         if not structures:
             unfit[name] = _reason_for_none(families, *features(layer))
@@ -90,12 +90,9 @@ def layer_candidates(
     layer: Any, families: dict[str, list[Structure]], count: str, sensitivity: Sensitivity, cached: Callable[..., Any]
 ) -> list[LayerCandidate]:
     """Return "dense" and the members of families as candidates for a layer; `cached` computes what a cache lacks."""
-
-    def spectrum_record(_: InputStatistics, moment: Tensor) -> dict[str, Any]:
-        return asdict(Spectrum.of(weight_matrix(layer), moment))
-
-    spectrum = cached("spectrum", spectrum_record, Spectrum.from_record)
-    candidates = [LayerCandidate("dense", layer.weight.numel(), 0.0, 0.0)]
+    weight = weight_matrix(layer)
+    spectrum = cached("spectrum", lambda _, moment: asdict(Spectrum.of(weight, moment)), Spectrum.from_record)
+    candidates = [LayerCandidate("dense", weight.numel(), 0.0, 0.0)]
     for family, structures in families.items():
         fitted = members_to_fit(structures)
         decode = partial(_decode_errors, fitted)
@@ -137,11 +134,7 @@ class Spectrum:
     @classmethod
     @torch.no_grad()
     def of(cls, weight: Tensor, moment: Tensor) -> Spectrum:
-        """Compute it for a weight (out, in) and inputs with second moment (in, in).
-
-        >>> Spectrum.of(torch.diag(torch.tensor([1.0, 2.0, 0.0])), torch.eye(3))
-        Spectrum(errors=(1.0, 0.2, 0.0, 0.0), share=0.6666666666666666)
-        """
+        """Compute it for a weight (out, in) and inputs with second moment (in, in)."""
         w, c = weight.double(), moment.double()
         if len(w) <= len(c):
             gram = w @ c @ w.T

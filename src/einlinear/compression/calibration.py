@@ -36,10 +36,7 @@ class Calibration:
     def statistics(
         self, stages: Sequence[Stage], compressed: Passes | None = None
     ) -> Iterator[tuple[str, Callable[[], InputStatistics]]]:
-        """Yield the layers of some stages, each with a function that returns the statistics of its inputs.
-
-        The first one called runs the model, for as many stages as fit into memory, and the compressed model beside it.
-        """
+        """Yield the layers of stages, each with a function that returns its inputs' statistics, and runs the models."""
         for group in self._groups(stages, copies=1 if compressed is None else 4):
             collect = cache(partial(self._collect, group, compressed))
             for stage in group:
@@ -57,15 +54,14 @@ class Calibration:
             return accumulator.statistics(centred=layer.bias is not None)
 
     def _groups(self, stages: Sequence[Stage], copies: int) -> list[list[Stage]]:
-        groups: list[list[Stage]] = []
-        size = _MEMORY
+        groups, size = list[list[Stage]](), _MEMORY
         for stage in stages:
             added = 8 * copies * features(self.layers[stage.names[0]])[0] ** 2
-            if size + added > _MEMORY:
-                groups.append([])
-                size = 0
-            groups[-1].append(stage)
             size += added
+            if size > _MEMORY:
+                groups.append([])
+                size = added
+            groups[-1].append(stage)
         return groups
 
     def _collect(self, stages: Sequence[Stage], compressed: Passes | None) -> dict[Stage, SecondMomentAccumulator]:
@@ -87,10 +83,8 @@ class Calibration:
                     continue
                 with _naming(f"{name}, batch {number} of the calibration data"):
                     if [x.shape for x in inputs.get(name, ())] != [x.shape for x in original[name]]:
-                        cause = (
-                            "the compressed model sends other tokens to this layer than the original, as with experts"
-                        )
-                        raise ValueError(f"{cause}. Give sequential=False (--parallel)")
+                        cause = "the compressed model sends other tokens to this layer, such as an expert"
+                        raise ValueError(f"{cause}, than the original. Give sequential=False (--parallel)")
                     for x, x_0 in zip(inputs[name], original[name], strict=True):
                         accumulator.add(tokens_of(batch, x), None if compressed is None else tokens_of(batch, x_0))
         return accumulators

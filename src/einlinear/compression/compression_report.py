@@ -7,10 +7,6 @@ from dataclasses import dataclass, field
 from einlinear.compression.layer_timing import MANY_TOKENS, SpeedUp
 from einlinear.conversion.conversion_report import Coverage, aligned, total
 
-# tokens for each input feature that are enough to fit a layer
-_ENOUGH_TOKENS = 10.0
-# slow layers that are listed by name
-_LISTED = 5
 _ERRORS, _SPEEDS = ("expected error", "error"), ("x as fast, 1 token", f"{MANY_TOKENS} tokens")
 HEADINGS = ("layer", "structure", "params", "MACs", "kept", *_ERRORS, *_SPEEDS)
 
@@ -52,7 +48,7 @@ class CompressionReport:
         layers: all that were considered.
         skipped: the other linear layers, as (name, reason).
         coverage: the share of the model's parameters that was considered, and the kinds of the others.
-        missed_budget: the budget, if it was not reached because only faster layers were wanted; else None.
+        missed_budget: the budget, if only faster layers were wanted and do not reach it.
         params_before, params, macs: sums over the weights of the layers.
     """
 
@@ -82,13 +78,13 @@ class CompressionReport:
         notes += [f"Stays dense: {layer.name}, {layer.reason}." for layer in self.layers if layer.reason is not None]
         notes += [f"Left as it was: {name} {reason}." for name, reason in self.skipped]
         tokens = [layer.tokens_per_input for layer in self.layers if layer.tokens_per_input is not None]
-        if few := [count for count in tokens if count < _ENOUGH_TOKENS]:
-            scarce = f"fewer than {_ENOUGH_TOKENS:.0f} tokens for each of their inputs ({min(few):.2g} at worst)"
+        if few := [count for count in tokens if count < 10]:
+            scarce = f"fewer than 10 tokens for each of their inputs ({min(few):.2g} at worst)"
             advice = "with more calibration data less is lost"
             notes.append(f"{len(few)} of {len(self.layers)} layers were fitted to {scarce}: {advice}.")
         if slow := [layer for layer in self.layers if layer.speed_up.is_slower]:
-            names = [f"{layer.name} ({', '.join(layer.speed_up.rounded)})" for layer in slow[:_LISTED]]
-            more = f" and {len(slow) - _LISTED} more" if len(slow) > _LISTED else ""
+            names = [f"{layer.name} ({', '.join(layer.speed_up.rounded)})" for layer in slow[:5]]
+            more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
             slower = f"{len(slow)} of {len(self.layers)} layers are slower than dense, for 1 token or {MANY_TOKENS}"
             advice = "only_if_faster=True (--only-if-faster) leaves such layers dense"
             notes.append(f"{slower}: {', '.join(names)}{more}. {advice}.")

@@ -71,8 +71,8 @@ def distill(
 
     Raises:
         ValueError: no batches, steps or rate, a glob that matches nothing, nothing to train or in float16, parameters
-            that the original shares, a folder of another distillation; batches that end before the steps and
-            cannot be repeated, or a loss that is NaN, and the model has then been trained so far.
+            that the original shares, a folder of another distillation; or, after some training, batches that end and
+            cannot be repeated, or a loss that is NaN.
 
     Example:
         >>> import copy, torch, einlinear as el
@@ -97,16 +97,12 @@ def distill(
     optimizer = _Optimizer(model, original, lr, weight_decay)
     config = {"steps": steps, "lr": lr, "match": matched, "task_loss": task_loss, "weight_decay": weight_decay}
     config |= {"warmup": warmup, "clip": clip, "seconds": seconds}
-    losses: list[float] = []
-    before = 0.0
+    losses, before = list[float](), 0.0
     if folder is not None:
         config |= {"model": digest_of(model, None), "original": digest_of(original, None)}
         losses, before = optimizer.resume(Path(folder), config)
-    start = saved = time.monotonic()
-
-    def spent() -> float:
-        return before + time.monotonic() - start
-
+    saved = time.monotonic()
+    start = saved - before
     loss_of = _Loss(model, original, matched, task_loss)
     with evaluating(model, original):
         # gradient checkpointing is on only in training mode; the modules inside stay in evaluation mode
@@ -115,7 +111,7 @@ def distill(
                 module.training = True
         for batch in islice(_endless(batches), len(losses), None):
             # a time limit moves along the schedule as well
-            step = max(len(losses), 0 if seconds is None else int(steps * spent() / seconds))
+            step = max(len(losses), 0 if seconds is None else int(steps * (time.monotonic() - start) / seconds))
             if step >= steps:
                 break
             loss = loss_of(batch)
@@ -128,13 +124,13 @@ def distill(
                 progress(len(losses), steps, losses[-1])
             if folder is not None and time.monotonic() - saved > checkpoint_every:
                 now = time.monotonic()
-                optimizer.save(Path(folder), losses, {"config": config, "seconds": spent()})
+                optimizer.save(Path(folder), losses, {"config": config, "seconds": now - start})
                 saved = time.monotonic()
                 # writing takes no time off the limit
                 start += saved - now
         if folder is not None:
-            optimizer.save(Path(folder), losses, {"config": config, "seconds": spent()})
-    return Distillation(tuple(losses), spent())
+            optimizer.save(Path(folder), losses, {"config": config, "seconds": time.monotonic() - start})
+    return Distillation(tuple(losses), time.monotonic() - start)
 
 
 class _Optimizer:
@@ -191,12 +187,12 @@ class _Optimizer:
         checkpoint.check_same(folder, last.facts["config"], config)
         for full_name, tensor in last.tensors.items():
             key, name = full_name.split(".", 1)
+            p = self._learning[name]
             if key == "parameter":
-                self._learning[name].copy_(tensor)
+                p.copy_(tensor)
             else:
                 # AdamW keeps the number of steps on the CPU
-                device = tensor.device if key == "step" else self._learning[name].device
-                self._adamw.state[self._learning[name]][key] = tensor.to(device)
+                self._adamw.state[p][key] = tensor if key == "step" else tensor.to(p.device)
         self._round()
         return list(last.facts["losses"]), last.facts["seconds"]
 
@@ -226,12 +222,11 @@ class _Loss:
             raise ValueError(f"match: {', '.join(self._matched)} is never called, so there is no output to agree on")
         for name in called:
             loss = loss + _relative_squared_error(outputs[name], targets[name], batch)
-        if not self._task_loss:
-            return loss
-        if getattr(result, "loss", None) is None:
-            raise ValueError("task_loss needs batches with labels, and a model that returns a loss for them")
-        total: Tensor = loss + self._task_loss * result.loss
-        return total
+        if self._task_loss:
+            if getattr(result, "loss", None) is None:
+                raise ValueError("task_loss needs batches with labels, and a model that returns a loss for them")
+            loss = loss + self._task_loss * result.loss
+        return loss
 
     def _find_head(self, batch: Batch) -> str:
         """Return the head of both models, before which they can stop; "" if they have to run to their ends."""
@@ -276,13 +271,11 @@ def _relative_squared_error(output: Tensor, target: Tensor, batch: Batch) -> Ten
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    count = 0
-    while True:
+    count, before = 0, -1
+    while count > before:
         before = count
         for batch in batches:
             count += 1
             yield batch
-        if not count:
-            raise ValueError("there are no batches to train on: give some, in a list or a DataLoader")
-        if count == before:
-            raise ValueError(f"the batches ended after {count} steps: give a list or a DataLoader, which start anew")
+    reason = f"the batches ended after {count} steps" if count else "there are no batches to train on"
+    raise ValueError(f"{reason}: give a list or a DataLoader, which start anew")

@@ -14,7 +14,6 @@ from torch import nn
 from einlinear.nn import Linear
 from einlinear.nn.layer_kinds import features
 
-# tokens of a large batch
 MANY_TOKENS = 256
 
 
@@ -32,7 +31,7 @@ class SpeedUp:
 
     @property
     def rounded(self) -> tuple[str, str]:
-        """Both as text."""
+
         return f"{self.one_token:.2f}", f"{self.many_tokens:.2f}"
 
 

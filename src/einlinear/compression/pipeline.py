@@ -142,8 +142,21 @@ def compress(
 
         # 4. fit
         specs = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
+        fitted: dict[str, tuple[Linear, float, int]] = {}
+        stages = [stage for stage in calibrated.stages if not specs.keys().isdisjoint(stage.names)]
         passes = Passes(compressed, batches) if sequential and batches is not None else None
-        fitted = _fit(calibrated, compressed, passes, specs, damping, cache, partial(report_progress, "fitting"))
+        # with passes of the copy, each layer is fitted to the outputs of those before it, which are compressed already
+        for group in [stages] if passes is None else [[stage] for stage in stages]:
+            for name, statistics in calibrated.statistics(group, passes):
+                if name in specs:
+                    old, spec = dense[name], specs[name]
+                    fitting_layers = partial(report_progress, "fitting", len(fitted), len(specs))
+                    cached = _cached(cache, name, statistics, damping, fitting_layers)
+                    compute, decode_layer = partial(_fit_layer, old, spec, damping), partial(_fitted_layer, old, spec)
+                    fitted[name] = cached(spec, compute, decode_layer, True)
+            names = [name for stage in group for name in stage.names if name in fitted]
+            put(compressed, {id(compressed.get_submodule(name)): fitted[name][0] for name in names})
+        report_progress("fitting", len(fitted), len(specs))
     reports = []
     for name, layer in dense.items():
         size, expected, slope = layer.weight.numel(), chosen[name].error, sensitivities[name].slope
@@ -178,33 +191,6 @@ def _cached(
         return cache.get_or(f"{content} of {name}", record, *how)
 
     return get_or
-
-
-def _fit(
-    calibrated: Calibration,
-    model: nn.Module,
-    passes: Passes | None,
-    specs: Mapping[str, str],
-    damping: float,
-    cache: ResumeCache,
-    progress: Callable[[int, int], None],
-) -> dict[str, tuple[Linear, float, int]]:
-    """Fit layers, put them into `model`, and return them with the errors of their outputs and the tokens used.
-
-    With `passes` of the model, a copy of the original, each layer is fitted to the outputs of compressed ones.
-    """
-    fitted: dict[str, tuple[Linear, float, int]] = {}
-    stages = [stage for stage in calibrated.stages if not specs.keys().isdisjoint(stage.names)]
-    for group in [stages] if passes is None else [[stage] for stage in stages]:
-        for name, statistics in calibrated.statistics(group, passes):
-            if name in specs:
-                old, spec = calibrated.layers[name], specs[name]
-                cached = _cached(cache, name, statistics, damping, partial(progress, len(fitted), len(specs)))
-                compute, decode = partial(_fit_layer, old, spec, damping), partial(_fitted_layer, old, spec)
-                fitted[name] = cached(spec, compute, decode, True)
-        put(model, {id(model.get_submodule(n)): fitted[n][0] for stage in group for n in stage.names if n in fitted})
-    progress(len(fitted), len(specs))
-    return fitted
 
 
 @torch.no_grad()

@@ -42,10 +42,7 @@ class ResumeCache:
     def get_or(
         self, key: str, compute: Callable[[], Any], decode: Callable[[Any], T] = lambda x: x, tensors: bool = False
     ) -> T:
-        """Return the result of a key from its file, or else compute it and write the file; also if it is damaged.
-
-        `compute` returns JSON, or with `tensors` a pair of tensors by name and JSON; `decode` makes the result from it.
-        """
+        """Read, or compute and write, JSON of a key, or with `tensors` a pair of tensors and JSON, and decode it."""
         if self._folder is None:
             return decode(compute())
         if tensors:

@@ -18,12 +18,10 @@ from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch, call
 from einlinear.nn.names import as_globs, check_globs, matches_any
 
-# calls without a gradient after which the output counts as independent of a layer
-_CALLS = 2
 # names of output heads in torchvision, timm and transformers
 _HEADS = {"classifier", "fc", "head", "heads", "lm_head"}
 _IS_HEAD = "is the output head: name it in layers to compress it"
-_NOT_CALLED = "is never called on the calibration data"
+
 _UNREACHED = "gets no gradient from the model's output (of several, only the logits or the first one counts)"
 # nodes of autograd's graph behind which a model's output is still that of its last layer
 _SAME = {
@@ -61,15 +59,15 @@ def select_layers(
     if batches is not None:
         stages, calls, reached, last = _trace(model, chosen, batches)
         called = [name for stage in stages for name in stage.names if calls[name]]
-        reasons = {name: _NOT_CALLED for name in chosen if name not in called}
+        reasons = {name: "is never called on the calibration data" for name in chosen if name not in called}
         reasons |= {name: _UNREACHED for name in called if name not in reached}
         if layers is None and type(model) is not nn.Sequential:
             # as many outputs as the first layer has inputs: an autoencoder or a feed-forward block, not logits
             heads = [name for name in called if name in last and name not in reasons]
             reasons |= {n: _IS_HEAD for n in heads if features(chosen[n])[1] != features(chosen[called[0]])[0]}
     skipped += reasons.items()
-    stages = [Stage(tuple(n for n in stage.names if n not in reasons), stage.calls) for stage in stages]
-    stages = [stage for stage in stages if stage.names]
+    selectable = [Stage(tuple(n for n in stage.names if n not in reasons), stage.calls) for stage in stages]
+    stages = [stage for stage in selectable if stage.names]
     selected = {name: chosen[name] for stage in stages for name in stage.names}
     coverage = measure_coverage(model, selected.values())
     if not selected:
@@ -104,9 +102,8 @@ def _suitable_layers(
         if reason is None and len(owners[id(layer.weight)]) > 1:
             others = [other for other, module in owners[id(layer.weight)] if module is not layer]
             reason = f"has its weight tied to {', '.join(others)}"
-        reason = reason or (_IS_HEAD if id(layer) in heads else None)
-        if reason is not None:
-            skipped.append((name, reason))
+        if reason or id(layer) in heads:
+            skipped.append((name, reason or _IS_HEAD))
         elif layer.weight.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model before you compress it")
         else:
@@ -157,7 +154,8 @@ def _trace(
     learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
         for batch in batches:
-            left = {name: layer for name, layer in layers.items() if name not in reached and calls[name] < _CALLS}
+            # after two calls without a gradient the output counts as independent of a layer
+            left = {name: layer for name, layer in layers.items() if name not in reached and calls[name] < 2}
             if not left:
                 break
             staged = set(inputs)

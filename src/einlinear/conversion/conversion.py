@@ -98,7 +98,6 @@ def convert(
     mixture = {} if experts is None else {"experts": experts, "active": 2 if active is None else active}
 
     def tied_elsewhere(module: Any, spec: str) -> str | None:
-        """Return the reason to skip a shared weight: not all of its owners get the same structure."""
         for name, other in owners[id(module.weight)]:
             alike = name in linears and matched.get(name) == spec and type(other) is type(module)
             if other is not module and (not alike or reasons[id(other)]):
@@ -121,10 +120,8 @@ def convert(
                 layer.bias.copy_(old.bias)
         return layer
 
-    new: dict[int, nn.Module] = {}
-    converted: list[Conversion] = []
-    skipped: list[tuple[str, str]] = []
-    by_weight: dict[tuple[int, str], nn.Module] = {}
+    new, by_weight = dict[int, nn.Module](), dict[tuple[int, str], nn.Module]()
+    converted, skipped = list[Conversion](), list[tuple[str, str]]()
     for name, spec in matched.items():
         old: Any = linears.get(name)
         if id(old) in new:
@@ -174,11 +171,10 @@ def densify(model: nn.Module) -> ConversionReport:
         (1024, 4096)
     """
     structured = replacement.layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
-    new: dict[int, nn.Module] = {}
-    converted: list[Conversion] = []
+    new, weights = dict[int, nn.Module](), dict[tuple[int, ...], nn.Parameter]()
+    converted = list[Conversion]()
     mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
     skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
-    weights: dict[tuple[int, ...], nn.Parameter] = {}
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
     hooked = {factors[name] for name, layer in structured.items() if replacement.has_hooks(layer)}
     for name, layer in structured.items():

@@ -213,9 +213,7 @@ class _Recorder(TorchFunctionMode):
         self.inside: list[set[int]] = []
         self.read = set[int]()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func not in METADATA:
             used = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)} & self.weights
             self.read |= used.difference(*self.inside)
@@ -287,19 +285,18 @@ def _only_read(cls: type) -> frozenset[str]:
     methods = _methods(cls)
     if not any("weight" in _names(method.__code__) for method in methods):
         return frozenset()
+    try:
+        # without comments, and in one layout
+        sources = [ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(method)))) for method in methods]
+    # there is no source, or it is part of an expression
+    except (OSError, SyntaxError):
+        return frozenset()
     read, used = set[str](), set[str]()
-    for method in methods:
-        try:
-            # without comments, and in one layout
-            source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(method))))
-        # there is no source, or it is part of an expression
-        except (OSError, SyntaxError):
-            return frozenset()
-        for child, first, second, is_assigned in _ATTRIBUTES.findall(source):
-            if first == "weight" and second not in METADATA_NAMES and not is_assigned:
-                read.add(child)
-            elif first in ("", "forward"):
-                used.add(child)
+    for child, first, second, is_assigned in _ATTRIBUTES.findall("\n".join(sources)):
+        if first == "weight" and second not in METADATA_NAMES and not is_assigned:
+            read.add(child)
+        elif first in ("", "forward"):
+            used.add(child)
     return frozenset(read - used)
 
 
