@@ -1,4 +1,4 @@
-// The program: a structure as an array of int64, written by program.py.
+// The program: a structure as an array of int64, written by cpu_backend.py.
 //
 // A step multiplies a factor (batch, new, contracted) with an input (batch, free, contracted): it sums over the
 // contracted axes and leaves an output (batch, free, new). Step k multiplies factor k.
