@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import einlinear as el
-from einlinear_lab.data.text.english import read_english
+from einlinear_lab.data.text.sources import read_english
 
 FAMILIES = {
     "low_rank": ["low_rank"],

@@ -36,10 +36,7 @@ def test_round_trip_and_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
 
 
-@pytest.mark.parametrize("forget", [True, False], ids=["a new process", "the same process"])
-def test_damaged_ones_displace_none_that_are_whole(
-    forget: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_ones_displace_none_that_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest two are damaged: the run goes on from the one before, and what it saves stays."""
     monkeypatch.setattr(checkpoint, "KEPT", 3)
     for step in (10, 20, 30):
@@ -47,8 +44,6 @@ def test_damaged_ones_displace_none_that_are_whole(
     monkeypatch.setattr(checkpoint, "KEPT", 2)
     for step in (20, 30):
         (tmp_path / f"step-{step:08d}" / "state.safetensors").write_bytes(b"damaged")
-    if forget:
-        monkeypatch.setattr(checkpoint, "_intact", set())
     with pytest.warns(UserWarning, match="going on from the one before"):
         assert same(latest(tmp_path), make(10))
     save(tmp_path, make(15))

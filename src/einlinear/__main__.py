@@ -4,8 +4,7 @@ import os
 import sys
 from importlib.metadata import entry_points
 
-# Python puts the current folder first. Nothing is imported from there, as with the command `einlinear`, unless it is
-# where this library lies.
+# Python puts the current folder first, where nothing is imported from, unless this library lies there
 _HERE, _LIBRARY = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if not getattr(sys.flags, "safe_path", False) and sys.path[0] == _HERE != _LIBRARY:
     del sys.path[0]

@@ -4,12 +4,11 @@ FOLDER/step-00000500/state.safetensors   tensors, and facts as JSON in the file'
 FOLDER/step-00000500/sha256              of that file
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ FORMAT = "1"
 # the newest checkpoint, and one to fall back on
 KEPT = 2
 _STATE, _DIGEST = "state.safetensors", "sha256"
-# files that this process has written or read, which need not be read again: (folder, modification time, size)
-_intact: set[tuple[Path, int, int]] = set()
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint atomically, and remove all but the newest ones.
-
-    Returns:
-        Its folder.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written. Earlier checkpoints are unchanged.
-    """
+    """Write a checkpoint atomically, remove all but the newest ones, and return its folder."""
     place = folder / f"step-{checkpoint.step:08d}"
     try:
         with atomic(place) as scratch:
@@ -55,7 +45,6 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             # a damaged one, or else this step would not have been made again
             if place.exists():
                 shutil.rmtree(place)
-        _intact.add(_version_of(place))
     # neither says what nor where if the disk is full
     except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint {place} cannot be written, earlier ones are unchanged: {error}") from error
@@ -66,12 +55,20 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return place
 
 
-def load(place: Path) -> Checkpoint:
-    """Read a checkpoint from its folder.
+def _prune(folder: Path, newest: Path) -> None:
+    """Remove damaged checkpoints and all but the newest intact ones."""
+    kept = 1
+    for place in sorted({*folder.glob("step-*")} - {newest}, reverse=True):
+        with suppress(OSError, ValueError):
+            if kept < KEPT:
+                _check_digest(place)
+                kept += 1
+                continue
+        shutil.rmtree(place, ignore_errors=True)
 
-    Raises:
-        ValueError: it is damaged or of another format; the message says which.
-    """
+
+def load(place: Path) -> Checkpoint:
+    """Read a checkpoint from its folder; ValueError with the reason if it is damaged or of another format."""
     try:
         _check_digest(place)
         tensors, facts = read_tensors(place / _STATE)
@@ -82,7 +79,7 @@ def load(place: Path) -> Checkpoint:
 
 def latest(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint that is not damaged, or None. Damaged ones are skipped with a warning."""
-    for place in _folders(folder):
+    for place in sorted(folder.glob("step-*"), reverse=True):
         try:
             return load(place)
         except ValueError as error:
@@ -90,21 +87,20 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def _check_digest(place: Path) -> None:
+    if (place / _DIGEST).read_text(encoding="ascii") != f"{sha256_of(place / _STATE)}\n":
+        raise ValueError("its content is not what was written")
+
+
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError, with the differences, if a folder holds a run with another config than this one."""
     if found := differences(before, now):
-        raise ValueError(
-            f"{folder} holds a run with another config: {'; '.join(found)}. Name another folder (--out), or repeat "
-            "the config to resume the run"
-        )
+        hint = "Name another folder (--out), or repeat the config to resume the run"
+        raise ValueError(f"{folder} holds a run with another config: {'; '.join(found)}. {hint}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None:
-    """Write tensors and JSON facts to one safetensors file, atomically. Tied weights are written twice.
-
-    Raises:
-        OSError, SafetensorError: the disk is full, or the folder cannot be written.
-    """
+    """Write tensors and JSON facts to one safetensors file, atomically. Tied weights are written twice."""
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -118,54 +114,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Read the tensors and the facts that `write_tensors` wrote, onto the CPU.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: the file is damaged or of another format.
-    """
+    """Read what `write_tensors` wrote, onto the CPU; ValueError if the file is damaged or of another format."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"it has format {metadata.get('format')}, but this version reads {FORMAT}")
-            facts = json.loads(metadata["facts"])
             # copies: a file that is still mapped cannot be removed everywhere
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, facts  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(metadata["facts"])
     except (SafetensorError, KeyError, RecursionError) as error:
         raise ValueError(str(error)) from None
-
-
-def _prune(folder: Path, newest: Path) -> None:
-    """Remove damaged checkpoints and all but the newest intact ones."""
-    kept = {newest}
-    for place in _folders(folder):
-        if place != newest and (len(kept) == KEPT or not _is_intact(place)):
-            shutil.rmtree(place, ignore_errors=True)
-        else:
-            kept.add(place)
-
-
-def _is_intact(place: Path) -> bool:
-    try:
-        if _version_of(place) not in _intact:
-            _check_digest(place)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _check_digest(place: Path) -> None:
-    if (place / _DIGEST).read_text(encoding="ascii") != f"{sha256_of(place / _STATE)}\n":
-        raise ValueError("its content is not what was written")
-    _intact.add(_version_of(place))
-
-
-def _version_of(place: Path) -> tuple[Path, int, int]:
-    status = (place / _STATE).stat()
-    return place, status.st_mtime_ns, status.st_size
-
-
-def _folders(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)

@@ -1,6 +1,4 @@
-"""Files and folders: atomic writes, locks, owners and modes, checksums, JSON."""
-
-from __future__ import annotations
+"""Files and folders: atomic writes, locks, owners and modes, checksums, JSON. Errors of the disk raise OSError."""
 
 import errno
 import hashlib
@@ -8,7 +6,6 @@ import json
 import os
 import shutil
 import stat
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,11 +13,7 @@ from typing import Any, BinaryIO
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written. An earlier file is unchanged.
-    """
+    """Write a file atomically: if the disk is full, an earlier file is unchanged."""
     with atomic(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
@@ -51,13 +44,7 @@ def _remove(place: Path) -> None:
 
 
 def rename(scratch: Path, path: Path) -> None:
-    """Rename a file or folder atomically, once its content is on the disk, so that a power failure loses nothing.
-
-    A file of the new name is replaced; a folder of the new name has to be empty.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-    """
+    """Rename a file or folder atomically, once its content is on the disk; replaces a file or an empty folder."""
     for place in (*scratch.rglob("*"), scratch):
         _sync(place)
     os.replace(scratch, path)
@@ -65,31 +52,23 @@ def rename(scratch: Path, path: Path) -> None:
 
 
 def _sync(place: Path) -> None:
-    """Flush a file or a folder to the disk; not every system can do so for folders."""
-    if place.is_dir():
-        if os.name != "posix":
-            return
-        number = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-                raise
-        finally:
-            os.close(number)
-    else:
-        # Windows flushes only writable files
-        with place.open("rb+") as file:
-            os.fsync(file.fileno())
+    is_folder = place.is_dir()
+    if is_folder and os.name != "posix":
+        return
+    # Windows flushes only writable files
+    number = os.open(place, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        # not every system can flush folders
+        if not is_folder or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(number)
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and the missing ones above it, private to this user.
-
-    Raises:
-        PermissionError: as `check_private`.
-        OSError: it cannot be made.
-    """
+    """Make a folder, and the missing ones above it, private to this user; PermissionError as `check_private`."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     for place in reversed(missing):
         # another process may have made it since
@@ -99,46 +78,32 @@ def make_private(folder: Path) -> None:
 
 
 def check_private(path: Path) -> None:
-    """Check that only this user and root can change the content of a file or folder, or the target of its path.
+    """Raise PermissionError if others than this user and root can change a file or folder, or the target of its path.
 
-    Each folder and symbolic link on the path has to belong to one of the two, and nobody else may write into the
-    folders; above the last one others may, where the sticky bit protects files of this user, as in /tmp. A group counts
-    as others, unless it is this user's own and has no other members. Access control lists count where they show in the
-    mode. Windows is not checked: its folders of users are private.
-
-    Raises:
-        PermissionError: others can change it; the message says where and how.
-        OSError: there is no such file or folder.
+    docs/security.md has the rules. Windows is not checked: its folders of users are private.
     """
-    if os.name != "posix":
-        return
-    place, left, links = Path("/"), deque(path.absolute().parts[1:]), 0
-    while left:
-        part = left.popleft()
-        if part == "..":
-            place = place.parent
-            continue
-        step = place / part
-        status = step.lstat()
-        owners = {0, os.geteuid()} if not left else {0, os.geteuid(), _root_of_container()}
-        if status.st_uid not in owners:
-            raise PermissionError(f"{step} belongs to another user (number {status.st_uid})")
+    if os.name == "posix":
+        # raises OSError for links in a circle
+        path.stat()
+        _check_links(path.absolute(), is_last=True)
+
+
+def _check_links(path: Path, is_last: bool) -> None:
+    """Check a path folder by folder, and the targets of links; the last folder of all has stricter rules."""
+    for place in (*reversed(path.parents[:-1]), path):
+        status = place.lstat()
+        strict = is_last and place == path
+        if status.st_uid not in {0, os.geteuid(), 0 if strict else _root_of_container()}:
+            raise PermissionError(f"{place} belongs to another user (number {status.st_uid})")
+        by_others = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and _is_shared(status))
         if stat.S_ISLNK(status.st_mode):
-            target, links = Path(os.readlink(step)), links + 1
-            if links > 40:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-            if target.is_absolute():
-                place = Path("/")
-            left.extendleft(part for part in reversed(target.parts) if part != "/")
-            continue
-        sticky = bool(left) and status.st_mode & stat.S_ISVTX
-        if not sticky and (status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and _is_shared(status))):
-            raise PermissionError(f"{step} can be changed by others (its mode is {stat.S_IMODE(status.st_mode):04o})")
-        place = step
+            _check_links(place.parent.resolve() / os.readlink(place), strict)
+        elif by_others and (strict or not status.st_mode & stat.S_ISVTX):
+            raise PermissionError(f"{place} can be changed by others (its mode is {stat.S_IMODE(status.st_mode):04o})")
 
 
 def _root_of_container() -> int:
-    """The owner of root's files in a container without root, as Apptainer's; else 0."""
+    """Return the owner of root's files in a container without root, as Apptainer's; else 0."""
     try:
         inside = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
         if any(int(first) == 0 for first, _, _ in inside):
@@ -162,33 +127,20 @@ def _is_shared(status: os.stat_result) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file of others to read bytes, if it is a regular file: a pipe could block the reader.
-
-    Raises:
-        OSError: there is no such file, it may not be read, or it is a folder, a pipe, a socket or a device.
-    """
+    """Open a file of others to read bytes; OSError unless it is a regular file: a pipe could block the reader."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is not a regular file")
     return path.open("rb")
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file that others may have made.
-
-    Raises:
-        ValueError: it is damaged.
-        OSError: it cannot be read, or is not a regular file.
-    """
+    """Return the content of a JSON file that others may have made; ValueError if it is damaged."""
     with open_regular(path) as file:
         return parse_json(file.read())
 
 
 def parse_json(text: bytes) -> Any:
-    """Parse JSON strictly: NaN, which JSON does not have, and nesting beyond Python's recursion limit are refused.
-
-    Raises:
-        ValueError: it is damaged; the message says how.
-    """
+    """Parse JSON; ValueError if it is damaged, and for NaN and nesting beyond Python's recursion limit."""
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no JSON")
@@ -210,11 +162,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def lock(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock file, which stays; the system releases the lock when the process dies.
-
-    Raises:
-        BlockingIOError: another process holds it; with this message.
-    """
+    """Hold a lock file, which stays; the system frees it if the process dies. BlockingIOError if others hold it."""
     # takes a tenth of a second to import
     from filelock import FileLock, Timeout
 
@@ -228,11 +176,7 @@ def lock(path: Path, message: str) -> Iterator[None]:
 
 @contextmanager
 def lock_output(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock file beside a file or folder that will be made, and remove it at the end.
-
-    Raises:
-        BlockingIOError: another process holds it; with this message.
-    """
+    """Hold a lock, as `lock`, on a file or folder that will be made: the lock file beside it is removed at the end."""
     path = path.absolute()
     file = path.with_name(f".{path.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -249,8 +193,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     >>> differences({"steps": 10, "lr": 0.1}, {"steps": 20, "lr": 0.1, "seed": 0})
     ['steps was 10, now 20', 'seed was None, now 0']
     """
-    return [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
+    names = dict.fromkeys([*before, *now])
+    pairs = [(name, before.get(name), now.get(name)) for name in names]
+    return [f"{name} was {old!r}, now {new!r}" for name, old, new in pairs if old != new]

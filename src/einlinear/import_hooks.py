@@ -1,12 +1,4 @@
-"""Import hooks: functions that run once another module has been imported.
-
-Some modules take long to import, or may not be installed: transformers, and torch's FLOP counter (half a second).
-Neither offers entry points for other libraries. `import einlinear` imports neither: a finder on `sys.meta_path` calls
-the hooks when somebody else does. EINLINEAR_HOOKS=0 in the environment switches the finder off; hooks then run only for
-modules that are imported already.
-"""
-
-from __future__ import annotations
+"""Import hooks: functions that run once another module has been imported, called by a finder on `sys.meta_path`."""
 
 import os
 import sys
@@ -32,21 +24,17 @@ def when_imported(module: str, hook: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds modules as the other finders do, and calls the hooks after a module's execution."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in _hooks:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in _hooks:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                for hook in _hooks[fullname]:
+                for hook in _hooks[name]:
                     hook()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -1,7 +1,5 @@
 """Version, and a digest of the sources that results depend on."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from importlib.metadata import version
@@ -17,11 +15,7 @@ _SOURCES = (".py", ".cpp", ".h", ".json")
 # cached: what this process runs, even if the files change
 @cache
 def code_digest(*folders: str) -> str:
-    """Return a digest of the sources in some folders of the installed packages, such as "einlinear/ops".
-
-    Returns:
-        Eight hexadecimal digits, which change when a source is changed, renamed, added or removed.
-    """
+    """Return eight hexadecimal digits of the sources in folders of the installed packages, such as "einlinear/ops"."""
     digest = hashlib.sha256()
     files = (file for folder in folders for file in (_ROOT / folder).rglob("*") if file.suffix in _SOURCES)
     for file in sorted(files):

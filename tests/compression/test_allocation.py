@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from einlinear.compression.allocation import allocate
-from einlinear.compression.candidates import LayerCandidate
+from einlinear.compression.allocation import LayerCandidate, allocate
 
 
 def candidate(spec: str, cost: int, output_change: float) -> LayerCandidate:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.activations import layer_inputs
-from einlinear.compression.passes import Passes
+from einlinear.compression.activations import Passes, layer_inputs
 
 
 class Block(nn.Module):

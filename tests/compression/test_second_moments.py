@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from einlinear.compression.second_moments import InputStatistics, SecondMomentAccumulator
+from einlinear.compression.calibration import InputStatistics, SecondMomentAccumulator
 
 
 def drawn(tokens: int = 400, features: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:

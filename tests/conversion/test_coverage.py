@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import einlinear as el
-from einlinear.conversion.coverage import KINDS, measure_coverage
+from einlinear.conversion.conversion_report import KINDS, measure_coverage
 
 
 class Experts(nn.Module):

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.aria.modeling_aria import AriaExperts
 
 import einlinear as el
-from einlinear.mup.role_inference import infer_role
+from einlinear.mup.parameter_roles import infer_role
 
 _HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_hidden_layers": 1}
 _WAVE: dict[str, Any] = {"vocab_size": 48, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}

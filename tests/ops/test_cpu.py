@@ -13,10 +13,10 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import costs, dispatch
+from einlinear.ops import dispatch
 from einlinear.ops.cpu import cpu_backend
 from einlinear.ops.cpu import kernel_library as kernels
-from einlinear.ops.cpu.program import program_of
+from einlinear.ops.cpu.cpu_backend import program_of
 
 
 @pytest.fixture
@@ -129,4 +129,4 @@ def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_the_cost_model_presumes_the_cache_that_the_kernel_does() -> None:
     (exponent,) = re.findall(r"HEAVY_ENTRIES = 1 << (\d+)", (kernels.SOURCE.parent / "program.h").read_text())
-    assert 2 ** int(exponent) == costs.CACHED
+    assert 2 ** int(exponent) == dispatch.CACHED

@@ -8,7 +8,7 @@ from tests.ops.test_projection_of_outputs import correlated
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops.projection.descent import _LastFactor, error_of
+from einlinear.ops.projection.weighted import _LastFactor, error_of
 
 SPECS = ["btt(rank=2)", "btt(rank=2, cores=3)", "monarch(blocks=2)", "blast(blocks=2, rank=3)"]
 WITH_COLUMNS = ["kronecker", "tt(rank=2)", "einsum(theta=(1/2, 1/4, 1/4, 1/4, 1/2, 1/4, 1/4))"]
@@ -20,7 +20,7 @@ WITH_COLUMNS = ["kronecker", "tt(rank=2)", "einsum(theta=(1/2, 1/4, 1/4, 1/4, 1/
     + [(spec, (23, 35)) for spec in SPECS],
 )
 def test_the_last_factor_is_the_best(spec: str, features: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("einlinear.ops.projection.descent._CHEAP", 1000)
+    monkeypatch.setattr("einlinear.ops.projection.weighted._CHEAP", 1000)
     s = el.structure(spec, *features)
     w, c = torch.randn(features[1], features[0], dtype=torch.float64), correlated(features[0])
     last = _LastFactor.of(s, w, c)

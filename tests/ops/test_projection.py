@@ -9,7 +9,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops.projection import als, truncate
+from einlinear.ops.projection import als, svd
 from einlinear.structures import Structure
 from einlinear.structures.scales import init_std
 
@@ -189,13 +189,13 @@ def test_truncation_in_float32_is_as_good_as_the_svd(
     monkeypatch: pytest.MonkeyPatch, panel: int, decay: float, shape: tuple[int, int], rank: int
 ) -> None:
     """Also of singular values that fall by orders of magnitude, which a Gram matrix squares."""
-    monkeypatch.setattr(truncate, "_PANEL", panel)
+    monkeypatch.setattr(svd, "_PANEL", panel)
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(20, n, 48, dtype=torch.float64, generator=generator))[0] for n in shape)
     values = torch.arange(1, 49, dtype=torch.float64) ** -decay
     matrices = (u * values) @ v.mT
-    first, second = truncate.truncated(matrices.float(), rank)
+    first, second = svd.truncated(matrices.float(), rank)
     assert torch.get_num_threads() == threads
     assert first.shape == (20, shape[0], rank)
     torch.testing.assert_close(first.norm(dim=1), second.norm(dim=2))
@@ -208,16 +208,16 @@ def test_truncation_in_float32_is_as_good_as_the_svd(
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_a_few_of_many_singular_vectors(monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
     """LAPACK's way to find some eigenvectors misses some where values are equal, and makes them less orthogonal."""
-    monkeypatch.setattr(truncate, "_LARGE", 100)
+    monkeypatch.setattr(svd, "_LARGE", 100)
     generator = torch.Generator().manual_seed(0)
     n, rank = 600, 37
     u, v = (torch.linalg.qr(torch.randn(k, n, dtype=torch.float64, generator=generator))[0] for k in (n, 1500))
     values = torch.arange(1, n + 1, dtype=torch.float64) ** -decay
     matrices = ((u * values) @ v.mT)[None]
-    first, second = truncate.truncated(matrices.float(), rank)
+    first, second = svd.truncated(matrices.float(), rank)
     assert first.shape == (1, n, rank)
     best = values[rank:].square().sum().sqrt()
     assert float((first.double() @ second.double() - matrices).norm()) == pytest.approx(float(best), rel=1e-5)
-    monkeypatch.setattr(truncate, "find_spec", lambda name: None)  # without scipy
-    for found, plain in zip((first, second), truncate.truncated(matrices.float(), rank), strict=True):
+    monkeypatch.setattr(svd, "find_spec", lambda name: None)  # without scipy
+    for found, plain in zip((first, second), svd.truncated(matrices.float(), rank), strict=True):
         assert float(found.norm()) == pytest.approx(float(plain.norm()), rel=1e-5)

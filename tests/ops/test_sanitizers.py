@@ -18,7 +18,7 @@ from tests.families import PATTERNS, SAMPLES, structures
 from tests.random_patterns import random_structure
 
 from einlinear.ops.cpu import kernel_library
-from einlinear.ops.cpu.program import program_of
+from einlinear.ops.cpu.cpu_backend import program_of
 from einlinear.structures import Structure
 
 pytestmark = pytest.mark.slow

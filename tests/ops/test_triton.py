@@ -23,9 +23,9 @@ import einlinear as el
 from einlinear import ops
 from einlinear.ops import reference
 from einlinear.ops.product import Assignment, Product
-from einlinear.ops.triton import launch, slots, tile_sizes
+from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
-from einlinear.ops.triton.strided_steps import plan
+from einlinear.ops.triton.launch import plan
 from einlinear.structures import DoesNotFit, Structure
 
 pytestmark = [needs("triton"), pytest.mark.slow]
@@ -160,7 +160,7 @@ class TestKernels:
         """Tokens are split among programs, with a ragged end; inputs are strided, transposed and expanded."""
         s, factors, x, bias, grad = draw(spec, 16, 16, 270, torch.float32)
         first = plan(s)[0][0]
-        assert 2 * tile_sizes.share(first, 4, 512, tile_sizes.device_limits(DEVICE), joint=True) < 270 * first.counts[1]
+        assert 2 * launch.share_of_tokens(first, 4) < 270
         factors = [factor.transpose(0, -1).contiguous().transpose(0, -1) for factor in factors]
         wide, ones = torch.cat([x, x], 1), grad[:1, :1].expand(270, 16)
         for inputs, grads in ((wide[:, 3:19], ones), (wide[:, ::2], grad.T.contiguous().T)):
@@ -265,15 +265,14 @@ class TestRouted:
             assert error(mine, wanted) <= bound
 
     def test_blocks_of_several_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        launch_with, ratios = launch._launch, set()
+        tiles_of, ratios = launch._tiles, set()
 
-        def smallest(kernel: Any, programs: Any, found: Any, *args: Any, **constants: Any) -> None:
-            tile = min(found, key=lambda tile: dict(tile.blocks)["BLOCK_T"])
-            ratios.add(constants["BLOCK_SLOTS"] // dict(tile.blocks)["BLOCK_T"])
-            launch_with(kernel, programs, (tile,), *args, **constants)
+        def smallest(*args: Any) -> tuple[launch.Tile, ...]:
+            tile = min(tiles_of(*args), key=lambda tile: dict(tile.blocks)["BLOCK_T"])
+            ratios.add(launch.BLOCK_SLOTS // dict(tile.blocks)["BLOCK_T"])
+            return (tile,)
 
-        monkeypatch.setattr(launch, "_launch", smallest)
-        monkeypatch.setattr(slots, "MIN_BLOCK", 64)
+        monkeypatch.setattr(launch, "_tiles", smallest)
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 150, 1, "random", torch.float32)
         exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
         y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]

@@ -6,7 +6,7 @@ The interpreter accepts code that the compiler refuses.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,11 +16,9 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear.ops.product import Assignment, Product
-from einlinear.ops.triton import launch, tile_sizes
+from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
-from einlinear.ops.triton.strided_steps import plan
-
-H100 = tile_sizes.Device(132, 232_448)
+from einlinear.ops.triton.launch import plan
 
 
 class TestPlans:
@@ -95,10 +93,9 @@ class TestCompiled:
     ) -> None:
         launches: list[tuple[Any, ...]] = []
 
-        def record(kernel: Any, programs: Callable[..., int], found: Any, *args: Any, **constants: Any) -> None:
+        def record(kernel: Any, sizes: Any, found: Any, *args: Any, **constants: Any) -> None:
             launches.append((kernel, found[0], args, constants))
 
-        monkeypatch.setattr(tile_sizes, "device_limits", lambda device: H100)
         monkeypatch.setattr(launch, "_launch", record)
         s = el.structure(spec, in_features, out_features)
         factors = [torch.empty(f.shape, dtype=dtype) for f in s.factors]
@@ -112,13 +109,13 @@ class TestCompiled:
         assert launches
         for kernel, tile, args, constants in launches:
             compiled = compile_for_hopper(kernel, tile, args, constants)
-            assert compiled.metadata.shared <= H100.shared
+            assert compiled.metadata.shared <= launch.SHARED
             if not any(limit for name, limit in constants.items() if name.endswith("LIMIT")) and dtype.itemsize == 2:
                 # neighbours are moved together
                 assert ".global.b16" not in compiled.asm["ptx"]
 
 
-def compile_for_hopper(kernel: Any, tile: tile_sizes.Tile, args: Sequence[Any], constants: dict[str, Any]) -> Any:
+def compile_for_hopper(kernel: Any, tile: launch.Tile, args: Sequence[Any], constants: dict[str, Any]) -> Any:
     """Compile a launch as triton's launcher would: it knows which arguments are 1 and which are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget

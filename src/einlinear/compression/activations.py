@@ -1,20 +1,36 @@
-"""Inputs and outputs of a model and of its layers on calibration data."""
+"""Inputs and outputs of a model and of its layers on calibration data, and the divergence between two models' outputs.
+
+The logits of a batch can take more memory than the rest of a forward pass. Where a linear layer computes them, its
+inputs are kept instead, and the logits are computed again slice by slice.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from einlinear.conversion.replacement import patched
+from einlinear.nn import Linear
+from einlinear.nn.layer_kinds import is_conv1d
 from einlinear.nn.model_call import Batch, call
 
+# outputs with so many features are computed again, slice by slice, rather than kept
+_LARGE = 2**12
+# of the logits of a slice: 1 MB in float32
+_ENTRIES = 2**18
+# of a batch, at most: a head reads its weight once for each slice
+_SLICES = 32
 
-class StopForward(Exception):
+
+class _StopForward(Exception):
     """Raised inside a hook: the rest of the model need not run."""
 
 
@@ -22,26 +38,23 @@ class StopForward(Exception):
 def hooked(
     modules: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any], before: bool = False
 ) -> Iterator[None]:
-    """Call `hook(name, input, output)` for every call of a module; the block ends where a hook raises `StopForward`.
+    """Call `hook(name, input, output)` for every call of a module; what the hook returns replaces the output.
 
-    Args:
-        modules: by name.
-        hook: what it returns replaces the output; None: the output stays.
-        before: the hook runs before the module, and its output is None.
+    With `before` the hook runs before the module, and its output is None. The block ends where a hook raises
+    `_StopForward`.
     """
 
     def register(name: str, module: nn.Module) -> Any:
         def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
             return hook(name, args[0] if args else next(iter(kwargs.values()), None), output)
 
-        if before:
-            return module.register_forward_pre_hook(run, with_kwargs=True)
-        return module.register_forward_hook(run, with_kwargs=True)
+        register_hook = module.register_forward_pre_hook if before else module.register_forward_hook
+        return register_hook(run, with_kwargs=True)
 
     handles = [register(name, module) for name, module in modules.items()]
     try:
         yield
-    except StopForward:
+    except _StopForward:
         pass
     finally:
         for handle in handles:
@@ -53,24 +66,16 @@ def layer_inputs(
     layers: Mapping[str, nn.Module],
     batch: Batch,
     calls: Mapping[str, int] | None = None,
-    keep: Callable[[Tensor], Any] = Tensor.clone,
     gradients: bool = False,
-) -> dict[str, list[Any]]:
-    """Return the inputs of layers, call by call, in the order in which the layers are first called.
-
-    Args:
-        model, batch: see `einlinear.nn.model_call.call`.
-        layers: by name.
-        calls: how often each layer is called: the model stops once all were.
-        keep: what to keep of an input: by default a copy, since the model may change it in place afterwards.
-        gradients: whether autograd records the graph.
-    """
-    inputs: dict[str, list[Any]] = {}
+) -> dict[str, list[Tensor]]:
+    """Return the inputs of layers, call by call; given how often each is called, the model stops once all were."""
+    inputs: dict[str, list[Tensor]] = {}
 
     def record(name: str, x: Tensor, _: None) -> None:
-        inputs.setdefault(name, []).append(keep(x))
-        if calls is not None and all(len(inputs.get(layer, ())) >= count for layer, count in calls.items()):
-            raise StopForward
+        # the model may change its own in place afterwards
+        inputs.setdefault(name, []).append(x if gradients else x.clone())
+        if calls is not None and all(len(inputs.get(layer, ())) >= calls[layer] for layer in calls):
+            raise _StopForward
 
     with hooked(layers, record, before=True), torch.set_grad_enabled(gradients):
         call(model, batch)
@@ -78,19 +83,14 @@ def layer_inputs(
 
 
 def output_of(result: Any) -> Tensor:
-    """Return the tensor that counts in a model's result: logits, the last hidden state, or else the first tensor.
-
-    Logits of one shape, such as those of the start and the end of an answer, are stacked. A loss does not count.
-
-    Raises:
-        ValueError: the result holds no tensor.
-    """
+    """Return the tensor that counts in a model's result: logits, the last hidden state, or else the first tensor."""
     if isinstance(result, Tensor):
         return result
     for name in ("logits", "last_hidden_state"):
         if isinstance(value := getattr(result, name, None), Tensor):
             return value
     if isinstance(result, Mapping):
+        # such as those of the start and the end of an answer
         logits = [value for name, value in result.items() if name.endswith("_logits") and isinstance(value, Tensor)]
         if logits and all(value.shape == logits[0].shape for value in logits):
             return torch.stack(logits)
@@ -107,47 +107,189 @@ def tokens_of(batch: Batch, tensor: Tensor) -> Tensor:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.numel() != len(flat):
         return flat
-    if tensor.dim() <= 2 or tensor.shape[:-1] == mask.shape:
-        return flat[mask.flatten().to(flat.device, torch.bool)]
-    return flat
+    is_alike = tensor.dim() <= 2 or tensor.shape[:-1] == mask.shape
+    return flat[mask.flatten().to(flat.device, torch.bool)] if is_alike else flat
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Layers that read the same input, such as the projections to queries, keys and values.
+class ModelOutput:
+    """Output of a model for a batch, (tokens, features), or the smaller inputs of its head, by the head's name."""
 
-    Each is called `calls` times in one forward pass.
+    values: Tensor
+    head: str | None
+    is_logits: bool
+    features: int
+
+
+@torch.no_grad()
+def model_output(model: nn.Module, batch: Batch) -> ModelOutput:
+    """Run a model, and keep its output or the smaller tensor from which its head computes the output."""
+    kinds = nn.Linear, Linear
+    linears = {name: layer for name, layer in model.named_modules() if type(layer) in kinds or is_conv1d(layer)}
+    calls = dict.fromkeys(linears, 0)
+    last: dict[str, Any] = {}
+
+    def record(name: str, x: Any, output: Tensor) -> None:
+        calls[name] += 1
+        last.update(name=name, x=x, output=weakref.ref(output), version=output._version)
+
+    with hooked(linears, record):
+        result = call(model, batch)
+    output = output_of(result)
+    features = output.shape[-1] if output.dim() else 1
+    is_logits = hasattr(result, "logits") and features > 1
+    if features >= _LARGE and last and calls[last["name"]] == 1:
+        of_layer = last["output"]()
+        # the layer's output, unchanged since
+        if of_layer is not None and output.is_set_to(of_layer) and output._version == last["version"]:
+            return ModelOutput(tokens_of(batch, last["x"]), last["name"], is_logits, features)
+    return ModelOutput(tokens_of(batch, output), None, is_logits, features)
+
+
+def head_inputs(model: nn.Module, head: str, batch: Batch, gradients: bool = False) -> Tensor:
+    """Return the inputs of a model's head, (tokens, features)."""
+    layers = {head: model.get_submodule(head)}
+    ((x,),) = layer_inputs(model, layers, batch, {head: 1}, gradients).values()
+    return tokens_of(batch, x)
+
+
+def slices(tokens: int, features: int, most: int = _SLICES) -> Iterator[slice]:
+    """Split tokens into slices, so few in each that its outputs are small.
+
+    >>> [(part.start, part.stop) for part in slices(5, 2**17)]
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    step = max(1, _ENTRIES // features, tokens // most)
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
+
+
+def summed_kl_divergence(target: Tensor, logits: Tensor) -> float:
+    """Return KL(target || logits) in nats, summed over the tokens; both are logits of shape (tokens, classes)."""
+    return float(_divergence(target, logits))
+
+
+def mean_kl_divergence(logits: Tensor, target: Callable[[slice], Tensor], in_place: bool = False) -> Tensor:
+    """Return the mean divergence over the tokens from the original's logits for slices of them.
+
+    With `in_place` the gradient overwrites the logits, (tokens, classes), which must have no other use.
+    """
+    loss: Tensor = _MeanDivergence.apply(logits, target, in_place)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _divergence(target: Tensor, logits: Tensor, gradient: Tensor | None = None, tokens: int = 1) -> Tensor:
+    """Return the sum over tokens, and write the gradient of the mean over `tokens`, which may overwrite the logits."""
+    total = torch.zeros((), device=logits.device)
+    for part in slices(len(target), target.shape[1], len(target)):
+        p, q = target[part].float().log_softmax(1), logits[part].float().log_softmax(1)
+        total += F.kl_div(q, p, log_target=True, reduction="sum")
+        if gradient is not None:
+            gradient[part] = q.exp_().sub_(p.exp_()).div_(tokens)
+    return total
+
+
+class _MeanDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Callable[[slice], Tensor], in_place: bool) -> Tensor:
+        logits = logits.detach()
+        ctx.gradient = logits if in_place else torch.empty_like(logits)
+        total = torch.zeros((), device=logits.device)
+        for part in slices(len(logits), logits.shape[1]):
+            total += _divergence(target(part), logits[part], ctx.gradient[part], len(logits))
+        return total / max(len(logits), 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        gradient: Tensor = ctx.gradient
+        del ctx.gradient
+        return gradient.mul_(grads[0].to(gradient.dtype)), None, None
+
+
+class Passes:
+    """Repeated forward passes of a model on the same batches, which skip finished blocks.
+
+    Most models hand a tensor from block to block of a list of modules. With the outputs of the last finished block
+    kept, every block runs a few times, not once for each layer behind it. Between two calls of `inputs`, only layers
+    that were asked for before may change.
     """
 
-    names: tuple[str, ...]
-    calls: int
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self._model, self._batches = model, batches
+        # a list of blocks by name, and the index of its first block that runs
+        self._stack, self._start = "", 0
+        # outputs of the block before that one, by batch
+        self._outputs: list[Any] = []
+        # lists whose blocks need more than the output of the one before
+        self._unskippable = set[str]()
+
+    def inputs(self, calls: Mapping[str, int]) -> Iterator[dict[str, list[Tensor]]]:
+        """Yield the inputs of layers for every batch, call by call, given how often each is called, by name."""
+        layers = {name: self._model.get_submodule(name) for name in calls}
+        self._skip_to(layers, calls)
+        for number, batch in enumerate(self._batches):
+            with self._skipping(number):
+                inputs = layer_inputs(self._model, layers, batch, calls)
+            yield inputs
+
+    def _skip_to(self, layers: Mapping[str, nn.Module], calls: Mapping[str, int]) -> None:
+        """Keep the outputs of the block before the first one with these layers."""
+        stack, at = _position(self._model, [*layers])
+        at = 0 if stack in self._unskippable else at
+        if stack != self._stack or at < self._start:
+            self._stack, self._start, self._outputs = stack, 0, []
+        if at == self._start:
+            return
+        expected = layer_inputs(self._model, layers, self._batches[0], calls)
+        try:
+            outputs = [self._output(number, at - 1) for number in range(len(self._batches))]
+            self._start, self._outputs = at, outputs
+            with self._skipping(0):
+                inputs = layer_inputs(self._model, layers, self._batches[0], calls)
+            is_plain = all(isinstance(leaf, Tensor) for leaf in tree_leaves(outputs))
+            both = zip(tree_leaves(inputs), tree_leaves(expected), strict=True)
+            is_enough = is_plain and all(torch.equal(x, y) for x, y in both)
+        # a block may raise anything if it misses what an earlier one leaves elsewhere
+        except Exception:
+            is_enough = False
+        if not is_enough:
+            self._unskippable.add(stack)
+            self._start, self._outputs = 0, []
+
+    @torch.no_grad()
+    def _output(self, number: int, index: int) -> Any:
+        """Return the output of a block; None if it is not called."""
+        outputs: list[Any] = []
+
+        def record(_name: str, _input: Any, output: Any) -> None:
+            outputs.append(_copy(output))
+            raise _StopForward
+
+        block = self._model.get_submodule(f"{self._stack}.{index}")
+        with self._skipping(number), hooked({self._stack: block}, record):
+            call(self._model, self._batches[number])
+        return outputs[0] if outputs else None
+
+    @contextmanager
+    def _skipping(self, number: int) -> Iterator[None]:
+        """Replace every finished block by one that returns a copy of the stored output of the last of them."""
+        with ExitStack() as after:
+            for index in range(self._start):
+                block = self._model.get_submodule(f"{self._stack}.{index}")
+                after.enter_context(patched(block, "forward", lambda *_, **__: _copy(self._outputs[number])))
+            yield
 
 
-def stages_of(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Stage]:
-    """Return the layers that the data reach, in the order of their calls. Mostly the first batch reaches all."""
-    stages: list[Stage] = []
-    left = dict(layers)
-    for batch in batches:
-        by_input: dict[tuple[tuple[int, int], ...], list[str]] = {}
-        for name, inputs in layer_inputs(model, left, batch, keep=_TensorIdentity()).items():
-            by_input.setdefault(tuple(inputs), []).append(name)
-            del left[name]
-        stages += [Stage(tuple(names), len(key)) for key, names in by_input.items()]
-        if not left:
-            break
-    return stages
+def _position(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
+    """Return the outermost list of modules with all these layers, and the index of the first; or ("", 0)."""
+    positions = set[tuple[str, int]]()
+    for name in names:
+        parts = name.split(".")
+        above = {i: model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)) if parts[i].isdigit()}
+        depth = next((i for i, module in above.items() if isinstance(module, nn.ModuleList | nn.Sequential)), None)
+        positions.add((".".join(parts[:depth]), int(parts[depth])) if depth else ("", 0))
+    return min(positions) if len({stack for stack, _ in positions}) == 1 else ("", 0)
 
 
-class _TensorIdentity:
-    """A number for every tensor, and its version, which changes in place. Keeps no tensor alive."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._count = 0
-
-    def __call__(self, x: Tensor) -> tuple[int, int]:
-        entry = self._numbers.get(id(x))
-        if entry is None or entry[0]() is not x:
-            self._count += 1
-            entry = self._numbers[id(x)] = (weakref.ref(x), self._count)
-        return entry[1], 0 if x.is_inference() else x._version
+def _copy(output: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, output)

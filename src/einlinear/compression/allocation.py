@@ -1,37 +1,213 @@
-"""Allocation: the candidate of each layer with which the model's output changes least within a budget."""
+"""Allocation: candidates for each layer with the errors they would leave, and the choice of one per layer.
+
+Fitting every member of the families would take hours. One spectrum yields the errors of low rank. Those of another
+family are close to a multiple of them that changes slowly with the size: a few members of each family are fitted, and
+the multiple is interpolated between them.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from einlinear.compression.candidates import LayerCandidate
+import torch
+from torch import Tensor
+
+from einlinear import ops
+from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.selection import weight_of
-from einlinear.structures import Structure
+from einlinear.compression.sensitivity import Sensitivity
+from einlinear.nn.layer_kinds import features
+from einlinear.structures import DoesNotFit, Structure, structure
+from einlinear.structures.spec import OverBudget
+
+DEFAULT_FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")
+# fractions of the dense cost that a layer may be reduced to
+_FRACTIONS = tuple(n / 40 for n in range(2, 39))
+# fractions at which members are fitted
+_FITTED = (0.25, 0.5, 0.75)
+# errors below this one count as none
+_NO_ERROR = 1e-12
+
+
+@dataclass(frozen=True)
+class LayerCandidate:
+    """A structure for one layer, or "dense", with the error of the layer's outputs and the change of the model's."""
+
+    spec: str
+    cost: int
+    error: float
+    output_change: float
+
+
+def members(
+    family: str, in_features: int, out_features: int, fractions: Sequence[float] = _FRACTIONS
+) -> Iterator[Structure]:
+    """Yield the richest member of a family at each fraction of the dense MACs, if it has fewer parameters."""
+    seen = set[str]()
+    for fraction in fractions:
+        # any other mistake in the spec raises
+        with suppress(DoesNotFit, OverBudget):
+            s = structure(family, in_features, out_features, max_macs=fraction)
+            if s.spec not in seen and s.params < in_features * out_features:
+                seen.add(s.spec)
+                yield s
+
+
+def members_that_fit(
+    layers: Mapping[str, Any], families: Sequence[str], budget: float, count: str
+) -> tuple[dict[str, dict[str, list[Structure]]], dict[str, str]]:
+    """Return the members of each family by layer, and the reasons for layers without any; check the budget."""
+    fitting = {name: {f: list(members(f, *features(layer))) for f in families} for name, layer in layers.items()}
+    unfit = {
+        name: _reason_for_none(families, *features(layers[name])) for name in layers if not any(fitting[name].values())
+    }
+    dense, least = 0, 0
+    for name, layer in layers.items():
+        size = weight_of(layer).numel()
+        costs = [getattr(s, count) for structures in fitting[name].values() for s in structures]
+        dense, least = dense + size, least + min([size, *costs])
+    if least > budget * dense:
+        why = "".join(f"; {name}: {reason}" for name, reason in unfit.items())
+        raise ValueError(
+            f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached with "
+            f"{', '.join(families)}: these keep {least / dense:.4f} at least{why}"
+        )
+    return fitting, unfit
+
+
+def _reason_for_none(families: Iterable[str], in_features: int, out_features: int) -> str:
+    reasons = []
+    for family in families:
+        reasons.append(f"{family} saves nothing")
+        try:
+            structure(family, in_features, out_features, max_macs=1.0)
+        except DoesNotFit as error:
+            reasons[-1] = str(error)
+        except OverBudget:
+            pass
+    return f"no structure fits {in_features} -> {out_features}: {'; '.join(reasons)}"
+
+
+def layer_candidates(
+    name: str,
+    layer: Any,
+    families: Mapping[str, Sequence[Structure]],
+    count: str,
+    sensitivity: Sensitivity,
+    cached: Callable[..., Any],
+) -> list[LayerCandidate]:
+    """Return "dense" and the members of families as candidates for a layer; `cached` computes what a cache lacks."""
+    weight = weight_of(layer)
+    spectrum = cached(
+        f"spectrum of {name}", lambda _, moment: asdict(Spectrum.of(weight, moment)), Spectrum.from_record
+    )
+    candidates = [LayerCandidate("dense", weight.numel(), 0.0, 0.0)]
+    for family, structures in families.items():
+        fitted = members_to_fit(structures)
+        decode = partial(_decode_errors, fitted)
+        errors = cached(f"errors of {family} of {name}", partial(fitted_errors, fitted, layer), decode)
+        for s, error in zip(structures, estimated_errors(structures, errors, spectrum).values(), strict=True):
+            candidates.append(LayerCandidate(s.spec, getattr(s, count), error, sensitivity.at(error)))
+    return candidates
+
+
+def _decode_errors(structures: Sequence[Structure], record: Mapping[str, Any]) -> dict[str, float]:
+    return {s.spec: float(record[s.spec]) for s in structures}
+
+
+def members_to_fit(considered: Sequence[Structure]) -> list[Structure]:
+    """Return the members whose errors are measured; those of the others are interpolated."""
+    if not considered:
+        return []
+    return list(dict.fromkeys(min(considered, key=lambda s: abs(_share(s) - share)) for share in _FITTED))
+
+
+@torch.no_grad()
+def fitted_errors(
+    structures: Sequence[Structure], layer: Any, statistics: InputStatistics, moment: Tensor
+) -> dict[str, float]:
+    """Fit structures to a layer, and return their relative squared errors by spec."""
+    weight = weight_of(layer)
+    return {
+        s.spec: statistics.relative_error(weight, ops.dense_weight(s, ops.project(s, weight, moment)))
+        for s in structures
+    }
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Errors of low-rank approximations by rank, from rank 0 on, and the share of parameters that one rank takes."""
+
+    errors: tuple[float, ...]
+    share: float
+
+    @classmethod
+    def of(cls, weight: Tensor, moment: Tensor) -> Spectrum:
+        """Compute it for a weight (out, in) and inputs with second moment (in, in).
+
+        >>> Spectrum.of(torch.diag(torch.tensor([1.0, 2.0, 0.0])), torch.eye(3))
+        Spectrum(errors=(1.0, 0.2, 0.0, 0.0), share=0.6666666666666666)
+        """
+        w, c = weight.double(), moment.double()
+        if len(w) <= len(c):
+            gram = w @ c @ w.T
+        else:
+            variances, directions = torch.linalg.eigh(c)
+            root = directions * variances.clamp(min=0).sqrt()
+            gram = root.T @ (w.T @ w) @ root
+        energies = torch.linalg.eigvalsh(gram).clamp(min=0)
+        # eigenvalues increase
+        errors = (energies.cumsum(0) / energies.sum().clamp(min=1e-300)).flip(0)
+        return cls((*errors.tolist(), 0.0), sum(weight.shape) / weight.numel())
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Spectrum:
+        return cls(tuple(map(float, record["errors"])), float(record["share"]))
+
+    def at(self, share: float) -> float:
+        """Return the error of the low rank that keeps a share of the parameters, log-linear between two ranks."""
+        rank = min(max(share / self.share, 0.0), len(self.errors) - 1.0)
+        low = min(int(rank), len(self.errors) - 2)
+        return _between(rank, [low, low + 1], self.errors[low : low + 2])
+
+
+def estimated_errors(
+    considered: Sequence[Structure], errors: Mapping[str, float], spectrum: Spectrum
+) -> dict[str, float]:
+    """Return the errors of all members by spec, from those of a few."""
+    fitted = sorted((_share(s), errors[s.spec]) for s in considered if s.spec in errors)
+    # without parameters all families have the same error
+    shares = [0.0, *(share for share, _ in fitted)]
+    multiples = [1.0, *(max(error, _NO_ERROR) / max(spectrum.at(share), _NO_ERROR) for share, error in fitted)]
+    estimates = {}
+    for s in considered:
+        share = _share(s)
+        estimate = _between(share, shares, multiples) * max(spectrum.at(share), _NO_ERROR)
+        estimates[s.spec] = errors.get(s.spec, min(estimate, 1.0))
+    return estimates
+
+
+def _share(s: Structure) -> float:
+    return s.params / (s.in_features * s.out_features)
+
+
+def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Interpolate log y linearly at x, whose points increase; beyond the ends the outer two points extrapolate."""
+    right = min(max(bisect(xs, x), 1), len(xs) - 1)
+    share = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
+    low, high = (math.log(max(y, _NO_ERROR)) for y in ys[right - 1 : right + 1])
+    return round(math.exp(low + share * (high - low)), 12)
 
 
 def allocate(candidates: Mapping[str, Sequence[LayerCandidate]], budget: int) -> dict[str, LayerCandidate]:
-    """Choose one candidate per layer, by an integer linear program.
-
-    Args:
-        candidates: by layer.
-        budget: largest sum of the costs.
-
-    Returns:
-        The candidates, by layer, with the least sum of output changes.
-
-    Raises:
-        ValueError: even the cheapest candidates cost more than the budget.
-        ImportError: scipy is not installed.
-
-    Example:
-        >>> from einlinear.compression.candidates import LayerCandidate
-        >>> dense, half = LayerCandidate("dense", 10, 0.0, 0.0), LayerCandidate("btt", 5, 0.2, 0.2)
-        >>> chosen = allocate({"a": [dense, half], "b": [dense, LayerCandidate("btt", 5, 0.1, 0.1)]}, budget=15)
-        >>> chosen["a"].spec, chosen["b"].spec
-        ('dense', 'btt')
-    """
+    """Choose one candidate per layer, by an integer linear program: the least sum of output changes within a budget."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -57,15 +233,7 @@ def allocate(candidates: Mapping[str, Sequence[LayerCandidate]], budget: int) ->
 def allocate_faster(
     candidates: Mapping[str, Sequence[LayerCandidate]], budget: int, is_slower: Callable[[str, str], bool]
 ) -> tuple[dict[str, LayerCandidate], list[str]]:
-    """Choose one candidate per layer, none slower than the dense layer: slower ones are removed until none is chosen.
-
-    Args:
-        candidates, budget: as in `allocate`; the budget may not be reached.
-        is_slower: whether a spec is slower than the dense layer of a name.
-
-    Returns:
-        The candidates by layer, and the layers for which every structure tried is slower.
-    """
+    """Choose one candidate per layer that is not slower than dense, if need be over the budget; or list the layer."""
     left = {name: list(options) for name, options in candidates.items()}
     while True:
         chosen = allocate(left, max(budget, _least_cost(left)))
@@ -77,31 +245,10 @@ def allocate_faster(
             left[name] = [o for o in left[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
 
 
-def check_budget(
-    layers: Mapping[str, Any],
-    budget: float,
-    count: str,
-    structured: Mapping[str, Mapping[str, Sequence[Structure]]],
-    unfit: Mapping[str, str | None],
-) -> None:
-    """Raise ValueError if no structures, by layer and family, reach a budget; `unfit` says which layers have none."""
-    dense, least = 0, 0
-    for name, layer in layers.items():
-        size = weight_of(layer).numel()
-        costs = [getattr(s, count) for structures in structured[name].values() for s in structures]
-        dense, least = dense + size, least + min([size, *costs])
-    if least > budget * dense:
-        why = "".join(f"; {name}: {reason}" for name, reason in unfit.items() if reason is not None)
-        raise ValueError(
-            f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached with "
-            f"{', '.join(next(iter(structured.values())))}: these keep {least / dense:.4f} at least{why}"
-        )
-
-
 def _least_cost(candidates: Mapping[str, Sequence[LayerCandidate]]) -> int:
     return sum(min(candidate.cost for candidate in options) for options in candidates.values())
 
 
 def _family(spec: str) -> str:
-    """The spec without its sizes, which members of a family share."""
+    # without sizes
     return re.sub(r"\d+", "", spec)

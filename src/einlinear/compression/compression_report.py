@@ -1,19 +1,46 @@
-"""Report of a compression, layer by layer."""
+"""Report of a compression, layer by layer, and speed of structured layers beside the dense ones."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from einlinear.compression.timing import MANY, SpeedUp
-from einlinear.conversion.conversion_report import aligned, total
-from einlinear.conversion.coverage import Coverage
+import torch
+from torch import nn
 
+from einlinear.compression.selection import weight_of
+from einlinear.conversion.conversion_report import Coverage, aligned, total
+from einlinear.nn import Linear
+from einlinear.nn.layer_kinds import features
+
+# tokens of a large batch
+_MANY = 256
+# calls of each layer, and seconds of both after which no more calls are needed
+_LEAST, _MOST, _ENOUGH = 6, 60, 0.1
+# of the dense layer's speed, by which timings may be off
+_NOISE = 0.95
 # tokens for each input feature that are enough to fit a layer
-_ENOUGH = 10.0
+_FEW = 10.0
 # slow layers that are listed by name
 _LISTED = 5
 _NAMES = "layer", "structure", "params", "MACs", "kept", "expected error", "error", "x as fast, 1 token"
-HEADINGS = (*_NAMES, f"{MANY} tokens")
+HEADINGS = (*_NAMES, f"{_MANY} tokens")
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """Speed of a new layer over that of an old one, for one token and for 256 at once."""
+
+    one_token: float = 1.0
+    many_tokens: float = 1.0
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the new layer is slower in either case, by more than timings are off."""
+        return min(self.one_token, self.many_tokens) < _NOISE
 
 
 @dataclass(frozen=True)
@@ -86,9 +113,9 @@ class CompressionReport:
         notes += [f"Stays dense: {layer.name}, {layer.reason}." for layer in self.layers if layer.reason is not None]
         notes += [f"Left as it was: {name} {reason}." for name, reason in self.skipped]
         tokens = [layer.tokens_per_input for layer in self.layers if layer.tokens_per_input is not None]
-        if few := [count for count in tokens if count < _ENOUGH]:
+        if few := [count for count in tokens if count < _FEW]:
             notes.append(
-                f"{len(few)} of {len(self.layers)} layers were fitted to fewer than {_ENOUGH:.0f} tokens for each of "
+                f"{len(few)} of {len(self.layers)} layers were fitted to fewer than {_FEW:.0f} tokens for each of "
                 f"their inputs ({min(few):.2g} at worst): with more calibration data less is lost."
             )
         if slow := [layer for layer in self.layers if layer.speed_up.is_slower]:
@@ -98,7 +125,7 @@ class CompressionReport:
             )
             more = f" and {len(slow) - _LISTED} more" if len(slow) > _LISTED else ""
             notes.append(
-                f"{len(slow)} of {len(self.layers)} layers are slower than dense, for 1 token or {MANY}: "
+                f"{len(slow)} of {len(self.layers)} layers are slower than dense, for 1 token or {_MANY}: "
                 f"{names}{more}. only_if_faster=True (--only-if-faster) leaves such layers dense."
             )
         return notes
@@ -117,3 +144,43 @@ class CompressionReport:
     def __str__(self) -> str:
         rows = [HEADINGS, *self.rows()]
         return "\n".join([*([self.warning] if self.warning else []), *aligned(rows), *self.notes])
+
+
+@torch.no_grad()
+def speed_up(old: nn.Module, new: nn.Module) -> SpeedUp:
+    """Time the forward passes of two linear layers with the same device and dtype."""
+    like = next(new.parameters())
+    x = torch.randn(_MANY, features(old)[0], generator=torch.Generator().manual_seed(0)).to(like)
+    return SpeedUp(*(_ratio(partial(old, part), partial(new, part), like.device) for part in (x[:1], x)))
+
+
+class LayerTimer:
+    """Speed-ups of structured layers, timed once for each structure, size and dtype."""
+
+    def __init__(self, progress: Callable[[int], None]) -> None:
+        self._progress = progress
+        self._speed_ups: dict[tuple[object, ...], SpeedUp] = {}
+
+    def __call__(self, old: Any, new: Linear) -> SpeedUp:
+        key = (new.structure.spec, *weight_of(old).shape, old.weight.dtype, old.weight.device, old.bias is None)
+        if key not in self._speed_ups:
+            self._progress(len(self._speed_ups))
+            self._speed_ups[key] = speed_up(old, new)
+        return self._speed_ups[key]
+
+
+def _ratio(old: Callable[[], object], new: Callable[[], object], device: torch.device) -> float:
+    seconds: dict[Callable[[], object], list[float]] = {old: [], new: []}
+    while len(seconds[old]) < _LEAST or (len(seconds[old]) < _MOST and sum(map(sum, seconds.values())) < _ENOUGH):
+        for run, times in seconds.items():
+            times.append(seconds_of(run, device))
+    return min(seconds[old]) / min(seconds[new])
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Time one call, until the device has finished it."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.compression.activations import hooked, output_of, tokens_of
-from einlinear.compression.kl_divergence import mean_kl_divergence
+from einlinear.compression.activations import (
+    head_inputs,
+    hooked,
+    mean_kl_divergence,
+    model_output,
+    output_of,
+    tokens_of,
+)
 from einlinear.compression.resume_cache import digest_of
-from einlinear.compression.tracing import head_inputs, model_output
 from einlinear.mup import param_groups
-from einlinear.mup.schedule import lr_factor
+from einlinear.mup.optim import lr_factor
 from einlinear.nn.model_call import Batch, call, evaluating
-from einlinear.nn.names import as_globs, check_globs
+from einlinear.nn.names import as_globs, check_globs, matches_any
 
 # prefix of names in checkpoints
 _PARAMETER = "parameter"
-# called with the number of steps done, of how many, and the loss
-DistillationProgress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def distill(
     warmup: float = 0.1,
     clip: float | None = 1.0,
     seconds: float | None = None,
-    progress: DistillationProgress | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
     folder: str | Path | None = None,
     checkpoint_every: float = 60.0,
 ) -> Distillation:
@@ -68,19 +69,15 @@ def distill(
         batches: training data, as in `compress`; repeated if need be.
         steps: batches to train on.
         lr: learning rate of the original; structured layers get rates derived from it (`param_groups`).
-        match: globs on qualified names of modules whose outputs are matched as well, each with the weight of the
-            model's output.
+        match: globs on names of modules whose outputs are matched as well, each with the weight of the model's output.
         task_loss: weight of the loss that the model itself returns, for batches with labels.
         weight_decay, clip: of AdamW; largest norm of the gradient, None for no limit.
         warmup: fraction of the steps in which the rate rises.
         seconds: time limit; the rate falls in time for it.
         progress: called after every step with the number of steps done, of all, and the loss.
-        folder: for checkpoints. After an interruption the same call resumes from the last one. It is not removed at
-            the end. Needs safetensors.
+        folder: for checkpoints, with safetensors. After an interruption the same call resumes from the last one. It is
+            not removed at the end.
         checkpoint_every: seconds of training between two checkpoints.
-
-    Returns:
-        The losses.
 
     Raises:
         ValueError: no batches, steps or rate, a glob that matches nothing, nothing to train or in float16, parameters
@@ -106,7 +103,7 @@ def distill(
     both = [name for name, _ in model.named_modules() if name in others]
     globs = as_globs(match, "match")
     check_globs(globs, both, "match", "module of both models")
-    matched = [name for name in both if any(fnmatchcase(name, glob) for glob in globs)]
+    matched = [name for name in both if matches_any(name, globs)]
     optimizer = _Optimizer(model, original, lr, weight_decay)
     config = {"steps": steps, "lr": lr, "match": matched, "task_loss": task_loss, "weight_decay": weight_decay}
     config |= {"warmup": warmup, "clip": clip, "seconds": seconds}
@@ -173,7 +170,6 @@ class _Optimizer:
         self._adamw = torch.optim.AdamW(groups)
 
     def step(self, factor: float, clip: float | None) -> None:
-        """Update the model with its gradients, at this fraction of the peak rates."""
         for name, p in self._rounded.items():
             self._learning[name].grad = None if p.grad is None else p.grad.float()
             p.grad = None
@@ -232,11 +228,9 @@ class _Loss:
     def __call__(self, batch: Batch) -> Tensor:
         if not self._looked_up:
             self._head, self._looked_up = self._find_head(batch), True
-        targets, outputs = dict[str, Tensor](), dict[str, Tensor]()
-        with torch.no_grad(), self._recording(self._original, targets):
-            target = self._run(self._original, batch)
-        with self._recording(self._model, outputs):
-            result = self._run(self._model, batch)
+        with torch.no_grad():
+            target, targets = self._run(self._original, batch)
+        result, outputs = self._run(self._model, batch)
         loss = self._output_loss(result, target, batch)
         called = [name for name in self._matched if name in outputs and name in targets]
         if self._matched and not called:
@@ -251,7 +245,7 @@ class _Loss:
         return total
 
     def _find_head(self, batch: Batch) -> str | None:
-        """The head of both models, before which they can stop; None if they have to run to their ends."""
+        """Return the head of both models, before which they can stop; None if they have to run to their ends."""
         if self._task_loss:
             return None
         target = model_output(self._original, batch)
@@ -261,17 +255,17 @@ class _Loss:
         is_matched = any(name == head or head.startswith(f"{name}.") for name in self._matched)
         return None if is_matched else head
 
-    def _recording(self, model: nn.Module, outputs: dict[str, Tensor]) -> AbstractContextManager[None]:
+    def _run(self, model: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
+        """Return the model's result, or the inputs of its head, and the outputs of the matched modules."""
+        outputs: dict[str, Tensor] = {}
+
         def record(name: str, _: Any, output: Any) -> None:
             outputs[name] = output_of(output)
 
-        return hooked({name: model.get_submodule(name) for name in self._matched}, record)
-
-    def _run(self, model: nn.Module, batch: Batch) -> Any:
-        """The model's result, or the inputs of its head."""
-        if self._head is None:
-            return call(model, batch)
-        return head_inputs(model, self._head, batch, gradients=torch.is_grad_enabled())
+        with hooked({name: model.get_submodule(name) for name in self._matched}, record):
+            if self._head is None:
+                return call(model, batch), outputs
+            return head_inputs(model, self._head, batch, gradients=torch.is_grad_enabled()), outputs
 
     def _output_loss(self, result: Any, target: Any, batch: Batch) -> Tensor:
         if self._head is not None:
@@ -289,13 +283,11 @@ class _Loss:
 
 
 def _relative_squared_error(output: Tensor, target: Tensor, batch: Batch) -> Tensor:
-    """The squared error over the variance of the features."""
     x, y = tokens_of(batch, output).float(), tokens_of(batch, target).float()
     return (x - y).square().mean() / (y - y.mean(0)).square().mean().clamp_min(1e-12)
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Repeat the batches without end."""
     count = 0
     while True:
         before = count

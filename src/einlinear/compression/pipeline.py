@@ -5,41 +5,33 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from functools import cache as once
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, SupportsFloat, TypeVar
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.allocation import allocate_faster, check_budget
-from einlinear.compression.calibration import Calibration, naming_layer
-from einlinear.compression.candidates import (
+from einlinear import ops
+from einlinear.compression.activations import Passes
+from einlinear.compression.allocation import (
     DEFAULT_FAMILIES,
     LayerCandidate,
-    Spectrum,
-    estimated_errors,
-    fitted_errors,
-    members,
-    members_to_fit,
-    reason_for_none,
+    allocate_faster,
+    layer_candidates,
+    members_that_fit,
 )
-from einlinear.compression.compression_report import CompressedLayer, CompressionReport
-from einlinear.compression.fitting import FittedLayer, fit_layers
+from einlinear.compression.calibration import Calibration, InputStatistics
+from einlinear.compression.compression_report import CompressedLayer, CompressionReport, LayerTimer
 from einlinear.compression.resume_cache import ResumeCache, digest_of
-from einlinear.compression.second_moments import InputStatistics
 from einlinear.compression.selection import select_layers, weight_of
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
-from einlinear.compression.timing import LayerTimer
 from einlinear.conversion.replacement import put, structured_like
+from einlinear.nn import Linear
 from einlinear.nn.model_call import Batch, evaluating
-from einlinear.nn.third_party import features
-from einlinear.structures import Structure
 
-T = TypeVar("T")
 # called with the current step, how much of it is done, and of how much
 Progress = Callable[[str, int, int], None]
 
@@ -62,9 +54,8 @@ def compress(
     """Replace linear layers by structured ones that together keep a share of the parameters or MACs, in place.
 
     Each layer gets its own structure and rank, or stays dense, so that the model's output changes least within the
-    budget. There are four steps: collect the inputs of all layers on calibration data, measure how sensitive the output
-    is to an error of each layer, allocate a structure to each layer, and fit it. Without calibration data, weights are
-    approximated instead of outputs.
+    budget. The steps: collect the inputs of all layers on calibration data, measure how sensitive the output is to an
+    error of each layer, allocate a structure to each layer, and fit it.
 
     Args:
         model: any module with `torch.nn.Linear` or transformers' Conv1D layers inside.
@@ -73,34 +64,22 @@ def compress(
             structures ("btt(rank=2)").
         calibration: batches to call the model with: tensors, sequences of positional arguments, or mappings of named
             ones. An "attention_mask" of (batch, tokens) marks padding. The output that counts is `logits`,
-            `last_hidden_state`, or else the first tensor that the model returns, and gradients have to reach it: wrap
-            a model that returns several, such as two towers, to return them concatenated, and one that ends in an
-            argmax, or runs without gradients, to return logits. None: weights are approximated.
+            `last_hidden_state`, or else the first tensor that the model returns, and gradients have to reach it. None:
+            weights are approximated instead of outputs.
         count: "params" or "macs".
-        layers: a glob, or several, on qualified names; None: all but output heads (below).
+        layers: a glob, or several, on qualified names; None: all but output heads, which the guide lists.
         sequential: fit layer after layer, each on the outputs of the compressed layers before it, to the original's
             outputs; False: fit all layers on the original's inputs.
-        damping: fraction of the mean variance that is added to the variance of every direction of the inputs, at least
-            0; float32 rounding sets a lower bound.
+        damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
         only_if_faster: use only structures that are at least as fast as the dense layer on this machine, for 1 token
-            and for 256 (within 5 %, by which timings are off). The budget may then not be reached: the report says so.
+            and for 256, within 5 %, even if the budget is then not reached.
         progress: called with the current step, and how much of it is done, of how much; for the first time at once.
         folder: resume cache. After an interruption the same call resumes from it. It is not removed at the end.
-        shared: resume cache for sensitivities and errors of candidates, which are most of the work: compressions of the
-            same model on the same data, to other budgets or with other structures, share it.
+        shared: resume cache for most of the work, for compressions of the same model on the same data to other budgets
+            or with other structures.
 
     Returns:
         A report on every layer, and on the share of the whole model that they are; print it.
-
-    A layer that no structure fits stays dense, and the report says why. Output heads stay dense unless `layers` names
-    them:
-
-    - the output embeddings of transformers' language models and the last layers of its classifiers;
-    - what a model's `get_classifier()` returns, as timm's models have it;
-    - the last linear layer of a model if it is, or is in, a module called classifier, fc, head, heads or lm_head;
-    - with calibration data, a layer whose outputs are the model's. Exceptions are a plain `torch.nn.Sequential`, and a
-      model with as many output features as its first layer has inputs, such as an autoencoder: their last layer is
-      compressed.
 
     Raises:
         TypeError: a model, a budget or calibration data of the wrong type; batches that do not fit the forward pass.
@@ -127,16 +106,8 @@ def compress(
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         selection = select_layers(model, layers, batches)
         dense = selection.layers
-        structured = {
-            name: {family: list(members(family, *features(layer))) for family in families}
-            for name, layer in dense.items()
-        }
-        unfit = {
-            name: None if any(structured[name].values()) else reason_for_none(families, *features(layer))
-            for name, layer in dense.items()
-        }
-        total = sum(weight_of(layer).numel() for layer in dense.values())
-        check_budget(dense, budget, count, structured, unfit)
+        largest = budget * sum(weight_of(layer).numel() for layer in dense.values())
+        fitting, unfit = members_that_fit(dense, families, budget, count)
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
         config |= {"sequential": sequential, "only_if_faster": only_if_faster, **data_config}
@@ -153,10 +124,13 @@ def compress(
         candidates: dict[str, list[LayerCandidate]] = {}
         comparing = partial(report_progress, "comparing structures")
         for name, statistics in calibrated.statistics(calibrated.stages):
-            advance = partial(comparing, len(candidates), len(dense))
-            sensitivities[name], candidates[name] = _measure(
-                name, dense[name], structured[name], count, damping, probe, statistics, measured, advance
-            )
+            cached = _cached(measured, name, statistics, damping, partial(comparing, len(candidates), len(dense)))
+            sensitivity = UNKNOWN
+            if probe is not None:
+                measure = partial(measure_sensitivity, dense[name], probe)
+                sensitivity = cached(f"sensitivity of {name}", measure, Sensitivity.of)
+            sensitivities[name] = sensitivity
+            candidates[name] = layer_candidates(name, dense[name], fitting[name], count, sensitivity, cached)
         comparing(len(dense), len(dense))
 
         # 3. allocate
@@ -166,124 +140,126 @@ def compress(
             return only_if_faster and timer(dense[name], structured_like(dense[name], spec)).is_slower
 
         def choose() -> dict[str, Any]:
-            chosen, slow = allocate_faster(candidates, int(budget * total), is_slower)
-            return {"structures": _specs(chosen), "slow": slow}
+            chosen, slow = allocate_faster(candidates, int(largest), is_slower)
+            return {"structures": {name: candidate.spec for name, candidate in chosen.items()}, "slow": slow}
 
         def decode(record: Any) -> dict[str, LayerCandidate]:
             unfit.update(dict.fromkeys(record["slow"], "every structure tried is slower than the dense layer"))
-            specs = record["structures"]
-            return {name: {c.spec: c for c in candidates[name]}[specs[name]] for name in dense}
+            return {name: {c.spec: c for c in candidates[name]}[record["structures"][name]] for name in dense}
 
         chosen = cache.get_or("allocation", choose, decode)
 
         # 4. fit
-        specs = {name: spec for name, spec in _specs(chosen).items() if spec != "dense"}
-        fitting = partial(report_progress, "fitting")
-        fitted = fit_layers(
-            calibrated,
-            compressed,
-            specs,
-            damping,
-            sequential and batches is not None,
-            cache,
-            lambda done: fitting(done, len(specs)),
-        )
-    reports = [
-        _report(name, layer, chosen[name], fitted.get(name), sensitivities[name], timer, unfit[name])
-        for name, layer in dense.items()
-    ]
-    missed = sum(getattr(layer, count) for layer in reports) > budget * total
+        specs = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
+        passes = calibrated.passes(compressed) if sequential and batches is not None else None
+        fitted = _fit(calibrated, compressed, passes, specs, damping, cache, partial(report_progress, "fitting"))
+    reports = []
+    for name, layer in dense.items():
+        size, error, slope = weight_of(layer).numel(), chosen[name].error, sensitivities[name].slope
+        if new := fitted.get(name):
+            s = new.layer.structure
+            tokens, speed_up = new.tokens / s.in_features if new.tokens else None, timer(layer, new.layer)
+            counts, errors = (size, s.params, s.macs), (error, new.error)
+            reports.append(CompressedLayer(name, s.spec, *counts, *errors, slope, speed_up, tokens))
+        else:
+            reason = unfit.get(name)
+            reports.append(CompressedLayer(name, "dense", size, size, size, error, 0.0, slope, reason=reason))
+    missed = sum(getattr(layer, count) for layer in reports) > largest
     put(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
     return CompressionReport(tuple(reports), tuple(selection.skipped), selection.coverage, budget if missed else None)
 
 
-def _specs(candidates: Mapping[str, LayerCandidate]) -> dict[str, str]:
-    return {name: candidate.spec for name, candidate in candidates.items()}
+def _cached(
+    cache: ResumeCache, name: str, collect: Callable[[], InputStatistics], damping: float, progress: Callable[[], None]
+) -> Callable[..., Any]:
+    """Return `ResumeCache.get_or` for results that follow from a layer's inputs and their damped second moment."""
 
-
-def _measure(
-    name: str,
-    layer: Any,
-    families: Mapping[str, Sequence[Structure]],
-    count: str,
-    damping: float,
-    probe: SensitivityProbe | None,
-    statistics: Callable[[], InputStatistics],
-    cache: ResumeCache,
-    progress: Callable[[], None],
-) -> tuple[Sensitivity, list[LayerCandidate]]:
-    """The sensitivity to a layer, and its candidates, "dense" among them."""
-    inputs, weight = once(statistics), weight_of(layer)
-
-    def cached(key: str, compute: Callable[[InputStatistics], Any], decode: Callable[[Any], T]) -> T:
+    def get_or(key: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
         def record() -> Any:
-            inputs()
+            inputs = collect()
             progress()
-            with naming_layer(name, damping):
-                return compute(inputs())
+            try:
+                return compute(inputs, inputs.damped(damping))
+            except (torch.linalg.LinAlgError, ValueError) as error:  # type: ignore[attr-defined]
+                advice = f"give more calibration data, or a larger damping than {damping:g}"
+                raise ValueError(f"{name} cannot be fitted to its inputs: {error}; {advice}") from error
 
-        return cache.get_or(f"{key} of {name}", record, decode)
+        return cache.get_or(key, record, *how)
 
-    sensitivity = UNKNOWN
-    if probe is not None:
-        sensitivity = cached(
-            "sensitivity", lambda x: measure_sensitivity(layer, x, damping, probe).points, Sensitivity.of
-        )
-    spectrum = cached("spectrum", lambda x: asdict(Spectrum.of(weight, x.damped(damping))), Spectrum.from_record)
-    candidates = [LayerCandidate("dense", weight.numel(), 0.0, 0.0)]
-    for family, structures in families.items():
-        fitted = members_to_fit(structures)
-        errors = cached(
-            f"errors of {family}",
-            partial(fitted_errors, fitted, layer, damping),
-            lambda record, fitted=fitted: {s.spec: float(record[s.spec]) for s in fitted},  # type: ignore[misc]
-        )
-        estimates = estimated_errors(structures, errors, spectrum)
-        candidates += [
-            LayerCandidate(s.spec, getattr(s, count), estimates[s.spec], sensitivity.at(estimates[s.spec]))
-            for s in structures
-        ]
-    return sensitivity, candidates
+    return get_or
 
 
-def _report(
-    name: str,
-    old: nn.Module,
-    chosen: LayerCandidate,
-    new: FittedLayer | None,
-    sensitivity: Sensitivity,
-    timer: LayerTimer,
-    reason: str | None,
-) -> CompressedLayer:
-    size, slope = weight_of(old).numel(), sensitivity.slope
-    if new is None:
-        return CompressedLayer(name, "dense", size, size, size, chosen.error, 0.0, slope, reason=reason)
-    s = new.layer.structure
-    tokens_per_input = new.tokens / s.in_features if new.tokens else None
-    counts, errors = (size, s.params, s.macs), (chosen.error, new.error)
-    return CompressedLayer(name, s.spec, *counts, *errors, slope, timer(old, new.layer), tokens_per_input)
+@dataclass(frozen=True)
+class _FittedLayer:
+    """A structured layer, the relative squared error of its outputs, and how many tokens it was fitted to."""
+
+    layer: Linear
+    error: float
+    tokens: int
+
+
+def _fit(
+    calibrated: Calibration,
+    model: nn.Module,
+    passes: Passes | None,
+    specs: Mapping[str, str],
+    damping: float,
+    cache: ResumeCache,
+    progress: Callable[[int, int], None],
+) -> dict[str, _FittedLayer]:
+    """Fit layers with the structures of these specs, and put them into `model`, a copy of the original.
+
+    With `passes` of the copy, each layer is fitted to the outputs of those before it, which are compressed already.
+    """
+    fitted: dict[str, _FittedLayer] = {}
+    stages = [stage for stage in calibrated.stages if not specs.keys().isdisjoint(stage.names)]
+    for group in [stages] if passes is None else [[stage] for stage in stages]:
+        for name, statistics in calibrated.statistics(group, passes):
+            if name in specs:
+                old, spec = calibrated.layers[name], specs[name]
+                cached = _cached(cache, name, statistics, damping, partial(progress, len(fitted), len(specs)))
+                compute, decode = partial(_fit_layer, old, spec, damping), partial(_fitted_layer, old, spec)
+                fitted[name] = cached(f"{name} as {spec}", compute, decode, True)
+        put(model, {id(model.get_submodule(n)): fitted[n].layer for stage in group for n in stage.names if n in fitted})
+    progress(len(fitted), len(specs))
+    return fitted
+
+
+@torch.no_grad()
+def _fit_layer(
+    old: Any, spec: str, damping: float, inputs: InputStatistics, moment: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a structured layer whose outputs come closest to a dense one's, and how close."""
+    weight, layer = weight_of(old), structured_like(old, spec)
+    target = inputs.target_weight(weight, damping)
+    factors = ops.project(layer.structure, target, moment if inputs.tokens else None)
+    for factor, value in zip(layer.structure.factors, factors, strict=True):
+        layer.get_parameter(factor.name).copy_(value)
+    approximation = layer.dense_weight()
+    if layer.bias is not None:
+        layer.bias.copy_(inputs.corrected_bias(old.bias, weight, approximation))
+    return layer.state_dict(), {"error": inputs.relative_error(weight, approximation), "tokens": inputs.tokens}
+
+
+def _fitted_layer(old: Any, spec: str, record: tuple[dict[str, Tensor], dict[str, Any]]) -> _FittedLayer:
+    tensors, facts = record
+    layer = structured_like(old, spec)
+    layer.load_state_dict(tensors)
+    return _FittedLayer(layer, float(facts["error"]), int(facts["tokens"]))
 
 
 def _check_arguments(
-    model: object,
-    budget: float,
-    families: Sequence[str],
-    calibration: Iterable[Batch] | None,
-    count: str,
-    damping: float,
+    model: object, budget: float, families: Sequence[str], calibration: Any, count: str, damping: float
 ) -> list[Batch] | None:
     """Raise for arguments that are wrong by themselves, and return the batches."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     if isinstance(budget, bool) or not isinstance(budget, SupportsFloat):
         raise TypeError(f"budget must be a number, not {budget!r}")
-    if calibration is not None and (
-        isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable)
-    ):
-        raise TypeError(
-            f"calibration must be an iterable of batches, not a {type(calibration).__name__}: for a single batch give "
-            "[batch]"
-        )
+    is_one_batch = isinstance(calibration, Tensor | Mapping | str)
+    if calibration is not None and (is_one_batch or not isinstance(calibration, Iterable)):
+        kind = type(calibration).__name__
+        raise TypeError(f"calibration must be an iterable of batches, not a {kind}: for a single batch give [batch]")
     if count not in ("params", "macs"):
         raise ValueError(f"count must be 'params' or 'macs', not {count!r}")
     if not 0 <= damping < math.inf:

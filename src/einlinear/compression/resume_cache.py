@@ -16,31 +16,15 @@ from einlinear.files import read_json, write_json
 
 T = TypeVar("T")
 
-_CONFIG = "config.json"
-
 
 class ResumeCache:
-    """Results by key in a folder, each in a file of its own, which is written atomically.
-
-    Args:
-        folder: made if it does not exist; None: nothing is kept.
-        config: all that the results depend on, as JSON values.
-        content: of the folder, for messages.
-
-    Raises:
-        ValueError: the folder holds other files, or results of another config; the message names what differs.
-
-    Example:
-        >>> cache = ResumeCache(None, {}, "results")
-        >>> cache.get_or("square", lambda: 3 * 3)
-        9
-    """
+    """Results by key that depend on one config, each in a file of its own; without a folder none is kept."""
 
     def __init__(self, folder: str | Path | None, config: Mapping[str, Any], content: str) -> None:
         self._folder = None if folder is None else Path(folder)
         if self._folder is None:
             return
-        file = self._folder / _CONFIG
+        file = self._folder / "config.json"
         if not file.is_file():
             if self._folder.exists() and any(self._folder.iterdir()):
                 raise ValueError(f"{folder} holds files that are not {content}: name another folder")
@@ -64,19 +48,9 @@ class ResumeCache:
         decode: Callable[[Any], T] = lambda record: record,
         tensors: bool = False,
     ) -> T:
-        """Return the result of a key from its file, or else compute it and write the file.
+        """Return the result of a key from its file, or else compute it and write the file; also if it is damaged.
 
-        Args:
-            key: any text.
-            compute: returns the result as a record: JSON values, or with `tensors` a pair (tensors by name, JSON).
-            decode: makes the result from a record; it raises where a record has the wrong shape.
-            tensors: whether records hold tensors. Needs safetensors.
-
-        Raises:
-            ValueError: the file holds a record of the wrong shape; the message names the file.
-
-        Warns:
-            UserWarning: the file is damaged, such as truncated; its result is computed again.
+        `compute` returns JSON, or with `tensors` a pair of tensors by name and JSON; `decode` makes the result from it.
         """
         if self._folder is None:
             return decode(compute())
@@ -94,10 +68,8 @@ class ResumeCache:
             try:
                 return decode(record)
             except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-                raise ValueError(
-                    f"{path} does not hold a result for {key} ({type(error).__name__}: {error}): delete the file, and "
-                    "the result is computed again"
-                ) from error
+                cause = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{path} does not hold a result for {key} ({cause}): delete the file") from error
         record = compute()
         if tensors:
             write_tensors(path, *record)
@@ -107,13 +79,12 @@ class ResumeCache:
 
 
 def _file_name(key: str) -> str:
-    """A readable name, with a hash: two keys never share it."""
+    # the hash keeps keys apart that read alike
     readable = re.sub(r"[^\w.-]+", "_", key)[:80]
     return f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 def digest_of(model: nn.Module, batches: Iterable[Any] | None) -> str:
-    """Return a hash of all the numbers of a model and of its data."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -126,5 +97,5 @@ def digest_of(model: nn.Module, batches: Iterable[Any] | None) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The memory of a contiguous CPU tensor, which is not copied."""
+    # the memory of a contiguous CPU tensor, which is not copied
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

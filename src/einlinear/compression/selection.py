@@ -1,44 +1,51 @@
-"""Selection of the layers to compress."""
+"""Selection of the layers to compress, by their names and by how the model uses them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from einlinear.compression.activations import Stage, stages_of
-from einlinear.compression.tracing import trace_layers
-from einlinear.conversion.coverage import Coverage, measure_coverage
-from einlinear.conversion.eligibility import reason_to_skip
-from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of
-from einlinear.conversion.usage import uncalled_layers
-from einlinear.nn.model_call import Batch
-from einlinear.nn.names import as_globs, check_globs
-from einlinear.nn.third_party import features, is_conv1d
+from einlinear.compression.activations import hooked, output_of
+from einlinear.conversion.conversion_report import Coverage, measure_coverage
+from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of, reason_to_skip, uncalled_layers
+from einlinear.nn.layer_kinds import features, is_conv1d
+from einlinear.nn.model_call import Batch, call
+from einlinear.nn.names import as_globs, check_globs, matches_any
 
 # batches that show which layers the model does not call
 _WATCHED = 2
+# calls without a gradient after which the output counts as independent of a layer
+_CALLS = 2
 # names of output heads in torchvision, timm and transformers
 _HEADS = {"classifier", "fc", "head", "heads", "lm_head"}
 _IS_HEAD = "is the output head: name it in layers to compress it"
 _NOT_CALLED = "is never called on the calibration data"
 _UNREACHED = "gets no gradient from the model's output (of several, only the logits or the first one counts)"
+# nodes of autograd's graph behind which a model's output is still that of its last layer
+_SAME = {
+    *("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze"),
+    *("Stack", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"),
+    *("LogSoftmax", "Sigmoid", "Softmax"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that read the same input, such as queries, keys and values; each is called `calls` times in a pass."""
+
+    names: tuple[str, ...]
+    calls: int
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers of a model to compress.
-
-    Attributes:
-        layers: dense linear layers by name, in the order of their calls.
-        stages: these layers, those with the same input together.
-        skipped: the other linear layers, as (name, reason).
-        coverage: the share of the model's parameters that the layers hold.
-    """
+    """The dense layers to compress by name and in stages, in the order of their calls; the others with reasons."""
 
     layers: dict[str, Any]
     stages: list[Stage]
@@ -49,30 +56,19 @@ class Selection:
 def select_layers(
     model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None = None
 ) -> Selection:
-    """Select the dense linear layers to compress, by their names and by how the model uses them.
-
-    Args:
-        model: whose layers.
-        layers: globs on qualified names; None: all but output heads (see `compress`).
-        batches: the calibration data, which show the order of the layers and which of them the output depends on.
-
-    Raises:
-        ValueError: there is no layer to compress, or the weight of one is on the meta device, NaN or infinite.
-    """
+    """Select layers by globs, or all but output heads. Batches show their order, and which the output depends on."""
     chosen, skipped = _suitable_layers(model, layers, batches)
+    stages = [Stage((name,), 1) for name in chosen]
     reasons: dict[str, str] = {}
-    if batches is None:
-        stages = [Stage((name,), 1) for name in chosen]
-    else:
-        stages = stages_of(model, chosen, batches)
-        trace = trace_layers(model, chosen, batches)
-        called = [name for stage in stages for name in stage.names if name in trace.called]
+    if batches is not None:
+        stages, calls, reached, last = _trace(model, chosen, batches)
+        called = [name for stage in stages for name in stage.names if calls[name]]
         reasons = {name: _NOT_CALLED for name in chosen if name not in called}
-        reasons |= {name: _UNREACHED for name in called if name not in trace.reached}
+        reasons |= {name: _UNREACHED for name in called if name not in reached}
         if layers is None and type(model) is not nn.Sequential:
             # as many outputs as the first layer has inputs: an autoencoder or a feed-forward block, not logits
-            last = [name for name in called if name in trace.last and name not in reasons]
-            reasons |= {n: _IS_HEAD for n in last if features(chosen[n])[1] != features(chosen[called[0]])[0]}
+            heads = [name for name in called if name in last and name not in reasons]
+            reasons |= {n: _IS_HEAD for n in heads if features(chosen[n])[1] != features(chosen[called[0]])[0]}
     skipped += reasons.items()
     stages = [Stage(tuple(n for n in stage.names if n not in reasons), stage.calls) for stage in stages]
     stages = [stage for stage in stages if stage.names]
@@ -87,10 +83,16 @@ def select_layers(
     return Selection(selected, stages, skipped, coverage)
 
 
+def weight_of(layer: Any) -> Tensor:
+    """Return the weight of a dense linear layer as (out_features, in_features)."""
+    weight: Tensor = layer.weight.detach()
+    return weight.T if is_conv1d(layer) else weight
+
+
 def _suitable_layers(
     model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The layers that a structured one can replace, by name, and those that none can, with the reason."""
+    """Return the layers that a structured one can replace, by name, and those that none can, with the reason."""
     linears, fused = linear_layers(model), fused_experts(model)
     globs = as_globs("*" if layers is None else layers, "layers")
     if not globs:
@@ -99,10 +101,10 @@ def _suitable_layers(
     heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
     owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:_WATCHED])
     chosen: dict[str, Any] = {}
-    skipped = [(name, reason) for name, reason in fused.items() if any(fnmatchcase(name, glob) for glob in globs)]
+    skipped = [(name, reason) for name, reason in fused.items() if matches_any(name, globs)]
     seen = set[int]()
     for name, layer in linears.items():
-        if id(layer) in seen or not any(fnmatchcase(name, glob) for glob in globs):
+        if id(layer) in seen or not matches_any(name, globs):
             continue
         seen.add(id(layer))
         reason = uncalled.get(id(layer)) or reason_to_skip(layer)
@@ -111,17 +113,17 @@ def _suitable_layers(
             reason = f"has its weight tied to {', '.join(others)}"
         if reason is None and id(layer) in heads:
             reason = _IS_HEAD
-        if reason is None and layer.weight.is_meta:
-            raise ValueError(f"{name} is on the meta device: load the model before you compress it")
-        if reason is None:
-            chosen[name] = layer
-        else:
+        if reason is not None:
             skipped.append((name, reason))
+        elif layer.weight.is_meta:
+            raise ValueError(f"{name} is on the meta device: load the model before you compress it")
+        else:
+            chosen[name] = layer
     return chosen, skipped
 
 
 def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
-    """The layers that compute logits, of tokens or of labels, as far as the model's methods and names tell."""
+    """Return the layers that compute logits, of tokens or of labels, as far as the model's methods and names tell."""
     heads = [getattr(model, "get_output_embeddings", lambda: None)()]
     base, labels = getattr(model, "base_model", model), getattr(getattr(model, "config", None), "num_labels", None)
     if isinstance(base, nn.Module) and base is not model:
@@ -134,11 +136,68 @@ def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
         return heads
     *_, (last, layer) = linears.items()
     # "blocks.11.fc" is in a list of blocks, which have a layer of that name each
-    before_lists = list(takewhile(lambda part: not part.isdigit(), last.split(".")))
+    before_lists = takewhile(lambda part: not part.isdigit(), last.split("."))
     return [*heads, layer] if _HEADS.intersection(before_lists) else heads
 
 
-def weight_of(layer: Any) -> Tensor:
-    """Return the weight of a dense linear layer as (out_features, in_features)."""
-    weight: Tensor = layer.weight.detach()
-    return weight.T if is_conv1d(layer) else weight
+def _trace(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
+) -> tuple[list[Stage], dict[str, int], set[str], set[str]]:
+    """Return the stages in the order of their calls, and how often each layer gets tokens.
+
+    Gradients show the layers that the output depends on, and those whose output is the model's, up to a softmax.
+    """
+    stages: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    inputs: dict[str, list[tuple[int, int]]] = {}
+    calls, reached, last = dict.fromkeys(layers, 0), set[str](), set[str]()
+    numbers, new_number = WeakTensorKeyDictionary(), count()
+    # layers by the graph's node of their output
+    nodes: dict[Any, str] = {}
+
+    def record(name: str, x: Tensor, output: Tensor) -> Tensor:
+        if name not in staged:
+            # the version changes with every operation in place
+            version = 0 if x.is_inference() else x._version
+            inputs.setdefault(name, []).append((numbers.setdefault(x, next(new_number)), version))
+        if not output.numel():
+            return output
+        calls[name] += 1
+        output.requires_grad_().register_hook(lambda _: reached.add(name))
+        # a clone: an operation in place would change the node
+        result = output.clone()
+        nodes[result.grad_fn] = name
+        return result
+
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        for batch in batches:
+            left = {name: layer for name, layer in layers.items() if name not in reached and calls[name] < _CALLS}
+            if not left:
+                break
+            staged = set(inputs)
+            with torch.enable_grad(), hooked(left, record):
+                output = output_of(call(model, batch))
+                if output.requires_grad:
+                    last |= _sources(output.grad_fn, nodes)
+                    # of many logits only the sum is kept: their gradient takes as much memory as they do
+                    total = output.sum(dtype=torch.float32)
+                    del output
+                    total.backward()
+            nodes.clear()
+    finally:
+        for p in learning:
+            p.requires_grad_()
+    for name, identities in inputs.items():
+        stages.setdefault(tuple(identities), []).append(name)
+    return [Stage(tuple(names), len(key)) for key, names in stages.items()], calls, reached, last
+
+
+def _sources(node: Any, nodes: Mapping[Any, str]) -> set[str]:
+    """Return the layers whose outputs a tensor consists of, by its node in the graph."""
+    if node in nodes:
+        return {nodes[node]}
+    if node is None or node.name().rstrip("0123456789").removesuffix("Backward") not in _SAME:
+        return set()
+    return {source for function, _ in node.next_functions for source in _sources(function, nodes)}

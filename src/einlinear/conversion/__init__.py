@@ -1,7 +1,6 @@
 """Conversion of the layers of any model: to structured ones, with new or projected weights, and back to dense."""
 
 from einlinear.conversion.conversion import convert, densify
-from einlinear.conversion.conversion_report import Conversion, ConversionReport
-from einlinear.conversion.coverage import Coverage, Unconsidered
+from einlinear.conversion.conversion_report import Conversion, ConversionReport, Coverage, Unconsidered
 
 __all__ = ["Conversion", "ConversionReport", "Coverage", "Unconsidered", "convert", "densify"]

@@ -1,27 +1,81 @@
-"""Report of `convert` and `densify`: every matched layer, converted or skipped for a reason."""
+"""Report of `convert` and `densify`: every matched layer, and the share of the model's parameters they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from einlinear.conversion.coverage import Coverage
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from einlinear.nn.layer_kinds import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, STRUCTURED, layer_info
+
+# the number of names of each kind that are printed
+_NAMED = 3
+
+_STACKS = "expert stacks and other 3-D weights"
+_VECTORS = "biases, norms and other vectors"
+_PLAIN = "other parameters"
+# a tensor that several modules share counts under the first of its kinds
+KINDS = (EMBEDDING, CONVOLUTION, RECURRENT, PACKED, _STACKS, STRUCTURED, LINEAR, _VECTORS, _PLAIN)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows of a table as lines, with aligned columns.
+@dataclass(frozen=True)
+class Unconsidered:
+    """Parameters of one kind that were not considered.
 
-    >>> aligned([("layer", "params"), ("head", "640")])
-    ['layer  params', 'head   640']
+    Attributes:
+        kind: one of `KINDS`, such as "convolutions".
+        params: the number of parameters, each tied tensor once.
+        names: qualified names of the modules that hold them, or of the parameters where a module holds several kinds.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+    kind: str
+    params: int
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = len(self.names) - _NAMED
+        names = ", ".join(self.names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return f"{self.params:,} in {self.kind} ({names})"
 
 
-def total(layers: str, count: str) -> Any:
-    """Return a property of a report: the sum of a count over its layers."""
-    return property(lambda report: sum(getattr(layer, count) for layer in getattr(report, layers)))
+@dataclass(frozen=True)
+class Coverage:
+    """Share of a model's parameters that was considered, and the kinds of the others.
+
+    Attributes:
+        params: of the whole model, each tied tensor once.
+        considered: the number of parameters in the weights of the layers that were considered.
+        others: the parameters that were not considered, by kind, the largest number first.
+    """
+
+    params: int
+    considered: int
+    others: tuple[Unconsidered, ...]
+
+    @property
+    def share(self) -> float:
+        """The fraction of the model's parameters that was considered."""
+        return self.considered / self.params if self.params else 0.0
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence to print first if less than half of the model's parameters was considered, or None."""
+        if self.share >= 0.5:
+            return None
+        largest = f": {self.others[0].params / self.params:.0%} are in {self.others[0].kind}" if self.others else ""
+        return f"Warning: the layers considered hold only {self.share:.1%} of the model's parameters{largest}."
+
+    @property
+    def notes(self) -> list[str]:
+        """One sentence on the share, and one on the parameters that were not considered."""
+        counts = f"{self.considered:,} of the model's {self.params:,} parameters"
+        lines = [f"The layers considered hold {counts} ({self.share:.1%})."]
+        return lines + ([f"Not considered: {'; '.join(map(str, self.others))}."] if self.others else [])
 
 
 @dataclass(frozen=True)
@@ -46,6 +100,11 @@ class Conversion:
     macs: int
     error: float | None = None
     starts_at_zero: bool = False
+
+
+def total(layers: str, count: str) -> Any:
+    """Return a property of a report: the sum of a count over its layers."""
+    return property(lambda report: sum(getattr(layer, count) for layer in getattr(report, layers)))
 
 
 @dataclass(frozen=True)
@@ -77,5 +136,65 @@ class ConversionReport:
         if zero := [c.name for c in self.converted if c.starts_at_zero]:
             lines.append(f"These weights were zero and still are, and biases were kept: {', '.join(zero)}.")
         if self.coverage is not None:
-            lines = [*([self.coverage.warning] if self.coverage.warning else []), *lines, *self.coverage.notes]
+            lines = [*filter(None, [self.coverage.warning]), *lines, *self.coverage.notes]
         return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines, with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def measure_coverage(model: nn.Module, layers: Iterable[nn.Module]) -> Coverage:
+    """Measure the share of a model's parameters in the weights of some linear layers, and sort the others by kind."""
+    considered = {id(layer.weight) for layer in layers}
+    sizes: dict[int, int] = {}
+    # by the id of the tensor: the rank of its kind, and a name
+    places: dict[int, tuple[int, str]] = {}
+    for module_name, module, name, parameter in _owned(model):
+        sizes[id(parameter)] = math.prod(_shape(parameter))
+        kind = _kind(module, name, parameter)
+        full = f"{module_name}.{name}".strip(".")
+        place = KINDS.index(kind), full if kind in (PACKED, _STACKS, _VECTORS, _PLAIN) else module_name or full
+        places[id(parameter)] = min(places.get(id(parameter), place), place, key=lambda ranked: ranked[0])
+    others = []
+    for rank, kind in enumerate(KINDS):
+        names = {key: name for key, (other, name) in places.items() if other == rank and key not in considered}
+        if params := sum(sizes[key] for key in names):
+            others.append(Unconsidered(kind, params, tuple(dict.fromkeys(names.values()))))
+    others.sort(key=lambda other: -other.params)
+    return Coverage(sum(sizes.values()), sum(sizes.get(key, 0) for key in considered), tuple(others))
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """Iterate over parameters with the module that computes with them: for a parametrization the parametrized one."""
+    inside = set[int]()
+    for module_name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        below = [module, *(module.parametrizations.modules() if is_parametrized(module) else ())]
+        inside |= {id(other) for other in below[1:]}
+        for other in below:
+            for name, parameter in other.named_parameters(recurse=False, remove_duplicate=False):
+                yield module_name, module, name, parameter
+
+
+def _kind(module: nn.Module, name: str, parameter: Any) -> str:
+    info = layer_info(module)
+    category = info.category if info is not None else ""
+    if category == STRUCTURED:
+        return _VECTORS if name == "bias" else STRUCTURED
+    if category == RECURRENT:
+        return RECURRENT
+    shape = _shape(parameter)
+    if sum(size > 1 for size in shape) < 2:
+        return _VECTORS
+    # neither nn.Bilinear nor a position embedding (1, tokens, features) is a stack of matrices
+    is_stack = len(shape) > 2 and shape[0] > 1 and not type(module).__module__.startswith("torch.")
+    return category or (_STACKS if is_stack else _PLAIN)
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    """Return the full shape, also of a parameter that DeepSpeed has partitioned over processes; (0,) of a lazy one."""
+    return (0,) if is_lazy(parameter) else tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,16 +1,11 @@
-"""Coordinate check: whether features, and their change in a step, keep their size as the width grows.
-
-After every step the features of a fixed batch are compared with those before it. With the right learning rates the
-change is of the same size at every width (Yang et al., arXiv 2203.03466, appendix D.1; Qiu et al., arXiv 2406.06248,
-figure 3).
-"""
+"""Coordinate check: whether features, and their change in a step, keep their size as the width grows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -19,25 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.mup.groups import Base, param_groups
+from einlinear.mup.parametrization import Base, param_groups
 from einlinear.nn.model_call import evaluating
-from einlinear.nn.names import as_globs, check_globs, plain_modules
+from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
 
 # inputs and targets, one sample per row
 Batch = tuple[Tensor, Tensor]
 
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    # decay would be measured, too: without weight_decay= there is none
-    "adamw": partial(torch.optim.AdamW, weight_decay=0.0),
-    "sgd": torch.optim.SGD,
-}
+_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy of the model's outputs."""
-    inputs, targets = batch
-    return F.cross_entropy(model(inputs), targets)
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 @dataclass(frozen=True)
@@ -45,10 +33,8 @@ class Coordinates:
     """Size of the features of one layer at one width, and of their change in a step.
 
     Attributes:
-        width: the width the model was built with.
-        layer: the qualified name.
-        size: root mean square of the features, averaged over the steps.
-        update: root mean square of their change in one step, averaged over the steps.
+        width, layer: the width the model was built with, and the qualified name.
+        size, update: root mean square of the features, and of their change in one step, averaged over the steps.
     """
 
     width: int
@@ -58,11 +44,7 @@ class Coordinates:
 
     @property
     def relative_update(self) -> float:
-        """The update over the size: about constant if the learning rate carries over to this width.
-
-        The ratio is independent of the size at initialisation: narrow layers behind a wide input start with small
-        features.
-        """
+        """The update over the size: about constant if the learning rate carries over to this width."""
         return self.update / self.size if self.size else math.nan
 
 
@@ -81,39 +63,31 @@ def coord_check(
     progress: Callable[[int, int], None] | None = None,
     **groups: Any,
 ) -> list[Coordinates]:
-    """Train a model briefly at every width and measure how much its features change in a step.
+    """Train a model briefly at every width and return, by width and layer, how much its features change in a step.
+
+    With the right learning rates it is the same at every width (arXiv 2203.03466, appendix D.1; 2406.06248, figure 3).
 
     Args:
-        build: width -> model, initialised.
-        widths: the widths to compare.
-        batches: (input, target) pairs, used in turn, again from the start when they run out.
-        probe: a fixed input for the measurement, which runs in evaluation mode: dropout is not a change.
-        lr: learning rate of the base model.
-        base: the model of base width, as for `param_groups`; it may be dense.
-        layers: a glob, or several, on qualified names of the modules to measure, whose outputs are tensors of shape
-            (..., features).
+        build, widths: width -> model, initialised, and the widths to compare.
+        batches: (input, target) pairs, used in turn.
+        probe: a fixed input for the measurement, which runs in evaluation mode.
+        lr, base: learning rate and model of base width, as for `param_groups`.
+        layers: a glob, or several, on qualified names of modules whose outputs are tensors of shape (..., features).
         steps: of training, at least one.
         optimizer: "adamw", "adam" or "sgd".
-        loss: training loss of a model and a batch, with the balance loss of a mixture of experts if training has one.
-            Default: the cross-entropy of the outputs.
+        loss: training loss of a model and a batch. Default: the cross-entropy of the outputs.
         progress: called with (width, step) after every step.
         **groups: further arguments of `param_groups`, such as structure_aware=False for the control.
 
-    Returns:
-        One entry per width and layer, in this order.
-
     Raises:
-        ValueError: a glob that matches no module, modules whose output cannot be measured, an optimizer not listed,
-            nothing to train on, and what `param_groups` raises.
+        ValueError: a glob that matches no module, outputs that cannot be measured, and what `param_groups` raises.
 
     Example:
         >>> import torch, einlinear as el
         >>> def build(width):
-        ...     model = torch.nn.Sequential(el.Linear(16, width, "btt"), torch.nn.ReLU(), torch.nn.Linear(width, 10))
-        ...     return el.init_(model)
+        ...     return el.init_(torch.nn.Sequential(el.Linear(16, width, "btt"), torch.nn.Linear(width, 10)))
         >>> batch = torch.randn(32, 16), torch.randint(10, (32,))
-        >>> base = build(64)
-        >>> checked = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base=base, layers="0", steps=3)
+        >>> checked = el.coord_check(build, [64, 256], [batch], batch[0], lr=3e-3, base=build(64), layers="0", steps=3)
         >>> [(c.width, c.layer, c.relative_update < 0.1) for c in checked]
         [(64, '0', True), (256, '0', True)]
     """
@@ -126,7 +100,9 @@ def coord_check(
     results = []
     for width in widths:
         model = build(width)
-        stepper = _OPTIMIZERS[optimizer](param_groups(model, lr, base=base, optimizer=optimizer, **groups), lr=lr)
+        scaled = param_groups(model, lr, base=base, optimizer=optimizer, **groups)
+        # decay would be measured, too: without weight_decay= there is none
+        stepper = _OPTIMIZERS[optimizer](scaled, lr=lr, weight_decay=0.0)
         previous = _features(model, probe, layers)
         size, update = dict.fromkeys(previous, 0.0), dict.fromkeys(previous, 0.0)
         for step, batch in enumerate(islice(cycle(batches), steps)):
@@ -147,24 +123,21 @@ def coord_check(
 
 @torch.no_grad()
 def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> dict[str, Tensor]:
-    """Return the outputs of the chosen modules for the probe, in evaluation mode."""
     features: dict[str, Tensor] = {}
     globs = as_globs(layers, "layers")
     modules = {name: module for name, module in plain_modules(model) if name}
     check_globs(globs, list(modules), "layers", "module")
-    chosen = {name: module for name, module in modules.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    chosen = {name: module for name, module in modules.items() if matches_any(name, globs)}
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             features[name] = output.detach().clone()
 
-    handles = [module.register_forward_hook(partial(record, name)) for name, module in chosen.items()]
-    try:
-        with evaluating(model):
-            model(probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, module in chosen.items():
+            stack.callback(module.register_forward_hook(partial(record, name)).remove)
+        stack.enter_context(evaluating(model))
+        model(probe)
     if not features:
         raise ValueError(f"layers: none of {', '.join(chosen)} was called and returned a tensor")
     for name, h in features.items():

@@ -1,11 +1,8 @@
-"""Muon: gradient descent by orthogonal matrices, for structured layers block by block.
-
-Jordan et al., https://kellerjordan.github.io/posts/muon. `torch.optim.Muon` takes one matrix per parameter, while a
-factor of a structured layer is a batch of them.
-"""
+"""Muon, for structured layers block by block, and learning-rate schedules."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,22 +13,21 @@ from torch import Tensor
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
+SCHEDULES = ("constant", "cosine", "linear")
+
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with updates whose matrices are orthogonalised approximately.
+    """Muon (https://kellerjordan.github.io/posts/muon) for parameters that are batches of matrices, such as factors.
 
     Args:
         groups: the groups of ``param_groups(..., optimizer="muon")`` that have "matrix_view". AdamW takes the others.
-        lr: for groups without a learning rate.
+        lr, weight_decay: for groups without their own; the decay is decoupled, as in AdamW.
         momentum: of the running mean of gradients, with Nesterov's correction.
-        weight_decay: decoupled, as in AdamW, for groups without one.
 
     Example:
         >>> import torch, einlinear as el
-        >>> from einlinear.mup import Muon
-        >>> layer, base = el.Linear(256, 256, "btt"), torch.nn.Linear(64, 64)
-        >>> groups = el.param_groups(layer, lr=3e-3, base=base, optimizer="muon")
-        >>> muon = Muon([group for group in groups if "matrix_view" in group])
+        >>> groups = el.param_groups(el.Linear(256, 256, "btt"), lr=3e-3, base=None, optimizer="muon")
+        >>> muon = el.mup.Muon([group for group in groups if "matrix_view" in group])
         >>> adamw = torch.optim.AdamW([group for group in groups if "matrix_view" not in group])
     """
 
@@ -42,10 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -60,13 +53,12 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(_divided_like(update.permute(inverse), p), alpha=group["lr"] * group["update_scale"])
         return loss
 
-    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
+    def _momentum(self, p: Any, momentum: float) -> Any:
         """Return a full tensor, also of tensors that FSDP divides: every process orthogonalises full matrices."""
         if not (state := self.state[p]):
             state["momentum_buffer"] = torch.zeros_like(p)
-        assert p.grad is not None
-        mean: Any = p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum)
-        return mean.full_tensor() if hasattr(mean, "full_tensor") else mean  # type: ignore[no-any-return]
+        mean = p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum)
+        return mean.full_tensor() if hasattr(mean, "full_tensor") else mean
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -84,14 +76,23 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-def _divided_like(x: Tensor, like: Tensor) -> Tensor:
+def _divided_like(x: Tensor, like: Any) -> Tensor:
     """Return this process's part of a full tensor, if `like` is divided."""
     if not hasattr(like, "full_tensor"):
         return x
     # importing DTensors takes long
     from torch.distributed.tensor import DTensor, Replicate
 
-    assert isinstance(like, DTensor)
     replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()])
-    part: Tensor = replicated.redistribute(placements=like.placements)
-    return part
+    return replicated.redistribute(placements=like.placements)
+
+
+def lr_factor(schedule: str, step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Return the learning rate of a step, counted from 0, over its peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup) / (steps - warmup)
+    decay = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return final + (1 - final) * decay

@@ -1,51 +1,55 @@
-"""Roles of all parameters of a model, by qualified name.
-
-Nothing is attached to tensors, whose attributes are lost under FSDP2, torch.compile and deepcopy.
-"""
+"""Roles of all parameters of a model, by qualified name: as their layers describe them, or by name and shapes."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from einlinear.mup.role_inference import infer_role, matrix_role
-from einlinear.nn.layer_info import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role
+from einlinear.nn.layer_kinds import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role, layer_info
 from einlinear.nn.names import as_rules, check_globs, plain_modules
-from einlinear.nn.third_party import layer_info
 from einlinear.structures.scales import init_std, spectral_std
 
+Roles: TypeAlias = "Mapping[str, str] | None"
+
 ROLE_KINDS = ("input", "hidden", "output", "vector")
+
+# beginnings of the words of a name ("pos" for position, positional, ...)
+_VECTOR_WORDS = ("bias", "scale", "scaling", "gamma", "beta", "lambda", "alpha")
+# their number of outputs does not depend on the width
+_OUTPUT_WORDS = ("router", "gate", "head", "classifier")
+_MATRIX_WORDS = ("proj", "weight", "kernel", "matrix", *_OUTPUT_WORDS)
+_TABLE_WORDS = (
+    *("pos", "emb", "token", "quer", "latent", "prompt", "prefix", "table", "mask", "memory", "probe", "ape", "pad"),
+)
+# elementwise parameters of state-space models
+_ELEMENTWISE = ("A_log", "D")
 
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """A parameter and its role.
+    """A parameter and its role."""
 
-    Attributes:
-        names: qualified, without the prefixes of wrappers such as torch.compile and DDP; several for a shared tensor,
-            in the order in which the modules are registered.
-        key: its name in a base model: for a factor that of the full weight (fc1.weight for fc1.A).
-        shape: of the full parameter, also if it is divided among processes.
-        owner: the class name of its module.
-        role: its role, with `shares_input_with` as a qualified name.
-        transposed: whether the module stacks weights as (experts, in, out).
-        is_tied: whether it is an embedding and also the head that shares its weight.
-    """
-
+    # without the prefixes of wrappers; several for a shared tensor
     names: tuple[str, ...]
+    # its name in a base model: for a factor that of the full weight (fc1.weight for fc1.A)
     key: str
     tensor: Tensor
+    # of the full parameter, also if it is divided among processes
     shape: tuple[int, ...]
+    # the class name of its module
     owner: str
     role: Role
+    # whether the module stacks weights as (experts, in, out)
     transposed: bool = False
     is_inferred: bool = False
+    # whether it is an embedding and also the head that shares its weight
     is_tied: bool = False
 
     @property
@@ -58,7 +62,6 @@ class Parameter:
         return self.names + tuple(name.rpartition(".")[0] for name in self.names if "." in name)
 
     def matches(self, glob: str) -> bool:
-        """Return whether a glob names the parameter or a module it belongs to."""
         return any(fnmatchcase(name, glob) for name in self.matched)
 
     @property
@@ -68,10 +71,7 @@ class Parameter:
 
     @property
     def matrix_view(self) -> tuple[tuple[int, ...], int, int]:
-        """The parameter as a batch of the matrices that multiply its input: order of axes, fan-out, fan-in.
-
-        ``p.permute(order).reshape(-1, fan_out, fan_in)``. Leading axes of stacks belong to the batch.
-        """
+        """Order, fan-out and fan-in: ``p.permute(order).reshape(-1, fan_out, fan_in)`` is a batch of matrices."""
         if self.role.structure is None:
             first = int(self.role.stacked)
             return tuple(range(len(self.shape))), self.shape[first], math.prod(self.shape[first + 1 :])
@@ -90,31 +90,17 @@ class Parameter:
 
     @property
     def init_std(self) -> float:
-        """The standard deviation of a matrix, or of a factor, at initialisation."""
         if self.role.structure is not None:
             return init_std(self.role.structure)[self.role.factor]
         return spectral_std(self.role.in_features, self.role.out_features)
 
     def inferred(self, base: Sequence[int] | None = None) -> Parameter:
-        """Return the parameter with the role that its name, its shape and its shape in a base model suggest."""
         role = infer_role(self.name, self.owner, self.shape, self.transposed, base)
         return replace(self, role=role or UNKNOWN, is_inferred=True)
 
 
-def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Parameter]:
-    """Return every parameter of a model with its role, each tensor once.
-
-    A tensor that two modules share has one role, whichever of them is registered first: a head tied to an embedding is
-    a matrix, unless `roles` says otherwise.
-
-    Args:
-        model: any module, wrapped by torch.compile, DDP, FSDP or activation checkpointing or not.
-        roles: glob on qualified names -> role; the first match counts, before the description of the module. A role of
-            a matrix applies to parameters of two or more dimensions, as of shape (out, in, ...).
-
-    Raises:
-        ValueError: an unknown role, a glob that matches no parameter, another role for a factor.
-    """
+def parameters(model: nn.Module, roles: Roles = None) -> list[Parameter]:
+    """Return every parameter of a model with its role, each tensor once. `roles` is as for `param_groups`."""
     rules = as_rules(roles, "roles")
     for glob, kind in rules.items():
         if kind not in ROLE_KINDS:
@@ -126,25 +112,18 @@ def parameters(model: nn.Module, roles: Mapping[str, str] | None = None) -> list
             first = by_tensor.get(id(parameter.tensor))
             by_tensor[id(parameter.tensor)] = parameter if first is None else _merged(first, parameter)
     check_matches(rules, by_tensor.values(), "roles")
-    return [
-        _with_kind(parameter, next((kind for glob, kind in rules.items() if parameter.matches(glob)), None))
-        for parameter in by_tensor.values()
-    ]
+    kinds = {p: next((kind for glob, kind in rules.items() if p.matches(glob)), None) for p in by_tensor.values()}
+    return [_with_kind(p, kind) for p, kind in kinds.items()]
 
 
 def check_matches(globs: Iterable[str], parameters: Iterable[Parameter], argument: str) -> None:
-    """Raise ValueError for a glob that matches none of the parameters."""
     check_globs(globs, [name for p in parameters for name in p.matched], argument, "parameter or module")
 
 
 def _with_kind(p: Parameter, kind: Any) -> Parameter:
-    """Return the parameter with the kind of role that the user gives it."""
     if kind in ("input", "vector"):
         if p.role.structure is not None:
-            raise ValueError(
-                f"roles: {p.name} is a factor of a structured layer, which is a matrix; to change how fast it learns, "
-                "use lr_scale"
-            )
+            raise ValueError(f"roles: {p.name} is a factor of a structured layer, which is a matrix; use lr_scale")
         if p.role == SCALAR:
             return p
         return replace(p, role=INPUT if kind == "input" and len(p.shape) > 1 else VECTOR, is_tied=False)
@@ -155,7 +134,7 @@ def _with_kind(p: Parameter, kind: Any) -> Parameter:
 
 
 def _merged(first: Parameter, second: Parameter) -> Parameter:
-    """Return the one parameter that two modules share: a matrix if it is one in either of them."""
+    """Return the one parameter that two modules share: a matrix if either of them has a matrix."""
     known = [p for p in (first, second) if p.role.kind != "unknown"]
     merged = next((p for p in known if p.role.is_matrix), (*known, first)[0])
     is_tied = len(known) == 2 and first.role.is_matrix != second.role.is_matrix
@@ -164,25 +143,19 @@ def _merged(first: Parameter, second: Parameter) -> Parameter:
 
 
 def _shapes_before_fsdp1(model: nn.Module) -> dict[int, tuple[int, ...]]:
-    """Return the full shapes of parameters that FSDP1 has divided with use_orig_params=True, by their id."""
+    """Return the full shapes of parameters that FSDP1 has divided, by their id."""
     handles = (getattr(module, "_handle", None) for module in model.modules())
     flat = (getattr(handle, "flat_param", None) for handle in handles)
-    return {
-        id(parameter): tuple(shape)
-        for one in flat
-        for parameter, shape in zip(getattr(one, "_params", None) or (), getattr(one, "_shapes", ()), strict=False)
-    }
+    pairs = (zip(getattr(one, "_params", None) or (), getattr(one, "_shapes", ()), strict=False) for one in flat)
+    return {id(parameter): tuple(shape) for parameter, shape in itertools.chain.from_iterable(pairs)}
 
 
 def _module_parameters(module: nn.Module, prefix: str, shapes: Mapping[int, tuple[int, ...]]) -> Iterator[Parameter]:
-    """Return the module's own parameters, with their roles as far as the module has a description."""
     info = layer_info(module) or LayerInfo()
     for name, tensor in module.named_parameters(recurse=False):
         if getattr(tensor, "_is_flat_param", False):
-            raise ValueError(
-                "the model is wrapped in FSDP1, which has put its parameters into flat ones: pass use_orig_params=True "
-                "to FullyShardedDataParallel, or use fully_shard"
-            )
+            advice = "pass use_orig_params=True to it, or use fully_shard"
+            raise ValueError(f"the model is wrapped in FSDP1, which flattens its parameters: {advice}")
         # DeepSpeed's ZeRO-3 leaves parameters empty and notes their shapes
         shape = tuple(getattr(tensor, "ds_shape", shapes.get(id(tensor), tensor.shape)))
         role = info.roles.get(name, UNKNOWN)
@@ -194,12 +167,51 @@ def _module_parameters(module: nn.Module, prefix: str, shapes: Mapping[int, tupl
             role = INPUT
         elif role.shares_input_with:
             role = replace(role, shares_input_with=prefix + role.shares_input_with)
-        yield Parameter(
-            names=(prefix + name,),
-            key=prefix + ("weight" if role.structure else name),
-            tensor=tensor,
-            shape=shape,
-            owner=type(module).__name__,
-            role=role,
-            transposed=bool(getattr(module, "is_transposed", False)),
-        )
+        key = prefix + ("weight" if role.structure else name)
+        transposed = bool(getattr(module, "is_transposed", False))
+        yield Parameter((prefix + name,), key, tensor, shape, type(module).__name__, role, transposed)
+
+
+def infer_role(
+    name: str, owner: str, shape: Sequence[int], transposed: bool = False, base: Sequence[int] | None = None
+) -> Role | None:
+    """Return the role of a parameter by its name and shapes, or None if these contradict each other.
+
+    Contradictions are a table of which both dimensions grow from the base model, and a matrix of which only the inputs
+    grow, as in a table. Heads and routers do that, too. The rules are listed in docs/guides/transfer.md.
+    """
+    words = _words(name, owner)
+
+    def has(beginnings: tuple[str, ...]) -> bool:
+        return any(word.startswith(beginnings) for word in words)
+
+    if sum(size != 1 for size in shape) <= 1 or name.rpartition(".")[2] in _ELEMENTWISE or has(_VECTOR_WORDS):
+        return VECTOR
+    grows = None if base is None else [i for i, (now, then) in enumerate(zip(shape, base, strict=True)) if now != then]
+    if len(shape) == 3 and ("expert" in f"{name} {owner}".lower() or grows == [1, 2]):
+        return matrix_role(shape, stacked=True, transposed=transposed)
+    if grows == []:
+        return INPUT
+    if (len(shape) > 2 and shape[0] == 1) or (has(_TABLE_WORDS) and not has(_MATRIX_WORDS)):
+        return INPUT if grows is None or len(grows) == 1 else None
+    if grows is not None and 0 not in grows and not has(_OUTPUT_WORDS):
+        return None
+    return matrix_role(shape)
+
+
+def matrix_role(shape: Sequence[int], stacked: bool = False, transposed: bool = False) -> Role:
+    """Return the role of a matrix (out, in, ...), or of a stack (n, out, in) that may be transposed, (n, in, out)."""
+    if stacked and transposed:
+        return Role("hidden", shape[1], shape[2], stacked=True)
+    out_features, *rest = shape[1:] if stacked else shape
+    return Role("hidden", math.prod(rest), out_features, stacked=stacked)
+
+
+def _words(name: str, owner: str) -> list[str]:
+    """Split a name into words; "weight" and numbers stand for the names of what they belong to."""
+    *parents, last = name.split(".")
+    if last.isdigit() and parents:
+        *parents, last = parents
+    if last == "weight":
+        last = f"{parents[-1] if parents else ''} {owner}"
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", last).lower())

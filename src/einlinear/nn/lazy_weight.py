@@ -1,12 +1,7 @@
-"""`LazyWeight`: the dense weight of a structured layer as a tensor that is built when its values are used.
-
-Models read the dtype or device of a weight to cast the input of a layer. That must not cost a dense matrix.
-"""
+"""`LazyWeight`: the dense weight of a layer, built when its values are used: models read its dtype in every call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,26 +14,19 @@ from torch.utils._pytree import tree_map_only
 from einlinear.ops.context import wants_gradients, without_autocast
 
 if TYPE_CHECKING:
-    from einlinear.nn.linear import Linear
-    from einlinear.nn.moe.moe_linear import MoELinear
+    from einlinear.nn import Linear, MoELinear
 
 Layer: TypeAlias = "Linear | MoELinear"
 
-_PROPERTIES = (
-    *("dtype", "device", "shape", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes"),
-    *("is_meta", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_xla", "is_mtia", "is_ipu", "is_maia"),
-    *("is_vulkan", "is_mkldnn", "is_quantized", "is_nested", "is_sparse", "is_sparse_csr"),
+_METADATA = (
+    "dtype device shape layout ndim requires_grad is_leaf itemsize nbytes size dim ndimension numel nelement "
+    "element_size get_device __len__ is_floating_point is_complex is_signed is_inference is_meta is_cpu is_cuda is_xpu "
+    "is_mps is_xla is_mtia is_ipu is_maia is_vulkan is_mkldnn is_quantized is_nested is_sparse is_sparse_csr"
 )
-_METHODS = (
-    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "get_device", "__len__"),
-    *("is_floating_point", "is_complex", "is_signed", "is_inference"),
-)
-METADATA_NAMES = frozenset(_PROPERTIES + _METHODS)
-METADATA = frozenset(
-    [getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)]
-    + [getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)]
-    + [torch.numel, torch.is_floating_point, torch.is_complex, torch.is_signed, torch.is_inference]
-)
+METADATA_NAMES = frozenset(_METADATA.split())
+_ATTRIBUTES = [getattr(owner, name) for owner in (Tensor, torch) for name in METADATA_NAMES if hasattr(owner, name)]
+# torch calls a property by its getter
+METADATA = frozenset([*_ATTRIBUTES, *(getattr(attribute, "__get__", attribute) for attribute in _ATTRIBUTES)])
 # functions that read no values: of their argument (new), and of the tensor that gives dtype or shape (like)
 _NEW = frozenset(
     [getattr(Tensor, f"new_{kind}") for kind in ("empty", "zeros", "ones", "full", "tensor")]
@@ -48,26 +36,31 @@ _LIKE = frozenset([Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.expand_as, 
 
 
 def weight_of(layer: Layer) -> Tensor:
-    """Return the dense weight of a layer, built at once only in traced code, which hides the uses of a tensor.
-
-    The weight is on the meta device while some of the layer's parameters are.
-    """
+    """Return the dense weight of a layer; on the meta device while some of its parameters are."""
     parameters = layer.weight_parameters()
-    if _is_traced(layer, parameters):
+    # operations that are recorded hide the uses of a tensor
+    is_traced = (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(isinstance(parameter, FakeTensor) for parameter in parameters)
+        # torch.fx puts other objects in the places of parameters
+        or not isinstance(getattr(layer, layer.structure.factors[0].name), Tensor)
+    )
+    if is_traced:
         return _build(layer)
     if any(parameter.is_meta for parameter in parameters):
-        shape, dtype = (layer.out_features, layer.in_features), parameters[0].dtype
-        return torch.empty(shape, device="meta", dtype=dtype, requires_grad=any(p.requires_grad for p in parameters))
+        weight = torch.empty(layer.out_features, layer.in_features, device="meta", dtype=parameters[0].dtype)
+        return weight.requires_grad_(any(parameter.requires_grad for parameter in parameters))
     if wants_gradients(*parameters):
         return _Differentiable.apply(layer, *parameters)  # type: ignore[no-any-return, no-untyped-call]
     return LazyWeight(layer, parameters[0])
 
 
 class LazyWeight(Tensor):
-    """Dense weight with shape, dtype and device, whose values are computed at the first use of anything else.
-
-    The values are those at the first use, in the gradient mode in which the weight was read.
-    """
+    """Dense weight with the values at their first use, in the gradient mode in which the weight was read."""
 
     _layer: Layer
     _value: Tensor | None
@@ -88,11 +81,12 @@ class LazyWeight(Tensor):
     def value(self) -> Tensor:
         """Return the dense weight as an ordinary tensor; differentiable in the factors."""
         # activation checkpointing compares the tensors saved by the first and by the second forward pass
-        if self._value is not None and not _is_checkpointed():
+        is_checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if self._value is not None and not is_checkpointed:
             return self._value
         with torch.set_grad_enabled(self.requires_grad):
             value = _build(self._layer)
-        if not _is_checkpointed():
+        if not is_checkpointed:
             self._value = value
         return value
 
@@ -100,9 +94,7 @@ class LazyWeight(Tensor):
         return _placeholder(*self.shape, self.dtype, self.device)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -111,15 +103,13 @@ class LazyWeight(Tensor):
         return func(*tree_map_only(cls, replace, args), **tree_map_only(cls, replace, kwargs))
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares the one that is off
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """Handle calls that bypass `__torch_function__`, below autograd."""
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        # calls that bypass __torch_function__, below autograd
         return func(*tree_map_only(cls, cls.value, args), **tree_map_only(cls, cls.value, kwargs or {}))
 
 
 class _Differentiable(torch.autograd.Function):
-    """Lazy weight whose gradient goes to the parameters of its layer, as an input of other autograd functions."""
+    """Lazy weight whose gradient goes to the parameters of its layer."""
 
     @staticmethod
     def forward(ctx: Any, layer: Layer, *parameters: Tensor) -> LazyWeight:
@@ -141,37 +131,15 @@ class _Differentiable(torch.autograd.Function):
 def _build(layer: Layer) -> Tensor:
     """Return the dense weight in the dtype of the factors, in memory of its own."""
     parameters = layer.weight_parameters()
-    # torch.fx puts other objects in the places of parameters
-    with without_autocast(parameters[0].device.type) if isinstance(parameters[0], Tensor) else nullcontext():
+    with without_autocast(parameters[0].device.type):
         weight = layer.dense_weight()
     # a single factor may be its own dense weight
     return weight.clone() if len(parameters) == 1 else weight
 
 
-def _is_traced(layer: Any, parameters: Sequence[Tensor]) -> bool:
-    """Return whether operations are recorded, to run again with other parameters."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or any(isinstance(parameter, FakeTensor) for parameter in parameters)
-        # torch.fx puts other objects in their places
-        or not isinstance(getattr(layer, layer.structure.factors[0].name), Tensor)
-    )
-
-
-def _is_checkpointed() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
 @lru_cache(maxsize=4096)
 def _placeholder(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of this shape in the memory of one number, which is NaN and cannot be written.
-
-    Code that bypasses Python altogether, such as `other.data = layer.weight`, sees these values.
-    """
+    """Return a read-only NaN of this shape: what code without Python, such as `other.data = layer.weight`, sees."""
     with torch.inference_mode(False), torch._C._DisableTorchDispatch():
         nan = torch.full((), torch.nan, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(nan)

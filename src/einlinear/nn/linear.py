@@ -1,4 +1,4 @@
-"""`Linear`: the drop-in for `torch.nn.Linear` whose weight is a structured matrix."""
+"""`Linear`: the drop-in for `torch.nn.Linear` whose weight is a structured matrix, and its base class `Factored`."""
 
 from __future__ import annotations
 
@@ -8,44 +8,154 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.nn.factored import Factored
+from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
 from einlinear.nn.lazy_weight import weight_of
-from einlinear.nn.third_party import is_conv1d, is_linear, weight_matrix
 from einlinear.ops.context import autocast_dtype, wants_gradients
 from einlinear.structures import Structure
+from einlinear.structures import structure as make_structure
+from einlinear.structures.scales import init_std
+
+
+class Factored(SelfDescribing):
+    """Module with the factors of a structured matrix, or of several, stacked along the axes of `stack_shape`."""
+
+    bias: Tensor | None
+    stack_shape: tuple[int, ...] = ()
+    # of the stacked matrices, those that multiply a token
+    active = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        structure: str | Structure,
+        bias: bool = True,
+        normalize: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gamma: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(structure, Structure):
+            fan_in, fan_out = structure.in_features, structure.out_features
+            if (fan_in, fan_out) != (in_features, out_features):
+                wanted = f"the layer of {in_features} -> {out_features}; to resize, give its spec, {structure.spec!r}"
+                raise ValueError(f"the structure is of {fan_in} -> {fan_out} features, {wanted}")
+        self.structure = make_structure(structure, in_features, out_features)
+        # ints, for arguments of any integer type
+        self.in_features, self.out_features = self.structure.in_features, self.structure.out_features
+        self.normalize, self.has_gamma = normalize, normalize and gamma
+        self._add_parameters(bias, device, dtype)
+        self.reset_parameters()
+
+    def _add_parameters(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        def add(name: str, shape: tuple[int, ...]) -> None:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
+        for factor in self.structure.factors:
+            add(factor.name, (*self.stack_shape, *factor.shape))
+            if self.has_gamma:
+                add(f"gamma_{factor.name}", self.stack_shape or (1,))
+        if bias:
+            add("bias", (self.out_features,))
+        else:
+            self.register_parameter("bias", None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every factor from a normal distribution of the structure-aware width; bias zero, gammas one."""
+        for factor, std in zip(self.structure.factors, init_std(self.structure), strict=True):
+            nn.init.normal_(getattr(self, factor.name), std=std)
+            if self.has_gamma:
+                nn.init.ones_(getattr(self, f"gamma_{factor.name}"))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def zero_last_factors(self) -> None:
+        """Set the last factor of every term, in order of contraction, to zero: the matrix is zero and can learn."""
+        for _, names in self.structure.by_term([factor.name for factor in self.structure.factors]):
+            nn.init.zeros_(getattr(self, names[-1]))
+
+    def factors(self) -> list[Tensor]:
+        """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
+        factors = [self._parameter(factor.name) for factor in self.structure.factors]
+        if not self.normalize:
+            return factors
+        for i, (factor, std) in enumerate(zip(self.structure.factors, init_std(self.structure), strict=True)):
+            # not of the tensor, whose dimensions torch.fx does not know
+            stacked, dims = len(self.stack_shape), len(self.stack_shape) + len(factor.shape)
+            rms = factors[i].square().mean(tuple(range(stacked, dims)), keepdim=True).add(1e-8).sqrt()
+            factors[i] = factors[i] / (rms / std).clamp(min=1)
+            if self.has_gamma:
+                factors[i] = self._parameter(f"gamma_{factor.name}").view(-1, *[1] * (dims - 1)) * factors[i]
+        return factors
+
+    def _parameter(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the weight: all but the bias."""
+        if self._modules:
+            # parametrized factors are parameters of submodules
+            return [parameter for parameter in self.parameters() if parameter is not self.bias]
+        return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
+
+    def layer_info(self) -> LayerInfo:
+        s = self.structure
+        roles = {f.name: Role("hidden", self.in_features, self.out_features, s, i) for i, f in enumerate(s.factors)}
+        gammas = {f"gamma_{name}": SCALAR for name in roles}
+        return LayerInfo({**roles, **gammas, "bias": VECTOR}, self.active * s.macs, category=STRUCTURED)
+
+    # different structures can have factors of the same shapes: the metadata of a state_dict names the structure
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        getattr(destination, "_metadata", {}).setdefault(prefix[:-1], {})["structure"] = self.structure.spec
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        _, unexpected, errors = lists
+        # files of transformers models have an empty weight, for programs that do not know this layer
+        key = f"{prefix}weight"
+        if key in unexpected and not state_dict[key].numel():
+            unexpected.remove(key)
+        saved = metadata.get("structure", self.structure.spec)
+        if saved != self.structure.spec:
+            errors.append(f"{prefix[:-1] or 'the layer'} is {self.structure.spec}, but was saved as {saved}")
+
+    def extra_repr(self) -> str:
+        s = self.structure
+        text = f"in_features={s.in_features}, out_features={s.out_features}, structure={s.spec!r}"
+        text += f", bias={self.bias is not None}{', normalize=True' if self.normalize else ''}"
+        return f"{text}, gamma=False" if self.normalize and not self.has_gamma else text
 
 
 class Linear(Factored):
     """Linear layer y = x W^T + bias with a structured W of shape (out_features, in_features).
 
-    The factors are plain parameters named A, B, C, ... as in the pattern, with the shapes of `structure.factors`.
+    Inputs have shape (..., in_features), outputs (..., out_features); nested tensors are allowed. The factors are plain
+    parameters named A, B, C, ... as in the pattern, with the shapes of `structure.factors`.
 
     Args:
         in_features, out_features: as for `torch.nn.Linear`.
         structure: of W: a spec such as ``"btt(rank=2)"``, a pattern, or a `Structure` of this size.
         bias: whether to add a learned bias of shape (out_features,), initialised to zero.
-        normalize: whether every factor M is used as gamma * M / max(1, RMS(M) / sigma), with sigma the standard
-            deviation of its initialisation and gamma a learned scalar of shape (1,), initialised to one (Qiu et al.,
-            arXiv 2406.06248, section 5.1). It keeps the activations of structured transformers from growing.
+        normalize: whether every factor M is used as gamma * M / max(1, RMS(M) / sigma), with sigma its initial standard
+            deviation and gamma a learned scalar of shape (1,) that starts at one (Qiu et al., arXiv 2406.06248, section
+            5.1). It keeps the activations of structured transformers from growing.
         device, dtype: of the parameters, as for `torch.nn.Linear`.
         gamma: False leaves gamma out of normalize, for layers whose output is normalised as queries and keys can be.
 
-    Shapes:
-        input (..., in_features) to output (..., out_features), any leading dimensions, none and empty ones included;
-        nested tensors, jagged or strided, to nested tensors.
-
     Raises:
         ValueError: a structure that is unknown or does not fit the features (see `einlinear.structure`).
-        RuntimeError: on call, an input of another number of features; shapes, dtypes or devices of input, factors and
-            bias that do not fit.
+        RuntimeError: on call, shapes, dtypes or devices of input, factors and bias that do not fit.
 
     Example:
         >>> import torch, einlinear as el
         >>> layer = el.Linear(1024, 4096, "btt(rank=2)")
         >>> layer(torch.randn(8, 1024)).shape
         torch.Size([8, 4096])
-        >>> layer.structure.macs / (1024 * 4096)
-        0.09375
     """
 
     # the class of the layer that it replaced: `einlinear.densify` restores it
@@ -58,17 +168,13 @@ class Linear(Factored):
     ) -> Linear:
         """Return the structured layer closest to a dense one: best approximation of its weight in Frobenius norm.
 
-        Exactly the best for structures of two factors and for sums of terms of one factor; for others as good as
-        successive SVDs and alternating least squares make it (`ops/projection`).
+        Exact for structures of two factors and sums of terms of one factor; else by successive SVDs and alternating
+        least squares. The bias, dtype, device, training mode and requires_grad are those of the dense layer.
 
         Args:
             linear: a `torch.nn.Linear`, transformers' Conv1D, a structured layer, or a weight of shape (out, in).
             structure: as for the constructor.
-            second_moment: E[x x^T] of the layer's inputs, (in_features, in_features). Then the outputs for such inputs
-                are closest in mean square, not the weight (`ops/projection/weighted.py`).
-
-        Returns:
-            A layer with the bias, dtype, device, training mode and requires_grad of the dense one.
+            second_moment: E[x x^T] of the inputs, to fit the outputs in mean square instead of the weight.
 
         Raises:
             TypeError: `linear` is none of these.
@@ -79,21 +185,25 @@ class Linear(Factored):
             >>> el.Linear.from_dense(torch.nn.Linear(64, 32), "low_rank(rank=4)").structure.params
             384
         """
-        weight, bias = _dense_parameters(linear)
+        dense: Any = linear.to_dense() if isinstance(linear, Linear) else linear
+        if isinstance(dense, Tensor):
+            weight, bias, training = dense, None, True
+        else:
+            weight, bias, training = weight_matrix(dense), dense.bias, dense.training
         if weight.dim() != 2:
             raise ValueError(f"a weight has shape (out_features, in_features), not {tuple(weight.shape)}")
         if weight.is_meta:
             raise ValueError("a weight on the meta device has no values to project: load it first")
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, structure, bias is not None, device=weight.device, dtype=weight.dtype)
-        if isinstance(linear, nn.Module) and is_conv1d(linear):
-            layer.dense_class = type(linear)
+        if not isinstance(dense, Tensor | nn.Linear):
+            layer.dense_class = type(dense)
         values = ops.project(layer.structure, weight, second_moment)
         for factor, value in zip(layer.structure.factors, values, strict=True):
             getattr(layer, factor.name).copy_(value).requires_grad_(weight.requires_grad)
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias).requires_grad_(bias.requires_grad)
-        return layer.train(linear.training if isinstance(linear, nn.Module) else True)
+        return layer.train(training)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(self.structure, self.factors(), x, self.bias)
@@ -104,22 +214,12 @@ class Linear(Factored):
 
     @property
     def weight(self) -> Tensor:
-        """`dense_weight()`, for code that expects a layer to have a weight.
-
-        Its dtype, device, shape, requires_grad and the like cost nothing. Any other use builds the matrix, once for
-        every access to the property (`nn/lazy_weight.py`).
-
-        Values written into the weight are lost, whatever the structure: models of transformers initialise the weights
-        of nested layers, also after loading. The weight is on the meta device while some factors are.
-        """
+        """`dense_weight()`, built when the values are used, once for every access; values written into it are lost."""
         return weight_of(self)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """Return a `torch.nn.Linear` that computes the same function.
-
-        Device, dtype, training mode and requires_grad are kept; the weight is frozen if all factors are.
-        """
+        """Return a `torch.nn.Linear` with the same function, device, dtype, training mode and requires_grad."""
         weight = self.dense_weight()
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
         linear.weight.copy_(weight).requires_grad_(any(p.requires_grad for p in self.weight_parameters()))
@@ -137,11 +237,8 @@ def explain(layer: Any, x: Tensor) -> ops.Choice:
     """Explain which backend a layer uses for an input: in a training step if gradients are needed, else forward.
 
     Args:
-        layer: an `einlinear.Linear`.
+        layer: an `einlinear.Linear`; TypeError for any other.
         x: an input of the layer, (..., in_features).
-
-    Raises:
-        TypeError: `layer` is not an `einlinear.Linear`.
 
     Example:
         >>> import torch, einlinear as el
@@ -150,18 +247,5 @@ def explain(layer: Any, x: Tensor) -> ops.Choice:
     """
     if not isinstance(layer, Linear):
         raise TypeError(f"expected an einlinear.Linear, not {type(layer).__name__}")
-    training = wants_gradients(x, *layer.parameters())
-    tokens = x.numel() // layer.in_features
+    training, tokens = wants_gradients(x, *layer.parameters()), x.numel() // layer.in_features
     return ops.choose(layer.structure, tokens, autocast_dtype(x) or x.dtype, x.device, training)
-
-
-def _dense_parameters(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the weight (out_features, in_features) and the bias of a dense layer, a structured layer or a weight."""
-    if isinstance(linear, Tensor):
-        return linear, None
-    if isinstance(linear, Linear):
-        weight = linear.dense_weight()
-        return weight.requires_grad_(any(p.requires_grad for p in linear.weight_parameters())), linear.bias
-    if is_linear(linear):
-        return weight_matrix(linear), linear.bias
-    raise TypeError(f"expected an nn.Linear, a Conv1D or a weight of shape (out, in), not {type(linear).__name__}")

@@ -1,7 +1,5 @@
 """Calls of a model with a batch, whatever arguments its forward pass takes."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +13,7 @@ Batch = Any
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """Return the model's output for a batch, which is moved to the model's device.
-
-    Raises:
-        TypeError: the batch has arguments that the model's forward pass does not take, such as labels.
-    """
+    """Return the model's output for a batch, moved to its device; TypeError for arguments that it does not take."""
     args, kwargs = batch if isinstance(batch, list | tuple) else (batch,), {}
     if isinstance(batch, Mapping):
         args, kwargs = (), dict(batch)
@@ -31,10 +25,8 @@ def call(model: nn.Module, batch: Batch) -> Any:
         try:
             inspect.signature(model.forward).bind(*args, **kwargs)
         except TypeError as mistake:
-            raise TypeError(
-                f"the model cannot be called with this batch: {mistake}. A sequence holds positional arguments and a "
-                "mapping named ones: leave out labels, as in [x for x, _ in loader]"
-            ) from error
+            hint = "A sequence is positional arguments: leave out labels, as in [x for x, _ in loader]"
+            raise TypeError(f"the model cannot be called with this batch: {mistake}. {hint}") from error
         raise
 
 

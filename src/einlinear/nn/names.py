@@ -1,7 +1,5 @@
 """Qualified names of modules, and globs on them, as `layers=`, `zero=`, `lr_scale=` and `roles=` take them."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,10 +14,7 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over all modules under every qualified name they have, without the prefixes of wrappers at any depth.
-
-    A wrapper comes before the module that it wraps, under the same name.
-    """
+    """Iterate over all modules under every name they have, without prefixes of wrappers; wrappers come first."""
     yield name, model
     # a user's own layer may be called "module" too: only these two put it into names
     parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
@@ -50,7 +45,6 @@ def as_rules(value: Mapping[str, T] | None, argument: str) -> dict[str, T]:
 
 
 def matches_any(name: str, globs: Iterable[str]) -> bool:
-    """Return whether a qualified name matches one of the globs."""
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
@@ -58,7 +52,6 @@ def check_globs(globs: Iterable[str], names: Sequence[str], argument: str, noun:
     """Raise ValueError for a glob that matches none of the names: it is misspelt."""
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
-            if not names:
-                raise ValueError(f"{argument}: {glob!r} matches no {noun}: the model has none")
-            near = difflib.get_close_matches(glob.strip("*."), dict.fromkeys(names), n=10, cutoff=0)
-            raise ValueError(f"{argument}: {glob!r} matches no {noun}; the nearest are {', '.join(near)}")
+            near = ", ".join(difflib.get_close_matches(glob.strip("*."), dict.fromkeys(names), n=10, cutoff=0))
+            hint = f"; the nearest are {near}" if names else ": the model has none"
+            raise ValueError(f"{argument}: {glob!r} matches no {noun}{hint}")

@@ -1,9 +1,8 @@
 """The derivatives of a product: an autograd function in eager mode, an operator where something traces or counts.
 
-The operator (``torch.ops.einlinear.linear``) serves torch.compile, fake tensors, dispatch modes such as
-FlopCounterMode and selective activation checkpointing. The function does the same with a fifth of the overhead per
-call. Neither handles autocast: a rule of an operator casts to one dtype for good, so `functional.py` casts to the
-dtype of the moment.
+The function has a fifth of the overhead of the operator (``torch.ops.einlinear.linear``), which serves torch.compile,
+fake tensors, and dispatch modes such as FlopCounterMode and selective activation checkpointing. `functional.py` handles
+autocast: a rule of an operator casts to one dtype for good.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, backend: str, product: Product, *tensors: Tensor | None) -> Tensor:
         ctx.structure, ctx.backend = product.structure, backend
         y, saved = backends.find(backend).forward(product, not recomputes(backend, product.structure))
-        ctx.shapes = [tensor.shape for tensor in saved]
+        ctx.saved = [(tensor.shape, tensor.dtype) for tensor in saved]
         ctx.save_for_backward(*tensors, *saved)
         return y
 
@@ -57,27 +56,14 @@ class _Linear(torch.autograd.Function):
         inputs, saved = tensors[: len(needed)], tensors[len(needed) :]
         if is_differentiated_again(grad, *inputs):
             return None, None, *_plain_gradients(structure, inputs, needed, grad)
-        if [tensor.shape for tensor in saved] != ctx.shapes:
-            raise RuntimeError("an intermediate was unpacked in another shape than it was saved in")
-        product = _product(structure, inputs[0], None, *inputs[2:])
-        end = 2 + len(product.factors)
+        if [(tensor.shape, tensor.dtype) for tensor in saved] != ctx.saved:
+            raise RuntimeError("an intermediate was unpacked in another shape or dtype than it was saved in")
+        product, end = Product.of(structure, inputs[0], None, *inputs[2:]), 2 + len(structure.factors)
         needs_x = needed[0] or any(needed[end:])
-        grad_x, grad_gates, grad_factors = backends.find(ctx.backend).backward(
-            product, grad, saved, needs_x, needed[2:end]
-        )
+        gradients = backends.find(ctx.backend).backward(product, grad, saved, needs_x, needed[2:end])
         grad_bias = grad.sum(0) if needed[1] else None
-        return None, None, grad_x, grad_bias, *grad_factors, *(() if product.routing is None else (None, grad_gates))
-
-
-def _product(structure: Structure, x: Tensor, bias: Tensor | None, *others: Tensor) -> Product:
-    """Return the product of tensors in the order of `Product.tensors`."""
-    count = len(structure.factors)
-    routing = Assignment(*others[count:]) if len(others) > count else None
-    return Product(structure, others[:count], x, bias, routing)
-
-
-def _routing(indices: Tensor | None, gates: Tensor | None) -> Assignment | None:
-    return None if indices is None or gates is None else Assignment(indices, gates)
+        grad_routing = () if product.routing is None else (None, gradients.gates)
+        return None, None, gradients.x, grad_bias, *gradients.factors, *grad_routing
 
 
 def _plain_gradients(
@@ -87,7 +73,7 @@ def _plain_gradients(
     with torch.enable_grad():
         # by other names, since one input may have been computed from another: each gets its own share alone
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        y = reference.apply(_product(structure, *inputs))  # type: ignore[arg-type]
+        y = reference.apply(Product.of(structure, *inputs))  # type: ignore[arg-type]
     wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
     gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
     return [next(gradients) if needs else None for needs in needed]
@@ -98,77 +84,65 @@ def structure_of(spec: str, in_features: int, out_features: int) -> Structure:
     return _structure_of(spec, int(in_features), int(out_features))
 
 
-@lru_cache(maxsize=4096)
-def _structure_of(spec: str, in_features: int, out_features: int) -> Structure:
-    return structures.structure(spec, in_features, out_features)
+_structure_of = lru_cache(maxsize=4096)(structures.structure)
+
+
+def _product(
+    x: Tensor, factors: Sequence[Tensor], bias: Any, indices: Any, gates: Any, spec: str, out_features: int
+) -> Product:
+    """Return the product of an operator's arguments."""
+    routing = None if indices is None or gates is None else Assignment(indices, gates)
+    return Product(structure_of(spec, _features(x), out_features), factors, x, bias, routing)
 
 
 def _features(x: Tensor) -> int:
-    """Return the features of an operator's input. Raises RuntimeError unless it is of shape (n, features)."""
     if x.dim() != 2:
         raise RuntimeError(f"an input or a gradient has shape {tuple(x.shape)}, not (n, features)")
     return x.shape[1]
 
 
-@torch.library.custom_op("einlinear::linear", mutates_args=())
+@torch.library.custom_op(
+    "einlinear::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] factors, Tensor? bias, Tensor? indices, Tensor? gates, str spec, SymInt out_features, "
+    "str backend) -> Tensor",
+)
 def linear_op(
-    x: Tensor,
-    factors: list[Tensor],
-    bias: Tensor | None,
-    indices: Tensor | None,
-    gates: Tensor | None,
-    spec: str,
-    out_features: int,
-    backend: str,
+    x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, backend: str
 ) -> Tensor:
     """Compute `run` without autograd: (n, in_features) to (n, out_features)."""
-    structure = structure_of(spec, _features(x), out_features)
-    product = Product(structure, factors, x, bias, _routing(indices, gates))
-    return backends.find_supporting(backend, product).forward(product, False)[0]
+    product = _product(x, factors, bias, indices, gates, spec, out_features)
+    backends.check_support(backend, product)
+    return backends.find(backend).forward(product, False)[0]
 
 
 @linear_op.register_fake
-def _(
-    x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, backend: str
-) -> Tensor:
-    structure = structure_of(spec, _features(x), out_features)
-    operands.check(*Product(structure, factors, x, bias, _routing(indices, gates)), memory=False)
+def _(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, _: str) -> Tensor:
+    operands.check(*_product(x, factors, bias, indices, gates, spec, out_features), memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.custom_op("einlinear::linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "einlinear::linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor[] factors, Tensor? indices, Tensor? gates, str spec, str backend, "
+    "bool needs_x, bool[] needs_factors) -> Tensor[]",
+)
 def linear_backward_op(
-    grad: Tensor,
-    x: Tensor,
-    factors: list[Tensor],
-    indices: Tensor | None,
-    gates: Tensor | None,
-    spec: str,
-    backend: str,
-    needs_x: bool,
-    needs_factors: list[bool],
+    grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, spec: str, *others: Any
 ) -> list[Tensor]:
     """Return the needed gradients, of x, of the gates and of the factors; intermediates are recomputed."""
-    structure = structure_of(spec, _features(x), _features(grad))
-    product = Product(structure, factors, x, None, _routing(indices, gates))
-    gradients = backends.find_supporting(backend, product).backward(product, grad, [], needs_x, needs_factors)
+    backend, needs_x, needs_factors = others
+    product = _product(x, factors, None, indices, gates, spec, _features(grad))
+    backends.check_support(backend, product)
+    gradients = backends.find(backend).backward(product, grad, [], needs_x, needs_factors)
     return [g for g in (gradients.x, gradients.gates, *gradients.factors) if g is not None]
 
 
 @linear_backward_op.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    factors: Any,
-    indices: Any,
-    gates: Any,
-    spec: str,
-    backend: str,
-    needs_x: bool,
-    needs_factors: Any,
-) -> list[Tensor]:
-    structure = structure_of(spec, _features(x), _features(grad))
-    operands.check(*Product(structure, factors, x, None, _routing(indices, gates)), grad=grad, memory=False)
+def _(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, spec: str, *others: Any) -> list[Tensor]:
+    _, needs_x, needs_factors = others
+    operands.check(*_product(x, factors, None, indices, gates, spec, _features(grad)), grad=grad, memory=False)
     tensors = zip((x, gates, *factors), (needs_x, needs_x and gates is not None, *needs_factors), strict=True)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
 
@@ -198,10 +172,8 @@ def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     @register_flop_formula(torch.ops.einlinear.linear)
-    def _(
-        x: Any, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, *_: Any, **__: Any
-    ) -> int:
-        return 2 * _vectors(x, indices) * structure_of(spec, x[1], out_features).macs
+    def _(x: Any, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out: int, *_: Any, **__: Any) -> int:
+        return 2 * _vectors(x, indices) * structure_of(spec, x[1], out).macs
 
     @register_flop_formula(torch.ops.einlinear.linear_backward)
     def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, *others: Any, **_: Any) -> int:

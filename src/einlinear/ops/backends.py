@@ -1,16 +1,11 @@
-"""The backends: their interface, their registry, and the check of operands before each of them.
-
-A backend is a module with the functions of `Backend`. Adding one takes a folder and a line in `REGISTRY`.
-The reference is not one of these modules, since autograd itself differentiates it.
-"""
+"""The backends: their interface, their registry, and the check of operands before each of them."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,42 +15,16 @@ from einlinear.ops.product import Gradients, Product
 from einlinear.structures import Structure
 
 
-class Backend(Protocol):
-    """The functions of a backend's module."""
+class Entry(NamedTuple):
+    """The registry's entry of a backend, known before its module is imported."""
 
-    def unsupported(self, structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Return why the backend cannot run, or None if it can."""
-
-    def forward(self, product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
-        """Return y of shape (n, out_features), and the intermediates for `backward` if they are to be saved.
-
-        With a routing, no intermediates are saved.
-        """
-
-    def backward(
-        self, product: Product, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
-    ) -> Gradients:
-        """Return the gradients that are needed, given that of y; intermediates that were not saved are recomputed.
-
-        With a routing, `needs_x` stands for the gates as well: both gradients come from the same product.
-        """
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The registry's entry of a backend, known before its module is imported.
-
-    Attributes:
-        module: in `einlinear.ops`; None for the reference.
-        on_cpu: whether it is a candidate on the CPU; costs.json then has coefficients for it.
-        recomputes: whether its backward pass may recompute the intermediates where that is cheaper than to save them;
-            the others always save them.
-        fusible: whether it consists of torch's operators alone, so that torch.compile can fuse it.
-    """
-
+    # in `einlinear.ops`, with functions `unsupported`, `forward` and `backward`; None for the reference
     module: str | None
+    # a candidate on the CPU, with coefficients in costs.json
     on_cpu: bool = False
+    # its backward pass may recompute the intermediates where that is cheaper than to save them
     recomputes: bool = False
+    # made of torch's operators alone, so that torch.compile can fuse it
     fusible: bool = False
 
 
@@ -69,51 +38,45 @@ BACKENDS = tuple(REGISTRY)
 CPU_BACKENDS = tuple(name for name, entry in REGISTRY.items() if entry.on_cpu)
 
 
-@cache
-def find(name: str) -> Backend:
-    """Return a backend other than the reference, imported at its first use; it refuses operands that do not fit.
+class Backend:
+    """The functions of a backend's module, behind the check of their operands (`operands.check`)."""
 
-    Raises:
-        ValueError: an unknown backend, or the reference.
-    """
-    module = REGISTRY[check_name(name)].module
-    if module is None:
-        raise ValueError(f"{name!r} consists of plain operators: choose a backend with a backward pass of its own")
-    return _Checked(cast(Backend, importlib.import_module(f"einlinear.ops.{module}")))
-
-
-class _Checked:
-    """A backend behind the check of its operands (`operands.check`)."""
-
-    def __init__(self, module: Backend) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
 
-    def unsupported(self, structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
-        return self.module.unsupported(structure, dtype, device)
-
     def forward(self, product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
+        """Return y of shape (n, out_features), and the intermediates if they are to be saved, without a routing."""
         if operands.check(*product):
             product = product.resolve_neg()
-        return self.module.forward(product, save)
+        result: tuple[Tensor, list[Tensor]] = self.module.forward(product, save)
+        return result
 
     def backward(
         self, product: Product, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
     ) -> Gradients:
+        """Return the gradients that are needed, given that of y; intermediates that were not saved are recomputed.
+
+        With a routing, `needs_x` stands for the gates as well: both gradients come from the same product.
+        """
         if operands.check(*product, grad=grad, saved=saved):
             product, grad = product.resolve_neg(), grad.resolve_neg()
             saved = [tensor.resolve_neg() for tensor in saved]
-        return self.module.backward(product, grad, saved, needs_x, needs_factors)
+        gradients: Gradients = self.module.backward(product, grad, saved, needs_x, needs_factors)
+        return gradients
 
 
-def find_supporting(name: str, product: Product) -> Backend:
-    """Return a backend that can run a product. Raises RuntimeError if it cannot, ValueError if it is unknown."""
-    check_support(name, product.structure, product.x.dtype, product.x.device)
-    return find(name)
+@cache
+def find(name: str) -> Backend:
+    """Return a backend, imported at its first use. Raises ValueError for the reference, or an unknown backend."""
+    module = REGISTRY[check_name(name)].module
+    if module is None:
+        raise ValueError(f"{name!r} consists of plain operators: choose a backend with a backward pass of its own")
+    return Backend(importlib.import_module(f"einlinear.ops.{module}"))
 
 
-def check_support(name: str, structure: Structure, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise RuntimeError if a backend cannot run a structure, and ValueError for an unknown backend."""
-    why = unsupported(name, structure, dtype, device)
+def check_support(name: str, product: Product) -> None:
+    """Raise RuntimeError if a backend cannot run a product, and ValueError for an unknown backend."""
+    why = unsupported(name, product.structure, product.x.dtype, product.x.device)
     if why is not None:
         raise RuntimeError(f"the backend {name!r} cannot run this: {why}")
 
@@ -131,7 +94,8 @@ def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: tor
     """
     if check_name(name) == "reference":
         return None
-    return find(name).unsupported(structure, dtype, torch.device(device))
+    why: str | None = find(name).module.unsupported(structure, dtype, torch.device(device))
+    return why
 
 
 def check_name(name: str) -> str:

@@ -6,8 +6,7 @@ import enum
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,7 @@ from einlinear.ops.product import Assignment, Product
 _KINDS = {Tensor, nn.Parameter, FakeTensor, type(None)}
 
 
-@dataclass(frozen=True)
-class Forced:
+class Forced(NamedTuple):
     """A user's choice with `backend`; None leaves the choice to the library."""
 
     backend: str | None = None
@@ -38,19 +36,16 @@ _FORCED: ContextVar[tuple[Forced, ...]] = ContextVar("einlinear.backend", defaul
 def backend(backend: str | None = None, *, recompute: bool | None = None) -> Iterator[None]:
     """Force the backend of structured layers, in this thread or asyncio task, as long as the context lasts.
 
-    Other threads and tasks do not see it: a new task starts with what is forced where it is created, a new thread with
+    A new task starts with what is forced where it is created. A new thread, also one of torch's own, starts with
     nothing forced, unless it runs in a copy of the context (`contextvars.copy_context`). A backward pass uses the
-    backend of its forward pass, in any thread. Activation checkpointing on a GPU runs layers again in a thread of
-    torch's own, where nothing is forced. Can also decorate a function.
+    backend of its forward pass, in any thread. A compiled function keeps what was forced when it was traced; inside of
+    the function, the context ends the graph, which is an error with `fullgraph=True`. Can also decorate a function.
 
     Args:
         backend: "reference" (plain einsum), "batched" (batched matmuls), "cpu" (compiled CPU kernel), "triton" (GPU
             kernels); None leaves the choice to the library, or to a context around this one.
         recompute: whether the backward pass recomputes the intermediates between factors (True) or finds them saved
             (False); None leaves it to the library, which does what was measured to be faster.
-
-    A function that torch.compile has compiled keeps what was chosen when it was traced. Inside of such a function, the
-    context ends the graph, which is an error with `fullgraph=True`: put it around the call.
 
     Raises:
         ValueError: an unknown backend.
@@ -75,25 +70,20 @@ def backend(backend: str | None = None, *, recompute: bool | None = None) -> Ite
 
 def forced() -> Forced:
     """Return what is forced in this thread or task: the innermost block decides."""
-    blocks = _FORCED.get()
-    if not blocks:
-        return _NOTHING
-    backend = recompute = None
-    for block in blocks:
-        backend = backend if block.backend is None else block.backend
-        recompute = recompute if block.recompute is None else block.recompute
-    return Forced(backend, recompute)
+    result = _NOTHING
+    for backend, recompute in _FORCED.get():
+        result = Forced(backend or result.backend, result.recompute if recompute is None else recompute)
+    return result
 
 
 class CallContext(enum.Enum):
-    """Who looks at a call, and so how it has to be computed.
+    """Who looks at a call, and so how it has to be computed."""
 
-    EAGER: by a backend's functions. TRACED: by an operator of this library, for torch.compile, fake tensors and
-    dispatch modes. PLAIN: in torch's operators alone, which any runtime, transform or kind of tensor knows.
-    """
-
+    # by a backend's functions
     EAGER = enum.auto()
+    # by an operator of this library, for torch.compile, fake tensors and dispatch modes
     TRACED = enum.auto()
+    # in torch's operators alone, which any runtime, transform or kind of tensor knows
     PLAIN = enum.auto()
 
 
@@ -112,11 +102,8 @@ def call_context(*tensors: Tensor | None) -> CallContext:
 
 def is_differentiated_again(grad: Tensor, *others: Tensor | None) -> bool:
     """Return whether a backward pass is itself differentiated, or batched, so that it needs plain operators."""
-    return (
-        torch.is_grad_enabled()
-        or call_context(grad, *others) is CallContext.PLAIN
-        or torch._C._functorch.is_legacy_batchedtensor(grad)
-    )
+    plain = torch.is_grad_enabled() or call_context(grad, *others) is CallContext.PLAIN
+    return plain or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
@@ -138,19 +125,19 @@ def autocast(product: Product) -> Product:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Return a context that disables autocast, if it is enabled for the type of device."""
-    # only if it is enabled: torch.export cannot save a program with such a region
-    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+    """Return a context that disables autocast, if it is enabled: torch.export cannot save one that is not needed."""
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype to which autocast casts an input, or None where it does not."""
-    if not torch._C._is_any_autocast_enabled():
+    if not torch._C._is_any_autocast_enabled() or not _autocasts(x.device.type) or not _is_cast(x):
         return None
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on and _is_cast(x) else None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:

@@ -1,28 +1,30 @@
-"""The choice of a backend: a pure function of structure, tokens, dtype and device, from what was measured.
+"""The choice of a backend: a pure function of structure, tokens, dtype and device.
 
-On the CPU the cheapest backend that can run is chosen, by the cost model (`costs.py`). On a GPU nothing is measured
-yet, so it is torch's batched matmuls. `einlinear.backend` forces one instead.
+On a CPU the cheapest backend runs, by a cost model: costs.json has a few coefficients for each, fitted to runs of
+``einlinear bench`` on one machine (docs/benchmarks), so only ratios matter. On a GPU nothing is measured yet.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, unsupported
 from einlinear.ops.context import forced
-from einlinear.ops.costs import DENSE, microseconds
 from einlinear.structures import Structure
 
-# a compiler traces once for any number of tokens: the choice is that for many
-MANY_TOKENS = 2048
+COSTS_FILE = Path(__file__).with_name("costs.json")
+# Weights that a core keeps in its cache from one tile of tokens to the next: a megabyte of float32. The compiled kernel
+# takes larger tiles above the same number (HEAVY_ENTRIES in cpu/program.h); the fit presumes it.
+CACHED = 2**18
+# `torch.nn.Linear` of the same size, which has coefficients as well
+DENSE = "dense"
 # MACs that the compiled kernel does while a number is written and read again (docs/benchmarks/cpu)
 CHEAP = 100
-# The reference has three roles. It is the oracle that every backend is tested against; it is a candidate on the CPU,
-# like any other backend; and it is what torch.compile gets in place of backends made of torch's operators.
-COMPILE_TARGET = "reference"
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,6 @@ def choose(
     return choice
 
 
-def choose_for_compiler(structure: Structure, dtype: torch.dtype, device: torch.device, routed: bool) -> str:
-    """Return the backend that torch.compile traces: kernels as they are, or operators that it fuses itself."""
-    backend = choose(structure, MANY_TOKENS, dtype, device, training=routed, routed=routed).backend
-    fused = REGISTRY[backend].fusible and not routed and forced().backend is None
-    return COMPILE_TARGET if fused else backend
-
-
 @lru_cache(maxsize=65536)
 def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str, training: bool) -> Choice:
     """Return the choice that nothing forces; on the CPU by the cost model, which was fitted to float32."""
@@ -101,15 +96,17 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         reason = "strided matmuls of torch, which run on every device"
         return Choice("batched", reason, (), tuple(refusals.items()))
     if dtype not in (torch.float32, torch.float64):
-        reason = "strided matmuls of half precision are slow on the CPU"
-        return Choice("reference", reason, (), tuple(refusals.items()))
+        best, reason = "reference", "strided matmuls of half precision are slow on the CPU"
+        if "cpu" not in refusals:
+            best, reason = "cpu", "it computes in float32, which processors without bfloat16 arithmetic are fastest at"
+        return Choice(best, reason, (), tuple(refusals.items()))
     if "cpu" not in refusals:
         refusals["batched"] = "it stands in for the compiled kernel where that cannot run"
         if training and not _is_light(structure, tokens):
             refusals["reference"] = "it may keep more for backward than nn.Linear does"
     mode = "train" if training else "forward"
     candidates = [name for name in CPU_BACKENDS if name not in refusals]
-    costs = {name: microseconds(name, structure, tokens, mode) for name in (DENSE, *candidates)}
+    costs = {name: _microseconds(name, structure, tokens, mode) for name in (DENSE, *candidates)}
     best = min(candidates, key=costs.__getitem__)
     step = "a training step" if training else "a forward pass"
     reason = f"the cheapest that can run, by the cost model, for {step} of {tokens} tokens"
@@ -120,13 +117,40 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
 
 
 def _is_light(structure: Structure, tokens: int) -> bool:
-    """Return whether activations are few compared with the weights, and their gradients, that dense has in excess.
+    # then the peak memory of a training step stays below that of nn.Linear even where activations are copied, as the
+    # reference does (docs/benchmarks/cpu)
+    return _activations(structure, tokens) < 1.5 * (structure.in_features * structure.out_features - structure.params)
 
-    Then the peak memory of a training step stays below that of `torch.nn.Linear` even where activations are copied, as
-    the reference does (docs/benchmarks/cpu).
+
+def _activations(structure: Structure, tokens: int) -> int:
+    return tokens * (structure.in_features + sum(factor.result_size for factor in structure.factors))
+
+
+def read_costs() -> dict[str, dict[str, list[float]]]:
+    """Return the coefficients of the `amounts`, for each kind of pass ("forward", "train") and backend."""
+    content = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
+    return {mode: content[mode] for mode in ("forward", "train")}
+
+
+COSTS = read_costs()
+
+
+def _microseconds(backend: str, structure: Structure, tokens: int, mode: str) -> float:
+    return sum(c * amount for c, amount in zip(COSTS[mode][backend], amounts(backend, structure, tokens), strict=True))
+
+
+def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...]:
+    """Return what the coefficients of a backend, or of DENSE, multiply.
+
+    Calls, steps, and millions of MACs, activations moved, weights read, and weights read for every tile of tokens.
     """
-    activations = tokens * (structure.in_features + sum(factor.result_size for factor in structure.factors))
-    return activations < 1.5 * (structure.in_features * structure.out_features - structure.params)
+    in_features, out_features = structure.in_features, structure.out_features
+    if backend == DENSE:
+        weights = in_features * out_features
+        return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6, 0
+    moved = _activations(structure, tokens) / 1e6
+    spilled = tokens * max(structure.params - CACHED, 0) / 1e6
+    return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6, spilled
 
 
 def recomputes(backend: str, structure: Structure) -> bool:

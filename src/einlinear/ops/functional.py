@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, fx
 
 from einlinear.ops import autograd, operands, reference
-from einlinear.ops.backends import check_name, check_support
-from einlinear.ops.context import CallContext, autocast, call_context, wants_gradients
-from einlinear.ops.dispatch import choose, choose_for_compiler
+from einlinear.ops.backends import REGISTRY, check_name, check_support
+from einlinear.ops.context import CallContext, autocast, call_context, forced, wants_gradients
+from einlinear.ops.dispatch import choose
 from einlinear.ops.product import Assignment, Product
 from einlinear.structures import Structure
 
 F = TypeVar("F", bound=Callable[..., object])
+# a compiler traces once for any number of tokens: the choice is that for many
+_MANY_TOKENS = 2048
 
 
 def linear(
@@ -36,9 +38,8 @@ def linear(
             of these, of shape (experts, *shape of the factor).
         x: (..., in_features), of the same dtype as the factors (or under autocast); nested tensors included.
         bias: (out_features,) or None.
-        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. While torch.jit, torch.fx or
-            torch.export traces, under torch.func transforms and forward-mode differentiation, and with tensor
-            subclasses such as DTensor it is always the reference, in plain operators.
+        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. Tracers (torch.jit, torch.fx,
+            torch.export), torch.func, forward-mode differentiation and tensor subclasses always get the reference.
         routing: the experts of every token, `Assignment(indices, gates)`, both of shape (n, active) for the n tokens
             of x; differentiable in the gates.
 
@@ -46,9 +47,8 @@ def linear(
         (..., out_features).
 
     Raises:
-        RuntimeError: x has another number of features than the structure; a factor, the bias or the routing has
-            another shape; dtypes or devices differ; the memory of a tensor was released; or the backend cannot run
-            this (see `unsupported`).
+        RuntimeError: a tensor of a wrong shape, dtype or device, or whose memory was released; or the backend cannot
+            run this (see `unsupported`).
         ValueError: an unknown backend; more or fewer factors than the structure has.
         TypeError: something else than a tensor.
         IndexError: an index of no expert; only on the CPU.
@@ -80,17 +80,7 @@ def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
 
 
 def along_features(multiply: Callable[[Tensor], Tensor], x: Tensor, in_features: int, out_features: int) -> Tensor:
-    """Apply a function of (n, in_features) to (n, out_features) along the last dimension of x.
-
-    Args:
-        multiply: the function.
-        x: (..., in_features), with any leading dimensions; or a nested tensor, and then the result is one as well.
-        in_features, out_features: the sizes of the last dimension.
-
-    Raises:
-        TypeError: x is not a tensor.
-        RuntimeError: x has another number of features.
-    """
+    """Apply a function of (n, in_features) to (n, out_features) along the last dimension of x, nested or not."""
     if isinstance(x, Tensor):
         if x.is_nested:
             return _along_nested(multiply, x, in_features, out_features)
@@ -129,7 +119,7 @@ def _linear(product: Product, backend: str | None) -> Tensor:
     tensors = product.tensors()
     context = call_context(*tensors)
     eager = context is CallContext.EAGER
-    plain = not eager and context is CallContext.PLAIN
+    plain = context is CallContext.PLAIN
     training = not plain and wants_gradients(*tensors)
     product = autocast(product)
     structure, _, x, _, routing = product
@@ -137,10 +127,10 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         # other backends read the indices, which have no values on "meta"
         backend = "reference"
     elif backend is not None:
-        check_support(backend, structure, x.dtype, x.device)
+        check_support(backend, product)
     elif not eager and torch.compiler.is_compiling():
         sizes = structure.in_features, structure.out_features
-        backend = _choose_compiled(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
+        backend = _choose_for_compiler(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
     else:
         tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, product.experts))
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
@@ -151,17 +141,17 @@ def _linear(product: Product, backend: str | None) -> Tensor:
 
 
 def assume_constant_result(function: F) -> F:
-    """`torch.compiler.assume_constant_result` without its import of the compiler, which takes longer than torch's own.
-
-    The decorator of torch does the same: it sets the mark that the compiler looks for.
-    """
+    """Do as `torch.compiler.assume_constant_result`, which takes longer to import than torch: set the same mark."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @assume_constant_result
-def _choose_compiled(
+def _choose_for_compiler(
     spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str, routed: bool
 ) -> str:
+    """Return the backend that torch.compile traces: a kernel as it is, or operators that it fuses: the reference's."""
     structure = autograd.structure_of(spec, in_features, out_features)
-    return choose_for_compiler(structure, dtype, torch.device(device), routed)
+    backend = choose(structure, _MANY_TOKENS, dtype, torch.device(device), training=routed, routed=routed).backend
+    fuses = REGISTRY[backend].fusible and not routed and forced().backend is None
+    return "reference" if fuses else backend

@@ -1,8 +1,7 @@
 """The operands of a product: one check that they fit, before anything computes with them.
 
-Compiled kernels get pointers and plain einsum broadcasts, so neither would notice a tensor of another shape, dtype or
-device, or one whose memory was released. Nothing passes unchecked: `backends.find` puts the check before every
-backend, and the reference is called behind it.
+Compiled kernels get pointers and plain einsum broadcasts: neither would notice a wrong shape, dtype or device, or
+memory that was released. `backends.Backend` puts the check before every backend, `functional.py` before the reference.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from einlinear.structures import Factor, Structure
 
 # name (or factor), tensor, and the shape that it must have
 Operand = tuple[str | Factor, Any, tuple[int, ...]]
+# the only operand of any dtype: a backend may compute in another one than it reads
+_SAVED = "a saved intermediate"
 
 
 def check(
@@ -34,20 +35,8 @@ def check(
 ) -> bool:
     """Raise unless the operands of a product, forward or backward, fit the structure and one another.
 
-    Args:
-        structure, factors, x, bias, routing: as in `Product`; without x, the factors alone are checked.
-        grad: (n, out_features), the gradient of the output.
-        saved: intermediates for the backward pass, of any shape.
-        memory: whether the tensors have memory; False where something traces or transforms them.
-
-    Returns:
-        Whether torch has put off the negation of an operand (`Tensor.is_neg`), so that its memory holds other values.
-
-    Raises:
-        ValueError: more or fewer factors than the structure has.
-        TypeError: an operand that is not a tensor.
-        RuntimeError: a wrong shape; dtypes or devices that differ; a layout that is not strided; released memory.
-        IndexError: an index of no expert. Only on the CPU: reading indices would wait for a GPU.
+    Without x, the factors alone are checked. `memory` is False where something traces or transforms the tensors. The
+    result says whether torch has put off the negation of an operand, so that its memory holds other values.
     """
     if not memory and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         with _untraced():
@@ -55,12 +44,8 @@ def check(
     expected = structure.factors
     if len(factors) != len(expected):
         raise ValueError(f"{structure} has {len(expected)} factors, not {len(factors)}")
-    operands: list[Operand]
-    if routing is None:
-        operands = [(factor, tensor, factor.shape) for factor, tensor in zip(expected, factors)]
-    else:
-        stack = factors[0].shape[:1]
-        operands = [(factor, tensor, stack + factor.shape) for factor, tensor in zip(expected, factors)]
+    stack = () if routing is None else factors[0].shape[:1]
+    operands: list[Operand] = [(factor, tensor, stack + factor.shape) for factor, tensor in zip(expected, factors)]
     if x is not None:
         n = x.shape[0] if x.dim() else 0
         operands.append(("the input", x, (n, structure.in_features)))
@@ -70,19 +55,18 @@ def check(
             operands.append(("the tensor of gates", routing[1], _check_indices(x, *routing, memory)))
     if bias is not None:
         operands.append(("the bias", bias, (structure.out_features,)))
-    for tensor in saved:
-        operands.append(("a saved intermediate", tensor, tensor.shape))
+    operands += [(_SAVED, tensor, tensor.shape) for tensor in saved]
     negated = False
     try:
         _, first, _ = operands[0]
-        dtype, device, size = first.dtype, first.device, first.itemsize
-        for _, tensor, shape in operands:
-            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
+        dtype, device = first.dtype, first.device
+        for name, tensor, shape in operands:
+            if tensor.shape != shape or tensor.device != device or (tensor.dtype is not dtype and name != _SAVED):
                 break
             if memory:
                 # `_in_memory` for contiguous tensors, without the cost of its call
                 if tensor.is_contiguous():
-                    if tensor.untyped_storage().nbytes() < tensor.storage_offset() * size + tensor.nbytes:
+                    if tensor.untyped_storage().nbytes() < tensor.storage_offset() * tensor.itemsize + tensor.nbytes:
                         break
                 elif not _in_memory(tensor):
                     break
@@ -101,8 +85,16 @@ def check(
 
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raise RuntimeError, with this name of the tensor, if the memory of a strided tensor was released."""
-    if tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter) and not _in_memory(tensor):
-        raise RuntimeError(_released(name))
+    if tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter):
+        _check_memory(name, tensor)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    if not _in_memory(tensor):
+        raise RuntimeError(
+            f"the memory of {name} is smaller than its shape. Something has released it, as FSDP does with parameters "
+            "while their module is not running"
+        )
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -133,9 +125,8 @@ def _in_memory(tensor: Tensor) -> bool:
 
 def _check_indices(x: Tensor, indices: Tensor, gates: Tensor, memory: bool) -> tuple[int, ...]:
     """Check the indices of the experts, and return their shape, which is that of the gates."""
-    for name, tensor in (("the tensor of indices", indices), ("the tensor of gates", gates)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    _check_type("the tensor of indices", indices)
+    _check_type("the tensor of gates", gates)
     if indices.dim() != 2 or indices.shape != gates.shape or indices.shape[:1] != x.shape[:1] or not indices.shape[1]:
         raise RuntimeError(
             f"indices of shape {tuple(indices.shape)} and gates of shape {tuple(gates.shape)}: "
@@ -145,8 +136,8 @@ def _check_indices(x: Tensor, indices: Tensor, gates: Tensor, memory: bool) -> t
         raise RuntimeError(f"the indices are of {indices.dtype}, but must be of torch.int64")
     if indices.device != x.device:
         raise RuntimeError(f"the indices are on {indices.device}, but the input on {x.device}: move one of them")
-    if memory and not _in_memory(indices):
-        raise RuntimeError(_released("the tensor of indices"))
+    if memory:
+        _check_memory("the tensor of indices", indices)
     return indices.shape
 
 
@@ -157,20 +148,30 @@ def _check_range(indices: Tensor, experts: int) -> None:
             raise IndexError(f"expert {low if low < 0 else high}: there are {experts}, from 0 to {experts - 1}")
 
 
+def _check_type(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+
+
 def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> None:
     """Raise an error for the operand that does not fit, with its name and what would fit."""
     named = [(key if isinstance(key, str) else f"factor {key.name}", *others) for key, *others in operands]
     for name, tensor, shape in named:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        _check_type(name, tensor)
         if tensor.layout is not torch.strided:
             raise RuntimeError(f"{name} has the layout {tensor.layout}, but must be strided: see `Tensor.to_dense`")
         if tensor.shape != shape:
-            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but {structure} needs {_text(name, shape)}")
+            label = {
+                "the input": "in_features=",
+                "the bias": "out_features=",
+                "the gradient of the output": "out_features=",
+            }
+            text = ", ".join([*map(str, shape[:-1]), f"{label.get(name, '')}{shape[-1]}"])
+            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, but {structure} needs ({text})")
     first, reference, _ = named[0]
     for name, tensor, _ in named:
         other = "the layer" if name == "the input" else first
-        if tensor.dtype != reference.dtype:
+        if tensor.dtype != reference.dtype and name != _SAVED:
             raise RuntimeError(f"{name} is of {tensor.dtype}, but {other} of {reference.dtype}: convert one of them")
         if tensor.device != reference.device:
             advice = "move one of them"
@@ -178,18 +179,5 @@ def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> 
                 advice = "a tensor on meta has no values yet, so load it, or initialise it after `to_empty`"
             raise RuntimeError(f"{name} is on {tensor.device}, but {other} on {reference.device}: {advice}")
     for name, tensor, _ in named:
-        if memory and not _in_memory(tensor):
-            raise RuntimeError(_released(name))
-
-
-def _text(name: str, shape: tuple[int, ...]) -> str:
-    labels = {"the input": "in_features=", "the bias": "out_features=", "the gradient of the output": "out_features="}
-    *first, last = shape
-    return f"({', '.join([*map(str, first), labels.get(name, '') + str(last)])})"
-
-
-def _released(name: str) -> str:
-    return (
-        f"the memory of {name} is smaller than its shape. Something has released it, as FSDP does with parameters "
-        "while their module is not running"
-    )
+        if memory:
+            _check_memory(name, tensor)

@@ -1,7 +1,4 @@
-"""A structured product: what every backend computes, and the gradients that it returns.
-
-Shapes: n tokens; with a routing, every token is multiplied with the matrices of `active` experts.
-"""
+"""A structured product: what every backend computes, and the gradients that it returns."""
 
 from __future__ import annotations
 
@@ -14,10 +11,7 @@ from einlinear.structures import Structure
 
 
 class Assignment(NamedTuple):
-    """The experts that every token is routed to, and their gates.
-
-    A gate scales the input of an expert, not its output: then the gradient of the gate is a product of two vectors
-    that the backward pass has at hand, and nothing but the input needs to be saved.
+    """The experts that every token is routed to, and their gates, which scale the inputs of the experts.
 
     Attributes:
         indices: (n, active), int64, the experts of every token, in any order and of any load.
@@ -29,21 +23,13 @@ class Assignment(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The operands of y = x Wᵀ + bias, where W has a structure.
+    """The operands of y = x Wᵀ + bias; with a routing, of y = bias + sum of gate_e * W_e x over the experts e."""
 
-    With a routing, y = sum over the experts e of a token of gate_e * W_e x, plus the bias.
-
-    Attributes:
-        structure: of the matrix, or of every expert's.
-        factors: one tensor per factor, in the order and of the shapes of `structure.factors`; with a routing, stacks
-            of these, of shape (experts, *shape).
-        x: (n, in_features).
-        bias: (out_features,) or None.
-        routing: the experts of every token, or None for a single matrix.
-    """
-
+    # of the matrix, or of every expert's
     structure: Structure
+    # in the order and of the shapes of `structure.factors`; with a routing, stacks of these: (experts, *shape)
     factors: Sequence[Tensor]
+    # (n, in_features) and (out_features,)
     x: Tensor
     bias: Tensor | None = None
     routing: Assignment | None = None
@@ -58,16 +44,16 @@ class Product(NamedTuple):
         _, factors, x, bias, routing = self
         return (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
 
+    @staticmethod
+    def of(structure: Structure, x: Tensor, bias: Tensor | None, *others: Tensor) -> Product:
+        """Return the product of tensors in the order of `tensors`."""
+        count = len(structure.factors)
+        routing = Assignment(*others[count:]) if len(others) > count else None
+        return Product(structure, others[:count], x, bias, routing)
+
     def resolve_neg(self) -> Product:
         """Return the product with operands whose negation torch has put off (`Tensor.is_neg`) negated in memory."""
-        bias, routing = self.bias, self.routing
-        return Product(
-            self.structure,
-            [factor.resolve_neg() for factor in self.factors],
-            self.x.resolve_neg(),
-            None if bias is None else bias.resolve_neg(),
-            None if routing is None else Assignment(routing.indices, routing.gates.resolve_neg()),
-        )
+        return Product.of(self.structure, *[t if t is None else t.resolve_neg() for t in self.tensors()])  # type: ignore[arg-type]
 
 
 class Gradients(NamedTuple):

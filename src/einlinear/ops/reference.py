@@ -1,10 +1,8 @@
-"""The reference: plain einsum, one factor after the other, correct by inspection.
-
-Shapes: x (n, in_features), y (n, out_features), factors as `structure.factors` says, in the same order.
-"""
+"""The reference: plain einsum, one factor after the other, correct by inspection."""
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections.abc import Sequence
@@ -48,20 +46,12 @@ def _contract(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Ten
         width = math.prod([sizes[a] for a in term.outputs])
         z = z.reshape(x.shape[0], width)
         outputs.append(z[:, : structure.out_features] if width > structure.out_features else z)
-    y = outputs[0]
-    for more in outputs[1:]:
-        y = y + more
-    return y
+    return functools.reduce(torch.add, outputs)
 
 
 def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
     """Return W of shape (out_features, in_features): the sum of the weights of all terms."""
-    total: Tensor | None = None
-    for term, term_factors in structure.by_term(factors):
-        weight = term_weight(structure, term, term_factors)
-        total = weight if total is None else total + weight
-    assert total is not None
-    return total
+    return functools.reduce(torch.add, [term_weight(structure, *part) for part in structure.by_term(factors)])
 
 
 def term_weight(structure: Structure, term: Term, factors: Sequence[Tensor]) -> Tensor:

@@ -1,38 +1,25 @@
-"""Contraction of a term: the order of the factors, the intermediates, the MACs and the exponents of all of these.
-
-A term is contracted factor by factor, from the input axes to the output axes. The intermediate after some factors has
-the axes of the input and of these factors that the output or a later factor still needs. The MACs of a step are the
-product of all axes of the intermediate and of the factor. An axis is contracted by the last factor that has it.
-Exponents are those of arXiv 2410.02117, section 3.
-"""
+"""Contraction of terms, factor by factor: order of the factors, intermediates, MACs, exponents and generic rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache, reduce
-from itertools import chain
-from operator import or_
+from functools import cache, lru_cache
+from itertools import chain, pairwise, permutations
+from typing import NamedTuple
 
 from einlinear.structures.pattern import Axes, Pattern, TermPattern
 from einlinear.structures.sizes import groups
 
 # subsets of factors that are compared in all terms together
 _MAX_SUBSETS = 1024
+# nodes of the graphs whose maximum flow is a rank, and factors up to which the flows of all orders are compared
+_MAX_NODES, _MAX_PERMUTED = 1500, 4
 
 
-@dataclass(frozen=True)
-class Contraction:
-    """The cheapest contraction of a term at one size.
-
-    Attributes:
-        order: the positions of the factors in the pattern, first to last.
-        macs: multiply-accumulates for one input vector.
-        bottleneck: the size of the smallest intermediate over all orders, input and output included. Without padding it
-            is the rank of the term.
-    """
+class Contraction(NamedTuple):
+    """The cheapest contraction of a term: order of its factors, MACs, and smallest intermediate over all orders."""
 
     order: tuple[int, ...]
     macs: int
@@ -40,21 +27,13 @@ class Contraction:
 
 
 def contract(term: TermPattern, sizes: Mapping[str, int], terms: int) -> Contraction:
-    """Find the order of contraction with the fewest MACs. On a tie, the written order is taken.
-
-    All orders are compared unless the term has too many factors: then the written order is taken.
-
-    Args:
-        term: the term.
-        sizes: the sizes of its axes, and perhaps of others.
-        terms: the number of terms of the pattern, which share the work.
-    """
-    return _contract(term, tuple((axis, sizes[axis]) for axis in term.axes), _MAX_SUBSETS // terms)
+    """Find the order of the fewest MACs: the written one on a tie, or if the factors of all `terms` are too many."""
+    return _contract(term, tuple(sizes[axis] for axis in term.axes), _MAX_SUBSETS // terms)
 
 
 @lru_cache(maxsize=4096)
 def intermediates(term: TermPattern, order: tuple[int, ...]) -> tuple[Axes, ...]:
-    """The axes of the input, of every intermediate and of the output, each in the order in which they appeared."""
+    """Return the axes of the input, of every intermediate and of the output, each in order of first appearance."""
     path = []
     for done in range(len(order) + 1):
         needed = set(term.outputs).union(*(term.factors[index] for index in order[done:]))
@@ -64,22 +43,31 @@ def intermediates(term: TermPattern, order: tuple[int, ...]) -> tuple[Axes, ...]
 
 
 @lru_cache(maxsize=4096)
-def _contract(term: TermPattern, sizes: tuple[tuple[str, int], ...], max_subsets: int) -> Contraction:
-    axes, factors = _subsets(term, max_subsets)
-    products = {0: 1, **{1 << bit: size for bit, (_, size) in enumerate(sizes)}}
+def _contract(term: TermPattern, sizes: tuple[int, ...], max_subsets: int) -> Contraction:
+    # sets of axes and of factors are bits of ints, since there may be many
+    bits = {axis: 1 << bit for bit, axis in enumerate(term.axes)}
+    inputs, outputs, *factors = (sum(bits[a] for a in axes) for axes in (term.inputs, term.outputs, *term.factors))
+    count = len(factors)
+    subsets = range(2**count) if 2**count <= max_subsets else [2**n - 1 for n in range(count + 1)]
 
+    @cache
+    def union(subset: int) -> int:
+        lowest = subset & -subset
+        return factors[lowest.bit_length() - 1] | union(subset ^ lowest) if subset else 0
+
+    @cache
     def product(axes: int) -> int:
-        if axes not in products:
-            lowest = axes & -axes
-            products[axes] = products[lowest] * product(axes ^ lowest)
-        return products[axes]
+        lowest = axes & -axes
+        return sizes[lowest.bit_length() - 1] * product(axes ^ lowest) if axes else 1
 
+    # of the intermediate after each subset of the factors
+    axes = {done: (inputs | union(done)) & (outputs | union(2**count - 1 - done)) for done in subsets}
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
-    for subset in list(axes)[1:]:
+    for subset in subsets[1:]:
         steps = []
         for last, factor in enumerate(factors):
-            before = subset & ~(1 << last)
-            if before != subset and before in best:
+            before = subset ^ 1 << last
+            if before in best:
                 macs, order = best[before]
                 steps.append((macs + product(axes[before] | factor), (*order, last)))
         best[subset] = min(steps)
@@ -87,33 +75,19 @@ def _contract(term: TermPattern, sizes: tuple[tuple[str, int], ...], max_subsets
     return Contraction(order, macs, min(map(product, axes.values())))
 
 
-@lru_cache(maxsize=1024)
-def _subsets(term: TermPattern, most: int) -> tuple[dict[int, int], list[int]]:
-    """The axes of the intermediate after each subset of the factors, or of the first ones, and of each factor.
-
-    Sets of factors and of axes are bits of ints, since there may be many.
-    """
-
-    def bits(axes: Axes) -> int:
-        return sum(1 << term.axes.index(axis) for axis in axes)
-
-    def union(subset: int) -> int:
-        return reduce(or_, (factor for index, factor in enumerate(factors) if subset >> index & 1), 0)
-
-    inputs, outputs, *factors = map(bits, (term.inputs, term.outputs, *term.factors))
-    count = len(factors)
-    subsets = range(2**count) if 2**count <= most else [2**n - 1 for n in range(count + 1)]
-    return {done: (inputs | union(done)) & (outputs | union(~done)) for done in subsets}, factors
-
-
 def scaling_exponents(
     pattern: Pattern, sizes: Mapping[str, int], in_features: int, out_features: int
 ) -> tuple[float, float, float]:
-    """psi, nu and omega: rank = n^psi, MACs = n^(1 + nu) and parameters / MACs = n^-omega for n features.
-
-    As in the paper's closed forms, the factors are contracted in the order they are written in.
-    """
-    theta = _axis_exponents(pattern, sizes, in_features, out_features)
+    """Return psi, nu and omega of arXiv 2410.02117, whose closed forms take the factors in the written order."""
+    theta = {axis: size.exponent for axis, size in pattern.sizes}
+    for group in groups(pattern, in_features, out_features):
+        # open axes share equally what their group has left
+        open_axes = [axis for axis in group.axes if axis not in theta]
+        left = 1 - sum((theta[axis] for axis in group.axes if axis in theta), Fraction(0))
+        theta.update({axis: left / len(open_axes) for axis in open_axes})
+        if not open_axes and not any(theta[axis] for axis in group.axes) and group.features > 1:
+            log = math.log(group.features)
+            theta.update({axis: Fraction(math.log(sizes[axis]) / log) for axis in group.axes})
 
     def total(axes: Iterable[str]) -> Fraction:
         return sum((theta[axis] for axis in axes), Fraction(0))
@@ -127,16 +101,78 @@ def scaling_exponents(
     return float(psi), float(macs - 1), float(macs - params)
 
 
-def _axis_exponents(
-    pattern: Pattern, sizes: Mapping[str, int], in_features: int, out_features: int
-) -> dict[str, Fraction]:
-    """The exponent of every axis: that of the pattern, else an equal share of what its group has left."""
-    theta = {axis: size.exponent for axis, size in pattern.sizes}
-    for group in groups(pattern, in_features, out_features):
-        open_axes = [axis for axis in group.axes if axis not in theta]
-        left = 1 - sum((theta[axis] for axis in group.axes if axis in theta), Fraction(0))
-        theta.update({axis: left / len(open_axes) for axis in open_axes})
-        if not open_axes and not any(theta[axis] for axis in group.axes) and group.features > 1:
-            log = math.log(group.features)
-            theta.update({axis: Fraction(math.log(sizes[axis]) / log) for axis in group.axes})
-    return theta
+def generic_rank(terms: Sequence[TermPattern], sizes: Mapping[str, int], in_features: int, out_features: int) -> int:
+    """Return the rank for almost all values of the factors.
+
+    The rank of a term is a minimum cut: its smallest intermediate. With padding, only some values of the outer axes are
+    features, and the rank is a maximum flow, or an upper bound (off by less than the padding) if that takes long.
+    """
+    full, rank = min(in_features, out_features), 0
+    for term in terms:
+        size_in, size_out = (math.prod(sizes[axis] for axis in axes) for axes in (term.inputs, term.outputs))
+        if (size_in, size_out) == (in_features, out_features):
+            rank += contract(term, sizes, len(terms)).bottleneck
+        else:
+            rank += _padded_rank(term, sizes, in_features, out_features)
+        if rank >= full:
+            return full
+    return rank
+
+
+def _padded_rank(term: TermPattern, sizes: Mapping[str, int], in_features: int, out_features: int) -> int:
+    """Return the smallest maximum flow over all orders of contraction, or that of the written order of many factors."""
+    written = tuple(range(len(term.factors)))
+    orders = permutations(written) if len(written) <= _MAX_PERMUTED else [written]
+    paths = [intermediates(term, order) for order in orders]
+    sides = ((term.inputs, in_features), (term.outputs, out_features))
+    for digits in range(max(len(term.inputs), len(term.outputs)), -1, -1):
+        ends = [_last_feature(axes, sizes, features, digits) for axes, features in sides]
+        pieces = {}
+        for axis, size in sizes.items():
+            cuts = {0, size}
+            for last in ends:
+                if axis in last:
+                    cuts |= {last[axis] + 1} if axis == [*last][-1] else {last[axis], last[axis] + 1}
+            pieces[axis] = list(pairwise(sorted(cuts)))
+        if sum(math.prod(len(pieces[axis]) for axis in axes) for path in paths for axes in path) <= _MAX_NODES:
+            break
+    return min(_maximum_flow(path, pieces, ends) for path in paths)
+
+
+def _last_feature(axes: Axes, sizes: Mapping[str, int], features: int, digits: int) -> dict[str, int]:
+    """Return up to `digits` leading digits of the last feature, by axis: all values up to it are features."""
+    rest, last = features - 1, list[int]()
+    for axis in reversed(axes):
+        rest, digit = divmod(rest, sizes[axis])
+        last.append(digit)
+    last = last[::-1][:digits]
+    while last and last[-1] == sizes[axes[len(last) - 1]] - 1:
+        last.pop()
+    return dict(zip(axes, last))
+
+
+def _maximum_flow(path: tuple[Axes, ...], pieces: dict[str, list[tuple[int, int]]], ends: list[dict[str, int]]) -> int:
+    """Return the maximum flow through the intermediates of one order: a node is one piece of every axis."""
+    # networkx comes with torch, and only padded structures need it
+    import networkx as nx
+
+    graph = nx.DiGraph()
+    graph.add_nodes_from(("source", "sink"))
+    shared: list[str] = []
+    for depth, axes in enumerate(path):
+        nodes: list[tuple[dict[str, int], int]] = [({}, 1)]
+        for axis in axes:
+            nodes = [({**starts, axis: a}, size * (b - a)) for starts, size in nodes for a, b in pieces[axis]]
+        first, last = depth == 0, depth == len(path) - 1
+        shared_next = [axis for axis in axes if not last and axis in path[depth + 1]]
+        end = ends[0] if first else ends[1] if last else {}
+        for starts, capacity in nodes:
+            if [starts[axis] for axis in end] > [*end.values()]:
+                continue
+            name = len(graph)
+            graph.add_edge(name, -name, capacity=capacity)
+            # nodes of consecutive intermediates are joined where they agree in their shared axes, through one more node
+            graph.add_edge("source" if first else (depth, *(starts[axis] for axis in shared)), name)
+            graph.add_edge(-name, "sink" if last else (depth + 1, *(starts[axis] for axis in shared_next)))
+        shared = shared_next
+    return int(nx.maximum_flow_value(graph, "source", "sink"))

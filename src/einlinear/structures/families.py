@@ -1,10 +1,7 @@
-"""Named families of structures: each is a function from its arguments to the text of a pattern.
+"""Named families of structures: each is a function (a builder) from its arguments to the text of a pattern.
 
-A builder takes keyword arguments with defaults and returns a pattern. It checks only what the pattern cannot express.
-`rank` and `blocks` are the arguments that ``max_macs=`` chooses: the largest rank, or the fewest blocks, in the budget.
-
-The axes of a factor are in this order: first the new axes of its step, if they are longer than the others (FSDP2 shards
-the first dimension), and last the contracted axes (they are read in runs).
+``max_macs=`` chooses the arguments `rank` or `blocks`. In a factor, the new axes of its step stand first if they are
+longer than the others (FSDP2 shards the first dimension), and the contracted axes last (they are read in runs).
 """
 
 from __future__ import annotations
@@ -12,20 +9,17 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from einlinear.structures.arguments import format_value
-from einlinear.structures.limits import MAX_SIZE
+from einlinear.structures.limits import MAX_SIZE, validate_size
 from einlinear.structures.pattern import Pattern, parse
 from einlinear.structures.sizes import DoesNotFit
 
 Builder = Callable[..., str]
-
-# each core more than halves the features that are left
-_MAX_CORES = MAX_SIZE.bit_length()
+FAMILIES: dict[str, Family] = {}
 
 
 @dataclass(frozen=True)
@@ -33,8 +27,7 @@ class Family:
     """A named family of structures.
 
     Attributes:
-        name: its name in specs.
-        builder: the function from arguments to the text of a pattern.
+        name, builder: its name in specs, and the function from arguments to the text of a pattern.
         defaults: the default of every argument, by name; `inspect.Parameter.empty` if the argument is required.
         features: the ones of in_features and out_features that the builder takes as well.
     """
@@ -46,22 +39,17 @@ class Family:
 
     @classmethod
     def of(cls, name: str, builder: Builder) -> Family:
-        """Inspect a builder. Raises TypeError if it is not a function of named arguments."""
-        if not callable(builder):
-            raise TypeError(f"the builder of {name!r} must be a function that returns a pattern, not {builder!r}")
+        """Inspect a builder, which must be a function of named arguments."""
         parameters = inspect.signature(builder).parameters
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         if any(parameter.kind not in named for parameter in parameters.values()):
-            raise TypeError(
-                f"the builder of {name!r} must name its arguments: no *args, **kwargs or positional-only ones"
-            )
+            raise TypeError(f"the builder of {name!r} must name its arguments: no *args, **kwargs or positional-only")
         features = [parameter for parameter in parameters if parameter in ("in_features", "out_features")]
         defaults = {p: parameter.default for p, parameter in parameters.items() if p not in features}
         return cls(name, builder, defaults, features)
 
-    def check(self, arguments: Iterable[str]) -> None:
+    def check(self, arguments: Collection[str]) -> None:
         """Raise ValueError for an unknown or a missing argument."""
-        arguments = tuple(arguments)
         for argument in arguments:
             if argument not in self.defaults:
                 hint = did_you_mean(argument, self.defaults)
@@ -72,12 +60,7 @@ class Family:
             raise ValueError(f"{self.name} needs {', '.join(missing)}")
 
     def pattern(self, arguments: Mapping[str, Any], in_features: int, out_features: int) -> Pattern:
-        """The pattern for these arguments and features.
-
-        Raises:
-            ValueError: an unknown or a missing argument, or one that the builder refuses.
-            TypeError: the builder returned no text.
-        """
+        """Return the pattern for these arguments and features. Raises what `check` and the builder raise."""
         self.check(arguments)
         sizes = {"in_features": in_features, "out_features": out_features}
         text = self.builder(**arguments, **{name: sizes[name] for name in self.features})
@@ -86,37 +69,31 @@ class Family:
         return parse(text)
 
     def spec(self, arguments: Mapping[str, Any]) -> str:
-        """The canonical spec: arguments that differ from their defaults, in the order of the builder."""
-        shown = [
-            f"{name}={format_value(arguments[name])}"
-            for name, default in self.defaults.items()
-            if name in arguments and arguments[name] != default
-        ]
-        return f"{self.name}({', '.join(shown)})" if shown else self.name
+        """Return the canonical spec: arguments that differ from their defaults, in the order of the builder."""
+        given = [name for name, default in self.defaults.items() if arguments.get(name, default) != default]
+        shown = ", ".join(f"{name}={_format_value(arguments[name])}" for name in given)
+        return f"{self.name}({shown})" if shown else self.name
 
 
-FAMILIES: dict[str, Family] = {}
+def _format_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_format_value, value))})"
+    # 0.37123 rather than 37123/100000
+    return repr(float(value)) if isinstance(value, Fraction) and value.denominator > 1000 else str(value)
 
 
 def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> Builder:
-    """Register a named family: from then on ``name(argument=value, ...)`` is a structure.
-
-    On the command line, ``einlinear --import FILE`` runs the file that registers the family.
+    """Register a named family, so that ``name(argument=value, ...)`` is a structure. Return the builder.
 
     Args:
         name: an identifier that no family has.
-        builder: a function of keyword arguments (a default makes one optional) that returns the text of a pattern. If
-            it has parameters called in_features and out_features, they receive the size of the layer. For features
-            that no member of the family fits, it raises `DoesNotFit`.
-        overwrite: whether to replace a family of this name, such as one that an earlier run of the same notebook cell
-            registered. Existing structures keep their pattern.
-
-    Returns:
-        The builder.
+        builder: a function of keyword arguments (a default makes one optional) that returns the text of a pattern.
+            Parameters called in_features and out_features receive the size of the layer. For features that no member
+            of the family fits, it raises `DoesNotFit`.
+        overwrite: whether to replace a family of this name. Existing structures keep their pattern.
 
     Raises:
-        ValueError: the name is taken or not an identifier.
-        TypeError: the builder is not a function of named arguments.
+        ValueError, TypeError: the name is taken or no identifier; the builder is no function of named arguments.
 
     Example:
         >>> import einlinear as el
@@ -133,7 +110,6 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
 
 
 def find_family(name: str) -> Family:
-    """Look up a family. Raises ValueError that lists the families and suggests the nearest name."""
     if name in FAMILIES:
         return FAMILIES[name]
     hint = did_you_mean(name.lower().replace("-", "_"), FAMILIES, cutoff=0.5)
@@ -146,21 +122,16 @@ def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def _check_counts(family: str, **arguments: object) -> None:
-    """Check arguments that are whole numbers of at least 1."""
     for name, value in arguments.items():
         if not isinstance(value, int) or isinstance(value, bool):
             # specs read 2.0 as a fraction
             shown = float(value) if isinstance(value, Fraction) else value
             raise TypeError(f"{family}: {name} must be a whole number, not {shown!r}")
-        if value < 1:
-            raise ValueError(f"{family}: {name} must be at least 1, not {value}")
-        most = _MAX_CORES if name == "cores" else MAX_SIZE
-        if value > most:
-            raise ValueError(f"{family}: {name} must be at most {most}, not {value}")
+        # each core more than halves the features that are left
+        validate_size(f"{family}: {name}", value, MAX_SIZE.bit_length() if name == "cores" else MAX_SIZE)
 
 
 def _dense() -> str:
-    """Any matrix."""
     return "i, o i -> o"
 
 
@@ -178,20 +149,14 @@ def _kronecker() -> str:
 
 def _tt(rank: int = 1, cores: int = 2) -> str:
     """Tensor-train matrix: core k maps input axis k to output axis k, and neighbours share a rank axis."""
-    _check_counts("tt", rank=rank, cores=cores)
-    inputs, outputs, ranks = _chain_axes("tt", cores, ("a", "b"), ("d", "e"))
+    inputs, outputs, ranks = _chain_axes("tt", rank, cores, "ab", "de")
     factors = [[outputs[k], *ranks[k : k + 1], *ranks[max(k - 1, 0) : k], inputs[k]] for k in range(cores)]
     return _chain(inputs[::-1], factors, outputs[::-1], ranks, rank)
 
 
 def _btt(rank: int = 1, cores: int = 2) -> str:
-    """Block tensor-train: a tensor-train matrix whose cores also depend on the axes that they do not map.
-
-    Two cores: y[f, e] = sum_{g, r} B[f, e, g, r] sum_a A[g, r, f, a] x[g, a] (arXiv 2406.06248, section 3.2). With rank
-    1 and log2(features) cores it is a butterfly matrix.
-    """
-    _check_counts("btt", rank=rank, cores=cores)
-    inputs, outputs, ranks = _chain_axes("btt", cores, ("a", "g"), ("f", "e"))
+    """Block tensor-train: the cores also depend on the axes that they do not map (arXiv 2406.06248, section 3.2)."""
+    inputs, outputs, ranks = _chain_axes("btt", rank, cores, "ag", "fe")
     factors = [
         [*inputs[:k:-1], *outputs[:k], *ranks[k : k + 1], outputs[k], inputs[k], *ranks[max(k - 1, 0) : k]]
         for k in range(cores)
@@ -203,12 +168,10 @@ def _monarch(blocks: int = 4, *, in_features: int, out_features: int) -> str:
     """Two block-diagonal factors with a transposition between and after them (arXiv 2204.00595, appendix A)."""
     _check_counts("monarch", blocks=blocks)
     smaller = min(in_features, out_features)
+    # the rank would be below 1
     if blocks**2 > smaller:
-        # the rank would be below 1
-        raise DoesNotFit(
-            f"monarch: min(in_features, out_features) = {smaller} is fewer than blocks^2 = {blocks**2}; "
-            f"take at most {math.isqrt(smaller)} blocks"
-        )
+        fewer = f"min(in_features, out_features) = {smaller} is fewer than blocks^2 = {blocks**2}"
+        raise DoesNotFit(f"monarch: {fewer}; take at most {math.isqrt(smaller)} blocks")
     return f"(g a), r f g a, e f g r -> (e f) where g={blocks}, f={blocks}, r=features/{blocks**2}"
 
 
@@ -222,7 +185,6 @@ def _dyad(blocks: int = 4, variant: str = "it") -> str:
 
 
 def _block_diagonal(blocks: int = 4) -> str:
-    """One block-diagonal factor."""
     _check_counts("block_diagonal", blocks=blocks)
     return f"(n k), o n k -> (n o) where n={blocks}"
 
@@ -234,11 +196,7 @@ def _blast(blocks: int, rank: int) -> str:
 
 
 def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
-    """Build a two-factor einsum from the exponents (alpha, beta, gamma, delta, epsilon, phi, rho) of its axes' sizes.
-
-    The axes a, b, g split in_features, the axes d, e, f split out_features, and r is the smaller feature count to the
-    power rho (or the rank). The exponents of each side sum to 1 (arXiv 2410.02117, section 2).
-    """
+    """Two factors whose axes a, b, g, d, e, f, r have these exponents, alpha to rho (arXiv 2410.02117, section 2)."""
     if not isinstance(theta, tuple | list) or not all(isinstance(t, int | float | Fraction) for t in theta):
         raise TypeError(f"einsum: theta must be a tuple of seven numbers, not {theta!r}")
     if len(theta) != 7 or not all(0 <= t <= 1 for t in theta):
@@ -254,13 +212,13 @@ def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
 
 
 def _chain_axes(
-    family: str, cores: int, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    family: str, rank: int, cores: int, inputs: str, outputs: str
 ) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
-    """Names of the input, output and rank axes of a chain, from the first core to the last."""
+    _check_counts(family, rank=rank, cores=cores)
     if cores < 2:
         raise ValueError(f"{family}: cores must be at least 2, not {cores}")
     if cores == 2:
-        return inputs, outputs, ("r",)
+        return inputs, outputs, "r"
     numbers = range(1, cores + 1)
     return [f"i{n}" for n in numbers], [f"o{n}" for n in numbers], [f"r{n}" for n in numbers[:-1]]
 

@@ -1,18 +1,4 @@
-"""The pattern language: one line of text describes a structured matrix.
-
-    (g a), g r f a, f e g r -> (f e) where r=2
-
-The part before the first comma splits the input features into axes (row-major). The parts between commas are the axes
-of the factors. The part after the arrow splits the output features into axes. ``+`` adds several terms. The optional
-``where`` fixes sizes:
-
-    r=2                two
-    r=features/16      a sixteenth of the features, rounded down, at least 1
-    a=features^1/2     about the square root of the features (decimal exponents are allowed as well)
-
-``features`` is in_features for an axis of the input, out_features for an axis of the output, and the smaller of the two
-for all other axes. Sizes that are not fixed are balanced (`sizes.py`).
-"""
+"""The pattern language: one line of text describes a structured matrix (docs/guides/structures.md has the grammar)."""
 
 from __future__ import annotations
 
@@ -55,7 +41,6 @@ class Size:
     exponent: Fraction = Fraction(0)
 
     def of(self, features: int) -> float:
-        """The size, not rounded, of an axis of this many features. Raises ValueError if it is above `MAX_SIZE`."""
         with suppress(OverflowError):
             size: float = float(self.scale) * float(features) ** float(self.exponent)
             if size <= limits.MAX_SIZE:
@@ -66,19 +51,15 @@ class Size:
         if self.exponent == 0:
             return str(self.scale)
         if self.exponent == 1:
-            return f"features/{_decimal(1 / self.scale)}"
+            # all digits of the divisor, which was written as a decimal number
+            divisor = Context(prec=1000).divide(*map(Decimal, (1 / self.scale).as_integer_ratio()))
+            return f"features/{divisor:f}"
         return f"features^{self.exponent}"
 
 
 @dataclass(frozen=True)
 class TermPattern:
-    """One term of a pattern.
-
-    Attributes:
-        inputs: the axes of the input features.
-        factors: the axes of each factor, as written.
-        outputs: the axes of the output features.
-    """
+    """One term of a pattern: the axes of the input features, of each factor as written, and of the output features."""
 
     inputs: Axes
     factors: tuple[Axes, ...]
@@ -86,22 +67,16 @@ class TermPattern:
 
     @cached_property
     def axes(self) -> Axes:
-        """All axes, in order of first appearance."""
         return tuple(dict.fromkeys(chain(self.inputs, *self.factors, self.outputs)))
 
     def __str__(self) -> str:
-        groups = [_group(self.inputs), *(" ".join(axes) for axes in self.factors)]
-        return f"{', '.join(groups)} -> {_group(self.outputs)}"
+        inputs, outputs = (axes[0] if len(axes) == 1 else f"({' '.join(axes)})" for axes in (self.inputs, self.outputs))
+        return f"{', '.join([inputs, *map(' '.join, self.factors)])} -> {outputs}"
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A parsed pattern; `str` returns its canonical text.
-
-    Attributes:
-        terms: the terms that are summed.
-        sizes: (axis, size) pairs of the axes that the pattern fixes.
-    """
+    """A parsed pattern: terms that are summed, and the axes with a fixed size. `str` returns its canonical text."""
 
     terms: tuple[TermPattern, ...]
     sizes: tuple[tuple[str, Size], ...] = ()
@@ -122,7 +97,6 @@ class Pattern:
         return tuple(axis for axis in self.axes if axis not in outer)
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Pattern:
-        """Return the pattern with more sizes fixed. Raises ValueError for an unknown axis or a second size."""
         fixed = dict(self.sizes)
         for axis, value in sizes.items():
             if axis not in self.axes:
@@ -133,43 +107,20 @@ class Pattern:
         return Pattern(self.terms, tuple(fixed.items()))
 
 
-def _decimal(number: Fraction) -> str:
-    """All digits of a divisor. They are finitely many, since the divisor was written as a decimal number."""
-    numerator, denominator = map(Decimal, number.as_integer_ratio())
-    return f"{Context(prec=1000).divide(numerator, denominator):f}"
-
-
-def _group(axes: Axes) -> str:
-    return axes[0] if len(axes) == 1 else f"({' '.join(axes)})"
-
-
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Pattern:
-    """Parse a pattern. Raises PatternError (a ValueError) that points at the mistake in the text.
-
-    >>> parse("(g a), g r f a, f e g r -> (f e) where r=2").terms[0].factors
-    (('g', 'r', 'f', 'a'), ('f', 'e', 'g', 'r'))
-    """
-    limits.check_text(text)
-    pattern = _Parser(text).pattern()
-    counts = (
-        ("terms", len(pattern.terms), limits.MAX_TERMS),
-        ("factors", sum(len(term.factors) for term in pattern.terms), limits.MAX_FACTORS),
-        ("axes", len(pattern.axes), limits.MAX_AXES),
-    )
-    for name, count, limit in counts:
-        if count > limit:
-            raise ValueError(f"a pattern has at most {limit} {name}, not {count}")
+    """Parse a pattern. Raises PatternError (a ValueError) that points at the mistake in the text."""
+    pattern = _Parser(" ".join(limits.check_text(text).split())).pattern()
+    factors = [axes for term in pattern.terms for axes in term.factors]
+    parts = {"terms": pattern.terms, "factors": factors, "axes": pattern.axes}
+    for (name, part), limit in zip(parts.items(), (limits.MAX_TERMS, limits.MAX_FACTORS, limits.MAX_AXES), strict=True):
+        if len(part) > limit:
+            raise ValueError(f"a pattern has at most {limit} {name}, not {len(part)}")
     return pattern
 
 
 class Scanner:
-    """The tokens of a text, read one after another.
-
-    Attributes:
-        tokens: (kind, text, position) of each token; the kinds are the groups of a regular expression.
-        next: the number of the token to be read next.
-    """
+    """The tokens of a text, (kind, text, position), read one after another. Kinds are the groups of `token`."""
 
     def __init__(self, text: str, token: re.Pattern[str], start: int = 0) -> None:
         self.text, self.next = text, 0
@@ -178,11 +129,9 @@ class Scanner:
 
     @property
     def kind(self) -> str:
-        """The kind of the next token."""
         return self.tokens[self.next][0]
 
     def take(self) -> str:
-        """Read the next token. Raises PatternError for a number of too many digits."""
         kind, text, _ = self.tokens[self.next]
         if kind == "number" and len(text) > limits.MAX_DIGITS:
             raise self.error(f"a number has at most {limits.MAX_DIGITS} digits, not {len(text)}")
@@ -195,8 +144,12 @@ class Scanner:
         self.next += matches
         return matches
 
+    def expect(self, symbol: str, where: str) -> None:
+        if not self.accept(symbol):
+            raise self.error(f"expected {symbol!r} {where}")
+
     def error(self, message: str, token: int | None = None) -> PatternError:
-        """The error that points at a token, by default the next one."""
+        """Return the error that points at a token, by default the next one."""
         return PatternError(message, self.text, self.tokens[self.next if token is None else token][2])
 
 
@@ -208,10 +161,6 @@ class _Parser(Scanner):
         for number, (kind, character, _) in enumerate(self.tokens):
             if kind == "other":
                 raise self.error(f"unexpected character {character!r} in the pattern", number)
-
-    def expect(self, symbol: str, where: str) -> None:
-        if not self.accept(symbol):
-            raise self.error(f"expected {symbol!r} {where}")
 
     def pattern(self) -> Pattern:
         terms = [self.term()]
@@ -280,9 +229,7 @@ class _Parser(Scanner):
                 return axis, Size(1 / self.number("a divisor"), Fraction(1))
             self.expect("^", "or '/' after features")
             exponent = self.number("an exponent")
-            if self.accept("/"):
-                exponent /= self.number("a divisor")
-            return axis, Size(Fraction(1), exponent)
+            return axis, Size(Fraction(1), exponent / self.number("a divisor") if self.accept("/") else exponent)
         token = self.next
         size = self.number("a size")
         if size.denominator != 1 or size < 1:

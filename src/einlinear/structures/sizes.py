@@ -1,59 +1,38 @@
-"""Sizes of the axes: integers whose product is the number of features.
-
-The size of an axis is fixed by the pattern, or has a target: features**exponent if the pattern has an exponent, else an
-equal share of the features that the fixed axes of its group leave (balanced). Of the integers whose product is the
-number of features, those closest to the targets are taken. If none are within a factor of two of every target, the
-features are padded by as little as necessary. No input feature is ever dropped.
-"""
+"""Sizes of the axes: integers close to the targets of the pattern, with as little padding as possible."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import chain, product
+from typing import NamedTuple
 
 from einlinear.structures import limits
 from einlinear.structures.pattern import Axes, Pattern
 
+Sizes = tuple[int, ...]
+
 # padding as a fraction of the features
 MAX_PADDING = 0.15
-# log ratio of a size and its target above which padding is preferred
-_CLOSE = math.log(2) + 1e-9
-# distances that count as equal
-_EQUAL = 1e-9
+# log ratio of a size and its target above which padding is preferred, and distances that count as equal
+_CLOSE, _EQUAL = math.log(2) + 1e-9, 1e-9
 # candidates that are compared: orders of equally good sizes in one group, and assignments to all groups
 _MAX_ORDERS, _MAX_CANDIDATES = 6, 1024
-# Limits of the search, after which the best sizes so far are taken: padded feature counts without large prime factors,
-# padded feature counts where no sizes are close to their targets, and sizes of an axis.
-_MAX_TRIED, _MAX_FAR, _MAX_STEPS = 65536, 1024, 65536
-# Numbers without a prime factor above a limit: up to the first limit they are rare and are multiplied up, above the
-# second limit most numbers qualify.
-_RARE, _COMMON = 64, 4096
+# limits of the search, after which the best sizes so far are taken: padded feature counts, and sizes of an axis
+_MAX_FAR, _MAX_STEPS = 1024, 65536
+# numbers without larger prime factors are rare
+_RARE = 64
 
 
 class DoesNotFit(ValueError):
     """The structure does not exist at this size, but may exist at another one.
 
-    Raised if sizes contradict the features or would pad them too far. A family's builder raises it for features that no
-    member of the family fits. All other mistakes, such as an unknown family, are wrong at every size: they are plain
-    ValueErrors.
-
-    Example:
-        >>> import einlinear as el
-        >>> def fits(width):
-        ...     try:
-        ...         return bool(el.structure("dyad(blocks=30)", width, width))
-        ...     except el.structures.DoesNotFit:
-        ...         return False
-        >>> fits(60), fits(64)
-        (True, False)
+    Builders raise it for features that no member of the family fits. Mistakes at every size are plain ValueErrors.
     """
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Axes that together index the features of one side, "in" or "out"."""
 
     side: str
@@ -62,7 +41,7 @@ class Group:
 
 
 def groups(pattern: Pattern, in_features: int, out_features: int) -> tuple[Group, ...]:
-    """The distinct groups of a pattern. The same axes in another order are the same group."""
+    """Return the distinct groups of a pattern. The same axes in another order are the same group."""
     distinct: dict[tuple[str, frozenset[str]], Group] = {}
     for term in pattern.terms:
         for side, axes, features in (("in", term.inputs, in_features), ("out", term.outputs, out_features)):
@@ -73,66 +52,54 @@ def groups(pattern: Pattern, in_features: int, out_features: int) -> tuple[Group
 def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> Iterator[dict[str, int]]:
     """Yield equally good assignments of a size to every axis, the preferred one first.
 
-    Raises:
-        DoesNotFit: fixed sizes contradict the features, or padding would exceed MAX_PADDING.
-        ValueError: a rank axis has no size, or the size of an axis is huge.
+    Axes are fixed by the pattern, or have a target: features**exponent, else an equal share of the features that the
+    other axes of the group leave. Raises DoesNotFit if fixed sizes contradict the features or need too much padding.
     """
-    axes = pattern.axes
-    all_groups = groups(pattern, in_features, out_features)
-    named = dict(pattern.sizes)
+    all_groups, named = groups(pattern, in_features, out_features), dict(pattern.sizes)
+    owners = {axis: [group for group in all_groups if axis in group.axes] for axis in pattern.axes}
     fixed: dict[str, int] = {}
     targets: dict[str, float] = {}
-    for axis in axes:
-        owners = [group for group in all_groups if axis in group.axes]
-        features = min((group.features for group in owners), default=min(in_features, out_features))
+    for axis in pattern.axes:
+        features = min((group.features for group in owners[axis]), default=min(in_features, out_features))
         if axis in named:
             size, is_power = named[axis].of(features), named[axis].exponent not in (0, 1)
-            if owners and is_power:
+            if owners[axis] and is_power:
                 targets[axis] = size
             else:
                 # 64**(1/3) is 3.9999...96 in floats
                 fixed[axis] = max(1, math.ceil(size - 1e-9) if is_power else math.floor(size))
-        elif not owners:
-            raise ValueError(
-                f"axis {axis!r} is neither read nor written, so its size must be given: 'where {axis}=2' in the "
-                f'pattern, or sizes={{"{axis}": 2}}'
-            )
-
-    for axis in axes:
+        elif not owners[axis]:
+            advice = f"its size must be given: 'where {axis}=2' in the pattern, or sizes={{'{axis}': 2}}"
+            raise ValueError(f"axis {axis!r} is neither read nor written, so {advice}")
+    for axis in pattern.axes:
         # an axis of several groups must divide each of them
-        owners = [group for group in all_groups if axis in group.axes]
-        if len(owners) > 1 and axis not in fixed:
-            fixed[axis] = _shared_size(axis, owners, fixed, targets)
+        if len(owners[axis]) > 1 and axis not in fixed:
+            fixed[axis] = _shared_size(axis, owners[axis], fixed, targets)
 
     options: list[list[dict[str, int]]] = []
     for group in all_groups:
+        sizes = {axis: fixed[axis] for axis in group.axes if axis in fixed}
         free = [axis for axis in group.axes if axis not in fixed]
-        step = math.prod(fixed[axis] for axis in group.axes if axis in fixed)
+        step = math.prod(sizes.values())
         remaining = math.ceil(group.features / step)
-        _check_padding(group, step * remaining if free else step, fixed)
-        if not free:
-            continue
-        goals = _targets(free, targets, group.features / step)
-        limit = max(remaining, math.floor(group.features * (1 + MAX_PADDING) / step))
-        effort = 1 / max(1, len(all_groups) // 4)
-        choices = [dict(zip(free, sizes)) for sizes in _closest(remaining, limit, goals, group.side == "in", effort)]
-        few = math.prod(map(len, options)) * len(choices) <= _MAX_CANDIDATES
-        options.append(choices if few else choices[:1])
-    for choice in product(*options):
-        sizes = dict(chain(fixed.items(), *map(dict.items, choice)))
-        yield {axis: sizes[axis] for axis in axes}
-
-
-def _targets(free: list[str], targets: Mapping[str, float], features: float) -> tuple[float, ...]:
-    """The target of each free axis: that of the pattern, or an equal share of the features that these leave."""
-    named = {axis: targets[axis] for axis in free if axis in targets}
-    count = len(free) - len(named)
-    share = max(1.0, features / math.prod(named.values())) ** (1 / count) if count else 1.0
-    return tuple(named.get(axis, share) for axis in free)
+        _check_padding(group, step * remaining if free else step, sizes)
+        if free:
+            powers = math.prod(targets.get(axis, 1.0) for axis in free)
+            balanced = sum(axis not in targets for axis in free)
+            share = max(1.0, group.features / step / powers) ** (1 / max(1, balanced))
+            goals = tuple(targets.get(axis, share) for axis in free)
+            limit = max(remaining, math.floor(group.features * (1 + MAX_PADDING) / step))
+            effort = 1 / max(1, len(all_groups) // 4)
+            closest = _closest(remaining, limit, goals, group.side == "in", effort)
+            few = math.prod(map(len, options)) * len(closest) <= _MAX_CANDIDATES
+            options.append([dict(zip(free, values)) for values in (closest if few else closest[:1])])
+    for choice in itertools.product(*options):
+        every = dict(itertools.chain(fixed.items(), *map(dict.items, choice)))
+        yield {axis: every[axis] for axis in pattern.axes}
 
 
 def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targets: Mapping[str, float]) -> int:
-    """The size of an axis of several groups."""
+    """Return the size of an axis of several groups."""
     for group in owners:
         # if all other axes of the group are fixed, this one follows
         others = [other for other in group.axes if other != axis]
@@ -144,46 +111,36 @@ def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targe
     return best if abs(math.log(best / target)) <= _CLOSE else max(1, round(target))
 
 
-def _check_padding(group: Group, total: int, fixed: Mapping[str, int]) -> None:
+def _check_padding(group: Group, total: int, sizes: Mapping[str, int]) -> None:
     """Refuse sizes with fewer features than there are, or with too much padding."""
-    sizes = {axis: fixed[axis] for axis in group.axes if axis in fixed}
-    named = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    if total < group.features:
-        raise DoesNotFit(
-            f"the sizes {named} multiply to {total}, fewer than {group.side}_features={group.features}: "
-            "give larger sizes, or leave one axis free"
-        )
-    if total - group.features > MAX_PADDING * group.features:
+    features, named = group.features, ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    given = f"{group.side}_features={features}"
+    if total < features:
+        raise DoesNotFit(f"the sizes {named} multiply to {total}, fewer than {given}: enlarge or free an axis")
+    if total - features > MAX_PADDING * features:
         step = math.prod(sizes.values())
-        down, up = group.features // step * step, math.ceil(group.features / step) * step
-        nearby = " and ".join(str(size) for size in dict.fromkeys((down, up)) if size)
-        raise DoesNotFit(
-            f"{group.side}_features={group.features} is not divisible by {step} (the axes {named}) and would be padded "
-            f"to {total}, by more than {MAX_PADDING:.0%}; nearby sizes that fit: {nearby}"
-        )
+        down, up = features // step * step, math.ceil(features / step) * step
+        nearby = f"{down} and {up}" if 0 < down < up else str(up)
+        padded = f"padded to {total}, by more than {MAX_PADDING:.0%}; nearby sizes that fit: {nearby}"
+        raise DoesNotFit(f"{given} is not divisible by {step} (the axes {named}) and would be {padded}")
 
 
 @lru_cache(maxsize=4096)
-def _closest(
-    features: int, limit: int, targets: tuple[float, ...], descending: bool, effort: float
-) -> list[tuple[int, ...]]:
-    """The ordered factorisations closest to the targets, all equally close, of as few features as possible.
-
-    The padded number of features is from `features` to `limit`. `effort` is the fraction of the limits of the search.
-    """
+def _closest(features: int, limit: int, targets: tuple[float, ...], descending: bool, effort: float) -> list[Sizes]:
+    """Return the equally close factorisations of the fewest features from `features` to `limit`."""
     if len(targets) == 1:
         return [(min(max(features, math.ceil(targets[0] * math.exp(-_CLOSE))), limit),)]
     search = _Search(targets, int(effort * _MAX_STEPS))
     product, slack = math.prod(targets), 2 ** len(targets) * 1.01
     if product / slack <= limit and features <= product * slack:
-        for padded in _smooth_numbers(features, limit, 2 * max(targets) + 1, int(effort * _MAX_TRIED)):
+        for padded in _smooth_numbers(features, limit, 2 * max(targets) + 1):
             _, closest = search.closest(padded)
             if max(abs(math.log(size / target)) for size, target in zip(closest[0], targets)) <= _CLOSE:
                 return sorted(closest, reverse=descending)[:_MAX_ORDERS]
             if search.steps <= 0:
                 break
     search.steps = int(effort * _MAX_STEPS)
-    best, closest = math.inf, list[tuple[int, ...]]()
+    best, closest = math.inf, list[Sizes]()
     for padded in range(features, min(limit, features + _MAX_FAR) + 1):
         distance, candidates = search.closest(padded, best)
         if distance < best - _EQUAL:
@@ -193,23 +150,13 @@ def _closest(
     return sorted(closest, reverse=descending)[:_MAX_ORDERS]
 
 
-def _smooth_numbers(first: int, last: int, largest: float, tried: int) -> Iterator[int]:
-    """The numbers from first to last without a prime factor above `largest`, which no axis could have."""
-    if largest > _COMMON:
+def _smooth_numbers(first: int, last: int, largest: float) -> Iterator[int]:
+    """Yield the numbers from first to last, without those of a prime factor above `largest` where these are many."""
+    if largest > _RARE:
         yield from range(first, last + 1)
         return
-    primes = [p for p in _primes() if p <= largest]
-    if largest > _RARE:
-        product = math.prod(primes)
-        for number in range(first, min(last, first + tried) + 1):
-            rest = number
-            while (common := math.gcd(rest, product)) > 1:
-                rest //= common
-            if rest == 1:
-                yield number
-        return
     numbers = [1]
-    for prime in primes:
+    for prime in itertools.takewhile(lambda prime: prime <= largest, _primes()):
         # the list grows during iteration
         for number in numbers:
             if number * prime <= last:
@@ -220,16 +167,15 @@ def _smooth_numbers(first: int, last: int, largest: float, tried: int) -> Iterat
 class _Search:
     """Branch and bound for the sizes of a given product that are closest to the targets: least squares of log ratios.
 
-    The bound spreads the rest of the product evenly over the remaining axes. All orders of up to three axes are
-    compared. Of more axes only the two monotone orders are, since the number of orders grows as the factorial.
+    Of more than three axes, only the two monotone orders are compared: the number of orders grows as the factorial.
     """
 
     def __init__(self, targets: tuple[float, ...], steps: int) -> None:
         self.targets, self.steps = targets, steps
-        self.best, self.closest_sizes = math.inf, set[tuple[int, ...]]()
+        self.best, self.closest_sizes = math.inf, set[Sizes]()
 
-    def closest(self, features: int, below: float = math.inf) -> tuple[float, list[tuple[int, ...]]]:
-        """The least distance below a bound, and all sizes of this distance, or the best ones within the steps."""
+    def closest(self, features: int, below: float = math.inf) -> tuple[float, list[Sizes]]:
+        """Return the least distance below a bound, and all sizes of this distance, or the best within the steps."""
         self.best, self.closest_sizes = below, set()
         divisors = _divisors(features)
         # about the time that the divisors take
@@ -241,7 +187,7 @@ class _Search:
         return self.best, list(self.closest_sizes)
 
     def _extend(
-        self, sizes: tuple[int, ...], rest: int, logs: list[float], distance: float, divisors: Sequence[int], back: bool
+        self, sizes: Sizes, rest: int, logs: list[float], distance: float, divisors: Sequence[int], back: bool
     ) -> None:
         """Choose the size of the next axis: sizes nearest to an even share first."""
         monotone, left = len(logs) > 3, len(logs) - len(sizes)
@@ -282,7 +228,7 @@ def _divisors(n: int) -> tuple[int, ...]:
 
 @cache
 def _primes() -> tuple[int, ...]:
-    """The primes up to the square root of the largest padded number of features."""
+    """Return the primes up to the square root of the largest padded number of features."""
     sieve = bytearray([1]) * (math.isqrt(limits.MAX_SIZE * 2) + 1)
     for n in range(2, math.isqrt(len(sieve)) + 1):
         sieve[n * n :: n] = bytes(len(sieve[n * n :: n]))

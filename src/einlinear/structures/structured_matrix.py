@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TypeVar
 
-from einlinear.structures.contraction import contract, intermediates, scaling_exponents
-from einlinear.structures.limits import MAX_NUMBER, check_text
+from einlinear.structures.contraction import contract, generic_rank, intermediates, scaling_exponents
 from einlinear.structures.pattern import Axes, Pattern, TermPattern
-from einlinear.structures.rank import generic_rank
-from einlinear.structures.sizes import candidate_sizes
 
 T = TypeVar("T")
 
@@ -26,17 +23,12 @@ class Factor:
     The step reads an intermediate (the input, for the first factor) and leaves another one (the output, for the last).
 
     Attributes:
-        name: A, B, C, ... in the order the pattern writes them; also the name of the layer's parameter.
-        axes: the axes as the pattern writes them.
-        shape: the sizes of these axes, which is the shape of the parameter.
-        source: the axes of the intermediate that the step reads.
-        result: the axes of the intermediate that the step leaves.
-        batch: the axes that factor, source and result have.
-        contracted: the axes that factor and source have: they are summed.
-        free: the axes that source and result have: the same matrices are applied for all of their values.
-        new: the axes that factor and result have.
-        fan_in: the product of the sizes of `contracted`.
-        fan_out: the product of the sizes of `new`.
+        name: A, B, C, ... in the written order; also the name of the layer's parameter.
+        axes, shape: the axes in the written order, and their sizes: the shape of the parameter.
+        source, result: the axes of the intermediate that the step reads, and of the one that it leaves.
+        batch, contracted: the axes of factor and source that the result has, and that are summed.
+        free, new: the axes of the result that the factor lacks, and that the source lacks.
+        fan_in, fan_out: the products of the sizes of `contracted` and of `new`.
         macs: multiply-accumulates of the step for one input vector.
     """
 
@@ -66,13 +58,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a structured matrix.
-
-    Attributes:
-        inputs: the axes of the input features.
-        factors: in order of contraction.
-        outputs: the axes of the output features.
-    """
+    """One summand of a structured matrix: axes of the input, factors in order of contraction, axes of the output."""
 
     inputs: Axes
     factors: tuple[Factor, ...]
@@ -120,17 +106,11 @@ class Structure:
         >>> import einlinear as el
         >>> [part for _, part in el.structure("i, r i, o r -> o + i, o i -> o where r=2", 4, 4).by_term("XYZ")]
         ['XY', 'Z']
-
-        Raises:
-            ValueError: more or fewer entries than factors.
         """
-        parts, first = [], 0
-        for term in self.terms:
-            parts.append((term, entries[first : first + len(term.factors)]))
-            first += len(term.factors)
-        if len(entries) != first:
-            raise ValueError(f"{self} has {first} factors, not {len(entries)}")
-        return parts
+        if len(entries) != len(self.factors):
+            raise ValueError(f"{self} has {len(self.factors)} factors, not {len(entries)}")
+        ends = itertools.accumulate(len(term.factors) for term in self.terms)
+        return [(term, entries[end - len(term.factors) : end]) for term, end in zip(self.terms, ends, strict=True)]
 
     @property
     def params(self) -> int:
@@ -145,21 +125,14 @@ class Structure:
 
     @cached_property
     def rank(self) -> int:
-        """The rank of the matrix for almost all values of the factors.
-
-        With padding and many axes it is an upper bound, off by less than the padding.
-        """
+        """The rank for almost all values of the factors. With padding and many axes it is a close upper bound."""
         return generic_rank(self.pattern.terms, dict(self.sizes), self.in_features, self.out_features)
 
     @property
     def psi(self) -> float:
-        """The exponent of the rank: rank = n^psi for n features.
+        """The exponent of the rank: rank = n^psi for n features (arXiv 2410.02117, section 3).
 
-        psi, nu and omega are defined as in Potapczynski et al., arXiv 2410.02117. They are asymptotic, for in_features
-        = out_features = n: named sizes (``rank=4``, ``blocks=4``) stay fixed and balanced axes grow. If all axes of the
-        input or of the output have a fixed size, these axes count with the exponents they have at this size. The
-        factors are taken in written order, as in the paper. A theta that is cheaper in the other order (the paper
-        admits none) can have a smaller rank than psi suggests; `rank` is exact.
+        Named sizes (``rank=4``, ``blocks=4``) stay fixed, balanced axes grow. Factors are taken in the written order.
         """
         return self._exponents[0]
 
@@ -178,53 +151,19 @@ class Structure:
         return scaling_exponents(self.pattern, dict(self.sizes), self.in_features, self.out_features)
 
     def __hash__(self) -> int:
-        # Layers hash their structure in every call, so only what tells two structures apart is hashed.
+        # layers hash their structure in every call, and these three tell structures apart
         return hash((self.spec, self.in_features, self.out_features))
 
     def __str__(self) -> str:
         return f"{self.spec}, {self.in_features} -> {self.out_features}"
 
 
-def build(pattern: Pattern, in_features: int, out_features: int, spec: str | None = None) -> Structure:
-    """Build the structure of a pattern at one size.
-
-    If several assignments of sizes are equally balanced, the one of highest rank is taken, then the one of fewest MACs.
-    They are compared with rank axes of size 1, so that a structure keeps its axes as its rank grows.
-
-    Raises:
-        DoesNotFit, ValueError: as `sizes.candidate_sizes`.
-    """
-    best, *others = candidate_sizes(pattern, in_features, out_features)
-    if others:
-        # of equals, the first
-        best = max([best, *others], key=lambda sizes: _preference(pattern, sizes, min(in_features, out_features)))
-    spec = spec or str(pattern)
-    # the canonical text may be longer than the text that was read
-    check_text(spec)
-    structure = Structure(spec, in_features, out_features, pattern, tuple(best.items()))
-    if structure.macs > MAX_NUMBER:
-        raise ValueError(
-            f"the sizes multiply to 10^{len(str(structure.macs)) - 1} MACs for one input: that is too many"
-        )
-    return structure
-
-
-def _preference(pattern: Pattern, sizes: Mapping[str, int], full_rank: int) -> tuple[int, int]:
-    """Rank without padding, then MACs (negated), with rank axes of size 1."""
-    sizes = {**sizes, **dict.fromkeys(pattern.rank_axes, 1)}
-    contractions = [contract(term, sizes, len(pattern.terms)) for term in pattern.terms]
-    rank = sum(contraction.bottleneck for contraction in contractions)
-    return min(rank, full_rank), -sum(contraction.macs for contraction in contractions)
-
-
 def _term(term: TermPattern, names: Sequence[str], sizes: Mapping[str, int], terms: int) -> Term:
-    """A term with its factors in order of contraction."""
-
     def size(axes: Axes) -> int:
         return math.prod(sizes[axis] for axis in axes)
 
     order, factors = contract(term, sizes, terms).order, []
-    for index, (source, result) in zip(order, pairwise(intermediates(term, order)), strict=True):
+    for index, (source, result) in zip(order, itertools.pairwise(intermediates(term, order)), strict=True):
         axes = term.factors[index]
         shape = tuple(sizes[axis] for axis in axes)
         batch = tuple(axis for axis in source if axis in axes and axis in result)

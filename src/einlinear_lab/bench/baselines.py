@@ -1,7 +1,4 @@
-"""The baselines besides `torch.nn.Linear`: the copying implementation of the literature, and tensorly-torch.
-
-Both hold the factors in layouts of their own. The conversion only moves entries, so it converts gradients as well.
-"""
+"""The published, copying implementation and tensorly-torch, with factors (and gradients) in layouts of their own."""
 
 from __future__ import annotations
 
@@ -30,14 +27,9 @@ def copying_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Ten
 
 
 def copying(structure: Structure, weights: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute the copying baseline: one batched matmul per factor, with a transposing copy after each.
+    """Compute the published implementation of two-factor structures: x (n, in_features) -> (n, out_features).
 
-    This is the published implementation of two-factor structures: the matmul has its batch axes first, so the
-    intermediate is transposed and made contiguous for the second matmul, and its result for the output. Autograd
-    differentiates it.
-
-    Shapes:
-        x (n, in_features), weights as of `copying_weights` -> (n, out_features).
+    Batched matmuls have their batch axes first, so the intermediate and the output are transposed and made contiguous.
     """
     sizes = {**dict(structure.sizes), _TOKENS: x.shape[0]}
     total: Tensor | None = None
@@ -66,19 +58,15 @@ def _matrices(tensor: Tensor, factor: Factor, rows: int, sizes: dict[str, int]) 
 
 def is_blocktt(structure: Structure) -> bool:
     """Return whether tensorly-torch's BlockTT layer supports the structure: a tensor-train matrix without padding."""
-    if _cores(structure) is None:
-        return False
     sizes, term = dict(structure.sizes), structure.terms[0]
     padded = math.prod(sizes[a] for a in term.inputs + term.outputs)
-    return structure.in_features * structure.out_features == padded
+    return bool(_cores(structure)) and structure.in_features * structure.out_features == padded
 
 
 def blocktt_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
     """Return the factors as tensorly-torch's BlockTT has them: (rank before, out, in, rank after), slow axes first."""
-    cores = _cores(structure)
-    assert cores is not None
     stored = []
-    for (core, mode), before, after in zip(cores, ((), _rank(cores)), (_rank(cores), ()), strict=True):
+    for core, before, mode, after in _cores(structure):
         w = factors[structure.factors.index(core)]
         sizes = dict(zip(core.axes, w.shape, strict=True))
         shape = (math.prod(sizes[a] for a in axes) for axes in (before, mode[:1], mode[1:], after))
@@ -88,9 +76,8 @@ def blocktt_weights(structure: Structure, factors: Sequence[Tensor]) -> list[Ten
 
 def blocktt(weights: Sequence[nn.Parameter], bias: nn.Parameter | None) -> nn.Module:
     """Return the layer of tensorly-torch with these weights."""
-    # imported on use: it is slow, and has no types
+    # slow to import, and without types
     tltorch = import_module("tltorch")
-
     shape = tuple(w.shape[1] for w in weights), tuple(w.shape[2] for w in weights)
     tensor = tltorch.BlockTT(list(weights), tensorized_shape=shape, rank=[1, *(w.shape[3] for w in weights)])
     layer = tltorch.FactorizedLinear(shape[1], shape[0], bias=False, factorization=tensor)
@@ -98,22 +85,13 @@ def blocktt(weights: Sequence[nn.Parameter], bias: nn.Parameter | None) -> nn.Mo
     return cast(nn.Module, layer)
 
 
-_Cores = tuple[tuple[Factor, Axes], tuple[Factor, Axes]]
-
-
-def _cores(structure: Structure) -> _Cores | None:
-    """Return the two cores of a tensor-train matrix, each with its (output, input) axes, the slower axes first."""
+def _cores(structure: Structure) -> list[tuple[Factor, Axes, Axes, Axes]]:
+    """Return the cores of a tensor-train matrix, slow axes first: factor, rank before, (output, input), rank after."""
     term = structure.terms[0]
     if len(structure.terms) > 1 or not len(term.inputs) == len(term.outputs) == len(term.factors) == 2:
-        return None
+        return []
     first, second = sorted(term.factors, key=lambda factor: term.inputs[0] not in factor.axes)
     slow, fast = zip(term.outputs, term.inputs, strict=True)
-    cores = (first, slow), (second, fast)
-    rank = _rank(cores)
-    return cores if all({*core.axes} == {*mode, *rank} for core, mode in cores) else None
-
-
-def _rank(cores: _Cores) -> Axes:
-    """Return the axes that both cores share."""
-    (first, _), (second, _) = cores
-    return tuple(a for a in first.axes if a in second.axes)
+    rank = tuple(a for a in first.axes if a in second.axes)
+    cores: list[tuple[Factor, Axes, Axes, Axes]] = [(first, (), slow, rank), (second, rank, fast, ())]
+    return cores if all({*core.axes} == {*mode, *rank} for core, _, mode, _ in cores) else []

@@ -23,17 +23,10 @@ _SHARE = re.compile(r"\{d/(\d+)\}")
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """A benchmark case.
+    """A structure and a size, a number of input vectors, and a pass.
 
-    Attributes:
-        structure: the spec of the structure.
-        in_features, out_features: the size of the layer.
-        tokens: the number of input vectors.
-        mode: "forward" (no gradients), "train" (forward and backward, gradients of the input and of all parameters), or
-            "decode" (forward of 1 to 16 tokens).
-        dtype, device: of all tensors, such as "float32" and "cpu".
-        bias: whether the layers have a bias.
-        backend: the only backend to measure; empty for the dispatcher's choice.
+    The pass is "forward" (no gradients), "train" (forward and backward, gradients of the input and all parameters) or
+    "decode" (forward of 1 to 16 tokens). An empty backend is the dispatcher's choice.
     """
 
     structure: str
@@ -48,7 +41,7 @@ class Case:
 
     @property
     def dense_macs(self) -> int:
-        """The multiply-accumulates (MACs) of a dense layer, for one token."""
+        """MACs of a dense layer for one token."""
         return self.in_features * self.out_features
 
     @property
@@ -58,17 +51,15 @@ class Case:
 
     @property
     def size(self) -> str:
-        """The size in words, such as "1024 → 4096"."""
         return f"{self.in_features} → {self.out_features}"
+
+    @property
+    def amount(self) -> str:
+        return f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
 
     def build(self) -> Structure:
         """Build the structure. Raises ValueError if it does not exist at this size."""
         return structure(self.structure, self.in_features, self.out_features)
-
-    @property
-    def amount(self) -> str:
-        """The tokens in words, such as "16 tokens"."""
-        return f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
 
     def __str__(self) -> str:
         backend = f", {self.backend}" if self.backend else ""
@@ -77,13 +68,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes to move. A tensor counts once for every pass that reads it and once for every pass that writes it.
-
-    Attributes:
-        least: input, output and factors, and in training their gradients. No implementation moves less.
-        total: the same with intermediates, written and read again. Caches may avoid this traffic.
-        intermediates: the intermediates once, which a training step may have to keep.
-    """
+    """Bytes to move: at least, with written and read intermediates, and the size of the intermediates alone."""
 
     least: int
     total: int
@@ -92,13 +77,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """The configuration of a measurement.
-
-    Attributes:
-        budget: seconds to repeat the measurement of a case; every variant gets at least five runs.
-        backends: backends to measure besides the dispatcher's choice; None for all that can run.
-        compiled: whether to measure torch.compile of the plain einsum, in forward and training.
-    """
+    """Seconds per case, backends to measure besides the dispatcher's choice (None: all), and whether to compile."""
 
     budget: float = 1.0
     backends: tuple[str, ...] | None = None
@@ -107,16 +86,7 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A grid of cases and the configuration of their measurement.
-
-    Attributes:
-        structures: specs; ``{d/8}`` in a spec stands for an eighth of the smaller feature count.
-        sizes: (in_features, out_features) pairs.
-        tokens: numbers of tokens: up to 16 make a "decode" case, more a "forward" and a "train" case.
-        modes: the passes to measure.
-        dtypes, device, bias: as for `Case`.
-        config: the configuration of the measurement.
-    """
+    """A grid of cases and the configuration of their measurement; ``{d/8}`` in a spec is an eighth of the features."""
 
     structures: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
@@ -128,11 +98,7 @@ class Suite:
     config: BenchConfig = BenchConfig()
 
     def cases(self) -> list[Case]:
-        """Return the grid, structure by structure.
-
-        Raises:
-            ValueError: a structure, pass, dtype or device is unknown, or the grid is empty.
-        """
+        """Return the grid, structure by structure. Raises ValueError for an unknown name or an empty grid."""
         check("pass", self.modes, MODES)
         check("dtype", self.dtypes, DTYPES)
         check("device", [self.device], DEVICES)
@@ -153,14 +119,8 @@ class Suite:
 
 
 _STRUCTURES = (
-    "btt",
-    "btt(rank=2)",
-    "monarch(blocks=4)",
-    "monarch(blocks=16)",
-    "low_rank(rank={d/8})",
-    "kronecker",
-    "tt(rank=4)",
-    "dyad(blocks=4)",
+    *("btt", "btt(rank=2)", "monarch(blocks=4)", "monarch(blocks=16)"),
+    *("low_rank(rank={d/8})", "kronecker", "tt(rank=4)", "dyad(blocks=4)"),
 )
 
 SUITES = {
@@ -201,8 +161,7 @@ def estimate_traffic(case: Case, structure: Structure) -> Traffic:
     size = DTYPES[case.dtype].itemsize
     x, y = case.tokens * case.in_features, case.tokens * case.out_features
     intermediates = case.tokens * sum(term.intermediate_size for term in structure.terms)
-    training = case.mode == "train"
-    times = (3, 2, 3, 6) if training else (1, 1, 1, 2)
+    times = (3, 2, 3, 6) if case.mode == "train" else (1, 1, 1, 2)
     least = times[0] * x + times[1] * y + times[2] * structure.params
     return Traffic(size * least, size * (least + times[3] * intermediates), size * intermediates)
 
@@ -215,11 +174,7 @@ def check(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def choose(name: str, **options: Any) -> Suite:
-    """Return a suite by name, with the fields of the suite or of its config replaced by all options that are not None.
-
-    Raises:
-        ValueError: the suite is unknown.
-    """
+    """Return a suite, with fields of the suite or of its config replaced by all options that are not None."""
     check("suite", [name], SUITES)
     suite = SUITES[name]
     fields = {key: value for key, value in options.items() if value is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.results import BenchResult
@@ -13,23 +13,9 @@ from einlinear_lab.bench.timing import Spread
 from einlinear_lab.bench.variants import COMPILED, COPYING, DENSE, OURS, RECOMPUTING
 
 
-class HasCase(Protocol):
-    """A result of any benchmark that has claims."""
-
-    @property
-    def case(self) -> Case: ...
-
-
 @dataclass(frozen=True)
 class Claim:
-    """The claim that a value is at least `least` for every result that it applies to.
-
-    Attributes:
-        text: the claim in words.
-        least: the promised value.
-        value: result -> measured value, or None if it was not measured.
-        applies: case -> whether the claim is about it.
-    """
+    """The claim that a value of a result (None if not measured) is at least `least` in all cases that it applies to."""
 
     text: str
     least: float
@@ -42,10 +28,10 @@ class Verdict:
     """A claim and the measured values of all results that it applies to, the worst first."""
 
     claim: Claim
-    values: tuple[tuple[HasCase, float], ...]
+    values: tuple[tuple[Any, float], ...]
 
     @property
-    def missed(self) -> tuple[tuple[HasCase, float], ...]:
+    def missed(self) -> tuple[tuple[Any, float], ...]:
         """The results that refute the claim."""
         return tuple((result, value) for result, value in self.values if value < self.claim.least)
 
@@ -54,12 +40,10 @@ class Verdict:
         """ "passed", "not measured", or the share by which the worst value misses the promised one."""
         if not self.values:
             return "not measured"
-        if not self.missed:
-            return "passed"
-        return f"missed by {1 - self.values[0][1] / self.claim.least:.0%}"
+        return f"missed by {1 - self.values[0][1] / self.claim.least:.0%}" if self.missed else "passed"
 
 
-def judge(results: Sequence[HasCase], claims: Mapping[str, Sequence[Claim]] | None = None) -> list[Verdict]:
+def judge(results: Sequence[Any], claims: Mapping[str, Sequence[Claim]] | None = None) -> list[Verdict]:
     """Judge the claims (by device; default: those about layers) about the devices of some results."""
     devices = {result.case.device for result in results}
     verdicts = []
@@ -85,7 +69,9 @@ def where(
 def _ratio(result: BenchResult, baseline: str) -> Spread | None:
     """Return the speed-up of el.Linear over dense or over the copying baseline."""
     ours = result.of(OURS)
-    return None if ours is None else ours.speedup if baseline == DENSE else ours.over_copying
+    if ours is None:
+        return None
+    return ours.speedup if baseline == DENSE else ours.over_copying
 
 
 def _speedup(result: BenchResult, baseline: str = DENSE) -> float | None:
@@ -95,9 +81,11 @@ def _speedup(result: BenchResult, baseline: str = DENSE) -> float | None:
 
 def _over_compiled(result: BenchResult) -> float | None:
     ours, compiled = result.of(OURS), result.of(COMPILED)
-    if not (ours and compiled and ours.seconds and compiled.seconds):
-        return None
-    return compiled.seconds.median / ours.seconds.median
+    return (
+        compiled.seconds.median / ours.seconds.median
+        if ours and compiled and ours.seconds and compiled.seconds
+        else None
+    )
 
 
 def _not_slower(result: BenchResult, than: str) -> float | None:
@@ -116,8 +104,11 @@ def _memory(result: BenchResult, name: str, intermediates: int) -> float | None:
     return (dense.peak_bytes + intermediates * result.traffic.intermediates + 4096) / variant.peak_bytes
 
 
-_LIMIT, _ROOFLINE = BenchResult.fraction, BenchResult.roofline_fraction
-_over_copying = partial(_speedup, baseline=COPYING)
+_LIMIT, _ROOFLINE, _over_copying = (
+    BenchResult.fraction,
+    BenchResult.roofline_fraction,
+    partial(_speedup, baseline=COPYING),
+)
 
 # fmt: off
 _ALWAYS = (

@@ -1,8 +1,6 @@
 """Fit the dispatcher's cost model to measurements.
 
-``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json, and prints how
-much slower the chosen backends are than the fastest. With ``--check`` it writes nothing, and exits with status 1 if the
-file is not the fit of the measurements that it names.
+``python -m einlinear_lab.bench.fit_costs docs/benchmarks/cpu*/bench.json`` writes ops/costs.json.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import torch
 from scipy.optimize import nnls
 
 from einlinear.files import write_json
-from einlinear.ops import costs as model
 from einlinear.ops import dispatch
 from einlinear.ops.backends import CPU_BACKENDS
 from einlinear_lab.bench.cases import Case
@@ -35,7 +32,7 @@ def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, flo
             mode = "train" if result.case.mode == "train" else "forward"
             names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
             of_backends = {name: us for name, us in names.items() if name in CPU_BACKENDS}
-            yield result.case, mode, {model.DENSE: names[DENSE], **of_backends}
+            yield result.case, mode, {dispatch.DENSE: names[DENSE], **of_backends}
 
 
 def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
@@ -43,16 +40,15 @@ def fit(benches: Sequence[Bench]) -> dict[str, dict[str, list[float]]]:
     rows: dict[tuple[str, str], list[list[float]]] = {}
     for case, mode, times in timings(benches):
         for name, us in times.items():
-            amounts = model.amounts(name, case.build(), case.tokens)
+            amounts = dispatch.amounts(name, case.build(), case.tokens)
             rows.setdefault((mode, name), []).append([amount / us for amount in amounts])
     costs: dict[str, dict[str, list[float]]] = {"forward": {}, "train": {}}
-    known = (model.DENSE, *CPU_BACKENDS)
+    known = (dispatch.DENSE, *CPU_BACKENDS)
     missing = [f"{name} ({mode})" for mode in costs for name in known if (mode, name) not in rows]
     if missing:
         raise ValueError(f"there are no measurements in float32 on the CPU of {', '.join(missing)}")
     for (mode, name), relative in rows.items():
         matrix = np.array(relative)
-        # columns differ in size by orders of magnitude
         scale = np.maximum(matrix.max(0), 1e-30)
         solution, _ = nnls(matrix / scale, np.ones(len(matrix)))
         costs[mode][name] = [float(f"{c:.4g}") for c in solution / scale]
@@ -64,13 +60,13 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
     ratios = []
     for case, mode, times in timings(benches):
         chosen = dispatch.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
-        ratios.append((times[chosen] / min(us for name, us in times.items() if name != model.DENSE), case))
+        ratios.append((times[chosen] / min(us for name, us in times.items() if name != dispatch.DENSE), case))
     return sorted(ratios, key=lambda loss: -loss[0])
 
 
 def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
     """Return the backends whose coefficients in ops/costs.json differ from these by more than 1 %."""
-    stored, outdated = model.read_costs(), []
+    stored, outdated = dispatch.read_costs(), []
     for mode, by_backend in costs.items():
         for name, fitted in by_backend.items():
             pairs = zip_longest(fitted, stored[mode].get(name, []), fillvalue=math.nan)
@@ -80,12 +76,11 @@ def stale(costs: dict[str, dict[str, list[float]]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser("python -m einlinear_lab.bench.fit_costs", description=__doc__)
     parser.add_argument("files", nargs="*", help="bench.json of some runs (default: those that ops/costs.json names)")
     parser.add_argument("--check", action="store_true", help="only check that ops/costs.json is the fit of the files")
     options = parser.parse_args(arguments)
-    files = options.files or json.loads(model.COSTS_FILE.read_text(encoding="utf-8"))["fitted_to"]
+    files = options.files or json.loads(dispatch.COSTS_FILE.read_text(encoding="utf-8"))["fitted_to"]
     try:
         benches = [read(Path(file)) for file in files]
         costs = fit(benches)
@@ -94,11 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         outdated = stale(costs)
         verdict = f"is not the fit of these files: {', '.join(outdated)}" if outdated else "is the fit of these files"
-        print(f"{model.COSTS_FILE} {verdict}")
+        print(f"{dispatch.COSTS_FILE} {verdict}")
         return 1 if outdated else 0
-    write_json(model.COSTS_FILE, {"fitted_to": files, **costs})
-    model.COSTS.clear()
-    model.COSTS.update(model.read_costs())
+    write_json(dispatch.COSTS_FILE, {"fitted_to": files, **costs})
+    dispatch.COSTS.clear()
+    dispatch.COSTS.update(dispatch.read_costs())
     dispatch.forget()
     ratios = losses(benches)
     close = sum(loss <= 1.1 for loss, _ in ratios) / len(ratios)

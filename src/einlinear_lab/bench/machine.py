@@ -1,4 +1,4 @@
-"""The machine of the measurements: its description, and its roofline, the measured peak speeds."""
+"""The machine of the measurements: its description, and its measured peak speeds."""
 
 from __future__ import annotations
 
@@ -18,17 +18,10 @@ _ENVIRONMENT = ("OMP_", "GOMP_", "KMP_AFFINITY", "KMP_BLOCKTIME", "MKL_", "MALLO
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine and its software. Times are comparable if they are equal.
-
-    Attributes:
-        cpu, gpu, system: the hardware; no gpu where the device is the CPU.
-        cores, threads: cores that this process may use, and threads of torch.
-        python, torch, einlinear: versions.
-        code: a digest of the sources that run a layer, which change between releases.
-        environment: environment variables that change the behaviour of threads or memory.
-    """
+    """A machine and its software. Times are comparable if they are equal."""
 
     cpu: str
+    # empty where the device is the CPU
     gpu: str
     system: str
     cores: int
@@ -36,7 +29,9 @@ class Machine:
     python: str
     torch: str
     einlinear: str
+    # digest of the sources that run a layer, which change between releases
     code: str
+    # variables that change the behaviour of threads or memory
     environment: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -49,12 +44,14 @@ class Machine:
 
 
 def this_machine(device: str) -> Machine:
-    """Describe the current machine."""
+    gpu = ""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties()
+        gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     return Machine(
         cpu=f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
-        gpu=_gpu() if device == "cuda" else "",
+        gpu=gpu,
         system=f"{platform.system()} {platform.machine()}",
-        # not every system has an affinity
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         python=platform.python_version(),
@@ -63,6 +60,13 @@ def this_machine(device: str) -> Machine:
         code=code_digest("einlinear/structures", "einlinear/ops", "einlinear/nn"),
         environment=tuple(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)),
     )
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,9 @@ def measure_roofline(dtype: str, device: str) -> Roofline:
     """Measure the peak speeds, in half a second on a CPU."""
     n, copied = (8192, 2**31) if device == "cuda" else (2048, 2**28)
     a, b = (torch.randn(n, n, dtype=DTYPES[dtype], device=device) for _ in range(2))
-    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    source, product = torch.ones(copied, dtype=torch.uint8, device=device), torch.empty_like(a)
     target = torch.ones_like(source)
-    product = torch.empty_like(a)
     return Roofline(
         flops=2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=product), device) for _ in range(5)),
         bandwidth=2 * copied / min(seconds(lambda: target.copy_(source), device) for _ in range(5)),
     )
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def _gpu() -> str:
-    properties = torch.cuda.get_device_properties()
-    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"

@@ -1,8 +1,4 @@
-"""Peak memory of one call: the bytes that torch allocates in addition to those before the call, on CPU and GPU.
-
-On the CPU the profiler records every allocation and release of torch's allocator. Scratch memory inside a kernel
-(of MKL, oneDNN or this library, a few tiles per thread) does not count.
-"""
+"""Peak memory of one call; on the CPU without scratch memory inside a kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from einlinear_lab.bench.timing import Call
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Return the peak memory of a call in bytes, without memory allocated before."""
+    """Return the most bytes that torch allocates in addition to those before the call."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -1,11 +1,9 @@
 """Benchmark of mixtures of experts: against a layer of the active MACs, and against computing all experts.
 
-    el.MoELinear, E experts    this library: router, gates, and the products of the active experts
-    rank ACTIVE                a layer without a router that has the active MACs: a lower bound on the time of a mixture
-    all experts, masked        the published method: the products of all experts, times a gate that is mostly zero
-    all experts                these products without router and gate, as one layer: a lower bound on any masking
-
-All variants are timed in interleaved rounds, so that ratios compare calls of the same round.
+el.MoELinear, E experts    this library: router, gates, and the products of the active experts
+rank ACTIVE                a layer without a router that has the active MACs: a lower bound on the time of a mixture
+all experts, masked        the published method: the products of all experts, times a gate that is mostly zero
+all experts                these products without router and gate, as one layer: a lower bound on any masking
 """
 
 from __future__ import annotations
@@ -27,15 +25,9 @@ from einlinear_lab.bench.claims import Claim, judge, where
 from einlinear_lab.bench.tables import Table, conclusions, misses, number
 from einlinear_lab.bench.timing import Spread, interleave, spread
 
-EXPERTS = (8, 16, 32, 64)
-# the number of experts of the mixture in comparisons
-COMPARED = 16
-ACTIVE = 2
-SIZES = ((1024, 1024), (2048, 2048))
-TOKENS = 2048
-# the least features and tokens that claims are about
-LEAST = 1024
-MODES = ("forward", "train")
+# the number of experts of all mixtures, of the one in comparisons, and the active ones
+EXPERTS, COMPARED, ACTIVE = (8, 16, 32, 64), 16, 2
+SIZES, TOKENS, MODES = ((1024, 1024), (2048, 2048)), 2048, ("forward", "train")
 FILE, TITLE = "moe.json", "Mixtures of experts"
 # tokens whose intermediates of all experts fit into a CPU cache
 _CACHED = 256
@@ -45,13 +37,7 @@ RANK, MASKED, ALL = f"rank {ACTIVE}", "all experts, masked", "all experts"
 
 @dataclass(frozen=True)
 class MixtureResult:
-    """The times of all variants of a case.
-
-    Attributes:
-        case: the case; its structure is that of an expert.
-        seconds: variant -> time of a call.
-        ratios: variant -> other variant -> ratio of their times, of the pairs that tables and claims are about.
-    """
+    """The times of a call of all variants of a case, and the ratios (variant -> other variant -> ratio) of some."""
 
     case: Case
     seconds: dict[str, Spread]
@@ -59,7 +45,6 @@ class MixtureResult:
 
 
 def ours(experts: int) -> str:
-    """Return the name of a mixture."""
     return f"el.MoELinear, {experts} experts"
 
 
@@ -68,7 +53,7 @@ def _faster(variant: str, over: str) -> Callable[[MixtureResult], float]:
     return lambda result: 1 / result.ratios[variant][over].median
 
 
-_large = partial(where, least=LEAST, tokens=LEAST)
+_large = partial(where, least=1024, tokens=1024)
 
 # fmt: off
 CLAIMS = {"cpu": (
@@ -82,7 +67,7 @@ CLAIMS = {"cpu": (
           1 / 1.5, _faster(ours(64), ours(8)), _large("")),
 )}
 # fmt: on
-_RATIOS = {*((ours(COMPARED), over) for over in (RANK, MASKED, ALL)), (ours(64), ours(8))}
+_RATIOS = {ours(COMPARED): (RANK, MASKED, ALL), ours(64): (ours(8),)}
 
 
 def cases(
@@ -96,12 +81,12 @@ def cases(
     """Return the grid of cases, for every backend if some are given. Raises ValueError for unknown names."""
     check("pass", modes or (), MODES)
     check("dtype", dtypes or (), DTYPES)
-    check("device", [device or DEVICES[0]], DEVICES)
+    check("device", [device or "cpu"], DEVICES)
     check("backend", backends or (), BACKENDS)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here")
     return [
-        Case("btt", *size, count, mode, dtype, device or DEVICES[0], backend=backend)
+        Case("btt", *size, count, mode, dtype, device or "cpu", backend=backend)
         for size in sizes or SIZES
         for count in tokens or (TOKENS,)
         for mode in modes or MODES
@@ -111,11 +96,7 @@ def cases(
 
 
 def measure(case: Case, budget: float) -> MixtureResult:
-    """Time all variants of a case in interleaved rounds.
-
-    Raises:
-        RuntimeError: the output of a mixture or of its masked counterpart is wrong, or the backend cannot run.
-    """
+    """Time all variants of a case in interleaved rounds. Raises RuntimeError if an output is wrong, or nothing runs."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"device": case.device, "dtype": DTYPES[case.dtype]}
     modules: dict[str, nn.Module] = {}
@@ -144,20 +125,17 @@ def measure(case: Case, budget: float) -> MixtureResult:
         for call in calls.values():
             call()
         seconds = interleave(calls, case.device, budget)
-    ratios: dict[str, dict[str, Spread]] = {}
-    for name, other in sorted(_RATIOS):
-        pairs = zip(seconds[name], seconds[other], strict=True)
-        ratios.setdefault(name, {})[other] = spread([a / b for a, b in pairs])
+    ratios = {
+        name: {other: spread([a / b for a, b in zip(seconds[name], seconds[other], strict=True)]) for other in others}
+        for name, others in _RATIOS.items()
+    }
     return MixtureResult(case, {name: spread(times) for name, times in seconds.items()}, ratios)
 
 
 class MaskedExperts(nn.Module):
-    """The published mixture: all BTT experts at once, as slices of the rank, times a gate that is mostly zero.
+    """The published mixture: all rank-1 BTT experts at once, as slices of the rank, times a gate that is mostly zero.
 
-    It is faster than the published code: the intermediate is not copied between the products, and stays in cache.
-
-    Args:
-        mixture: the mixture, of rank-1 BTT experts whose sizes need no padding.
+    It is faster than the published code, as the intermediate stays in cache. The sizes must need no padding.
     """
 
     def __init__(self, mixture: MoELinear) -> None:
@@ -211,8 +189,7 @@ def tables(results: Sequence[MixtureResult]) -> list[Table]:
     for result in results:
         for name, seconds in result.seconds.items():
             ratio = result.ratios[ours(COMPARED)].get(name)
-            median, low, high = (number(1000 * value) for value in (seconds.median, seconds.low, seconds.high))
-            time = f"{median} ({low} to {high})"
-            rows.append((str(result.case), name, time, number(ratio.median if ratio else None)))
+            median, low, high = (number(1000 * value) for value in vars(seconds).values())
+            rows.append((str(result.case), name, f"{median} ({low} to {high})", number(ratio)))
     headings = ("case", "variant", "ms (quartiles)", f"{ours(COMPARED)}, × this")
     return [conclusions(verdicts), misses(verdicts), Table(f"Times, {ACTIVE} experts active", headings, tuple(rows))]

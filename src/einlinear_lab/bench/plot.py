@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 def draw(results: Sequence[BenchResult], path: Path) -> None:
     """Draw a panel per pass, at the largest number of tokens, and save them as PNG."""
-    # slow to import
     from matplotlib import rcParams, style
     from matplotlib.figure import Figure
 
@@ -33,9 +32,8 @@ def draw(results: Sequence[BenchResult], path: Path) -> None:
             handles |= _draw_mode(panel, [result for result in results if result.case.mode == mode], colours)
         panels[0].set_ylabel("speed-up over nn.Linear")
         figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=min(8, len(handles)))
-        figure.suptitle(
-            "full: el.Linear, hollow: copying baseline, larger: more features, line: the MAC limit", fontsize="medium"
-        )
+        marks = "full: el.Linear, hollow: copying baseline, larger: more features, line: the MAC limit"
+        figure.suptitle(marks, fontsize="medium")
         figure.savefig(path, dpi=120)
 
 
@@ -48,13 +46,9 @@ def _draw_mode(panel: Axes, results: Sequence[BenchResult], colours: dict[str, s
         of_family = [result for result in largest if _family(result) == family]
         for name, face in ((COPYING, "none"), (OURS, colour)):
             speedups = [(r, m.speedup.median) for r in of_family if (m := r.of(name)) and m.speedup]
-            handles[family] = panel.scatter(
-                [result.limit for result, _ in speedups],
-                [speedup for _, speedup in speedups],
-                [16 * (result.case.dense_macs / 2**18) ** 0.4 for result, _ in speedups],
-                facecolors=face,
-                edgecolors=colour,
-            )
+            points = [(r.limit, speedup, 16 * (r.case.dense_macs / 2**18) ** 0.4) for r, speedup in speedups]
+            columns = zip(*points) if points else ((), (), ())
+            handles[family] = panel.scatter(*columns, facecolors=face, edgecolors=colour)
     end = max(result.limit for result in largest)
     panel.plot([1, end], [1, end], color="0.5", linewidth=1, zorder=0)
     panel.axhline(1, color="0.5", linewidth=1, linestyle=":", zorder=0)

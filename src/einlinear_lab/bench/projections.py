@@ -1,9 +1,7 @@
-"""Benchmark of projections of a large weight: against the SVDs that they replace, in a loop and batched.
+"""Benchmark of projections of a large random weight: against the SVDs that they replace, in a loop and batched.
 
-The weight is random, the hardest case: all singular values matter. The methods are interleaved, and differ only in the
-truncation of the matrices. Published projections take the SVD of matrices in the layout of the weight, out × in (Dao et
-al., arXiv 2204.00595, section 3.3, and their code). LAPACK takes about twice as long for a wide matrix as for its
-transpose, so both layouts are measured.
+Published projections take SVDs of matrices in the layout of the weight, out × in (arXiv 2204.00595, section 3.3).
+LAPACK takes about twice as long for a wide matrix as for its transpose, so both layouts are measured.
 """
 
 from __future__ import annotations
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor
 
 from einlinear.ops import dense_weight
-from einlinear.ops.projection.svd import Truncate, split_terms
-from einlinear.ops.projection.truncate import by_svd, truncated
+from einlinear.ops.projection.svd import Truncate, by_svd, split_terms, truncated
 from einlinear.structures import structure
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.tables import Table, number
@@ -34,7 +31,6 @@ LOOP, TRANSPOSED = "loop of SVDs, out × in", "loop of SVDs, in × out"
 
 
 def _transposed_loop(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Truncate one matrix after the other; their rows are inputs."""
     parts = [by_svd(matrix[None], rank) for matrix in matrices]
     return torch.cat([first for first, _ in parts]), torch.cat([second for _, second in parts])
 
@@ -61,11 +57,7 @@ class ProjectionResult:
 
 
 def measure(spec: str, size: tuple[int, int] = SIZE, device: str = "cpu", rounds: int = ROUNDS) -> ProjectionResult:
-    """Project a random weight by all methods, interleaved.
-
-    Raises:
-        RuntimeError: the error of el.Linear.from_dense is larger than that of the SVD.
-    """
+    """Project a random weight by all methods. Raises RuntimeError if ours has a larger error than the SVD."""
     s = structure(spec, *size)
     w = torch.randn(s.out_features, s.in_features, generator=torch.Generator().manual_seed(0)).to(device)
     calls = {name: partial(split_terms, s, w, truncate) for name, truncate in METHODS.items()}
@@ -80,7 +72,6 @@ def measure(spec: str, size: tuple[int, int] = SIZE, device: str = "cpu", rounds
 
 
 def tables(results: Sequence[ProjectionResult]) -> list[Table]:
-    """Return a table with a row per structure and method."""
     rows = []
     for result in results:
         for name, time in result.seconds.items():

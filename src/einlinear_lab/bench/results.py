@@ -21,18 +21,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Measurement:
-    """The measurement of one variant of a case. Ratios compare calls of the same round.
-
-    Attributes:
-        name: the name of the variant.
-        refusal: why the variant was not measured: it cannot run, or (`wrong`) its output is wrong.
-        wrong: whether the output is wrong, which makes the whole benchmark fail.
-        seconds: the time of a call.
-        runs: the number of timed calls.
-        speedup: the speed-up over nn.Linear.
-        over_copying: the speed-up over the copying baseline.
-        peak_bytes: the peak memory of a training step.
-    """
+    """Time of a call, speed-ups of the same rounds, and peak memory of a variant, or why it was refused or is wrong."""
 
     name: str
     refusal: str | None = None
@@ -46,16 +35,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The result of a case.
-
-    Attributes:
-        case: the case.
-        macs: the MACs of the structure, for one token.
-        backend: the dispatcher's choice.
-        traffic: the bytes to move.
-        roofline_seconds: the least time that the machine's measured peaks allow.
-        measurements: the measurements of the variants, nn.Linear first.
-    """
+    """The result of a case: MACs per token, the chosen backend, the least time at measured peaks, all variants."""
 
     case: Case
     macs: int
@@ -75,18 +55,18 @@ class BenchResult:
 
     def fraction(self, name: str = OURS) -> float | None:
         """Return the speed-up over dense as a share of `limit`."""
-        measurement = self.of(name)
-        return measurement.speedup.median / self.limit if measurement and measurement.speedup else None
+        m = self.of(name)
+        return m.speedup.median / self.limit if m and m.speedup else None
 
     def roofline_fraction(self, name: str = OURS) -> float | None:
         """Return the share of the machine's measured peak of arithmetic or of memory, whichever is the bottleneck."""
-        measurement = self.of(name)
-        return self.roofline_seconds / measurement.seconds.median if measurement and measurement.seconds else None
+        m = self.of(name)
+        return self.roofline_seconds / m.seconds.median if m and m.seconds else None
 
     def bandwidth(self, name: str = OURS) -> float | None:
         """Return the bytes per second, if all of the estimated traffic went through memory."""
-        measurement = self.of(name)
-        return self.traffic.total / measurement.seconds.median if measurement and measurement.seconds else None
+        m = self.of(name)
+        return self.traffic.total / m.seconds.median if m and m.seconds else None
 
     @property
     def dense_wins(self) -> bool:
@@ -140,7 +120,6 @@ class Change:
 
     @property
     def beyond_spread(self) -> bool:
-        """Whether the ranges between the quartiles do not overlap."""
         return self.before.apart(self.now)
 
 
@@ -148,10 +127,10 @@ def compare(before: Bench, now: Iterable[BenchResult]) -> list[Change]:
     """Return the changes of all variants that both benchmarks measured, in the order of the second."""
     old = {(r.case, m.name): m.speedup for r in before.results for m in r.measurements}
     return [
-        Change(result.case, measurement.name, past, measurement.speedup)
+        Change(result.case, m.name, past, m.speedup)
         for result in now
-        for measurement in result.measurements
-        if measurement.speedup and (past := old.get((result.case, measurement.name)))
+        for m in result.measurements
+        if m.speedup and (past := old.get((result.case, m.name)))
     ]
 
 
@@ -185,7 +164,7 @@ def read(path: Path) -> Bench:
 def _plain(value: Any) -> Any:
     """Return a JSON value; a spread as [median, low, high], numbers to six digits."""
     if isinstance(value, Spread):
-        return [_plain(number) for number in (value.median, value.low, value.high)]
+        return [_plain(number) for number in vars(value).values()]
     if dataclasses.is_dataclass(value):
         named = ((f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value))
         return {name: _plain(item) for name, item, default in named if item != default}

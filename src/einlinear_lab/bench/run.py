@@ -1,43 +1,41 @@
-"""Measure cases, each with all its variants in interleaved rounds, into a file that can be resumed."""
+"""Measure cases, each with all its variants in interleaved rounds, into a file that can be resumed.
+
+No speed is reported without a check of the output in float64, within four times the error of the dense matmul in the
+same dtype. For gradients of factors the tolerance grows with the square root of the number of terms in their sums.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from einlinear import ops
 from einlinear.nn.linear import explain
 from einlinear_lab.bench import results
 from einlinear_lab.bench.cases import BenchConfig, Case, estimate_traffic
-from einlinear_lab.bench.check import Reference
 from einlinear_lab.bench.machine import Roofline, measure_roofline, this_machine
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.results import Bench, BenchResult, Measurement, Session
 from einlinear_lab.bench.timing import MIN_RUNS, interleave, spread
-from einlinear_lab.bench.variants import BLOCKTT, COMPILED, COPYING, DENSE, Variant, make_variants, make_workload
+from einlinear_lab.bench.variants import COPYING, DENSE, FOREIGN, Variant, Workload, make_variants, make_workload
 
 FILE = "bench.json"
+_SLACK = 4.0
+_NAMES = ("output", "gradient of the input", "gradient of the weight", "gradient of the bias")
 
 
 class Recorder:
     """The results in a folder, and the measurements that add to them.
 
-    Args:
-        folder: the folder, created if missing. Results of the same machine and config are resumed.
-        cases: the cases to measure.
-        config: the configuration of the measurements.
-        command: the command line, for the record.
-        fresh: whether to discard the results in the folder.
-        reading: whether to accept complete results of another machine or config.
-
-    Raises:
-        ValueError: the folder holds results of another machine, version or config, or the device or backend does not
-            exist.
+    Results of the same machine and config are resumed unless `fresh`; others raise ValueError, unless `reading` and
+    complete.
     """
 
     def __init__(
@@ -46,6 +44,7 @@ class Recorder:
         cases: Sequence[Case],
         config: BenchConfig,
         command: str = "",
+        *,
         fresh: bool = False,
         reading: bool = False,
     ) -> None:
@@ -94,13 +93,22 @@ class Recorder:
         """Return the machine's peaks for a case, measured on first use."""
         key = f"{case.device} {case.dtype}"
         if key not in self.bench.rooflines:
-            rooflines = self.bench.rooflines | {key: measure_roofline(case.dtype, case.device)}
-            self.bench = dataclasses.replace(self.bench, rooflines=rooflines)
+            self.bench.rooflines[key] = measure_roofline(case.dtype, case.device)
         return self.bench.rooflines[key]
 
     def estimate(self) -> float:
         """Estimate the seconds that the missing cases will take."""
         return sum(_estimate(case, self.bench.config, self.roofline(case)) for case in self.missing)
+
+
+def _estimate(case: Case, config: BenchConfig, roofline: Roofline) -> float:
+    """Estimate a case: dense at its peak, 5 variants (7 in training) at 2/3 of theirs, and the check in float64."""
+    all_macs = (case.dense_macs, case.build().macs)
+    dense, structured = (roofline.seconds(2 * case.passes * case.tokens * macs, 4 * macs) for macs in all_macs)
+    training = case.mode == "train"
+    once = dense + (12 if training else 8) * structured
+    compiling = 4.0 if config.compiled and case.mode != "decode" else 0.0
+    return 0.1 + compiling + 6 * dense + (1 + training) * once + max(config.budget, MIN_RUNS * once)
 
 
 def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
@@ -120,7 +128,7 @@ def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
             except torch.OutOfMemoryError:
                 refused[variant.name] = "out of memory"
             except RuntimeError as error:
-                failed = refused if variant.name in (COMPILED, BLOCKTT) else wrong
+                failed = refused if variant.name in FOREIGN else wrong
                 failed[variant.name] = f"it raised {error}"
         del reference
         peaks = {name: peak_bytes(call, case.device) for name, call in calls.items() if case.mode == "train"}
@@ -136,23 +144,59 @@ def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
 
 
 def _measurement(name: str, seconds: dict[str, list[float]], peak: int | None) -> Measurement:
-    times = seconds[name]
     ratios = {
-        other: spread([other_time / time for other_time, time in zip(seconds[other], times, strict=True)])
+        other: spread([other_time / time for other_time, time in zip(seconds[other], seconds[name], strict=True)])
         for other in (DENSE, COPYING)
         if other != name and other in seconds
     }
     speedups = ratios.get(DENSE), ratios.get(COPYING)
-    return Measurement(name, None, False, spread(times), len(times), *speedups, peak)
+    return Measurement(name, None, False, spread(seconds[name]), len(seconds[name]), *speedups, peak)
 
 
-def _estimate(case: Case, config: BenchConfig, roofline: Roofline) -> float:
-    """Estimate a case: dense at its peak, 5 variants (7 in training) at 2/3 of theirs, and the check in float64."""
-    dense, structured = (
-        roofline.seconds(2 * case.passes * case.tokens * macs, 4 * macs)
-        for macs in (case.dense_macs, case.build().macs)
-    )
-    training = case.mode == "train"
-    once = dense + (12 if training else 8) * structured
-    compiling = 4.0 if config.compiled and case.mode != "decode" else 0.0
-    return 0.1 + compiling + 6 * dense + (1 + training) * once + max(config.budget, MIN_RUNS * once)
+class Reference:
+    """The exact output and gradients of a workload in float64, and the errors of a dense layer with the same matrix."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        x, bias, factors = _double([workload.x]), _double(workload.biases), _double(workload.layer.factors())
+        weight = ops.dense_weight(workload.structure, factors)
+        y = sum(bias, x[0] @ weight.T)
+        # gradients of the input, of the weight, of the bias
+        gradients = []
+        self._of_factors: list[Tensor] = []
+        if workload.case.mode == "train":
+            grads = torch.autograd.grad(y, [*x, weight, *bias, *factors], workload.grad.double())
+            gradients, self._of_factors = [*grads[: -len(factors)]], [*grads[-len(factors) :]]
+        self._of_dense = [y.detach(), *gradients]
+        outputs = workload.step(Variant(DENSE, [workload.dense.weight], workload.dense))
+        self._errors = [_error(output, exact) for output, exact in zip(outputs, self._of_dense, strict=True)]
+
+    def complaint(self, variant: Variant) -> str | None:
+        """Return the error of a variant beyond its tolerance in words, or None."""
+        factors = self._workload.structure.factors
+        expected = list(zip(_NAMES, self._of_dense, self._errors, (_SLACK,) * 4))
+        if self._of_factors:
+            slack = _SLACK * math.sqrt(max(factor.macs / factor.params for factor in factors))
+            stored = enumerate(variant.stored(self._of_factors), 1)
+            expected[2:3] = [(f"gradient of weight {i}", exact, self._errors[2], slack) for i, exact in stored]
+        eps = torch.finfo(self._workload.x.dtype).eps
+        for (name, exact, dense, slack), output in zip(expected, self._workload.step(variant), strict=True):
+            for off, limit in zip(_error(output, exact), dense, strict=True):
+                allowed = slack * max(limit, eps)
+                # also true for NaN
+                if not off <= allowed:
+                    return f"the {name} is off by {off:.1e} of its size, where {allowed:.1e} is allowed"
+        return None
+
+
+def _double(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_(torch.is_grad_enabled()) for tensor in tensors]
+
+
+def _error(output: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Return the error relative to the root mean square of the exact values: of all entries, and of the worst."""
+    if output.shape != exact.shape:
+        return math.inf, math.inf
+    error = output.detach().double() - exact
+    size = exact.square().mean().sqrt()
+    return float(error.square().mean().sqrt() / size), float(error.abs().max() / size)

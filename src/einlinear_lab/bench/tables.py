@@ -23,8 +23,6 @@ from einlinear_lab.bench.variants import DENSE, OURS
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text."""
-
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -58,7 +56,6 @@ def refusals(results: Iterable[BenchResult]) -> Table:
 
 
 def conclusions(verdicts: Iterable[Verdict]) -> Table:
-    """Return a row per claim: the verdict and the worst result."""
     rows = []
     for verdict in verdicts:
         worst, value = verdict.values[0] if verdict.values else (None, None)
@@ -69,7 +66,6 @@ def conclusions(verdicts: Iterable[Verdict]) -> Table:
 
 
 def misses(verdicts: Iterable[Verdict]) -> Table:
-    """Return a row per result that refutes a claim."""
     rows = [
         (verdict.claim.text, str(result.case), number(value), number(verdict.claim.least))
         for verdict in verdicts
@@ -81,9 +77,9 @@ def misses(verdicts: Iterable[Verdict]) -> Table:
 def dense_wins(results: Iterable[BenchResult]) -> Table:
     """Return the cases where nn.Linear is faster, beyond the spread."""
     rows = [
-        (str(result.case), f"{1 / result.limit:.1%}", number(ours.speedup.median))
+        (str(result.case), f"{1 / result.limit:.1%}", number(ours.speedup))
         for result in results
-        if result.dense_wins and (ours := result.of(OURS)) and ours.speedup
+        if result.dense_wins and (ours := result.of(OURS))
     ]
     return Table("Dense wins here", ("case", "MACs of dense", f"× {DENSE}"), tuple(rows))
 
@@ -92,9 +88,9 @@ def changed(changes: Iterable[Change]) -> Table:
     """Return all changes, those beyond the spread marked."""
     rows = []
     for change in changes:
-        case, before, now = change.case, number(change.before.median), number(change.now.median)
-        verdict = ("faster" if change.ratio > 1 else "slower") if change.beyond_spread else "within the spread"
-        times = before, now, f"{change.ratio - 1:+.0%}", verdict
+        case, direction = change.case, "faster" if change.ratio > 1 else "slower"
+        verdict = direction if change.beyond_spread else "within the spread"
+        times = number(change.before), number(change.now), f"{change.ratio - 1:+.0%}", verdict
         rows.append((case.structure, case.size, str(case.tokens), case.mode, change.name, *times))
     headings = ("structure", "in → out", "tokens", "pass", "variant", "× before", "× now", "change", "")
     return Table(f"Changes of the speed-up over {DENSE}", headings, tuple(rows))
@@ -159,18 +155,14 @@ def _detail_row(result: BenchResult, m: Measurement) -> tuple[str, ...]:
 
 def _ratios(result: BenchResult, m: Measurement) -> tuple[str, ...]:
     """Return the cells of `_RATIOS`."""
-    bandwidth = result.bandwidth(m.name)
-    values = (
-        _median(m.speedup),
-        result.limit if m.seconds else None,
-        result.fraction(m.name),
-        _median(m.over_copying),
-        result.roofline_fraction(m.name),
-        bandwidth and bandwidth / 1e9,
-    )
+    peak = number(m.peak_bytes and m.peak_bytes / 1e6)
     # MACs and bytes are those of the structure
-    cells = ["–"] * len(values) if m.name == DENSE else [number(value) for value in values]
-    return (*cells, number(m.peak_bytes and m.peak_bytes / 1e6))
+    if m.name == DENSE:
+        return (*["–"] * (len(_RATIOS) - 1), peak)
+    bandwidth = result.bandwidth(m.name)
+    limit, fraction = result.limit if m.seconds else None, result.fraction(m.name)
+    of_roofline = result.roofline_fraction(m.name), bandwidth and bandwidth / 1e9
+    return (*map(number, (m.speedup, limit, fraction, m.over_copying, *of_roofline)), peak)
 
 
 def _by_kind(results: Iterable[BenchResult]) -> Iterator[tuple[str, list[BenchResult]]]:
@@ -185,10 +177,6 @@ def _by_kind(results: Iterable[BenchResult]) -> Iterator[tuple[str, list[BenchRe
         yield title, list(group)
 
 
-def _median(spread: Spread | None) -> float | None:
-    return spread.median if spread else None
-
-
 def _milliseconds(seconds: Spread | None) -> str:
     """Return milliseconds with half the interquartile range, such as "1.23 ±4%"."""
     if seconds is None:
@@ -196,8 +184,9 @@ def _milliseconds(seconds: Spread | None) -> str:
     return f"{number(1000 * seconds.median)} ±{(seconds.high - seconds.low) / 2 / seconds.median:.0%}"
 
 
-def number(value: float | None) -> str:
-    """Return a number with three digits, without exponent."""
+def number(value: float | Spread | None) -> str:
+    """Return a number, or the median of a spread, with three digits, without exponent."""
     if value is None:
         return "–"
+    value = value.median if isinstance(value, Spread) else value
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.4f}"

@@ -61,21 +61,15 @@ def seconds(call: Call, device: str) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
+@cache
+def _flushed() -> Tensor:
+    """Return a tensor larger than the cache of any GPU: writing it evicts everything else."""
+    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
+
+
 def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[str, list[float]]:
-    """Time all calls in rounds, each call once per round, in random order.
-
-    Between two runs of a call the others use the caches, as the other layers of a model do.
-
-    Args:
-        calls: the calls by name, warmed up.
-        device: the device that they run on.
-        budget: seconds after which no further round begins, after at least `MIN_RUNS` rounds.
-
-    Returns:
-        The seconds of every call, round by round.
-    """
-    names = list(calls)
-    shuffler = random.Random(0)
+    """Time warmed-up calls in rounds of random order, so that others use the caches; return seconds, round by round."""
+    names, shuffler = list(calls), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
@@ -89,9 +83,3 @@ def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[st
         if collecting:
             gc.enable()
     return times
-
-
-@cache
-def _flushed() -> Tensor:
-    """Return a tensor larger than the cache of any GPU: writing it evicts everything else."""
-    return torch.empty(2**28, dtype=torch.uint8, device="cuda")

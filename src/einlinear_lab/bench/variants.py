@@ -25,37 +25,23 @@ RECOMPUTING = "el.Linear, recomputing"
 COPYING = "copying"
 COMPILED = "torch.compile"
 BLOCKTT = "tltorch BlockTT"
-
-Rearrange = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+# of others, which may not support a case
+FOREIGN = (COMPILED, BLOCKTT)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An implementation of y = x W^T + bias.
-
-    Attributes:
-        name: the name in the results.
-        weights: the parameters of W, whose gradients a training step computes.
-        forward: x of shape (n, in_features) -> y.
-        stored: factors of the structure -> tensors in the layout of `weights`.
-    """
+    """An implementation of y = x W^T + bias, the parameters of W, and their layout as a function of the factors."""
 
     name: str
     weights: Sequence[Tensor]
     forward: Callable[[Tensor], Tensor]
-    stored: Rearrange = list
+    stored: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The tensors of a case, shared by all variants.
-
-    Attributes:
-        case, structure: the case and its structure.
-        layer: el.Linear, whose factors all variants of the structure have in layouts of their own.
-        dense: a dense layer with the same matrix, rounded to the dtype.
-        x, grad: the input, and the gradient of the output.
-    """
+    """The tensors of a case that all variants share: a structured and a dense layer with one matrix, x and gradient."""
 
     case: Case
     structure: Structure
@@ -71,7 +57,6 @@ class Workload:
 
     @property
     def biases(self) -> list[nn.Parameter]:
-        """The bias as a list, empty without one."""
         return [] if self.bias is None else [self.bias]
 
     def step(self, variant: Variant) -> list[Tensor]:
@@ -98,8 +83,7 @@ def make_workload(case: Case) -> Workload:
         dense = nn.Linear(case.in_features, case.out_features, bias=False, device="meta", dtype=dtype)
         dense.weight = nn.Parameter(weight.to(dtype))
         if isinstance(layer.bias, nn.Parameter):
-            dense.bias = nn.Parameter(layer.bias.normal_(), requires_grad=True)
-            layer.bias = dense.bias
+            dense.bias = layer.bias = nn.Parameter(layer.bias.normal_(), requires_grad=True)
     return Workload(case, structure, layer, dense, x, grad)
 
 
@@ -121,8 +105,7 @@ def make_variants(
 
     stored = partial(baselines.copying_weights, structure)
     weights = _leaves(stored(factors))
-    copying = partial(baselines.copying, structure, weights, bias=p.bias)
-    variants.append(Variant(COPYING, weights, copying, stored))
+    variants.append(Variant(COPYING, weights, partial(baselines.copying, structure, weights, bias=p.bias), stored))
 
     if compiled and p.case.mode != "decode":
         # without a reset torch stops compiling after a few cases
@@ -130,12 +113,13 @@ def make_variants(
         run = torch.compile(partial(_by_backend, p, "reference"), fullgraph=True, dynamic=False)
         variants.append(Variant(COMPILED, factors, run))
 
-    if baselines.is_blocktt(structure) and find_spec("tltorch") is None:
-        refused[BLOCKTT] = "tensorly-torch is not installed"
-    elif baselines.is_blocktt(structure):
-        stored = partial(baselines.blocktt_weights, structure)
-        weights = _leaves(stored(factors))
-        variants.append(Variant(BLOCKTT, weights, baselines.blocktt(weights, p.bias), stored))
+    if baselines.is_blocktt(structure):
+        if find_spec("tltorch") is None:
+            refused[BLOCKTT] = "tensorly-torch is not installed"
+        else:
+            stored = partial(baselines.blocktt_weights, structure)
+            weights = _leaves(stored(factors))
+            variants.append(Variant(BLOCKTT, weights, baselines.blocktt(weights, p.bias), stored))
     return variants, refused
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -41,6 +43,8 @@ PANELS = {
         "compress": "Make a pretrained Hugging Face model smaller.",
     },
 }
+# Modules of several commands.
+_MODULES = {"recipes": "sweep", "report": "results", "map": "results", "fit": "results"}
 # Commands with options of runs, which check unknown options themselves.
 _OF_RUNS = ("compare", "train", "sweep", "search", "coord-check")
 # Bugs show a plain traceback.
@@ -48,19 +52,26 @@ _PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": F
 
 
 class _Commands(TyperGroup):
-    """Group of commands that are imported when they are called."""
-
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         return name, load(name) if name else command, rest
 
 
 def load(name: str) -> Any:
-    """Import a command and return it as a click command."""
-    function = import_module(f"einlinear_lab.cli.{name.replace('-', '_')}").command
+    """Import a command and return it as a click command, whose help is the docstring of its function."""
+    module = name.replace("-", "_")
+    function = getattr(import_module(f"einlinear_lab.cli.{_MODULES.get(name, module)}"), f"{module}_command")
     single = typer.Typer(**_PLAIN)
     single.command(name, context_settings={"ignore_unknown_options": name in _OF_RUNS})(function)
-    return typer.main.get_command(single)
+    command = typer.main.get_command(single)
+    text, _, arguments = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
+    command.help = text
+    # Lines of further indentation continue the help of an argument.
+    helps = dict(re.findall(r"^    (\w+): (.*(?:\n     .*)*)", arguments, re.MULTILINE))
+    for parameter in command.params:
+        if parameter.name in helps:
+            parameter.help = " ".join(helps[parameter.name].split())  # type: ignore[attr-defined]
+    return command
 
 
 app = typer.Typer(
@@ -81,21 +92,14 @@ def _version(is_set: bool) -> None:
         raise typer.Exit
 
 
+_Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+_IMPORT = "A module or .py file that registers your own families. Goes before the command; may be repeated."
+_Imports = Annotated[list[str] | None, typer.Option("--import", metavar="MODULE_OR_FILE", help=_IMPORT)]
+
+
 @app.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--import",
-            metavar="MODULE_OR_FILE",
-            help="A module or .py file that registers your own families. Goes before the command; may be repeated.",
-        ),
-    ] = None,
-) -> None:
-    from einlinear_lab.cli.endings import user_errors
+def _main(version: _Version = False, imports: _Imports = None) -> None:
+    from einlinear_lab.cli.display import user_errors
     from einlinear_lab.cli.importing import import_all
 
     with user_errors():
@@ -103,5 +107,4 @@ def _main(
 
 
 def main() -> None:
-    """Run the command line."""
     app()

@@ -2,129 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import torch
 import typer
 
 from einlinear_lab.cli import display
-from einlinear_lab.cli.endings import interruptible, user_errors
-from einlinear_lab.cli.parsing import numbers, specs
-from einlinear_lab.cli.running import command_line
+from einlinear_lab.cli.parsing import numbers, specs, words
+from einlinear_lab.cli.running import command_line, refuse
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
     from einlinear_lab.bench.run import Recorder
     from einlinear_lab.bench.tables import Table
 
+T = TypeVar("T")
 # suites of other benchmarks than that of layers
 MIXTURES, PROJECTIONS = "moe", "projection"
 
 
-def command(
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            help="What to measure: quick (the default), small, standard (20 minutes on two cores), gpu, moe (mixtures "
-            "of experts), projection (of a large weight). The other options override it."
-        ),
-    ] = None,
-    structures: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Structures, separated by ';' (names of families also by ','); may be repeated. {d/8} stands for an "
-            "eighth of the features."
-        ),
-    ] = None,
-    sizes: Annotated[
-        str | None, typer.Option(help="Features of the layers, or in x out, such as 1024,1024x4096.")
-    ] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(
-            help="Input vectors at a time, such as 1,2048. Up to 16 are a decode pass, more a forward and a train pass."
-        ),
-    ] = None,
-    passes: Annotated[
-        str | None, typer.Option(help="Which of forward, train, decode to measure. Default: all.")
-    ] = None,
-    dtypes: Annotated[str | None, typer.Option("--dtype", help="Which of float32, bfloat16, float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    bias: Annotated[bool | None, typer.Option(help="Whether the layers have a bias. Default: no.")] = None,
-    backends: Annotated[
-        str | None, typer.Option(help="Backends to measure one by one, or none. Default: all that can run.")
-    ] = None,
-    compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Whether to measure torch.compile of the einsum too.")
-    ] = None,
-    budget: Annotated[float | None, typer.Option(min=0, help="Seconds that each case is repeated for.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: as many as torch takes.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Results folder; what it lacks is measured. Default: results/bench-SUITE.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the results folder holds.")] = False,
-    compared: Annotated[
-        Path | None,
-        typer.Option(
-            "--compare", help="An earlier bench.json, or its folder: measure the same cases and show what changed."
-        ),
-    ] = None,
-    variants: Annotated[
-        bool, typer.Option("--variants", help="Print a row for every variant, not only for el.Linear.")
-    ] = False,
+def bench_command(
+    suite: str | None = None,
+    structures: list[str] | None = None,
+    sizes: str | None = None,
+    tokens: str | None = None,
+    passes: str | None = None,
+    dtypes: Annotated[str | None, typer.Option("--dtype")] = None,
+    device: str | None = None,
+    bias: bool | None = None,
+    backends: str | None = None,
+    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
+    budget: Annotated[float | None, typer.Option(min=0)] = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    out: Path | None = None,
+    fresh: Annotated[bool, typer.Option("--fresh")] = False,
+    compared: Annotated[Path | None, typer.Option("--compare")] = None,
+    variants: Annotated[bool, typer.Option("--variants")] = False,
 ) -> None:
     """Measure speed and memory of structures and backends against nn.Linear, in interleaved rounds.
 
     Outputs and gradients are first checked against the dense matrix in float64: a wrong variant gets no speed-up, and
     the exit status is 1. The same command again measures only the missing cases.
-    """
-    import torch
 
+    Args:
+        suite: What to measure: quick (the default), small, standard (20 minutes on two cores), gpu, moe (mixtures of
+            experts), projection (of a large weight). The other options override it.
+        structures: Structures, separated by ';' (names of families also by ','); may be repeated. {d/8} stands for an
+            eighth of the features.
+        sizes: Features of the layers, or in x out, such as 1024,1024x4096.
+        tokens: Input vectors at a time, such as 1,2048. Up to 16 are a decode pass, more a forward and a train pass.
+        passes: Which of forward, train, decode to measure. Default: all.
+        dtypes: Which of float32, bfloat16, float16.
+        device: cpu or cuda.
+        bias: Whether the layers have a bias. Default: no.
+        backends: Backends to measure one by one, or none. Default: all that can run.
+        compiled: Whether to measure torch.compile of the einsum too.
+        budget: Seconds that each case is repeated for.
+        threads: CPU threads. Default: as many as torch takes.
+        out: Results folder; what it lacks is measured. Default: results/bench-SUITE.
+        fresh: Measure again what the results folder holds.
+        compared: An earlier bench.json, or its folder: measure the same cases and show what changed.
+        variants: Print a row for every variant, not only for el.Linear.
+    """
     from einlinear_lab.bench import claims, mixtures, plot, projections, tables
     from einlinear_lab.bench.cases import DEVICES, check, choose
     from einlinear_lab.bench.results import compare, read
     from einlinear_lab.bench.run import FILE, Recorder
 
-    with user_errors():
-        grid: dict[str, Any] = {
-            "structures": specs(structures),
-            "sizes": _sizes(sizes),
-            "tokens": numbers(tokens, "--tokens"),
-            "modes": _words(passes),
-            "dtypes": _words(dtypes),
-            "device": device,
-            "bias": bias,
-        }
+    with display.user_errors():
+        grid: dict[str, Any] = {"structures": specs(structures), "sizes": _sizes(sizes), "device": device, "bias": bias}
+        grid |= {"tokens": numbers(tokens, "--tokens"), "modes": words(passes), "dtypes": words(dtypes)}
         if threads is not None:
             torch.set_num_threads(threads)
+        no_meaning = f"has no meaning for --suite {suite}"
+        of_layers = {"--variants": variants or None, "--compile": compiled, "--compare": compared}
         if suite == MIXTURES:
-            _refuse(suite, structures=structures, bias=bias, variants=variants, compile=compiled, compare=compared)
+            refuse({"--structures": structures, "--bias": bias, **of_layers}, no_meaning)
             options = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
             measure = partial(mixtures.measure, budget=10.0 if budget is None else budget)
-            cases = mixtures.cases(**options, backends=_words(backends))
+            cases = mixtures.cases(**options, backends=words(backends))
             _run(suite, mixtures, {str(case): partial(measure, case) for case in cases}, device, out)
             return
         if suite == PROJECTIONS:
-            _refuse(suite, tokens=tokens, passes=passes, dtype=dtypes, bias=bias, backends=backends, budget=budget)
-            _refuse(suite, variants=variants, compile=compiled, compare=compared)
+            others = {"--tokens": tokens, "--passes": passes, "--dtype": dtypes, "--bias": bias, "--backends": backends}
+            refuse({**others, "--budget": budget, **of_layers}, no_meaning)
             check("device", [device or "cpu"], DEVICES)
             weights = product(grid["structures"] or projections.SPECS, grid["sizes"] or (projections.SIZE,))
             project = partial(projections.measure, device=device or "cpu")
             _run(suite, projections, {f"{w[0]}, {w[1]}": partial(project, *w) for w in weights}, device, out)
             return
         past = None if compared is None else read(compared / FILE if compared.is_dir() else compared)
-        chosen = choose(suite or "quick", **grid, backends=_words(backends), compiled=compiled, budget=budget)
+        chosen = choose(suite or "quick", **grid, backends=words(backends), compiled=compiled, budget=budget)
         if past and suite is None and all(value is None for value in grid.values()):
-            cases, config = [result.case for result in past.results], past.config
+            all_cases, config = [result.case for result in past.results], past.config
         else:
-            cases, config = chosen.cases(), chosen.config
+            all_cases, config = chosen.cases(), chosen.config
         folder = out or Path("results") / f"bench-{suite or ('compare' if past else 'quick')}"
-        recorder = Recorder(folder, cases, config, command_line(), fresh, reading=past is not None)
+        recorder = Recorder(folder, all_cases, config, command_line(), fresh=fresh, reading=past is not None)
 
-    with interruptible(f"Interrupted. {recorder.path} holds every finished case; the same command resumes."):
+    with display.interruptible(f"Interrupted. {recorder.path} holds every finished case; the same command resumes."):
         _measure(recorder)
     results = recorder.results
     (folder / "bench.md").write_text(tables.page(recorder.bench), encoding="utf-8")
@@ -135,15 +115,14 @@ def command(
 
     _print(tables.details(results) if variants else tables.summary(results))
     verdicts = [verdict for verdict in claims.judge(results) if verdict.values]
-    _print(
-        [tables.refusals(results), tables.conclusions(verdicts), tables.misses(verdicts), tables.dense_wins(results)]
-    )
+    judgements = tables.conclusions(verdicts), tables.misses(verdicts)
+    _print([tables.refusals(results), *judgements, tables.dense_wins(results)])
     if past:
         for difference in recorder.bench.differences(past):
             display.note(f"Differs from {compared}: {difference}")
         _print([tables.changed(compare(past, results))])
     display.note(f"Results: {recorder.path}, with bench.md and bench.png.")
-    _fail([f"{result.case}, {m.name}: {m.refusal}" for result in results for m in result.failures])
+    display.fail([f"{result.case}, {m.name}: {m.refusal}" for result in results for m in result.failures])
 
 
 def _run(
@@ -156,15 +135,11 @@ def _run(
     folder, machine = out or Path("results") / f"bench-{suite}", this_machine(device or "cpu")
     display.note(str(machine))
     results, failures = [], []
-    with display.progress() as progress:
-        task = progress.add_task("", total=len(calls))
-        for name, call in calls.items():
-            progress.update(task, description=name)
-            try:
-                results.append(call())
-            except RuntimeError as error:
-                failures.append(f"{name}: {error}")
-            progress.advance(task)
+    for name, call in _with_bar(calls.items()):
+        try:
+            results.append(call())
+        except RuntimeError as error:
+            failures.append(f"{name}: {error}")
     # the files of an earlier benchmark stay if everything fails
     if results:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,22 +147,7 @@ def _run(
         write_results(path, benchmark.TITLE, machine, command_line(), results, tables)
         _print(tables)
         display.note(f"Results: {path}, with {path.with_suffix('.md').name}.")
-    _fail(failures)
-
-
-def _fail(messages: Sequence[str]) -> None:
-    """Print messages as errors and exit with status 1, if there are any."""
-    for message in messages:
-        display.error(message)
-    if messages:
-        raise typer.Exit(1)
-
-
-def _refuse(suite: str, **options: object) -> None:
-    """Raise ValueError for options that a suite does not use."""
-    for name, value in options.items():
-        if value not in (None, False):
-            raise ValueError(f"--{name} has no meaning for --suite {suite}")
+    display.fail(failures)
 
 
 def _measure(recorder: Recorder) -> None:
@@ -201,11 +161,17 @@ def _measure(recorder: Recorder) -> None:
     duration = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     count = f"{len(missing)} of {len(recorder.cases)} cases"
     display.note(f"{count} to measure, about {duration}; results in {recorder.path}.")
+    for _, case in _with_bar([(str(case), case) for case in missing]):
+        recorder.measure(case)
+
+
+def _with_bar(named: Collection[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Yield all items, with a progress bar of their names."""
     with display.progress() as progress:
-        task = progress.add_task("", total=len(missing))
-        for case in missing:
-            progress.update(task, description=str(case))
-            recorder.measure(case)
+        task = progress.add_task("", total=len(named))
+        for name, item in named:
+            progress.update(task, description=name)
+            yield name, item
             progress.advance(task)
 
 
@@ -217,21 +183,12 @@ def _print(tables: Iterable[Table]) -> None:
             display.note("")
 
 
-def _words(text: str | None) -> tuple[str, ...] | None:
-    """ "forward, train" -> ("forward", "train"), "none" -> ()."""
-    if text is None:
-        return None
-    return tuple(word for word in map(str.strip, text.split(",")) if word not in ("", "none"))
-
-
 def _sizes(text: str | None) -> tuple[tuple[int, int], ...] | None:
     """ "1k,1024x4096" -> ((1000, 1000), (1024, 4096))."""
-    if text is None:
-        return None
     pairs = []
-    for word in filter(None, map(str.strip, text.split(","))):
+    for word in words(text) or ():
         pair = numbers(word.replace("x", ","), "--sizes") or ()
         if len(pair) not in (1, 2):
             raise ValueError(f"--sizes: {word!r} is no size; write 1024, or 1024x4096 for in x out")
         pairs.append((pair[0], pair[-1]))
-    return tuple(pairs)
+    return None if text is None else tuple(pairs)

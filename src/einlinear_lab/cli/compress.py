@@ -6,71 +6,66 @@ import copy
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from einlinear.files import lock_output
 from einlinear_lab.cli import display
-from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
 from einlinear_lab.cli.packages import PRETRAINED, require
 from einlinear_lab.cli.parsing import specs
-
-if TYPE_CHECKING:
-    from einlinear_lab.pretrained.generation_speed import ModelSpeed
 
 # files that are not copied and are listed
 _SHOWN = 10
 
 
-def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder of a transformers model, or its name on the hub.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the compressed model; from_pretrained loads it.")],
-    keep_params: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Fraction of the layers' parameters to keep, such as 0.5.")
-    ] = None,
-    keep_macs: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Or of their multiply-accumulates.")] = None,
-    structures: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Families of structures to choose from, separated by ';' or ','; may be repeated. "
-            "Default: low_rank, monarch, btt, blast(blocks=4)."
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="A text file, or rows (.jsonl, .json, .csv, .parquet) with text, messages, or prompt and completion: "
-            "the text whose outputs are kept. Without it weights are approximated, which is much worse."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Lines, rows or pieces of the text to calibrate on.")] = 256,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, at most.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Lines or pieces that are run at once.")] = 16,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Globs on the layers' names. Default: all but the output head.")
-    ] = None,
-    distill: Annotated[float, typer.Option(min=0.0, help="Minutes of training towards the original's outputs.")] = 0.0,
-    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of --distill.")] = 3e-4,
-    sequential: Annotated[
-        bool,
-        typer.Option("--sequential/--parallel", help="Fit layers one after the other, or all at once."),
-    ] = True,
-    only_if_faster: Annotated[
-        bool,
-        typer.Option(
-            "--only-if-faster", help="Leave layers dense that would be slower here, for 1 token or 256 at once."
-        ),
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="Of the parameters: auto, float32, bfloat16, float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="That the model runs on: cpu, cuda, ...")] = "cpu",
+_Fraction = Annotated[float | None, typer.Option(min=0.0, max=1.0)]
+_Count = Annotated[int, typer.Option(min=1)]
+_NonNegative = Annotated[float, typer.Option(min=0.0)]
+
+
+def compress_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    out: Annotated[Path, typer.Option()],
+    keep_params: _Fraction = None,
+    keep_macs: _Fraction = None,
+    structures: list[str] | None = None,
+    calibration: Path | None = None,
+    samples: _Count = 256,
+    tokens: _Count = 256,
+    batch_size: _Count = 16,
+    layers: list[str] | None = None,
+    distill: _NonNegative = 0.0,
+    lr: _NonNegative = 3e-4,
+    sequential: Annotated[bool, typer.Option("--sequential/--parallel")] = True,
+    only_if_faster: Annotated[bool, typer.Option("--only-if-faster")] = False,
+    dtype: str = "auto",
+    device: str = "cpu",
 ) -> None:
     """Make a pretrained Hugging Face model smaller.
 
     Each linear layer gets its own structure and rank, or stays dense, so that the model's output changes least within
     the budget. After an interruption the same command resumes.
+
+    Args:
+        model: A folder of a transformers model, or its name on the hub.
+        out: Folder for the compressed model; from_pretrained loads it.
+        keep_params: Fraction of the layers' parameters to keep, such as 0.5.
+        keep_macs: Or of their multiply-accumulates.
+        structures: Families of structures to choose from, separated by ';' or ','; may be repeated. Default: low_rank,
+            monarch, btt, blast(blocks=4).
+        calibration: A text file, or rows (.jsonl, .json, .csv, .parquet) with text, messages, or prompt and completion:
+            the text whose outputs are kept. Without it weights are approximated, which is much worse.
+        samples: Lines, rows or pieces of the text to calibrate on.
+        tokens: Tokens of each, at most.
+        batch_size: Lines or pieces that are run at once.
+        layers: Globs on the layers' names. Default: all but the output head.
+        distill: Minutes of training towards the original's outputs.
+        lr: Learning rate of --distill.
+        sequential: Fit layers one after the other, or all at once.
+        only_if_faster: Leave layers dense that would be slower here, for 1 token or 256 at once.
+        dtype: Of the parameters: auto, float32, bfloat16, float16.
+        device: That the model runs on: cpu, cuda, ...
     """
     config = {name: str(value) for name, value in locals().items()}
     require(PRETRAINED)
@@ -78,7 +73,7 @@ def command(
     from transformers.utils import logging
 
     from einlinear import compression
-    from einlinear.compression.candidates import DEFAULT_FAMILIES
+    from einlinear.compression.allocation import DEFAULT_FAMILIES
     from einlinear.compression.compression_report import HEADINGS
     from einlinear_lab.pretrained.documents import read_documents, text_batches
     from einlinear_lab.pretrained.generation_speed import model_speeds
@@ -88,8 +83,8 @@ def command(
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     unfinished = out.parent / f"{out.absolute().name}.unfinished"
     distillation = None
-    with interruptible(f"Interrupted. The same command resumes; so far: {unfinished}"), ExitStack() as stack:
-        with user_errors():
+    with display.interruptible(f"Interrupted. The same command resumes; so far: {unfinished}"), ExitStack() as stack:
+        with display.user_errors():
             count, budget = ("params", keep_params) if keep_macs is None else ("macs", keep_macs)
             if budget is None or (keep_params is not None and keep_macs is not None):
                 raise ValueError("give either --keep-params or --keep-macs: the fraction to keep, such as 0.5")
@@ -101,8 +96,8 @@ def command(
                 raise ValueError("--distill needs text to train on: --calibration FILE")
             if distill and lr == 0:
                 raise ValueError("--lr must be positive: at 0 nothing is learnt")
-            message = f"another einlinear compress is at work on {out}: name another folder"
-            stack.enter_context(lock_output(out, message))
+            in_use = f"another einlinear compress is at work on {out}: name another folder"
+            stack.enter_context(lock_output(out, in_use))
             if finish(out, unfinished, config):
                 display.note(f"{out} is complete: the same command was interrupted after it had been written.")
                 return
@@ -119,32 +114,19 @@ def command(
             # the two models share tensors, unless one of them is trained
             tensors = () if distill else (*compressed.parameters(), *compressed.buffers())
             original = copy.deepcopy(compressed, {id(tensor): tensor for tensor in tensors})
+            families = specs(structures) or DEFAULT_FAMILIES
+            options: dict[str, Any] = {"count": count, "layers": layers, "sequential": sequential, "folder": unfinished}
             with display.steps() as advance:
-                report = compression.compress(
-                    compressed,
-                    budget,
-                    specs(structures) or DEFAULT_FAMILIES,
-                    batches,
-                    count=count,
-                    layers=layers,
-                    sequential=sequential,
-                    only_if_faster=only_if_faster,
-                    progress=advance,
-                    folder=unfinished,
-                )
+                options |= {"only_if_faster": only_if_faster, "progress": advance}
+                report = compression.compress(compressed, budget, families, batches, **options)
             if distill and calibration is not None:
+                texts = text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size)
+                folder = unfinished / f"distillation of {distill:g} minutes at {lr:g}"
+                options = {"steps": 10**9, "lr": lr, "seconds": 60 * distill, "folder": folder}
                 with display.steps() as advance:
-                    distillation = compression.distill(
-                        compressed,
-                        original,
-                        text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size),
-                        steps=10**9,
-                        lr=lr,
-                        seconds=60 * distill,
-                        folder=unfinished / f"distillation of {distill:g} minutes at {lr:g}",
-                        progress=lambda done, _, loss: advance("distillation", done, None),
-                    )
-        with system_errors():
+                    options["progress"] = lambda done, _, loss: advance("distillation", done, None)
+                    distillation = compression.distill(compressed, original, texts, **options)
+        with display.system_errors():
             left_out = save(compressed, tokenizer, report, out, model, config)
             shutil.rmtree(unfinished)
     if report.warning:
@@ -153,23 +135,18 @@ def command(
     for note in report.notes:
         display.note(note)
     if distillation is not None:
-        first, last = distillation.losses[0], distillation.losses[-1]
-        display.note(
-            f"Distilled in {len(distillation.losses):,} steps: the loss of a batch was {first:.4f} and is {last:.4f}."
-        )
+        losses = distillation.losses
+        change = f"the loss of a batch was {losses[0]:.4f} and is {losses[-1]:.4f}"
+        display.note(f"Distilled in {len(losses):,} steps: {change}.")
     reads_text = compressed.main_input_name == "input_ids" and hasattr(compressed.config, "vocab_size")
     if reads_text and not getattr(compressed.config, "is_encoder_decoder", False):
-        _print_speeds(model_speeds({"original": original, "compressed": compressed}))
+        speeds = model_speeds({"original": original, "compressed": compressed})
+        rows = []
+        for name, speed in speeds.items():
+            decode = "–" if speed.decode is None else f"{speed.decode:,.0f}"
+            rows.append((name, f"{speed.prefill:,.0f}", f"{speed.prefill / speeds['original'].prefill:.2f}", decode))
+        display.show(("", "prefill, tokens/s", "times the original's", "decode, tokens/s"), rows)
     if left_out:
         rest = f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else ""
         display.note(f"Not copied from {model}: {', '.join(left_out[:_SHOWN])}{rest}.")
     display.note(f"Saved in {out}. from_pretrained loads it after import einlinear.")
-
-
-def _print_speeds(speeds: dict[str, ModelSpeed]) -> None:
-    original = speeds["original"]
-    rows = []
-    for name, speed in speeds.items():
-        decode = "–" if speed.decode is None else f"{speed.decode:,.0f}"
-        rows.append((name, f"{speed.prefill:,.0f}", f"{speed.prefill / original.prefill:.2f}", decode))
-    display.show(("", "prefill, tokens/s", "times the original's", "decode, tokens/s"), rows)

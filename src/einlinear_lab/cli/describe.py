@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated
 
 import torch
@@ -9,33 +10,40 @@ import typer
 
 import einlinear
 from einlinear import ops
-from einlinear.ops.batched.contraction_plan import plan as make_plan
+from einlinear.ops.batched.batched_backend import plan as make_plan
 from einlinear.structures import Structure
 from einlinear.structures.scales import adam_multipliers, init_std
 from einlinear_lab.cli import display
-from einlinear_lab.cli.endings import user_errors
 
 
-def command(
-    spec: Annotated[
-        str,
-        typer.Argument(help='A structure, such as "btt(rank=2)", or a pattern, such as "i, r i, o r -> o where r=8".'),
-    ],
-    in_features: Annotated[int, typer.Argument(help="Input features of the layer.")],
-    out_features: Annotated[int, typer.Argument(help="Output features of the layer.")],
-    max_macs: Annotated[
-        float | None,
-        typer.Option(help="Choose the largest rank, or the fewest blocks, within this fraction of the MACs of dense."),
-    ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Also say how it is run on this machine's CPU.")] = False,
-    tokens: Annotated[int, typer.Option(help="For --plan: input vectors at a time.", min=1)] = 2048,
+def describe_command(
+    spec: str,
+    in_features: int,
+    out_features: int,
+    max_macs: float | None = None,
+    plan: Annotated[bool, typer.Option("--plan")] = False,
+    tokens: Annotated[int, typer.Option(min=1)] = 2048,
 ) -> None:
-    """Show a structure's factors, parameters, MACs, rank and exponents at one size, next to dense."""
-    with user_errors():
+    """Show a structure's factors, parameters, MACs, rank and exponents at one size, next to dense.
+
+    Args:
+        spec: A structure, such as "btt(rank=2)", or a pattern, such as "i, r i, o r -> o where r=8".
+        in_features: Input features of the layer.
+        out_features: Output features of the layer.
+        max_macs: Choose the largest rank, or the fewest blocks, within this fraction of the MACs of dense.
+        plan: Also say how it is run on this machine's CPU.
+        tokens: For --plan: input vectors at a time.
+    """
+    with display.user_errors():
         structure = einlinear.structure(spec, in_features, out_features, max_macs=max_macs)
     _print_structure(structure)
     if plan:
-        _print_plan(structure, tokens)
+        device = torch.device("cpu")
+        display.note(f"\nBackend for {tokens:,} inputs of float32 on this CPU, and the estimated time of the others:")
+        display.note(str(ops.choose(structure, tokens, torch.float32, device)))
+        display.note("\nBatched matmuls and the intermediates between them, slowest axis first:")
+        for step in chain.from_iterable(make_plan(structure)):
+            display.note(f"  {structure.factors[step.index].name}  {step}")
 
 
 def _print_structure(s: Structure) -> None:
@@ -59,13 +67,3 @@ def _print_structure(s: Structure) -> None:
     for name, meaning in (("psi", "rank = n^psi"), ("nu", "MACs = n^(1+nu)"), ("omega", "params / MACs = n^-omega")):
         totals.append((f"{name}  ({meaning})", f"{getattr(s, name):.4g}", f"{getattr(dense, name):.4g}", ""))
     display.show(("", "this", "dense", "ratio"), totals)
-
-
-def _print_plan(s: Structure, tokens: int) -> None:
-    """Print the backend of a structure on this CPU in float32, and the steps of the batched matmuls."""
-    display.note(f"\nBackend for {tokens:,} inputs of float32 on this CPU, and the estimated time of the others:")
-    display.note(str(ops.choose(s, tokens, torch.float32, torch.device("cpu"))))
-    display.note("\nBatched matmuls and the intermediates between them, slowest axis first:")
-    for steps in make_plan(s):
-        for step in steps:
-            display.note(f"  {s.factors[step.index].name}  {step}")

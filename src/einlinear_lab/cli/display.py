@@ -1,4 +1,4 @@
-"""Output of commands: messages, tables, progress bars."""
+"""Output of commands: messages, tables, progress bars, and the end of a command by an error or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -57,27 +58,16 @@ def show(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
 
 def progress(*more: ProgressColumn) -> Progress:
     """Return progress bars with these further columns; shown only in a terminal, by the first process of torchrun."""
-    console = Console()
-    columns = (
-        TextColumn(
-            "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=44)
-        ),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        *more,
-    )
+    console, narrow = Console(), Column(no_wrap=True, overflow="ellipsis", max_width=44)
+    description = TextColumn("{task.description}", markup=False, table_column=narrow)
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), *more)
     shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
     return Progress(*columns, console=console, transient=True, disable=not shown)
 
 
 @contextmanager
 def steps() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yield a function that shows the progress of tasks in sequence, called with (task, done, total).
-
-    A terminal shows a bar; otherwise a line is printed when a task begins and every ten seconds.
-    """
+    """Yield a function that shows the progress of tasks in sequence, called with (task, done, total)."""
     started, last, tasks = time.monotonic(), 0.0, set[str]()
 
     def print_line(task: str, done: int, total: int | None) -> None:
@@ -103,3 +93,45 @@ def advance(bars: Progress, name: str, done: int, total: int | None) -> None:
     if not bars.tasks:
         bars.add_task(name, total=total)
     bars.update(bars.tasks[0].id, completed=done)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn errors of wrong arguments, files and missing packages into a message and exit code 2.
+
+    For checks of the user's input only: later, an error of the same type is a bug.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as problem:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            error(str(problem))
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Turn errors of the system during training, such as a full disk, into a message and exit code 2."""
+    try:
+        yield
+    except OSError as problem:
+        error(str(problem))
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """End the command on Ctrl-C with a message and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        warning(message)
+        raise typer.Exit(130) from None
+
+
+def fail(messages: Sequence[str]) -> None:
+    """Print messages as errors and exit with code 1, if there are any."""
+    for message in messages:
+        error(message)
+    if messages:
+        raise typer.Exit(1)

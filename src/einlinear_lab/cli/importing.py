@@ -15,7 +15,6 @@ _imported: list[str] = []
 
 
 def import_all(targets: Sequence[str]) -> None:
-    """Import all modules and files of --import; raises as `import_user_code`."""
     _imported[:] = targets
     for target in targets:
         import_user_code(target)
@@ -27,11 +26,7 @@ def setup() -> tuple[Callable[[], None], ...]:
 
 
 def import_user_code(target: str) -> None:
-    """Import a module by its name, or a file by its path, which ends in .py.
-
-    Raises:
-        ValueError: the module or file does not exist, or its code raises; the message then has the traceback.
-    """
+    """Import a module by its name, or a file by its path; raise ValueError with the reason or a traceback."""
     if target.endswith(".py") and not Path(target).is_file():
         raise ValueError(f"--import {target}: there is no such file")
     try:

@@ -1,4 +1,4 @@
-"""Parsing of arguments: lists of structures, lists of numbers, NAME=VALUE, a floor."""
+"""Arguments of several commands, and the parsing of lists of structures or numbers, of NAME=VALUE and of a floor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from einlinear.structures.spec import is_family
 
 # Options of runs that need no value.
 FLAGS = ("--skip-broken",)
+
+_CONFIG = (
+    "model=mlp, vit, gpt, opt or pythia; data=NAME, a folder or a prepared text; structure, width, depth, steps, lr, "
+    "batch_size, seed, ... An unknown name is answered with the list of all."
+)
+_WORKERS = "Processes that train at the same time. Default: one per CPU core, or per GPU."
+_MIX = "Add to a folder whose runs were made by another version of einlinear."
+Folders = Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Results folders, taken together.")]
+RunConfig = Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE", help=_CONFIG)]
+MixCode = Annotated[bool, typer.Option("--mix-code", help=_MIX)]
+On = Annotated[str, typer.Option(help="Where to train: local (processes of this machine) or ray (a cluster).")]
+Workers = Annotated[int | None, typer.Option(min=1, help=_WORKERS)]
+Address = Annotated[str | None, typer.Option(help="Address of the Ray cluster. Default: a new one on this machine.")]
+Cpus = Annotated[float | None, typer.Option(help="CPU cores for each run on Ray. Default: 1.")]
+Gpus = Annotated[float | None, typer.Option(help="GPUs for each run on Ray. Default: none.")]
 
 
 def specs(texts: str | list[str] | None) -> tuple[str, ...] | None:
@@ -25,6 +43,23 @@ def specs(texts: str | list[str] | None) -> tuple[str, ...] | None:
     if not any(result):
         raise ValueError("--structures is empty; write structures such as dense; btt(rank=2)")
     return tuple(filter(None, result))
+
+
+def _split_at_commas(text: str) -> list[str]:
+    """Split at the commas outside of brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def words(text: str | None) -> tuple[str, ...] | None:
+    """ "forward, train" -> ("forward", "train"), "none" -> ()."""
+    return None if text is None else tuple(word for word in map(str.strip, text.split(",")) if word not in ("", "none"))
 
 
 def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
@@ -48,13 +83,10 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def assignments(words: Sequence[str] | None) -> dict[str, str]:
-    """Return options by name; the last value of an option counts.
+    """Return options by name; the last value of an option counts. Raises ValueError for a word that is no assignment.
 
     >>> assignments(["lr=1e-3", "--batch-size", "64", "--skip-broken", "--depth=2"])
     {'lr': '1e-3', 'batch_size': '64', 'skip_broken': 'true', 'depth': '2'}
-
-    Raises:
-        ValueError: a word that is no assignment.
     """
     options: dict[str, str] = {}
     rest = iter(words or ())
@@ -67,10 +99,9 @@ def assignments(words: Sequence[str] | None) -> dict[str, str]:
         elif not equals:
             example = f"data={word}" if Path(word).exists() else "lr=1e-3"
             raise ValueError(f"{word!r} sets no option; write NAME=VALUE, such as {example}")
-        name = name.strip().replace("-", "_")
         if not value:
             raise ValueError(f"{word!r} has no value; write NAME=VALUE, such as lr=1e-3")
-        options[name] = value.strip()
+        options[name.strip().replace("-", "_")] = value.strip()
     return options
 
 
@@ -85,15 +116,3 @@ def floor_of(text: str) -> float | None:
     if not 0 <= floor < math.inf:
         raise ValueError(f"--floor must be a number of at least 0, or fit, not {text!r}")
     return floor
-
-
-def _split_at_commas(text: str) -> list[str]:
-    """Split at the commas outside of brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]

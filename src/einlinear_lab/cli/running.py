@@ -7,16 +7,16 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
 from rich.progress import Progress, TaskID, TextColumn
 
-from einlinear_lab.cli import display, report
-from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
+from einlinear_lab.cli import display
 from einlinear_lab.cli.importing import setup
 from einlinear_lab.cli.packages import RAY, require
+from einlinear_lab.cli.results import report_command
 
 if TYPE_CHECKING:
     from einlinear_lab.runs.run import Run
@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 
 # Of the skipped files.
 _SHOWN = 20
-
-
-def loss_column() -> TextColumn:
-    """Return the column of the loss beside every bar."""
-    return TextColumn("{task.fields[loss]}")
+# Beside every bar.
+_LOSS = "{task.fields[loss]}"
 
 
 def command_line() -> str:
@@ -39,17 +36,6 @@ def command_line() -> str:
     return shlex.join(["einlinear", *map(without_passwords, sys.argv[1:])])
 
 
-def check_place(on: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> None:
-    """Raise ValueError for an unknown --on, and for options that have no effect with it."""
-    if on == "local":
-        refuse({"--address": address, "--cpus": cpus, "--gpus": gpus}, "goes with --on ray")
-    elif on == "ray":
-        refuse({"--workers": workers}, "goes with --on local: on Ray --cpus and --gpus say how many runs fit")
-        require(RAY)
-    else:
-        raise ValueError(f"--on must be local or ray, not {on!r}")
-
-
 def refuse(options: Mapping[str, object], why: str) -> None:
     """Raise ValueError if one of these options is set."""
     for name, value in options.items():
@@ -57,32 +43,24 @@ def refuse(options: Mapping[str, object], why: str) -> None:
             raise ValueError(f"{name} {why}")
 
 
-def cluster(address: str | None, cpus: float | None, gpus: float | None) -> Pool:
-    """Return the pool of --on ray."""
+def cluster(on: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> Pool | None:
+    """Return the pool of --on ray, None for --on local. Raises ValueError for options that have no effect with it."""
+    if on == "local":
+        refuse({"--address": address, "--cpus": cpus, "--gpus": gpus}, "goes with --on ray")
+        return None
+    if on != "ray":
+        raise ValueError(f"--on must be local or ray, not {on!r}")
+    refuse({"--workers": workers}, "goes with --on local: on Ray --cpus and --gpus say how many runs fit")
+    require(RAY)
     from einlinear_lab.sweeps.cluster import Cluster
 
     return Cluster(address, 1 if cpus is None else cpus, gpus or 0, setup())
 
 
-def processes(workers: int | None, runs: Sequence[Run]) -> Pool:
-    """Return the pool of --on local."""
-    from joblib import cpu_count
-
-    from einlinear_lab.sweeps.workers import Workers, suited
-
-    count = workers or suited(runs)
-    return Workers(count, max(1, cpu_count() // count), setup())
-
-
 def check_here(runs: Iterable[Run]) -> None:
-    """Check before training that this machine can do the runs.
-
-    Raises:
-        ValueError: the device does not exist, or torchrun's processes cannot share a batch equally.
-        ModuleNotFoundError: a tracker's package is not installed.
-    """
+    """Raise ValueError or ModuleNotFoundError if this machine lacks a device or a package, or cannot share a batch."""
     from einlinear_lab.training.distributed import check_batch, check_device, processes
-    from einlinear_lab.training.trackers import check_installed
+    from einlinear_lab.training.metrics import check_installed
 
     for run in runs:
         check_device(run.training.device)
@@ -91,13 +69,22 @@ def check_here(runs: Iterable[Run]) -> None:
             check_installed(run.training.tracker)
 
 
+def check_many(runs: Sequence[Run], pool: Pool | None) -> None:
+    """Check before training that the pool, or this machine, can do the runs; raises as `check_here`."""
+    if "RANK" in os.environ:
+        raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
+    if pool is None:
+        check_here(runs)
+    say_skipped(runs)
+
+
 def say_skipped(runs: Iterable[Run]) -> None:
     """Warn about skipped files of the user's data."""
     for data in dict.fromkeys(run.data for run in runs):
         if skipped := data.skipped():
             more = f" and {len(skipped) - _SHOWN} more" if skipped[_SHOWN:] else ""
-            names = ", ".join(skipped[:_SHOWN])
             files = "1 file" if len(skipped) == 1 else f"{len(skipped)} files"
+            names = ", ".join(skipped[:_SHOWN])
             display.warning(f"Left out {files} of {data.data} that cannot be read: {names}{more}.")
 
 
@@ -108,63 +95,70 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     from einlinear_lab.sweeps.driver import do
 
     store = Store(folder)
-    with user_errors():
-        if "RANK" in os.environ:
-            raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
-        if pool is None:
-            check_here(sweep.runs)
+    with display.user_errors():
+        check_many(sweep.runs, pool)
         store.open(sweep.runs, sweep.axes, command_line(), mix_code, check_runs(sweep.runs))
         for problem in store.damaged():
             display.warning(f"{problem}; if it belongs here it is done again")
         missing = store.missing(sweep.runs)
-        say_skipped(sweep.runs)
     finished = len(sweep.runs) - len(missing)
     already = f"; {finished} of {len(sweep.runs)} are already there" if finished else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
-    failed = []
-    if missing:
-        pool = pool or processes(workers, missing)
-        interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
-        with interruptible(interrupted), display.progress(loss_column()) as bars, system_errors():
-            failed = do(sweep.runs, store, pool, Watch(bars, len(missing)).see)
-        for event in failed:
-            display.error(f"{event.run.name} failed: {event.message}")
-    report.command([folder])
-    if failed:
-        raise typer.Exit(1)
+    failed = watched(partial(do, sweep.runs, store), missing, folder, workers, pool) if missing else []
+    report_command([folder])
+    display.fail(failed)
 
 
-class Watch:
-    """Progress bars: one for all runs, and one for each running run."""
+def watched(
+    do: Callable[[Pool, Callable[[Event], None]], list[Event]],
+    runs: Sequence[Run],
+    folder: Path,
+    workers: int | None,
+    pool: Pool | None,
+    done: int = 0,
+) -> list[str]:
+    """Do runs with progress bars, by default on processes of this machine; return the errors of those that failed."""
+    from joblib import cpu_count
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    from einlinear_lab.sweeps.workers import Workers, suited
+
+    count = workers or suited(runs)
+    pool = pool or Workers(count, max(1, cpu_count() // count), setup())
+    interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
+    with display.interruptible(interrupted), display.progress(TextColumn(_LOSS)) as bars, display.system_errors():
+        failed = do(pool, _Watch(bars, len(runs), done).see)
+    return [f"{event.run.name} failed: {event.message}" for event in failed]
+
+
+class _Watch:
+    def __init__(self, progress: Progress, total: int, done: int) -> None:
         self._progress = progress
-        self._all = progress.add_task("runs", total=total, loss="")
+        self._all = progress.add_task("runs", total=total, completed=done, loss="")
         self._bars: dict[str, TaskID] = {}
 
     def see(self, event: Event) -> None:
+        key = event.run.key
         if event.status == "running":
-            if event.run.key not in self._bars:
-                self._bars[event.run.key] = self._progress.add_task(title(event.run), loss="")
+            if key not in self._bars:
+                self._bars[key] = self._progress.add_task(_title(event.run), loss="")
             loss = f"loss {event.loss:.3f}" if event.step else ""
-            self._progress.update(self._bars[event.run.key], completed=event.step, total=event.steps or None, loss=loss)
+            self._progress.update(self._bars[key], completed=event.step, total=event.steps or None, loss=loss)
             return
-        if event.run.key in self._bars:
-            self._progress.remove_task(self._bars.pop(event.run.key))
+        if key in self._bars:
+            self._progress.remove_task(self._bars.pop(key))
         if event.status == "lost":
-            display.warning(f"{title(event.run)}: {event.message}")
+            display.warning(f"{_title(event.run)}: {event.message}")
         else:
             self._progress.advance(self._all)
-
-
-def title(run: Run) -> str:
-    """Return a short title of a run."""
-    return f"{run.model.structure}, width {run.model.width}, lr {run.training.lr:g}, seed {run.seed}"
 
 
 @contextmanager
 def bar(run: Run) -> Iterator[Callable[[int, int, float], None]]:
     """Show the progress bar of a single run; yield the function that updates it."""
-    with display.progress(loss_column()) as progress:
-        task = progress.add_task(title(run), loss="")
+    with display.progress(TextColumn(_LOSS)) as progress:
+        task = progress.add_task(_title(run), loss="")
         yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=f"loss {loss:.3f}")
+
+
+def _title(run: Run) -> str:
+    return f"{run.model.structure}, width {run.model.width}, lr {run.training.lr:g}, seed {run.seed}"

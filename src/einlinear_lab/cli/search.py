@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -12,20 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from einlinear_lab.cli import display
-from einlinear_lab.cli.arguments import MixCode, RunConfig, Workers
-from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
 from einlinear_lab.cli.packages import LAB, require
-from einlinear_lab.cli.parsing import assignments, numbers
-from einlinear_lab.cli.running import (
-    Watch,
-    check_here,
-    check_place,
-    cluster,
-    command_line,
-    loss_column,
-    processes,
-    say_skipped,
-)
+from einlinear_lab.cli.parsing import Address, Cpus, Gpus, MixCode, On, RunConfig, Workers, assignments, numbers, words
+from einlinear_lab.cli.running import check_many, cluster, command_line, watched
 
 if TYPE_CHECKING:
     from einlinear_lab.search.search import Search
@@ -34,113 +22,82 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 
-def command(
+def search_command(
     config: RunConfig = None,
-    budget: Annotated[str, typer.Option(help="Multiply-accumulates for one input, of every model: 400k.")] = "100k",
-    trials: Annotated[int, typer.Option(min=1, help="Number of models to train.")] = 60,
-    hours: Annotated[float | None, typer.Option(help="Start no trial later than this. Default: no limit.")] = None,
-    families: Annotated[
-        str, typer.Option(help="Families to search: einsum (every theta), btt3, blast, dyad; separated by commas.")
-    ] = "einsum",
-    roles: Annotated[
-        str | None,
-        typer.Option(
-            help="Linear layers that get a structure of their own: attention_in, attention_out, up, down; separated by "
-            "commas. Default: one structure for all."
-        ),
-    ] = None,
-    sampler: Annotated[
-        str, typer.Option(help="Optuna's sampler: gp (Gaussian process), tpe (Parzen estimator) or random.")
-    ] = "gp",
-    warm_start: Annotated[
-        bool, typer.Option(help="Try eight structures of the literature first (never with random).")
-    ] = True,
-    prune: Annotated[bool, typer.Option(help="Stop trials early that are behind half of the others.")] = True,
-    metric: Annotated[str | None, typer.Option(help="Metric to minimise. Default: the error of the data.")] = None,
-    time_weight: Annotated[
-        float,
-        typer.Option(
-            help="Multiply the metric by the time of a training step to this power. Time is best measured with "
-            "--workers 1."
-        ),
-    ] = 0.0,
-    sampler_seed: Annotated[int, typer.Option(help="Seed of the sampler; that of the runs is seed=NUMBER.")] = 0,
-    out: Annotated[Path, typer.Option(help="Results folder. The same command resumes the search in it.")] = Path(
-        "results/search"
-    ),
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            help="Storage of the study: journal, or a database such as postgresql+psycopg://user@host/name. Default: "
-            "SQLite in the results folder."
-        ),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the study. Default: the folder's.")] = None,
-    on: Annotated[str, typer.Option(help="Where to train: local (processes of this machine) or ray.")] = "local",
+    budget: str = "100k",
+    trials: Annotated[int, typer.Option(min=1)] = 60,
+    hours: float | None = None,
+    families: str = "einsum",
+    roles: str | None = None,
+    sampler: str = "gp",
+    warm_start: bool = True,
+    prune: bool = True,
+    metric: str | None = None,
+    time_weight: float = 0.0,
+    sampler_seed: int = 0,
+    out: Path = Path("results/search"),
+    storage: str | None = None,
+    name: str | None = None,
+    on: On = "local",
     workers: Workers = None,
-    address: Annotated[str | None, typer.Option(help="Address of the Ray cluster. Default: a new one here.")] = None,
-    cpus: Annotated[float | None, typer.Option(help="CPU cores for each run on Ray. Default: 1.")] = None,
-    gpus: Annotated[float | None, typer.Option(help="GPUs for each run on Ray. Default: none.")] = None,
+    address: Address = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
     mix_code: MixCode = False,
 ) -> None:
     """Search for the structure with the lowest loss at a budget of compute.
 
     All models cost the same: the width follows from the structure. Several of these commands may work on one folder,
     also on several machines that share it. NAME=VALUE are options of the runs, as for train.
+
+    Args:
+        budget: Multiply-accumulates for one input, of every model: 400k.
+        trials: Number of models to train.
+        hours: Start no trial later than this. Default: no limit.
+        families: Families to search: einsum (every theta), btt3, blast, dyad; separated by commas.
+        roles: Linear layers that get a structure of their own: attention_in, attention_out, up, down; separated by
+            commas. Default: one structure for all.
+        sampler: Optuna's sampler: gp (Gaussian process), tpe (Parzen estimator) or random.
+        warm_start: Try eight structures of the literature first (never with random).
+        prune: Stop trials early that are behind half of the others.
+        metric: Metric to minimise. Default: the error of the data.
+        time_weight: Multiply the metric by the time of a training step to this power. Time is best measured with
+            --workers 1.
+        sampler_seed: Seed of the sampler; that of the runs is seed=NUMBER.
+        out: Results folder. The same command resumes the search in it.
+        storage: Storage of the study: journal, or a database such as postgresql+psycopg://user@host/name. Default:
+            SQLite in the results folder.
+        name: Name of the study. Default: the folder's.
     """
     require(LAB)
+    from einlinear_lab.runs.options import parse
     from einlinear_lab.runs.run import with_defaults
     from einlinear_lab.runs.store import Store
     from einlinear_lab.runs.table import RunTable
     from einlinear_lab.search.config import SearchConfig
     from einlinear_lab.search.search import Search
 
-    with user_errors():
-        check_place(on, workers, address, cpus, gpus)
+    with display.user_errors():
+        pool = cluster(on, workers, address, cpus, gpus)
         macs = numbers(budget, "--budget") or ()
         if len(macs) != 1:
             raise ValueError(f"--budget is one number, such as 400k, not {budget!r}")
-        if "RANK" in os.environ:
-            raise ValueError("torchrun shares one run among its processes (einlinear train); start this without it")
         options, notes = with_defaults(assignments(config))
-        chosen = SearchConfig(
-            budget=macs[0],
-            trials=trials,
-            hours=hours,
-            families=_words(families),
-            roles=_words(roles or ""),
-            sampler=sampler,
-            warm_start=warm_start,
-            prune=prune,
-            metric=metric,
-            time_weight=time_weight,
-            seed=sampler_seed,
-            options=options,
-        )
-        store = Store(out)
-        search = Search(chosen)
-        check_here([search.base])
-        say_skipped([search.base])
+        budgets = {"budget": macs[0], "trials": trials, "hours": hours, "metric": metric, "time_weight": time_weight}
+        space = {"families": words(families) or (), "roles": words(roles) or (), "options": options}
+        sampling = {"sampler": sampler, "warm_start": warm_start, "prune": prune, "seed": sampler_seed}
+        store, search = Store(out), Search(parse(SearchConfig, {**budgets, **space, **sampling}))
+        check_many([search.base], pool)
         for note in notes:
             display.note(f"{note}.")
         search.open(store, storage, name, command=command_line(), mix_code=mix_code)
-    pool = cluster(address, cpus, gpus) if on == "ray" else processes(workers, [search.base] * trials)
     done = len(search.study.trained())
     display.note(f"{done} of {trials} trials are done; results in {out}.")
-    interrupted = f"Interrupted. {out} keeps the results; the same command resumes the search."
-    with interruptible(interrupted), display.progress(loss_column()) as bars, system_errors():
-        failed = search.do(pool, Watch(bars, max(0, trials - done)).see)
+    failed = watched(search.do, [search.base] * trials, out, workers, pool, done)
     with suppress(BlockingIOError), store.driving(), RunTable(out) as table:
         table.rebuild(store.records(), [])
-    for event in failed:
-        display.error(f"{event.run.name} failed: {event.message}")
     _print(search)
-    if failed:
-        raise typer.Exit(1)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.replace(" ", "").split(",")))
+    display.fail(failed)
 
 
 def _print(search: Search) -> None:
@@ -153,16 +110,12 @@ def _print(search: Search) -> None:
     options = [*best[0].architecture.specs]
     weight = search.manifest.time_weight
     objective = f"{search.manifest.metric}" + (f" × seconds^{weight:g}" if weight else "")
-    rows = [
-        (
-            *(trial.architecture.specs[option] for option in options),
-            f"{trial.value:.4f}",
-            f"{trial.architecture.width:,}",
-            f"{trial.architecture.macs:,}",
-            *(f"{exponent:.3g}" for exponent in trial.architecture.exponents),
-        )
-        for trial in best[:_SHOWN]
-    ]
+    rows = []
+    for trial in best[:_SHOWN]:
+        found = trial.architecture
+        specs = (found.specs[option] for option in options)
+        exponents = (f"{exponent:.3g}" for exponent in found.exponents)
+        rows.append((*specs, f"{trial.value:.4f}", f"{found.width:,}", f"{found.macs:,}", *exponents))
     display.show((*options, objective, "width", "MACs", "psi", "nu", "omega"), rows)
     display.note(f"{len(trials)} trials, {len(trials) - len(best)} of them pruned, diverged or still running.")
     if len(trials) < search.config.trials:
@@ -173,5 +126,5 @@ def _print(search: Search) -> None:
     else:
         display.note(f"\nTo use the best:\n    import einlinear as el\n    el.convert(model, {winner.spec!r})")
     structures = f"dense; btt; monarch; from-study:{search.store.folder}"
-    words = ["einlinear", "compare", "--structures", structures, "--out", "results/confirmed"]
-    display.note(f"To confirm it with several seeds:\n    {shlex.join(words)}")
+    command = ["einlinear", "compare", "--structures", structures, "--out", "results/confirmed"]
+    display.note(f"To confirm it with several seeds:\n    {shlex.join(command)}")

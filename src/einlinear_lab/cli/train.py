@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
 
 from einlinear_lab.cli import display
-from einlinear_lab.cli.arguments import RunConfig
-from einlinear_lab.cli.endings import interruptible, system_errors, user_errors
 from einlinear_lab.cli.packages import LAB, require
-from einlinear_lab.cli.parsing import assignments
+from einlinear_lab.cli.parsing import RunConfig, assignments
 from einlinear_lab.cli.running import bar, check_here, say_skipped
 
-if TYPE_CHECKING:
-    from einlinear_lab.runs.records import Result
-    from einlinear_lab.runs.run import Run
 
-
-def command(
-    config: RunConfig = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the run: its checkpoints, metrics and result. Default: one of its own in results/train."
-        ),
-    ] = None,
-) -> None:
+def train_command(config: RunConfig = None, out: Path | None = None) -> None:
     """Train one model.
 
     Without steps=NUMBER there are 20 passes over the data, but at least 200 and at most 5,000 steps.
@@ -36,6 +19,9 @@ def command(
     steps. Under torchrun all processes train the model together: parallel=ddp or parallel=fsdp.
 
     For example:  einlinear train model=gpt data=data/english structure="btt(rank=2)" width=256 steps=2000 lr=3e-3
+
+    Args:
+        out: Folder of the run: its checkpoints, metrics and result. Default: one of its own in results/train.
     """
     require(LAB)
     from einlinear_lab.runs.execution import check_runs, execute
@@ -43,7 +29,7 @@ def command(
     from einlinear_lab.runs.run import Run, with_defaults
     from einlinear_lab.training.distributed import is_first
 
-    with user_errors():
+    with display.user_errors():
         options = assignments(config)
         # out=FOLDER is written like the other options.
         named = options.pop("out", None)
@@ -59,19 +45,13 @@ def command(
                 display.note(f"{sentence}.")
             display.note(f"In {folder}. The same command resumes it, or shows its result.")
     interrupted = "Interrupted. The same command resumes from the last checkpoint, if checkpoint_every was set."
-    with interruptible(interrupted), bar(run) as progress, system_errors():
+    with display.interruptible(interrupted), bar(run) as progress, display.system_errors():
         result = execute(run, folder, progress, keep_checkpoints=True)
-    if is_first():
-        _print(run, result)
-
-
-def _print(run: Run, result: Result) -> None:
-    rows = [
-        ("parameters", f"{result.params:,}"),
-        ("MACs of an input", f"{result.macs:,}"),
-        ("train loss", "diverged" if result.train_loss is None else f"{result.train_loss:.4f}"),
-        *((name.replace("_", " "), f"{value:.4f}") for name, value in result.metrics.items()),
-    ]
+    if not is_first():
+        return
+    loss = "diverged" if result.train_loss is None else f"{result.train_loss:.4f}"
+    rows = [("parameters", f"{result.params:,}"), ("MACs of an input", f"{result.macs:,}"), ("train loss", loss)]
+    rows += [(name.replace("_", " "), f"{value:.4f}") for name, value in result.metrics.items()]
     if result.step_seconds:
         rows.append(("inputs a second", f"{result.inputs / result.step_seconds:,.0f}"))
     display.show(("", run.name), rows)

@@ -8,24 +8,18 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any
 
 # Formats by the ending of a file name without .gz. Any other file is plain text.
-FORMATS = {
-    **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"},
-    **{".csv": "csv", ".tsv": "csv", ".parquet": "parquet"},
-}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _GZIP = ".gz"
 # Byte order marks, which editors and shells of Windows write.
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _LONGEST_CELL = 1 << 30
-# Values of JSON other than objects.
-_KINDS: dict[type, str] = {
-    **{list: "a list", str: "a text", bool: "a truth value", type(None): "null"},
-    **{int: "a number", float: "a number"},
-}
+# Values of JSON other than objects and numbers.
+_KINDS: dict[type, str] = {list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
 _BINARY = {
     b"PK\x03\x04": "a ZIP archive, as .docx, .xlsx and .epub files are",
     b"%PDF": "a PDF document",
@@ -56,13 +50,9 @@ def _ending(path: Path) -> str:
 
 
 def binary_kind(path: Path) -> str | None:
-    """Return the kind of a file that is not text, such as "a PDF document"; None for text.
-
-    Raises:
-        ValueError: a file called .gz that gzip cannot read.
-    """
-    with _opened(path) as file, _damage(path):
-        start: bytes = file.read(8192)
+    """Return the kind of a file that is not text, such as "a PDF document"; None for text."""
+    with _damage(path), _opened(path) as file:
+        start = file.read(8192)
     for magic, kind in _BINARY.items():
         if start.startswith(magic):
             return kind
@@ -71,36 +61,20 @@ def binary_kind(path: Path) -> str | None:
 
 @contextmanager
 def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a file as text: UTF-8, or UTF-16 if it begins with that mark; a mark at the beginning is left out.
-
-    Args:
-        path: decompressed if its name ends in .gz.
-        errors: as for `open`.
-        newline: as for `open`; by default the line ends of all systems become "\\n".
-
-    Raises:
-        ValueError: it is damaged, or is no regular file; `NotText` if it is not text in one of these encodings.
-        OSError: it does not exist or cannot be read.
-    """
-    with _opened(path) as raw, _damage(path):
-        start = raw.read(2)
-    encoding = "utf-16" if start in _UTF_16 else "utf-8-sig"
-    with TextIOWrapper(_opened(path), encoding=encoding, errors=errors, newline=newline) as file, _damage(path):
-        yield file
+    """Open a file as text, decompressed: UTF-8, or UTF-16 if it begins with that mark; marks are left out."""
+    with _damage(path), _opened(path) as raw:
+        encoding = "utf-16" if raw.peek(2)[:2] in _UTF_16 else "utf-8-sig"
+        with TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline) as file:
+            yield file
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a file, each with its place, such as "line 3 of chat.jsonl".
-
-    Raises:
-        ValueError: the file is damaged, or a row is not an object of named values.
-        ModuleNotFoundError: a Parquet file, and pyarrow is not installed.
-    """
+    """Yield the rows of a file, each with its place, such as "line 3 of chat.jsonl"."""
     readers = {"jsonl": _json_lines, "json": _json, "csv": _csv, "parquet": _parquet}
     for place, row in readers[format_of(path) or "jsonl"](path):
         where = f"{place} of {path}"
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is {_KINDS[type(row)]}, not an object of named values")
+            raise ValueError(f"{where} is {_KINDS.get(type(row), 'a number')}, not an object of named values")
         yield where, row
 
 
@@ -108,11 +82,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
-                yield f"line {number}", row
+                yield f"line {number}", _parsed(line, f"line {number} of {path}")
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -120,15 +90,21 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     with open_text(path) as file:
         text = file.read()
     try:
-        content = json.loads(text)
+        content = _parsed(text, str(path))
+    except ValueError as error:
+        if "Extra data" not in str(error):
+            raise
+        yield from _json_lines(path)
+    else:
+        rows = content if isinstance(content, list) else [content]
+        yield from ((f"item {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        first = text.strip().partition("\n")[0]
-        if str(error).startswith("Extra data") and first.startswith("{") and first.rstrip().endswith("}"):
-            yield from _json_lines(path)
-            return
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    rows = content if isinstance(content, list) else [content]
-    yield from ((f"item {number}", row) for number, row in enumerate(rows, start=1))
+        raise ValueError(f"{place} is not JSON: {error}") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -149,11 +125,8 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"reading {path} takes a package that is not installed: pip install pyarrow", name="pyarrow"
-        ) from None
-
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading {path} needs a package: pip install pyarrow", name="pyarrow") from error
     try:
         with parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
@@ -163,15 +136,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path} is not a Parquet file: {error}") from None
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed."""
+def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file, such as a pipe; write its content into one")
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(_GZIP) else path.open("rb")
+    return gzip.open(path, "rb") if path.name.lower().endswith(_GZIP) else path.open("rb")
 
 
 @contextmanager

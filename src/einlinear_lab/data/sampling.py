@@ -1,29 +1,43 @@
-"""Sampling: which examples form each training batch, and the fixed subset for evaluation."""
+"""Random numbers by seed and step, without those of the steps before, and the examples of each batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from einlinear_lab.data.rng import shuffled
+
+def numpy_generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
+    """Return NumPy's generator for one step of one seed; a stream for each purpose. All are independent."""
+    for name, value in (("seed", seed), ("step", step), ("stream", stream)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name}={value}: it must lie between 0 and 2^64 - 1")
+    # Philox is a block cipher of a counter. With seed and step as its key, no state is carried from step to step.
+    key = np.array([seed, step], dtype=np.uint64)
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def torch_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """Return torch's generator for one step of one seed, on the CPU."""
+    return torch.Generator().manual_seed(int(numpy_generator(seed, step, stream).bit_generator.random_raw()) >> 1)
+
+
+def shuffled(count: int, seed: int, step: int, stream: int = 0) -> Tensor:
+    """Return the numbers below `count` in random order, (count,) int64.
+
+    >>> shuffled(6, seed=0, step=0).tolist()
+    [0, 2, 1, 5, 4, 3]
+    """
+    # Raw uint64 numbers are the same in every version of NumPy.
+    raw = numpy_generator(seed, step, stream).bit_generator.random_raw(count)
+    return torch.from_numpy(np.argsort(raw, kind="stable"))
 
 
 class Epochs:
-    """Passes over all training examples, each in its own order, without a last partial batch.
-
-    Args:
-        count: number of examples.
-        batch_size: examples in a batch, B.
-        seed: of the orders (its stream 0).
-
-    Attributes:
-        per_epoch: batches of an epoch.
-
-    Raises:
-        ValueError: a batch_size below 1 or above `count`.
-    """
+    """Passes over all training examples, each in its own order (stream 0 of the seed), without a last partial batch."""
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         if batch_size < 1:
@@ -37,11 +51,7 @@ class Epochs:
         self._epoch, self._order = 0, shuffled(count, seed, 0)
 
     def rows(self, step: int) -> Tensor:
-        """Return the indices of the examples of batch `step`, (B,) int64. Steps count on from epoch to epoch.
-
-        Raises:
-            ValueError: a negative step.
-        """
+        """Return the indices of the examples of batch `step`, (B,) int64. Steps count on from epoch to epoch."""
         epoch, place = divmod(step, self.per_epoch)
         # A cache: the order of an epoch does not depend on the calls before.
         if epoch != self._epoch:
@@ -51,9 +61,6 @@ class Epochs:
 
 def spread(available: int, count: int, batch_size: int) -> Iterator[Tensor]:
     """Return the indices of `count` examples (at most all), evenly spread over the available ones, in batches.
-
-    Returns:
-        An iterator over (B,) int64; the last one may be smaller.
 
     >>> [rows.tolist() for rows in spread(available=10, count=4, batch_size=3)]
     [[0, 2, 5], [7]]

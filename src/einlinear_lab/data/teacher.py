@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from einlinear_lab.data.rng import numpy_generator
+from einlinear_lab.data.sampling import numpy_generator
 
 # Streams of random numbers.
 _TRAINING, _EVALUATION, _SCALE, _WEIGHTS = range(4)
@@ -20,8 +20,8 @@ class Teacher:
     """A random ReLU network and its data: the regression task of arXiv 2410.02117.
 
     Inputs are drawn from N(0, I). Each of `depth` layers is sqrt(2) relu(W x) with the entries of W from
-    N(0, 1 / fan-in), which keeps the size of its input; a last layer gives one number, shifted and scaled to mean 0 and
-    standard deviation 1 (measured on 4,096 inputs).
+    N(0, 1 / fan-in); a last layer gives one number, shifted and scaled to mean 0 and standard deviation 1 (measured on
+    4,096 inputs).
 
     Args:
         features: of an input, F.
@@ -39,8 +39,7 @@ class Teacher:
         for name, value in (("features", features), ("width", width), ("depth", depth)):
             if value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1")
-        self.features = features
-        self.device = torch.device(device)
+        self.features, self.device = features, torch.device(device)
         random = numpy_generator(seed, 0, _WEIGHTS)
         shapes = [(width, features), *(depth - 1) * [(width, width)], (1, width)]
         weights = [random.standard_normal(shape, np.float32) / math.sqrt(shape[1]) for shape in shapes]
@@ -54,28 +53,19 @@ class Teacher:
         return (torch.cat(parts) - self._mean) / self._std
 
     def batch(self, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Return training batch number `step` of a seed, the same one every time.
-
-        Returns:
-            x (B, F) and y (B, 1), float32.
-
-        Raises:
-            ValueError: a batch_size below 1, a negative seed or step.
-        """
-        return self._pair(batch_size, seed, step, _TRAINING)
+        """Return training batch number `step` of a seed, always the same one: x (B, F) and y (B, 1), float32."""
+        x = self._inputs(seed, step, _TRAINING, batch_size)
+        return x, self(x)
 
     def evaluation(self, batch_size: int = 4096) -> tuple[Tensor, Tensor]:
         """Return a batch apart from all training batches, always the same one: x (B, F) and y (B, 1)."""
-        return self._pair(batch_size, 0, 0, _EVALUATION)
-
-    def _pair(self, batch_size: int, seed: int, step: int, stream: int) -> tuple[Tensor, Tensor]:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
-        x = self._inputs(seed, step, stream, batch_size)
+        x = self._inputs(0, 0, _EVALUATION, batch_size)
         return x, self(x)
 
-    def _inputs(self, seed: int, step: int, stream: int, count: int) -> Tensor:
-        x = numpy_generator(seed, step, stream).standard_normal((count, self.features), np.float32)
+    def _inputs(self, seed: int, step: int, stream: int, batch_size: int) -> Tensor:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        x = numpy_generator(seed, step, stream).standard_normal((batch_size, self.features), np.float32)
         return torch.from_numpy(x).to(self.device)
 
     @torch.no_grad()

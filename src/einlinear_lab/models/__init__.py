@@ -1,19 +1,8 @@
-"""Reference models of the papers, with any linear layer structured; each is built from its config.
-
-config.py     base classes of models and configs, shape of the data
-blocks.py     residual blocks: feed-forward, attention
-mlp.py        residual MLP
-vit.py        vision transformer
-gpt.py        language model
-causal_lm.py  OPT and Pythia of transformers
-macs.py       MACs and parameters of a model
-"""
+"""Reference models of the papers, with any linear layer structured; each is built from its config."""
 
 from einlinear_lab.models.causal_lm import OPT, OPTConfig, Pythia, PythiaConfig
 from einlinear_lab.models.config import ModelConfig, ReferenceModel, Shape
-from einlinear_lab.models.gpt import GPT, GPTConfig
-from einlinear_lab.models.mlp import MLPConfig, ResidualMLP
-from einlinear_lab.models.vit import ViT, ViTConfig
+from einlinear_lab.models.reference import GPT, GPTConfig, MLPConfig, ResidualMLP, ViT, ViTConfig
 
 MODELS: dict[str, type[ModelConfig]] = {
     config.NAME: config for config in (MLPConfig, ViTConfig, GPTConfig, OPTConfig, PythiaConfig)

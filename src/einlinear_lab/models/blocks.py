@@ -1,53 +1,43 @@
 """Residual blocks of the reference models: feed-forward, self-attention, and one after the other.
 
-All are x + multiplier * branch(norm(x)), shapes (..., width) to the same. A function passed to the block makes its
-linear layers.
+All are x + multiplier * branch(norm(x)), shapes (..., width) to the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.layer_info import LayerInfo, SelfDescribing
+from einlinear.nn.layer_kinds import LayerInfo, SelfDescribing
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import MoEFeedForward, MoELinear
 from einlinear.structures import DoesNotFit, Structure
 from einlinear.structures import structure as make_structure
 from einlinear_lab.models.config import DENSE, ModelConfig
 
-
-class MakeLayer(Protocol):
-    """Makes the linear layer of a role; without gamma if its output is normalised anyway."""
-
-    def __call__(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module: ...
+# Makes the linear layer of a role, as `Layers.linear` does.
+MakeLayer: TypeAlias = Callable[..., nn.Module]
 
 
 class Layers:
-    """Makes the linear layers and feed-forward blocks of a model from its config.
-
-    Args:
-        config: structures, experts and `normalize`, which applies to structured layers but dense ones.
-        bias: whether linear layers and norms have one; experts that are whole networks have none.
-    """
+    """Makes the linear layers and blocks of a model from its config: structures, experts and `normalize`."""
 
     def __init__(self, config: ModelConfig, *, bias: bool = True) -> None:
         self.config, self.bias = config, bias
 
     def linear(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
-        """Make a linear layer of the attention, or of a feed-forward network that is no expert."""
+        """Make a linear layer of the blocks; without gamma if its output is normalised anyway."""
         c = self.config
         structure = c.roles.get(role, c.structure)
         if c.experts is None or c.routed == "feed_forward":
             return self.single(in_features, out_features, structure, gamma=gamma)
         made = make_structure(structure, in_features, out_features)
-        normalize = self._normalizes(made)
-        return MoELinear(
-            in_features, out_features, made, c.experts, c.active, self.bias, normalize=normalize, gamma=gamma
-        )
+        sizes = (in_features, out_features, made, c.experts, c.active, self.bias)
+        return MoELinear(*sizes, normalize=self._normalizes(made), gamma=gamma)
 
     def single(
         self, in_features: int, out_features: int, structure: str | None = None, *, gamma: bool = True
@@ -57,7 +47,6 @@ class Layers:
         return Linear(in_features, out_features, made, self.bias, self._normalizes(made), gamma=gamma)
 
     def feed_forward(self, multiplier: float = 1.0) -> nn.Module:
-        """Make a feed-forward block."""
         c = self.config
         if c.experts is None or c.routed == "linear":
             return FeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
@@ -102,17 +91,7 @@ class Attention(SelfDescribing):
     """x + multiplier * out(attention(norm(x))): multi-head self-attention, (n, t, width) to the same.
 
     Scores are multiplied by 8 / d_head instead of 1 / sqrt(d_head), as muP needs (Yang et al., arXiv 2203.03466); the
-    two are equal for heads of 64 features.
-
-    Args:
-        width: of the residual stream.
-        heads: number of heads.
-        layer: makes the four linear layers; those of queries and keys without gamma if qk_norm undoes it.
-        d_head: features of a head; default width / heads, which has to be a whole number.
-        bias: whether norms have one.
-        causal: whether attention is causal.
-        qk_norm: whether every head's queries and keys pass through a LayerNorm.
-        multiplier: of the branch.
+    two are equal for heads of 64 features. With qk_norm, queries and keys pass through a LayerNorm, which undoes gamma.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """Language models of transformers with structured feed-forward layers, as in DYAD (Chandy et al., arXiv 2312.06881).
 
-They differ from the published architectures where learning-rate transfer needs it (Yang et al., arXiv 2203.03466):
-OPT's head is untied, and scores are multiplied by 8 / d_head, which equals 1 / sqrt(d_head) for the published heads of
-64 features. OPT has no dropout.
+For the transfer of learning rates, OPT's head is untied and attention scores are those of `Attention`. OPT has no
+dropout.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from torch import Tensor
 from einlinear.conversion import convert
 from einlinear.structures import DoesNotFit, structure
 from einlinear_lab.models.config import DENSE, ModelConfig, ReferenceModel, Shape
-from einlinear_lab.models.macs import macs_per_token
 
 # The data has no special tokens, and the embedding of a padding token would never be trained.
 _NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -41,10 +39,8 @@ class CausalLMConfig(ModelConfig):
             raise ValueError(f"model={self.NAME} has no mixtures of experts: choose model=gpt, or leave out experts")
 
     def build(self, shape: Shape) -> ReferenceModel:
-        if shape.context is None:
-            raise ValueError(f"model={self.NAME} takes sequences of tokens: prepare a text, or name pixels:DATA")
         kind = OPT if isinstance(self, OPTConfig) else Pythia
-        return kind(vocab=shape.outputs, context=shape.context, **vars(self))
+        return kind(vocab=shape.outputs, context=self._context(shape), **vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +61,13 @@ class CausalLM(ReferenceModel, ABC):
     """A language model of transformers that returns logits, like `GPT`.
 
     Args:
-        vocab: vocabulary size.
+        vocab: the number of different tokens.
         width: of the residual stream.
-        context: maximum number of tokens of a sequence.
-        config: other attributes of `CausalLMConfig`. `structure` applies to the two feed-forward layers of every block,
-            as for `einlinear.convert`; all others stay dense.
+        context: the most tokens of a sequence.
+        config: other attributes of `CausalLMConfig`.
 
     Attributes:
-        FEED_FORWARD: globs of the structured layers.
+        FEED_FORWARD: globs of the structured layers; all others stay dense.
         BLOCKS: name of the list of blocks in the model of transformers.
         ATTENTION: name of the attention in a block.
 
@@ -90,8 +85,6 @@ class CausalLM(ReferenceModel, ABC):
         >>> model = el.init_(model, zero=model.ZERO)
         >>> model(torch.randint(96, (2, 32))).shape
         torch.Size([2, 32, 96])
-        >>> isinstance(model.blocks[0].fc1, el.Linear), isinstance(model.blocks[0].self_attn.q_proj, el.Linear)
-        (True, False)
         >>> model.macs, OPT(vocab=96, width=64, context=32).macs
         (116736, 165888)
     """
@@ -99,24 +92,23 @@ class CausalLM(ReferenceModel, ABC):
     FEED_FORWARD: ClassVar[tuple[str, str]]
     BLOCKS: ClassVar[str]
     ATTENTION: ClassVar[str]
-
     CONFIG: ClassVar[type[CausalLMConfig]]
 
     def __init__(self, vocab: int, width: int, context: int, **config: Any) -> None:
         super().__init__()
         if find_spec("transformers") is None:
+            install = "pip install 'einlinear[pretrained]'"
             raise ModuleNotFoundError(
-                "models opt and pythia need a package that is not installed (transformers). Install it with:  "
-                "pip install 'einlinear[pretrained]'"
+                f"models opt and pythia need a package that is not installed (transformers): {install}"
             )
         c = self.CONFIG(width=width, **config)
         if c.heads < 1 or width % c.heads:
             raise DoesNotFit(f"a width of {width} cannot be divided into {c.heads} heads")
         self.context = context
         sizes = {"vocab_size": vocab, "hidden_size": width, "max_position_embeddings": context}
-        sizes |= {"num_hidden_layers": c.depth, "num_attention_heads": c.heads}
+        sizes |= {"num_hidden_layers": c.depth, "num_attention_heads": c.heads, "tie_word_embeddings": False}
         hidden = c.expansion * width
-        self.model = self._dense({**sizes, **_NO_TOKENS, "tie_word_embeddings": False}, hidden)
+        self.model = self._dense(sizes | _NO_TOKENS, hidden)
         for block in self.blocks:
             block.get_submodule(self.ATTENTION).scaling = 8 * c.heads / width
         if c.structure != DENSE:
@@ -126,23 +118,17 @@ class CausalLM(ReferenceModel, ABC):
             convert(self.model, c.structure, self.FEED_FORWARD)
 
     @abstractmethod
-    def _dense(self, config: dict[str, Any], hidden: int) -> Any:
-        """Make the dense model of transformers, with `hidden` features in the hidden layers."""
+    def _dense(self, sizes: dict[str, Any], hidden: int) -> Any:
+        """Make the dense model of transformers."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] > self.context:
-            raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than the context of {self.context}")
+        self._length(tokens)
         logits: Tensor = self.model(tokens, use_cache=False).logits
         return logits
 
     @property
     def blocks(self) -> Any:  # type: ignore[override]
         return self.model.get_submodule(self.BLOCKS)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates for one token of a sequence that fills the context."""
-        return macs_per_token(self, self.context)
 
 
 class OPT(CausalLM):
@@ -154,10 +140,10 @@ class OPT(CausalLM):
     BLOCKS = "model.decoder.layers"
     ATTENTION = "self_attn"
 
-    def _dense(self, config: dict[str, Any], hidden: int) -> Any:
+    def _dense(self, sizes: dict[str, Any], hidden: int) -> Any:
         import transformers
 
-        return transformers.OPTForCausalLM(transformers.OPTConfig(**config, ffn_dim=hidden, dropout=0.0))
+        return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, ffn_dim=hidden, dropout=0.0))
 
 
 class Pythia(CausalLM):
@@ -169,7 +155,7 @@ class Pythia(CausalLM):
     BLOCKS = "gpt_neox.layers"
     ATTENTION = "attention"
 
-    def _dense(self, config: dict[str, Any], hidden: int) -> Any:
+    def _dense(self, sizes: dict[str, Any], hidden: int) -> Any:
         import transformers
 
-        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**config, intermediate_size=hidden))
+        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes, intermediate_size=hidden))

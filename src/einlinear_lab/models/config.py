@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from einlinear.nn.moe.mixture import check_experts
 from einlinear.nn.names import name_of
@@ -16,8 +16,7 @@ from einlinear_lab.models.macs import macs_per_token
 
 DENSE = "dense"
 ROUTED = ("linear", "feed_forward", "both")
-# Roles of linear layers: queries, keys and values; output of the attention; hidden layer and output of a feed-forward
-# network.
+# Queries, keys and values; output of the attention; hidden layer and output of a feed-forward network.
 ROLES = ("attention_in", "attention_out", "up", "down")
 # Options that have no effect without experts.
 OF_EXPERTS = ("active", "routed")
@@ -47,11 +46,13 @@ class ReferenceModel(nn.Module):
         ZERO: globs of the zero-initialised layers: ``el.init_(model, zero=model.ZERO)``.
         LR_SCALE: glob -> learning-rate scale: ``el.param_groups(model, ..., lr_scale=model.LR_SCALE)``.
         blocks: the residual blocks, in order.
+        context: the most tokens of a sequence; None for models that take none.
     """
 
     ZERO: ClassVar[tuple[str, ...]]
     LR_SCALE: ClassVar[Mapping[str, float]] = {}
     blocks: nn.Sequential
+    context: int | None = None
 
     @property
     def last_block(self) -> str:
@@ -60,8 +61,15 @@ class ReferenceModel(nn.Module):
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for one input, see `macs_per_token`."""
-        return macs_per_token(self)
+        """Multiply-accumulates for one input, or one token of a sequence that fills the context: `macs_per_token`."""
+        return macs_per_token(self, self.context)
+
+    def _length(self, tokens: Tensor) -> int:
+        """Return the length of sequences (n, t). Raise ValueError if it is more than the context."""
+        length = tokens.shape[1]
+        if self.context is not None and length > self.context:
+            raise ValueError(f"a sequence of {length} tokens is longer than the context of {self.context}")
+        return length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +90,8 @@ class ModelConfig(ABC):
         SEQUENCES: whether the model takes sequences of tokens, and nothing else.
 
     Raises:
-        ValueError: sizes or experts below 1, more active experts than experts, another `routed`, or experts that are
-            whole networks with structures for `up` and `down`.
+        ValueError: sizes or experts out of range, another `routed`, or whole networks as experts with structures for
+            `up` and `down`.
     """
 
     NAME: ClassVar[str]
@@ -114,11 +122,12 @@ class ModelConfig(ABC):
 
     @abstractmethod
     def build(self, shape: Shape) -> ReferenceModel:
-        """Build the model; its weights are not yet initialised.
+        """Build the model, not yet initialised. Raises ValueError for data or sizes that do not fit."""
 
-        Raises:
-            ValueError: data of a kind that the model is not made for; sizes or a structure that do not fit.
-        """
+    def _context(self, shape: Shape) -> int:
+        if shape.context is None:
+            raise ValueError(f"model={self.NAME} takes sequences of tokens: prepare a text, or name pixels:DATA")
+        return shape.context
 
     def base(self, shape: Shape) -> ReferenceModel:
         """Build the model that learning rates refer to: dense, of base_width; on the meta device."""

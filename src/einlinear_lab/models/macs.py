@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from einlinear.nn.third_party import layer_info
+from einlinear.nn.layer_kinds import layer_info
 
 
 def params(model: nn.Module) -> int:
@@ -15,13 +15,11 @@ def params(model: nn.Module) -> int:
 def macs_per_token(model: nn.Module, tokens: int | None = None) -> int:
     """Return the multiply-accumulates of one token, or one vector, through every layer of a model.
 
-    Linear layers (structured ones, torch's, transformers' Conv1D) and the two products of this library's attention
-    (2 * tokens * heads * d_head) count. Causal attention counts in full, masked scores included, as in torch's
-    FlopCounterMode. Biases, norms, activation functions and lookups do not count.
+    Linear layers (structured ones, torch's, transformers' Conv1D) and the two products of attention count, causal
+    attention in full, as in torch's FlopCounterMode. Biases, norms, activation functions and lookups do not count.
 
     Args:
-        model: any module each of whose layers is applied once per token. Count modules of different lengths, such as
-            those before and after a pooling, separately.
+        model: any module each of whose layers is applied once per token.
         tokens: length of the sequence, for models with attention.
 
     Raises:
@@ -52,10 +50,7 @@ def macs_per_token(model: nn.Module, tokens: int | None = None) -> int:
 
 
 def linear_macs(model: nn.Module) -> int:
-    """Return the multiply-accumulates of one token in all linear layers of a model of any library.
-
-    Raises:
-        ValueError: a module with unknown weights, such as `torch.nn.MultiheadAttention`.
+    """Return the multiply-accumulates of one token in the linear layers of any model; errors as of `macs_per_token`.
 
     Example:
         >>> import torch

@@ -1,27 +1,13 @@
 """The report: results folders as figures and tables on one self-contained HTML page.
 
-comparison.py           runs on the same data: curves of structures, groups of seeds, compute multipliers
-charts.py               the look of all charts
-page.py                 the shape of a figure, and the page
-
-setup.py                the headline, and the setup of the runs
-scaling_laws.py         losses over compute, and the laws of their frontiers
-compute_multipliers.py  compute multipliers, by model and along frontiers
-learning_rates.py       losses over the learning rate, and the optima by width
-training_curves.py      losses during training, and the load of experts
-time_to_loss.py         training time to a target loss
-exponents.py            losses over the structure exponents psi, nu and omega
-structure_map.py        a search: structures of equal compute, their losses and speed
-model_table.py          all models, all runs
-coordinate_check.py     feature updates by width
-
-A figure's file computes its data from a comparison and draws it: `section` returns None without data.
+A figure's file computes its data from a comparison and draws it as a section, which is None without data.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,17 +16,15 @@ from pathlib import Path
 from einlinear.files import write_text
 from einlinear_lab.report import (
     coordinate_check,
-    exponents,
     learning_rates,
-    model_table,
+    overview,
     scaling_laws,
-    setup,
     structure_map,
-    time_to_loss,
     training_curves,
 )
 from einlinear_lab.report.comparison import Comparison, compare_runs
 from einlinear_lab.report.page import Chapter, render
+from einlinear_lab.runs.records import Record
 from einlinear_lab.runs.store import Store, open_store
 
 __all__ = ["Report", "write_report"]
@@ -89,24 +73,19 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     for path, check in checks.items():
         chapters.append(Chapter(f"Coordinate check in {path}", [coordinate_check.section(check)], [check.command]))
     records = [record for comparison in comparisons for record in comparison.records]
-    warnings = [*setup.code_warning(records), *damaged]
+    warnings = [*_code_warning(records), *damaged]
     command = ["einlinear", "report", *map(os.fspath, paths), *([] if out is None else ["--out", os.fspath(out)])]
     command += [] if floor == 0 else ["--floor", "fit" if floor is None else repr(floor)]
-    page = render(
-        title="Structured linear layers side by side",
-        headline=" ".join(map(setup.headline, comparisons)) or "Relative feature update per training step, by width.",
-        warnings=warnings,
-        chapters=chapters,
-        footer={
-            "command": shlex.join(command),
-            "date": datetime.now().strftime("%d %B %Y, %H:%M"),
-            "environment of the runs": "; ".join(sorted({record.made_with for record in records})) or "–",
-            "code of the runs": ", ".join(sorted({record.code for record in records})) or "–",
-        },
-    )
+    headline = " ".join(map(overview.headline, comparisons)) or "Relative feature update per training step, by width."
+    footer = {
+        "command": shlex.join(command),
+        "date": datetime.now().strftime("%d %B %Y, %H:%M"),
+        "environment of the runs": "; ".join(sorted({record.made_with for record in records})) or "–",
+        "code of the runs": ", ".join(sorted({record.code for record in records})) or "–",
+    }
     path = Path(out) if out is not None else paths[0] / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page)
+    write_text(path, render(headline, warnings, chapters, footer))
     return Report(path, tuple(comparisons), tuple(warnings))
 
 
@@ -114,15 +93,27 @@ def _chapter(comparison: Comparison, stores: Sequence[Store], floor: float | Non
     folders = {record.folder.parent.parent for record in comparison.records}
     commands = [command for store in stores if store.folder in folders for command in store.commands()]
     sections = [
-        setup.section(comparison, commands),
+        overview.setup_section(comparison, commands),
         scaling_laws.section_per_input(comparison, floor),
         scaling_laws.section_of_training(comparison, floor),
         learning_rates.section(comparison),
         training_curves.section(comparison),
         training_curves.section_of_experts(comparison),
-        time_to_loss.section(comparison),
-        exponents.section(comparison),
+        training_curves.section_of_time(comparison),
+        structure_map.section_at_equal_compute(comparison),
         structure_map.section(comparison),
-        model_table.section(comparison),
+        overview.models_section(comparison),
     ]
     return Chapter(str(comparison), [section for section in sections if section], commands)
+
+
+def _code_warning(records: Sequence[Record]) -> list[str]:
+    """Return the warning that several versions of the code made the runs; none for a single version."""
+    versions = Counter(record.code for record in records)
+    if len(versions) < 2:
+        return []
+    listed = ", ".join(f"{count} by {version}" for version, count in sorted(versions.items()))
+    return [
+        f"These runs were made by {len(versions)} versions of the code ({listed}) and may not be comparable. The table "
+        "of all runs lists the version of every run."
+    ]

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import plotly.graph_objects as go
+from markupsafe import Markup
 from plotly.colors import sample_colorscale
 
 Axis = Mapping[str, Any]
@@ -22,16 +24,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif
 
 @dataclass(frozen=True)
 class Chart:
-    """Traces over two axes.
-
-    Attributes:
-        traces: from back to front, see `trace`.
-        x, y: the axes, see `axis`, `log_axis` and `width_axis`.
-        title: the heading above the chart; may be empty.
-        height: in pixels.
-        legend: whether the chart has a legend.
-        baseline: where to draw a dotted horizontal line.
-    """
+    """Traces over two axes, from back to front; `height` is in pixels, `baseline` is a dotted horizontal line."""
 
     traces: Sequence[Trace]
     x: Axis
@@ -41,9 +34,7 @@ class Chart:
     legend: bool = True
     baseline: float | None = None
 
-    @property
-    def plotly(self) -> dict[str, Any]:
-        """The figure as plotly reads it."""
+    def html(self, id: str) -> Markup:
         both = {"gridcolor": "#e5e5e5", "linecolor": "#555", "ticks": "outside", "zeroline": False, "automargin": True}
         layout: dict[str, Any] = {
             "template": "none",
@@ -55,13 +46,14 @@ class Chart:
             "dragmode": False,
             "xaxis": {**both, **self.x},
             "yaxis": {**both, **self.y},
+            # None: plotly decides
+            "showlegend": None if self.legend else False,
         }
-        if not self.legend:
-            layout["showlegend"] = False
+        figure = go.Figure(self.traces, layout)
         if self.baseline is not None:
-            ends = {"xref": "x domain", "x0": 0, "x1": 1, "y0": self.baseline, "y1": self.baseline}
-            layout["shapes"] = [{"type": "line", **ends, "line": {"color": colour(0), "width": 1, "dash": "dot"}}]
-        return {"data": list(self.traces), "layout": layout}
+            figure.add_hline(self.baseline, line={"color": colour(0), "width": 1, "dash": "dot"})
+        config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+        return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=id, config=config))
 
 
 def trace(
@@ -71,53 +63,34 @@ def trace(
     hover: str = "",
     texts: Sequence[str] | None = None,
     *,
-    name: str = "",
-    legend: bool = False,
     symbol: str | Sequence[str] = "",
-    size: int = 9,
-    outline: int = 0,
     line: float = 0,
-    dash: str = "solid",
-    opacity: float = 1,
     ranges: Sequence[tuple[float, float]] | None = None,
+    **options: Any,
 ) -> Trace:
-    """Return a series of points as markers, a line, or both.
+    """Return a series of points as markers (if there is a symbol), a line (of a width in pixels), or both.
 
     Args:
         x, y: coordinates; None leaves a gap.
-        colour: of markers and line.
-        hover: plotly's template of the hover label; empty for no label.
-        texts: for every point, the `%{customdata}` of the template.
-        name: the legend entry; traces of one name are shown and hidden together.
-        legend: whether this trace has the legend entry.
-        symbol: of the markers; empty for no markers.
-        size, outline: size of the markers and width of their outline, in pixels; 0 for plotly's own outline.
-        line: width of the line, in pixels; 0 for no line.
-        dash: plotly's dash style of the line.
-        opacity: from 0 to 1.
+        hover: plotly's template of the hover label, in which `%{customdata}` is the point's text.
         ranges: for every point, the ends of a vertical error bar.
+        options: of plotly's Scatter. Traces of one name are shown and hidden together.
     """
-    x, y = list(x), list(y)
     mode = "+".join(["lines"] * (line > 0) + ["markers"] * bool(symbol))
     label = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
-    shape: dict[str, Any] = {"type": "scatter", "x": x, "y": y, "mode": mode, "opacity": opacity, **label}
+    shape: dict[str, Any] = {"type": "scatter", "x": list(x), "y": list(y), "mode": mode, "customdata": texts, **label}
     if symbol:
-        shape["marker"] = {"color": colour, "symbol": symbol, "size": size}
-    if outline:
-        shape["marker"]["line"] = {"width": outline}
+        shape |= {"marker_color": colour, "marker_symbol": symbol, "marker_size": 9}
     if line:
-        shape["line"] = {"color": colour, "width": line, "dash": dash}
-    if texts is not None:
-        shape["customdata"] = list(texts)
+        shape |= {"line_color": colour, "line_width": line, "line_dash": "solid"}
     if ranges is not None:
-        up = [max(0.0, high - value) for value, (_, high) in zip(y, ranges, strict=True)]
-        down = [max(0.0, value - low) for value, (low, _) in zip(y, ranges, strict=True)]
+        up = [max(0.0, high - value) for value, (_, high) in zip(shape["y"], ranges, strict=True)]
+        down = [max(0.0, value - low) for value, (low, _) in zip(shape["y"], ranges, strict=True)]
         shape["error_y"] = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1}
-    return shape | {"name": name, "legendgroup": name, "showlegend": legend}
+    return {**shape, "name": "", "legendgroup": options.get("name", ""), "showlegend": False, "opacity": 1, **options}
 
 
 def axis(title: str, **options: Any) -> Axis:
-    """Return a linear axis with these further options of plotly."""
     return {"title": {"text": title}, **options}
 
 
@@ -126,20 +99,14 @@ def log_axis(values: Iterable[float], title: str) -> Axis:
     shown = [value for value in values if value > 0]
     low, high = min(shown, default=0.1), max(shown, default=1.0)
     margin = 0.04 * math.log10(high / low) or 0.1
-    ticks = nice_ticks(low, high)
-    return {
-        "title": {"text": title, "standoff": 8},
-        "type": "log",
-        "range": [math.log10(low) - margin, math.log10(high) + margin],
-        "tickvals": ticks,
-        "ticktext": [short(tick) for tick in ticks],
-    }
+    ends, ticks = [math.log10(low) - margin, math.log10(high) + margin], nice_ticks(low, high)
+    heading = {"text": title, "standoff": 8}
+    return {"title": heading, "type": "log", "range": ends, "tickvals": ticks, "ticktext": list(map(short, ticks))}
 
 
 def width_axis(widths: Iterable[int]) -> Axis:
-    """Return a logarithmic axis with a tick at every width."""
     ticks = sorted({*widths})
-    return {"title": {"text": "width"}, "type": "log", "tickvals": ticks, "ticktext": [str(width) for width in ticks]}
+    return {"title": {"text": "width"}, "type": "log", "tickvals": ticks, "ticktext": list(map(str, ticks))}
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -161,7 +128,6 @@ def colour(i: int) -> str:
 
 
 def symbol(i: int) -> str:
-    """Return the marker symbol of the i-th curve."""
     return _SYMBOLS[i % len(_SYMBOLS)]
 
 

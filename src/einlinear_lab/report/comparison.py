@@ -6,15 +6,16 @@ import itertools
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean, median
 from typing import Any
 
 from einlinear_lab.models.config import DENSE, OF_EXPERTS
-from einlinear_lab.runs.records import Record, Result
+from einlinear_lab.runs.records import METRICS, Record, Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.scaling import Multiplier, MultiplierOverSeeds, compute_multiplier, multiplier_over_seeds
+from einlinear_lab.training import metrics
 
 TRAIN_LOSS = "train_loss"
 SIZES = ("width", "depth", "expansion", "heads", "d_head")
@@ -27,17 +28,12 @@ _IRRELEVANT = {"data", "data_kind", "evaluate_every"}
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """Finished runs that differ only in their seed. Means leave out diverged runs.
-
-    Attributes:
-        curve: the name of its curve.
-        records: the runs, by seed.
-        multipliers: metric -> compute multiplier against dense models of the same seeds; 1 for dense itself.
-    """
+    """Finished runs of a named curve that differ only in their seed. Means leave out diverged runs."""
 
     curve: str
     records: tuple[Record, ...]
-    multipliers: Mapping[str, MultiplierOverSeeds]
+    # metric -> compute multiplier against dense models of the same seeds; 1 for dense itself
+    multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
 
     @property
     def run(self) -> Run:
@@ -51,12 +47,10 @@ class SeedGroup:
 
     @property
     def good(self) -> tuple[Record, ...]:
-        """The runs that did not diverge."""
         return tuple(record for record in self.records if not result_of(record).diverged)
 
     @property
     def diverged(self) -> int:
-        """The number of diverged runs."""
         return len(self.records) - len(self.good)
 
     @property
@@ -85,12 +79,9 @@ class Curve:
     """One structure, with one choice of all hyperparameters but model size, learning rate and seed.
 
     Attributes:
-        name: the structure, and those hyperparameters of which a structure has several values.
-        structure: its spec.
-        config: the hyperparameters in the name.
+        name, config: the structure, and those hyperparameters of which a structure has several values.
         groups: all groups, by MACs, then by learning rate.
-        best: one group for every model size: the learning rate with the lowest error among those with the fewest
-            diverged seeds.
+        best: for every model size the learning rate of the lowest error among those with the fewest diverged seeds.
     """
 
     name: str
@@ -107,18 +98,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished runs on the same data, whose metrics are comparable.
-
-    Attributes:
-        records: all runs.
-        varied: the hyperparameters with several values, and these values in order.
-        curves: dense first, the others by name.
-        unfinished: runs on the same data without a result: pruned, interrupted, or still running.
-    """
+    """Finished runs on the same data, whose metrics are comparable."""
 
     records: tuple[Record, ...]
+    # the hyperparameters with several values, and these values in order
     varied: Mapping[str, tuple[Any, ...]]
+    # dense first, the others by name
     curves: tuple[Curve, ...]
+    # runs without a result: pruned, interrupted, or still running
     unfinished: tuple[Record, ...] = ()
 
     @property
@@ -139,7 +126,6 @@ class Comparison:
 
     @property
     def groups(self) -> list[SeedGroup]:
-        """The groups of all curves."""
         return [group for curve in self.curves for group in curve.groups]
 
     @cached_property
@@ -148,7 +134,6 @@ class Comparison:
         return {"images": "image", "teacher": "vector"}.get(self.records[0].run.data.KIND, "token")
 
     def values(self, record: Record) -> dict[str, float | None]:
-        """Return the metrics that figures show, of one run."""
         return {metric: metric_of(record, metric) for metric in self.metrics}
 
     def size(self, run: Run) -> str:
@@ -174,14 +159,13 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
     comparisons = []
     for key, by_key in finished.items():
         runs = tuple(by_key.values())
-        curves = make_curves(runs)
-        compared = tuple(_with_multipliers(curve, curves, (runs[0].error, TRAIN_LOSS)) for curve in curves)
-        comparisons.append(Comparison(runs, _varied(runs), compared, tuple(unfinished.get(key, ()))))
+        comparison = Comparison(runs, _varied(runs), tuple(make_curves(runs)), tuple(unfinished.get(key, ())))
+        _add_multipliers(comparison)
+        comparisons.append(comparison)
     return comparisons
 
 
 def result_of(record: Record) -> Result:
-    """Return the result of a finished run."""
     assert record.result is not None
     return record.result
 
@@ -197,13 +181,14 @@ def metric_title(metric: str) -> str:
     return "training loss" if metric == TRAIN_LOSS else metric.replace("_", " ")
 
 
-def make_curves(records: Sequence[Record], shared: Collection[str] = ()) -> list[Curve]:
-    """Group runs on the same data into curves, dense first.
+def logged(record: Record, metric: str) -> list[tuple[int, float, float]]:
+    """Return step, seconds of training and value wherever a run logged a metric."""
+    lines = metrics.read(record.folder / METRICS)
+    return [(line["step"], line["training_seconds"], line[metric]) for line in lines if line.get(metric) is not None]
 
-    Args:
-        records: finished runs.
-        shared: hyperparameters whose values share a curve, beside the model size, the learning rate and the seed.
-    """
+
+def make_curves(records: Sequence[Record], shared: Collection[str] = ()) -> list[Curve]:
+    """Group finished runs on the same data into curves, dense first; values of `shared` options share a curve."""
     by_structure: dict[str, list[Record]] = {}
     for record in records:
         by_structure.setdefault(record.run.model.structure, []).append(record)
@@ -266,7 +251,7 @@ def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
         seeds = models.setdefault(model, {}).setdefault(record.run.training.lr, {})
         # one run per seed: runs that differ in irrelevant hyperparameters are the same
         seeds.setdefault(record.run.seed, record)
-    groups = [[SeedGroup(name, tuple(seeds.values()), {}) for seeds in rates.values()] for rates in models.values()]
+    groups = [[SeedGroup(name, tuple(seeds.values())) for seeds in rates.values()] for rates in models.values()]
 
     def badness(group: SeedGroup) -> tuple[int, float]:
         mean = group.mean(records[0].error)
@@ -278,15 +263,13 @@ def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
     return Curve(name, run.model.structure, config, tuple(itertools.chain(*groups)), best)
 
 
-def _with_multipliers(curve: Curve, curves: Sequence[Curve], metrics: Sequence[str]) -> Curve:
-    dense = dense_of(curve, curves)
-    if dense is None:
-        return curve
-    groups = {}
-    for group in curve.groups:
-        multipliers = {metric: over for metric in metrics if (over := _multiplier(group, dense, metric))}
-        groups[id(group)] = replace(group, multipliers=multipliers)
-    return replace(curve, groups=tuple(groups.values()), best=tuple(groups[id(group)] for group in curve.best))
+def _add_multipliers(comparison: Comparison) -> None:
+    """Compare every group with dense."""
+    for curve in comparison.curves:
+        if dense := dense_of(curve, comparison.curves):
+            for group, metric in itertools.product(curve.groups, comparison.metrics):
+                if over := _multiplier(group, dense, metric):
+                    group.multipliers[metric] = over
 
 
 def _multiplier(group: SeedGroup, dense: Curve, metric: str) -> MultiplierOverSeeds | None:
@@ -295,13 +278,10 @@ def _multiplier(group: SeedGroup, dense: Curve, metric: str) -> MultiplierOverSe
     if any(group is best for best in dense.best):
         return multiplier_over_seeds([Multiplier(1.0)] * len(group.good))
     multipliers = []
+    dense_runs = [record for best in dense.best for record in best.good]
     for record in group.good:
-        points = [
-            (result_of(other).macs, loss)
-            for best in dense.best
-            for other in best.good
-            if other.run.seed == record.run.seed and (loss := metric_of(other, metric))
-        ]
+        rivals = [rival for rival in dense_runs if rival.run.seed == record.run.seed]
+        points = [(result_of(rival).macs, loss) for rival in rivals if (loss := metric_of(rival, metric))]
         # an error of zero has no logarithm
         if points and (loss := metric_of(record, metric)):
             multipliers.append(compute_multiplier(points, result_of(record).macs, loss))

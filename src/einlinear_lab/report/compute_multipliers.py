@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from markupsafe import Markup, escape
 
 from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace
 from einlinear_lab.report.comparison import Comparison, Curve, metric_title
-from einlinear_lab.report.page import Figure, group_row, hover
+from einlinear_lab.report.page import CsvRow, Figure, group_row, hover
 from einlinear_lab.scaling import Multiplier, MultiplierAt
 
 # MACs, multiplier, ends of the error bar, hover label
@@ -23,20 +24,13 @@ def figure_of_models(comparison: Comparison) -> list[Figure]:
         points = [_points_of_models(curve, metric) for curve in comparison.curves]
         if any(points):
             views[metric_title(metric)] = [_chart(names, points, f"MACs per {comparison.input}")]
-    data = [
-        {
-            "curve": group.curve,
-            **group_row(group, lr=group.run.training.lr, metric=metric),
-            "multiplier": over.mean.value if over.mean else "",
-            "bound": over.mean.bound if over.mean else "",
-            "smallest": over.smallest.value,
-            "largest": over.largest.value,
-            "seeds": over.seeds,
-        }
-        for curve in comparison.curves
-        for group in curve.best
-        for metric, over in group.multipliers.items()
-    ]
+    data: list[CsvRow] = []
+    for group in (group for curve in comparison.curves for group in curve.best):
+        for metric, over in group.multipliers.items():
+            row = {"curve": group.curve, **group_row(group, lr=group.run.training.lr, metric=metric)}
+            value, bound = (over.mean.value, over.mean.bound) if over.mean else ("", "")
+            ends = {"smallest": over.smallest.value, "largest": over.largest.value, "seeds": over.seeds}
+            data.append({**row, "multiplier": value, "bound": bound, **ends})
     caption = Markup(
         "Compute multiplier: how many times the MACs of a model dense needs for the same loss, with the same seeds. "
         "Higher is better; dense is 1. Bars: range over seeds. Open triangles are bounds, where the dense curve ends "
@@ -53,19 +47,12 @@ def figure_along(curves: Sequence[tuple[str, Sequence[MultiplierAt]]], compute: 
         [(at.compute, at.multiplier, _ends(at), f"{escape(name)}<br>{at.compute:.3g} MACs: {at}") for at in multipliers]
         for name, multipliers in curves
     ]
-    data = [
-        {
-            "curve": name,
-            "training_macs": at.compute,
-            "loss": at.loss,
-            "multiplier": at.multiplier.value,
-            "bound": at.multiplier.bound,
-            "low": at.interval.low if at.interval else "",
-            "high": at.interval.high if at.interval else "",
-        }
-        for name, multipliers in curves
-        for at in multipliers
-    ]
+    data: list[CsvRow] = []
+    for name, multipliers in curves:
+        for at in multipliers:
+            low, high = (at.interval.low, at.interval.high) if at.interval else ("", "")
+            point = {"curve": name, "training_macs": at.compute, "loss": at.loss, "multiplier": at.multiplier.value}
+            data.append({**point, "bound": at.multiplier.bound, "low": low, "high": high})
     caption = Markup(
         "Compute multiplier along each frontier: how many times the compute dense needs for the same error. Bars: 95 % "
         "confidence intervals."
@@ -76,12 +63,13 @@ def figure_along(curves: Sequence[tuple[str, Sequence[MultiplierAt]]], compute: 
 def _points_of_models(curve: Curve, metric: str) -> list[_Point]:
     """Return the points of all models; none where all are 1, as those of dense."""
     models = [(group, over) for group in curve.best if (over := group.multipliers.get(metric)) and over.mean]
-    points: list[_Point] = [
+    if all(str(over) == "1.00×" for _, over in models):
+        return []
+    return [
         (group.result.macs, over.mean, (over.smallest.value, over.largest.value), f"{hover(*group.good)}<br>{over}")
         for group, over in models
         if over.mean
     ]
-    return [] if all(str(over) == "1.00×" for _, over in models) else points
 
 
 def _ends(at: MultiplierAt) -> tuple[float, float]:
@@ -107,19 +95,11 @@ def _traces(i: int, name: str, points: Sequence[_Point]) -> list[Trace]:
         series = [point for point in points if is_exact == (not point[1].bound)]
         if series:
             macs, multipliers, ends, labels = zip(*series, strict=True)
-            traces.append(
-                trace(
-                    macs,
-                    [multiplier.value for multiplier in multipliers],
-                    colour(i),
-                    "%{customdata}",
-                    labels,
-                    name=name,
-                    legend=not traces,
-                    symbol=symbol(i) if is_exact else [triangles[multiplier.bound] for multiplier in multipliers],
-                    size=8,
-                    line=1.5 if is_exact else 0,
-                    ranges=ends if is_exact else None,
-                )
-            )
+            draw = partial(trace, name=name, showlegend=not traces, marker_size=8)
+            if is_exact:
+                draw = partial(draw, symbol=symbol(i), line=1.5, ranges=ends)
+            else:
+                draw = partial(draw, symbol=[triangles[multiplier.bound] for multiplier in multipliers])
+            values = [multiplier.value for multiplier in multipliers]
+            traces.append(draw(macs, values, colour(i), "%{customdata}", labels))
     return traces

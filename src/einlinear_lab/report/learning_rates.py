@@ -25,16 +25,9 @@ CurveSweeps = Sequence[tuple[Curve, Sequence["LearningRateSweep"]]]
 
 @dataclass(frozen=True)
 class Optimum:
-    """The optimal learning rate of one model.
+    """The optimum of the mean loss over the seeds, and the range of those of single seeds, which need not contain it.
 
-    The range shows how well the runs determine the optimum. It is no confidence interval, and where the loss is flat it
-    may not contain the optimum of the mean loss, since every curve has its own parabola.
-
-    Attributes:
-        lr: the optimum of the mean loss over the seeds.
-        smallest, largest: range of the optima of single seeds.
-        bound: "<" or ">" where the lowest loss is at the smallest or at the largest learning rate of the sweep: the
-            true optimum may lie beyond.
+    The bound is "<" or ">" where the lowest loss is at the smallest or at the largest learning rate of the sweep.
     """
 
     lr: float
@@ -45,17 +38,12 @@ class Optimum:
 
 @dataclass(frozen=True)
 class LearningRateSweep:
-    """One model size at several learning rates.
-
-    Attributes:
-        size, width: "width 64" with every other size that varies, and the width alone.
-        groups: the runs, by learning rate.
-        optimum: None where every run diverged.
-    """
+    """One model size ("width 64" with every other size that varies) at several learning rates."""
 
     size: str
     width: int
     groups: tuple[SeedGroup, ...]
+    # None where every run diverged
     optimum: Optimum | None
 
 
@@ -72,10 +60,9 @@ def sweeps_of(comparison: Comparison, curve: Curve, metric: str) -> list[Learnin
 
 
 def optimum_shift(sweeps: Sequence[LearningRateSweep]) -> Multiplier | None:
-    """Return the ratio of the largest optimum to the smallest, or None with fewer than two optima.
+    """Return the largest optimum over the smallest: a lower bound where an optimum is at an end of its sweep.
 
-    An optimum at an end of its sweep makes the ratio a lower bound. Where the largest optimum may be smaller, or the
-    smallest one larger, than its sweep shows, the ratio is unknown: None.
+    None with fewer than two optima, or where the largest may be smaller, or the smallest larger, than its sweep shows.
     """
     optima = sorted((sweep.optimum for sweep in sweeps if sweep.optimum), key=lambda optimum: optimum.lr)
     if len(optima) < 2 or optima[0].bound == ">" or optima[-1].bound == "<":
@@ -88,12 +75,6 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
 
     It is the vertex of the parabola through the lowest point and its two neighbours, over the log learning rate; or the
     lowest point itself, at an end or next to a learning rate that diverges.
-
-    >>> lr, _ = best_lr([(0.001, 2.0), (0.01, 1.0), (0.1, 2.0)])
-    >>> round(lr, 6)
-    0.01
-    >>> best_lr([(0.001, 1.0), (0.01, 2.0), (0.1, None)])
-    (0.001, '<')
     """
     points = sorted(points)
     losses = [math.inf if loss is None else loss for _, loss in points]
@@ -118,49 +99,38 @@ def section(comparison: Comparison) -> Section | None:
     }
     if not any(by_metric.values()):
         return None
-    sweeps = Figure(
-        "learning-rates",
-        Markup(
-            "One line per model size, means over the seeds; open marks: single seeds. Large ring: the optimum, by a "
-            "parabola through the lowest point and its neighbours. Crosses at the top: diverged. <i>Naive</i>: all "
-            "factors have the learning rate of a dense layer. All panels share their axes."
-        ),
-        {metric_title(metric): _sweep_charts(curves, metric) for metric, curves in by_metric.items()},
-        [
-            run_row(curve.name, record, diverged=result_of(record).diverged, **comparison.values(record))
-            for curve, sweeps in by_metric[comparison.error]
-            for sweep in sweeps
-            for group in sweep.groups
-            for record in group.records
-        ],
+    titled = {metric_title(metric): (metric, curves) for metric, curves in by_metric.items()}
+    views = {title: _sweep_charts(curves, metric) for title, (metric, curves) in titled.items()}
+    caption = Markup(
+        "One line per model size, means over the seeds; open marks: single seeds. Large ring: the optimum, by a "
+        "parabola through the lowest point and its neighbours. Crosses at the top: diverged. <i>Naive</i>: all "
+        "factors have the learning rate of a dense layer. All panels share their axes."
     )
-    optima = Figure(
-        "best-learning-rates",
-        Markup(
-            "The optimal learning rate by width. A horizontal line means that the learning rate transfers across "
-            "widths. Bars: range over single seeds. Open marks: the optimum is at an end of the sweep, or beyond."
-        ),
-        {metric_title(metric): [_optima_chart(curves)] for metric, curves in by_metric.items()},
-        [
-            {
-                "curve": curve.name,
-                "structure": curve.structure,
-                "size": sweep.size,
-                "width": sweep.width,
-                "metric": metric,
-                "best_lr": best.lr,
-                "smallest": best.smallest,
-                "largest": best.largest,
-                "bound": best.bound,
-            }
-            for metric, curves in by_metric.items()
-            for curve, sweeps in curves
-            for sweep in sweeps
-            if (best := sweep.optimum)
-        ],
+    data = [
+        run_row(curve.name, record, diverged=result_of(record).diverged, **comparison.values(record))
+        for curve, sweeps in by_metric[comparison.error]
+        for sweep in sweeps
+        for group in sweep.groups
+        for record in group.records
+    ]
+    figure = Figure("learning-rates", caption, views, data)
+    caption = Markup(
+        "The optimal learning rate by width. A horizontal line means that the learning rate transfers across "
+        "widths. Bars: range over single seeds. Open marks: the optimum is at an end of the sweep, or beyond."
     )
-    tables = [_table(curves, metric_title(metric)) for metric, curves in by_metric.items()]
-    return Section("Learning rates", figures=[sweeps, optima], tables=tables)
+    optima = [
+        {"curve": curve.name, "structure": curve.structure, "size": sweep.size, "width": sweep.width, "metric": metric}
+        | {"best_lr" if name == "lr" else name: value for name, value in vars(sweep.optimum).items()}
+        for metric, curves in by_metric.items()
+        for curve, sweeps in curves
+        for sweep in sweeps
+        if sweep.optimum
+    ]
+    charts = {title: [_optima_chart(curves)] for title, (_, curves) in titled.items()}
+    tables = [_table(curves, title) for title, (_, curves) in titled.items()]
+    return Section(
+        "Learning rates", figures=[figure, Figure("best-learning-rates", caption, charts, optima)], tables=tables
+    )
 
 
 def _optimum(groups: Sequence[SeedGroup], metric: str) -> Optimum | None:
@@ -177,13 +147,11 @@ def _optimum(groups: Sequence[SeedGroup], metric: str) -> Optimum | None:
 
 
 def _sizes(curves: CurveSweeps) -> list[str]:
-    """Return all sizes, by width."""
     sizes = {sweep.size: sweep.width for _, sweeps in curves for sweep in sweeps}
     return sorted(sizes, key=lambda size: sizes[size])
 
 
 def _sweep_charts(curves: CurveSweeps, metric: str) -> list[Chart]:
-    """Draw a chart per curve, all over the same axes."""
     groups = [group for _, sweeps in curves for sweep in sweeps for group in sweep.groups]
     losses = [loss for group in groups for loss in group.values(metric) if loss > 0]
     sizes, top = _sizes(curves), 1.08 * max(losses, default=1.0)
@@ -207,19 +175,25 @@ def _traces(sweep: LearningRateSweep, metric: str, sizes: Sequence[str], top: fl
     if seeds:
         lrs, losses = [record.run.training.lr for record in seeds], [metric_of(record, metric) for record in seeds]
         texts = list(map(hover, seeds))
-        traces.append(draw(lrs, losses, hover=label, texts=texts, symbol=f"{symbol(i)}-open", size=4, opacity=0.6))
+        traces.append(
+            draw(lrs, losses, hover=label, texts=texts, symbol=f"{symbol(i)}-open", marker_size=4, opacity=0.6)
+        )
     lrs, losses = [group.run.training.lr for group in good], [group.mean(metric) for group in good]
     texts = [hover(*group.good) for group in good]
-    traces.append(draw(lrs, losses, hover=label, texts=texts, legend=True, symbol=symbol(i), size=7, line=1.5))
+    traces.append(
+        draw(lrs, losses, hover=label, texts=texts, showlegend=True, symbol=symbol(i), marker_size=7, line=1.5)
+    )
     if diverged:
         lrs, height = [record.run.training.lr for record in diverged], [top] * len(diverged)
         texts = [f"{hover(record)}<br>diverged" for record in diverged]
-        traces.append(draw(lrs, height, hover="%{customdata}", texts=texts, symbol="x-thin-open", outline=2))
+        traces.append(draw(lrs, height, hover="%{customdata}", texts=texts, symbol="x-thin-open", marker_line_width=2))
     if sweep.optimum:
         lr = sweep.optimum.lr
         nearest = min(good, key=lambda group: abs(math.log(group.run.training.lr / lr)))
         label = f"{sweep.size}: optimum {lr:.3g}"
-        traces.append(draw([lr], [nearest.mean(metric)], hover=label, symbol="circle-open", size=15, outline=2))
+        traces.append(
+            draw([lr], [nearest.mean(metric)], hover=label, symbol="circle-open", marker_size=15, marker_line_width=2)
+        )
     return traces
 
 
@@ -228,27 +202,18 @@ def _optima_chart(curves: CurveSweeps) -> Chart:
     for i, (curve, sweeps) in enumerate(curves):
         optima = [(sweep, sweep.optimum) for sweep in sweeps if sweep.optimum]
         ends += [end for _, best in optima for end in (best.smallest, best.lr, best.largest)]
-        traces.append(
-            trace(
-                [sweep.width for sweep, _ in optima],
-                [best.lr for _, best in optima],
-                colour(i),
-                f"{escape(curve.name)}, %{{customdata}}<br>optimum %{{y:.3g}}",
-                [sweep.size for sweep, _ in optima],
-                name=curve.name,
-                legend=True,
-                symbol=[f"{symbol(i)}-open" if best.bound else symbol(i) for _, best in optima],
-                line=1.5,
-                dash="solid" if curve.structure_aware else "dot",
-                ranges=[(best.smallest, best.largest) for _, best in optima],
-            )
-        )
-    widths = {sweep.width for _, sweeps in curves for sweep in sweeps if sweep.optimum}
-    return Chart(traces, width_axis(widths), log_axis(ends, "optimal learning rate"))
+        widths, lrs = [sweep.width for sweep, _ in optima], [best.lr for _, best in optima]
+        texts, label = [sweep.size for sweep, _ in optima], "%{customdata}<br>optimum %{y:.3g}"
+        marks = [f"{symbol(i)}-open" if best.bound else symbol(i) for _, best in optima]
+        ranges = [(best.smallest, best.largest) for _, best in optima]
+        draw = partial(trace, name=curve.name, showlegend=True, symbol=marks, line=1.5, ranges=ranges)
+        dash = "solid" if curve.structure_aware else "dot"
+        traces.append(draw(widths, lrs, colour(i), f"{escape(curve.name)}, {label}", texts, line_dash=dash))
+    all_widths = {sweep.width for _, sweeps in curves for sweep in sweeps if sweep.optimum}
+    return Chart(traces, width_axis(all_widths), log_axis(ends, "optimal learning rate"))
 
 
 def _table(curves: CurveSweeps, metric: str) -> SortableTable:
-    """Return the optima: a row per curve, a column per size."""
     sizes, rows = _sizes(curves), []
     for i, (curve, sweeps) in enumerate(curves):
         shift, optima = optimum_shift(sweeps), {sweep.size: sweep.optimum for sweep in sweeps}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 
 import jinja2
-import plotly.graph_objects as go
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
@@ -27,7 +26,6 @@ class Figure:
 
     Attributes:
         name: the name of the CSV file, unique within a section.
-        caption: the text below the charts, as HTML.
         views: the charts by the name of the view; several views give the reader buttons to choose.
         data: a row per point.
     """
@@ -52,7 +50,6 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        text: the text that is shown.
         value: the sort key, a number or a text; None sorts last.
         curve: the index of a curve, whose colour and symbol precede the text.
     """
@@ -62,20 +59,14 @@ class Cell:
     curve: int | None = None
 
     @classmethod
-    def of(cls, value: float | str | None, form: str = "", missing: str = "–", curve: int | None = None) -> Cell:
+    def of(cls, value: float | str | None, form: str = "", missing: str = "–") -> Cell:
         """Return the cell of a value in a format such as ".3g", sorted by the value."""
-        return cls(missing if value is None else format(value, form), value, curve)
+        return cls(missing if value is None else format(value, form), value)
 
 
 @dataclass(frozen=True)
 class SortableTable:
-    """A table that a click on a heading sorts.
-
-    Attributes:
-        headings, rows: the names of the columns, and cells, one for each column.
-        note: the text below the table, as HTML.
-        summary: the visible line of a table that is folded up; empty for a table that is not.
-    """
+    """A table that a click on a heading sorts, with an HTML note below it; a table with a summary is folded up."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -102,14 +93,12 @@ class Chapter:
     commands: Sequence[str]
 
 
-def render(
-    title: str, headline: str, warnings: Sequence[str], chapters: Sequence[Chapter], footer: Mapping[str, str]
-) -> str:
-    """Render the page as one HTML file: title, headline and warnings, the content, and how the page was made."""
+def render(headline: str, warnings: Sequence[str], chapters: Sequence[Chapter], footer: Mapping[str, str]) -> str:
+    """Render the page as one HTML file: headline and warnings, the content, and how the page was made."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"draw": _draw, "colour": colour, "glyph": glyph}
+    environment.filters |= {"colour": colour, "glyph": glyph}
     return environment.from_string(_asset("page.html.jinja")).render(
-        title=title,
+        title="Structured linear layers side by side",
         headline=headline,
         warnings=warnings,
         chapters=chapters,
@@ -134,18 +123,10 @@ def hover(*records: Record) -> str:
 def run_row(curve: str, record: Record, **values: object) -> CsvRow:
     """Return the CSV row of a point of a run: its configuration, its costs, and the values of the point."""
     run, result = record.run, result_of(record)
-    return {
-        "key": run.key,
-        "curve": curve,
-        "structure": run.model.structure,
-        "structure_aware": run.training.structure_aware,
-        "width": run.model.width,
-        "lr": run.training.lr,
-        "seed": run.seed,
-        "macs": result.macs,
-        "params": result.params,
-        **values,
-    }
+    model, training = run.model, run.training
+    names = {"key": run.key, "curve": curve, "structure": model.structure, "structure_aware": training.structure_aware}
+    sizes = {"width": model.width, "lr": training.lr, "seed": run.seed, "macs": result.macs, "params": result.params}
+    return {**names, **sizes, **values}
 
 
 def group_row(group: SeedGroup, **values: object) -> CsvRow:
@@ -162,8 +143,3 @@ def definitions(terms: Mapping[str, str]) -> Markup:
 
 def _asset(name: str) -> str:
     return files("einlinear_lab.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _draw(chart: Chart, id: str) -> Markup:
-    config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    return Markup(go.Figure(chart.plotly).to_html(full_html=False, include_plotlyjs=False, div_id=id, config=config))

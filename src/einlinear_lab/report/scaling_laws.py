@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from einlinear_lab import scaling
 from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace
 from einlinear_lab.report.comparison import (
     LENGTHS,
@@ -17,24 +20,15 @@ from einlinear_lab.report.comparison import (
     Curve,
     SeedGroup,
     dense_of,
+    logged,
     make_curves,
     metric_title,
     result_of,
 )
 from einlinear_lab.report.compute_multipliers import figure_along, figure_of_models
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable, hover, run_row
-from einlinear_lab.runs.records import METRICS, Record
-from einlinear_lab.scaling import (
-    Interval,
-    LossCurves,
-    MultiplierAt,
-    Prediction,
-    ScalingFit,
-    fit_scaling,
-    multipliers_along,
-)
-from einlinear_lab.scaling.frontier import check_rules
-from einlinear_lab.training import metrics
+from einlinear_lab.runs.records import Record
+from einlinear_lab.scaling.fit import check_rules
 
 LAW_HEADINGS = ("exponent", "95 % interval", "R²", "scale", "floor", "models", "points", "compute multiplier")
 _RESAMPLES = 300
@@ -62,8 +56,7 @@ class CurveFit:
     """The scaling law of one curve.
 
     Attributes:
-        groups: the models of the curve, each at its best learning rate; those without a positive loss are left out.
-        losses: the loss curves of these models.
+        groups, losses: the models with a positive loss, each at its best learning rate, and their loss curves.
         fit: the frontier and the law; None where no law can be fitted.
         reason: why no law can be fitted.
         multipliers: compute multipliers along the frontier against dense; empty without a dense curve.
@@ -71,23 +64,23 @@ class CurveFit:
 
     curve: Curve
     groups: tuple[SeedGroup, ...]
-    losses: tuple[LossCurves, ...]
-    fit: ScalingFit | None
+    losses: tuple[scaling.LossCurves, ...]
+    fit: scaling.ScalingFit | None
     reason: str = ""
-    multipliers: tuple[MultiplierAt, ...] = ()
+    multipliers: tuple[scaling.MultiplierAt, ...] = ()
 
     @property
-    def interval(self) -> Interval | None:
+    def interval(self) -> scaling.Interval | None:
         """The confidence interval of the exponent: from seeds if every model has several, else from the regression."""
         return (self.fit.interval("exponent") or self.fit.interval("exponent", "regression")) if self.fit else None
 
     @property
-    def multiplier(self) -> MultiplierAt | None:
+    def multiplier(self) -> scaling.MultiplierAt | None:
         """The multiplier at the largest compute where the dense frontier gives an exact one; else the last bound."""
         exact = [point for point in self.multipliers if not point.multiplier.bound]
         return next(reversed(exact or self.multipliers), None)
 
-    def predict(self, compute: float) -> Prediction | None:
+    def predict(self, compute: float) -> scaling.Prediction | None:
         """Predict the loss at a compute, with an interval of the same source as that of the exponent."""
         return self.fit.predict(compute, "seeds" if self.fit.draws else "regression") if self.fit else None
 
@@ -103,18 +96,15 @@ class ScalingLaws:
 
 
 def laws_per_input(comparison: Comparison, metric: str, floor: float | None = 0.0) -> ScalingLaws:
-    """Fit final losses over the MACs of one input, with every model at its best learning rate.
+    """Fit final losses at the best learning rates over the MACs of one input, of models that no cheaper one beats.
 
-    The law of a curve is fitted to all models that no cheaper one beats (arXiv 2406.06248 takes all models).
-
-    Args:
-        comparison: the runs.
-        metric: "train_loss", or another metric.
-        floor: assumed irreducible loss; None fits it.
+    The floor is an assumed irreducible loss; None fits it. (arXiv 2406.06248 fits all models.)
     """
 
-    def final(group: SeedGroup) -> LossCurves:
-        return LossCurves(np.array([float(group.result.macs)]), np.array(group.values(metric), dtype=float)[:, None])
+    def final(group: SeedGroup) -> scaling.LossCurves:
+        return scaling.LossCurves(
+            np.array([float(group.result.macs)]), np.array(group.values(metric), dtype=float)[:, None]
+        )
 
     fits = _fit_all(comparison.curves, final, floor, _NO_HULL)
     return ScalingLaws(metric, f"MACs per {comparison.input}", floor, fits)
@@ -123,17 +113,9 @@ def laws_per_input(comparison: Comparison, metric: str, floor: float | None = 0.
 def laws_of_training(comparison: Comparison, floor: float | None = 0.0, **rules: Any) -> ScalingLaws | None:
     """Fit the error during training over the MACs of all forward passes so far; None without evaluations in training.
 
-    The law of a curve is fitted to the points on the lower convex hull of all training curves. Runs of several lengths
-    (`steps`) share a law.
-
-    Args:
-        comparison, floor: as for `laws_per_input`.
-        rules: `tolerance`, `window` and `prune` of `scaling.pareto_frontier`.
-
-    Raises:
-        ValueError: the tolerance is negative, or the window is empty.
+    The rules are `tolerance`, `window` and `prune` of `scaling.pareto_frontier`. Runs of several lengths share a law.
     """
-    check_rules(rules.get("tolerance", 0.0), rules.get("window", (0.0, math.inf)))
+    check_rules(**rules)
     curves = make_curves(comparison.records, shared=LENGTHS)
     fits = _fit_all(curves, lambda group: evaluations(group, comparison.error), floor, rules)
     if all(len(losses.compute) == 1 for fit in fits for losses in fit.losses):
@@ -141,13 +123,17 @@ def laws_of_training(comparison: Comparison, floor: float | None = 0.0, **rules:
     return ScalingLaws(comparison.error, "MACs of training", floor, fits)
 
 
-def evaluations(group: SeedGroup, metric: str) -> LossCurves:
+def evaluations(group: SeedGroup, metric: str) -> scaling.LossCurves:
     """Return a metric during the training of one model, at the steps at which all of its seeds were evaluated."""
-    seeds = [_by_step(record, metric) for record in group.good]
+    seeds = []
+    for record in group.good:
+        by_step = {step: value for step, _, value in logged(record, metric)}
+        # the final value alone where it was not measured during training
+        seeds.append(by_step or {result_of(record).steps: result_of(record).metrics[metric]})
     steps = sorted(set(seeds[0]).intersection(*seeds))
     compute = [_compute_at(group, step) for step in steps]
     losses = [[values[step] for step in steps] for values in seeds]
-    return LossCurves(np.array(compute, dtype=float), np.array(losses, dtype=float))
+    return scaling.LossCurves(np.array(compute, dtype=float), np.array(losses, dtype=float))
 
 
 def laws_as_json(laws: ScalingLaws, computes: Sequence[float] = ()) -> dict[str, Any]:
@@ -172,14 +158,14 @@ def laws_as_json(laws: ScalingLaws, computes: Sequence[float] = ()) -> dict[str,
         for fit in laws.curves
     ]
     content = {"metric": laws.metric, "compute": laws.compute, "assumed_floor": laws.floor, "structures": structures}
-    return dict(_finite(content))
+    return dict(json.loads(json.dumps(content), parse_constant=lambda constant: None))
 
 
 def section_per_input(comparison: Comparison, floor: float | None = 0.0) -> Section | None:
     """Show final losses over the compute per input, if a structure has at least two model sizes."""
     if not any(len({group.result.macs for group in curve.best}) > 1 for curve in comparison.curves):
         return None
-    laws = [laws_per_input(comparison, metric, floor) for metric in comparison.metrics]
+    laws, unit = [laws_per_input(comparison, metric, floor) for metric in comparison.metrics], comparison.input
     caption = Markup(
         "Lower left is better. Filled marks: means over the seeds; open marks: single seeds; lines: power laws through "
         "the frontier."
@@ -192,14 +178,10 @@ def section_per_input(comparison: Comparison, floor: float | None = 0.0) -> Sect
     ]
     views = {metric_title(law.metric): [_chart(law, _final_traces)] for law in laws}
     error, loss = (_table(law, _FRONTIER_OF_MODELS) for law in laws)
-    return Section(
-        f"Loss against compute per {comparison.input}",
-        Markup("<p>Every model{}, over the compute of one {}.</p>").format(
-            " at its best learning rate" if "lr" in comparison.varied else "", comparison.input
-        ),
-        [Figure(f"loss-over-macs-per-{comparison.input}", caption, views, data), *figure_of_models(comparison)],
-        [replace(error, note=Markup()), loss],
-    )
+    rates = " at its best learning rate" if "lr" in comparison.varied else ""
+    text = Markup("<p>Every model{}, over the compute of one {}.</p>").format(rates, unit)
+    figures = [Figure(f"loss-over-macs-per-{unit}", caption, views, data), *figure_of_models(comparison)]
+    return Section(f"Loss against compute per {unit}", text, figures, [replace(error, note=Markup()), loss])
 
 
 def section_of_training(comparison: Comparison, floor: float | None = 0.0) -> Section | None:
@@ -207,7 +189,8 @@ def section_of_training(comparison: Comparison, floor: float | None = 0.0) -> Se
     laws = laws_of_training(comparison, floor)
     if laws is None:
         return None
-    name = metric_title(laws.metric)
+    name, multipliers = metric_title(laws.metric), [(fit.curve.name, fit.multipliers) for fit in laws.curves]
+    text = Markup("<p>The {} of every model at every evaluation, over the MACs of all forward passes so far.</p>")
     caption = Markup("Thin lines: runs; thick lines: the frontier of each structure; dashed: power laws through it.")
     data = [
         run_row(fit.curve.name, record, training_macs=compute, **{laws.metric: loss})
@@ -215,17 +198,9 @@ def section_of_training(comparison: Comparison, floor: float | None = 0.0) -> Se
         for record, curve, losses in _seeds(fit)
         for compute, loss in zip(curve.compute.tolist(), losses, strict=True)
     ]
-    return Section(
-        "Error against training compute",
-        Markup("<p>The {} of every model at every evaluation, over the MACs of all forward passes so far.</p>").format(
-            name
-        ),
-        [
-            Figure("error-over-training-compute", caption, {name: [_chart(laws, _training_traces)]}, data),
-            *figure_along([(fit.curve.name, fit.multipliers) for fit in laws.curves], laws.compute),
-        ],
-        [_table(laws, _FRONTIER_OF_TRAINING)],
-    )
+    views = {name: [_chart(laws, _training_traces)]}
+    figures = [Figure("error-over-training-compute", caption, views, data), *figure_along(multipliers, laws.compute)]
+    return Section("Error against training compute", text.format(name), figures, [_table(laws, _FRONTIER_OF_TRAINING)])
 
 
 def law_cells(fit: CurveFit, digits: int = 3) -> dict[str, Cell]:
@@ -248,7 +223,10 @@ def law_cells(fit: CurveFit, digits: int = 3) -> dict[str, Cell]:
 
 
 def _fit_all(
-    curves: Sequence[Curve], losses: Callable[[SeedGroup], LossCurves], floor: float | None, rules: Mapping[str, Any]
+    curves: Sequence[Curve],
+    losses: Callable[[SeedGroup], scaling.LossCurves],
+    floor: float | None,
+    rules: Mapping[str, Any],
 ) -> tuple[CurveFit, ...]:
     """Fit every curve, and compare it with its dense curve."""
     fits: dict[str, CurveFit] = {}
@@ -257,35 +235,25 @@ def _fit_all(
         models = [(group, positive) for group, positive in models if positive.compute.size]
         unfitted = CurveFit(curve, tuple(group for group, _ in models), tuple(losses for _, losses in models), None)
         try:
-            law = fit_scaling(unfitted.losses, floor=floor, resamples=_RESAMPLES, **rules)
+            law = scaling.fit_scaling(unfitted.losses, floor=floor, resamples=_RESAMPLES, **rules)
             fits[curve.name] = replace(unfitted, fit=law)
         except ValueError as error:
             fits[curve.name] = replace(unfitted, reason=str(error))
     for curve in curves:
         dense, fit = dense_of(curve, curves), fits[curve.name]
         if dense and dense is not curve and fit.fit and (reference := fits[dense.name].fit):
-            fits[curve.name] = replace(fit, multipliers=multipliers_along(fit.fit, reference))
+            fits[curve.name] = replace(fit, multipliers=scaling.multipliers_along(fit.fit, reference))
     return tuple(fits.values())
 
 
-def _positive(curve: LossCurves, floor: float) -> LossCurves:
+def _positive(curve: scaling.LossCurves, floor: float) -> scaling.LossCurves:
     """Leave out the losses without a logarithm: an error of zero, or at an assumed floor."""
     good = (curve.losses > floor).all(0)
-    return LossCurves(curve.compute[good], curve.losses[:, good])
-
-
-def _by_step(record: Record, metric: str) -> dict[int, float]:
-    """Return the metric by step; the final value alone where it was not measured during training."""
-    lines = metrics.read(record.folder / METRICS)
-    values = {line["step"]: line[metric] for line in lines if line.get(metric) is not None}
-    return values or {result_of(record).steps: result_of(record).metrics[metric]}
+    return scaling.LossCurves(curve.compute[good], curve.losses[:, good])
 
 
 def _compute_at(group: SeedGroup, step: int) -> float:
-    """Return the MACs of all forward passes up to a step.
-
-    A step costs more while a model has guides, and less before a structured model is made dense.
-    """
+    """Return the MACs of all forward passes so far: more with guides, less before a structured model is made dense."""
     result, dense_from, guided = group.result, group.run.training.densify_at, group.run.training.guide_until or 0
     final, guides = result.macs * result.inputs, result.guide_macs * result.inputs
     if dense_from is None or result.steps <= dense_from:
@@ -294,17 +262,7 @@ def _compute_at(group: SeedGroup, step: int) -> float:
     return min(step, guided) * guides + min(step, dense_from) * structured + max(step - dense_from, 0) * final
 
 
-def _finite(value: Any) -> Any:
-    """Return JSON values with None for NaN and infinities."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _seeds(fit: CurveFit) -> list[tuple[Record, LossCurves, list[float]]]:
-    """Return every run of a curve with its losses."""
+def _seeds(fit: CurveFit) -> list[tuple[Record, scaling.LossCurves, list[float]]]:
     return [
         (record, curve, losses)
         for group, curve in zip(fit.groups, fit.losses, strict=True)
@@ -320,28 +278,31 @@ def _chart(laws: ScalingLaws, draw: Callable[[CurveFit, int], list[Trace]]) -> C
 
 
 def _final_traces(fit: CurveFit, i: int) -> list[Trace]:
-    hue, mark, name, label = colour(i), symbol(i), fit.curve.name, "%{customdata}<br>%{x:,} MACs: %{y:.4g}"
+    draw = partial(trace, colour=colour(i), name=fit.curve.name, hover="%{customdata}<br>%{x:,} MACs: %{y:.4g}")
     seeds = [(result_of(r).macs, losses[0], hover(r)) for r, curve, losses in _seeds(fit) if len(curve.losses) > 1]
     traces = []
     if seeds:
-        x, y, labels = zip(*seeds, strict=True)
-        traces.append(trace(x, y, hue, label, labels, name=name, symbol=f"{mark}-open", size=5, opacity=0.6))
-    means, texts = [float(curve.losses.mean()) for curve in fit.losses], [hover(*group.good) for group in fit.groups]
-    macs = [group.result.macs for group in fit.groups]
-    return [*traces, trace(macs, means, hue, label, texts, name=name, legend=True, symbol=mark), *_law(fit, i, "solid")]
+        x, y, texts = zip(*seeds, strict=True)
+        traces.append(draw(x, y, texts=texts, symbol=f"{symbol(i)}-open", marker_size=5, opacity=0.6))
+    macs, means = [group.result.macs for group in fit.groups], [float(curve.losses.mean()) for curve in fit.losses]
+    traces.append(
+        draw(macs, means, texts=[hover(*group.good) for group in fit.groups], showlegend=True, symbol=symbol(i))
+    )
+    return [*traces, *_law(fit, i, "solid")]
 
 
 def _training_traces(fit: CurveFit, i: int) -> list[Trace]:
-    hue, name, traces = colour(i), fit.curve.name, []
+    draw, label, traces = partial(trace, colour=colour(i), name=fit.curve.name), "<br>%{x:.4g} MACs: %{y:.4g}", []
     for record, curve, losses in _seeds(fit):
-        mark = f"{symbol(i)}-open" if len(losses) == 1 else ""
-        label = f"{hover(record)}<br>%{{x:.4g}} MACs: %{{y:.4g}}"
-        compute = curve.compute.tolist()
-        traces.append(trace(compute, losses, hue, label, name=name, symbol=mark, size=5, line=0.8, opacity=0.5))
+        look = partial(
+            draw, symbol=f"{symbol(i)}-open" if len(losses) == 1 else "", marker_size=5, line=0.8, opacity=0.5
+        )
+        traces.append(look(curve.compute.tolist(), losses, hover=f"{hover(record)}{label}"))
     if fit.fit:
         frontier, texts = fit.fit.frontier, [hover(*fit.groups[k].good) for k in fit.fit.curve.tolist()]
-        x, y, label = frontier.compute.tolist(), frontier.loss.tolist(), "%{customdata}<br>%{x:.4g} MACs: %{y:.4g}"
-        traces.append(trace(x, y, hue, label, texts, name=name, legend=True, symbol=symbol(i), size=7, line=2.5))
+        look = partial(draw, showlegend=True, symbol=symbol(i), marker_size=7, line=2.5)
+        x, y = frontier.compute.tolist(), frontier.loss.tolist()
+        traces.append(look(x, y, hover=f"%{{customdata}}{label}", texts=texts))
     return [*traces, *_law(fit, i, "dash")]
 
 
@@ -350,7 +311,7 @@ def _law(fit: CurveFit, i: int, dash: str) -> list[Trace]:
     if fit.fit is None:
         return []
     x = np.geomspace(fit.fit.frontier.compute[0], fit.fit.frontier.compute[-1], 30 if fit.fit.law.floor else 2)
-    return [trace(x.tolist(), fit.fit.law(x).tolist(), colour(i), name=fit.curve.name, line=1.5, dash=dash)]
+    return [trace(x.tolist(), fit.fit.law(x).tolist(), colour(i), name=fit.curve.name, line=1.5, line_dash=dash)]
 
 
 def _table(laws: ScalingLaws, frontier: str) -> SortableTable:

@@ -11,18 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from einlinear_lab.data import (
-    Augment,
-    Batches,
-    Images,
-    PixelSequences,
-    Sequences,
-    Teacher,
-    TextSequences,
-    load_images,
-    load_tokens,
-    pixel_permutation,
-)
+from einlinear_lab import data as datasets
+from einlinear_lab.data import Augment, Batches, Images, PixelSequences, Sequences, Teacher, TextSequences
 from einlinear_lab.data.text.tokens import DESCRIPTION
 from einlinear_lab.models.config import Shape
 from einlinear_lab.training.loop import Task
@@ -31,21 +21,12 @@ from einlinear_lab.training.tasks import VALIDATION_TOKENS, Classification, Lang
 PIXELS, TEACHER = "pixels:", "teacher"
 # The order of the pixels is part of the task, so it is the same in all runs.
 PERMUTATION_SEED = 0
-_images, _tokens = lru_cache(2)(load_images), lru_cache(2)(load_tokens)
+_images, _tokens = lru_cache(2)(datasets.load_images), lru_cache(2)(datasets.load_tokens)
 
 
 @dataclass(frozen=True)
 class TrainingProblem:
-    """Loaded data and its task.
-
-    Attributes:
-        task: batches, loss and metrics.
-        shape: shape of the data, for the model.
-        inputs: images, tokens or vectors per step.
-        error: name of the metric by which final models are compared.
-        source: origin of the data, one sentence.
-        digest: of the data.
-    """
+    """Data and its task, inputs per step, the metric by which models are compared, and the origin of the data."""
 
     task: Task
     shape: Shape
@@ -57,12 +38,7 @@ class TrainingProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(ABC):
-    """Config that all kinds of data share.
-
-    Attributes:
-        data: name or path.
-        batch_size: images, sequences or vectors per step.
-    """
+    """Config that all kinds of data share: a name or path, and the images, sequences or vectors per step."""
 
     KIND: ClassVar[str]
 
@@ -71,11 +47,7 @@ class Data(ABC):
 
     @abstractmethod
     def load(self, seed: int) -> TrainingProblem:
-        """Load the data and make the task, with batches of this seed.
-
-        Raises:
-            ValueError, OSError: the data cannot be loaded or is damaged, or does not allow an option.
-        """
+        """Load the data and make the task, with batches of this seed; raise ValueError or OSError for unusable data."""
 
     def examples(self) -> int | None:
         """Return the number of training images or windows; None if unlimited."""
@@ -127,7 +99,7 @@ class ImageData(Data):
 
     def load(self, seed: int) -> TrainingProblem:
         images = self._read()
-        order = pixel_permutation(images.features, PERMUTATION_SEED) if self.permute else None
+        order = datasets.pixel_permutation(images.features, PERMUTATION_SEED) if self.permute else None
         augment = Augment.suited_to(images, self.mixup) if self.augment else None
         batches = Batches(images, self.batch_size, seed=seed, augment=augment, permutation=order, flatten=False)
         task = Classification(images, batches, self.label_smoothing)
@@ -141,12 +113,7 @@ class ImageData(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceData(Data):
-    """Config of next-token prediction.
-
-    Attributes:
-        batch_size: sequences per step.
-        validation_tokens: maximum number of tokens of an evaluation, always the same ones.
-    """
+    """Config of next-token prediction, evaluated on at most `validation_tokens`, always the same ones."""
 
     batch_size: int = 32
     validation_tokens: int = VALIDATION_TOKENS
@@ -159,12 +126,7 @@ class SequenceData(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class TextData(SequenceData):
-    """Config of next-token prediction on a text.
-
-    Attributes:
-        data: a folder that `einlinear prepare` wrote.
-        context: tokens per sequence.
-    """
+    """Config of sequences of `context` tokens; the data is a folder that `einlinear prepare` wrote."""
 
     KIND = "text"
 
@@ -182,13 +144,7 @@ class TextData(SequenceData):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelData(SequenceData):
-    """Config of next-pixel prediction on images.
-
-    Attributes:
-        data: "pixels:" and a name or path for `einlinear_lab.data.load_images`.
-        image_size: side in pixels after resizing.
-        skip_broken: as for `ImageData`.
-    """
+    """Config of next-pixel prediction on images; the data is "pixels:" and a name or path as for `ImageData`."""
 
     KIND = "pixels"
 
@@ -206,13 +162,7 @@ class PixelData(SequenceData):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherData(Data):
-    """Config of regression to a random network, see `einlinear_lab.data.Teacher`.
-
-    Attributes:
-        data: "teacher".
-        features: number of input features.
-        teacher_width, teacher_depth: of the random network.
-    """
+    """Config of regression to a random network, see `einlinear_lab.data.Teacher`; the data is "teacher"."""
 
     KIND = "teacher"
 
@@ -234,16 +184,7 @@ KINDS: dict[str, type[Data]] = {kind.KIND: kind for kind in (ImageData, TextData
 
 
 def kind_of(data: str, kind: str | None = None, sequences: bool = False) -> type[Data]:
-    """Return the kind of data of a name or path.
-
-    Args:
-        data: name or path.
-        kind: a key of `KINDS`, which overrides the name, for data that is not on this machine.
-        sequences: whether the model takes sequences only, so that a path without a description is a text.
-
-    Raises:
-        ValueError: an unknown kind.
-    """
+    """Return the kind of data of a name or path, unless a key of `KINDS` is given; models of sequences take texts."""
     if kind is not None:
         if kind not in KINDS:
             raise ValueError(f"data_kind must be {', '.join(KINDS)}, not {kind!r}")

@@ -13,6 +13,7 @@ import shutil
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,14 +39,13 @@ def execute(
     """Train the model of a run. Losses are reproducible on a CPU with the same number of threads.
 
     Args:
-        run: model, data and training.
+        run: config of the run.
         folder: for the files of the run, from which it resumes. None writes no files.
         progress: called after every step.
         keep_checkpoints: whether to keep the checkpoints of the finished run.
 
     Raises:
-        ValueError, OSError: the run, its data or its folder is invalid.
-        BlockingIOError: another process is at work in the folder.
+        ValueError, OSError: the run, its data or its folder is invalid, or another process is at work in the folder.
     """
     # Under torchrun only the first process writes files.
     if folder is None or not is_first():
@@ -68,14 +68,7 @@ def initialised(run: Run, problem: TrainingProblem) -> ReferenceModel:
 
 
 def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
-    """Load the data of all runs and build every model on the meta device, so that errors come before training.
-
-    Returns:
-        The digest of each data.
-
-    Raises:
-        ValueError, OSError: the data cannot be loaded, or a structure or size is invalid.
-    """
+    """Load all data and build all models on the meta device, so that errors come early; return the data's digests."""
     problems: dict[Data, TrainingProblem] = {}
     for run in runs:
         if run.data not in problems:
@@ -88,21 +81,13 @@ def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
 def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
     problem = run.data.load(run.seed)
     record = describe(folder or Path(), run, problem)
-    model = initialised(run, problem)
+    model, base = initialised(run, problem), run.model.base(problem.shape)
     macs = model.macs
     guide_macs = 0 if run.training.guide_until is None else _guide_macs(model)
     if folder is not None and is_first():
         write_run(record)
-    outcome = training.train(
-        model,
-        run.model.base(problem.shape),
-        problem.task,
-        run.training,
-        folder,
-        lr_scale=model.LR_SCALE,
-        facts=record.facts,
-        progress=progress,
-    )
+    options: dict[str, Any] = {"lr_scale": model.LR_SCALE, "facts": record.facts, "progress": progress}
+    outcome = training.train(model, base, problem.task, run.training, folder, **options)
     steps = len(outcome.losses)
     structured = min(run.training.densify_at or steps, steps)
     guided = min(run.training.guide_until or 0, steps)

@@ -27,16 +27,11 @@ _hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)
 
 
 def names(kind: type) -> tuple[str, ...]:
-    """Return the fields of a dataclass, which are its options."""
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def parse(kind: type[T], options: Mapping[str, Any]) -> T:
-    """Make a dataclass from its options. Texts are converted: "3e-3" to 0.003, "0.9,0.99" to a tuple, "none" to None.
-
-    Raises:
-        ValueError: a value of the wrong type, a value that the dataclass refuses, or a missing option.
-    """
+    """Make a dataclass from options or texts: "3e-3" becomes 0.003, "0.9,0.99" a tuple, "none" None."""
     values = {name: None if value == "none" else value for name, value in options.items()}
     for name, value in values.items():
         if isinstance(value, str) and get_origin(_hints(kind).get(name)) is tuple:
@@ -48,11 +43,7 @@ def parse(kind: type[T], options: Mapping[str, Any]) -> T:
 
 
 def parse_strictly(kind: type[T], content: Any) -> T:
-    """Make a dataclass from JSON values of exactly its types; texts are not converted.
-
-    Raises:
-        ValueError: not an object; a value that has the wrong type, is missing or unknown.
-    """
+    """Make a dataclass from JSON values of exactly its types; texts are not converted. Raises ValueError for others."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds {json.dumps(content)[:40]}, not an object")
     refuse_unknown(content, names(kind), "it")
@@ -72,17 +63,13 @@ def from_text(text: str, source: str, kind: str = "toml") -> dict[str, Any]:
 
 
 def refuse_unknown(options: Iterable[str], allowed: Iterable[str], owner: str) -> None:
-    """Raise ValueError if an option is not allowed."""
+    """Raise ValueError, with the nearest name, if an option is not allowed."""
     allowed = list(allowed)
-    for name in options:
-        if name in allowed:
-            continue
+    for name in (name for name in options if name not in allowed):
+        hint = f".{did_you_mean(name, allowed)} Its options are {', '.join(allowed)}"
         if name in _OF_COMMANDS:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{owner} has no option {name!r}: if the command has it, write {option} before its value")
-        raise ValueError(
-            f"{owner} has no option {name!r}.{did_you_mean(name, allowed)} Its options are {', '.join(allowed)}"
-        )
+            hint = f": if the command has it, write --{name.replace('_', '-')} before its value"
+        raise ValueError(f"{owner} has no option {name!r}{hint}")
 
 
 def _message(error: Any) -> str:

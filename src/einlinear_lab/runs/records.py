@@ -65,6 +65,8 @@ class Result:
 
 @dataclass(frozen=True)
 class _Origin:
+    """Version of the code, pattern, digest and source of the data, name of the metric in `Result.error`, machine."""
+
     code: str
     pattern: str
     digest: str
@@ -79,18 +81,7 @@ _POSITIVE = ("macs", "inputs", "steps", "compute")
 
 @dataclass(frozen=True)
 class Record(_Origin):
-    """A run on disk.
-
-    Attributes:
-        folder: of the run.
-        run: its options.
-        result: None while the run is not finished.
-        code: version of einlinear's code that made it, see `code_version`.
-        pattern: pattern of its structure.
-        digest, source: of its data.
-        error: name of the metric in `Result.error`.
-        made_with: versions and machine.
-    """
+    """A run on disk; the result is None while it is not finished."""
 
     folder: Path
     run: Run
@@ -110,16 +101,9 @@ def code_version() -> str:
 def describe(folder: Path, run: Run, problem: TrainingProblem) -> Record:
     """Return the record of a run that is about to start."""
     versions = f"einlinear {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    return Record(
-        folder=folder,
-        run=run,
-        code=code_version(),
-        pattern=run.pattern,
-        digest=problem.digest,
-        source=problem.source,
-        error=problem.error,
-        made_with=f"{versions}, {platform.system()} {platform.machine()}",
-    )
+    made_with = f"{versions}, {platform.system()} {platform.machine()}"
+    origin = (code_version(), run.pattern, problem.digest, problem.source, problem.error, made_with)
+    return Record(*origin, folder=folder, run=run)
 
 
 def write_run(record: Record) -> None:
@@ -144,11 +128,7 @@ def write_result(folder: Path, result: Result) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """Read the files of a run that was started.
-
-    Raises:
-        ValueError: the files are damaged or of another format.
-    """
+    """Read the files of a run that was started. Raises ValueError if they are damaged or of another format."""
     record, path = _read_description(folder), folder / RESULT
     if not path.exists():
         return record

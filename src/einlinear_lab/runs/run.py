@@ -1,4 +1,4 @@
-"""A run: one model, its data and its training, as flat options identified by their hash."""
+"""A run: one model, its data and its training. Options by name, of whatever origin, become one typed `Run`."""
 
 from __future__ import annotations
 
@@ -21,26 +21,15 @@ from einlinear_lab.training import Training
 # Options that change results by rounding at most. Skipped files change the digest of the data. evaluate_every changes
 # no result either, but errors over time need the evaluations.
 _HIDDEN = ("device", "threads", "parallel", "tracker", "log_every", "checkpoint_every", "skip_broken")
-# Passes over the training data.
-PASSES = 20
-# Bounds of the steps.
-FEWEST, MOST = 200, 5000
-# Steps on data without end.
-ENDLESS = 2000
+# Passes over the training data, bounds of their steps, and steps on data without end.
+PASSES, FEWEST, MOST, ENDLESS = 20, 200, 5000, 2000
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """Model, data, training and seed of a run.
-
-    Attributes:
-        model: config of the model.
-        data: config of the data.
-        training: config of the training.
-        seed: of the weights and the batches.
-    """
+    """Config of a run: of its model, data and training, and the seed of the weights and the batches."""
 
     model: ModelConfig
     data: Data
@@ -48,13 +37,16 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.data.batch_size % self.training.accumulate:
+        training, experts = self.training, self.model.experts is not None
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
+        if self.data.batch_size % training.accumulate:
             raise ValueError(
-                f"accumulate={self.training.accumulate} does not divide the batch_size of {self.data.batch_size}"
+                f"accumulate={training.accumulate} does not divide the batch_size of {self.data.batch_size}"
             )
-        if self.training.densify_at is not None and self.model.experts is not None:
+        if training.densify_at is not None and experts:
             raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
-        if self.training.guide_until is not None and self.model.experts is not None:
+        if training.guide_until is not None and experts:
             raise ValueError("guide_until gives layers a dense guide, which mixtures of experts cannot have")
 
     @classmethod
@@ -69,7 +61,8 @@ class Run:
             ValueError: an unknown option or a wrong value, with the allowed ones.
         """
         model, data = model_and_data(options)
-        return cls(model, data, _part(Training, options), _part(_Seed, options).seed)
+        parts = {"model": model, "data": data, "training": _part(Training, options), "seed": options.get("seed", 0)}
+        return parse(cls, parts)
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -104,11 +97,7 @@ class Run:
 
 
 def model_and_data(options: Mapping[str, Any]) -> tuple[ModelConfig, Data]:
-    """Return the model and the data of a run from its options, of which none has to be given.
-
-    Raises:
-        ValueError: an unknown option, or a wrong value of an option of the model or the data.
-    """
+    """Return the model and the data of a run from its options, none of which is required; raises as `Run.of`."""
     kind, name = options.get("model", "mlp"), str(options.get("data", "auto"))
     if kind not in MODELS:
         raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
@@ -121,33 +110,24 @@ def model_and_data(options: Mapping[str, Any]) -> tuple[ModelConfig, Data]:
 
 
 def with_defaults(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Add default `steps` and `batch_size` to the options of a run.
+    """Add default `steps` and `batch_size` to the options of a run, each with a sentence that gives the reason.
 
     The default is 20 passes over the training data, between 200 and 5,000 steps; 2,000 steps for unlimited data. With
     fewer images than the default batch size, the batch size is a power of two, at most a quarter of the images.
-
-    Returns:
-        The options, and a sentence with the reason for each added option.
-
-    Raises:
-        ValueError, OSError: invalid data, or a wrong or unknown option.
     """
     completed, reasons = dict(options), list[str]()
     _, data = model_and_data(options)
     if {"steps", "batch_size"} <= options.keys():
         return completed, reasons
-    examples, is_text = data.examples(), isinstance(data, TextData)
-    if examples is not None and examples < data.batch_size and not is_text and "batch_size" not in options:
+    examples, is_text, size = data.examples(), isinstance(data, TextData), data.batch_size
+    if examples is not None and examples < size and not is_text and "batch_size" not in options:
         size = completed["batch_size"] = 1 << max(0, (examples // 4).bit_length() - 1)
-        data = dataclasses.replace(data, batch_size=size)
         reasons.append(f"batch_size={size}, as there are {examples:,} training images")
-    if "steps" in options:
-        return completed, reasons
-    if examples is None:
+    if "steps" not in options and examples is None:
         completed["steps"] = ENDLESS
         reasons.append(f"steps={ENDLESS}")
-    else:
-        passes = PASSES * max(1, examples // data.batch_size)
+    elif "steps" not in options and examples is not None:
+        passes = PASSES * max(1, examples // size)
         steps = completed["steps"] = min(max(passes, FEWEST), MOST)
         unit = "windows of the training text" if is_text else "training images"
         bound = "" if passes == steps else f", but at {'least' if steps == FEWEST else 'most'} {steps:,}"
@@ -157,12 +137,3 @@ def with_defaults(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 def _part(kind: type[T], options: Mapping[str, Any]) -> T:
     return parse(kind, {name: options[name] for name in names(kind) if name in options})
-
-
-@dataclass(frozen=True)
-class _Seed:
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")

@@ -19,6 +19,7 @@ from einlinear_lab.runs.run import Run
 from einlinear_lab.training import metrics
 
 RUNS, HISTORY = "runs", "history.jsonl"
+_ANOTHER = "Name another folder (--out)"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class Store:
     folder: Path
 
     def path(self, run: Run) -> Path:
-        """Return the folder of a run."""
         return self.folder / RUNS / run.name
 
     def records(self) -> list[Record]:
@@ -92,7 +92,7 @@ class Store:
             write_text(self.folder / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
 
     def commands(self) -> list[str]:
-        """Return the commands that added runs, in order."""
+        """Commands that added runs, in order."""
         return [line["command"] for line in self._history()]
 
     def _history(self) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ class Store:
         return lines
 
     def driving(self) -> AbstractContextManager[None]:
-        """Lock out other drivers. Raises BlockingIOError if another driver has the lock."""
+        """Lock out other drivers; raise BlockingIOError if another driver has the lock."""
         return lock(self.folder / ".driver", f"another einlinear is at work in {self.folder}")
 
     def _read(self) -> Iterator[Record | ValueError]:
@@ -127,8 +127,8 @@ class Store:
         ]
         if differences:
             raise ValueError(
-                f"{self.folder} holds results of another config: {'; '.join(differences)}. "
-                "Name another folder (--out), or repeat the config to add to this one"
+                f"{self.folder} holds results of another config: {'; '.join(differences)}. {_ANOTHER}, or repeat the "
+                "config to add to this one"
             )
 
     def _check_data(self, records: Collection[Record], runs: Collection[Run], digests: Mapping[Data, str]) -> None:
@@ -136,24 +136,21 @@ class Store:
         patterns = {(run.model.structure, run.model.width): run.pattern for run in runs}
         for record in records:
             name, structure = record.run.data.data, record.run.model.structure
+            difference = ""
             if digests.get(record.run.data, record.digest) != record.digest:
-                raise ValueError(
-                    f"{self.folder} holds runs on other data of the name {name} ({record.source}): it has changed "
-                    "since. Name another folder (--out)"
-                )
+                difference = f"on other data of the name {name} ({record.source}): it has changed since"
             if patterns.get((structure, record.run.model.width), record.pattern) != record.pattern:
-                raise ValueError(
-                    f"{self.folder} holds runs in which {structure} was another structure ({record.pattern}). Name "
-                    "another folder (--out)"
-                )
+                difference = f"in which {structure} was another structure ({record.pattern})"
+            if difference:
+                raise ValueError(f"{self.folder} holds runs {difference}. {_ANOTHER}")
 
     def _check_code(self, records: Collection[Record]) -> None:
         others = sorted({record.code for record in records} - {code_version()})
         if others:
             raise ValueError(
                 f"{self.folder} holds runs that another code made ({', '.join(others)}; this is {code_version()}), "
-                "which may not be comparable. Name another folder (--out), use that version, or mix them (--mix-code): "
-                "the table names the code of each run"
+                f"which may not be comparable. {_ANOTHER}, use that version, or mix them (--mix-code): the table names "
+                "the code of each run"
             )
 
 
@@ -169,7 +166,6 @@ def open_store(folder: str | Path) -> Store:
 
 
 def _values(options: Iterable[Mapping[str, Any]]) -> dict[str, set[Any]]:
-    """Return all values of every option."""
     values: dict[str, set[Any]] = {}
     for each in options:
         for name, value in each.items():

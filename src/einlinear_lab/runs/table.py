@@ -27,8 +27,8 @@ _PATIENCE = 1
 class RunTable:
     """One row per run: its key, folder and status; its options; its results and metrics.
 
-    Status is "waiting", "running", "finished", "diverged", "lost" or "failed". Errors of the table or the files of a
-    run become warnings, so that a sweep goes on; rows that could not be written are written with the next row.
+    Status is "waiting", "running", "finished", "diverged", "lost" or "failed". Errors become warnings; rows that could
+    not be written are written with the next row.
     """
 
     def __init__(self, folder: Path) -> None:

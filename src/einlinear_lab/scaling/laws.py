@@ -1,18 +1,21 @@
-"""Power laws of the loss over compute, with no floor, an assumed floor or a fitted floor."""
+"""Power laws of the loss over compute, with no floor, an assumed or a fitted one, and their confidence intervals."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import least_squares
 from scipy.special import expit
-from scipy.stats import f
+from scipy.stats import f, t
 
 Array = NDArray[np.float64]
+Source = Literal["seeds", "regression"]
+Quantity = Literal["scale", "exponent", "floor"]
 
 # three parameters fit any three points
 MIN_POINTS_WITH_FLOOR = 4
@@ -29,11 +32,9 @@ class PowerLaw:
     """loss = floor + scale * compute ** -exponent.
 
     Attributes:
-        exponent, scale: parameters of the law.
         stderr: standard error of the exponent by regression; NaN with two points, which any line fits.
         r_squared: share of the variance that the law explains, of log(loss - floor) with an assumed floor and of
             log(loss) with a fitted one.
-        floor: irreducible loss, the limit at infinite compute.
         floor_identified: whether a fitted floor is significantly better than none; None for an assumed floor.
     """
 
@@ -75,8 +76,8 @@ def power_law(compute: ArrayLike, loss: ArrayLike, *, floor: float = 0.0) -> Pow
 def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | None = None) -> PowerLaw:
     """Fit a power law and its floor by robust regression: Huber's loss of log residuals, minimised from several starts.
 
-    Where the best law without a floor is not significantly worse (F-test at 5 %), the points do not identify the floor:
-    `floor_identified` is False, and exponent and scale, which trade off against the floor, mean little.
+    Where the best law without a floor is not significantly worse (F-test at 5 %), `floor_identified` is False: exponent
+    and scale, which trade off against the floor, then mean little.
 
     >>> compute = 10.0 ** np.arange(6, 13)
     >>> law = power_law_with_floor(compute, 1.5 + 200 * compute**-0.3)
@@ -105,13 +106,97 @@ def power_law_with_floor(compute: ArrayLike, loss: ArrayLike, *, near: float | N
     return _with_quality(law, compute, loss)
 
 
-def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
-    """Return the covariance of a law's (log scale, exponent[, fitted floor]), as if points were independent.
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval, by percentiles over resampled "seeds", or by "regression" of independent points.
 
-    For a line this is the textbook formula, otherwise its linearisation at the law. NaN without degrees of freedom.
+    An end is infinite where the data sets none. Points of one training curve make regression intervals too narrow.
     """
-    x, y = log_points(compute, loss, assumed_floor(law))
-    jacobian = gradient(law, np.exp(x))
+
+    low: float
+    high: float
+    source: Source
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.low:.3g} to {self.high:.3g} ({100 * self.level:g} %, {self.source})"
+
+
+def percentile_interval(lows: Sequence[float], highs: Sequence[float], level: float) -> Interval:
+    """Return the interval of the least and the largest possible value in every resample; values may be infinite."""
+    beyond = (1 - check_level(level)) / 2
+    # order statistics: interpolated quantiles are NaN next to an infinity
+    below = math.floor(beyond * (len(lows) - 1))
+    return Interval(float(np.sort(lows)[below]), float(np.sort(highs)[len(highs) - 1 - below]), "seeds", level)
+
+
+def t_interval(value: float, stderr: float, freedom: int, level: float) -> Interval:
+    """Return the interval of a least-squares estimate with so many degrees of freedom."""
+    half = float(t.ppf((1 + check_level(level)) / 2, freedom)) * stderr
+    return Interval(value - half, value + half, "regression", level)
+
+
+def law_interval(
+    law: PowerLaw, compute: ArrayLike, loss: ArrayLike, quantity: Quantity, level: float = 0.95
+) -> Interval | None:
+    """Return the regression interval of a parameter (an assumed floor is exact), or None without degrees of freedom."""
+    if quantity == "floor" and law.floor_identified is None:
+        return Interval(law.floor, law.floor, "regression", check_level(level))
+    direction = np.eye(3)[("scale", "exponent", "floor").index(quantity)]
+    if quantity == "scale":
+        return _exponential(_delta_interval(law, compute, loss, math.log(law.scale), direction, level))
+    return _delta_interval(law, compute, loss, float(getattr(law, quantity)), direction, level)
+
+
+def prediction_interval(
+    law: PowerLaw, compute: ArrayLike, loss: ArrayLike, at: float, level: float = 0.95
+) -> Interval | None:
+    """Return the regression interval of a law's loss at a compute, without the scatter of a single run; else None."""
+    floor, direction = _assumed_floor(law), _gradient(law, np.array([at]))[0]
+    return _exponential(_delta_interval(law, compute, loss, math.log(law(at) - floor), direction, level), floor)
+
+
+def check_level(level: float) -> float:
+    """Return a confidence level. Raises ValueError if it is not between 0 and 1."""
+    if not 0 < level < 1:
+        raise ValueError(f"the level of an interval must be between 0 and 1, such as 0.95 for 95 %, not {level}")
+    return level
+
+
+def log_points(compute: ArrayLike, loss: ArrayLike, floor: float = 0.0) -> tuple[Array, Array]:
+    """Return the logarithms of compute and of loss - floor. Raises ValueError for points without."""
+    compute, loss = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
+    if compute.ndim != 1 or compute.shape != loss.shape or not compute.size:
+        shapes = f"{compute.shape} and {loss.shape}"
+        raise ValueError(
+            f"compute and loss must be two arrays of one length, at least one point, not of shapes {shapes}"
+        )
+    for values, name, least in ((compute, "compute", 0.0), (loss, "loss", floor)):
+        bad = np.flatnonzero(~(np.isfinite(values) & (values > least)))
+        if bad.size:
+            raise ValueError(f"{name} must be finite and above {least:g}, but point {bad[0]} has {values[bad[0]]:g}")
+    return np.log(compute), np.log(loss - floor)
+
+
+def _delta_interval(
+    law: PowerLaw, compute: ArrayLike, loss: ArrayLike, value: float, direction: Array, level: float
+) -> Interval | None:
+    """Return the interval of a function of a law's parameters from its gradient by them (the delta method)."""
+    matrix = _covariance(law, compute, loss)
+    freedom, direction = np.size(compute) - len(matrix), direction[: len(matrix)]
+    return t_interval(value, math.sqrt(direction @ matrix @ direction), freedom, level) if freedom > 0 else None
+
+
+def _exponential(interval: Interval | None, plus: float = 0.0) -> Interval | None:
+    if interval is None:
+        return None
+    return replace(interval, low=plus + math.exp(interval.low), high=plus + math.exp(min(interval.high, 700.0)))
+
+
+def _covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
+    """Return the covariance of (log scale, exponent[, fitted floor]), linearised; NaN without degrees of freedom."""
+    x, y = log_points(compute, loss, _assumed_floor(law))
+    jacobian = _gradient(law, np.exp(x))
     freedom = len(x) - jacobian.shape[1]
     residuals = _residuals(law, x, y)
     variance = residuals @ residuals / freedom if freedom > 0 else math.nan
@@ -121,7 +206,7 @@ def covariance(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> Array:
     return np.asarray(variance * inverse @ inverse.T)
 
 
-def gradient(law: PowerLaw, compute: Array) -> Array:
+def _gradient(law: PowerLaw, compute: Array) -> Array:
     """Return the gradient of log(loss - assumed floor) by (log scale, exponent[, fitted floor]), (points, 2 or 3)."""
     line = np.stack([np.ones_like(compute), -np.log(compute)], axis=-1)
     if law.floor_identified is None:
@@ -130,43 +215,26 @@ def gradient(law: PowerLaw, compute: Array) -> Array:
     return np.concatenate([line * (1 - law.floor / loss), 1 / loss], axis=-1)
 
 
-def assumed_floor(law: PowerLaw) -> float:
-    """Return the floor to subtract before taking logarithms: zero where the floor was fitted."""
+def _assumed_floor(law: PowerLaw) -> float:
+    """Return the floor that the law took as known; 0 where it fitted one."""
     return law.floor if law.floor_identified is None else 0.0
 
 
 def _with_quality(law: PowerLaw, compute: ArrayLike, loss: ArrayLike) -> PowerLaw:
-    """Return the law with its standard error and R²."""
-    x, y = log_points(compute, loss, assumed_floor(law))
+    x, y = log_points(compute, loss, _assumed_floor(law))
     residuals, spread = _residuals(law, x, y), y - y.mean()
     r_squared = 1 - float(residuals @ residuals) / total if (total := float(spread @ spread)) else math.nan
-    return replace(law, stderr=math.sqrt(covariance(law, compute, loss)[1, 1]), r_squared=r_squared)
+    return replace(law, stderr=math.sqrt(_covariance(law, compute, loss)[1, 1]), r_squared=r_squared)
 
 
 def _residuals(law: PowerLaw, x: Array, y: Array) -> Array:
-    return y - np.log(law(np.exp(x)) - assumed_floor(law))
-
-
-def log_points(compute: ArrayLike, loss: ArrayLike, floor: float = 0.0) -> tuple[Array, Array]:
-    """Return the logarithms of compute and of loss - floor. Raises ValueError for points without."""
-    compute, loss = np.asarray(compute, dtype=float), np.asarray(loss, dtype=float)
-    if compute.ndim != 1 or compute.shape != loss.shape or not compute.size:
-        raise ValueError(
-            f"compute and loss must be two arrays of one length, at least one point each, not of shapes "
-            f"{compute.shape} and {loss.shape}"
-        )
-    for values, name, least in ((compute, "compute", 0.0), (loss, "loss", floor)):
-        bad = np.flatnonzero(~(np.isfinite(values) & (values > least)))
-        if bad.size:
-            raise ValueError(f"{name} must be finite and above {least:g}, but point {bad[0]} has {values[bad[0]]:g}")
-    return np.log(compute), np.log(loss - floor)
+    return y - np.log(law(np.exp(x)) - _assumed_floor(law))
 
 
 def _minimise(x: Array, y: Array, floor: float, fixed: bool = False) -> tuple[float, Array]:
     """Return the least Huber's loss from an initial floor, or with a fixed one, at (log scale, exponent, floor)."""
 
     def log_terms(parameters: Array) -> tuple[Array, Array]:
-        """Return the logarithms of the floor (minus infinity for zero) and of the power law."""
         with np.errstate(divide="ignore"):
             return np.log(np.full_like(x, floor if fixed else parameters[2])), parameters[0] - parameters[1] * x
 
@@ -175,9 +243,8 @@ def _minimise(x: Array, y: Array, floor: float, fixed: bool = False) -> tuple[fl
 
     def jacobian(parameters: Array) -> Array:
         log_floor, log_power = log_terms(parameters)
-        # the share of the power law in the loss
-        share = np.asarray(expit(log_power - log_floor))
-        columns = [share, -share * x, np.exp(-np.logaddexp(log_floor, log_power))]
+        share_of_power = np.asarray(expit(log_power - log_floor))
+        columns = [share_of_power, -share_of_power * x, np.exp(-np.logaddexp(log_floor, log_power))]
         return np.stack(columns[: len(parameters)], axis=1)
 
     loss, count = np.exp(y), 2 if fixed else 3

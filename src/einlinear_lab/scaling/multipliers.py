@@ -10,10 +10,8 @@ from typing import Literal
 import numpy as np
 from scipy.stats import gmean
 
-from einlinear_lab.scaling.fit import ScalingFit
-from einlinear_lab.scaling.frontier import Frontier
-from einlinear_lab.scaling.intervals import Interval, percentile_interval
-from einlinear_lab.scaling.laws import Array
+from einlinear_lab.scaling.fit import Frontier, ScalingFit
+from einlinear_lab.scaling.laws import Array, Interval, percentile_interval
 
 # (compute, loss), both positive
 Point = tuple[float, float]
@@ -25,12 +23,7 @@ _POINTS = 10
 
 @dataclass(frozen=True)
 class Multiplier:
-    """A compute multiplier, or a bound on it where the dense curve ends before the loss is reached.
-
-    Attributes:
-        value: the multiplier, or its bound.
-        bound: "" for an exact value, ">" for a lower bound, "<" for an upper bound.
-    """
+    """A compute multiplier, or a lower (">") or upper ("<") bound on it where the dense curve ends before the loss."""
 
     value: float
     bound: Bound = ""
@@ -40,18 +33,14 @@ class Multiplier:
 
     @property
     def text(self) -> str:
-        """The bound and the number, without the multiplication sign."""
         return f"{self.bound} {self.value:.2f}".lstrip()
 
 
 @dataclass(frozen=True)
 class MultiplierOverSeeds:
-    """The compute multipliers of several seeds.
+    """The compute multipliers of several seeds: their number, range and geometric mean.
 
-    Attributes:
-        mean: geometric mean, itself a bound where some seeds are bounds; None where upper and lower bounds mix.
-        smallest, largest: range over the seeds.
-        seeds: number of seeds.
+    The mean is a bound where some seeds are bounds, and None where upper and lower bounds mix.
     """
 
     mean: Multiplier | None
@@ -66,14 +55,10 @@ class MultiplierOverSeeds:
 
 @dataclass(frozen=True)
 class MultiplierAt:
-    """The compute multiplier of a structure at one compute.
+    """How many times the compute dense needs for the same loss, at a point of a structure's frontier.
 
-    Attributes:
-        compute: compute of the structure.
-        loss: loss of the structure's frontier at this compute.
-        multiplier: how many times this compute dense needs for this loss.
-        interval: confidence interval from the seeds of both; None where one of them has no resamples. An end is
-            infinite, or zero, where the dense curve of a resample ends before the loss.
+    The confidence interval is from the seeds of both; None where one has no resamples. An end is infinite, or zero,
+    where the dense curve of a resample ends before the loss.
     """
 
     compute: float
@@ -131,13 +116,8 @@ def multiplier_over_seeds(multipliers: Sequence[Multiplier]) -> MultiplierOverSe
 def multipliers_along(fit: ScalingFit, dense: ScalingFit, *, level: float = 0.95) -> tuple[MultiplierAt, ...]:
     """Return compute multipliers along a structure's frontier against the dense frontier.
 
-    They are computed at ten log-spaced computes over the common range of both frontiers; without a common range the
-    result is empty. Seeds of the two are resampled independently. Where structure and dense share their batches, so
-    that their difference varies less, the intervals are too wide rather than too narrow.
-
-    Args:
-        fit, dense: fits of the structure and of dense.
-        level: confidence level.
+    They are computed at ten log-spaced computes over the common range of both frontiers; without one the result is
+    empty. Seeds of the two are resampled independently: where both share their batches, intervals are too wide.
     """
     low = max(fit.frontier.compute[0], dense.frontier.compute[0])
     high = min(fit.frontier.compute[-1], dense.frontier.compute[-1])
@@ -147,15 +127,9 @@ def multipliers_along(fit: ScalingFit, dense: ScalingFit, *, level: float = 0.95
     # both usually resample with the same seed: shifting by one draw makes the pairs independent
     pairs = list(zip(fit.draws, dense.draws[1:] + dense.draws[:1]))
     resampled = [_multipliers(draw.frontier, dense_draw.frontier, computes) for draw, dense_draw in pairs]
-    return tuple(
-        MultiplierAt(
-            compute=float(compute),
-            loss=float(fit.frontier.loss_at(compute)),
-            multiplier=multiplier,
-            interval=_interval([multipliers[i] for multipliers in resampled], level) if resampled else None,
-        )
-        for i, (compute, multiplier) in enumerate(zip(computes, _multipliers(fit.frontier, dense.frontier, computes)))
-    )
+    found = _multipliers(fit.frontier, dense.frontier, computes)
+    intervals = [_interval(draws, level) for draws in zip(*resampled)] if resampled else [None] * len(found)
+    return tuple(map(MultiplierAt, computes.tolist(), fit.frontier.loss_at(computes).tolist(), found, intervals))
 
 
 def _multipliers(frontier: Frontier, dense: Frontier, computes: Array) -> list[Multiplier]:

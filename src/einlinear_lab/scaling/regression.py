@@ -8,17 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from einlinear_lab.scaling.intervals import Interval, check_level, t_interval
+from einlinear_lab.scaling.laws import Interval, check_level, t_interval
 
 
 @dataclass(frozen=True)
 class Coefficient:
-    """A coefficient of a linear regression.
+    """A coefficient of a linear regression, its standard error and its confidence interval by the t-distribution.
 
-    Attributes:
-        value: NaN where the data does not identify it.
-        stderr: standard error; NaN without degrees of freedom.
-        interval: confidence interval by the t-distribution; None where value or stderr is NaN.
+    The value is NaN where the data does not identify it, the error without degrees of freedom; the interval is None.
     """
 
     value: float
@@ -30,12 +27,8 @@ class Coefficient:
 class ExponentRegression:
     """The linear model log(loss / dense loss) = offset + a * (psi - 1) + b * (nu - 1) + c * omega.
 
-    Attributes:
-        psi, nu, omega: a, b, c: one unit more of the exponent multiplies the loss by e to the coefficient.
-        offset: the log ratio at the exponents of dense, (1, 1, 0).
-        r_squared: share of the variance that the exponents explain; NaN where the log ratio is constant, or without
-            degrees of freedom.
-        points: number of points.
+    One unit more of an exponent multiplies the loss by e to its coefficient. R² is NaN where the log ratio is constant,
+    or without degrees of freedom.
     """
 
     psi: Coefficient
@@ -59,9 +52,8 @@ def regress_on_exponents(
     [-0.19, 0.0, 0.36]
 
     Args:
-        psi, nu, omega: exponents of every structure, each (points,).
-        loss: loss of every structure, (points,); less a floor where one is assumed.
-        dense_loss: the dense loss at the same compute, one number or (points,); less the same floor.
+        psi, nu, omega, loss: exponents and loss of every structure, each (points,).
+        dense_loss: the dense loss at the same compute, one number or (points,); both losses less an assumed floor.
         level: confidence level of the intervals.
 
     Raises:

@@ -13,7 +13,7 @@ from einlinear.files import differences
 from einlinear_lab.runs.records import Record
 from einlinear_lab.runs.run import model_and_data
 from einlinear_lab.runs.store import open_store
-from einlinear_lab.search.manifest import SearchManifest
+from einlinear_lab.search.config import SearchManifest
 from einlinear_lab.search.matching import Matching
 from einlinear_lab.search.space import STRUCTURE, Proposal
 
@@ -22,12 +22,7 @@ FROM_STUDY = "from-study:"
 
 @dataclass(frozen=True)
 class Leader:
-    """One of the best structures of a search.
-
-    Attributes:
-        record: its run.
-        manifest: of the search.
-    """
+    """One of the best structures of a search: its run, and the manifest of the search."""
 
     record: Record
     manifest: SearchManifest
@@ -51,11 +46,7 @@ class Leader:
 
 
 def read_leaders(folder: str | Path, count: int) -> list[Leader]:
-    """Return the best finished run of each structure, at most `count`, by the objective of the search, best first.
-
-    Raises:
-        ValueError: the folder holds no results, or no finished run.
-    """
+    """Return the best finished run of each structure, at most `count`, by the objective of the search, best first."""
     store = open_store(folder)
     manifest = SearchManifest.read(store.folder)
     scored = [(manifest.objective(record.result), record) for record in store.records() if record.result]
@@ -70,11 +61,7 @@ def read_leaders(folder: str | Path, count: int) -> list[Leader]:
 
 
 def split_leaders(specs: Sequence[str], count: int = 3) -> tuple[tuple[str, ...], list[Leader]]:
-    """Return the specs that are structures, and the leaders of the searches in those that read "from-study:FOLDER".
-
-    Raises:
-        ValueError: as `read_leaders`; two searches that cannot be compared.
-    """
+    """Return the specs that are structures, and the leaders of the searches in those that read "from-study:FOLDER"."""
     leaders: list[Leader] = []
     for spec in specs:
         if spec.startswith(FROM_STUDY):
@@ -102,11 +89,7 @@ def as_searched(leaders: Sequence[Leader], options: Mapping[str, Any]) -> dict[s
 
 
 def alongside(leaders: Sequence[Leader], specs: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the options of models: other structures at the compute of the leaders, then the leaders.
-
-    Raises:
-        DoesNotFit: a structure has no model of that compute.
-    """
+    """Return the options of models: other structures at the compute of the leaders, then the leaders."""
     model, data = model_and_data(options)
     macs = [leader.record.result.macs for leader in leaders if leader.record.result]
     matching = Matching(model, data.load(seed=0).shape, round(fmean(macs)), granule=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,44 +22,29 @@ from einlinear_lab.search.space import STRUCTURE, Proposals
 
 # Relative to the budget.
 TOLERANCE = 0.05
-_WIDEST = 2**14
+_WIDEST, _MOST_WIDTHS = 2**14, 200
 # The first width to be tried, in steps, and the number of corrections after it.
 _FIRST, _CORRECTIONS = 32, 4
 # Factors on the estimated width: the range that is searched first, and the range that is searched if nothing fits.
 _NEAR, _FAR = 1.08, 4.0
-_MOST_WIDTHS = 200
-# Marks the layers that take a structure.
-_MARK = "low_rank(rank={})"
-# All einsums have one pattern, so that their sizes tell them apart.
-_EINSUM = "einsum"
+_structure = lru_cache(maxsize=2**16)(structure)
 
 # By the option of the model.
 Ranks = Mapping[str, Fraction]
-_structure = lru_cache(maxsize=2**16)(structure)
 # One for each kind of layer.
 Structures = tuple[Structure, ...]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Structures and the width of a model that costs the budget.
-
-    Attributes:
-        specs: structures, by the option of the model.
-        width: of the model.
-        macs: of the model, for one input.
-        sizes: for each kind of layer its option, and in_features, out_features and the sizes of all axes.
-    """
+    """Structures (by the option of the model) and the width of a model that costs the budget."""
 
     specs: Mapping[str, str]
     width: int
+    # for one input
     macs: int
+    # for each kind of layer its option, and in_features, out_features and the sizes of all axes
     sizes: tuple[tuple[str, tuple[int, ...]], ...]
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Architecture:
-        """Invert `dataclasses.asdict`, whose tuples JSON has as lists."""
-        return cls(**{**content, "sizes": tuple((option, tuple(sizes)) for option, sizes in content["sizes"])})
 
     @property
     def spec(self) -> str:
@@ -68,8 +54,10 @@ class Architecture:
     @cached_property
     def signature(self) -> str:
         """Equal for architectures that are the same model."""
-        kinds = {option: _EINSUM if spec.startswith(_EINSUM) else spec for option, spec in self.specs.items()}
-        return f"{kinds} {self.sizes}"
+        # all einsums have one pattern, so that their sizes tell them apart
+        kinds = {option: "einsum" if spec.startswith("einsum") else spec for option, spec in self.specs.items()}
+        # tuples that were stored come back as lists, and are the same JSON
+        return json.dumps([kinds, self.sizes])
 
     @property
     def exponents(self) -> tuple[float, float, float]:
@@ -79,7 +67,6 @@ class Architecture:
         return s.psi, s.nu, s.omega
 
     def model(self, base: ModelConfig) -> ModelConfig:
-        """Return the model with this width and these structures."""
         return with_structures(base, self.width, self.specs)
 
 
@@ -91,28 +78,16 @@ def with_structures(model: ModelConfig, width: int, specs: Mapping[str, str]) ->
 
 @dataclass(frozen=True)
 class Matching:
-    """Models of one kind, for one kind of data, at one budget.
-
-    Attributes:
-        model: whose structures and width are replaced.
-        shape: of the data.
-        budget: multiply-accumulates for one input.
-        granule: widths are multiples of it, and of the number of heads; odd widths factor badly.
-    """
+    """Models of one kind, for one kind of data, at one budget of multiply-accumulates for one input."""
 
     model: ModelConfig
     shape: Shape
     budget: int
+    # widths are multiples of it, and of the number of heads; odd widths factor badly
     granule: int = 2
 
     def match(self, proposals: Proposals) -> Architecture:
-        """Return the width, and the ranks nearest to the proposed ones, at which the model costs the budget within 5 %.
-
-        Structures without padding are preferred.
-
-        Raises:
-            DoesNotFit: no model is near enough; the message has the distance of the nearest.
-        """
+        """Return the model within 5 % of the budget at the ranks nearest to the proposed ones, if possible unpadded."""
         costs = _costs(self.model, self.shape, self.granule, tuple(proposals))
         distances = [math.inf]
         for reach, ranks in product((_NEAR, _FAR), _ranks(proposals)):
@@ -147,7 +122,6 @@ class Matching:
         first, last = max(1, steps - down), min(largest, steps + up)
         candidates = {*range(first, last + 1)}
         if len(candidates) > _MOST_WIDTHS:
-            # Evenly in the logarithm, as costs grow.
             candidates = {round(first * (last / first) ** (i / _MOST_WIDTHS)) for i in range(_MOST_WIDTHS + 1)}
         for n in sorted(candidates, key=lambda n: abs(n - steps)):
             yield n * costs.step
@@ -176,18 +150,13 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Costs:
-    """MACs of a model by width, extrapolated from three models that are built.
-
-    Attributes:
-        step: widths are multiples of it.
-        positions: of an input, such as the patches of an image, that each of these layers is applied to.
-        layers: that take the structure.
-        rest: MACs of all other layers: the coefficients of a polynomial in the width.
-    """
+    """MACs of a model whose width is a multiple of a step, extrapolated from three models that are built."""
 
     step: int
+    # of an input, such as the patches of an image, that each of these layers is applied to
     positions: int
     layers: tuple[_Layer, ...]
+    # MACs of all other layers: the coefficients of a polynomial in the width
     rest: tuple[Fraction, ...]
 
     def structures(self, proposals: Proposals, ranks: Ranks, width: int) -> Structures | None:
@@ -226,16 +195,16 @@ def _costs(model: ModelConfig, shape: Shape, granule: int, options: tuple[str, .
     heads, d_head = getattr(model, "heads", None), getattr(model, "d_head", None)
     step = math.lcm(granule, (d_head or 1) if heads is None else heads if d_head is None else 1)
     widths = [n * step for n in (4, 8, 12)]
-    marks, doubled = ({option: _MARK.format(k * n) for n, option in enumerate(options, 1)} for k in (1, 2))
+    # a rank of its own marks the layers of an option
+    marks, doubled = ({option: f"low_rank(rank={k * n})" for n, option in enumerate(options, 1)} for k in (1, 2))
     models = [_build(with_structures(model, width, marks), shape) for width in widths]
-
     options_of_marks = {mark: option for option, mark in marks.items()}
     shapes = []
-    for same in zip(*(_linear_layers(one) for one in models), strict=True):
+    linear_layers = ([layer for layer in one.modules() if isinstance(layer, Linear)] for one in models)
+    for same in zip(*linear_layers, strict=True):
         if option := options_of_marks.get(same[0].structure.spec):
             in_features = _linear(widths, [layer.in_features for layer in same])
-            out_features = _linear(widths, [layer.out_features for layer in same])
-            shapes.append((option, in_features, out_features))
+            shapes.append((option, in_features, _linear(widths, [layer.out_features for layer in same])))
     layers = tuple(_Layer(*shape, shapes.count(shape)) for shape in dict.fromkeys(shapes))
     if unused := set(options) - {layer.option for layer in layers}:
         raise ValueError(f"no layer of model={model.NAME} takes {', '.join(sorted(unused))}: name fewer roles")
@@ -255,10 +224,6 @@ def _costs(model: ModelConfig, shape: Shape, granule: int, options: tuple[str, .
 def _build(model: ModelConfig, shape: Shape) -> ReferenceModel:
     with torch.device("meta"):
         return model.build(shape)
-
-
-def _linear_layers(model: ReferenceModel) -> list[Linear]:
-    return [layer for layer in model.modules() if isinstance(layer, Linear)]
 
 
 def _linear(widths: list[int], features: list[int]) -> tuple[int, int]:

@@ -19,13 +19,12 @@ from einlinear.structures import DoesNotFit
 from einlinear_lab.runs.records import METRICS, Result, read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.search.config import SAMPLERS, STARTUP_TRIALS, SearchConfig
-from einlinear_lab.search.manifest import SearchManifest
+from einlinear_lab.search.config import SAMPLERS, STARTUP_TRIALS, SearchConfig, SearchManifest
 from einlinear_lab.search.matching import Architecture, Matching
 from einlinear_lab.search.space import Point, SearchSpace
 from einlinear_lab.search.study import kind_of_storage, open_study
-from einlinear_lab.sweeps.attempts import stop
 from einlinear_lab.sweeps.driver import Event, Job, Pool
+from einlinear_lab.sweeps.workers import stop
 from einlinear_lab.training import metrics
 
 # Of a gpt without heads, whatever its width, which has to be a multiple of them.
@@ -41,14 +40,7 @@ _WINDOW = 0.2
 
 
 class Search:
-    """A search in a results folder, once it is opened. It resumes, and other drivers may work in the same folder.
-
-    Args:
-        config: of the search.
-
-    Raises:
-        ValueError, OSError: wrong options or data.
-    """
+    """A search in a results folder, once it is opened. It resumes, and other drivers may work in the same folder."""
 
     def __init__(self, config: SearchConfig) -> None:
         # Below errors, Optuna reports studies, trials and packages that would make the Gaussian process faster.
@@ -74,21 +66,10 @@ class Search:
         store: Store,
         storage: str | None = None,
         name: str | None = None,
-        *,
         command: str = "",
         mix_code: bool = False,
     ) -> Search:
-        """Prepare a results folder.
-
-        Args:
-            store: the folder.
-            storage: of the study, see `open_study`.
-            name: of the study; None: the present one, or the folder's.
-            command, mix_code: as for `Store.open`.
-
-        Raises:
-            ValueError: it holds other results.
-        """
+        """Prepare a results folder, with the storage and the name (None: the folder's) of the study."""
         # Before anything is written.
         kind = kind_of_storage(storage)
         self.store = store
@@ -198,7 +179,6 @@ class Search:
         raise ValueError(f"none of {_DRAWS} structures drawn at random has a model of the budget: {last}")
 
     def _record(self, event: Event) -> None:
-        """Pass on an event to the study."""
         trial, rungs = self._trials[event.run.key]
         if event.status == "running" and self.config.prune:
             self._prune(trial, rungs, event)

@@ -1,17 +1,6 @@
 """The search space: every two-factor einsum as a point of a cube, and a few other families.
 
-A two-factor einsum is a vector theta of seven exponents (arXiv 2410.02117, section 2). Five coordinates between 0 and 1
-determine theta: alpha and epsilon, the shares of beta and delta in the rest of the input and of the output, and the
-rank rho; gamma and phi are what remains. So the constraints hold by construction:
-
-- the exponents of the input, and those of the output, are at least 0 and sum to 1;
-- of two labellings of the same matrices, with the factors exchanged, theta is the one that is cheaper to contract in
-  the order it is written in: min(alpha, epsilon) >= min(beta, delta);
-- no rank exceeds the axes it connects: rho <= min(alpha, epsilon);
-- both factors contract an axis, otherwise the layer would be dense: alpha, epsilon > 0.
-
-The best-known structures lie on the faces of this space, where exponents are 0 or 1. A part of the cube of positive
-volume is mapped to each face, so that samplers reach it.
+A part of the cube of positive volume is mapped to each face, where the best-known structures lie.
 """
 
 from __future__ import annotations
@@ -36,16 +25,12 @@ Point = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Theta:
-    """Exponents of the axes of a two-factor einsum, as fractions.
+    """Exponents of the axes of a two-factor einsum, as fractions (arXiv 2410.02117, section 2).
 
     Attributes:
         alpha, beta, gamma: of the input axes that only the first factor, only the second factor, and both have.
         delta, epsilon, phi: of the output axes that only the first factor, only the second factor, and both have.
         rho: of the rank between the factors.
-
-    >>> monarch = Theta(*(Fraction(n, 2) for n in (1, 0, 1, 0, 1, 1)), Fraction(0))
-    >>> monarch.spec
-    'einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))'
     """
 
     alpha: Fraction
@@ -58,7 +43,6 @@ class Theta:
 
     @property
     def spec(self) -> str:
-        """The structure as text."""
         return f"einsum(theta=({', '.join(map(str, vars(self).values()))}))"
 
 
@@ -79,15 +63,15 @@ LITERATURE = {
 
 
 def theta_of(alpha: float, epsilon: float, beta: float, delta: float, rho: float) -> Theta:
-    """Return the admissible theta of a point of the cube. All coordinates are between 0 and 1.
+    """Return the theta of a point of the cube; beta and delta are shares of what alpha and epsilon leave.
 
     >>> theta_of(0.4, 0.4, 0.0, 0.0, 0.0).spec
     'einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))'
-    >>> theta_of(1.0, 1.0, 0.3, 0.9, 0.6).spec  # alpha = epsilon = 1 is low rank, whatever beta and delta
-    'einsum(theta=(1, 0, 0, 0, 1, 0, 1/2))'
     """
+    # both factors contract an axis, otherwise the layer would be dense
     a, e = (max(_on_grid(_to_faces(u, low=False)), Fraction(1, GRID)) for u in (alpha, epsilon))
     b, d = _on_grid(_to_faces(beta), 1 - a), _on_grid(_to_faces(delta), 1 - e)
+    # of two labellings of the same matrices, the one whose written order is cheaper to contract
     if min(a, e) < min(b, d):
         a, b, d, e = b, a, e, d
     r = _on_grid(_to_faces(rho, high=False), min(a, e))
@@ -95,12 +79,7 @@ def theta_of(alpha: float, epsilon: float, beta: float, delta: float, rho: float
 
 
 def point_of(theta: Theta) -> dict[str, float]:
-    """Return the coordinates of an admissible theta by name.
-
-    >>> point = point_of(LITERATURE["BTT"])
-    >>> theta_of(**point).spec
-    'einsum(theta=(1/2, 0, 1/2, 0, 1/2, 1/2, 0))'
-    """
+    """Return the coordinates of an admissible theta by name; `theta_of` inverts it."""
     return {
         "alpha": _from_faces(theta.alpha, low=False),
         "epsilon": _from_faces(theta.epsilon, low=False),
@@ -128,12 +107,9 @@ def _on_grid(share: float, scale: Fraction = Fraction(1)) -> Fraction:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A structure whose rank still depends on the width.
+    """A structure whose rank still depends on the width: an einsum's theta, a family and arguments, or a complete spec.
 
     Attributes:
-        family: "einsum", another family, or any complete spec.
-        theta: of an einsum.
-        arguments: of another family, without its rank.
         rho: the rank as an exponent of the width; None where there is no rank to choose.
     """
 
@@ -176,7 +152,6 @@ _COORDINATES: dict[str, dict[str, BaseDistribution]] = {
 
 
 def option_of(role: str) -> str:
-    """Return the option of a model for the structure of a role."""
     return f"{role}_{STRUCTURE}"
 
 
@@ -186,10 +161,8 @@ class SearchSpace:
 
     Attributes:
         families: some of "einsum" (every theta), "btt3" (block tensor trains of three cores), "blast" and "dyad".
-        roles: of linear layers that get a structure of their own.
-
-    Raises:
-        ValueError: an unknown family or role, or no family.
+        roles: of linear layers that get a structure of their own, besides the one of all others: "attention_in",
+            "attention_out", "up", "down".
     """
 
     families: tuple[str, ...] = ("einsum",)
@@ -217,9 +190,8 @@ class SearchSpace:
         """The points at which all layers share a structure of `LITERATURE`; none without einsums."""
         if "einsum" not in self.families:
             return []
-        family = {"family": "einsum"} if self.families[1:] else {}
+        roles, family = ("", *self.roles), {"family": "einsum"} if self.families[1:] else {}
         points = [family | point_of(theta) for theta in LITERATURE.values()]
-        roles = ("", *self.roles)
         return [{_of_role(role, name): value for role in roles for name, value in point.items()} for point in points]
 
     def propose(self, point: Point) -> dict[str, Proposal]:

@@ -1,7 +1,6 @@
-"""The Optuna study of a search. The runs of its trials are in the results folder.
+"""The Optuna study of a search; the runs of its trials are in the results folder.
 
-Before it starts, a trial notes its driver, its architecture and its run. A driver holds a lock as long as it lives, so
-that other drivers resume the trials of dead ones at once, from the checkpoints of their runs, in every kind of storage.
+A driver holds a lock as long as it lives, so that others resume the trials of dead ones at once, in every storage.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from einlinear.files import differences
 from einlinear_lab.runs.passwords import without_passwords
 from einlinear_lab.runs.run import Run
-from einlinear_lab.search.manifest import LOCK
+from einlinear_lab.search.config import LOCK
 from einlinear_lab.search.matching import Architecture
 
 SQLITE, JOURNAL = "study.sqlite", "study.journal"
@@ -37,11 +36,7 @@ _TRAINED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 @dataclass(frozen=True)
 class SearchTrial:
-    """A trial that trains a model or has done so.
-
-    Attributes:
-        frozen: the trial as Optuna has it.
-    """
+    """A trial of Optuna that trains a model or has done so."""
 
     frozen: FrozenTrial
 
@@ -60,7 +55,7 @@ class SearchTrial:
 
     @cached_property
     def architecture(self) -> Architecture:
-        return Architecture.from_json(self.frozen.user_attrs[_ARCHITECTURE])
+        return Architecture(**self.frozen.user_attrs[_ARCHITECTURE])
 
     @cached_property
     def run(self) -> Run:
@@ -99,7 +94,6 @@ class SearchStudy:
         return self._trials(_TRAINED)
 
     def failed(self) -> list[SearchTrial]:
-        """Return the trials whose training failed."""
         return self._trials((TrialState.FAIL,))
 
     def start(self, trial: optuna.Trial, architecture: Architecture, run: Run) -> None:
@@ -151,18 +145,9 @@ class SearchStudy:
 def open_study(
     folder: Path, config: Mapping[str, Any], storage: str | None, name: str, pruner: optuna.pruners.BasePruner
 ) -> SearchStudy:
-    """Create the study of a results folder, or load it.
+    """Create the study of a results folder, or load it; `config` is all that makes losses comparable.
 
-    Args:
-        folder: an existing folder.
-        config: all that has to be equal for losses to be comparable.
-        storage: a database's URL, "journal" for a file that many machines may append to, None for SQLite, both in the
-            folder.
-        name: of the study.
-        pruner: of Optuna.
-
-    Raises:
-        ValueError: the study has another config.
+    Storage is a database's URL, "journal" for a file that many machines may append to, or None for SQLite.
     """
     # Two drivers that create the tables of a database at the same time fail.
     with FileLock(folder / LOCK):
@@ -177,11 +162,7 @@ def open_study(
 
 
 def kind_of_storage(storage: str | None) -> str:
-    """Return "sqlite" or "journal", which are in the results folder, or "database".
-
-    Raises:
-        ValueError: neither, nor the URL of a database that answers and whose driver is installed.
-    """
+    """Return "sqlite", "journal" or "database"; raise ValueError for a database that does not answer."""
     if storage is None or storage == "journal":
         return storage or "sqlite"
     shown = without_passwords(storage)

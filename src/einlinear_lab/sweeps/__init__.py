@@ -1,11 +1,1 @@
-"""Sweeps: many runs, and the execution of those that are missing.
-
-sweep.py        runs of a sweep file
-compare.py      runs of a comparison of structures at matched compute
-coord_check.py  coordinate check on real data
-recipes/        experiments of papers
-driver.py       execution of missing runs
-attempts.py     attempts of a worker process to do a run
-workers.py      worker processes of this machine
-cluster.py      workers on a Ray cluster
-"""
+"""Many runs: sweep files, comparisons, recipes of papers, and the execution of the runs that are missing."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.attempts import ATTEMPTS, attempt, away
 from einlinear_lab.sweeps.driver import Event, Job
+from einlinear_lab.sweeps.workers import ATTEMPTS, attempt, away
 
 # A process may do several runs.
 _set_up = False
@@ -20,13 +20,7 @@ _set_up = False
 
 @dataclass(frozen=True)
 class Cluster:
-    """A `Pool` on a Ray cluster. Paths are relative to the driver's working folder; each run yields one event.
-
-    Attributes:
-        address: of the cluster; None: $RAY_ADDRESS, or a new cluster on this machine.
-        cpus, gpus: resources per run.
-        setup: called in every process before its first run, to register families; can be pickled.
-    """
+    """A `Pool` on a Ray cluster (default: $RAY_ADDRESS, or a new one) with resources per run, each with one event."""
 
     address: str | None = None
     cpus: float = 1
@@ -65,7 +59,6 @@ class Cluster:
                 ray.shutdown()
 
     def _room(self, resources: Mapping[str, float]) -> int:
-        """Return the number of runs that fit on the cluster."""
         needed = {"CPU": self.cpus, "GPU": self.gpus}
         return max(1, min((int(resources.get(name, 0) // count) for name, count in needed.items() if count), default=1))
 

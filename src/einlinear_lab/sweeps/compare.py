@@ -12,7 +12,7 @@ from einlinear.structures import DoesNotFit, structure
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.config import DENSE, ModelConfig, Shape
 from einlinear_lab.runs.data import ImageData, kind_of
-from einlinear_lab.runs.options import parse
+from einlinear_lab.runs.options import names, parse
 from einlinear_lab.runs.run import Run, model_and_data
 from einlinear_lab.sweeps.sweep import Sweep
 from einlinear_lab.training.tasks import Classification
@@ -46,14 +46,11 @@ class CompareConfig:
     """Config of a comparison.
 
     Attributes:
-        structures: specs, as for `einlinear.structure`.
         macs: targets of MACs per input; every structure gets its widest model within each target.
         widths: widths of every structure, instead of macs.
         sized: further models, such as those of a search, by options of structures and widths.
         dense_reach: dense also gets 2, 4, ... times the largest target, up to this multiple, so that its curve reaches
             the losses of better structures.
-        seeds: runs of each model.
-        first_seed: first of their seeds.
         epochs: passes over the training images, unless the options have `steps`.
         options: of all runs, see `Run.of`.
     """
@@ -82,49 +79,35 @@ class CompareConfig:
 
 
 def configure(preset: str | None = None, **options: Any) -> CompareConfig:
-    """Make a `CompareConfig` from its options and those of runs; the preset replaces missing ones.
-
-    Raises:
-        ValueError: an unknown preset; both macs and widths, or epochs and steps; a value of the wrong type or out of
-            range.
-    """
+    """Make a `CompareConfig` from its options and those of runs; the preset replaces missing ones."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    fields = CompareConfig.__dataclass_fields__.keys() - {"options"}
-    options = {name: value for name, value in options.items() if name not in fields or value is not None}
+    own = {*names(CompareConfig)} - {"options"}
+    options = {name: value for name, value in options.items() if name not in own or value is not None}
     for name, derived in (("macs", "widths"), ("epochs", "steps")):
         if name in options and derived in options:
             raise ValueError(f"give either {name}, of which the {derived} follow, or {derived}, not both")
     options = (PRESETS[preset] if preset else {}) | options
-    run_options = {name: options.pop(name) for name in list(options) if name not in fields}
+    run_options = {name: options.pop(name) for name in list(options) if name not in own}
     return parse(CompareConfig, options | {"options": run_options})
 
 
-def template(options: Mapping[str, Any]) -> Run:
-    """Make a run from options, with the defaults of a comparison."""
-    return Run.of(_with_defaults(options))
-
-
-def _with_defaults(options: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_comparison_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run with the defaults of a comparison, for an mlp on images."""
     is_images = kind_of(str(options.get("data", "auto"))) is ImageData
-    return {**_DEFAULTS, **options} if is_images and options.get("model", "mlp") == "mlp" else options
+    return {**(_DEFAULTS if is_images and options.get("model", "mlp") == "mlp" else {}), **options}
 
 
 def plan(config: CompareConfig) -> Sweep:
-    """Return the runs of a comparison, without training: seed by seed, the cheapest models first.
-
-    Raises:
-        ValueError, OSError: invalid data or options; a structure that is unknown, or has no model at a width or within
-            the MACs.
-    """
-    _, data = model_and_data(_with_defaults(config.options))
+    """Return the runs of a comparison, seed by seed, the cheapest models first; raise ValueError for an invalid one."""
+    options = with_comparison_defaults(config.options)
+    _, data = model_and_data(options)
     problem = data.load(seed=0)
-    steps = config.options.get("steps")
-    if steps is None:
+    if "steps" not in options:
         if not isinstance(problem.task, Classification):
             raise ValueError(f"data={data.data} has no epochs: give steps")
-        steps = config.epochs * problem.task.batches.per_epoch
-    base = template({**config.options, "steps": steps})
+        options["steps"] = config.epochs * problem.task.batches.per_epoch
+    base = Run.of(options)
 
     targets = sorted(config.widths or config.macs)
     models = [model for target in targets for model in _models(base, problem.shape, config, target)]
@@ -153,17 +136,9 @@ def _models(base: Run, shape: Shape, config: CompareConfig, target: int) -> Iter
 
 
 def widest(name: str, build: Callable[[int], ReferenceModel], budget: int) -> int:
-    """Return the largest width within a budget, among multiples of 16 (above 2048: of larger powers of two).
+    """Return the largest width of at most `budget` MACs, among multiples of 16, above 2048 of larger powers of two.
 
     MACs do not grow strictly with the width, as some widths factor better: the search ends at twice the budget.
-
-    Args:
-        name: of the model, for messages.
-        build: width -> model; called on the meta device.
-        budget: maximum multiply-accumulates for one input.
-
-    Raises:
-        ValueError: no width is within the budget, or no model can be built.
     """
     affordable: list[int] = []
     seen: list[int] = []

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from einlinear.mup.coordinates import coord_check
@@ -16,7 +15,7 @@ from einlinear_lab.runs.data import TrainingProblem
 from einlinear_lab.runs.execution import initialised
 from einlinear_lab.runs.options import names
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps import compare
+from einlinear_lab.sweeps.compare import with_comparison_defaults
 from einlinear_lab.training import Training
 
 # Different batches, used in turn.
@@ -26,35 +25,23 @@ _WITHOUT_EFFECT = {"structure", "width", *names(Training), "validation_tokens"} 
 
 
 def template(options: Mapping[str, Any]) -> Run:
-    """Make a run from options, with the defaults of a comparison.
-
-    Raises:
-        ValueError: an option that is unknown, wrong or without effect on a coordinate check.
-    """
+    """Make a run from options, with the defaults of a comparison; raise ValueError for options without effect."""
     if refused := [name for name in options if name in _WITHOUT_EFFECT]:
         raise ValueError(
             f"{', '.join(refused)} cannot be set: a coordinate check varies structure, width and structure_aware, and "
             "trains in float32 on the CPU with AdamW at a constant learning rate; it evaluates nothing. Of training "
             f"only {' and '.join(_OF_TRAINING)} can be set"
         )
-    return compare.template(options)
+    run = Run.of(with_comparison_defaults(options))
+    if run.training.steps < 2:
+        steps = run.training.steps
+        raise ValueError(f"steps must be at least 2, not {steps}: the first moves only the head, which starts at zero")
+    return run
 
 
-def check(template: Run, problem: TrainingProblem, structures: Sequence[str], widths: Sequence[int]) -> None:
-    """Build every model on the meta device.
-
-    Raises:
-        ValueError: a structure that is unknown or does not fit a width, or too few steps.
-    """
-    if template.training.steps < 2:
-        raise ValueError(
-            f"steps must be at least 2, not {template.training.steps}: the first moves only the head, which starts at "
-            "zero"
-        )
-    with torch.device("meta"):
-        for spec in structures:
-            for width in widths:
-                replace(template.model, structure=spec, width=width).build(problem.shape)
+def run_of(template: Run, spec: str, width: int) -> Run:
+    """Return the run of a structure and a width."""
+    return replace(template, model=replace(template.model, structure=spec, width=width))
 
 
 def cases(structures: Sequence[str]) -> list[tuple[str, bool]]:
@@ -71,39 +58,19 @@ def measure(
 ) -> Iterator[tuple[str, bool, dict[int, float]]]:
     """Train the models of all `cases`, and measure the relative change of the last block's features in one step.
 
-    Args:
-        template: run whose structure and width are varied; of its training only steps and lr count.
-        problem: its data and task.
-        structures: specs.
-        widths: to compare.
-        progress: called with (structure, width, step) after every step.
-
-    Yields:
-        The arguments of `einlinear_lab.report.coordinate_check.FeatureUpdates`: structure, whether learning rates were
-        structure-aware, and width -> relative update.
+    Of the template's training only steps and lr count. Yields structure, whether learning rates were structure-aware,
+    and width -> relative update. Progress is called with (structure, width, step).
     """
-    steps = template.training.steps
-    batches = [problem.task.batch(step) for step in range(min(steps, _BATCHES))]
+    training, base = template.training, template.model.base(problem.shape)
+    batches = [problem.task.batch(step) for step in range(min(training.steps, _BATCHES))]
     probe, _ = problem.task.batch(_BATCHES)
-    base = template.model.base(problem.shape)
-    for spec, structure_aware in cases(structures):
+    options: dict[str, Any] = {"lr": training.lr, "steps": training.steps, "loss": problem.task.loss}
+    options |= {"base": base, "layers": base.last_block, "lr_scale": base.LR_SCALE}
+    for spec, aware in cases(structures):
 
         def build(width: int, spec: str = spec) -> nn.Module:
-            model = replace(template.model, structure=spec, width=width)
-            return initialised(replace(template, model=model), problem)
+            return initialised(run_of(template, spec, width), problem)
 
-        results = coord_check(
-            build,
-            widths,
-            batches,
-            probe,
-            lr=template.training.lr,
-            base=base,
-            layers=base.last_block,
-            steps=steps,
-            loss=problem.task.loss,
-            lr_scale=base.LR_SCALE,
-            structure_aware=structure_aware,
-            progress=progress and partial(progress, spec),
-        )
-        yield spec, structure_aware, {result.width: result.relative_update for result in results}
+        watch = progress and partial(progress, spec)
+        results = coord_check(build, widths, batches, probe, structure_aware=aware, progress=watch, **options)
+        yield spec, aware, {result.width: result.relative_update for result in results}

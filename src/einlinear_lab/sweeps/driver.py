@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
@@ -17,14 +16,10 @@ Job = tuple[Run, Path]
 
 @dataclass(frozen=True)
 class Event:
-    """Change of a run's status.
+    """Change of a run's status, with the progress of a running run or the error of a failed or lost one.
 
-    Attributes:
-        run: the run.
-        status: "running", "finished", "stopped" (by `attempts.stop`), "lost" (its worker died, and it is repeated) or
-            "failed".
-        step, steps, loss: progress of a running run.
-        message: error of a failed or lost run.
+    The status is "running", "finished", "stopped" (by `workers.stop`), "lost" (its worker died, and it is repeated) or
+    "failed".
     """
 
     run: Run
@@ -35,32 +30,17 @@ class Event:
     message: str = ""
 
 
-class Pool(Protocol):
-    """Pool of workers: processes of this machine, or a cluster."""
-
-    def __call__(self, jobs: Iterable[Job]) -> Iterator[Event]:
-        """Do runs, each in its folder; the last event of a run is "finished", "stopped" or "failed".
-
-        The next job is requested when a worker is free and all events so far have been consumed.
-        """
+# Does runs on processes of this machine or on a cluster; the last event of a run is "finished", "stopped" or "failed".
+# The next job is requested when a worker is free and all events so far have been consumed.
+Pool = Callable[[Iterable[Job]], Iterator[Event]]
 
 
 def do(
-    runs: Sequence[Run],
-    store: Store,
-    pool: Pool,
-    watch: Callable[[Event], None] = lambda event: None,
+    runs: Sequence[Run], store: Store, pool: Pool, watch: Callable[[Event], None] = lambda event: None
 ) -> list[Event]:
-    """Do the unfinished runs, update the table of all runs, and return the events of failed runs.
+    """Do the unfinished runs of an opened store, update the table of all runs, and return the events of failed runs.
 
-    Args:
-        runs: of the sweep.
-        store: opened for these runs.
-        pool: workers.
-        watch: called with every event.
-
-    Raises:
-        BlockingIOError: another driver is at work in the folder.
+    Raises BlockingIOError if another driver is at work in the folder.
     """
     failed = []
     with store.driving(), RunTable(store.folder) as table:

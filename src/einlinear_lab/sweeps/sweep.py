@@ -1,4 +1,4 @@
-"""Sweeps: the runs of a sweep file."""
+"""The runs of a sweep file."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ def read_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 
     `[config]` has options of all runs; `[grid]` has lists of values, whose product gives the runs; `[[parts]]` are
     tables with a config and a grid that extend or override the shared ones. A file without parts has one part.
-
-    Args:
-        path: of the file.
-        overrides: options that override those of the file.
+    The overrides are options that override those of the file.
 
     Raises:
         ValueError: the file is damaged, has unknown entries, or describes an invalid run.
@@ -66,7 +63,6 @@ def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None =
 
 
 def _expand(content: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
-    """Yield the options of every run."""
     refuse_unknown(content, _KEYS, what)
     for part in content.get("parts", [{}]):
         refuse_unknown(part, _KEYS[:2], f"a part of {what}")

@@ -7,24 +7,30 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import cycle
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 from joblib import cpu_count
 
+from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.attempts import ATTEMPTS, attempt, away
 from einlinear_lab.sweeps.driver import Event, Job
+from einlinear_lab.training.loop import Progress
 
-# Seconds between two progress messages of a run.
-_INTERVAL = 0.2
+# Of a run whose process dies.
+ATTEMPTS = 3
+# File in the folder of a run that ends it.
+_STOP = "stop"
+# Seconds to wait for a process that an earlier driver left behind, and between two progress messages of a run.
+_PATIENCE, _INTERVAL = 30, 0.2
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 # A fork of a process with threads, such as torch's, may hang. A fork server that imported torch saves every new process
 # the seconds of the import.
@@ -36,12 +42,9 @@ else:
 
 @dataclass(frozen=True)
 class Workers:
-    """A `Pool` of local processes. With GPUs, each process sees one, assigned round-robin.
+    """A `Pool` of local processes, each with some CPU threads and, round-robin, one of the GPUs.
 
-    Attributes:
-        count: number of processes.
-        threads: CPU threads per process, unless the run sets its own number.
-        setup: called in every process before its first run, to register families; can be pickled.
+    The functions of `setup` register families in every process; they can be pickled.
     """
 
     count: int
@@ -110,7 +113,7 @@ class _Worker:
         self.device = device
         self.job: Job | None = None
         arguments = theirs, os.getcwd(), pool.threads, pool.setup, device
-        self.process: BaseProcess = _processes.Process(target=_work, args=arguments, daemon=True)
+        self.process = _processes.Process(target=_work, args=arguments, daemon=True)
         with away():
             self.process.start()
         # The connection then ends with the process.
@@ -163,3 +166,58 @@ def _work(
             options, folder = connection.recv()
             last = 0.0
             connection.send(attempt(options, folder, progress))
+
+
+@contextmanager
+def away() -> Iterator[None]:
+    """Start processes from Python's own folder, so that they do not import from the current one.
+
+    Python and Ray import from the folder where a process starts: a file types.py there would be executed.
+    """
+    current = os.getcwd()
+    os.chdir(sys.prefix)
+    try:
+        yield
+    finally:
+        os.chdir(current)
+
+
+class _Stopped(Exception):
+    """`stop` was called for the run."""
+
+
+def stop(folder: Path) -> None:
+    """Stop the run in a folder, on whichever machine it is."""
+    (folder / _STOP).touch()
+
+
+def attempt(options: Mapping[str, Any], folder: Path, progress: Progress | None = None) -> dict[str, str]:
+    """Do a run from its options in this process; return the status and the message of its last event.
+
+    Errors become a message; bugs, a traceback. Raises BrokenPipeError when progress cannot be reported to the driver.
+    """
+    began = time.monotonic()
+
+    def watched(step: int, steps: int, loss: float) -> None:
+        if (folder / _STOP).exists():
+            raise _Stopped
+        if progress is not None:
+            progress(step, steps, loss)
+
+    while True:
+        try:
+            execute(Run.of(options), folder, watched)
+            return {"status": "finished"}
+        except _Stopped:
+            # The next attempt does the whole run.
+            (folder / _STOP).unlink(missing_ok=True)
+            return {"status": "stopped"}
+        except BlockingIOError as error:
+            if time.monotonic() > began + _PATIENCE:
+                return {"status": "failed", "message": str(error)}
+            time.sleep(1)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            message = str(error) if isinstance(error, (ValueError, OSError)) else traceback.format_exc()
+            return {"status": "failed", "message": message}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from einlinear.mup.schedule import SCHEDULES
-from einlinear_lab.training.trackers import TRACKERS
+from einlinear.mup.optim import SCHEDULES
+from einlinear_lab.training.metrics import TRACKERS
 
 _CHOICES = {
     "optimizer": ("adamw", "adam", "sgd", "muon"),
@@ -39,11 +39,9 @@ class Training:
         parallel: how several processes share the model: "ddp" (replicated), "fsdp" (sharded) or "experts" (replicated,
             but the experts of mixtures are sharded).
         guide_until: number of steps with self-guided training (Wei et al., arXiv 2406.16450): every structured layer
-            has a dense guide, initialised to the same weight, whose share of the output falls to 0 along a cosine.
-            Until then a step also costs as much as that of a dense model. None: no guides.
+            has a dense guide, whose share of the output falls to 0 along a cosine. None: no guides.
         densify_at: step after which structured layers become dense layers with the same weights (sparse-to-dense of Dao
-            et al., arXiv 2204.00595, after 90 % of the steps). The optimizer keeps its state of all other parameters.
-            None: never.
+            et al., arXiv 2204.00595). The optimizer keeps its state of all other parameters. None: never.
         moe_loss: weight of `einlinear.moe_loss` in the objective, for mixtures of experts. Logged losses exclude it.
             With `accumulate` the load is that of each micro-batch.
         structure_aware: False is the control: factors have the learning rate of a dense layer.
@@ -60,10 +58,6 @@ class Training:
         >>> config = Training(steps=1000, lr=3e-3, warmup=100, final_lr=0.1, precision="bfloat16")
         >>> config.optimizer, config.schedule
         ('adamw', 'cosine')
-        >>> Training(steps=1000, schedule="step")
-        Traceback (most recent call last):
-            ...
-        ValueError: schedule must be constant or cosine or linear, not 'step'
     """
 
     steps: int

@@ -1,42 +1,52 @@
-"""Distributed training under torchrun: the processes, and how they share a batch and a model."""
+"""Distributed training under torchrun: the processes, how they share a batch and a model, and the state of a run."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from einlinear.nn.moe.parallel import expert_parallel
 
+Optimizers: TypeAlias = list[torch.optim.Optimizer]
+
+# Of the state of a run. Parameter groups are not saved, as they follow from its config.
+_UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_MODEL, _OPTIMIZER, _SCALER, _RANDOM = "model.", "optimizer.", "scaler.", "random"
+
 
 @dataclass(frozen=True)
 class World:
-    """Rank of this process, number of processes, and the device of this process."""
-
     rank: int
     size: int
     device: torch.device
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """Process group of all processes; None for a single process."""
         return dist.group.WORLD if self.size > 1 else None
 
     def share(self, x: Tensor) -> Tensor:
-        """Return this process's rows of a batch."""
         return x.tensor_split(self.size)[self.rank]
 
     def check_equal(self, value: int, noun: str) -> None:
-        """Raise ValueError on every process if the processes have different values."""
         if self.size > 1:
             values: list[int] = [0] * self.size
             dist.all_gather_object(values, value)
@@ -44,7 +54,6 @@ class World:
                 raise ValueError(f"the processes found different {noun}: {', '.join(map(str, values))}")
 
     def mean(self, value: Tensor) -> float:
-        """Return the mean of a number over all processes."""
         value = value.detach().double()
         if self.size > 1:
             dist.all_reduce(value)
@@ -57,12 +66,10 @@ def is_first() -> bool:
 
 
 def processes() -> int:
-    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_batch(samples: int, processes: int, accumulate: int) -> None:
-    """Raise ValueError if the batch does not divide into equal micro-batches of all processes."""
     if samples % processes:
         raise ValueError(f"a batch of {samples} cannot be shared equally among {processes} processes")
     if samples // processes % accumulate:
@@ -70,27 +77,21 @@ def check_batch(samples: int, processes: int, accumulate: int) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError if the device is "cuda" and torch finds no CUDA device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but this torch finds no CUDA device")
 
 
 def world(device: str) -> World:
-    """Join the processes that torchrun started, or return a world of one process.
-
-    The process group lives until the process exits: a new group for the next run could not be joined, as the processes
-    would read the addresses of the old one.
-    """
-    distributed = "RANK" in os.environ
-    if device == "cuda" and distributed:
+    """Join the processes that torchrun started, or return a world of one process."""
+    is_distributed = "RANK" in os.environ
+    if device == "cuda" and is_distributed:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if distributed and not dist.is_initialized():
-        # gloo for tensors on the CPU, NCCL for tensors on GPUs.
+    if is_distributed and not dist.is_initialized():
+        # gloo for tensors on the CPU, NCCL for GPUs. Processes could not join another group for the next run.
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    index = torch.cuda.current_device() if device == "cuda" else None
-    return World(rank, size, torch.device(device, index) if index is not None else torch.device(device))
+    return World(rank, size, torch.device(f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device))
 
 
 def wrap(model: nn.Module, parallel: str, world: World) -> nn.Module:
@@ -132,3 +133,33 @@ def accumulating(model: nn.Module, more: bool) -> AbstractContextManager[object]
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(not more)
     return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def gather(model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """Return the state of model and optimizers (on rank 0), scaler and torch's generator, by unwrapped names."""
+    parameters: dict[str, Any] = get_model_state_dict(model, options=_UNSHARDED)
+    optimised: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_UNSHARDED)
+    tensors = {f"{_MODEL}{name}": value for name, value in parameters.items()}
+    for name, values in optimised.get("state", {}).items():
+        tensors |= {f"{_OPTIMIZER}{name}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    tensors |= {f"{_SCALER}{name}": torch.as_tensor(value) for name, value in scaler.state_dict().items()}
+    return tensors | {_RANDOM: torch.get_rng_state()}
+
+
+def restore(
+    model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor]
+) -> None:
+    """Load the tensors of `gather`, on every process. Raises RuntimeError for those of another model."""
+
+    def part(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    set_model_state_dict(model, part(_MODEL), options=_UNSHARDED)
+    groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
+    state: dict[str, Any] = {}
+    for name, value in part(_OPTIMIZER).items():
+        parameter, key = name.rsplit(".", 1)
+        state.setdefault(parameter, {})[key] = value
+    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=_UNSHARDED)
+    scaler.load_state_dict({name: value.item() for name, value in part(_SCALER).items()})
+    torch.set_rng_state(tensors[_RANDOM])

@@ -1,7 +1,6 @@
 """Self-guided training (Wei et al., arXiv 2406.16450): a dense guide beside every structured weight.
 
-A structured weight trains badly at first, since the gradient of each factor depends on the others. The guide starts as
-the same matrix, computes the output at first, and its share of the output falls to 0.
+The guide starts as the same matrix and computes the output at first; its share of the output falls to 0.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.layer_info import LayerInfo, Role
+from einlinear.nn.layer_kinds import LayerInfo, Role
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import Mixture
 from einlinear.structures import structure as make_structure
@@ -26,11 +25,11 @@ class Guided(Linear):
 
     Attributes:
         guide: (out_features, in_features), a parameter.
-        share: share of the guide, from 1 to 0. A tensor, since torch.compile would recompile for every number; not in
-            the state_dict, since it follows from the step.
+        share: of the guide in the output, from 1 to 0; not in the state_dict, since it follows from the step.
     """
 
     guide: nn.Parameter
+    # Not a number, as torch.compile would recompile for every one.
     share: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ class Guided(Linear):
             self.guide.copy_(super().dense_weight())
 
     def layer_info(self) -> LayerInfo:
-        """Describe the guide as a matrix of the structure "dense", so that its base is the weight W has there."""
+        # The guide is a matrix of the structure "dense", so that its base is the weight W has there.
         info, dense = super().layer_info(), make_structure("dense", self.in_features, self.out_features)
         roles = {**info.roles, "guide": Role("hidden", self.in_features, self.out_features, dense)}
         return replace(info, roles=roles, macs=self.structure.macs + dense.macs)
@@ -59,8 +58,7 @@ def guide(model: nn.Module) -> None:
     guide; layers that share all factors share their guide. A guide is frozen if all factors are frozen.
 
     Raises:
-        ValueError: the model has no `Linear`, has a mixture of experts, or has a subclass of `Linear`, such as a layer
-            with a guide. The model is then unchanged.
+        ValueError: the model has no `Linear`, a mixture of experts, or a subclass of `Linear`. It is then unchanged.
 
     Example:
         >>> import torch, einlinear as el

@@ -19,16 +19,15 @@ from einlinear import checkpoint
 from einlinear.checkpoint import Checkpoint
 from einlinear.conversion import densify
 from einlinear.mup import param_groups
-from einlinear.mup.groups import Base
-from einlinear.mup.optim import Muon
-from einlinear.mup.schedule import lr_factor
+from einlinear.mup.optim import Muon, lr_factor
+from einlinear.mup.parametrization import Base
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.nn.names import name_of
-from einlinear_lab.training import distributed, state, trackers
+from einlinear_lab.training import distributed
 from einlinear_lab.training.config import Training
 from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import guide, set_share, unguide
-from einlinear_lab.training.metrics import Metrics
+from einlinear_lab.training.metrics import Metrics, check_installed, open_tracker
 
 # Inputs and targets, a row per sample.
 Batch = tuple[Tensor, Tensor]
@@ -37,11 +36,7 @@ Progress = Callable[[int, int, float], None]
 
 
 class Task(Protocol):
-    """Training task: data, loss and metrics.
-
-    Attributes:
-        ERRORS: the metrics where lower is better.
-    """
+    """Training task: data, loss and metrics. ERRORS are the metrics where lower is better."""
 
     ERRORS: ClassVar[tuple[str, ...]]
 
@@ -63,8 +58,8 @@ class Outcome:
         losses: of every step; the last one is NaN or infinite if the training diverged.
         metrics: of the final model, by name.
         step_seconds: median duration of a step, without data loading and evaluation.
-        memory: bytes on the device of this process. On a GPU, the peak memory of torch's tensors in any step; None if
-            no step was left to make. On a CPU, parameters, gradients and optimizer state, without activations.
+        memory: bytes on the device of this process. On a GPU, the peak of torch's tensors, None if no step was left to
+            make. On a CPU, parameters, gradients and optimizer state, without activations.
     """
 
     losses: tuple[float, ...]
@@ -101,8 +96,7 @@ def train(
 
     Raises:
         ValueError: the device does not exist; the folder holds a checkpoint of another run, or processes find different
-            checkpoints; a batch that does not divide equally; a tracker without a folder; guides for a model without
-            structured layers or with mixtures of experts.
+            ones; a batch that does not divide equally; a tracker without a folder; guides that `guide` refuses.
         ModuleNotFoundError: the tracker's package is not installed.
         OSError: the folder cannot be written, or its disk is full. Earlier checkpoints remain.
 
@@ -122,7 +116,7 @@ def train(
         True
     """
     if config.tracker:
-        trackers.check_installed(config.tracker)
+        check_installed(config.tracker)
         if folder is None:
             raise ValueError(f"tracker={config.tracker!r} needs a folder, from which an interrupted run resumes")
     distributed.check_device(config.device)
@@ -151,17 +145,15 @@ class _Run:
     # Of every step, those before an interruption included.
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    # Bytes.
     peak: int | None = None
 
     def __post_init__(self) -> None:
-        device = self.world.device.type
         self.plain.to(self.world.device)
         if self.config.guide_until is not None:
             guide(self.plain)
         self._set_up()
-        self.scaler = torch.amp.GradScaler(device, enabled=self.config.precision == "float16")
-        self.on_gpu = device == "cuda"
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.config.precision == "float16")
+        self.on_gpu = self.world.device.type == "cuda"
 
     def _set_up(self) -> None:
         """Wrap the model and make the optimizers, for its current parameters."""
@@ -279,10 +271,8 @@ class _Run:
         if not self.mixtures:
             return {}
         loads = moe_loads(self.model).values()
-        return {
-            "moe_entropy": statistics.mean(load.entropy for load in loads),
-            "moe_largest": max(load.largest for load in loads),
-        }
+        entropy = statistics.mean(load.entropy for load in loads)
+        return {"moe_entropy": entropy, "moe_largest": max(load.largest for load in loads)}
 
     def _lr(self, index: int) -> float:
         c = self.config
@@ -299,19 +289,15 @@ class _Run:
             return self.task.evaluate(self.model, self.world.device)
 
     def _resume(self) -> None:
-        """Load the newest checkpoint, if any."""
         latest = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
         self.world.check_equal(latest.step if latest else 0, f"checkpoints in {self.folder}, which all have to see")
-        if self.folder is None:
-            return
-        if latest is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is None or latest is None:
             return
         checkpoint.check_same(self.folder, latest.facts, self.facts)
         # Changes after the last of these steps are made when the training resumes.
         for step in range(latest.step):
             self._change_layers(step)
-        state.restore(self.model, self.optimizers, self.scaler, latest.tensors)
+        distributed.restore(self.model, self.optimizers, self.scaler, latest.tensors)
         self.losses, self.seconds = (latest.tensors[name].tolist() for name in ("losses", "seconds"))
 
     @contextmanager
@@ -320,15 +306,16 @@ class _Run:
         if self.folder is None or self.world.rank > 0:
             yield Metrics(None, 0)
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         name, start = self.config.tracker, len(self.losses)
-        with trackers.opened(name, self.folder, start, self.facts) if name else nullcontext() as tracker:
+        with open_tracker(name, self.folder, start, self.facts) if name else nullcontext() as tracker:
             yield Metrics(self.folder / "metrics.jsonl", start, tracker)
 
     def _save(self) -> None:
         if self.folder is None:
             return
         # All processes take part.
-        tensors = state.gather(self.model, self.optimizers, self.scaler)
+        tensors = distributed.gather(self.model, self.optimizers, self.scaler)
         for name, values in (("losses", self.losses), ("seconds", self.seconds)):
             tensors[name] = torch.tensor(values, dtype=torch.float64)
         if self.world.rank == 0:

@@ -1,35 +1,33 @@
-"""Metrics of a run, one JSON object a line: `{"step": 20, "training_seconds": 1.5, "train_loss": 0.7, ...}`.
+"""Metrics of a run: metrics.jsonl, and the trackers TensorBoard, Weights & Biases and MLflow.
 
-Training seconds exclude the loading of data, evaluation, checkpoints, and steps that an interruption lost, so that the
-time to a loss can be read from the file.
+A line is one JSON object: `{"step": 20, "training_seconds": 1.5, "train_loss": 0.7, ...}`. Training seconds exclude the
+loading of data, evaluation, checkpoints, and steps that an interruption lost. Trackers read server and project from the
+environment: WANDB_PROJECT, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from einlinear.files import open_regular, parse_json, write_text
-from einlinear_lab.training.trackers import Tracker
 
 # Larger numbers could overflow when they are added up.
 _LARGEST = 1e300
+Tracker: TypeAlias = Callable[[int, Mapping[str, float]], None]
+# Names of the packages.
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 class Metrics:
-    """Writer of metrics.jsonl. Lines after the step of the checkpoint are dropped, as the steps are made again.
+    """Writer of metrics.jsonl, or of nothing without a path; a tracker also receives the finite metrics.
 
-    Args:
-        path: of the file, or None to write nothing.
-        start: step from which the run resumes.
-        tracker: also receives the metrics, except NaN and infinite numbers.
-
-    Raises:
-        OSError: the disk is full, or the file cannot be written.
+    Lines after `start`, the step from which the run resumes, are dropped, as the steps are made again.
     """
 
     def __init__(self, path: Path | None, start: int, tracker: Tracker | None = None) -> None:
@@ -99,3 +97,40 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 def _line(values: dict[str, Any]) -> str:
     return json.dumps(values, allow_nan=False) + "\n"
+
+
+def check_installed(tracker: str) -> None:
+    if find_spec(tracker) is None:
+        raise ModuleNotFoundError(f"tracker={tracker!r} needs a package that is not installed: pip install {tracker}")
+
+
+@contextmanager
+def open_tracker(name: str, folder: Path, start: int, facts: Mapping[str, Any]) -> Iterator[Tracker]:
+    """Open the tracker of a run that resumes from step `start`, under the id in the run's folder."""
+    id_file = folder / f"{name}-id"
+    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder / name), purge_step=start + 1) as writer:
+            if start == 0:
+                writer.add_text("facts", json.dumps(facts, indent=4), 0)
+
+            def write(step: int, values: Mapping[str, float]) -> None:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
+
+            yield write
+    elif name == "wandb":
+        import wandb
+
+        with wandb.init(name=folder.name, dir=folder, config=dict(facts), id=run_id, resume="allow") as run:
+            id_file.write_text(run.id, encoding="utf-8")
+            yield lambda step, values: run.log(dict(values), step=step)
+    else:
+        import mlflow
+
+        with mlflow.start_run(run_id=run_id, run_name=folder.name) as run:
+            id_file.write_text(run.info.run_id, encoding="utf-8")
+            mlflow.log_params(dict(facts))
+            yield lambda step, values: mlflow.log_metrics(dict(values), step=step)

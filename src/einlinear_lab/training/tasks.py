@@ -25,10 +25,7 @@ class Classification:
         images: training and test images.
         batches: batches of the training images.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
-        train_sample: maximum number of training images that the training error is measured on.
-
-    Raises:
-        ValueError: a train_sample below 1.
+        train_sample: maximum number of training images that the training error is measured on; at least 1.
     """
 
     ERRORS: ClassVar[tuple[str, ...]] = ("train_error", "test_loss")
@@ -52,12 +49,10 @@ class Classification:
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Return "test_loss" (mean cross-entropy) and "test_accuracy" of all test images, and "train_error".
 
-        The training error is the error rate on a fixed sample of training images, with augmentation but without mixup.
-        Scaling laws are fitted to it, as mixup and label smoothing do not change its meaning.
+        The latter is the error rate on a fixed sample of training images, with augmentation but without mixup.
         """
         loss, correct = 0.0, 0
-        tests = zip(self.images.test_x.split(_AT_ONCE), self.images.test_y.split(_AT_ONCE), strict=True)
-        for images, y in tests:
+        for images, y in zip(self.images.test_x.split(_AT_ONCE), self.images.test_y.split(_AT_ONCE), strict=True):
             logits, labels = model(self.batches.inputs(images).to(device)), y.to(device)
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += int((logits.argmax(1) == labels).sum())

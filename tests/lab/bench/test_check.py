@@ -12,9 +12,8 @@ from torch import Tensor
 from einlinear import ops
 from einlinear.structures import Structure
 from einlinear_lab.bench.cases import BenchConfig, Case
-from einlinear_lab.bench.check import Reference
 from einlinear_lab.bench.machine import Roofline
-from einlinear_lab.bench.run import measure
+from einlinear_lab.bench.run import Reference, measure
 from einlinear_lab.bench.variants import OURS, Variant, make_variants, make_workload
 
 SPECS = ("btt", "monarch", "low_rank(rank=8)", "kronecker", "tt(rank=4)", "dyad", "btt(rank=2, cores=3)")

@@ -9,7 +9,6 @@ import pytest
 from tests.lab.bench.made_up import made_up
 
 from einlinear import ops
-from einlinear.ops import costs as costs_model
 from einlinear.ops import dispatch
 from einlinear_lab.bench import fit_costs, results
 from einlinear_lab.bench.cases import BenchConfig, Case, Suite
@@ -36,7 +35,7 @@ COSTS = {"forward": FORWARD, "train": {name: tuple(3 * c for c in own) for name,
 def timed(case: Case) -> BenchResult:
     """A result whose times are those of the cost model."""
     costs, structure = COSTS["train" if case.mode == "train" else "forward"], case.build()
-    amounts = {name: costs_model.amounts(name, structure, case.tokens) for name in costs}
+    amounts = {name: dispatch.amounts(name, structure, case.tokens) for name in costs}
     us = {name: sum(c * a for c, a in zip(costs[name], amounts[name], strict=True)) for name in costs}
     return made_up(case, **{DENSE if name == "dense" else name: us[name] / 1e6 for name in costs})
 
@@ -49,8 +48,8 @@ def bench() -> Bench:
 @pytest.fixture
 def other_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file of costs to be written over."""
-    monkeypatch.setattr(costs_model, "COSTS_FILE", tmp_path / "costs.json")
-    monkeypatch.setattr(costs_model, "COSTS", {})
+    monkeypatch.setattr(dispatch, "COSTS_FILE", tmp_path / "costs.json")
+    monkeypatch.setattr(dispatch, "COSTS", {})
     yield tmp_path / "costs.json"
     dispatch.forget()
 
@@ -91,7 +90,7 @@ def test_written_and_checked(
     results.write(bench, file)
     assert fit_costs.main([str(file)]) == 0
     assert f"{len(bench.results)} cases; chosen within 10 % of the fastest: " in capsys.readouterr().out
-    assert costs_model.read_costs() == costs_model.COSTS == fit_costs.fit([results.read(file)])
+    assert dispatch.read_costs() == dispatch.COSTS == fit_costs.fit([results.read(file)])
     assert fit_costs.main(["--check"]) == 0
 
     content = json.loads(other_costs.read_text())

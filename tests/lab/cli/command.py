@@ -1,12 +1,10 @@
 """Calling the command line, from the arguments to the exit code, and what several tests call it with."""
 
-import inspect
 import re
-from collections.abc import Callable
 
 from typer.testing import CliRunner
 
-from einlinear_lab.cli.app import app
+from einlinear_lab.cli.app import app, load
 
 # A comparison: what all have in common, and one of four runs.
 QUICK = ("--data", "digits", "--epochs", "1", "--batch-size", "256", "depth=1", "--seeds", "1")
@@ -29,9 +27,9 @@ def assert_refused(answer: tuple[int, str, str], *parts: str) -> None:
         assert part in err
 
 
-def said_default(command: Callable[..., None], option: str) -> str:
+def said_default(command: str, option: str) -> str:
     """What the help of an option says. It is typed there, as help is shown without the packages of what has it."""
-    annotation = inspect.signature(command, eval_str=True).parameters[option].annotation
-    found = re.search(r"Default: (.+)\.$", annotation.__metadata__[0].help)
+    (text,) = (parameter.help for parameter in load(command).params if parameter.name == option)
+    found = re.search(r"Default: (.+)\.$", text)
     assert found
     return found[1]

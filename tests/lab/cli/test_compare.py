@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from tests.lab.cli.command import QUICK, TINY, assert_refused, run, said_default
 
-from einlinear_lab.cli.compare import command as compare
 from einlinear_lab.cli.parsing import numbers, specs
 from einlinear_lab.runs.data import ImageData
 from einlinear_lab.runs.execution import execute
@@ -161,11 +160,11 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
 
 def test_the_help_says_the_defaults() -> None:
     config = CompareConfig()
-    assert specs(said_default(compare, "structures")) == config.structures
-    assert numbers(said_default(compare, "macs"), "--macs") == config.macs
+    assert specs(said_default("compare", "structures")) == config.structures
+    assert numbers(said_default("compare", "macs"), "--macs") == config.macs
     for name in ("dense_reach", "seeds", "epochs"):
-        assert int(said_default(compare, name)) == getattr(config, name)
-    assert said_default(compare, "data") == ImageData().data
+        assert int(said_default("compare", name)) == getattr(config, name)
+    assert said_default("compare", "data") == ImageData().data
 
 
 def test_an_empty_folder_of_images(tmp_path: Path) -> None:

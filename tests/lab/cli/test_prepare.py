@@ -9,7 +9,6 @@ from tests.lab.cli.command import assert_refused, run, said_default
 from tests.lab.data.samples import needs, prose
 
 from einlinear_lab.cli import packages
-from einlinear_lab.cli.prepare import command
 from einlinear_lab.data import TextConfig, load_tokens
 from einlinear_lab.data.text import prepare
 
@@ -93,7 +92,7 @@ def test_byte_pairs(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_help_says_the_default() -> None:
-    assert int(said_default(command, "vocab_size")) == TextConfig(sources=("a.txt",), tokens="bpe").vocab_size
+    assert int(said_default("prepare", "vocab_size")) == TextConfig(sources=("a.txt",), tokens="bpe").vocab_size
 
 
 @pytest.mark.parametrize(

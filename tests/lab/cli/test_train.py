@@ -164,7 +164,7 @@ def test_what_this_machine_cannot_do_is_said_before_anything_is_trained(
     options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("einlinear_lab.training.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("einlinear_lab.training.metrics.find_spec", lambda name: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert_refused(run(*TRAIN, *options, "--out", tmp_path / "run"), message)
     assert not (tmp_path / "run").exists()

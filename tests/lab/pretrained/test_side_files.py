@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.lab.data.samples import needs
 
-from einlinear_lab.pretrained.side_files import copy_side_files, subfolder_of_model
+pytestmark = needs("transformers")
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -23,6 +24,8 @@ def names(folder: Path) -> set[str]:
 
 
 def copied(source: Path, out: Path, model: str = "") -> tuple[set[str], list[str]]:
+    from einlinear_lab.pretrained.model_folder import copy_side_files
+
     out.mkdir()
     left = copy_side_files(source, out, model)
     assert all((out / name).read_bytes() == (source / name).read_bytes() for name in names(out))
@@ -50,6 +53,8 @@ def test_all_but_the_weights(tmp_path: Path) -> None:
 
 
 def test_the_weights_of_other_modules_are_kept(tmp_path: Path) -> None:
+    from einlinear_lab.pretrained.model_folder import subfolder_of_model
+
     source = write(tmp_path / "st", "0_CLIP/model.safetensors", "2_Dense/pytorch_model.bin", "2_Dense/config.json")
     (source / "0_CLIP" / "config.json").write_text('{"model_type": "clip"}')
     (source / "modules.json").write_text(json.dumps([{"path": "2_Dense"}, {"path": "0_CLIP"}]))
@@ -95,6 +100,8 @@ def test_a_snapshot_of_the_hub_links_to_its_blobs(tmp_path: Path) -> None:
     ],
 )
 def test_modules_that_are_damaged(content: str, message: str, tmp_path: Path) -> None:
+    from einlinear_lab.pretrained.model_folder import subfolder_of_model
+
     (tmp_path / "modules.json").write_text(content)
     with pytest.raises(ValueError, match=rf"modules\.json .*{message}"):
         subfolder_of_model(tmp_path)

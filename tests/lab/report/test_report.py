@@ -16,7 +16,7 @@ from einlinear_lab.report import write_report
 from einlinear_lab.report.charts import colour, glyph, nice_ticks, symbol
 from einlinear_lab.report.comparison import TRAIN_LOSS, compare_runs
 from einlinear_lab.report.coordinate_check import FeatureUpdates, write_updates
-from einlinear_lab.report.setup import headline
+from einlinear_lab.report.overview import headline
 from einlinear_lab.runs.records import Record
 
 PATTERN = "(g a), g r f a, f e g r -> (f e) where r=2"

@@ -8,7 +8,7 @@ from tests.lab import made_up
 
 from einlinear_lab.report import write_report
 from einlinear_lab.report.comparison import Comparison, compare_runs
-from einlinear_lab.report.time_to_loss import fastest, target_losses
+from einlinear_lab.report.training_curves import fastest, target_losses
 
 
 def lines(*points: tuple[float, float]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from einlinear_lab.scaling import power_law, power_law_with_floor
-from einlinear_lab.scaling.intervals import law_interval, prediction_interval
+from einlinear_lab.scaling.laws import law_interval, prediction_interval
 
 COMPUTE = np.geomspace(1e6, 1e12, 10)
 

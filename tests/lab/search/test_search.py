@@ -30,10 +30,9 @@ from einlinear_lab.search.search import Search, base_run, rungs_of
 from einlinear_lab.search.space import LITERATURE
 from einlinear_lab.search.study import SAME_AS
 from einlinear_lab.sweeps import compare
-from einlinear_lab.sweeps.attempts import attempt
 from einlinear_lab.sweeps.compare import plan
 from einlinear_lab.sweeps.driver import Event, Job
-from einlinear_lab.sweeps.workers import Workers
+from einlinear_lab.sweeps.workers import Workers, attempt
 
 OPTIONS: dict[str, Any] = {"data": "digits", "depth": 1, "batch_size": 128, "steps": 8, "log_every": 1, "budget": 8_000}
 SURVIVOR = OPTIONS | {"steps": 150, "checkpoint_every": 10, "prune": False, "sampler": "random", "trials": 6}

@@ -21,7 +21,7 @@ from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
 from einlinear_lab.search.config import SearchConfig
 from einlinear_lab.search.search import Search
-from einlinear_lab.sweeps import attempts, cluster
+from einlinear_lab.sweeps import cluster, workers
 from einlinear_lab.sweeps.driver import do
 from einlinear_lab.sweeps.sweep import make_sweep
 from einlinear_lab.sweeps.workers import Workers
@@ -64,7 +64,7 @@ def test_a_worker_is_set_up_once(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("new_worker")
 def test_a_bug_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attempts, "execute", lambda *_: {}["bug"])
+    monkeypatch.setattr(workers, "execute", lambda *_: {}["bug"])
     told = cluster._attempt(QUICK, "one", str(tmp_path), ())
     assert told["status"] == "failed"
     assert "Traceback" in told["message"]
@@ -76,7 +76,7 @@ def test_a_worker_waits_for_one_that_was_left_behind(tmp_path: Path, monkeypatch
     (tmp_path / "one").mkdir()
     with lock(tmp_path / "one" / ".lock", "nobody"):
         with monkeypatch.context() as patched:
-            patched.setattr(attempts, "_PATIENCE", 0)
+            patched.setattr(workers, "_PATIENCE", 0)
             told = cluster._attempt(QUICK, "one", str(tmp_path), ())
         assert told == {"status": "failed", "message": "another process is at work in one"}
         threading.Timer(0.5, (tmp_path / "one" / ".lock").unlink).start()  # it ends

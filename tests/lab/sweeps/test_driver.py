@@ -26,7 +26,7 @@ from einlinear_lab.runs.records import Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import HISTORY, Store
 from einlinear_lab.runs.table import FILE, RunTable
-from einlinear_lab.sweeps import attempts
+from einlinear_lab.sweeps import workers
 from einlinear_lab.sweeps.driver import Event, Job, do
 from einlinear_lab.sweeps.sweep import make_sweep
 from einlinear_lab.sweeps.workers import Workers
@@ -132,7 +132,7 @@ def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "decides"), [("einlinear/ops/cpu/kernel.cpp", True), ("einlinear_lab/cli/report.py", False)]
+    ("changed", "decides"), [("einlinear/ops/cpu/kernel.cpp", True), ("einlinear_lab/cli/results.py", False)]
 )
 def test_the_code_is_that_of_the_sources_that_decide_how_a_run_goes(
     changed: str, decides: bool, tmp_path: Path
@@ -208,7 +208,7 @@ def refuse_seed_one() -> None:
             raise ValueError("not this one")
         return execute(run, *rest)
 
-    attempts.execute = refuse  # type: ignore[assignment]
+    workers.execute = refuse  # type: ignore[assignment]
 
 
 def test_what_cannot_be_built_is_found_before_anything_is_trained() -> None:

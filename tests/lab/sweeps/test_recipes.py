@@ -15,7 +15,7 @@ import torch
 from tests.lab.data.samples import prose
 from torch import nn
 
-from einlinear.nn.factored import Factored
+from einlinear.nn.linear import Factored
 from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.models.config import ModelConfig, Shape
 from einlinear_lab.runs.execution import execute

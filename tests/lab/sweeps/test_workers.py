@@ -14,7 +14,7 @@ from tests.lab.sweeps.carrying_out import FOUR, SETTINGS, carry_out, results
 from tests.lab.sweeps.tables import read_table
 
 from einlinear_lab.runs.store import Store
-from einlinear_lab.sweeps import attempts, workers
+from einlinear_lab.sweeps import workers
 from einlinear_lab.sweeps.driver import do
 from einlinear_lab.sweeps.sweep import make_sweep
 from einlinear_lab.sweeps.workers import Workers
@@ -81,7 +81,7 @@ def is_worker(pid: int) -> bool:
 
 def test_a_process_that_always_dies_fails_its_run(tmp_path: Path) -> None:
     seen = carry_out(make_sweep({"config": SETTINGS}), tmp_path, Workers(1, setup=(die,)))
-    assert [event.status for event in seen] == ["lost"] * (attempts.ATTEMPTS - 1) + ["failed"]
+    assert [event.status for event in seen] == ["lost"] * (workers.ATTEMPTS - 1) + ["failed"]
     assert "died 3 times" in seen[-1].message
 
 

@@ -11,7 +11,7 @@ from tests.lab.training import toy
 from torch import Tensor
 
 from einlinear_lab.training import Training, metrics
-from einlinear_lab.training.trackers import TRACKERS
+from einlinear_lab.training.metrics import TRACKERS
 
 
 class Recorder:

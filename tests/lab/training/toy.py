@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import einlinear as el
 from einlinear_lab.data import Images, PixelSequences
-from einlinear_lab.data.rng import torch_generator
+from einlinear_lab.data.sampling import torch_generator
 from einlinear_lab.models import GPT, ReferenceModel, ResidualMLP
 from einlinear_lab.training import Outcome, Task, Training, train
 from einlinear_lab.training.loop import Progress

@@ -1,17 +1,13 @@
-"""Models of transformers with structured layers: `save_pretrained` and `from_pretrained` keep them.
-
-config.json describes the structured layers, beside the weights in safetensors. transformers offers no entry point for
-its quantizers, so `import einlinear` leaves an import hook that registers ours once transformers is imported. With the
-environment variable EINLINEAR_HOOKS=0 it does not; `register` does the same on request.
-"""
-
-from __future__ import annotations
+"""Models of transformers with structured layers: `save_pretrained` and `from_pretrained` keep them."""
 
 from collections.abc import Mapping
 from functools import wraps
+from importlib.util import find_spec
 from typing import Any
 
 from einlinear.import_hooks import when_imported
+
+METHOD = "einlinear"
 
 
 def register() -> None:
@@ -20,26 +16,19 @@ def register() -> None:
     Raises:
         ModuleNotFoundError: transformers is not installed.
     """
-    _extend_configs()
-    _extend_quantizers()
-    _extend_models()
+    for hook in _HOOKS.values():
+        hook()
 
 
 def register_on_import() -> None:
-    """Do the same as soon as transformers is imported, without importing it."""
-    when_imported("transformers.configuration_utils", _extend_configs)
-    when_imported("transformers.quantizers.auto", _extend_quantizers)
-    when_imported("transformers.modeling_utils", _extend_models)
+    """Do the same as soon as transformers is imported."""
+    for module, hook in _HOOKS.items():
+        when_imported(f"transformers.{module}", hook)
 
 
-def _extend_configs() -> None:
-    """Hand the description down to configs inside a folder's config, such as those of CLIP's towers.
-
-    transformers does so only where its auto classes load the text model of a larger one.
-    """
+def _patch_configs() -> None:
+    """Hand the description down to configs inside a folder's config, such as those of CLIP's towers."""
     from transformers import configuration_utils
-
-    from einlinear.integrations.transformers.description import METHOD
 
     # older versions, which have another name for the class, save no structured layers
     base: Any = getattr(configuration_utils, "PreTrainedConfig", None)
@@ -68,19 +57,22 @@ def _hand_down(config: Mapping[str, Any], description: Mapping[str, Any]) -> dic
     }
 
 
-def _extend_quantizers() -> None:
+def _patch_quantizers() -> None:
     from transformers.quantizers import auto
 
-    from einlinear.integrations.transformers.description import METHOD
-    from einlinear.integrations.transformers.quantizer import EinlinearConfig, EinlinearQuantizer
+    # old versions have no such registry, or none of what it needs
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING and find_spec("transformers.conversion_mapping"):
+        from einlinear.integrations.transformers.quantizer import EinlinearConfig, EinlinearQuantizer
 
-    # old versions have no registry
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING and hasattr(auto, "register_quantizer"):
         auto.register_quantization_config(METHOD)(EinlinearConfig)
         auto.register_quantizer(METHOD)(EinlinearQuantizer)
 
 
-def _extend_models() -> None:
+def _patch_models() -> None:
     from einlinear.integrations.transformers.saving import extend_save_pretrained
 
     extend_save_pretrained()
+
+
+# by the module of transformers that they patch
+_HOOKS = {"configuration_utils": _patch_configs, "quantizers.auto": _patch_quantizers, "modeling_utils": _patch_models}

@@ -1,12 +1,5 @@
-"""Extension of `save_pretrained`: it describes a model's structured layers in config.json.
+"""`save_pretrained` of models with structured layers: config.json describes them by name, as arguments of `Linear`."""
 
-It looks for them whenever a model is saved, so the description is never out of date, however the layers came into the
-model.
-"""
-
-from __future__ import annotations
-
-import os
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
@@ -14,12 +7,19 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
+from torch import nn
 
-from einlinear.integrations.transformers.description import CODE, METHOD, VERSION, describe, forget
+from einlinear.integrations.transformers import METHOD
+from einlinear.nn import Linear
+from einlinear.nn.layer_kinds import SelfDescribing
 
-# transformers loads the config before the model, whatever the model's class
+VERSION = 1
+# the keys of an entry with their types, and optional keys with their defaults
+REQUIRED: dict[str, Any] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
+OPTIONAL = {"normalize": False, "gamma": True}
+
+# a Python file in the folder: transformers loads the config before the model, whatever the model's class
+_FILE = "configuration_einlinear"
 _CODE = '''"""With this, from_pretrained(..., trust_remote_code=True) loads the folder where einlinear is installed."""
 
 import einlinear  # noqa: F401
@@ -35,27 +35,24 @@ class {name}(transformers.{name}):
 
 def extend_save_pretrained() -> None:
     """Let `PreTrainedModel.save_pretrained` describe structured layers; models without any are saved as before."""
+    # imports the quantizers, which import this module
+    from transformers.modeling_utils import PreTrainedModel
+
     original: Any = PreTrainedModel.save_pretrained
     if original.__module__ == __name__:
         return
 
     @wraps(original, assigned=("__doc__", "__name__", "__qualname__"))
     def save_pretrained(
-        self: PreTrainedModel,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         forget(self.config)
         # with adapters of peft, transformers saves only these
-        layers = {} if getattr(self, "_hf_peft_config_loaded", False) else describe(self)
+        layers = {} if getattr(self, "_hf_peft_config_loaded", False) else _describe(self)
         if not layers:
             return original(self, save_directory, is_main_process, state_dict, *args, **kwargs)
         _check(self, layers)
-        # without this library, transformers would keep the dense layers and draw new weights for them: an empty
-        # tensor in the place of each makes it raise, as for every weight of another shape
+        # an empty tensor in the place of each dense weight makes transformers raise where this library is not imported
         guards = {f"{name}.weight": torch.empty(0) for name in layers}
         state_dict = {**(self.state_dict() if state_dict is None else state_dict), **guards}
         self.config.quantization_config = {"quant_method": METHOD, "version": VERSION, "layers": layers}
@@ -68,31 +65,57 @@ def extend_save_pretrained() -> None:
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
-def _check(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
+def forget(config: Any) -> None:
+    """Remove the description from a model's config, which holds only for a folder. Entries of others stay."""
+    described = getattr(config, "quantization_config", None)
+    method = described.get("quant_method") if isinstance(described, dict) else getattr(described, "quant_method", None)
+    if method == METHOD:
+        del config.quantization_config
+    if classes := getattr(config, "auto_map", None):
+        config.auto_map = {name: value for name, value in classes.items() if f"{_FILE}." not in str(value)}
+        if not config.auto_map:
+            del config.auto_map
+
+
+def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    layers = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Linear) and type(module).forward is Linear.forward:
+            entry = {
+                "structure": module.structure.spec,
+                "in_features": module.in_features,
+                "out_features": module.out_features,
+                "bias": module.bias is not None,
+                "normalize": module.normalize,
+                "gamma": module.has_gamma or not module.normalize,
+            }
+            layers[name] = {key: value for key, value in entry.items() if value != OPTIONAL.get(key)}
+        elif isinstance(module, SelfDescribing):
+            wrong = f"{name} is a {type(module).__name__}: of this library's layers only el.Linear can be saved"
+            raise ValueError(f"{wrong} with a Hugging Face model. Save its state_dict() instead")
+    return layers
+
+
+def _check(model: Any, layers: Mapping[str, Any]) -> None:
     if int(transformers.__version__.partition(".")[0]) < 5:
         raise ImportError(f"structured layers are saved with transformers 5 or later, not {transformers.__version__}")
     if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{next(iter(layers))} is a structured layer in a model that is quantised: config.json can describe one of "
-            "the two. el.densify(model) makes the structured layers dense"
-        )
-    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+        name = next(iter(layers))
+        raise ValueError(f"{name} is a structured layer in a model that is quantised: call el.densify(model) first")
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    tied = {other: name for name, other in ties.items()} | ties
     for name in layers:
-        other = tied.get(f"{name}.weight") or next((k for k, v in tied.items() if v == f"{name}.weight"), None)
-        if other:
-            raise ValueError(
-                f"{name} is a structured layer, but config.tie_word_embeddings would tie its weight to {other} when "
-                "it is loaded: set model.config.tie_word_embeddings = False"
-            )
+        if other := tied.get(f"{name}.weight"):
+            wrong = f"{name} is a structured layer, but config.tie_word_embeddings would tie its weight to {other}"
+            raise ValueError(f"{wrong} when it is loaded: set model.config.tie_word_embeddings = False")
 
 
 def _add_code(config: Any, folder: Path, is_main_process: bool) -> None:
     """Write a Python file that imports this library, for processes that do not, such as lm_eval."""
     name = type(config).__name__
-    if getattr(transformers, name, None) is not type(config):
-        # the config has code of its own
-        return
-    config.auto_map = {**(getattr(config, "auto_map", None) or {}), "AutoConfig": f"{CODE}.{name}"}
-    if is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{CODE}.py").write_text(_CODE.format(name=name), encoding="utf-8")
+    # not where the config has code of its own
+    if getattr(transformers, name, None) is type(config):
+        config.auto_map = {**(getattr(config, "auto_map", None) or {}), "AutoConfig": f"{_FILE}.{name}"}
+        if is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{_FILE}.py").write_text(_CODE.format(name=name), encoding="utf-8")

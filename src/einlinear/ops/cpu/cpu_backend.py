@@ -1,21 +1,24 @@
 """The compiled CPU backend: tiles of tokens that stay in cache.
 
-The kernel (kernel.cpp) knows no structure, it reads a program (program.py). Without a compiler (kernel_library.py) the
-other backends do its work.
+The kernel (kernel.cpp) knows no structure: it reads a program, an array of numbers arranged as program.h says. Without
+a compiler (kernel_library.py) the other backends do its work.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from einlinear.ops.cpu.kernel_library import DTYPES, Library, Pairs, load
-from einlinear.ops.cpu.program import Program, program_of
 from einlinear.ops.product import Assignment, Gradients, Product
 from einlinear.structures import Structure
+from einlinear.structures.pattern import Axes
 
 # MACs of a call above which several threads share it: starting them takes about as long as 100,000 MACs
 PARALLEL_MACS = 300_000
@@ -29,7 +32,7 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
     if dtype not in DTYPES:
-        return f"it computes in float32 and float64, not in {str(dtype).removeprefix('torch.')}"
+        return f"it computes in real numbers of 16, 32 or 64 bits, not in {str(dtype).removeprefix('torch.')}"
     library = load()
     return library if isinstance(library, str) else None
 
@@ -44,20 +47,15 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
     saved = []
     if save and program.intermediate_size and routing is None:
         tile: int = _function("tile", x)(program.address, n)
-        saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size)]
+        # half precision exists in memory only: what is between two factors is float32
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size, dtype=dtype)]
     if n:
         pairs, threads, _tensors = _schedule(program, factors, routing, n)
-        _function("forward", x)(
-            program.address,
-            program.pointers(*[factor.data_ptr() for factor in factors]),
-            x.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            saved[0].data_ptr() if saved else None,
-            pairs,
-            n,
-            threads,
-        )
+        # written out: this is most of the overhead of a call
+        at = program.pointers(*[factor.data_ptr() for factor in factors])
+        bias_at, saved_at = None if bias is None else bias.data_ptr(), saved[0].data_ptr() if saved else None
+        _function("forward", x)(program.address, at, x.data_ptr(), bias_at, y.data_ptr(), saved_at, pairs, n, threads)
     return y, saved
 
 
@@ -66,58 +64,45 @@ def backward(
 ) -> Gradients:
     """Return the gradients that are needed; without saved intermediates these are recomputed."""
     structure, factors, x, _, routing = product
-    program = program_of(structure)
+    program, n = program_of(structure), x.shape[0]
     x, grad, factors = x.contiguous(), grad.contiguous(), [factor.contiguous() for factor in factors]
     saved = [tensor.contiguous() for tensor in saved]
-    new = torch.empty_like if x.shape[0] else torch.zeros_like
+    new = torch.empty_like if n else torch.zeros_like
     grad_x = new(x) if needs_x else None
     grad_gates = new(routing.gates.contiguous()) if needs_x and routing is not None else None
     grad_factors = [new(factor) if needed else None for factor, needed in zip(factors, needs_factors, strict=True)]
-    if x.shape[0]:
-        pairs, threads, _tensors = _schedule(program, factors, routing, x.shape[0])
-        _function("backward", x)(
-            program.address,
-            program.pointers(*[factor.data_ptr() for factor in factors]),
-            x.data_ptr(),
-            grad.data_ptr(),
-            saved[0].data_ptr() if saved else None,
-            None if grad_x is None else grad_x.data_ptr(),
-            program.pointers(*[None if g is None else g.data_ptr() for g in grad_factors]),
-            None if grad_gates is None else grad_gates.data_ptr(),
-            pairs,
-            x.shape[0],
-            threads,
-        )
+    if n:
+        pairs, threads, _tensors = _schedule(program, factors, routing, n)
+        addresses = _addresses(x, grad, saved[0] if saved else None, grad_x, grad_gates)
+        pointers = [program.pointers(*_addresses(*tensors)) for tensors in (factors, grad_factors)]
+        _function("backward", x)(program.address, *pointers, *addresses, pairs, n, threads)
     return Gradients(grad_x, grad_gates, grad_factors)
 
 
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def _schedule(
-    program: Program, factors: Sequence[Tensor], routing: Assignment | None, tokens: int
+    program: Program, factors: Sequence[Tensor], routing: Assignment | None, n: int
 ) -> tuple[object, int, tuple[Tensor, ...]]:
     """Return the sorted pairs of a routing for the kernel, the number of threads, and the tensors behind the pairs."""
     if routing is None:
-        return None, torch.get_num_threads() if program.macs * tokens > PARALLEL_MACS else 1, ()
-    threads = torch.get_num_threads() if program.macs * routing.indices.numel() > PARALLEL_MACS else 1
-    pairs, tensors = _sort_pairs(routing, len(factors[0]), threads)
-    return ctypes.byref(pairs), threads, tensors
-
-
-def _sort_pairs(routing: Assignment, experts: int, threads: int) -> tuple[Pairs, tuple[Tensor, ...]]:
-    """Return the pairs of a token and an expert, sorted by block of tokens and by expert, and the tensors behind."""
+        return None, torch.get_num_threads() if program.macs * n > PARALLEL_MACS else 1, ()
     indices, gates = routing.indices, routing.gates.contiguous()
-    n, active = indices.shape
+    threads = torch.get_num_threads() if program.macs * indices.numel() > PARALLEL_MACS else 1
+    active, experts = indices.shape[1], len(factors[0])
     # a block should have some full tiles of every expert, and every thread needs one
     block = max(1, min(-(-n // threads), -(-_PAIRS * experts // active)))
     keys = indices
     if block < n:
         keys = indices + (torch.arange(n, device=indices.device) // block * experts)[:, None]
-    blocks = -(-n // block)
     # where the pairs of every (block, expert) begin
-    first = indices.new_zeros(blocks * experts + 1)
-    torch.cumsum(torch.bincount(keys.flatten(), minlength=blocks * experts), 0, out=first[1:])
-    order = keys.flatten().argsort(stable=True)
-    pointers = first.data_ptr(), order.data_ptr(), gates.data_ptr()
-    return Pairs(*pointers, n, block, experts, active), (first, order, gates)
+    cells = -(-n // block) * experts
+    first = indices.new_zeros(cells + 1)
+    torch.cumsum(torch.bincount(keys.flatten(), minlength=cells), 0, out=first[1:])
+    tensors = first, keys.flatten().argsort(stable=True), gates
+    return ctypes.byref(Pairs(*_addresses(*tensors), n, block, experts, active)), threads, tensors
 
 
 def _function(role: str, x: Tensor) -> ctypes._NamedFuncPointer:
@@ -126,3 +111,60 @@ def _function(role: str, x: Tensor) -> ctypes._NamedFuncPointer:
     if not x.is_cpu:
         raise RuntimeError(f"the compiled kernel runs on the CPU, not on {x.device.type}")
     return library.functions[role, x.dtype]
+
+
+class Program:
+    """A structure as the kernel reads it: for every step the sizes of its products, and tables of where rows lie."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.macs, self._sizes = structure.macs, dict(structure.sizes)
+        # the type of an array with a pointer for each factor
+        self.pointers = ctypes.c_void_p * len(structure.factors)
+        # of all intermediates, for one input vector
+        self.intermediate_size = 0
+        numbers = [len(structure.factors), len(structure.terms), structure.in_features, structure.out_features]
+        for i, term in enumerate(structure.terms):
+            source = term.inputs
+            for factor, following in zip(term.factors, (*term.factors[1:], None), strict=True):
+                # groups in the factor's own order, so that it is read in large pieces
+                batch, contracted = (tuple(a for a in factor.axes if a in g) for g in (factor.batch, factor.contracted))
+                free, new = tuple(a for a in source if a in factor.free), factor.new
+                result = term.outputs
+                if following is not None:
+                    # laid out as the next step reads it
+                    result = (
+                        *(a for a in following.axes if a in following.batch),
+                        *(a for a in source + new if a in following.free),
+                        *(a for a in following.axes if a in following.contracted),
+                    )
+                    self.intermediate_size += self._size(result)
+                numbers += [i, factor is term.factors[0], following is None]
+                numbers += map(self._size, (batch, free, new, contracted, source, result))
+                tables = [self._offsets(group, source) for group in (batch, free, contracted)]
+                tables += [self._offsets(group, result) for group in (batch, free, new)]
+                tables += [self._offsets(group, factor.axes) for group in (batch, new, contracted)]
+                numbers += [_stride(tables[i]) for i in (2, 5, 7, 8)]
+                numbers += itertools.chain(*tables)
+                source = result
+        self._numbers = (ctypes.c_int64 * len(numbers))(*numbers)
+        self.address = ctypes.addressof(self._numbers)
+
+    def _size(self, axes: Axes) -> int:
+        return math.prod(self._sizes[axis] for axis in axes)
+
+    def _offsets(self, group: Axes, layout: Axes) -> list[int]:
+        """Return where the entries of a group of axes lie in row-major memory of a layout."""
+        offsets = [0]
+        for axis in group:
+            stride = self._size(layout[layout.index(axis) + 1 :])
+            offsets = [start + stride * i for start in offsets for i in range(self._sizes[axis])]
+        return offsets
+
+
+program_of = lru_cache(maxsize=4096)(Program)
+
+
+def _stride(offsets: Sequence[int]) -> int:
+    """Return the distance of two neighbours, or 0 where that is not constant."""
+    stride = offsets[1] if len(offsets) > 1 else 1
+    return stride if all(offset == i * stride for i, offset in enumerate(offsets)) else 0

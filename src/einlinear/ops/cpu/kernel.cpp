@@ -5,15 +5,6 @@
 // axes costs nothing: it only changes the tables. Transposition happens where a tile is read from and written to
 // token-major memory.
 //
-// vectors.h   vectors of the machine at hand, memory
-// program.h   the structure, as numbers
-// multiply.h  the micro-kernels
-// packing.h   between token-major and feature-major; factors for the micro-kernels
-// team.h      the threads, and how work is divided among them
-// tiles.h     a tile through all steps, forward and back
-// decode.h    the path for few tokens, as in decoding: no tiles
-// routed.h    every token is routed to some of several matrices
-//
 // Here: forward, backward, and the functions that Python calls.
 #include <algorithm>
 #include <vector>

@@ -1,8 +1,4 @@
-"""The compiled kernels: built on demand with the user's compiler, loaded as functions of raw pointers.
-
-They are one translation unit with a C interface, so they are compiled within seconds, once per machine, and work with
-every version of torch.
-"""
+"""The compiled kernels: built once per machine with the user's compiler, loaded as functions of raw pointers."""
 
 from __future__ import annotations
 
@@ -29,14 +25,11 @@ logger = logging.getLogger("einlinear")
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+DTYPES = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 # tried in turn: without OpenMP the kernels run on one thread
 _THREADS = ("-fopenmp",), ()
-_SCRATCH = ".build-"
 # seconds: for the compiler; to wait for another process that compiles; after which nothing compiles any more
-_TIMEOUT = 300
-_PATIENCE = 2 * _TIMEOUT
-_STALE = 3600
+_TIMEOUT, _PATIENCE, _STALE = 300, 600, 3600
 
 
 class Pairs(ctypes.Structure):
@@ -60,9 +53,8 @@ class Library:
                 function = library[f"{name}_{role}"]
                 function.argtypes, function.restype = [*[pointer] * pointers, count, ctypes.c_int], None
                 self.functions[role, dtype] = function
-            function = library[f"{name}_tile"]
+            function = self.functions["tile", dtype] = library[f"{name}_tile"]
             function.argtypes, function.restype = [pointer, count], count
-            self.functions["tile", dtype] = function
 
 
 @lru_cache(maxsize=1)
@@ -78,16 +70,7 @@ def load() -> Library | str:
 
 
 def build(machine_flags: Sequence[str]) -> Path:
-    """Compile the kernels into $EINLINEAR_CACHE (by default ~/.cache/einlinear), or find them there.
-
-    A file is named after a digest of its content, and is compiled anew if the content has changed. Nothing is loaded
-    from a folder that others can write. Processes that want the kernels at once wait for the first of them.
-
-    Raises:
-        RuntimeError: no compiler ($CXX, c++, g++ or clang++), or it fails; with its message.
-        PermissionError: somebody other than this user and root can change the folder; the message says what to do.
-        OSError: the folder cannot be written.
-    """
+    """Return the kernels in $EINLINEAR_CACHE (by default ~/.cache/einlinear), compiled if they are not there intact."""
     compiler = _compiler()
     source = b"".join(path.read_bytes() for path in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
     key = hashlib.sha256(source + repr((compiler, *FLAGS, *machine_flags, _processor())).encode()).hexdigest()[:16]
@@ -112,17 +95,25 @@ def build(machine_flags: Sequence[str]) -> Path:
 def _compiler() -> list[str]:
     """Return the command of the compiler: $CXX may be "ccache g++"."""
     named = os.environ.get("CXX")
-    if named and shutil.which(named):
-        return [named]
-    if named:
-        try:
-            return shlex.split(named, posix=os.name == "posix")
-        except ValueError as error:
-            raise RuntimeError(f"CXX={named!r} is not a command: {error}") from None
-    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
+    if not named:
+        for compiler in filter(shutil.which, ("c++", "g++", "clang++")):
+            return [compiler]
         raise RuntimeError("no C++ compiler found; install g++ or clang++, or name one in $CXX")
-    return [compiler]
+    if shutil.which(named):
+        return [named]
+    try:
+        return shlex.split(named, posix=os.name == "posix")
+    except ValueError as error:
+        raise RuntimeError(f"CXX={named!r} is not a command: {error}") from None
+
+
+def _processor() -> str:
+    """Return the features of the processor, on which -march=native depends: machines may share a home folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
 
 
 def _find(folder: Path, key: str) -> Path | None:
@@ -133,13 +124,9 @@ def _find(folder: Path, key: str) -> Path | None:
 def _is_intact(path: Path) -> bool:
     try:
         check_private(path)
-        return path.stem.endswith(f"-{_digest_of(path)}")
+        return path.stem.endswith(f"-{sha256_of(path)[:32]}")
     except OSError:
         return False
-
-
-def _digest_of(path: Path) -> str:
-    return sha256_of(path)[:32]
 
 
 @contextmanager
@@ -149,35 +136,28 @@ def _lock(folder: Path) -> Iterator[bool]:
     from filelock import FileLock
 
     lock = FileLock(folder / ".lock")
-    try:
+    with suppress(OSError, NotImplementedError):
         lock.acquire(timeout=_PATIENCE)
-    except (OSError, NotImplementedError):
-        yield False
-        return
     try:
-        yield True
+        yield lock.is_locked
     finally:
         lock.release()
 
 
 def _clean(folder: Path, key: str, locked: bool) -> None:
-    """Remove files that are damaged, and folders of compilations that were killed.
-
-    Folders of this machine are stale if this process has the lock; others are if they are old.
-    """
+    """Remove damaged files, and folders of killed compilations: this machine's if it has the lock, others if old."""
     for path in folder.glob(f"kernel-{key}-*.so"):
         if not _is_intact(path):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    for left in (*folder.glob(f"{_SCRATCH}*"), *folder.glob("tmp*")):
-        is_ours = left.name.startswith(_scratch())
+    for left in (*folder.glob(".build-*"), *folder.glob("tmp*")):
         with suppress(OSError):
-            if (locked and is_ours) or left.lstat().st_mtime < time.time() - _STALE:
+            if (locked and left.name.startswith(_scratch())) or left.lstat().st_mtime < time.time() - _STALE:
                 shutil.rmtree(left)
 
 
 def _scratch() -> str:
     """Return the prefix of the folders of compilations on this machine."""
-    return f"{_SCRATCH}{platform.node()}-"
+    return f".build-{platform.node()}-"
 
 
 def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
@@ -186,31 +166,18 @@ def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix=_scratch()) as scratch:
         for threads in _THREADS:
             library = Path(scratch) / "kernel.so"
+            arguments = [*command, *threads, str(SOURCE), "-o", str(library)]
             try:
-                run = subprocess.run(
-                    [*command, *threads, str(SOURCE), "-o", str(library)],
-                    capture_output=True,
-                    text=True,
-                    timeout=_TIMEOUT,
-                )
+                run = subprocess.run(arguments, capture_output=True, text=True, timeout=_TIMEOUT)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
             if run.returncode == 0 and library.is_file():
                 # whatever the umask
                 library.chmod(0o700)
-                path = folder / f"kernel-{key}-{_digest_of(library)}.so"
+                path = folder / f"kernel-{key}-{sha256_of(library)[:32]}.so"
                 # atomic: no other process sees half of the file
                 rename(library, path)
                 return path
             lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
             error_line = error_line or next((line for line in lines if "error" in line), lines[0])
     raise RuntimeError(f"{command[0]!r} does not compile {SOURCE.name}: {error_line}")
-
-
-def _processor() -> str:
-    """Return the features of the processor, on which -march=native depends: machines may share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "multiply.h"
 #include "program.h"
 #include "team.h"
 

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "vectors.h"
+#include "multiply.h"
 
 namespace {
 

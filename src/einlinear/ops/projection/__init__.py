@@ -1,28 +1,85 @@
-"""The structured matrix closest to a given one in Frobenius norm, from the description alone.
+"""`project`: the structured matrix closest to a given one, in Frobenius norm or in its outputs."""
 
-- *Terms of one factor* (dense, block-diagonal, DYAD): every entry of W is shared equally among the terms that have it.
-- *Two factors* (low-rank, Kronecker, TT, Monarch, BTT, every einsum): for each value of the outer axes that both
-  factors have, the other outer axes of the first against those of the second are a matrix whose rank the shared rank
-  axes bound. The truncated SVD is optimal (Eckart and Young; for Kronecker Van Loan and Pitsianis, for Monarch
-  arXiv 2204.00595).
-- *More factors* are split off one after another in this way, which is exact if W has the structure. Otherwise, and for
-  sums of such terms, alternating least squares improves the result: one factor at a time, until a sweep over all of
-  them reduces the squared error by less than TOLERANCE, or for MAX_SWEEPS sweeps. Above 512 x 512 the limit is lower,
-  down to MIN_SWEEPS from 2048 x 2048 on: that costs less than 0.1 % of the error of a chain, 1 to 2 % of BLAST's. Sums
-  and BLAST can end in a local optimum, so random starts are tried as well up to 256 x 256.
+from __future__ import annotations
 
-With the second moment of the inputs, the error of the outputs is minimised instead of that of the weights: in closed
-form for low rank, by L-BFGS for the others (weighted.py, descent.py).
+import torch
+from torch import Tensor
 
-nearest.py    project(), and terms of one factor
-svd.py        two factors, and the start for more
-truncate.py   closest matrices of a lower rank, for many matrices at once
-als.py        alternating least squares
-weighted.py   closest outputs: the start
-descent.py    closest outputs: L-BFGS
-unfolding.py  a matrix as a tensor of a term's axes
-"""
-
-from einlinear.ops.projection.nearest import project
+from einlinear.ops import operands
+from einlinear.ops.projection.als import best_of_restarts, equalized
+from einlinear.ops.projection.svd import is_optimal, split_terms
+from einlinear.ops.projection.unfolding import outer_axes, permute, unfold
+from einlinear.ops.projection.weighted import closest_outputs
+from einlinear.ops.reference import dense_weight
+from einlinear.structures import Structure
+from einlinear.structures.scales import init_std
 
 __all__ = ["project"]
+
+# the smallest variance of a direction, as a fraction of the mean variance
+_FLOOR = 1e-6
+
+
+@torch.no_grad()
+def project(
+    structure: Structure, weight: Tensor, second_moment: Tensor | None = None, steps: int | None = None
+) -> list[Tensor]:
+    """Factors of the best approximation of a matrix.
+
+    Args:
+        structure: the structure of the approximation.
+        weight: (out_features, in_features), of any floating dtype; the computation is in float32 or wider.
+        second_moment: E[x x^T] of the inputs, (in_features, in_features), perhaps singular. With it, the error of the
+            outputs for such inputs is minimised instead of the error of the weight.
+        steps: the maximum number of iterations (of L-BFGS with a second moment, else of alternating least squares); by
+            default as many as pay off.
+
+    Returns:
+        The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device. Those of a
+        term are at the same multiple of their scale at initialisation, so that structure-aware learning rates fit all.
+
+    Raises:
+        ValueError: the weight or the second moment has a wrong shape, or values that are NaN or infinite; the weight is
+            on the meta device.
+        TypeError: a weight of integers, as quantized ones are.
+        RuntimeError: the memory of the weight was released.
+    """
+    expected = (structure.out_features, structure.in_features)
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"the weight has shape {tuple(weight.shape)}, the structure {expected} (out, in)")
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise TypeError(f"a weight of {weight.dtype} cannot be projected: dequantize it, or convert it to float")
+    if weight.is_meta:
+        raise ValueError("a weight on the meta device has no values to project: load it first")
+    operands.check_memory("the weight", weight)
+    if not weight.isfinite().all():
+        raise ValueError("the weight has values that are NaN or infinite: there is nothing close to it")
+    w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    if second_moment is not None and second_moment.any():
+        definite = _definite(second_moment.to(w.device, torch.float64), structure.in_features)
+        factors = closest_outputs(structure, w, definite, steps)
+    elif all(len(term.factors) == 1 for term in structure.terms):
+        factors = _share(structure, w)
+    else:
+        factors = split_terms(structure, w)
+        if not is_optimal(structure):
+            factors = best_of_restarts(structure, w, factors, steps)
+    stds = zip(factors, init_std(structure), strict=True)
+    multiples = [float(factor.square().mean().sqrt()) / std for factor, std in stds]
+    return [factor.to(weight.dtype).contiguous() for factor in equalized(structure, factors, multiples)]
+
+
+def _definite(second_moment: Tensor, n: int) -> Tensor:
+    """The second moment, scaled to a mean variance of 1 and made positive definite."""
+    if tuple(second_moment.shape) != (n, n):
+        raise ValueError(f"the second moment has shape {tuple(second_moment.shape)}, not ({n}, {n})")
+    if not second_moment.isfinite().all():
+        raise ValueError("the second moment has values that are NaN or infinite: check the inputs it was computed from")
+    return second_moment / second_moment.diagonal().mean() + _FLOOR * torch.eye(n).to(second_moment)
+
+
+def _share(structure: Structure, w: Tensor) -> list[Tensor]:
+    """Least squares of least norm for terms of one factor: each entry of W is shared among the terms that have it."""
+    ones = [w.new_ones(factor.shape) for factor in structure.factors]
+    shared = w / dense_weight(structure, ones).clamp(min=1)
+    return [permute(unfold(shared, structure, t), outer_axes(t), t.factors[0].axes) for t in structure.terms]

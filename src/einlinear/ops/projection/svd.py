@@ -1,20 +1,109 @@
-"""Approximation by successive SVDs, which split off one factor of a term after another."""
+"""Successive truncated SVDs, which split off one factor of a term after another.
+
+For each value of the outer axes that both factors have, the other outer axes of the first against those of the second
+are a matrix whose rank the rank axes bound. For two factors the truncated SVD is optimal (Eckart and Young; for
+Kronecker Van Loan and Pitsianis, for Monarch arXiv 2204.00595). More factors are exact if W has the structure.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.projection.truncate import truncated
 from einlinear.ops.projection.unfolding import count, is_padded, merge, outer_axes, permute, unfold, unmerge
 from einlinear.ops.reference import term_weight
 from einlinear.structures import Structure, Term
 
+# The truncated eigenvalues must be this many times as large as the rounding error of a Gram matrix.
+_RESOLVED = 100.0
+# rows up to which LAPACK, one matrix after the other, gains nothing from a second core; chunks of matrices per core
+_SMALL, _CHUNKS = 256, 16
+# rows above which, and 1 / the share of the eigenvectors up to which, it pays off to compute only some of them
+_LARGE, _FEW = 1024, 4
+# columns of a Gram matrix that are computed at a time
+_PANEL = 512
+
+
+def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Truncate the SVD of (batch, rows, columns): (batch, rows, rank) and (batch, rank, columns) of equal norms.
+
+    float64 takes the SVD. float32 takes the eigenvectors of M M^T, several times faster on a CPU, unless the truncated
+    singular values, which that squares, drown in rounding errors.
+    """
+    if matrices.dtype == torch.float64:
+        return by_svd(matrices, rank)
+    if matrices.shape[1] > matrices.shape[2]:
+        second, first = truncated(matrices.mT, rank)
+        return first.mT, second.mT
+    cores = torch.get_num_threads()
+    if matrices.device.type != "cpu" or matrices.shape[1] > _SMALL or len(matrices) < 2 * cores:
+        return _by_gram(matrices, rank)
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(lambda part: _by_gram(part, rank), matrices.chunk(_CHUNKS * cores)))
+    finally:
+        # the number that new threads start with
+        torch.set_num_threads(cores)
+    return torch.cat([first for first, _ in parts]), torch.cat([second for _, second in parts])
+
+
 # a function such as `truncated`
 Truncate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def by_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Compute `truncated`, always by SVD."""
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    root = s[:, :rank].sqrt()
+    return u[:, :, :rank] * root[:, None, :], v[:, :rank] * root[:, :, None]
+
+
+def _by_gram(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Compute `truncated` by Gram matrices, for no more rows than columns."""
+    rows = matrices.shape[1]
+    # lower triangles, in panels: eigensolvers read nothing else
+    gram = matrices.new_zeros(len(matrices), rows, rows)
+    for start in range(0, rows, _PANEL):
+        gram[:, start:, start : start + _PANEL] = matrices[:, start:] @ matrices[:, start : start + _PANEL].mT
+    eigenvalue_sum = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
+    values, vectors = _largest(gram, rank)
+    first = vectors.flip(2)
+    second = first.mT @ matrices
+    root = torch.linalg.vector_norm(second, dim=2).sqrt()
+    first = first * root[:, None, :]
+    second = second / root[:, :, None].clamp_min(torch.finfo(root.dtype).tiny)
+    rounding = torch.finfo(values.dtype).eps * rows**0.5 * values[:, -1]
+    drowned = eigenvalue_sum - values.sum(1, dtype=torch.float64) <= _RESOLVED * rounding
+    if drowned.any():
+        first[drowned], second[drowned] = by_svd(matrices[drowned], rank)
+    return first, second
+
+
+def _largest(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues, ascending, and their eigenvectors."""
+    rows = gram.shape[1]
+    if gram.is_cpu and rows > _LARGE and _FEW * rank <= rows and find_spec("scipy"):
+        # torch computes all eigenvectors or none
+        from scipy.linalg import LinAlgError, eigh
+
+        options = {"subset_by_index": (rows - rank, rows - 1), "driver": "evr", "check_finite": False}
+        try:
+            pairs = [eigh(matrix.numpy(), **options) for matrix in gram]
+        except LinAlgError:
+            # no convergence
+            pairs = []
+        # where values are equal up to rounding, LAPACK may miss some
+        if pairs and all(len(values) == rank for values, _ in pairs):
+            # QR makes the vectors of close values orthogonal
+            vectors = torch.linalg.qr(torch.stack([torch.from_numpy(vectors) for _, vectors in pairs]))[0]
+            return torch.stack([torch.from_numpy(values) for values, _ in pairs]), vectors
+    values, vectors = torch.linalg.eigh(gram)
+    return values[:, -rank:], vectors[:, :, -rank:]
 
 
 def split_terms(structure: Structure, w: Tensor, truncate: Truncate = truncated) -> list[Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from einlinear.ops.reference import einsum
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
@@ -26,16 +27,9 @@ def is_padded(structure: Structure, term: Term) -> bool:
 def unfold(w: Tensor, structure: Structure, term: Term) -> Tensor:
     """Pad a matrix with zeros and give it one dimension per outer axis; an axis of both ends keeps its diagonal."""
     sizes = dict(structure.sizes)
-    size_out, size_in = count(term.outputs, sizes), count(term.inputs, sizes)
-    tensor = F.pad(w, (0, size_in - w.shape[1], 0, size_out - w.shape[0]))
-    tensor = tensor.reshape([sizes[a] for a in term.outputs + term.inputs])
-    names = [f"{a} out" for a in term.outputs] + [f"{a} in" for a in term.inputs]
-    for axis in term.outputs:
-        if axis in term.inputs:
-            first, second = names.index(f"{axis} out"), names.index(f"{axis} in")
-            tensor = tensor.diagonal(dim1=first, dim2=second)
-            names = [name for i, name in enumerate(names) if i not in (first, second)] + [f"{axis} out"]
-    return permute(tensor, tuple(name.split()[0] for name in names), outer_axes(term))
+    axes = term.outputs + term.inputs
+    padding = (0, count(term.inputs, sizes) - w.shape[1], 0, count(term.outputs, sizes) - w.shape[0])
+    return einsum([axes], outer_axes(term), F.pad(w, padding).reshape([sizes[a] for a in axes]))
 
 
 def permute(tensor: Tensor, axes: Axes, order: Axes) -> Tensor:
@@ -55,5 +49,4 @@ def unmerge(tensor: Tensor, groups: Sequence[Axes], order: Axes, sizes: Mapping[
 
 
 def count(axes: Axes, sizes: Mapping[str, int]) -> int:
-    """The number of entries of some axes."""
     return math.prod(sizes[axis] for axis in axes)

@@ -1,32 +1,42 @@
 """The structured matrix with the closest outputs, for inputs x with the second moment C = E[x x^T].
 
-The objective is E|(W - V) x|^2 = tr((W - V) C (W - V)^T) over all V of the structure. If C is block-diagonal, with a
-block C_g = L_g L_g^T for all features that the first factor sums at once, this is the plain projection in other
-variables: V L closest to W L. Low rank has a single block, so that is the solution. For other structures it is the
-start. From there L-BFGS reduces the exact error over all factors at once (descent.py), in the same variables: they make
-the problem well conditioned for any C.
+The objective is tr((W - V) C (W - V)^T) over all V of the structure. If C is block-diagonal, with a block L L^T for all
+features that the first factor sums at once, V L is the plain projection of W L. For low rank, which has a single block,
+this is the solution, for others the start. From there L-BFGS reduces the exact error in the same, well conditioned
+variables. If it is cheap, every step solves for the best last factor (variable projection, Golub and Pereyra).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.projection.als import balanced
-from einlinear.ops.projection.descent import descend, error_of
+from einlinear.ops.projection.als import equalized
 from einlinear.ops.projection.svd import is_optimal, split
-from einlinear.ops.projection.unfolding import count, outer_axes, permute, unfold
-from einlinear.ops.reference import einsum, term_weight
+from einlinear.ops.projection.unfolding import count, merge, outer_axes, unfold, unmerge
+from einlinear.ops.reference import dense_weight, einsum, term_weight
 from einlinear.structures import Factor, Structure, Term, structure
 from einlinear.structures.pattern import Axes, TermPattern
 
 # Noise as a fraction of the mean variance: rounding errors of float32 sums over many tokens are about as large.
-_NOISE = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+_NOISE = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+# the same for the equations of the last factor
+_RIDGES = (1e-7, 1e-5, 1e-3)
+# L-BFGS ends if _BETWEEN steps reduce the squared error by less than this fraction.
+_TOLERANCE, _BETWEEN = 1e-3, 10
+# the number of steps, limited by multiply-accumulates
+_MIN_STEPS, _MAX_STEPS, _WORK = 10, 100, 10**12
+# The last factor is solved for if the matrix it multiplies has at most this many times the entries of W.
+_CHEAP = 4
+
+# from variables to factors; the last factor of a term with several is a variable itself
+Colours = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def closest_outputs(s: Structure, w: Tensor, second_moment: Tensor, steps: int | None = None) -> list[Tensor]:
@@ -44,19 +54,21 @@ def closest_outputs(s: Structure, w: Tensor, second_moment: Tensor, steps: int |
         return [firsts[i].colour(v) if i in firsts else v for i, v in enumerate(variables)]
 
     whitened = [firsts[i].whiten(f, firsts[i].factor.axes) if i in firsts else f for i, f in enumerate(start)]
-    return descend(s, w, c, balanced(s, whitened), coloured, steps)
+    return _descend(s, w, c, equalized(s, whitened), coloured, steps)
+
+
+def error_of(s: Structure, w: Tensor, c: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """tr((V - W) C (V - W)^T), for the V of the factors."""
+    difference = dense_weight(s, factors) - w
+    return ((difference @ c) * difference).sum()
 
 
 @dataclass(frozen=True)
 class _FirstFactor:
-    """The first factor of a term, and the whitening of the n input features that it sums.
-
-    Attributes:
-        factor: the factor.
-        roots: L, (batch, n, n), lower triangular, one for each value of the factor's batch axes.
-    """
+    """The first factor of a term, and the whitening of the n input features that it sums."""
 
     factor: Factor
+    # L, (batch, n, n), lower triangular, one for each value of the factor's batch axes
     roots: Tensor
 
     @classmethod
@@ -69,9 +81,12 @@ class _FirstFactor:
         other = tuple(f"{axis}'" if axis in factor.contracted else axis for axis in term.inputs)
         shape = [sizes[axis] for axis in term.inputs]
         result = factor.batch + factor.contracted + tuple(f"{axis}'" for axis in factor.contracted)
-        n = count(factor.contracted, sizes)
+        n = factor.fan_in
         blocks = einsum([(*term.inputs, *other)], result, c.reshape(shape + shape)).reshape(-1, n, n)
-        return cls(factor, _root(blocks / count(factor.free, sizes)))
+        roots, definite = _cholesky(blocks / count(factor.free, sizes), _NOISE)
+        if not definite:
+            raise ValueError("the second moment is not positive semidefinite, as that of any inputs is")
+        return cls(factor, roots)
 
     def whiten(self, tensor: Tensor, axes: Axes) -> Tensor:
         """Multiply a tensor that has the batch and contracted axes, among others, with L."""
@@ -84,22 +99,20 @@ class _FirstFactor:
 
     def _along(self, tensor: Tensor, axes: Axes, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         batch, contracted = self.factor.batch, self.factor.contracted
-        order = batch + tuple(axis for axis in axes if axis not in batch + contracted) + contracted
-        ordered = permute(tensor, axes, order)
-        flat = ordered.reshape(len(self.roots), -1, self.roots.shape[1])
-        return permute(product(flat, self.roots.to(tensor.dtype)).reshape(ordered.shape), order, axes)
+        groups = batch, tuple(axis for axis in axes if axis not in batch + contracted), contracted
+        flat = product(merge(tensor, axes, groups), self.roots.to(tensor.dtype))
+        return unmerge(flat, groups, axes, dict(zip(axes, tensor.shape, strict=True)))
 
 
-def _root(second_moments: Tensor) -> Tensor:
-    """The Cholesky factors of matrices (batch, n, n), definite up to rounding, with as little noise as needed."""
-    variance = second_moments.diagonal(dim1=1, dim2=2).mean()
-    identity = torch.eye(second_moments.shape[1]).to(second_moments)
-    for noise in (0.0, *_NOISE):
-        root: Tensor
-        root, failed = torch.linalg.cholesky_ex(second_moments + noise * variance * identity)
+def _cholesky(matrices: Tensor, ridges: Sequence[float]) -> tuple[Tensor, bool]:
+    """The roots with the first ridge, a fraction of the mean diagonal, that makes all matrices positive definite."""
+    mean = matrices.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-300)
+    identity = torch.eye(matrices.shape[1]).to(matrices)
+    for ridge in ridges:
+        roots, failed = torch.linalg.cholesky_ex(matrices + ridge * mean * identity)
         if not failed.any():
-            return root
-    raise ValueError("the second moment is not positive semidefinite, as that of any inputs is")
+            return roots, True
+    return roots, False
 
 
 def _split(s: Structure, w: Tensor, readers: Sequence[_FirstFactor]) -> list[Tensor]:
@@ -107,8 +120,7 @@ def _split(s: Structure, w: Tensor, readers: Sequence[_FirstFactor]) -> list[Ten
     factors: list[Tensor] = []
     residual = w
     for reader, term in zip(readers, s.terms, strict=True):
-        target = reader.whiten(unfold(residual, s, term), outer_axes(term))
-        first, *others = split(s, term, target)
+        first, *others = split(s, term, reader.whiten(unfold(residual, s, term), outer_axes(term)))
         term_factors = [reader.colour(first), *others]
         residual = residual - term_weight(s, term, term_factors)
         factors += term_factors
@@ -125,8 +137,108 @@ def _two_factor_start(s: Structure, w: Tensor, second_moment: Tensor) -> list[li
     if not {*first.axes} ^ {*last.axes} <= outer or any(not {*factor.axes} <= ends for factor in between):
         return []
     without = TermPattern(term.inputs, (first.axes, last.axes), term.outputs)
-    simple = structure(str(without), s.in_features, s.out_features, sizes={a: n for a, n in s.sizes})
-    ends_by_axes = {
-        f.axes: factor for f, factor in zip(simple.factors, closest_outputs(simple, w, second_moment), strict=True)
-    }
-    return [[ends_by_axes[f.axes] if f in (first, last) else w.new_ones(f.shape) for f in term.factors]]
+    simple = structure(str(without), s.in_features, s.out_features, sizes=dict(s.sizes))
+    closest = zip(simple.factors, closest_outputs(simple, w, second_moment), strict=True)
+    by_axes = {factor.axes: tensor for factor, tensor in closest}
+    return [[by_axes[f.axes] if f in (first, last) else w.new_ones(f.shape) for f in term.factors]]
+
+
+def _descend(
+    s: Structure, w: Tensor, c: Tensor, variables: Sequence[Tensor], coloured: Colours, steps: int | None
+) -> list[Tensor]:
+    """Reduce the error of outputs from a start by L-BFGS, and return the factors."""
+    scale = float(((w @ c) * w).sum())
+    if scale == 0:
+        return coloured(variables)
+    max_steps = min(_MAX_STEPS, max(_MIN_STEPS, _WORK // (w.numel() * len(c))))
+    steps = max_steps if steps is None else min(steps, max_steps)
+    last = _LastFactor.of(s, w, c)
+    searched = [v.contiguous().clone().requires_grad_() for v in (variables[:-1] if last else variables)]
+
+    def factors() -> list[Tensor]:
+        return coloured([*searched, variables[-1]])[:-1] if last else coloured(searched)
+
+    def closure() -> Tensor:
+        error = (last.error(factors()) if last else error_of(s, w, c, factors())) / scale
+        for variable, gradient in zip(searched, torch.autograd.grad(error, searched), strict=True):
+            variable.grad = gradient.contiguous()
+        return error.detach()
+
+    search = torch.optim.LBFGS(searched, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
+    previous = math.inf
+    with torch.enable_grad():
+        for done in range(0, steps, _BETWEEN):
+            search.param_groups[0]["max_iter"] = min(_BETWEEN, steps - done)
+            # the error before these steps
+            error = float(search.step(closure))
+            if previous - error < _TOLERANCE * error:
+                break
+            previous = error
+    best = [factor.detach() for factor in factors()]
+    return [*best, last.best(best)] if last else best
+
+
+@dataclass(frozen=True)
+class _LastFactor:
+    """The last factor of a structure of one term, and the least squares problem that it solves.
+
+    The other factors give z of shape (batch, contracted, free, in_features); b, s, d, i in einsums, and e for new.
+    W and W C are (batch, new, free, in_features).
+    """
+
+    s: Structure
+    term: Term
+    c: Tensor
+    w: Tensor
+    wc: Tensor
+
+    @classmethod
+    def of(cls, s: Structure, w: Tensor, c: Tensor) -> _LastFactor | None:
+        """Return None if the last factor has to be searched for as well."""
+        term, sizes = s.terms[0], dict(s.sizes)
+        last = term.factors[-1]
+        # with free axes, padding rows would count, since they share entries of the factor with outputs
+        shares = last.free and count(term.outputs, sizes) > s.out_features
+        if len(s.terms) > 1 or len(term.factors) < 2 or set(term.inputs) & set(term.outputs) or shares:
+            return None
+        if count(last.source, sizes) > _CHEAP * s.out_features:
+            return None
+
+        def by_row(matrix: Tensor) -> Tensor:
+            groups = (last.batch, last.new, last.free, term.inputs)
+            return merge(unfold(matrix, s, term), outer_axes(term), groups)[..., : s.in_features]
+
+        return cls(s, term, c, by_row(w), by_row(w @ c))
+
+    @torch.no_grad()
+    def best(self, others: Sequence[Tensor]) -> Tensor:
+        """The last factor of least error, given the others."""
+        last, z = self.term.factors[-1], self._multiplied(others)
+        groups = (last.batch, last.new, last.contracted)
+        return unmerge(self._solved(z, z @ self.c), groups, last.axes, dict(self.s.sizes))
+
+    def error(self, others: Sequence[Tensor]) -> Tensor:
+        """The error with the best last factor. Its gradient is that for a fixed last factor (envelope theorem)."""
+        z = self._multiplied(others)
+        with torch.no_grad():
+            zc = z @ self.c
+            solved = self._solved(z, zc)
+            residual = self.wc - torch.einsum("bes,bsdi->bedi", solved, zc)
+            error = ((self.w - torch.einsum("bes,bsdi->bedi", solved, z)) * residual).sum()
+            slope = -2 * torch.einsum("bes,bedi->bsdi", solved, residual)
+        return error + ((z - z.detach()) * slope).sum()
+
+    def _solved(self, z: Tensor, zc: Tensor) -> Tensor:
+        """The last factor as matrices, (batch, new, contracted)."""
+        gram = torch.einsum("bsdi,btdi->bst", zc, z).double()
+        right = torch.einsum("bsdi,bedi->bse", z, self.wc).double()
+        roots, _ = _cholesky(gram, _RIDGES)
+        return torch.cholesky_solve(right, roots).to(z.dtype).transpose(1, 2)
+
+    def _multiplied(self, others: Sequence[Tensor]) -> Tensor:
+        """The product z of the other factors, (batch, contracted, free, in_features)."""
+        last, sizes = self.term.factors[-1], dict(self.s.sizes)
+        groups = (last.batch, last.contracted, last.free)
+        before = Term(self.term.inputs, self.term.factors[:-1], sum(groups, ()))
+        z = term_weight(replace(self.s, out_features=count(before.outputs, sizes)), before, others)
+        return z.reshape([count(axes, sizes) for axes in groups] + [self.s.in_features])

@@ -1,30 +1,169 @@
-"""Launches of the kernels: memory for the result, candidate tiles, number of programs, arguments.
+"""Launches of the kernels: the plan of their steps with sizes and strides as numbers, tiles, programs, arguments.
 
-With a routing, weights are stacked, intermediates have a row for every slot (`slots.py`), and the first and the last
-step address the rows of tokens and pairs themselves: there is no separate gather or scatter.
+A kernel walks each group of axes (batch, contracted, free, new) by one flat index and finds the index of every axis by
+division. Any order of axes is read and written in place. Axes that are neighbours in all tensors are merged first.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from einlinear.ops.triton import tile_sizes
-from einlinear.ops.triton.slots import EVERY_SLOT, Rows, Slots
-from einlinear.ops.triton.strided_steps import Layout, StridedStep
-from einlinear.ops.triton.tile_sizes import Tile
+from einlinear.structures import Factor, Structure
+from einlinear.structures.pattern import Axes
 
+# for each axis, slowest first: its size, its strides in the factor, the source and the result (0 where it is absent)
+Group = tuple[tuple[int, ...], ...]
+
+# bytes that the memory of a GPU moves at once
+SECTOR = 32
 # options of the compiler; written out since the default is about to change
 OPTIONS = {"enable_fp_fusion": True}
 # whether to measure which of the candidate tiles is fastest, or to take the first
 TUNE = os.environ.get("EINLINEAR_TUNE") != "0"
+# the tokens of a tile never exceed a block of slots, which belongs to one expert
+BLOCK_SLOTS = 64
+# bytes of shared memory that every supported GPU has for one program; tuning drops tiles that need more
+SHARED = 101_376
+
+# candidates for the two sides of a tile of sums, and the summands that are loaded at once, by the bytes of a number
+_SIDES = ((64, 64), (128, 64), (64, 128), (128, 128), (32, 64), (16, 64), (32, 32), (16, 16))
+_DEPTH = {2: 64, 4: 16}
+# the shortest side of a tile that the matrix units take; sums in a tile: 128 of 255 registers of each of 256 threads
+_MIN_SIDE, _MAX_SUMS = 16, 256 * 128
+# partial sums of the gradient of a factor are over this many tokens or more
+_MIN_SHARE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The layout of an input, intermediate or output: axes, slowest first; tokens are the slowest or the fastest."""
+
+    axes: Axes
+    sizes: Mapping[str, int]
+    # those that exist; the rest, up to the product of the sizes of the axes, is padding
+    features: int
+    tokens_last: bool = False
+
+    @property
+    def fastest_axis(self) -> str | None:
+        """The axis whose entries are neighbours in memory; None for the tokens."""
+        long = [axis for axis in self.axes if self.sizes[axis] > 1]
+        return None if self.tokens_last or not long else long[-1]
+
+    @property
+    def limit(self) -> int:
+        """The number of features if there is padding, else 0."""
+        return self.features if self.features < math.prod(self.sizes[axis] for axis in self.axes) else 0
+
+
+@dataclass(frozen=True, eq=False)
+class StridedStep:
+    """The contraction of one factor: its axes, their groups as in `structures.Factor`, and the layouts of both ends."""
+
+    factor: Axes
+    batch: Axes
+    free: Axes
+    new: Axes
+    contracted: Axes
+    source: Layout
+    result: Layout
+
+    @cached_property
+    def transposed(self) -> StridedStep:
+        """The step from the gradient of the result to the gradient of the source."""
+        return replace(self, new=self.contracted, contracted=self.new, source=self.result, result=self.source)
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """The groups as constants of the kernels."""
+        groups = {"BATCH": self.batch, "FREE": self.free, "NEW": self.new, "CONTRACTED": self.contracted}
+        return {name: self._group(axes) for name, axes in groups.items()}
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """The number of entries of each group."""
+        return {name: math.prod(axis[0] for axis in group) for name, group in zip("BFNK", self.groups.values())}
+
+    def run(self, axes: Axes) -> int:
+        """Return the number of features of a group that are neighbours in the source or the result."""
+        fastest = self.source.fastest_axis, self.result.fastest_axis
+        return max((self.source.sizes[axis] for axis in axes if axis in fastest), default=1)
+
+    def _group(self, axes: Axes) -> Group:
+        """The sizes and strides of a group, neighbours merged; never empty."""
+        sizes = self.source.sizes
+        strides = [_contiguous_strides(layout, sizes) for layout in (self.factor, self.source.axes, self.result.axes)]
+        # in the order of the factor, where most axes merge; the fastest axis of the source or the result last
+        order, fastest = (*self.factor, *self.source.axes), (self.source.fastest_axis, self.result.fastest_axis)
+        merged: list[tuple[int, ...]] = []
+        for axis in sorted(axes, key=lambda axis: (axis in fastest, order.index(axis))):
+            entry = (sizes[axis], *(tensor.get(axis, 0) for tensor in strides))
+            if entry[0] == 1:
+                continue
+            if merged and all(slow == fast * entry[0] for slow, fast in zip(merged[-1][1:], entry[1:], strict=True)):
+                entry = (merged.pop()[0] * entry[0], *entry[1:])
+            merged.append(entry)
+        return tuple(merged) or ((1, 0, 0, 0),)
+
+
+@lru_cache(maxsize=4096)
+def plan(structure: Structure) -> tuple[tuple[StridedStep, ...], ...]:
+    """The steps of every term. Inputs and outputs are token-major."""
+    sizes, terms = dict(structure.sizes), []
+    for term in structure.terms:
+        between = (_between(first, second, sizes) for first, second in pairwise(term.factors))
+        outputs = Layout(term.outputs, sizes, structure.out_features)
+        layouts = pairwise((Layout(term.inputs, sizes, structure.in_features), *between, outputs))
+        steps = zip(term.factors, layouts, strict=True)
+        terms.append(tuple(StridedStep(f.axes, f.batch, f.free, f.new, f.contracted, *ends) for f, ends in steps))
+    return tuple(terms)
+
+
+def _between(first: Factor, second: Factor, sizes: Mapping[str, int]) -> Layout:
+    """The layout of an intermediate that both steps reach in runs of at least a sector.
+
+    It is token-major if a new axis of the first step is long enough and the second step contracts it or keeps it free.
+    Otherwise (as in a BTT of small rank, whose new axes are the batch of the next step) the tokens come last.
+    """
+    axes = (*first.batch, *first.free, *first.new)
+    long = [axis for axis in first.new if 2 * sizes[axis] >= SECTOR and axis not in second.batch]
+    if not long:
+        return Layout(axes, sizes, first.result_size, tokens_last=True)
+    last = max(long, key=lambda axis: (axis in second.contracted, sizes[axis]))
+    return Layout((*(axis for axis in axes if axis != last), last), sizes, first.result_size)
+
+
+def _contiguous_strides(axes: Axes, sizes: Mapping[str, int]) -> dict[str, int]:
+    return dict(zip(reversed(axes), accumulate((sizes[axis] for axis in reversed(axes)), mul, initial=1)))
+
+
+class Slots(NamedTuple):
+    """Rows of tokens, sorted by expert, in blocks of BLOCK_SLOTS that belong to one expert each."""
+
+    # (n, active), the slot of every pair of a token and an expert
+    positions: Tensor
+    # (blocks,) int32, the expert of every block
+    experts: Tensor
+    # (number of experts + 1,) int32, the first slot of each expert, and the end
+    starts: Tensor
+
+
+class Tile(NamedTuple):
+    """One configuration of a kernel: (name, size) pairs of its BLOCK_ arguments, warps, depth of the pipeline."""
+
+    blocks: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int
 
 
 def interpreting() -> bool:
@@ -32,143 +171,90 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Operand(NamedTuple):
-    """An input, intermediate or gradient, and the rows of the slots in it."""
+def multiply(
+    step: StridedStep, weight: Tensor, source: Tensor, bias: Tensor | None = None, slots: Slots | None = None
+) -> Tensor:
+    """Return the result of a step. With slots, the weight is stacked, and the rows of the source are slots."""
+    from einlinear.ops.triton.kernels import forward_step
 
-    tensor: Tensor
-    rows: Rows = EVERY_SLOT
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """The launches of one product.
-
-    Attributes:
-        tokens: the number of tokens, or of slots.
-        slots: the pairs of tokens and experts if there is a routing, else None.
-    """
-
-    tokens: int
-    slots: Slots | None = None
-
-    def forward(
-        self,
-        step: StridedStep,
-        weight: Tensor,
-        source: Operand,
-        rows: Rows = EVERY_SLOT,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Return the result of a step, plus the bias and the residual, which has the layout of the result.
-
-        With slots, the weight is stacked, and `rows` are the rows of the slots in the result.
-        """
-        from einlinear.ops.triton.kernels import forward_step
-
-        x = source.tensor
-        result = self._empty(step.result, rows, x)
-        source_address, result_address = _address(x, step.source), _address(result, step.result)
-        # without slots, padding of the tokens included
-        tokens = self.tokens if self.slots else max(source_address[2], result_address[2])
-        sizes = dict(zip("BFN", step.counts), T=tokens)
-        _launch(
-            forward_step, lambda blocks: _count_blocks(sizes, blocks),
-            tile_sizes.forward_tiles(step, x.itemsize, self._tile_tokens, tile_sizes.device_limits(x.device)),
-            x, weight, bias, residual, result,
-            source.rows.numbers, source.rows.gates, rows.numbers, self.slots and self.slots.experts,
-            *source_address, *result_address, step.params, _bucket(self.tokens), **self._constants(step, x.dtype),
-        )  # fmt: skip
+    tokens, features = source.shape[1 if step.source.tokens_last else 0], step.result.features
+    result = source.new_empty((features, tokens) if step.result.tokens_last else (tokens, features))
+    if not tokens:
         return result
-
-    def backward(
-        self,
-        step: StridedStep,
-        weight: Tensor,
-        source: Operand,
-        grad: Operand,
-        joint: bool,
-        rows: Rows = EVERY_SLOT,
-        residual: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradient of the factor and, if joint (which `fits_joint` allows), that of the source.
-
-        `grad` is the gradient of the result. The residual is added to the gradient of the source, in which the slots
-        have these rows.
-        """
-        from einlinear.ops.triton.kernels import backward_step
-
-        x = source.tensor
-        grad_source = self._empty(step.source, rows, x) if joint else None
-        addresses = [
-            _address(grad.tensor, step.result),
-            _address(x, step.source),
-            (0, 0, 0) if grad_source is None else _address(grad_source, step.source),
-        ]
-        tiles = self._backward_tiles(step, weight, joint)
-        if self.slots is None:
-            limits = tile_sizes.device_limits(x.device)
-            share = tile_sizes.share(step, x.itemsize, _bucket(self.tokens), limits, joint)
-            tokens = max(address[2] for address in addresses)
-            splits = max(_count_shares(tokens, step.counts[1], share, dict(tile.blocks)) for tile in tiles)
-            dtype = torch.float32 if splits > 1 else weight.dtype
-            grad_factors = weight.new_empty((splits, *weight.shape), dtype=dtype)
-        else:
-            # the slots of each expert are summed by one program
-            share, splits, grad_factors = 0, len(weight), torch.empty_like(weight)
-        batch, _, new, contracted = step.counts
-        sizes = {"B": batch, "N": new, "K": contracted}
-        _launch(
-            backward_step, lambda blocks: splits * _count_blocks(sizes, blocks), tiles,
-            grad.tensor, weight, x, residual, grad_source, grad_factors,
-            grad.rows.numbers, source.rows.numbers, source.rows.gates, rows.numbers,
-            self.slots and self.slots.starts,
-            *addresses[0], *addresses[1], *addresses[2], step.params, _bucket(self.tokens),
-            **self._constants(step, x.dtype), SHARE=share,
-        )  # fmt: skip
-        if self.slots is not None:
-            return grad_factors, grad_source
-        return grad_factors.sum(0).to(weight.dtype) if splits > 1 else grad_factors[0], grad_source
-
-    def fits_joint(self, step: StridedStep, weight: Tensor) -> bool:
-        """Return whether a tile can hold a whole matrix of the factor, as the joint backward step needs it."""
-        return bool(self._backward_tiles(step, weight, joint=True))
-
-    def _backward_tiles(self, step: StridedStep, weight: Tensor, joint: bool) -> tuple[Tile, ...]:
-        limits = tile_sizes.device_limits(weight.device)
-        return tile_sizes.backward_tiles(step, weight.itemsize, self._tile_tokens, limits, joint)
-
-    @property
-    def _tile_tokens(self) -> int:
-        """The largest number of tokens of a tile that is of use."""
-        return self.slots.block_size if self.slots else _bucket(self.tokens)
-
-    def _empty(self, layout: Layout, rows: Rows, like: Tensor) -> Tensor:
-        """Memory for a tensor. Tokens that come last are padded to whole sectors; kernels write zeros there."""
-        n = rows.total or self.tokens
-        return like.new_empty((layout.features, math.ceil(n / 16) * 16) if layout.tokens_last else (n, layout.features))
-
-    def _constants(self, step: StridedStep, dtype: torch.dtype) -> dict[str, Any]:
-        return {
-            **step.groups,
-            **dict(zip("BFNK", step.counts, strict=True)),
-            "SOURCE_LIMIT": step.source.limit,
-            "RESULT_LIMIT": step.result.limit,
-            "PRECISION": _precision(dtype),
-            "BLOCK_SLOTS": self.slots.block_size if self.slots else 0,
-        }
+    sizes = {"T": tokens, "B": step.counts["B"], "F": step.counts["F"], "N": step.counts["N"]}
+    tiles = _tiles(step, source.dtype, BLOCK_SLOTS if slots else _padded(tokens), False)
+    _launch(
+        forward_step, sizes, tiles, source, weight, bias, result, slots and slots.experts, tokens,
+        *_strides(source, step.source), *_strides(result, step.result), _padded(tokens),
+        **_constants(step, source.dtype), BLOCK_SLOTS=BLOCK_SLOTS,
+    )  # fmt: skip
+    return result
 
 
-def _launch(
-    kernel: Any, programs: Callable[[Mapping[str, int]], int], tiles: Sequence[Tile], *args: Any, **constants: Any
-) -> None:
-    """Run a kernel with the fastest of these tiles, or with the first if none is measured."""
-    tensor = next(arg for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device_of(tensor):
+def gradient_of_factor(
+    step: StridedStep, weight: Tensor, source: Tensor, grad: Tensor, slots: Slots | None = None
+) -> Tensor:
+    """Return the gradient of a step's factor, given that of its result. Partial sums are added in a fixed order."""
+    from einlinear.ops.triton.kernels import factor_gradient
 
-        def grid(blocks: Mapping[str, int]) -> tuple[int]:
-            return (programs(blocks),)
+    tokens = source.shape[1 if step.source.tokens_last else 0]
+    if not tokens:
+        return torch.zeros_like(weight)
+    share = share_of_tokens(step, source.itemsize)
+    # the slots of each expert are summed by one program
+    splits = len(weight) if slots else -(-tokens // share)
+    partial = slots is None and splits > 1
+    shape = weight.shape if slots else (splits, *weight.shape)
+    result = weight.new_empty(shape, dtype=torch.float32 if partial else weight.dtype)
+    sizes = {"SPLITS": splits, "B": step.counts["B"], "N": step.counts["N"], "K": step.counts["K"]}
+    tiles = _tiles(step, source.dtype, BLOCK_SLOTS if slots else _padded(tokens), True)
+    _launch(
+        factor_gradient, sizes, tiles, grad, source, result, slots and slots.starts, tokens,
+        *_strides(grad, step.result), *_strides(source, step.source), _padded(tokens),
+        **_constants(step, source.dtype), SHARE=share,
+    )  # fmt: skip
+    if partial:
+        return result.sum(0).to(weight.dtype)
+    return result if slots else result[0]
 
+
+def share_of_tokens(step: StridedStep, itemsize: int) -> int:
+    """The tokens that one program sums, so that partial sums in float32 move at most half as much as the operands."""
+    params = math.prod(step.source.sizes[axis] for axis in step.factor)
+    return max(_MIN_SHARE, _power(16 * params // (itemsize * (step.source.features + step.result.features))))
+
+
+@lru_cache(maxsize=4096)
+def _tiles(step: StridedStep, dtype: torch.dtype, tokens: int, gradient: bool) -> tuple[Tile, ...]:
+    """The candidates that fit the registers of a GPU, for about this many tokens; the first fits any shared memory.
+
+    The sums of a tile are m x n and the summands k, with m = tokens x free; for a gradient, n x k and m.
+    """
+    itemsize, counts = dtype.itemsize, step.counts
+    # blocks of batch and free axes that reach memory in whole sectors
+    sector = SECTOR // itemsize
+    b, f = min(_power(step.run(step.batch)), sector), min(_power(step.run(step.free)), 2 * sector)
+    # batched products keep more in registers, and exact products of float32 do not use the matrix units
+    weight = max(4 if b > 1 else 1, 8 if itemsize == 4 else 1)
+    tiles = []
+    for first, second in _SIDES:
+        m, n, k = (_DEPTH[itemsize], first, second) if gradient else (first, second, _DEPTH[itemsize])
+        m, n, k = max(f, min(m, tokens * f)), min(n, _padded(counts["N"])), min(k, _padded(counts["K"]))
+        sums, loaded = (n * k, m * (n + k)) if gradient else (m * n, (m + n) * k)
+        stages = max(1, min(3, SHARED // (b * loaded * itemsize)))
+        if b * weight * sums <= _MAX_SUMS:
+            blocks = {"BLOCK_B": b, "BLOCK_T": m // f, "BLOCK_F": f, "BLOCK_N": n, "BLOCK_K": k}
+            tiles.append(Tile(tuple(blocks.items()), 4 if b * weight * sums <= _MAX_SUMS // 4 else 8, stages))
+    return tuple(dict.fromkeys(tiles))
+
+
+def _launch(kernel: Any, sizes: Mapping[str, int], tiles: Sequence[Tile], *args: Any, **constants: Any) -> None:
+    """Run a kernel, a program per block of these sizes, with the fastest tile, or the first if none is measured."""
+
+    def grid(blocks: Mapping[str, int]) -> tuple[int]:
+        return (math.prod(-(-size // blocks.get(f"BLOCK_{name}", 1)) for name, size in sizes.items()),)
+
+    with torch.cuda.device_of(args[0]):
         if TUNE and not interpreting():
             _autotuned(kernel, tuple(tiles), tuple(constants))[grid](*args, **constants, **OPTIONS)
         else:
@@ -185,6 +271,11 @@ def _autotuned(kernel: Any, tiles: tuple[Tile, ...], constants: tuple[str, ...])
     return triton.autotune(configs, key=["bucket", *constants], cache_results=True)(kernel)
 
 
+def _constants(step: StridedStep, dtype: torch.dtype) -> dict[str, Any]:
+    limits = {"SOURCE_LIMIT": step.source.limit, "RESULT_LIMIT": step.result.limit}
+    return {**step.groups, **step.counts, **limits, "PRECISION": _precision(dtype)}
+
+
 def _precision(dtype: torch.dtype) -> str:
     """The precision of products: torch's own setting for float32."""
     if interpreting():
@@ -194,22 +285,16 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and dtype == torch.float32 else "ieee"
 
 
-def _address(tensor: Tensor, layout: Layout) -> tuple[int, int, int]:
-    """The strides of tokens and of features, and the number of tokens, padding included."""
-    if layout.tokens_last:
-        return 1, tensor.stride(0), tensor.shape[1]
-    return tensor.stride(0), 1, tensor.shape[0]
+def _strides(tensor: Tensor, layout: Layout) -> tuple[int, int]:
+    """The strides of tokens and of features."""
+    return (tensor.stride(1), tensor.stride(0)) if layout.tokens_last else (tensor.stride(0), tensor.stride(1))
 
 
-def _bucket(tokens: int) -> int:
-    """The number of tokens, as far as tuning distinguishes it."""
-    return max(16, 1 << (tokens - 1).bit_length())
+def _padded(size: int) -> int:
+    """The longest side of a tile that a size needs; of tokens, what tuning distinguishes."""
+    return max(_MIN_SIDE, _power(size))
 
 
-def _count_blocks(sizes: Mapping[str, int], blocks: Mapping[str, int]) -> int:
-    return math.prod(-(-size // blocks[f"BLOCK_{name}"]) for name, size in sizes.items())
-
-
-def _count_shares(tokens: int, free: int, share: int, blocks: Mapping[str, int]) -> int:
-    """The number of shares that the tokens x free of a gradient are split into."""
-    return -(-_count_blocks({"T": tokens, "F": free}, blocks) // (share // (blocks["BLOCK_T"] * blocks["BLOCK_F"])))
+def _power(size: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -1,18 +1,92 @@
-"""Shuffled training batches. Each is a function of the seed and its number, so that a run resumes at any step."""
+"""Shuffled, augmented training batches, each a function of the seed and its number: a run resumes at any step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear_lab.data.images.augment import Augment
 from einlinear_lab.data.images.dataset import Images
-from einlinear_lab.data.rng import shuffled, torch_generator
-from einlinear_lab.data.sampling import Epochs, spread
+from einlinear_lab.data.sampling import Epochs, shuffled, spread, torch_generator
 
 # Streams of random numbers; stream 0 has the order of the images.
 _AUGMENTATION, _PERMUTATION, _SAMPLE = 1, 2, 3
+# Data sets whose images keep their class when mirrored. Folders have paths for names.
+_MIRRORED = frozenset({"fashion-mnist", "cifar-10", "cifar-100"})
+
+
+class Augment:
+    """Random shifts and flips of a batch of images, and mixup of images and labels, by kornia.
+
+    Each image is shifted by a whole number of pixels of its own, its edge pixels repeated. The randomness comes from
+    the generator that is passed in; the global one is left as it was.
+
+    Args:
+        size: (H, W) of the images.
+        shift: largest shift, in pixels, in each direction.
+        flip: mirror images left to right, each with probability 1/2. Not for digits.
+        mixup: largest share of a second image that `mix` blends in, from 0 (none) to 1.
+
+    Raises:
+        ValueError: a negative shift, or mixup outside [0, 1].
+    """
+
+    def __init__(self, size: tuple[int, int], *, shift: int = 2, flip: bool = False, mixup: float = 0.0) -> None:
+        # Takes a second, and only training needs it.
+        import kornia.augmentation as K
+
+        if shift < 0:
+            raise ValueError(f"shift={shift}: it must be 0 or more pixels")
+        if not 0 <= mixup <= 1:
+            raise ValueError(f"mixup={mixup}: it must lie between 0 and 1")
+        self.size, self.shift, self.flip, self.mixup = tuple(size), shift, flip, mixup
+        self._steps: list[torch.nn.Module] = []
+        if shift:
+            self._steps.append(K.RandomCrop(self.size, padding=shift, padding_mode="replicate"))
+        if flip:
+            self._steps.append(K.RandomHorizontalFlip())
+        self._mixup = K.RandomMixUpV2(lambda_val=(0.0, mixup), data_keys=["input", "class"])
+
+    @classmethod
+    def suited_to(cls, images: Images, mixup: float = 0.0) -> Augment:
+        """Return shifts of 2 pixels (1 below 16 x 16), and flips for Fashion-MNIST and CIFAR.
+
+        A user's folder is not flipped: its classes may not survive a mirror.
+        """
+        shift = 2 if min(images.size) >= 16 else 1
+        return cls(images.size, shift=shift, flip=images.name in _MIRRORED, mixup=mixup)
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Shift and flip x, (B, C, H, W) -> the same shape and dtype. x itself is not changed."""
+        if x.ndim != 4 or x.shape[2:] != self.size:
+            raise ValueError(f"Augment for images of size {self.size} got shape {tuple(x.shape)}")
+        with _seeded(generator):
+            for step in self._steps:
+                x = step(x)
+        return x
+
+    def mix(self, x: Tensor, y: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Blend each image x (B, C, H, W) with another one of the batch, and their labels y (B,) alike.
+
+        Returns x of the same shape, and targets (B, classes) float32 whose rows sum to 1, for F.cross_entropy.
+        """
+        with _seeded(generator):
+            # labels (B, 3): label, label of the second image, share of the second image
+            x, labels = self._mixup(x, y)
+        first, second = F.one_hot(labels[:, :2].long(), classes).to(x.dtype).unbind(1)
+        return x, torch.lerp(first, second, labels[:, 2:])
+
+
+@contextmanager
+def _seeded(generator: torch.Generator) -> Iterator[None]:
+    """Let code that draws from the global CPU generator, as kornia does, draw from `generator` instead."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class Batches:
@@ -51,11 +125,7 @@ class Batches:
         self.per_epoch = self._epochs.per_epoch
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return x (B, features) float32, or (B, C, H, W), and y, (B,) int64, or (B, classes) float32 with mixup.
-
-        Raises:
-            ValueError: a negative step.
-        """
+        """Return x (B, features) float32, or (B, C, H, W), and y, (B,) int64, or (B, classes) float32 with mixup."""
         rows = self._epochs.rows(step)
         x, y = self.images.train_x[rows], self.images.train_y[rows]
         if self.augment is not None:
@@ -66,12 +136,9 @@ class Batches:
         return self.inputs(x), y
 
     def sample(self, count: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `count` training images (at most all), evenly spread over them, the same ones for every seed.
+        """Yield `count` training images (at most all), evenly spread over them, in batches; the same for every seed.
 
-        They are augmented, but never mixed up.
-
-        Returns:
-            An iterator over x as in `batch` and labels (B,) int64, with B of `batch_size` but for the last pair.
+        They are augmented, but never mixed up: x as in `batch`, and labels (B,) int64.
         """
         for number, rows in enumerate(spread(len(self.images.train_x), count, batch_size)):
             x = self.images.train_x[rows]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from einlinear_lab.data.images.dataset import Images
 
-PIXELS = 3 * 32 * 32
 # The number of records of each file, by its stem.
-RECORDS = {"data_batch": 10_000, "test_batch": 10_000, "train": 50_000, "test": 10_000}
+RECORDS = {**dict.fromkeys(("data_batch", "test_batch", "test"), 10_000), "train": 50_000}
+_PICKLES = ("data_batch_1", "test_batch", "batches.meta")
 
 
 class _Version(NamedTuple):
@@ -26,33 +26,21 @@ class _Version(NamedTuple):
     classes: tuple[str, ...]
 
 
+_BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 _TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _VERSIONS = (
-    _Version(
-        "cifar-10", tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", 1, "batches.meta.txt", _TEN
-    ),
+    _Version("cifar-10", _BATCHES, "test_batch.bin", 1, "batches.meta.txt", _TEN),
     # Numbers, where its file of names is missing.
     _Version("cifar-100", ("train.bin",), "test.bin", 2, "fine_label_names.txt", tuple(map(str, range(100)))),
 )
-_PICKLES = ("data_batch_1", "test_batch", "batches.meta")
 
 
-def is_cifar(folder: Path) -> bool:
-    """Return whether a folder holds files named as those of CIFAR, in the binary or the Python version."""
-    return _version_of(folder) is not None or any((folder / name).is_file() for name in _PICKLES)
-
-
-def read_cifar(folder: Path) -> Images:
-    """Read CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or CIFAR-100 (train.bin, test.bin).
-
-    The classes of CIFAR-100 are the fine labels.
-
-    Raises:
-        ValueError: a file is missing, or its size or a label is not that of CIFAR; or the folder holds the Python
-            version, which is pickled: loading it could run any code.
-    """
+def read_cifar(folder: Path) -> Images | None:
+    """Read CIFAR-10, or CIFAR-100 with its fine labels; return None for a folder without files named as theirs."""
     version = _version_of(folder)
     if version is None:
+        if not any((folder / name).is_file() for name in _PICKLES):
+            return None
         raise ValueError(
             f"{folder} holds the Python version of CIFAR, which is not read since loading a pickle can run any code; "
             "give the binary version (data_batch_1.bin and so on)"
@@ -60,8 +48,7 @@ def read_cifar(folder: Path) -> Images:
     missing = [name for name in (*version.train, version.test) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} holds a part of {version.name}: {', '.join(missing)} is missing")
-    batches = [_read(folder / name, version) for name in version.train]
-    train_x, train_y = (torch.cat(tensors) for tensors in zip(*batches))
+    train_x, train_y = map(torch.cat, zip(*(_read(folder / name, version) for name in version.train)))
     test_x, test_y = _read(folder / version.test, version)
     source = f"{version.name}, the binary version at {folder}"
     return Images(version.name, source, train_x, train_y, test_x, test_y, _classes(folder, version))
@@ -77,7 +64,7 @@ def _version_of(folder: Path) -> _Version | None:
 
 def _read(path: Path, version: _Version) -> tuple[Tensor, Tensor]:
     """Return (N, 3, 32, 32) float32 in [0, 1], and (N,) int64."""
-    record = version.labels + PIXELS
+    record = version.labels + 3 * 32 * 32
     records = RECORDS[path.stem.rstrip("_12345")]
     size = path.stat().st_size
     if size != records * record:

@@ -18,8 +18,8 @@ class Images:
     Attributes:
         name: "fashion-mnist", "digits", "cifar-10", "cifar-100" or the folder's resolved path.
         source: one sentence on where the images came from.
-        train_x, test_x: (N, C, H, W) float32, standardised with the training set's mean and standard
-            deviation per channel.
+        train_x, test_x: (N, C, H, W) float32, standardised with the training set's mean and standard deviation per
+            channel.
         train_y, test_y: (N,) int64, indices into classes.
         classes: the names of the classes.
         skipped: the files of a user's folder that were left out since they cannot be read, relative to it.
@@ -48,15 +48,6 @@ class Images:
     def features(self) -> int:
         """Number of features of a flattened image, C H W."""
         return math.prod(self.train_x.shape[1:])
-
-
-def check_finite(images: Images) -> None:
-    """Raise ValueError if any pixel is NaN or infinite."""
-    for split, x in (("training", images.train_x), ("test", images.test_x)):
-        bad = ~x.isfinite().flatten(1)  # (N, C H W)
-        if bad.any():
-            where = f"{int(bad.sum())} pixels of {int(bad.any(1).sum())} {split} images"
-            raise ValueError(f"{images.name}: {where} are NaN or infinite; all pixels must be finite")
 
 
 def resize(x: Tensor, size: int) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from einlinear.files import atomic
 from einlinear_lab.data.images.dataset import Images
 from einlinear_lab.data.paths import data_dir
 
@@ -27,9 +28,8 @@ CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-FILES = tuple(
-    f"{split}-{content}-ubyte.gz" for split in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
-)
+FILES = tuple(f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+_SCRIPT = "tools/fetch_fashion_mnist.sh"
 # Of the Debian package.
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # Seconds without an answer or a byte.
@@ -48,33 +48,27 @@ def read_fashion_mnist() -> Images:
         _download(fetched)
     except (OSError, HTTPException) as error:
         raise FileNotFoundError(
-            f"Fashion-MNIST is not on this machine and its download failed ({error}). Either run "
-            f"tools/fetch_fashion_mnist.sh (Debian, no root), which fills {fetched}; or install the Debian "
-            f"package dataset-fashion-mnist, which fills {SYSTEM_FOLDER}; or try again with internet"
+            f"Fashion-MNIST is not on this machine and its download failed ({error}). Run {_SCRIPT} (Debian, no root), "
+            f"or install the Debian package dataset-fashion-mnist, or try again with internet"
         ) from error
     return _read(fetched)
 
 
 def _read(folder: Path) -> Images:
-    splits: list[Tensor] = []
-    for images_name, labels_name in (FILES[:2], FILES[2:]):
-        x, y = _read_idx(folder / images_name, ndim=3), _read_idx(folder / labels_name, ndim=1)
+    paths, splits = [folder / name for name in FILES], list[Tensor]()
+    for images, labels in (paths[:2], paths[2:]):
+        x, y = _read_idx(images, ndim=3), _read_idx(labels, ndim=1)
         if len(x) != len(y):
-            raise ValueError(
-                f"{folder / images_name} holds {len(x)} images, but {folder / labels_name} {len(y)} labels"
-            )
+            raise ValueError(f"{images} holds {len(x)} images, but {labels} {len(y)} labels")
         if y.max() >= len(CLASSES):
-            raise ValueError(f"{folder / labels_name}: label {int(y.max())}, expected 0 to 9")
+            raise ValueError(f"{labels}: label {int(y.max())}, expected 0 to 9")
         splits += [x.unsqueeze(1).float() / 255, y.long()]
     train_x, train_y, test_x, test_y = splits
-    source = f"Fashion-MNIST, read from {folder}"
-    return Images("fashion-mnist", source, train_x, train_y, test_x, test_y, CLASSES)
+    return Images("fashion-mnist", f"Fashion-MNIST, read from {folder}", train_x, train_y, test_x, test_y, CLASSES)
 
 
 def _read_idx(path: Path, ndim: int) -> Tensor:
-    """Read a gzipped idx file of bytes as a uint8 tensor of ndim axes."""
-    again = "Delete it and fetch the data again (tools/fetch_fashion_mnist.sh)"
-    expected = f"a gzipped idx file with {ndim} axes"
+    again, expected = f"Delete it and fetch the data again ({_SCRIPT})", f"a gzipped idx file with {ndim} axes"
     try:
         with gzip.open(path) as file:
             magic, *shape = struct.unpack(f">{1 + ndim}I", file.read(4 + 4 * ndim))
@@ -94,27 +88,26 @@ def _download(folder: Path) -> None:
     from sklearn.datasets import fetch_openml
 
     logger.info("Downloading Fashion-MNIST (about 30 MB) into %s", folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as scratch:
-        try:
-            with warnings.catch_warnings():
-                # Its errors say the same.
-                warnings.simplefilter("ignore")
-                # The default parser needs pandas.
-                options = {"as_frame": False, "parser": "liac-arff", "n_retries": 1, "delay": 0.1}
-                table = fetch_openml(name="Fashion-MNIST", version=1, data_home=scratch, **options)
-        finally:
-            socket.setdefaulttimeout(timeout)
-        # The rows are the 60,000 training images, then the 10,000 test images.
-        x = np.asarray(table.data, dtype=np.uint8).reshape(70_000, 28, 28)
-        y = np.asarray(table.target).astype(np.uint8)
-        complete = Path(scratch) / "fashion-mnist"
-        complete.mkdir()
+    try:
+        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+            # Its errors say the same.
+            warnings.simplefilter("ignore")
+            # The default parser needs pandas.
+            options = {"as_frame": False, "parser": "liac-arff", "n_retries": 1, "delay": 0.1}
+            table = fetch_openml(name="Fashion-MNIST", version=1, data_home=cache, **options)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    # The rows are the 60,000 training images, then the 10,000 test images.
+    x = np.asarray(table.data, dtype=np.uint8).reshape(70_000, 28, 28)
+    y = np.asarray(table.target).astype(np.uint8)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Part of the files, which cannot be renamed over.
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic(folder) as scratch:
+        scratch.mkdir()
         for name, values in zip(FILES, (x[:60_000], y[:60_000], x[60_000:], y[60_000:]), strict=True):
-            with gzip.open(complete / name, "wb", compresslevel=1) as file:
+            with gzip.open(scratch / name, "wb", compresslevel=1) as file:
                 file.write(struct.pack(f">{1 + values.ndim}I", _IDX_BYTES + values.ndim, *values.shape))
                 file.write(values.tobytes())
-        shutil.rmtree(folder, ignore_errors=True)
-        complete.rename(folder)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from einlinear.files import open_regular
 from einlinear_lab.data.images.dataset import Images, resize, stratified_split
+
+# Of an extra: imported where it is used.
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # Formats that Pillow may read, whatever the name. Among its other ones is PostScript, which Ghostscript runs.
@@ -25,10 +28,6 @@ _SHOWN = 10
 
 
 def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_broken: bool = False) -> Images:
-    """Read class folders of images, or train/ and test/ with class folders.
-
-    An error about broken files names all of them.
-    """
     if not root.is_dir():
         raise ValueError(
             f"{root} is a file; give a folder with one subfolder of images per class, or make a text ready first: "
@@ -39,14 +38,11 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
     if any(splits.values()) and not has_test:
         present, missing = sorted(splits, key=splits.__getitem__, reverse=True)
         raise ValueError(f"{root} has class folders in {present}/ but none in {missing}/; give both or neither")
-    test: list[tuple[Path, int]] = []
-    if has_test:
-        (train, classes), (test, test_classes) = (_class_files(root / split) for split in splits)
-        if classes != test_classes:
-            odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
-            raise ValueError(f"{root}: train/ and test/ must have the same classes; only one of them has {odd}")
-    else:
-        train, classes = _class_files(root)
+    train, classes = _class_files(root / "train" if has_test else root)
+    test, test_classes = _class_files(root / "test") if has_test else ([], classes)
+    if classes != test_classes:
+        odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        raise ValueError(f"{root}: train/ and test/ must have the same classes; only one of them has {odd}")
 
     images, broken = _read_files([path for path, _ in train + test], image_size, skip_broken)
     train, test = ([item for item in split if item[0] in images] for split in (train, test))
@@ -60,45 +56,37 @@ def read_folder(root: Path, image_size: int | None, test_fraction: float, skip_b
         train, test = ([train[i] for i in part.tolist()] for part in rows)
         how = f"of which {len(test)} are held out for testing"
 
-    files = [path for path, _ in train + test]
     # Grey if all images are.
     channels = max(image.shape[0] for image in images.values())
-    x = torch.stack([images[path].expand(channels, -1, -1) for path in files])
+    x = torch.stack([images[path].expand(channels, -1, -1) for path, _ in train + test])
     y = torch.tensor([label for _, label in train + test])
     n = len(train)
     skipped = tuple(str(path.relative_to(root)) for path in broken)
     without = f"; without {_listed(skipped)}, which cannot be read" if skipped else ""
-    return Images(
-        # Two folders may have the same last name, or that of a built-in data set.
-        name=str(root.resolve()),
-        source=f"{len(files)} images from {root}, {how}{without}",
-        train_x=x[:n],
-        train_y=y[:n],
-        test_x=x[n:],
-        test_y=y[n:],
-        classes=classes,
-        skipped=skipped,
-    )
+    source = f"{len(x)} images from {root}, {how}{without}"
+    # Two folders may have the same last name, or that of a built-in data set.
+    return Images(str(root.resolve()), source, x[:n], y[:n], x[n:], y[n:], classes, skipped)
 
 
-def _listed(words: Sequence[str], between: str = ", ") -> str:
+def _listed(words: Iterable[str], between: str = ", ") -> str:
+    words = [*words]
     more = f"{between}and {len(words) - _SHOWN} more" if words[_SHOWN:] else ""
     return between.join(words[:_SHOWN]) + more
 
 
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
 def _subfolders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path for path in _visible(folder) if path.is_dir()]
 
 
 def _image_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    return [path for path in _visible(folder) if path.suffix.lower() in SUFFIXES]
 
 
 def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Return each image of the class folders with its label, and the names of the classes."""
     folders = _subfolders(root)
     layout = "one subfolder of images per class is expected"
     if not folders:
@@ -107,13 +95,10 @@ def _class_files(root: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     if len(folders) == 1:
         hint = f". Did you mean {folders[0]}?" if len(_subfolders(folders[0])) > 1 else ""
         raise ValueError(f"{root} has a single class, {folders[0].name!r}; classification needs at least 2{hint}")
-    labelled = []
-    for label, folder in enumerate(folders):
-        files = _image_files(folder)
-        if not files:
-            kinds = ", ".join(sorted(SUFFIXES))
-            raise ValueError(f"class folder {folder} has no images ({kinds}) directly in it; {layout}")
-        labelled += [(path, label) for path in files]
+    labelled = [(path, label) for label, folder in enumerate(folders) for path in _image_files(folder)]
+    for label in {*range(len(folders))} - {label for _, label in labelled}:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise ValueError(f"class folder {folders[label]} has no images ({kinds}) directly in it; {layout}")
     return labelled, tuple(folder.name for folder in folders)
 
 
@@ -133,29 +118,27 @@ def _read_files(
             continue
         images[path] = image if image_size is None else resize(image[None], image_size)[0]
     if broken and not skip_broken:
-        problem = _listed([*broken.values()], "; ")
-        if len(broken) > 1:
-            problem = f"{len(broken)} of {len(files)} images are broken: {problem}"
+        number = f"{len(broken)} of {len(files)} images are broken: " if len(broken) > 1 else ""
         raise ValueError(
-            f"{problem}. Repair or remove them, or leave out what cannot be read: skip_broken=true (--skip-broken)"
+            f"{number}{_listed(broken.values(), '; ')}. Repair or remove them, or leave out what cannot be read: "
+            "skip_broken=true (--skip-broken)"
         )
-    sizes = {(image.shape[1], image.shape[2]): path for path, image in reversed(images.items())}
+    sizes: dict[str, Path] = {}
+    for path, image in images.items():
+        sizes.setdefault(f"{image.shape[2]} x {image.shape[1]}", path)
     if len(sizes) > 1:
-        (h1, w1), (h0, w0) = list(sizes)[-2:]
+        (size, first), (other, second) = list(sizes.items())[:2]
         raise ValueError(
-            f"images differ in size: {sizes[h0, w0]} is {w0} x {h0} pixels, {sizes[h1, w1]} is {w1} x {h1}; "
-            "give an image_size, such as image_size=32, to resize all of them to"
+            f"images differ in size: {first} is {size} pixels, {second} is {other}; give an image_size, such as "
+            "image_size=32, to resize all of them to"
         )
     return images, broken
 
 
 def _read_image(path: Path) -> Tensor:
-    """Read an image as (1, H, W) if it is grey, else (3, H, W); float32, in [0, 1] unless the file stores floats.
+    """Read an image as (1, H, W) if it is grey, else (3, H, W); float32, in [0, 1] unless the file stores floats."""
+    from PIL import ImageOps
 
-    Raises:
-        ValueError: the file is not a regular one, not of `FORMATS`, damaged, or of more than `MAX_PIXELS`, as its
-            header says.
-    """
     try:
         with open_regular(path) as stream, _opened(stream) as file:
             image = ImageOps.exif_transpose(file)
@@ -178,8 +161,10 @@ def _read_image(path: Path) -> Tensor:
     return image_chw[:1] if is_grey else image_chw
 
 
-def _opened(stream: BinaryIO) -> Image.Image:
-    """Open an image and read its header only."""
+def _opened(stream: BinaryIO) -> Image:
+    """Open an image of `FORMATS` and at most `MAX_PIXELS`, and read its header only."""
+    from PIL import Image, UnidentifiedImageError
+
     too_large = f"it has more than the {MAX_PIXELS:,} pixels that are read; scale it down"
     try:
         with warnings.catch_warnings():

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from einlinear.structures.families import did_you_mean
-from einlinear_lab.data.images.cifar import is_cifar, read_cifar
-from einlinear_lab.data.images.dataset import Images, check_finite, resize, stratified_split
+from einlinear_lab.data.images.cifar import read_cifar
+from einlinear_lab.data.images.dataset import Images, resize, stratified_split
 from einlinear_lab.data.images.fashion_mnist import read_fashion_mnist
 from einlinear_lab.data.images.folder import read_folder
 
@@ -35,21 +35,21 @@ def load_images(
             * "auto": Fashion-MNIST where it can be had, else the digits; `source` says which and why;
             * a folder with the binary version of CIFAR-10 (data_batch_1.bin to data_batch_5.bin, test_batch.bin) or of
               CIFAR-100 (train.bin, test.bin);
-            * a folder with one subfolder of images per class, or with train/ and test/ that hold such
-              subfolders. Grey if all images are grey, else RGB. Files are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, of at
-              most 80 million pixels.
+            * a folder with one subfolder of images per class, or with train/ and test/ that hold such subfolders. Grey
+              if all images are grey, else RGB. Files are BMP, GIF, JPEG, PNG, PPM, TIFF or WebP, of at most 80 million
+              pixels.
         image_size: resize to image_size x image_size pixels (bilinear, antialiased). Default: as they are.
         test_fraction: share of each class held out for testing, where the data has no test set of its own.
         limit: keep at most this many training images, the classes as balanced as they can be. Default: all.
-        skip_broken: leave out the files of a folder that cannot be read; `Images.skipped` has their names, and `source`
-            says so. Otherwise they are an error that lists them.
+        skip_broken: leave out the files of a folder that cannot be read; `Images.skipped` has their names. Otherwise
+            they are an error that lists them.
 
     Returns:
         Images, the same ones in the same order every time.
 
     Raises:
-        ValueError: an unknown name or a bad argument; a folder without classes or images; an image that
-            cannot be read, differs in size or has NaN or infinite pixels; a corrupt data file.
+        ValueError: an unknown name or a bad argument; a folder without classes or images; an image that cannot be read,
+            differs in size or has NaN or infinite pixels; a corrupt data file.
         FileNotFoundError: the folder does not exist, or Fashion-MNIST was asked for and cannot be had.
 
     Example:
@@ -63,14 +63,16 @@ def load_images(
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction={test_fraction}: it must lie between 0 and 1, exclusive")
     images = _read(data, image_size, test_fraction, skip_broken)
-    check_finite(images)
-    if limit is not None:
-        images = _limited(images, limit)
-    return _standardised(images)
+    for split, x in (("training", images.train_x), ("test", images.test_x)):
+        # (N, C H W)
+        bad = ~x.isfinite().flatten(1)
+        if bad.any():
+            where = f"{int(bad.sum())} pixels of {int(bad.any(1).sum())} {split} images"
+            raise ValueError(f"{images.name}: {where} are NaN or infinite; all pixels must be finite")
+    return _standardised(images if limit is None else _limited(images, limit))
 
 
 def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_broken: bool) -> Images:
-    """Read the images that `data` names, not standardised."""
     path = Path(data).expanduser()
     if data == "auto":
         try:
@@ -84,25 +86,21 @@ def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_b
         images = _read_digits(test_fraction)
     # Path("") is the current folder.
     elif str(data) and path.exists():
-        if not is_cifar(path):
+        cifar = read_cifar(path)
+        if cifar is None:
             return read_folder(path, image_size, test_fraction, skip_broken)
-        images = read_cifar(path)
+        images = cifar
+    # A separator shows that a path is meant.
+    elif path.name != str(data):
+        raise FileNotFoundError(
+            f"{path} does not exist; give a folder with one subfolder of images per class, or with CIFAR's .bin files"
+        )
     else:
-        raise _unknown(data)
+        hint = did_you_mean(str(data).lower(), NAMES, cutoff=0.5)
+        raise ValueError(f"unknown data {str(data)!r}.{hint} Give one of {', '.join(NAMES)}, or an existing folder")
     if image_size is None:
         return images
     return replace(images, train_x=resize(images.train_x, image_size), test_x=resize(images.test_x, image_size))
-
-
-def _unknown(data: str | Path) -> Exception:
-    path = Path(data).expanduser()
-    # A separator shows that a path is meant.
-    if path.name != str(data):
-        return FileNotFoundError(
-            f"{path} does not exist; give a folder with one subfolder of images per class, or with CIFAR's .bin files"
-        )
-    hint = did_you_mean(str(data).lower(), NAMES, cutoff=0.5)
-    return ValueError(f"unknown data {str(data)!r}.{hint} Give one of {', '.join(NAMES)}, or an existing folder")
 
 
 def _read_digits(test_fraction: float) -> Images:
@@ -120,10 +118,9 @@ def _read_digits(test_fraction: float) -> Images:
 
 def _limited(images: Images, limit: int) -> Images:
     """Keep the first `limit` training images, taken from each class in turn."""
-    if limit < len(images.classes):
-        raise ValueError(
-            f"limit={limit}: fewer training images than the {len(images.classes)} classes of {images.name}"
-        )
+    classes = len(images.classes)
+    if limit < classes:
+        raise ValueError(f"limit={limit}: fewer training images than the {classes} classes of {images.name}")
     # 1 for the first image of its class, 2 for the second, ...
     turn = F.one_hot(images.train_y).cumsum(0).gather(1, images.train_y[:, None]).flatten()
     keep = turn.argsort(stable=True)[:limit].sort().values

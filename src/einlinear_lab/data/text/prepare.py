@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, pairwise, permutations
@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from einlinear.files import differences
 from einlinear_lab.data.rows import NotText
-from einlinear_lab.data.text.corpus import Corpus
-from einlinear_lab.data.text.sources import NAMES, name_of, read_text
+from einlinear_lab.data.text.sources import NAMES, Corpus, name_of, read_text
 from einlinear_lab.data.text.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -23,8 +22,15 @@ from einlinear_lab.data.text.tokenizer import (
     first_dropped,
     to_characters,
 )
-from einlinear_lab.data.text.tokens import DESCRIPTION, TRAIN, VALIDATION, CorpusCounts, Tokens, load_tokens
-from einlinear_lab.data.text.writer import TokenWriter
+from einlinear_lab.data.text.tokens import (
+    DESCRIPTION,
+    TRAIN,
+    VALIDATION,
+    CorpusCounts,
+    Tokens,
+    TokenWriter,
+    load_tokens,
+)
 
 # Called with the current work, the characters done, and their total if known.
 Progress = Callable[[str, int, int | None], None]
@@ -46,9 +52,8 @@ class TextConfig:
         tokens: "char", "bytes", "bpe", or "auto": characters, or bytes where the 96 characters cannot express a text of
             the user's. English and code are always characters.
         vocab_size: of a byte-pair encoding, 4,096 if None; characters are always 96, bytes 256.
-        validation: share of the text that is held out. Documents are cut at line ends into pieces of about 32,768
-            characters, or of a hundredth of a small corpus, but of no fewer than 256. In each corpus, the middle one of
-            every 1 / validation pieces in a row is held out.
+        validation: share of the text that is held out: of each corpus, cut at line ends, the middle one of every
+            1 / validation pieces in a row. Pieces have about 32,768 characters, fewer in a small corpus.
         limit: largest number of characters of each corpus. Default: all.
 
     Raises:
@@ -81,11 +86,7 @@ class TextConfig:
 
 
 def load_prepared(config: TextConfig, folder: str | Path) -> Tokens | None:
-    """Return the prepared text of a folder; None if the folder holds none yet.
-
-    Raises:
-        ValueError: it was prepared with another config, or it is damaged.
-    """
+    """Return the prepared text of a folder, None if it holds none yet. Raises ValueError for that of another config."""
     folder = Path(folder).expanduser()
     if not (folder / DESCRIPTION).exists():
         return None
@@ -103,14 +104,11 @@ def load_prepared(config: TextConfig, folder: str | Path) -> Tokens | None:
 def prepare_tokens(
     config: TextConfig, folder: str | Path, *, fresh: bool = False, progress: Progress = lambda *_: None
 ) -> Tokens:
-    """Write the tokens of a text into a folder, and open them.
-
-    Interrupted or killed, it leaves nothing that can be mistaken for a prepared text; called again, it starts over. A
-    folder that holds the text already is left as it is.
+    """Write the tokens of a text into a folder, and open them; after an interruption, start over.
 
     Args:
         config: of the text.
-        folder: created if it is absent.
+        folder: created if it is absent. A folder that holds the text already is left as it is.
         fresh: prepare a text again that the folder holds, and replace it at the end.
         progress: called as the work goes on.
 
@@ -172,9 +170,11 @@ def _read_corpora(config: TextConfig) -> list[Corpus]:
 
 def _write(config: TextConfig, corpora: list[Corpus], folder: Path, progress: Progress, fallback: str = "") -> None:
     """Raises NotText where the text has to be encoded as bytes."""
+    counts = [CorpusCounts(corpus.name, corpus.origin, fallback=fallback) for corpus in corpora]
     with TokenWriter(folder) as writer:
         tokenizer = _tokenizer(config, corpora, progress)
-        counts = [_encode(corpus, config, tokenizer, writer, progress, fallback) for corpus in corpora]
+        for corpus, count in zip(corpora, counts, strict=True):
+            _encode(_pieces(corpus, config, count, partial(progress, corpus.name)), count, tokenizer, writer)
         _check(config, counts)
         resolved = replace(config, tokens=CharTokenizer.kind) if config.tokens == AUTO else config
         writer.finish(tokenizer, counts, _to_json(resolved))
@@ -205,26 +205,27 @@ def _sample(config: TextConfig, corpora: list[Corpus], counts: CorpusCounts, pro
     progress("tokenizer: pairs", 0, None)
 
 
-def _encode(
-    corpus: Corpus, config: TextConfig, tokenizer: Tokenizer, writer: TokenWriter, progress: Progress, fallback: str
-) -> CorpusCounts:
-    """Write the tokens of a corpus."""
-    counts = CorpusCounts(corpus.name, corpus.origin, fallback=fallback)
-    totals = {TRAIN: 0, VALIDATION: 0}
-    for batch in _batches(_pieces(corpus, config, counts, partial(progress, corpus.name))):
-        for piece, tokens in zip(batch, tokenizer.encode([piece.text for piece in batch]), strict=True):
-            for array in (tokens, tokenizer.end) if piece.ends else (tokens,):
-                writer.add(piece.split, array)
-                totals[piece.split] += len(array)
-    return replace(counts, train_tokens=totals[TRAIN], validation_tokens=totals[VALIDATION])
-
-
 class _Piece(NamedTuple):
     """A stretch of a document in one split; `ends` says whether it is the last one of its document."""
 
     text: str
     split: str
     ends: bool
+
+
+def _encode(pieces: Iterator[_Piece], counts: CorpusCounts, tokenizer: Tokenizer, writer: TokenWriter) -> None:
+    """Write the tokens of a corpus, in batches: a tokenizer may encode a batch on all cores."""
+    totals = {TRAIN: 0, VALIDATION: 0}
+    for first in pieces:
+        batch, size = [first], len(first.text)
+        while size < _BATCH and (piece := next(pieces, None)):
+            batch.append(piece)
+            size += len(piece.text)
+        for piece, tokens in zip(batch, tokenizer.encode([piece.text for piece in batch]), strict=True):
+            for array in (tokens, tokenizer.end) if piece.ends else (tokens,):
+                writer.add(piece.split, array)
+                totals[piece.split] += len(array)
+    counts.train_tokens, counts.validation_tokens = totals[TRAIN], totals[VALIDATION]
 
 
 def _pieces(
@@ -265,21 +266,7 @@ def _pieces(
             return
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Yield batches of pieces: a tokenizer may encode a batch on all cores."""
-    batch: list[_Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
 def _check(config: TextConfig, counts: list[CorpusCounts]) -> None:
-    """Refuse a text that is too short."""
     characters = sum(one.characters for one in counts)
     sources = ", ".join(config.sources)
     if not characters:
@@ -287,7 +274,7 @@ def _check(config: TextConfig, counts: list[CorpusCounts]) -> None:
         if config.tokens == CharTokenizer.kind:
             reason += " or with more than 1 % of their characters outside the 96 (--tokens bytes and bpe take any)"
         raise ValueError(f"{sources}: no text is left to prepare ({reason})")
-    if not all(sum(getattr(one, name) for one in counts) for name in ("train_tokens", "validation_tokens")):
+    if not (any(one.train_tokens for one in counts) and any(one.validation_tokens for one in counts)):
         raise ValueError(
             f"{sources}: {characters:,} characters are too few to hold out {config.validation:.2g} of them; give more "
             "text or a larger --validation"

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import re
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from einlinear.files import sha256_of
+from einlinear_lab.data.paths import data_dir
 from einlinear_lab.data.rows import format_of, open_text, read_rows
-from einlinear_lab.data.text.corpus import Corpus
-from einlinear_lab.data.text.english import read_english
 
 HUB = "hub:"
 NAMES = ("english", "code", "openwebtext")
 _OPENWEBTEXT = "Skylion007/openwebtext"
 # Characters of a file that are read at a time.
 _BLOCK = 1 << 26
+_AGAIN = "run tools/fetch_english.sh (Debian, no root)"
+# Elements of HTML that begin a new line, and those with an empty line before and after them.
+_LINES = frozenset("br dd dt li td th tr".split())  # noqa: SIM905
+_BLOCKS = frozenset("blockquote center div dl form h1 h2 h3 h4 h5 h6 hr ol p pre table ul".split())  # noqa: SIM905
+_HIDDEN = frozenset({"head", "script", "style", "title"})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A collection of documents, which gives its own share to validation.
+
+    Attributes:
+        size: approximate number of characters, None if unknown.
+        documents: returns the documents, always in the same order; raises `NotText` where a file is not UTF-8.
+        raw: the same with such bytes as `open(..., errors="surrogateescape")` returns them; None if there are none.
+    """
+
+    name: str
+    origin: str
+    size: int | None
+    documents: Callable[[], Iterator[str]]
+    raw: Callable[[], Iterator[str]] | None = None
 
 
 def read_text(source: str) -> tuple[Corpus, ...]:
@@ -37,12 +63,6 @@ def read_text(source: str) -> tuple[Corpus, ...]:
             * a folder whose .txt files, also those in subfolders, are documents.
 
             All but .parquet may be compressed, with .gz at the end of the name.
-
-    Raises:
-        ValueError: an unknown name, a folder without .txt files, or files that are damaged. Reading the documents
-            raises it for a row without `text`, and `NotText` for a file that is not UTF-8.
-        FileNotFoundError: the file or folder does not exist, or the English text was not fetched.
-        OSError: a data set of the hub is out of reach.
     """
     if source == "english":
         return read_english()
@@ -53,7 +73,7 @@ def read_text(source: str) -> tuple[Corpus, ...]:
         if name.count("/") != 1:
             raise ValueError(f"{source!r} is no data set of the hub; write {HUB}OWNER/NAME")
         origin = f"the data set {name} of the Hugging Face hub"
-        return (Corpus(f"{HUB}{name}", origin, None, lambda: _hub_texts(name)),)
+        return (Corpus(f"{HUB}{name}", origin, None, lambda: _texts(_hub_rows(name))),)
     path = Path(source).expanduser()
     if not source or not path.exists():
         allowed = f"give one of {', '.join(NAMES)}, {HUB}OWNER/NAME, a text file or a folder of .txt files"
@@ -62,7 +82,7 @@ def read_text(source: str) -> tuple[Corpus, ...]:
         raise ValueError(f"unknown text {source!r}; {allowed}")
     if path.is_file() and format_of(path):
         file = path.resolve()
-        return (Corpus(str(file), f"the rows of {file}", _size(file), lambda: _texts(file)),)
+        return (Corpus(str(file), f"the rows of {file}", _size(file), lambda: _texts(read_rows(file))),)
     return (_files(path),)
 
 
@@ -72,9 +92,8 @@ def name_of(source: str) -> str:
     return source if is_name else str(Path(source).expanduser().resolve())
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """Yield the column `text` of rows."""
-    for where, row in read_rows(path):
+def _texts(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+    for where, row in rows:
         text = row.get("text")
         if not isinstance(text, str):
             problem = f"`text` is {type(text).__name__}" if "text" in row else f"it has {', '.join(map(str, row))}"
@@ -83,8 +102,19 @@ def _texts(path: Path) -> Iterator[str]:
         yield text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
+def _hub_rows(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from datasets import load_dataset
+
+    try:
+        for row in load_dataset(name, split="train", streaming=True):
+            yield f"a row of {name}", row
+    # The libraries below may raise anything.
+    except Exception as error:
+        hint = "a local .parquet or .jsonl file with a column `text` does as well"
+        raise OSError(f"{name} cannot be read ({error}); {hint}") from error
+
+
 def _files(path: Path) -> Corpus:
-    """Return the corpus of a text file, or of those of a folder."""
     files = [path]
     if path.is_dir():
         inside = (file for ending in ("*.txt", "*.txt.gz") for file in path.rglob(ending) if file.is_file())
@@ -103,7 +133,6 @@ def _files(path: Path) -> Corpus:
 
 
 def _size(path: Path) -> int:
-    """Return the approximate number of characters of a file."""
     return path.stat().st_size * (3 if path.name.lower().endswith(".gz") else 1)
 
 
@@ -127,7 +156,7 @@ def _code() -> Corpus:
         raise ValueError(f"this Python has no source of its standard library at {root}; name another text")
     version = ".".join(map(str, sys.version_info[:3]))
     origin = f"the standard library of Python {version}: {len(files):,} files in {root}"
-    return Corpus("code", origin, sum(file.stat().st_size for file in files), lambda: map(_python, files))
+    return Corpus("code", origin, sum(map(_size, files)), lambda: map(_python, files))
 
 
 def _python(path: Path) -> str:
@@ -140,20 +169,74 @@ def _python(path: Path) -> str:
         return ""
 
 
-def _hub_texts(name: str) -> Iterator[str]:
-    from datasets import load_dataset
+def read_english() -> tuple[Corpus, ...]:
+    """Return about 20 MB of clean English: essays, the Bible and a dictionary of computing, from Debian packages."""
+    root = data_dir() / "english"
+    sums = root / "SHA256SUMS"
+    if not sums.is_file():
+        raise FileNotFoundError(f"the English text is not in {root}: {_AGAIN}, or name a text of your own")
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        digest, name = line.split(maxsplit=1)
+        path = root / name.strip().lstrip("*")
+        if not path.is_file() or sha256_of(path) != digest:
+            problem = "damaged" if path.is_file() else "missing"
+            raise ValueError(f"{path} is {problem}: delete {root} and {_AGAIN}")
+    pages = sorted((root / "anarchism").rglob("*.html"))
+    verses, dictionary = root / "kjv.txt", root / "foldoc.dict.dz"
+    faq = "An Anarchist FAQ, Debian package anarchism"
+    bible = "the Bible, King James version, Debian package bible-kjv-text"
+    foldoc = "the Free On-line Dictionary of Computing, Debian package dict-foldoc"
 
-    rows: Iterator[dict[str, Any]] | None = None
-    while True:
-        try:
-            rows = iter(load_dataset(name, split="train", streaming=True)) if rows is None else rows
-            row = next(rows, None)
-        # The libraries below may raise anything.
-        except Exception as error:
-            hint = "a local .parquet or .jsonl file with a column `text` does as well"
-            raise OSError(f"{name} cannot be read ({error}); {hint}") from error
-        if row is None:
+    def entries() -> Iterator[str]:
+        yield gzip.decompress(dictionary.read_bytes()).decode("utf-8", "replace")
+
+    return (
+        Corpus("anarchism", faq, sum(map(_size, pages)), lambda: map(_page, pages)),
+        Corpus("bible", bible, _size(verses), lambda: iter([verses.read_text(encoding="utf-8")])),
+        Corpus("dictionary", foldoc, 2 * _size(dictionary), entries),
+    )
+
+
+def _page(path: Path) -> str:
+    return page_text(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def page_text(html: str) -> str:
+    """Return the text of a page without its markup, with an empty line between blocks."""
+    parser = _PageText()
+    parser.feed(html)
+    parser.close()
+    lines = (line.rstrip() for line in "".join(parser.pieces).split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+
+
+class _PageText(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.pieces: list[str] = []
+        self._hidden = self._preformatted = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._hidden += tag in _HIDDEN
+        self._preformatted += tag == "pre"
+        self._break(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
+        self._preformatted = max(0, self._preformatted - (tag == "pre"))
+        if tag not in ("br", "hr"):
+            self._break(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self._hidden:
             return
-        if not isinstance(row.get("text"), str):
-            raise ValueError(f"{name} has a row without `text` (it has {', '.join(row)}); such a column is read")
-        yield row["text"]
+        if not self._preformatted:
+            data = re.sub(r"\s+", " ", data)
+            if not self.pieces or self.pieces[-1].endswith(("\n", " ")):
+                data = data.lstrip()
+        if data:
+            self.pieces.append(data)
+
+    def _break(self, tag: str) -> None:
+        if not self._hidden and tag in _LINES | _BLOCKS:
+            self.pieces.append("\n" if tag in _LINES else "\n\n")

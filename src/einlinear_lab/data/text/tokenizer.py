@@ -10,14 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-
-# Of an extra: imported where it is used.
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as HubTokenizer
 
 # Token i is the character i.
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -40,13 +36,7 @@ _REPLACEMENTS = {
 
 @dataclass(frozen=True)
 class CleanText:
-    """A document whose characters a tokenizer has.
-
-    Attributes:
-        text: the document.
-        replaced: number of characters that were replaced, such as a curly quote by a straight one.
-        dropped: number of characters without a replacement.
-    """
+    """A document whose characters a tokenizer has, and how many others were replaced by similar ones or dropped."""
 
     text: str
     replaced: int = 0
@@ -54,10 +44,7 @@ class CleanText:
 
 
 def to_characters(text: str) -> CleanText | None:
-    """Reduce a document to the 96 characters of `CHARACTERS`; None if more than 1 % of it would be dropped.
-
-    Other characters are replaced by similar ones, such as é by e, or dropped where there is none.
-    """
+    """Replace or drop all but the 96 characters of a document; None if more than 1 % of it would be dropped."""
     if not _OUTSIDE.search(text):
         return CleanText(text)
     # A combining accent joins its letter.
@@ -71,7 +58,6 @@ def to_characters(text: str) -> CleanText | None:
 
 
 def first_dropped(text: str) -> str | None:
-    """Return the first character of a text that `to_characters` drops."""
     characters = _OUTSIDE.findall(unicodedata.normalize("NFC", text))
     return next((character for character in characters if not _replacement(character)), None)
 
@@ -91,13 +77,7 @@ def dtype_of(vocab_size: int) -> np.dtype[Any]:
 
 
 class Tokenizer(ABC):
-    """Encodes text as tokens and decodes tokens.
-
-    Attributes:
-        kind: "char", "bytes" or "bpe".
-        vocab_size: number of different tokens.
-        end: the tokens that follow every document.
-    """
+    """Encodes text as tokens and decodes tokens; `end` are those that follow every document."""
 
     kind: ClassVar[str]
     vocab_size: int
@@ -158,14 +138,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A byte-pair encoding, which encodes any text. A document ends with a token of its own.
-
-    Args:
-        content: JSON that the tokenizers library wrote.
-
-    Raises:
-        ValueError: the content is no byte-pair encoding, or lacks the token that ends a document.
-    """
+    """A byte-pair encoding, from the JSON of the tokenizers library. A document ends with a token of its own."""
 
     kind = "bpe"
 
@@ -181,23 +154,19 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Train an encoding on texts; the same texts give the same encoding.
-
-        Raises:
-            ValueError: more tokens than the texts have pairs that occur twice, or a size outside 257 to 65,536.
-        """
-        from tokenizers import Tokenizer as HubTokenizer
+        import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
         check_bpe_size(vocab_size)
-        tokenizer = HubTokenizer(models.BPE())
+        tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
             special_tokens=[_END],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            initial_alphabet=alphabet,
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
@@ -206,10 +175,10 @@ class BPETokenizer(Tokenizer):
         return cls(tokenizer.to_str())
 
     @cached_property
-    def _tokenizer(self) -> HubTokenizer:
-        from tokenizers import Tokenizer as HubTokenizer
+    def _tokenizer(self) -> Any:
+        import tokenizers
 
-        tokenizer = HubTokenizer.from_str(self.content)
+        tokenizer = tokenizers.Tokenizer.from_str(self.content)
         # A text that spells out the end of a document does not end it.
         tokenizer.encode_special_tokens = True
         return tokenizer
@@ -219,11 +188,10 @@ class BPETokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def check_bpe_size(size: int) -> None:
-    """Raise ValueError for a vocabulary size that no byte-pair encoding here has."""
     if size < 256 + 1:
         raise ValueError(f"vocab_size {size} is too small: the 256 bytes and the end of a document are tokens already")
     if size > 2**16:

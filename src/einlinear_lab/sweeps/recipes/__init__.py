@@ -1,13 +1,8 @@
 """Recipes: the figures of the papers, each a TOML file in this folder, at two scales.
 
 The scale "paper" has the config of the paper; comments name the options that cannot be reproduced. "small" asks the
-same question of models that two CPU cores train in minutes to two hours. Each scale is a table:
-
-    about     results of the paper that this scale shows
-    prepare   command that prepares the data, if needed
-    minutes   duration on two cores, estimated from single steps
-    config, grid, parts     the runs, see `make_sweep`
-    commands  commands that make the figure, instead of runs
+same question of models that two CPU cores train in minutes to two hours. A scale has runs, see `make_sweep`, or
+commands that make the figure; minutes are estimated from single steps on two cores.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ SCALES = ("small", "paper")
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """One scale of a recipe, with the fields above."""
+    """One scale of a recipe: the results that it shows, the command that prepares its data, and its runs."""
 
     about: str
     prepare: str = ""
@@ -39,14 +34,7 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Experiment of a paper at two scales.
-
-    Attributes:
-        title: of the experiment.
-        source: paper and section or figure.
-        shows: finding of the paper.
-        small, paper: the scales.
-    """
+    """Experiment of a paper: its title, the paper and section or figure, the finding, and two scales."""
 
     title: str
     source: str
@@ -56,7 +44,6 @@ class Recipe:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all recipes."""
     files = (file.name for file in resources.files(__name__).iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml")))
 
@@ -64,12 +51,10 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Recipe:
     """Load a recipe. Raises ValueError for an unknown name."""
     if name not in names():
-        if "." in name or "/" in name:
-            raise ValueError(
-                f"{name} is neither a recipe nor a .toml or .json file. The recipes are {', '.join(names())}"
-            )
-        hint = did_you_mean(name, names())
-        raise ValueError(f"unknown recipe {name!r}.{hint} The recipes are {', '.join(names())}")
+        is_path = "." in name or "/" in name
+        unknown = f"{name} is neither a recipe nor a .toml or .json file" if is_path else f"unknown recipe {name!r}"
+        hint = "" if is_path else did_you_mean(name, names())
+        raise ValueError(f"{unknown}.{hint} The recipes are {', '.join(names())}")
     file = resources.files(__name__) / f"{name}.toml"
     content = options.from_text(file.read_text(encoding="utf-8"), file.name)
     options.refuse_unknown(content, options.names(Recipe), name)
@@ -79,15 +64,10 @@ def load(name: str) -> Recipe:
 
 
 def sweep(name: str, scale: str = "small", overrides: Mapping[str, Any] | None = None) -> Sweep:
-    """Return the runs of a recipe.
+    """Return the runs of a recipe at the scale "small" or "paper", with overridden options.
 
     >>> sorted({run.model.width for run in sweep("lr-transfer", "paper").runs})
     [16, 64, 256, 1024, 4096]
-
-    Args:
-        name: of the recipe.
-        scale: "small" or "paper".
-        overrides: options that override those of the recipe.
 
     Raises:
         ValueError: an unknown recipe, scale or option; a recipe with commands instead of runs.

@@ -8,7 +8,7 @@ from tests.lab.data.samples import tiny
 from torch import Tensor
 
 from einlinear_lab.data import Augment, Batches, Images, pixel_permutation
-from einlinear_lab.data.rng import torch_generator
+from einlinear_lab.data.sampling import torch_generator
 
 
 def first(count: int, images: Images, *args: Any, **kw: Any) -> list[tuple[Tensor, Tensor]]:

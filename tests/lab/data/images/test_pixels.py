@@ -8,7 +8,7 @@ from tests.lab.data.samples import tiny
 
 from einlinear_lab.data import Images, PixelSequences, load_images
 from einlinear_lab.data.images.load import _standardised
-from einlinear_lab.data.images.pixels import BOS
+from einlinear_lab.data.sequences import BOS
 
 
 def photographs(train: int = 12, test: int = 5, size: int = 4) -> tuple[Images, torch.Tensor]:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from einlinear_lab.data import TextConfig, prepare_tokens
-from einlinear_lab.data.text.english import page_text
-from einlinear_lab.data.text.sources import read_text
+from einlinear_lab.data.text.sources import page_text, read_text
 
 SCRIPT = Path(__file__).parents[4] / "tools" / "fetch_english.sh"
 PAGE = "<html><head><title>T</title></head><body><h1>Why {0}?</h1><p>Since\n  <b>it</b> is.</p></body></html>"

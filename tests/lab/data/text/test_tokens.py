@@ -15,9 +15,8 @@ import pytest
 from tests.lab.data.samples import needs, prose
 
 from einlinear_lab.data import TextConfig, Tokens, load_tokens, prepare_tokens
-from einlinear_lab.data.text import tokens, writer
-from einlinear_lab.data.text.tokens import CHECKED, DESCRIPTION, TOKENIZER, TRAIN, VALIDATION
-from einlinear_lab.data.text.writer import TokenWriter
+from einlinear_lab.data.text import tokens
+from einlinear_lab.data.text.tokens import CHECKED, DESCRIPTION, TOKENIZER, TRAIN, VALIDATION, TokenWriter
 
 
 @pytest.fixture
@@ -268,7 +267,7 @@ def test_death_between_the_renames(
         source.rename(target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.os, "replace", replace)
+        patch.setattr(tokens.os, "replace", replace)
         patch.setattr(
             TokenWriter, "__exit__", lambda self, *_: self._lock.close()
         )  # all that is left to a dead process
@@ -288,7 +287,7 @@ import sys, time
 sys.modules.update(tokenizers=None, datasets=None)  # characters of files need neither
 from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.data.text import prepare
-from einlinear_lab.data.text.writer import TokenWriter
+from einlinear_lab.data.text.tokens import TokenWriter
 
 add = TokenWriter.add
 

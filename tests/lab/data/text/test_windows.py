@@ -6,7 +6,7 @@ import torch
 from tests.lab.data.samples import prose
 
 from einlinear_lab.data import TextConfig, TextSequences, Tokens, prepare_tokens
-from einlinear_lab.data.rng import numpy_generator
+from einlinear_lab.data.sampling import numpy_generator
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,299 @@
+"""Structure-aware muP of whole models: parameter groups and initialisation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from einlinear.mup.parameter_roles import Parameter, Roles, check_matches, matrix_role, parameters
+from einlinear.nn.layer_kinds import UNKNOWN, Role
+from einlinear.nn.linear import Factored
+from einlinear.nn.names import as_globs, as_rules
+from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
+
+# their update does not depend on the size of the gradient
+ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")
+# root mean square of the entries of Adam's updates over the learning rate: arXiv 2502.16982, section 2.2
+_ADAM_RMS = 0.2
+_FACTOR_MULTIPLIERS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}
+
+logger = logging.getLogger("einlinear")
+
+Shapes: TypeAlias = Mapping[str, Sequence[int]]
+Globs: TypeAlias = "str | Sequence[str] | None"
+Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
+
+
+def base_shapes(model: nn.Module, roles: Roles = None) -> dict[str, list[int]]:
+    """Return the shapes of a base model by name, to be saved as JSON: [out, in] for structured layers and experts.
+
+    >>> import einlinear as el
+    >>> el.base_shapes(el.Linear(64, 256, "btt"))
+    {'weight': [256, 64], 'bias': [256]}
+    """
+    return {p.key: p.base_shape for p in parameters(model, roles)}
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    base: Base,
+    optimizer: str = "adamw",
+    weight_decay: float | None = None,
+    eps: float | None = None,
+    structure_aware: bool = True,
+    lr_scale: Mapping[str, float] | None = None,
+    roles: Roles = None,
+    hidden: Globs = None,
+) -> list[dict[str, Any]]:
+    """Return parameter groups with structure-aware learning rates, for any torch optimizer of the kind named.
+
+    One learning rate serves every width and structure (arXiv 2203.03466; arXiv 2406.06248, section 3).
+
+    Args:
+        model: the model to train; build the groups after wrapping it in FSDP2.
+        lr: the learning rate of the dense base model.
+        base: the model of base width, whose layers have the same names and may be dense or on the meta device; or its
+            `base_shapes`, as a mapping or as the path of a JSON file. None if this model has the base width.
+        optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.mup.Muon` for matrices (after arXiv
+            2310.17813, condition 1) and AdamW for the rest, at the same `lr` (arXiv 2502.16982, section 2.2).
+        weight_decay: of parameters with two or more dimensions; biases, norms, scales, class tokens and scalars get
+            none. None leaves it to the optimizer, which is 0.01 for torch's AdamW.
+        eps: of Adam, for every group that Muon and SGD do not take. None leaves it to the optimizer.
+        structure_aware: False gives every factor the multiplier of a dense layer, as a control.
+        lr_scale: glob on qualified names -> an additional multiplier; the first that matches counts.
+        roles: glob on qualified names -> "input" (tables such as embeddings and positions), "hidden" or "output"
+            (matrices) or "vector" (biases, norms and scales, without decay). The first match counts, before the
+            description of a layer and before inference from name and shape.
+        hidden: a glob, or several, on the matrices that Muon takes. Default: all.
+
+    Returns:
+        Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless they are left to the
+        optimizer, "weight_decay" and "eps"; "inferred" names the parameters whose role was inferred. Groups for Muon
+        have "matrix_view" (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm).
+
+    Raises:
+        ValueError: an unknown optimizer, `hidden` without Muon, a glob that matches none, parameters that FSDP1 has
+            flattened, that the base lacks, or whose role is unknown.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> layer, base = el.Linear(256, 256, "btt"), torch.nn.Linear(64, 64)
+        >>> groups = el.param_groups(layer, lr=1e-3, base=base, weight_decay=0.1)
+        >>> [(g["param_names"], g["lr_mult"], g["weight_decay"]) for g in groups]
+        [(['A', 'B'], 2.0, 0.1), (['bias'], 1.0, 0.0)]
+    """
+    if optimizer not in (*ADAM, "sgd", "muon"):
+        raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
+    params, shapes = _resolve(model, base, roles)
+    scales, hidden_globs = as_rules(lr_scale, "lr_scale"), as_globs("*" if hidden is None else hidden, "hidden")
+    check_matches(scales, params, "lr_scale")
+    if hidden is not None:
+        if optimizer != "muon":
+            raise ValueError(f"hidden names the matrices for Muon, but the optimizer is {optimizer!r}")
+        check_matches(hidden_globs, [p for p in params if p.role.is_matrix], "hidden")
+    _warn_of_tied(params, shapes)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for p in params:
+        muon = optimizer == "muon" and p.role.is_matrix and any(p.matches(glob) for glob in hidden_globs)
+        rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
+        base_shape = shapes.get(p.key, p.base_shape)
+        multiplier = _lr_multiplier(p.role, rule, p.base_shape, base_shape, structure_aware)
+        multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
+        decay = 0.0 if p.role.kind == "vector" else weight_decay
+        optional = {"weight_decay": decay, "eps": eps if rule == "adam" else None}
+        config: dict[str, Any] = {"lr": lr * multiplier, "lr_mult": multiplier}
+        config |= {key: value for key, value in optional.items() if value is not None}
+        if muon:
+            config |= {"matrix_view": p.matrix_view, "update_scale": _ADAM_RMS * math.sqrt(max(base_shape))}
+        # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
+        key = (*config.items(), p.shape if muon else None, type(p.tensor))
+        group = groups.setdefault(key, {"params": [], "param_names": [], **config})
+        group["params"].append(p.tensor)
+        group["param_names"].append(p.name)
+        if p.is_inferred:
+            group.setdefault("inferred", []).append(p.name)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Roles = None) -> nn.Module:
+    """Initialise a model in place, with the structure-aware standard deviations of muP, and return it.
+
+    Every matrix has standard deviation sqrt(min(fan_in, fan_out)) / fan_in. Biases of these layers and routers of
+    mixtures are zero. Other vectors, tables, and matrices whose role was only inferred stay as they are, except stacks
+    of experts. An embedding that shares its weight with a head is drawn as the head.
+
+    Args:
+        model: any model `param_groups` takes, also on the meta device or with DTensors.
+        base, roles: as for `param_groups`; `base` is only checked.
+        zero: a glob, or several, on qualified names of the layers that start at zero, all others are drawn; of a
+            structured layer only the last factor is set to zero. Default (None): layers that are zero now, such as
+            heads, stay zero and are logged, unless all matrices are zero, as after `to_empty`.
+
+    Raises:
+        ValueError: as `param_groups`, and parameters that DeepSpeed's ZeRO-3 or FSDP1 has divided among processes.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> model = torch.nn.Sequential(el.Linear(64, 256, "btt"), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+        >>> bool(el.init_(model, zero="2")[2].weight.any())
+        False
+    """
+    params, _ = _resolve(model, base, roles)
+    _check_undivided(params)
+    matrices = [p for p in params if p.role.is_matrix]
+    routers = [p for p in matrices if p.role.shares_input_with]
+    if zero is None:
+        zeros = _zero_parameters([p for p in matrices if not p.role.shares_input_with])
+        if zeros:
+            logger.info("init_ leaves at zero: %s; zero=() draws them", _listed(zeros))
+    else:
+        globs = as_globs(zero, "zero")
+        check_matches(globs, matrices, "zero")
+        zeros = [p for p in matrices if p.is_last_factor and any(p.matches(glob) for glob in globs)]
+    for module in model.modules():
+        if isinstance(module, Factored):
+            module.reset_parameters()
+    drawn = [p for p in matrices if not p.is_inferred or p.role.stacked]
+    biases = {f"{name.removesuffix('weight')}bias" for p in drawn for name in p.names}
+    for p in drawn:
+        if p.role.structure is None:
+            nn.init.normal_(p.tensor, std=p.init_std)
+    for p in (*zeros, *routers, *(p for p in params if not p.role.is_matrix and p.name in biases)):
+        nn.init.zeros_(p.tensor)
+    return model
+
+
+def _lr_multiplier(role: Role, rule: str, shape: Sequence[int], base: Sequence[int], structure_aware: bool) -> float:
+    # parameters without entries exist: DINOv3 has no register tokens by default
+    if role.is_scalar or 0 in (*shape, *base):
+        return 1.0
+    if not role.is_matrix:
+        return math.prod(shape) / math.prod(base) if rule == "sgd" else 1.0
+    (fan_out, fan_in), (base_out, base_in) = shape, base
+    aspect = (fan_out / fan_in) / (base_out / base_in)
+    width = {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
+    if role.structure is None or not structure_aware:
+        return width
+    return width * _FACTOR_MULTIPLIERS[rule](role.structure)[role.factor]
+
+
+def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
+    """Warn of heads tied to embeddings that start so large that steps grow with the width."""
+    for p in params:
+        is_full = type(p.tensor) is nn.Parameter and tuple(p.tensor.shape) == p.shape and not p.tensor.is_meta
+        if not (p.is_tied and is_full and p.role.is_matrix) or shapes[p.key][1] == p.role.in_features:
+            continue
+        size = float(p.tensor.detach().float().square().mean().sqrt())
+        if size > 2 * p.init_std:
+            logger.warning(
+                "%s is shared by an embedding and a head. Its entries have the size %.2g, where a head starts at %.2g: "
+                "logits will grow with the width. el.init_ draws it as a head; or multiply the logits by "
+                "base width / width, and pass roles={%r: 'input'}",
+                *(p.name, size, p.init_std, p.name),
+            )
+
+
+def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
+    """Return every parameter with its role, described or inferred, and the shapes of the base model by key."""
+    declared = parameters(model, roles)
+    shapes = _base_shapes_of(base, declared, roles)
+    params: list[Parameter] = []
+    for p in declared:
+        if p.role == UNKNOWN:
+            in_base = shapes.get(p.key, p.shape)
+            p = p.inferred(None if base is None else in_base)
+            if p.role.is_matrix:
+                of_base = matrix_role(in_base, p.role.stacked, p.transposed)
+                shapes[p.key] = [of_base.out_features, of_base.in_features]
+        params.append(p)
+    if unknown := [p for p in params if p.role == UNKNOWN]:
+        raise ValueError(
+            f"the role of these parameters is unknown: {_listed(unknown)}. Give it with roles={{glob: role}}: 'input' "
+            "for tables such as positions, 'vector' for norms and scales, 'hidden' for matrices of shape (out, in)"
+        )
+    inferred = [p for p in params if p.is_inferred]
+    for role, of_role in (
+        ("vectors or tables", [p for p in inferred if not p.role.is_matrix]),
+        ("matrices", [p for p in inferred if p.role.is_matrix]),
+        ("matrices, though embeddings are tied to them", [p for p in params if p.is_tied]),
+    ):
+        if of_role:
+            logger.info("taken for %s: %s; override with roles={glob: role}", role, _listed(of_role))
+    return params, shapes
+
+
+def _base_shapes_of(base: Base, params: Sequence[Parameter], roles: Roles) -> dict[str, Sequence[int]]:
+    current: dict[str, Sequence[int]] = {p.key: p.base_shape for p in params}
+    shapes: dict[str, Sequence[int]]
+    if base is None:
+        return current
+    if isinstance(base, nn.Module):
+        shapes = {**base_shapes(base, roles)}
+    elif isinstance(base, Mapping):
+        shapes = dict(base)
+    elif isinstance(base, str | Path):
+        shapes = json.loads(Path(base).read_text(encoding="utf-8"))
+    else:
+        raise TypeError(f"base must be a model, a mapping of shapes, the path of a JSON file or None, not {base!r}")
+    for p in params:
+        # gammas and the like learn at the base rate whether the base has them or not
+        if p.role.is_scalar:
+            continue
+        if p.key not in shapes and p.role.shares_input_with in shapes:
+            # a base without experts has no router
+            shapes[p.key] = [current[p.key][0], shapes[p.role.shares_input_with][1]]
+        # the base may have the tensor by another of its names
+        name = next((name for name in (p.key, *p.names) if name in shapes), None)
+        if name is None:
+            raise ValueError(f"the base has no {p.key!r}: it must be the same model at another width, with equal names")
+        shapes[p.key] = shapes[name]
+        if len(shapes[p.key]) != len(current[p.key]):
+            raise ValueError(f"{p.key!r} has shape {current[p.key]}, but {list(shapes[p.key])} in the base")
+    return shapes
+
+
+def _listed(params: Sequence[Parameter]) -> str:
+    more = f" and {len(params) - 10} more" if len(params) > 10 else ""
+    return ", ".join(f"{p.name} {p.shape}" for p in params[:10]) + more
+
+
+def _check_undivided(params: Sequence[Parameter]) -> None:
+    """Raise ValueError for parameters of which this process could draw only a part."""
+    divided = next((p for p in params if tuple(p.tensor.shape) != p.shape), None)
+    if divided is None:
+        return
+    if hasattr(divided.tensor, "ds_shape"):
+        by, first = "DeepSpeed's ZeRO-3", "deepspeed.initialize, on a model made outside of deepspeed.zero.Init"
+        gather = "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+    else:
+        by, first = "FSDP1", "FullyShardedDataParallel"
+        gather = "FullyShardedDataParallel.summon_full_params(model)"
+    advice = f"Call init_ within `with {gather}:`, or before {first}"
+    raise ValueError(f"{divided.name} of shape {divided.shape} is divided among processes by {by}. {advice}")
+
+
+def _zero_parameters(matrices: Sequence[Parameter]) -> list[Parameter]:
+    """Return the last zero factor of every term of the layers that are zero; nothing if all layers are zero."""
+    layers: dict[tuple[str, Any], list[list[Parameter]]] = {}
+    for p in matrices:
+        terms = layers.setdefault((p.key, p.role.structure), [[]])
+        terms[-1].append(p)
+        if p.is_last_factor:
+            terms.append([])
+    zero_layers = []
+    for terms in layers.values():
+        zeros = [[p for p in term if not p.tensor.is_meta and not p.tensor.any()] for term in terms if term]
+        if all(zeros):
+            zero_layers.append([term[-1] for term in zeros])
+    none_decided = len(layers) > 1 and len(zero_layers) == len(layers)
+    return [] if none_decided else [p for zeros in zero_layers for p in zeros]
