@@ -49,7 +49,6 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint {place} cannot be written, earlier ones are unchanged: {error}") from error
     _prune(folder, place)
-    # of killed processes
     for abandoned in folder.glob(".step-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     return place

@@ -1,7 +1,5 @@
 """Structure-aware muP for one structure (arXiv 2406.06248, section 3; for SGD after arXiv 2011.14522)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
