@@ -69,8 +69,7 @@ def _sync(place: Path) -> None:
 
 def make_private(folder: Path) -> None:
     """Make a folder, and the missing ones above it, private to this user; PermissionError as `check_private`."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    for place in reversed(missing):
+    for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
         # another process may have made it since
         with suppress(FileExistsError):
             place.mkdir(mode=0o700)
@@ -78,10 +77,8 @@ def make_private(folder: Path) -> None:
 
 
 def check_private(path: Path) -> None:
-    """Raise PermissionError if others than this user and root can change a file or folder, or the target of its path.
-
-    docs/security.md has the rules. Windows is not checked: its folders of users are private.
-    """
+    """Raise PermissionError if others than this user and root can change a path, by the rules of docs/security.md."""
+    # on Windows the folders of users are private
     if os.name == "posix":
         # raises OSError for links in a circle
         path.stat()

@@ -14,7 +14,7 @@ from einlinear.mup.parameter_roles import Parameter, Roles, check_matches, matri
 from einlinear.nn.layer_kinds import UNKNOWN, Role
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import as_globs, as_rules
-from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
+from einlinear.structures.structured_matrix import adam_multipliers, muon_multipliers, sgd_multipliers
 
 # their update does not depend on the size of the gradient
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")
@@ -192,10 +192,8 @@ def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
         if size > 2 * p.init_std:
             wrong = f"Its entries have the size {size:.2g}, where a head starts at {p.init_std:.2g}"
             advice = "el.init_ draws it as a head; or multiply the logits by base width / width, and pass roles="
-            logger.warning(
-                "%s is shared by an embedding and a head. %s: logits will grow with the width. %s{%r: 'input'}",
-                *(p.name, wrong, advice, p.name),
-            )
+            what = f"{wrong}: logits will grow with the width. {advice}"
+            logger.warning("%s is shared by an embedding and a head. %s{%r: 'input'}", p.name, what, p.name)
 
 
 def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter], dict[str, Sequence[int]]]:

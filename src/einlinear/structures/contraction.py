@@ -92,11 +92,7 @@ def scaling_exponents(pattern: Pattern, sizes: Mapping[str, int], n_in: int, n_o
 
 
 def generic_rank(terms: Sequence[TermPattern], sizes: Mapping[str, int], in_features: int, out_features: int) -> int:
-    """Return the rank for almost all values of the factors.
-
-    The rank of a term is a minimum cut: its smallest intermediate. With padding, only some values of the outer axes are
-    features, and the rank is a maximum flow, or an upper bound (off by less than the padding) if that takes long.
-    """
+    """Return the rank for almost all values of the factors: of minimum cuts, which padding turns into maximum flows."""
     full, rank = min(in_features, out_features), 0
     for term in terms:
         size_in, size_out = (math.prod(sizes[axis] for axis in axes) for axes in (term.inputs, term.outputs))

@@ -49,8 +49,7 @@ def structure(
 
     Raises:
         DoesNotFit: the sizes contradict the features, or the features would be padded by more than 15 %.
-        ValueError: an unknown family or argument, a pattern that cannot be read, a budget that is too small, or a text
-            that exceeds a limit.
+        ValueError: an unknown family or argument, an unreadable pattern, a budget too small, a text beyond a limit.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -276,7 +275,6 @@ def _fewest_blocks(make: Callable[[int], Structure], max_macs: float, most: int)
             continue
         if _fraction(candidate) <= max_macs:
             return candidate
-        if cheapest is None or candidate.macs < cheapest.macs:
-            cheapest = candidate
+        cheapest = min(cheapest or candidate, candidate, key=lambda structure: structure.macs)
     # if no number of blocks fits, the last one raises again
     return _within(cheapest or make(blocks), max_macs)

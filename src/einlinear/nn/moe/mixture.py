@@ -52,8 +52,7 @@ class Mixture:
     A fixed pattern of size 1e-30, lost in all weights but zeros, breaks the ties: tokens spread over all experts.
 
     Attributes:
-        router: (experts, in_features).
-        experts, active: the number of experts, and of those per token.
+        router, experts, active: a matrix (experts, in_features), the number of experts, and of those per token.
         last: routing of the last forward pass, with its graph until the next one. Recomputation by activation
             checkpointing, and tracing for export, do not set it.
     """
