@@ -96,8 +96,10 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         reason = "strided matmuls of torch, which run on every device"
         return Choice("batched", reason, (), tuple(refusals.items()))
     if dtype not in (torch.float32, torch.float64):
-        reason = "strided matmuls of half precision are slow on the CPU"
-        return Choice("reference", reason, (), tuple(refusals.items()))
+        best, reason = "reference", "strided matmuls of half precision are slow on the CPU"
+        if "cpu" not in refusals:
+            best, reason = "cpu", "it computes in float32, which processors without bfloat16 arithmetic are fastest at"
+        return Choice(best, reason, (), tuple(refusals.items()))
     if "cpu" not in refusals:
         refusals["batched"] = "it stands in for the compiled kernel where that cannot run"
         if training and not _is_light(structure, tokens):
