@@ -115,7 +115,9 @@ def convert(
         has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
         layer: Linear | MoELinear = structured_like(old, s, normalize=is_normalized, gamma=has_gamma, **mixture)
         if is_zero:
-            layer.zero_last_factors()
+            # by its last factors the matrix is zero and can learn
+            for _, factors in s.by_term([factor.name for factor in s.factors]):
+                nn.init.zeros_(getattr(layer, factors[-1]))
             if layer.bias is not None:
                 layer.bias.copy_(old.bias)
         return layer

@@ -12,7 +12,7 @@ from einlinear.ops.projection.unfolding import outer_axes, permute, unfold
 from einlinear.ops.projection.weighted import closest_outputs
 from einlinear.ops.reference import dense_weight
 from einlinear.structures import Structure
-from einlinear.structures.scales import init_std
+from einlinear.structures.structured_matrix import init_std
 
 __all__ = ["project"]
 
