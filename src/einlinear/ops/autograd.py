@@ -1,8 +1,7 @@
 """The derivatives of a product: an autograd function in eager mode, an operator where something traces or counts.
 
 The function has a fifth of the overhead of the operator (``torch.ops.einlinear.linear``), which serves torch.compile,
-fake tensors, and dispatch modes such as FlopCounterMode and selective activation checkpointing. `functional.py` handles
-autocast: a rule of an operator casts to one dtype for good.
+fake tensors, and dispatch modes such as FlopCounterMode. Autocast happens before: operators cast to a fixed dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from einlinear.import_hooks import when_imported
 from einlinear.ops import backends, operands, reference
 from einlinear.ops.context import is_differentiated_again
 from einlinear.ops.dispatch import recomputes
-from einlinear.ops.product import Assignment, Product
+from einlinear.ops.operands import Assignment, Product
 from einlinear.structures import Structure
 
 
@@ -79,20 +78,14 @@ def _plain_gradients(
     return [next(gradients) if needs else None for needs in needed]
 
 
-def structure_of(spec: str, in_features: int, out_features: int) -> Structure:
-    """Return the structure of a spec, from a cache. A compiler's symbols become numbers, for good."""
-    return _structure_of(spec, int(in_features), int(out_features))
+structure_of = lru_cache(maxsize=4096)(structures.structure)
 
 
-_structure_of = lru_cache(maxsize=4096)(structures.structure)
-
-
-def _product(
-    x: Tensor, factors: Sequence[Tensor], bias: Any, indices: Any, gates: Any, spec: str, out_features: int
-) -> Product:
+def _product(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int) -> Product:
     """Return the product of an operator's arguments."""
     routing = None if indices is None or gates is None else Assignment(indices, gates)
-    return Product(structure_of(spec, _features(x), out_features), factors, x, bias, routing)
+    # a compiler's symbols become numbers, for good
+    return Product(structure_of(spec, int(_features(x)), int(out_features)), factors, x, bias, routing)
 
 
 def _features(x: Tensor) -> int:
@@ -118,7 +111,7 @@ def linear_op(
 
 @linear_op.register_fake
 def _(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, _: str) -> Tensor:
-    operands.check(*_product(x, factors, bias, indices, gates, spec, out_features), memory=False)
+    operands.check(_product(x, factors, bias, indices, gates, spec, out_features), memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -128,11 +121,9 @@ def _(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, o
     schema="(Tensor grad, Tensor x, Tensor[] factors, Tensor? indices, Tensor? gates, str spec, str backend, "
     "bool needs_x, bool[] needs_factors) -> Tensor[]",
 )
-def linear_backward_op(
-    grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, spec: str, *others: Any
-) -> list[Tensor]:
+def linear_backward_op(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, *others: Any) -> list[Tensor]:
     """Return the needed gradients, of x, of the gates and of the factors; intermediates are recomputed."""
-    backend, needs_x, needs_factors = others
+    spec, backend, needs_x, needs_factors = others
     product = _product(x, factors, None, indices, gates, spec, _features(grad))
     backends.check_support(backend, product)
     gradients = backends.find(backend).backward(product, grad, [], needs_x, needs_factors)
@@ -140,9 +131,9 @@ def linear_backward_op(
 
 
 @linear_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, spec: str, *others: Any) -> list[Tensor]:
-    _, needs_x, needs_factors = others
-    operands.check(*_product(x, factors, None, indices, gates, spec, _features(grad)), grad=grad, memory=False)
+def _(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, *others: Any) -> list[Tensor]:
+    spec, _, needs_x, needs_factors = others
+    operands.check(_product(x, factors, None, indices, gates, spec, _features(grad)), grad=grad, memory=False)
     tensors = zip((x, gates, *factors), (needs_x, needs_x and gates is not None, *needs_factors), strict=True)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
 
@@ -171,9 +162,12 @@ def _register_flops() -> None:
     # imports triton
     from torch.utils.flop_counter import register_flop_formula
 
+    def vectors(x: Any, indices: Any) -> int:
+        return int(x[0] if indices is None else math.prod(indices))
+
     @register_flop_formula(torch.ops.einlinear.linear)
     def _(x: Any, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out: int, *_: Any, **__: Any) -> int:
-        return 2 * _vectors(x, indices) * structure_of(spec, x[1], out).macs
+        return 2 * vectors(x, indices) * structure_of(spec, x[1], out).macs
 
     @register_flop_formula(torch.ops.einlinear.linear_backward)
     def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, *others: Any, **_: Any) -> int:
@@ -182,12 +176,7 @@ def _register_flops() -> None:
         structure = structure_of(spec, x[1], grad[1])
         inputs = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
         weights = sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed)
-        return 2 * _vectors(x, indices) * (inputs + weights)
-
-
-def _vectors(x: Any, indices: Any) -> int:
-    """Return the number of input vectors that are multiplied, given the shapes of x and of the experts' indices."""
-    return int(x[0] if indices is None else math.prod(indices))
+        return 2 * vectors(x, indices) * (inputs + weights)
 
 
 when_imported("torch.utils.flop_counter", _register_flops)

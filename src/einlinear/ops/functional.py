@@ -12,12 +12,10 @@ from einlinear.ops import autograd, operands, reference
 from einlinear.ops.backends import REGISTRY, check_name, check_support
 from einlinear.ops.context import CallContext, autocast, call_context, forced, wants_gradients
 from einlinear.ops.dispatch import choose
-from einlinear.ops.product import Assignment, Product
+from einlinear.ops.operands import Assignment, Product
 from einlinear.structures import Structure
 
 F = TypeVar("F", bound=Callable[..., object])
-# a compiler traces once for any number of tokens: the choice is that for many
-_MANY_TOKENS = 2048
 
 
 def linear(
@@ -75,7 +73,8 @@ def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
         RuntimeError, ValueError, TypeError: factors that do not fit the structure, as for `linear`.
     """
     if not any(isinstance(factor, fx.Proxy) for factor in factors):  # of which torch.fx knows nothing
-        operands.check(structure, factors, memory=call_context(*factors) is CallContext.EAGER)
+        product = Product(structure, factors, x=None)  # type: ignore[arg-type]
+        operands.check(product, memory=call_context(*factors) is CallContext.EAGER)
     return reference.dense_weight(structure, factors)
 
 
@@ -86,9 +85,8 @@ def along_features(multiply: Callable[[Tensor], Tensor], x: Tensor, in_features:
             return _along_nested(multiply, x, in_features, out_features)
         shape = operands.shape_of(x)
         if not shape or shape[-1] != in_features:
-            raise RuntimeError(
-                f"the input has shape {tuple(shape)}, but its last dimension must be in_features={in_features}"
-            )
+            needed = f"its last dimension must be in_features={in_features}"
+            raise RuntimeError(f"the input has shape {tuple(shape)}, but {needed}")
         if len(shape) == 2:
             return multiply(x)
     elif not isinstance(x, fx.Proxy):
@@ -118,8 +116,7 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         return reference.apply(product)
     tensors = product.tensors()
     context = call_context(*tensors)
-    eager = context is CallContext.EAGER
-    plain = context is CallContext.PLAIN
+    eager, plain = context is CallContext.EAGER, context is CallContext.PLAIN
     training = not plain and wants_gradients(*tensors)
     product = autocast(product)
     structure, _, x, _, routing = product
@@ -135,7 +132,7 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, product.experts))
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
     if backend == "reference":
-        operands.check(*product, memory=eager)
+        operands.check(product, memory=eager)
         return reference.apply(product)
     return autograd.run(backend, product, training) if eager else autograd.traced(backend, product)
 
@@ -152,6 +149,7 @@ def _choose_for_compiler(
 ) -> str:
     """Return the backend that torch.compile traces: a kernel as it is, or operators that it fuses: the reference's."""
     structure = autograd.structure_of(spec, in_features, out_features)
-    backend = choose(structure, _MANY_TOKENS, dtype, torch.device(device), training=routed, routed=routed).backend
+    # a compiler traces once for any number of tokens: the choice is that for many
+    backend = choose(structure, 2048, dtype, torch.device(device), training=routed, routed=routed).backend
     fuses = REGISTRY[backend].fusible and not routed and forced().backend is None
     return "reference" if fuses else backend

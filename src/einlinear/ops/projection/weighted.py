@@ -9,7 +9,7 @@ variables. If it is cheap, every step solves for the best last factor (variable 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops.projection.als import equalized
-from einlinear.ops.projection.svd import is_optimal, split
-from einlinear.ops.projection.unfolding import count, merge, outer_axes, unfold, unmerge
+from einlinear.ops.projection.svd import count, is_optimal, merge, outer_axes, split, unfold, unmerge
 from einlinear.ops.reference import dense_weight, einsum, term_weight
 from einlinear.structures import Factor, Structure, Term, structure
 from einlinear.structures.pattern import Axes, TermPattern
@@ -35,9 +34,6 @@ _MIN_STEPS, _MAX_STEPS, _WORK = 10, 100, 10**12
 # The last factor is solved for if the matrix it multiplies has at most this many times the entries of W.
 _CHEAP = 4
 
-# from variables to factors; the last factor of a term with several is a variable itself
-Colours = Callable[[Sequence[Tensor]], list[Tensor]]
-
 
 def closest_outputs(s: Structure, w: Tensor, second_moment: Tensor, steps: int | None = None) -> list[Tensor]:
     """Return the factors with the outputs closest to those of W, for a positive definite second moment."""
@@ -49,12 +45,7 @@ def closest_outputs(s: Structure, w: Tensor, second_moment: Tensor, steps: int |
         # two factors, the first of which reads all features at once
         return start
     firsts = {numbers[0]: reader for reader, (_, numbers) in zip(readers, s.by_term(range(len(start))), strict=True)}
-
-    def coloured(variables: Sequence[Tensor]) -> list[Tensor]:
-        return [firsts[i].colour(v) if i in firsts else v for i, v in enumerate(variables)]
-
-    whitened = [firsts[i].whiten(f, firsts[i].factor.axes) if i in firsts else f for i, f in enumerate(start)]
-    return _descend(s, w, c, equalized(s, whitened), coloured, steps)
+    return _descend(s, w, c, start, firsts, steps)
 
 
 def error_of(s: Structure, w: Tensor, c: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -144,19 +135,21 @@ def _two_factor_start(s: Structure, w: Tensor, second_moment: Tensor) -> list[li
 
 
 def _descend(
-    s: Structure, w: Tensor, c: Tensor, variables: Sequence[Tensor], coloured: Colours, steps: int | None
+    s: Structure, w: Tensor, c: Tensor, start: Sequence[Tensor], firsts: Mapping[int, _FirstFactor], steps: int | None
 ) -> list[Tensor]:
     """Reduce the error of outputs from a start by L-BFGS, and return the factors."""
     scale = float(((w @ c) * w).sum())
     if scale == 0:
-        return coloured(variables)
+        return list(start)
     max_steps = min(_MAX_STEPS, max(_MIN_STEPS, _WORK // (w.numel() * len(c))))
     steps = max_steps if steps is None else min(steps, max_steps)
     last = _LastFactor.of(s, w, c)
+    whitened = [firsts[i].whiten(f, firsts[i].factor.axes) if i in firsts else f for i, f in enumerate(start)]
+    variables = equalized(s, whitened)
     searched = [v.contiguous().clone().requires_grad_() for v in (variables[:-1] if last else variables)]
 
     def factors() -> list[Tensor]:
-        return coloured([*searched, variables[-1]])[:-1] if last else coloured(searched)
+        return [firsts[i].colour(v) if i in firsts else v for i, v in enumerate(searched)]
 
     def closure() -> Tensor:
         error = (last.error(factors()) if last else error_of(s, w, c, factors())) / scale
