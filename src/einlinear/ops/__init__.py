@@ -3,7 +3,7 @@
 from einlinear.ops.backends import BACKENDS, unsupported
 from einlinear.ops.context import backend
 from einlinear.ops.dispatch import Choice, choose
-from einlinear.ops.functional import dense_weight, linear
+from einlinear.ops.linear_function import dense_weight, linear
 from einlinear.ops.operands import Assignment
 from einlinear.ops.projection import project
 

@@ -1,7 +1,7 @@
 """The operands of a product, and one check that they fit, before anything computes with them.
 
 Compiled kernels get pointers and plain einsum broadcasts: neither would notice a wrong shape, dtype or device, or
-memory that was released. `backends.Backend` puts the check before every backend, `functional.py` before the reference.
+memory that was released. `backends.Backend` puts the check before every backend, `linear_function.py` before the reference.
 """
 
 from __future__ import annotations

@@ -21,8 +21,6 @@ from einlinear.structures.pattern import Axes
 
 # MACs of a call above which several threads share it: starting them takes about as long as 100,000 MACs
 PARALLEL_MACS = 300_000
-# pairs of a token and an expert in a block, for each expert: fewer leave tiles half empty, more do not stay in cache
-_PAIRS = 128
 
 
 def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -88,8 +86,8 @@ def _schedule(
     indices, gates = routing.indices, routing.gates.contiguous()
     threads = torch.get_num_threads() if program.macs * indices.numel() > PARALLEL_MACS else 1
     active, experts = indices.shape[1], len(factors[0])
-    # a block should have some full tiles of every expert, and every thread needs one
-    block = max(1, min(-(-n // threads), -(-_PAIRS * experts // active)))
+    # 128 pairs for each expert: fewer leave tiles half empty, more do not stay in cache; but every thread needs a block
+    block = max(1, min(-(-n // threads), -(-128 * experts // active)))
     keys = indices
     if block < n:
         keys = indices + (torch.arange(n, device=indices.device) // block * experts)[:, None]

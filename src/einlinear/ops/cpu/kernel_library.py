@@ -26,12 +26,10 @@ logger = logging.getLogger("einlinear")
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-# how the names of folders of compilations on this machine begin
-_SCRATCH = f".build-{platform.node()}-"
 # tried in turn: without OpenMP the kernels run on one thread
 _THREADS = ("-fopenmp",), ()
-# seconds: for the compiler; to wait for another process that compiles; after which nothing compiles any more
-_TIMEOUT, _PATIENCE, _STALE = 300, 600, 3600
+# how the names of folders of compilations on this machine begin
+_SCRATCH = f".build-{platform.node()}-"
 
 
 class Pairs(ctypes.Structure):
@@ -134,7 +132,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
     lock = FileLock(folder / ".lock")
     with suppress(OSError, NotImplementedError):
-        lock.acquire(timeout=_PATIENCE)
+        lock.acquire(timeout=600)
     try:
         yield lock.is_locked
     finally:
@@ -148,7 +146,7 @@ def _clean(folder: Path, key: str, locked: bool) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     for left in (*folder.glob(".build-*"), *folder.glob("tmp*")):
         with suppress(OSError):
-            if (locked and left.name.startswith(_SCRATCH)) or left.lstat().st_mtime < time.time() - _STALE:
+            if (locked and left.name.startswith(_SCRATCH)) or left.lstat().st_mtime < time.time() - 3600:
                 shutil.rmtree(left)
 
 
@@ -160,7 +158,7 @@ def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
             library = Path(scratch) / "kernel.so"
             arguments = [*command, *threads, str(SOURCE), "-o", str(library)]
             try:
-                run = subprocess.run(arguments, capture_output=True, text=True, timeout=_TIMEOUT)
+                run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
             if run.returncode == 0 and library.is_file():

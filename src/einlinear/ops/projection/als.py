@@ -17,8 +17,6 @@ from einlinear.ops.reference import dense_weight, einsum
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
-# A sweep that reduces the squared error by less than this fraction is the last one.
-_TOLERANCE = 1e-7
 # the number of sweeps, limited by entries times sweeps: fewer cost up to 0.1 % of a chain's error, 2 % of BLAST's
 _MIN_SWEEPS, _MAX_SWEEPS, _WORK = 20, 300, 300 * 2**18
 # random starts besides the SVD's, where that may be bad, and the entries of a matrix up to which they help
@@ -79,9 +77,10 @@ def _alternate(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int
                 stretch = max(0.5, stretch / 2)
         if not swept_error < error:
             break
+        # of the squared error
         improvement = 1 - (swept_error / error) ** 2
         previous, factors, error = factors, swept, swept_error
-        if improvement < _TOLERANCE:
+        if improvement < 1e-7:
             break
     return factors, error
 

@@ -21,8 +21,6 @@ from einlinear.ops.reference import einsum, term_weight
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
-# The truncated eigenvalues must be this many times as large as the rounding error of a Gram matrix.
-_RESOLVED = 100.0
 # rows up to which LAPACK gains nothing from a second core; chunks of matrices per core
 _SMALL, _CHUNKS = 256, 16
 # rows above which, and 1 / the share of the eigenvectors up to which, it pays off to compute only some of them
@@ -79,7 +77,7 @@ def _by_gram(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     first = first * root[:, None, :]
     second = second / root[:, :, None].clamp_min(torch.finfo(root.dtype).tiny)
     rounding = torch.finfo(values.dtype).eps * rows**0.5 * values[:, -1]
-    drowned = eigenvalue_sum - values.sum(1, dtype=torch.float64) <= _RESOLVED * rounding
+    drowned = eigenvalue_sum - values.sum(1, dtype=torch.float64) <= 100 * rounding
     if drowned.any():
         first[drowned], second[drowned] = by_svd(matrices[drowned], rank)
     return first, second

@@ -23,12 +23,8 @@ from einlinear.ops.reference import dense_weight, einsum, term_weight
 from einlinear.structures import Factor, Structure, Term, structure
 from einlinear.structures.pattern import Axes, TermPattern
 
-# Noise as a fraction of the mean variance: rounding errors of float32 sums over many tokens are about as large.
+# noise as a fraction of the mean variance, about as large as rounding errors of float32 sums over many tokens
 _NOISE = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-# the same for the equations of the last factor
-_RIDGES = (1e-7, 1e-5, 1e-3)
-# L-BFGS ends if _BETWEEN steps reduce the squared error by less than this fraction.
-_TOLERANCE, _BETWEEN = 1e-3, 10
 # the number of steps, limited by multiply-accumulates
 _MIN_STEPS, _MAX_STEPS, _WORK = 10, 100, 10**12
 # The last factor is solved for if the matrix it multiplies has at most this many times the entries of W.
@@ -160,11 +156,11 @@ def _descend(
     search = torch.optim.LBFGS(searched, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
     previous = math.inf
     with torch.enable_grad():
-        for done in range(0, steps, _BETWEEN):
-            search.param_groups[0]["max_iter"] = min(_BETWEEN, steps - done)
+        for done in range(0, steps, 10):
+            search.param_groups[0]["max_iter"] = min(10, steps - done)
             # the error before these steps
             error = float(search.step(closure))
-            if previous - error < _TOLERANCE * error:
+            if previous - error < 1e-3 * error:
                 break
             previous = error
     best = [factor.detach() for factor in factors()]
@@ -225,7 +221,7 @@ class _LastFactor:
         """The last factor as matrices, (batch, new, contracted)."""
         gram = torch.einsum("bsdi,btdi->bst", zc, z).double()
         right = torch.einsum("bsdi,bedi->bse", z, self.wc).double()
-        roots, _ = _cholesky(gram, _RIDGES)
+        roots, _ = _cholesky(gram, ridges=(1e-7, 1e-5, 1e-3))
         return torch.cholesky_solve(right, roots).to(z.dtype).transpose(1, 2)
 
     def _multiplied(self, others: Sequence[Tensor]) -> Tensor:

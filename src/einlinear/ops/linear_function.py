@@ -1,29 +1,166 @@
-"""The derivatives of a product: an autograd function in eager mode, an operator where something traces or counts.
+"""`linear`, the structured counterpart of `torch.nn.functional.linear`, and its derivatives.
 
-The function has a fifth of the overhead of the operator (``torch.ops.einlinear.linear``), which serves torch.compile,
-fake tensors, and dispatch modes such as FlopCounterMode. Autocast happens before: operators cast to a fixed dtype.
+In eager mode a backend is an autograd function. It has a fifth of the overhead of the operator
+(``torch.ops.einlinear.linear``), which serves torch.compile, fake tensors, and dispatch modes such as FlopCounterMode.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from einlinear import structures
 from einlinear.import_hooks import when_imported
 from einlinear.ops import backends, operands, reference
-from einlinear.ops.context import is_differentiated_again
-from einlinear.ops.dispatch import recomputes
+from einlinear.ops.backends import REGISTRY, check_name, check_support
+from einlinear.ops.context import CallContext, autocast, call_context, forced, is_differentiated_again, wants_gradients
+from einlinear.ops.dispatch import choose, recomputes
 from einlinear.ops.operands import Assignment, Product
 from einlinear.structures import Structure
 
+F = TypeVar("F", bound=Callable[..., object])
 
-def run(backend: str, product: Product, training: bool) -> Tensor:
+
+def linear(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+    routing: Assignment | None = None,
+) -> Tensor:
+    """Multiply with a structured matrix, as `torch.nn.functional.linear` does with a dense one: (..., out_features).
+
+    With a routing, a token is multiplied with the matrices of its experts: y = sum of gate_e * W_e x, plus the bias.
+
+    Args:
+        structure: of the matrix.
+        factors: one tensor per factor, in the order and of the shapes of `structure.factors`; with a routing, stacks
+            of these, of shape (experts, *shape of the factor).
+        x: (..., in_features), of the same dtype as the factors (or under autocast); nested tensors included.
+        bias: (out_features,) or None.
+        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. Tracers (torch.jit, torch.fx,
+            torch.export), torch.func, forward-mode differentiation and tensor subclasses always get the reference.
+        routing: the experts of every token, `Assignment(indices, gates)`, both of shape (n, active) for the n tokens
+            of x; differentiable in the gates.
+
+    Raises:
+        RuntimeError: a tensor of a wrong shape, dtype or device, or whose memory was released; or the backend cannot
+            run this (see `unsupported`).
+        ValueError: an unknown backend; more or fewer factors than the structure has.
+        TypeError: something else than a tensor.
+        IndexError: an index of no expert; only on the CPU.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> s = el.structure("btt", 16, 16)
+        >>> stacks = [torch.randn(3, *factor.shape) for factor in s.factors]
+        >>> indices, gates = torch.tensor([[0, 2], [1, 2]]), torch.full((2, 2), 0.5)
+        >>> el.ops.linear(s, stacks, torch.randn(2, 16), routing=el.ops.Assignment(indices, gates)).shape
+        torch.Size([2, 16])
+    """
+
+    def multiply(tokens: Tensor) -> Tensor:
+        return _linear(Product(structure, factors, tokens, bias, routing), backend)
+
+    return along_features(multiply, x, structure.in_features, structure.out_features)
+
+
+def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
+    """W of shape (out_features, in_features): the weights of all terms, added up; differentiable.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: factors that do not fit the structure, as for `linear`.
+    """
+    if not any(isinstance(factor, fx.Proxy) for factor in factors):  # of which torch.fx knows nothing
+        product = Product(structure, factors, x=None)  # type: ignore[arg-type]
+        operands.check(product, memory=call_context(*factors) is CallContext.EAGER)
+    return reference.dense_weight(structure, factors)
+
+
+def along_features(multiply: Callable[[Tensor], Tensor], x: Tensor, in_features: int, out_features: int) -> Tensor:
+    """Apply a function of (n, in_features) to (n, out_features) along the last dimension of x, nested or not."""
+    if isinstance(x, Tensor):
+        if x.is_nested:
+            return _along_nested(multiply, x, in_features, out_features)
+        shape = operands.shape_of(x)
+        if not shape or shape[-1] != in_features:
+            needed = f"its last dimension must be in_features={in_features}"
+            raise RuntimeError(f"the input has shape {tuple(shape)}, but {needed}")
+        if len(shape) == 2:
+            return multiply(x)
+    elif not isinstance(x, fx.Proxy):
+        raise TypeError(f"the input must be a tensor, not {type(x).__name__}")
+    y = multiply(x.reshape(-1, in_features))
+    # the shape of a proxy cannot be unpacked
+    return y.reshape(x.shape[:-1] + (out_features,))  # noqa: RUF005
+
+
+def _along_nested(multiply: Callable[[Tensor], Tensor], x: Any, in_features: int, out_features: int) -> Tensor:
+    if x.layout is not torch.jagged:
+        parts = [along_features(multiply, part, in_features, out_features) for part in x.unbind()]
+        return torch.nested.as_nested_tensor(parts)
+    ragged = x._ragged_idx
+    if ragged == x.dim() - 1:
+        raise RuntimeError(f"the last dimension of the input must be in_features={in_features}, not its lengths")
+    values = along_features(multiply, x.values(), in_features, out_features)
+    # with the same offsets, so that torch knows the lengths to be those of x, and can add the two
+    return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths(), jagged_dim=ragged)
+
+
+def _linear(product: Product, backend: str | None) -> Tensor:
+    """Return y of shape (n, out_features), computed as the context of the call demands."""
+    if backend is not None:
+        check_name(backend)
+    if isinstance(product.x, fx.Proxy):
+        return reference.apply(product)
+    tensors = product.tensors()
+    context = call_context(*tensors)
+    eager, plain = context is CallContext.EAGER, context is CallContext.PLAIN
+    training = not plain and wants_gradients(*tensors)
+    product = autocast(product)
+    structure, _, x, _, routing = product
+    if plain or (routing is not None and x.is_meta):
+        # other backends read the indices, which have no values on "meta"
+        backend = "reference"
+    elif backend is not None:
+        check_support(backend, product)
+    elif not eager and torch.compiler.is_compiling():
+        sizes = structure.in_features, structure.out_features
+        backend = _choose_for_compiler(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
+    else:
+        tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, product.experts))
+        backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
+    if backend == "reference":
+        operands.check(product, memory=eager)
+        return reference.apply(product)
+    return _run(backend, product, training) if eager else _traced(backend, product)
+
+
+def assume_constant_result(function: F) -> F:
+    """Do as `torch.compiler.assume_constant_result`, which takes longer to import than torch: set the same mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant_result
+def _choose_for_compiler(
+    spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str, routed: bool
+) -> str:
+    """Return the backend that torch.compile traces: a kernel as it is, or operators that it fuses: the reference's."""
+    structure = structure_of(spec, in_features, out_features)
+    # a compiler traces once for any number of tokens: the choice is that for many
+    backend = choose(structure, 2048, dtype, torch.device(device), training=routed, routed=routed).backend
+    fuses = REGISTRY[backend].fusible and not routed and forced().backend is None
+    return "reference" if fuses else backend
+
+
+def _run(backend: str, product: Product, training: bool) -> Tensor:
     """Return y of shape (n, out_features) by a backend other than the reference, differentiable if `training`."""
     if training:
         y: Tensor = _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call]
@@ -31,7 +168,7 @@ def run(backend: str, product: Product, training: bool) -> Tensor:
     return backends.find(backend).forward(product, False)[0]
 
 
-def traced(backend: str, product: Product) -> Tensor:
+def _traced(backend: str, product: Product) -> Tensor:
     """Return the same by the operator."""
     structure, factors, x, bias, routing = product
     indices, gates = routing or (None, None)
@@ -103,7 +240,7 @@ def _features(x: Tensor) -> int:
 def linear_op(
     x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, backend: str
 ) -> Tensor:
-    """Compute `run` without autograd: (n, in_features) to (n, out_features)."""
+    """Compute `linear` without autograd: (n, in_features) to (n, out_features)."""
     product = _product(x, factors, bias, indices, gates, spec, out_features)
     backends.check_support(backend, product)
     return backends.find(backend).forward(product, False)[0]
