@@ -68,7 +68,7 @@ def linear(
     def multiply(tokens: Tensor) -> Tensor:
         return _linear(Product(structure, factors, tokens, bias, routing), backend)
 
-    return along_features(multiply, x, structure.in_features, structure.out_features)
+    return operands.along_features(multiply, x, structure.in_features, structure.out_features)
 
 
 def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
@@ -81,36 +81,6 @@ def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
         product = Product(structure, factors, x=None)  # type: ignore[arg-type]
         operands.check(product, memory=call_context(*factors) is CallContext.EAGER)
     return reference.dense_weight(structure, factors)
-
-
-def along_features(multiply: Callable[[Tensor], Tensor], x: Tensor, in_features: int, out_features: int) -> Tensor:
-    """Apply a function of (n, in_features) to (n, out_features) along the last dimension of x, nested or not."""
-    if isinstance(x, Tensor):
-        if x.is_nested:
-            return _along_nested(multiply, x, in_features, out_features)
-        shape = operands.shape_of(x)
-        if not shape or shape[-1] != in_features:
-            needed = f"its last dimension must be in_features={in_features}"
-            raise RuntimeError(f"the input has shape {tuple(shape)}, but {needed}")
-        if len(shape) == 2:
-            return multiply(x)
-    elif not isinstance(x, fx.Proxy):
-        raise TypeError(f"the input must be a tensor, not {type(x).__name__}")
-    y = multiply(x.reshape(-1, in_features))
-    # the shape of a proxy cannot be unpacked
-    return y.reshape(x.shape[:-1] + (out_features,))  # noqa: RUF005
-
-
-def _along_nested(multiply: Callable[[Tensor], Tensor], x: Any, in_features: int, out_features: int) -> Tensor:
-    if x.layout is not torch.jagged:
-        parts = [along_features(multiply, part, in_features, out_features) for part in x.unbind()]
-        return torch.nested.as_nested_tensor(parts)
-    ragged = x._ragged_idx
-    if ragged == x.dim() - 1:
-        raise RuntimeError(f"the last dimension of the input must be in_features={in_features}, not its lengths")
-    values = along_features(multiply, x.values(), in_features, out_features)
-    # with the same offsets, so that torch knows the lengths to be those of x, and can add the two
-    return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths(), jagged_dim=ragged)
 
 
 def _linear(product: Product, backend: str | None) -> Tensor:

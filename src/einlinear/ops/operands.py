@@ -1,17 +1,17 @@
 """The operands of a product, and one check that they fit, before anything computes with them.
 
 Compiled kernels get pointers and plain einsum broadcasts: neither would notice a wrong shape, dtype or device, or
-memory that was released. `backends.Backend` puts the check before every backend, `linear_function.py` before the reference.
+memory that was released. `backends.Backend` puts the check before every backend, `linear` before the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from einlinear.structures import Factor, Structure
 
@@ -131,6 +131,36 @@ def check_memory(name: str, tensor: Tensor) -> None:
     if is_plain and not _in_memory(tensor):
         advice = "FSDP releases that of parameters while their module is not running"
         raise RuntimeError(f"the memory of {name} is smaller than its shape, because something released it: {advice}")
+
+
+def along_features(multiply: Callable[[Tensor], Tensor], x: Tensor, in_features: int, out_features: int) -> Tensor:
+    """Apply a function of (n, in_features) to (n, out_features) along the last dimension of x, nested or not."""
+    if isinstance(x, Tensor):
+        if x.is_nested:
+            return _along_nested(multiply, x, in_features, out_features)
+        shape = shape_of(x)
+        if not shape or shape[-1] != in_features:
+            needed = f"its last dimension must be in_features={in_features}"
+            raise RuntimeError(f"the input has shape {tuple(shape)}, but {needed}")
+        if len(shape) == 2:
+            return multiply(x)
+    elif not isinstance(x, fx.Proxy):
+        raise TypeError(f"the input must be a tensor, not {type(x).__name__}")
+    y = multiply(x.reshape(-1, in_features))
+    # the shape of a proxy cannot be unpacked
+    return y.reshape(x.shape[:-1] + (out_features,))  # noqa: RUF005
+
+
+def _along_nested(multiply: Callable[[Tensor], Tensor], x: Any, in_features: int, out_features: int) -> Tensor:
+    if x.layout is not torch.jagged:
+        parts = [along_features(multiply, part, in_features, out_features) for part in x.unbind()]
+        return torch.nested.as_nested_tensor(parts)
+    ragged = x._ragged_idx
+    if ragged == x.dim() - 1:
+        raise RuntimeError(f"the last dimension of the input must be in_features={in_features}, not its lengths")
+    values = along_features(multiply, x.values(), in_features, out_features)
+    # with the same offsets, so that torch knows the lengths to be those of x, and can add the two
+    return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths(), jagged_dim=ragged)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
