@@ -96,7 +96,9 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         return Choice("reference", reason, (), tuple(refusals.items()))
     if "cpu" not in refusals:
         refusals["batched"] = "it stands in for the compiled kernel where that cannot run"
-        if training and not _is_light(structure, tokens):
+        # else training needs less memory than nn.Linear even if activations are copied (docs/benchmarks/cpu)
+        saved_weights = structure.in_features * structure.out_features - structure.params
+        if training and _activations(structure, tokens) >= 1.5 * saved_weights:
             refusals["reference"] = "it may keep more for backward than nn.Linear does"
     mode = "train" if training else "forward"
     candidates = [name for name in CPU_BACKENDS if name not in refusals]
@@ -109,11 +111,6 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         reason += "; a dense layer would be faster"
     estimates = sorted(costs.items(), key=lambda item: item[1])
     return Choice(best, reason, tuple(estimates), tuple(refusals.items()))
-
-
-def _is_light(structure: Structure, tokens: int) -> bool:
-    """Return whether training needs less memory than nn.Linear even if activations are copied (docs/benchmarks/cpu)."""
-    return _activations(structure, tokens) < 1.5 * (structure.in_features * structure.out_features - structure.params)
 
 
 def _activations(structure: Structure, tokens: int) -> int:

@@ -17,7 +17,6 @@ from torch import Tensor, fx
 from einlinear import structures
 from einlinear.import_hooks import when_imported
 from einlinear.ops import backends, operands, reference
-from einlinear.ops.backends import REGISTRY, check_name, check_support
 from einlinear.ops.context import CallContext, autocast, call_context, forced, is_differentiated_again, wants_gradients
 from einlinear.ops.dispatch import choose, recomputes
 from einlinear.ops.operands import Assignment, Product
@@ -50,8 +49,7 @@ def linear(
             of x; differentiable in the gates.
 
     Raises:
-        RuntimeError: a tensor of a wrong shape, dtype or device, or whose memory was released; or the backend cannot
-            run this (see `unsupported`).
+        RuntimeError: a tensor of a wrong shape, dtype or device, or whose memory was released; a backend that cannot run.
         ValueError: an unknown backend; more or fewer factors than the structure has.
         TypeError: something else than a tensor.
         IndexError: an index of no expert; only on the CPU.
@@ -86,7 +84,7 @@ def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
 def _linear(product: Product, backend: str | None) -> Tensor:
     """Return y of shape (n, out_features), computed as the context of the call demands."""
     if backend is not None:
-        check_name(backend)
+        backends.check_name(backend)
     if isinstance(product.x, fx.Proxy):
         return reference.apply(product)
     tensors = product.tensors()
@@ -94,12 +92,12 @@ def _linear(product: Product, backend: str | None) -> Tensor:
     eager, plain = context is CallContext.EAGER, context is CallContext.PLAIN
     training = not plain and wants_gradients(*tensors)
     product = autocast(product)
-    structure, _, x, _, routing = product
+    structure, factors, x, bias, routing = product
     if plain or (routing is not None and x.is_meta):
         # other backends read the indices, which have no values on "meta"
         backend = "reference"
     elif backend is not None:
-        check_support(backend, product)
+        backends.check_support(backend, product)
     elif not eager and torch.compiler.is_compiling():
         sizes = structure.in_features, structure.out_features
         backend = _choose_for_compiler(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
@@ -109,7 +107,12 @@ def _linear(product: Product, backend: str | None) -> Tensor:
     if backend == "reference":
         operands.check(product, memory=eager)
         return reference.apply(product)
-    return _run(backend, product, training) if eager else _traced(backend, product)
+    if not eager:
+        indices, gates = routing or (None, None)
+        return linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)  # type: ignore[no-any-return]
+    if training:
+        return _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call, no-any-return]
+    return backends.find(backend).forward(product, False)[0]
 
 
 def assume_constant_result(function: F) -> F:
@@ -126,24 +129,8 @@ def _choose_for_compiler(
     structure = structure_of(spec, in_features, out_features)
     # a compiler traces once for any number of tokens: the choice is that for many
     backend = choose(structure, 2048, dtype, torch.device(device), training=routed, routed=routed).backend
-    fuses = REGISTRY[backend].fusible and not routed and forced().backend is None
+    fuses = backends.REGISTRY[backend].fusible and not routed and forced().backend is None
     return "reference" if fuses else backend
-
-
-def _run(backend: str, product: Product, training: bool) -> Tensor:
-    """Return y of shape (n, out_features) by a backend other than the reference, differentiable if `training`."""
-    if training:
-        y: Tensor = _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call]
-        return y
-    return backends.find(backend).forward(product, False)[0]
-
-
-def _traced(backend: str, product: Product) -> Tensor:
-    """Return the same by the operator."""
-    structure, factors, x, bias, routing = product
-    indices, gates = routing or (None, None)
-    y: Tensor = linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)
-    return y
 
 
 class _Linear(torch.autograd.Function):

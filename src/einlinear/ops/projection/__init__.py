@@ -27,16 +27,14 @@ def project(
         weight: (out_features, in_features), of any floating dtype; the computation is in float32 or wider.
         second_moment: E[x x^T] of the inputs, (in_features, in_features), perhaps singular. With it, the error of the
             outputs for such inputs is minimised instead of the error of the weight.
-        steps: the maximum number of iterations (of L-BFGS with a second moment, else of alternating least squares); by
-            default as many as pay off.
+        steps: the maximum number of iterations; by default as many as pay off.
 
     Returns:
-        The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device. Those of a
-        term are at the same multiple of their scale at initialisation, so that structure-aware learning rates fit all.
+        The factors, as `structure.factors` says, of the weight's dtype and device. Those of a term are at the same
+        multiple of their scale at initialisation, so that structure-aware learning rates fit all.
 
     Raises:
-        ValueError: the weight or the second moment has a wrong shape, or values that are NaN or infinite; the weight is
-            on the meta device.
+        ValueError: a weight or second moment of a wrong shape, or with NaN or infinite values; a weight on "meta".
         TypeError: a weight of integers, as quantized ones are.
         RuntimeError: the memory of the weight was released.
     """

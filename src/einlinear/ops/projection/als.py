@@ -1,7 +1,4 @@
-"""Alternating least squares: one factor at a time, the others fixed, until the error stays.
-
-Sums and BLAST can end in a local optimum, so random starts are tried as well for small matrices.
-"""
+"""Alternating least squares: one factor at a time, the others fixed, until the error stays."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _RESTARTS, _SMALL = 2, 2**16
 
 
 def best_of_restarts(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int | None = None) -> list[Tensor]:
-    """Improve the SVD's factors and, unless the result is exact, random ones. Return the best."""
+    """Improve the SVD's factors and, where they may end in a local optimum, random ones. Return the best."""
     max_sweeps = _sweeps(w) if sweeps is None else min(sweeps, _sweeps(w))
     best, error = _alternate(structure, w, start, max_sweeps)
     # a generator of its own, so that a projection is reproducible

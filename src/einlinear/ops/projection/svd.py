@@ -1,8 +1,7 @@
 """Successive truncated SVDs, which split off one factor of a term after another.
 
-For each value of the outer axes that both factors have, the other outer axes of the first against those of the second
-are a matrix whose rank the rank axes bound. For two factors the truncated SVD is optimal (Eckart and Young; for
-Kronecker Van Loan and Pitsianis, for Monarch arXiv 2204.00595). More factors are exact if W has the structure.
+The outer axes that both factors have are a batch, and the others rows and columns of a matrix whose rank is bounded.
+For two factors this is optimal (Eckart and Young; Kronecker: Van Loan and Pitsianis; Monarch: arXiv 2204.00595).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The structured matrix with the closest outputs, for inputs x with the second moment C = E[x x^T].
 
-The objective is tr((W - V) C (W - V)^T) over all V of the structure. If C is block-diagonal, with a block L L^T for all
-features that the first factor sums at once, V L is the plain projection of W L. For low rank, which has a single block,
-this is the solution, for others the start. From there L-BFGS reduces the exact error in the same, well conditioned
-variables. If it is cheap, every step solves for the best last factor (variable projection, Golub and Pereyra).
+The objective is tr((W - V) C (W - V)^T) over all V of the structure. If C has a block L L^T for all features that the
+first factor sums at once, and zeros elsewhere, V L is the plain projection of W L. This is the solution for low rank and
+else the start of L-BFGS, whose steps may solve for the last factor (variable projection, Golub and Pereyra).
 """
 
 from __future__ import annotations
