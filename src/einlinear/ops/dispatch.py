@@ -7,16 +7,20 @@ On a CPU the cheapest backend runs, by a cost model: costs.json has a few coeffi
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from einlinear import structures
 from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, unsupported
 from einlinear.ops.context import forced
 from einlinear.structures import Structure
 
+F = TypeVar("F", bound=Callable[..., object])
 COSTS_FILE = Path(__file__).with_name("costs.json")
 # weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
 CACHED = 2**18
@@ -78,6 +82,24 @@ def choose(
     if routed and choice.backend == "reference" and unsupported("batched", structure, dtype, device) is None:
         return Choice("batched", "one expert after the other, for which the reference has no means")
     return choice
+
+
+def assume_constant_result(function: F) -> F:
+    """Do as `torch.compiler.assume_constant_result`, which takes longer to import than torch: set the same mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant_result
+def choose_for_compiler(
+    spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str, routed: bool
+) -> str:
+    """Return the backend that torch.compile traces: a kernel as it is, or operators that it fuses: the reference's."""
+    structure = structures.structure(spec, in_features, out_features)
+    # a compiler traces once for any number of tokens: the choice is that for many
+    backend = choose(structure, 2048, dtype, torch.device(device), training=routed, routed=routed).backend
+    fuses = REGISTRY[backend].fusible and not routed and forced().backend is None
+    return "reference" if fuses else backend
 
 
 @lru_cache(maxsize=65536)

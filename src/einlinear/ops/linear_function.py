@@ -7,9 +7,9 @@ In eager mode a backend is an autograd function. It has a fifth of the overhead 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,12 +17,10 @@ from torch import Tensor, fx
 from einlinear import structures
 from einlinear.import_hooks import when_imported
 from einlinear.ops import backends, operands, reference
-from einlinear.ops.context import CallContext, autocast, call_context, forced, is_differentiated_again, wants_gradients
-from einlinear.ops.dispatch import choose, recomputes
+from einlinear.ops.context import CallContext, autocast, call_context, is_differentiated_again, wants_gradients
+from einlinear.ops.dispatch import choose, choose_for_compiler, recomputes
 from einlinear.ops.operands import Assignment, Product
 from einlinear.structures import Structure
-
-F = TypeVar("F", bound=Callable[..., object])
 
 
 def linear(
@@ -49,7 +47,7 @@ def linear(
             of x; differentiable in the gates.
 
     Raises:
-        RuntimeError: a tensor of a wrong shape, dtype or device, or whose memory was released; a backend that cannot run.
+        RuntimeError: a tensor of a wrong shape, dtype, device, or whose memory was released; a backend that cannot run.
         ValueError: an unknown backend; more or fewer factors than the structure has.
         TypeError: something else than a tensor.
         IndexError: an index of no expert; only on the CPU.
@@ -100,7 +98,7 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         backends.check_support(backend, product)
     elif not eager and torch.compiler.is_compiling():
         sizes = structure.in_features, structure.out_features
-        backend = _choose_for_compiler(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
+        backend = choose_for_compiler(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
     else:
         tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, product.experts))
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
@@ -113,24 +111,6 @@ def _linear(product: Product, backend: str | None) -> Tensor:
     if training:
         return _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call, no-any-return]
     return backends.find(backend).forward(product, False)[0]
-
-
-def assume_constant_result(function: F) -> F:
-    """Do as `torch.compiler.assume_constant_result`, which takes longer to import than torch: set the same mark."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@assume_constant_result
-def _choose_for_compiler(
-    spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str, routed: bool
-) -> str:
-    """Return the backend that torch.compile traces: a kernel as it is, or operators that it fuses: the reference's."""
-    structure = structure_of(spec, in_features, out_features)
-    # a compiler traces once for any number of tokens: the choice is that for many
-    backend = choose(structure, 2048, dtype, torch.device(device), training=routed, routed=routed).backend
-    fuses = backends.REGISTRY[backend].fusible and not routed and forced().backend is None
-    return "reference" if fuses else backend
 
 
 class _Linear(torch.autograd.Function):

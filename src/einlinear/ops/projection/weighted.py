@@ -1,7 +1,7 @@
 """The structured matrix with the closest outputs, for inputs x with the second moment C = E[x x^T].
 
 The objective is tr((W - V) C (W - V)^T) over all V of the structure. If C has a block L L^T for all features that the
-first factor sums at once, and zeros elsewhere, V L is the plain projection of W L. This is the solution for low rank and
+first factor sums at once, and zeros elsewhere, V L is the plain projection of W L. This is the solution for low rank,
 else the start of L-BFGS, whose steps may solve for the last factor (variable projection, Golub and Pereyra).
 """
 
