@@ -114,8 +114,10 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         refusals.setdefault("triton", "it has not been measured on a GPU yet: einlinear.backend('triton') takes it")
         return Choice("batched", "strided matmuls of torch, which run on every device", (), tuple(refusals.items()))
     if dtype not in (torch.float32, torch.float64):
-        reason = "strided matmuls of half precision are slow on the CPU"
-        return Choice("reference", reason, (), tuple(refusals.items()))
+        best, reason = "reference", "strided matmuls of half precision are slow on the CPU"
+        if "cpu" not in refusals:
+            best, reason = "cpu", "it computes in float32, which processors without bfloat16 arithmetic are fastest at"
+        return Choice(best, reason, (), tuple(refusals.items()))
     if "cpu" not in refusals:
         refusals["batched"] = "it stands in for the compiled kernel where that cannot run"
         # else training needs less memory than nn.Linear even if activations are copied (docs/benchmarks/cpu)

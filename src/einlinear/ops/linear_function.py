@@ -118,7 +118,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, backend: str, product: Product, *tensors: Tensor | None) -> Tensor:
         ctx.structure, ctx.backend = product.structure, backend
         y, saved = backends.find(backend).forward(product, not recomputes(backend, product.structure))
-        ctx.shapes = [tensor.shape for tensor in saved]
+        ctx.saved = [(tensor.shape, tensor.dtype) for tensor in saved]
         ctx.save_for_backward(*tensors, *saved)
         return y
 
@@ -129,8 +129,8 @@ class _Linear(torch.autograd.Function):
         inputs, saved = tensors[: len(needed)], tensors[len(needed) :]
         if is_differentiated_again(grad, *inputs):
             return None, None, *_plain_gradients(structure, inputs, needed, grad)
-        if [tensor.shape for tensor in saved] != ctx.shapes:
-            raise RuntimeError("an intermediate was unpacked in another shape than it was saved in")
+        if [(tensor.shape, tensor.dtype) for tensor in saved] != ctx.saved:
+            raise RuntimeError("an intermediate was unpacked in another shape or dtype than it was saved in")
         product, end = Product.of(structure, inputs[0], None, *inputs[2:]), 2 + len(structure.factors)
         needs_x = needed[0] or any(needed[end:])
         gradients = backends.find(ctx.backend).backward(product, grad, saved, needs_x, needed[2:end])

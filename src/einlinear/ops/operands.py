@@ -17,6 +17,8 @@ from einlinear.structures import Factor, Structure
 
 # name (or factor), tensor, and the shape that it must have
 Operand = tuple[str | Factor, Any, tuple[int, ...]]
+# the only operand of any dtype: a backend may compute in another one than it reads
+_SAVED = "a saved intermediate"
 
 
 class Assignment(NamedTuple):
@@ -97,18 +99,18 @@ def check(product: Product, grad: Tensor | None = None, saved: Sequence[Tensor] 
             operands.append(("the tensor of gates", routing[1], _check_indices(x, *routing, memory)))
     if bias is not None:
         operands.append(("the bias", bias, (structure.out_features,)))
-    operands += [("a saved intermediate", tensor, tensor.shape) for tensor in saved]
+    operands += [(_SAVED, tensor, tensor.shape) for tensor in saved]
     negated = False
     try:
         _, first, _ = operands[0]
-        dtype, device, size = first.dtype, first.device, first.itemsize
-        for _, tensor, shape in operands:
-            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
+        dtype, device = first.dtype, first.device
+        for name, tensor, shape in operands:
+            if tensor.shape != shape or tensor.device != device or (tensor.dtype is not dtype and name != _SAVED):
                 break
             if memory:
                 # `_in_memory` for contiguous tensors, without the cost of its call
                 if tensor.is_contiguous():
-                    if tensor.untyped_storage().nbytes() < tensor.storage_offset() * size + tensor.nbytes:
+                    if tensor.untyped_storage().nbytes() < tensor.storage_offset() * tensor.itemsize + tensor.nbytes:
                         break
                 elif not _in_memory(tensor):
                     break
@@ -235,7 +237,7 @@ def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> 
     first, reference, _ = named[0]
     for name, tensor, _ in named:
         other = "the layer" if name == "the input" else first
-        if tensor.dtype != reference.dtype:
+        if tensor.dtype != reference.dtype and name != _SAVED:
             raise RuntimeError(f"{name} is of {tensor.dtype}, but {other} of {reference.dtype}: convert one of them")
         if tensor.device != reference.device:
             advice = "move one of them"

@@ -28,7 +28,7 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
     if dtype not in DTYPES:
-        return f"it computes in float32 and float64, not in {str(dtype).removeprefix('torch.')}"
+        return f"it computes in real numbers of 16, 32 or 64 bits, not in {str(dtype).removeprefix('torch.')}"
     library = load()
     return library if isinstance(library, str) else None
 
@@ -43,7 +43,9 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
     saved = []
     if save and program.intermediate_size and routing is None:
         tile: int = _function("tile", x)(program.address, n)
-        saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size)]
+        # half precision exists in memory only: what is between two factors is float32
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size, dtype=dtype)]
     if n:
         pairs, threads, _tensors = _schedule(program, factors, routing, n)
         # written out: this is most of the overhead of a call

@@ -25,7 +25,7 @@ logger = logging.getLogger("einlinear")
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+DTYPES = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 # tried in turn: without OpenMP the kernels run on one thread
 _THREADS = ("-fopenmp",), ()
 # how the names of folders of compilations on this machine begin
