@@ -1,8 +1,4 @@
-"""The choice of a backend: a pure function of structure, tokens, dtype and device.
-
-On a CPU the cheapest backend runs, by a cost model: costs.json has a few coefficients for each, fitted to runs of
-``einlinear bench`` on one machine (docs/benchmarks), so only ratios matter. On a GPU nothing is measured yet.
-"""
+"""The choice of a backend: on a CPU the cheapest by a cost model, whose coefficients were fitted on one machine."""
 
 from __future__ import annotations
 

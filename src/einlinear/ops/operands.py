@@ -1,7 +1,6 @@
 """The operands of a product, and one check that they fit, before anything computes with them.
 
-Compiled kernels get pointers and plain einsum broadcasts: neither would notice a wrong shape, dtype or device, or
-memory that was released. `backends.Backend` puts the check before every backend, `linear` before the reference.
+Neither compiled kernels, which get pointers, nor plain einsum, which broadcasts, would notice a wrong shape or dtype.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The batched-matmul backend: one strided matmul per factor, forward and backward, as `plan` says.
 
-A step multiplies a factor (batch, new, contracted) with an intermediate (batch, contracted, free). A group of axes that
-are neighbours in memory is one dimension of a strided matrix product; otherwise the intermediate is copied first. The
-plan minimises multiply-accumulates and copies over orders and layouts. A two-factor BTT copies no activation at all.
+A step multiplies a factor (batch, new, contracted) with an intermediate (batch, contracted, free). It is copied first
+unless the axes of each group are neighbours. The plan minimises MACs and copies over orders and layouts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The compiled CPU backend: tiles of tokens that stay in cache.
-
-The kernel (kernel.cpp) knows no structure: it reads a program, an array of numbers arranged as program.h says.
-"""
+"""The compiled CPU backend. The kernel knows no structure: it reads a program, numbers arranged as program.h says."""
 
 from __future__ import annotations
 
