@@ -262,11 +262,15 @@ def _autotuned(kernel: Any, tiles: tuple[Tile, ...], constants: tuple[str, ...])
 
 def _constants(step: StridedStep, dtype: torch.dtype) -> dict[str, Any]:
     limits = {"SOURCE_LIMIT": step.source.limit, "RESULT_LIMIT": step.result.limit}
-    # torch's own setting of precision
+    return {**step.groups, **step.counts, **limits, "PRECISION": _precision(dtype)}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """The precision of products: torch's own setting for float32."""
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     precision = "tf32" if allowed and dtype == torch.float32 else "ieee"
-    return {**step.groups, **step.counts, **limits, "PRECISION": "widen" if interpreting() else precision}
+    return "widen" if interpreting() else precision
 
 
 def _strides(tensor: Tensor, layout: Layout) -> tuple[int, int]:
