@@ -16,8 +16,7 @@ from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import plain_modules
 from einlinear.ops.context import autocast_dtype, without_autocast
-from einlinear.ops.functional import along_features
-from einlinear.ops.operands import shape_of
+from einlinear.ops.operands import along_features, shape_of
 from einlinear.structures import Structure
 from einlinear.structures.limits import validate_size
 
