@@ -221,8 +221,8 @@ def test_mistakes() -> None:
         ops.linear(layer.structure, layer.factors(), x, backend="fast")
     with pytest.raises(ValueError, match=f"unknown backend 'fast': {known}"), el.backend("fast"):
         pass
-    with pytest.raises(RuntimeError, match="'cpu' cannot run this: it computes in float32 and float64"):
-        ops.linear(layer.structure, [f.half() for f in layer.factors()], x.half(), backend="cpu")
+    with pytest.raises(RuntimeError, match="'cpu' cannot run this: it computes in real numbers of 16, 32 or 64 bits"):
+        ops.linear(layer.structure, [f.cfloat() for f in layer.factors()], x.cfloat(), backend="cpu")
     with pytest.raises(RuntimeError, match="not on cpu"), el.backend("triton"):
         layer(x)
     with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not ReLU"):

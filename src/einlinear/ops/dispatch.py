@@ -112,7 +112,7 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
     if dtype not in (torch.float32, torch.float64):
         best, reason = "reference", "strided matmuls of half precision are slow on the CPU"
         if "cpu" not in refusals:
-            best, reason = "cpu", "it computes in float32, which processors without bfloat16 arithmetic are fastest at"
+            best, reason = "cpu", "it reads and writes half precision and computes in float32"
         return Choice(best, reason, (), tuple(refusals.items()))
     if "cpu" not in refusals:
         refusals["batched"] = "it stands in for the compiled kernel where that cannot run"
