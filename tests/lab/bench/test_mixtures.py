@@ -12,6 +12,7 @@ from tests.lab.cli.command import assert_refused, run
 
 from einlinear.nn import MoELinear
 from einlinear.ops import backends
+from einlinear.ops.operands import Gradients
 from einlinear_lab.bench import mixtures
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.mixtures import ALL, COMPARED, MASKED, RANK, MaskedExperts, MixtureResult, ours
@@ -42,7 +43,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         def spoilt(*args: Any, wrong: int = wrong) -> Any:
             results = list(own(*args))
             results[wrong] = [2 * each for each in results[2]] if wrong == 2 else 2 * results[wrong]
-            return results
+            return Gradients(*results)
 
         monkeypatch.setattr(found, "backward", spoilt)
         with pytest.raises(RuntimeError, match="8 experts has a relative error of 1"):
