@@ -55,7 +55,9 @@ class Sizes:
 
 
 # structures of few kernels, as Triton's interpreter is slow
-TINY = Sizes("cpu", ("low_rank(rank=4)", "dyad(blocks=2)"), "low_rank(rank=2)", (16,), 17, (8,), (8,), 8, 8, 1, 0.0)
+TINY = Sizes(
+    "cpu", ("low_rank(rank=4)", "dyad(blocks=2)"), "block_diagonal(blocks=2)", (16,), 17, (8,), (8,), 8, 8, 1, 0.0
+)
 
 
 def layer_cases(sizes: Sizes) -> list[Case]:
