@@ -197,7 +197,7 @@ def test_what_is_compiled_ahead_is_what_tuning_compiles(tmp_path: Path, monkeypa
     import triton
 
     import einlinear as el
-    from einlinear.ops.product import Product
+    from einlinear.ops.operands import Product
     from einlinear.ops.triton import launch, triton_backend
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
