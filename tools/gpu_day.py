@@ -263,7 +263,7 @@ def run_tests(sizes: Sizes, end: float) -> Row:
     print(text)
     passed = len(re.findall(r"\bPASSED\b", text))
     failed = sorted({*re.findall(r"(?:FAILED|ERROR) (tests/\S+)|(tests/\S+) (?:FAILED|ERROR)", text)})
-    if not passed and not failed:
+    if not passed and not failed and not note.startswith("stopped"):
         raise RuntimeError(f"no test ran: {note}, {text[-1000:]}")
     return {"passed": passed, "failed": ["".join(names) for names in failed], "note": note}
 

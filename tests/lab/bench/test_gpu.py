@@ -42,7 +42,7 @@ CHECKED = {"pytest": {"passed": 9, "failed": []}}
 @needs("triton")
 @pytest.mark.slow
 def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
-    command = [ROOT / "tools" / "gpu_day.sh", "--rehearse", "--out", tmp_path]
+    command = [ROOT / "tools" / "gpu_day.sh", "--rehearse", "--budget", "1500", "--out", tmp_path]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     log = (tmp_path / "gpu.log").read_text() + (tmp_path / "warm.log").read_text()
