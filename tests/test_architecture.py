@@ -45,7 +45,7 @@ LAB_APART = {
     "pretrained": {"models", "training"},
     "scaling": {"sweeps", "search"},
     "report": {"sweeps", "search"},
-    "bench": {"models", "data", "training", "pretrained", "runs", "sweeps", "search", "scaling", "report"},
+    "bench": {"data", "training", "pretrained", "runs", "sweeps", "search", "scaling", "report"},
 }
 
 

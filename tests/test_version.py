@@ -1,5 +1,7 @@
 """The digest of the sources that results depend on."""
 
+import importlib.metadata
+import runpy
 import shutil
 from pathlib import Path
 
@@ -30,3 +32,11 @@ def test_the_digest_is_of_all_that_decides(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_a_run_depends_on_is_there() -> None:
     assert all((version._ROOT / folder).is_dir() for folder in _DECISIVE)
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert runpy.run_path(version.__file__)["__version__"] == "0+checkout"

@@ -2,10 +2,13 @@
 
 import hashlib
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__version__ = version("einlinear")
+try:
+    __version__ = version("einlinear")
+except PackageNotFoundError:  # a checkout on PYTHONPATH
+    __version__ = "0+checkout"
 
 _ROOT = Path(__file__).parents[1]
 

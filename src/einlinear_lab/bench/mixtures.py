@@ -114,7 +114,7 @@ def measure(case: Case, budget: float) -> MixtureResult:
             mixture = MoELinear(*size, "btt", experts, ACTIVE, bias=False, **options)
             nn.init.normal_(mixture.router, std=case.in_features**-0.5)
             modules[ours(experts)] = mixture
-            _check(mixture, x, grad, training)
+            check_mixture(mixture, x, grad, training)
             if experts == COMPARED:
                 modules[MASKED] = MaskedExperts(mixture)
                 with torch.no_grad():
@@ -159,7 +159,7 @@ class MaskedExperts(nn.Module):
         return y.permute(2, 0, 1).reshape(len(x), -1)
 
 
-def _check(mixture: MoELinear, x: Tensor, grad: Tensor, train: bool) -> None:
+def check_mixture(mixture: MoELinear, x: Tensor, grad: Tensor, train: bool) -> None:
     """Compare outputs and, in training, gradients of some tokens with plain einsum in float64."""
     x, grad = x.detach()[:_CACHED], grad[:_CACHED]
     with torch.no_grad():
