@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from einlinear.ops.backends import check_name
 from einlinear.ops.product import Assignment, Product
 
+F = TypeVar("F", bound=Callable[..., object])
 # other kinds of tensors have rules of their own
 _KINDS = {Tensor, nn.Parameter, FakeTensor, type(None)}
 
@@ -98,6 +99,17 @@ def call_context(*tensors: Tensor | None) -> CallContext:
         return CallContext.PLAIN
     traced = FakeTensor in kinds or torch._C._len_torch_dispatch_stack() > 0
     return CallContext.TRACED if traced else CallContext.EAGER
+
+
+def is_exported() -> bool:
+    """Return whether torch.export, torch.jit.trace or an exporter on top of them records a call."""
+    return torch.compiler.is_exporting() or torch._C._is_tracing()
+
+
+def assume_constant_result(function: F) -> F:
+    """Do as `torch.compiler.assume_constant_result`, which takes longer to import than torch: set the same mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_differentiated_again(grad: Tensor, *others: Tensor | None) -> bool:

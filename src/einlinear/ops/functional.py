@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from einlinear.ops import autograd, operands, reference
+from einlinear.ops import autograd, exported, operands, reference
 from einlinear.ops.backends import REGISTRY, check_name, check_support
-from einlinear.ops.context import CallContext, autocast, call_context, forced, wants_gradients
+from einlinear.ops.context import (
+    CallContext,
+    assume_constant_result,
+    autocast,
+    call_context,
+    forced,
+    is_exported,
+    wants_gradients,
+)
 from einlinear.ops.dispatch import choose
 from einlinear.ops.product import Assignment, Product
 from einlinear.structures import Structure
 
-F = TypeVar("F", bound=Callable[..., object])
 # a compiler traces once for any number of tokens: the choice is that for many
 _MANY_TOKENS = 2048
 
@@ -136,14 +143,8 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
     if backend == "reference":
         operands.check(*product, memory=eager)
-        return reference.apply(product)
+        return exported.apply(product) if plain and is_exported() and routing is None else reference.apply(product)
     return autograd.run(backend, product, training) if eager else autograd.traced(backend, product)
-
-
-def assume_constant_result(function: F) -> F:
-    """Do as `torch.compiler.assume_constant_result`, which takes longer to import than torch: set the same mark."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @assume_constant_result
