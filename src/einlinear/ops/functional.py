@@ -45,8 +45,9 @@ def linear(
             of these, of shape (experts, *shape of the factor).
         x: (..., in_features), of the same dtype as the factors (or under autocast); nested tensors included.
         bias: (out_features,) or None.
-        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. Tracers (torch.jit, torch.fx,
-            torch.export), torch.func, forward-mode differentiation and tensor subclasses always get the reference.
+        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. torch.fx, torch.func, forward-mode
+            differentiation and tensor subclasses always get the reference; torch.export, torch.jit.trace and
+            torch.onnx record plain matrix products.
         routing: the experts of every token, `Assignment(indices, gates)`, both of shape (n, active) for the n tokens
             of x; differentiable in the gates.
 
@@ -143,7 +144,8 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
     if backend == "reference":
         operands.check(*product, memory=eager)
-        return exported.apply(product) if plain and is_exported() and routing is None else reference.apply(product)
+        exports = plain and is_exported() and routing is None
+        return exported.apply(product) if exports else reference.apply(product)
     return autograd.run(backend, product, training) if eager else autograd.traced(backend, product)
 
 
