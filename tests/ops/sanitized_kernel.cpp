@@ -17,10 +17,11 @@ static std::mt19937 generator(0);
 template <class S>
 struct Array {
     std::vector<S> values;
-    explicit Array(size_t count, bool random = true) : values(count, std::numeric_limits<S>::quiet_NaN()) {
+    explicit Array(size_t count, bool random = true)
+        : values(count, S(std::numeric_limits<Arithmetic<S>>::quiet_NaN())) {
         std::normal_distribution<double> normal;
         if (random)
-            for (S& value : values) value = (S)normal(generator);
+            for (S& value : values) value = S((Arithmetic<S>)normal(generator));
     }
 };
 
@@ -28,8 +29,10 @@ template <class S>
 static void same(const std::vector<S>& found, const std::vector<S>& expected, const char* what, int threads, Index n) {
     double largest = 1;
     for (S value : expected) largest = std::max(largest, std::fabs((double)value));
+    // half precision may round to the next number on either side
+    const double close = sizeof(S) == 2 ? 1e-2 : 1e-3;
     for (size_t i = 0; i < expected.size(); i++)
-        if (!(std::fabs((double)found[i] - (double)expected[i]) < 1e-3 * largest)) {
+        if (!(std::fabs((double)found[i] - (double)expected[i]) < close * largest)) {
             std::fprintf(stderr, "%s of %ld tokens on %d threads: %g instead of %g\n", what, (long)n, threads,
                          (double)found[i], (double)expected[i]);
             std::exit(1);
@@ -52,7 +55,7 @@ static void one_matrix(const Index* numbers, Index n, const std::vector<int>& co
     Program p(numbers);
     Factors<S> factors(p, 1, true);
     Array<S> x(n * p.in_features), bias(p.out_features), dy(n * p.out_features);
-    Index tile = tile_of<S>(p, n), padded = (n + tile - 1) / tile * tile;
+    Index tile = tile_of<Arithmetic<S>>(p, n), padded = (n + tile - 1) / tile * tile;
     for (bool save : {false, true})
         for (int choice = 0; choice < 3; choice++) {
             bool wants_x = choice == 1;
@@ -61,8 +64,8 @@ static void one_matrix(const Index* numbers, Index n, const std::vector<int>& co
             std::vector<std::vector<S>> first;
             for (int threads : counts) {
                 Array<S> y(n * p.out_features, false), dx(n * p.in_features, false);
-                Array<S> saved(save ? padded * p.intermediates : 0, false);
-                S* intermediates = saved.values.empty() ? nullptr : saved.values.data();
+                Array<Arithmetic<S>> saved(save ? padded * p.intermediates : 0, false);
+                Arithmetic<S>* intermediates = saved.values.empty() ? nullptr : saved.values.data();
                 forward<S>(Program(numbers), factors.pointers.data(), x.values.data(), bias.values.data(),
                            y.values.data(), intermediates, n, threads);
                 Factors<S> grads(p, 1, false);
@@ -134,12 +137,16 @@ int main(int count, char** arguments) {
         std::vector<Index> numbers(length);
         if ((Index)std::fread(numbers.data(), sizeof(Index), length, file) != length) return 2;
         for (Index n : {1, 3, 16, 17, 33, 70}) {
-            if (programs % 2)
-                one_matrix<float>(numbers.data(), n, threads);
-            else
-                one_matrix<double>(numbers.data(), n, threads);
+            if (programs % 4 == 0) one_matrix<double>(numbers.data(), n, threads);
+            if (programs % 4 == 1) one_matrix<float>(numbers.data(), n, threads);
+            if (programs % 4 == 2) one_matrix<BFloat16>(numbers.data(), n, threads);
+            if (programs % 4 == 3) one_matrix<Float16>(numbers.data(), n, threads);
         }
-        for (Index n : {5, 70}) several_matrices<float>(numbers.data(), n, threads);
+        for (Index n : {5, 70}) {
+            if (programs % 2) several_matrices<float>(numbers.data(), n, threads);
+            if (programs % 4 == 0) several_matrices<BFloat16>(numbers.data(), n, threads);
+            if (programs % 4 == 2) several_matrices<Float16>(numbers.data(), n, threads);
+        }
     }
     std::fclose(file);
     std::printf("%ld programs\n", (long)programs);

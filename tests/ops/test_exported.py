@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import einlinear as el
 from einlinear.ops import exported, reference
-from einlinear.ops.product import Product
+from einlinear.ops.operands import Product
 from einlinear.structures import Structure
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS

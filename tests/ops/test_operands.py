@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import backends
-from einlinear.ops.product import Product
+from einlinear.ops.operands import Product
 from einlinear.structures import Structure
 
 CPU = torch.device("cpu")
@@ -361,10 +361,10 @@ def test_every_backend_is_behind_the_check() -> None:
 
 def test_operators_of_backends_that_cannot_run() -> None:
     product = Operands()
-    factors = [f.bfloat16() for f in product.factors]
-    arguments = (product.x.bfloat16(), factors, None, None, None, product.structure.spec, 60)
+    factors = [f.cfloat() for f in product.factors]
+    arguments = (product.x.cfloat(), factors, None, None, None, product.structure.spec, 60)
     if "cpu" in RUNNING:
-        with pytest.raises(RuntimeError, match="'cpu' cannot run this: it computes in float32 and float64"):
+        with pytest.raises(RuntimeError, match="'cpu' cannot run this: it computes in real numbers"):
             torch.ops.einlinear.linear(*arguments, "cpu")
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
         torch.ops.einlinear.linear(*arguments, "fast")

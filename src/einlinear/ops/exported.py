@@ -17,8 +17,8 @@ from torch import Tensor
 
 from einlinear import structures
 from einlinear.ops.batched.batched_backend import TOKENS, Step, plan
-from einlinear.ops.context import assume_constant_result
-from einlinear.ops.product import Product
+from einlinear.ops.dispatch import assume_constant_result
+from einlinear.ops.operands import Product
 from einlinear.structures.pattern import Axes
 
 Shape = tuple[int, ...]

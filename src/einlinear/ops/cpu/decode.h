@@ -28,8 +28,8 @@ static inline void sum_lanes(Vec<S>* r) {
 }
 
 // to[m] = sum_k w[m][k] from[k] for as many rows as a vector has lanes
-template <class S>
-static inline void dot_rows(const S* const* w, const S* from, Index contracted, S* to) {
+template <class T, class S>
+static inline void dot_rows(const T* const* w, const S* from, Index contracted, S* to) {
     constexpr int L = Simd<S>::lanes;
     Vec<S> sum[L];
 #pragma GCC unroll 16
@@ -42,7 +42,7 @@ static inline void dot_rows(const S* const* w, const S* from, Index contracted, 
     }
     sum_lanes<S, 1>(sum);
     for (; k < contracted; k++)
-        for (int m = 0; m < L; m++) sum[0][m] += w[m][k] * from[k];
+        for (int m = 0; m < L; m++) sum[0][m] += (S)w[m][k] * from[k];
     store(to, sum[0]);
 }
 
@@ -54,8 +54,8 @@ struct Rows {
 };
 
 // A thread's share of one step for a few tokens. `room` has space for a tile of contracted and new features.
-template <class S>
-static void decode_step(const Step& s, const S* factor, Rows<const S> from, Rows<S> to, Index tokens, S* room, bool add,
+template <class T, class S>
+static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows<S> to, Index tokens, S* room, bool add,
                         Share mine) {
     // A unit of work is a batch entry and a block of new features, as many as a vector has lanes.
     constexpr Index L = Simd<S>::lanes;
@@ -80,10 +80,10 @@ static void decode_step(const Step& s, const S* factor, Rows<const S> from, Rows
                 std::fill(inputs + k * tile + count, inputs + (k + 1) * tile, S(0));
             gathered = b;
         }
-        const S* w = factor + s.w_batch[b];
+        const T* w = factor + s.w_batch[b];
         if (dots) {
             // beyond the last row, the last row again: its results are not used
-            const S* at[L];
+            const T* at[L];
             for (Index m = 0; m < L; m++) at[m] = w + s.w_new[std::min(first + m, s.out.features - 1)];
             for (Index i = 0; i < count; i++) dot_rows(at, inputs + i * contracted, contracted, outputs + i * L);
         } else
@@ -104,24 +104,25 @@ static bool decodes(const Program& p, Index n, Index lanes) {
     return n < lanes && std::all_of(p.steps.begin(), p.steps.end(), [](const Step& s) { return s.has_strides(); });
 }
 
-template <class S>
-static void decode(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, Index n, int threads) {
+template <class T>
+static void decode(const Program& p, const T* const* factors, const T* x, const T* bias, T* y, Index n, int threads) {
+    using S = Arithmetic<T>;
     constexpr Index L = Simd<S>::lanes;
     Index room = 0;
     for (auto& s : p.steps) room = std::max(room, (s.in.features + L) * (n * s.free_size + L));
     Buffer<S> padded(n * p.width_in), result(n * p.width_out), intermediates(2 * n * p.widest);
-    bool pads = p.width_in > p.in_features;
-    Rows<const S> input{pads ? padded.data : x, p.width_in};
-    // Without surplus outputs, the last steps write to y.
-    bool direct = p.width_out == p.out_features;
-    Rows<S> last{direct ? y : result.data, p.width_out};
+    // Without missing inputs the first steps read x, and without surplus outputs the last ones write to y.
+    bool copies_in = widens<T> || p.width_in > p.in_features, copies_out = widens<T> || p.width_out > p.out_features;
+    Rows<const S> input{copies_in ? padded.data : (const S*)x, p.width_in};
+    Rows<S> last{copies_out ? result.data : (S*)y, p.width_out};
     Team::run(threads, [&](Team team) {
         Buffer<S> own(room);
-        if (pads)
+        if (copies_in)
             team.phase([&](Share mine) {
                 for (Index t = mine.first(n); t < mine.last(n); t++) {
-                    S* row = std::copy_n(x + t * p.in_features, p.in_features, padded.data + t * p.width_in);
-                    std::fill_n(row, p.width_in - p.in_features, S(0));
+                    S* row = padded.data + t * p.width_in;
+                    convert(x + t * p.in_features, row, 0, p.in_features);
+                    std::fill(row + p.in_features, row + p.width_in, S(0));
                 }
             });
         Rows<const S> from = input;
@@ -133,11 +134,11 @@ static void decode(const Program& p, const S* const* factors, const S* x, const 
                 [&](Share mine) { decode_step(s, factors[k], from, to, n, own.data, s.ends && s.term > 0, mine); });
             from = {to.data, to.width};
         }
-        if (bias || !direct)
+        if (bias || copies_out)
             team.phase([&](Share mine) {
                 for (Index t = 0; t < n; t++)
                     for (Index j = mine.first(p.out_features); j < mine.last(p.out_features); j++)
-                        y[t * p.out_features + j] = last.data[t * p.width_out + j] + (bias ? bias[j] : S(0));
+                        y[t * p.out_features + j] = last.data[t * p.width_out + j] + (bias ? (S)bias[j] : S(0));
             });
     });
 }

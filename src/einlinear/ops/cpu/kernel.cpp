@@ -46,15 +46,16 @@ struct Division {
     }
 };
 
-template <class S>
-static void forward(const Program& p, const S* const* factors, const S* x, const S* bias, S* y, S* saved, Index n,
+template <class T, class S>
+static void forward(const Program& p, const T* const* factors, const T* x, const T* bias, T* y, S* saved, Index n,
                     int threads) {
     if (!saved && decodes(p, n, Simd<S>::lanes)) return decode(p, factors, x, bias, y, n, threads);
     Division<S> division(p, n, threads);
     Ends ends(p, false);
     Index tile = division.tile;
-    expect(y, n * p.out_features * sizeof(S));
-    if (saved) expect(saved, division.tiles * tile * p.intermediates * sizeof(S));
+    Widened<T> wide_bias(bias, p.out_features);
+    advise_huge_pages(y, n * p.out_features * sizeof(T));
+    if (saved) advise_huge_pages(saved, division.tiles * tile * p.intermediates * sizeof(S));
     Index room = (ends.rows_in + ends.rows_out + (saved ? 0 : p.intermediates)) * tile;
     Buffer<S> packed(p.factor_entries), common(division.shared ? room : 0);
     Team::run(threads, [&](Team all) {
@@ -63,23 +64,23 @@ static void forward(const Program& p, const S* const* factors, const S* x, const
         Buffer<S> own(division.shared ? 0 : room), scratch(2 * p.widest * tile);
         S* xs = division.shared ? common.data : own.data;
         S *ys = xs + ends.rows_in * tile, *memory = ys + ends.rows_out * tile;
-        ForwardTile<S> steps{p, ends, w, bias, tile, xs, ys, scratch.data};
+        ForwardTile<S> steps{p, ends, w, wide_bias.data, tile, xs, ys, scratch.data};
         division.each_tile(all, [&](Index i, Team team, bool) {
             Index first = i * tile, tokens = std::min(tile, n - first);
-            Source<S> source{x + first * p.in_features, p.in_features, tokens};
-            Sink<S> sink{y + first * p.out_features, p.out_features, tokens};
+            Source<T> source{x + first * p.in_features, p.in_features, tokens};
+            Sink<T> sink{y + first * p.out_features, p.out_features, tokens};
             steps.run(source, saved ? saved + first * p.intermediates : memory, &sink, team);
         });
     });
 }
 
-template <class S>
-static void backward(const Program& p, const S* const* factors, const S* x, const S* dy, const S* saved, S* dx,
-                     S* const* dfactors, Index n, int threads) {
+template <class T, class S>
+static void backward(const Program& p, const T* const* factors, const T* x, const T* dy, const S* saved, T* dx,
+                     T* const* dfactors, Index n, int threads) {
     Division<S> division(p, n, threads);
     Ends ends(p, true);
     Index tile = division.tile;
-    if (dx) expect(dx, n * p.in_features * sizeof(S));
+    if (dx) advise_huge_pages(dx, n * p.in_features * sizeof(T));
     FactorGradients<S> gradients(p, tile);
     bool recompute = !saved && p.intermediates;
     Index room = BackwardTile<S>::room(p, ends, recompute, tile);
@@ -95,13 +96,13 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
         });
         Buffer<S> own(division.shared ? 0 : room), panels(gradients.panel), scratch(2 * p.widest * tile);
         S *sum = sums[division.shared ? 0 : all.rank()].data, *memory = division.shared ? common.data : own.data;
-        BackwardTile<S> steps{p,         ends,          gradients, w,      w_back,      dfactors,
+        BackwardTile<S> steps{p,         ends,          gradients, w,      w_back,      wanted_of(p, dfactors),
                               recompute, dx != nullptr, tile,      memory, panels.data, scratch.data};
         division.each_tile(all, [&](Index i, Team team, bool is_first) {
             Index first = i * tile, tokens = std::min(tile, n - first);
-            Source<S> input{x + first * p.in_features, p.in_features, tokens};
-            Source<S> output{dy + first * p.out_features, p.out_features, tokens};
-            Sink<S> sink{dx ? dx + first * p.in_features : nullptr, p.in_features, tokens};
+            Source<T> input{x + first * p.in_features, p.in_features, tokens};
+            Source<T> output{dy + first * p.out_features, p.out_features, tokens};
+            Sink<T> sink{dx ? dx + first * p.in_features : nullptr, p.in_features, tokens};
             steps.run(input, output, saved ? saved + first * p.intermediates : nullptr, sink, sum, !is_first, team);
         });
         all.phase([&](Share mine) {
@@ -116,20 +117,22 @@ static void backward(const Program& p, const S* const* factors, const S* x, cons
 }  // namespace
 
 // The functions that Python calls. `pairs` is null where there is a single matrix.
-#define EXPORT(S, NAME)                                                                                                \
-    extern "C" void NAME##_forward(const Index* program, const S* const* factors, const S* x, const S* bias, S* y,     \
-                                   S* saved, const Pairs<S>* pairs, Index n, int threads) {                            \
-        if (pairs) return forward_routed<S>(Program(program), factors, *pairs, x, bias, y, threads);                   \
-        forward<S>(Program(program), factors, x, bias, y, saved, n, threads);                                          \
+#define EXPORT(T, NAME)                                                                                                \
+    extern "C" void NAME##_forward(const Index* program, const T* const* factors, const T* x, const T* bias, T* y,     \
+                                   Arithmetic<T>* saved, const Pairs<T>* pairs, Index n, int threads) {                \
+        if (pairs) return forward_routed<T>(Program(program), factors, *pairs, x, bias, y, threads);                   \
+        forward(Program(program), factors, x, bias, y, saved, n, threads);                                             \
     }                                                                                                                  \
-    extern "C" void NAME##_backward(const Index* program, const S* const* factors, S* const* dfactors, const S* x,     \
-                                    const S* dy, const S* saved, S* dx, S* dgates, const Pairs<S>* pairs, Index n,     \
-                                    int threads) {                                                                     \
-        if (pairs) return backward_routed<S>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads); \
-        backward<S>(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                                \
+    extern "C" void NAME##_backward(const Index* program, const T* const* factors, T* const* dfactors, const T* x,     \
+                                    const T* dy, const Arithmetic<T>* saved, T* dx, T* dgates, const Pairs<T>* pairs,  \
+                                    Index n, int threads) {                                                            \
+        if (pairs) return backward_routed<T>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads); \
+        backward(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                                   \
     }                                                                                                                  \
     extern "C" Index NAME##_tile(const Index* program, Index n) {                                                      \
-        return tile_of<S>(Program(program), n);                                                                        \
+        return tile_of<Arithmetic<T>>(Program(program), n);                                                            \
     }
 EXPORT(float, float32)
 EXPORT(double, float64)
+EXPORT(BFloat16, bfloat16)
+EXPORT(Float16, float16)

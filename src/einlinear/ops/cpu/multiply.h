@@ -1,76 +1,12 @@
-// Vectors of the machine at hand, memory for them, and the micro-kernels: the small matrix products of every step.
+// The micro-kernels: the small matrix products that every step is made of.
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <memory>
 #include <type_traits>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, MICRO_ROWS = 12;
-#elif defined(__AVX__)
-constexpr int VECTOR_BYTES = 32, MICRO_ROWS = 6;
-#else
-constexpr int VECTOR_BYTES = 16, MICRO_ROWS = 8;
-#endif
+#include "vectors.h"
 
 namespace {
-
-using Index = int64_t;
-
-template <class S>
-struct Simd {
-    typedef S type __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(S)), may_alias));
-    static constexpr int lanes = VECTOR_BYTES / sizeof(S);
-};
-template <class S>
-using Vec = typename Simd<S>::type;
-template <class S>
-static inline Vec<S> load(const S* p) {
-    return *(const Vec<S>*)p;
-}
-template <class S>
-static inline void store(S* p, Vec<S> v) {
-    *(Vec<S>*)p = v;
-}
-
-template <class S>
-static S dot(const S* a, const S* b, Index count) {
-    constexpr Index L = Simd<S>::lanes;
-    Vec<S> sum{};
-    Index k = 0;
-    for (; k + L <= count; k += L) sum += load(a + k) * load(b + k);
-    S total = 0;
-    for (Index l = 0; l < L; l++) total += sum[l];
-    for (; k < count; k++) total += a[k] * b[k];
-    return total;
-}
-
-// Aligned scratch memory, not initialised.
-template <class S>
-struct Buffer {
-    std::unique_ptr<S[]> memory;
-    S* data;
-    explicit Buffer(size_t count) : memory(new S[count + 64]) {
-        data = (S*)(((uintptr_t)memory.get() + 63) & ~(uintptr_t)63);
-    }
-};
-
-// Fresh memory of many megabytes is mapped page by page as it is written, which costs as much as the arithmetic: ask
-// for large pages. Memory that is mapped already is not affected.
-static void expect(const void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t page = 2 << 20;
-    uintptr_t first = ((uintptr_t)data + page - 1) & ~(page - 1), last = ((uintptr_t)data + bytes) & ~(page - 1);
-    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
 
 // A sum is made of runs of so many terms: in one long sum the rounding errors would grow.
 constexpr Index RUN = 256;
@@ -100,15 +36,15 @@ struct Sums {
             for (int v = 0; v < V; v++) sum[m][v] = Vec<S>{};
     }
     // sum[m] += weight(m) * row
-    template <class Weight>
-    inline void add(Weight weight, const S* row) {
+    template <class Weight, class T>
+    inline void add(Weight weight, const T* row) {
         Vec<S> x[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) x[v] = load(row + v * L);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[m][v] += weight(m) * x[v];
+            for (int v = 0; v < V; v++) sum[m][v] += S(weight(m)) * x[v];
     }
     // row(m) (+)= sum[m]
     template <class Row>
@@ -125,8 +61,8 @@ struct Sums {
 
 // to[m] (+)= sum_k w(k, m) from[k] for M rows of V vectors of tokens; w(k, m) is w[k * M + m] if packed, else
 // w[k * wk + m * wm]
-template <class S, int M, int V, bool Packed>
-static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from, const Index* from_rows,
+template <int M, int V, bool Packed, class T, class S>
+static inline void multiply_micro(const T* w, Index wk, Index wm, const S* from, const Index* from_rows,
                                   Index contracted, S* to, const Index* to_rows, Index tile, bool add) {
     for (Index start = 0; start < contracted; start += RUN) {
         Sums<S, M, V> sums;
@@ -137,15 +73,15 @@ static inline void multiply_micro(const S* w, Index wk, Index wm, const S* from,
 }
 
 // The same for any number of rows and a tile of tokens. Without strides the weights are packed.
-template <class S>
-static void multiply(const S* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted, S* to,
+template <class T, class S>
+static void multiply(const T* w, Index wk, Index wm, const S* from, const Index* from_rows, Index contracted, S* to,
                      const Index* to_rows, Index rows, Index tile, bool add) {
     auto multiply_rows = [=](auto vectors, auto packed) {
         constexpr int V = decltype(vectors)::value;
         constexpr bool Packed = decltype(packed)::value;
         each_group<Packed ? MICRO_ROWS : 8>(rows, [=](auto group, Index m) {
             for (Index t = 0; t < tile; t += V * Simd<S>::lanes)
-                multiply_micro<S, decltype(group)::value, V, Packed>(w + m * (Packed ? contracted : wm), wk, wm,
+                multiply_micro<decltype(group)::value, V, Packed>(w + m * (Packed ? contracted : wm), wk, wm,
                                                                      from + t, from_rows, contracted, to + t,
                                                                      to_rows + m, tile, add);
         });
@@ -159,28 +95,28 @@ static void multiply(const S* w, Index wk, Index wm, const S* from, const Index*
 
 // gradient[m][V vectors] (+)= sum over free axes and tokens of from[m][token] panel[token][V vectors]. The sum of a
 // tile is added at once: in one long sum over all tokens the rounding errors would grow.
-template <class S, int M, int V>
+template <int M, int V, class S, class T>
 static inline void accumulate_micro(const S* from, const Index* from_rows, const Index* free, Index count, Index tile,
-                                    const S* const* panels, Index panel_ld, Index at, Index tokens, S* gradient,
+                                    const T* const* panels, Index panel_ld, Index at, Index tokens, S* gradient,
                                     Index gradient_ld, bool add) {
     Sums<S, M, V> sums;
     for (Index c = 0; c < count; c++) {
         const S* rows[M];
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) rows[m] = from + (free[c] + from_rows[m]) * tile;
-        const S* panel = panels[c] + at;
+        const T* panel = panels[c] + at;
         for (Index t = 0; t < tokens; t++, panel += panel_ld) sums.add([=](int m) { return rows[m][t]; }, panel);
     }
     sums.write([=](int m) { return gradient + m * gradient_ld; }, add);
 }
 
 // The same for any number of rows, and vectors that make up `width`.
-template <class S>
+template <class S, class T>
 static void accumulate(const S* from, const Index* from_rows, Index rows, const Index* free, Index count, Index tile,
-                       const S* const* panels, Index panel_ld, Index width, Index tokens, S* gradient, bool add) {
+                       const T* const* panels, Index panel_ld, Index width, Index tokens, S* gradient, bool add) {
     each_group<MICRO_ROWS>(rows, [=](auto group, Index m) {
         auto accumulate_vectors = [=](auto vectors, Index j) __attribute__((always_inline)) {
-            accumulate_micro<S, decltype(group)::value, decltype(vectors)::value>(from, from_rows + m, free, count,
+            accumulate_micro<decltype(group)::value, decltype(vectors)::value>(from, from_rows + m, free, count,
                                                                                   tile, panels, panel_ld, j, tokens,
                                                                                   gradient + m * width + j, width, add);
         };

@@ -58,17 +58,26 @@ __attribute__((always_inline)) static inline void transpose_squares(Index rows, 
 }
 
 // (rows, cols) of leading dimension from_ld -> (cols, rows)
-template <class S>
-static void transpose(const S* from, Index from_ld, S* to, Index to_ld, Index rows, Index cols) {
+template <class From, class To>
+static void transpose(const From* from, Index from_ld, To* to, Index to_ld, Index rows, Index cols) {
+    using S = Arithmetic<From>;
     transpose_squares<S>(
         rows, cols, false, [=](Index i, Index j, int l) { return load(from + (i + l) * from_ld + j); },
         [=](Index i, Index j, int l, Vec<S> v) { store(to + (j + l) * to_ld + i, v); },
         [=](Index a, Index b) { to[b * to_ld + a] = from[a * from_ld + b]; });
 }
+// The same, and a number for each row added to its entries.
+template <class S, class To>
+static void transpose_add(const S* from, Index from_ld, const S* bias, To* to, Index to_ld, Index rows, Index cols) {
+    transpose_squares<S>(
+        rows, cols, false, [=](Index i, Index j, int l) { return load(from + (i + l) * from_ld + j) + bias[i + l]; },
+        [=](Index i, Index j, int l, Vec<S> v) { store(to + (j + l) * to_ld + i, v); },
+        [=](Index a, Index b) { to[b * to_ld + a] = from[a * from_ld + b] + bias[a]; });
+}
 
 // The same from rows that lie anywhere, times their scales, into rows of `to_ld`: what there is no row for is zero.
-template <class S>
-static void gather(const S* const* rows, const S* scales, Index count, Index first, Index cols, S* to, Index to_ld) {
+template <class T, class S>
+static void gather(const T* const* rows, const S* scales, Index count, Index first, Index cols, S* to, Index to_ld) {
     transpose_squares<S>(
         to_ld, cols, true,
         [=](Index i, Index j, int l) {
@@ -95,8 +104,8 @@ static void scatter_add(const S* from, Index from_ld, S* const* rows, Index coun
 
 // Pack a share of a factor for its step: for every group of new features that a micro-kernel takes, contiguous
 // (contracted, group). For the step back, new and contracted features change places.
-template <class S>
-static void pack(const Step& s, const S* factor, S* to, bool backward, Share mine) {
+template <class T, class S>
+static void pack(const Step& s, const T* factor, S* to, bool backward, Share mine) {
     constexpr Index L = Simd<S>::lanes;
     const Index *row_at = s.w_new, *k_at = s.w_contracted;
     Index rows = s.out.features, contracted = s.in.features;
@@ -104,7 +113,7 @@ static void pack(const Step& s, const S* factor, S* to, bool backward, Share min
     bool plain = true;
     for (Index k = 0; k < contracted; k++) plain &= k_at[k] == k;
     for (Index b = mine.first(s.batch_size); b < mine.last(s.batch_size); b++) {
-        const S* from = factor + s.w_batch[b];
+        const T* from = factor + s.w_batch[b];
         S* matrix = to + b * rows * contracted;
         each_group<MICRO_ROWS>(rows, [=](auto constant, Index m) {
             constexpr Index group = decltype(constant)::value;
@@ -127,21 +136,23 @@ static void pack(const Step& s, const S* factor, S* to, bool backward, Share min
 
 // Token-major memory behind a tile: `tokens` rows of `features`, contiguous or, if `rows` is given, at these pointers.
 // Rows at pointers are scaled when they are read, and added to when they are written.
-template <class S, class Pointer>
-struct Tokens {
-    Pointer data;
+template <class T>
+struct Source {
+    const T* data;
     Index features, tokens;
-    const Pointer* rows = nullptr;
-    const S* scales = nullptr;
+    const T* const* rows = nullptr;
+    const Arithmetic<T>* scales = nullptr;
 };
-template <class S>
-using Source = Tokens<S, const S*>;
-template <class S>
-using Sink = Tokens<S, S*>;
+template <class T>
+struct Sink {
+    T* data;
+    Index features, tokens;
+    T* const* rows = nullptr;
+};
 
 // features [first, first + count) of token-major memory -> rows of a tile; absent tokens and features are zero
-template <class S>
-static void read_rows(Source<S> from, Index first, Index count, S* to, Index tile) {
+template <class T, class S>
+static void read_rows(Source<T> from, Index first, Index count, S* to, Index tile) {
     Index present = std::max<Index>(0, std::min(count, from.features - first));
     if (from.rows)
         gather(from.rows, from.scales, from.tokens, first, present, to, tile);
@@ -152,15 +163,16 @@ static void read_rows(Source<S> from, Index first, Index count, S* to, Index til
     }
     std::fill_n(to + present * tile, (count - present) * tile, S(0));
 }
-template <class S>
-static void write_rows(const S* from, Index tile, Sink<S> to, Index first, Index count, const S* bias) {
+template <class S, class T>
+static void write_rows(const S* from, Index tile, Sink<T> to, Index first, Index count, const S* bias) {
     count = std::min(count, to.features - first);
     if (count <= 0) return;
-    if (to.rows) return scatter_add(from, tile, to.rows, to.tokens, first, count);
-    transpose(from, tile, to.data + first, to.features, count, to.tokens);
+    if constexpr (!widens<T>)
+        if (to.rows) return scatter_add(from, tile, to.rows, to.tokens, first, count);
     if (bias)
-        for (Index t = 0; t < to.tokens; t++)
-            for (Index j = first; j < first + count; j++) to.data[t * to.features + j] += bias[j];
+        transpose_add(from, tile, bias + first, to.data + first, to.features, count, to.tokens);
+    else
+        transpose(from, tile, to.data + first, to.features, count, to.tokens);
 }
 
 // Call `work` with the blocks of a share of some features: with the first one, and how many these are.
@@ -171,12 +183,12 @@ static void each_block(Index features, Share mine, Work work) {
     for (Index i = mine.first(blocks) * block; i < std::min(features, mine.last(blocks) * block); i += block)
         work(i, std::min(block, features - i));
 }
-template <class S>
-static void read_tile(Source<S> from, S* to, Index width, Index tile, Share mine) {
+template <class T, class S>
+static void read_tile(Source<T> from, S* to, Index width, Index tile, Share mine) {
     each_block<S>(width, mine, [=](Index i, Index count) { read_rows(from, i, count, to + i * tile, tile); });
 }
-template <class S>
-static void write_tile(const S* from, Index tile, Sink<S> to, const S* bias, Share mine) {
+template <class S, class T>
+static void write_tile(const S* from, Index tile, Sink<T> to, const S* bias, Share mine) {
     each_block<S>(to.features, mine,
                   [=](Index i, Index count) { write_rows(from + i * tile, tile, to, i, count, bias); });
 }

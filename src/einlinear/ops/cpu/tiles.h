@@ -22,16 +22,16 @@ struct Weights {
 // All factors as their steps, or the steps back, multiply with them; of stacked ones those of matrix `i`. A thread
 // packs its share of them. For few tokens that would not pay: factors with constant strides are read as they lie in
 // memory.
-template <class S>
-static std::vector<Weights<S>> all_weights(const Program& p, const S* const* factors, Index i, S* packed, bool backward,
+template <class T, class S>
+static std::vector<Weights<S>> all_weights(const Program& p, const T* const* factors, Index i, S* packed, bool backward,
                                            bool small, Share mine) {
     std::vector<Weights<S>> result;
     for (auto& s : p.steps) {
-        const S* factor = *factors++ + i * s.entries();
-        if (small && s.has_strides()) {
+        const T* factor = *factors++ + i * s.entries();
+        if (!widens<T> && small && s.has_strides()) {
             Index wk = s.w_contracted_stride, wm = s.w_new_stride;
             if (backward) std::swap(wk, wm);
-            result.push_back({factor, s.w_batch, 0, wk, wm});
+            result.push_back({(const S*)factor, s.w_batch, 0, wk, wm});
             continue;
         }
         pack(s, factor, packed, backward, mine);
@@ -43,9 +43,9 @@ static std::vector<Weights<S>> all_weights(const Program& p, const S* const* fac
 
 // All products of a step. Where rows are neighbours the first step can read token-major memory and the last one write
 // it, a product at a time, through `scratch`: then these ends need no room in cache.
-template <class S>
+template <class S, class From, class To>
 static void run_step(const Step& s, const Weights<S>& w, const Side& in, const Side& out, const S* from, S* to,
-                     const Source<S>* source, const Sink<S>* sink, const S* bias, S* scratch, Index tile, bool add,
+                     const Source<From>* source, const Sink<To>* sink, const S* bias, S* scratch, Index tile, bool add,
                      Share mine) {
     for (Index p = mine.first(s.products()); p < mine.last(s.products()); p++) {
         Index b = p / s.free_size, c = p % s.free_size;
@@ -83,7 +83,8 @@ struct ForwardTile {
     S *xs, *ys, *scratch;
 
     // Intermediates are written one after the other; without a sink, they are all that is computed.
-    void run(const Source<S>& source, S* intermediates, const Sink<S>* sink, Team team) const {
+    template <class From, class To>
+    void run(const Source<From>& source, S* intermediates, const Sink<To>* sink, Team team) const {
         if (!ends.stream_in) team.phase([&](Share mine) { read_tile(source, xs, p.width_in, tile, mine); });
         const S* input = xs;
         for (size_t k = 0; k < p.steps.size(); k++) {
@@ -136,23 +137,32 @@ struct FactorGradients {
 
 // This tile's share into, or added to, `sum`, laid out (batch, other features, padded vectors). The vectors lie
 // token-major in `major`, or else in rows of the tile.
-template <class S>
-static void add_factor_gradient(const Step& s, const FactorGradient& g, const Source<S>* major, const S* vectors_rows,
+template <class T, class S>
+static void add_factor_gradient(const Step& s, const FactorGradient& g, const Source<T>* major, const S* vectors_rows,
                                 const S* other_rows, Index tokens, Index tile, S* panel_memory, S* sum, bool add,
                                 Share mine) {
+    std::vector<const T*> in_place(s.free_size);
     std::vector<const S*> panels(s.free_size);
     const Index width = g.vectors.features;
     bool whole = major && g.vectors.is_run() && width == g.padded;
     for (Index b = mine.first(s.batch_size); b < mine.last(s.batch_size); b++) {
+        auto accumulate_vectors = [&](auto& vectors, Index ld) {
+            accumulate(other_rows + g.other.batch[b] * tile, g.other.feature, g.other.features, g.other.free,
+                       s.free_size, tile, vectors.data(), ld, g.padded, tokens, sum + b * g.entries(), add);
+        };
         // Vectors that lie in token-major memory, none of them in the padding, are read there.
         bool direct = whole;
         for (Index c = 0; direct && c < s.free_size; c++) {
             Index at = g.vectors.batch[b] + g.vectors.free[c];
             direct = at + width <= major->features;
-            panels[c] = major->data + at;
+            in_place[c] = major->data + at;
+        }
+        if (direct) {
+            accumulate_vectors(in_place, major->features);
+            continue;
         }
         // Others are copied into panels, which are zero in the padding.
-        for (Index c = 0; !direct && c < s.free_size; c++) {
+        for (Index c = 0; c < s.free_size; c++) {
             Index at = g.vectors.batch[b] + g.vectors.free[c];
             S* panel = panel_memory + c * tile * g.padded;
             panels[c] = panel;
@@ -167,27 +177,26 @@ static void add_factor_gradient(const Step& s, const FactorGradient& g, const So
                     panel[t * g.padded + k] = value;
                 }
         }
-        accumulate(other_rows + g.other.batch[b] * tile, g.other.feature, g.other.features, g.other.free, s.free_size,
-                   tile, panels.data(), direct ? major->features : g.padded, g.padded, tokens, sum + b * g.entries(),
-                   add);
+        accumulate_vectors(panels, g.padded);
     }
 }
 
 // The sums of the threads -> the gradients of all factors, or those of matrix `i` of stacked ones; zero without sums.
-template <class S>
+template <class S, class T>
 static void write_factor_gradients(const Program& p, const FactorGradients<S>& gradients, const std::vector<S*>& sums,
-                                   S* const* dfactors, Index i, Share mine) {
+                                   T* const* dfactors, Index i, Share mine) {
     for (size_t j = 0; j < p.steps.size(); j++) {
         const Step& s = p.steps[j];
         const FactorGradient& g = gradients.of[j];
         if (!dfactors[j]) continue;
-        S* to = dfactors[j] + i * s.entries();
+        T* to = dfactors[j] + i * s.entries();
         if (sums.empty()) {
-            std::fill_n(to, s.entries(), S(0));
+            std::fill_n(to, s.entries(), T(0));
             continue;
         }
         for (Index b = mine.first(s.batch_size); b < mine.last(s.batch_size); b++) {
-            S *total = sums[0] + g.offset + b * g.entries(), *into = to + s.w_batch[b];
+            S* total = sums[0] + g.offset + b * g.entries();
+            T* into = to + s.w_batch[b];
             for (size_t c = 1; c < sums.size(); c++)
                 for (Index e = 0; e < g.entries(); e++) total[e] += sums[c][g.offset + b * g.entries() + e];
             if (!g.by_contracted && s.w_new_stride && s.w_contracted_stride == 1)
@@ -201,6 +210,14 @@ static void write_factor_gradients(const Program& p, const FactorGradients<S>& g
     }
 }
 
+// Which factors' gradients are wanted.
+template <class T>
+static std::vector<bool> wanted_of(const Program& p, T* const* dfactors) {
+    std::vector<bool> wanted;
+    for (size_t k = 0; k < p.steps.size(); k++) wanted.push_back(dfactors[k]);
+    return wanted;
+}
+
 // A tile back through all steps: its share of the factors' gradients, and the gradient of the input.
 template <class S>
 struct BackwardTile {
@@ -208,8 +225,8 @@ struct BackwardTile {
     const Ends& ends;
     const FactorGradients<S>& gradients;
     const std::vector<Weights<S>>&w, &w_back;
-    // null for those that are not wanted
-    S* const* dfactors;
+    // whether the gradient of a factor is
+    std::vector<bool> wanted;
     bool recompute, wants_x;
     Index tile;
     // of the tile: the ends, two gradients between steps in turn, and intermediates that are recomputed
@@ -220,13 +237,15 @@ struct BackwardTile {
     }
 
     // Gradients of factors go into `sum`, or are added to it; that of the input goes to `sink`.
-    void run(const Source<S>& input, const Source<S>& output, const S* saved, const Sink<S>& sink, S* sum, bool add,
+    template <class T>
+    void run(const Source<T>& input, const Source<T>& output, const S* saved, const Sink<T>& sink, S* sum, bool add,
              Team team) const {
         S *dys = memory, *dxs = dys + ends.rows_out * tile, *turns = dxs + ends.rows_in * tile;
         S* recomputed = turns + 2 * p.widest * tile;
         // The input lies where its gradient will be.
         if (recompute)
-            ForwardTile<S>{p, ends, w, nullptr, tile, dxs, nullptr, scratch}.run(input, recomputed, nullptr, team);
+            ForwardTile<S>{p, ends, w, nullptr, tile, dxs, nullptr, scratch}.run(input, recomputed,
+                                                                                 (const Sink<T>*)nullptr, team);
         if (!ends.stream_out) team.phase([&](Share mine) { read_tile(output, dys, p.width_out, tile, mine); });
         const S *intermediates = (saved ? saved : recomputed) + p.intermediates * tile, *g = dys;
         for (size_t k = p.steps.size(); k-- > 0;) {
@@ -234,10 +253,10 @@ struct BackwardTile {
             const FactorGradient& gradient = gradients.of[k];
             if (s.ends) g = dys;
             if (!s.begins) intermediates -= s.in.width * tile;
-            const Source<S>* major = s.begins ? &input : (s.ends ? &output : nullptr);
+            const Source<T>* major = s.begins ? &input : (s.ends ? &output : nullptr);
             S* to = s.begins ? dxs : turns + k % 2 * p.widest * tile;
             team.phase([&](Share mine) {
-                if (dfactors[k])
+                if (wanted[k])
                     add_factor_gradient(s, gradient, major, intermediates, gradient.by_contracted ? g : intermediates,
                                         input.tokens, tile, panels, sum + gradient.offset, add, mine);
                 if (s.begins && !wants_x) return;
