@@ -71,10 +71,10 @@ def test_converted_speed() -> None:
 @needs("onnxruntime")
 @needs("onnxscript")
 def test_exported_speed() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "exported_speed.py"), "--features", "64", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "examples" / "exported_speed.py"), "--features", "256", "--rounds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    rows = re.findall(r"^\| 64 \| `([a-z_]+).*` \| \d, \d \| [\d.]+× \| [\d.]+× \|$", out, re.M)
+    rows = re.findall(r"^\| 256 \| `([a-z_]+).*` \| \d, \d \| [\d.]+× \| [\d.]+× \|$", out, re.M)
     assert rows == ["low_rank", "btt", "monarch", "dyad"]
 
 
