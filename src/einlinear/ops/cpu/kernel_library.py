@@ -1,4 +1,4 @@
-"""The compiled kernels: built once per machine with the user's compiler, loaded as functions of raw pointers."""
+"""The kernels: prebuilt in a wheel, or compiled once per machine, and loaded as functions of raw pointers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,14 +19,12 @@ from pathlib import Path
 import torch
 
 from einlinear.files import check_private, make_private, rename, sha256_of
+from einlinear.ops.cpu.toolchain import FLAGS, TARGETS, find_compiler
 
 logger = logging.getLogger("einlinear")
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 DTYPES = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-# tried in turn: without OpenMP the kernels run on one thread
-_THREADS = ("-fopenmp",), ()
 # seconds: for the compiler; to wait for another process that compiles; after which nothing compiles any more
 _TIMEOUT, _PATIENCE, _STALE = 300, 600, 3600
 
@@ -41,12 +38,18 @@ class Pairs(ctypes.Structure):
     ]
 
 
-class Library:
-    """The compiled kernels, one for every dtype, as functions of raw pointers."""
+class OpenMP(ctypes.Structure):
+    """Functions of an OpenMP runtime, as `OpenMP` in team.h says."""
 
-    def __init__(self, path: Path) -> None:
+    _fields_ = [(name, ctypes.c_void_p) for name in ("parallel", "barrier", "thread", "threads")]
+
+
+class Library:
+    """The compiled kernels, one for every dtype, as functions of raw pointers; `origin` says where they come from."""
+
+    def __init__(self, path: Path, origin: str) -> None:
         library = ctypes.CDLL(str(path))
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        self.origin, pointer, count = origin, ctypes.c_void_p, ctypes.c_int64
         self.functions = {}
         for dtype, name in DTYPES.items():
             for role, pointers in (("forward", 7), ("backward", 9)):
@@ -55,23 +58,55 @@ class Library:
                 self.functions[role, dtype] = function
             function = self.functions["tile", dtype] = library[f"{name}_tile"]
             function.argtypes, function.restype = [pointer, count], count
+        if runtime := _find_openmp():
+            ctypes.pointer(OpenMP.in_dll(library, "einlinear_openmp"))[0] = runtime
+
+
+def _find_openmp() -> OpenMP | None:
+    """Return the runtime that torch calls: a preloaded one, or that of its own libraries; None if it has none."""
+    for place in (None, torch._C.__file__):
+        with suppress(OSError, AttributeError, TypeError):
+            runtime = ctypes.CDLL(place)
+            names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+            return OpenMP(*[ctypes.cast(runtime[name], ctypes.c_void_p) for name in names])
+    return None
 
 
 @lru_cache(maxsize=1)
 def load() -> Library | str:
-    """Return the kernels, compiled if this machine has not done so yet; or why there are none."""
-    if os.environ.get("EINLINEAR_KERNELS") == "0":
+    """Return the kernels that EINLINEAR_KERNELS chooses, by default the best for the processor; or why there are none."""
+    choice = os.environ.get("EINLINEAR_KERNELS", "")
+    if choice == "0":
         return "they are turned off by EINLINEAR_KERNELS=0"
     try:
-        return Library(build(("-march=native",)))
+        return _choose(choice)
     except (OSError, RuntimeError, AttributeError) as error:
         logger.warning("einlinear runs without its compiled CPU kernels, which is slower: %s", error)
         return str(error)
 
 
+def _choose(choice: str) -> Library:
+    """Load the best prebuilt library that the processor can run, else compile one; `choice` may name its target."""
+    targets, features = TARGETS.get(platform.machine(), {}), _processor().split()
+    if choice not in ("", "compile", *targets):
+        raise RuntimeError(f"EINLINEAR_KERNELS={choice!r} is unknown: choose {', '.join(['0', 'compile', *targets])}")
+    for name, target in targets.items():
+        if choice not in ("", name):
+            continue
+        missing = target.features.difference(features)
+        if choice and missing:
+            raise RuntimeError(f"EINLINEAR_KERNELS={name}, but this processor lacks {', '.join(sorted(missing))}")
+        prebuilt = SOURCE.with_name(f"kernel-{name}.so")
+        if not missing and prebuilt.is_file():
+            return Library(prebuilt, f"prebuilt for {name}")
+    if choice in targets:
+        return Library(build(targets[choice].flags), f"compiled for {choice}")
+    return Library(build(("-march=native",)), "compiled for this machine")
+
+
 def build(machine_flags: Sequence[str]) -> Path:
     """Return the kernels in $EINLINEAR_CACHE (by default ~/.cache/einlinear), compiled if they are not there intact."""
-    compiler = _compiler()
+    compiler = find_compiler()
     source = b"".join(path.read_bytes() for path in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
     key = hashlib.sha256(source + repr((compiler, *FLAGS, *machine_flags, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("EINLINEAR_CACHE") or "~/.cache/einlinear").expanduser().absolute() / "kernels"
@@ -92,23 +127,8 @@ def build(machine_flags: Sequence[str]) -> Path:
         return _compile([*compiler, *FLAGS, *machine_flags], folder, key)
 
 
-def _compiler() -> list[str]:
-    """Return the command of the compiler: $CXX may be "ccache g++"."""
-    named = os.environ.get("CXX")
-    if not named:
-        for compiler in filter(shutil.which, ("c++", "g++", "clang++")):
-            return [compiler]
-        raise RuntimeError("no C++ compiler found; install g++ or clang++, or name one in $CXX")
-    if shutil.which(named):
-        return [named]
-    try:
-        return shlex.split(named, posix=os.name == "posix")
-    except ValueError as error:
-        raise RuntimeError(f"CXX={named!r} is not a command: {error}") from None
-
-
 def _processor() -> str:
-    """Return the features of the processor, on which -march=native depends: machines may share a home folder."""
+    """Return a line with the features of the processor, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -162,22 +182,21 @@ def _scratch() -> str:
 
 def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
     logger.info("Compiling the CPU kernels, once, into %s", folder)
-    error_line = ""
     with tempfile.TemporaryDirectory(dir=folder, prefix=_scratch()) as scratch:
-        for threads in _THREADS:
-            library = Path(scratch) / "kernel.so"
-            arguments = [*command, *threads, str(SOURCE), "-o", str(library)]
-            try:
-                run = subprocess.run(arguments, capture_output=True, text=True, timeout=_TIMEOUT)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
-            if run.returncode == 0 and library.is_file():
-                # whatever the umask
-                library.chmod(0o700)
-                path = folder / f"kernel-{key}-{sha256_of(library)[:32]}.so"
-                # atomic: no other process sees half of the file
-                rename(library, path)
-                return path
+        library = Path(scratch) / "kernel.so"
+        try:
+            run = subprocess.run(
+                [*command, str(SOURCE), "-o", str(library)], capture_output=True, text=True, timeout=_TIMEOUT
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
+        if run.returncode or not library.is_file():
             lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-            error_line = error_line or next((line for line in lines if "error" in line), lines[0])
-    raise RuntimeError(f"{command[0]!r} does not compile {SOURCE.name}: {error_line}")
+            error_line = next((line for line in lines if "error" in line), lines[0])
+            raise RuntimeError(f"{command[0]!r} does not compile {SOURCE.name}: {error_line}")
+        # whatever the umask
+        library.chmod(0o700)
+        path = folder / f"kernel-{key}-{sha256_of(library)[:32]}.so"
+        # atomic: no other process sees half of the file
+        rename(library, path)
+        return path
