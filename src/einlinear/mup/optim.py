@@ -1,17 +1,11 @@
 """Muon, for structured layers block by block, and learning-rate schedules."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-# coefficients of the odd polynomial that brings singular values near 1 in the fewest steps
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_STEPS = 5
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -65,14 +59,14 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     """Return matrices (batch, m, n) with the same singular vectors and all singular values from about 0.7 to 1.2."""
     # bfloat16 is exact enough for that
     x: Tensor = matrices.bfloat16() if matrices.is_cuda else matrices
-    wide = x.shape[-2] <= x.shape[-1]
     # the products below are of the smaller of the two sizes
+    wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    a, b, c = _COEFFICIENTS
-    for _ in range(_STEPS):
+    # the odd polynomial that brings singular values near 1 in the fewest steps
+    for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x if wide else x.mT
 
 

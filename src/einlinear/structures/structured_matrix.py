@@ -1,11 +1,9 @@
-"""`Structure`: the description of a structured matrix at one size, in plain numbers and names, without tensors."""
-
-from __future__ import annotations
+"""`Structure`: a structured matrix at one size, in plain numbers and names, and the muP scales of its factors."""
 
 import itertools
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -18,9 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a structured matrix, and the contraction step that applies it.
-
-    The step reads an intermediate (the input, for the first factor) and leaves another one (the output, for the last).
+    """One factor of a structured matrix, and the contraction step that applies it to the input or an intermediate.
 
     Attributes:
         name: A, B, C, ... in the written order; also the name of the layer's parameter.
@@ -90,10 +86,10 @@ class Structure:
     @cached_property
     def terms(self) -> tuple[Term, ...]:
         """The summands of the matrix."""
-        terms, sizes = self.pattern.terms, dict(self.sizes)
+        terms = self.pattern.terms
         count = sum(len(term.factors) for term in terms)
         names = iter(string.ascii_uppercase if count <= 26 else [f"F{i}" for i in range(count)])
-        return tuple(_term(term, [next(names) for _ in term.factors], sizes, len(terms)) for term in terms)
+        return tuple(_term(term, [next(names) for _ in term.factors], dict(self.sizes), len(terms)) for term in terms)
 
     @cached_property
     def factors(self) -> tuple[Factor, ...]:
@@ -120,8 +116,7 @@ class Structure:
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulates for one input vector, as computed, padding included."""
-        sizes, terms = dict(self.sizes), self.pattern.terms
-        return sum(contract(term, sizes, len(terms)).macs for term in terms)
+        return sum(factor.macs for factor in self.factors)
 
     @cached_property
     def rank(self) -> int:
@@ -130,10 +125,7 @@ class Structure:
 
     @property
     def psi(self) -> float:
-        """The exponent of the rank: rank = n^psi for n features (arXiv 2410.02117, section 3).
-
-        Named sizes (``rank=4``, ``blocks=4``) stay fixed, balanced axes grow. Factors are taken in the written order.
-        """
+        """The exponent of the rank: rank = n^psi for n features as balanced axes grow (arXiv 2410.02117, section 3)."""
         return self._exponents[0]
 
     @property
@@ -147,7 +139,7 @@ class Structure:
         return self._exponents[2]
 
     @cached_property
-    def _exponents(self) -> tuple[float, float, float]:
+    def _exponents(self) -> tuple[float, ...]:
         return scaling_exponents(self.pattern, dict(self.sizes), self.in_features, self.out_features)
 
     def __hash__(self) -> int:
@@ -173,3 +165,36 @@ def _term(term: TermPattern, names: Sequence[str], sizes: Mapping[str, int], ter
         counts = size(contracted), size(new), size(contracted) * size(result)
         factors.append(Factor(names[index], axes, shape, source, result, batch, contracted, free, new, *counts))
     return Term(term.inputs, tuple(factors), term.outputs)
+
+
+def spectral_std(fan_in: int, fan_out: int) -> float:
+    """Return the standard deviation that meets the spectral condition (Yang et al., arXiv 2310.17813)."""
+    return math.sqrt(min(fan_in, fan_out)) / fan_in
+
+
+def init_std(structure: Structure) -> tuple[float, ...]:
+    """Return the standard deviation of every factor at initialisation. The terms share the variance."""
+    terms = math.sqrt(len(structure.terms))
+    return tuple(spectral_std(factor.fan_in, factor.fan_out) / terms for factor in structure.factors)
+
+
+def adam_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rate of every factor for Adam and its variants, relative to a dense layer of this size."""
+    return _multipliers(structure, lambda factor: structure.in_features / factor.fan_in)
+
+
+def sgd_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rates for SGD, relative to a dense layer."""
+    aspect = structure.out_features / structure.in_features
+    return _multipliers(structure, lambda factor: factor.fan_out / factor.fan_in / aspect)
+
+
+def muon_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rates for Muon, whose updates have spectral norm 1, relative to a dense layer."""
+    aspect = structure.out_features / structure.in_features
+    return _multipliers(structure, lambda factor: math.sqrt(factor.fan_out / factor.fan_in / aspect))
+
+
+def _multipliers(structure: Structure, ratio: Callable[[Factor], float]) -> tuple[float, ...]:
+    # the k factors of a term move it together: each learns at 1 / k (arXiv 2406.06248, section 3; SGD after 2011.14522)
+    return tuple(ratio(factor) / len(term.factors) for term in structure.terms for factor in term.factors)
