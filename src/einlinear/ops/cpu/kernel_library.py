@@ -72,7 +72,7 @@ def _find_openmp() -> OpenMP | None:
 
 @lru_cache(maxsize=1)
 def load() -> Library | str:
-    """Return the kernels that EINLINEAR_KERNELS chooses, by default the best for the processor; or why there are none."""
+    """Return the kernels that EINLINEAR_KERNELS chooses, by default the best for the processor, or why not."""
     choice = os.environ.get("EINLINEAR_KERNELS", "")
     if choice == "0":
         return "they are turned off by EINLINEAR_KERNELS=0"
