@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import einlinear as el
-from einlinear.structures.structured_matrix import adam_multipliers, init_std, sgd_multipliers
+from einlinear.structures.scales import adam_multipliers, init_std, sgd_multipliers
 from einlinear_lab.models import ResidualMLP
 from einlinear_lab.models.blocks import FeedForward
 

@@ -18,7 +18,7 @@ from einlinear.compression import activations
 from einlinear.compression.activations import head_inputs, hooked, model_output, output_of, tokens_of
 from einlinear.compression.resume_cache import digest_of
 from einlinear.mup import param_groups
-from einlinear.mup.optim import lr_factor
+from einlinear.mup.schedules import lr_factor
 from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any
 

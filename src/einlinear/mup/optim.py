@@ -1,13 +1,10 @@
-"""Muon, for structured layers block by block, and learning-rate schedules."""
+"""Muon, for structured layers block by block."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-SCHEDULES = ("constant", "cosine", "linear")
 
 
 class Muon(torch.optim.Optimizer):
@@ -79,14 +76,3 @@ def _divided_like(x: Tensor, like: Any) -> Tensor:
 
     replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()])
     return replicated.redistribute(placements=like.placements)
-
-
-def lr_factor(schedule: str, step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Return the learning rate of a step, counted from 0, over its peak."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    done = (step - warmup) / (steps - warmup)
-    decay = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return final + (1 - final) * decay

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from einlinear.nn.layer_kinds import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role, layer_info
 from einlinear.nn.names import as_rules, check_globs, plain_modules
-from einlinear.structures.structured_matrix import init_std, spectral_std
+from einlinear.structures.scales import init_std, spectral_std
 
 Roles: TypeAlias = "Mapping[str, str] | None"
 

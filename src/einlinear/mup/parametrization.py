@@ -14,7 +14,7 @@ from einlinear.mup.parameter_roles import Parameter, Roles, check_matches, matri
 from einlinear.nn.layer_kinds import UNKNOWN, Role
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import as_globs, as_rules
-from einlinear.structures.structured_matrix import adam_multipliers, muon_multipliers, sgd_multipliers
+from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
 
 # their update does not depend on the size of the gradient
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")

@@ -1,4 +1,4 @@
-"""Kinds of layers: muP role of each parameter, and MACs. The one place that knows layers of torch and transformers.
+"""Kinds of layers of torch and transformers: the muP role of each parameter, and MACs.
 
 Layers of this library describe themselves. Sizes are those that a layer states: divided weights have other shapes.
 """

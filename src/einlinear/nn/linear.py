@@ -15,7 +15,7 @@ from einlinear.ops.backends import find
 from einlinear.ops.context import autocast_dtype, wants_gradients
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
-from einlinear.structures.structured_matrix import init_std
+from einlinear.structures.scales import init_std
 
 
 class Factored(SelfDescribing):

@@ -1,4 +1,4 @@
-"""The choice of a backend: on a CPU the cheapest by a cost model, whose coefficients were fitted on one machine."""
+"""Dispatch: the choice of a backend, on a CPU the cheapest by a cost model that was fitted on one machine."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
             refusals["reference"] = "it may keep more for backward than nn.Linear does"
     mode = "train" if training else "forward"
     candidates = [name for name in CPU_BACKENDS if name not in refusals]
-    factors = {name: zip(COSTS[mode][name], amounts(name, structure, tokens)) for name in (DENSE, *candidates)}
-    costs = {name: sum(coefficient * amount for coefficient, amount in pairs) for name, pairs in factors.items()}
+    summands = {name: zip(COSTS[mode][name], amounts(name, structure, tokens)) for name in (DENSE, *candidates)}
+    costs = {name: sum(coefficient * amount for coefficient, amount in pairs) for name, pairs in summands.items()}
     best = min(candidates, key=costs.__getitem__)
     step = "a training step" if training else "a forward pass"
     reason = f"the cheapest that can run, by the cost model, for {step} of {tokens} tokens"

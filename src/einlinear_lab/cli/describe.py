@@ -12,7 +12,7 @@ import einlinear
 from einlinear import ops
 from einlinear.ops.batched.batched_backend import plan as make_plan
 from einlinear.structures import Structure
-from einlinear.structures.structured_matrix import adam_multipliers, init_std
+from einlinear.structures.scales import adam_multipliers, init_std
 from einlinear_lab.cli import display
 
 

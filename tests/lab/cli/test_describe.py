@@ -4,7 +4,7 @@ import pytest
 from tests.lab.cli.command import assert_refused, run
 
 import einlinear as el
-from einlinear.structures.structured_matrix import adam_multipliers, init_std
+from einlinear.structures.scales import adam_multipliers, init_std
 
 
 def test_describe_against_numbers_worked_out_here() -> None:

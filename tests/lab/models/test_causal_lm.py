@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear.structures import DoesNotFit
-from einlinear.structures.structured_matrix import adam_multipliers
+from einlinear.structures.scales import adam_multipliers
 from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.models import causal_lm
 from einlinear_lab.models.causal_lm import OPT, CausalLM, Pythia

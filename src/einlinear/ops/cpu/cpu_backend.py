@@ -44,7 +44,7 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size, dtype=dtype)]
     if n:
-        pairs, threads, _tensors = _schedule(program, factors, routing, n)
+        pairs, threads, _kept_alive = _schedule(program, factors, routing, n)
         # written out: this is most of the overhead of a call
         at = program.pointers(*[factor.data_ptr() for factor in factors])
         bias_at, saved_at = None if bias is None else bias.data_ptr(), saved[0].data_ptr() if saved else None
@@ -65,7 +65,7 @@ def backward(
     grad_gates = new(routing.gates.contiguous()) if needs_x and routing is not None else None
     grad_factors = [new(factor) if needed else None for factor, needed in zip(factors, needs_factors, strict=True)]
     if n:
-        pairs, threads, _tensors = _schedule(program, factors, routing, n)
+        pairs, threads, _kept_alive = _schedule(program, factors, routing, n)
         # written out, as in `forward`
         at = program.pointers(*[factor.data_ptr() for factor in factors])
         grads_at = program.pointers(*[None if grad is None else grad.data_ptr() for grad in grad_factors])

@@ -12,6 +12,7 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 # positions of the strides in a group
+# `bucket` is no operand but the key by which the autotuner remembers its choice
 FACTOR, SOURCE, RESULT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 

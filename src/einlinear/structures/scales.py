@@ -1,0 +1,39 @@
+"""Initialisation scales, and learning-rate multipliers of factors relative to a dense layer."""
+
+import math
+from collections.abc import Callable
+
+from einlinear.structures.structured_matrix import Factor, Structure
+
+
+def spectral_std(fan_in: int, fan_out: int) -> float:
+    """Return the standard deviation that meets the spectral condition (Yang et al., arXiv 2310.17813)."""
+    return math.sqrt(min(fan_in, fan_out)) / fan_in
+
+
+def init_std(structure: Structure) -> tuple[float, ...]:
+    """Return the standard deviation of every factor at initialisation. The terms share the variance."""
+    terms = math.sqrt(len(structure.terms))
+    return tuple(spectral_std(factor.fan_in, factor.fan_out) / terms for factor in structure.factors)
+
+
+def adam_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rate of every factor for Adam and its variants, relative to a dense layer of this size."""
+    return _multipliers(structure, lambda factor: structure.in_features / factor.fan_in)
+
+
+def sgd_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rates for SGD, relative to a dense layer."""
+    aspect = structure.out_features / structure.in_features
+    return _multipliers(structure, lambda factor: factor.fan_out / factor.fan_in / aspect)
+
+
+def muon_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rates for Muon, whose updates have spectral norm 1, relative to a dense layer."""
+    aspect = structure.out_features / structure.in_features
+    return _multipliers(structure, lambda factor: math.sqrt(factor.fan_out / factor.fan_in / aspect))
+
+
+def _multipliers(structure: Structure, ratio: Callable[[Factor], float]) -> tuple[float, ...]:
+    # the k factors of a term move it together: each learns at 1 / k (arXiv 2406.06248, section 3; SGD after 2011.14522)
+    return tuple(ratio(factor) / len(term.factors) for term in structure.terms for factor in term.factors)
