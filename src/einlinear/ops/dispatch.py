@@ -1,28 +1,25 @@
 """The choice of a backend: a pure function of structure, tokens, dtype and device.
 
-On a CPU the cheapest backend runs, by a cost model: costs.json has a few coefficients for each, fitted to runs of
-``einlinear bench`` on one machine (docs/benchmarks), so only ratios matter. On a GPU nothing is measured yet.
+On a CPU the cheapest backend runs, by a cost model with a few coefficients for each (costs.py). The shipped ones were
+fitted to runs of ``einlinear bench`` on one machine (docs/benchmarks), so only ratios matter. On a GPU nothing is
+measured yet.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, unsupported
 from einlinear.ops.context import forced
+from einlinear.ops.costs import DENSE, costs
 from einlinear.structures import Structure
 
-COSTS_FILE = Path(__file__).with_name("costs.json")
 # Weights that a core keeps in its cache from one tile of tokens to the next: a megabyte of float32. The compiled kernel
 # takes larger tiles above the same number (HEAVY_ENTRIES in cpu/program.h); the fit presumes it.
 CACHED = 2**18
-# `torch.nn.Linear` of the same size, which has coefficients as well
-DENSE = "dense"
 # MACs that the compiled kernel does while a number is written and read again (docs/benchmarks/cpu)
 CHEAP = 100
 
@@ -106,13 +103,13 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
             refusals["reference"] = "it may keep more for backward than nn.Linear does"
     mode = "train" if training else "forward"
     candidates = [name for name in CPU_BACKENDS if name not in refusals]
-    costs = {name: _microseconds(name, structure, tokens, mode) for name in (DENSE, *candidates)}
-    best = min(candidates, key=costs.__getitem__)
+    times = {name: _microseconds(name, structure, tokens, mode) for name in (DENSE, *candidates)}
+    best = min(candidates, key=times.__getitem__)
     step = "a training step" if training else "a forward pass"
-    reason = f"the cheapest that can run, by the cost model, for {step} of {tokens} tokens"
-    if costs[DENSE] < costs[best]:
+    reason = f"the cheapest that can run, by the cost model with {costs().source}, for {step} of {tokens} tokens"
+    if times[DENSE] < times[best]:
         reason += "; a dense layer would be faster"
-    estimates = sorted(costs.items(), key=lambda item: item[1])
+    estimates = sorted(times.items(), key=lambda item: item[1])
     return Choice(best, reason, tuple(estimates), tuple(refusals.items()))
 
 
@@ -126,17 +123,9 @@ def _activations(structure: Structure, tokens: int) -> int:
     return tokens * (structure.in_features + sum(factor.result_size for factor in structure.factors))
 
 
-def read_costs() -> dict[str, dict[str, list[float]]]:
-    """Return the coefficients of the `amounts`, for each kind of pass ("forward", "train") and backend."""
-    content = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
-    return {mode: content[mode] for mode in ("forward", "train")}
-
-
-COSTS = read_costs()
-
-
 def _microseconds(backend: str, structure: Structure, tokens: int, mode: str) -> float:
-    return sum(c * amount for c, amount in zip(COSTS[mode][backend], amounts(backend, structure, tokens), strict=True))
+    coefficients = costs().coefficients[mode][backend]
+    return sum(c * amount for c, amount in zip(coefficients, amounts(backend, structure, tokens), strict=True))
 
 
 def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...]:
@@ -169,4 +158,5 @@ def _is_cheap_to_recompute(structure: Structure) -> bool:
 
 def forget() -> None:
     """Forget all cached choices, because the costs have changed, or which backends can run."""
+    costs.cache_clear()
     _cheapest.cache_clear()
