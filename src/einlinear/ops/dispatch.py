@@ -1,6 +1,6 @@
 """The choice of a backend: a pure function of structure, tokens, dtype and device.
 
-On a CPU the cheapest backend runs, by a cost model with a few coefficients for each (costs.py). The shipped ones were
+On a CPU the cheapest backend runs, by a cost model with a few coefficients for each (cost_model.py). The shipped ones were
 fitted to runs of ``einlinear bench`` on one machine (docs/benchmarks), so only ratios matter. On a GPU nothing is
 measured yet.
 """
@@ -14,7 +14,7 @@ import torch
 
 from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, unsupported
 from einlinear.ops.context import forced
-from einlinear.ops.costs import DENSE, costs
+from einlinear.ops.cost_model import DENSE, costs
 from einlinear.structures import Structure
 
 # Weights that a core keeps in its cache from one tile of tokens to the next: a megabyte of float32. The compiled kernel

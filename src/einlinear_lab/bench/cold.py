@@ -25,7 +25,7 @@ _SHARE = 0.5
 # bytes to which torch aligns memory
 _ALIGNMENT = 64
 # plain reads of a stack, of which each takes one piece: much longer than the start of a read
-_PIECES = 64
+_PIECES = 32
 _READ = "plain read"
 
 

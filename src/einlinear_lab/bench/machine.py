@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from einlinear.ops.costs import processor_model
+from einlinear.ops.cost_model import processor_model
 from einlinear.version import __version__, code_digest
 from einlinear_lab.bench.cases import DTYPES
 from einlinear_lab.bench.timing import seconds

@@ -141,8 +141,9 @@ def bench_command(
             # takes scipy
             from einlinear_lab.bench import fit_costs
 
+            before, *_ = fit_costs.summary([recorder.bench])
             file = fit_costs.calibrate(recorder.bench)
-        for line in fit_costs.summary([recorder.bench]):
+        for line in (f"Before: {before}", *fit_costs.summary([recorder.bench])):
             display.note(line)
         display.note(f"Coefficients of the cost model: {file}. Processes that start from now on use them.")
     display.fail([f"{result.case}, {m.name}: {m.refusal}" for result in results for m in result.failures])

@@ -50,7 +50,7 @@ def test_every_call_has_weights_that_no_call_used_before() -> None:
     assert len({*used[OURS], *used["reference"]}) == 10
     assert all(len({*places}) == 5 for places in used.values())
     assert times.stack_bytes >= 20_000
-    assert times.piece_bytes == times.stack_bytes // 4 // 64 * 4
+    assert times.piece_bytes == times.stack_bytes // 4 // 32 * 4
 
 
 def test_stacks_fit_into_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

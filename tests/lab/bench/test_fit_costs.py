@@ -9,7 +9,7 @@ import pytest
 from tests.lab.bench.made_up import made_up
 
 from einlinear import ops
-from einlinear.ops import costs, dispatch
+from einlinear.ops import cost_model, dispatch
 from einlinear_lab.bench import fit_costs, results
 from einlinear_lab.bench.cases import BenchConfig, Case, Suite
 from einlinear_lab.bench.machine import this_machine
@@ -48,8 +48,8 @@ def bench() -> Bench:
 @pytest.fixture
 def other_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file of costs to be written over."""
-    monkeypatch.setattr(costs, "COSTS_FILE", tmp_path / "costs.json")
-    monkeypatch.setattr(costs, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(cost_model, "COSTS_FILE", tmp_path / "costs.json")
+    monkeypatch.setattr(cost_model, "cache_folder", lambda: tmp_path / "cache")
     dispatch.forget()
     yield tmp_path / "costs.json"
     dispatch.forget()
@@ -92,7 +92,7 @@ def test_written_and_checked(
     assert fit_costs.main([str(file)]) == 0
     out = capsys.readouterr().out
     assert f"{len(bench.results)} cases, shipped coefficients; chosen within 10 % of the fastest: " in out
-    assert costs.read_costs() == costs.costs().coefficients == fit_costs.fit([results.read(file)])
+    assert cost_model.read_costs() == cost_model.costs().coefficients == fit_costs.fit([results.read(file)])
     assert fit_costs.main(["--check"]) == 0
 
     content = json.loads(other_costs.read_text())

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import einlinear as el
-from einlinear.ops import costs, dispatch
+from einlinear.ops import cost_model, dispatch
 
-SHIPPED = costs.read_costs()
+SHIPPED = cost_model.read_costs()
 DOUBLED = {mode: {name: [2 * c for c in own] for name, own in by.items()} for mode, by in SHIPPED.items()}
 
 
 @pytest.fixture(autouse=True)
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file of calibrated coefficients, in an empty cache."""
-    monkeypatch.setattr(costs, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(cost_model, "cache_folder", lambda: tmp_path / "cache")
     dispatch.forget()
     yield tmp_path / "cache" / "costs.json"
     dispatch.forget()
@@ -36,7 +36,7 @@ def test_calibrated_coefficients_are_used(file: Path) -> None:
     shipped = explained()
     assert "by the cost model with shipped coefficients, for a training step" in shipped.reason
     assert not file.parent.exists()
-    assert costs.write_calibrated(DOUBLED) == file
+    assert cost_model.write_calibrated(DOUBLED) == file
     assert explained() == shipped
     dispatch.forget()
     calibrated = explained()
@@ -48,20 +48,20 @@ def test_calibrated_coefficients_are_used(file: Path) -> None:
 def test_the_folder_is_private(file: Path) -> None:
     before = os.umask(0)
     try:
-        costs.write_calibrated(DOUBLED)
+        cost_model.write_calibrated(DOUBLED)
     finally:
         os.umask(before)
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     file.chmod(0o666)
-    assert costs.costs().source == "shipped coefficients"
+    assert cost_model.costs().source == "shipped coefficients"
     file.parent.chmod(0o777)
     with pytest.raises(PermissionError, match="can be changed by others"):
-        costs.write_calibrated(DOUBLED)
+        cost_model.write_calibrated(DOUBLED)
 
 
 def changed(**machine: object) -> str:
-    return json.dumps({"machine": costs.fingerprint() | machine, **DOUBLED})
+    return json.dumps({"machine": cost_model.fingerprint() | machine, **DOUBLED})
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def changed(**machine: object) -> str:
         ("{", "Expecting property name"),
         ("[]", "list indices"),
         ('{"forward": {}}', "'machine'"),
-        (json.dumps({"machine": costs.fingerprint()}), "'forward'"),
+        (json.dumps({"machine": cost_model.fingerprint()}), "'forward'"),
         (changed(processor="abacus"), "processor was 'abacus', now"),
         (changed(torch="0.4.0"), "torch was '0.4.0', now"),
         (changed(cores=1000), "cores was 1000, now"),
@@ -101,5 +101,5 @@ def test_a_user_without_a_home_gets_the_shipped_ones(monkeypatch: pytest.MonkeyP
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(costs, "cache_folder", homeless)
-    assert costs.costs().source == "shipped coefficients"
+    monkeypatch.setattr(cost_model, "cache_folder", homeless)
+    assert cost_model.costs().source == "shipped coefficients"
