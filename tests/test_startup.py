@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from einlinear.import_hooks import when_imported
-from einlinear.ops.functional import assume_constant_result
+from einlinear.ops.dispatch import assume_constant_result
 
 
 def seconds(code: str) -> float:

@@ -10,25 +10,9 @@ from einlinear.ops import backend
 from einlinear.structures import Structure, register_family, structure
 from einlinear.version import __version__
 
-__all__ = [
-    "Linear",
-    "MoELinear",
-    "Structure",
-    "__version__",
-    "backend",
-    "base_shapes",
-    "compress",
-    "convert",
-    "coord_check",
-    "densify",
-    "distill",
-    "explain",
-    "init_",
-    "moe_loads",
-    "moe_loss",
-    "param_groups",
-    "register_family",
-    "structure",
-]
+# layers and structures, training, existing models
+__all__ = ["Linear", "MoELinear", "Structure", "__version__", "backend", "explain", "register_family", "structure"]
+__all__ += ["base_shapes", "coord_check", "init_", "moe_loads", "moe_loss", "param_groups"]
+__all__ += ["compress", "convert", "densify", "distill"]
 
 _register_on_import()

@@ -1,7 +1,6 @@
-"""Checkpoints on disk: each is a folder that is written atomically, checked when it is read, and never unpickled.
+"""Checkpoints on disk: folders that are written atomically, checked when they are read, and never unpickled.
 
-FOLDER/step-00000500/state.safetensors   tensors, and facts as JSON in the file's metadata
-FOLDER/step-00000500/sha256              of that file
+FOLDER/step-00000500 has state.safetensors, with tensors and with facts as JSON in its metadata, and its sha256.
 """
 
 import json
@@ -49,7 +48,6 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint {place} cannot be written, earlier ones are unchanged: {error}") from error
     _prune(folder, place)
-    # of killed processes
     for abandoned in folder.glob(".step-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     return place

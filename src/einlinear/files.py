@@ -74,8 +74,7 @@ def cache_folder() -> Path:
 
 def make_private(folder: Path) -> None:
     """Make a folder, and the missing ones above it, private to this user; PermissionError as `check_private`."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    for place in reversed(missing):
+    for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
         # another process may have made it since
         with suppress(FileExistsError):
             place.mkdir(mode=0o700)
@@ -83,10 +82,8 @@ def make_private(folder: Path) -> None:
 
 
 def check_private(path: Path) -> None:
-    """Raise PermissionError if others than this user and root can change a file or folder, or the target of its path.
-
-    docs/security.md has the rules. Windows is not checked: its folders of users are private.
-    """
+    """Raise PermissionError if others than this user and root can change a path, by the rules of docs/security.md."""
+    # on Windows the folders of users are private
     if os.name == "posix":
         # raises OSError for links in a circle
         path.stat()
@@ -179,25 +176,11 @@ def lock(path: Path, message: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def lock_output(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock, as `lock`, on a file or folder that will be made: the lock file beside it is removed at the end."""
-    path = path.absolute()
-    file = path.with_name(f".{path.name}.lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with lock(file, message):
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences between two configs, such as that of a folder and the one asked for.
 
     >>> differences({"steps": 10, "lr": 0.1}, {"steps": 20, "lr": 0.1, "seed": 0})
     ['steps was 10, now 20', 'seed was None, now 0']
     """
-    names = dict.fromkeys([*before, *now])
-    pairs = [(name, before.get(name), now.get(name)) for name in names]
+    pairs = [(name, before.get(name), now.get(name)) for name in dict.fromkeys([*before, *now])]
     return [f"{name} was {old!r}, now {new!r}" for name, old, new in pairs if old != new]

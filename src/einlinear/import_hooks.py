@@ -11,11 +11,11 @@ _hooks: dict[str, list[Callable[[], None]]] = {}
 
 
 def when_imported(module: str, hook: Callable[[], None]) -> None:
-    """Call a function after every execution of a module, and now if the module is imported already."""
-    if module in sys.modules:
-        hook()
+    """Call a function whenever a module is executed, and now if it is imported; with EINLINEAR_HOOKS=0 never."""
     if os.environ.get("EINLINEAR_HOOKS") == "0":
         return
+    if module in sys.modules:
+        hook()
     hooks = _hooks.setdefault(module, [])
     if hook not in hooks:
         hooks.append(hook)

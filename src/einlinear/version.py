@@ -8,8 +8,6 @@ from pathlib import Path
 __version__ = version("einlinear")
 
 _ROOT = Path(__file__).parents[1]
-# costs.json chooses the backend
-_SOURCES = (".py", ".cpp", ".h", ".json")
 
 
 # cached: what this process runs, even if the files change
@@ -17,7 +15,8 @@ _SOURCES = (".py", ".cpp", ".h", ".json")
 def code_digest(*folders: str) -> str:
     """Return eight hexadecimal digits of the sources in folders of the installed packages, such as "einlinear/ops"."""
     digest = hashlib.sha256()
-    files = (file for folder in folders for file in (_ROOT / folder).rglob("*") if file.suffix in _SOURCES)
-    for file in sorted(files):
+    files = (file for folder in folders for file in (_ROOT / folder).rglob("*"))
+    # costs.json chooses the backend
+    for file in sorted(file for file in files if file.suffix in (".py", ".cpp", ".h", ".json")):
         digest.update(file.relative_to(_ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:8]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from einlinear.compression.activations import output_of, tokens_of
+from einlinear.compression.activations import output_of, slices, tokens_of
 
 X, Y = torch.randn(4, 6), torch.randn(4, 6)
 
@@ -58,3 +58,7 @@ def test_padding_is_left_out(shape: tuple[int, ...], tokens: int) -> None:
     assert found.shape == (tokens, 3)
     if tokens == 7:
         assert torch.equal(found, x.reshape(12, 3)[mask.flatten().bool()])
+
+
+def test_slices_of_tokens() -> None:
+    assert [(part.start, part.stop) for part in slices(5, 2**17)] == [(0, 2), (2, 4), (4, 5)]

@@ -27,6 +27,12 @@ def test_the_spectrum_is_the_errors_of_low_rank(size: tuple[int, int]) -> None:
     assert len(spectrum.errors) == 49
 
 
+def test_the_spectrum_of_a_diagonal_weight() -> None:
+    spectrum = Spectrum.of(torch.diag(torch.tensor([1.0, 2.0, 0.0])), torch.eye(3))
+    assert spectrum.errors == pytest.approx((1.0, 0.2, 0.0, 0.0))
+    assert spectrum.share == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("family", ["monarch", "btt", "blast(blocks=4)", "low_rank"])
 def test_errors_between_those_that_are_fitted(family: str) -> None:
     w, moment = torch.randn(64, 96, dtype=torch.float64), correlated(96)

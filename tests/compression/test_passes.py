@@ -66,9 +66,8 @@ def seen_in_turn(model: nn.Module, passes: Passes, names: list[str]) -> None:
     for name in names:
         calls = {name: 1}
         found = list(passes.inputs(calls))
-        layers = {name: model.get_submodule(name)}
         for batch, inputs in zip(DATA, found, strict=True):
-            ((expected,),) = layer_inputs(model, layers, batch.clone(), calls).values()
+            ((expected,),) = layer_inputs(model, batch.clone(), calls).values()
             assert torch.equal(inputs[name][0], expected)
         with torch.no_grad():
             model.get_submodule(name).weight.mul_(0.9)
@@ -132,11 +131,11 @@ def test_finished_blocks_are_not_run() -> None:
 
 def test_layers_of_several_blocks_are_seen_in_one_pass() -> None:
     model = Model()
-    layers = {name: model.get_submodule(name) for name in NAMES[3:]}
-    for batch, inputs in zip(DATA, Passes(model, DATA).inputs(dict.fromkeys(layers, 1)), strict=True):
-        expected = layer_inputs(model, layers, batch)
+    calls = dict.fromkeys(NAMES[3:], 1)
+    for batch, inputs in zip(DATA, Passes(model, DATA).inputs(calls), strict=True):
+        expected = layer_inputs(model, batch, calls)
         assert inputs.keys() == expected.keys()
-        assert all(torch.equal(inputs[name][0], expected[name][0]) for name in layers)
+        assert all(torch.equal(inputs[name][0], expected[name][0]) for name in calls)
 
 
 def test_a_forward_that_another_library_put_there_stays() -> None:

@@ -126,3 +126,9 @@ def test_outputs_that_are_not_finite_are_the_worst() -> None:
 
     report = compress(Steep(), 0.6, ["low_rank"], [torch.randn(64, 24)])
     assert all(math.isfinite(layer.sensitivity) for layer in report.layers)
+
+
+def test_changes_between_and_beyond_the_points() -> None:
+    sensitivity = Sensitivity.of([(0.01, 1.0), (0.04, 4.0), (0.16, 64.0)])
+    changes = [sensitivity.at(error) for error in (0.0, 0.001, 0.02, 0.08, 0.32)]
+    assert changes == pytest.approx([0.0, 0.1, 2.0, 16.0, 128.0])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import einlinear as el
-from einlinear.compression import compression_report
-from einlinear.compression.compression_report import SpeedUp, speed_up
+from einlinear.compression import layer_timing
+from einlinear.compression.layer_timing import SpeedUp, speed_up
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, slow: Any, many: float = 0.83) -> list[str]:
@@ -22,7 +22,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, slow: Any, many: float = 0.83) -> l
         timed.append(new.structure.spec)
         return SpeedUp(0.48, many) if slow(new.structure.spec) else SpeedUp(1.5, 2.5)
 
-    monkeypatch.setattr(compression_report, "speed_up", told)
+    monkeypatch.setattr(layer_timing, "speed_up", told)
     return timed
 
 

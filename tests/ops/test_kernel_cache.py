@@ -270,7 +270,7 @@ def test_one_compiles_and_what_killed_ones_left_is_removed(cache: Path) -> None:
     folder = cache / "kernels"
     folder.mkdir(mode=0o700, parents=True)
     killed, of_another_machine, of_before = (
-        folder / name for name in (f"{kernels._scratch()}x", ".build-another-x", "tmpabc")
+        folder / name for name in (f"{kernels._SCRATCH}x", ".build-another-x", "tmpabc")
     )
     for left in (killed, of_another_machine, of_before):
         left.mkdir()
@@ -300,7 +300,7 @@ def test_without_locks_it_is_compiled_beside(
         raise NotImplementedError("no locks here")
 
     (cache / "kernels").mkdir(mode=0o700, parents=True)
-    left = cache / "kernels" / f"{kernels._scratch()}x"
+    left = cache / "kernels" / f"{kernels._SCRATCH}x"
     left.mkdir()
     monkeypatch.setattr(filelock.FileLock, "acquire", unsupported)
     assert isinstance(kernels.load(), kernels.Library)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import backends
-from einlinear.ops.product import Product
+from einlinear.ops.operands import Product
 from einlinear.structures import Structure
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear import ops
 from einlinear.ops.cpu import cpu_backend
-from einlinear.ops.product import Product
+from einlinear.ops.operands import Product
 from einlinear.structures import Structure
 
 README = "(g a), g r a, g e r -> (g e) + (b k), d k, o b -> (o d) where g=4, r=2"

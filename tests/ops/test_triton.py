@@ -22,7 +22,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import reference
-from einlinear.ops.product import Assignment, Product
+from einlinear.ops.operands import Assignment, Product
 from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
 from einlinear.ops.triton.launch import plan

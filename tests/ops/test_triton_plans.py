@@ -15,7 +15,7 @@ from tests.lab.data.samples import needs
 from torch import Tensor
 
 import einlinear as el
-from einlinear.ops.product import Assignment, Product
+from einlinear.ops.operands import Assignment, Product
 from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
 from einlinear.ops.triton.launch import plan

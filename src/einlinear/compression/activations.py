@@ -1,7 +1,6 @@
 """Inputs and outputs of a model and of its layers on calibration data, and the divergence between two models' outputs.
 
-The logits of a batch can take more memory than the rest of a forward pass. Where a linear layer computes them, its
-inputs are kept instead, and the logits are computed again slice by slice.
+Logits take much memory: the inputs of their layer are kept instead, and the logits computed again, slice by slice.
 """
 
 from __future__ import annotations
@@ -22,12 +21,8 @@ from einlinear.nn import Linear
 from einlinear.nn.layer_kinds import is_conv1d
 from einlinear.nn.model_call import Batch, call
 
-# outputs with so many features are computed again, slice by slice, rather than kept
-_LARGE = 2**12
-# of the logits of a slice: 1 MB in float32
-_ENTRIES = 2**18
-# of a batch, at most: a head reads its weight once for each slice
-_SLICES = 32
+# 1 MB of logits in float32
+_SLICE_ENTRIES = 2**18
 
 
 class _StopForward(Exception):
@@ -38,11 +33,7 @@ class _StopForward(Exception):
 def hooked(
     modules: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any], before: bool = False
 ) -> Iterator[None]:
-    """Call `hook(name, input, output)` for every call of a module; what the hook returns replaces the output.
-
-    With `before` the hook runs before the module, and its output is None. The block ends where a hook raises
-    `_StopForward`.
-    """
+    """Run `hook(name, input, output)`, which may replace the output, after each call; or `before`, without output."""
 
     def register(name: str, module: nn.Module) -> Any:
         def run(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
@@ -62,11 +53,7 @@ def hooked(
 
 
 def layer_inputs(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batch: Batch,
-    calls: Mapping[str, int] | None = None,
-    gradients: bool = False,
+    model: nn.Module, batch: Batch, calls: Mapping[str, int], gradients: bool = False
 ) -> dict[str, list[Tensor]]:
     """Return the inputs of layers, call by call; given how often each is called, the model stops once all were."""
     inputs: dict[str, list[Tensor]] = {}
@@ -74,9 +61,10 @@ def layer_inputs(
     def record(name: str, x: Tensor, _: None) -> None:
         # the model may change its own in place afterwards
         inputs.setdefault(name, []).append(x if gradients else x.clone())
-        if calls is not None and all(len(inputs.get(layer, ())) >= calls[layer] for layer in calls):
+        if all(len(inputs.get(layer, ())) >= calls[layer] for layer in calls):
             raise _StopForward
 
+    layers = {name: model.get_submodule(name) for name in calls}
     with hooked(layers, record, before=True), torch.set_grad_enabled(gradients):
         call(model, batch)
     return inputs
@@ -120,6 +108,12 @@ class ModelOutput:
     is_logits: bool
     features: int
 
+    def values_of(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the values of another such model."""
+        if self.head is None:
+            return tokens_of(batch, output_of(call(model, batch)))
+        return head_inputs(model, self.head, batch)
+
 
 @torch.no_grad()
 def model_output(model: nn.Module, batch: Batch) -> ModelOutput:
@@ -138,7 +132,8 @@ def model_output(model: nn.Module, batch: Batch) -> ModelOutput:
     output = output_of(result)
     features = output.shape[-1] if output.dim() else 1
     is_logits = hasattr(result, "logits") and features > 1
-    if features >= _LARGE and last and calls[last["name"]] == 1:
+    # wide outputs are computed again, slice by slice, rather than kept
+    if features >= 2**12 and last and calls[last["name"]] == 1:
         of_layer = last["output"]()
         # the layer's output, unchanged since
         if of_layer is not None and output.is_set_to(of_layer) and output._version == last["version"]:
@@ -148,38 +143,27 @@ def model_output(model: nn.Module, batch: Batch) -> ModelOutput:
 
 def head_inputs(model: nn.Module, head: str, batch: Batch, gradients: bool = False) -> Tensor:
     """Return the inputs of a model's head, (tokens, features)."""
-    layers = {head: model.get_submodule(head)}
-    ((x,),) = layer_inputs(model, layers, batch, {head: 1}, gradients).values()
-    return tokens_of(batch, x)
+    return tokens_of(batch, layer_inputs(model, batch, {head: 1}, gradients)[head][0])
 
 
-def slices(tokens: int, features: int, most: int = _SLICES) -> Iterator[slice]:
-    """Split tokens into slices, so few in each that its outputs are small.
-
-    >>> [(part.start, part.stop) for part in slices(5, 2**17)]
-    [(0, 2), (2, 4), (4, 5)]
-    """
-    step = max(1, _ENTRIES // features, tokens // most)
+def slices(tokens: int, features: int, most: int = 32) -> Iterator[slice]:
+    """Split tokens into slices with small outputs, but into few, since a head reads its weight for each one."""
+    step = max(1, _SLICE_ENTRIES // features, tokens // most)
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))
 
 
-def summed_kl_divergence(target: Tensor, logits: Tensor) -> float:
-    """Return KL(target || logits) in nats, summed over the tokens; both are logits of shape (tokens, classes)."""
-    return float(_divergence(target, logits))
-
-
 def mean_kl_divergence(logits: Tensor, target: Callable[[slice], Tensor], in_place: bool = False) -> Tensor:
-    """Return the mean divergence over the tokens from the original's logits for slices of them.
-
-    With `in_place` the gradient overwrites the logits, (tokens, classes), which must have no other use.
-    """
+    """Return the mean divergence from a target's slices; `in_place`, the gradient overwrites the unshared logits."""
     loss: Tensor = _MeanDivergence.apply(logits, target, in_place)  # type: ignore[no-untyped-call]
     return loss
 
 
-def _divergence(target: Tensor, logits: Tensor, gradient: Tensor | None = None, tokens: int = 1) -> Tensor:
-    """Return the sum over tokens, and write the gradient of the mean over `tokens`, which may overwrite the logits."""
+def summed_kl_divergence(target: Tensor, logits: Tensor, gradient: Tensor | None = None, tokens: int = 1) -> Tensor:
+    """Return KL(target || logits) in nats for logits of shape (tokens, classes), summed over the tokens.
+
+    The gradient of the mean over `tokens` is written to `gradient`, which may be the logits.
+    """
     total = torch.zeros((), device=logits.device)
     for part in slices(len(target), target.shape[1], len(target)):
         p, q = target[part].float().log_softmax(1), logits[part].float().log_softmax(1)
@@ -196,7 +180,7 @@ class _MeanDivergence(torch.autograd.Function):
         ctx.gradient = logits if in_place else torch.empty_like(logits)
         total = torch.zeros((), device=logits.device)
         for part in slices(len(logits), logits.shape[1]):
-            total += _divergence(target(part), logits[part], ctx.gradient[part], len(logits))
+            total += summed_kl_divergence(target(part), logits[part], ctx.gradient[part], len(logits))
         return total / max(len(logits), 1)
 
     @staticmethod
@@ -207,47 +191,42 @@ class _MeanDivergence(torch.autograd.Function):
 
 
 class Passes:
-    """Repeated forward passes of a model on the same batches, which skip finished blocks.
+    """Repeated forward passes of a model on the same batches, which skip finished blocks, given the last one's outputs.
 
-    Most models hand a tensor from block to block of a list of modules. With the outputs of the last finished block
-    kept, every block runs a few times, not once for each layer behind it. Between two calls of `inputs`, only layers
-    that were asked for before may change.
+    Between two calls of `inputs`, only layers that were asked for before may change.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self._model, self._batches = model, batches
-        # a list of blocks by name, and the index of its first block that runs
-        self._stack, self._start = "", 0
-        # outputs of the block before that one, by batch
-        self._outputs: list[Any] = []
+        self._model, self.batches = model, batches
+        # a list of blocks by name, the index of its first block that runs, and the outputs of the one before, by batch
+        self._stack, self._start, self._outputs = "", 0, list[Any]()
         # lists whose blocks need more than the output of the one before
         self._unskippable = set[str]()
 
     def inputs(self, calls: Mapping[str, int]) -> Iterator[dict[str, list[Tensor]]]:
         """Yield the inputs of layers for every batch, call by call, given how often each is called, by name."""
-        layers = {name: self._model.get_submodule(name) for name in calls}
-        self._skip_to(layers, calls)
-        for number, batch in enumerate(self._batches):
-            with self._skipping(number):
-                inputs = layer_inputs(self._model, layers, batch, calls)
-            yield inputs
+        self._skip_to(calls)
+        for number in range(len(self.batches)):
+            yield self._layer_inputs(number, calls)
 
-    def _skip_to(self, layers: Mapping[str, nn.Module], calls: Mapping[str, int]) -> None:
+    def _layer_inputs(self, number: int, calls: Mapping[str, int]) -> dict[str, list[Tensor]]:
+        with self._skipping(number):
+            return layer_inputs(self._model, self.batches[number], calls)
+
+    def _skip_to(self, calls: Mapping[str, int]) -> None:
         """Keep the outputs of the block before the first one with these layers."""
-        stack, at = _position(self._model, [*layers])
+        stack, at = _position(self._model, [*calls])
         at = 0 if stack in self._unskippable else at
         if stack != self._stack or at < self._start:
             self._stack, self._start, self._outputs = stack, 0, []
         if at == self._start:
             return
-        expected = layer_inputs(self._model, layers, self._batches[0], calls)
+        expected = layer_inputs(self._model, self.batches[0], calls)
         try:
-            outputs = [self._output(number, at - 1) for number in range(len(self._batches))]
+            outputs = [self._output(number, at - 1) for number in range(len(self.batches))]
             self._start, self._outputs = at, outputs
-            with self._skipping(0):
-                inputs = layer_inputs(self._model, layers, self._batches[0], calls)
+            both = zip(tree_leaves(self._layer_inputs(0, calls)), tree_leaves(expected), strict=True)
             is_plain = all(isinstance(leaf, Tensor) for leaf in tree_leaves(outputs))
-            both = zip(tree_leaves(inputs), tree_leaves(expected), strict=True)
             is_enough = is_plain and all(torch.equal(x, y) for x, y in both)
         # a block may raise anything if it misses what an earlier one leaves elsewhere
         except Exception:
@@ -262,21 +241,24 @@ class Passes:
         outputs: list[Any] = []
 
         def record(_name: str, _input: Any, output: Any) -> None:
-            outputs.append(_copy(output))
+            outputs.append(tree_map_only(Tensor, Tensor.clone, output))
             raise _StopForward
 
         block = self._model.get_submodule(f"{self._stack}.{index}")
         with self._skipping(number), hooked({self._stack: block}, record):
-            call(self._model, self._batches[number])
+            call(self._model, self.batches[number])
         return outputs[0] if outputs else None
 
     @contextmanager
     def _skipping(self, number: int) -> Iterator[None]:
         """Replace every finished block by one that returns a copy of the stored output of the last of them."""
+
+        def stored(*_: Any, **__: Any) -> Any:
+            return tree_map_only(Tensor, Tensor.clone, self._outputs[number])
+
         with ExitStack() as after:
             for index in range(self._start):
-                block = self._model.get_submodule(f"{self._stack}.{index}")
-                after.enter_context(patched(block, "forward", lambda *_, **__: _copy(self._outputs[number])))
+                after.enter_context(patched(self._model.get_submodule(f"{self._stack}.{index}"), "forward", stored))
             yield
 
 
@@ -289,7 +271,3 @@ def _position(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
         depth = next((i for i, module in above.items() if isinstance(module, nn.ModuleList | nn.Sequential)), None)
         positions.add((".".join(parts[:depth]), int(parts[depth])) if depth else ("", 0))
     return min(positions) if len({stack for stack, _ in positions}) == 1 else ("", 0)
-
-
-def _copy(output: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.clone, output)

@@ -1,8 +1,7 @@
 """Allocation: candidates for each layer with the errors they would leave, and the choice of one per layer.
 
-Fitting every member of the families would take hours. One spectrum yields the errors of low rank. Those of another
-family are close to a multiple of them that changes slowly with the size: a few members of each family are fitted, and
-the multiple is interpolated between them.
+One spectrum yields the errors of low rank. Those of another family are a multiple of them that changes slowly with the
+size: it is fitted for a few members, and interpolated.
 """
 
 from __future__ import annotations
@@ -21,18 +20,15 @@ from torch import Tensor
 
 from einlinear import ops
 from einlinear.compression.calibration import InputStatistics
-from einlinear.compression.selection import weight_of
 from einlinear.compression.sensitivity import Sensitivity
-from einlinear.nn.layer_kinds import features
+from einlinear.nn.layer_kinds import features, weight_matrix
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.spec import OverBudget
 
 DEFAULT_FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")
-# fractions of the dense cost that a layer may be reduced to
+# of the dense MACs of a layer
 _FRACTIONS = tuple(n / 40 for n in range(2, 39))
-# fractions at which members are fitted
-_FITTED = (0.25, 0.5, 0.75)
-# errors below this one count as none
+# smaller errors count as this one
 _NO_ERROR = 1e-12
 
 
@@ -65,20 +61,16 @@ def members_that_fit(
 ) -> tuple[dict[str, dict[str, list[Structure]]], dict[str, str]]:
     """Return the members of each family by layer, and the reasons for layers without any; check the budget."""
     fitting = {name: {f: list(members(f, *features(layer))) for f in families} for name, layer in layers.items()}
-    unfit = {
-        name: _reason_for_none(families, *features(layers[name])) for name in layers if not any(fitting[name].values())
-    }
-    dense, least = 0, 0
+    unfit, dense, least = dict[str, str](), 0, 0
     for name, layer in layers.items():
-        size = weight_of(layer).numel()
-        costs = [getattr(s, count) for structures in fitting[name].values() for s in structures]
-        dense, least = dense + size, least + min([size, *costs])
+        size, structures = layer.weight.numel(), [s for of_family in fitting[name].values() for s in of_family]
+        dense, least = dense + size, least + min([size, *(getattr(s, count) for s in structures)])
+        if not structures:
+            unfit[name] = _reason_for_none(families, *features(layer))
     if least > budget * dense:
-        why = "".join(f"; {name}: {reason}" for name, reason in unfit.items())
-        raise ValueError(
-            f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached with "
-            f"{', '.join(families)}: these keep {least / dense:.4f} at least{why}"
-        )
+        reasons = "".join(f"; {name}: {reason}" for name, reason in unfit.items())
+        share = f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached"
+        raise ValueError(f"{share} with {', '.join(families)}: these keep {least / dense:.4f} at least{reasons}")
     return fitting, unfit
 
 
@@ -87,32 +79,24 @@ def _reason_for_none(families: Iterable[str], in_features: int, out_features: in
     for family in families:
         reasons.append(f"{family} saves nothing")
         try:
-            structure(family, in_features, out_features, max_macs=1.0)
+            with suppress(OverBudget):
+                structure(family, in_features, out_features, max_macs=1.0)
         except DoesNotFit as error:
             reasons[-1] = str(error)
-        except OverBudget:
-            pass
     return f"no structure fits {in_features} -> {out_features}: {'; '.join(reasons)}"
 
 
 def layer_candidates(
-    name: str,
-    layer: Any,
-    families: Mapping[str, Sequence[Structure]],
-    count: str,
-    sensitivity: Sensitivity,
-    cached: Callable[..., Any],
+    layer: Any, families: dict[str, list[Structure]], count: str, sensitivity: Sensitivity, cached: Callable[..., Any]
 ) -> list[LayerCandidate]:
     """Return "dense" and the members of families as candidates for a layer; `cached` computes what a cache lacks."""
-    weight = weight_of(layer)
-    spectrum = cached(
-        f"spectrum of {name}", lambda _, moment: asdict(Spectrum.of(weight, moment)), Spectrum.from_record
-    )
+    weight = weight_matrix(layer)
+    spectrum = cached("spectrum", lambda _, moment: asdict(Spectrum.of(weight, moment)), Spectrum.from_record)
     candidates = [LayerCandidate("dense", weight.numel(), 0.0, 0.0)]
     for family, structures in families.items():
         fitted = members_to_fit(structures)
         decode = partial(_decode_errors, fitted)
-        errors = cached(f"errors of {family} of {name}", partial(fitted_errors, fitted, layer), decode)
+        errors = cached(f"errors of {family}", partial(fitted_errors, fitted, layer), decode)
         for s, error in zip(structures, estimated_errors(structures, errors, spectrum).values(), strict=True):
             candidates.append(LayerCandidate(s.spec, getattr(s, count), error, sensitivity.at(error)))
     return candidates
@@ -124,9 +108,8 @@ def _decode_errors(structures: Sequence[Structure], record: Mapping[str, Any]) -
 
 def members_to_fit(considered: Sequence[Structure]) -> list[Structure]:
     """Return the members whose errors are measured; those of the others are interpolated."""
-    if not considered:
-        return []
-    return list(dict.fromkeys(min(considered, key=lambda s: abs(_share(s) - share)) for share in _FITTED))
+    shares = (0.25, 0.5, 0.75) if considered else ()
+    return list(dict.fromkeys(min(considered, key=lambda s: abs(_share(s) - share)) for share in shares))
 
 
 @torch.no_grad()
@@ -134,7 +117,7 @@ def fitted_errors(
     structures: Sequence[Structure], layer: Any, statistics: InputStatistics, moment: Tensor
 ) -> dict[str, float]:
     """Fit structures to a layer, and return their relative squared errors by spec."""
-    weight = weight_of(layer)
+    weight = weight_matrix(layer)
     return {
         s.spec: statistics.relative_error(weight, ops.dense_weight(s, ops.project(s, weight, moment)))
         for s in structures
@@ -149,12 +132,9 @@ class Spectrum:
     share: float
 
     @classmethod
+    @torch.no_grad()
     def of(cls, weight: Tensor, moment: Tensor) -> Spectrum:
-        """Compute it for a weight (out, in) and inputs with second moment (in, in).
-
-        >>> Spectrum.of(torch.diag(torch.tensor([1.0, 2.0, 0.0])), torch.eye(3))
-        Spectrum(errors=(1.0, 0.2, 0.0, 0.0), share=0.6666666666666666)
-        """
+        """Compute it for a weight (out, in) and inputs with second moment (in, in)."""
         w, c = weight.double(), moment.double()
         if len(w) <= len(c):
             gram = w @ c @ w.T
@@ -186,12 +166,11 @@ def estimated_errors(
     # without parameters all families have the same error
     shares = [0.0, *(share for share, _ in fitted)]
     multiples = [1.0, *(max(error, _NO_ERROR) / max(spectrum.at(share), _NO_ERROR) for share, error in fitted)]
-    estimates = {}
-    for s in considered:
-        share = _share(s)
-        estimate = _between(share, shares, multiples) * max(spectrum.at(share), _NO_ERROR)
-        estimates[s.spec] = errors.get(s.spec, min(estimate, 1.0))
-    return estimates
+
+    def estimate(share: float) -> float:
+        return min(_between(share, shares, multiples) * max(spectrum.at(share), _NO_ERROR), 1.0)
+
+    return {s.spec: errors[s.spec] if s.spec in errors else estimate(_share(s)) for s in considered}
 
 
 def _share(s: Structure) -> float:
@@ -211,8 +190,7 @@ def allocate(candidates: Mapping[str, Sequence[LayerCandidate]], budget: int) ->
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    least = _least_cost(candidates)
-    if least > budget:
+    if (least := _least_cost(candidates)) > budget:
         raise ValueError(f"the cheapest choice for all layers costs {least:,}, more than the budget of {budget:,}")
     choices = [(name, candidate) for name, options in candidates.items() for candidate in options]
     changes = np.array([candidate.output_change for _, candidate in choices])

@@ -1,12 +1,11 @@
 """Calibration: second moments of the inputs of a model's layers tell how close another layer's outputs come.
 
-The compressed model's input x may differ from the original's, x_0, because layers before it are compressed. With the
-second moments C = E[x x^T], C_0 = E[x_0 x_0^T] and K = E[x_0 x^T], a weight V in the place of W has the error
+With the inputs x of a compressed model, x_0 of the original, and the second moments C = E[x x^T], C_0 = E[x_0 x_0^T]
+and K = E[x_0 x^T], a weight V in the place of W has the error
 
     E|W x_0 - V x|^2 = tr(W C_0 W^T) - 2 tr(W K V^T) + tr(V C V^T).
 
-A weight without structure would make it smallest at V = W K C^{-1}: the structured V comes closest to its outputs.
-Where a bias absorbs the means, covariances replace the second moments.
+smallest at V = W K C^{-1}, which a structured V approximates. If a bias absorbs the means, covariances replace moments.
 """
 
 from __future__ import annotations
@@ -17,48 +16,27 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from einlinear.compression.activations import Passes, tokens_of
 from einlinear.compression.selection import Selection, Stage
 from einlinear.nn.layer_kinds import features
-from einlinear.nn.model_call import Batch
 
 # bytes of second moments that are collected in one pass over the data
 _MEMORY = 2**31
-# rounding of float32, relative to the sum of all variances
-_ROUNDING = 1e-7
-# from this damping on, C is inverted; below it, its pseudo-inverse is taken
-_DAMPED = 1e-3
-# of the largest variance: smaller ones drown in the rounding of float32 products
-_RESOLVED = 1e-6
 
 
 class Calibration:
     """A model on its calibration data; without batches, inputs are unknown, and all directions count alike."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        batches: Sequence[Batch] | None,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        self._batches, self._progress = batches, progress
+    def __init__(self, passes: Passes | None, selection: Selection, progress: Callable[[int, int], None]) -> None:
+        self._passes, self._progress = passes, progress
         self.layers, self.stages = selection.layers, selection.stages
-        self._passes = self.passes(model)
-
-    def passes(self, model: nn.Module) -> Passes:
-        """Return forward passes of another model on the same data."""
-        return Passes(model, self._batches or ())
 
     def statistics(
         self, stages: Sequence[Stage], compressed: Passes | None = None
     ) -> Iterator[tuple[str, Callable[[], InputStatistics]]]:
-        """Yield the layers of some stages, each with a function that returns the statistics of its inputs.
-
-        The first one called runs the model, for as many stages as fit into memory, and the compressed model beside it.
-        """
+        """Yield the layers of stages, each with a function that returns its inputs' statistics, and runs the models."""
         for group in self._groups(stages, copies=1 if compressed is None else 4):
             collect = cache(partial(self._collect, group, compressed))
             for stage in group:
@@ -69,36 +47,34 @@ class Calibration:
         self, name: str, stage: Stage, collect: Callable[[], dict[Stage, SecondMomentAccumulator]]
     ) -> InputStatistics:
         layer = self.layers[name]
-        if self._batches is None:
+        if self._passes is None:
             return InputStatistics.white(features(layer)[0], layer.weight.device)
         accumulator = collect()[stage]
         with _naming(name):
             return accumulator.statistics(centred=layer.bias is not None)
 
     def _groups(self, stages: Sequence[Stage], copies: int) -> list[list[Stage]]:
-        groups: list[list[Stage]] = []
-        size = _MEMORY
+        groups, size = list[list[Stage]](), _MEMORY
         for stage in stages:
             added = 8 * copies * features(self.layers[stage.names[0]])[0] ** 2
-            if size + added > _MEMORY:
-                groups.append([])
-                size = 0
-            groups[-1].append(stage)
             size += added
+            if size > _MEMORY:
+                groups.append([])
+                size = added
+            groups[-1].append(stage)
         return groups
 
     def _collect(self, stages: Sequence[Stage], compressed: Passes | None) -> dict[Stage, SecondMomentAccumulator]:
         """Run the data once, and accumulate the inputs of the first layer of each stage."""
-        assert self._batches is not None
-        accumulators, is_paired = {}, compressed is not None
+        assert self._passes is not None
+        accumulators, calls = {}, {stage.names[0]: stage.calls for stage in stages}
         for stage in stages:
             layer = self.layers[stage.names[0]]
-            accumulators[stage] = SecondMomentAccumulator(features(layer)[0], layer.weight.device, is_paired)
-        calls = {stage.names[0]: stage.calls for stage in stages}
-        originals = self._passes.inputs(calls)
+            accumulators[stage] = SecondMomentAccumulator(features(layer)[0], layer.weight.device, bool(compressed))
+        originals, batches = self._passes.inputs(calls), self._passes.batches
         replaced = None if compressed is None else compressed.inputs(calls)
-        for number, batch in enumerate(self._batches):
-            self._progress(number, len(self._batches))
+        for number, batch in enumerate(batches):
+            self._progress(number, len(batches))
             original = next(originals)
             inputs = original if replaced is None else next(replaced)
             for stage, accumulator in accumulators.items():
@@ -107,10 +83,8 @@ class Calibration:
                     continue
                 with _naming(f"{name}, batch {number} of the calibration data"):
                     if [x.shape for x in inputs.get(name, ())] != [x.shape for x in original[name]]:
-                        raise ValueError(
-                            "the compressed model sends other tokens to this layer than the original, as where experts "
-                            "are chosen. Give sequential=False (--parallel)"
-                        )
+                        cause = "the compressed model sends other tokens to this layer, such as an expert"
+                        raise ValueError(f"{cause}, than the original. Give sequential=False (--parallel)")
                     for x, x_0 in zip(inputs[name], original[name], strict=True):
                         accumulator.add(tokens_of(batch, x), None if compressed is None else tokens_of(batch, x_0))
         return accumulators
@@ -132,10 +106,8 @@ class SecondMomentAccumulator:
         if original is not None:
             x = torch.cat([x, original], 1)
         if not x.isfinite().all():
-            raise ValueError(
-                "its inputs have values that are NaN or infinite: leave such a batch out, or give the model a dtype "
-                "with a wider range"
-            )
+            advice = "leave such a batch out, or give the model a dtype with a wider range"
+            raise ValueError(f"its inputs have values that are NaN or infinite: {advice}")
         if not len(x):
             return
         if self._shift is None:
@@ -156,8 +128,7 @@ class SecondMomentAccumulator:
         moment = self._product / self.tokens - torch.outer(beyond, beyond)
         if not centred:
             moment += torch.outer(mean, mean)
-        # as if a little noise, the same for both models, were added to all inputs: inputs that are constant, or always
-        # zero, then are white, and the weight is approximated
+        # as if both models had a little noise: inputs that are constant become white, and the weight is approximated
         n = self._features
         energies = (moment.diagonal() + mean.square()).view(-1, n).mean(1)
         noise = 1e-12 * float(energies.max()) or 1.0
@@ -170,10 +141,7 @@ class SecondMomentAccumulator:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """C, C_0 and K, (features, features), the means of x and x_0, (features,), in float64; 0 tokens without data.
-
-    The three moments are the same tensor without compressed layers in front.
-    """
+    """C, C_0 and K, which are the same tensor without compressed layers in front, and the means of x and x_0."""
 
     second_moment: Tensor
     original_second_moment: Tensor
@@ -192,8 +160,8 @@ class InputStatistics:
     def damped(self, damping: float) -> Tensor:
         """Return C plus a fraction of its mean variance on the diagonal: few tokens say little of many features."""
         c = self.second_moment
-        # C is definite in spite of the rounding of float32 products
-        fraction = max(damping, _ROUNDING * len(c))
+        # C is definite in spite of the rounding of float32 products, relative to the sum of all variances
+        fraction = max(damping, 1e-7 * len(c))
         return c + fraction * c.diagonal().mean() * torch.eye(len(c)).to(c)
 
     def target_weight(self, weight: Tensor, damping: float) -> Tensor:
@@ -202,11 +170,12 @@ class InputStatistics:
             return weight
         w = weight.double()
         change = w @ (self.cross_moment - self.second_moment)
-        if damping < _DAMPED:
-            inverse: Tensor = torch.linalg.pinv(self.damped(damping), rtol=_RESOLVED, hermitian=True)
-            return (w + change @ inverse).to(weight.dtype)
-        solution: Tensor = torch.linalg.solve(self.damped(damping), change.T)
-        return (w + solution.T).to(weight.dtype)
+        if damping < 1e-3:
+            # variances below 1e-6 of the largest drown in the rounding of float32 products
+            correction: Tensor = change @ torch.linalg.pinv(self.damped(damping), rtol=1e-6, hermitian=True)
+        else:
+            correction = torch.linalg.solve(self.damped(damping), change.T).T
+        return (w + correction).to(weight.dtype)
 
     def output_energy(self, weight: Tensor) -> float:
         """Return E|W x_0|^2."""

@@ -14,22 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.compression.activations import (
-    head_inputs,
-    hooked,
-    mean_kl_divergence,
-    model_output,
-    output_of,
-    tokens_of,
-)
+from einlinear.compression import activations
+from einlinear.compression.activations import head_inputs, hooked, model_output, output_of, tokens_of
 from einlinear.compression.resume_cache import digest_of
 from einlinear.mup import param_groups
-from einlinear.mup.optim import lr_factor
+from einlinear.mup.schedules import lr_factor
 from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any
-
-# prefix of names in checkpoints
-_PARAMETER = "parameter"
 
 
 @dataclass(frozen=True)
@@ -59,9 +50,9 @@ def distill(
 ) -> Distillation:
     """Train a compressed model towards the original's outputs, in place, at structure-aware learning rates.
 
-    For a model with logits the loss is the KL divergence between the two distributions (Hinton et al.,
-    arXiv 1503.02531), for another the squared error over the variance. The optimiser is AdamW with linear warm-up and
-    cosine decay; dropout is off. Parameters in bfloat16 are trained in float32, and rounded after every step.
+    The loss is the KL divergence of the logits (Hinton et al., arXiv 1503.02531), or of other outputs the squared error
+    over the variance. AdamW has linear warm-up and cosine decay; dropout is off. Parameters in bfloat16 are trained in
+    float32, and rounded after every step.
 
     Args:
         model: compressed; its parameters that require gradients are trained.
@@ -75,14 +66,13 @@ def distill(
         warmup: fraction of the steps in which the rate rises.
         seconds: time limit; the rate falls in time for it.
         progress: called after every step with the number of steps done, of all, and the loss.
-        folder: for checkpoints, with safetensors. After an interruption the same call resumes from the last one. It is
-            not removed at the end.
+        folder: for checkpoints, from which the same call resumes after an interruption. It is not removed at the end.
         checkpoint_every: seconds of training between two checkpoints.
 
     Raises:
         ValueError: no batches, steps or rate, a glob that matches nothing, nothing to train or in float16, parameters
-            that the original shares, a folder of another distillation; batches that end before the steps and
-            cannot be repeated, or a loss that is NaN, and the model has then been trained so far.
+            that the original shares, a folder of another distillation; or, after some training, batches that end and
+            cannot be repeated, or a loss that is NaN.
 
     Example:
         >>> import copy, torch, einlinear as el
@@ -107,16 +97,12 @@ def distill(
     optimizer = _Optimizer(model, original, lr, weight_decay)
     config = {"steps": steps, "lr": lr, "match": matched, "task_loss": task_loss, "weight_decay": weight_decay}
     config |= {"warmup": warmup, "clip": clip, "seconds": seconds}
-    losses: list[float] = []
-    before = 0.0
+    losses, before = list[float](), 0.0
     if folder is not None:
         config |= {"model": digest_of(model, None), "original": digest_of(original, None)}
         losses, before = optimizer.resume(Path(folder), config)
-    start = saved = time.monotonic()
-
-    def spent() -> float:
-        return before + time.monotonic() - start
-
+    saved = time.monotonic()
+    start = saved - before
     loss_of = _Loss(model, original, matched, task_loss)
     with evaluating(model, original):
         # gradient checkpointing is on only in training mode; the modules inside stay in evaluation mode
@@ -125,7 +111,7 @@ def distill(
                 module.training = True
         for batch in islice(_endless(batches), len(losses), None):
             # a time limit moves along the schedule as well
-            step = max(len(losses), 0 if seconds is None else int(steps * spent() / seconds))
+            step = max(len(losses), 0 if seconds is None else int(steps * (time.monotonic() - start) / seconds))
             if step >= steps:
                 break
             loss = loss_of(batch)
@@ -138,13 +124,13 @@ def distill(
                 progress(len(losses), steps, losses[-1])
             if folder is not None and time.monotonic() - saved > checkpoint_every:
                 now = time.monotonic()
-                optimizer.save(Path(folder), losses, {"config": config, "seconds": spent()})
+                optimizer.save(Path(folder), losses, {"config": config, "seconds": now - start})
                 saved = time.monotonic()
                 # writing takes no time off the limit
                 start += saved - now
         if folder is not None:
-            optimizer.save(Path(folder), losses, {"config": config, "seconds": spent()})
-    return Distillation(tuple(losses), spent())
+            optimizer.save(Path(folder), losses, {"config": config, "seconds": time.monotonic() - start})
+    return Distillation(tuple(losses), time.monotonic() - start)
 
 
 class _Optimizer:
@@ -185,9 +171,9 @@ class _Optimizer:
         # needs safetensors, which is no dependency of the core
         from einlinear import checkpoint
 
-        tensors = {f"{_PARAMETER}.{name}": p for name, p in self._learning.items()}
+        tensors: dict[str, Tensor] = {}
         for name, p in self._learning.items():
-            tensors |= {f"{key}.{name}": value for key, value in self._adamw.state[p].items()}
+            tensors |= {f"{key}.{name}": value for key, value in {"parameter": p, **self._adamw.state[p]}.items()}
         checkpoint.save(folder, checkpoint.Checkpoint(len(losses), tensors, {**facts, "losses": list(losses)}))
 
     @torch.no_grad()
@@ -201,12 +187,12 @@ class _Optimizer:
         checkpoint.check_same(folder, last.facts["config"], config)
         for full_name, tensor in last.tensors.items():
             key, name = full_name.split(".", 1)
-            if key == _PARAMETER:
-                self._learning[name].copy_(tensor)
+            p = self._learning[name]
+            if key == "parameter":
+                p.copy_(tensor)
             else:
                 # AdamW keeps the number of steps on the CPU
-                device = tensor.device if key == "step" else self._learning[name].device
-                self._adamw.state[self._learning[name]][key] = tensor.to(device)
+                self._adamw.state[p][key] = tensor if key == "step" else tensor.to(p.device)
         self._round()
         return list(last.facts["losses"]), last.facts["seconds"]
 
@@ -221,13 +207,12 @@ class _Loss:
 
     def __init__(self, model: nn.Module, original: nn.Module, matched: Sequence[str], task_loss: float) -> None:
         self._model, self._original, self._matched, self._task_loss = model, original, matched, task_loss
-        # the linear layer that computes the logits of both models, if they are many; looked up with the first batch
+        # the layer that computes the logits of both models, if they are many, or ""; looked up with the first batch
         self._head: str | None = None
-        self._looked_up = False
 
     def __call__(self, batch: Batch) -> Tensor:
-        if not self._looked_up:
-            self._head, self._looked_up = self._find_head(batch), True
+        if self._head is None:
+            self._head = self._find_head(batch)
         with torch.no_grad():
             target, targets = self._run(self._original, batch)
         result, outputs = self._run(self._model, batch)
@@ -237,23 +222,21 @@ class _Loss:
             raise ValueError(f"match: {', '.join(self._matched)} is never called, so there is no output to agree on")
         for name in called:
             loss = loss + _relative_squared_error(outputs[name], targets[name], batch)
-        if not self._task_loss:
-            return loss
-        if getattr(result, "loss", None) is None:
-            raise ValueError("task_loss needs batches with labels, and a model that returns a loss for them")
-        total: Tensor = loss + self._task_loss * result.loss
-        return total
-
-    def _find_head(self, batch: Batch) -> str | None:
-        """Return the head of both models, before which they can stop; None if they have to run to their ends."""
         if self._task_loss:
-            return None
+            if getattr(result, "loss", None) is None:
+                raise ValueError("task_loss needs batches with labels, and a model that returns a loss for them")
+            loss = loss + self._task_loss * result.loss
+        return loss
+
+    def _find_head(self, batch: Batch) -> str:
+        """Return the head of both models, before which they can stop; "" if they have to run to their ends."""
+        if self._task_loss:
+            return ""
         target = model_output(self._original, batch)
-        head = target.head
-        if head is None or not target.is_logits or model_output(self._model, batch).head != head:
-            return None
-        is_matched = any(name == head or head.startswith(f"{name}.") for name in self._matched)
-        return None if is_matched else head
+        is_matched = any(f"{target.head}.".startswith(f"{name}.") for name in self._matched)
+        if is_matched or not (target.head and target.is_logits):
+            return ""
+        return target.head if model_output(self._model, batch).head == target.head else ""
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
         """Return the model's result, or the inputs of its head, and the outputs of the matched modules."""
@@ -263,15 +246,15 @@ class _Loss:
             outputs[name] = output_of(output)
 
         with hooked({name: model.get_submodule(name) for name in self._matched}, record):
-            if self._head is None:
+            if not self._head:
                 return call(model, batch), outputs
             return head_inputs(model, self._head, batch, gradients=torch.is_grad_enabled()), outputs
 
     def _output_loss(self, result: Any, target: Any, batch: Batch) -> Tensor:
-        if self._head is not None:
+        if self._head:
             head = self._original.get_submodule(self._head)
             logits: Tensor = self._model.get_submodule(self._head)(result)
-            return mean_kl_divergence(logits, lambda part: head(target[part]), in_place=True)
+            return activations.mean_kl_divergence(logits, lambda part: head(target[part]), in_place=True)
         x, y = output_of(result), output_of(target)
         if not hasattr(target, "logits"):
             return _relative_squared_error(x, y, batch)
@@ -279,7 +262,7 @@ class _Loss:
         # one feature: a regression
         if y.shape[-1] == 1:
             return F.mse_loss(x.float(), y.float()) / y.float().var().clamp_min(1e-12)
-        return mean_kl_divergence(x, lambda part: y[part])
+        return activations.mean_kl_divergence(x, lambda part: y[part])
 
 
 def _relative_squared_error(output: Tensor, target: Tensor, batch: Batch) -> Tensor:
@@ -288,13 +271,11 @@ def _relative_squared_error(output: Tensor, target: Tensor, batch: Batch) -> Ten
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    count = 0
-    while True:
+    count, before = 0, -1
+    while count > before:
         before = count
         for batch in batches:
             count += 1
             yield batch
-        if not count:
-            raise ValueError("there are no batches to train on: give some, in a list or a DataLoader")
-        if count == before:
-            raise ValueError(f"the batches ended after {count} steps: give a list or a DataLoader, which start anew")
+    reason = f"the batches ended after {count} steps" if count else "there are no batches to train on"
+    raise ValueError(f"{reason}: give a list or a DataLoader, which start anew")

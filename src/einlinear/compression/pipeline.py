@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,25 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
+from einlinear.compression import allocation
 from einlinear.compression.activations import Passes
-from einlinear.compression.allocation import (
-    DEFAULT_FAMILIES,
-    LayerCandidate,
-    allocate_faster,
-    layer_candidates,
-    members_that_fit,
-)
+from einlinear.compression.allocation import DEFAULT_FAMILIES, LayerCandidate, allocate_faster, layer_candidates
 from einlinear.compression.calibration import Calibration, InputStatistics
-from einlinear.compression.compression_report import CompressedLayer, CompressionReport, LayerTimer
+from einlinear.compression.compression_report import CompressedLayer, CompressionReport
+from einlinear.compression.layer_timing import LayerTimer
 from einlinear.compression.resume_cache import ResumeCache, digest_of
-from einlinear.compression.selection import select_layers, weight_of
+from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.conversion.replacement import put, structured_like
 from einlinear.nn import Linear
+from einlinear.nn.layer_kinds import weight_matrix
 from einlinear.nn.model_call import Batch, evaluating
-
-# called with the current step, how much of it is done, and of how much
-Progress = Callable[[str, int, int], None]
 
 
 def compress(
@@ -47,44 +40,39 @@ def compress(
     sequential: bool = True,
     damping: float = 1e-2,
     only_if_faster: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     folder: str | Path | None = None,
     shared: str | Path | None = None,
 ) -> CompressionReport:
     """Replace linear layers by structured ones that together keep a share of the parameters or MACs, in place.
 
-    Each layer gets its own structure and rank, or stays dense, so that the model's output changes least within the
-    budget. The steps: collect the inputs of all layers on calibration data, measure how sensitive the output is to an
-    error of each layer, allocate a structure to each layer, and fit it.
+    Each layer gets its own structure and rank, or stays dense, so that the model's output changes least.
 
     Args:
         model: any module with `torch.nn.Linear` or transformers' Conv1D layers inside.
         budget: the fraction to keep, above 0 and at most 1, of what `count` says of all the layers' weights together.
         structures: families, whose rank or blocks are chosen per layer ("low_rank", "blast(blocks=4)"), or complete
             structures ("btt(rank=2)").
-        calibration: batches to call the model with: tensors, sequences of positional arguments, or mappings of named
-            ones. An "attention_mask" of (batch, tokens) marks padding. The output that counts is `logits`,
-            `last_hidden_state`, or else the first tensor that the model returns, and gradients have to reach it. None:
-            weights are approximated instead of outputs.
+        calibration: batches: tensors, sequences of positional arguments, or mappings of named ones. An "attention_mask"
+            of (batch, tokens) marks padding. The output that counts is `logits`, `last_hidden_state`, or else the first
+            tensor that the model returns, through which gradients pass. None: weights are approximated, not outputs.
         count: "params" or "macs".
         layers: a glob, or several, on qualified names; None: all but output heads, which the guide lists.
-        sequential: fit layer after layer, each on the outputs of the compressed layers before it, to the original's
-            outputs; False: fit all layers on the original's inputs.
+        sequential: fit each layer on the outputs of the compressed layers before it; False: on the original's inputs.
         damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
-        only_if_faster: use only structures that are at least as fast as the dense layer on this machine, for 1 token
-            and for 256, within 5 %, even if the budget is then not reached.
+        only_if_faster: use only structures that are as fast as the dense layer on this machine, for 1 token and for
+            256, within 5 %, even if the budget is then not reached.
         progress: called with the current step, and how much of it is done, of how much; for the first time at once.
-        folder: resume cache. After an interruption the same call resumes from it. It is not removed at the end.
-        shared: resume cache for most of the work, for compressions of the same model on the same data to other budgets
-            or with other structures.
+        folder: resume cache, from which the same call resumes after an interruption. It is not removed at the end.
+        shared: resume cache for compressions of the same model and data to other budgets or with other structures.
 
     Returns:
-        A report on every layer, and on the share of the whole model that they are; print it.
+        A report to print: every layer, and their share of the whole model.
 
     Raises:
         TypeError: a model, a budget or calibration data of the wrong type; batches that do not fit the forward pass.
         ValueError: no layer to compress, a budget that nothing reaches, no calibration data, weights or inputs that are
-            NaN or infinite (it names the layer), a folder of another compression. The model is then unchanged.
+            not finite, a folder of another compression. The model is then unchanged.
         ModuleNotFoundError: scipy is not installed, or with a folder safetensors; the extra `pretrained` has both.
 
     Example:
@@ -97,7 +85,10 @@ def compress(
     families = [structures] if isinstance(structures, str) else list(structures)
     batches = _check_arguments(model, budget, families, calibration, count, damping)
     is_cached = folder is not None or shared is not None
-    _check_installed("scipy", *(("safetensors",) if is_cached else ()))
+    required = ("scipy", "safetensors") if is_cached else ("scipy",)
+    if missing := [package for package in required if find_spec(package) is None]:
+        advice = "Install them with:  pip install 'einlinear[pretrained]'"
+        raise ModuleNotFoundError(f"compress needs packages that are not installed ({', '.join(missing)}). {advice}")
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
     # compiled code ignores new hooks
@@ -106,8 +97,8 @@ def compress(
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         selection = select_layers(model, layers, batches)
         dense = selection.layers
-        largest = budget * sum(weight_of(layer).numel() for layer in dense.values())
-        fitting, unfit = members_that_fit(dense, families, budget, count)
+        largest = budget * sum(layer.weight.numel() for layer in dense.values())
+        fitting, unfit = allocation.members_that_fit(dense, families, budget, count)
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
         config |= {"sequential": sequential, "only_if_faster": only_if_faster, **data_config}
@@ -116,21 +107,21 @@ def compress(
         report_progress("looking at the model", 1, 1)
 
         # 1. calibrate
-        calibrated = Calibration(model, selection, batches, partial(report_progress, "collecting inputs"))
+        passes = None if batches is None else Passes(model, batches)
+        calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
 
         # 2. measure the sensitivity to each layer, and the errors of its candidates
         probe = None if batches is None else SensitivityProbe(model, batches)
-        sensitivities: dict[str, Sensitivity] = {}
+        sensitivities = dict.fromkeys(dense, UNKNOWN)
         candidates: dict[str, list[LayerCandidate]] = {}
         comparing = partial(report_progress, "comparing structures")
         for name, statistics in calibrated.statistics(calibrated.stages):
             cached = _cached(measured, name, statistics, damping, partial(comparing, len(candidates), len(dense)))
-            sensitivity = UNKNOWN
             if probe is not None:
                 measure = partial(measure_sensitivity, dense[name], probe)
-                sensitivity = cached(f"sensitivity of {name}", measure, Sensitivity.of)
-            sensitivities[name] = sensitivity
-            candidates[name] = layer_candidates(name, dense[name], fitting[name], count, sensitivity, cached)
+                sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
+            members = fitting[name]
+            candidates[name] = layer_candidates(dense[name], members, count, sensitivities[name], cached)
         comparing(len(dense), len(dense))
 
         # 3. allocate
@@ -151,30 +142,43 @@ def compress(
 
         # 4. fit
         specs = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
-        passes = calibrated.passes(compressed) if sequential and batches is not None else None
-        fitted = _fit(calibrated, compressed, passes, specs, damping, cache, partial(report_progress, "fitting"))
+        fitted: dict[str, tuple[Linear, float, int]] = {}
+        stages = [stage for stage in calibrated.stages if not specs.keys().isdisjoint(stage.names)]
+        passes = Passes(compressed, batches) if sequential and batches is not None else None
+        # with passes of the copy, each layer is fitted to the outputs of those before it, which are compressed already
+        for group in [stages] if passes is None else [[stage] for stage in stages]:
+            for name, statistics in calibrated.statistics(group, passes):
+                if name in specs:
+                    old, spec = dense[name], specs[name]
+                    fitting_layers = partial(report_progress, "fitting", len(fitted), len(specs))
+                    cached = _cached(cache, name, statistics, damping, fitting_layers)
+                    compute, decode_layer = partial(_fit_layer, old, spec, damping), partial(_fitted_layer, old, spec)
+                    fitted[name] = cached(spec, compute, decode_layer, True)
+            names = [name for stage in group for name in stage.names if name in fitted]
+            put(compressed, {id(compressed.get_submodule(name)): fitted[name][0] for name in names})
+        report_progress("fitting", len(fitted), len(specs))
     reports = []
     for name, layer in dense.items():
-        size, error, slope = weight_of(layer).numel(), chosen[name].error, sensitivities[name].slope
-        if new := fitted.get(name):
-            s = new.layer.structure
-            tokens, speed_up = new.tokens / s.in_features if new.tokens else None, timer(layer, new.layer)
-            counts, errors = (size, s.params, s.macs), (error, new.error)
-            reports.append(CompressedLayer(name, s.spec, *counts, *errors, slope, speed_up, tokens))
-        else:
-            reason = unfit.get(name)
-            reports.append(CompressedLayer(name, "dense", size, size, size, error, 0.0, slope, reason=reason))
+        size, expected, slope = layer.weight.numel(), chosen[name].error, sensitivities[name].slope
+        if name not in fitted:
+            unchanged = size, size, size, expected, 0.0, slope
+            reports.append(CompressedLayer(name, "dense", *unchanged, reason=unfit.get(name)))
+            continue
+        new, error, tokens = fitted[name]
+        s, speed_up = new.structure, timer(layer, new)
+        measures = size, s.params, s.macs, expected, error, slope
+        reports.append(CompressedLayer(name, s.spec, *measures, speed_up, tokens / s.in_features if tokens else None))
     missed = sum(getattr(layer, count) for layer in reports) > largest
-    put(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
+    put(model, {id(dense[name]): new.train(dense[name].training) for name, (new, _, _) in fitted.items()})
     return CompressionReport(tuple(reports), tuple(selection.skipped), selection.coverage, budget if missed else None)
 
 
 def _cached(
     cache: ResumeCache, name: str, collect: Callable[[], InputStatistics], damping: float, progress: Callable[[], None]
 ) -> Callable[..., Any]:
-    """Return `ResumeCache.get_or` for results that follow from a layer's inputs and their damped second moment."""
+    """Return `ResumeCache.get_or` for results on a layer that follow from its inputs and their damped second moment."""
 
-    def get_or(key: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
+    def get_or(content: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
         def record() -> Any:
             inputs = collect()
             progress()
@@ -184,45 +188,9 @@ def _cached(
                 advice = f"give more calibration data, or a larger damping than {damping:g}"
                 raise ValueError(f"{name} cannot be fitted to its inputs: {error}; {advice}") from error
 
-        return cache.get_or(key, record, *how)
+        return cache.get_or(f"{content} of {name}", record, *how)
 
     return get_or
-
-
-@dataclass(frozen=True)
-class _FittedLayer:
-    """A structured layer, the relative squared error of its outputs, and how many tokens it was fitted to."""
-
-    layer: Linear
-    error: float
-    tokens: int
-
-
-def _fit(
-    calibrated: Calibration,
-    model: nn.Module,
-    passes: Passes | None,
-    specs: Mapping[str, str],
-    damping: float,
-    cache: ResumeCache,
-    progress: Callable[[int, int], None],
-) -> dict[str, _FittedLayer]:
-    """Fit layers with the structures of these specs, and put them into `model`, a copy of the original.
-
-    With `passes` of the copy, each layer is fitted to the outputs of those before it, which are compressed already.
-    """
-    fitted: dict[str, _FittedLayer] = {}
-    stages = [stage for stage in calibrated.stages if not specs.keys().isdisjoint(stage.names)]
-    for group in [stages] if passes is None else [[stage] for stage in stages]:
-        for name, statistics in calibrated.statistics(group, passes):
-            if name in specs:
-                old, spec = calibrated.layers[name], specs[name]
-                cached = _cached(cache, name, statistics, damping, partial(progress, len(fitted), len(specs)))
-                compute, decode = partial(_fit_layer, old, spec, damping), partial(_fitted_layer, old, spec)
-                fitted[name] = cached(f"{name} as {spec}", compute, decode, True)
-        put(model, {id(model.get_submodule(n)): fitted[n].layer for stage in group for n in stage.names if n in fitted})
-    progress(len(fitted), len(specs))
-    return fitted
 
 
 @torch.no_grad()
@@ -230,7 +198,7 @@ def _fit_layer(
     old: Any, spec: str, damping: float, inputs: InputStatistics, moment: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a structured layer whose outputs come closest to a dense one's, and how close."""
-    weight, layer = weight_of(old), structured_like(old, spec)
+    weight, layer = weight_matrix(old), structured_like(old, spec)
     target = inputs.target_weight(weight, damping)
     factors = ops.project(layer.structure, target, moment if inputs.tokens else None)
     for factor, value in zip(layer.structure.factors, factors, strict=True):
@@ -241,11 +209,11 @@ def _fit_layer(
     return layer.state_dict(), {"error": inputs.relative_error(weight, approximation), "tokens": inputs.tokens}
 
 
-def _fitted_layer(old: Any, spec: str, record: tuple[dict[str, Tensor], dict[str, Any]]) -> _FittedLayer:
+def _fitted_layer(old: Any, spec: str, record: tuple[dict[str, Tensor], dict[str, Any]]) -> tuple[Linear, float, int]:
     tensors, facts = record
     layer = structured_like(old, spec)
     layer.load_state_dict(tensors)
-    return _FittedLayer(layer, float(facts["error"]), int(facts["tokens"]))
+    return layer, float(facts["error"]), int(facts["tokens"])
 
 
 def _check_arguments(
@@ -272,12 +240,3 @@ def _check_arguments(
     if batches == []:
         raise ValueError("calibration has no batches")
     return batches
-
-
-def _check_installed(*modules: str) -> None:
-    """Raise ModuleNotFoundError at once for packages that are needed only after most of the work."""
-    if missing := [module for module in modules if find_spec(module) is None]:
-        raise ModuleNotFoundError(
-            f"compress needs packages that are not installed ({', '.join(missing)}). Install them with:  "
-            "pip install 'einlinear[pretrained]'"
-        )

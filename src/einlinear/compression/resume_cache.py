@@ -36,28 +36,21 @@ class ResumeCache:
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{file} holds no config ({error}): delete {folder} to start anew") from None
         if changed := [name for name in config if before.get(name) != config[name]]:
-            raise ValueError(
-                f"{folder} holds {content} with another config ({', '.join(changed)}): repeat that config, name "
-                "another folder, or delete it to start anew"
-            )
+            advice = "repeat that config, name another folder, or delete it to start anew"
+            raise ValueError(f"{folder} holds {content} with another config ({', '.join(changed)}): {advice}")
 
     def get_or(
-        self,
-        key: str,
-        compute: Callable[[], Any],
-        decode: Callable[[Any], T] = lambda record: record,
-        tensors: bool = False,
+        self, key: str, compute: Callable[[], Any], decode: Callable[[Any], T] = lambda x: x, tensors: bool = False
     ) -> T:
-        """Return the result of a key from its file, or else compute it and write the file; also if it is damaged.
-
-        `compute` returns JSON, or with `tensors` a pair of tensors by name and JSON; `decode` makes the result from it.
-        """
+        """Read, or compute and write, JSON of a key, or with `tensors` a pair of tensors and JSON, and decode it."""
         if self._folder is None:
             return decode(compute())
         if tensors:
             # needs safetensors, which is no dependency of the core
             from einlinear.checkpoint import read_tensors, write_tensors
-        path = self._folder / f"{_file_name(key)}.{'safetensors' if tensors else 'json'}"
+        # the hash keeps keys apart that read alike
+        readable, digest = re.sub(r"[^\w.-]+", "_", key)[:80], hashlib.sha256(key.encode()).hexdigest()[:8]
+        path = self._folder / f"{readable}-{digest}.{'safetensors' if tensors else 'json'}"
         try:
             record = (read_tensors if tensors else read_json)(path)
         except FileNotFoundError:
@@ -76,12 +69,6 @@ class ResumeCache:
         else:
             write_json(path, record)
         return decode(record)
-
-
-def _file_name(key: str) -> str:
-    # the hash keeps keys apart that read alike
-    readable = re.sub(r"[^\w.-]+", "_", key)[:80]
-    return f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 def digest_of(model: nn.Module, batches: Iterable[Any] | None) -> str:

@@ -14,18 +14,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from einlinear.compression.activations import hooked, output_of
 from einlinear.conversion.conversion_report import Coverage, measure_coverage
 from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of, reason_to_skip, uncalled_layers
-from einlinear.nn.layer_kinds import features, is_conv1d
+from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch, call
 from einlinear.nn.names import as_globs, check_globs, matches_any
 
-# batches that show which layers the model does not call
-_WATCHED = 2
-# calls without a gradient after which the output counts as independent of a layer
-_CALLS = 2
 # names of output heads in torchvision, timm and transformers
 _HEADS = {"classifier", "fc", "head", "heads", "lm_head"}
 _IS_HEAD = "is the output head: name it in layers to compress it"
-_NOT_CALLED = "is never called on the calibration data"
+
 _UNREACHED = "gets no gradient from the model's output (of several, only the logits or the first one counts)"
 # nodes of autograd's graph behind which a model's output is still that of its last layer
 _SAME = {
@@ -63,30 +59,24 @@ def select_layers(
     if batches is not None:
         stages, calls, reached, last = _trace(model, chosen, batches)
         called = [name for stage in stages for name in stage.names if calls[name]]
-        reasons = {name: _NOT_CALLED for name in chosen if name not in called}
+        reasons = {name: "is never called on the calibration data" for name in chosen if name not in called}
         reasons |= {name: _UNREACHED for name in called if name not in reached}
         if layers is None and type(model) is not nn.Sequential:
             # as many outputs as the first layer has inputs: an autoencoder or a feed-forward block, not logits
             heads = [name for name in called if name in last and name not in reasons]
             reasons |= {n: _IS_HEAD for n in heads if features(chosen[n])[1] != features(chosen[called[0]])[0]}
     skipped += reasons.items()
-    stages = [Stage(tuple(n for n in stage.names if n not in reasons), stage.calls) for stage in stages]
-    stages = [stage for stage in stages if stage.names]
+    selectable = [Stage(tuple(n for n in stage.names if n not in reasons), stage.calls) for stage in stages]
+    stages = [stage for stage in selectable if stage.names]
     selected = {name: chosen[name] for stage in stages for name in stage.names}
     coverage = measure_coverage(model, selected.values())
     if not selected:
         because = [f"{name} {reason}" for name, reason in skipped] or ["the model has no linear layer"]
-        others = [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
-        raise ValueError(f"there is no dense linear layer to compress: {'; '.join([*because, *others])}")
-    if broken := next((name for name, layer in selected.items() if not weight_of(layer).isfinite().all()), None):
+        because += [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
+        raise ValueError(f"there is no dense linear layer to compress: {'; '.join(because)}")
+    if broken := next((name for name, layer in selected.items() if not layer.weight.isfinite().all()), None):
         raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
     return Selection(selected, stages, skipped, coverage)
-
-
-def weight_of(layer: Any) -> Tensor:
-    """Return the weight of a dense linear layer as (out_features, in_features)."""
-    weight: Tensor = layer.weight.detach()
-    return weight.T if is_conv1d(layer) else weight
 
 
 def _suitable_layers(
@@ -99,7 +89,8 @@ def _suitable_layers(
         raise ValueError("layers is empty: give a glob such as '*.mlp.*', or None for all but output heads")
     check_globs(globs if layers is not None else [], [*linears, *fused], "layers", "linear layer")
     heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
-    owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:_WATCHED])
+    # two batches show which layers the model calls
+    owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:2])
     chosen: dict[str, Any] = {}
     skipped = [(name, reason) for name, reason in fused.items() if matches_any(name, globs)]
     seen = set[int]()
@@ -111,10 +102,8 @@ def _suitable_layers(
         if reason is None and len(owners[id(layer.weight)]) > 1:
             others = [other for other, module in owners[id(layer.weight)] if module is not layer]
             reason = f"has its weight tied to {', '.join(others)}"
-        if reason is None and id(layer) in heads:
-            reason = _IS_HEAD
-        if reason is not None:
-            skipped.append((name, reason))
+        if reason or id(layer) in heads:
+            skipped.append((name, reason or _IS_HEAD))
         elif layer.weight.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model before you compress it")
         else:
@@ -132,22 +121,16 @@ def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
     classifier = getattr(model, "get_classifier", lambda: None)()
     of_timm = classifier if isinstance(classifier, list | tuple) else [classifier]
     heads += [layer for part in of_timm if isinstance(part, nn.Module) for layer in part.modules()]
-    if not linears:
-        return heads
-    *_, (last, layer) = linears.items()
+    last = [*linears][-1] if linears else ""
     # "blocks.11.fc" is in a list of blocks, which have a layer of that name each
     before_lists = takewhile(lambda part: not part.isdigit(), last.split("."))
-    return [*heads, layer] if _HEADS.intersection(before_lists) else heads
+    return [*heads, linears[last]] if _HEADS.intersection(before_lists) else heads
 
 
 def _trace(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
 ) -> tuple[list[Stage], dict[str, int], set[str], set[str]]:
-    """Return the stages in the order of their calls, and how often each layer gets tokens.
-
-    Gradients show the layers that the output depends on, and those whose output is the model's, up to a softmax.
-    """
-    stages: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    """Return the stages in order, how often each layer gets tokens, the layers with gradients, and the last ones."""
     inputs: dict[str, list[tuple[int, int]]] = {}
     calls, reached, last = dict.fromkeys(layers, 0), set[str](), set[str]()
     numbers, new_number = WeakTensorKeyDictionary(), count()
@@ -168,12 +151,11 @@ def _trace(
         nodes[result.grad_fn] = name
         return result
 
-    learning = [p for p in model.parameters() if p.requires_grad]
-    for p in learning:
-        p.requires_grad_(False)
+    learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
         for batch in batches:
-            left = {name: layer for name, layer in layers.items() if name not in reached and calls[name] < _CALLS}
+            # after two calls without a gradient the output counts as independent of a layer
+            left = {name: layer for name, layer in layers.items() if name not in reached and calls[name] < 2}
             if not left:
                 break
             staged = set(inputs)
@@ -189,6 +171,7 @@ def _trace(
     finally:
         for p in learning:
             p.requires_grad_()
+    stages: dict[tuple[tuple[int, int], ...], list[str]] = {}
     for name, identities in inputs.items():
         stages.setdefault(tuple(identities), []).append(name)
     return [Stage(tuple(names), len(key)) for key, names in stages.items()], calls, reached, last

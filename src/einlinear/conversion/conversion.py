@@ -9,18 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einlinear.conversion import replacement
 from einlinear.conversion.conversion_report import Conversion, ConversionReport, measure_coverage
-from einlinear.conversion.replacement import (
-    fused_experts,
-    has_hooks,
-    layers_of,
-    linear_layers,
-    owners_of,
-    put,
-    reason_to_skip,
-    structured_like,
-    uncalled_layers,
-)
+from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of, structured_like, uncalled_layers
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.layer_kinds import as_class, features, weight_matrix
 from einlinear.nn.model_call import Batch
@@ -47,31 +38,28 @@ def convert(
 ) -> ConversionReport:
     """Replace linear layers by structured ones, in place.
 
-    `torch.nn.Linear`, subclasses that compute the same, and transformers' Conv1D are converted. Layers that share a
-    module or a weight share their factors afterwards. Device, dtype, requires_grad and training mode are kept. Stacked
-    experts, and layers that the model never calls, stay as they are.
+    `torch.nn.Linear`, subclasses that compute the same, and transformers' Conv1D are converted; stacked experts, and
+    layers that the model never calls, are not. Device, dtype, requires_grad, training mode and shared weights are kept.
 
     Args:
         model: any module that has linear layers inside.
-        structure: of all matched layers; or glob on qualified names -> structure, the first that matches counts. Globs
-            are those of fnmatch, on the whole name: "*.attn.*" matches "blocks.0.attn.q" but not "attn.q" of a model
-            whose attn is at the top; "*attn.*" matches both.
+        structure: of all matched layers; or glob on qualified names -> structure, where the first match counts. Globs
+            (fnmatch) match whole names: "*.attn.*" matches "blocks.0.attn.q" but not "attn.q"; "*attn.*" matches both.
         layers: a glob, or several, on qualified names: which layers to consider at all.
         exclude: a glob, or several: which of these to leave out.
-        weights: "init" draws new factors and sets biases to zero, except for a layer whose weight is zero: its weight
-            stays zero, and its bias is kept. "project" takes the closest to the layer's weight, and keeps the bias.
-        normalize: whether new layers are normalised (`Linear`), with weights="init". True: all but those of the
-            structure "dense"; a glob, or several: those that match, "dense" ones included.
+        weights: "init" draws new factors and sets biases to zero, except for a layer whose weight is zero, which keeps
+            weight and bias. "project" takes the closest to the layer's weight, and keeps the bias.
+        normalize: which new layers are normalised (`Linear`), with weights="init": none, all but those of the structure
+            "dense" (True), or those that globs match, "dense" ones included.
         gamma: which normalised layers have gammas: all, none, or those that globs match. Queries and keys need none.
         experts: the number of experts of every new layer, an `einlinear.MoELinear`. With weights="init".
         active: the number of experts per token; None: 2.
         classes: subclasses of `torch.nn.Linear` that are converted even if they compute something else.
-        example_input: a tensor, a sequence of positional arguments or a mapping of named ones. The model is run on this
-            input once, to see which layers it calls. None: the source code of its modules tells, in most cases.
+        example_input: a tensor, a sequence of positional arguments or a mapping of named ones. The model is run on it
+            to see which layers it calls. None: the source code of its modules tells, in most cases.
 
     Returns:
-        A report to print: every matched layer, converted or skipped for a reason, and the share of the model's
-        parameters that was considered.
+        A report to print: every matched layer, converted or skipped for a reason, and their share of the model.
 
     Raises:
         ValueError: an unknown structure, a glob that matches no linear layer, layers on the meta device to project,
@@ -91,10 +79,8 @@ def convert(
     for text in plan.values():
         check_spec(text)
     linears, fused = linear_layers(model), fused_experts(model)
-    globs = {"layers": as_globs(layers, "layers"), "structure": [*plan], "exclude": as_globs(exclude, "exclude")}
-    for argument, value in (("normalize", normalize), ("gamma", gamma)):
-        if not isinstance(value, bool):
-            globs[argument] = as_globs(value, argument)
+    arguments = {"layers": layers, "structure": [*plan], "exclude": exclude, "normalize": normalize, "gamma": gamma}
+    globs = {name: as_globs(value, name) for name, value in arguments.items() if not isinstance(value, bool)}
     _check_new_weights(weights, normalize, gamma, experts, active)
     for argument, group in globs.items():
         check_globs(group, [*linears, *fused], argument, "linear layer")
@@ -104,12 +90,14 @@ def convert(
         if spec is not None and matches_any(name, globs["layers"]) and not matches_any(name, globs["exclude"]):
             matched[name] = spec
     classes = _as_classes(classes)
-    reasons = {id(layer): reason_to_skip(layer, classes) for layer in linears.values()}
-    uncalled, owners = uncalled_layers(model, None if example_input is None else [example_input]), owners_of(model)
+    reasons = {id(layer): replacement.reason_to_skip(layer, classes) for layer in linears.values()}
+    uncalled, owners = (
+        uncalled_layers(model, None if example_input is None else [example_input]),
+        owners_of(model),
+    )
     mixture = {} if experts is None else {"experts": experts, "active": 2 if active is None else active}
 
     def tied_elsewhere(module: Any, spec: str) -> str | None:
-        """Return the reason to skip a shared weight: not all of its owners get the same structure."""
         for name, other in owners[id(module.weight)]:
             alike = name in linears and matched.get(name) == spec and type(other) is type(module)
             if other is not module and (not alike or reasons[id(other)]):
@@ -127,30 +115,30 @@ def convert(
         has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
         layer: Linear | MoELinear = structured_like(old, s, normalize=is_normalized, gamma=has_gamma, **mixture)
         if is_zero:
-            layer.zero_last_factors()
+            # by its last factors the matrix is zero and can learn
+            for _, factors in s.by_term([factor.name for factor in s.factors]):
+                nn.init.zeros_(getattr(layer, factors[-1]))
             if layer.bias is not None:
                 layer.bias.copy_(old.bias)
         return layer
 
-    new: dict[int, nn.Module] = {}
-    converted: list[Conversion] = []
-    skipped: list[tuple[str, str]] = []
-    by_weight: dict[tuple[int, str], nn.Module] = {}
+    new, by_weight = dict[int, nn.Module](), dict[tuple[int, str], nn.Module]()
+    converted, skipped = list[Conversion](), list[tuple[str, str]]()
     for name, spec in matched.items():
         old: Any = linears.get(name)
         if id(old) in new:
             continue
         reason = fused[name] if old is None else reasons[id(old)] or tied_elsewhere(old, spec) or uncalled.get(id(old))
-        if reason is None:
-            try:
-                layer = new_layer(name, old, spec)
-            except DoesNotFit as error:
-                reason = str(error)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
         if reason is not None:
             skipped.append((name, reason))
             continue
+        try:
+            layer = new_layer(name, old, spec)
+        except DoesNotFit as error:
+            skipped.append((name, str(error)))
+            continue
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         first = by_weight.setdefault((id(old.weight), spec), layer)
         for key, parameter in first.named_parameters():
             if key != "bias":
@@ -160,17 +148,16 @@ def convert(
     if not converted:
         raise _nothing_converted(skipped, "no layer matches layers and structure, and is not excluded")
     coverage = measure_coverage(model, [linears[c.name] for c in converted])
-    put(model, new)
+    replacement.put(model, new)
     return ConversionReport(tuple(converted), tuple(skipped), coverage)
 
 
 def densify(model: nn.Module) -> ConversionReport:
     """Replace every structured layer by the dense one that computes the same function, in place.
 
-    The dense layer is a `torch.nn.Linear`, or of the class that the structured layer replaced: transformers' Conv1D, or
-    a subclass of `torch.nn.Linear` without a constructor of its own. Layers that share a module or all their factors
-    share their weight afterwards. Bias, device, dtype, training mode and requires_grad are kept; a weight is frozen if
-    all its factors were.
+    The dense layer is a `torch.nn.Linear`, or of the class that was replaced: transformers' Conv1D, or a subclass of
+    `torch.nn.Linear` without a constructor of its own. Bias, device, dtype, training mode, requires_grad and shared
+    weights are kept; a weight is frozen if all its factors were.
 
     Returns:
         A report on every layer, converted or skipped for a reason, such as hooks, which would be lost.
@@ -185,14 +172,13 @@ def densify(model: nn.Module) -> ConversionReport:
         >>> report.params_before, report.params
         (1024, 4096)
     """
-    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
-    new: dict[int, nn.Module] = {}
-    converted: list[Conversion] = []
+    structured = replacement.layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
+    new, weights = dict[int, nn.Module](), dict[tuple[int, ...], nn.Parameter]()
+    converted = list[Conversion]()
     mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
     skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
-    weights: dict[tuple[int, ...], nn.Parameter] = {}
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
-    hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}
+    hooked = {factors[name] for name, layer in structured.items() if replacement.has_hooks(layer)}
     for name, layer in structured.items():
         if factors[name] in hooked:
             skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
@@ -204,7 +190,7 @@ def densify(model: nn.Module) -> ConversionReport:
             converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, s.macs, entries))
     if not converted:
         raise _nothing_converted(skipped, "there is no structured layer in the model")
-    put(model, new)
+    replacement.put(model, new)
     return ConversionReport(tuple(converted), tuple(skipped))
 
 
@@ -218,18 +204,17 @@ def _check_new_weights(weights: str, normalize: Any, gamma: Any, experts: int | 
         raise ValueError(f"gamma={gamma!r} is for layers that are normalised: give normalize as well")
     if experts is None and active is not None:
         raise ValueError(f"active={active} is for mixtures of experts: give experts as well")
-    if experts is not None and weights == "project":
-        raise ValueError("experts have new weights: give weights='init', or leave experts out to project the layers")
     if experts is not None:
+        if weights == "project":
+            raise ValueError("experts have new weights: give weights='init', or leave experts out")
         check_experts(experts, 2 if active is None else active)
 
 
 def _as_classes(value: type[nn.Module] | Sequence[type[nn.Module]]) -> tuple[type[nn.Module], ...]:
     classes = (value,) if isinstance(value, type) else value
-    is_sequence = isinstance(classes, list | tuple)
-    if not is_sequence or not all(isinstance(c, type) and issubclass(c, nn.Linear) for c in classes):
-        raise TypeError(f"classes must be a subclass of torch.nn.Linear, or a list of such, not {value!r}")
-    return tuple(classes)
+    if isinstance(classes, list | tuple) and all(isinstance(c, type) and issubclass(c, nn.Linear) for c in classes):
+        return tuple(classes)
+    raise TypeError(f"classes must be a subclass of torch.nn.Linear, or a list of such, not {value!r}")
 
 
 @torch.no_grad()

@@ -13,9 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from einlinear.nn.layer_kinds import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, STRUCTURED, layer_info
 
-# the number of names of each kind that are printed
-_NAMED = 3
-
 _STACKS = "expert stacks and other 3-D weights"
 _VECTORS = "biases, norms and other vectors"
 _PLAIN = "other parameters"
@@ -25,11 +22,11 @@ KINDS = (EMBEDDING, CONVOLUTION, RECURRENT, PACKED, _STACKS, STRUCTURED, LINEAR,
 
 @dataclass(frozen=True)
 class Unconsidered:
-    """Parameters of one kind that were not considered.
+    """Parameters of one kind that were not considered, each tied tensor once.
 
     Attributes:
-        kind: one of `KINDS`, such as "convolutions".
-        params: the number of parameters, each tied tensor once.
+        kind: such as "convolutions".
+        params: the number of parameters.
         names: qualified names of the modules that hold them, or of the parameters where a module holds several kinds.
     """
 
@@ -38,9 +35,8 @@ class Unconsidered:
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = len(self.names) - _NAMED
-        names = ", ".join(self.names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-        return f"{self.params:,} in {self.kind} ({names})"
+        more = f" and {len(self.names) - 3} more" if len(self.names) > 3 else ""
+        return f"{self.params:,} in {self.kind} ({', '.join(self.names[:3])}{more})"
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,9 @@ class Coverage:
     @property
     def notes(self) -> list[str]:
         """One sentence on the share, and one on the parameters that were not considered."""
-        counts = f"{self.considered:,} of the model's {self.params:,} parameters"
-        lines = [f"The layers considered hold {counts} ({self.share:.1%})."]
-        return lines + ([f"Not considered: {'; '.join(map(str, self.others))}."] if self.others else [])
+        counts = f"{self.considered:,} of the model's {self.params:,} parameters ({self.share:.1%})"
+        others = [f"Not considered: {'; '.join(map(str, self.others))}."] if self.others else []
+        return [f"The layers considered hold {counts}.", *others]
 
 
 @dataclass(frozen=True)
@@ -181,14 +177,11 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
 
 
 def _kind(module: nn.Module, name: str, parameter: Any) -> str:
-    info = layer_info(module)
+    info, shape = layer_info(module), _shape(parameter)
     category = info.category if info is not None else ""
-    if category == STRUCTURED:
-        return _VECTORS if name == "bias" else STRUCTURED
-    if category == RECURRENT:
-        return RECURRENT
-    shape = _shape(parameter)
-    if sum(size > 1 for size in shape) < 2:
+    if category == RECURRENT or (category == STRUCTURED and name != "bias"):
+        return category
+    if category == STRUCTURED or sum(size > 1 for size in shape) < 2:
         return _VECTORS
     # neither nn.Bilinear nor a position embedding (1, tokens, features) is a stack of matrices
     is_stack = len(shape) > 2 and shape[0] > 1 and not type(module).__module__.startswith("torch.")

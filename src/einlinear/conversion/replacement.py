@@ -1,7 +1,6 @@
 """Linear layers of a model: which a structured one can replace, or why not; and their replacement in place.
 
-In the place of a layer that a model never calls, because a module above computes with its weight itself, a structured
-layer would save nothing: its dense matrix would be built again and again.
+If a model computes with a layer's weight itself, a structured layer saves nothing: its matrix is built in every call.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache, wraps
 from types import CodeType
 from typing import Any
@@ -33,7 +32,6 @@ from einlinear.nn.lazy_weight import METADATA, METADATA_NAMES
 from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.structures import Structure
 
-_TOKENS = 3
 _PLAIN = {"training", "in_features", "out_features", *vars(nn.Module())}
 _differences: dict[Any, str | None] = {}
 
@@ -45,9 +43,8 @@ _ATTRIBUTES = re.compile(r"\bself\.(\w+)(?:\.(\w+))?(?:\.(\w+))?( = )?")
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
     """Return all linear layers, structured ones included, by every qualified name they have."""
-    return layers_of(
-        model, "el.Linear.from_dense(layer, structure)", lambda m: isinstance(m, Linear | MoELinear) or is_linear(m)
-    )
+    instead = "el.Linear.from_dense(layer, structure)"
+    return layers_of(model, instead, lambda module: isinstance(module, Linear | MoELinear) or is_linear(module))
 
 
 def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
@@ -79,10 +76,7 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
-    """Return a structured layer with new weights, and the size, device, dtype and modes of a dense one.
-
-    It is a `Linear`, or a `MoELinear` if `config`, further arguments of its constructor, has "experts".
-    """
+    """Return a new `Linear`, or `MoELinear` if `config` has "experts", with size, device, dtype and mode of a layer."""
     config |= {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     layer = (MoELinear if "experts" in config else Linear)(*features(old), structure, **config)
     if isinstance(layer, Linear):
@@ -144,7 +138,7 @@ def difference_to_linear(layer: nn.Linear) -> str | None:
     cls = type(layer)
     if cls.forward is nn.Linear.forward and cls.__call__ is nn.Module.__call__:
         return None
-    attributes = sorted((name, repr(value)) for name, value in vars(layer).items() if name not in _PLAIN)
+    attributes = sorted((name, text) for name, (_, text) in _attributes(layer).items())
     size = layer.in_features, layer.out_features, layer.bias is not None
     key = cls, cls.forward, cls.__call__, size, tuple(attributes)
     if key not in _differences:
@@ -161,7 +155,7 @@ def _difference(layer: nn.Linear) -> str | None:
     training, attributes = layer.training, _attributes(layer)
     try:
         with torch.random.fork_rng(devices=[]):
-            x = torch.randn(2, _TOKENS, layer.in_features)
+            x = torch.randn(2, 3, layer.in_features)
             # of rank one, since drawing all entries takes long in large layers
             tensors = {"weight": torch.randn(layer.out_features, 1) * torch.randn(1, layer.in_features)}
             if layer.bias is not None:
@@ -186,10 +180,8 @@ def _attributes(layer: nn.Module) -> dict[str, tuple[int, str]]:
 
 
 def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) -> dict[int, str]:
-    """Return the reasons, by the ids of dense layers, why structured ones in their places would save nothing.
-
-    The model is run on the batches. Without them, and for layers that they do not reach, the source code decides.
-    """
+    """Return the reasons, by the ids of layers, why structured ones would save nothing, from runs on batches or, for
+    layers that they do not reach, from the source code."""
     layers = {name: layer for name, layer in linear_layers(model).items() if isinstance(layer.weight, nn.Parameter)}
     called, read = (set[int](), set[int]()) if batches is None else _record(model, layers, batches)
     only_read = _only_read_layers(model)
@@ -213,10 +205,7 @@ def _class_above(model: nn.Module, name: str) -> str:
 
 
 class _Recorder(TorchFunctionMode):
-    """Records the parameters whose values are used outside of the modules that own them.
-
-    Such a mode also keeps torch's transformers from their fused kernels, which read the weights.
-    """
+    """Records the parameters whose values are used outside of their owners; also keeps torch from fused kernels."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
@@ -224,9 +213,7 @@ class _Recorder(TorchFunctionMode):
         self.inside: list[set[int]] = []
         self.read = set[int]()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func not in METADATA:
             used = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)} & self.weights
             self.read |= used.difference(*self.inside)
@@ -236,14 +223,8 @@ class _Recorder(TorchFunctionMode):
 @torch.no_grad()
 def _record(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch]) -> tuple[set[int], set[int]]:
     """Return the ids of the layers that the model calls, and of those whose weights are used elsewhere."""
-    called = set[int]()
-    weights = {id(layer): layer.weight for layer in layers.values()}
+    called, weights = set[int](), {id(layer): layer.weight for layer in layers.values()}
     recorder = _Recorder(weights.values())
-    owners = [
-        (module, owned)
-        for module in model.modules()
-        if (owned := recorder.weights & {id(p) for p in module._parameters.values() if p is not None})
-    ]
 
     def recorded(module: nn.Module, name: str, owned: set[int]) -> Callable[..., Any]:
         method = getattr(module, name)
@@ -260,19 +241,17 @@ def _record(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch
 
         return run
 
-    with ExitStack() as after, evaluating(model), torch.random.fork_rng(devices=[]), _uncompiled(), recorder:
-        for module, owned in owners:
+    # importing the compiler takes long: without it nothing is compiled
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with ExitStack() as after, evaluating(model), torch.random.fork_rng(devices=[]), eager, recorder:
+        for module in model.modules():
+            owned = recorder.weights & {id(parameter) for parameter in module._parameters.values()}
             # casting or moving a layer is no computation with its weight
-            for name in ("forward", "_apply"):
+            for name in ("forward", "_apply") if owned else ():
                 after.enter_context(patched(module, name, recorded(module, name, owned)))
         for batch in batches:
             call(model, batch)
     return called, {key for key, weight in weights.items() if id(weight) in recorder.read}
-
-
-def _uncompiled() -> AbstractContextManager[object]:
-    # importing the compiler takes long: without it nothing is compiled
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -306,19 +285,18 @@ def _only_read(cls: type) -> frozenset[str]:
     methods = _methods(cls)
     if not any("weight" in _names(method.__code__) for method in methods):
         return frozenset()
+    try:
+        # without comments, and in one layout
+        sources = [ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(method)))) for method in methods]
+    # there is no source, or it is part of an expression
+    except (OSError, SyntaxError):
+        return frozenset()
     read, used = set[str](), set[str]()
-    for method in methods:
-        try:
-            # without comments, and in one layout
-            source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(method))))
-        # there is no source, or it is part of an expression
-        except (OSError, SyntaxError):
-            return frozenset()
-        for child, first, second, is_assigned in _ATTRIBUTES.findall(source):
-            if first == "weight" and second not in METADATA_NAMES and not is_assigned:
-                read.add(child)
-            elif first in ("", "forward"):
-                used.add(child)
+    for child, first, second, is_assigned in _ATTRIBUTES.findall("\n".join(sources)):
+        if first == "weight" and second not in METADATA_NAMES and not is_assigned:
+            read.add(child)
+        elif first in ("", "forward"):
+            used.add(child)
     return frozenset(read - used)
 
 
@@ -335,8 +313,7 @@ def _methods(cls: type) -> list[Any]:
                 continue
             methods[name].append(method)
             names = _names(method.__code__)
-            called = (name for name in names if inspect.isfunction(getattr(cls, name, None)))
-            pending += [name for name in called if name not in methods]
+            pending += [n for n in names if n not in methods and inspect.isfunction(getattr(cls, n, None))]
             if "super" not in names:
                 break
     return [method for inherited in methods.values() for method in inherited]

@@ -41,8 +41,7 @@ class _StructuredLoraLinear(LoraLinear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         start = config.init_lora_weights
         if start not in _INITIALISATIONS:
-            allowed = f"a structured layer has none: take one of {', '.join(map(repr, _INITIALISATIONS))}"
-            raise ValueError(f"init_lora_weights={start!r} changes the dense weight, but {allowed}")
+            raise ValueError(f"init_lora_weights={start!r} changes the dense weight: allowed are {_INITIALISATIONS}")
         # the config sets it for all layers, but a structured one is not transposed
         self.fan_in_fan_out = is_conv1d(self.get_base_layer())
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
@@ -51,7 +50,6 @@ class _StructuredLoraLinear(LoraLinear):
         base = self.get_base_layer()
         if isinstance(base, Linear):
             raise ValueError("LoRA cannot be merged into a structured layer: first make it dense, el.densify(model)")
-        # the layer was made dense
         self.fan_in_fan_out = is_conv1d(base)
         super().merge(safe_merge, adapter_names)
 

@@ -1,7 +1,5 @@
 """Coordinate check: whether features, and their change in a step, keep their size as the width grows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -73,8 +71,7 @@ def coord_check(
         probe: a fixed input for the measurement, which runs in evaluation mode.
         lr, base: learning rate and model of base width, as for `param_groups`.
         layers: a glob, or several, on qualified names of modules whose outputs are tensors of shape (..., features).
-        steps: of training, at least one.
-        optimizer: "adamw", "adam" or "sgd".
+        steps, optimizer: of training: at least one step, with "adamw", "adam" or "sgd".
         loss: training loss of a model and a batch. Default: the cross-entropy of the outputs.
         progress: called with (width, step) after every step.
         **groups: further arguments of `param_groups`, such as structure_aware=False for the control.

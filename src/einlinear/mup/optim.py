@@ -1,19 +1,10 @@
-"""Muon, for structured layers block by block, and learning-rate schedules."""
+"""Muon, for structured layers block by block."""
 
-from __future__ import annotations
-
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-# coefficients of the odd polynomial that brings singular values near 1 in the fewest steps
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_STEPS = 5
-
-SCHEDULES = ("constant", "cosine", "linear")
 
 
 class Muon(torch.optim.Optimizer):
@@ -65,14 +56,14 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     """Return matrices (batch, m, n) with the same singular vectors and all singular values from about 0.7 to 1.2."""
     # bfloat16 is exact enough for that
     x: Tensor = matrices.bfloat16() if matrices.is_cuda else matrices
-    wide = x.shape[-2] <= x.shape[-1]
     # the products below are of the smaller of the two sizes
+    wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    a, b, c = _COEFFICIENTS
-    for _ in range(_STEPS):
+    # the odd polynomial that brings singular values near 1 in the fewest steps
+    for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x if wide else x.mT
 
 
@@ -85,14 +76,3 @@ def _divided_like(x: Tensor, like: Any) -> Tensor:
 
     replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()])
     return replicated.redistribute(placements=like.placements)
-
-
-def lr_factor(schedule: str, step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """Return the learning rate of a step, counted from 0, over its peak."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    done = (step - warmup) / (steps - warmup)
-    decay = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return final + (1 - final) * decay

@@ -21,15 +21,11 @@ Roles: TypeAlias = "Mapping[str, str] | None"
 ROLE_KINDS = ("input", "hidden", "output", "vector")
 
 # beginnings of the words of a name ("pos" for position, positional, ...)
-_VECTOR_WORDS = ("bias", "scale", "scaling", "gamma", "beta", "lambda", "alpha")
+_VECTOR_WORDS = "bias|scale|scaling|gamma|beta|lambda|alpha"
 # their number of outputs does not depend on the width
-_OUTPUT_WORDS = ("router", "gate", "head", "classifier")
-_MATRIX_WORDS = ("proj", "weight", "kernel", "matrix", *_OUTPUT_WORDS)
-_TABLE_WORDS = (
-    *("pos", "emb", "token", "quer", "latent", "prompt", "prefix", "table", "mask", "memory", "probe", "ape", "pad"),
-)
-# elementwise parameters of state-space models
-_ELEMENTWISE = ("A_log", "D")
+_OUTPUT_WORDS = "router|gate|head|classifier"
+_MATRIX_WORDS = f"proj|weight|kernel|matrix|{_OUTPUT_WORDS}"
+_TABLE_WORDS = "pos|emb|token|quer|latent|prompt|prefix|table|mask|memory|probe|ape|pad"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +39,7 @@ class Parameter:
     tensor: Tensor
     # of the full parameter, also if it is divided among processes
     shape: tuple[int, ...]
-    # the class name of its module
-    owner: str
+    module_class: str
     role: Role
     # whether the module stacks weights as (experts, in, out)
     transposed: bool = False
@@ -95,7 +90,7 @@ class Parameter:
         return spectral_std(self.role.in_features, self.role.out_features)
 
     def inferred(self, base: Sequence[int] | None = None) -> Parameter:
-        role = infer_role(self.name, self.owner, self.shape, self.transposed, base)
+        role = infer_role(self.name, self.module_class, self.shape, self.transposed, base)
         return replace(self, role=role or UNKNOWN, is_inferred=True)
 
 
@@ -108,9 +103,9 @@ def parameters(model: nn.Module, roles: Roles = None) -> list[Parameter]:
     by_tensor: dict[int, Parameter] = {}
     shapes = _shapes_before_fsdp1(model)
     for prefix, module in plain_modules(model):
-        for parameter in _module_parameters(module, f"{prefix}." if prefix else "", shapes):
-            first = by_tensor.get(id(parameter.tensor))
-            by_tensor[id(parameter.tensor)] = parameter if first is None else _merged(first, parameter)
+        for p in _module_parameters(module, f"{prefix}." if prefix else "", shapes):
+            first = by_tensor.get(id(p.tensor))
+            by_tensor[id(p.tensor)] = p if first is None else _merged(first, p)
     check_matches(rules, by_tensor.values(), "roles")
     kinds = {p: next((kind for glob, kind in rules.items() if p.matches(glob)), None) for p in by_tensor.values()}
     return [_with_kind(p, kind) for p, kind in kinds.items()]
@@ -154,8 +149,9 @@ def _module_parameters(module: nn.Module, prefix: str, shapes: Mapping[int, tupl
     info = layer_info(module) or LayerInfo()
     for name, tensor in module.named_parameters(recurse=False):
         if getattr(tensor, "_is_flat_param", False):
-            advice = "pass use_orig_params=True to it, or use fully_shard"
-            raise ValueError(f"the model is wrapped in FSDP1, which flattens its parameters: {advice}")
+            raise ValueError(
+                "wrapped in FSDP1, parameters are flat: pass use_orig_params=True to it, or use fully_shard"
+            )
         # DeepSpeed's ZeRO-3 leaves parameters empty and notes their shapes
         shape = tuple(getattr(tensor, "ds_shape", shapes.get(id(tensor), tensor.shape)))
         role = info.roles.get(name, UNKNOWN)
@@ -175,17 +171,20 @@ def _module_parameters(module: nn.Module, prefix: str, shapes: Mapping[int, tupl
 def infer_role(
     name: str, owner: str, shape: Sequence[int], transposed: bool = False, base: Sequence[int] | None = None
 ) -> Role | None:
-    """Return the role of a parameter by its name and shapes, or None if these contradict each other.
+    """Return the role of a parameter by name and shapes, or None if these contradict: docs/guides/transfer.md."""
+    # the words of the name; "weight" and numbers stand for the names of what they belong to
+    *parents, last = name.split(".")
+    if last.isdigit() and parents:
+        *parents, last = parents
+    if last == "weight":
+        last = f"{parents[-1] if parents else ''} {owner}"
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", last).lower())
 
-    Contradictions are a table of which both dimensions grow from the base model, and a matrix of which only the inputs
-    grow, as in a table. Heads and routers do that, too. The rules are listed in docs/guides/transfer.md.
-    """
-    words = _words(name, owner)
+    def has(beginnings: str) -> bool:
+        return any(re.match(beginnings, word) for word in words)
 
-    def has(beginnings: tuple[str, ...]) -> bool:
-        return any(word.startswith(beginnings) for word in words)
-
-    if sum(size != 1 for size in shape) <= 1 or name.rpartition(".")[2] in _ELEMENTWISE or has(_VECTOR_WORDS):
+    # A_log and D are the elementwise parameters of state-space models
+    if sum(size != 1 for size in shape) <= 1 or name.rpartition(".")[2] in ("A_log", "D") or has(_VECTOR_WORDS):
         return VECTOR
     grows = None if base is None else [i for i, (now, then) in enumerate(zip(shape, base, strict=True)) if now != then]
     if len(shape) == 3 and ("expert" in f"{name} {owner}".lower() or grows == [1, 2]):
@@ -205,13 +204,3 @@ def matrix_role(shape: Sequence[int], stacked: bool = False, transposed: bool = 
         return Role("hidden", shape[1], shape[2], stacked=True)
     out_features, *rest = shape[1:] if stacked else shape
     return Role("hidden", math.prod(rest), out_features, stacked=stacked)
-
-
-def _words(name: str, owner: str) -> list[str]:
-    """Split a name into words; "weight" and numbers stand for the names of what they belong to."""
-    *parents, last = name.split(".")
-    if last.isdigit() and parents:
-        *parents, last = parents
-    if last == "weight":
-        last = f"{parents[-1] if parents else ''} {owner}"
-    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", last).lower())

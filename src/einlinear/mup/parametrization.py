@@ -1,7 +1,5 @@
 """Structure-aware muP of whole models: parameter groups and initialisation."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -20,8 +18,6 @@ from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_
 
 # their update does not depend on the size of the gradient
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")
-# root mean square of the entries of Adam's updates over the learning rate: arXiv 2502.16982, section 2.2
-_ADAM_RMS = 0.2
 _FACTOR_MULTIPLIERS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}
 
 logger = logging.getLogger("einlinear")
@@ -65,20 +61,18 @@ def param_groups(
             `base_shapes`, as a mapping or as the path of a JSON file. None if this model has the base width.
         optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.mup.Muon` for matrices (after arXiv
             2310.17813, condition 1) and AdamW for the rest, at the same `lr` (arXiv 2502.16982, section 2.2).
-        weight_decay: of parameters with two or more dimensions; biases, norms, scales, class tokens and scalars get
-            none. None leaves it to the optimizer, which is 0.01 for torch's AdamW.
+        weight_decay: of parameters with two or more dimensions. None leaves it to the optimizer (torch's AdamW: 0.01).
         eps: of Adam, for every group that Muon and SGD do not take. None leaves it to the optimizer.
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> an additional multiplier; the first that matches counts.
-        roles: glob on qualified names -> "input" (tables such as embeddings and positions), "hidden" or "output"
-            (matrices) or "vector" (biases, norms and scales, without decay). The first match counts, before the
-            description of a layer and before inference from name and shape.
+        roles: glob on qualified names -> "input" (tables such as embeddings), "hidden" or "output" (matrices) or
+            "vector" (biases, norms, scales: no decay). The first match counts, before descriptions and inference.
         hidden: a glob, or several, on the matrices that Muon takes. Default: all.
 
     Returns:
-        Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr) and, unless they are left to the
-        optimizer, "weight_decay" and "eps"; "inferred" names the parameters whose role was inferred. Groups for Muon
-        have "matrix_view" (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm).
+        Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr), "weight_decay" and "eps" if
+        given, and "inferred", the names of parameters whose role was inferred. Groups for Muon have "matrix_view"
+        (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm).
 
     Raises:
         ValueError: an unknown optimizer, `hidden` without Muon, a glob that matches none, parameters that FSDP1 has
@@ -113,7 +107,8 @@ def param_groups(
         config: dict[str, Any] = {"lr": lr * multiplier, "lr_mult": multiplier}
         config |= {key: value for key, value in optional.items() if value is not None}
         if muon:
-            config |= {"matrix_view": p.matrix_view, "update_scale": _ADAM_RMS * math.sqrt(max(base_shape))}
+            # 0.2 is the root mean square of Adam's updates over the learning rate (arXiv 2502.16982, section 2.2)
+            config |= {"matrix_view": p.matrix_view, "update_scale": 0.2 * math.sqrt(max(base_shape))}
         # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
         key = (*config.items(), p.shape if muon else None, type(p.tensor))
         group = groups.setdefault(key, {"params": [], "param_names": [], **config})
@@ -195,12 +190,10 @@ def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
             continue
         size = float(p.tensor.detach().float().square().mean().sqrt())
         if size > 2 * p.init_std:
-            logger.warning(
-                "%s is shared by an embedding and a head. Its entries have the size %.2g, where a head starts at %.2g: "
-                "logits will grow with the width. el.init_ draws it as a head; or multiply the logits by "
-                "base width / width, and pass roles={%r: 'input'}",
-                *(p.name, size, p.init_std, p.name),
-            )
+            wrong = f"Its entries have the size {size:.2g}, where a head starts at {p.init_std:.2g}"
+            advice = "el.init_ draws it as a head; or multiply the logits by base width / width, and pass roles="
+            what = f"{wrong}: logits will grow with the width. {advice}"
+            logger.warning("%s is shared by an embedding and a head. %s{%r: 'input'}", p.name, what, p.name)
 
 
 def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
@@ -221,12 +214,11 @@ def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter
             f"the role of these parameters is unknown: {_listed(unknown)}. Give it with roles={{glob: role}}: 'input' "
             "for tables such as positions, 'vector' for norms and scales, 'hidden' for matrices of shape (out, in)"
         )
-    inferred = [p for p in params if p.is_inferred]
-    for role, of_role in (
-        ("vectors or tables", [p for p in inferred if not p.role.is_matrix]),
-        ("matrices", [p for p in inferred if p.role.is_matrix]),
-        ("matrices, though embeddings are tied to them", [p for p in params if p.is_tied]),
-    ):
+    tables = [p for p in params if p.is_inferred and not p.role.is_matrix]
+    matrices = [p for p in params if p.is_inferred and p.role.is_matrix]
+    tied = [p for p in params if p.is_tied]
+    roles_taken = ("vectors or tables", "matrices", "matrices, though embeddings are tied to them")
+    for role, of_role in zip(roles_taken, (tables, matrices, tied)):
         if of_role:
             logger.info("taken for %s: %s; override with roles={glob: role}", role, _listed(of_role))
     return params, shapes
@@ -269,17 +261,15 @@ def _listed(params: Sequence[Parameter]) -> str:
 
 def _check_undivided(params: Sequence[Parameter]) -> None:
     """Raise ValueError for parameters of which this process could draw only a part."""
-    divided = next((p for p in params if tuple(p.tensor.shape) != p.shape), None)
-    if divided is None:
-        return
-    if hasattr(divided.tensor, "ds_shape"):
-        by, first = "DeepSpeed's ZeRO-3", "deepspeed.initialize, on a model made outside of deepspeed.zero.Init"
-        gather = "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
-    else:
-        by, first = "FSDP1", "FullyShardedDataParallel"
-        gather = "FullyShardedDataParallel.summon_full_params(model)"
-    advice = f"Call init_ within `with {gather}:`, or before {first}"
-    raise ValueError(f"{divided.name} of shape {divided.shape} is divided among processes by {by}. {advice}")
+    for p in params:
+        if tuple(p.tensor.shape) == p.shape:
+            continue
+        by, gather, first = "FSDP1", "FullyShardedDataParallel.summon_full_params(model)", "FullyShardedDataParallel"
+        if hasattr(p.tensor, "ds_shape"):
+            by, first = "DeepSpeed's ZeRO-3", "deepspeed.initialize, on a model made outside of deepspeed.zero.Init"
+            gather = "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+        advice = f"Call init_ within `with {gather}:`, or before {first}"
+        raise ValueError(f"{p.name} of shape {p.shape} is divided among processes by {by}. {advice}")
 
 
 def _zero_parameters(matrices: Sequence[Parameter]) -> list[Parameter]:

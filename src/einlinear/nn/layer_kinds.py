@@ -1,4 +1,4 @@
-"""Kinds of layers: muP role of each parameter, and MACs. The one place that knows layers of torch and transformers.
+"""Kinds of layers of torch and transformers: the muP role of each parameter, and MACs.
 
 Layers of this library describe themselves. Sizes are those that a layer states: divided weights have other shapes.
 """
@@ -131,7 +131,6 @@ def as_class(linear: nn.Linear, dense_class: type[nn.Module]) -> nn.Module:
             linear.__class__ = dense_class
         return linear
     with torch.device("meta"):
-        # its parameters are replaced below
         conv1d: Any = dense_class(linear.out_features, linear.in_features)
     conv1d.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
     conv1d.bias = linear.bias

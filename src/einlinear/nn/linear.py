@@ -72,12 +72,6 @@ class Factored(SelfDescribing):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    @torch.no_grad()
-    def zero_last_factors(self) -> None:
-        """Set the last factor of every term, in order of contraction, to zero: the matrix is zero and can learn."""
-        for _, names in self.structure.by_term([factor.name for factor in self.structure.factors]):
-            nn.init.zeros_(getattr(self, names[-1]))
-
     def factors(self) -> list[Tensor]:
         """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
         factors = [self._parameter(factor.name) for factor in self.structure.factors]
@@ -142,8 +136,7 @@ class Linear(Factored):
         structure: of W: a spec such as ``"btt(rank=2)"``, a pattern, or a `Structure` of this size.
         bias: whether to add a learned bias of shape (out_features,), initialised to zero.
         normalize: whether every factor M is used as gamma * M / max(1, RMS(M) / sigma), with sigma its initial standard
-            deviation and gamma a learned scalar of shape (1,) that starts at one (Qiu et al., arXiv 2406.06248, section
-            5.1). It keeps the activations of structured transformers from growing.
+            deviation and gamma a learned scalar, (1,), from one on (Qiu et al., arXiv 2406.06248, section 5.1).
         device, dtype: of the parameters, as for `torch.nn.Linear`.
         gamma: False leaves gamma out of normalize, for layers whose output is normalised as queries and keys can be.
 
@@ -177,8 +170,7 @@ class Linear(Factored):
             second_moment: E[x x^T] of the inputs, to fit the outputs in mean square instead of the weight.
 
         Raises:
-            TypeError: `linear` is none of these.
-            ValueError: a weight that is not a matrix, or on the meta device; a structure that does not fit.
+            TypeError, ValueError: `linear` is none of these or on the meta device; a structure that does not fit.
 
         Example:
             >>> import torch, einlinear as el

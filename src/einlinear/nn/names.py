@@ -9,9 +9,6 @@ from torch import nn
 
 T = TypeVar("T")
 
-# attributes of torch.compile, FSDP1 and activation checkpointing
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
 
 def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Iterate over all modules under every name they have, without prefixes of wrappers; wrappers come first."""
@@ -20,7 +17,9 @@ def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
     parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
     for part, child in model._modules.items():
         if child is not None:
-            wrapped = part in _WRAPPED or (parallel and part == "module")
+            # torch.compile, FSDP1, activation checkpointing
+            wrapped = part in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+            wrapped |= parallel and part == "module"
             yield from plain_modules(child, name if wrapped else f"{name}.{part}".lstrip("."))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from einlinear.ops import operands
-from einlinear.ops.product import Gradients, Product
+from einlinear.ops.operands import Gradients, Product
 from einlinear.structures import Structure
 
 
@@ -46,10 +46,9 @@ class Backend:
 
     def forward(self, product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
         """Return y of shape (n, out_features), and the intermediates if they are to be saved, without a routing."""
-        if operands.check(*product):
+        if operands.check(product):
             product = product.resolve_neg()
-        result: tuple[Tensor, list[Tensor]] = self.module.forward(product, save)
-        return result
+        return self.module.forward(product, save)  # type: ignore[no-any-return]
 
     def backward(
         self, product: Product, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
@@ -58,11 +57,10 @@ class Backend:
 
         With a routing, `needs_x` stands for the gates as well: both gradients come from the same product.
         """
-        if operands.check(*product, grad=grad, saved=saved):
+        if operands.check(product, grad=grad, saved=saved):
             product, grad = product.resolve_neg(), grad.resolve_neg()
             saved = [tensor.resolve_neg() for tensor in saved]
-        gradients: Gradients = self.module.backward(product, grad, saved, needs_x, needs_factors)
-        return gradients
+        return self.module.backward(product, grad, saved, needs_x, needs_factors)  # type: ignore[no-any-return]
 
 
 @cache
@@ -94,8 +92,7 @@ def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: tor
     """
     if check_name(name) == "reference":
         return None
-    why: str | None = find(name).module.unsupported(structure, dtype, torch.device(device))
-    return why
+    return find(name).module.unsupported(structure, dtype, torch.device(device))  # type: ignore[no-any-return]
 
 
 def check_name(name: str) -> str:

@@ -14,10 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from einlinear.ops.backends import check_name
-from einlinear.ops.product import Assignment, Product
-
-# other kinds of tensors have rules of their own
-_KINDS = {Tensor, nn.Parameter, FakeTensor, type(None)}
+from einlinear.ops.operands import Assignment, Product
 
 
 class Forced(NamedTuple):
@@ -36,10 +33,9 @@ _FORCED: ContextVar[tuple[Forced, ...]] = ContextVar("einlinear.backend", defaul
 def backend(backend: str | None = None, *, recompute: bool | None = None) -> Iterator[None]:
     """Force the backend of structured layers, in this thread or asyncio task, as long as the context lasts.
 
-    A new task starts with what is forced where it is created. A new thread, also one of torch's own, starts with
-    nothing forced, unless it runs in a copy of the context (`contextvars.copy_context`). A backward pass uses the
-    backend of its forward pass, in any thread. A compiled function keeps what was forced when it was traced; inside of
-    the function, the context ends the graph, which is an error with `fullgraph=True`. Can also decorate a function.
+    A new task starts with what is forced where it is created, a new thread only in a copy of the context
+    (`contextvars.copy_context`). A backward pass uses the backend of its forward pass, in any thread. A compiled
+    function keeps what was forced when it was traced; inside of it, the context ends the graph. Also a decorator.
 
     Args:
         backend: "reference" (plain einsum), "batched" (batched matmuls), "cpu" (compiled CPU kernel), "triton" (GPU
@@ -87,6 +83,9 @@ class CallContext(enum.Enum):
     PLAIN = enum.auto()
 
 
+_KINDS = {Tensor, nn.Parameter, FakeTensor, type(None)}
+
+
 def call_context(*tensors: Tensor | None) -> CallContext:
     """Return the context of a call with these tensors."""
     if torch.compiler.is_compiling():
@@ -94,6 +93,7 @@ def call_context(*tensors: Tensor | None) -> CallContext:
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return CallContext.PLAIN
     kinds = {*map(type, tensors)}
+    # other kinds of tensors have rules of their own
     if not kinds <= _KINDS:
         return CallContext.PLAIN
     traced = FakeTensor in kinds or torch._C._len_torch_dispatch_stack() > 0
@@ -118,7 +118,8 @@ def autocast(product: Product) -> Product:
         return product
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, bias, *factors = (_cast(tensor, dtype) for tensor in (x, bias, *factors))
+        tensors: tuple[Any, ...] = (x, bias, *factors)
+        x, bias, *factors = (tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in tensors)
     if routing is not None:
         routing = Assignment(routing.indices, routing.gates.to(x.dtype))
     return Product(structure, factors, x, bias, routing)
@@ -131,19 +132,14 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype to which autocast casts an input, or None where it does not."""
-    if not torch._C._is_any_autocast_enabled() or not _autocasts(x.device.type) or not _is_cast(x):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
+    casts = torch._C._is_any_autocast_enabled() and _autocasts(x.device.type) and _is_cast(x)
+    return torch.get_autocast_dtype(x.device.type) if casts else None
 
 
 def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    return tensor.to(dtype) if isinstance(tensor, Tensor) and _is_cast(tensor) else tensor
-
-
-def _is_cast(tensor: Tensor) -> bool:
-    """Return whether autocast touches such a tensor at all."""
-    return tensor.is_floating_point() and tensor.dtype != torch.float64
+def _is_cast(tensor: Any) -> bool:
+    """Return whether autocast touches such an operand at all."""
+    return isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64

@@ -1,27 +1,23 @@
-"""The choice of a backend: a pure function of structure, tokens, dtype and device.
-
-On a CPU the cheapest backend runs, by a cost model with a few coefficients for each (cost_model.py). The shipped ones were
-fitted to runs of ``einlinear bench`` on one machine (docs/benchmarks), so only ratios matter. On a GPU nothing is
-measured yet.
-"""
+"""Dispatch: the choice of a backend, on a CPU the cheapest by a cost model that was fitted to measurements."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
+from einlinear import structures
 from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, unsupported
 from einlinear.ops.context import forced
 from einlinear.ops.cost_model import DENSE, costs
 from einlinear.structures import Structure
 
-# Weights that a core keeps in its cache from one tile of tokens to the next: a megabyte of float32. The compiled kernel
-# takes larger tiles above the same number (HEAVY_ENTRIES in cpu/program.h); the fit presumes it.
+F = TypeVar("F", bound=Callable[..., object])
+# weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
 CACHED = 2**18
-# MACs that the compiled kernel does while a number is written and read again (docs/benchmarks/cpu)
-CHEAP = 100
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,24 @@ def choose(
     return choice
 
 
+def assume_constant_result(function: F) -> F:
+    """Do as `torch.compiler.assume_constant_result`, which takes longer to import than torch: set the same mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant_result
+def choose_for_compiler(
+    spec: str, in_features: int, out_features: int, dtype: torch.dtype, device: str, routed: bool
+) -> str:
+    """Return the backend that torch.compile traces: a kernel as it is, or operators that it fuses: the reference's."""
+    structure = structures.structure(spec, in_features, out_features)
+    # a compiler traces once for any number of tokens: the choice is that for many
+    backend = choose(structure, 2048, dtype, torch.device(device), training=routed, routed=routed).backend
+    fuses = REGISTRY[backend].fusible and not routed and forced().backend is None
+    return "reference" if fuses else backend
+
+
 @lru_cache(maxsize=65536)
 def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str, training: bool) -> Choice:
     """Return the choice that nothing forces; on the CPU by the cost model, which was fitted to float32."""
@@ -90,8 +104,7 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         return Choice("reference", "the others compute with real numbers", (), tuple(refusals.items()))
     if device_type != "cpu":
         refusals.setdefault("triton", "it has not been measured on a GPU yet: einlinear.backend('triton') takes it")
-        reason = "strided matmuls of torch, which run on every device"
-        return Choice("batched", reason, (), tuple(refusals.items()))
+        return Choice("batched", "strided matmuls of torch, which run on every device", (), tuple(refusals.items()))
     if dtype not in (torch.float32, torch.float64):
         best, reason = "reference", "strided matmuls of half precision are slow on the CPU"
         if "cpu" not in refusals:
@@ -99,11 +112,15 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
         return Choice(best, reason, (), tuple(refusals.items()))
     if "cpu" not in refusals:
         refusals["batched"] = "it stands in for the compiled kernel where that cannot run"
-        if training and not _is_light(structure, tokens):
+        # else training needs less memory than nn.Linear even if activations are copied (docs/benchmarks/cpu)
+        saved_weights = structure.in_features * structure.out_features - structure.params
+        if training and _activations(structure, tokens) >= 1.5 * saved_weights:
             refusals["reference"] = "it may keep more for backward than nn.Linear does"
     mode = "train" if training else "forward"
     candidates = [name for name in CPU_BACKENDS if name not in refusals]
-    times = {name: _microseconds(name, structure, tokens, mode) for name in (DENSE, *candidates)}
+    coefficients = costs().coefficients[mode]
+    summands = {name: zip(coefficients[name], amounts(name, structure, tokens)) for name in (DENSE, *candidates)}
+    times = {name: sum(coefficient * amount for coefficient, amount in pairs) for name, pairs in summands.items()}
     best = min(candidates, key=times.__getitem__)
     step = "a training step" if training else "a forward pass"
     reason = f"the cheapest that can run, by the cost model with {costs().source}, for {step} of {tokens} tokens"
@@ -113,19 +130,8 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
     return Choice(best, reason, tuple(estimates), tuple(refusals.items()))
 
 
-def _is_light(structure: Structure, tokens: int) -> bool:
-    # then the peak memory of a training step stays below that of nn.Linear even where activations are copied, as the
-    # reference does (docs/benchmarks/cpu)
-    return _activations(structure, tokens) < 1.5 * (structure.in_features * structure.out_features - structure.params)
-
-
 def _activations(structure: Structure, tokens: int) -> int:
     return tokens * (structure.in_features + sum(factor.result_size for factor in structure.factors))
-
-
-def _microseconds(backend: str, structure: Structure, tokens: int, mode: str) -> float:
-    coefficients = costs().coefficients[mode][backend]
-    return sum(c * amount for c, amount in zip(coefficients, amounts(backend, structure, tokens), strict=True))
 
 
 def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...]:
@@ -133,10 +139,10 @@ def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...
 
     Calls, steps, and millions of MACs, activations moved, weights read, and weights read for every tile of tokens.
     """
-    in_features, out_features = structure.in_features, structure.out_features
     if backend == DENSE:
-        weights = in_features * out_features
-        return 1, 1, tokens * weights / 1e6, tokens * (in_features + out_features) / 1e6, weights / 1e6, 0
+        weights = structure.in_features * structure.out_features
+        ends = tokens * (structure.in_features + structure.out_features)
+        return 1, 1, tokens * weights / 1e6, ends / 1e6, weights / 1e6, 0
     moved = _activations(structure, tokens) / 1e6
     spilled = tokens * max(structure.params - CACHED, 0) / 1e6
     return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6, spilled
@@ -145,15 +151,14 @@ def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...
 def recomputes(backend: str, structure: Structure) -> bool:
     """Return whether a backward pass recomputes the intermediates between factors, rather than find them saved."""
     recompute = forced().recompute
-    if recompute is not None:
-        return recompute
-    return REGISTRY[backend].recomputes and _is_cheap_to_recompute(structure)
+    return REGISTRY[backend].recomputes and _is_cheap_to_recompute(structure) if recompute is None else recompute
 
 
 @lru_cache(maxsize=4096)
 def _is_cheap_to_recompute(structure: Structure) -> bool:
     macs = sum(factor.macs for term in structure.terms for factor in term.factors[:-1])
-    return macs < CHEAP * sum(term.intermediate_size for term in structure.terms)
+    # the compiled kernel does 100 MACs while a number is written and read again (docs/benchmarks/cpu)
+    return macs < 100 * sum(term.intermediate_size for term in structure.terms)
 
 
 def forget() -> None:

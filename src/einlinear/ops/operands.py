@@ -1,19 +1,17 @@
-"""The operands of a product: one check that they fit, before anything computes with them.
+"""The operands of a product, and one check that they fit, before anything computes with them.
 
-Compiled kernels get pointers and plain einsum broadcasts: neither would notice a wrong shape, dtype or device, or
-memory that was released. `backends.Backend` puts the check before every backend, `functional.py` before the reference.
+Neither compiled kernels, which get pointers, nor plain einsum, which broadcasts, would notice a wrong shape or dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from einlinear.ops.product import Assignment
 from einlinear.structures import Factor, Structure
 
 # name (or factor), tensor, and the shape that it must have
@@ -22,25 +20,70 @@ Operand = tuple[str | Factor, Any, tuple[int, ...]]
 _SAVED = "a saved intermediate"
 
 
-def check(
-    structure: Structure,
-    factors: Sequence[Tensor],
-    x: Tensor | None = None,
-    bias: Tensor | None = None,
-    routing: Assignment | None = None,
-    *,
-    grad: Tensor | None = None,
-    saved: Sequence[Tensor] = (),
-    memory: bool = True,
-) -> bool:
+class Assignment(NamedTuple):
+    """The experts that every token is routed to, and their gates, which scale the inputs of the experts.
+
+    Attributes:
+        indices: (n, active), int64, the experts of every token, in any order and of any load.
+        gates: (n, active), their weights.
+    """
+
+    indices: Tensor
+    gates: Tensor
+
+
+class Product(NamedTuple):
+    """The operands of y = x Wᵀ + bias; with a routing, of y = bias + sum of gate_e * W_e x over the experts e."""
+
+    # of the matrix, or of every expert's
+    structure: Structure
+    # in the order and of the shapes of `structure.factors`; with a routing, stacks of these: (experts, *shape)
+    factors: Sequence[Tensor]
+    # (n, in_features) and (out_features,)
+    x: Tensor
+    bias: Tensor | None = None
+    routing: Assignment | None = None
+
+    @property
+    def experts(self) -> int:
+        """The number of stacked matrices; 0 without factors."""
+        return len(self.factors[0]) if self.factors else 0
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return x, the bias, the factors and the routing's indices and gates."""
+        _, factors, x, bias, routing = self
+        return (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
+
+    @staticmethod
+    def of(structure: Structure, x: Tensor, bias: Tensor | None, *others: Tensor) -> Product:
+        """Return the product of tensors in the order of `tensors`."""
+        count = len(structure.factors)
+        routing = Assignment(*others[count:]) if len(others) > count else None
+        return Product(structure, others[:count], x, bias, routing)
+
+    def resolve_neg(self) -> Product:
+        """Return the product with operands whose negation torch has put off (`Tensor.is_neg`) negated in memory."""
+        return Product.of(self.structure, *[t if t is None else t.resolve_neg() for t in self.tensors()])  # type: ignore[arg-type]
+
+
+class Gradients(NamedTuple):
+    """The gradients of a product, None where they are not needed: of x, of the gates, and of every factor."""
+
+    x: Tensor | None
+    gates: Tensor | None
+    factors: list[Tensor | None]
+
+
+def check(product: Product, grad: Tensor | None = None, saved: Sequence[Tensor] = (), memory: bool = True) -> bool:
     """Raise unless the operands of a product, forward or backward, fit the structure and one another.
 
-    Without x, the factors alone are checked. `memory` is False where something traces or transforms the tensors. The
-    result says whether torch has put off the negation of an operand, so that its memory holds other values.
+    Where x is None, the factors alone are checked. `memory` is False where something traces or transforms the tensors.
+    The result says whether torch has put off the negation of an operand, so that its memory holds other values.
     """
     if not memory and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         with _untraced():
-            return check(structure, factors, x, bias, routing, grad=grad, saved=saved, memory=memory)
+            return check(product, grad, saved, memory)
+    structure, factors, x, bias, routing = product
     expected = structure.factors
     if len(factors) != len(expected):
         raise ValueError(f"{structure} has {len(expected)} factors, not {len(factors)}")
@@ -85,16 +128,40 @@ def check(
 
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raise RuntimeError, with this name of the tensor, if the memory of a strided tensor was released."""
-    if tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter):
-        _check_memory(name, tensor)
+    is_plain = tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
+    if is_plain and not _in_memory(tensor):
+        advice = "FSDP releases that of parameters while their module is not running"
+        raise RuntimeError(f"the memory of {name} is smaller than its shape, because something released it: {advice}")
 
 
-def _check_memory(name: str, tensor: Tensor) -> None:
-    if not _in_memory(tensor):
-        raise RuntimeError(
-            f"the memory of {name} is smaller than its shape. Something has released it, as FSDP does with parameters "
-            "while their module is not running"
-        )
+def along_features(multiply: Callable[[Tensor], Tensor], x: Tensor, in_features: int, out_features: int) -> Tensor:
+    """Apply a function of (n, in_features) to (n, out_features) along the last dimension of x, nested or not."""
+    if isinstance(x, Tensor):
+        if x.is_nested:
+            return _along_nested(multiply, x, in_features, out_features)
+        shape = shape_of(x)
+        if not shape or shape[-1] != in_features:
+            needed = f"its last dimension must be in_features={in_features}"
+            raise RuntimeError(f"the input has shape {tuple(shape)}, but {needed}")
+        if len(shape) == 2:
+            return multiply(x)
+    elif not isinstance(x, fx.Proxy):
+        raise TypeError(f"the input must be a tensor, not {type(x).__name__}")
+    y = multiply(x.reshape(-1, in_features))
+    # the shape of a proxy cannot be unpacked
+    return y.reshape(x.shape[:-1] + (out_features,))  # noqa: RUF005
+
+
+def _along_nested(multiply: Callable[[Tensor], Tensor], x: Any, in_features: int, out_features: int) -> Tensor:
+    if x.layout is not torch.jagged:
+        parts = [along_features(multiply, part, in_features, out_features) for part in x.unbind()]
+        return torch.nested.as_nested_tensor(parts)
+    ragged = x._ragged_idx
+    if ragged == x.dim() - 1:
+        raise RuntimeError(f"the last dimension of the input must be in_features={in_features}, not its lengths")
+    values = along_features(multiply, x.values(), in_features, out_features)
+    # with the same offsets, so that torch knows the lengths to be those of x, and can add the two
+    return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths(), jagged_dim=ragged)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -128,16 +195,14 @@ def _check_indices(x: Tensor, indices: Tensor, gates: Tensor, memory: bool) -> t
     _check_type("the tensor of indices", indices)
     _check_type("the tensor of gates", gates)
     if indices.dim() != 2 or indices.shape != gates.shape or indices.shape[:1] != x.shape[:1] or not indices.shape[1]:
-        raise RuntimeError(
-            f"indices of shape {tuple(indices.shape)} and gates of shape {tuple(gates.shape)}: "
-            f"both must be ({len(x)}, active), with an active expert or more"
-        )
+        shapes = f"indices of shape {tuple(indices.shape)} and gates of shape {tuple(gates.shape)}"
+        raise RuntimeError(f"{shapes}: both must be ({len(x)}, active), with an active expert or more")
     if indices.dtype != torch.int64:
         raise RuntimeError(f"the indices are of {indices.dtype}, but must be of torch.int64")
     if indices.device != x.device:
         raise RuntimeError(f"the indices are on {indices.device}, but the input on {x.device}: move one of them")
     if memory:
-        _check_memory("the tensor of indices", indices)
+        check_memory("the tensor of indices", indices)
     return indices.shape
 
 
@@ -180,4 +245,4 @@ def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> 
             raise RuntimeError(f"{name} is on {tensor.device}, but {other} on {reference.device}: {advice}")
     for name, tensor, _ in named:
         if memory:
-            _check_memory(name, tensor)
+            check_memory(name, tensor)

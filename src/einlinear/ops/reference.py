@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.product import Product
+from einlinear.ops.operands import Product
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 

@@ -6,14 +6,5 @@ from einlinear.structures.sizes import DoesNotFit
 from einlinear.structures.spec import structure
 from einlinear.structures.structured_matrix import Factor, Structure, Term
 
-__all__ = [
-    "FAMILIES",
-    "DoesNotFit",
-    "Factor",
-    "Family",
-    "PatternError",
-    "Structure",
-    "Term",
-    "register_family",
-    "structure",
-]
+__all__ = ["FAMILIES", "DoesNotFit", "Factor", "Family", "PatternError", "Structure", "Term"]
+__all__ += ["register_family", "structure"]

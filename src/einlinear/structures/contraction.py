@@ -1,21 +1,15 @@
 """Contraction of terms, factor by factor: order of the factors, intermediates, MACs, exponents and generic rank."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
 from itertools import chain, pairwise, permutations
+from operator import or_
 from typing import NamedTuple
 
 from einlinear.structures.pattern import Axes, Pattern, TermPattern
 from einlinear.structures.sizes import groups
-
-# subsets of factors that are compared in all terms together
-_MAX_SUBSETS = 1024
-# nodes of the graphs whose maximum flow is a rank, and factors up to which the flows of all orders are compared
-_MAX_NODES, _MAX_PERMUTED = 1500, 4
 
 
 class Contraction(NamedTuple):
@@ -28,7 +22,8 @@ class Contraction(NamedTuple):
 
 def contract(term: TermPattern, sizes: Mapping[str, int], terms: int) -> Contraction:
     """Find the order of the fewest MACs: the written one on a tie, or if the factors of all `terms` are too many."""
-    return _contract(term, tuple(sizes[axis] for axis in term.axes), _MAX_SUBSETS // terms)
+    # all terms together compare at most 1024 subsets of factors
+    return _contract(term, tuple(sizes[axis] for axis in term.axes), 1024 // terms)
 
 
 @lru_cache(maxsize=4096)
@@ -50,15 +45,12 @@ def _contract(term: TermPattern, sizes: tuple[int, ...], max_subsets: int) -> Co
     count = len(factors)
     subsets = range(2**count) if 2**count <= max_subsets else [2**n - 1 for n in range(count + 1)]
 
-    @cache
     def union(subset: int) -> int:
-        lowest = subset & -subset
-        return factors[lowest.bit_length() - 1] | union(subset ^ lowest) if subset else 0
+        return reduce(or_, (factor for index, factor in enumerate(factors) if subset >> index & 1), 0)
 
     @cache
     def product(axes: int) -> int:
-        lowest = axes & -axes
-        return sizes[lowest.bit_length() - 1] * product(axes ^ lowest) if axes else 1
+        return math.prod(size for bit, size in enumerate(sizes) if axes >> bit & 1)
 
     # of the intermediate after each subset of the factors
     axes = {done: (inputs | union(done)) & (outputs | union(2**count - 1 - done)) for done in subsets}
@@ -75,12 +67,10 @@ def _contract(term: TermPattern, sizes: tuple[int, ...], max_subsets: int) -> Co
     return Contraction(order, macs, min(map(product, axes.values())))
 
 
-def scaling_exponents(
-    pattern: Pattern, sizes: Mapping[str, int], in_features: int, out_features: int
-) -> tuple[float, float, float]:
+def scaling_exponents(pattern: Pattern, sizes: Mapping[str, int], n_in: int, n_out: int) -> tuple[float, ...]:
     """Return psi, nu and omega of arXiv 2410.02117, whose closed forms take the factors in the written order."""
     theta = {axis: size.exponent for axis, size in pattern.sizes}
-    for group in groups(pattern, in_features, out_features):
+    for group in groups(pattern, n_in, n_out):
         # open axes share equally what their group has left
         open_axes = [axis for axis in group.axes if axis not in theta]
         left = 1 - sum((theta[axis] for axis in group.axes if axis in theta), Fraction(0))
@@ -102,11 +92,7 @@ def scaling_exponents(
 
 
 def generic_rank(terms: Sequence[TermPattern], sizes: Mapping[str, int], in_features: int, out_features: int) -> int:
-    """Return the rank for almost all values of the factors.
-
-    The rank of a term is a minimum cut: its smallest intermediate. With padding, only some values of the outer axes are
-    features, and the rank is a maximum flow, or an upper bound (off by less than the padding) if that takes long.
-    """
+    """Return the rank for almost all values of the factors: of minimum cuts, which padding turns into maximum flows."""
     full, rank = min(in_features, out_features), 0
     for term in terms:
         size_in, size_out = (math.prod(sizes[axis] for axis in axes) for axes in (term.inputs, term.outputs))
@@ -122,7 +108,7 @@ def generic_rank(terms: Sequence[TermPattern], sizes: Mapping[str, int], in_feat
 def _padded_rank(term: TermPattern, sizes: Mapping[str, int], in_features: int, out_features: int) -> int:
     """Return the smallest maximum flow over all orders of contraction, or that of the written order of many factors."""
     written = tuple(range(len(term.factors)))
-    orders = permutations(written) if len(written) <= _MAX_PERMUTED else [written]
+    orders = permutations(written) if len(written) <= 4 else [written]
     paths = [intermediates(term, order) for order in orders]
     sides = ((term.inputs, in_features), (term.outputs, out_features))
     for digits in range(max(len(term.inputs), len(term.outputs)), -1, -1):
@@ -134,7 +120,8 @@ def _padded_rank(term: TermPattern, sizes: Mapping[str, int], in_features: int, 
                 if axis in last:
                     cuts |= {last[axis] + 1} if axis == [*last][-1] else {last[axis], last[axis] + 1}
             pieces[axis] = list(pairwise(sorted(cuts)))
-        if sum(math.prod(len(pieces[axis]) for axis in axes) for path in paths for axes in path) <= _MAX_NODES:
+        nodes = sum(math.prod(len(pieces[axis]) for axis in axes) for path in paths for axes in path)
+        if nodes <= 1500:
             break
     return min(_maximum_flow(path, pieces, ends) for path in paths)
 

@@ -4,8 +4,6 @@
 longer than the others (FSDP2 shards the first dimension), and the contracted axes last (they are read in runs).
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import math
@@ -19,7 +17,6 @@ from einlinear.structures.pattern import Pattern, parse
 from einlinear.structures.sizes import DoesNotFit
 
 Builder = Callable[..., str]
-FAMILIES: dict[str, Family] = {}
 
 
 @dataclass(frozen=True)
@@ -36,17 +33,6 @@ class Family:
     builder: Builder
     defaults: Mapping[str, Any]
     features: Sequence[str]
-
-    @classmethod
-    def of(cls, name: str, builder: Builder) -> Family:
-        """Inspect a builder, which must be a function of named arguments."""
-        parameters = inspect.signature(builder).parameters
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        if any(parameter.kind not in named for parameter in parameters.values()):
-            raise TypeError(f"the builder of {name!r} must name its arguments: no *args, **kwargs or positional-only")
-        features = [parameter for parameter in parameters if parameter in ("in_features", "out_features")]
-        defaults = {p: parameter.default for p, parameter in parameters.items() if p not in features}
-        return cls(name, builder, defaults, features)
 
     def check(self, arguments: Collection[str]) -> None:
         """Raise ValueError for an unknown or a missing argument."""
@@ -73,6 +59,9 @@ class Family:
         given = [name for name, default in self.defaults.items() if arguments.get(name, default) != default]
         shown = ", ".join(f"{name}={_format_value(arguments[name])}" for name in given)
         return f"{self.name}({shown})" if shown else self.name
+
+
+FAMILIES: dict[str, Family] = {}
 
 
 def _format_value(value: Any) -> str:
@@ -105,7 +94,13 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
         raise ValueError(f"a family's name must be an identifier, such as 'my_family', not {name!r}")
     if name in FAMILIES and not overwrite:
         raise ValueError(f"the family {name!r} is already registered: choose another name, or give overwrite=True")
-    FAMILIES[name] = Family.of(name, builder)
+    parameters = inspect.signature(builder).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if any(parameter.kind not in named for parameter in parameters.values()):
+        raise TypeError(f"the builder of {name!r} must name its arguments: no *args, **kwargs or positional-only")
+    features = [parameter for parameter in parameters if parameter in ("in_features", "out_features")]
+    defaults = {p: parameter.default for p, parameter in parameters.items() if p not in features}
+    FAMILIES[name] = Family(name, builder, defaults, features)
     return builder
 
 
@@ -167,9 +162,8 @@ def _btt(rank: int = 1, cores: int = 2) -> str:
 def _monarch(blocks: int = 4, *, in_features: int, out_features: int) -> str:
     """Two block-diagonal factors with a transposition between and after them (arXiv 2204.00595, appendix A)."""
     _check_counts("monarch", blocks=blocks)
-    smaller = min(in_features, out_features)
     # the rank would be below 1
-    if blocks**2 > smaller:
+    if blocks**2 > (smaller := min(in_features, out_features)):
         fewer = f"min(in_features, out_features) = {smaller} is fewer than blocks^2 = {blocks**2}"
         raise DoesNotFit(f"monarch: {fewer}; take at most {math.isqrt(smaller)} blocks")
     return f"(g a), r f g a, e f g r -> (e f) where g={blocks}, f={blocks}, r=features/{blocks**2}"
@@ -211,9 +205,7 @@ def _einsum(theta: Sequence[Fraction], rank: int | None = None) -> str:
     return f"(g b a), g r f d a, f e g r b -> (f e d) where {', '.join(sizes)}"
 
 
-def _chain_axes(
-    family: str, rank: int, cores: int, inputs: str, outputs: str
-) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+def _chain_axes(family: str, rank: int, cores: int, inputs: str, outputs: str) -> tuple[Sequence[str], ...]:
     _check_counts(family, rank=rank, cores=cores)
     if cores < 2:
         raise ValueError(f"{family}: cores must be at least 2, not {cores}")

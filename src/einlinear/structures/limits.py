@@ -1,7 +1,5 @@
 """Upper limits of structures, far beyond any real use, since specs also come from the config.json of others' models."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

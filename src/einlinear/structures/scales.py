@@ -1,6 +1,4 @@
-"""Structure-aware muP for one structure (arXiv 2406.06248, section 3; for SGD after arXiv 2011.14522)."""
-
-from __future__ import annotations
+"""Initialisation scales, and learning-rate multipliers of factors relative to a dense layer."""
 
 import math
 from collections.abc import Callable
@@ -37,5 +35,5 @@ def muon_multipliers(structure: Structure) -> tuple[float, ...]:
 
 
 def _multipliers(structure: Structure, ratio: Callable[[Factor], float]) -> tuple[float, ...]:
-    # the k factors of a term move it together, so each learns at 1 / k
+    # the k factors of a term move it together: each learns at 1 / k (arXiv 2406.06248, section 3; SGD after 2011.14522)
     return tuple(ratio(factor) / len(term.factors) for term in structure.terms for factor in term.factors)

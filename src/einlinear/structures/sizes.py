@@ -1,7 +1,5 @@
 """Sizes of the axes: integers close to the targets of the pattern, with as little padding as possible."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,19 +15,14 @@ Sizes = tuple[int, ...]
 MAX_PADDING = 0.15
 # log ratio of a size and its target above which padding is preferred, and distances that count as equal
 _CLOSE, _EQUAL = math.log(2) + 1e-9, 1e-9
-# candidates that are compared: orders of equally good sizes in one group, and assignments to all groups
+# orders of equally good sizes in one group, and assignments to all groups, that are compared
 _MAX_ORDERS, _MAX_CANDIDATES = 6, 1024
 # limits of the search, after which the best sizes so far are taken: padded feature counts, and sizes of an axis
 _MAX_FAR, _MAX_STEPS = 1024, 65536
-# numbers without larger prime factors are rare
-_RARE = 64
 
 
 class DoesNotFit(ValueError):
-    """The structure does not exist at this size, but may exist at another one.
-
-    Builders raise it for features that no member of the family fits. Mistakes at every size are plain ValueErrors.
-    """
+    """The structure does not exist at this size, but may at another. Mistakes at every size are plain ValueErrors."""
 
 
 class Group(NamedTuple):
@@ -99,7 +92,6 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
 
 
 def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targets: Mapping[str, float]) -> int:
-    """Return the size of an axis of several groups."""
     for group in owners:
         # if all other axes of the group are fixed, this one follows
         others = [other for other in group.axes if other != axis]
@@ -112,7 +104,6 @@ def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targe
 
 
 def _check_padding(group: Group, total: int, sizes: Mapping[str, int]) -> None:
-    """Refuse sizes with fewer features than there are, or with too much padding."""
     features, named = group.features, ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     given = f"{group.side}_features={features}"
     if total < features:
@@ -152,7 +143,7 @@ def _closest(features: int, limit: int, targets: tuple[float, ...], descending: 
 
 def _smooth_numbers(first: int, last: int, largest: float) -> Iterator[int]:
     """Yield the numbers from first to last, without those of a prime factor above `largest` where these are many."""
-    if largest > _RARE:
+    if largest > 64:
         yield from range(first, last + 1)
         return
     numbers = [1]
@@ -165,10 +156,7 @@ def _smooth_numbers(first: int, last: int, largest: float) -> Iterator[int]:
 
 
 class _Search:
-    """Branch and bound for the sizes of a given product that are closest to the targets: least squares of log ratios.
-
-    Of more than three axes, only the two monotone orders are compared: the number of orders grows as the factorial.
-    """
+    """Branch and bound for the sizes of a given product closest to the targets: least squares of log ratios."""
 
     def __init__(self, targets: tuple[float, ...], steps: int) -> None:
         self.targets, self.steps = targets, steps
@@ -182,6 +170,7 @@ class _Search:
         self.steps -= 1 + math.isqrt(features) // 256
         logs = [math.log(target) for target in self.targets]
         self._extend((), features, logs, 0.0, divisors, False)
+        # of more than three axes only the two monotone orders: their number grows as the factorial
         if len(logs) > 3:
             self._extend((), features, logs[::-1], 0.0, divisors, True)
         return self.best, list(self.closest_sizes)

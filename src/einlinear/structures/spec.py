@@ -1,7 +1,5 @@
 """Specs: from the text that a user writes, ``"btt(rank=2)"`` or a pattern, to a `Structure`."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +20,8 @@ _TOKEN = re.compile(
     |(?P<text>'[^'\\]*'|"[^"\\]*")|(?P<symbol>\*\*|[(),=/-])|(?P<end>$)|(?P<other>\S))""",
     re.VERBOSE,
 )
-_CONSTANTS = {"True": True, "False": False, "None": None}
 # how deep tuples and minus signs may be nested, and up to how many blocks a budget chooses
 _MAX_NESTED, _MAX_BLOCKS = 20, 1024
-# arguments of families that a budget chooses
-_CHOSEN: tuple[str, ...] = ("rank", "blocks")
 
 
 class OverBudget(ValueError):
@@ -54,8 +49,7 @@ def structure(
 
     Raises:
         DoesNotFit: the sizes contradict the features, or the features would be padded by more than 15 %.
-        ValueError: an unknown family or argument, a pattern that cannot be read, a budget that is too small, or a text
-            that exceeds a limit.
+        ValueError: an unknown family or argument, an unreadable pattern, a budget too small, a text beyond a limit.
         TypeError: an argument of the wrong type.
 
     Example:
@@ -82,7 +76,7 @@ def structure(
             raise ValueError(f"{', '.join(sorted(twice))} is given twice: in {spec!r} and as an argument")
         family = find_family(name)
         given = written | {argument: _exact(value) for argument, value in arguments.items()}
-        unset = [name for name in _CHOSEN if name in family.defaults and name not in given][:1]
+        unset = [name for name in ("rank", "blocks") if name in family.defaults and name not in given][:1]
 
         def make(**chosen: int) -> Structure:
             pattern = family.pattern({**given, **chosen}, in_features, out_features)
@@ -196,7 +190,7 @@ class _ArgumentParser(Scanner):
                 return _exact(int(text) if text.isdecimal() else float(text))
             except ValueError as error:
                 raise self.error(str(error), start) from None
-        return text[1:-1] if kind == "text" else _CONSTANTS.get(text, text)
+        return text[1:-1] if kind == "text" else {"True": True, "False": False, "None": None}.get(text, text)
 
     def unreadable(self, token: int) -> PatternError:
         expected = "expected a number, a fraction, a word or a tuple"
@@ -281,7 +275,6 @@ def _fewest_blocks(make: Callable[[int], Structure], max_macs: float, most: int)
             continue
         if _fraction(candidate) <= max_macs:
             return candidate
-        if cheapest is None or candidate.macs < cheapest.macs:
-            cheapest = candidate
+        cheapest = min(cheapest or candidate, candidate, key=lambda structure: structure.macs)
     # if no number of blocks fits, the last one raises again
     return _within(cheapest or make(blocks), max_macs)

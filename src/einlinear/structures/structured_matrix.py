@@ -1,6 +1,4 @@
-"""`Structure`: the description of a structured matrix at one size, in plain numbers and names, without tensors."""
-
-from __future__ import annotations
+"""`Structure`: a structured matrix at one size, in plain numbers and names, and the muP scales of its factors."""
 
 import itertools
 import math
@@ -18,9 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a structured matrix, and the contraction step that applies it.
-
-    The step reads an intermediate (the input, for the first factor) and leaves another one (the output, for the last).
+    """One factor of a structured matrix, and the contraction step that applies it to the input or an intermediate.
 
     Attributes:
         name: A, B, C, ... in the written order; also the name of the layer's parameter.
@@ -90,10 +86,10 @@ class Structure:
     @cached_property
     def terms(self) -> tuple[Term, ...]:
         """The summands of the matrix."""
-        terms, sizes = self.pattern.terms, dict(self.sizes)
+        terms = self.pattern.terms
         count = sum(len(term.factors) for term in terms)
         names = iter(string.ascii_uppercase if count <= 26 else [f"F{i}" for i in range(count)])
-        return tuple(_term(term, [next(names) for _ in term.factors], sizes, len(terms)) for term in terms)
+        return tuple(_term(term, [next(names) for _ in term.factors], dict(self.sizes), len(terms)) for term in terms)
 
     @cached_property
     def factors(self) -> tuple[Factor, ...]:
@@ -120,8 +116,7 @@ class Structure:
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulates for one input vector, as computed, padding included."""
-        sizes, terms = dict(self.sizes), self.pattern.terms
-        return sum(contract(term, sizes, len(terms)).macs for term in terms)
+        return sum(factor.macs for factor in self.factors)
 
     @cached_property
     def rank(self) -> int:
@@ -130,10 +125,7 @@ class Structure:
 
     @property
     def psi(self) -> float:
-        """The exponent of the rank: rank = n^psi for n features (arXiv 2410.02117, section 3).
-
-        Named sizes (``rank=4``, ``blocks=4``) stay fixed, balanced axes grow. Factors are taken in the written order.
-        """
+        """The exponent of the rank: rank = n^psi for n features as balanced axes grow (arXiv 2410.02117, section 3)."""
         return self._exponents[0]
 
     @property
@@ -147,7 +139,7 @@ class Structure:
         return self._exponents[2]
 
     @cached_property
-    def _exponents(self) -> tuple[float, float, float]:
+    def _exponents(self) -> tuple[float, ...]:
         return scaling_exponents(self.pattern, dict(self.sizes), self.in_features, self.out_features)
 
     def __hash__(self) -> int:

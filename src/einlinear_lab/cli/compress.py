@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from einlinear.files import lock_output
+from einlinear.files import lock
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import PRETRAINED, require
 from einlinear_lab.cli.parsing import specs
@@ -97,7 +97,10 @@ def compress_command(
             if distill and lr == 0:
                 raise ValueError("--lr must be positive: at 0 nothing is learnt")
             in_use = f"another einlinear compress is at work on {out}: name another folder"
-            stack.enter_context(lock_output(out, in_use))
+            lock_file = out.absolute().with_name(f".{out.absolute().name}.lock")
+            lock_file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(lock_file, in_use))
+            stack.callback(lock_file.unlink, missing_ok=True)
             if finish(out, unfinished, config):
                 display.note(f"{out} is complete: the same command was interrupted after it had been written.")
                 return

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from einlinear.compression.compression_report import seconds_of
+from einlinear.compression.layer_timing import seconds_of
 
 
 @dataclass(frozen=True)

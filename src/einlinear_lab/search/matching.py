@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from einlinear.nn import Linear
-from einlinear.ops.projection.unfolding import is_padded
+from einlinear.ops.projection.svd import is_padded
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.config import ModelConfig, Shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from einlinear.mup.optim import SCHEDULES
+from einlinear.mup.schedules import SCHEDULES
 from einlinear_lab.training.metrics import TRACKERS
 
 _CHOICES = {

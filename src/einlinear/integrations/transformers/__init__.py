@@ -11,11 +11,7 @@ METHOD = "einlinear"
 
 
 def register() -> None:
-    """Let transformers save and load structured layers now. Imports transformers; needed only with EINLINEAR_HOOKS=0.
-
-    Raises:
-        ModuleNotFoundError: transformers is not installed.
-    """
+    """Let transformers, which has to be installed, save and load structured layers; needed with EINLINEAR_HOOKS=0."""
     for hook in _HOOKS.values():
         hook()
 

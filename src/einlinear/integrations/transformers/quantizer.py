@@ -40,8 +40,9 @@ class EinlinearQuantizer(HfQuantizer):
     def __init__(self, quantization_config: EinlinearConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
-            hint = "Load the dense model without it, then call el.convert(model, structure)"
-            raise ValueError(f"quantization_config is read from folders with structured layers only. {hint}")
+            raise ValueError(
+                "quantization_config is for saved folders. Load the dense model without it, then call el.convert"
+            )
         self.names: list[str] = []
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:

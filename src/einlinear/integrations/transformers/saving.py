@@ -81,15 +81,10 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     layers = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Linear) and type(module).forward is Linear.forward:
-            entry = {
-                "structure": module.structure.spec,
-                "in_features": module.in_features,
-                "out_features": module.out_features,
-                "bias": module.bias is not None,
-                "normalize": module.normalize,
-                "gamma": module.has_gamma or not module.normalize,
-            }
-            layers[name] = {key: value for key, value in entry.items() if value != OPTIONAL.get(key)}
+            s, gamma = module.structure, module.has_gamma or not module.normalize
+            entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features}
+            flags = {"bias": module.bias is not None, "normalize": module.normalize, "gamma": gamma}
+            layers[name] = entry | {key: value for key, value in flags.items() if value != OPTIONAL.get(key)}
         elif isinstance(module, SelfDescribing):
             wrong = f"{name} is a {type(module).__name__}: of this library's layers only el.Linear can be saved"
             raise ValueError(f"{wrong} with a Hugging Face model. Save its state_dict() instead")

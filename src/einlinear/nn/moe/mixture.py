@@ -16,8 +16,7 @@ from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import plain_modules
 from einlinear.ops.context import autocast_dtype, without_autocast
-from einlinear.ops.functional import along_features
-from einlinear.ops.operands import shape_of
+from einlinear.ops.operands import along_features, shape_of
 from einlinear.structures import Structure
 from einlinear.structures.limits import validate_size
 
@@ -52,8 +51,7 @@ class Mixture:
     A fixed pattern of size 1e-30, lost in all weights but zeros, breaks the ties: tokens spread over all experts.
 
     Attributes:
-        router: (experts, in_features).
-        experts, active: the number of experts, and of those per token.
+        router, experts, active: a matrix (experts, in_features), the number of experts, and of those per token.
         last: routing of the last forward pass, with its graph until the next one. Recomputation by activation
             checkpointing, and tracing for export, do not set it.
     """
@@ -69,16 +67,11 @@ class Mixture:
         self.router = nn.Parameter(torch.zeros(self.experts, int(in_features), device=device, dtype=dtype))
 
     def route(self, x: Tensor) -> Routing:
-        """Route tokens (n, in_features), in float32, or float64 for float64 tokens.
-
-        Raises:
-            RuntimeError: a router of another number of experts, or on another device than the tokens.
-        """
+        """Route tokens (n, in_features), in float32 or float64; RuntimeError for a router that does not fit."""
         # torch multiplies a tensor on the CPU by one on meta without an error, and returns uninitialised memory
         if self.router.device != x.device:
             raise RuntimeError(f"the router is on {self.router.device}, but the input on {x.device}: move one of them")
-        shape = shape_of(self.router)
-        if shape[:1] != (self.experts,):
+        if (shape := shape_of(self.router))[:1] != (self.experts,):
             need = f"{self.experts} experts need (experts={self.experts}, in_features)"
             raise RuntimeError(f"the router has shape {tuple(shape)}, but {need}")
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -133,11 +126,8 @@ class Experts(Factored):
     """Experts without a router: for every token the sum of gate * W_e x over its experts e, plus a bias.
 
     Only the chosen experts are computed, without a capacity. Arguments and errors are those of `MoELinear`; `active`
-    only serves the count of MACs.
-
-    Shapes:
-        tokens (n, in_features), the indices of their experts (n, k) in int64 and gates (n, k), for any k ≥ 1, to
-        (n, out_features).
+    only serves the count of MACs. A call takes tokens (n, in_features), the indices of their experts (n, k) in int64
+    and gates (n, k), for any k ≥ 1, and returns (n, out_features).
 
     Example:
         >>> import torch
@@ -251,11 +241,10 @@ class MoEFeedForward(Mixture, SelfDescribing):
     have no biases. Input and output have shape (..., width). Errors are those of `MoELinear`.
 
     Args:
-        width: of the residual stream.
+        width, multiplier: of the residual stream, and of the branch.
         experts, active, structure, normalize: of the experts' two layers, as for `MoELinear`.
         expansion: width of the experts' hidden layer, in multiples of `width`.
         bias: whether the norm has one.
-        multiplier: of the branch.
     """
 
     def __init__(
@@ -305,14 +294,13 @@ def moe_loss(
 
     The balance of E experts is E * sum of p_e f_e, one for an even load: p_e is the mean probability of an expert
     before routing, f_e its share of the pairs of tokens and experts (Fedus et al., arXiv 2101.03961, equation 4). The
-    z-loss is the mean of logsumexp(logits)^2, which keeps logits small (Zoph et al., arXiv 2202.08906, equation 5). The
-    code of arXiv 2410.02117 has this z, and gives the sum a weight of 0.01.
+    z-loss is the mean of logsumexp(logits)^2 (Zoph et al., arXiv 2202.08906, equation 5). The z is that of arXiv
+    2410.02117, whose code gives the sum a weight of 0.01.
 
     Args:
         model: after a forward pass, with gradients if the loss, a scalar, is to be differentiable in the routers.
         z: the weight of the z-loss.
-        group: the processes that share one batch, with equally many tokens each: the load is that of the full batch,
-            and the mean of this loss over the processes is that of one process with the full batch.
+        group: the processes that share one batch, with equally many tokens each: the load is that of the full batch.
         check: whether to raise for logits that are not finite, which waits for the device.
 
     Raises:

@@ -24,8 +24,7 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
         mesh: of one dimension, with all processes that share a batch.
 
     Raises:
-        ValueError: no mixture, a mixture whose experts cannot be divided equally or are divided already, a mesh of
-            another dimension. The model is unchanged then.
+        ValueError: no mixture, experts that cannot be divided equally or already are, a mesh of several dimensions.
     """
     size = mesh.size()
     if mesh.ndim != 1:
@@ -68,9 +67,7 @@ class Exchange:
             local.register_hook(lambda grad: grad / self.size)
         return local
 
-    def __call__(
-        self, x: Tensor, indices: Tensor, gates: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def __call__(self, x: Tensor, indices: Tensor, gates: Tensor, multiply: Callable[..., Tensor]) -> Tensor:
         """Return the sums of gate * W_expert x; `multiply` takes (m, in_features) tokens and m local experts."""
         flat = indices.flatten()
         order = flat.argsort(stable=True)

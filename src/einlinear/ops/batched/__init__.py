@@ -1,1 +1,1 @@
-"""Batched matmuls: the order and the layouts (plan), and the products (backend)."""
+"""Batched matmuls: one strided matrix product per contraction step."""

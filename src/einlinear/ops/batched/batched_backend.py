@@ -1,10 +1,7 @@
 """The batched-matmul backend: one strided matmul per factor, forward and backward, as `plan` says.
 
-A step multiplies a factor (batch, new, contracted) with an intermediate (batch, contracted, free). A group of axes that
-are neighbours in memory is one dimension of a strided matrix product; otherwise the intermediate is copied first. The
-plan minimises multiply-accumulates and copies over orders and layouts. A two-factor BTT copies no activation at all.
-
-Shapes: B, K, F, N are the products of the sizes of a step's batch, contracted, free and new axes.
+A step multiplies a factor (batch, new, contracted) with an intermediate (batch, contracted, free). It is copied first
+unless the axes of each group are neighbours. The plan minimises MACs and copies over orders and layouts.
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import permutations
 
 import torch
@@ -20,16 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops import reference
-from einlinear.ops.product import Assignment, Gradients, Product
+from einlinear.ops.operands import Assignment, Gradients, Product
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
 # the axis of the tokens; no axis of a pattern has this name
 TOKENS = ""
-# with more factors, the order with the fewest MACs is the only candidate; candidates for the layout after every step
-_MAX_ORDERED, _MAX_LAYOUTS = 3, 16
-# MACs that take as long as copying an element does
-_COPY = 16
+# candidates for the layout after every step; MACs that take as long as copying an element does
+_MAX_LAYOUTS, _COPY = 16, 16
 
 
 def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -92,9 +87,9 @@ def backward(
                 break
             if step.plain:
                 g = g @ factors[step.index]
-                continue
-            w = _weight(factors[step.index], step, sizes).transpose(1, 2)
-            g = _product(w, g3, (step.batch, step.contracted, step.free), step.source, sizes)
+            else:
+                w = _weight(factors[step.index], step, sizes).transpose(1, 2)
+                g = _product(w, g3, (step.batch, step.contracted, step.free), step.source, sizes)
         else:
             grad_term = g.reshape(x.shape[0], math.prod(g.shape[1:]))[:, : structure.in_features]
             grad_x = grad_term if grad_x is None else grad_x.add_(grad_term)
@@ -106,10 +101,8 @@ def _backward_routed(
 ) -> Gradients:
     tensors, needed = (product.x, routing.gates, *product.factors), (needs_x, needs_x, *needs_factors)
     # zeros for tokens and experts without any pair
-    grad_x, grad_gates, *grad_factors = (
-        torch.zeros_like(tensor, memory_format=torch.contiguous_format) if needs else None
-        for tensor, needs in zip(tensors, needed, strict=True)
-    )
+    zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
+    grad_x, grad_gates, *grad_factors = (zeros(t) if needs else None for t, needs in zip(tensors, needed, strict=True))
     for e, pairs, tokens, expert in _experts(product, routing):
         gradients = backward(expert, grad[tokens], [], needs_x, needs_factors)
         if grad_x is not None and grad_gates is not None and gradients.x is not None:
@@ -159,7 +152,7 @@ def _token_major(x: Tensor, axes: Axes, sizes: dict[str, int]) -> Tensor:
 
 
 def _weight(factor: Tensor, step: Step, sizes: dict[str, int]) -> Tensor:
-    """Return the factor as (B, N, K)."""
+    """Return the factor as (batch, new, contracted)."""
     w = _merge(factor, step.factor, (() if step.repeats else step.batch, step.new, step.contracted), sizes)
     return w.expand(math.prod(sizes[a] for a in step.batch), -1, -1) if step.repeats else w
 
@@ -171,7 +164,7 @@ def _merge(tensor: Tensor, axes: Axes, groups: tuple[Axes, Axes, Axes], sizes: d
 
 
 def _product(a: Tensor, b: Tensor, groups: tuple[Axes, Axes, Axes], layout: Axes, sizes: dict[str, int]) -> Tensor:
-    """Return the product of (B, N, K) and (B, K, F), its dimensions as the layout, also in memory if possible."""
+    """Return the batched product, with the axes of the groups as the layout, also in memory if possible."""
     if all(is_run(group, layout) for group in groups):
         y = a.new_empty([sizes[axis] for axis in layout])
         torch.bmm(a, b, out=_merge(y, layout, groups, sizes))
@@ -182,25 +175,19 @@ def _product(a: Tensor, b: Tensor, groups: tuple[Axes, Axes, Axes], layout: Axes
 
 @dataclass(frozen=True)
 class Step:
-    """One contraction of the factor `Structure.factors[index]`, whose axes are `factor`.
-
-    Attributes:
-        batch: axes that factor and input share and the output keeps, or axes over which the factor is repeated.
-        contracted: axes of both that are summed over.
-        free: axes that only the input has, the tokens among them.
-        new: axes that only the factor has.
-        source, result: all axes of the input and of the output, the slowest first.
-        cost, copied: the cost in MACs, and copied elements, for one token.
-    """
+    """The contraction of `Structure.factors[index]`: its groups of axes, and layouts from the slowest axis on."""
 
     index: int
     factor: Axes
+    # shared by factor and input, and kept by the output; or axes over which the factor is repeated
     batch: Axes
     contracted: Axes
+    # the tokens among them
     free: Axes
     new: Axes
     source: Axes
     result: Axes
+    # MACs and copied elements for one token
     cost: int
     copied: int
 
@@ -245,7 +232,8 @@ def is_run(group: Axes, layout: Axes) -> bool:
 
 def _plan_term(term: Term, first: int, sizes: Mapping[str, int]) -> tuple[Step, ...]:
     count = len(term.factors)
-    orders = permutations(range(count)) if count <= _MAX_ORDERED else iter([tuple(range(count))])
+    # with many factors, the order with the fewest MACs is the only candidate
+    orders = permutations(range(count)) if count <= 3 else iter([tuple(range(count))])
     plans = (_best_layouts(term, order, first, sizes) for order in orders)
     # the first of equals is the usual order
     return min(plans, key=lambda steps: sum(step.cost for step in steps))
@@ -273,9 +261,8 @@ def _best_layouts(term: Term, order: Sequence[int], first: int, sizes: Mapping[s
 def _layouts(source: Axes, factor: Axes, next_factor: Axes, later: set[str]) -> Iterator[Axes]:
     """Yield layouts for the output of a step: its groups of axes in any order, tokens last or first."""
     remaining = [axis for axis in source if axis != TOKENS and axis in later]
-    batch = tuple(axis for axis in remaining if axis in factor)
-    free = tuple(axis for axis in remaining if axis not in factor)
-    new = tuple(axis for axis in factor if axis not in source)
+    batch, free = [a for a in remaining if a in factor], [a for a in remaining if a not in factor]
+    new = [axis for axis in factor if axis not in source]
     # axes that the next step treats alike stay together
     halves = [tuple(a for a in g if (a in next_factor) == both) for g in (batch, new, free) for both in (True, False)]
     groups = [half for half in halves if half]

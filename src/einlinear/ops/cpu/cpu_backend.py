@@ -1,8 +1,4 @@
-"""The compiled CPU backend: tiles of tokens that stay in cache.
-
-The kernel (kernel.cpp) knows no structure: it reads a program, an array of numbers arranged as program.h says. Without
-a compiler (kernel_library.py) the other backends do its work.
-"""
+"""The compiled CPU backend. The kernel knows no structure: it reads a program, numbers arranged as program.h says."""
 
 from __future__ import annotations
 
@@ -16,15 +12,12 @@ import torch
 from torch import Tensor
 
 from einlinear.ops.cpu.kernel_library import DTYPES, Library, Pairs, load
-from einlinear.ops.product import Assignment, Gradients, Product
+from einlinear.ops.operands import Assignment, Gradients, Product
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes
 
 # MACs of a call above which several threads share it: starting them takes about as long as 100,000 MACs
 PARALLEL_MACS = 300_000
-# pairs of a token and an expert that a block should have for each expert: fewer leave tiles half empty, more do not
-# stay in cache
-_PAIRS = 128
 
 
 def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -51,7 +44,7 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size, dtype=dtype)]
     if n:
-        pairs, threads, _tensors = _schedule(program, factors, routing, n)
+        pairs, threads, _kept_alive = _schedule(program, factors, routing, n)
         # written out: this is most of the overhead of a call
         at = program.pointers(*[factor.data_ptr() for factor in factors])
         bias_at, saved_at = None if bias is None else bias.data_ptr(), saved[0].data_ptr() if saved else None
@@ -72,15 +65,15 @@ def backward(
     grad_gates = new(routing.gates.contiguous()) if needs_x and routing is not None else None
     grad_factors = [new(factor) if needed else None for factor, needed in zip(factors, needs_factors, strict=True)]
     if n:
-        pairs, threads, _tensors = _schedule(program, factors, routing, n)
-        addresses = _addresses(x, grad, saved[0] if saved else None, grad_x, grad_gates)
-        pointers = [program.pointers(*_addresses(*tensors)) for tensors in (factors, grad_factors)]
-        _function("backward", x)(program.address, *pointers, *addresses, pairs, n, threads)
+        pairs, threads, _kept_alive = _schedule(program, factors, routing, n)
+        # written out, as in `forward`
+        at = program.pointers(*[factor.data_ptr() for factor in factors])
+        grads_at = program.pointers(*[None if grad is None else grad.data_ptr() for grad in grad_factors])
+        saved_at, grad_x_at = saved[0].data_ptr() if saved else None, None if grad_x is None else grad_x.data_ptr()
+        gates_at = None if grad_gates is None else grad_gates.data_ptr()
+        ends = x.data_ptr(), grad.data_ptr(), saved_at, grad_x_at, gates_at
+        _function("backward", x)(program.address, at, grads_at, *ends, pairs, n, threads)
     return Gradients(grad_x, grad_gates, grad_factors)
-
-
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _schedule(
@@ -92,8 +85,8 @@ def _schedule(
     indices, gates = routing.indices, routing.gates.contiguous()
     threads = torch.get_num_threads() if program.macs * indices.numel() > PARALLEL_MACS else 1
     active, experts = indices.shape[1], len(factors[0])
-    # a block should have some full tiles of every expert, and every thread needs one
-    block = max(1, min(-(-n // threads), -(-_PAIRS * experts // active)))
+    # 128 pairs for each expert: fewer leave tiles half empty, more do not stay in cache; but every thread needs a block
+    block = max(1, min(-(-n // threads), -(-128 * experts // active)))
     keys = indices
     if block < n:
         keys = indices + (torch.arange(n, device=indices.device) // block * experts)[:, None]
@@ -102,7 +95,7 @@ def _schedule(
     first = indices.new_zeros(cells + 1)
     torch.cumsum(torch.bincount(keys.flatten(), minlength=cells), 0, out=first[1:])
     tensors = first, keys.flatten().argsort(stable=True), gates
-    return ctypes.byref(Pairs(*_addresses(*tensors), n, block, experts, active)), threads, tensors
+    return ctypes.byref(Pairs(*[tensor.data_ptr() for tensor in tensors], n, block, experts, active)), threads, tensors
 
 
 def _function(role: str, x: Tensor) -> ctypes._NamedFuncPointer:
@@ -132,11 +125,9 @@ class Program:
                 result = term.outputs
                 if following is not None:
                     # laid out as the next step reads it
-                    result = (
-                        *(a for a in following.axes if a in following.batch),
-                        *(a for a in source + new if a in following.free),
-                        *(a for a in following.axes if a in following.contracted),
-                    )
+                    result = tuple(a for a in following.axes if a in following.batch)
+                    result += tuple(a for a in source + new if a in following.free)
+                    result += tuple(a for a in following.axes if a in following.contracted)
                     self.intermediate_size += self._size(result)
                 numbers += [i, factor is term.factors[0], following is None]
                 numbers += map(self._size, (batch, free, new, contracted, source, result))

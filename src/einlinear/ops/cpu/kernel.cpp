@@ -54,8 +54,8 @@ static void forward(const Program& p, const T* const* factors, const T* x, const
     Ends ends(p, false);
     Index tile = division.tile;
     Widened<T> wide_bias(bias, p.out_features);
-    expect(y, n * p.out_features * sizeof(T));
-    if (saved) expect(saved, division.tiles * tile * p.intermediates * sizeof(S));
+    advise_huge_pages(y, n * p.out_features * sizeof(T));
+    if (saved) advise_huge_pages(saved, division.tiles * tile * p.intermediates * sizeof(S));
     Index room = (ends.rows_in + ends.rows_out + (saved ? 0 : p.intermediates)) * tile;
     Buffer<S> packed(p.factor_entries), common(division.shared ? room : 0);
     Team::run(threads, [&](Team all) {
@@ -80,7 +80,7 @@ static void backward(const Program& p, const T* const* factors, const T* x, cons
     Division<S> division(p, n, threads);
     Ends ends(p, true);
     Index tile = division.tile;
-    if (dx) expect(dx, n * p.in_features * sizeof(T));
+    if (dx) advise_huge_pages(dx, n * p.in_features * sizeof(T));
     FactorGradients<S> gradients(p, tile);
     bool recompute = !saved && p.intermediates;
     Index room = BackwardTile<S>::room(p, ends, recompute, tile);

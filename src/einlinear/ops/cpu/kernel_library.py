@@ -28,17 +28,15 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", 
 DTYPES = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 # tried in turn: without OpenMP the kernels run on one thread
 _THREADS = ("-fopenmp",), ()
-# seconds: for the compiler; to wait for another process that compiles; after which nothing compiles any more
-_TIMEOUT, _PATIENCE, _STALE = 300, 600, 3600
+# how the names of folders of compilations on this machine begin
+_SCRATCH = f".build-{platform.node()}-"
 
 
 class Pairs(ctypes.Structure):
     """The pairs of a token and an expert, as `Pairs` in routed.h says."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("first", "order", "gates")),
-        *((name, ctypes.c_int64) for name in ("tokens", "block", "experts", "active")),
-    ]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("first", "order", "gates")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("tokens", "block", "experts", "active")]
 
 
 class Library:
@@ -78,10 +76,8 @@ def build(machine_flags: Sequence[str]) -> Path:
     try:
         make_private(folder)
     except PermissionError as error:
-        raise PermissionError(
-            f"{error}, so nothing is loaded from {folder}. Make it yours alone (chmod go-w, chown), or name another "
-            "folder in EINLINEAR_CACHE"
-        ) from None
+        advice = "Make it yours alone (chmod go-w, chown), or name another folder in EINLINEAR_CACHE"
+        raise PermissionError(f"{error}, so nothing is loaded from {folder}. {advice}") from None
     if path := _find(folder, key):
         return path
     with _lock(folder) as locked:
@@ -117,7 +113,6 @@ def _processor() -> str:
 
 
 def _find(folder: Path, key: str) -> Path | None:
-    """Return the library of a key, if its content is intact."""
     return next((path for path in folder.glob(f"kernel-{key}-*.so") if _is_intact(path)), None)
 
 
@@ -137,7 +132,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
     lock = FileLock(folder / ".lock")
     with suppress(OSError, NotImplementedError):
-        lock.acquire(timeout=_PATIENCE)
+        lock.acquire(timeout=600)
     try:
         yield lock.is_locked
     finally:
@@ -151,31 +146,25 @@ def _clean(folder: Path, key: str, locked: bool) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     for left in (*folder.glob(".build-*"), *folder.glob("tmp*")):
         with suppress(OSError):
-            if (locked and left.name.startswith(_scratch())) or left.lstat().st_mtime < time.time() - _STALE:
+            if (locked and left.name.startswith(_SCRATCH)) or left.lstat().st_mtime < time.time() - 3600:
                 shutil.rmtree(left)
-
-
-def _scratch() -> str:
-    """Return the prefix of the folders of compilations on this machine."""
-    return f".build-{platform.node()}-"
 
 
 def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
     logger.info("Compiling the CPU kernels, once, into %s", folder)
     error_line = ""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=_scratch()) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_SCRATCH) as scratch:
         for threads in _THREADS:
             library = Path(scratch) / "kernel.so"
             arguments = [*command, *threads, str(SOURCE), "-o", str(library)]
             try:
-                run = subprocess.run(arguments, capture_output=True, text=True, timeout=_TIMEOUT)
+                run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
             if run.returncode == 0 and library.is_file():
                 # whatever the umask
                 library.chmod(0o700)
                 path = folder / f"kernel-{key}-{sha256_of(library)[:32]}.so"
-                # atomic: no other process sees half of the file
                 rename(library, path)
                 return path
             lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]

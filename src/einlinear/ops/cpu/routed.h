@@ -66,7 +66,7 @@ static void forward_routed(const Program& p, const T* const* factors, const Pair
     constexpr Index L = Simd<S>::lanes;
     Ends ends(p, false);
     Index tile = 2 * L, room = (ends.rows_in + ends.rows_out + p.intermediates) * tile;
-    expect(y, pairs.tokens * p.out_features * sizeof(T));
+    advise_huge_pages(y, pairs.tokens * p.out_features * sizeof(T));
     Widened<T> wide_bias(bias, p.out_features);
     Team::run(threads, [&](Team all) {
         Buffer<S> packed(p.factor_entries), own(room), scratch(2 * p.widest * tile);
@@ -119,9 +119,9 @@ static void backward_routed(const Program& p, const T* const* factors, const Pai
     FactorGradients<S> gradients(p, tile);
     Buffer<S> added(widens<T> && dx ? pairs.tokens * width : 0);
     S* dx_rows = widens<T> && dx ? added.data : (S*)dx;
-    if (dx) expect(dx_rows, pairs.tokens * width * sizeof(S));
+    if (dx) advise_huge_pages(dx_rows, pairs.tokens * width * sizeof(S));
     for (size_t k = 0; k < p.steps.size(); k++)
-        if (dfactors[k]) expect(dfactors[k], pairs.experts * p.steps[k].entries() * sizeof(T));
+        if (dfactors[k]) advise_huge_pages(dfactors[k], pairs.experts * p.steps[k].entries() * sizeof(T));
     bool recompute = p.intermediates;
     // experts at a time
     Index few = std::min(pairs.experts, std::max<Index>(1, SUMS / gradients.entries));

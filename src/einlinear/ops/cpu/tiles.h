@@ -244,7 +244,8 @@ struct BackwardTile {
         S* recomputed = turns + 2 * p.widest * tile;
         // The input lies where its gradient will be.
         if (recompute)
-            ForwardTile<S>{p, ends, w, nullptr, tile, dxs, nullptr, scratch}.run(input, recomputed, (const Sink<T>*)nullptr, team);
+            ForwardTile<S>{p, ends, w, nullptr, tile, dxs, nullptr, scratch}.run(input, recomputed,
+                                                                                 (const Sink<T>*)nullptr, team);
         if (!ends.stream_out) team.phase([&](Share mine) { read_tile(output, dys, p.width_out, tile, mine); });
         const S *intermediates = (saved ? saved : recomputed) + p.intermediates * tile, *g = dys;
         for (size_t k = p.steps.size(); k-- > 0;) {

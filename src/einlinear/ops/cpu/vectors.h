@@ -183,7 +183,7 @@ struct Widened {
 
 // Fresh memory of many megabytes is mapped page by page as it is written, which costs as much as the arithmetic: ask
 // for large pages. Memory that is mapped already is not affected.
-static void expect(const void* data, size_t bytes) {
+static void advise_huge_pages(const void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = 2 << 20;
     uintptr_t first = ((uintptr_t)data + page - 1) & ~(page - 1), last = ((uintptr_t)data + bytes) & ~(page - 1);

@@ -7,17 +7,13 @@ from torch import Tensor
 
 from einlinear.ops import operands
 from einlinear.ops.projection.als import best_of_restarts, equalized
-from einlinear.ops.projection.svd import is_optimal, split_terms
-from einlinear.ops.projection.unfolding import outer_axes, permute, unfold
+from einlinear.ops.projection.svd import is_optimal, outer_axes, permute, split_terms, unfold
 from einlinear.ops.projection.weighted import closest_outputs
 from einlinear.ops.reference import dense_weight
 from einlinear.structures import Structure
 from einlinear.structures.scales import init_std
 
 __all__ = ["project"]
-
-# the smallest variance of a direction, as a fraction of the mean variance
-_FLOOR = 1e-6
 
 
 @torch.no_grad()
@@ -31,16 +27,14 @@ def project(
         weight: (out_features, in_features), of any floating dtype; the computation is in float32 or wider.
         second_moment: E[x x^T] of the inputs, (in_features, in_features), perhaps singular. With it, the error of the
             outputs for such inputs is minimised instead of the error of the weight.
-        steps: the maximum number of iterations (of L-BFGS with a second moment, else of alternating least squares); by
-            default as many as pay off.
+        steps: the maximum number of iterations; by default as many as pay off.
 
     Returns:
-        The factors, in the order and of the shapes of `structure.factors`, of the weight's dtype and device. Those of a
-        term are at the same multiple of their scale at initialisation, so that structure-aware learning rates fit all.
+        The factors, as `structure.factors` says, of the weight's dtype and device. Those of a term are at the same
+        multiple of their scale at initialisation, so that structure-aware learning rates fit all.
 
     Raises:
-        ValueError: the weight or the second moment has a wrong shape, or values that are NaN or infinite; the weight is
-            on the meta device.
+        ValueError: a weight or second moment of a wrong shape, or with NaN or infinite values; a weight on "meta".
         TypeError: a weight of integers, as quantized ones are.
         RuntimeError: the memory of the weight was released.
     """
@@ -59,7 +53,10 @@ def project(
         definite = _definite(second_moment.to(w.device, torch.float64), structure.in_features)
         factors = closest_outputs(structure, w, definite, steps)
     elif all(len(term.factors) == 1 for term in structure.terms):
-        factors = _share(structure, w)
+        # each entry of W is shared among the terms that have it
+        ones = [w.new_ones(factor.shape) for factor in structure.factors]
+        shared = w / dense_weight(structure, ones).clamp(min=1)
+        factors = [permute(unfold(shared, structure, t), outer_axes(t), t.factors[0].axes) for t in structure.terms]
     else:
         factors = split_terms(structure, w)
         if not is_optimal(structure):
@@ -75,11 +72,4 @@ def _definite(second_moment: Tensor, n: int) -> Tensor:
         raise ValueError(f"the second moment has shape {tuple(second_moment.shape)}, not ({n}, {n})")
     if not second_moment.isfinite().all():
         raise ValueError("the second moment has values that are NaN or infinite: check the inputs it was computed from")
-    return second_moment / second_moment.diagonal().mean() + _FLOOR * torch.eye(n).to(second_moment)
-
-
-def _share(structure: Structure, w: Tensor) -> list[Tensor]:
-    """Least squares of least norm for terms of one factor: each entry of W is shared among the terms that have it."""
-    ones = [w.new_ones(factor.shape) for factor in structure.factors]
-    shared = w / dense_weight(structure, ones).clamp(min=1)
-    return [permute(unfold(shared, structure, t), outer_axes(t), t.factors[0].axes) for t in structure.terms]
+    return second_moment / second_moment.diagonal().mean() + 1e-6 * torch.eye(n).to(second_moment)

@@ -1,8 +1,4 @@
-"""Alternating least squares: one factor at a time, the others fixed, until the error stays.
-
-Sums and BLAST can end in a local optimum, so random starts are tried as well for small matrices. Fewer sweeps for large
-matrices cost less than 0.1 % of the error of a chain, 1 to 2 % of BLAST's.
-"""
+"""Alternating least squares: one factor at a time, the others fixed, until the error stays."""
 
 from __future__ import annotations
 
@@ -13,23 +9,19 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from einlinear.ops.projection.unfolding import count, is_padded, merge, outer_axes, unfold, unmerge
+from einlinear.ops.projection.svd import count, is_padded, merge, outer_axes, unfold, unmerge
 from einlinear.ops.reference import dense_weight, einsum
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
-# A sweep that reduces the squared error by less than this fraction is the last one.
-_TOLERANCE = 1e-7
-# the number of sweeps, limited by entries times sweeps: the most up to 512 x 512, the fewest from 2048 x 2048 on
+# the number of sweeps, limited by entries times sweeps: fewer cost up to 0.1 % of a chain's error, 2 % of BLAST's
 _MIN_SWEEPS, _MAX_SWEEPS, _WORK = 20, 300, 300 * 2**18
-# relative errors at which nothing is left to improve
-_EXACT = {torch.float64: 1e-13, torch.float32: 1e-6}
-# random starts besides the SVD's, where that is not known to be good, and the entries of a matrix up to which they help
+# random starts besides the SVD's, where that may be bad, and the entries of a matrix up to which they help
 _RESTARTS, _SMALL = 2, 2**16
 
 
 def best_of_restarts(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int | None = None) -> list[Tensor]:
-    """Improve the SVD's factors and, unless the result is exact, random ones. Return the best."""
+    """Improve the SVD's factors and, where they may end in a local optimum, random ones. Return the best."""
     max_sweeps = _sweeps(w) if sweeps is None else min(sweeps, _sweeps(w))
     best, error = _alternate(structure, w, start, max_sweeps)
     # a generator of its own, so that a projection is reproducible
@@ -67,7 +59,8 @@ def _alternate(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int
     factors = previous = start
     error, stretch = error_of(start), 1.0
     for sweep in range(sweeps):
-        if error < _EXACT.get(w.dtype, 1e-6):
+        # nothing is left to improve
+        if error < (1e-13 if w.dtype == torch.float64 else 1e-6):
             break
         swept = _sweep(structure, w, equalized(structure, factors), damping=1e-2 * error)
         swept_error = error_of(swept)
@@ -81,9 +74,10 @@ def _alternate(structure: Structure, w: Tensor, start: list[Tensor], sweeps: int
                 stretch = max(0.5, stretch / 2)
         if not swept_error < error:
             break
+        # of the squared error
         improvement = 1 - (swept_error / error) ** 2
         previous, factors, error = factors, swept, swept_error
-        if improvement < _TOLERANCE:
+        if improvement < 1e-7:
             break
     return factors, error
 
@@ -103,9 +97,7 @@ def _solve(
     structure: Structure, term: Term, index: int, others: dict[int, Tensor], residual: Tensor, damping: float
 ) -> Tensor:
     """The change of one factor that fits the residual best: small systems over its rank axes, many at once."""
-    sizes = dict(structure.sizes)
-    outer = outer_axes(term)
-    axes = term.factors[index].axes
+    sizes, outer, axes = dict(structure.sizes), outer_axes(term), term.factors[index].axes
     rank_axes = tuple(a for a in axes if a not in outer)
     rest = [(term.factors[i].axes, factor) for i, factor in others.items()] or [((), residual.new_ones(()))]
     shared = {axis for rest_axes, _ in rest for axis in rest_axes}
@@ -117,8 +109,7 @@ def _solve(
         twice.append((outer, unfold(ones, structure, term)))
     batch = tuple(a for a in axes if a in outer and (a in shared or padded))
     free = tuple(a for a in axes if a in outer and a not in batch)
-    groups = batch, rank_axes, free
-    n = count(rank_axes, sizes)
+    groups, n = (batch, rank_axes, free), count(rank_axes, sizes)
     gram = _contract(twice, batch + rank_axes + tuple(f"{a}'" for a in rank_axes)).reshape(-1, n, n)
     right = merge(_contract([(outer, residual), *rest], sum(groups, ())), sum(groups, ()), groups)
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean()

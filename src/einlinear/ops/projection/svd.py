@@ -1,27 +1,26 @@
 """Successive truncated SVDs, which split off one factor of a term after another.
 
-For each value of the outer axes that both factors have, the other outer axes of the first against those of the second
-are a matrix whose rank the rank axes bound. For two factors the truncated SVD is optimal (Eckart and Young; for
-Kronecker Van Loan and Pitsianis, for Monarch arXiv 2204.00595). More factors are exact if W has the structure.
+The outer axes that both factors have are a batch, and the others rows and columns of a matrix whose rank is bounded.
+For two factors this is optimal (Eckart and Young; Kronecker: Van Loan and Pitsianis; Monarch: arXiv 2204.00595).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.projection.unfolding import count, is_padded, merge, outer_axes, permute, unfold, unmerge
-from einlinear.ops.reference import term_weight
+from einlinear.ops.reference import einsum, term_weight
 from einlinear.structures import Structure, Term
+from einlinear.structures.pattern import Axes
 
-# The truncated eigenvalues must be this many times as large as the rounding error of a Gram matrix.
-_RESOLVED = 100.0
-# rows up to which LAPACK, one matrix after the other, gains nothing from a second core; chunks of matrices per core
+# rows up to which LAPACK gains nothing from a second core; chunks of matrices per core
 _SMALL, _CHUNKS = 256, 16
 # rows above which, and 1 / the share of the eigenvectors up to which, it pays off to compute only some of them
 _LARGE, _FEW = 1024, 4
@@ -32,8 +31,7 @@ _PANEL = 512
 def truncated(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Truncate the SVD of (batch, rows, columns): (batch, rows, rank) and (batch, rank, columns) of equal norms.
 
-    float64 takes the SVD. float32 takes the eigenvectors of M M^T, several times faster on a CPU, unless the truncated
-    singular values, which that squares, drown in rounding errors.
+    float32 takes the eigenvectors of M M^T, several times faster on a CPU, unless rounding errors are too large.
     """
     if matrices.dtype == torch.float64:
         return by_svd(matrices, rank)
@@ -78,7 +76,7 @@ def _by_gram(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     first = first * root[:, None, :]
     second = second / root[:, :, None].clamp_min(torch.finfo(root.dtype).tiny)
     rounding = torch.finfo(values.dtype).eps * rows**0.5 * values[:, -1]
-    drowned = eigenvalue_sum - values.sum(1, dtype=torch.float64) <= _RESOLVED * rounding
+    drowned = eigenvalue_sum - values.sum(1, dtype=torch.float64) <= 100 * rounding
     if drowned.any():
         first[drowned], second[drowned] = by_svd(matrices[drowned], rank)
     return first, second
@@ -91,12 +89,11 @@ def _largest(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         # torch computes all eigenvectors or none
         from scipy.linalg import LinAlgError, eigh
 
-        options = {"subset_by_index": (rows - rank, rows - 1), "driver": "evr", "check_finite": False}
-        try:
+        pairs = []
+        # without convergence there is no pair
+        with suppress(LinAlgError):
+            options = {"subset_by_index": (rows - rank, rows - 1), "driver": "evr", "check_finite": False}
             pairs = [eigh(matrix.numpy(), **options) for matrix in gram]
-        except LinAlgError:
-            # no convergence
-            pairs = []
         # where values are equal up to rounding, LAPACK may miss some
         if pairs and all(len(values) == rank for values, _ in pairs):
             # QR makes the vectors of close values orthogonal
@@ -143,10 +140,9 @@ def split(structure: Structure, term: Term, target: Tensor, truncate: Truncate =
     # a generator of its own, so that a projection is reproducible
     generator = torch.Generator().manual_seed(0)
     while len(remaining) > 1:
+        inner = {i: {*factor_axes} - {*axes} for i, factor_axes in remaining.items()}
         # an end of the chain first: the factor that shares rank axes with the fewest others
-        index = min(
-            remaining, key=lambda i: sum(bool({*remaining[i]} & {*other} - {*axes}) for other in remaining.values())
-        )
+        index = min(inner, key=lambda i: sum(bool(inner[i] & other) for other in inner.values()))
         factor_axes = remaining.pop(index)
         others = {axis for other in remaining.values() for axis in other}
         batch = tuple(a for a in axes if a in factor_axes and a in others)
@@ -158,8 +154,7 @@ def split(structure: Structure, term: Term, target: Tensor, truncate: Truncate =
         possible = min(rank, *matrices.shape[1:])
         first, second = truncate(matrices, possible)
         if rank > possible:
-            # The matrices cannot have the other ranks. They are zero in one factor only: if they were zero in both,
-            # gradients and least squares would leave them at zero.
+            # ranks that the matrices cannot have: if both factors were zero there, they would stay zero in training
             first = F.pad(first, (0, rank - possible))
             shape = second.shape[0], rank - possible, second.shape[2]
             noise = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -170,3 +165,42 @@ def split(structure: Structure, term: Term, target: Tensor, truncate: Truncate =
     ((index, factor_axes),) = remaining.items()
     factors[index] = permute(target, axes, factor_axes)
     return [factors[index] for index in range(len(term.factors))]
+
+
+def outer_axes(term: Term) -> Axes:
+    """The axes of the output and the input, an axis of both once."""
+    return tuple(dict.fromkeys(term.outputs + term.inputs))
+
+
+def is_padded(structure: Structure, term: Term) -> bool:
+    """Return whether a term has more inputs or outputs than the matrix."""
+    sizes = dict(structure.sizes)
+    return (count(term.outputs, sizes), count(term.inputs, sizes)) != (structure.out_features, structure.in_features)
+
+
+def unfold(w: Tensor, structure: Structure, term: Term) -> Tensor:
+    """Pad a matrix with zeros and give it one dimension per outer axis; an axis of both ends keeps its diagonal."""
+    sizes = dict(structure.sizes)
+    axes = term.outputs + term.inputs
+    padding = (0, count(term.inputs, sizes) - w.shape[1], 0, count(term.outputs, sizes) - w.shape[0])
+    return einsum([axes], outer_axes(term), F.pad(w, padding).reshape([sizes[a] for a in axes]))
+
+
+def permute(tensor: Tensor, axes: Axes, order: Axes) -> Tensor:
+    return tensor.permute([axes.index(axis) for axis in order])
+
+
+def merge(tensor: Tensor, axes: Axes, groups: Sequence[Axes]) -> Tensor:
+    """Permute a tensor with these axes and merge each group of axes into one dimension."""
+    sizes = dict(zip(axes, tensor.shape, strict=True))
+    return permute(tensor, axes, sum(groups, ())).reshape([count(group, sizes) for group in groups])
+
+
+def unmerge(tensor: Tensor, groups: Sequence[Axes], order: Axes, sizes: Mapping[str, int]) -> Tensor:
+    """Invert `merge`: a tensor with one dimension per group becomes one with the axes in an order."""
+    axes = sum(groups, ())
+    return permute(tensor.reshape([sizes[axis] for axis in axes]), axes, order)
+
+
+def count(axes: Axes, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in axes)

@@ -1,15 +1,14 @@
 """The structured matrix with the closest outputs, for inputs x with the second moment C = E[x x^T].
 
-The objective is tr((W - V) C (W - V)^T) over all V of the structure. If C is block-diagonal, with a block L L^T for all
-features that the first factor sums at once, V L is the plain projection of W L. For low rank, which has a single block,
-this is the solution, for others the start. From there L-BFGS reduces the exact error in the same, well conditioned
-variables. If it is cheap, every step solves for the best last factor (variable projection, Golub and Pereyra).
+The objective is tr((W - V) C (W - V)^T) over all V of the structure. If C has a block L L^T for all features that the
+first factor sums at once, and zeros elsewhere, V L is the plain projection of W L. This is the solution for low rank,
+else the start of L-BFGS, whose steps may solve for the last factor (variable projection, Golub and Pereyra).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,25 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops.projection.als import equalized
-from einlinear.ops.projection.svd import is_optimal, split
-from einlinear.ops.projection.unfolding import count, merge, outer_axes, unfold, unmerge
+from einlinear.ops.projection.svd import count, is_optimal, merge, outer_axes, split, unfold, unmerge
 from einlinear.ops.reference import dense_weight, einsum, term_weight
 from einlinear.structures import Factor, Structure, Term, structure
 from einlinear.structures.pattern import Axes, TermPattern
 
-# Noise as a fraction of the mean variance: rounding errors of float32 sums over many tokens are about as large.
+# noise as a fraction of the mean variance, about as large as rounding errors of float32 sums over many tokens
 _NOISE = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-# the same for the equations of the last factor
-_RIDGES = (1e-7, 1e-5, 1e-3)
-# L-BFGS ends if _BETWEEN steps reduce the squared error by less than this fraction.
-_TOLERANCE, _BETWEEN = 1e-3, 10
 # the number of steps, limited by multiply-accumulates
 _MIN_STEPS, _MAX_STEPS, _WORK = 10, 100, 10**12
 # The last factor is solved for if the matrix it multiplies has at most this many times the entries of W.
 _CHEAP = 4
-
-# from variables to factors; the last factor of a term with several is a variable itself
-Colours = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def closest_outputs(s: Structure, w: Tensor, second_moment: Tensor, steps: int | None = None) -> list[Tensor]:
@@ -49,12 +40,7 @@ def closest_outputs(s: Structure, w: Tensor, second_moment: Tensor, steps: int |
         # two factors, the first of which reads all features at once
         return start
     firsts = {numbers[0]: reader for reader, (_, numbers) in zip(readers, s.by_term(range(len(start))), strict=True)}
-
-    def coloured(variables: Sequence[Tensor]) -> list[Tensor]:
-        return [firsts[i].colour(v) if i in firsts else v for i, v in enumerate(variables)]
-
-    whitened = [firsts[i].whiten(f, firsts[i].factor.axes) if i in firsts else f for i, f in enumerate(start)]
-    return _descend(s, w, c, equalized(s, whitened), coloured, steps)
+    return _descend(s, w, c, start, firsts, steps)
 
 
 def error_of(s: Structure, w: Tensor, c: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -144,19 +130,21 @@ def _two_factor_start(s: Structure, w: Tensor, second_moment: Tensor) -> list[li
 
 
 def _descend(
-    s: Structure, w: Tensor, c: Tensor, variables: Sequence[Tensor], coloured: Colours, steps: int | None
+    s: Structure, w: Tensor, c: Tensor, start: Sequence[Tensor], firsts: Mapping[int, _FirstFactor], steps: int | None
 ) -> list[Tensor]:
     """Reduce the error of outputs from a start by L-BFGS, and return the factors."""
     scale = float(((w @ c) * w).sum())
     if scale == 0:
-        return coloured(variables)
+        return list(start)
     max_steps = min(_MAX_STEPS, max(_MIN_STEPS, _WORK // (w.numel() * len(c))))
     steps = max_steps if steps is None else min(steps, max_steps)
     last = _LastFactor.of(s, w, c)
+    whitened = [firsts[i].whiten(f, firsts[i].factor.axes) if i in firsts else f for i, f in enumerate(start)]
+    variables = equalized(s, whitened)
     searched = [v.contiguous().clone().requires_grad_() for v in (variables[:-1] if last else variables)]
 
     def factors() -> list[Tensor]:
-        return coloured([*searched, variables[-1]])[:-1] if last else coloured(searched)
+        return [firsts[i].colour(v) if i in firsts else v for i, v in enumerate(searched)]
 
     def closure() -> Tensor:
         error = (last.error(factors()) if last else error_of(s, w, c, factors())) / scale
@@ -167,11 +155,11 @@ def _descend(
     search = torch.optim.LBFGS(searched, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
     previous = math.inf
     with torch.enable_grad():
-        for done in range(0, steps, _BETWEEN):
-            search.param_groups[0]["max_iter"] = min(_BETWEEN, steps - done)
+        for done in range(0, steps, 10):
+            search.param_groups[0]["max_iter"] = min(10, steps - done)
             # the error before these steps
             error = float(search.step(closure))
-            if previous - error < _TOLERANCE * error:
+            if previous - error < 1e-3 * error:
                 break
             previous = error
     best = [factor.detach() for factor in factors()]
@@ -232,7 +220,7 @@ class _LastFactor:
         """The last factor as matrices, (batch, new, contracted)."""
         gram = torch.einsum("bsdi,btdi->bst", zc, z).double()
         right = torch.einsum("bsdi,bedi->bse", z, self.wc).double()
-        roots, _ = _cholesky(gram, _RIDGES)
+        roots, _ = _cholesky(gram, ridges=(1e-7, 1e-5, 1e-3))
         return torch.cholesky_solve(right, roots).to(z.dtype).transpose(1, 2)
 
     def _multiplied(self, others: Sequence[Tensor]) -> Tensor:

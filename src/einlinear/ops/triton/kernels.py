@@ -1,12 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The kernels: one contraction step, and the gradient of its factor.
 
-Shapes, with b, f, n, k the flat indices of the batch, free, new and contracted axes, and t that of the tokens:
-
-    source (b, t f, k)    factor (b, k, n)    result (b, t f, n)
-
-A tile is (b, tokens x free, n or k). Groups of axes (`launch.Group`) are constants of the compiled kernel, so it sees
-which entries are neighbours in memory. With a routing, tokens are slots (`launch.Slots`), and the factor is a stack.
+The source is (b, t f, k), the factor (b, k, n) and the result (b, t f, n), with b, f, n, k the flat indices of the
+batch, free, new and contracted axes, and t that of the tokens. A tile is (b, tokens x free, n or k). Groups of axes
+(`launch.Group`) are constants, so a kernel sees neighbours in memory. With a routing, tokens are slots, factors stacks.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 # positions of the strides in a group
+# `bucket` is no operand but the key by which the autotuner remembers its choice
 FACTOR, SOURCE, RESULT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 

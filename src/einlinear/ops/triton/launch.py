@@ -40,8 +40,6 @@ _SIDES = ((64, 64), (128, 64), (64, 128), (128, 128), (32, 64), (16, 64), (32, 3
 _DEPTH = {2: 64, 4: 16}
 # the shortest side of a tile that the matrix units take; sums in a tile: 128 of 255 registers of each of 256 threads
 _MIN_SIDE, _MAX_SUMS = 16, 256 * 128
-# partial sums of the gradient of a factor are over this many tokens or more
-_MIN_SHARE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +100,8 @@ class StridedStep:
     def _group(self, axes: Axes) -> Group:
         """The sizes and strides of a group, neighbours merged; never empty."""
         sizes = self.source.sizes
-        strides = [_contiguous_strides(layout, sizes) for layout in (self.factor, self.source.axes, self.result.axes)]
+        tensors = (self.factor[::-1], self.source.axes[::-1], self.result.axes[::-1])
+        strides = [dict(zip(t, accumulate((sizes[axis] for axis in t), mul, initial=1))) for t in tensors]
         # in the order of the factor, where most axes merge; the fastest axis of the source or the result last
         order, fastest = (*self.factor, *self.source.axes), (self.source.fastest_axis, self.result.fastest_axis)
         merged: list[tuple[int, ...]] = []
@@ -130,21 +129,13 @@ def plan(structure: Structure) -> tuple[tuple[StridedStep, ...], ...]:
 
 
 def _between(first: Factor, second: Factor, sizes: Mapping[str, int]) -> Layout:
-    """The layout of an intermediate that both steps reach in runs of at least a sector.
-
-    It is token-major if a new axis of the first step is long enough and the second step contracts it or keeps it free.
-    Otherwise (as in a BTT of small rank, whose new axes are the batch of the next step) the tokens come last.
-    """
+    """The layout of an intermediate that both steps reach in runs of a sector: of a long new axis, or of tokens."""
     axes = (*first.batch, *first.free, *first.new)
     long = [axis for axis in first.new if 2 * sizes[axis] >= SECTOR and axis not in second.batch]
     if not long:
         return Layout(axes, sizes, first.result_size, tokens_last=True)
     last = max(long, key=lambda axis: (axis in second.contracted, sizes[axis]))
     return Layout((*(axis for axis in axes if axis != last), last), sizes, first.result_size)
-
-
-def _contiguous_strides(axes: Axes, sizes: Mapping[str, int]) -> dict[str, int]:
-    return dict(zip(reversed(axes), accumulate((sizes[axis] for axis in reversed(axes)), mul, initial=1)))
 
 
 class Slots(NamedTuple):
@@ -221,15 +212,12 @@ def gradient_of_factor(
 def share_of_tokens(step: StridedStep, itemsize: int) -> int:
     """The tokens that one program sums, so that partial sums in float32 move at most half as much as the operands."""
     params = math.prod(step.source.sizes[axis] for axis in step.factor)
-    return max(_MIN_SHARE, _power(16 * params // (itemsize * (step.source.features + step.result.features))))
+    return max(128, _power(16 * params // (itemsize * (step.source.features + step.result.features))))
 
 
 @lru_cache(maxsize=4096)
 def _tiles(step: StridedStep, dtype: torch.dtype, tokens: int, gradient: bool) -> tuple[Tile, ...]:
-    """The candidates that fit the registers of a GPU, for about this many tokens; the first fits any shared memory.
-
-    The sums of a tile are m x n and the summands k, with m = tokens x free; for a gradient, n x k and m.
-    """
+    """The candidates that fit the registers of a GPU, for about this many tokens; the first fits any shared memory."""
     itemsize, counts = dtype.itemsize, step.counts
     # blocks of batch and free axes that reach memory in whole sectors
     sector = SECTOR // itemsize
@@ -238,6 +226,7 @@ def _tiles(step: StridedStep, dtype: torch.dtype, tokens: int, gradient: bool) -
     weight = max(4 if b > 1 else 1, 8 if itemsize == 4 else 1)
     tiles = []
     for first, second in _SIDES:
+        # the sums are m x n and the summands k, with m = tokens x free; for a gradient, n x k and m
         m, n, k = (_DEPTH[itemsize], first, second) if gradient else (first, second, _DEPTH[itemsize])
         m, n, k = max(f, min(m, tokens * f)), min(n, _padded(counts["N"])), min(k, _padded(counts["K"]))
         sums, loaded = (n * k, m * (n + k)) if gradient else (m * n, (m + n) * k)
@@ -278,11 +267,10 @@ def _constants(step: StridedStep, dtype: torch.dtype) -> dict[str, Any]:
 
 def _precision(dtype: torch.dtype) -> str:
     """The precision of products: torch's own setting for float32."""
-    if interpreting():
-        return "widen"
     matmul = torch.backends.cuda.matmul
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed and dtype == torch.float32 else "ieee"
+    precision = "tf32" if allowed and dtype == torch.float32 else "ieee"
+    return "widen" if interpreting() else precision
 
 
 def _strides(tensor: Tensor, layout: Layout) -> tuple[int, int]:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from einlinear.ops.product import Gradients, Product
+from einlinear.ops.operands import Gradients, Product
 from einlinear.ops.triton import launch
 from einlinear.ops.triton.launch import BLOCK_SLOTS, Slots, StridedStep, plan
 from einlinear.structures import Structure
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why the kernels cannot run, or None if they can. They support every structure."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if dtype not in DTYPES:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels compute in float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if launch.interpreting():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 interprets kernels on the CPU"
@@ -87,10 +86,9 @@ def _backward(
     grad_factors: list[Tensor | None] = [None] * len(factors)
     for steps, (_, numbers) in zip(plan(structure), structure.by_term(range(len(factors))), strict=True):
         weights, needs = [factors[i].contiguous() for i in numbers], [needs_factors[i] for i in numbers]
-        if saved:
-            sources = [x, *(next(remaining) for _ in steps[1:])]
-        else:
-            sources = _sources(steps, weights, x, slots) if any(needs[1:]) else [x]
+        sources = [x, *islice(remaining, len(steps) - 1)]
+        if not saved and any(needs[1:]):
+            sources = _sources(steps, weights, x, slots)
         upstream = grad
         for i in reversed(range(len(steps))):
             step, weight = steps[i], weights[i]
@@ -113,10 +111,7 @@ def _sources(steps: Sequence[StridedStep], weights: Sequence[Tensor], x: Tensor,
 
 
 def _arrange(product: Product) -> tuple[Slots, Product]:
-    """Sort pairs by expert. Return their slots, and the product without bias of the gated inputs in these slots.
-
-    The number of blocks is only bounded from above, so that nothing waits for the device.
-    """
+    """Sort pairs by expert. Return their slots, and the product without bias of the gated inputs in these slots."""
     assert product.routing is not None
     indices, gates = product.routing
     flat, experts, pairs = indices.flatten(), product.experts, indices.numel()
@@ -127,6 +122,7 @@ def _arrange(product: Product) -> tuple[Slots, Product]:
     shift = starts[:-1] - (loads.cumsum(0) - loads)
     sorted_positions = torch.arange(pairs, device=flat.device) + shift[flat[order]]
     positions = torch.empty_like(flat).scatter_(0, order, sorted_positions).view(indices.shape)
+    # the number of blocks is only bounded from above, so that nothing waits for the device
     first_slots = torch.arange(pairs // BLOCK_SLOTS + min(experts, pairs), device=flat.device) * BLOCK_SLOTS
     # blocks that are left over hold zeros, so any expert will do
     expert = torch.searchsorted(starts[1:], first_slots, right=True).clamp(max=experts - 1)

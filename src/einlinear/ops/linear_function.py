@@ -1,8 +1,7 @@
-"""The derivatives of a product: an autograd function in eager mode, an operator where something traces or counts.
+"""`linear`, the structured counterpart of `torch.nn.functional.linear`, and its derivatives.
 
-The function has a fifth of the overhead of the operator (``torch.ops.einlinear.linear``), which serves torch.compile,
-fake tensors, and dispatch modes such as FlopCounterMode and selective activation checkpointing. `functional.py` handles
-autocast: a rule of an operator casts to one dtype for good.
+In eager mode a backend is an autograd function. It has a fifth of the overhead of the operator
+(``torch.ops.einlinear.linear``), which serves torch.compile, fake tensors, and dispatch modes such as FlopCounterMode.
 """
 
 from __future__ import annotations
@@ -13,31 +12,105 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from einlinear import structures
 from einlinear.import_hooks import when_imported
 from einlinear.ops import backends, operands, reference
-from einlinear.ops.context import is_differentiated_again
-from einlinear.ops.dispatch import recomputes
-from einlinear.ops.product import Assignment, Product
+from einlinear.ops.context import CallContext, autocast, call_context, is_differentiated_again, wants_gradients
+from einlinear.ops.dispatch import choose, choose_for_compiler, recomputes
+from einlinear.ops.operands import Assignment, Product
 from einlinear.structures import Structure
 
 
-def run(backend: str, product: Product, training: bool) -> Tensor:
-    """Return y of shape (n, out_features) by a backend other than the reference, differentiable if `training`."""
-    if training:
-        y: Tensor = _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call]
-        return y
-    return backends.find(backend).forward(product, False)[0]
+def linear(
+    structure: Structure,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+    routing: Assignment | None = None,
+) -> Tensor:
+    """Multiply with a structured matrix, as `torch.nn.functional.linear` does with a dense one: (..., out_features).
+
+    With a routing, a token is multiplied with the matrices of its experts: y = sum of gate_e * W_e x, plus the bias.
+
+    Args:
+        structure: of the matrix.
+        factors: one tensor per factor, in the order and of the shapes of `structure.factors`; with a routing, stacks
+            of these, of shape (experts, *shape of the factor).
+        x: (..., in_features), of the same dtype as the factors (or under autocast); nested tensors included.
+        bias: (out_features,) or None.
+        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. Tracers (torch.jit, torch.fx,
+            torch.export), torch.func, forward-mode differentiation and tensor subclasses always get the reference.
+        routing: the experts of every token, `Assignment(indices, gates)`, both of shape (n, active) for the n tokens
+            of x; differentiable in the gates.
+
+    Raises:
+        RuntimeError: a tensor of a wrong shape, dtype, device, or whose memory was released; a backend that cannot run.
+        ValueError: an unknown backend; more or fewer factors than the structure has.
+        TypeError: something else than a tensor.
+        IndexError: an index of no expert; only on the CPU.
+
+    Example:
+        >>> import torch, einlinear as el
+        >>> s = el.structure("btt", 16, 16)
+        >>> stacks = [torch.randn(3, *factor.shape) for factor in s.factors]
+        >>> indices, gates = torch.tensor([[0, 2], [1, 2]]), torch.full((2, 2), 0.5)
+        >>> el.ops.linear(s, stacks, torch.randn(2, 16), routing=el.ops.Assignment(indices, gates)).shape
+        torch.Size([2, 16])
+    """
+
+    def multiply(tokens: Tensor) -> Tensor:
+        return _linear(Product(structure, factors, tokens, bias, routing), backend)
+
+    return operands.along_features(multiply, x, structure.in_features, structure.out_features)
 
 
-def traced(backend: str, product: Product) -> Tensor:
-    """Return the same by the operator."""
+def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
+    """W of shape (out_features, in_features): the weights of all terms, added up; differentiable.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: factors that do not fit the structure, as for `linear`.
+    """
+    if not any(isinstance(factor, fx.Proxy) for factor in factors):  # of which torch.fx knows nothing
+        product = Product(structure, factors, x=None)  # type: ignore[arg-type]
+        operands.check(product, memory=call_context(*factors) is CallContext.EAGER)
+    return reference.dense_weight(structure, factors)
+
+
+def _linear(product: Product, backend: str | None) -> Tensor:
+    """Return y of shape (n, out_features), computed as the context of the call demands."""
+    if backend is not None:
+        backends.check_name(backend)
+    if isinstance(product.x, fx.Proxy):
+        return reference.apply(product)
+    tensors = product.tensors()
+    context = call_context(*tensors)
+    eager, plain = context is CallContext.EAGER, context is CallContext.PLAIN
+    training = not plain and wants_gradients(*tensors)
+    product = autocast(product)
     structure, factors, x, bias, routing = product
-    indices, gates = routing or (None, None)
-    y: Tensor = linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)
-    return y
+    if plain or (routing is not None and x.is_meta):
+        # other backends read the indices, which have no values on "meta"
+        backend = "reference"
+    elif backend is not None:
+        backends.check_support(backend, product)
+    elif not eager and torch.compiler.is_compiling():
+        sizes = structure.in_features, structure.out_features
+        backend = choose_for_compiler(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
+    else:
+        tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, product.experts))
+        backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
+    if backend == "reference":
+        operands.check(product, memory=eager)
+        return reference.apply(product)
+    if not eager:
+        indices, gates = routing or (None, None)
+        return linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)  # type: ignore[no-any-return]
+    if training:
+        return _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call, no-any-return]
+    return backends.find(backend).forward(product, False)[0]
 
 
 class _Linear(torch.autograd.Function):
@@ -79,20 +152,14 @@ def _plain_gradients(
     return [next(gradients) if needs else None for needs in needed]
 
 
-def structure_of(spec: str, in_features: int, out_features: int) -> Structure:
-    """Return the structure of a spec, from a cache. A compiler's symbols become numbers, for good."""
-    return _structure_of(spec, int(in_features), int(out_features))
+structure_of = lru_cache(maxsize=4096)(structures.structure)
 
 
-_structure_of = lru_cache(maxsize=4096)(structures.structure)
-
-
-def _product(
-    x: Tensor, factors: Sequence[Tensor], bias: Any, indices: Any, gates: Any, spec: str, out_features: int
-) -> Product:
+def _product(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int) -> Product:
     """Return the product of an operator's arguments."""
     routing = None if indices is None or gates is None else Assignment(indices, gates)
-    return Product(structure_of(spec, _features(x), out_features), factors, x, bias, routing)
+    # a compiler's symbols become numbers, for good
+    return Product(structure_of(spec, int(_features(x)), int(out_features)), factors, x, bias, routing)
 
 
 def _features(x: Tensor) -> int:
@@ -110,7 +177,7 @@ def _features(x: Tensor) -> int:
 def linear_op(
     x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, backend: str
 ) -> Tensor:
-    """Compute `run` without autograd: (n, in_features) to (n, out_features)."""
+    """Compute `linear` without autograd: (n, in_features) to (n, out_features)."""
     product = _product(x, factors, bias, indices, gates, spec, out_features)
     backends.check_support(backend, product)
     return backends.find(backend).forward(product, False)[0]
@@ -118,7 +185,7 @@ def linear_op(
 
 @linear_op.register_fake
 def _(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, _: str) -> Tensor:
-    operands.check(*_product(x, factors, bias, indices, gates, spec, out_features), memory=False)
+    operands.check(_product(x, factors, bias, indices, gates, spec, out_features), memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -128,11 +195,9 @@ def _(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, o
     schema="(Tensor grad, Tensor x, Tensor[] factors, Tensor? indices, Tensor? gates, str spec, str backend, "
     "bool needs_x, bool[] needs_factors) -> Tensor[]",
 )
-def linear_backward_op(
-    grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, spec: str, *others: Any
-) -> list[Tensor]:
+def linear_backward_op(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, *others: Any) -> list[Tensor]:
     """Return the needed gradients, of x, of the gates and of the factors; intermediates are recomputed."""
-    backend, needs_x, needs_factors = others
+    spec, backend, needs_x, needs_factors = others
     product = _product(x, factors, None, indices, gates, spec, _features(grad))
     backends.check_support(backend, product)
     gradients = backends.find(backend).backward(product, grad, [], needs_x, needs_factors)
@@ -140,9 +205,9 @@ def linear_backward_op(
 
 
 @linear_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, spec: str, *others: Any) -> list[Tensor]:
-    _, needs_x, needs_factors = others
-    operands.check(*_product(x, factors, None, indices, gates, spec, _features(grad)), grad=grad, memory=False)
+def _(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, *others: Any) -> list[Tensor]:
+    spec, _, needs_x, needs_factors = others
+    operands.check(_product(x, factors, None, indices, gates, spec, _features(grad)), grad=grad, memory=False)
     tensors = zip((x, gates, *factors), (needs_x, needs_x and gates is not None, *needs_factors), strict=True)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
 
@@ -171,9 +236,12 @@ def _register_flops() -> None:
     # imports triton
     from torch.utils.flop_counter import register_flop_formula
 
+    def vectors(x: Any, indices: Any) -> int:
+        return int(x[0] if indices is None else math.prod(indices))
+
     @register_flop_formula(torch.ops.einlinear.linear)
     def _(x: Any, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out: int, *_: Any, **__: Any) -> int:
-        return 2 * _vectors(x, indices) * structure_of(spec, x[1], out).macs
+        return 2 * vectors(x, indices) * structure_of(spec, x[1], out).macs
 
     @register_flop_formula(torch.ops.einlinear.linear_backward)
     def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, *others: Any, **_: Any) -> int:
@@ -182,12 +250,7 @@ def _register_flops() -> None:
         structure = structure_of(spec, x[1], grad[1])
         inputs = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
         weights = sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed)
-        return 2 * _vectors(x, indices) * (inputs + weights)
-
-
-def _vectors(x: Any, indices: Any) -> int:
-    """Return the number of input vectors that are multiplied, given the shapes of x and of the experts' indices."""
-    return int(x[0] if indices is None else math.prod(indices))
+        return 2 * vectors(x, indices) * (inputs + weights)
 
 
 when_imported("torch.utils.flop_counter", _register_flops)
