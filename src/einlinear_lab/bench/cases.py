@@ -154,7 +154,7 @@ SUITES = {
         tokens=(1, 16, 256, 2048),
         config=BenchConfig(budget=1.5),
     ),
-    # What users have. Two CPU cores, about an hour.
+    # What users have. At least a quarter of an hour on two CPU cores; longer where half precision is slow.
     "cpu": Suite(
         structures=("btt", "btt(rank=2)", "monarch(blocks=16)", "low_rank(rank={d/8})", "dyad"),
         sizes=tuple((d, d) for d in (64, 256, 512, 1024, 2048, 4096)),

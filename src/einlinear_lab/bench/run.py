@@ -29,6 +29,8 @@ from einlinear_lab.bench.variants import COPYING, DENSE, FOREIGN, Variant, Workl
 
 FILE = "bench.json"
 _SLACK = 4.0
+# the most time for a case, in budgets: dense layers of half precision take minutes on some processors
+_MOST = 200
 _NAMES = ("output", "gradient of the input", "gradient of the weight", "gradient of the bias")
 
 
@@ -72,9 +74,26 @@ class Recorder:
 
     @property
     def missing(self) -> list[Case]:
-        """The cases without a result."""
+        """The cases without a result, without those that are too slow for the budget."""
+        return [case for case in self._unmeasured if self._seconds(case) <= self.limit]
+
+    @property
+    def too_slow(self) -> list[Case]:
+        """The cases without a result that are left out, because they would take longer than `limit`."""
+        return [case for case in self._unmeasured if self._seconds(case) > self.limit]
+
+    @property
+    def limit(self) -> float:
+        """The most seconds for a case, checks included."""
+        return _MOST * max(self.bench.config.budget, 0.1)
+
+    @property
+    def _unmeasured(self) -> list[Case]:
         done = {result.case for result in self.bench.results}
         return [case for case in self.cases if case not in done]
+
+    def _seconds(self, case: Case) -> float:
+        return _estimate(case, self.bench.config, self.roofline(case))
 
     @property
     def results(self) -> list[BenchResult]:
@@ -99,7 +118,7 @@ class Recorder:
 
     def estimate(self) -> float:
         """Estimate the seconds that the missing cases will take."""
-        return sum(_estimate(case, self.bench.config, self.roofline(case)) for case in self.missing)
+        return sum(map(self._seconds, self.missing))
 
 
 def _estimate(case: Case, config: BenchConfig, roofline: Roofline) -> float:

@@ -52,8 +52,8 @@ def bench_command(
 
     Args:
         suite: What to measure: quick (the default), small, standard (20 minutes on two cores), cpu (all dtypes, 64 to
-            4096 features, an hour), gpu, moe (mixtures of experts), projection (of a large weight). The other options
-            override it.
+            4096 features), gpu, moe (mixtures of experts), projection (of a large weight). The other options override
+            it.
         structures: Structures, separated by ';' (names of families also by ','); may be repeated. {d/8} stands for an
             eighth of the features.
         sizes: Features of the layers, or in x out, such as 1024,1024x4096.
@@ -66,7 +66,7 @@ def bench_command(
         cold: Whether the weights of a decode pass come from memory, as in a model, or from the caches. Default: from
             memory on a CPU, through a stack of layers larger than the caches.
         compiled: Whether to measure torch.compile of the einsum too.
-        budget: Seconds that each case is repeated for.
+        budget: Seconds that each case is repeated for. Cases that would take 200 times as long are left out.
         threads: CPU threads. Default: as many as torch takes.
         out: Results folder; what it lacks is measured. Default: results/bench-SUITE.
         fresh: Measure again what the results folder holds.
@@ -176,9 +176,12 @@ def _run(
 
 def _measure(recorder: Recorder) -> None:
     """Measure the missing cases, with a progress bar."""
-    missing = recorder.missing
+    missing, slow = recorder.missing, recorder.too_slow
     display.note(str(recorder.bench.machine))
-    if not missing:
+    if slow:
+        reason = f"take longer than {recorder.limit:.0f} seconds each; a larger --budget measures them"
+        display.warning(f"{len(slow)} cases are left out, because they would {reason}: {slow[0]}, ...")
+    if not missing and not slow:
         display.note(f"{recorder.path} has all cases already; --fresh measures them again.")
         return
     seconds = recorder.estimate()
