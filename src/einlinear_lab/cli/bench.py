@@ -117,6 +117,8 @@ def bench_command(
             all_cases, config = chosen.cases(), chosen.config
         folder = out or Path("results") / f"bench-{suite or ('compare' if past else 'quick')}"
         recorder = Recorder(folder, all_cases, config, command_line(), fresh=fresh, reading=past is not None)
+        if not recorder.results and not recorder.missing:
+            raise ValueError(f"every case would take longer than {recorder.limit:.0f} seconds; give a larger --budget")
 
     with display.interruptible(f"Interrupted. {recorder.path} holds every finished case; the same command resumes."):
         _measure(recorder)

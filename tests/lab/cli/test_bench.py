@@ -88,6 +88,11 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
     assert [result.case.mode for result in results.read(tmp_path / "bench.json").results] == ["forward"]
 
 
+def test_nothing_but_slow_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("einlinear_lab.bench.run.measure_roofline", lambda *_: Roofline(1e4, 1e10))
+    assert_refused(run(*TINY, "--out", tmp_path / "out"), "every case would take longer than 20 seconds")
+
+
 def test_compare_shows_what_changed(tmp_path: Path) -> None:
     run(*TINY, "--out", tmp_path / "old")
     old = tmp_path / "old" / "bench.json"
