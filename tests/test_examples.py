@@ -17,6 +17,7 @@ from tests.lab.data.samples import needs, prose
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_dense_to_sparse(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(prose(2000))
     code, _, err = run("prepare", tmp_path / "text.txt", "--out", tmp_path / "tokens")
@@ -48,6 +49,7 @@ def test_compressed_speed() -> None:
     assert [row[2] == "–" for row in rows] == [True] * 13 + [False] * 13  # an encoder generates nothing
 
 
+@pytest.mark.slow
 @needs("transformers")
 def test_compression_memory() -> None:
     command = [sys.executable, str(ROOT / "examples" / "compression_memory.py"), "--vocabulary", "40000"]
@@ -78,6 +80,7 @@ def test_tied_heads() -> None:
     assert [ratio > 2 for ratio in growth] == [True, False, True, False, False]
 
 
+@pytest.mark.slow
 def test_search_regret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("search_regret", ROOT / "examples" / "search_regret.py")
     assert spec is not None

@@ -18,6 +18,7 @@ def seconds(code: str) -> float:
     return os.times().children_user - before
 
 
+@pytest.mark.slow
 def test_import_takes_little_longer_than_that_of_torch() -> None:
     rounds = [(seconds("import torch"), seconds("import einlinear"), seconds(HELP)) for _ in range(5)]
     torchs, ours, helps = (min(times) for times in zip(*rounds, strict=True))

@@ -22,6 +22,7 @@ SAMPLE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # transformers warns of kernels that are not installed, and of its own ways
 def test_a_sample_is_as_the_page_says(tmp_path: Path) -> None:
     names = [name.strip() for name in SAMPLE.split(";")]

@@ -140,6 +140,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 @needs("lm_eval")
 def test_lm_eval(tmp_path: Path) -> None:
     """The command, as anyone calls it, finds what the dense model of the same function says."""

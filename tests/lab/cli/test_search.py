@@ -13,6 +13,7 @@ from einlinear_lab.runs.store import Store
 QUICK = ("data=digits", "steps=6", "depth=1", "batch_size=128", "--budget", "8k")
 
 
+@pytest.mark.slow
 def test_a_search_and_its_confirmation(tmp_path: Path) -> None:
     out = tmp_path / "found"
     code, said, _ = run("search", *QUICK, "--trials", 3, "--workers", 1, "--no-prune", "--out", out)

@@ -66,6 +66,7 @@ def test_roles_get_structures_of_their_own() -> None:
         SearchSpace(roles=("head",))
 
 
+@pytest.mark.slow
 def test_every_draw_costs_the_budget_and_computes_what_its_matrix_says() -> None:
     draw, matching = random.Random(1), Matching(MLPConfig(depth=1, expansion=2), Shape(96, 10), 100_000)
     checked = set[tuple[str, int, int]]()

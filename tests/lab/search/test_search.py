@@ -399,6 +399,7 @@ def check(folder: Path, storage: str | None) -> None:
         assert result.steps == SURVIVOR["steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds processes in /proc")
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_two_drivers_killed_at_random_moments(tmp_path: Path, kind: str) -> None:

@@ -133,6 +133,7 @@ def holder_of(path: Path) -> int | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds processes in /proc")
 def test_a_cluster_gives_the_table_of_local_workers(tmp_path: Path) -> None:
     if os.environ.get("CI") != "true":

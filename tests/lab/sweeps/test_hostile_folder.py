@@ -73,12 +73,14 @@ def script(hostile: Path, *commands: tuple[str, ...]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_processes_of_this_machine(hostile: Path) -> None:
     start(hostile, script(hostile, *COMMANDS))
     for out in ("swept", "compared", "searched"):
         assert list(hostile.glob(f"{out}/runs/*/result.json")), out
 
 
+@pytest.mark.slow
 def test_processes_of_a_cluster(hostile: Path) -> None:
     if os.environ.get("CI") != "true":
         pytest.importorskip("ray", reason="needs ray: pip install ray")

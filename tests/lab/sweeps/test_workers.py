@@ -39,6 +39,7 @@ def children(pid: int) -> list[int]:
     return direct + [grandchild for child in direct for grandchild in children(child)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it finds processes in /proc")
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Drivers and workers, 20 of them: every run ends as if there had been none, no result is lost or doubled."""

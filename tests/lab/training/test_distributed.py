@@ -1,12 +1,14 @@
 """Two processes on gloo: the losses, learning rates and checkpoints of one."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 from tests.lab.training import toy
 
@@ -31,8 +33,17 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what two processes have done, one run after the other."""
-    folder = tmp_path_factory.mktemp("together")
+    """The folder of what two processes have done, one run after the other; once for all processes of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "together"
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            run_together(folder)
+    return folder
+
+
+def run_together(folder: Path) -> None:
+    folder.mkdir()
     runs = {
         name: OPTIONS | {"steps": 30, "checkpoint_every": 15, "accumulate": 2, "parallel": name.split(",")[0]} | options
         for name, options in CASES.items()
@@ -46,9 +57,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_follow_one(together: Path, tmp_path: Path, case: str) -> None:
     options = OPTIONS | CASES[case]

@@ -336,6 +336,7 @@ def run_and_tell(folder: Path, options: dict[str, Any], steps_made: Connection) 
     (folder / "done.json").write_text(json.dumps([found.losses, dict(found.metrics)]))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Every kill costs at most what was made since the last checkpoint, and the run ends as if there had been none."""
     options: dict[str, Any] = {"steps": 150, "checkpoint_every": 3, "log_every": 1, "evaluate_every": 7}
