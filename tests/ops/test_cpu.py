@@ -44,7 +44,7 @@ def test_it_is_compiled_where_tests_have_to_be_complete() -> None:
 @pytest.mark.parametrize("flags", [("-msse4.2",), ("-mavx2", "-mfma")])
 def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
     build = kernels.build
-    monkeypatch.setattr(kernels, "build", lambda native: build(flags))
+    monkeypatch.setattr(kernels, "build", lambda native, dtype: build(flags, dtype))
     for spec in ("btt(rank=2)", "dyad", "btt(cores=3)"):
         for tokens in (1, 7, 50):
             for dtype, close in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
@@ -78,11 +78,9 @@ def test_large_factors_have_larger_tiles(spec: str, recompute: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.slow
-def test_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: object) -> None:
+def test_without_openmp(monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
     """Fewer threads run than are asked for, which has to leave no memory unwritten."""
-    monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(kernels, "_THREADS", ((),))
+    monkeypatch.setattr(kernels, "_find_openmp", lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -115,16 +113,16 @@ def test_without_a_compiler_others_do_the_work(
 @pytest.mark.slow
 def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EINLINEAR_CACHE", str(tmp_path))
-    path = kernels.build(("-O0",))
+    path = kernels.build(("-O0",), "float32")
     assert path.parent == tmp_path / "kernels"
     made = path.stat().st_mtime_ns
-    assert kernels.build(("-O0",)) == path
+    assert kernels.build(("-O0",), "float32") == path
     assert path.stat().st_mtime_ns == made
     assert {p.name for p in path.parent.iterdir()} == {path.name, ".lock"}, "nothing else is left behind"
     changed = Path(shutil.copytree(kernels.SOURCE.parent, tmp_path / "changed"))
     (changed / "decode.h").write_text((changed / "decode.h").read_text() + "// more\n")
     monkeypatch.setattr(kernels, "SOURCE", changed / kernels.SOURCE.name)
-    assert kernels.build(("-O0",)) != path
+    assert kernels.build(("-O0",), "float32") != path
 
 
 def test_the_cost_model_presumes_the_cache_that_the_kernel_does() -> None:

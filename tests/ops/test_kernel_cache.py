@@ -13,6 +13,7 @@ from pathlib import Path
 
 import filelock
 import pytest
+import torch
 
 from einlinear.files import check_private
 from einlinear.ops.cpu import kernel_library as kernels
@@ -25,7 +26,7 @@ NATIVE = ("-march=native",)
 @pytest.fixture(scope="module")
 def compiled() -> Path:
     """The kernels, as this machine has them."""
-    return kernels.build(NATIVE)
+    return kernels.build(NATIVE, "float32")
 
 
 @pytest.fixture
@@ -56,13 +57,13 @@ def calls(cache: Path) -> int:
 def test_the_folder_is_private(cache: Path) -> None:
     before = os.umask(0)
     try:
-        path = kernels.build(NATIVE)
+        path = kernels.build(NATIVE, "float32")
     finally:
         os.umask(before)
     for place in (cache, path.parent, path):
         assert stat.S_IMODE(place.stat().st_mode) == 0o700, place
     assert {p.name for p in path.parent.iterdir()} == {path.name, ".lock"}
-    assert kernels.build(NATIVE) == path
+    assert kernels.build(NATIVE, "float32") == path
     assert calls(cache) == 1
 
 
@@ -144,10 +145,10 @@ def test_nothing_is_loaded_where_others_can_write(
     hostile: Callable[[Path], Path],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    path = kernels.build(NATIVE)
+    path = kernels.build(NATIVE, "float32")
     trace = hostile(path)
     spoil(path)
-    why = kernels.load()
+    why = kernels.load(torch.float32)
     assert isinstance(why, str)
     assert "can be changed by others" in why or "belongs to another user (number 12345)" in why
     assert "name another folder in EINLINEAR_CACHE" in why
@@ -159,25 +160,25 @@ def test_nothing_is_loaded_where_others_can_write(
 def test_a_sticky_folder_above_is_safe(cache: Path) -> None:
     """As in /tmp: others can make files there, but not move this user's."""
     cache.parent.chmod(0o1777)
-    assert isinstance(kernels.load(), kernels.Library)
+    assert isinstance(kernels.load(torch.float32), kernels.Library)
 
 
 def test_a_link_to_a_safe_folder_is_safe(cache: Path) -> None:
     (cache.parent / "real").mkdir(mode=0o700)
     cache.symlink_to("real/../real")
-    assert isinstance(kernels.load(), kernels.Library)
+    assert isinstance(kernels.load(torch.float32), kernels.Library)
     cache.unlink()
     cache.symlink_to(cache)
     kernels.load.cache_clear()
-    assert isinstance(kernels.load(), str), "a link to itself ends"
+    assert isinstance(kernels.load(torch.float32), str), "a link to itself ends"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root's files are trusted by all")
 def test_a_folder_of_another_user(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.build(NATIVE)
+    kernels.build(NATIVE, "float32")
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(PermissionError, match="belongs to another user"):
-        kernels.build(NATIVE)
+        kernels.build(NATIVE, "float32")
 
 
 def truncated(path: Path) -> None:
@@ -217,16 +218,16 @@ def others_write_the_file(path: Path) -> None:
     "damage", [truncated, empty, altered, a_pipe, a_folder, a_link_to_a_folder, others_write_the_file]
 )
 def test_a_damaged_file_is_compiled_anew(damage: Callable[[Path], None], cache: Path) -> None:
-    path = kernels.build(NATIVE)
+    path = kernels.build(NATIVE, "float32")
     damage(path)
-    assert isinstance(kernels.load(), kernels.Library)
+    assert isinstance(kernels.load(torch.float32), kernels.Library)
     assert calls(cache) == 2
     assert {p.name for p in path.parent.iterdir()} == {path.name, ".lock"}
 
 
 def test_a_file_without_symbols_is_never_loaded(cache: Path, hostile: Callable[[Path], Path]) -> None:
-    trace = hostile(kernels.build(NATIVE))
-    assert isinstance(kernels.load(), kernels.Library)
+    trace = hostile(kernels.build(NATIVE, "float32"))
+    assert isinstance(kernels.load(torch.float32), kernels.Library)
     assert not trace.exists()
 
 
@@ -236,23 +237,23 @@ def test_a_compiler_that_makes_something_else(cache: Path, tmp_path: Path, monke
     script.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nexec cc -shared -o "$2" {tmp_path}/empty.c\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    why = kernels.load()
+    why = kernels.load(torch.float32)
     assert isinstance(why, str)
     assert "forward" in why
     kernels.load.cache_clear()
     monkeypatch.setenv("CXX", "echo")
-    why = kernels.load()
+    why = kernels.load(torch.float32)
     assert isinstance(why, str)
     assert "'echo' does not compile kernel.cpp" in why
 
 
 def test_a_compiler_with_arguments(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", f"env A=1 {os.environ['CXX']}")
-    assert isinstance(kernels.load(), kernels.Library)
+    assert isinstance(kernels.load(torch.float32), kernels.Library)
     assert calls(cache) == 1
     kernels.load.cache_clear()
     monkeypatch.setenv("CXX", 'g++ "')
-    why = kernels.load()
+    why = kernels.load(torch.float32)
     assert isinstance(why, str)
     assert "is not a command" in why
 
@@ -261,7 +262,7 @@ def test_kernels_can_be_turned_off(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("EINLINEAR_KERNELS", "0")
-    assert kernels.load() == "they are turned off by EINLINEAR_KERNELS=0"
+    assert kernels.load(torch.float32) == "they are turned off by EINLINEAR_KERNELS=0"
     assert calls(cache) == 0
     assert not caplog.records
 
@@ -280,7 +281,7 @@ def test_one_compiles_and_what_killed_ones_left_is_removed(cache: Path) -> None:
     meanwhile.write_text("#!/bin/sh\nsleep 0.5\n")
     meanwhile.chmod(0o755)
     with ThreadPoolExecutor(3) as pool:  # with a lock each, as processes have
-        (path,) = set(pool.map(kernels.build, [NATIVE] * 3))
+        (path,) = set(pool.map(kernels.build, [NATIVE] * 3, ["float32"] * 3))
     assert calls(cache) == 1
     assert not killed.exists()
     assert of_another_machine.exists(), "it may be at work"
@@ -289,7 +290,7 @@ def test_one_compiles_and_what_killed_ones_left_is_removed(cache: Path) -> None:
     path.unlink()
     for left in (of_another_machine, of_before):
         os.utime(left, (0, 0))
-    assert kernels.build(NATIVE) == path
+    assert kernels.build(NATIVE, "float32") == path
     assert {p.name for p in folder.iterdir()} == {path.name, ".lock"}
 
 
@@ -303,7 +304,7 @@ def test_without_locks_it_is_compiled_beside(
     left = cache / "kernels" / f"{kernels._SCRATCH}x"
     left.mkdir()
     monkeypatch.setattr(filelock.FileLock, "acquire", unsupported)
-    assert isinstance(kernels.load(), kernels.Library)
+    assert isinstance(kernels.load(torch.float32), kernels.Library)
     assert left.exists(), "it may be at work"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 

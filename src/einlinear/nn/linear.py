@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from einlinear import ops
 from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
 from einlinear.nn.lazy_weight import weight_of
+from einlinear.ops.backends import find
 from einlinear.ops.context import autocast_dtype, wants_gradients
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
@@ -240,4 +242,6 @@ def explain(layer: Any, x: Tensor) -> ops.Choice:
     if not isinstance(layer, Linear):
         raise TypeError(f"expected an einlinear.Linear, not {type(layer).__name__}")
     training, tokens = wants_gradients(x, *layer.parameters()), x.numel() // layer.in_features
-    return ops.choose(layer.structure, tokens, autocast_dtype(x) or x.dtype, x.device, training)
+    dtype = autocast_dtype(x) or x.dtype
+    choice = ops.choose(layer.structure, tokens, dtype, x.device, training)
+    return replace(choice, kernels=find("cpu").module.load(dtype).origin) if choice.backend == "cpu" else choice

@@ -33,15 +33,18 @@ class Choice:
         reason: one sentence.
         estimates: microseconds by the cost model, of the backends that can run and of dense.
         refusals: the others, and why they cannot run or are left out.
+        kernels: of the backend "cpu", in `el.explain`: prebuilt or compiled, and for which processor.
     """
 
     backend: str
     reason: str
     estimates: tuple[tuple[str, float], ...] = ()
     refusals: tuple[tuple[str, str], ...] = ()
+    kernels: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}"]
+        lines += [f"  kernels    {self.kernels}"] if self.kernels else []
         lines += [f"  {name:<10} about {us:,.0f} us" for name, us in self.estimates]
         lines += [f"  {name:<10} cannot: {why}" for name, why in self.refusals]
         return "\n".join(lines)

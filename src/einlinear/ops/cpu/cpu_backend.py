@@ -26,7 +26,7 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
         return f"it runs on the CPU, not on {device.type}"
     if dtype not in DTYPES:
         return f"it computes in real numbers of 16, 32 or 64 bits, not in {str(dtype).removeprefix('torch.')}"
-    library = load()
+    library = load(dtype)
     return library if isinstance(library, str) else None
 
 
@@ -39,7 +39,7 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
     y = x.new_empty(n, structure.out_features)
     saved = []
     if save and program.intermediate_size and routing is None:
-        tile: int = _function("tile", x)(program.address, n)
+        tile: int = _library(x).tile(program.address, n)
         # half precision exists in memory only: what is between two factors is float32
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size, dtype=dtype)]
@@ -48,7 +48,7 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
         # written out: this is most of the overhead of a call
         at = program.pointers(*[factor.data_ptr() for factor in factors])
         bias_at, saved_at = None if bias is None else bias.data_ptr(), saved[0].data_ptr() if saved else None
-        _function("forward", x)(program.address, at, x.data_ptr(), bias_at, y.data_ptr(), saved_at, pairs, n, threads)
+        _library(x).forward(program.address, at, x.data_ptr(), bias_at, y.data_ptr(), saved_at, pairs, n, threads)
     return y, saved
 
 
@@ -72,7 +72,7 @@ def backward(
         saved_at, grad_x_at = saved[0].data_ptr() if saved else None, None if grad_x is None else grad_x.data_ptr()
         gates_at = None if grad_gates is None else grad_gates.data_ptr()
         ends = x.data_ptr(), grad.data_ptr(), saved_at, grad_x_at, gates_at
-        _function("backward", x)(program.address, at, grads_at, *ends, pairs, n, threads)
+        _library(x).backward(program.address, at, grads_at, *ends, pairs, n, threads)
     return Gradients(grad_x, grad_gates, grad_factors)
 
 
@@ -98,12 +98,12 @@ def _schedule(
     return ctypes.byref(Pairs(*[tensor.data_ptr() for tensor in tensors], n, block, experts, active)), threads, tensors
 
 
-def _function(role: str, x: Tensor) -> ctypes._NamedFuncPointer:
-    library = load()
+def _library(x: Tensor) -> Library:
+    library = load(x.dtype)
     assert isinstance(library, Library), "the dispatcher asks `unsupported` first"
     if not x.is_cpu:
         raise RuntimeError(f"the compiled kernel runs on the CPU, not on {x.device.type}")
-    return library.functions[role, x.dtype]
+    return library
 
 
 class Program:

@@ -116,23 +116,23 @@ static void backward(const Program& p, const T* const* factors, const T* x, cons
 
 }  // namespace
 
-// The functions that Python calls. `pairs` is null where there is a single matrix.
-#define EXPORT(T, NAME)                                                                                                \
-    extern "C" void NAME##_forward(const Index* program, const T* const* factors, const T* x, const T* bias, T* y,     \
-                                   Arithmetic<T>* saved, const Pairs<T>* pairs, Index n, int threads) {                \
-        if (pairs) return forward_routed<T>(Program(program), factors, *pairs, x, bias, y, threads);                   \
-        forward(Program(program), factors, x, bias, y, saved, n, threads);                                             \
-    }                                                                                                                  \
-    extern "C" void NAME##_backward(const Index* program, const T* const* factors, T* const* dfactors, const T* x,     \
-                                    const T* dy, const Arithmetic<T>* saved, T* dx, T* dgates, const Pairs<T>* pairs,  \
-                                    Index n, int threads) {                                                            \
-        if (pairs) return backward_routed<T>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads); \
-        backward(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);                                   \
-    }                                                                                                                  \
-    extern "C" Index NAME##_tile(const Index* program, Index n) {                                                      \
-        return tile_of<Arithmetic<T>>(Program(program), n);                                                            \
-    }
-EXPORT(float, float32)
-EXPORT(double, float64)
-EXPORT(BFloat16, bfloat16)
-EXPORT(Float16, float16)
+// The functions that Python calls. `pairs` is null where there is a single matrix. A library has them for one type of
+// numbers, so that nobody waits for the compilation of types that are not used.
+#if defined(EINLINEAR_NUMBER)
+using Number = EINLINEAR_NUMBER;
+
+extern "C" {
+void einlinear_forward(const Index* program, const Number* const* factors, const Number* x, const Number* bias,
+                       Number* y, Arithmetic<Number>* saved, const Pairs<Number>* pairs, Index n, int threads) {
+    if (pairs) return forward_routed<Number>(Program(program), factors, *pairs, x, bias, y, threads);
+    forward(Program(program), factors, x, bias, y, saved, n, threads);
+}
+void einlinear_backward(const Index* program, const Number* const* factors, Number* const* dfactors, const Number* x,
+                        const Number* dy, const Arithmetic<Number>* saved, Number* dx, Number* dgates,
+                        const Pairs<Number>* pairs, Index n, int threads) {
+    if (pairs) return backward_routed<Number>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads);
+    backward(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);
+}
+Index einlinear_tile(const Index* program, Index n) { return tile_of<Arithmetic<Number>>(Program(program), n); }
+}
+#endif

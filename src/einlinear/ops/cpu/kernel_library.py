@@ -1,4 +1,4 @@
-"""The compiled kernels: built once per machine with the user's compiler, loaded as functions of raw pointers."""
+"""The kernels: prebuilt in a wheel, or compiled once per machine, and loaded as functions of raw pointers."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from einlinear.files import check_private, make_private, rename, sha256_of
+from einlinear.ops.cpu.toolchain import FLAGS, NUMBERS, TARGETS, find_compiler, flag_of
 
 logger = logging.getLogger("einlinear")
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
-DTYPES = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-# tried in turn: without OpenMP the kernels run on one thread
-_THREADS = ("-fopenmp",), ()
+DTYPES = {getattr(torch, name): name for name in NUMBERS}
 # how the names of folders of compilations on this machine begin
 _SCRATCH = f".build-{platform.node()}-"
 
@@ -39,39 +36,74 @@ class Pairs(ctypes.Structure):
     _fields_ += [(name, ctypes.c_int64) for name in ("tokens", "block", "experts", "active")]
 
 
+class OpenMP(ctypes.Structure):
+    """Functions of an OpenMP runtime, as `OpenMP` in team.h says."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("parallel", "barrier", "thread", "threads")]
+
+
 class Library:
-    """The compiled kernels, one for every dtype, as functions of raw pointers."""
+    """The compiled kernels for one dtype, as functions of raw pointers; `origin` says where they come from."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, origin: str) -> None:
         library = ctypes.CDLL(str(path))
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        self.functions = {}
-        for dtype, name in DTYPES.items():
-            for role, pointers in (("forward", 7), ("backward", 9)):
-                function = library[f"{name}_{role}"]
-                function.argtypes, function.restype = [*[pointer] * pointers, count, ctypes.c_int], None
-                self.functions[role, dtype] = function
-            function = self.functions["tile", dtype] = library[f"{name}_tile"]
-            function.argtypes, function.restype = [pointer, count], count
+        self.origin, pointer, count = origin, ctypes.c_void_p, ctypes.c_int64
+        self.forward, self.backward = library.einlinear_forward, library.einlinear_backward
+        for function, pointers in ((self.forward, 7), (self.backward, 9)):
+            function.argtypes, function.restype = [*[pointer] * pointers, count, ctypes.c_int], None
+        self.tile = library.einlinear_tile
+        self.tile.argtypes, self.tile.restype = [pointer, count], count
+        if runtime := _find_openmp():
+            ctypes.pointer(OpenMP.in_dll(library, "einlinear_openmp"))[0] = runtime
 
 
-@lru_cache(maxsize=1)
-def load() -> Library | str:
-    """Return the kernels, compiled if this machine has not done so yet; or why there are none."""
-    if os.environ.get("EINLINEAR_KERNELS") == "0":
+def _find_openmp() -> OpenMP | None:
+    """Return the runtime that torch calls: a preloaded one, or that of its own libraries; None if it has none."""
+    for place in (None, torch._C.__file__):
+        with suppress(OSError, AttributeError, TypeError):
+            runtime = ctypes.CDLL(place)
+            names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+            return OpenMP(*[ctypes.cast(runtime[name], ctypes.c_void_p) for name in names])
+    return None
+
+
+@cache
+def load(dtype: torch.dtype) -> Library | str:
+    """Return the kernels that EINLINEAR_KERNELS chooses, by default the best for the processor, or why not."""
+    choice = os.environ.get("EINLINEAR_KERNELS", "")
+    if choice == "0":
         return "they are turned off by EINLINEAR_KERNELS=0"
     try:
-        return Library(build(("-march=native",)))
+        return _choose(choice, DTYPES[dtype])
     except (OSError, RuntimeError, AttributeError) as error:
         logger.warning("einlinear runs without its compiled CPU kernels, which is slower: %s", error)
         return str(error)
 
 
-def build(machine_flags: Sequence[str]) -> Path:
+def _choose(choice: str, dtype: str) -> Library:
+    """Load the best prebuilt library that the processor can run, else compile one; `choice` may name its target."""
+    targets, features = TARGETS.get(platform.machine(), {}), _processor().split()
+    if choice not in ("", "compile", *targets):
+        raise RuntimeError(f"EINLINEAR_KERNELS={choice!r} is unknown: choose {', '.join(['0', 'compile', *targets])}")
+    for name, target in targets.items():
+        if choice not in ("", name):
+            continue
+        missing = target.features.difference(features)
+        if choice and missing:
+            raise RuntimeError(f"EINLINEAR_KERNELS={name}, but this processor lacks {', '.join(sorted(missing))}")
+        prebuilt = SOURCE.with_name(f"kernel-{name}-{dtype}.so")
+        if not missing and prebuilt.is_file():
+            return Library(prebuilt, f"prebuilt for {name}")
+    if choice in targets:
+        return Library(build(targets[choice].flags, dtype), f"compiled for {choice}")
+    return Library(build(("-march=native",), dtype), "compiled for this machine")
+
+
+def build(machine_flags: Sequence[str], dtype: str) -> Path:
     """Return the kernels in $EINLINEAR_CACHE (by default ~/.cache/einlinear), compiled if they are not there intact."""
-    compiler = _compiler()
+    command = [*find_compiler(), *FLAGS, *machine_flags, flag_of(dtype)]
     source = b"".join(path.read_bytes() for path in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
-    key = hashlib.sha256(source + repr((compiler, *FLAGS, *machine_flags, _processor())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(source + repr((command, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("EINLINEAR_CACHE") or "~/.cache/einlinear").expanduser().absolute() / "kernels"
     try:
         make_private(folder)
@@ -85,26 +117,11 @@ def build(machine_flags: Sequence[str]) -> Path:
         if path := _find(folder, key):
             return path
         _clean(folder, key, locked)
-        return _compile([*compiler, *FLAGS, *machine_flags], folder, key)
-
-
-def _compiler() -> list[str]:
-    """Return the command of the compiler: $CXX may be "ccache g++"."""
-    named = os.environ.get("CXX")
-    if not named:
-        for compiler in filter(shutil.which, ("c++", "g++", "clang++")):
-            return [compiler]
-        raise RuntimeError("no C++ compiler found; install g++ or clang++, or name one in $CXX")
-    if shutil.which(named):
-        return [named]
-    try:
-        return shlex.split(named, posix=os.name == "posix")
-    except ValueError as error:
-        raise RuntimeError(f"CXX={named!r} is not a command: {error}") from None
+        return _compile(command, folder, key)
 
 
 def _processor() -> str:
-    """Return the features of the processor, on which -march=native depends: machines may share a home folder."""
+    """Return a line with the features of the processor, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -152,21 +169,19 @@ def _clean(folder: Path, key: str, locked: bool) -> None:
 
 def _compile(command: Sequence[str], folder: Path, key: str) -> Path:
     logger.info("Compiling the CPU kernels, once, into %s", folder)
-    error_line = ""
     with tempfile.TemporaryDirectory(dir=folder, prefix=_SCRATCH) as scratch:
-        for threads in _THREADS:
-            library = Path(scratch) / "kernel.so"
-            arguments = [*command, *threads, str(SOURCE), "-o", str(library)]
-            try:
-                run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
-            if run.returncode == 0 and library.is_file():
-                # whatever the umask
-                library.chmod(0o700)
-                path = folder / f"kernel-{key}-{sha256_of(library)[:32]}.so"
-                rename(library, path)
-                return path
+        library = Path(scratch) / "kernel.so"
+        arguments = [*command, str(SOURCE), "-o", str(library)]
+        try:
+            run = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise RuntimeError(f"the compiler {command[0]!r} failed: {error}") from error
+        if run.returncode or not library.is_file():
             lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-            error_line = error_line or next((line for line in lines if "error" in line), lines[0])
-    raise RuntimeError(f"{command[0]!r} does not compile {SOURCE.name}: {error_line}")
+            error_line = next((line for line in lines if "error" in line), lines[0])
+            raise RuntimeError(f"{command[0]!r} does not compile {SOURCE.name}: {error_line}")
+        # whatever the umask
+        library.chmod(0o700)
+        path = folder / f"kernel-{key}-{sha256_of(library)[:32]}.so"
+        rename(library, path)
+        return path

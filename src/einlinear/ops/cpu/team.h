@@ -8,30 +8,36 @@
 #pragma once
 
 #include <cstdint>
-#if defined(_OPENMP)
-#include <omp.h>
+
+#if !defined(EINLINEAR_THREADS)
+// The tests bring other threads, which ThreadSanitizer understands and which check the second rule.
+
+// The OpenMP runtime of torch, by the functions that compilers call in it; kernel_library.py finds them and sets this.
+// A runtime of the kernels' own would start as many threads again, and might not be installed.
+struct OpenMP {
+    void (*parallel)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+    void (*barrier)();
+    int (*thread)();
+    int (*threads)();
+};
+extern "C" {
+OpenMP einlinear_openmp;
+}
 #endif
 
 namespace {
 
 #if !defined(EINLINEAR_THREADS)
-// The tests bring others, which ThreadSanitizer understands and which check the second rule.
 struct Threads {
     // Call `work` on each thread with its rank and their number. Fewer may run than were asked for.
     template <class Work>
     static void run(int threads, Work work) {
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-        work(omp_get_thread_num(), omp_get_num_threads());
-#else
-        (void)threads, work(0, 1);
-#endif
+        const OpenMP& openmp = einlinear_openmp;
+        if (threads == 1 || !openmp.parallel) return work(0, 1);
+        auto run_one = [](void* data) { (*(Work*)data)(einlinear_openmp.thread(), einlinear_openmp.threads()); };
+        openmp.parallel(run_one, &work, threads, 0);
     }
-    static void barrier() {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-    }
+    static void barrier() { einlinear_openmp.barrier(); }
     // lives while a thread is in a phase
     struct InPhase {
         explicit InPhase(int) {}
