@@ -70,6 +70,16 @@ def test_converted_speed() -> None:
     assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", out, re.M)) == 2
 
 
+@needs("onnxruntime")
+@needs("onnxscript")
+def test_exported_speed() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "exported_speed.py"), "--features", "256", "--rounds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    rows = re.findall(r"^\| 256 \| `([a-z_]+).*` \| \d, \d \| [\d.]+× \| [\d.]+× \|$", out, re.M)
+    assert rows == ["low_rank", "btt", "monarch", "dyad"]
+
+
 @needs("transformers")
 def test_tied_heads() -> None:
     """As a head a tied weight changes the logits alike at all widths, as an embedding the more the wider it is."""

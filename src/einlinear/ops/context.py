@@ -100,6 +100,11 @@ def call_context(*tensors: Tensor | None) -> CallContext:
     return CallContext.TRACED if traced else CallContext.EAGER
 
 
+def is_exported() -> bool:
+    """Return whether torch.export, torch.jit.trace or an exporter on top of them records a call."""
+    return torch.compiler.is_exporting() or torch._C._is_tracing()
+
+
 def is_differentiated_again(grad: Tensor, *others: Tensor | None) -> bool:
     """Return whether a backward pass is itself differentiated, or batched, so that it needs plain operators."""
     plain = torch.is_grad_enabled() or call_context(grad, *others) is CallContext.PLAIN

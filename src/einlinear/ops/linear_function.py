@@ -16,8 +16,15 @@ from torch import Tensor, fx
 
 from einlinear import structures
 from einlinear.import_hooks import when_imported
-from einlinear.ops import backends, operands, reference
-from einlinear.ops.context import CallContext, autocast, call_context, is_differentiated_again, wants_gradients
+from einlinear.ops import backends, exported, operands, reference
+from einlinear.ops.context import (
+    CallContext,
+    autocast,
+    call_context,
+    is_differentiated_again,
+    is_exported,
+    wants_gradients,
+)
 from einlinear.ops.dispatch import choose, choose_for_compiler, recomputes
 from einlinear.ops.operands import Assignment, Product
 from einlinear.structures import Structure
@@ -41,8 +48,9 @@ def linear(
             of these, of shape (experts, *shape of the factor).
         x: (..., in_features), of the same dtype as the factors (or under autocast); nested tensors included.
         bias: (out_features,) or None.
-        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. Tracers (torch.jit, torch.fx,
-            torch.export), torch.func, forward-mode differentiation and tensor subclasses always get the reference.
+        backend: one of `ops.BACKENDS`, or None for the one that `explain` names. torch.fx, torch.func, forward-mode
+            differentiation and tensor subclasses always get the reference; torch.export, torch.jit.trace and torch.onnx
+            record plain matrix products.
         routing: the experts of every token, `Assignment(indices, gates)`, both of shape (n, active) for the n tokens
             of x; differentiable in the gates.
 
@@ -104,7 +112,8 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
     if backend == "reference":
         operands.check(product, memory=eager)
-        return reference.apply(product)
+        exports = plain and is_exported() and routing is None
+        return exported.apply(product) if exports else reference.apply(product)
     if not eager:
         indices, gates = routing or (None, None)
         return linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)  # type: ignore[no-any-return]
