@@ -67,6 +67,11 @@ def _sync(place: Path) -> None:
         os.close(number)
 
 
+def cache_folder() -> Path:
+    """Return the folder of what this machine computes once: $EINLINEAR_CACHE, by default ~/.cache/einlinear."""
+    return Path(os.environ.get("EINLINEAR_CACHE") or "~/.cache/einlinear").expanduser().absolute()
+
+
 def make_private(folder: Path) -> None:
     """Make a folder, and the missing ones above it, private to this user; PermissionError as `check_private`."""
     for place in reversed([place for place in (folder, *folder.parents) if not place.exists()]):

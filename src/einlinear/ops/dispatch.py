@@ -1,12 +1,10 @@
-"""Dispatch: the choice of a backend, on a CPU the cheapest by a cost model that was fitted on one machine."""
+"""Dispatch: the choice of a backend, on a CPU the cheapest by a cost model that was fitted to measurements."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,14 +12,12 @@ import torch
 from einlinear import structures
 from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, unsupported
 from einlinear.ops.context import forced
+from einlinear.ops.cost_model import DENSE, costs
 from einlinear.structures import Structure
 
 F = TypeVar("F", bound=Callable[..., object])
-COSTS_FILE = Path(__file__).with_name("costs.json")
 # weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
 CACHED = 2**18
-# `torch.nn.Linear` of the same size, which has coefficients as well
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -125,28 +121,20 @@ def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device
             refusals["reference"] = "it may keep more for backward than nn.Linear does"
     mode = "train" if training else "forward"
     candidates = [name for name in CPU_BACKENDS if name not in refusals]
-    summands = {name: zip(COSTS[mode][name], amounts(name, structure, tokens)) for name in (DENSE, *candidates)}
-    costs = {name: sum(coefficient * amount for coefficient, amount in pairs) for name, pairs in summands.items()}
-    best = min(candidates, key=costs.__getitem__)
+    coefficients = costs().coefficients[mode]
+    summands = {name: zip(coefficients[name], amounts(name, structure, tokens)) for name in (DENSE, *candidates)}
+    times = {name: sum(coefficient * amount for coefficient, amount in pairs) for name, pairs in summands.items()}
+    best = min(candidates, key=times.__getitem__)
     step = "a training step" if training else "a forward pass"
-    reason = f"the cheapest that can run, by the cost model, for {step} of {tokens} tokens"
-    if costs[DENSE] < costs[best]:
+    reason = f"the cheapest that can run, by the cost model with {costs().source}, for {step} of {tokens} tokens"
+    if times[DENSE] < times[best]:
         reason += "; a dense layer would be faster"
-    estimates = sorted(costs.items(), key=lambda item: item[1])
+    estimates = sorted(times.items(), key=lambda item: item[1])
     return Choice(best, reason, tuple(estimates), tuple(refusals.items()))
 
 
 def _activations(structure: Structure, tokens: int) -> int:
     return tokens * (structure.in_features + sum(factor.result_size for factor in structure.factors))
-
-
-def read_costs() -> dict[str, dict[str, list[float]]]:
-    """Return the coefficients of the `amounts`, for each kind of pass ("forward", "train") and backend."""
-    content = json.loads(COSTS_FILE.read_text(encoding="utf-8"))
-    return {mode: content[mode] for mode in ("forward", "train")}
-
-
-COSTS = read_costs()
 
 
 def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...]:
@@ -178,4 +166,5 @@ def _is_cheap_to_recompute(structure: Structure) -> bool:
 
 def forget() -> None:
     """Forget all cached choices, because the costs have changed, or which backends can run."""
+    costs.cache_clear()
     _cheapest.cache_clear()

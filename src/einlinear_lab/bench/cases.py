@@ -6,11 +6,12 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from einlinear.structures import Structure, structure
+from einlinear.structures import DoesNotFit, Structure, structure
 
 MODES = ("forward", "train", "decode")
 # the most tokens of a decoding step
@@ -26,7 +27,8 @@ class Case:
     """A structure and a size, a number of input vectors, and a pass.
 
     The pass is "forward" (no gradients), "train" (forward and backward, gradients of the input and all parameters) or
-    "decode" (forward of 1 to 16 tokens). An empty backend is the dispatcher's choice.
+    "decode" (forward of 1 to 16 tokens), in which weights come from memory if cold, from the caches if not. An empty
+    backend is the dispatcher's choice.
     """
 
     structure: str
@@ -38,6 +40,7 @@ class Case:
     device: str = "cpu"
     bias: bool = False
     backend: str = ""
+    cold: bool = False
 
     @property
     def dense_macs(self) -> int:
@@ -63,7 +66,8 @@ class Case:
 
     def __str__(self) -> str:
         backend = f", {self.backend}" if self.backend else ""
-        return f"{self.structure}, {self.size}, {self.amount}, {self.mode}, {self.dtype}{backend}"
+        cold = " from cold weights" if self.cold else ""
+        return f"{self.structure}, {self.size}, {self.amount}, {self.mode}{cold}, {self.dtype}{backend}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A grid of cases and the configuration of their measurement; ``{d/8}`` in a spec is an eighth of the features."""
+    """A grid of cases and the configuration of their measurement; ``{d/8}`` in a spec is an eighth of the features.
+
+    An input has at most `entries` numbers: larger layers get fewer tokens. Decode passes on a CPU are cold or not.
+    """
 
     structures: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
@@ -95,21 +102,29 @@ class Suite:
     dtypes: tuple[str, ...] = ("float32",)
     device: str = "cpu"
     bias: bool = False
+    cold: bool = True
+    entries: int = 2**40
     config: BenchConfig = BenchConfig()
 
     def cases(self) -> list[Case]:
-        """Return the grid, structure by structure. Raises ValueError for an unknown name or an empty grid."""
+        """Return the grid, structure by structure, without the sizes at which a structure does not exist.
+
+        Raises ValueError for an unknown name, an empty grid, or a structure that exists at no size (`DoesNotFit`).
+        """
         check("pass", self.modes, MODES)
         check("dtype", self.dtypes, DTYPES)
         check("device", [self.device], DEVICES)
         if min(self.tokens, default=0) < 1:
             raise ValueError("the numbers of tokens must be positive")
         cases = [
-            Case(_resolved(spec, *size), *size, tokens, mode, dtype, self.device, self.bias)
-            for spec in self.structures
-            for size in self.sizes
+            Case(
+                *(spec, *size, tokens, mode, dtype, self.device, self.bias),
+                cold=self.cold and mode == "decode" and self.device == "cpu",
+            )
+            for template in self.structures
+            for spec, size in _resolved(template, self.sizes)
             for dtype in self.dtypes
-            for tokens in self.tokens
+            for tokens in (min(tokens, max(1, self.entries // max(size))) for tokens in self.tokens)
             for mode in (("decode",) if tokens <= DECODE_TOKENS else ("forward", "train"))
             if mode in self.modes
         ]
@@ -138,6 +153,22 @@ SUITES = {
         sizes=((512, 512), (1024, 1024), (2048, 2048), (4096, 4096), (1024, 4096), (4096, 1024)),
         tokens=(1, 16, 256, 2048),
         config=BenchConfig(budget=1.5),
+    ),
+    # What users have. At least a quarter of an hour on two CPU cores; longer where half precision is slow.
+    "cpu": Suite(
+        structures=("btt", "btt(rank=2)", "monarch(blocks=16)", "low_rank(rank={d/8})", "dyad"),
+        sizes=tuple((d, d) for d in (64, 256, 512, 1024, 2048, 4096)),
+        tokens=(1, 8, 2048),
+        dtypes=tuple(DTYPES),
+        entries=2**22,
+        config=BenchConfig(budget=0.5, backends=()),
+    ),
+    # For the coefficients of the cost model (fit_costs.py). Two CPU cores, half a minute.
+    "calibration": Suite(
+        structures=("btt", "monarch(blocks=4)", "low_rank(rank={d/8})"),
+        sizes=((256, 256), (1024, 1024), (2048, 2048)),
+        tokens=(1, 32, 512),
+        config=BenchConfig(budget=0.05),
     ),
     # One H100 or H200; `tools/gpu_day.sh` measures it in minutes.
     "gpu": Suite(
@@ -179,11 +210,26 @@ def choose(name: str, **options: Any) -> Suite:
     suite = SUITES[name]
     fields = {key: value for key, value in options.items() if value is not None}
     of_config = {f.name for f in dataclasses.fields(BenchConfig)} & fields.keys()
+    if "tokens" in fields:
+        # as asked for, however large the input
+        fields["entries"] = Suite.entries
     config = dataclasses.replace(suite.config, **{key: fields.pop(key) for key in of_config})
     return dataclasses.replace(suite, config=config, **fields)
 
 
-def _resolved(spec: str, in_features: int, out_features: int) -> str:
-    """Return the canonical spec at a size."""
-    spec = _SHARE.sub(lambda match: str(max(1, min(in_features, out_features) // int(match[1]))), spec)
-    return structure(spec, in_features, out_features).spec
+def _resolved(template: str, sizes: Iterable[tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
+    """Return the canonical spec at every size at which the structure exists. Raises DoesNotFit if there is none."""
+    found, misfit = [], None
+    for size in sizes:
+        spec = _SHARE.sub(partial(_share, min(size)), template)
+        try:
+            found.append((structure(spec, *size).spec, size))
+        except DoesNotFit as error:
+            misfit = error
+    if misfit and not found:
+        raise misfit
+    return found
+
+
+def _share(features: int, match: re.Match[str]) -> str:
+    return str(max(1, features // int(match[1])))

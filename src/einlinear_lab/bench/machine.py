@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from einlinear.ops.cost_model import processor_model
 from einlinear.version import __version__, code_digest
 from einlinear_lab.bench.cases import DTYPES
 from einlinear_lab.bench.timing import seconds
 
 _ENVIRONMENT = ("OMP_", "GOMP_", "KMP_AFFINITY", "KMP_BLOCKTIME", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+# a larger matmul is tried if it takes about as long at most
+_MATMUL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def this_machine(device: str) -> Machine:
         properties = torch.cuda.get_device_properties()
         gpu = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     return Machine(
-        cpu=f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
+        cpu=f"{processor_model()}, {torch.backends.cpu.get_cpu_capability()}",
         gpu=gpu,
         system=f"{platform.system()} {platform.machine()}",
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -60,13 +62,6 @@ def this_machine(device: str) -> Machine:
         code=code_digest("einlinear/structures", "einlinear/ops", "einlinear/nn"),
         environment=tuple(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)),
     )
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 @dataclass(frozen=True)
@@ -83,12 +78,19 @@ class Roofline:
 
 @torch.no_grad()
 def measure_roofline(dtype: str, device: str) -> Roofline:
-    """Measure the peak speeds, in half a second on a CPU."""
-    n, copied = (8192, 2**31) if device == "cuda" else (2048, 2**28)
-    a, b = (torch.randn(n, n, dtype=DTYPES[dtype], device=device) for _ in range(2))
-    source, product = torch.ones(copied, dtype=torch.uint8, device=device), torch.empty_like(a)
+    """Measure the peak speeds, in a second on a CPU."""
+    n, largest, copied = (8192, 8192, 2**31) if device == "cuda" else (256, 2048, 2**28)
+    flops = _matmul_speed(n, dtype, device)
+    # not every processor has fast arithmetic in half precision: a matmul of 2048 could take a minute
+    while n < largest and 16 * n**3 < flops * _MATMUL_SECONDS:
+        n *= 2
+        flops = max(flops, _matmul_speed(n, dtype, device))
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    return Roofline(
-        flops=2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=product), device) for _ in range(5)),
-        bandwidth=2 * copied / min(seconds(lambda: target.copy_(source), device) for _ in range(5)),
-    )
+    return Roofline(flops, 2 * copied / min(seconds(lambda: target.copy_(source), device) for _ in range(5)))
+
+
+def _matmul_speed(n: int, dtype: str, device: str) -> float:
+    a, b = (torch.randn(n, n, dtype=DTYPES[dtype], device=device) for _ in range(2))
+    product = torch.empty_like(a)
+    return 2 * n**3 / min(seconds(lambda: torch.mm(a, b, out=product), device) for _ in range(5))

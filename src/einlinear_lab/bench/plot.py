@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def draw(results: Sequence[BenchResult], path: Path) -> None:
-    """Draw a panel per pass, at the largest number of tokens, and save them as PNG."""
+    """Draw a panel per pass, at the largest number of tokens of each size, and save them as PNG."""
     from matplotlib import rcParams, style
     from matplotlib.figure import Figure
 
@@ -39,8 +39,10 @@ def draw(results: Sequence[BenchResult], path: Path) -> None:
 
 def _draw_mode(panel: Axes, results: Sequence[BenchResult], colours: dict[str, str]) -> dict[str, Artist]:
     """Fill the panel of one pass, and return the legend handle of each structure."""
-    tokens = max(result.case.tokens for result in results)
-    largest = [result for result in results if result.case.tokens == tokens]
+    by_size: dict[str, int] = {}
+    for result in results:
+        by_size[result.case.size] = max(result.case.tokens, by_size.get(result.case.size, 0))
+    largest = [result for result in results if result.case.tokens == by_size[result.case.size]]
     handles: dict[str, Artist] = {}
     for family, colour in colours.items():
         of_family = [result for result in largest if _family(result) == family]
@@ -53,7 +55,8 @@ def _draw_mode(panel: Axes, results: Sequence[BenchResult], colours: dict[str, s
     panel.plot([1, end], [1, end], color="0.5", linewidth=1, zorder=0)
     panel.axhline(1, color="0.5", linewidth=1, linestyle=":", zorder=0)
     panel.set(xscale="log", yscale="log", xlabel="MACs of nn.Linear / MACs of the structure")
-    panel.set_title(f"{largest[0].case.mode}, {largest[0].case.amount}")
+    tokens = " or ".join(str(count) for count in sorted({*by_size.values()}))
+    panel.set_title(f"{largest[0].case.mode}, {tokens} tokens")
     panel.xaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_major_formatter("{x:g}")
     return handles

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from einlinear.files import differences, write_text
-from einlinear_lab.bench.cases import BenchConfig, Case, Traffic
+from einlinear_lab.bench.cases import DTYPES, BenchConfig, Case, Traffic
 from einlinear_lab.bench.machine import Machine, Roofline
 from einlinear_lab.bench.timing import Spread
-from einlinear_lab.bench.variants import OURS
+from einlinear_lab.bench.variants import DENSE, OURS
 
 # of the file; raised when an older program could misread it
 FORMAT = 2
@@ -35,7 +35,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The result of a case: MACs per token, the chosen backend, the least time at measured peaks, all variants."""
+    """The result of a case: MACs per token, the chosen backend, the least time at measured peaks, all variants.
+
+    With cold weights also the bytes of the stack of layers, and the bytes per second of plain reads.
+    """
 
     case: Case
     macs: int
@@ -43,6 +46,8 @@ class BenchResult:
     traffic: Traffic
     roofline_seconds: float
     measurements: tuple[Measurement, ...]
+    stack_bytes: int | None = None
+    read_bandwidth: float | None = None
 
     @property
     def limit(self) -> float:
@@ -67,6 +72,17 @@ class BenchResult:
         """Return the bytes per second, if all of the estimated traffic went through memory."""
         m = self.of(name)
         return self.traffic.total / m.seconds.median if m and m.seconds else None
+
+    def weight_bandwidth(self, name: str = OURS) -> float | None:
+        """Return the bytes of the weights per second."""
+        m = self.of(name)
+        params = self.case.dense_macs if name == DENSE else self.case.build().params
+        return params * DTYPES[self.case.dtype].itemsize / m.seconds.median if m and m.seconds else None
+
+    def read_fraction(self, name: str = OURS) -> float | None:
+        """Return `weight_bandwidth` as a share of that of plain reads, for cold weights."""
+        bandwidth = self.weight_bandwidth(name)
+        return bandwidth / self.read_bandwidth if bandwidth and self.read_bandwidth else None
 
     @property
     def dense_wins(self) -> bool:

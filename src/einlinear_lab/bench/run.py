@@ -20,14 +20,17 @@ from einlinear import ops
 from einlinear.nn.linear import explain
 from einlinear_lab.bench import results
 from einlinear_lab.bench.cases import BenchConfig, Case, estimate_traffic
+from einlinear_lab.bench.cold import interleave_cold
 from einlinear_lab.bench.machine import Roofline, measure_roofline, this_machine
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.results import Bench, BenchResult, Measurement, Session
-from einlinear_lab.bench.timing import MIN_RUNS, interleave, spread
+from einlinear_lab.bench.timing import MIN_RUNS, PATIENCE, interleave, spread
 from einlinear_lab.bench.variants import COPYING, DENSE, FOREIGN, Variant, Workload, make_variants, make_workload
 
 FILE = "bench.json"
 _SLACK = 4.0
+# the most time for a case, in budgets: dense layers of half precision take minutes on some processors
+_MOST = 200
 _NAMES = ("output", "gradient of the input", "gradient of the weight", "gradient of the bias")
 
 
@@ -71,9 +74,26 @@ class Recorder:
 
     @property
     def missing(self) -> list[Case]:
-        """The cases without a result."""
+        """The cases without a result, without those that are too slow for the budget."""
+        return [case for case in self._unmeasured if self._seconds(case) <= self.limit]
+
+    @property
+    def too_slow(self) -> list[Case]:
+        """The cases without a result that are left out, because they would take longer than `limit`."""
+        return [case for case in self._unmeasured if self._seconds(case) > self.limit]
+
+    @property
+    def limit(self) -> float:
+        """The most seconds for a case, checks included."""
+        return _MOST * max(self.bench.config.budget, 0.1)
+
+    @property
+    def _unmeasured(self) -> list[Case]:
         done = {result.case for result in self.bench.results}
         return [case for case in self.cases if case not in done]
+
+    def _seconds(self, case: Case) -> float:
+        return _estimate(case, self.bench.config, self.roofline(case))
 
     @property
     def results(self) -> list[BenchResult]:
@@ -98,24 +118,33 @@ class Recorder:
 
     def estimate(self) -> float:
         """Estimate the seconds that the missing cases will take."""
-        return sum(_estimate(case, self.bench.config, self.roofline(case)) for case in self.missing)
+        return sum(map(self._seconds, self.missing))
 
 
 def _estimate(case: Case, config: BenchConfig, roofline: Roofline) -> float:
-    """Estimate a case: dense at its peak, 5 variants (7 in training) at 2/3 of theirs, and the check in float64."""
+    """Estimate a case: dense at its peak, the other variants at 2/3 of theirs, the check in float64, and stacks."""
     all_macs = (case.dense_macs, case.build().macs)
     dense, structured = (roofline.seconds(2 * case.passes * case.tokens * macs, 4 * macs) for macs in all_macs)
     training = case.mode == "train"
-    once = dense + (12 if training else 8) * structured
+    backends = len(ops.BACKENDS) - 1 if config.backends is None else len(config.backends)
+    # el.Linear and the copying baseline; in training, saving and recomputing
+    once = dense + 1.6 * (backends + 2 + 2 * training) * structured
     compiling = 4.0 if config.compiled and case.mode != "decode" else 0.0
-    return 0.1 + compiling + 6 * dense + (1 + training) * once + max(config.budget, MIN_RUNS * once)
+    return (
+        0.1
+        + 1.0 * case.cold
+        + compiling
+        + 6 * dense
+        + (1 + training) * once
+        + max(config.budget, min(MIN_RUNS * once, PATIENCE + once))
+    )
 
 
 def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
     """Check the outputs of all variants of a case; measure times, and in training peak memory, of the right ones."""
     p = make_workload(case)
     candidates, refused = make_variants(p, config.backends, config.compiled)
-    calls = {DENSE: partial(p.step, Variant(DENSE, [p.dense.weight], p.dense))}
+    right = [Variant(DENSE, [p.dense.weight], p.dense)]
     wrong: dict[str, str] = {}
     with p.differentiating():
         reference = Reference(p)
@@ -124,15 +153,17 @@ def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
                 if complaint := reference.complaint(variant):
                     wrong[variant.name] = complaint
                 else:
-                    calls[variant.name] = partial(p.step, variant)
+                    right.append(variant)
             except torch.OutOfMemoryError:
                 refused[variant.name] = "out of memory"
             except RuntimeError as error:
                 failed = refused if variant.name in FOREIGN else wrong
                 failed[variant.name] = f"it raised {error}"
         del reference
+        calls = {variant.name: partial(p.step, variant) for variant in right}
         peaks = {name: peak_bytes(call, case.device) for name, call in calls.items() if case.mode == "train"}
-        seconds = interleave(calls, case.device, config.budget)
+        cold = interleave_cold(calls, right, config.budget) if case.cold else None
+        seconds = cold.seconds if cold else interleave(calls, case.device, config.budget)
         # the choice depends on whether gradients are enabled
         choice = explain(p.layer, p.x).backend
     measured = [_measurement(name, seconds, peaks.get(name)) for name in seconds]
@@ -140,7 +171,9 @@ def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
     measured += [Measurement(name, why) for name, why in refused.items()]
     moved = estimate_traffic(case, p.structure)
     flops = 2 * case.passes * case.tokens * p.structure.macs
-    return BenchResult(case, p.structure.macs, choice, moved, roofline.seconds(flops, moved.least), tuple(measured))
+    least = roofline.seconds(flops, moved.least)
+    read = (cold.stack_bytes, cold.piece_bytes / spread(cold.reads).median) if cold else (None, None)
+    return BenchResult(case, p.structure.macs, choice, moved, least, tuple(measured), *read)
 
 
 def _measurement(name: str, seconds: dict[str, list[float]], peak: int | None) -> Measurement:

@@ -13,12 +13,12 @@ from typing import Any
 
 from einlinear import ops
 from einlinear.files import write_text
-from einlinear_lab.bench.cases import MODES
+from einlinear_lab.bench.cases import MODES, Case
 from einlinear_lab.bench.claims import Verdict, judge
 from einlinear_lab.bench.machine import Machine
 from einlinear_lab.bench.results import Bench, BenchResult, Change, Measurement
 from einlinear_lab.bench.timing import Spread
-from einlinear_lab.bench.variants import DENSE, OURS
+from einlinear_lab.bench.variants import DENSE, OURS, TWO
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,21 @@ class Table:
 
 def summary(results: Iterable[BenchResult]) -> list[Table]:
     """Return a table per pass, dtype and device with a row per case: el.Linear as dispatched against nn.Linear."""
-    headings = ("structure", "in → out", "tokens", "MACs", f"{DENSE} ms", f"{OURS} ms", "backend", *_RATIOS, "remarks")
-    return [Table(title, headings, tuple(map(_summary_row, group))) for title, group in _by_kind(results)]
+    first = ("structure", "in → out", "tokens", "MACs", f"{DENSE} ms", f"{OURS} ms", "backend")
+    return [
+        Table(title, (*first, *_ratio_names(group[0].case), "remarks"), tuple(map(_summary_row, group)))
+        for title, group in _by_kind(results)
+    ]
 
 
 def details(results: Iterable[BenchResult]) -> list[Table]:
     """Return a table per pass, dtype and device with a row per variant."""
-    headings = ("structure", "in → out", "tokens", "variant", "ms", "quartiles", "runs", *_RATIOS, "remarks")
-    return [
-        Table(title, headings, tuple(_detail_row(r, m) for r in group for m in r.measurements if m.seconds or m.wrong))
-        for title, group in _by_kind(results)
-    ]
+    first = ("structure", "in → out", "tokens", "variant", "ms", "quartiles", "runs")
+    tables = []
+    for title, group in _by_kind(results):
+        rows = (_detail_row(r, m) for r in group for m in r.measurements if m.seconds or m.wrong)
+        tables.append(Table(title, (*first, *_ratio_names(group[0].case), "remarks"), tuple(rows)))
+    return tables
 
 
 def refusals(results: Iterable[BenchResult]) -> Table:
@@ -127,22 +131,25 @@ def page(bench: Bench) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_RATIOS = (f"× {DENSE}", "limit", "fraction", "× copying", "roofline", "GB/s", "peak MB")
+def _ratio_names(case: Case) -> tuple[str, ...]:
+    """Return the headings of `_ratios`."""
+    last = ("weight GB/s", "read GB/s", "of read") if case.cold else ("roofline", "GB/s", "peak MB")
+    return (f"× {DENSE}", "limit", "fraction", "× copying", *last)
 
 
 def _summary_row(result: BenchResult) -> tuple[str, ...]:
     case, dense = result.case, result.of(DENSE)
     ours = next(m for m in result.measurements if m.name == OURS)
-    *ratios, peak = _ratios(result, ours)
+    *ratios, last = _ratios(result, ours)
     if dense and dense.peak_bytes:
-        peak = f"{peak} / {number(dense.peak_bytes / 1e6)}"
+        last = f"{last} / {number(dense.peak_bytes / 1e6)}"
     times = (_milliseconds(m.seconds) if m else "–" for m in (dense, ours))
     remarks = ["dense wins"] * result.dense_wins + [f"{m.name} is wrong: {m.refusal}" for m in result.failures]
-    others, low = {*ops.BACKENDS} - {result.backend}, ours.seconds.low if ours.seconds else 0.0
+    others, low = {*ops.BACKENDS, TWO} - {result.backend}, ours.seconds.low if ours.seconds else 0.0
     rivals = [m for m in result.measurements if m.name in others and m.seconds and m.seconds.high < low]
     remarks += [f"{rival.name} is faster" for rival in rivals]
     spec = (case.structure, case.size, str(case.tokens), f"{result.macs:,}")
-    return (*spec, *times, result.backend, *ratios, peak, "; ".join(remarks))
+    return (*spec, *times, result.backend, *ratios, last, "; ".join(remarks))
 
 
 def _detail_row(result: BenchResult, m: Measurement) -> tuple[str, ...]:
@@ -154,15 +161,16 @@ def _detail_row(result: BenchResult, m: Measurement) -> tuple[str, ...]:
 
 
 def _ratios(result: BenchResult, m: Measurement) -> tuple[str, ...]:
-    """Return the cells of `_RATIOS`."""
-    peak = number(m.peak_bytes and m.peak_bytes / 1e6)
+    """Return the cells below `_ratio_names`."""
+    bandwidth = result.bandwidth(m.name)
+    last = [result.roofline_fraction(m.name), bandwidth and bandwidth / 1e9, m.peak_bytes and m.peak_bytes / 1e6]
     # MACs and bytes are those of the structure
     if m.name == DENSE:
-        return (*["–"] * (len(_RATIOS) - 1), peak)
-    bandwidth = result.bandwidth(m.name)
-    limit, fraction = result.limit if m.seconds else None, result.fraction(m.name)
-    of_roofline = result.roofline_fraction(m.name), bandwidth and bandwidth / 1e9
-    return (*map(number, (m.speedup, limit, fraction, m.over_copying, *of_roofline)), peak)
+        last[:2] = None, None
+    if result.read_bandwidth and (weights := result.weight_bandwidth(m.name)):
+        last = [weights / 1e9, result.read_bandwidth / 1e9, result.read_fraction(m.name)]
+    limit, fraction = (result.limit, result.fraction(m.name)) if m.seconds and m.name != DENSE else (None, None)
+    return tuple(map(number, (m.speedup, limit, fraction, m.over_copying, *last)))
 
 
 def _by_kind(results: Iterable[BenchResult]) -> Iterator[tuple[str, list[BenchResult]]]:
@@ -171,7 +179,8 @@ def _by_kind(results: Iterable[BenchResult]) -> Iterator[tuple[str, list[BenchRe
     def kind(result: BenchResult) -> tuple[int, str]:
         case = result.case
         bias = ", with bias" if case.bias else ""
-        return MODES.index(case.mode), f"{case.mode}, {case.dtype} on {case.device}{bias}"
+        cold = " from cold weights" if case.cold else ""
+        return MODES.index(case.mode), f"{case.mode}{cold}, {case.dtype} on {case.device}{bias}"
 
     for (_, title), group in groupby(sorted(results, key=kind), kind):
         yield title, list(group)

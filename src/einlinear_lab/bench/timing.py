@@ -15,8 +15,9 @@ from torch import Tensor
 
 Call = Callable[[], object]
 
-# the least number of runs of each call
+# the least number of runs of each call, unless all calls together take longer than so many seconds
 MIN_RUNS = 5
+PATIENCE = 20.0
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,27 @@ def _flushed() -> Tensor:
     return torch.empty(2**28, dtype=torch.uint8, device="cuda")
 
 
-def interleave(calls: Mapping[str, Call], device: str, budget: float) -> dict[str, list[float]]:
-    """Time warmed-up calls in rounds of random order, so that others use the caches; return seconds, round by round."""
+def interleave(
+    calls: Mapping[str, Call], device: str, budget: float, prepare: Callable[[str], object] | None = None
+) -> dict[str, list[float]]:
+    """Time warmed-up calls in rounds of random order, so that others use the caches; return seconds, round by round.
+
+    If given, `prepare` is called with the name of each call before it, which is not timed.
+    """
     names, shuffler = list(calls), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
     try:
         start = time.perf_counter()
-        while len(times[names[0]]) < MIN_RUNS or time.perf_counter() - start < budget:
+        elapsed = 0.0
+        while elapsed < budget or (len(times[names[0]]) < MIN_RUNS and elapsed < PATIENCE):
             shuffler.shuffle(names)
             for name in names:
+                if prepare:
+                    prepare(name)
                 times[name].append(seconds(calls[name], device))
+            elapsed = time.perf_counter() - start
     finally:
         if collecting:
             gc.enable()

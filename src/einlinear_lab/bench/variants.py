@@ -23,6 +23,7 @@ OURS = "el.Linear"
 SAVING = "el.Linear, saving"
 RECOMPUTING = "el.Linear, recomputing"
 COPYING = "copying"
+TWO = "two nn.Linear"
 COMPILED = "torch.compile"
 BLOCKTT = "tltorch BlockTT"
 # of others, which may not support a case
@@ -107,6 +108,12 @@ def make_variants(
     weights = _leaves(stored(factors))
     variants.append(Variant(COPYING, weights, partial(baselines.copying, structure, weights, bias=p.bias), stored))
 
+    if _is_low_rank(structure):
+        narrow, wide = (nn.Linear(f.fan_in, f.fan_out, bias=False, device="meta") for f in structure.factors)
+        narrow.weight, wide.weight = (cast(nn.Parameter, factor) for factor in factors)
+        wide.bias = cast(nn.Parameter, p.bias)
+        variants.append(Variant(TWO, factors, nn.Sequential(narrow, wide)))
+
     if compiled and p.case.mode != "decode":
         # without a reset torch stops compiling after a few cases
         torch.compiler.reset()
@@ -121,6 +128,13 @@ def make_variants(
             weights = _leaves(stored(factors))
             variants.append(Variant(BLOCKTT, weights, baselines.blocktt(weights, p.bias), stored))
     return variants, refused
+
+
+def _is_low_rank(structure: Structure) -> bool:
+    """Return whether the factors are the weights of two dense layers, one after the other."""
+    term, *others = structure.terms
+    plain = all(f.axes == f.new + f.contracted and len(f.axes) == 2 and not f.free for f in term.factors)
+    return plain and len(term.factors) == 2 and not others
 
 
 def _by_backend(p: Workload, backend: str, x: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ def bench_command(
     device: str | None = None,
     bias: bool | None = None,
     backends: str | None = None,
+    cold: Annotated[bool | None, typer.Option("--cold/--warm")] = None,
     compiled: Annotated[bool | None, typer.Option("--compile/--no-compile")] = None,
     budget: Annotated[float | None, typer.Option(min=0)] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
@@ -42,6 +43,7 @@ def bench_command(
     fresh: Annotated[bool, typer.Option("--fresh")] = False,
     compared: Annotated[Path | None, typer.Option("--compare")] = None,
     variants: Annotated[bool, typer.Option("--variants")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate")] = False,
 ) -> None:
     """Measure speed and memory of structures and backends against nn.Linear, in interleaved rounds.
 
@@ -49,8 +51,9 @@ def bench_command(
     the exit status is 1. The same command again measures only the missing cases.
 
     Args:
-        suite: What to measure: quick (the default), small, standard (20 minutes on two cores), gpu, moe (mixtures of
-            experts), projection (of a large weight). The other options override it.
+        suite: What to measure: quick (the default), small, standard (20 minutes on two cores), cpu (all dtypes, 64 to
+            4096 features), gpu, moe (mixtures of experts), projection (of a large weight). The other options override
+            it.
         structures: Structures, separated by ';' (names of families also by ','); may be repeated. {d/8} stands for an
             eighth of the features.
         sizes: Features of the layers, or in x out, such as 1024,1024x4096.
@@ -60,13 +63,17 @@ def bench_command(
         device: cpu or cuda.
         bias: Whether the layers have a bias. Default: no.
         backends: Backends to measure one by one, or none. Default: all that can run.
+        cold: Whether the weights of a decode pass come from memory, as in a model, or from the caches. Default: from
+            memory on a CPU, through a stack of layers larger than the caches.
         compiled: Whether to measure torch.compile of the einsum too.
-        budget: Seconds that each case is repeated for.
+        budget: Seconds that each case is repeated for. Cases that would take 200 times as long are left out.
         threads: CPU threads. Default: as many as torch takes.
         out: Results folder; what it lacks is measured. Default: results/bench-SUITE.
         fresh: Measure again what the results folder holds.
         compared: An earlier bench.json, or its folder: measure the same cases and show what changed.
         variants: Print a row for every variant, not only for el.Linear.
+        calibrate: Measure this machine for half a minute, and keep the coefficients of the cost model that chooses
+            backends in $EINLINEAR_CACHE, for this processor and these versions of torch and einlinear.
     """
     from einlinear_lab.bench import claims, mixtures, plot, projections, tables
     from einlinear_lab.bench.cases import DEVICES, check, choose
@@ -75,11 +82,13 @@ def bench_command(
 
     with display.user_errors():
         grid: dict[str, Any] = {"structures": specs(structures), "sizes": _sizes(sizes), "device": device, "bias": bias}
+        grid["cold"] = cold
         grid |= {"tokens": numbers(tokens, "--tokens"), "modes": words(passes), "dtypes": words(dtypes)}
         if threads is not None:
             torch.set_num_threads(threads)
         no_meaning = f"has no meaning for --suite {suite}"
         of_layers = {"--variants": variants or None, "--compile": compiled, "--compare": compared}
+        of_layers |= {"--cold/--warm": cold, "--calibrate": calibrate or None}
         if suite == MIXTURES:
             refuse({"--structures": structures, "--bias": bias, **of_layers}, no_meaning)
             options = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
@@ -95,14 +104,21 @@ def bench_command(
             project = partial(projections.measure, device=device or "cpu")
             _run(suite, projections, {f"{w[0]}, {w[1]}": partial(project, *w) for w in weights}, device, out)
             return
+        if calibrate:
+            fixed = {"--suite": suite, "--passes": passes, "--dtype": dtypes, "--device": device, "--compare": compared}
+            refuse({**fixed, "--bias": bias, "--backends": backends}, "has no meaning with --calibrate")
+            suite, fresh = "calibration", True
         past = None if compared is None else read(compared / FILE if compared.is_dir() else compared)
-        chosen = choose(suite or "quick", **grid, backends=words(backends), compiled=compiled, budget=budget)
+        measuring: dict[str, Any] = {"backends": words(backends), "compiled": compiled, "budget": budget}
+        chosen = choose(suite or "quick", **grid, **measuring)
         if past and suite is None and all(value is None for value in grid.values()):
             all_cases, config = [result.case for result in past.results], past.config
         else:
             all_cases, config = chosen.cases(), chosen.config
         folder = out or Path("results") / f"bench-{suite or ('compare' if past else 'quick')}"
         recorder = Recorder(folder, all_cases, config, command_line(), fresh=fresh, reading=past is not None)
+        if not recorder.results and not recorder.missing:
+            raise ValueError(f"every case would take longer than {recorder.limit:.0f} seconds; give a larger --budget")
 
     with display.interruptible(f"Interrupted. {recorder.path} holds every finished case; the same command resumes."):
         _measure(recorder)
@@ -122,6 +138,16 @@ def bench_command(
             display.note(f"Differs from {compared}: {difference}")
         _print([tables.changed(compare(past, results))])
     display.note(f"Results: {recorder.path}, with bench.md and bench.png.")
+    if calibrate:
+        with display.user_errors():
+            # takes scipy
+            from einlinear_lab.bench import fit_costs
+
+            before, *_ = fit_costs.summary([recorder.bench])
+            file = fit_costs.calibrate(recorder.bench)
+        for line in (f"Before: {before}", *fit_costs.summary([recorder.bench])):
+            display.note(line)
+        display.note(f"Coefficients of the cost model: {file}. Processes that start from now on use them.")
     display.fail([f"{result.case}, {m.name}: {m.refusal}" for result in results for m in result.failures])
 
 
@@ -152,9 +178,12 @@ def _run(
 
 def _measure(recorder: Recorder) -> None:
     """Measure the missing cases, with a progress bar."""
-    missing = recorder.missing
+    missing, slow = recorder.missing, recorder.too_slow
     display.note(str(recorder.bench.machine))
-    if not missing:
+    if slow:
+        reason = f"take longer than {recorder.limit:.0f} seconds each; a larger --budget measures them"
+        display.warning(f"{len(slow)} cases are left out, because they would {reason}: {slow[0]}, ...")
+    if not missing and not slow:
         display.note(f"{recorder.path} has all cases already; --fresh measures them again.")
         return
     seconds = recorder.estimate()

@@ -9,7 +9,7 @@ import pytest
 from tests.lab.bench.made_up import made_up
 
 from einlinear import ops
-from einlinear.ops import dispatch
+from einlinear.ops import cost_model, dispatch
 from einlinear_lab.bench import fit_costs, results
 from einlinear_lab.bench.cases import BenchConfig, Case, Suite
 from einlinear_lab.bench.machine import this_machine
@@ -34,10 +34,10 @@ COSTS = {"forward": FORWARD, "train": {name: tuple(3 * c for c in own) for name,
 
 def timed(case: Case) -> BenchResult:
     """A result whose times are those of the cost model."""
-    costs, structure = COSTS["train" if case.mode == "train" else "forward"], case.build()
-    amounts = {name: dispatch.amounts(name, structure, case.tokens) for name in costs}
-    us = {name: sum(c * a for c, a in zip(costs[name], amounts[name], strict=True)) for name in costs}
-    return made_up(case, **{DENSE if name == "dense" else name: us[name] / 1e6 for name in costs})
+    by_backend, structure = COSTS["train" if case.mode == "train" else "forward"], case.build()
+    amounts = {name: dispatch.amounts(name, structure, case.tokens) for name in by_backend}
+    us = {name: sum(c * a for c, a in zip(by_backend[name], amounts[name], strict=True)) for name in by_backend}
+    return made_up(case, **{DENSE if name == "dense" else name: us[name] / 1e6 for name in by_backend})
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,9 @@ def bench() -> Bench:
 @pytest.fixture
 def other_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file of costs to be written over."""
-    monkeypatch.setattr(dispatch, "COSTS_FILE", tmp_path / "costs.json")
-    monkeypatch.setattr(dispatch, "COSTS", {})
+    monkeypatch.setattr(cost_model, "COSTS_FILE", tmp_path / "costs.json")
+    monkeypatch.setattr(cost_model, "cache_folder", lambda: tmp_path / "cache")
+    dispatch.forget()
     yield tmp_path / "costs.json"
     dispatch.forget()
 
@@ -57,9 +58,9 @@ def other_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 def test_a_fit_finds_the_costs_that_timings_were_made_of(bench: Bench) -> None:
     found = fit_costs.fit([bench])
     assert found.keys() == COSTS.keys()
-    for mode, costs in COSTS.items():
-        assert found[mode].keys() == costs.keys()
-        for name, coefficients in costs.items():
+    for mode, by_backend in COSTS.items():
+        assert found[mode].keys() == by_backend.keys()
+        for name, coefficients in by_backend.items():
             fitted = found[mode][name]
             if name == "dense":  # one step a call: only their sum can be told
                 fitted = [sum(fitted[:2]), 0.0, *fitted[2:]]
@@ -89,8 +90,9 @@ def test_written_and_checked(
     file = tmp_path / "bench.json"
     results.write(bench, file)
     assert fit_costs.main([str(file)]) == 0
-    assert f"{len(bench.results)} cases; chosen within 10 % of the fastest: " in capsys.readouterr().out
-    assert dispatch.read_costs() == dispatch.COSTS == fit_costs.fit([results.read(file)])
+    out = capsys.readouterr().out
+    assert f"{len(bench.results)} cases, shipped coefficients; chosen within 10 % of the fastest: " in out
+    assert cost_model.read_costs() == cost_model.costs().coefficients == fit_costs.fit([results.read(file)])
     assert fit_costs.main(["--check"]) == 0
 
     content = json.loads(other_costs.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 
 import pytest
@@ -20,6 +21,7 @@ from einlinear_lab.bench.variants import (
     OURS,
     RECOMPUTING,
     SAVING,
+    TWO,
     Variant,
     make_variants,
     make_workload,
@@ -133,6 +135,36 @@ def test_the_suites_are_what_they_say() -> None:
     assert ranks["4096 → 4096"] == "low_rank(rank=512)"
     assert ranks["1024 → 4096"] == "low_rank(rank=128)"
     assert all(case.device == "cuda" and case.dtype == "bfloat16" for case in SUITES["gpu"].cases())
+    assert {case.mode for case in standard if case.cold} == {"decode"}
+    assert not any(case.cold for case in SUITES["gpu"].cases())
+
+
+def test_the_suite_of_what_users_have() -> None:
+    cases = SUITES["cpu"].cases()
+    assert {case.dtype for case in cases} == {"float32", "bfloat16", "float16"}
+    assert {case.tokens for case in cases if case.in_features == 4096} == {1, 8, 1024}
+    assert {case.tokens for case in cases if case.in_features < 4096} == {1, 8, 2048}
+    specs = {d: {case.structure for case in cases if case.in_features == d} for d in (64, 256)}
+    # 16 blocks of 4 features would have no rank
+    assert specs[256] - specs[64] == {"monarch(blocks=16)", "low_rank(rank=32)"}
+    asked = choose("cpu", tokens=(2048,), sizes=((4096, 4096),), cold=False)
+    assert {case.tokens for case in asked.cases()} == {2048}
+    assert not any(case.cold for case in choose("cpu", cold=False).cases())
+
+
+def test_slow_calls_run_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "PATIENCE", 0.01)
+    assert len(interleave({"a": lambda: time.sleep(0.02)}, "cpu", budget=0)["a"]) == 1
+
+
+def test_two_dense_layers_are_the_low_rank() -> None:
+    by_spec = {}
+    for spec in ("low_rank(rank=4)", "btt", "kronecker"):
+        p = make_workload(Case(spec, 32, 48, 3, "decode", bias=True))
+        by_spec[spec] = {variant.name: variant.forward for variant in make_variants(p)[0]}
+        if spec.startswith("low_rank"):
+            torch.testing.assert_close(by_spec[spec][TWO](p.x), by_spec[spec][OURS](p.x))
+    assert [spec for spec, variants in by_spec.items() if TWO in variants] == ["low_rank(rank=4)"]
 
 
 def test_a_suite_can_be_changed() -> None:
@@ -159,5 +191,5 @@ def test_what_cannot_be_measured_is_said(options: dict[str, object], message: st
 
 
 def test_an_unknown_suite() -> None:
-    with pytest.raises(ValueError, match="choose from quick, small, standard, gpu"):
+    with pytest.raises(ValueError, match="choose from quick, small, standard, cpu, calibration, gpu"):
         choose("slow")

@@ -70,6 +70,15 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
     assert fresh.missing == CASES
 
 
+def test_cases_too_slow_for_the_budget_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "measure_roofline", lambda dtype, _: Roofline(1e4 if dtype == "float16" else 1e11, 1e10))
+    cases = [*CASES, dataclasses.replace(CASES[0], dtype="float16")]
+    recorder = Recorder(tmp_path, cases, FAST)
+    assert (recorder.missing, recorder.too_slow) == (cases[:2], cases[2:])
+    assert recorder.estimate() < recorder.limit == 20
+    assert Recorder(tmp_path, cases, BenchConfig(budget=10)).missing == cases
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [({"cpu": "abacus"}, "cpu was 'abacus'"), ({"torch": "0.4.0"}, "torch was '0.4.0'"), ({"code": "f00"}, "code was")],

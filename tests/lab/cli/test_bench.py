@@ -10,7 +10,9 @@ from tests.lab.bench.made_up import made_up
 from tests.lab.cli.command import assert_refused, run
 from torch import Tensor
 
+import einlinear as el
 from einlinear import ops
+from einlinear.ops import dispatch
 from einlinear_lab.bench import results
 from einlinear_lab.bench.cases import BenchConfig, Case
 from einlinear_lab.bench.machine import Roofline
@@ -86,6 +88,11 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
     assert [result.case.mode for result in results.read(tmp_path / "bench.json").results] == ["forward"]
 
 
+def test_nothing_but_slow_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("einlinear_lab.bench.run.measure_roofline", lambda *_: Roofline(1e4, 1e10))
+    assert_refused(run(*TINY, "--out", tmp_path / "out"), "every case would take longer than 20 seconds")
+
+
 def test_compare_shows_what_changed(tmp_path: Path) -> None:
     run(*TINY, "--out", tmp_path / "old")
     old = tmp_path / "old" / "bench.json"
@@ -101,6 +108,28 @@ def test_compare_shows_what_changed(tmp_path: Path) -> None:
 
     code, out, _ = run("bench", "--compare", tmp_path / "old", "--out", tmp_path / "new")
     assert "has all cases already" in out
+
+
+def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("einlinear_lab.bench.cold.LEAST", 100_000)
+    cache, layer, x = tmp_path / "cache", el.Linear(64, 64, "btt"), torch.randn(8, 64)
+    if ops.unsupported("cpu", layer.structure, x.dtype, x.device):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setenv("EINLINEAR_CACHE", str(cache))
+    dispatch.forget()
+    command = "bench", "--calibrate", "--structures", "btt", "--sizes", 64, "--tokens", "1,32", "--budget", 0
+    try:
+        for _ in range(2):
+            code, out, _ = run(*command, "--out", tmp_path / "out")
+            assert code == 0
+            # never the results of an earlier calibration
+            assert "3 of 3 cases to measure" in out
+        assert f"Coefficients of the cost model: {cache / 'costs.json'}" in out.replace("\n", "")
+        assert "with coefficients calibrated on this machine" in el.explain(layer, x).reason
+    finally:
+        dispatch.forget()
+    assert_refused(run("bench", "--calibrate", "--dtype", "float16"), "--dtype has no meaning with --calibrate")
+    assert_refused(run("bench", "--suite", "moe", "--calibrate"), "--calibrate has no meaning for --suite moe")
 
 
 @pytest.mark.parametrize(

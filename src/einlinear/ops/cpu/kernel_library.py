@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from einlinear.files import check_private, make_private, rename, sha256_of
+from einlinear.files import cache_folder, check_private, make_private, rename, sha256_of
 from einlinear.ops.cpu.toolchain import FLAGS, NUMBERS, TARGETS, find_compiler, flag_of
 
 logger = logging.getLogger("einlinear")
@@ -104,7 +104,7 @@ def build(machine_flags: Sequence[str], dtype: str) -> Path:
     command = [*find_compiler(), *FLAGS, *machine_flags, flag_of(dtype)]
     source = b"".join(path.read_bytes() for path in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
     key = hashlib.sha256(source + repr((command, _processor())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("EINLINEAR_CACHE") or "~/.cache/einlinear").expanduser().absolute() / "kernels"
+    folder = cache_folder() / "kernels"
     try:
         make_private(folder)
     except PermissionError as error:
