@@ -65,9 +65,10 @@ def test_compression_memory() -> None:
 @needs("transformers")
 def test_converted_speed() -> None:
     command = [sys.executable, str(ROOT / "examples" / "converted_speed.py"), "--layers", "1", "--rounds", "1"]
+    command += ["--hidden", "64"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", out, re.M)) == 2
+    assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", out, re.M)) == 7
 
 
 @needs("onnxruntime")

@@ -83,7 +83,7 @@ class CallContext(enum.Enum):
     PLAIN = enum.auto()
 
 
-_KINDS = {Tensor, nn.Parameter, FakeTensor, type(None)}
+_EAGER = {Tensor, nn.Parameter, type(None)}
 
 
 def call_context(*tensors: Tensor | None) -> CallContext:
@@ -92,12 +92,27 @@ def call_context(*tensors: Tensor | None) -> CallContext:
         return CallContext.PLAIN if torch.compiler.is_exporting() else CallContext.TRACED
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return CallContext.PLAIN
-    kinds = {*map(type, tensors)}
-    # other kinds of tensors have rules of their own
-    if not kinds <= _KINDS:
-        return CallContext.PLAIN
-    traced = FakeTensor in kinds or torch._C._len_torch_dispatch_stack() > 0
+    traced = torch._C._len_torch_dispatch_stack() > 0
+    for tensor in tensors:
+        if type(tensor) not in _EAGER:
+            # other kinds of tensors have rules of their own
+            if type(tensor) is not FakeTensor:
+                return CallContext.PLAIN
+            traced = True
     return CallContext.TRACED if traced else CallContext.EAGER
+
+
+def is_ordinary() -> bool:
+    """Return whether nothing traces, transforms, observes or casts a call, or forces its backend."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or _FORCED.get()
+    )
 
 
 def is_exported() -> bool:
@@ -118,9 +133,9 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
 
 def autocast(product: Product) -> Product:
     """Return the product with its operands cast as autocast says, if it is on; gates always get the dtype of x."""
-    structure, factors, x, bias, routing = product
-    if routing is None and not torch._C._is_any_autocast_enabled():
+    if product.routing is None and not torch._C._is_any_autocast_enabled():
         return product
+    structure, factors, x, bias, routing = product
     dtype = autocast_dtype(x)
     if dtype is not None:
         tensors: tuple[Any, ...] = (x, bias, *factors)

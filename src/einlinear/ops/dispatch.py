@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,6 +44,16 @@ class Choice:
         lines += [f"  {name:<10} about {us:,.0f} us" for name, us in self.estimates]
         lines += [f"  {name:<10} cannot: {why}" for name, why in self.refusals]
         return "\n".join(lines)
+
+
+_MEMORIES: list[Any] = []
+
+
+def remembered(function: F) -> F:
+    """Keep the results of a function that depend on choices, until `forget`."""
+    memory = lru_cache(maxsize=65536)(function)
+    _MEMORIES.append(memory)
+    return memory  # type: ignore[return-value]
 
 
 def choose(
@@ -97,7 +107,7 @@ def choose_for_compiler(
     return "reference" if fuses else backend
 
 
-@lru_cache(maxsize=65536)
+@remembered
 def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str, training: bool) -> Choice:
     """Return the choice that nothing forces; on the CPU by the cost model, which was fitted to float32."""
     device, tokens = torch.device(device_type), 2**tokens_log2
@@ -167,4 +177,5 @@ def _is_cheap_to_recompute(structure: Structure) -> bool:
 def forget() -> None:
     """Forget all cached choices, because the costs have changed, or which backends can run."""
     costs.cache_clear()
-    _cheapest.cache_clear()
+    for memory in _MEMORIES:
+        memory.cache_clear()

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from einlinear.structures import Factor, Structure
+from einlinear.structures import Structure
 
-# name (or factor), tensor, and the shape that it must have
-Operand = tuple[str | Factor, Any, tuple[int, ...]]
-# the only operand of any dtype: a backend may compute in another one than it reads
+# the only operand of any shape and dtype: a backend may compute in another one than it reads
 _SAVED = "a saved intermediate"
 
 
@@ -84,27 +82,35 @@ def check(product: Product, grad: Tensor | None = None, saved: Sequence[Tensor] 
         with _untraced():
             return check(product, grad, saved, memory)
     structure, factors, x, bias, routing = product
-    expected = structure.factors
-    if len(factors) != len(expected):
-        raise ValueError(f"{structure} has {len(expected)} factors, not {len(factors)}")
-    stack = () if routing is None else factors[0].shape[:1]
-    operands: list[Operand] = [(factor, tensor, stack + factor.shape) for factor, tensor in zip(expected, factors)]
+    if len(factors) != len(structure.shapes):
+        raise ValueError(f"{structure} has {len(structure.shapes)} factors, not {len(factors)}")
+    # in the order of `_names`, which are only looked for if something does not fit: small layers feel every microsecond
+    tensors, shapes = [*factors], [*structure.shapes]
+    if routing is not None:
+        stack = factors[0].shape[:1]
+        shapes = [stack + shape for shape in shapes]
     if x is not None:
         n = x.shape[0] if x.dim() else 0
-        operands.append(("the input", x, (n, structure.in_features)))
+        tensors.append(x)
+        shapes.append((n, structure.in_features))
         if grad is not None:
-            operands.append(("the gradient of the output", grad, (n, structure.out_features)))
+            tensors.append(grad)
+            shapes.append((n, structure.out_features))
         if routing is not None:
-            operands.append(("the tensor of gates", routing[1], _check_indices(x, *routing, memory)))
+            tensors.append(routing[1])
+            shapes.append(_check_indices(x, *routing, memory))
     if bias is not None:
-        operands.append(("the bias", bias, (structure.out_features,)))
-    operands += [(_SAVED, tensor, tensor.shape) for tensor in saved]
+        tensors.append(bias)
+        shapes.append((structure.out_features,))
+    checked = len(tensors)
+    if saved:
+        tensors += saved
+        shapes += [tensor.shape for tensor in saved]
     negated = False
     try:
-        _, first, _ = operands[0]
-        dtype, device = first.dtype, first.device
-        for name, tensor, shape in operands:
-            if tensor.shape != shape or tensor.device != device or (tensor.dtype is not dtype and name != _SAVED):
+        dtype, device = tensors[0].dtype, tensors[0].device
+        for i, tensor in enumerate(tensors):
+            if tensor.shape != shapes[i] or tensor.device != device or (tensor.dtype is not dtype and i < checked):
                 break
             if memory:
                 # `_in_memory` for contiguous tensors, without the cost of its call
@@ -113,17 +119,26 @@ def check(product: Product, grad: Tensor | None = None, saved: Sequence[Tensor] 
                         break
                 elif not _in_memory(tensor):
                     break
-                negated = negated or tensor.is_neg()
+                if tensor.is_neg():
+                    negated = True
         else:
             if routing is not None and memory:
                 _check_range(routing[0], len(factors[0]))
             return negated
     except (AttributeError, NotImplementedError, RuntimeError):
         # of something that is not a tensor, or has no strides, or no storage
-        _refuse(structure, operands, memory)
+        _refuse(structure, [*zip(_names(product, grad, saved), tensors, shapes)], memory)
         raise
-    _refuse(structure, operands, memory)
+    _refuse(structure, [*zip(_names(product, grad, saved), tensors, shapes)], memory)
     return negated
+
+
+def _names(product: Product, grad: Tensor | None, saved: Sequence[Tensor]) -> list[str]:
+    names = [f"factor {factor.name}" for factor in product.structure.factors]
+    if product.x is not None:
+        names += ["the input"] + ["the gradient of the output"] * (grad is not None)
+        names += ["the tensor of gates"] * (product.routing is not None)
+    return names + ["the bias"] * (product.bias is not None) + [_SAVED] * len(saved)
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
@@ -218,9 +233,8 @@ def _check_type(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
 
 
-def _refuse(structure: Structure, operands: Sequence[Operand], memory: bool) -> None:
-    """Raise an error for the operand that does not fit, with its name and what would fit."""
-    named = [(key if isinstance(key, str) else f"factor {key.name}", *others) for key, *others in operands]
+def _refuse(structure: Structure, named: Sequence[tuple[str, Any, tuple[int, ...]]], memory: bool) -> None:
+    """Raise an error for the operand that does not fit, by its name, with the shape that would fit."""
     for name, tensor, shape in named:
         _check_type(name, tensor)
         if tensor.layout is not torch.strided:

@@ -96,6 +96,11 @@ class Structure:
         """The factors of all terms, in order of contraction."""
         return tuple(factor for term in self.terms for factor in term.factors)
 
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of all factors."""
+        return tuple(factor.shape for factor in self.factors)
+
     def by_term(self, entries: Sequence[T]) -> list[tuple[Term, Sequence[T]]]:
         """Split a sequence that has one entry per factor, in the order of `factors`, by term.
 

@@ -1,6 +1,6 @@
 // Decoding: forward for few tokens.
 //
-// With fewer tokens than a vector has lanes a tile would be mostly empty. Then an intermediate is one plain vector for
+// Then the factors are what takes time to read, and a tile would be mostly empty. An intermediate is one plain vector for
 // each token, and each matrix of a factor multiplies `count` = tokens x free pieces of it. If these are few as well,
 // they are multiplied with the rows of the matrix as they lie in memory; otherwise they make up a tile.
 #pragma once
@@ -27,24 +27,44 @@ static inline void sum_lanes(Vec<S>* r) {
     }
 }
 
-// to[m] = sum_k w[m][k] from[k] for as many rows as a vector has lanes
-template <class T, class S>
+// to[r C + c] = sum_k w[r][k] from[c][k] for C vectors, one after the other, and so many rows that a vector holds all
+// sums. Every weight is loaded once for all vectors.
+template <int C, class T, class S>
 static inline void dot_rows(const T* const* w, const S* from, Index contracted, S* to) {
     constexpr int L = Simd<S>::lanes;
     Vec<S> sum[L];
 #pragma GCC unroll 16
-    for (int m = 0; m < L; m++) sum[m] = Vec<S>{};
+    for (int i = 0; i < L; i++) sum[i] = Vec<S>{};
     Index k = 0;
     for (; k + L <= contracted; k += L) {
-        Vec<S> x = load(from + k);
+        Vec<S> x[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) x[c] = load(from + c * contracted + k);
 #pragma GCC unroll 16
-        for (int m = 0; m < L; m++) sum[m] += load(w[m] + k) * x;
+        for (int i = 0; i < L; i++) sum[i] += load(w[i / C] + k) * x[i % C];
     }
     sum_lanes<S, 1>(sum);
     for (; k < contracted; k++)
-        for (int m = 0; m < L; m++) sum[0][m] += (S)w[m][k] * from[k];
+        for (int i = 0; i < L; i++) sum[0][i] += (S)w[i / C][k] * from[i % C * contracted + k];
     store(to, sum[0]);
 }
+
+// The same for as many rows as a vector has lanes, C vectors at a time as long as there are as many: to[c L + r].
+template <int C, class T, class S>
+static inline void dot_blocks(const T* const* w, const S* from, Index count, Index contracted, S* to) {
+    constexpr int L = Simd<S>::lanes, R = L / C;
+    for (; count >= C; count -= C, from += C * contracted, to += C * L)
+        for (int first = 0; first < L; first += R) {
+            S sums[L];
+            dot_rows<C>(w + first, from, contracted, sums);
+            for (int i = 0; i < L; i++) to[i % C * L + first + i / C] = sums[i];
+        }
+    if constexpr (C > 1)
+        if (count) dot_blocks<C / 2>(w, from, count, contracted, to);
+}
+
+// Tokens up to which the weights, and not the arithmetic, are what a call waits for.
+constexpr Index DECODE_TOKENS = 16;
 
 // The features of a few tokens, one row each.
 template <class S>
@@ -61,7 +81,7 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
     constexpr Index L = Simd<S>::lanes;
     const Index contracted = s.in.features, count = tokens * s.free_size, tile = (count + L - 1) / L * L;
     const Index blocks = (s.out.features + L - 1) / L;
-    bool dots = count < L && s.w_contracted_stride == 1;
+    bool dots = count <= DECODE_TOKENS && s.w_contracted_stride == 1;
     S *inputs = room, *outputs = room + contracted * tile;
     // rows of a tile, one after the other
     std::vector<Index> each(std::max(contracted, L));
@@ -85,7 +105,7 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
             // beyond the last row, the last row again: its results are not used
             const T* at[L];
             for (Index m = 0; m < L; m++) at[m] = w + s.w_new[std::min(first + m, s.out.features - 1)];
-            for (Index i = 0; i < count; i++) dot_rows(at, inputs + i * contracted, contracted, outputs + i * L);
+            dot_blocks<L < 4 ? L : 4>(at, inputs, count, contracted, outputs);
         } else
             multiply(w + first * s.w_new_stride, s.w_contracted_stride, s.w_new_stride, inputs, each.data(), contracted,
                      outputs, each.data(), rows, tile, false);
@@ -100,8 +120,9 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
 }
 
 // Whether a call takes this path: few tokens, and factors whose matrices have constant strides.
-static bool decodes(const Program& p, Index n, Index lanes) {
-    return n < lanes && std::all_of(p.steps.begin(), p.steps.end(), [](const Step& s) { return s.has_strides(); });
+static bool decodes(const Program& p, Index n) {
+    return n <= DECODE_TOKENS &&
+           std::all_of(p.steps.begin(), p.steps.end(), [](const Step& s) { return s.has_strides(); });
 }
 
 template <class T>

@@ -1,0 +1,100 @@
+"""The shortest way to the kernel: which calls take it, and that it gives what the general way gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from tests.families import SAMPLES, structures
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import einlinear as el
+from einlinear import ops
+from einlinear.ops import linear_function, quick_call
+
+SPECS = [spec for specs in SAMPLES.values() for spec in specs]
+
+
+@pytest.fixture
+def general(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What went the general way."""
+    why = ops.unsupported("cpu", el.structure("btt", 16, 16), torch.float32, "cpu")
+    if why is not None:
+        pytest.skip(why)  # where CI=true, test_cpu.py fails
+    calls: list[object] = []
+    original = linear_function._linear
+    monkeypatch.setattr(linear_function, "_linear", lambda *arguments: (calls.append(1), original(*arguments))[1])
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1, 3), (40,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", SPECS)
+def test_it_gives_what_the_general_way_gives(
+    spec: str, dtype: torch.dtype, shape: tuple[int, ...], general: list[object]
+) -> None:
+    structure = structures(spec, [(36, 36), (37, 41)])[-1]
+    layer = el.Linear(structure.in_features, structure.out_features, structure, dtype=dtype).requires_grad_(False)
+    x = torch.randn(*shape, layer.in_features, dtype=dtype)
+    y = layer(x)
+    assert general == ([] if el.explain(layer, x).backend == "cpu" else [1])
+    with el.backend(el.explain(layer, x).backend):
+        assert torch.equal(y, layer(x))
+
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "a forced backend": lambda: el.backend("reference"),
+    "a dispatch mode": lambda: FlopCounterMode(display=False),
+    "forward-mode derivatives": torch.autograd.forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_what_needs_care_goes_the_general_way(context: str, general: list[object]) -> None:
+    layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
+    with torch.no_grad():
+        layer(x)
+        assert not general
+        with CONTEXTS[context]():
+            layer(x)
+    assert general
+
+
+OPERANDS: dict[str, Callable[[Tensor], Any]] = {
+    "strided": lambda t: t.t().contiguous().t(),
+    "negated": lambda t: torch.view_as_real(torch.complex(t, -t).conj())[..., 1],
+    "a subclass": lambda t: t.as_subclass(type("Subclass", (Tensor,), {})),
+}
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize("which", ["x", "A"])
+def test_unusual_operands_go_the_general_way(kind: str, which: str, general: list[object]) -> None:
+    structure = el.structure("low_rank(rank=4)", 16, 12)
+    factors, x = [torch.randn(shape) for shape in structure.shapes], torch.randn(3, 16)
+    expected = ops.linear(structure, factors, x)
+    assert not general
+    if which == "x":
+        x = OPERANDS[kind](x)
+    else:
+        factors[0] = OPERANDS[kind](factors[0])
+    torch.testing.assert_close(Tensor(ops.linear(structure, factors, x).as_subclass(Tensor)), expected)
+    assert general
+
+
+def test_threads_are_asked_for_in_every_call(general: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = el.Linear(1024, 1024, "btt").requires_grad_(False), torch.randn(100, 1024)
+    layer(x)
+    call = quick_call._prepare(layer.structure, x.shape, x.dtype, True)
+    assert call is not None
+    assert call.is_parallel
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked.append(1) or 1)
+    assert torch.equal(layer(x), layer(x))
+    assert len(asked) == 2
