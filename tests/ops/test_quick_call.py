@@ -46,8 +46,50 @@ def test_it_gives_what_the_general_way_gives(
         assert torch.equal(y, layer(x))
 
 
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_are_those_of_the_general_way(
+    spec: str, dtype: torch.dtype, wanted: tuple[bool, bool], general: list[object]
+) -> None:
+    structure = structures(spec, [(36, 36), (37, 41)])[-1]
+    layer = el.Linear(structure.in_features, structure.out_features, structure, dtype=dtype)
+    x = torch.randn(5, layer.in_features, dtype=dtype).requires_grad_(wanted[0])
+    layer.requires_grad_(wanted[1])
+    grad, tensors = (
+        torch.randn(5, layer.out_features, dtype=dtype),
+        [t for t in (x, *layer.parameters()) if t.requires_grad],
+    )
+    found = torch.autograd.grad(layer(x), tensors, grad)
+    backend = el.explain(layer, x).backend
+    assert general == ([] if backend == "cpu" else [1])
+    with el.backend(backend, recompute=True):
+        expected = torch.autograd.grad(layer(x), tensors, grad)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_changed_before_the_backward_pass_goes_the_general_way(general: list[object]) -> None:
+    layer, x = el.Linear(16, 12, "low_rank(rank=4)"), torch.randn(3, 16)
+    expected = torch.autograd.grad(layer(x).sum(), layer.A)
+    y = layer(x)
+    assert not general
+    layer.A.data = layer.A.data.clone()
+    assert torch.equal(torch.autograd.grad(y.sum(), layer.A)[0], expected[0])
+    y = layer(x)
+    layer.B.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the memory of factor B is smaller"):
+        y.sum().backward()
+
+
+def test_gradients_of_gradients(general: list[object]) -> None:
+    layer, x = el.Linear(8, 6, "btt(rank=2)", dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    x.requires_grad_()
+    assert torch.autograd.gradgradcheck(layer, x)
+    assert not general
+
+
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "gradients": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "a forced backend": lambda: el.backend("reference"),
     "a dispatch mode": lambda: FlopCounterMode(display=False),
@@ -68,7 +110,7 @@ def test_what_needs_care_goes_the_general_way(context: str, general: list[object
 
 OPERANDS: dict[str, Callable[[Tensor], Any]] = {
     "strided": lambda t: t.t().contiguous().t(),
-    "negated": lambda t: torch.view_as_real(torch.complex(t, -t).conj())[..., 1],
+    "negated": lambda t: torch._neg_view(-t),
     "a subclass": lambda t: t.as_subclass(type("Subclass", (Tensor,), {})),
 }
 
@@ -91,7 +133,7 @@ def test_unusual_operands_go_the_general_way(kind: str, which: str, general: lis
 def test_threads_are_asked_for_in_every_call(general: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = el.Linear(1024, 1024, "btt").requires_grad_(False), torch.randn(100, 1024)
     layer(x)
-    call = quick_call._prepare(layer.structure, x.shape, x.dtype, True)
+    call = quick_call._prepare(layer.structure, x.shape, x.dtype, True, False)
     assert call is not None
     assert call.is_parallel
     asked: list[int] = []

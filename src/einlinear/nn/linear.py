@@ -89,9 +89,7 @@ class Factored(SelfDescribing):
         return factors
 
     def _parameter(self, name: str) -> Any:
-        # without nn.Module.__getattr__, which takes half as long as a small matrix product
-        parameters = self._parameters
-        return parameters[name] if name in parameters else getattr(self, name)
+        return getattr(self, name)
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the weight: all but the bias."""
@@ -202,7 +200,13 @@ class Linear(Factored):
         return layer.train(training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(self.structure, self.factors(), x, self._parameter("bias"))
+        structure, own = self.structure, self._parameters
+        if type(x) is Tensor and not self.normalize and "bias" in own:
+            # nn.Module.__getattr__ takes as long as a small product; parametrized factors are found by it alone
+            factors = [own[factor.name] for factor in structure.factors if factor.name in own]
+            if len(factors) == len(structure.factors):
+                return ops.linear(structure, factors, x, own["bias"])  # type: ignore[arg-type]
+        return ops.linear(structure, self.factors(), x, self.bias)
 
     def dense_weight(self) -> Tensor:
         """Return W, of shape (out_features, in_features); differentiable in the factors."""

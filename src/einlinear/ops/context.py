@@ -128,7 +128,11 @@ def is_differentiated_again(grad: Tensor, *others: Tensor | None) -> bool:
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Return whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def autocast(product: Product) -> Product:

@@ -69,8 +69,13 @@ def linear(
         torch.Size([2, 16])
     """
 
-    if backend is None and routing is None and (y := quick_call.forward(structure, factors, x, bias)) is not None:
-        return y
+    if backend is None and routing is None and type(x) is Tensor:
+        training = torch.is_grad_enabled() and wants_gradients(x, bias, *factors)
+        call = quick_call.find(structure, factors, x, bias, training)
+        if call is not None and training:
+            return _Linear.apply("cpu", Product(structure, factors, x, bias), call, x, bias, *factors)  # type: ignore[no-untyped-call, no-any-return]
+        if call is not None:
+            return quick_call.forward(call, factors, x, bias)[0]
 
     def multiply(tokens: Tensor) -> Tensor:
         return _linear(Product(structure, factors, tokens, bias, routing), backend)
@@ -121,15 +126,22 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         indices, gates = routing or (None, None)
         return linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)  # type: ignore[no-any-return]
     if training:
-        return _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call, no-any-return]
+        return _Linear.apply(backend, product, None, *product.tensors())  # type: ignore[no-untyped-call, no-any-return]
     return backends.find(backend).forward(product, False)[0]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, product: Product, *tensors: Tensor | None) -> Tensor:
-        ctx.structure, ctx.backend = product.structure, backend
-        y, saved = backends.find(backend).forward(product, not recomputes(backend, product.structure))
+    def forward(
+        ctx: Any, backend: str, product: Product, call: quick_call.Call | None, *tensors: Tensor | None
+    ) -> Tensor:
+        structure, factors, x, bias, _ = product
+        ctx.structure, ctx.backend, ctx.call, ctx.saved = structure, backend, call, []
+        if call is not None:
+            ctx.save_for_backward(*tensors)
+            y, ctx.pointers = quick_call.forward(call, factors, x, bias)
+            return y
+        y, saved = backends.find(backend).forward(product, not recomputes(backend, structure))
         ctx.saved = [(tensor.shape, tensor.dtype) for tensor in saved]
         ctx.save_for_backward(*tensors, *saved)
         return y
@@ -137,18 +149,23 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        structure, tensors, needed = ctx.structure, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        structure, tensors, needed = ctx.structure, ctx.saved_tensors, ctx.needs_input_grad[3:]
         inputs, saved = tensors[: len(needed)], tensors[len(needed) :]
-        if is_differentiated_again(grad, *inputs):
-            return None, None, *_plain_gradients(structure, inputs, needed, grad)
+        if is_differentiated_again(grad, *(inputs if ctx.call is None else ())):
+            return None, None, None, *_plain_gradients(structure, inputs, needed, grad)
         if [(tensor.shape, tensor.dtype) for tensor in saved] != ctx.saved:
             raise RuntimeError("an intermediate was unpacked in another shape or dtype than it was saved in")
-        product, end = Product.of(structure, inputs[0], None, *inputs[2:]), 2 + len(structure.factors)
+        end = 2 + len(structure.shapes)
+        x, factors, routing, gradients = inputs[0], inputs[2:end], inputs[end:], None
         needs_x = needed[0] or any(needed[end:])
-        gradients = backends.find(ctx.backend).backward(product, grad, saved, needs_x, needed[2:end])
+        if ctx.call is not None:
+            gradients = quick_call.backward(ctx.call, ctx.pointers, factors, x, grad, needs_x, needed[2:])
+        if gradients is None:
+            product = Product.of(structure, x, None, *factors, *routing)
+            gradients = backends.find(ctx.backend).backward(product, grad, saved, needs_x, needed[2:end])
         grad_bias = grad.sum(0) if needed[1] else None
-        grad_routing = () if product.routing is None else (None, gradients.gates)
-        return None, None, gradients.x, grad_bias, *gradients.factors, *grad_routing
+        grad_routing = (None, gradients.gates) if routing else ()
+        return None, None, None, gradients.x, grad_bias, *gradients.factors, *grad_routing
 
 
 def _plain_gradients(

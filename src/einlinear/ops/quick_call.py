@@ -1,4 +1,4 @@
-"""The shortest way from a small layer to the compiled kernel, for calls that nothing observes or differentiates.
+"""The shortest way from a small layer to the compiled kernel, for calls that nothing observes or transforms.
 
 A layer of 64 features multiplies for less than a microsecond, but the general way takes ten times as long to find out
 what a call is, and to choose a backend. Here the choice is kept for a shape, and operands are expected as they usually
@@ -8,80 +8,129 @@ are. Whatever is not as usual is left to the general way, which also knows what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from einlinear.ops.context import is_ordinary, wants_gradients
-from einlinear.ops.dispatch import choose, remembered
+from einlinear.ops.context import is_ordinary
+from einlinear.ops.dispatch import choose, recomputes, remembered
+from einlinear.ops.operands import Gradients
 from einlinear.structures import Structure
 
 if TYPE_CHECKING:
-    from einlinear.ops.cpu.cpu_backend import Program
+    from einlinear.ops.cpu.cpu_backend import Library, Program
 
+# an array with that of every factor, and that of x
+Pointers = tuple[Any, int]
 # MACs of a call from which the general way takes no noticeable part of the time
 LARGE = 10_000_000
+# MACs of a call up to which intermediates are computed again sooner than memory for them is found
+RECOMPUTED = 1_000_000
 _KINDS = {Tensor, nn.Parameter}
 
 
 class Call(NamedTuple):
-    """What calls with inputs of one shape have in common: shapes and bytes of all operands, and the kernel's arguments."""
+    """What calls with inputs of one shape have in common: shapes and bytes of the operands, the kernel's arguments."""
 
+    # of x, the factors and the bias
     operands: tuple[tuple[tuple[int, ...], int], ...]
-    result: tuple[int, ...]
-    kernel: Callable[..., None]
+    result: tuple[tuple[int, ...], int]
+    library: Library
     program: Program
     tokens: int
     is_parallel: bool
 
 
-def forward(structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Return y of shape (..., out_features), or None if this is not a small, ordinary call of the compiled kernel."""
-    if type(x) is not Tensor or not x.is_cpu or x.is_nested or not is_ordinary():
+def find(
+    structure: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, training: bool
+) -> Call | None:
+    """Return the call, or None if it is not a small, ordinary one of the compiled kernel, or an operand is unusual."""
+    if not x.is_cpu or x.is_nested or not is_ordinary():
         return None
-    call, dtype = _prepare(structure, x.shape, x.dtype, bias is not None), x.dtype
+    call = _prepare(structure, x.shape, x.dtype, bias is not None, training)
     tensors = (x, *factors) if bias is None else (x, *factors, bias)
-    if call is None or len(tensors) != len(call.operands) or (torch.is_grad_enabled() and wants_gradients(*tensors)):
+    if call is None or len(tensors) != len(call.operands) or not _are_as_usual(tensors, call.operands, x.dtype):
         return None
+    return call
+
+
+def forward(call: Call, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> tuple[Tensor, Pointers]:
+    """Return y of shape (..., out_features), and where the factors and x lie, for `backward`."""
+    y, x_at = x.new_empty(*call.result[0]), x.data_ptr()
+    factors_at = call.program.pointers(*[factor.data_ptr() for factor in factors])
+    bias_at, threads = None if bias is None else bias.data_ptr(), torch.get_num_threads() if call.is_parallel else 1
+    call.library.forward(
+        call.program.address, factors_at, x_at, bias_at, y.data_ptr(), None, None, call.tokens, threads
+    )
+    return y, (factors_at, x_at)
+
+
+def backward(
+    call: Call,
+    pointers: Pointers,
+    factors: Sequence[Tensor],
+    x: Tensor,
+    grad: Tensor,
+    needs_x: bool,
+    needs_factors: Sequence[bool],
+) -> Gradients | None:
+    """Return the gradients that are needed, given that of y; None if something is not as it was, or usually is."""
+    factors_at, x_at = pointers
+    if [factor.data_ptr() for factor in factors] != factors_at[:] or x.data_ptr() != x_at:
+        return None
+    if not _are_as_usual((grad,), (call.result,), x.dtype):
+        return None
+    shapes = call.operands
+    grad_x = x.new_empty(*shapes[0][0]) if needs_x else None
+    grads = [x.new_empty(*shapes[i][0]) if needed else None for i, needed in enumerate(needs_factors, 1)]
+    grads_at = call.program.pointers(*[None if g is None else g.data_ptr() for g in grads])
+    ends = x_at, grad.data_ptr(), None, None if grad_x is None else grad_x.data_ptr(), None
+    threads = torch.get_num_threads() if call.is_parallel else 1
+    call.library.backward(call.program.address, factors_at, grads_at, *ends, None, call.tokens, threads)
+    return Gradients(grad_x, None, grads)
+
+
+def _are_as_usual(
+    tensors: Sequence[Tensor], operands: Sequence[tuple[tuple[int, ...], int]], dtype: torch.dtype
+) -> bool:
+    """Return whether tensors have these shapes and bytes, and lie in memory as kernels read them."""
     try:
-        for tensor, (shape, size) in zip(tensors, call.operands):
+        for tensor, (shape, size) in zip(tensors, operands):
             if (
-                type(tensor) not in _KINDS
-                or tensor.shape != shape
+                tensor.shape != shape
                 or tensor.dtype is not dtype
+                or type(tensor) not in _KINDS
                 or not tensor.is_cpu
                 or not tensor.is_contiguous()
                 or tensor.is_neg()
                 or tensor.untyped_storage().nbytes() < tensor.storage_offset() * tensor.itemsize + size
             ):
-                return None
-    except (NotImplementedError, RuntimeError):
-        # a layout without strides or a storage
-        return None
-    y = x.new_empty(*call.result)
-    at = call.program.pointers(*[factor.data_ptr() for factor in factors])
-    threads = torch.get_num_threads() if call.is_parallel else 1
-    bias_at = None if bias is None else bias.data_ptr()
-    call.kernel(call.program.address, at, x.data_ptr(), bias_at, y.data_ptr(), None, None, call.tokens, threads)
-    return y
+                return False
+    except (AttributeError, NotImplementedError, RuntimeError):
+        # of something that is not a tensor, or has no strides, or no storage
+        return False
+    return True
 
 
 @remembered
-def _prepare(structure: Structure, shape: torch.Size, dtype: torch.dtype, has_bias: bool) -> Call | None:
+def _prepare(
+    structure: Structure, shape: torch.Size, dtype: torch.dtype, has_bias: bool, training: bool
+) -> Call | None:
     if not shape or shape[-1] != structure.in_features:
         return None
     tokens, device = shape[:-1].numel(), torch.device("cpu")
-    if not 0 < tokens * structure.macs < LARGE or choose(structure, tokens, dtype, device).backend != "cpu":
+    macs = tokens * structure.macs
+    if not 0 < macs < LARGE or choose(structure, tokens, dtype, device, training).backend != "cpu":
+        return None
+    if training and (len(shape) != 2 or (macs > RECOMPUTED and not recomputes("cpu", structure))):
         return None
     # when it is needed, since it takes time to import
     from einlinear.ops.cpu import cpu_backend
 
     library, program = cpu_backend.load(dtype), cpu_backend.program_of(structure)
     assert not isinstance(library, str), "or it could not be chosen"
-    result = (*shape[:-1], structure.out_features)
-    shapes = (shape, *structure.shapes) if not has_bias else (shape, *structure.shapes, (structure.out_features,))
-    operands = tuple((tuple(shape), math.prod(shape) * dtype.itemsize) for shape in shapes)
-    is_parallel = tokens * structure.macs > cpu_backend.PARALLEL_MACS
-    return Call(operands, result, library.forward, program, tokens, is_parallel)
+    result, bias = (*shape[:-1], structure.out_features), [(structure.out_features,)] * has_bias
+    sized = [(tuple(s), math.prod(s) * dtype.itemsize) for s in (result, shape, *structure.shapes, *bias)]
+    return Call(tuple(sized[1:]), sized[0], library, program, tokens, macs > cpu_backend.PARALLEL_MACS)

@@ -96,7 +96,7 @@ class Structure:
         """The factors of all terms, in order of contraction."""
         return tuple(factor for term in self.terms for factor in term.factors)
 
-    @cached_property
+    @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of all factors."""
         return tuple(factor.shape for factor in self.factors)
