@@ -27,40 +27,54 @@ static inline void sum_lanes(Vec<S>* r) {
     }
 }
 
-// to[r C + c] = sum_k w[r][k] from[c][k] for C vectors, one after the other, and so many rows that a vector holds all
-// sums. Every weight is loaded once for all vectors.
+// Numbers of a row that are multiplied before the next rows are: those of all vectors stay in the first cache.
+constexpr Index CHUNK = 512;
+
+// to[c R + r] = sum_k w[r][k] x[c][k] over k in [first, last), for C vectors and so many rows that one vector holds all
+// sums. Every weight is loaded once for all of them, and those `ahead` are fetched from memory meanwhile.
 template <int C, class T, class S>
-static inline void dot_rows(const T* const* w, const S* from, Index contracted, S* to) {
-    constexpr int L = Simd<S>::lanes;
+static inline void dot_rows(const T* const* w, const S* const* x, Index first, Index last, Index ahead, S* to) {
+    constexpr int L = Simd<S>::lanes, R = L / C;
     Vec<S> sum[L];
 #pragma GCC unroll 16
     for (int i = 0; i < L; i++) sum[i] = Vec<S>{};
-    Index k = 0;
-    for (; k + L <= contracted; k += L) {
-        Vec<S> x[C];
+    Index k = first;
+    for (; k + L <= last; k += L) {
+        Vec<S> at[C];
 #pragma GCC unroll 4
-        for (int c = 0; c < C; c++) x[c] = load(from + c * contracted + k);
+        for (int c = 0; c < C; c++) at[c] = load(x[c] + k);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; i++) sum[i] += load(w[i / C] + k) * x[i % C];
+        for (int r = 0; r < R; r++) {
+            Vec<S> weight = load(w[r] + k);
+            if constexpr (C > 1) keep_in_register(weight);
+            __builtin_prefetch(w[r] + k + ahead);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) sum[c * R + r] += weight * at[c];
+        }
     }
     sum_lanes<S, 1>(sum);
-    for (; k < contracted; k++)
-        for (int i = 0; i < L; i++) sum[0][i] += (S)w[i / C][k] * from[i % C * contracted + k];
     store(to, sum[0]);
+    for (; k < last; k++)
+        for (int i = 0; i < L; i++) to[i] += (S)w[i % R][k] * x[i / R][k];
 }
 
-// The same for as many rows as a vector has lanes, C vectors at a time as long as there are as many: to[c L + r].
+// to[c L + r] = sum_k w[r][k] x[c][k] for as many rows as a vector has lanes, C vectors at a time if there are as many.
 template <int C, class T, class S>
-static inline void dot_blocks(const T* const* w, const S* from, Index count, Index contracted, S* to) {
+static inline void dot_blocks(const T* const* w, const S* const* x, Index count, Index contracted, Index ahead, S* to) {
     constexpr int L = Simd<S>::lanes, R = L / C;
-    for (; count >= C; count -= C, from += C * contracted, to += C * L)
-        for (int first = 0; first < L; first += R) {
-            S sums[L];
-            dot_rows<C>(w + first, from, contracted, sums);
-            for (int i = 0; i < L; i++) to[i % C * L + first + i / C] = sums[i];
-        }
+    for (; count >= C; count -= C, x += C, to += C * L)
+        for (Index k = 0; k < contracted; k += CHUNK)
+            for (int first = 0; first < L; first += R) {
+                S sums[L];
+                dot_rows<C>(w + first, x, k, std::min(contracted, k + CHUNK), ahead, sums);
+                for (int c = 0; c < C; c++)
+                    for (int r = 0; r < R; r++) {
+                        S& y = to[c * L + first + r];
+                        y = k ? y + sums[c * R + r] : sums[c * R + r];
+                    }
+            }
     if constexpr (C > 1)
-        if (count) dot_blocks<C / 2>(w, from, count, contracted, to);
+        if (count) dot_blocks<C / 2>(w, x, count, contracted, ahead, to);
 }
 
 // Tokens up to which the weights, and not the arithmetic, are what a call waits for.
@@ -83,16 +97,20 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
     const Index blocks = (s.out.features + L - 1) / L;
     bool dots = count <= DECODE_TOKENS && s.w_contracted_stride == 1;
     S *inputs = room, *outputs = room + contracted * tile;
+    const S* pieces[DECODE_TOKENS];
     // rows of a tile, one after the other
-    std::vector<Index> each(std::max(contracted, L));
+    std::vector<Index> each(dots ? 0 : std::max(contracted, L));
     std::iota(each.begin(), each.end(), 0);
     Index gathered = -1;
     for (Index unit = mine.first(s.batch_size * blocks); unit < mine.last(s.batch_size * blocks); unit++) {
         Index b = unit / blocks, first = unit % blocks * L, rows = std::min(L, s.out.features - first);
-        // Units of the same batch entry read the same pieces: these are gathered once, as vectors or as a tile.
+        // Units of the same batch entry read the same pieces: these are gathered once, as vectors or as a tile, or are
+        // read where they lie.
         if (b != gathered) {
             for (Index i = 0; i < count; i++) {
                 const S* at = from.data + i / s.free_size * from.width + s.in.batch[b] + s.in.free[i % s.free_size];
+                if (dots) pieces[i] = s.in.is_run() ? at + s.in.feature[0] : inputs + i * contracted;
+                if (dots && s.in.is_run()) continue;
                 Index item = dots ? i * contracted : i, next = dots ? 1 : tile;
                 for (Index k = 0; k < contracted; k++) inputs[item + k * next] = at[s.in.feature[k]];
             }
@@ -105,12 +123,20 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
             // beyond the last row, the last row again: its results are not used
             const T* at[L];
             for (Index m = 0; m < L; m++) at[m] = w + s.w_new[std::min(first + m, s.out.features - 1)];
-            dot_blocks<L < 4 ? L : 4>(at, inputs, count, contracted, outputs);
+            // where the next unit most often lies, but not farther than caches are patient
+            Index ahead = std::min(L * contracted, 2 * CHUNK);
+            dot_blocks<L < 4 ? L : 4>(at, pieces, count, contracted, ahead, outputs);
         } else
             multiply(w + first * s.w_new_stride, s.w_contracted_stride, s.w_new_stride, inputs, each.data(), contracted,
                      outputs, each.data(), rows, tile, false);
         for (Index i = 0; i < count; i++) {
             S* at = to.data + i / s.free_size * to.width + s.out.batch[b] + s.out.free[i % s.free_size];
+            if (dots && rows == L && s.out.is_run()) {
+                S* y = at + s.out.feature[first];
+                Vec<S> values = load(outputs + i * L);
+                store(y, add ? load(y) + values : values);
+                continue;
+            }
             for (Index m = 0; m < rows; m++) {
                 S value = outputs[dots ? i * L + m : m * tile + i], &y = at[s.out.feature[first + m]];
                 y = add ? y + value : value;

@@ -41,6 +41,18 @@ static inline void store(S* p, Vec<S> v) {
     *(Vec<S>*)p = v;
 }
 
+// Compilers read from memory what they use several times, if an instruction can do both; that takes as many loads.
+template <class V>
+static inline void keep_in_register(V& v) {
+#if defined(__x86_64__)
+    __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#else
+    (void)v;
+#endif
+}
+
 // Half precision exists in memory only: numbers are widened when they are loaded and rounded when they are stored.
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
