@@ -71,6 +71,16 @@ def test_converted_speed() -> None:
     assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", out, re.M)) == 7
 
 
+def test_call_overhead() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "call_overhead.py"), "--features", "64", "--rounds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert (
+        len(re.findall(r"^\| 64 \| `[a-z_]+.*` \| (inference|training) \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", out, re.M))
+        == 10
+    )
+
+
 @needs("onnxruntime")
 @needs("onnxscript")
 def test_exported_speed() -> None:

@@ -73,7 +73,7 @@ def linear(
         training = torch.is_grad_enabled() and wants_gradients(x, bias, *factors)
         call = quick_call.find(structure, factors, x, bias, training)
         if call is not None and training:
-            return _Linear.apply("cpu", Product(structure, factors, x, bias), call, x, bias, *factors)  # type: ignore[no-untyped-call, no-any-return]
+            return _apply_at_once("cpu", Product(structure, factors, x, bias), call, x, bias, *factors)  # type: ignore[no-any-return]
         if call is not None:
             return quick_call.forward(call, factors, x, bias)[0]
 
@@ -166,6 +166,10 @@ class _Linear(torch.autograd.Function):
         grad_bias = grad.sum(0) if needed[1] else None
         grad_routing = (None, gradients.gates) if routing else ()
         return None, None, None, gradients.x, grad_bias, *gradients.factors, *grad_routing
+
+
+# what `apply` does after it has looked for transforms, of which there are none in an ordinary call
+_apply_at_once: Any = super(torch.autograd.Function, _Linear).apply
 
 
 def _plain_gradients(

@@ -20,7 +20,8 @@ from einlinear.ops.operands import Gradients
 from einlinear.structures import Structure
 
 if TYPE_CHECKING:
-    from einlinear.ops.cpu.cpu_backend import Library, Program
+    from einlinear.ops.cpu.cpu_backend import Program
+    from einlinear.ops.cpu.kernel_library import Library
 
 # an array with that of every factor, and that of x
 Pointers = tuple[Any, int]
@@ -127,9 +128,9 @@ def _prepare(
     if training and (len(shape) != 2 or (macs > RECOMPUTED and not recomputes("cpu", structure))):
         return None
     # when it is needed, since it takes time to import
-    from einlinear.ops.cpu import cpu_backend
+    from einlinear.ops.cpu import cpu_backend, kernel_library
 
-    library, program = cpu_backend.load(dtype), cpu_backend.program_of(structure)
+    library, program = kernel_library.load(dtype), cpu_backend.program_of(structure)
     assert not isinstance(library, str), "or it could not be chosen"
     result, bias = (*shape[:-1], structure.out_features), [(structure.out_features,)] * has_bias
     sized = [(tuple(s), math.prod(s) * dtype.itemsize) for s in (result, shape, *structure.shapes, *bias)]
