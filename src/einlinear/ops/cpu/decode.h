@@ -77,8 +77,8 @@ static inline void dot_blocks(const T* const* w, const S* const* x, Index count,
         if (count) dot_blocks<C / 2>(w, x, count, contracted, ahead, to);
 }
 
-// Tokens up to which the weights, and not the arithmetic, are what a call waits for.
-constexpr Index DECODE_TOKENS = 16;
+// Rows of so many weights pay for the sum at their end: then up to 15 tokens are multiplied with rows as they lie.
+constexpr Index LONG_ROW = 128, MOST_TOKENS = 15;
 
 // The features of a few tokens, one row each.
 template <class S>
@@ -95,9 +95,9 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
     constexpr Index L = Simd<S>::lanes;
     const Index contracted = s.in.features, count = tokens * s.free_size, tile = (count + L - 1) / L * L;
     const Index blocks = (s.out.features + L - 1) / L;
-    bool dots = count <= DECODE_TOKENS && s.w_contracted_stride == 1;
+    bool dots = count < (contracted < LONG_ROW ? L : MOST_TOKENS + 1) && s.w_contracted_stride == 1;
     S *inputs = room, *outputs = room + contracted * tile;
-    const S* pieces[DECODE_TOKENS];
+    const S* pieces[std::max(MOST_TOKENS, L)];
     // rows of a tile, one after the other
     std::vector<Index> each(dots ? 0 : std::max(contracted, L));
     std::iota(each.begin(), each.end(), 0);
@@ -125,7 +125,11 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
             for (Index m = 0; m < L; m++) at[m] = w + s.w_new[std::min(first + m, s.out.features - 1)];
             // where the next unit most often lies, but not farther than caches are patient
             Index ahead = std::min(L * contracted, 2 * CHUNK);
-            dot_blocks<L < 4 ? L : 4>(at, pieces, count, contracted, ahead, outputs);
+            // several vectors at a time where that saves conversions of weights, or reads of long rows
+            if (widens<T> || contracted >= LONG_ROW)
+                dot_blocks<L < 4 ? L : 4>(at, pieces, count, contracted, ahead, outputs);
+            else
+                dot_blocks<1>(at, pieces, count, contracted, ahead, outputs);
         } else
             multiply(w + first * s.w_new_stride, s.w_contracted_stride, s.w_new_stride, inputs, each.data(), contracted,
                      outputs, each.data(), rows, tile, false);
@@ -145,10 +149,12 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
     }
 }
 
-// Whether a call takes this path: few tokens, and factors whose matrices have constant strides.
-static bool decodes(const Program& p, Index n) {
-    return n <= DECODE_TOKENS &&
-           std::all_of(p.steps.begin(), p.steps.end(), [](const Step& s) { return s.has_strides(); });
+// Whether a call takes this path: fewer tokens than fill a tile or, with long rows, a few more; and factors whose
+// matrices have constant strides.
+static bool decodes(const Program& p, Index n, Index lanes) {
+    return std::all_of(p.steps.begin(), p.steps.end(), [=](const Step& s) {
+        return s.has_strides() && (n < lanes || (n <= MOST_TOKENS && s.in.features >= LONG_ROW));
+    });
 }
 
 template <class T>

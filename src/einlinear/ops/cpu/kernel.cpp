@@ -49,7 +49,7 @@ struct Division {
 template <class T, class S>
 static void forward(const Program& p, const T* const* factors, const T* x, const T* bias, T* y, S* saved, Index n,
                     int threads) {
-    if (!saved && decodes(p, n)) return decode(p, factors, x, bias, y, n, threads);
+    if (!saved && decodes(p, n, Simd<S>::lanes)) return decode(p, factors, x, bias, y, n, threads);
     Division<S> division(p, n, threads);
     Ends ends(p, false);
     Index tile = division.tile;
