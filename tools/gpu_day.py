@@ -1,6 +1,6 @@
 """Run the parts of a benchmark of a GPU in limited time. `tools/gpu_day.sh` sets the environment and starts this file.
 
-Every part runs in a process of its own, with a share of the remaining time. A case that fails ends its process, since
+Every part runs in a separate process, with a share of the remaining time. A case that fails ends its process, since
 CUDA cannot be used after some errors; the part then continues with the next case in a new process. Every result is
 written at once to gpu.json, with tables and a verdict in gpu.md. The same command again measures what is missing.
 """
@@ -151,7 +151,7 @@ def cores() -> int:
 
 
 def start(options: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Start this file in a process group of its own."""
+    """Start this file in a new process group."""
     command = [sys.executable, __file__, *options]
     with log.open("ab") as output:
         return subprocess.Popen(

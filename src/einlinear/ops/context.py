@@ -83,7 +83,7 @@ class CallContext(enum.Enum):
     PLAIN = enum.auto()
 
 
-_EAGER = {Tensor, nn.Parameter, type(None)}
+_EAGER_TYPES = {Tensor, nn.Parameter, type(None)}
 
 
 def call_context(*tensors: Tensor | None) -> CallContext:
@@ -94,7 +94,7 @@ def call_context(*tensors: Tensor | None) -> CallContext:
         return CallContext.PLAIN
     traced = torch._C._len_torch_dispatch_stack() > 0
     for tensor in tensors:
-        if type(tensor) not in _EAGER:
+        if type(tensor) not in _EAGER_TYPES:
             # other kinds of tensors have rules of their own
             if type(tensor) is not FakeTensor:
                 return CallContext.PLAIN

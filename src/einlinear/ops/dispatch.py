@@ -46,14 +46,15 @@ class Choice:
         return "\n".join(lines)
 
 
-_MEMORIES: list[Any] = []
+_CACHES: list[Any] = []
 
 
-def remembered(function: F) -> F:
-    """Keep the results of a function that depend on choices, until `forget`."""
-    memory = lru_cache(maxsize=65536)(function)
-    _MEMORIES.append(memory)
-    return memory  # type: ignore[return-value]
+def cached(function: F) -> F:
+    """Cache the results of a function that depends on costs, or on which backends can run, until `forget`."""
+    cache = lru_cache(maxsize=65536)(function)
+    _CACHES.append(cache)
+    # lru_cache does not keep the signature
+    return cache  # type: ignore[return-value]
 
 
 def choose(
@@ -107,7 +108,7 @@ def choose_for_compiler(
     return "reference" if fuses else backend
 
 
-@remembered
+@cached
 def _cheapest(structure: Structure, tokens_log2: int, dtype: torch.dtype, device_type: str, training: bool) -> Choice:
     """Return the choice that nothing forces; on the CPU by the cost model, which was fitted to float32."""
     device, tokens = torch.device(device_type), 2**tokens_log2
@@ -177,5 +178,5 @@ def _is_cheap_to_recompute(structure: Structure) -> bool:
 def forget() -> None:
     """Forget all cached choices, because the costs have changed, or which backends can run."""
     costs.cache_clear()
-    for memory in _MEMORIES:
-        memory.cache_clear()
+    for cache in _CACHES:
+        cache.cache_clear()

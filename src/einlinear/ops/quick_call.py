@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.ops.context import is_ordinary
-from einlinear.ops.dispatch import choose, recomputes, remembered
+from einlinear.ops.dispatch import cached, choose, recomputes
 from einlinear.ops.operands import Gradients
 from einlinear.structures import Structure
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from einlinear.ops.cpu.cpu_backend import Program
     from einlinear.ops.cpu.kernel_library import Library
 
-# an array with that of every factor, and that of x
+# addresses: an array with one for each factor, and that of x
 Pointers = tuple[Any, int]
 # MACs of a call from which the general way takes no noticeable part of the time
 LARGE = 10_000_000
 # MACs of a call up to which intermediates are computed again sooner than memory for them is found
 RECOMPUTED = 1_000_000
-_KINDS = {Tensor, nn.Parameter}
+_TYPES = {Tensor, nn.Parameter}
 
 
 class Call(NamedTuple):
@@ -102,7 +102,7 @@ def _are_as_usual(
             if (
                 tensor.shape != shape
                 or tensor.dtype is not dtype
-                or type(tensor) not in _KINDS
+                or type(tensor) not in _TYPES
                 or not tensor.is_cpu
                 or not tensor.is_contiguous()
                 or tensor.is_neg()
@@ -115,7 +115,7 @@ def _are_as_usual(
     return True
 
 
-@remembered
+@cached
 def _prepare(
     structure: Structure, shape: torch.Size, dtype: torch.dtype, has_bias: bool, training: bool
 ) -> Call | None:

@@ -67,7 +67,7 @@ def interleave_cold(calls: Mapping[str, Call], variants: Sequence[Variant], budg
     least = min(max(LEAST, 4 * _cache_bytes()), available)
     shared = {key: Stack(weights, least) for key, weights in by_weights.items()}
     stacks = {variant.name: shared[tuple(map(id, variant.weights))] for variant in variants}
-    # memory of its own, because a piece that was read is no longer cold
+    # a copy, because a piece that was read is no longer cold
     unread = stacks[OURS if OURS in stacks else variants[0].name].memory.clone().view(torch.float32).flatten()
     pieces = unread[: unread.numel() // _PIECES * _PIECES].chunk(_PIECES)
     upcoming = cycle(pieces)

@@ -58,7 +58,7 @@ class Library:
 
 
 def _find_openmp() -> OpenMP | None:
-    """Return the runtime that torch calls: a preloaded one, or that of its own libraries; None if it has none."""
+    """Return the OpenMP runtime that torch uses: a preloaded one, or one of its libraries; None if there is none."""
     for place in (None, torch._C.__file__):
         with suppress(OSError, AttributeError, TypeError):
             runtime = ctypes.CDLL(place)
