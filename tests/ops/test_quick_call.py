@@ -82,6 +82,16 @@ def test_what_changed_before_the_backward_pass_goes_the_general_way(general: lis
     assert not general
 
 
+def test_a_subclass_may_compute_its_factors() -> None:
+    class Doubled(el.Linear):
+        def factors(self) -> list[Tensor]:
+            first, *others = super().factors()
+            return [2 * first, *others]
+
+    layer, x = Doubled(16, 12, "low_rank(rank=4)", bias=False), torch.randn(3, 16)
+    torch.testing.assert_close(layer(x), x @ layer.dense_weight().T)
+
+
 def test_gradients_of_gradients(general: list[object]) -> None:
     layer, x = el.Linear(8, 6, "btt(rank=2)", dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
     x.requires_grad_()

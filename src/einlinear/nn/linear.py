@@ -201,7 +201,7 @@ class Linear(Factored):
 
     def forward(self, x: Tensor) -> Tensor:
         structure, own = self.structure, self._parameters
-        if type(x) is Tensor and not self.normalize and "bias" in own:
+        if type(x) is Tensor and not self.normalize and "bias" in own and type(self).factors is Factored.factors:
             # nn.Module.__getattr__ takes as long as a small product; parametrized factors are found by it alone
             factors = [own[factor.name] for factor in structure.factors if factor.name in own]
             if len(factors) == len(structure.factors):
