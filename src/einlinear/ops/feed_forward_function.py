@@ -255,9 +255,10 @@ def _register_flops() -> None:
         *others, (needs_x, *needs_tensors) = arguments
         block = _block(x[1], *others)
         *first, (needs_down, _) = block.split(needs_tensors)
-        needs_hidden = needs_x or any(any(factors) or bias for factors, bias in first)
-        macs = backward_macs(block.structures[-1], needs_hidden, needs_down)
-        macs += sum(backward_macs(layer, needs_x, needs) for layer, (needs, _) in zip(block.structures, first))
+        # with no gradient of the hidden features, down has the only backward pass
+        passed = [layer for layer in zip(block.structures, first) if needs_x or any(layer[1][0]) or layer[1][1]]
+        macs = backward_macs(block.structures[-1], bool(passed), needs_down)
+        macs += sum(backward_macs(structure, needs_x, needs) for structure, (needs, _) in passed)
         return 2 * int(x[0]) * macs
 
 

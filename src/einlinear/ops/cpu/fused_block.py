@@ -21,31 +21,31 @@ _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _Addresses = ctypes.POINTER(ctypes.c_void_p)
 
 
-class LayerPointers(ctypes.Structure):
-    """A layer, as `LayerOf` in feed_forward.h says."""
+class LayerArguments(ctypes.Structure):
+    """A layer, as `LayerArguments` in feed_forward.h says."""
 
     _fields_ = (("program", ctypes.c_void_p), ("factors", _Addresses), ("bias", ctypes.c_void_p))
 
 
-class BlockPointers(ctypes.Structure):
-    """A block, as `Block` in feed_forward.h says; the pointers of a gate that is missing are null."""
+class BlockArguments(ctypes.Structure):
+    """A block, as `BlockArguments` in feed_forward.h says; the pointers of a gate that is missing are null."""
 
     _fields_ = (
-        *((name, LayerPointers) for name in ("up", "gate", "down")),
+        *((name, LayerArguments) for name in ("up", "gate", "down")),
         *((name, ctypes.c_int64) for name in ("activation", "residual")),
     )
 
 
-class LayerGradientPointers(ctypes.Structure):
+class LayerGradients(ctypes.Structure):
     """Gradients of a layer, as `LayerGradients` in feed_forward.h says; null where they are not needed."""
 
     _fields_ = (("factors", _Addresses), ("bias", ctypes.c_void_p))
 
 
-class BlockGradientPointers(ctypes.Structure):
+class BlockGradients(ctypes.Structure):
     """Gradients of a block, as `BlockGradients` in feed_forward.h says."""
 
-    _fields_ = tuple((name, LayerGradientPointers) for name in ("up", "gate", "down"))
+    _fields_ = tuple((name, LayerGradients) for name in ("up", "gate", "down"))
 
 
 def forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -53,7 +53,7 @@ def forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     x, tensors, n = x.contiguous(), [tensor.contiguous() for tensor in tensors], x.shape[0]
     y = x.new_empty(n, block.features[-1])
     if n:
-        pointers = ctypes.byref(_pointers(block, tensors))
+        pointers = ctypes.byref(_arguments(block, tensors))
         library_for(x).feed_forward(pointers, x.data_ptr(), y.data_ptr(), n, _threads(block, n))
     return y
 
@@ -66,25 +66,25 @@ def backward(
     new = torch.empty_like if n else torch.zeros_like
     gradients = [new(tensor) if needs else None for tensor, needs in zip((x, *tensors), needed, strict=True)]
     if n:
-        pointers = ctypes.byref(_pointers(block, tensors)), ctypes.byref(_gradient_pointers(block, gradients[1:]))
+        pointers = ctypes.byref(_arguments(block, tensors)), ctypes.byref(_gradients(block, gradients[1:]))
         ends = x.data_ptr(), grad.data_ptr(), _address(gradients[0])
         library_for(x).feed_forward_backward(*pointers, *ends, n, _threads(block, n))
     return gradients
 
 
-def _pointers(block: Block, tensors: Sequence[Tensor]) -> BlockPointers:
+def _arguments(block: Block, tensors: Sequence[Tensor]) -> BlockArguments:
     layers = {}
     for name, structure, (factors, bias) in zip(block.names, block.structures, block.split(tensors)):
         program = program_of(structure)
-        layers[name] = LayerPointers(program.address, program.pointers(*map(_address, factors)), _address(bias))
-    return BlockPointers(**layers, activation=_NUMBERS[block.activation], residual=block.residual)
+        layers[name] = LayerArguments(program.address, program.pointers(*map(_address, factors)), _address(bias))
+    return BlockArguments(**layers, activation=_NUMBERS[block.activation], residual=block.residual)
 
 
-def _gradient_pointers(block: Block, gradients: Sequence[Tensor | None]) -> BlockGradientPointers:
+def _gradients(block: Block, gradients: Sequence[Tensor | None]) -> BlockGradients:
     layers = {}
     for name, structure, (factors, bias) in zip(block.names, block.structures, block.split(gradients)):
-        layers[name] = LayerGradientPointers(program_of(structure).pointers(*map(_address, factors)), _address(bias))
-    return BlockGradientPointers(**layers)
+        layers[name] = LayerGradients(program_of(structure).pointers(*map(_address, factors)), _address(bias))
+    return BlockGradients(**layers)
 
 
 def _address(tensor: Tensor | None) -> int | None:

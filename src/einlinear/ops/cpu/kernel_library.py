@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -50,13 +49,13 @@ class Library:
         library = ctypes.CDLL(str(path))
         self.origin, pointer, count = origin, ctypes.c_void_p, ctypes.c_int64
         self.forward, self.backward = library.einlinear_forward, library.einlinear_backward
-        for function, pointers in ((self.forward, 7), (self.backward, 9)):
+        self.feed_forward, self.feed_forward_backward = (
+            library.einlinear_feed_forward,
+            library.einlinear_feed_forward_backward,
+        )
+        arguments = ((self.forward, 7), (self.backward, 9), (self.feed_forward, 3), (self.feed_forward_backward, 5))
+        for function, pointers in arguments:
             function.argtypes, function.restype = [*[pointer] * pointers, count, ctypes.c_int], None
-        self.feed_forward: Any = getattr(library, "einlinear_feed_forward", None)
-        self.feed_forward_backward: Any = getattr(library, "einlinear_feed_forward_backward", None)
-        for symbol, pointers in ((self.feed_forward, 3), (self.feed_forward_backward, 5)):
-            if symbol is not None:
-                symbol.argtypes, symbol.restype = [*[pointer] * pointers, count, ctypes.c_int], None
         self.tile = library.einlinear_tile
         self.tile.argtypes, self.tile.restype = [pointer, count], count
         if runtime := _find_openmp():
