@@ -11,7 +11,7 @@
 
 namespace {
 
-// In the order of ACTIVATIONS in ops/activations.py.
+// In the order of ACTIVATIONS in ops/activation_functions.py.
 enum Activation : Index { IDENTITY, RELU, RELU_SQUARED, GELU, GELU_TANH, QUICK_GELU, SILU, SIGMOID, TANH };
 
 // NaNs stay what they are: comparisons with them are false.
@@ -40,14 +40,15 @@ static inline Vec<float> exp(Vec<float> x) {
 static inline Vec<float> erf(Vec<float> x) {
     constexpr float P[] = {1.12837915f, 0.190407377f, 0.0527488454f, 0.00376565655f, 0.000284883726f, 2.05008183e-6f};
     constexpr float Q[] = {1, 0.502076885f, 0.11410949f, 0.0149692957f, 0.00116254532f, 3.80917105e-5f};
-    x = clamp(x, -3.92f, 3.92f);
+    // where the quotient is beyond 1, so that the result is 1 for all larger x: of these it multiplies any in gelu
+    x = clamp(x, -4.05f, 4.05f);
     Vec<float> s = x * x;
     return clamp(x * polynomial(P, s) / polynomial(Q, s), -1.f, 1.f);
 }
 static inline Vec<float> tanh(Vec<float> x) {
     constexpr float P[] = {1, 0.133810258f, 0.00349558836f, 2.06090866e-5f, 1.33546682e-8f};
     constexpr float Q[] = {1, 0.467143414f, 0.025876983f, 0.000328563522f, 7.7765609e-7f};
-    x = clamp(x, -9.f, 9.f);
+    x = clamp(x, -9.6f, 9.6f);
     Vec<float> s = x * x;
     return clamp(x * polynomial(P, s) / polynomial(Q, s), -1.f, 1.f);
 }
@@ -77,7 +78,7 @@ static inline Activated<V> activate(V x) {
     const V one = V{} + S(1), zero{};
     if constexpr (A == IDENTITY) return {x, one};
     // like those of torch, they pass on a NaN
-    if constexpr (A == RELU) return {x < zero ? zero : x, x > zero ? one : zero};
+    if constexpr (A == RELU) return {x < zero ? zero : x, x <= zero ? zero : one};
     if constexpr (A == RELU_SQUARED) {
         V r = x < zero ? zero : x;
         return {r * r, r + r};

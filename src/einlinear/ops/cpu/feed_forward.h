@@ -13,7 +13,7 @@
 
 namespace {
 
-// As Python passes them (feed_forward in cpu_backend.py): a layer's structure, factors and bias, or null.
+// As Python passes them (fused_block.py): a layer's structure, factors and bias, or null.
 template <class T>
 struct LayerArguments {
     const Index* program;
