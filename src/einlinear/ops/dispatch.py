@@ -18,7 +18,7 @@ from einlinear.structures import Structure
 F = TypeVar("F", bound=Callable[..., object])
 # weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
 CACHED = 2**18
-# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors: backward, each thread adds
+# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors: backward, threads add
 # to the gradients of all of them for every tile
 FUSED_TOKENS = 16
 FUSED_ENTRIES, FUSED_ENTRIES_TRAINING = 2**23, 2**20
