@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
+from einlinear.nn.layer_calls import compute_in_block
 from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
+from einlinear.nn.lazy_hidden import LazyHidden
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.ops.backends import find
 from einlinear.ops.context import autocast_dtype, wants_gradients
@@ -200,6 +202,12 @@ class Linear(Factored):
         return layer.train(training)
 
     def forward(self, x: Tensor) -> Tensor:
+        # compilers cannot trace the context of a call
+        if not torch.compiler.is_compiling():
+            if (y := compute_in_block(self, x)) is not None:
+                return y
+            if isinstance(x, LazyHidden):
+                x = x.value(type(self))
         structure, own = self.structure, self._parameters
         if type(x) is Tensor and not self.normalize and "bias" in own and type(self).factors is Factored.factors:
             # nn.Module.__getattr__ takes as long as a small product; parametrized factors are found by it alone
