@@ -624,6 +624,14 @@ def test_gradient_modes(fused: list[str]) -> None:
             return F.relu(h)
 
     check(Block(detached), fused, 0, blocks=1)
+
+    class FrozenFirst(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = F.relu(self.up(x))
+            return self.down(hidden)  # type: ignore[no-any-return]
+
+    check(FrozenFirst(F.relu), fused, 0, blocks=1)
     model, x = Block(F.relu), torch.randn(5, 16)
     expected = model(x)
     el.fuse(model)
@@ -783,6 +791,40 @@ def test_compilers_transforms_and_modes(name: str, fused: list[str]) -> None:
     # in eager mode again
     model(x)
     assert fused
+
+
+def test_autocast_inside_of_a_module(fused: list[str]) -> None:
+    class Casts(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
+                return super().forward(x)
+
+    check(Casts(F.relu), fused, 0, blocks=1)
+
+    class CastsLast(Casts):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = F.relu(self.up(x))
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
+                return self.down(hidden)  # type: ignore[no-any-return]
+
+    check(CastsLast(F.relu), fused, 0, blocks=1)
+
+
+def test_layers_that_read_values_get_tensors(fused: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, types = Uses(F.relu), torch.randn(4, 16), list[type]()
+    other, original = el.Linear(36, 4, "btt"), ops.linear
+    el.fuse(model)
+    model.use = lambda x, hidden: other(hidden)  # type: ignore[method-assign]
+
+    def linear(structure: Any, factors: Any, x: Tensor, bias: Any) -> Tensor:
+        types.append(type(x))
+        return original(structure, factors, x, bias)
+
+    monkeypatch.setattr(ops, "linear", linear)
+    model(x)
+    # tensors of another type would be left to the reference
+    assert set(types) == {Tensor}
+    assert not fused
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile reads it

@@ -76,6 +76,7 @@ FUNCTIONS: dict[str, Function] = {
     "data": lambda h: h.data + h.detach(),
     "out": lambda h: torch.add(h, h, out=torch.empty(0)) if not h.requires_grad else h,
     "scripted": lambda h: torch.jit.script(swish)(h),
+    "scripted, then read": lambda h: [torch.jit.script(swish)(v) + torch.softmax(v, -1) for v in [F.silu(h)]],
     "custom": lambda h: Twice.apply(torch.sigmoid(Twice.apply(h))),
     "custom in place": lambda h: Twice.apply(F.relu(h, inplace=True)),
     "straight-through": lambda h: Through.apply(h),
@@ -182,6 +183,14 @@ def test_gradients_of_tensors_that_depend_on_each_other() -> None:
     torch.testing.assert_close(found, gradient(lambda x, w: ops.linear(w.structure, w.factors, x)))
 
 
+def test_changes_in_place_are_those_of_one_tensor(layer: el.Linear) -> None:
+    x = torch.randn(4, 6)
+    saved = Twice.apply(lazy(layer, x))
+    F.relu_(lazy(layer, x))
+    saved.sum().backward()
+    assert layer.bias.grad is not None
+
+
 def test_second_derivatives(layer: el.Linear) -> None:
     x = torch.randn(4, 6, requires_grad=True)
 
@@ -200,6 +209,16 @@ def test_forward_mode(layer: el.Linear) -> None:
         dual = forward_ad.make_dual(torch.ones(4, 8), torch.ones(4, 8))
         tangent = forward_ad.unpack_dual(torch.sigmoid(hidden) * dual).tangent
     torch.testing.assert_close(tangent, torch.sigmoid(layer(x)))
+
+
+def test_values_do_not_depend_on_where_they_are_used(layer: el.Linear) -> None:
+    x = torch.randn(4, 6)
+    hidden = torch.tanh(lazy(layer, x))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        doubled = hidden * 2
+    assert doubled.dtype == torch.float32
+    assert hidden.requires_grad
+    torch.testing.assert_close(doubled, 2 * torch.tanh(layer(x)).detach(), rtol=0, atol=0)
 
 
 def test_an_input_that_was_overwritten_is_noticed(layer: el.Linear) -> None:
