@@ -287,7 +287,7 @@ def test_gates() -> None:
         activation = activation_of(hidden) if isinstance(hidden, LazyHidden) else None
         if activation is None or activation.gate is None:
             return activation
-        gate = hidden._hidden.calls[activation.gate.value].weights.factors[0]
+        gate = hidden._hidden.calls[activation.gate.number].weights.factors[0]
         return activation.name, gate is first.factors()[0]
 
     assert find(lambda a, b: F.silu(a) * b) == find(lambda a, b: b * F.silu(a)) == ("silu", True)

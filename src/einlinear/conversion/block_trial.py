@@ -125,8 +125,8 @@ class BlockTrial(LayerCalls):
         if any(call.block is not None for call in calls):
             return "its output is read by more than one layer"
         layers = [call.layer for call in calls]
-        gate = None if activation.gate is None else layers[activation.gate.value]
-        up = layers[0] if activation.gate is None else layers[1 - activation.gate.value]
+        gate = None if activation.gate is None else layers[activation.gate.number]
+        up = layers[0] if activation.gate is None else layers[1 - activation.gate.number]
         between = {*self._events[min(call.start for call in calls) :]}.difference((*layers, down))
         stacks = [*(call.stack for call in calls), self._stack]
         around = [first for first, *others in zip(*stacks) if all(module is first for module in others)]

@@ -25,6 +25,7 @@ from einlinear.ops.context import is_unobserved
 from einlinear.structures import Structure
 
 _TYPES = {Tensor, nn.Parameter}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class BlockNames(NamedTuple):
@@ -153,7 +154,7 @@ def run_block(lazy: LazyHidden, down: Linear) -> Tensor | None:
     calls[0].check_input()
     if activation.gate is None:
         return ops.feed_forward(x, weights, last, None, activation.name)
-    gate, up = calls[activation.gate.value], calls[1 - activation.gate.value]
+    gate, up = calls[activation.gate.number], calls[1 - activation.gate.number]
     return ops.feed_forward(x, up.weights, last, gate.weights, activation.name)
 
 
@@ -166,13 +167,15 @@ def activation_of(lazy: LazyHidden) -> Activation | None:
 
 
 def _weights_like(x: Tensor, layer: Linear) -> ops.Weights | None:
-    """Return the weights of a layer, or None unless they are plain tensors of the dtype and device of x."""
-    weights = ops.Weights(layer.structure, layer.factors(), layer.bias)
-    dtype, device = x.dtype, x.device
-    for tensor in (weights.bias, *weights.factors):
-        if tensor is not None and (type(tensor) not in _TYPES or tensor.dtype != dtype or tensor.device != device):
+    """Return the weights of a layer, or None unless they are plain tensors of the dtype of x."""
+    factors, dtype = layer.stored_factors(), x.dtype
+    factors, bias = (layer.factors(), layer.bias) if factors is None else (factors, layer._parameters["bias"])
+    for tensor in factors:
+        if type(tensor) not in _TYPES or tensor.dtype != dtype:
             return None
-    return weights
+    if bias is not None and (type(bias) not in _TYPES or bias.dtype != dtype):
+        return None
+    return ops.Weights(layer.structure, factors, bias)
 
 
 def is_plain(layer: Any) -> bool:
@@ -183,10 +186,14 @@ def is_plain(layer: Any) -> bool:
 
 def is_intercepted(module: nn.Module) -> bool:
     """Return whether a call of a module, or its gradients, pass through hooks, a compiler or a forward of its own."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if any(not isinstance(hook, OpenBlocks | CloseBlocks) for of_kind in hooks for hook in of_kind.values()):
+    state = module.__dict__
+    if any([state[kind] and not _are_own(state[kind]) for kind in _HOOKS]):
         return True
-    return "forward" in vars(module) or module._compiled_call_impl is not None
+    return "forward" in state or state.get("_compiled_call_impl") is not None
+
+
+def _are_own(hooks: dict[int, Any]) -> bool:
+    return all(isinstance(hook, OpenBlocks | CloseBlocks) for hook in hooks.values())
 
 
 def _saved_tensors_hooks() -> Any:

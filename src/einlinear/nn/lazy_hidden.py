@@ -16,24 +16,30 @@ from torch.utils._pytree import tree_map_only
 from einlinear import ops
 from einlinear.nn import pointwise
 from einlinear.nn.lazy_weight import METADATA, placeholder
-from einlinear.nn.pointwise import IN_PLACE, RECORDED, Expression, Slot
+from einlinear.nn.pointwise import FIRST, IN_PLACE, RECORDED, Expression, Slot
 from einlinear.ops.context import is_unobserved, wants_gradients, without_autocast
 
 
 class DeferredCall:
     """A call of a structured layer that was not computed yet."""
 
-    __slots__ = ("grad_mode", "needs_gradients", "results", "version", "weights", "x")
+    __slots__ = ("grad_mode", "needs_gradients", "placeholder", "results", "version", "weights", "x")
 
     def __init__(self, x: Tensor, weights: ops.Weights, results: list[ref[LazyHidden]]) -> None:
         # whatever is made of the call is added to its results
         self.x, self.weights, self.results = x, weights, results
         self.grad_mode, self.version = torch.is_grad_enabled(), _version(x)
         self.needs_gradients = wants_gradients(*self.tensors)
+        self.placeholder = placeholder((*x.shape[:-1], weights.structure.out_features), x.dtype, x.device)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.x, self.weights.bias, *self.weights.factors
+
+    def is_like(self, other: DeferredCall) -> bool:
+        """Return whether pointwise functions can take the results of both."""
+        a, b = self.placeholder, other.placeholder
+        return (a.shape, a.dtype, a.device, self.grad_mode) == (b.shape, b.dtype, b.device, other.grad_mode)
 
     def compute(self, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         """Return what the layer would have returned, for its own tensors or others."""
@@ -59,7 +65,7 @@ class Hidden(NamedTuple):
     """Hidden features as an expression of one or two deferred calls."""
 
     calls: tuple[DeferredCall, ...]
-    expression: Expression = Slot.FIRST
+    expression: Expression = FIRST
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -86,11 +92,11 @@ class LazyHidden(Tensor):
 
     @staticmethod
     def __new__(cls, hidden: Hidden) -> LazyHidden:
-        x, structure = hidden.calls[0].x, hidden.calls[0].weights.structure
-        shape = (*x.shape[:-1], structure.out_features)
-        self = Tensor._make_subclass(cls, placeholder(shape, x.dtype, x.device).data)
+        call = hidden.calls[0]
+        # data has a version of its own: lazy hidden features are not overwritten where others are
+        self = Tensor._make_subclass(cls, call.placeholder.data if call.needs_gradients else call.placeholder)
         self._hidden, self._value = hidden, None
-        hidden.calls[0].results.append(ref(self))
+        call.results.append(ref(self))
         return self
 
     @property
@@ -141,7 +147,7 @@ def defer(call: DeferredCall) -> LazyHidden:
 
 def _lazy(hidden: Hidden, into: LazyHidden | None = None) -> LazyHidden:
     """Return lazy hidden features, by themselves or in the place of others, whose gradients reach all tensors."""
-    if any([call.needs_gradients for call in hidden.calls]):
+    if hidden.calls[0].needs_gradients or hidden.calls[-1].needs_gradients:
         # autograd clears the hooks of a tensor that is overwritten
         with nullcontext() if into is None else torch._C.DisableTorchFunctionSubclass():
             return _apply_at_once(hidden, into, *hidden.tensors)  # type: ignore[no-any-return]
@@ -182,22 +188,18 @@ _apply_at_once: Any = super(Function, _Differentiable).apply
 
 def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyHidden | None:
     """Return the result of a pointwise function without computing it, or None if the values have to be computed."""
-    target = args[0] if args else None
-    if isinstance(target, LazyHidden) and _returns_its_input(func, target, args, kwargs):
-        return target if target.hidden is not None else None
+    target: Any = args[0] if args else None
     function = IN_PLACE.get(func, func)
     is_in_place = function is not func or bool(kwargs.get("inplace"))
-    if function not in RECORDED or (is_in_place and not isinstance(target, LazyHidden)):
+    if function not in RECORDED:
+        is_same = isinstance(target, LazyHidden) and _returns_its_input(func, target, args, kwargs)
+        return target if is_same and target.hidden is not None else None
+    if is_in_place and not isinstance(target, LazyHidden):
         return None
-    sources = [argument for argument in args if isinstance(argument, LazyHidden)]
-    calls = _calls_of(sources)
+    calls = _calls_of([argument for argument in args if isinstance(argument, LazyHidden)])
     if calls is None:
         return None
-    arguments = list(args)
-    for i, argument in enumerate(args):
-        if isinstance(argument, LazyHidden):
-            slots = [Slot(calls.index(call)) for call in argument._hidden.calls]
-            arguments[i] = pointwise.with_slots(argument._hidden.expression, slots)
+    arguments = [_expression(argument, calls) if isinstance(argument, LazyHidden) else argument for argument in args]
     plain = {name: value for name, value in kwargs.items() if name != "inplace"}
     expression = pointwise.call(function, arguments, plain)
     if expression is None:
@@ -205,19 +207,26 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyHidde
     return _lazy(Hidden(calls, expression), target if is_in_place else None)
 
 
+def _expression(lazy: LazyHidden, calls: tuple[DeferredCall, ...]) -> Expression:
+    """Return the expression of lazy hidden features, with slots for calls among which are their own."""
+    own, expression = lazy._hidden
+    if own[0] is calls[0] and (len(own) == 1 or own[1] is calls[1]):
+        return expression
+    return pointwise.with_slots(expression, [Slot(calls.index(call)) for call in own])
+
+
 def _calls_of(sources: Sequence[LazyHidden]) -> tuple[DeferredCall, ...] | None:
-    """Return the calls behind lazy hidden features that one expression can have, or None."""
-    calls: list[DeferredCall] = []
+    """Return the calls behind lazy hidden features, if one expression can have them all, or None."""
+    calls = sources[0]._hidden.calls if sources else ()
     for source in sources:
-        if source.hidden is None:
+        if source._value is not None:
             return None
-        calls += [call for call in source.hidden.calls if call not in calls]
-    if not 1 <= len(calls) <= 2 or not is_unobserved() or calls[0].grad_mode != torch.is_grad_enabled():
+        for call in source._hidden.calls:
+            if call not in calls:
+                calls = (*calls, call)
+    if not 1 <= len(calls) <= 2 or calls[0].grad_mode != torch.is_grad_enabled() or not is_unobserved():
         return None
-    first, last = calls[0], calls[-1]
-    sizes = {(call.x.shape[:-1], call.weights.structure.out_features) for call in calls}
-    is_alike = len(sizes) == 1 and first.x.dtype == last.x.dtype and first.x.device == last.x.device
-    return tuple(calls) if is_alike and first.grad_mode == last.grad_mode else None
+    return calls if calls[0] is calls[-1] or calls[0].is_like(calls[-1]) else None
 
 
 def _returns_its_input(func: Any, hidden: LazyHidden, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

@@ -6,7 +6,6 @@ expression computes is found out on sample points, once for each expression, so 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -36,11 +35,10 @@ IN_PLACE |= {Tensor.__iadd__: torch.add, Tensor.__isub__: torch.sub, Tensor.__im
 MAX_CALLS = 24
 
 
-class Slot(enum.Enum):
-    """Hidden features of the first or the second layer of an expression."""
+class Slot(NamedTuple):
+    """The place of hidden features in an expression: of the first layer, or of the second."""
 
-    FIRST = 0
-    SECOND = 1
+    number: int
 
 
 class Call(NamedTuple):
@@ -54,7 +52,9 @@ class Call(NamedTuple):
 
 
 Expression: TypeAlias = Slot | Call
-_Plain = int | float | str | None
+FIRST, SECOND = Slot(0), Slot(1)
+_PLAIN = (int, float, str, type(None))
+_ARGUMENTS = (Slot, Call, *_PLAIN)
 
 
 class Activation(NamedTuple):
@@ -66,25 +66,30 @@ class Activation(NamedTuple):
 
 def call(function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
     """Return the expression of a call, or None for arguments that are neither expressions nor plain values."""
-    if not all([isinstance(a, Slot | Call | _Plain) for a in args] + [isinstance(v, _Plain) for v in kwargs.values()]):
-        return None
-    size = 1 + sum([a.size for a in args if isinstance(a, Call)])
+    size = 1
+    for argument in args:
+        if not isinstance(argument, _ARGUMENTS):
+            return None
+        size += argument.size if isinstance(argument, Call) else 0
+    for value in kwargs.values():
+        if not isinstance(value, _PLAIN):
+            return None
     return Call(function, tuple(args), tuple(kwargs.items()), size) if size <= MAX_CALLS else None
 
 
 def with_slots(expression: Expression, slots: Sequence[Slot]) -> Expression:
     """Return an expression with other slots in the places of the first and the second."""
     if isinstance(expression, Slot):
-        return slots[expression.value]
-    args = tuple([with_slots(a, slots) if isinstance(a, Slot | Call) else a for a in expression.args])
+        return slots[expression.number]
+    args = tuple([with_slots(a, slots) if isinstance(a, (Slot, Call)) else a for a in expression.args])
     return expression._replace(args=args)
 
 
 def evaluate(expression: Expression, values: Sequence[Tensor]) -> Tensor:
     """Compute an expression, given the values of its slots."""
     if isinstance(expression, Slot):
-        return values[expression.value]
-    args = [evaluate(a, values) if isinstance(a, Slot | Call) else a for a in expression.args]
+        return values[expression.number]
+    args = [evaluate(a, values) if isinstance(a, (Slot, Call)) else a for a in expression.args]
     return expression.function(*args, **dict(expression.kwargs))
 
 
@@ -97,7 +102,7 @@ def find_activation(expression: Expression, is_gated: bool) -> Activation | None
         if not is_gated:
             return _match(evaluate(expression, [x]), lambda activation: activation(x), None)
         gate, up = x[:, None], x.new_tensor([-40, -1.5, -0.1, 0, 0.3, 2, 100])
-        for slot, values in ((Slot.FIRST, [gate, up]), (Slot.SECOND, [up, gate])):
+        for slot, values in ((FIRST, [gate, up]), (SECOND, [up, gate])):
             if found := _match(evaluate(expression, values), lambda activation: activation(gate) * up, slot):
                 return found
     return None
