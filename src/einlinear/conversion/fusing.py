@@ -70,7 +70,7 @@ def fuse(model: nn.Module, batches: Iterable[Batch] | None = None) -> FusionRepo
     in_blocks = {layer for block in blocks for layer in (block.up, block.gate, block.down)}
     skipped: dict[str, str] = {}
     for candidate in candidates:
-        if candidate.is_wider and candidate.layer not in in_blocks:
+        if candidate.looks_like_first and candidate.layer not in in_blocks:
             layer, place = candidate.layer, names[candidate.module] or "the model"
             reason = candidate.reason(names)
             if reason is None and trial.was_called(layer):
@@ -109,17 +109,13 @@ class _Candidate(NamedTuple):
     # the innermost one with a forward pass of its own
     module: nn.Module
     readers: list[Any]
+    # rather than a layer of attention or an output head: it has more outputs than inputs, and a reader comes after it
+    looks_like_first: bool
 
     @property
     def input(self) -> tuple[nn.Module, int]:
         """The module, and the number of features that it may take."""
         return self.module, self.layer.in_features
-
-    @property
-    def is_wider(self) -> bool:
-        """Return whether it looks like the first of a block, rather than a layer of attention."""
-        in_features, out_features = features(self.layer)
-        return out_features > in_features
 
     def reason(self, names: Mapping[nn.Module, str]) -> str | None:
         """Return why the layer cannot be the first of a block, whatever the model does with its output, or None."""
@@ -143,11 +139,15 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
         for parent in _parents(name):
             inside.setdefault(parent, {}).setdefault(features(layer)[0], []).append(layer)
 
+    order = [*layers.values()]
+
     def candidate(layer: Any, parents: Sequence[str], hidden_features: int) -> _Candidate | None:
+        in_features, out_features = features(layer)
         for parent in parents:
             readers = [other for other in inside[parent].get(hidden_features, []) if other is not layer]
             if readers and type(modules[parent]).forward is not nn.Module.forward:
-                return _Candidate(layer, modules[parent], readers)
+                comes_first = any(order.index(reader) > order.index(layer) for reader in readers)
+                return _Candidate(layer, modules[parent], readers, out_features > in_features and comes_first)
         return None
 
     candidates: dict[tuple[Any, nn.Module], _Candidate] = {}
