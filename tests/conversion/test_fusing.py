@@ -155,7 +155,8 @@ def test_other_dtypes(name: str, fused: list[str]) -> None:
     assert all(tensor.dtype == torch.bfloat16 for tensor in found if tensor.dim())
 
     def error(tensors: list[Tensor]) -> float:
-        return sum(float((t.double() - e).norm() / e.norm().clamp_min(1e-9)) for t, e in zip(tensors, exact))
+        """Of all gradients together: some are zero but for rounding."""
+        return sum(float((t.double() - e).square().sum()) for t, e in zip(tensors, exact)) ** 0.5
 
     # hidden features are not rounded
     assert error(found) < 1.2 * error(unfused)
