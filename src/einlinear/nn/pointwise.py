@@ -16,7 +16,7 @@ from torch import Tensor
 
 from einlinear.ops import ACTIVATIONS
 
-# of functions with two results or a shape of their own, none is pointwise; rounding ones change digits
+# functions that activations are made of; others, such as clamp, are part of no activation in ACTIVATIONS
 _NAMES = "add sub mul div true_divide pow neg exp erf tanh sigmoid relu square gelu silu"
 _REFLECTED = (Tensor.__rsub__, Tensor.__rpow__, Tensor.__rdiv__, Tensor.__rtruediv__)
 _OWNERS = (torch, Tensor, F, torch.special)
@@ -41,7 +41,7 @@ class Slot(NamedTuple):
     number: int
 
 
-class Call(NamedTuple):
+class PointwiseCall(NamedTuple):
     """A pointwise call: its arguments are expressions and plain values."""
 
     function: Callable[..., Tensor]
@@ -51,10 +51,10 @@ class Call(NamedTuple):
     size: int
 
 
-Expression: TypeAlias = Slot | Call
+Expression: TypeAlias = Slot | PointwiseCall
 FIRST, SECOND = Slot(0), Slot(1)
 _PLAIN = (int, float, str, type(None))
-_ARGUMENTS = (Slot, Call, *_PLAIN)
+_ARGUMENTS = (Slot, PointwiseCall, *_PLAIN)
 
 
 class Activation(NamedTuple):
@@ -64,24 +64,24 @@ class Activation(NamedTuple):
     gate: Slot | None
 
 
-def call(function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+def call(function: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> PointwiseCall | None:
     """Return the expression of a call, or None for arguments that are neither expressions nor plain values."""
     size = 1
     for argument in args:
         if not isinstance(argument, _ARGUMENTS):
             return None
-        size += argument.size if isinstance(argument, Call) else 0
+        size += argument.size if isinstance(argument, PointwiseCall) else 0
     for value in kwargs.values():
         if not isinstance(value, _PLAIN):
             return None
-    return Call(function, tuple(args), tuple(kwargs.items()), size) if size <= MAX_CALLS else None
+    return PointwiseCall(function, tuple(args), tuple(kwargs.items()), size) if size <= MAX_CALLS else None
 
 
 def with_slots(expression: Expression, slots: Sequence[Slot]) -> Expression:
     """Return an expression with other slots in the places of the first and the second."""
     if isinstance(expression, Slot):
         return slots[expression.number]
-    args = tuple([with_slots(a, slots) if isinstance(a, (Slot, Call)) else a for a in expression.args])
+    args = tuple([with_slots(a, slots) if isinstance(a, (Slot, PointwiseCall)) else a for a in expression.args])
     return expression._replace(args=args)
 
 
@@ -89,7 +89,7 @@ def evaluate(expression: Expression, values: Sequence[Tensor]) -> Tensor:
     """Compute an expression, given the values of its slots."""
     if isinstance(expression, Slot):
         return values[expression.number]
-    args = [evaluate(a, values) if isinstance(a, (Slot, Call)) else a for a in expression.args]
+    args = [evaluate(a, values) if isinstance(a, (Slot, PointwiseCall)) else a for a in expression.args]
     return expression.function(*args, **dict(expression.kwargs))
 
 
