@@ -121,7 +121,7 @@ def test_models_compute_the_same(name: str, fused: list[str]) -> None:
             prefix = block.up.removesuffix(up)
             layers = prefix + up, gate and prefix + gate, prefix + down
             assert (block.up, block.gate, block.down) == layers
-            assert (block.activation, block.is_fused) == (activation, True)
+            assert (block.activation, block.runs) == (activation, "fused")
             assert all(layer is None or layer.startswith(block.module) for layer in layers)
         assert not fused
         assert_equal(step(model, inputs), expected)
@@ -206,7 +206,7 @@ def test_checkpoints_and_copies(tmp_path: Path, fused: list[str]) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
     assert_equal(step(loaded, inputs), expected)
     assert not fused
-    assert [block.is_fused for block in el.fuse(loaded).blocks] == [True, True]
+    assert [block.runs for block in el.fuse(loaded).blocks] == ["fused", "fused"]
     assert_equal(step(loaded, inputs), expected)
     assert len(fused) == 2
     # copies that were unfused share no hooks
@@ -392,6 +392,32 @@ def test_blocks_in_modules_that_are_never_called(fused: list[str]) -> None:
             return sum(e["down"](F.relu(e["up"](x))) for e in self.experts)  # type: ignore[index, operator, return-value]
 
     assert {block.module for block in check(Experts(), fused, 3).blocks} == {""}
+
+
+def test_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report tells how blocks run that are large, and layers of small calls are not asked to wait."""
+    model = nn.Sequential(el.Linear(1024, 4096, "low_rank(rank=128)"), nn.GELU(), el.Linear(4096, 1024, "btt"))
+    (block,) = el.fuse(model).blocks
+    if ops.unsupported("cpu", model[0].structure, torch.float32, torch.device("cpu")) is None:  # type: ignore[arg-type]
+        with el.backend("reference"):
+            assert "unfused: the backend 'reference' is forced" in str(el.fuse(model))
+        assert block.reason is None
+        reason = "its factors have 720,896 entries, but no more than"
+        assert block.runs == "fused" or block.runs.startswith(f"fused in inference, unfused in training: {reason}")
+    calls: list[Any] = []
+    monkeypatch.setattr(ops, "feed_forward", lambda *arguments: calls.append(arguments))
+    model(torch.randn(1, 1024))
+    assert not calls
+
+
+def test_feed_forward_modules_fuse_themselves(fused: list[str]) -> None:
+    model = nn.Sequential(el.FeedForward(16, 32, "btt"), el.FeedForward(16, 32, "btt", activation=F.mish))
+    report = el.fuse(model)
+    assert not report.blocks
+    assert [name for name, _ in report.skipped] == ["1.up"]
+    # a function of which the module does not know what it computes
+    model = nn.Sequential(el.FeedForward(16, 32, "btt", activation=lambda x: torch.relu(x).square(), gated=True))
+    assert check(model, fused, 1).blocks[0].activation == "relu_squared"
 
 
 def test_modules_with_further_arguments(fused: list[str]) -> None:
@@ -696,7 +722,7 @@ def test_hooks_see_what_they_saw(fused: list[str]) -> None:
     checked(lambda: model.up.A.register_hook(lambda grad: None), is_fused=True)  # type: ignore[operator, union-attr]
     model.function[0].register_forward_hook(lambda *_: None)  # type: ignore[index]
     (block,) = el.fuse(model).blocks
-    assert (block.is_fused, block.reason) == (False, "function.0 has hooks or a forward pass of its own")
+    assert block.runs == "unfused: function.0 has hooks or a forward pass of its own"
     model.down.forward = model.down.forward  # type: ignore[method-assign]
     fused.clear()
     model(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from einlinear import ops
 from einlinear.conversion.block_trial import BlockTrial, FoundBlock
 from einlinear.conversion.fusion_report import FusedBlock, FusionReport
-from einlinear.nn import Linear, MoELinear
+from einlinear.nn import FeedForward, Linear, MoELinear
 from einlinear.nn.fused_blocks import BlockNames, CloseBlocks, OpenBlocks, is_intercepted, is_plain
 from einlinear.nn.layer_kinds import features, is_linear
 from einlinear.nn.model_call import Batch, call
@@ -56,7 +56,9 @@ def fuse(model: nn.Module, batches: Iterable[Batch] | None = None) -> FusionRepo
     if not is_unobserved():
         raise RuntimeError("fuse runs the model: call it outside of autocast, torch.func and dispatch modes")
     names = {module: name for name, module in model.named_modules()}
-    candidates, trial = _candidates(model), BlockTrial(module for module in names if is_plain(module))
+    ready = _layers_of_fused_modules(model)
+    candidates = [candidate for candidate in _candidates(model) if candidate.layer not in ready]
+    trial = BlockTrial(module for module in names if is_plain(module) and module not in ready)
     failures: dict[tuple[nn.Module, int], str | None] = {}
     for batch in batches or ():
         trial.run(model, partial(call, model, batch))
@@ -100,6 +102,12 @@ def unfuse(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, OpenBlocks | CloseBlocks)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
+
+
+def _layers_of_fused_modules(model: nn.Module) -> set[nn.Module | None]:
+    """Return the layers of modules that run fused without any help."""
+    blocks = [m for m in model.modules() if isinstance(m, FeedForward) and isinstance(m.activation, str)]
+    return {layer for block in blocks for layer in (block.up, block.gate, block.down)}
 
 
 class _Candidate(NamedTuple):
@@ -207,8 +215,10 @@ def _add_hooks(blocks: Sequence[FoundBlock]) -> None:
 def _describe(block: FoundBlock, names: Mapping[nn.Module, str]) -> FusedBlock:
     structures = [layer.structure for layer in (block.up, block.gate, block.down) if layer is not None]
     like = block.up.weight_parameters()[0]
-    reason = ops.reason_not_to_fuse(structures, 2048, like.dtype, like.device)
-    hooked = [names[module] for module in block.between if is_intercepted(module)]
-    reason = f"{hooked[0]} has hooks or a forward pass of its own" if hooked else reason
+    hooked = [f"{names[m]} has hooks or a forward pass of its own" for m in block.between if is_intercepted(m)]
+    reasons = [
+        hooked[0] if hooked else ops.reason_not_to_fuse(structures, 2048, like.dtype, like.device, training)
+        for training in (False, True)
+    ]
     gate = None if block.gate is None else names[block.gate]
-    return FusedBlock(names[block.module], names[block.up], gate, names[block.down], block.activation, reason)
+    return FusedBlock(names[block.module], names[block.up], gate, names[block.down], block.activation, *reasons)

@@ -15,7 +15,8 @@ class FusedBlock:
         module: the qualified name of the innermost module around it, "" for the model itself.
         up, gate, down: the qualified names of the layers; gate is None for a block without one.
         activation: one of `einlinear.ops.ACTIVATIONS`.
-        reason: why its layers run one after the other, also with 2048 tokens; None if it runs fused.
+        reason: why its layers run one after the other with 2048 tokens; None if it runs fused.
+        reason_in_training: the same for training steps.
     """
 
     module: str
@@ -24,10 +25,16 @@ class FusedBlock:
     down: str
     activation: str
     reason: str | None = None
+    reason_in_training: str | None = None
 
     @property
-    def is_fused(self) -> bool:
-        return self.reason is None
+    def runs(self) -> str:
+        """How the block runs: fused or not, and why."""
+        if self.reason is not None:
+            return f"unfused: {self.reason}"
+        if self.reason_in_training is not None:
+            return f"fused in inference, unfused in training: {self.reason_in_training}"
+        return "fused"
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,6 @@ class FusionReport:
 
     def __str__(self) -> str:
         rows = [("up", "gate", "down", "activation", "runs")]
-        for b in self.blocks:
-            rows.append((b.up, b.gate or "", b.down, b.activation, "fused" if b.is_fused else f"unfused: {b.reason}"))
+        rows += [(b.up, b.gate or "", b.down, b.activation, b.runs) for b in self.blocks]
         lines = aligned(rows) if self.blocks else ["There is no feed-forward block of structured layers."]
         return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped)])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from einlinear import ops
+from einlinear.nn.feed_forward import reason_to_call
 from einlinear.nn.layer_calls import CURRENT, LayerCalls
 from einlinear.nn.lazy_hidden import DeferredCall, LazyHidden, defer
 from einlinear.nn.linear import Linear
@@ -180,8 +181,7 @@ def _weights_like(x: Tensor, layer: Linear) -> ops.Weights | None:
 
 def is_plain(layer: Any) -> bool:
     """Return whether a module is a structured layer, and a call of it does nothing but multiply."""
-    is_own = isinstance(layer, Linear) and type(layer).forward is Linear.forward
-    return is_own and type(layer).__call__ is nn.Module.__call__ and not is_intercepted(layer)
+    return layer is not None and reason_to_call(layer) is None and layer._compiled_call_impl is None
 
 
 def is_intercepted(module: nn.Module) -> bool:
