@@ -1,7 +1,7 @@
 """Structured linear layers for PyTorch: any einsum as a drop-in `nn.Linear`, with the learning rates it needs."""
 
 from einlinear.compression import compress, distill
-from einlinear.conversion import convert, densify
+from einlinear.conversion import convert, densify, fuse, unfuse
 from einlinear.integrations.transformers import register_on_import as _register_on_import
 from einlinear.mup import base_shapes, coord_check, init_, param_groups
 from einlinear.nn import FeedForward, Linear, MoELinear, moe_loads, moe_loss
@@ -14,6 +14,6 @@ from einlinear.version import __version__
 __all__ = ["FeedForward", "Linear", "MoELinear", "Structure", "__version__", "backend", "explain", "register_family"]
 __all__ += ["structure"]
 __all__ += ["base_shapes", "coord_check", "init_", "moe_loads", "moe_loss", "param_groups"]
-__all__ += ["compress", "convert", "densify", "distill"]
+__all__ += ["compress", "convert", "densify", "distill", "fuse", "unfuse"]
 
 _register_on_import()

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
+from einlinear.nn.layer_calls import compute_in_block
 from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
+from einlinear.nn.lazy_hidden import LazyHidden
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
@@ -197,13 +199,24 @@ class Linear(Factored):
         return layer.train(training)
 
     def forward(self, x: Tensor) -> Tensor:
-        structure, own = self.structure, self._parameters
-        if type(x) is Tensor and not self.normalize and "bias" in own and type(self).factors is Factored.factors:
-            # nn.Module.__getattr__ takes as long as a small product; parametrized factors are found by it alone
-            factors = [own[factor.name] for factor in structure.factors if factor.name in own]
-            if len(factors) == len(structure.factors):
-                return ops.linear(structure, factors, x, own["bias"])  # type: ignore[arg-type]
-        return ops.linear(structure, self.factors(), x, self.bias)
+        # compilers cannot trace the context of a call
+        if not torch.compiler.is_compiling():
+            if (y := compute_in_block(self, x)) is not None:
+                return y
+            if isinstance(x, LazyHidden):
+                x = x.value(type(self))
+        if type(x) is Tensor and (factors := self.stored_factors()) is not None:
+            return ops.linear(self.structure, factors, x, self._parameters["bias"])
+        return ops.linear(self.structure, self.factors(), x, self.bias)
+
+    def stored_factors(self) -> list[Tensor] | None:
+        """Return `factors()` if these and the bias are parameters of the layer as they are, or None."""
+        own, structure = self._parameters, self.structure
+        if self.normalize or "bias" not in own or type(self).factors is not Factored.factors:
+            return None
+        # nn.Module.__getattr__ takes as long as a small product; parametrized factors are found by it alone
+        factors = [own[factor.name] for factor in structure.factors if factor.name in own]
+        return factors if len(factors) == len(structure.factors) else None  # type: ignore[return-value]
 
     def dense_weight(self) -> Tensor:
         """Return W, of shape (out_features, in_features); differentiable in the factors."""

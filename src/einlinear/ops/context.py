@@ -104,6 +104,11 @@ def call_context(*tensors: Tensor | None) -> CallContext:
 
 def is_ordinary() -> bool:
     """Return whether nothing traces, transforms, observes or casts a call, or forces its backend."""
+    return is_unobserved() and not _FORCED.get()
+
+
+def is_unobserved() -> bool:
+    """Return whether nothing traces, transforms, observes or casts a call."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -111,7 +116,6 @@ def is_ordinary() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
-        or _FORCED.get()
     )
 
 
