@@ -11,6 +11,7 @@ import torch
 from tests.lab.sweeps.carrying_out import FOUR, SETTINGS, carry_out, results
 from torch import Tensor
 
+from einlinear_lab.data import Batches
 from einlinear_lab.runs.records import METRICS
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
@@ -109,11 +110,20 @@ def test_a_run_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.
         assert ("Traceback" in ends[wrong].message) == isinstance(error, RuntimeError)
 
 
-def test_intervals_of_the_user_stay(tmp_path: Path) -> None:
-    run = Run.of(SETTINGS | {"steps": 20, "checkpoint_every": 7})
-    events = Interleaved()([(run, tmp_path)])
-    for _ in range(10):
-        next(events)
-    events.close()  # type: ignore[attr-defined]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
-    assert [event.status for event in Interleaved()([(run, tmp_path)])][-1] == "finished"  # the folder is free
+def test_an_interrupt_frees_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the error is still there, with all frames. The user's interval of checkpoints stays."""
+    config = SETTINGS | {"steps": 20, "checkpoint_every": 7}
+    jobs = [(Run.of(config | {"lr": lr}), tmp_path / lr) for lr in ("1e-3", "3e-3")]
+    batch = Batches.batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "batch", lambda self, step: batch(self, step) if step < 10 else stop())
+        with pytest.raises(KeyboardInterrupt) as interruption:
+            list(Interleaved()(jobs))
+    for _, folder in jobs:
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000007"]
+    assert [event.status for event in Interleaved()(jobs)][-2:] == ["finished"] * 2
+    assert interruption.traceback
+
+
+def stop() -> Any:
+    raise KeyboardInterrupt
