@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 from einlinear import ops
 from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
 from einlinear.nn.lazy_weight import weight_of
-from einlinear.ops.backends import find
-from einlinear.ops.context import autocast_dtype, wants_gradients
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
 from einlinear.structures.scales import init_std
@@ -231,23 +228,3 @@ class Linear(Factored):
         s = self.structure
         share = s.macs / (s.in_features * s.out_features)
         return f"{super().extra_repr()}, params={s.params}, macs={s.macs} ({share:.1%} of dense)"
-
-
-def explain(layer: Any, x: Tensor) -> ops.Choice:
-    """Explain which backend a layer uses for an input: in a training step if gradients are needed, else forward.
-
-    Args:
-        layer: an `einlinear.Linear`; TypeError for any other.
-        x: an input of the layer, (..., in_features).
-
-    Example:
-        >>> import torch, einlinear as el
-        >>> print(el.explain(el.Linear(64, 64, "btt"), torch.randn(8, 64)).backend in el.ops.BACKENDS)
-        True
-    """
-    if not isinstance(layer, Linear):
-        raise TypeError(f"expected an einlinear.Linear, not {type(layer).__name__}")
-    training, tokens = wants_gradients(x, *layer.parameters()), x.numel() // layer.in_features
-    dtype = autocast_dtype(x) or x.dtype
-    choice = ops.choose(layer.structure, tokens, dtype, x.device, training)
-    return replace(choice, kernels=find("cpu").module.load(dtype).origin) if choice.backend == "cpu" else choice

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from einlinear import ops
-from einlinear.nn.linear import explain
+from einlinear.nn.explanation import explain
 from einlinear_lab.bench import results
 from einlinear_lab.bench.cases import BenchConfig, Case, estimate_traffic
 from einlinear_lab.bench.cold import interleave_cold
