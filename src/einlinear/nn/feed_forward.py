@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from einlinear import ops
 from einlinear.nn.linear import Linear
 from einlinear.ops.activation_functions import ACTIVATIONS, check_activation, name_of
-from einlinear.ops.context import autocast_dtype, wants_gradients
+from einlinear.ops.context import autocast_dtype
 from einlinear.structures import Structure
 
 
@@ -87,7 +87,9 @@ class FeedForward(nn.Module):
         self.activation = _named(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._reason_to_call_layers() is None:
+        # what looks at the call decides for itself, and may not have numbers for the choice
+        is_eager = type(x) is Tensor and not torch.compiler.is_compiling()
+        if (self.reason_not_to_fuse(x) if is_eager else self._reason_to_call_layers()) is None:
             gate = None if self.gate is None else weights_of(self.gate)
             weights = weights_of(self.up), weights_of(self.down), gate
             return ops.feed_forward(x, *weights, self.activation, self.residual)
@@ -103,17 +105,19 @@ class FeedForward(nn.Module):
             return reason
         structures = [layer.structure for layer in (self.up, self.gate, self.down) if layer is not None]
         tokens, dtype = x.numel() // self.in_features, autocast_dtype(x) or x.dtype
-        return ops.reason_not_to_fuse(structures, tokens, dtype, x.device, wants_gradients(x, *self.parameters()))
+        return ops.reason_not_to_fuse(structures, tokens, dtype, x.device, torch.is_grad_enabled())
 
     def _reason_to_call_layers(self) -> str | None:
         """Return why the layers have to be called, rather than their weights be used, or None."""
         if not isinstance(self.activation, str):
             return "the compiled kernel has no such activation"
+        for name, layer in (("up", self.up), ("gate", self.gate), ("down", self.down)):
+            if layer is not None and (reason := reason_to_call(layer)):
+                return f"{name} {reason}"
         dropout = self.dropout
         if type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0) or has_call_hooks(dropout):
             return "dropout of hidden features is active"
-        layers = {"up": self.up, "gate": self.gate, "down": self.down}
-        return reason_to_call({name: layer for name, layer in layers.items() if layer is not None})
+        return None
 
     def extra_repr(self) -> str:
         activation = self.activation
@@ -131,21 +135,20 @@ def weights_of(layer: Linear) -> ops.Weights:
     return ops.Weights(layer.structure, layer.factors(), layer.bias)
 
 
-def reason_to_call(layers: Mapping[str, nn.Module]) -> str | None:
-    """Return why one of these layers has to be called, since it does more than multiply with its weights, or None."""
-    for name, layer in layers.items():
-        is_plain = isinstance(layer, Linear) and type(layer).forward is Linear.forward
-        if not is_plain or type(layer).__call__ is not nn.Module.__call__ or "forward" in vars(layer):
-            return f"{name} is a {type(layer).__name__} with a forward pass of its own"
-        if has_call_hooks(layer):
-            return f"{name} has hooks"
-    return None
+def reason_to_call(layer: nn.Module) -> str | None:
+    """Return why a layer has to be called, since it does more than multiply with its weights, or None."""
+    is_plain = isinstance(layer, Linear) and type(layer).forward is Linear.forward
+    if not is_plain or type(layer).__call__ is not nn.Module.__call__ or "forward" in vars(layer):
+        return "is not a plain einlinear.Linear"
+    return "has hooks" if has_call_hooks(layer) else None
 
 
 def has_call_hooks(module: nn.Module) -> bool:
     """Return whether hooks run when a module is called, or when its gradients are computed."""
-    of_module = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(of_module) or bool(_has_any_global_hook())
+    of_module = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+    return bool(of_module or _has_any_global_hook())
 
 
 def _named(activation: Any) -> Any:

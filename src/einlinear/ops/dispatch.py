@@ -196,19 +196,16 @@ def reason_not_to_fuse(
     backend = backend or forced().backend
     if backend not in (None, "cpu"):
         return f"the backend {backend!r} is forced, which has no fused blocks"
-    why = unsupported("cpu", structures[0], dtype, device)
-    if why is not None:
-        return f"the compiled kernel, which fuses blocks, cannot run: {why}"
+    if backend is None:
+        if tokens < FUSED_TOKENS:
+            return f"fewer than {FUSED_TOKENS} tokens are faster layer by layer"
+        entries = sum([structure.params for structure in structures])
+        if entries > FUSED_ENTRIES:
+            return f"its factors have {entries:,} entries, but no more than {FUSED_ENTRIES:,} stay in cache together"
     if training and forced().recompute is False:
         return "its backward pass computes hidden features again, but einlinear.backend(recompute=False) saves them"
-    if backend == "cpu":
-        return None
-    if tokens < FUSED_TOKENS:
-        return f"fewer than {FUSED_TOKENS} tokens are faster layer by layer"
-    entries = sum(structure.params for structure in structures)
-    if entries > FUSED_ENTRIES:
-        return f"its factors have {entries:,} entries, but no more than {FUSED_ENTRIES:,} stay in cache together"
-    return None
+    why = unsupported("cpu", structures[0], dtype, device)
+    return None if why is None else f"the compiled kernel, which fuses blocks, cannot run: {why}"
 
 
 @assume_constant_result

@@ -6,15 +6,16 @@ and dispatch modes. Both save nothing but x and the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from einlinear.import_hooks import when_imported
-from einlinear.ops import backends, operands, reference
+from einlinear.ops import backends, operands, quick_call, reference
 from einlinear.ops.context import (
     CallContext,
     autocast_dtype,
@@ -129,7 +130,8 @@ def _forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     # when it is needed, since it takes time to import
     from einlinear.ops.cpu import fused_block
 
-    if block.check(x, tensors):
+    is_usual = quick_call.are_as_usual((x, *tensors), _usual(block, x), x.dtype)
+    if not is_usual and block.check(x, tensors):
         x, *tensors = [tensor.resolve_neg() for tensor in (x, *tensors)]
     return fused_block.forward(block, x, tensors)
 
@@ -139,9 +141,26 @@ def _backward(
 ) -> list[Tensor | None]:
     from einlinear.ops.cpu import fused_block
 
-    if block.check(x, tensors, grad):
+    is_usual = quick_call.are_as_usual((x, *tensors, grad), _usual(block, x), x.dtype)
+    if not is_usual and block.check(x, tensors, grad):
         x, grad, *tensors = [tensor.resolve_neg() for tensor in (x, grad, *tensors)]
     return fused_block.backward(block, x, tensors, grad, needed)
+
+
+def _usual(block: Block, x: Tensor) -> list[tuple[tuple[int, ...], int]]:
+    """Return the shapes and bytes of x, of the tensors and of the gradient of y."""
+    n, ends = x.shape[0] if x.dim() else 0, (block.features[0], block.features[-1])
+    of_x, of_y = [((n, features), n * features * x.itemsize) for features in ends]
+    return [of_x, *[(shape, entries * x.itemsize) for shape, entries in _tensor_sizes(block)], of_y]
+
+
+@lru_cache(maxsize=4096)
+def _tensor_sizes(block: Block) -> list[tuple[tuple[int, ...], int]]:
+    """Return the shapes of the tensors, and their numbers of entries."""
+    shapes: list[tuple[int, ...]] = []
+    for structure, has_bias in zip(block.structures, block.has_bias):
+        shapes += [*structure.shapes, *[(structure.out_features,)] * has_bias]
+    return [(shape, math.prod(shape)) for shape in shapes]
 
 
 class _FeedForward(torch.autograd.Function):

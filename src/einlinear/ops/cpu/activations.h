@@ -15,10 +15,9 @@ namespace {
 enum Activation : Index { IDENTITY, RELU, RELU_SQUARED, GELU, GELU_TANH, QUICK_GELU, SILU, SIGMOID, TANH };
 
 // NaNs stay what they are: comparisons with them are false.
-template <class V, class S>
-static inline V clamp(V x, S low, S high) {
-    x = x < low ? V{} + low : x;
-    return x > high ? V{} + high : x;
+template <class S>
+static inline Vec<S> clamp(Vec<S> x, S low, S high) {
+    return minimum(Vec<S>{} + high, maximum(Vec<S>{} + low, x));
 }
 
 // c[0] + c[1] s + c[2] s^2 + ...

@@ -95,51 +95,66 @@ struct Block {
 // The number of tiles, and of threads that have one.
 static Index tiles_of(Index n, Index tile) { return (n + tile - 1) / tile; }
 
-// rows[feature] = f(that feature, offset of its vector) for all vectors of hidden features; the rows beyond are zero
-template <class S, class Work>
-static inline void each_hidden(Index hidden, Index rows, Index tile, S* zeroed, Work work) {
-    for (Index f = 0; f < hidden; f++)
-        for (Index t = 0; t < tile; t += Simd<S>::lanes) work(f, f * tile + t);
-    std::fill(zeroed + hidden * tile, zeroed + rows * tile, S(0));
-}
+// The hidden features of a tile, forward, in rows: those of `up`, and those of `gate` if there is one. A product's rows
+// are finished when it has written them; those of `gate` come first.
+template <class T>
+struct HiddenRows {
+    using S = Arithmetic<T>;
+    Block<T>& block;
+    S *u, *g;
 
-// The hidden features of a tile: u becomes act(u + bias), or act(g + its bias) * (u + bias).
-template <class T, class S>
-static void activate_hidden(Block<T>& block, Index activation, S* u, const S* g) {
-    const S *bias = block.up().bias.data, *gate_bias = block.gate().bias.data;
-    const bool gated = block.gated;
-    with_activation(activation, [=, &block](auto constant) {
-        constexpr Activation A = decltype(constant)::value;
-        each_hidden(block.hidden, block.hidden_rows, block.tile, u, [=](Index f, Index at) {
-            Vec<S> value = load(u + at) + (bias ? bias[f] : S(0));
-            if (gated)
-                value *= activate<A, S>(load(g + at) + (gate_bias ? gate_bias[f] : S(0))).value;
-            else
-                value = activate<A, S>(value).value;
-            store(u + at, value);
-        });
-    });
-}
-
-// The same for a backward pass: h is set to it, and u and g to its derivatives by each of the two.
-template <class T, class S>
-static void differentiate_hidden(Block<T>& block, Index activation, S* u, S* g, S* h) {
-    const S *bias = block.up().bias.data, *gate_bias = block.gate().bias.data;
-    const bool gated = block.gated;
-    with_activation(activation, [=, &block](auto constant) {
-        constexpr Activation A = decltype(constant)::value;
-        each_hidden(block.hidden, block.hidden_rows, block.tile, h, [=](Index f, Index at) {
-            Vec<S> value = load(u + at) + (bias ? bias[f] : S(0));
-            if (gated) {
-                auto a = activate<A, S>(load(g + at) + (gate_bias ? gate_bias[f] : S(0)));
-                store(h + at, a.value * value), store(u + at, a.value), store(g + at, a.slope * value);
-            } else {
-                auto a = activate<A, S>(value);
-                store(h + at, a.value), store(u + at, a.slope);
+    // Call `work` with each vector of such rows: with its offset, and the bias of its feature.
+    template <class Work>
+    Finish each(const Layer<T>& layer, Work work) const {
+        const Index hidden = block.hidden, tile = block.tile;
+        const S* bias = layer.bias.data;
+        return [=](Index first, const Index* offsets, Index count) {
+            for (Index i = 0; i < count; i++) {
+                // steps may have rows for more features
+                const Index feature = first + offsets[i];
+                if (feature >= hidden) continue;
+                const Vec<S> added = Vec<S>{} + (bias ? bias[feature] : S(0));
+                for (Index t = 0; t < tile; t += Simd<S>::lanes) work(feature * tile + t, added);
             }
+        };
+    }
+    // g becomes act(g + bias)
+    template <Activation A>
+    Finish finish_gate() const {
+        return each(block.gate(),
+                    [g = g](Index at, Vec<S> bias) { store(g + at, activate<A, S>(load(g + at) + bias).value); });
+    }
+    // u becomes act(u + bias), or (u + bias) * g
+    template <Activation A>
+    Finish finish_up() const {
+        if (block.gated)
+            return each(block.up(), [u = u, g = g](Index at, Vec<S> bias) {
+                store(u + at, (load(u + at) + bias) * load(g + at));
+            });
+        return each(block.up(),
+                    [u = u](Index at, Vec<S> bias) { store(u + at, activate<A, S>(load(u + at) + bias).value); });
+    }
+    // The same for a backward pass: h becomes what is above, and g and u its derivatives.
+    template <Activation A>
+    Finish differentiate_gate(S* h) const {
+        return each(block.gate(), [g = g, h](Index at, Vec<S> bias) {
+            auto a = activate<A, S>(load(g + at) + bias);
+            store(h + at, a.value), store(g + at, a.slope);
         });
-    });
-}
+    }
+    template <Activation A>
+    Finish differentiate_up(S* h) const {
+        if (block.gated)
+            return each(block.up(), [u = u, g = g, h](Index at, Vec<S> bias) {
+                Vec<S> value = load(u + at) + bias, gate = load(h + at);
+                store(h + at, gate * value), store(u + at, gate), store(g + at, load(g + at) * value);
+            });
+        return each(block.up(), [u = u, h](Index at, Vec<S> bias) {
+            auto a = activate<A, S>(load(u + at) + bias);
+            store(h + at, a.value), store(u + at, a.slope);
+        });
+    }
+};
 
 // derivatives *= the gradient of the activated features: the gradient of a layer's output, whose sums over tokens are
 // added to those of its bias
@@ -184,6 +199,12 @@ static void feed_forward(const BlockArguments<T>& arguments, const T* x, T* y, I
         ForwardTile<S> gate_tile{gate.p, gate.ends, w_gate, nullptr, tile, xs.data, gates.data, scratch.data};
         ForwardTile<S> down_tile{down.p, down.ends, w_down,  down.bias.data, tile, hidden.data,
                                  ys.data, scratch.data};
+        Finish finish_up, finish_gate;
+        with_activation(arguments.activation, [&](auto constant) {
+            constexpr Activation A = decltype(constant)::value;
+            HiddenRows<T> rows{block, hidden.data, gates.data};
+            finish_up = rows.template finish_up<A>(), finish_gate = rows.template finish_gate<A>();
+        });
         all.phase([&](Share mine) {
             for (Index i = mine.first(tiles); i < mine.last(tiles); i++) {
                 const Index first = i * tile, tokens = std::min(tile, n - first);
@@ -192,9 +213,9 @@ static void feed_forward(const BlockArguments<T>& arguments, const T* x, T* y, I
                 const Source<T>* none = nullptr;
                 const Sink<T>* nowhere = nullptr;
                 if (block.gated) read_tile(source, xs.data, block.rows_in, tile, Share::whole());
-                up_tile.run(block.gated ? none : &source, intermediates.data, nowhere, true, Team::alone());
-                if (block.gated) gate_tile.run(none, intermediates.data, nowhere, true, Team::alone());
-                activate_hidden(block, arguments.activation, hidden.data, gates.data);
+                if (block.gated) gate_tile.run(none, intermediates.data, nowhere, true, Team::alone(), &finish_gate);
+                up_tile.run(block.gated ? none : &source, intermediates.data, nowhere, true, Team::alone(), &finish_up);
+                std::fill(hidden.data + block.hidden * tile, hidden.data + hidden_size, S(0));
                 down_tile.run(none, intermediates.data, &sink, true, Team::alone());
                 if (arguments.residual) add_to(source.data, sink.data, tokens * block.out_features);
             }
@@ -277,6 +298,13 @@ static void feed_forward_backward(const BlockArguments<T>& arguments, const Bloc
         auto up_back = backward_tile(up, w_up, back_up, u.data, dxs.data, dx);
         auto gate_back = backward_tile(gate, w_gate, back_gate, g.data, dxs.data, dx);
         auto down_back = backward_tile(down, w_down, back_down, dys.data, dh.data, true);
+        Finish finish_up, finish_gate;
+        with_activation(arguments.activation, [&](auto constant) {
+            constexpr Activation A = decltype(constant)::value;
+            HiddenRows<T> rows{block, u.data, g.data};
+            finish_up = rows.template differentiate_up<A>(h.data);
+            finish_gate = rows.template differentiate_gate<A>(h.data);
+        });
         all.phase([&](Share mine) {
             for (Index i = mine.first(tiles); i < mine.last(tiles); i++) {
                 const bool more = i > mine.first(tiles);
@@ -288,9 +316,9 @@ static void feed_forward_backward(const BlockArguments<T>& arguments, const Bloc
                 const Sink<T>* nowhere = nullptr;
                 const Team alone = Team::alone();
                 if (block.gated) read_tile(source, xs.data, block.rows_in, tile, Share::whole());
-                up_tile.run(block.gated ? none : &source, of_up.data, nowhere, true, alone);
-                if (block.gated) gate_tile.run(none, of_gate.data, nowhere, true, alone);
-                differentiate_hidden(block, arguments.activation, u.data, g.data, h.data);
+                if (block.gated) gate_tile.run(none, of_gate.data, nowhere, true, alone, &finish_gate);
+                up_tile.run(block.gated ? none : &source, of_up.data, nowhere, true, alone, &finish_up);
+                std::fill(h.data + block.hidden * tile, h.data + hidden_size, S(0));
                 down_tile.run(none, of_down.data, nowhere, false, alone);
                 down_back.run(none, h.data, &output, of_down.data, nowhere, down.sums[rank].data, more, tokens, alone);
                 if (block.gated) {

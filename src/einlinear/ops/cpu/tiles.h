@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "packing.h"
@@ -41,12 +42,16 @@ static std::vector<Weights<S>> all_weights(const Program& p, const T* const* fac
     return result;
 }
 
+// What to do with the rows that a product has written, while they are in the first cache: `count` rows, at `first` plus
+// each of the offsets.
+using Finish = std::function<void(Index first, const Index* offsets, Index count)>;
+
 // All products of a step. Where rows are neighbours the first step can read token-major memory and the last one write
 // it, a product at a time, through `scratch`: then these ends need no room in cache.
 template <class S, class From, class To>
 static void run_step(const Step& s, const Weights<S>& w, const Side& in, const Side& out, const S* from, S* to,
                      const Source<From>* source, const Sink<To>* sink, const S* bias, S* scratch, Index tile, bool add,
-                     Share mine) {
+                     Share mine, const Finish* finish = nullptr) {
     for (Index p = mine.first(s.products()); p < mine.last(s.products()); p++) {
         Index b = p / s.free_size, c = p % s.free_size;
         Index in_at = in.batch[b] + in.free[c], out_at = out.batch[b] + out.free[c];
@@ -55,6 +60,7 @@ static void run_step(const Step& s, const Weights<S>& w, const Side& in, const S
         if (source) read_rows(*source, in_at, in.features, scratch, tile);
         multiply(w.at(b), w.wk, w.wm, rows_in, in.feature, in.features, rows_out, out.feature, out.features, tile, add);
         if (sink) write_rows(rows_out, tile, *sink, out_at, out.features, bias);
+        if (finish) (*finish)(out_at, out.feature, out.features);
     }
 }
 
@@ -85,9 +91,10 @@ struct ForwardTile {
     S *xs, *ys, *scratch;
 
     // Intermediates are written one after the other. Without a source the input is in `xs` already, without a sink the
-    // output stays in `ys`; where it is not wanted, only intermediates are computed.
+    // output stays in `ys`, where it is finished; where it is not wanted, only intermediates are computed.
     template <class From, class To>
-    void run(const Source<From>* source, S* intermediates, const Sink<To>* sink, bool wants_output, Team team) const {
+    void run(const Source<From>* source, S* intermediates, const Sink<To>* sink, bool wants_output, Team team,
+             const Finish* finish = nullptr) const {
         if (source && !ends.stream_in) team.phase([&](Share mine) { read_tile(*source, xs, p.width_in, tile, mine); });
         const S* input = xs;
         for (size_t k = 0; k < p.steps.size(); k++) {
@@ -97,7 +104,8 @@ struct ForwardTile {
             team.phase([&](Share mine) {
                 run_step(s, w[k], s.in, s.out, input, s.ends ? ys : intermediates,
                          s.begins && ends.stream_in ? source : nullptr, s.ends && ends.stream_out ? sink : nullptr,
-                         bias, scratch, tile, s.ends && s.term > 0, mine);
+                         bias, scratch, tile, s.ends && s.term > 0, mine,
+                         s.ends && s.term + 1 == p.terms ? finish : nullptr);
             });
             input = intermediates;
             if (!s.ends) intermediates += s.out.width * tile;
@@ -185,7 +193,8 @@ static void add_factor_gradient(const Step& s, const FactorGradient& g, const So
             for (Index t = 0; t < tokens; t++)
                 for (Index k = 0; k < g.padded; k++) {
                     Index feature = k < width ? at + g.vectors.feature[k] : major->features;
-                    panel[t * g.padded + k] = feature < major->features ? (S)major->data[t * major->features + feature] : S(0);
+                    bool present = feature < major->features;
+                    panel[t * g.padded + k] = present ? (S)major->data[t * major->features + feature] : S(0);
                 }
         }
         accumulate_vectors(panels, g.padded);
