@@ -106,11 +106,8 @@ def _memory(result: BenchResult, name: str, intermediates: int) -> float | None:
 
 
 def _memory_of_layers(result: BenchResult) -> float | None:
-    """Return the peak memory of the layers of a block one after the other over that of the block, within a page."""
-    block, layers = result.of(BLOCK), result.of(OURS)
-    if not (block and layers and block.peak_bytes and layers.peak_bytes):
-        return None
-    return (layers.peak_bytes + 4096) / block.peak_bytes
+    ratio = result.memory_over_layers(BLOCK)
+    return 1 / ratio if ratio else None
 
 
 _LIMIT, _ROOFLINE, _over_copying = (
@@ -132,7 +129,7 @@ _ALWAYS = (
     Claim("blocks: never slower than their layers one after the other",
           1.0, lambda r: _not_slower(r, OURS), where(blocks=True)),
     Claim("blocks, training: peak memory at most that of their layers one after the other",
-          1.0, lambda r: _memory_of_layers(r), where("train", blocks=True)),
+          1.0, _memory_of_layers, where("train", blocks=True)),
 )
 CLAIMS: dict[str, tuple[Claim, ...]] = {
     "cpu": (

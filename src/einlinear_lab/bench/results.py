@@ -92,6 +92,11 @@ class BenchResult:
         bandwidth = self.weight_bandwidth(name)
         return bandwidth / self.read_bandwidth if bandwidth and self.read_bandwidth else None
 
+    def memory_over_layers(self, name: str) -> float | None:
+        """Return the peak memory of a variant of a block over that of el.Linear, one layer after the other."""
+        m, layers = self.of(name), self.of(OURS)
+        return m.peak_bytes / layers.peak_bytes if m and layers and m.peak_bytes and layers.peak_bytes else None
+
     @property
     def dense_wins(self) -> bool:
         """Whether nn.Linear is faster than our layer or block, beyond the spread."""

@@ -1,17 +1,18 @@
 """Measure cases, each with all its variants in interleaved rounds, into a file that can be resumed.
 
 No speed is reported without a check of the output in float64, within four times the error of the dense matmul in the
-same dtype. For gradients of factors the tolerance grows with the square root of the number of terms in their sums.
+same dtype. For gradients of factors and biases the tolerance grows with the square root of the number of terms in their
+sums.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -226,41 +227,51 @@ class Reference:
         both = zip(weights, biases_of, strict=True)
         layers = [partial(F.linear, weight=weight, bias=next(iter(bias), None)) for weight, bias in both]
         y = workload.through(layers, x)
-        # of the input, of the weights, of the biases
-        gradients: list[Tensor] = []
+        outputs: list[Tensor] = [y.detach()]
         self._of_factors: list[Tensor] = []
         if workload.case.mode == "train":
             factors, biases = list(chain(*factors_of)), list(chain(*biases_of))
             grads = torch.autograd.grad(y, [x, *weights, *biases, *factors], workload.grad.double())
-            gradients, self._of_factors = [*grads[: -len(factors)]], [*grads[-len(factors) :]]
-        self._of_dense = [y.detach(), *gradients]
-        outputs = workload.step(workload.dense)
-        self._errors = [_error(output, exact) for output, exact in zip(outputs, self._of_dense, strict=True)]
+            outputs += grads[: -len(factors)]
+            self._of_factors += grads[-len(factors) :]
+        # y, and the gradients of the input, of the weights and of the biases
+        self._of_dense = outputs
+        pairs = zip(workload.step(workload.dense), outputs, strict=True)
+        self._errors = [_error(output, exact) for output, exact in pairs]
 
     def complaint(self, variant: Variant) -> str | None:
         """Return the error of a variant beyond its tolerance in words, or None."""
-        structures = self._workload.structures
-        names = ["output", "gradient of the input", *("" for _ in structures)]
-        names += ["gradient of the bias"] * len(self._workload.biases)
-        expected = list(zip(names, self._of_dense, self._errors, repeat(_SLACK)))
-        if self._of_factors:
-            # the error of the dense weight's gradient, and the tolerance, for every factor
-            limits = [
-                (error, _SLACK * math.sqrt(max(factor.macs / factor.params for factor in structure.factors)))
-                for structure, error in zip(structures, self._errors[2:])
-                for _ in structure.factors
-            ]
-            stored = enumerate(zip(variant.stored(self._of_factors), limits, strict=True), 1)
-            of_factors = [(f"gradient of weight {i}", exact, *limit) for i, (exact, limit) in stored]
-            expected[2 : 2 + len(structures)] = of_factors
-        eps = torch.finfo(self._workload.x.dtype).eps
-        for (name, exact, dense, slack), output in zip(expected, self._workload.step(variant), strict=True):
-            for off, limit in zip(_error(output, exact), dense, strict=True):
-                allowed = slack * max(limit, eps)
+        outputs = self._workload.step(variant)
+        for (name, exact, tolerances), output in zip(self._expected(variant), outputs, strict=True):
+            for off, allowed in zip(_error(output, exact), tolerances, strict=True):
                 # also true for NaN
                 if not off <= allowed:
                     return f"the {name} is off by {off:.1e} of its size, where {allowed:.1e} is allowed"
         return None
+
+    def _expected(self, variant: Variant) -> Iterator[tuple[str, Tensor, list[float]]]:
+        """Yield the name of every output of a variant, its exact value, and the tolerances of both its errors."""
+        eps = torch.finfo(self._workload.x.dtype).eps
+
+        def tolerances(error: Sequence[float], slack: float = _SLACK, least: float = 0.0) -> list[float]:
+            return [max(slack * max(limit, eps), least) for limit in error]
+
+        both = list(zip(self._of_dense, map(tolerances, self._errors), strict=True))
+        yield "output", *both[0]
+        if not self._of_factors:
+            return
+        yield "gradient of the input", *both[1]
+        structures = self._workload.structures
+        of_weights, of_biases = self._errors[2 : 2 + len(structures)], slice(2 + len(structures), None)
+        of_factors = (pair for pair in zip(structures, of_weights, strict=True) for _ in pair[0].factors)
+        stored = zip(variant.stored(self._of_factors), of_factors, strict=True)
+        for i, (exact, (structure, error)) in enumerate(stored, 1):
+            terms = max(factor.macs / factor.params for factor in structure.factors)
+            yield f"gradient of weight {i}", exact, tolerances(error, _SLACK * math.sqrt(terms))
+        # of sums of one term after the other, in float32
+        least = _SLACK * math.sqrt(self._workload.case.tokens) * torch.finfo(torch.float32).eps
+        for exact, error in zip(self._of_dense[of_biases], self._errors[of_biases], strict=True):
+            yield "gradient of the bias", exact, tolerances(error, least=least)
 
 
 def _double(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -139,8 +139,10 @@ def page(bench: Bench) -> str:
 
 def _ratio_names(case: Case) -> tuple[str, ...]:
     """Return the headings of `_ratios`."""
-    last = ("weight GB/s", "read GB/s", "of read") if case.cold else ("roofline", "GB/s", "peak MB")
-    return (f"× {DENSE}", "limit", "fraction", f"× {OURS}" if case.is_block else "× copying", *last)
+    other = f"× {OURS}" if case.is_block else "× copying"
+    last = ("roofline", f"peak {other}" if case.is_block else "GB/s", "peak MB")
+    last = ("weight GB/s", "read GB/s", "of read") if case.cold else last
+    return (f"× {DENSE}", "limit", "fraction", other, *last)
 
 
 def _summary_row(result: BenchResult) -> tuple[str, ...]:
@@ -176,6 +178,8 @@ def _ratios(result: BenchResult, m: Measurement) -> tuple[str, ...]:
     # MACs and bytes are those of the structure
     if m.name == DENSE:
         last[:2] = None, None
+    if result.case.is_block:
+        last[1] = result.memory_over_layers(m.name)
     if result.read_bandwidth and (weights := result.weight_bandwidth(m.name)):
         last = [weights / 1e9, result.read_bandwidth / 1e9, result.read_fraction(m.name)]
     limit, fraction = (result.limit, result.fraction(m.name)) if m.seconds and m.name != DENSE else (None, None)
