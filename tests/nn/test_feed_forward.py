@@ -97,7 +97,7 @@ def test_sizes_and_names() -> None:
     assert (block.in_features, block.hidden_features, block.out_features) == (20, 60, 30)
     assert [*block.state_dict()] == [f"{layer}.{factor}" for layer in ("up", "gate", "down") for factor in "AB"]
     assert block(torch.randn(2, 3, 20)).shape == (2, 3, 30)
-    assert [*dict(make().named_children())] == ["up", "down", "dropout"]
+    assert [*dict(make(dropout=0.1).named_children())] == ["up", "down", "dropout"]
     assert {p.dtype for p in make(device="meta").parameters()} == {torch.float64}
     assert make(device="meta")(draw().to("meta")).shape == (40, 48)
     assert make({"up": el.structure("btt", 48, 96), "down": "dense"}).up.structure.spec == "btt"
@@ -171,7 +171,7 @@ HOOKS: dict[str, Callable[[Any, Callable[..., None]], Any]] = {
 @pytest.mark.parametrize("name", ["up", "gate", "down", "dropout"])
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_of_layers_run(kind: str, name: str, fused: list[str]) -> None:
-    block, x, seen = make(gated=True), draw().requires_grad_(), list[int]()
+    block, x, seen = make(gated=True, dropout=0.1).eval(), draw().requires_grad_(), list[int]()
     handle = HOOKS[kind](getattr(block, name), lambda *_: seen.append(1))
     try:
         block(x).sum().backward()

@@ -81,30 +81,31 @@ class FeedForward(nn.Module):
         self.up = layer("up", in_features, hidden_features)
         self.gate = layer("gate", in_features, hidden_features) if gated else None
         self.down = layer("down", hidden_features, out_features)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else None
         self.in_features, self.hidden_features = self.up.in_features, self.up.out_features
         self.out_features, self.residual = self.down.out_features, residual
         self.activation = _named(activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        up, gate, down = self.up, self.gate, self.down
         # what looks at the call decides for itself, and may not have numbers for the choice
         is_eager = type(x) is Tensor and not torch.compiler.is_compiling()
         if (self.reason_not_to_fuse(x) if is_eager else self._reason_to_call_layers()) is None:
-            gate = None if self.gate is None else weights_of(self.gate)
-            weights = weights_of(self.up), weights_of(self.down), gate
+            weights = weights_of(up), weights_of(down), None if gate is None else weights_of(gate)
             return ops.feed_forward(x, *weights, self.activation, self.residual)
         activation = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
-        hidden = self.up(x)
-        hidden = activation(hidden) if self.gate is None else activation(self.gate(x)) * hidden
-        y: Tensor = self.down(self.dropout(hidden))
+        hidden = up(x)
+        hidden = activation(hidden) if gate is None else activation(gate(x)) * hidden
+        y: Tensor = down(hidden if self.dropout is None else self.dropout(hidden))
         return y + x if self.residual else y
 
     def reason_not_to_fuse(self, x: Tensor) -> str | None:
         """Return why the layers run one after the other on an input, or None if the block runs fused."""
         if reason := self._reason_to_call_layers():
             return reason
-        structures = [layer.structure for layer in (self.up, self.gate, self.down) if layer is not None]
+        layers = (self.up, self.down) if self.gate is None else (self.up, self.gate, self.down)
         tokens, dtype = x.numel() // self.in_features, autocast_dtype(x) or x.dtype
+        structures = [layer.structure for layer in layers]
         return ops.reason_not_to_fuse(structures, tokens, dtype, x.device, torch.is_grad_enabled())
 
     def _reason_to_call_layers(self) -> str | None:
@@ -114,9 +115,10 @@ class FeedForward(nn.Module):
         for name, layer in (("up", self.up), ("gate", self.gate), ("down", self.down)):
             if layer is not None and (reason := reason_to_call(layer)):
                 return f"{name} {reason}"
-        dropout = self.dropout
-        if type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0) or has_call_hooks(dropout):
-            return "dropout of hidden features is active"
+        if (dropout := self.dropout) is not None:
+            is_active = type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)
+            if is_active or has_call_hooks(dropout):
+                return "dropout of hidden features is active"
         return None
 
     def extra_repr(self) -> str:

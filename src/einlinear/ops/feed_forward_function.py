@@ -130,8 +130,7 @@ def _forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     # when it is needed, since it takes time to import
     from einlinear.ops.cpu import fused_block
 
-    is_usual = quick_call.are_as_usual((x, *tensors), _usual(block, x), x.dtype)
-    if not is_usual and block.check(x, tensors):
+    if not _are_as_usual(block, x, tensors) and block.check(x, tensors):
         x, *tensors = [tensor.resolve_neg() for tensor in (x, *tensors)]
     return fused_block.forward(block, x, tensors)
 
@@ -141,26 +140,23 @@ def _backward(
 ) -> list[Tensor | None]:
     from einlinear.ops.cpu import fused_block
 
-    is_usual = quick_call.are_as_usual((x, *tensors, grad), _usual(block, x), x.dtype)
-    if not is_usual and block.check(x, tensors, grad):
+    if not _are_as_usual(block, x, (*tensors, grad)) and block.check(x, tensors, grad):
         x, grad, *tensors = [tensor.resolve_neg() for tensor in (x, grad, *tensors)]
     return fused_block.backward(block, x, tensors, grad, needed)
 
 
-def _usual(block: Block, x: Tensor) -> list[tuple[tuple[int, ...], int]]:
-    """Return the shapes and bytes of x, of the tensors and of the gradient of y."""
-    n, ends = x.shape[0] if x.dim() else 0, (block.features[0], block.features[-1])
-    of_x, of_y = [((n, features), n * features * x.itemsize) for features in ends]
-    return [of_x, *[(shape, entries * x.itemsize) for shape, entries in _tensor_sizes(block)], of_y]
+def _are_as_usual(block: Block, x: Tensor, others: Sequence[Tensor]) -> bool:
+    """Return whether x, the tensors and the gradient of y need no further check."""
+    return x.dim() == 2 and quick_call.are_as_usual((x, *others), _operands(block, x.shape[0], x.itemsize), x.dtype)
 
 
 @lru_cache(maxsize=4096)
-def _tensor_sizes(block: Block) -> list[tuple[tuple[int, ...], int]]:
-    """Return the shapes of the tensors, and their numbers of entries."""
-    shapes: list[tuple[int, ...]] = []
+def _operands(block: Block, n: int, itemsize: int) -> list[tuple[tuple[int, ...], int]]:
+    """Return the shapes and bytes of x, of the tensors and of the gradient of y."""
+    shapes: list[tuple[int, ...]] = [(n, block.features[0])]
     for structure, has_bias in zip(block.structures, block.has_bias):
         shapes += [*structure.shapes, *[(structure.out_features,)] * has_bias]
-    return [(shape, math.prod(shape)) for shape in shapes]
+    return [(shape, math.prod(shape) * itemsize) for shape in (*shapes, (n, block.features[-1]))]
 
 
 class _FeedForward(torch.autograd.Function):
