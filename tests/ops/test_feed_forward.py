@@ -494,10 +494,13 @@ def test_reasons_not_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(tokens=15) == "fewer than 16 tokens are faster layer by layer"
     assert reason(tokens=15, backend="cpu") is None
     large = layers("dense", sizes=(1024, 1024, 1024))
-    assert reason(structures=large) == (
+    assert reason(structures=large) is None
+    assert reason(structures=large, training=True) == (
         "its factors have 2,097,152 entries, but no more than 1,048,576 stay in cache together"
     )
-    assert reason(structures=large, backend="cpu") is None
+    assert reason(structures=large, training=True, backend="cpu") is None
+    huge = layers("dense", sizes=(2048, 4096, 2048))
+    assert str(reason(structures=huge)).endswith("but no more than 8,388,608 stay in cache together")
     assert reason(backend="batched") == "the backend 'batched' is forced, which has no fused blocks"
     kernel = "the compiled kernel, which fuses blocks, cannot run: "
     assert reason(device=torch.device("meta")) == f"{kernel}it runs on the CPU, not on meta"

@@ -18,9 +18,10 @@ from einlinear.structures import Structure
 F = TypeVar("F", bound=Callable[..., object])
 # weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
 CACHED = 2**18
-# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors
+# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors: backward, threads add
+# to the gradients of all of them for every tile
 FUSED_TOKENS = 16
-FUSED_ENTRIES = 2**20
+FUSED_ENTRIES, FUSED_ENTRIES_TRAINING = 2**23, 2**20
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ def reason_not_to_fuse(
     if backend is None:
         if tokens < FUSED_TOKENS:
             return f"fewer than {FUSED_TOKENS} tokens are faster layer by layer"
-        entries = sum([structure.params for structure in structures])
-        if entries > FUSED_ENTRIES:
-            return f"its factors have {entries:,} entries, but no more than {FUSED_ENTRIES:,} stay in cache together"
+        entries, limit = sum([s.params for s in structures]), FUSED_ENTRIES_TRAINING if training else FUSED_ENTRIES
+        if entries > limit:
+            return f"its factors have {entries:,} entries, but no more than {limit:,} stay in cache together"
     if training and forced().recompute is False:
         return "its backward pass computes hidden features again, but einlinear.backend(recompute=False) saves them"
     why = unsupported("cpu", structures[0], dtype, device)
