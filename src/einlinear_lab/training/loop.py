@@ -25,6 +25,7 @@ from einlinear.mup.schedules import lr_factor
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.nn.names import name_of
 from einlinear_lab.training import distributed
+from einlinear_lab.training.allocator import freed_memory_kept
 from einlinear_lab.training.config import Training
 from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import guide, set_share, unguide
@@ -157,7 +158,12 @@ def train_in_steps(
         torch.set_num_threads(config.threads)
     try:
         world = distributed.world(config.device)
+<<<<<<< HEAD
         return (yield from _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train())
+=======
+        with freed_memory_kept():
+            return _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train(progress)
+>>>>>>> step
     finally:
         if config.guide_until is not None:
             unguide(model)
