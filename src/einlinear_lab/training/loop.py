@@ -158,12 +158,8 @@ def train_in_steps(
         torch.set_num_threads(config.threads)
     try:
         world = distributed.world(config.device)
-<<<<<<< HEAD
-        return (yield from _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train())
-=======
         with freed_memory_kept():
-            return _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train(progress)
->>>>>>> step
+            return (yield from _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train())
     finally:
         if config.guide_until is not None:
             unguide(model)
