@@ -59,7 +59,7 @@ class TimedModel:
 
 
 @dataclass(frozen=True)
-class Frontier:
+class TimeFrontier:
     """The lower envelope of all models of a curve: the least cost at which one of them reaches a loss."""
 
     curve: Curve
@@ -90,17 +90,17 @@ class MultiplierAtLoss:
     compute: float
 
 
-def frontiers_of(comparison: Comparison) -> list[Frontier]:
+def frontiers_of(comparison: Comparison) -> list[TimeFrontier]:
     """Return the frontiers of the curves whose runs were evaluated during training."""
     frontiers = []
     for curve in comparison.curves:
         models = tuple(model for group in curve.best if (model := _timed_model(group, comparison.error)).runs)
         if models:
-            frontiers.append(Frontier(curve, models))
+            frontiers.append(TimeFrontier(curve, models))
     return frontiers
 
 
-def target_losses(frontiers: Sequence[Frontier]) -> list[float]:
+def target_losses(frontiers: Sequence[TimeFrontier]) -> list[float]:
     """Return losses, even in log: from the highest that all frontiers measured to the lowest that two reach."""
     lowest = sorted(frontier.lowest for frontier in frontiers)
     if len(lowest) < 2:
@@ -108,13 +108,13 @@ def target_losses(frontiers: Sequence[Frontier]) -> list[float]:
     return _losses(min(frontier.first for frontier in frontiers), lowest[1], _TARGETS)
 
 
-def multipliers_over(frontier: Frontier, dense: Frontier) -> list[MultiplierAtLoss]:
+def multipliers_over(frontier: TimeFrontier, dense: TimeFrontier) -> list[MultiplierAtLoss]:
     """Return multipliers at the losses that both frontiers measured; none without any."""
     losses = _losses(min(frontier.first, dense.first), max(frontier.lowest, dense.lowest), _POINTS)
     return [at for loss in losses if (at := multiplier_at(frontier, dense, loss))]
 
 
-def multiplier_at(frontier: Frontier, dense: Frontier, loss: float) -> MultiplierAtLoss | None:
+def multiplier_at(frontier: TimeFrontier, dense: TimeFrontier, loss: float) -> MultiplierAtLoss | None:
     """Return the multipliers at a loss; None where one of the frontiers does not reach it."""
     ratios = []
     for cost in ("seconds", "macs"):
@@ -167,7 +167,7 @@ def _losses(high: float, low: float, count: int) -> list[float]:
     return np.geomspace(high, 1.001 * low, count).tolist() if 0 < 1.001 * low < high else []
 
 
-def _curves(comparison: Comparison, frontiers: Sequence[Frontier]) -> Figure:
+def _curves(comparison: Comparison, frontiers: Sequence[TimeFrontier]) -> Figure:
     metric = comparison.error
     runs = [
         (frontier.curve, record, run)
@@ -191,7 +191,7 @@ def _curves(comparison: Comparison, frontiers: Sequence[Frontier]) -> Figure:
     return Figure("loss-over-seconds", caption, {title: [chart]}, data)
 
 
-def _curve_traces(comparison: Comparison, frontier: Frontier) -> list[Trace]:
+def _curve_traces(comparison: Comparison, frontier: TimeFrontier) -> list[Trace]:
     i, name = comparison.curves.index(frontier.curve), frontier.curve.name
     draw, label, traces = partial(trace, colour=colour(i), name=name), "<br>%{x:.4g} s: %{y:.4g}", []
     for model in frontier.models:
@@ -206,7 +206,7 @@ def _curve_traces(comparison: Comparison, frontier: Frontier) -> list[Trace]:
     return traces
 
 
-def _multipliers(comparison: Comparison, frontiers: Sequence[Frontier]) -> list[Figure]:
+def _multipliers(comparison: Comparison, frontiers: Sequence[TimeFrontier]) -> list[Figure]:
     """Show the multipliers over time and compute of every structure against dense; no figure without any."""
     over = {frontier.curve.name: multipliers_over(frontier, dense) for frontier, dense in _pairs(comparison, frontiers)}
     over = {name: multipliers for name, multipliers in over.items() if multipliers}
@@ -235,7 +235,7 @@ def _multipliers(comparison: Comparison, frontiers: Sequence[Frontier]) -> list[
     return [Figure("time-multipliers", caption, {"": [chart]}, data)]
 
 
-def _table(comparison: Comparison, frontiers: Sequence[Frontier], targets: Sequence[float]) -> SortableTable:
+def _table(comparison: Comparison, frontiers: Sequence[TimeFrontier], targets: Sequence[float]) -> SortableTable:
     names = [curve.name for curve in comparison.curves]
     dense = {frontier.curve.name: reference for frontier, reference in _pairs(comparison, frontiers)}
     headings = ["structure", metric_title(comparison.error), "seconds", "width", "time multiplier"]
@@ -266,9 +266,9 @@ def _inputs_per_second(group: SeedGroup) -> float | None:
     return group.result.inputs / group.step_seconds if group.step_seconds else None
 
 
-def _pairs(comparison: Comparison, frontiers: Sequence[Frontier]) -> list[tuple[Frontier, Frontier]]:
+def _pairs(comparison: Comparison, frontiers: Sequence[TimeFrontier]) -> list[tuple[TimeFrontier, TimeFrontier]]:
     """Return every frontier with that of its dense curve, except those of dense curves themselves."""
-    by_name: Mapping[str, Frontier] = {frontier.curve.name: frontier for frontier in frontiers}
+    by_name: Mapping[str, TimeFrontier] = {frontier.curve.name: frontier for frontier in frontiers}
     pairs = []
     for frontier in frontiers:
         dense = dense_of(frontier.curve, comparison.curves)
