@@ -9,7 +9,7 @@ from tests.lab import made_up
 from einlinear_lab.report import write_report
 from einlinear_lab.report.comparison import Comparison, compare_runs
 from einlinear_lab.report.loss_over_time import (
-    Frontier,
+    TimeFrontier,
     frontiers_of,
     multiplier_at,
     multipliers_over,
@@ -44,7 +44,7 @@ def read(folder: Path) -> Comparison:
     return found
 
 
-def to(frontier: Frontier, loss: float, **options: Any) -> tuple[int, float] | None:
+def to(frontier: TimeFrontier, loss: float, **options: Any) -> tuple[int, float] | None:
     """Width and cost of the cheapest model."""
     found = frontier.to(loss, **options)
     return found and (found[1].run.model.width, pytest.approx(found[0]))  # type: ignore[return-value]
