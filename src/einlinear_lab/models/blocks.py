@@ -49,7 +49,7 @@ class Layers:
     def feed_forward(self, multiplier: float = 1.0) -> nn.Module:
         c = self.config
         if c.experts is None or c.routed == "linear":
-            return FeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
+            return ResidualFeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
         normalize = self._normalizes(make_structure(c.structure, c.width, c.expansion * c.width))
         sizes = (c.width, c.experts, c.active, c.structure, c.expansion)
         return MoEFeedForward(*sizes, bias=self.bias, normalize=normalize, multiplier=multiplier)
@@ -71,7 +71,7 @@ class Layers:
         return getattr(self.config, "normalize", False) and structure.spec != DENSE
 
 
-class FeedForward(nn.Module):
+class ResidualFeedForward(nn.Module):
     """x + multiplier * fc2(gelu(fc1(norm(x)))), with a hidden layer `expansion` times as wide."""
 
     def __init__(
