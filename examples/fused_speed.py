@@ -41,9 +41,10 @@ def variants(hidden: int, spec: str, layers: int, dtype: torch.dtype) -> list[Ll
     el.convert(structured, spec, exclude="lm_head")
     fused = copy.deepcopy(structured)
     report = el.fuse(fused)
-    for reason in {block.reason for block in report.blocks if not block.is_fused}:
-        print(f"hidden size {hidden}, `{spec}`: not fused: {reason}")
     assert len(report.blocks) == layers
+    print(f"\nhidden size {hidden}, {dtype}, `{spec}`: {report.blocks[0].runs}\n")
+    print("| hidden size | dtype | structure | part | pass | dense, ms | structured, ms | fused, ms | fusing gains |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     return [dense, structured, fused]
 
 
@@ -83,9 +84,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, {arguments.tokens} tokens\n")
-    print("| hidden size | dtype | structure | part | pass | dense, ms | structured, ms | fused, ms | fusing gains |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"{torch.get_num_threads()} threads, {arguments.tokens} tokens")
     for hidden in arguments.hidden:
         for dtype in arguments.dtypes:
             for spec in arguments.structures:
