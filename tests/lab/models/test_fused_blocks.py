@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import einlinear as el
 from einlinear import ops
 from einlinear_lab.models import MLPConfig, ResidualMLP
-from einlinear_lab.models.blocks import DenseLinear, ResidualFeedForward, Layers
+from einlinear_lab.models.blocks import DenseLinear, Layers, ResidualFeedForward
 from einlinear_lab.training.guided import guide, unguide
 
 SPECS = ("btt", "btt(rank=2)", "monarch(blocks=4)", "low_rank(rank=5)", "dyad(blocks=2)")
