@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,6 @@ def test_the_suite_has_what_a_block_can_be() -> None:
 
 
 def test_structures_must_exist_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BTT with three cores needs factors of the features; from 64 to 13 there are some, back there are none."""
     monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(el.structures.families.FAMILIES))
 
     def narrowing(in_features: int, out_features: int) -> str:
@@ -102,7 +101,16 @@ def test_traffic_counts_hidden_features() -> None:
 # Checks
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @needs_kernel
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_is_right_passes(spec: str, dtype: str) -> None:
