@@ -101,7 +101,7 @@ def test_a_bug_in_training_is_no_mistake_of_the_users(
     def fail(*_: object, **__: object) -> None:
         raise bug("shapes")
 
-    monkeypatch.setattr("einlinear_lab.runs.execution.training.train", fail)
+    monkeypatch.setattr("einlinear_lab.runs.execution.train_in_steps", fail)
     with pytest.raises(bug, match="shapes"):
         run(*TRAIN, "--out", tmp_path / "run")
     monkeypatch.setattr(workers, "Workers", lambda *_: fail)
@@ -116,13 +116,13 @@ def test_a_full_disk_and_a_folder_in_use_are_said(tmp_path: Path, monkeypatch: p
     (tmp_path / "run").mkdir()
     with lock(tmp_path / "run" / ".lock", ""):
         assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "another process is at work")
-    monkeypatch.setattr("einlinear_lab.runs.execution.training.train", full)
+    monkeypatch.setattr("einlinear_lab.runs.execution.train_in_steps", full)
     assert_refused(run(*TRAIN, "--out", tmp_path / "new"), "No space left on device: 'metrics.jsonl'")
 
 
 def test_another_run_is_refused_before_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(*TRAIN, "--out", tmp_path / "run")[0] == 0
-    monkeypatch.setattr("einlinear_lab.runs.execution.training.train", None)
+    monkeypatch.setattr("einlinear_lab.runs.execution.train_in_steps", None)
     assert_refused(run(*TRAIN, "width=32", "--out", tmp_path / "run"), "width was 16, now 32", "Name another folder")
     monkeypatch.setattr("einlinear_lab.runs.records.code_version", lambda: "9.9+beef")
     assert_refused(run(*TRAIN, "--out", tmp_path / "run"), "now '9.9+beef'")
