@@ -207,11 +207,9 @@ int main(int count, char** arguments) {
             if (programs % 4 == 2) one_matrix<BFloat16>(numbers.data(), n, threads);
             if (programs % 4 == 3) one_matrix<Float16>(numbers.data(), n, threads);
         }
-        for (Index n : {17, 70}) {
-            if (programs % 4 == 0) blocks<double>(numbers.data(), n, threads);
-            if (programs % 4 == 1) blocks<float>(numbers.data(), n, threads);
-            if (programs % 4 == 2) blocks<BFloat16>(numbers.data(), n, threads);
-        }
+        if (programs % 4 == 0) blocks<double>(numbers.data(), 19, threads);
+        if (programs % 4 == 1) blocks<float>(numbers.data(), 35, threads);
+        if (programs % 4 == 2) blocks<BFloat16>(numbers.data(), 35, threads);
         for (Index n : {5, 70}) {
             if (programs % 2) several_matrices<float>(numbers.data(), n, threads);
             if (programs % 4 == 0) several_matrices<BFloat16>(numbers.data(), n, threads);

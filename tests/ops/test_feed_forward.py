@@ -387,6 +387,9 @@ def test_traced(fused: list[str]) -> None:
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in case.tensors]
         assert case.output(fakes, None).shape == (40, 48)
+        fakes[2] = fakes[2][:1]
+        with pytest.raises(RuntimeError, match=r"up: factor B has shape \(1, "):
+            case.output(fakes, None)
     recorded = make_fx(lambda *t: case.output(t, None))(*case.tensors)
     assert "einlinear.feed_forward" in recorded.code
     torch.testing.assert_close(recorded(*case.tensors), case.output(case.tensors, "reference"))
@@ -492,7 +495,7 @@ def reason(**changes: Any) -> str | None:
 def test_reasons_not_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason() is None
     assert reason(tokens=15) == "fewer than 16 tokens are faster layer by layer"
-    assert reason(tokens=15, backend="cpu") is None
+    assert reason(tokens=16) is reason(tokens=15, backend="cpu") is None
     large = layers("dense", sizes=(1024, 1024, 1024))
     assert reason(structures=large) is None
     assert reason(structures=large, training=True) == (

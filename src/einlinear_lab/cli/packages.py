@@ -8,7 +8,7 @@ from importlib.util import find_spec
 CLI = ("rich", "typer")
 # Of commands that train or report.
 LAB = (
-    *(*CLI, "datasets", "jinja2", "joblib", "kornia", "numpy", "optuna", "PIL", "plotly", "pydantic", "safetensors"),
+    *(*CLI, "datasets", "jinja2", "joblib", "numpy", "optuna", "PIL", "plotly", "pydantic", "safetensors"),
     *("scipy", "sklearn", "tokenizers", *(() if sys.version_info >= (3, 11) else ("tomli",))),
 )
 PRETRAINED = (*CLI, "safetensors", "scipy", "transformers")

@@ -102,11 +102,11 @@ def test_an_import_that_fails_says_why(
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "find_spec", lambda module: None if module in ("PIL", "kornia") else module)
+    monkeypatch.setattr(packages, "find_spec", lambda module: None if module in ("PIL", "joblib") else module)
     for command in (("compare",), ("coord-check",), ("report", tmp_path)):
         code, out, err = run(*command)
         assert code == 1
-        assert "(kornia, PIL)" in out + err
+        assert "(joblib, PIL)" in out + err
         assert "pip install 'einlinear[lab]'" in out + err
 
 

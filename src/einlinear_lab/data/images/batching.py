@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ _MIRRORED = frozenset({"fashion-mnist", "cifar-10", "cifar-100"})
 
 
 class Augment:
-    """Random shifts and flips of a batch of images, and mixup of images and labels, by kornia.
+    """Random shifts and flips of a batch of images, and mixup of images and labels.
 
     Each image is shifted by a whole number of pixels of its own, its edge pixels repeated. The randomness comes from
     the generator that is passed in; the global one is left as it was.
@@ -35,20 +34,11 @@ class Augment:
     """
 
     def __init__(self, size: tuple[int, int], *, shift: int = 2, flip: bool = False, mixup: float = 0.0) -> None:
-        # Takes a second, and only training needs it.
-        import kornia.augmentation as K
-
         if shift < 0:
             raise ValueError(f"shift={shift}: it must be 0 or more pixels")
         if not 0 <= mixup <= 1:
             raise ValueError(f"mixup={mixup}: it must lie between 0 and 1")
         self.size, self.shift, self.flip, self.mixup = tuple(size), shift, flip, mixup
-        self._steps: list[torch.nn.Module] = []
-        if shift:
-            self._steps.append(K.RandomCrop(self.size, padding=shift, padding_mode="replicate"))
-        if flip:
-            self._steps.append(K.RandomHorizontalFlip())
-        self._mixup = K.RandomMixUpV2(lambda_val=(0.0, mixup), data_keys=["input", "class"])
 
     @classmethod
     def suited_to(cls, images: Images, mixup: float = 0.0) -> Augment:
@@ -63,30 +53,44 @@ class Augment:
         """Shift and flip x, (B, C, H, W) -> the same shape and dtype. x itself is not changed."""
         if x.ndim != 4 or x.shape[2:] != self.size:
             raise ValueError(f"Augment for images of size {self.size} got shape {tuple(x.shape)}")
-        with _seeded(generator):
-            for step in self._steps:
-                x = step(x)
-        return x
+        generator = _child(generator)
+        count, channels, height, width = x.shape
+        # (B, H) and (B, W), the pixels that move here
+        rows, columns = torch.arange(height).expand(count, -1), torch.arange(width).expand(count, -1)
+        if self.shift:
+            right, down = (self._shifts(count, generator) for _ in range(2))
+            rows, columns = (rows + down).clamp(0, height - 1), (columns + right).clamp(0, width - 1)
+        if self.flip:
+            flipped = torch.bernoulli(torch.full((count, 1), 0.5), generator=generator).bool()
+            columns = torch.where(flipped, columns.flip(1), columns)
+        # (B, H W)
+        pixels = (rows[:, :, None] * width + columns[:, None]).flatten(1)
+        return x.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).view_as(x)
+
+    def _shifts(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw whole numbers from -shift to shift, (B, 1)."""
+        return (torch.rand(count, 1, generator=generator) * (2 * self.shift + 1)).long() - self.shift
 
     def mix(self, x: Tensor, y: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Blend each image x (B, C, H, W) with another one of the batch, and their labels y (B,) alike.
 
         Returns x of the same shape, and targets (B, classes) float32 whose rows sum to 1, for F.cross_entropy.
         """
-        with _seeded(generator):
-            # labels (B, 3): label, label of the second image, share of the second image
-            x, labels = self._mixup(x, y)
-        first, second = F.one_hot(labels[:, :2].long(), classes).to(x.dtype).unbind(1)
-        return x, torch.lerp(first, second, labels[:, 2:])
+        generator = _child(generator)
+        # Skips the draws of whether an image is mixed, which all are: batches stay what they have been.
+        torch.rand(len(x), generator=generator)
+        others = torch.randperm(len(x), generator=generator)
+        # (B,), of the second image
+        share = torch.rand(len(x), generator=generator) * self.mixup
+        first, second = F.one_hot(torch.stack([y, y[others]]), classes).to(x.dtype)
+        targets = torch.lerp(first, second, share[:, None])
+        share = share[:, None, None, None]
+        return x * (1 - share) + x[others] * share, targets
 
 
-@contextmanager
-def _seeded(generator: torch.Generator) -> Iterator[None]:
-    """Let code that draws from the global CPU generator, as kornia does, draw from `generator` instead."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(seed)
-        yield
+def _child(generator: torch.Generator) -> torch.Generator:
+    """Return a generator seeded by one draw of another, whose state does not depend on what is then drawn."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 class Batches:

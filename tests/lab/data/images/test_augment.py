@@ -76,6 +76,18 @@ def test_augmentation_depends_on_its_generator_alone(mixup: float) -> None:
             assert not torch.equal(a, c)
 
 
+def test_augmentation_is_that_of_earlier_runs() -> None:
+    """Pixels, pairs and shares as kornia 0.9 drew them, so that experiments can be repeated."""
+    images, generator = tiny(train=7), torch.Generator().manual_seed(0)
+    augment = Augment(images.size, shift=2, flip=True, mixup=0.5)
+    moved = augment(images.train_x, generator)[:, 0, 2, 1] - images.train_x[:, 0, 0, 0]
+    assert moved.tolist() == [15, 8, 19, 0, 13, 4, 17]
+    x, targets = augment.mix(images.train_x, torch.arange(7), 7, generator)
+    own = [0.562, 0.732, 0.756, 0.708, 0.615, 0.818, 1.0]
+    torch.testing.assert_close(targets.diagonal(), torch.tensor(own), atol=1e-3, rtol=0)
+    torch.testing.assert_close(x[:, 0, 0, 0], targets @ images.train_x[:, 0, 0, 0])
+
+
 def test_augmentation_suited_to_images(make_folder: MakeFolder, no_data: Path) -> None:
     write_fashion(no_data)
     settings = {
