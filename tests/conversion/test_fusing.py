@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -897,6 +898,22 @@ def test_a_trial_leaves_no_trace(fused: list[str]) -> None:
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not fused
+
+
+def test_a_trial_keeps_no_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[Block(F.relu) for _ in range(20)])
+    results, alive, original = list[Any](), list[int](), ops.linear
+
+    def linear(*arguments: Any) -> Tensor:
+        alive.append(sum(result() is not None for result in results))
+        y = original(*arguments)
+        results.append(weakref.ref(y))
+        return y
+
+    monkeypatch.setattr(ops, "linear", linear)
+    assert len(el.fuse(model, [torch.randn(4, 16)]).blocks) == 20
+    assert len(alive) == 40
+    assert max(alive) <= 3
 
 
 def test_threads_do_not_meet(fused: list[str]) -> None:

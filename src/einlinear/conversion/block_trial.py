@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class BlockTrial(LayerCalls):
     """Follows the outputs of layers through a model."""
 
     def __init__(self, layers: Iterable[Linear]) -> None:
-        self._calls: dict[Linear, list[_TrialCall]] = {layer: [] for layer in layers}
+        self._outcomes: dict[Linear, list[_Outcome]] = {layer: [] for layer in layers}
         # the modules that run, the innermost last; and every module when it begins and when it ends
         self._stack: list[nn.Module] = []
         self._events: list[nn.Module] = []
@@ -45,7 +47,7 @@ class BlockTrial(LayerCalls):
             if not isinstance(module, torch.jit.ScriptModule):
                 hooks.append(module.register_forward_pre_hook(self._begin, prepend=True))
                 hooks.append(module.register_forward_hook(self._end, always_call=True))
-        before, known = CURRENT.get(), {layer: len(calls) for layer, calls in self._calls.items()}
+        before, known = CURRENT.get(), {layer: len(outcomes) for layer, outcomes in self._outcomes.items()}
         CURRENT.set(self)
         try:
             # leaving inference mode enables gradients
@@ -60,53 +62,53 @@ class BlockTrial(LayerCalls):
                 output = function()
         except Exception:
             # an error says nothing about blocks before, but leaves other layers without a reader
-            for layer, calls in self._calls.items():
-                calls[known[layer] :] = [call for call in calls[known[layer] :] if call.block is not None]
+            for layer, outcomes in self._outcomes.items():
+                outcomes[known[layer] :] = [outcome for outcome in outcomes[known[layer] :] if outcome.block]
             raise
         finally:
             CURRENT.set(before)
             self._stack.clear()
             for hook in hooks:
                 hook.remove()
-        for layer, calls in self._calls.items():
-            for call in calls[known[layer] :]:
-                if any(result() is not None for result in call.results):
-                    call.note("its hidden features are kept after the model has run")
+        for layer, outcomes in self._outcomes.items():
+            for outcome in outcomes[known[layer] :]:
+                if any(result() is not None for result in outcome.results):
+                    outcome.note("its hidden features are kept after the model has run")
         del output
 
     def was_called(self, layer: Linear) -> bool:
-        return bool(self._calls[layer])
+        return bool(self._outcomes[layer])
 
     def reason(self, layer: Linear) -> str | None:
         """Return why a layer is not the first of a block in one of its calls, or None."""
-        for call in self._calls[layer]:
-            if call.reason or call.block is None:
-                return call.reason or "no structured layer reads its output"
+        for outcome in self._outcomes[layer]:
+            if outcome.reason or outcome.block is None:
+                return outcome.reason or "no structured layer reads its output"
         return None
 
     def blocks(self) -> list[FoundBlock]:
         """Return the blocks that can run fused, in the order of their layers."""
         found: dict[object, FoundBlock] = {}
-        for calls in self._calls.values():
-            for block in (call.block for call in calls):
+        for outcomes in self._outcomes.values():
+            for block in (outcome.block for outcome in outcomes):
                 if block and not self.reason(block.up) and not (block.gate and self.reason(block.gate)):
                     found[block.up, block.gate, block.down, block.module] = block
         return [*found.values()]
 
     def compute(self, layer: Linear, x: Tensor) -> Tensor | None:
         if not isinstance(x, LazyHidden):
-            weights = deferrable_weights(layer, x) if layer in self._calls else None
+            weights = deferrable_weights(layer, x) if layer in self._outcomes else None
             if weights is None:
                 return None
             call = _TrialCall(x, weights, layer, [*self._stack], len(self._events))
-            self._calls[layer].append(call)
+            self._outcomes[layer].append(call.outcome)
             return defer(call)
         if x.hidden is None:
             return None
         block = self._find_block(x.hidden, activation_of(x), layer)
         calls: Any = x.hidden.calls
         for call in calls:
-            call.end(block)
+            call.outcome.end(block)
         if isinstance(block, str):
             return None
         return ops.linear(layer.structure, layer.factors(), x.hidden.compute(), layer.bias)
@@ -118,11 +120,11 @@ class BlockTrial(LayerCalls):
             return "its output is multiplied by that of a layer with another input"
         if activation is None:
             return "no activation that fused blocks have lies between its output and the next layer"
-        if down not in self._calls:
+        if down not in self._outcomes:
             return "the layer that reads its output has hooks or a forward pass of its own"
         if any(call.has_changed_input for call in calls):
             return "its input is changed in place before the block ends"
-        if any(call.block is not None for call in calls):
+        if any(call.outcome.block is not None for call in calls):
             return "its output is read by more than one layer"
         layers = [call.layer for call in calls]
         gate = None if activation.gate is None else layers[activation.gate.number]
@@ -143,28 +145,13 @@ class BlockTrial(LayerCalls):
         self._events.append(self._stack.pop())
 
 
-class _TrialCall(DeferredCall):
-    """A deferred call whose result is known, and what became of it."""
+@dataclass
+class _Outcome:
+    """What became of the result of a call; the result itself is kept no longer than the model needs it."""
 
-    __slots__ = ("block", "layer", "reason", "result", "stack", "start")
-
-    def __init__(self, x: Tensor, weights: ops.Weights, layer: Linear, stack: list[nn.Module], start: int) -> None:
-        super().__init__(x, weights, [])
-        self.layer, self.stack, self.start = layer, stack, start
-        self.result = ops.linear(weights.structure, weights.factors, x, weights.bias)
-        self.block: FoundBlock | None = None
-        self.reason: str | None = None
-
-    def compute(self, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return self.result
-
-    def check_input(self) -> None:
-        """Nothing: the result is known, whatever the input is now."""
-
-    def values_used(self, function: Any) -> None:
-        # torch calls a property by its getter
-        name = getattr(function.__self__ if function.__name__ == "__get__" else function, "__name__", str(function))
-        self.note(f"its output is used by {name}, which fused blocks do not have")
+    results: list[ref[LazyHidden]] = field(default_factory=list)
+    block: FoundBlock | None = None
+    reason: str | None = None
 
     def end(self, block: FoundBlock | str) -> None:
         """Take note of the block that the call is part of, or of the reason why there is none."""
@@ -176,3 +163,27 @@ class _TrialCall(DeferredCall):
     def note(self, reason: str) -> None:
         # the first one is the cause of others
         self.reason = self.reason or reason
+
+
+class _TrialCall(DeferredCall):
+    """A deferred call whose result is known."""
+
+    __slots__ = ("layer", "outcome", "result", "stack", "start")
+
+    def __init__(self, x: Tensor, weights: ops.Weights, layer: Linear, stack: list[nn.Module], start: int) -> None:
+        self.outcome = _Outcome()
+        super().__init__(x, weights, self.outcome.results)
+        self.layer, self.stack, self.start = layer, stack, start
+        self.result = ops.linear(weights.structure, weights.factors, x, weights.bias)
+
+    def compute(self, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        return self.result
+
+    def check_input(self) -> None:
+        """Nothing: the result is known, whatever the input is now."""
+
+    def values_used(self, function: Any) -> None:
+        name = getattr(function, "__name__", str(function))
+        # torch calls a property by its getter
+        name = function.__self__.__name__ if name == "__get__" else name
+        self.outcome.note(f"its output is used by {name}, which fused blocks do not have")

@@ -32,7 +32,7 @@ def fuse(model: nn.Module, batches: Iterable[Batch] | None = None) -> FusionRepo
     Args:
         model: any module with structured layers (`convert`).
         batches: inputs on which the model is run to find its blocks, as `compress` takes them; a small one is enough.
-            None: modules that take a single tensor, such as MLPs, are run on a few random rows. Either happens in
+            None: modules with layers that may be a block, such as MLPs, are run on a few random rows. Either happens in
             evaluation mode and without gradients.
 
     Returns:
@@ -60,9 +60,10 @@ def fuse(model: nn.Module, batches: Iterable[Batch] | None = None) -> FusionRepo
     candidates = [candidate for candidate in _candidates(model) if candidate.layer not in ready]
     trial = BlockTrial(module for module in names if is_plain(module) and module not in ready)
     failures: dict[tuple[nn.Module, int], str | None] = {}
-    for batch in batches or ():
-        trial.run(model, partial(call, model, batch))
-    if batches is None:
+    if batches is not None:
+        for batch in batches:
+            trial.run(model, partial(call, model, batch))
+    else:
         for candidate in candidates:
             if is_plain(candidate.layer) and candidate.input not in failures:
                 failures[candidate.input] = _run_on_rows(trial, candidate.module, candidate.layer)

@@ -14,7 +14,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from einlinear import ops
 from einlinear.nn.feed_forward import reason_to_call
@@ -60,7 +59,7 @@ class OpenBlocks:
         outer = CURRENT.get()
         if outer is None or isinstance(outer, OpenModule):
             opened = OpenModule(module, outer)
-            if is_unobserved() and not _has_any_global_hook() and not any(self._hooked(module)):
+            if is_unobserved() and not any(self._hooked(module)):
                 for block in self.blocks:
                     opened.add([_find(module, name) for name in block.layers])
             CURRENT.set(opened)
