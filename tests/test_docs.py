@@ -72,6 +72,7 @@ def trained(names: dict[str, Any]) -> None:
     rates = [group["lr"] / group["lr_mult"] for group in names["optimizer"].param_groups]
     assert min(names["rates"]) > 0
     assert rates == pytest.approx(len(rates) * rates[:1])  # the scheduler kept the ratios of structure-aware muP
+    assert names["y"].shape == (512, 256)
 
 
 def transferred(names: dict[str, Any]) -> None:

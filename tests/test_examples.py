@@ -71,6 +71,17 @@ def test_converted_speed() -> None:
     assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", out, re.M)) == 7
 
 
+@needs("transformers")
+def test_fused_speed() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "fused_speed.py"), "--hidden", "64", "--rounds", "1"]
+    command += ["--layers", "1", "--tokens", "32"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert (
+        len(re.findall(r"^\| 64 \| \w+ \| `btt` \| (MLP|model) \| [^|]+ \|( [\d.]+ \|){3} [\d.]+x \|$", out, re.M)) == 8
+    )
+
+
 def test_call_overhead() -> None:
     command = [sys.executable, str(ROOT / "examples" / "call_overhead.py"), "--features", "64", "--rounds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

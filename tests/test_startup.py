@@ -40,7 +40,7 @@ def test_import_leaves_out_what_is_seldom_used() -> None:
 
 @pytest.mark.parametrize("first", ["import einlinear", "import torch.utils.flop_counter; import einlinear"])
 def test_operators_and_their_flops_are_registered(first: str) -> None:
-    names = ("linear", "linear_backward")
+    names = ("linear", "linear_backward", "feed_forward", "feed_forward_backward")
     code = f"""
 {first}
 import torch

@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import einlinear as el
 from einlinear.structures.scales import adam_multipliers, init_std, sgd_multipliers
 from einlinear_lab.models import ResidualMLP
-from einlinear_lab.models.blocks import FeedForward
+from einlinear_lab.models.blocks import ResidualFeedForward
 
 D = 1024
 ROOT = math.sqrt(D)
@@ -79,7 +79,7 @@ def test_groups_of_a_structured_model() -> None:
     groups = el.param_groups(model, lr=0.1, base=mlp(64), weight_decay=0.01)
     mult = by_name(groups, "lr_mult")
     block = model.blocks[0]
-    assert isinstance(block, FeedForward)
+    assert isinstance(block, ResidualFeedForward)
     fc1 = dict(zip("AB", adam_multipliers(block.fc1.structure), strict=True))
     assert mult["blocks.0.fc1.A"] == pytest.approx(fc1["A"] * 64 / 256)
     assert mult["blocks.0.fc1.B"] == pytest.approx(fc1["B"] * 64 / 256)
@@ -325,7 +325,7 @@ def test_init() -> None:
     model = mlp(256, "btt")
     assert el.init_(model, base=mlp(64), zero=("*.fc2", "head")) is model
     block = model.blocks[0]
-    assert isinstance(block, FeedForward)
+    assert isinstance(block, ResidualFeedForward)
     assert std(block.fc1.A) == pytest.approx(init_std(block.fc1.structure)[0], rel=0.1)
     assert std(block.fc2.A) == pytest.approx(init_std(block.fc2.structure)[0], rel=0.1)
     assert std(block.fc2.B) == 0  # only the last factor: the gradient still flows

@@ -127,6 +127,71 @@ static void several_matrices(const Index* numbers, Index n, const std::vector<in
         }
 }
 
+// The program of a dense matrix.
+static std::vector<Index> dense(Index in, Index out) {
+    std::vector<Index> p{1, 1, in, out, /*term, begins, ends*/ 0, 1, 1, /*batch, free, new, contracted*/ 1, 1, out, in};
+    // widths, strides of the ends and of the factor
+    for (Index number : {in, out, Index(1), Index(1), in, Index(1)}) p.push_back(number);
+    auto table = [&](Index length, Index stride) {
+        for (Index i = 0; i < length; i++) p.push_back(i * stride);
+    };
+    // of the input, the output and the factor: batch, free and contracted or new
+    table(1, 1), table(1, 1), table(in, 1), table(1, 1), table(1, 1), table(out, 1), table(1, 1), table(out, in);
+    table(in, 1);
+    return p;
+}
+
+// A feed-forward block of these structures, with a gate of the same structure as `up` or a dense one, or none.
+template <class S>
+static void one_block(const Index* up, const Index* gate, const Index* down, Index n, const std::vector<int>& counts) {
+    const Index* layers[] = {up, gate, down};
+    std::vector<Factors<S>> factors;
+    std::vector<Array<S>> biases;
+    LayerArguments<S> arguments[3] = {};
+    for (int i = 0; i < 3; i++) {
+        if (!layers[i]) continue;
+        factors.emplace_back(Program(layers[i]), 1, true), biases.emplace_back(Program(layers[i]).out_features);
+    }
+    for (int i = 0, j = 0; i < 3; i++)
+        if (layers[i]) arguments[i] = {layers[i], factors[j].pointers.data(), biases[j].values.data()}, j++;
+    Index in = Program(up).in_features, out = Program(down).out_features;
+    Array<S> x(n * in), dy(n * out);
+    std::vector<std::vector<S>> first;
+    const Index activation = generator() % (TANH + 1);
+    BlockArguments<S> block{arguments[0], arguments[1], arguments[2], activation, in == out};
+    for (int threads : counts) {
+        Array<S> y(n * out, false), dx(n * in, false);
+        feed_forward(block, x.values.data(), y.values.data(), n, threads);
+        std::vector<Factors<S>> grads;
+        std::vector<Array<S>> bias_grads;
+        for (const Index* layer : layers) {
+            const Index* program = layer ? layer : up;
+            grads.emplace_back(Program(program), 1, false);
+            bias_grads.emplace_back(Program(program).out_features, false);
+        }
+        auto to = [&](int i) { return LayerGradients<S>{grads[i].pointers.data(), bias_grads[i].values.data()}; };
+        feed_forward_backward(block, {to(0), to(1), to(2)}, x.values.data(), dy.values.data(), dx.values.data(), n,
+                              threads);
+        std::vector<std::vector<S>> found{y.values, dx.values};
+        for (int i = 0; i < 3; i++) {
+            if (!layers[i]) continue;
+            found.push_back(bias_grads[i].values);
+            for (auto& grad : grads[i].arrays) found.push_back(grad.values);
+        }
+        if (threads == counts[0]) first = found;
+        for (size_t i = 0; i < found.size(); i++) same(found[i], first[i], "a result of a block", threads, n);
+    }
+}
+template <class S>
+static void blocks(const Index* numbers, Index n, const std::vector<int>& counts) {
+    Program p(numbers);
+    std::vector<Index> before = dense(7, p.in_features), gate = dense(p.in_features, p.out_features);
+    std::vector<Index> after = dense(p.out_features, p.in_features);
+    one_block<S>(numbers, nullptr, after.data(), n, counts);
+    one_block<S>(numbers, gate.data(), after.data(), n, counts);
+    one_block<S>(before.data(), before.data(), numbers, n, counts);
+}
+
 int main(int count, char** arguments) {
     if (count != 2) return std::fputs("usage: sanitized_kernel FILE\n", stderr), 2;
     std::FILE* file = std::fopen(arguments[1], "rb");
@@ -142,6 +207,9 @@ int main(int count, char** arguments) {
             if (programs % 4 == 2) one_matrix<BFloat16>(numbers.data(), n, threads);
             if (programs % 4 == 3) one_matrix<Float16>(numbers.data(), n, threads);
         }
+        if (programs % 4 == 0) blocks<double>(numbers.data(), 19, threads);
+        if (programs % 4 == 1) blocks<float>(numbers.data(), 35, threads);
+        if (programs % 4 == 2) blocks<BFloat16>(numbers.data(), 35, threads);
         for (Index n : {5, 70}) {
             if (programs % 2) several_matrices<float>(numbers.data(), n, threads);
             if (programs % 4 == 0) several_matrices<BFloat16>(numbers.data(), n, threads);

@@ -65,7 +65,7 @@ def test_other_vector_widths(flags: tuple[str, ...], monkeypatch: pytest.MonkeyP
 def test_large_factors_have_larger_tiles(spec: str, recompute: bool) -> None:
     layer = el.Linear(1024, 1000, spec, dtype=torch.float64)
     x = torch.randn(300, 1024, dtype=torch.float64, requires_grad=True)
-    tile, own = cpu_backend._library(x).tile, program_of(layer.structure)
+    tile, own = cpu_backend.library_for(x).tile, program_of(layer.structure)
     assert tile(own.address, 300) > tile(program_of(el.structure("btt", 1024, 1000)).address, 300)
     inputs = [x, *layer.parameters()]
     expected = x @ layer.dense_weight().T + layer.bias

@@ -225,11 +225,11 @@ def test_mistakes() -> None:
         ops.linear(layer.structure, [f.cfloat() for f in layer.factors()], x.cfloat(), backend="cpu")
     with pytest.raises(RuntimeError, match="not on cpu"), el.backend("triton"):
         layer(x)
-    with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not ReLU"):
+    with pytest.raises(TypeError, match=r"expected an einlinear.Linear or FeedForward, not ReLU"):
         el.explain(torch.nn.ReLU(), x)
     other = torch.nn.Identity()
     other.structure = layer.structure  # which says nothing of how it computes
-    with pytest.raises(TypeError, match=r"expected an einlinear.Linear, not Identity"):
+    with pytest.raises(TypeError, match=r"expected an einlinear.Linear or FeedForward, not Identity"):
         el.explain(other, x)
     with pytest.raises(RuntimeError, match=r"the input is of torch.float64, but the layer of torch.float32"):
         layer(x.double())

@@ -8,10 +8,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, wraps
 from types import CodeType
 from typing import Any
@@ -29,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.layer_kinds import features, is_conv1d, is_linear, layer_info
 from einlinear.nn.lazy_weight import METADATA, METADATA_NAMES
-from einlinear.nn.model_call import Batch, call, evaluating
+from einlinear.nn.model_call import Batch, call, evaluating, uncompiled
 from einlinear.structures import Structure
 
 _PLAIN = {"training", "in_features", "out_features", *vars(nn.Module())}
@@ -241,9 +240,7 @@ def _record(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Batch
 
         return run
 
-    # importing the compiler takes long: without it nothing is compiled
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with ExitStack() as after, evaluating(model), torch.random.fork_rng(devices=[]), eager, recorder:
+    with ExitStack() as after, evaluating(model), torch.random.fork_rng(devices=[]), uncompiled(), recorder:
         for module in model.modules():
             owned = recorder.weights & {id(parameter) for parameter in module._parameters.values()}
             # casting or moving a layer is no computation with its weight

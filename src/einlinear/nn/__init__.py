@@ -1,6 +1,8 @@
-"""torch modules: the structured linear layer, and mixtures of experts made of it."""
+"""torch modules: the structured linear layer, and feed-forward blocks and mixtures of experts made of it."""
 
+from einlinear.nn.feed_forward import FeedForward
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import Experts, Load, MoEFeedForward, MoELinear, Routing, moe_loads, moe_loss
 
-__all__ = ["Experts", "Linear", "Load", "MoEFeedForward", "MoELinear", "Routing", "moe_loads", "moe_loss"]
+__all__ = ["Experts", "FeedForward", "Linear", "Load", "MoEFeedForward", "MoELinear", "Routing"]
+__all__ += ["moe_loads", "moe_loss"]

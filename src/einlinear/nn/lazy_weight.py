@@ -70,7 +70,7 @@ class LazyWeight(Tensor):
     @staticmethod
     def __new__(cls, layer: Layer, like: Tensor) -> LazyWeight:
         dtype, device = like.dtype, like.device
-        self = Tensor._make_subclass(cls, _placeholder(layer.out_features, layer.in_features, dtype, device))
+        self = Tensor._make_subclass(cls, placeholder((layer.out_features, layer.in_features), dtype, device))
         self._layer, self._value, self._dtype, self._device = layer, None, dtype, device
         return self
 
@@ -91,7 +91,7 @@ class LazyWeight(Tensor):
         return value
 
     def placeholder(self) -> Tensor:
-        return _placeholder(*self.shape, self.dtype, self.device)
+        return placeholder(self.shape, self.dtype, self.device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,9 +138,9 @@ def _build(layer: Layer) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _placeholder(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def placeholder(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a read-only NaN of this shape: what code without Python, such as `other.data = layer.weight`, sees."""
     with torch.inference_mode(False), torch._C._DisableTorchDispatch():
         nan = torch.full((), torch.nan, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(nan)
-        return nan.expand(out_features, in_features)
+        return nan.expand(shape)

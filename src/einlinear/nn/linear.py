@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from einlinear import ops
+from einlinear.nn.layer_calls import compute_in_block
 from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
+from einlinear.nn.lazy_hidden import LazyHidden
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.weight_normalization import Matrix, normalize
-from einlinear.ops.backends import find
-from einlinear.ops.context import autocast_dtype, wants_gradients
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
 from einlinear.structures.scales import init_std
@@ -197,13 +196,24 @@ class Linear(Factored):
         return layer.train(training)
 
     def forward(self, x: Tensor) -> Tensor:
-        structure, own = self.structure, self._parameters
-        if type(x) is Tensor and not self.normalize and "bias" in own and type(self).factors is Factored.factors:
-            # nn.Module.__getattr__ takes as long as a small product; parametrized factors are found by it alone
-            factors = [own[factor.name] for factor in structure.factors if factor.name in own]
-            if len(factors) == len(structure.factors):
-                return ops.linear(structure, factors, x, own["bias"])  # type: ignore[arg-type]
-        return ops.linear(structure, self.factors(), x, self.bias)
+        # compilers cannot trace the context of a call
+        if not torch.compiler.is_compiling():
+            if (y := compute_in_block(self, x)) is not None:
+                return y
+            if isinstance(x, LazyHidden):
+                x = x.value(type(self))
+        if type(x) is Tensor and (factors := self.stored_factors()) is not None:
+            return ops.linear(self.structure, factors, x, self._parameters["bias"])
+        return ops.linear(self.structure, self.factors(), x, self.bias)
+
+    def stored_factors(self) -> list[Tensor] | None:
+        """Return `factors()` if these and the bias are parameters of the layer as they are, or None."""
+        own, structure = self._parameters, self.structure
+        if self.normalize or "bias" not in own or type(self).factors is not Factored.factors:
+            return None
+        # nn.Module.__getattr__ takes as long as a small product; parametrized factors are found by it alone
+        factors = [own[factor.name] for factor in structure.factors if factor.name in own]
+        return factors if len(factors) == len(structure.factors) else None  # type: ignore[return-value]
 
     def dense_weight(self) -> Tensor:
         """Return W, of shape (out_features, in_features); differentiable in the factors."""
@@ -228,23 +238,3 @@ class Linear(Factored):
         s = self.structure
         share = s.macs / (s.in_features * s.out_features)
         return f"{super().extra_repr()}, params={s.params}, macs={s.macs} ({share:.1%} of dense)"
-
-
-def explain(layer: Any, x: Tensor) -> ops.Choice:
-    """Explain which backend a layer uses for an input: in a training step if gradients are needed, else forward.
-
-    Args:
-        layer: an `einlinear.Linear`; TypeError for any other.
-        x: an input of the layer, (..., in_features).
-
-    Example:
-        >>> import torch, einlinear as el
-        >>> print(el.explain(el.Linear(64, 64, "btt"), torch.randn(8, 64)).backend in el.ops.BACKENDS)
-        True
-    """
-    if not isinstance(layer, Linear):
-        raise TypeError(f"expected an einlinear.Linear, not {type(layer).__name__}")
-    training, tokens = wants_gradients(x, *layer.parameters()), x.numel() // layer.in_features
-    dtype = autocast_dtype(x) or x.dtype
-    choice = ops.choose(layer.structure, tokens, dtype, x.device, training)
-    return replace(choice, kernels=find("cpu").module.load(dtype).origin) if choice.backend == "cpu" else choice

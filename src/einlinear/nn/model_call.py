@@ -1,10 +1,12 @@
 """Calls of a model with a batch, whatever arguments its forward pass takes."""
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -41,3 +43,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Return a context in which compiled models run as they were written."""
+    # importing the compiler takes long: without it nothing is compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from einlinear.ops.context import CallContext, call_context, is_differentiated_again, wants_gradients
+from einlinear.ops.linear_function import plain_gradients
 
 _EPSILON = 1e-8
 
@@ -60,6 +62,10 @@ def _plain(matrices: Sequence[Matrix], factors: Sequence[Tensor], gammas: Sequen
     return normalized
 
 
+def _of_tensors(matrices: Sequence[Matrix], *tensors: Tensor) -> list[Tensor]:
+    return _plain(matrices, tensors[: len(matrices)], tensors[len(matrices) :])
+
+
 class _Scale(NamedTuple):
     # gamma / max(1, RMS / sigma), and the same without gamma
     total: float
@@ -97,7 +103,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         matrices, tensors, needed = ctx.matrices, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if is_differentiated_again(*grads):
-            return None, *_plain_gradients(matrices, tensors, needed, grads)
+            return None, *plain_gradients(partial(_of_tensors, matrices), tensors, needed, grads)
         count, gradients = len(matrices), list[Tensor | None]([None] * len(needed))
         for i, (matrix, scale, factor, grad) in enumerate(zip(matrices, ctx.scales, tensors, grads)):
             # not torch.dot, which divides even small factors among threads
@@ -115,16 +121,3 @@ class _Normalize(torch.autograd.Function):
 
 # what `apply` does after it has looked for transforms, of which there are none in eager mode
 _apply_at_once: Any = super(torch.autograd.Function, _Normalize).apply
-
-
-def _plain_gradients(
-    matrices: Sequence[Matrix], tensors: Sequence[Tensor], needed: Sequence[bool], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Return the gradients in plain operators, for a backward pass that is itself differentiated or batched."""
-    with torch.enable_grad():
-        # by other names, since one may have been computed from another: each gets its own share alone
-        tensors = [tensor.view_as(tensor) for tensor in tensors]
-        normalized = _plain(matrices, tensors[: len(matrices)], tensors[len(matrices) :])
-    wanted = [tensor for tensor, needs in zip(tensors, needed, strict=True) if needs]
-    gradients = iter(torch.autograd.grad(normalized, wanted, grads, create_graph=torch.is_grad_enabled()))
-    return [next(gradients) if needs else None for needs in needed]

@@ -1,10 +1,15 @@
 """Structured products: the reference, backends that must agree with it, and the choice among them."""
 
+from einlinear.ops.activation_functions import ACTIVATIONS
 from einlinear.ops.backends import BACKENDS, unsupported
 from einlinear.ops.context import backend
-from einlinear.ops.dispatch import Choice, choose
+from einlinear.ops.dispatch import Choice, choose, reason_not_to_fuse
+from einlinear.ops.feed_forward_block import Weights
+from einlinear.ops.feed_forward_function import feed_forward
 from einlinear.ops.linear_function import dense_weight, linear
 from einlinear.ops.operands import Assignment
 from einlinear.ops.projection import project
 
 __all__ = ["BACKENDS", "Assignment", "Choice", "backend", "choose", "dense_weight", "linear", "project", "unsupported"]
+# feed-forward blocks
+__all__ += ["ACTIVATIONS", "Weights", "feed_forward", "reason_not_to_fuse"]

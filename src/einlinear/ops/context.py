@@ -104,6 +104,11 @@ def call_context(*tensors: Tensor | None) -> CallContext:
 
 def is_ordinary() -> bool:
     """Return whether nothing traces, transforms, observes or casts a call, or forces its backend."""
+    return is_unobserved() and not _FORCED.get()
+
+
+def is_unobserved() -> bool:
+    """Return whether nothing traces, transforms, observes or casts a call."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -111,7 +116,6 @@ def is_ordinary() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
-        or _FORCED.get()
     )
 
 
@@ -140,13 +144,16 @@ def autocast(product: Product) -> Product:
     if product.routing is None and not torch._C._is_any_autocast_enabled():
         return product
     structure, factors, x, bias, routing = product
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        tensors: tuple[Any, ...] = (x, bias, *factors)
-        x, bias, *factors = (tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in tensors)
+    x, bias, *factors = autocast_operands(x, bias, *factors)
     if routing is not None:
         routing = Assignment(routing.indices, routing.gates.to(x.dtype))
     return Product(structure, factors, x, bias, routing)
+
+
+def autocast_operands(x: Any, *others: Any) -> tuple[Any, ...]:
+    """Return x and other operands of products with x, cast as autocast says, if it is on."""
+    dtype, operands = autocast_dtype(x), (x, *others)
+    return operands if dtype is None else tuple(tensor.to(dtype) if _is_cast(tensor) else tensor for tensor in operands)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

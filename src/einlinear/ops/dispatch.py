@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -18,6 +18,10 @@ from einlinear.structures import Structure
 F = TypeVar("F", bound=Callable[..., object])
 # weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
 CACHED = 2**18
+# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors: backward, threads add
+# to the gradients of all of them for every tile
+FUSED_TOKENS = 16
+FUSED_ENTRIES, FUSED_ENTRIES_TRAINING = 2**23, 2**20
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,55 @@ def _is_cheap_to_recompute(structure: Structure) -> bool:
     macs = sum(factor.macs for term in structure.terms for factor in term.factors[:-1])
     # the compiled kernel does 100 MACs while a number is written and read again (docs/benchmarks/cpu)
     return macs < 100 * sum(term.intermediate_size for term in structure.terms)
+
+
+def reason_not_to_fuse(
+    structures: Sequence[Structure],
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool = False,
+    backend: str | None = None,
+) -> str | None:
+    """Return why a feed-forward block runs one layer after the other, or None if it runs fused.
+
+    Args:
+        structures: of its layers.
+        tokens, dtype, device, training: as for `choose`.
+        backend: of the call; "cpu" fuses all that can be fused, as `einlinear.backend("cpu")` does.
+    """
+    backend = backend or forced().backend
+    if backend not in (None, "cpu"):
+        return f"the backend {backend!r} is forced, which has no fused blocks"
+    if backend is None:
+        if tokens < FUSED_TOKENS:
+            return f"fewer than {FUSED_TOKENS} tokens are faster layer by layer"
+        entries, limit = sum([s.params for s in structures]), FUSED_ENTRIES_TRAINING if training else FUSED_ENTRIES
+        if entries > limit:
+            return f"its factors have {entries:,} entries, but no more than {limit:,} stay in cache together"
+    if training and forced().recompute is False:
+        return "its backward pass computes hidden features again, but einlinear.backend(recompute=False) saves them"
+    why = unsupported("cpu", structures[0], dtype, device)
+    return None if why is None else f"the compiled kernel, which fuses blocks, cannot run: {why}"
+
+
+@assume_constant_result
+def fuses_for_compiler(
+    specs: Sequence[str],
+    features: Sequence[int],
+    dtype: torch.dtype,
+    device: str,
+    backend: str | None,
+) -> bool:
+    """Return whether torch.compile traces a block of these layers, up, down and gate, as a single operator.
+
+    The features are those of the input, the hidden layer and the output.
+    """
+    in_features, hidden_features, out_features = features
+    sizes = ((in_features, hidden_features), (hidden_features, out_features), (in_features, hidden_features))
+    layers = [structures.structure(spec, *size) for spec, size in zip(specs, sizes)]
+    # for many tokens, as in `choose_for_compiler`
+    return reason_not_to_fuse(layers, 2048, dtype, torch.device(device), True, backend) is None
 
 
 def forget() -> None:

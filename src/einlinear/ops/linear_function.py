@@ -7,8 +7,8 @@ In eager mode a backend is an autograd function. It has a fifth of the overhead 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ class _Linear(torch.autograd.Function):
         structure, tensors, needed = ctx.structure, ctx.saved_tensors, ctx.needs_input_grad[3:]
         inputs, saved = tensors[: len(needed)], tensors[len(needed) :]
         if is_differentiated_again(grad, *(inputs if ctx.call is None else ())):
-            return None, None, None, *_plain_gradients(structure, inputs, needed, grad)
+            return None, None, None, *plain_gradients(partial(_reference, structure), inputs, needed, grad)
         if [(tensor.shape, tensor.dtype) for tensor in saved] != ctx.saved:
             raise RuntimeError("an intermediate was unpacked in another shape or dtype than it was saved in")
         end = 2 + len(structure.shapes)
@@ -172,14 +172,21 @@ class _Linear(torch.autograd.Function):
 _apply_at_once: Any = super(torch.autograd.Function, _Linear).apply
 
 
-def _plain_gradients(
-    structure: Structure, inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+def _reference(structure: Structure, *inputs: Any) -> Tensor:
+    return reference.apply(Product.of(structure, *inputs))
+
+
+def plain_gradients(
+    compute: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Return the gradients in plain operators, for a backward pass that is itself differentiated or batched."""
+    """Return the gradients of plain operators, for a backward pass that is itself differentiated or batched."""
     with torch.enable_grad():
         # by other names, since one input may have been computed from another: each gets its own share alone
         inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        y = reference.apply(Product.of(structure, *inputs))  # type: ignore[arg-type]
+        y = compute(*inputs)
     wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
     gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
     return [next(gradients) if needs else None for needs in needed]
@@ -192,10 +199,11 @@ def _product(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec:
     """Return the product of an operator's arguments."""
     routing = None if indices is None or gates is None else Assignment(indices, gates)
     # a compiler's symbols become numbers, for good
-    return Product(structure_of(spec, int(_features(x)), int(out_features)), factors, x, bias, routing)
+    return Product(structure_of(spec, int(features_of(x)), int(out_features)), factors, x, bias, routing)
 
 
-def _features(x: Tensor) -> int:
+def features_of(x: Tensor) -> int:
+    """Return the number of features of an operator's input or gradient."""
     if x.dim() != 2:
         raise RuntimeError(f"an input or a gradient has shape {tuple(x.shape)}, not (n, features)")
     return x.shape[1]
@@ -231,7 +239,7 @@ def _(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, o
 def linear_backward_op(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, *others: Any) -> list[Tensor]:
     """Return the needed gradients, of x, of the gates and of the factors; intermediates are recomputed."""
     spec, backend, needs_x, needs_factors = others
-    product = _product(x, factors, None, indices, gates, spec, _features(grad))
+    product = _product(x, factors, None, indices, gates, spec, features_of(grad))
     backends.check_support(backend, product)
     gradients = backends.find(backend).backward(product, grad, [], needs_x, needs_factors)
     return [g for g in (gradients.x, gradients.gates, *gradients.factors) if g is not None]
@@ -240,7 +248,7 @@ def linear_backward_op(grad: Tensor, x: Tensor, factors: Any, indices: Any, gate
 @linear_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, *others: Any) -> list[Tensor]:
     spec, _, needs_x, needs_factors = others
-    operands.check(_product(x, factors, None, indices, gates, spec, _features(grad)), grad=grad, memory=False)
+    operands.check(_product(x, factors, None, indices, gates, spec, features_of(grad)), grad=grad, memory=False)
     tensors = zip((x, gates, *factors), (needs_x, needs_x and gates is not None, *needs_factors), strict=True)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
 
@@ -279,11 +287,14 @@ def _register_flops() -> None:
     @register_flop_formula(torch.ops.einlinear.linear_backward)
     def _(grad: Any, x: Any, factors: Any, indices: Any, gates: Any, spec: str, *others: Any, **_: Any) -> int:
         _, needs_x, needs_factors = others
-        # the step of a factor has two products: the gradient of its input, and that of the factor
-        structure = structure_of(spec, x[1], grad[1])
-        inputs = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
-        weights = sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed)
-        return 2 * vectors(x, indices) * (inputs + weights)
+        return 2 * vectors(x, indices) * backward_macs(structure_of(spec, x[1], grad[1]), needs_x, needs_factors)
+
+
+def backward_macs(structure: Structure, needs_x: bool, needs_factors: Sequence[bool]) -> int:
+    """Return the MACs of a backward pass for one input vector, without those of what it computes again."""
+    # the step of a factor has two products: the gradient of its input, and that of the factor
+    inputs = sum(f.macs for term in structure.terms for f in term.factors[0 if needs_x else 1 :])
+    return inputs + sum(f.macs for f, needed in zip(structure.factors, needs_factors) if needed)
 
 
 when_imported("torch.utils.flop_counter", _register_flops)

@@ -52,7 +52,7 @@ def find(
         return None
     call = _prepare(structure, x.shape, x.dtype, bias is not None, training)
     tensors = (x, *factors) if bias is None else (x, *factors, bias)
-    if call is None or len(tensors) != len(call.operands) or not _are_as_usual(tensors, call.operands, x.dtype):
+    if call is None or len(tensors) != len(call.operands) or not are_as_usual(tensors, call.operands, x.dtype):
         return None
     return call
 
@@ -81,7 +81,7 @@ def backward(
     factors_at, x_at = pointers
     if [factor.data_ptr() for factor in factors] != factors_at[:] or x.data_ptr() != x_at:
         return None
-    if not _are_as_usual((grad,), (call.result,), x.dtype):
+    if not are_as_usual((grad,), (call.result,), x.dtype):
         return None
     shapes = call.operands
     grad_x = x.new_empty(*shapes[0][0]) if needs_x else None
@@ -93,7 +93,7 @@ def backward(
     return Gradients(grad_x, None, grads)
 
 
-def _are_as_usual(
+def are_as_usual(
     tensors: Sequence[Tensor], operands: Sequence[tuple[tuple[int, ...], int]], dtype: torch.dtype
 ) -> bool:
     """Return whether tensors have these shapes and bytes, and lie in memory as kernels read them."""

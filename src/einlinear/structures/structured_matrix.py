@@ -113,7 +113,7 @@ class Structure:
         ends = itertools.accumulate(len(term.factors) for term in self.terms)
         return [(term, entries[end - len(term.factors) : end]) for term, end in zip(self.terms, ends, strict=True)]
 
-    @property
+    @cached_property
     def params(self) -> int:
         """The number of entries of all factors, as stored. The bias is not counted."""
         return sum(factor.params for factor in self.factors)

@@ -28,7 +28,8 @@ class Case:
 
     The pass is "forward" (no gradients), "train" (forward and backward, gradients of the input and all parameters) or
     "decode" (forward of 1 to 16 tokens), in which weights come from memory if cold, from the caches if not. An empty
-    backend is the dispatcher's choice.
+    backend is the dispatcher's choice. With an activation the case is a feed-forward block from `in_features` to
+    `out_features` hidden ones and back, without one it is a layer.
     """
 
     structure: str
@@ -41,11 +42,17 @@ class Case:
     bias: bool = False
     backend: str = ""
     cold: bool = False
+    activation: str = ""
+    gated: bool = False
+
+    @property
+    def is_block(self) -> bool:
+        return bool(self.activation)
 
     @property
     def dense_macs(self) -> int:
-        """MACs of a dense layer for one token."""
-        return self.in_features * self.out_features
+        """MACs of a dense layer or block for one token."""
+        return self.in_features * self.out_features * (2 + self.gated if self.is_block else 1)
 
     @property
     def passes(self) -> int:
@@ -54,20 +61,32 @@ class Case:
 
     @property
     def size(self) -> str:
-        return f"{self.in_features} → {self.out_features}"
+        return f"{self.in_features} → {self.out_features}" + (f" → {self.in_features}" if self.is_block else "")
+
+    @property
+    def kind(self) -> str:
+        """The activation of a block: "gelu", or "gated silu"; empty for a layer."""
+        return f"gated {self.activation}" if self.gated else self.activation
 
     @property
     def amount(self) -> str:
         return f"{self.tokens} token{'' if self.tokens == 1 else 's'}"
 
-    def build(self) -> Structure:
-        """Build the structure. Raises ValueError if it does not exist at this size."""
-        return structure(self.structure, self.in_features, self.out_features)
+    def build(self) -> tuple[Structure, ...]:
+        """Build the structure of the layer, or those of all layers of the block: up, then gate, down.
+
+        Raises ValueError if the structure does not exist at a size.
+        """
+        up = structure(self.structure, self.in_features, self.out_features)
+        if not self.is_block:
+            return (up,)
+        return up, *([up] * self.gated), structure(self.structure, self.out_features, self.in_features)
 
     def __str__(self) -> str:
+        block = f" {self.kind}," if self.is_block else ""
         backend = f", {self.backend}" if self.backend else ""
         cold = " from cold weights" if self.cold else ""
-        return f"{self.structure}, {self.size}, {self.amount}, {self.mode}{cold}, {self.dtype}{backend}"
+        return f"{self.structure}, {self.size},{block} {self.amount}, {self.mode}{cold}, {self.dtype}{backend}"
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,7 @@ class Suite:
     """A grid of cases and the configuration of their measurement; ``{d/8}`` in a spec is an eighth of the features.
 
     An input has at most `entries` numbers: larger layers get fewer tokens. Decode passes on a CPU are cold or not.
+    With `blocks`, pairs of an activation and whether it is gated, the cases are feed-forward blocks.
     """
 
     structures: tuple[str, ...]
@@ -104,6 +124,7 @@ class Suite:
     bias: bool = False
     cold: bool = True
     entries: int = 2**40
+    blocks: tuple[tuple[str, bool], ...] = ()
     config: BenchConfig = BenchConfig()
 
     def cases(self) -> list[Case]:
@@ -120,9 +141,12 @@ class Suite:
             Case(
                 *(spec, *size, tokens, mode, dtype, self.device, self.bias),
                 cold=self.cold and mode == "decode" and self.device == "cpu",
+                activation=activation,
+                gated=gated,
             )
             for template in self.structures
-            for spec, size in _resolved(template, self.sizes)
+            for spec, size in _resolved(template, self.sizes, bool(self.blocks))
+            for activation, gated in self.blocks or (("", False),)
             for dtype in self.dtypes
             for tokens in (min(tokens, max(1, self.entries // max(size))) for tokens in self.tokens)
             for mode in (("decode",) if tokens <= DECODE_TOKENS else ("forward", "train"))
@@ -163,6 +187,15 @@ SUITES = {
         entries=2**22,
         config=BenchConfig(budget=0.5, backends=()),
     ),
+    # Feed-forward blocks. Two CPU cores, about half an hour.
+    "blocks": Suite(
+        structures=("btt", "btt(rank=2)", "monarch(blocks=16)", "low_rank(rank={d/8})"),
+        sizes=((512, 2048), (1024, 4096), (2048, 8192)),
+        tokens=(256, 2048),
+        dtypes=("float32", "bfloat16"),
+        blocks=(("gelu", False), ("silu", True)),
+        config=BenchConfig(budget=1.0, backends=()),
+    ),
     # For the coefficients of the cost model (fit_costs.py). Two CPU cores, half a minute.
     "calibration": Suite(
         structures=("btt", "monarch(blocks=4)", "low_rank(rank={d/8})"),
@@ -182,18 +215,20 @@ SUITES = {
 }
 
 
-def estimate_traffic(case: Case, structure: Structure) -> Traffic:
-    """Return the traffic of one call.
+def estimate_traffic(case: Case, *structures: Structure) -> Traffic:
+    """Return the traffic of one call of a layer, or of a block of layers.
 
     Forward reads the input and the factors and writes the output. Backward reads the output's gradient, the input and
-    the factors and writes the gradients of input and factors. Forward writes and reads every intermediate; backward
-    reads the intermediate, writes its gradient, and reads this twice.
+    the factors and writes the gradients of input and factors. Forward writes and reads every intermediate, hidden
+    features included; backward reads the intermediate, writes its gradient, and reads this twice.
     """
     size = DTYPES[case.dtype].itemsize
-    x, y = case.tokens * case.in_features, case.tokens * case.out_features
-    intermediates = case.tokens * sum(term.intermediate_size for term in structure.terms)
+    x, y = case.tokens * structures[0].in_features, case.tokens * structures[-1].out_features
+    terms = (term for structure in structures for term in structure.terms)
+    hidden = sum(structure.out_features for structure in structures[:-1])
+    intermediates = case.tokens * (hidden + sum(term.intermediate_size for term in terms))
     times = (3, 2, 3, 6) if case.mode == "train" else (1, 1, 1, 2)
-    least = times[0] * x + times[1] * y + times[2] * structure.params
+    least = times[0] * x + times[1] * y + times[2] * sum(structure.params for structure in structures)
     return Traffic(size * least, size * (least + times[3] * intermediates), size * intermediates)
 
 
@@ -217,12 +252,19 @@ def choose(name: str, **options: Any) -> Suite:
     return dataclasses.replace(suite, config=config, **fields)
 
 
-def _resolved(template: str, sizes: Iterable[tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
-    """Return the canonical spec at every size at which the structure exists. Raises DoesNotFit if there is none."""
+def _resolved(
+    template: str, sizes: Iterable[tuple[int, int]], of_blocks: bool = False
+) -> list[tuple[str, tuple[int, int]]]:
+    """Return the canonical spec at every size at which the structure exists, of blocks in both directions.
+
+    Raises DoesNotFit if there is none.
+    """
     found, misfit = [], None
     for size in sizes:
         spec = _SHARE.sub(partial(_share, min(size)), template)
         try:
+            if of_blocks:
+                structure(spec, *reversed(size))
             found.append((structure(spec, *size).spec, size))
         except DoesNotFit as error:
             misfit = error

@@ -10,7 +10,7 @@ from typing import Any
 from einlinear_lab.bench.cases import Case
 from einlinear_lab.bench.results import BenchResult
 from einlinear_lab.bench.timing import Spread
-from einlinear_lab.bench.variants import COMPILED, COPYING, DENSE, OURS, RECOMPUTING
+from einlinear_lab.bench.variants import BLOCK, COMPILED, COPYING, DENSE, OURS, RECOMPUTING
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,12 @@ def judge(results: Sequence[Any], claims: Mapping[str, Sequence[Claim]] | None =
 
 
 def where(
-    mode: str = "", structure: str = "", least: int = 0, below: int = 2**31, tokens: int = 0
+    mode: str = "", structure: str = "", least: int = 0, below: int = 2**31, tokens: int = 0, blocks: bool = False
 ) -> Callable[[Case], bool]:
-    """Return the condition on cases: pass, structure, from `least` to `below` features, and at least `tokens`."""
+    """Return the condition on cases: pass, structure, from `least` to `below` features, at least `tokens`, blocks."""
     return lambda case: (
-        case.mode == (mode or case.mode)
+        case.is_block == blocks
+        and case.mode == (mode or case.mode)
         and case.structure == (structure or case.structure)
         and least <= min(case.in_features, case.out_features) < below
         and case.tokens >= tokens
@@ -67,11 +68,11 @@ def where(
 
 
 def _ratio(result: BenchResult, baseline: str) -> Spread | None:
-    """Return the speed-up of el.Linear over dense or over the copying baseline."""
-    ours = result.of(OURS)
+    """Return the speed-up of our layer or block over dense, over the copying baseline, or over single layers."""
+    ours = result.of(result.ours)
     if ours is None:
         return None
-    return ours.speedup if baseline == DENSE else ours.over_copying
+    return {DENSE: ours.speedup, COPYING: ours.over_copying, OURS: ours.over_layers}[baseline]
 
 
 def _speedup(result: BenchResult, baseline: str = DENSE) -> float | None:
@@ -104,6 +105,11 @@ def _memory(result: BenchResult, name: str, intermediates: int) -> float | None:
     return (dense.peak_bytes + intermediates * result.traffic.intermediates + 4096) / variant.peak_bytes
 
 
+def _memory_of_layers(result: BenchResult) -> float | None:
+    ratio = result.memory_over_layers(BLOCK)
+    return 1 / ratio if ratio else None
+
+
 _LIMIT, _ROOFLINE, _over_copying = (
     BenchResult.fraction,
     BenchResult.roofline_fraction,
@@ -120,6 +126,10 @@ _ALWAYS = (
           1.0, lambda r: _memory(r, OURS, 1), where("train")),
     Claim("training, recomputing: peak memory at most that of nn.Linear",
           1.0, lambda r: _memory(r, RECOMPUTING, 0), where("train")),
+    Claim("blocks: never slower than their layers one after the other",
+          1.0, lambda r: _not_slower(r, OURS), where(blocks=True)),
+    Claim("blocks, training: peak memory at most that of their layers one after the other",
+          1.0, _memory_of_layers, where("train", blocks=True)),
 )
 CLAIMS: dict[str, tuple[Claim, ...]] = {
     "cpu": (

@@ -26,9 +26,9 @@ from einlinear_lab.bench.variants import DENSE
 
 
 def timings(benches: Sequence[Bench]) -> Iterator[tuple[Case, str, dict[str, float]]]:
-    """Yield all float32 cases on the CPU, with the pass and the microseconds by backend, "dense" included."""
+    """Yield all layers in float32 on the CPU, with the pass and the microseconds by backend, "dense" included."""
     for result in (result for bench in benches for result in bench.results):
-        if (result.case.device, result.case.dtype) == ("cpu", "float32"):
+        if (result.case.device, result.case.dtype, result.case.is_block) == ("cpu", "float32", False):
             mode = "train" if result.case.mode == "train" else "forward"
             names = {m.name: 1e6 * m.seconds.median for m in result.measurements if m.seconds}
             of_backends = {name: us for name, us in names.items() if name in CPU_BACKENDS}
@@ -40,7 +40,8 @@ def fit(benches: Sequence[Bench]) -> cost_model.Coefficients:
     rows: dict[tuple[str, str], list[list[float]]] = {}
     for case, mode, times in timings(benches):
         for name, us in times.items():
-            amounts = dispatch.amounts(name, case.build(), case.tokens)
+            (structure,) = case.build()
+            amounts = dispatch.amounts(name, structure, case.tokens)
             rows.setdefault((mode, name), []).append([amount / us for amount in amounts])
     fitted: cost_model.Coefficients = {"forward": {}, "train": {}}
     known = (cost_model.DENSE, *CPU_BACKENDS)
@@ -59,7 +60,8 @@ def losses(benches: Sequence[Bench]) -> list[tuple[float, Case]]:
     """Return the time of the chosen backend over that of the fastest, for every case, the worst first."""
     ratios = []
     for case, mode, times in timings(benches):
-        chosen = dispatch.choose(case.build(), case.tokens, torch.float32, torch.device("cpu"), mode == "train").backend
+        (structure,), cpu = case.build(), torch.device("cpu")
+        chosen = dispatch.choose(structure, case.tokens, torch.float32, cpu, mode == "train").backend
         ratios.append((times[chosen] / min(us for name, us in times.items() if name != cost_model.DENSE), case))
     return sorted(ratios, key=lambda loss: -loss[0])
 

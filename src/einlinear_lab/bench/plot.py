@@ -32,7 +32,9 @@ def draw(results: Sequence[BenchResult], path: Path) -> None:
             handles |= _draw_mode(panel, [result for result in results if result.case.mode == mode], colours)
         panels[0].set_ylabel("speed-up over nn.Linear")
         figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=min(8, len(handles)))
-        marks = "full: el.Linear, hollow: copying baseline, larger: more features, line: the MAC limit"
+        is_block = results[0].case.is_block
+        hollow = "el.Linear one after the other" if is_block else "copying baseline"
+        marks = f"full: {results[0].ours}, hollow: {hollow}, larger: more features, line: the MAC limit"
         figure.suptitle(marks, fontsize="medium")
         figure.savefig(path, dpi=120)
 
@@ -46,7 +48,8 @@ def _draw_mode(panel: Axes, results: Sequence[BenchResult], colours: dict[str, s
     handles: dict[str, Artist] = {}
     for family, colour in colours.items():
         of_family = [result for result in largest if _family(result) == family]
-        for name, face in ((COPYING, "none"), (OURS, colour)):
+        hollow = OURS if results[0].case.is_block else COPYING
+        for name, face in ((hollow, "none"), (results[0].ours, colour)):
             speedups = [(r, m.speedup.median) for r in of_family if (m := r.of(name)) and m.speedup]
             points = [(r.limit, speedup, 16 * (r.case.dense_macs / 2**18) ** 0.4) for r, speedup in speedups]
             columns = zip(*points) if points else ((), (), ())

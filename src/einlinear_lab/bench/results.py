@@ -13,7 +13,7 @@ from einlinear.files import differences, write_text
 from einlinear_lab.bench.cases import DTYPES, BenchConfig, Case, Traffic
 from einlinear_lab.bench.machine import Machine, Roofline
 from einlinear_lab.bench.timing import Spread
-from einlinear_lab.bench.variants import DENSE, OURS
+from einlinear_lab.bench.variants import BLOCK, DENSE, OURS
 
 # of the file; raised when an older program could misread it
 FORMAT = 2
@@ -30,6 +30,8 @@ class Measurement:
     runs: int = 0
     speedup: Spread | None = None
     over_copying: Spread | None = None
+    # of a block, over el.Linear one after the other
+    over_layers: Spread | None = None
     peak_bytes: int | None = None
 
 
@@ -37,6 +39,7 @@ class Measurement:
 class BenchResult:
     """The result of a case: MACs per token, the chosen backend, the least time at measured peaks, all variants.
 
+    The backend of a block is "fused" or "layer by layer".
     With cold weights also the bytes of the stack of layers, and the bytes per second of plain reads.
     """
 
@@ -54,13 +57,18 @@ class BenchResult:
         """The MACs of dense over those of the structure: the speed-up that MACs alone allow."""
         return self.case.dense_macs / self.macs
 
+    @property
+    def ours(self) -> str:
+        """The variant that users get: el.Linear, or el.FeedForward."""
+        return BLOCK if self.case.is_block else OURS
+
     def of(self, name: str) -> Measurement | None:
         """Return the measurement of a variant, or None if it was not timed."""
         return next((m for m in self.measurements if m.name == name and m.seconds), None)
 
-    def fraction(self, name: str = OURS) -> float | None:
-        """Return the speed-up over dense as a share of `limit`."""
-        m = self.of(name)
+    def fraction(self, name: str | None = None) -> float | None:
+        """Return the speed-up over dense as a share of `limit`, by default of `ours`."""
+        m = self.of(name or self.ours)
         return m.speedup.median / self.limit if m and m.speedup else None
 
     def roofline_fraction(self, name: str = OURS) -> float | None:
@@ -76,7 +84,7 @@ class BenchResult:
     def weight_bandwidth(self, name: str = OURS) -> float | None:
         """Return the bytes of the weights per second."""
         m = self.of(name)
-        params = self.case.dense_macs if name == DENSE else self.case.build().params
+        params = self.case.dense_macs if name == DENSE else sum(structure.params for structure in self.case.build())
         return params * DTYPES[self.case.dtype].itemsize / m.seconds.median if m and m.seconds else None
 
     def read_fraction(self, name: str = OURS) -> float | None:
@@ -84,10 +92,15 @@ class BenchResult:
         bandwidth = self.weight_bandwidth(name)
         return bandwidth / self.read_bandwidth if bandwidth and self.read_bandwidth else None
 
+    def memory_over_layers(self, name: str) -> float | None:
+        """Return the peak memory of a variant of a block over that of el.Linear, one layer after the other."""
+        m, layers = self.of(name), self.of(OURS)
+        return m.peak_bytes / layers.peak_bytes if m and layers and m.peak_bytes and layers.peak_bytes else None
+
     @property
     def dense_wins(self) -> bool:
-        """Whether nn.Linear is faster than our layer, beyond the spread."""
-        ours = self.of(OURS)
+        """Whether nn.Linear is faster than our layer or block, beyond the spread."""
+        ours = self.of(self.ours)
         return ours is not None and ours.speedup is not None and ours.speedup.high < 1
 
     @property

@@ -1,23 +1,26 @@
 """Measure cases, each with all its variants in interleaved rounds, into a file that can be resumed.
 
 No speed is reported without a check of the output in float64, within four times the error of the dense matmul in the
-same dtype. For gradients of factors the tolerance grows with the square root of the number of terms in their sums.
+same dtype. For gradients of factors and biases the tolerance grows with the square root of the number of terms in their
+sums.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear import ops
-from einlinear.nn.linear import explain
+from einlinear.nn.explanation import explain
 from einlinear_lab.bench import results
 from einlinear_lab.bench.cases import BenchConfig, Case, estimate_traffic
 from einlinear_lab.bench.cold import interleave_cold
@@ -25,13 +28,23 @@ from einlinear_lab.bench.machine import Roofline, measure_roofline, this_machine
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.results import Bench, BenchResult, Measurement, Session
 from einlinear_lab.bench.timing import MIN_RUNS, PATIENCE, interleave, spread
-from einlinear_lab.bench.variants import COPYING, DENSE, FOREIGN, Variant, Workload, make_variants, make_workload
+from einlinear_lab.bench.variants import (
+    COPYING,
+    DENSE,
+    FOREIGN,
+    FUSED,
+    OURS,
+    Variant,
+    Workload,
+    make_block,
+    make_variants,
+    make_workload,
+)
 
 FILE = "bench.json"
 _SLACK = 4.0
 # the most time for a case, in budgets: dense layers of half precision take minutes on some processors
 _MOST = 200
-_NAMES = ("output", "gradient of the input", "gradient of the weight", "gradient of the bias")
 
 
 class Recorder:
@@ -61,7 +74,7 @@ class Recorder:
             raise ValueError("there is no CUDA device here")
         for name in config.backends or ():
             # raises for an unknown backend
-            ops.unsupported(name, cases[0].build(), torch.float32, device)
+            ops.unsupported(name, cases[0].build()[0], torch.float32, device)
         bench = Bench(this_machine(device), config)
         if before and (differences := bench.differences(before)):
             raise ValueError(
@@ -123,7 +136,7 @@ class Recorder:
 
 def _estimate(case: Case, config: BenchConfig, roofline: Roofline) -> float:
     """Estimate a case: dense at its peak, the other variants at 2/3 of theirs, the check in float64, and stacks."""
-    all_macs = (case.dense_macs, case.build().macs)
+    all_macs = (case.dense_macs, sum(structure.macs for structure in case.build()))
     dense, structured = (roofline.seconds(2 * case.passes * case.tokens * macs, 4 * macs) for macs in all_macs)
     training = case.mode == "train"
     backends = len(ops.BACKENDS) - 1 if config.backends is None else len(config.backends)
@@ -144,7 +157,7 @@ def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
     """Check the outputs of all variants of a case; measure times, and in training peak memory, of the right ones."""
     p = make_workload(case)
     candidates, refused = make_variants(p, config.backends, config.compiled)
-    right = [Variant(DENSE, [p.dense.weight], p.dense)]
+    right = [p.dense]
     wrong: dict[str, str] = {}
     with p.differentiating():
         reference = Reference(p)
@@ -165,61 +178,100 @@ def measure(case: Case, config: BenchConfig, roofline: Roofline) -> BenchResult:
         cold = interleave_cold(calls, right, config.budget) if case.cold else None
         seconds = cold.seconds if cold else interleave(calls, case.device, config.budget)
         # the choice depends on whether gradients are enabled
-        choice = explain(p.layer, p.x).backend
-    measured = [_measurement(name, seconds, peaks.get(name)) for name in seconds]
+        choice = _choice(p)
+    rivals = (DENSE, OURS) if case.is_block else (DENSE, COPYING)
+    measured = [_measurement(name, rivals, seconds, peaks.get(name)) for name in seconds]
     measured += [Measurement(name, why, wrong=True) for name, why in wrong.items()]
     measured += [Measurement(name, why) for name, why in refused.items()]
-    moved = estimate_traffic(case, p.structure)
-    flops = 2 * case.passes * case.tokens * p.structure.macs
+    moved, macs = estimate_traffic(case, *p.structures), sum(structure.macs for structure in p.structures)
+    flops = 2 * case.passes * case.tokens * macs
     least = roofline.seconds(flops, moved.least)
     read = (cold.stack_bytes, cold.piece_bytes / spread(cold.reads).median) if cold else (None, None)
-    return BenchResult(case, p.structure.macs, choice, moved, least, tuple(measured), *read)
+    return BenchResult(case, macs, choice, moved, least, tuple(measured), *read)
 
 
-def _measurement(name: str, seconds: dict[str, list[float]], peak: int | None) -> Measurement:
+def _choice(p: Workload) -> str:
+    """Return the backend of a layer, or whether a block is fused."""
+    if not p.case.is_block:
+        return explain(p.layers[0], p.x).backend
+    return "layer by layer" if make_block(p).reason_not_to_fuse(p.x) else FUSED
+
+
+def _measurement(name: str, rivals: Sequence[str], seconds: dict[str, list[float]], peak: int | None) -> Measurement:
     ratios = {
         other: spread([other_time / time for other_time, time in zip(seconds[other], seconds[name], strict=True)])
-        for other in (DENSE, COPYING)
+        for other in rivals
         if other != name and other in seconds
     }
-    speedups = ratios.get(DENSE), ratios.get(COPYING)
-    return Measurement(name, None, False, spread(seconds[name]), len(seconds[name]), *speedups, peak)
+    return Measurement(
+        name,
+        seconds=spread(seconds[name]),
+        runs=len(seconds[name]),
+        speedup=ratios.get(DENSE),
+        over_copying=ratios.get(COPYING),
+        over_layers=ratios.get(OURS),
+        peak_bytes=peak,
+    )
 
 
 class Reference:
-    """The exact output and gradients of a workload in float64, and the errors of a dense layer with the same matrix."""
+    """The exact output and gradients of a workload in float64, and the errors of dense layers of the same matrices."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
-        x, bias, factors = _double([workload.x]), _double(workload.biases), _double(workload.layer.factors())
-        weight = ops.dense_weight(workload.structure, factors)
-        y = sum(bias, x[0] @ weight.T)
-        # gradients of the input, of the weight, of the bias
-        gradients = []
+        (x,) = _double([workload.x])
+        # a list per layer
+        factors_of = [_double(layer.factors()) for layer in workload.layers]
+        biases_of = [_double([] if layer.bias is None else [layer.bias]) for layer in workload.layers]
+        weights = [ops.dense_weight(*layer) for layer in zip(workload.structures, factors_of, strict=True)]
+        both = zip(weights, biases_of, strict=True)
+        layers = [partial(F.linear, weight=weight, bias=next(iter(bias), None)) for weight, bias in both]
+        y = workload.through(layers, x)
+        outputs: list[Tensor] = [y.detach()]
         self._of_factors: list[Tensor] = []
         if workload.case.mode == "train":
-            grads = torch.autograd.grad(y, [*x, weight, *bias, *factors], workload.grad.double())
-            gradients, self._of_factors = [*grads[: -len(factors)]], [*grads[-len(factors) :]]
-        self._of_dense = [y.detach(), *gradients]
-        outputs = workload.step(Variant(DENSE, [workload.dense.weight], workload.dense))
-        self._errors = [_error(output, exact) for output, exact in zip(outputs, self._of_dense, strict=True)]
+            factors, biases = list(chain(*factors_of)), list(chain(*biases_of))
+            grads = torch.autograd.grad(y, [x, *weights, *biases, *factors], workload.grad.double())
+            outputs += grads[: -len(factors)]
+            self._of_factors += grads[-len(factors) :]
+        # y, and the gradients of the input, of the weights and of the biases
+        self._of_dense = outputs
+        pairs = zip(workload.step(workload.dense), outputs, strict=True)
+        self._errors = [_error(output, exact) for output, exact in pairs]
 
     def complaint(self, variant: Variant) -> str | None:
         """Return the error of a variant beyond its tolerance in words, or None."""
-        factors = self._workload.structure.factors
-        expected = list(zip(_NAMES, self._of_dense, self._errors, (_SLACK,) * 4))
-        if self._of_factors:
-            slack = _SLACK * math.sqrt(max(factor.macs / factor.params for factor in factors))
-            stored = enumerate(variant.stored(self._of_factors), 1)
-            expected[2:3] = [(f"gradient of weight {i}", exact, self._errors[2], slack) for i, exact in stored]
-        eps = torch.finfo(self._workload.x.dtype).eps
-        for (name, exact, dense, slack), output in zip(expected, self._workload.step(variant), strict=True):
-            for off, limit in zip(_error(output, exact), dense, strict=True):
-                allowed = slack * max(limit, eps)
+        outputs = self._workload.step(variant)
+        for (name, exact, tolerances), output in zip(self._expected(variant), outputs, strict=True):
+            for off, allowed in zip(_error(output, exact), tolerances, strict=True):
                 # also true for NaN
                 if not off <= allowed:
                     return f"the {name} is off by {off:.1e} of its size, where {allowed:.1e} is allowed"
         return None
+
+    def _expected(self, variant: Variant) -> Iterator[tuple[str, Tensor, list[float]]]:
+        """Yield the name of every output of a variant, its exact value, and the tolerances of both its errors."""
+        eps = torch.finfo(self._workload.x.dtype).eps
+
+        def tolerances(error: Sequence[float], slack: float = _SLACK, least: float = 0.0) -> list[float]:
+            return [max(slack * max(limit, eps), least) for limit in error]
+
+        both = list(zip(self._of_dense, map(tolerances, self._errors), strict=True))
+        yield "output", *both[0]
+        if not self._of_factors:
+            return
+        yield "gradient of the input", *both[1]
+        structures = self._workload.structures
+        of_weights, of_biases = self._errors[2 : 2 + len(structures)], slice(2 + len(structures), None)
+        of_factors = (pair for pair in zip(structures, of_weights, strict=True) for _ in pair[0].factors)
+        stored = zip(variant.stored(self._of_factors), of_factors, strict=True)
+        for i, (exact, (structure, error)) in enumerate(stored, 1):
+            terms = max(factor.macs / factor.params for factor in structure.factors)
+            yield f"gradient of weight {i}", exact, tolerances(error, _SLACK * math.sqrt(terms))
+        # of sums of one term after the other, in float32
+        least = _SLACK * math.sqrt(self._workload.case.tokens) * torch.finfo(torch.float32).eps
+        for exact, error in zip(self._of_dense[of_biases], self._errors[of_biases], strict=True):
+            yield "gradient of the bias", exact, tolerances(error, least=least)
 
 
 def _double(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from einlinear_lab.bench.claims import Verdict, judge
 from einlinear_lab.bench.machine import Machine
 from einlinear_lab.bench.results import Bench, BenchResult, Change, Measurement
 from einlinear_lab.bench.timing import Spread
-from einlinear_lab.bench.variants import DENSE, OURS, TWO
+from einlinear_lab.bench.variants import BLOCK, DENSE, FUSED, OURS, TWO
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,18 @@ class Table:
 
 
 def summary(results: Iterable[BenchResult]) -> list[Table]:
-    """Return a table per pass, dtype and device with a row per case: el.Linear as dispatched against nn.Linear."""
-    first = ("structure", "in → out", "tokens", "MACs", f"{DENSE} ms", f"{OURS} ms", "backend")
-    return [
-        Table(title, (*first, *_ratio_names(group[0].case), "remarks"), tuple(map(_summary_row, group)))
-        for title, group in _by_kind(results)
-    ]
+    """Return a table per pass, dtype and device with a row per case: el.Linear as dispatched against nn.Linear.
+
+    In tables of blocks it is el.FeedForward against nn.Linear, and against el.Linear one after the other.
+    """
+    first = ("structure", "in → out", "tokens", "MACs", f"{DENSE} ms", f"{OURS} ms")
+    tables = []
+    for title, group in _by_kind(results):
+        is_block = group[0].case.is_block
+        names = (*first, f"{BLOCK} ms") if is_block else first
+        rows = tuple(map(_summary_row, group))
+        tables.append(Table(title, (*names, "backend", *_ratio_names(group[0].case), "remarks"), rows))
+    return tables
 
 
 def details(results: Iterable[BenchResult]) -> list[Table]:
@@ -83,7 +89,7 @@ def dense_wins(results: Iterable[BenchResult]) -> Table:
     rows = [
         (str(result.case), f"{1 / result.limit:.1%}", number(ours.speedup))
         for result in results
-        if result.dense_wins and (ours := result.of(OURS))
+        if result.dense_wins and (ours := result.of(result.ours))
     ]
     return Table("Dense wins here", ("case", "MACs of dense", f"× {DENSE}"), tuple(rows))
 
@@ -95,7 +101,7 @@ def changed(changes: Iterable[Change]) -> Table:
         case, direction = change.case, "faster" if change.ratio > 1 else "slower"
         verdict = direction if change.beyond_spread else "within the spread"
         times = number(change.before), number(change.now), f"{change.ratio - 1:+.0%}", verdict
-        rows.append((case.structure, case.size, str(case.tokens), case.mode, change.name, *times))
+        rows.append((case.structure, _size(case), str(case.tokens), case.mode, change.name, *times))
     headings = ("structure", "in → out", "tokens", "pass", "variant", "× before", "× now", "change", "")
     return Table(f"Changes of the speed-up over {DENSE}", headings, tuple(rows))
 
@@ -133,22 +139,27 @@ def page(bench: Bench) -> str:
 
 def _ratio_names(case: Case) -> tuple[str, ...]:
     """Return the headings of `_ratios`."""
-    last = ("weight GB/s", "read GB/s", "of read") if case.cold else ("roofline", "GB/s", "peak MB")
-    return (f"× {DENSE}", "limit", "fraction", "× copying", *last)
+    other = f"× {OURS}" if case.is_block else "× copying"
+    last = ("roofline", f"peak {other}" if case.is_block else "GB/s", "peak MB")
+    last = ("weight GB/s", "read GB/s", "of read") if case.cold else last
+    return (f"× {DENSE}", "limit", "fraction", other, *last)
 
 
 def _summary_row(result: BenchResult) -> tuple[str, ...]:
-    case, dense = result.case, result.of(DENSE)
-    ours = next(m for m in result.measurements if m.name == OURS)
+    case, dense, layers = result.case, result.of(DENSE), result.of(OURS)
+    ours = next(m for m in result.measurements if m.name == result.ours)
     *ratios, last = _ratios(result, ours)
-    if dense and dense.peak_bytes:
-        last = f"{last} / {number(dense.peak_bytes / 1e6)}"
-    times = (_milliseconds(m.seconds) if m else "–" for m in (dense, ours))
+    for other in (dense, layers if case.is_block else None):
+        if other and other.peak_bytes:
+            last = f"{last} / {number(other.peak_bytes / 1e6)}"
+    shown = (dense, layers, ours) if case.is_block else (dense, ours)
+    times = (_milliseconds(m.seconds) if m else "–" for m in shown)
     remarks = ["dense wins"] * result.dense_wins + [f"{m.name} is wrong: {m.refusal}" for m in result.failures]
-    others, low = {*ops.BACKENDS, TWO} - {result.backend}, ours.seconds.low if ours.seconds else 0.0
+    others, low = {*ops.BACKENDS, TWO, FUSED} - {result.backend}, ours.seconds.low if ours.seconds else 0.0
+    others |= {OURS} if case.is_block else set()
     rivals = [m for m in result.measurements if m.name in others and m.seconds and m.seconds.high < low]
     remarks += [f"{rival.name} is faster" for rival in rivals]
-    spec = (case.structure, case.size, str(case.tokens), f"{result.macs:,}")
+    spec = (case.structure, _size(case), str(case.tokens), f"{result.macs:,}")
     return (*spec, *times, result.backend, *ratios, last, "; ".join(remarks))
 
 
@@ -157,7 +168,7 @@ def _detail_row(result: BenchResult, m: Measurement) -> tuple[str, ...]:
     quartiles = f"{number(1000 * t.low)} to {number(1000 * t.high)}" if t else "–"
     times = (number(1000 * t.median if t else None), quartiles, str(m.runs or "–"))
     remark = f"wrong: {m.refusal}" if m.wrong else ""
-    return (case.structure, case.size, str(case.tokens), m.name, *times, *_ratios(result, m), remark)
+    return (case.structure, _size(case), str(case.tokens), m.name, *times, *_ratios(result, m), remark)
 
 
 def _ratios(result: BenchResult, m: Measurement) -> tuple[str, ...]:
@@ -167,23 +178,33 @@ def _ratios(result: BenchResult, m: Measurement) -> tuple[str, ...]:
     # MACs and bytes are those of the structure
     if m.name == DENSE:
         last[:2] = None, None
+    if result.case.is_block:
+        last[1] = result.memory_over_layers(m.name)
     if result.read_bandwidth and (weights := result.weight_bandwidth(m.name)):
         last = [weights / 1e9, result.read_bandwidth / 1e9, result.read_fraction(m.name)]
     limit, fraction = (result.limit, result.fraction(m.name)) if m.seconds and m.name != DENSE else (None, None)
-    return tuple(map(number, (m.speedup, limit, fraction, m.over_copying, *last)))
+    over = m.over_layers if result.case.is_block else m.over_copying
+    return tuple(map(number, (m.speedup, limit, fraction, over, *last)))
 
 
 def _by_kind(results: Iterable[BenchResult]) -> Iterator[tuple[str, list[BenchResult]]]:
-    """Group the results by pass, dtype and device, with a title."""
+    """Group the results by pass, dtype and device, blocks after layers, with a title."""
 
-    def kind(result: BenchResult) -> tuple[int, str]:
+    def kind(result: BenchResult) -> tuple[bool, int, str]:
         case = result.case
+        blocks = "blocks, " if case.is_block else ""
         bias = ", with bias" if case.bias else ""
         cold = " from cold weights" if case.cold else ""
-        return MODES.index(case.mode), f"{case.mode}{cold}, {case.dtype} on {case.device}{bias}"
+        title = f"{blocks}{case.mode}{cold}, {case.dtype} on {case.device}{bias}"
+        return case.is_block, MODES.index(case.mode), title
 
-    for (_, title), group in groupby(sorted(results, key=kind), kind):
+    for (*_, title), group in groupby(sorted(results, key=kind), kind):
         yield title, list(group)
+
+
+def _size(case: Case) -> str:
+    """Return the size of a layer, or the sizes and the activation of a block."""
+    return f"{case.size}, {case.kind}" if case.is_block else case.size
 
 
 def _milliseconds(seconds: Spread | None) -> str:

@@ -1,4 +1,8 @@
-"""The variants of a case: `torch.nn.Linear`, `el.Linear` as dispatched and by each backend, and the baselines."""
+"""The variants of a case.
+
+Layers: `torch.nn.Linear`, `el.Linear` as dispatched and by each backend, and the baselines. Feed-forward blocks: of
+`torch.nn.Linear`, of `el.Linear` one after the other, `el.FeedForward` as dispatched, and fused.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.nn import Linear
+from einlinear.nn import FeedForward, Linear
 from einlinear.structures import Structure
 from einlinear_lab.bench import baselines
 from einlinear_lab.bench.cases import DTYPES, Case
@@ -26,13 +30,15 @@ COPYING = "copying"
 TWO = "two nn.Linear"
 COMPILED = "torch.compile"
 BLOCKTT = "tltorch BlockTT"
+BLOCK = "el.FeedForward"
+FUSED = "fused"
 # of others, which may not support a case
 FOREIGN = (COMPILED, BLOCKTT)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An implementation of y = x W^T + bias, the parameters of W, and their layout as a function of the factors."""
+    """An implementation of a layer or block, its weights, and their layout as a function of the factors."""
 
     name: str
     weights: Sequence[Tensor]
@@ -42,23 +48,43 @@ class Variant:
 
 @dataclass(frozen=True)
 class Workload:
-    """The tensors of a case that all variants share: a structured and a dense layer with one matrix, x and gradient."""
+    """The tensors of a case that all variants share: structured layers, dense ones with the same matrices, x, gradient.
+
+    There is a single layer, or those of a block: up, gate if it is gated, down.
+    """
 
     case: Case
-    structure: Structure
-    layer: Linear
-    dense: nn.Linear
+    layers: tuple[Linear, ...]
+    dense_layers: tuple[nn.Linear, ...]
     x: Tensor
     grad: Tensor
 
     @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, which all variants share."""
-        return self.layer.bias if isinstance(self.layer.bias, nn.Parameter) else None
+    def structures(self) -> list[Structure]:
+        return [layer.structure for layer in self.layers]
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """The factors of all layers."""
+        return [factor for layer in self.layers for factor in layer.factors()]
 
     @property
     def biases(self) -> list[nn.Parameter]:
-        return [] if self.bias is None else [self.bias]
+        """The biases, which all variants share."""
+        return [layer.bias for layer in self.layers if isinstance(layer.bias, nn.Parameter)]
+
+    @property
+    def dense(self) -> Variant:
+        weights = [layer.weight for layer in self.dense_layers]
+        return Variant(DENSE, weights, partial(self.through, self.dense_layers))
+
+    def through(self, layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """Return the output of a single layer, or of the layers of a block, one after the other."""
+        if not self.case.is_block:
+            return layers[0](x)
+        up, *gate, down = layers
+        activation = ops.ACTIVATIONS[self.case.activation]
+        return down(activation(gate[0](x)) * up(x) if gate else activation(up(x)))
 
     def step(self, variant: Variant) -> list[Tensor]:
         """Call a variant: return y, and in training the gradients of x, of the weights and of the bias."""
@@ -74,26 +100,36 @@ class Workload:
 
 def make_workload(case: Case) -> Workload:
     """Return random tensors for a case, the same ones in every call."""
-    structure, dtype = case.build(), DTYPES[case.dtype]
+    structures = case.build()
+    options: dict[str, Any] = {"device": case.device, "dtype": DTYPES[case.dtype]}
     torch.manual_seed(0)
-    layer = Linear(case.in_features, case.out_features, structure, case.bias, device=case.device, dtype=dtype)
-    x = torch.randn(case.tokens, case.in_features, device=case.device, dtype=dtype, requires_grad=case.mode == "train")
-    grad = torch.randn(case.tokens, case.out_features, device=case.device, dtype=dtype)
-    with torch.no_grad():
-        weight = ops.dense_weight(structure, [factor.double() for factor in layer.factors()])
-        dense = nn.Linear(case.in_features, case.out_features, bias=False, device="meta", dtype=dtype)
-        dense.weight = nn.Parameter(weight.to(dtype))
-        if isinstance(layer.bias, nn.Parameter):
-            dense.bias = layer.bias = nn.Parameter(layer.bias.normal_(), requires_grad=True)
-    return Workload(case, structure, layer, dense, x, grad)
+    layers = tuple(Linear(s.in_features, s.out_features, s, case.bias, **options) for s in structures)
+    x = torch.randn(case.tokens, structures[0].in_features, **options, requires_grad=case.mode == "train")
+    grad = torch.randn(case.tokens, structures[-1].out_features, **options)
+    return Workload(case, layers, tuple(map(_dense, layers)), x, grad)
+
+
+@torch.no_grad()
+def _dense(layer: Linear) -> nn.Linear:
+    """Return the dense layer with the matrix and the bias of a layer, after a new draw of the bias."""
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    factors = layer.factors()
+    weight = ops.dense_weight(layer.structure, [factor.double() for factor in factors])
+    dense.weight = nn.Parameter(weight.to(factors[0].dtype))
+    if isinstance(layer.bias, nn.Parameter):
+        dense.bias = layer.bias = nn.Parameter(layer.bias.normal_(), requires_grad=True)
+    return dense
 
 
 def make_variants(
     p: Workload, backends: Sequence[str] | None = None, compiled: bool = False
 ) -> tuple[list[Variant], dict[str, str]]:
     """Return the variants that can run, el.Linear first, and the reason why each of the others cannot."""
-    structure, factors = p.structure, p.layer.factors()
-    variants = [Variant(OURS, factors, p.layer)]
+    if p.case.is_block:
+        return _make_block_variants(p)
+    (layer,), (structure,), factors = p.layers, p.structures, p.factors
+    bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
+    variants = [Variant(OURS, factors, layer)]
     refused: dict[str, str] = {}
     for name in ops.BACKENDS if backends is None else backends:
         if reason := ops.unsupported(name, structure, p.x.dtype, p.x.device):
@@ -106,12 +142,12 @@ def make_variants(
 
     stored = partial(baselines.copying_weights, structure)
     weights = _leaves(stored(factors))
-    variants.append(Variant(COPYING, weights, partial(baselines.copying, structure, weights, bias=p.bias), stored))
+    variants.append(Variant(COPYING, weights, partial(baselines.copying, structure, weights, bias=bias), stored))
 
     if _is_low_rank(structure):
         narrow, wide = (nn.Linear(f.fan_in, f.fan_out, bias=False, device="meta") for f in structure.factors)
         narrow.weight, wide.weight = (cast(nn.Parameter, factor) for factor in factors)
-        wide.bias = cast(nn.Parameter, p.bias)
+        wide.bias = cast(nn.Parameter, bias)
         variants.append(Variant(TWO, factors, nn.Sequential(narrow, wide)))
 
     if compiled and p.case.mode != "decode":
@@ -126,8 +162,35 @@ def make_variants(
         else:
             stored = partial(baselines.blocktt_weights, structure)
             weights = _leaves(stored(factors))
-            variants.append(Variant(BLOCKTT, weights, baselines.blocktt(weights, p.bias), stored))
+            variants.append(Variant(BLOCKTT, weights, baselines.blocktt(weights, bias), stored))
     return variants, refused
+
+
+def make_block(p: Workload) -> FeedForward:
+    """Return the feed-forward block of the layers of a workload."""
+    case = p.case
+    sizes = case.in_features, case.out_features, case.structure
+    block = FeedForward(*sizes, case.activation, case.gated, case.bias, device="meta")
+    block.up, block.down = p.layers[0], p.layers[-1]
+    if case.gated:
+        block.gate = p.layers[1]
+    return block
+
+
+def _make_block_variants(p: Workload) -> tuple[list[Variant], dict[str, str]]:
+    block = make_block(p)
+
+    def fused(x: Tensor) -> Tensor:
+        with ops.backend("cpu"):
+            return cast(Tensor, block(x))
+
+    forwards: dict[str, Callable[[Tensor], Tensor]] = {OURS: partial(p.through, p.layers), BLOCK: block}
+    with ops.backend("cpu"):
+        refusal = block.reason_not_to_fuse(p.x)
+    if refusal is None:
+        forwards[FUSED] = fused
+    variants = [Variant(name, p.factors, forward) for name, forward in forwards.items()]
+    return variants, {FUSED: refusal} if refusal else {}
 
 
 def _is_low_rank(structure: Structure) -> bool:
@@ -138,12 +201,13 @@ def _is_low_rank(structure: Structure) -> bool:
 
 
 def _by_backend(p: Workload, backend: str, x: Tensor) -> Tensor:
-    return ops.linear(p.structure, p.layer.factors(), x, p.bias, backend)
+    (layer,) = p.layers
+    return ops.linear(layer.structure, layer.factors(), x, layer.bias, backend)
 
 
 def _recomputed(p: Workload, recompute: bool, x: Tensor) -> Tensor:
     with ops.backend(recompute=recompute):
-        return cast(Tensor, p.layer(x))
+        return p.through(p.layers, x)
 
 
 def _leaves(weights: Sequence[Tensor]) -> list[nn.Parameter]:

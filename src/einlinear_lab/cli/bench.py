@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # heavy: imported by the command itself
 T = TypeVar("T")
 # suites of other benchmarks than that of layers
 MIXTURES, PROJECTIONS = "moe", "projection"
+BLOCKS = "blocks"
 
 
 def bench_command(
@@ -52,11 +53,11 @@ def bench_command(
 
     Args:
         suite: What to measure: quick (the default), small, standard (20 minutes on two cores), cpu (all dtypes, 64 to
-            4096 features), gpu, moe (mixtures of experts), projection (of a large weight). The other options override
-            it.
+            4096 features), gpu, blocks (feed-forward blocks), moe (mixtures of experts), projection (of a large
+            weight). The other options override it.
         structures: Structures, separated by ';' (names of families also by ','); may be repeated. {d/8} stands for an
             eighth of the features.
-        sizes: Features of the layers, or in x out, such as 1024,1024x4096.
+        sizes: Features of the layers, or in x out, such as 1024,1024x4096; of blocks, features x hidden features.
         tokens: Input vectors at a time, such as 1,2048. Up to 16 are a decode pass, more a forward and a train pass.
         passes: Which of forward, train, decode to measure. Default: all.
         dtypes: Which of float32, bfloat16, float16.
@@ -104,6 +105,8 @@ def bench_command(
             project = partial(projections.measure, device=device or "cpu")
             _run(suite, projections, {f"{w[0]}, {w[1]}": partial(project, *w) for w in weights}, device, out)
             return
+        if suite == BLOCKS:
+            refuse({"--backends": backends, "--compile": compiled}, no_meaning)
         if calibrate:
             fixed = {"--suite": suite, "--passes": passes, "--dtype": dtypes, "--device": device, "--compare": compared}
             refuse({**fixed, "--bias": bias, "--backends": backends}, "has no meaning with --calibrate")

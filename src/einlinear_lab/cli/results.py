@@ -50,12 +50,13 @@ def _print_models(comparison: Comparison) -> None:
     from einlinear_lab.report.overview import model_columns
 
     best = [group for curve in comparison.curves for group in curve.best]
-    columns = model_columns(comparison, best, {"compute multiplier": comparison.error})
+    columns = model_columns(comparison, best, {"": comparison.error})
     rows = zip(*([cell.text for cell in cells] for cells in columns.values()), strict=True)
     display.note(f"{comparison}{', every model at its best learning rate' if 'lr' in comparison.varied else ''}:")
     display.show(list(columns), list(rows))
     error = metric_title(comparison.error)
     display.note(f"Compute multiplier: how many times these MACs dense needs for the same {error}.")
+    display.note("Time multiplier: the same for the time of the training, of runs that took turns (--clock).")
     display.note("MB: on a GPU the peak memory of a step; on a CPU parameters, gradients and optimizer state.\n")
 
 

@@ -88,14 +88,19 @@ def say_skipped(runs: Iterable[Run]) -> None:
             display.warning(f"Left out {files} of {data.data} that cannot be read: {names}{more}.")
 
 
-def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None) -> None:
-    """Do the missing runs of a sweep, on processes of this machine or another pool, and report."""
+def carry_out(
+    sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None, clock: bool = False
+) -> None:
+    """Do the missing runs of a sweep, on processes of this machine, in turns or on another pool, and report."""
     from einlinear_lab.runs.execution import check_runs
     from einlinear_lab.runs.store import Store
     from einlinear_lab.sweeps.driver import do
+    from einlinear_lab.sweeps.interleaved import Interleaved
 
     store = Store(folder)
     with display.user_errors():
+        if clock:
+            refuse({"--workers": workers}, "has no meaning with --clock: the runs take turns in one process")
         check_many(sweep.runs, pool)
         store.open(sweep.runs, sweep.axes, command_line(), mix_code, check_runs(sweep.runs))
         for problem in store.damaged():
@@ -104,6 +109,7 @@ def carry_out(sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, p
     finished = len(sweep.runs) - len(missing)
     already = f"; {finished} of {len(sweep.runs)} are already there" if finished else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
+    pool = Interleaved() if clock else pool
     failed = watched(partial(do, sweep.runs, store), missing, folder, workers, pool) if missing else []
     report_command([folder])
     display.fail(failed)

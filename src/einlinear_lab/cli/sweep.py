@@ -9,7 +9,7 @@ import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import LAB, require
-from einlinear_lab.cli.parsing import Address, Cpus, Gpus, MixCode, On, RunConfig, Workers, assignments
+from einlinear_lab.cli.parsing import Address, Clock, Cpus, Gpus, MixCode, On, RunConfig, Workers, assignments
 from einlinear_lab.cli.running import carry_out, cluster, refuse
 
 
@@ -18,6 +18,7 @@ def sweep_command(
     config: RunConfig = None,
     out: Path | None = None,
     scale: str | None = None,
+    clock: Clock = False,
     on: On = "local",
     workers: Workers = None,
     address: Address = None,
@@ -41,6 +42,8 @@ def sweep_command(
 
     with display.user_errors():
         pool = cluster(on, workers, address, cpus, gpus)
+        if clock and pool is not None:
+            raise ValueError("--clock goes with --on local")
         is_file = Path(what).suffix in (".toml", ".json")
         if is_file:
             refuse({"--scale": scale}, f"is that of a recipe, and {what} is a file")
@@ -49,7 +52,7 @@ def sweep_command(
         if not is_file and (prepare := getattr(recipes.load(what), scale).prepare):
             display.note(f"Its data has to be there: {prepare}")
         name = Path(what).stem if is_file else f"{what}-{scale}"
-    carry_out(sweep, out or Path("results") / name, workers, mix_code, pool)
+    carry_out(sweep, out or Path("results") / name, workers, mix_code, pool, clock)
 
 
 def recipes_command() -> None:

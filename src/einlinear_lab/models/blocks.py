@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from einlinear import ops
+from einlinear.nn.feed_forward import reason_to_call, weights_of
 from einlinear.nn.layer_kinds import LayerInfo, SelfDescribing
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import MoEFeedForward, MoELinear
@@ -44,12 +46,14 @@ class Layers:
     ) -> nn.Module:
         """Make a linear layer without experts, such as the first or last of a model."""
         made = make_structure(structure or self.config.structure, in_features, out_features)
+        if made.spec == DENSE:
+            return DenseLinear(in_features, out_features, made, self.bias)
         return Linear(in_features, out_features, made, self.bias, self._normalizes(made), gamma=gamma)
 
     def feed_forward(self, multiplier: float = 1.0) -> nn.Module:
         c = self.config
         if c.experts is None or c.routed == "linear":
-            return FeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
+            return ResidualFeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
         normalize = self._normalizes(make_structure(c.structure, c.width, c.expansion * c.width))
         sizes = (c.width, c.experts, c.active, c.structure, c.expansion)
         return MoEFeedForward(*sizes, bias=self.bias, normalize=normalize, multiplier=multiplier)
@@ -71,8 +75,19 @@ class Layers:
         return getattr(self.config, "normalize", False) and structure.spec != DENSE
 
 
-class FeedForward(nn.Module):
-    """x + multiplier * fc2(gelu(fc1(norm(x)))), with a hidden layer `expansion` times as wide."""
+class DenseLinear(Linear):
+    """`Linear` of the structure dense that torch runs: dense models are as fast as those of `torch.nn.Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (weight,) = self.factors()
+        return F.linear(x, weight, self.bias)
+
+
+class ResidualFeedForward(nn.Module):
+    """x + multiplier * fc2(gelu(fc1(norm(x)))), with a hidden layer `expansion` times as wide.
+
+    Two plain structured layers run fused, as those of `einlinear.FeedForward`; all others one after the other.
+    """
 
     def __init__(
         self, width: int, layer: MakeLayer, expansion: int = 4, *, bias: bool = True, multiplier: float = 1.0
@@ -84,7 +99,14 @@ class FeedForward(nn.Module):
         self.fc2 = layer("down", expansion * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, self.fc2(F.gelu(self.fc1(self.norm(x)))), alpha=self.multiplier)
+        return torch.add(x, self._network(self.norm(x)), alpha=self.multiplier)
+
+    def _network(self, x: Tensor) -> Tensor:
+        up, down = self.fc1, self.fc2
+        if isinstance(up, Linear) and isinstance(down, Linear) and not (reason_to_call(up) or reason_to_call(down)):
+            return ops.feed_forward(x, weights_of(up), weights_of(down), activation="gelu")
+        out: Tensor = down(F.gelu(up(x)))
+        return out
 
 
 class Attention(SelfDescribing):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean, median
@@ -34,6 +34,8 @@ class SeedGroup:
     records: tuple[Record, ...]
     # metric -> compute multiplier against dense models of the same seeds; 1 for dense itself
     multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
+    # the same for the duration of the training
+    time_multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
 
     @property
     def run(self) -> Run:
@@ -72,6 +74,15 @@ class SeedGroup:
         """The duration of a training step, the median over the seeds."""
         seconds = [result_of(record).step_seconds for record in self.records]
         return median(filter(None, seconds)) if any(seconds) else None
+
+    def compute_at(self, step: int) -> float:
+        """Return the MACs of all forward passes so far: more with guides, less before layers are made dense."""
+        result, dense_from, guided = self.result, self.run.training.densify_at, self.run.training.guide_until or 0
+        final, guides = result.macs * result.inputs, result.guide_macs * result.inputs
+        if dense_from is None or result.steps <= dense_from:
+            return step * final + min(step, guided) * guides
+        structured = (result.compute - guided * guides - (result.steps - dense_from) * final) / dense_from
+        return min(step, guided) * guides + min(step, dense_from) * structured + max(step - dense_from, 0) * final
 
 
 @dataclass(frozen=True)
@@ -268,12 +279,20 @@ def _add_multipliers(comparison: Comparison) -> None:
     for curve in comparison.curves:
         if dense := dense_of(curve, comparison.curves):
             for group, metric in itertools.product(curve.groups, comparison.metrics):
-                if over := _multiplier(group, dense, metric):
+                if over := _multiplier(group, dense, metric, lambda result: result.macs):
                     group.multipliers[metric] = over
+                if over := _multiplier(group, dense, metric, _training_seconds):
+                    group.time_multipliers[metric] = over
 
 
-def _multiplier(group: SeedGroup, dense: Curve, metric: str) -> MultiplierOverSeeds | None:
-    """Compare every run with the dense runs of its own seed, which saw the same batches."""
+def _training_seconds(result: Result) -> float | None:
+    return result.step_seconds and result.step_seconds * result.steps
+
+
+def _multiplier(
+    group: SeedGroup, dense: Curve, metric: str, cost: Callable[[Result], float | None]
+) -> MultiplierOverSeeds | None:
+    """Compare the cost of every run with the dense runs of its own seed, which saw the same batches."""
     # the best dense models have multiplier 1, also where a cheaper dense model reached a lower loss
     if any(group is best for best in dense.best):
         return multiplier_over_seeds([Multiplier(1.0)] * len(group.good))
@@ -281,8 +300,9 @@ def _multiplier(group: SeedGroup, dense: Curve, metric: str) -> MultiplierOverSe
     dense_runs = [record for best in dense.best for record in best.good]
     for record in group.good:
         rivals = [rival for rival in dense_runs if rival.run.seed == record.run.seed]
-        points = [(result_of(rival).macs, loss) for rival in rivals if (loss := metric_of(rival, metric))]
+        costs = [(cost(result_of(rival)), metric_of(rival, metric)) for rival in rivals]
         # an error of zero has no logarithm
-        if points and (loss := metric_of(record, metric)):
-            multipliers.append(compute_multiplier(points, result_of(record).macs, loss))
+        points = [(spent, loss) for spent, loss in costs if spent and loss]
+        if points and (spent := cost(result_of(record))) and (loss := metric_of(record, metric)):
+            multipliers.append(compute_multiplier(points, spent, loss))
     return multiplier_over_seeds(multipliers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -11,6 +11,7 @@ from markupsafe import Markup
 from einlinear_lab.models.config import DENSE
 from einlinear_lab.report.comparison import Comparison, SeedGroup, metric_of, metric_title, result_of
 from einlinear_lab.report.page import Cell, Section, SortableTable, definitions
+from einlinear_lab.scaling import MultiplierOverSeeds
 
 # values of a hyperparameter that are listed
 _MAX_VALUES = 12
@@ -56,9 +57,9 @@ def setup_section(comparison: Comparison, commands: Sequence[str]) -> Section:
 
 
 def model_columns(
-    comparison: Comparison, groups: Sequence[SeedGroup], multipliers: Mapping[str, str]
+    comparison: Comparison, groups: Sequence[SeedGroup], metrics: Mapping[str, str]
 ) -> dict[str, list[Cell]]:
-    """Return the table of models as columns by heading; `multipliers` are headings of compute multipliers by metric."""
+    """Return the table of models as columns by heading, with the multipliers of metrics, by the end of the heading."""
     index = {curve.name: i for i, curve in enumerate(comparison.curves)}
     names = ["width", *(name for name in comparison.varied if name not in ("structure", "width", "seed"))]
     results = [group.result for group in groups]
@@ -66,16 +67,20 @@ def model_columns(
     def metric_cells(name: str) -> list[Cell]:
         return [Cell.of(group.mean(name), ".4f", "–" if group.good else "diverged") for group in groups]
 
-    def multiplier_cells(name: str) -> list[Cell]:
-        over = [group.multipliers.get(name) for group in groups]
+    def multiplier_cells(over: Iterable[MultiplierOverSeeds | None]) -> list[Cell]:
         return [Cell(str(one or "–"), one.mean.value if one and one.mean else None) for one in over]
+
+    multipliers: dict[str, list[Cell]] = {}
+    for end, metric in metrics.items():
+        multipliers[f"compute multiplier{end}"] = multiplier_cells(group.multipliers.get(metric) for group in groups)
+        multipliers[f"time multiplier{end}"] = multiplier_cells(group.time_multipliers.get(metric) for group in groups)
 
     return {
         "structure": [Cell(group.run.model.structure, group.curve, index[group.curve]) for group in groups],
         **{_term(name): [_config_cell(group.run.identity.get(name)) for group in groups] for name in names},
         f"MACs per {comparison.input}": [Cell.of(result.macs, ",") for result in results],
         **{metric_title(name): metric_cells(name) for name in comparison.all_metrics},
-        **{heading: multiplier_cells(name) for heading, name in multipliers.items()},
+        **multipliers,
         "parameters": [Cell.of(result.params, ",") for result in results],
         "ms per step": [Cell.of((seconds := group.step_seconds) and 1000 * seconds, ".2f") for group in groups],
         "MB": [Cell.of(result.memory and result.memory / 1e6, ",.1f") for result in results],
@@ -87,7 +92,7 @@ def models_section(comparison: Comparison) -> Section:
     """Show every model, averaged over its seeds, and below it every run."""
     groups = comparison.groups
     metrics = [metric for metric in comparison.metrics if any(metric in group.multipliers for group in groups)]
-    columns = model_columns(comparison, groups, {f"compute multiplier, {metric_title(name)}": name for name in metrics})
+    columns = model_columns(comparison, groups, {f", {metric_title(name)}": name for name in metrics})
     rates = " at their best learning rates" if "lr" in comparison.varied else ""
     devices = " and ".join(sorted({record.run.training.device for record in comparison.records}))
     note = Markup(
@@ -95,7 +100,8 @@ def models_section(comparison: Comparison) -> Section:
         "the steps. <b>MACs</b>: multiply-accumulates of a forward pass for one {}. <b>Compute multiplier</b>: how "
         "many times these MACs dense needs for the same loss, interpolated on the curve of the dense models of the "
         "same seed{}; &gt; and &lt; are bounds where that curve ends. Over several seeds: geometric mean, range in "
-        "brackets. <b>ms per step</b>: median training step on {}, without data loading. <b>MB</b>: on a GPU the peak "
+        "brackets. <b>Time multiplier</b>: the same for the time of the training, of runs that took turns "
+        "(--clock). <b>ms per step</b>: median training step on {}, without data loading. <b>MB</b>: on a GPU the peak "
         "memory of a step, on a CPU parameters, gradients and optimizer state. <b>Seeds</b>: runs in the means, of all "
         "where some diverged."
     ).format(comparison.input, rates, devices)

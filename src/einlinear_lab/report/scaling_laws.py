@@ -131,7 +131,7 @@ def evaluations(group: SeedGroup, metric: str) -> scaling.LossCurves:
         # the final value alone where it was not measured during training
         seeds.append(by_step or {result_of(record).steps: result_of(record).metrics[metric]})
     steps = sorted(set(seeds[0]).intersection(*seeds))
-    compute = [_compute_at(group, step) for step in steps]
+    compute = [group.compute_at(step) for step in steps]
     losses = [[values[step] for step in steps] for values in seeds]
     return scaling.LossCurves(np.array(compute, dtype=float), np.array(losses, dtype=float))
 
@@ -250,16 +250,6 @@ def _positive(curve: scaling.LossCurves, floor: float) -> scaling.LossCurves:
     """Leave out the losses without a logarithm: an error of zero, or at an assumed floor."""
     good = (curve.losses > floor).all(0)
     return scaling.LossCurves(curve.compute[good], curve.losses[:, good])
-
-
-def _compute_at(group: SeedGroup, step: int) -> float:
-    """Return the MACs of all forward passes so far: more with guides, less before a structured model is made dense."""
-    result, dense_from, guided = group.result, group.run.training.densify_at, group.run.training.guide_until or 0
-    final, guides = result.macs * result.inputs, result.guide_macs * result.inputs
-    if dense_from is None or result.steps <= dense_from:
-        return step * final + min(step, guided) * guides
-    structured = (result.compute - guided * guides - (result.steps - dense_from) * final) / dense_from
-    return min(step, guided) * guides + min(step, dense_from) * structured + max(step - dense_from, 0) * final
 
 
 def _seeds(fit: CurveFit) -> list[tuple[Record, scaling.LossCurves, list[float]]]:

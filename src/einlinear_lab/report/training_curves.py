@@ -1,4 +1,4 @@
-"""Metrics during training: the loss over steps and over time, the time to a target loss, and the load of experts."""
+"""Metrics during training: the loss over steps and over time, and the load of experts."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from einlinear_lab.models.config import DENSE
 from einlinear_lab.report.charts import Chart, axis, colour, log_axis, trace
-from einlinear_lab.report.comparison import Comparison, Curve, SeedGroup, logged, metric_title, result_of
-from einlinear_lab.report.page import Cell, CsvRow, Figure, Section, SortableTable, hover, run_row
+from einlinear_lab.report.comparison import Comparison, logged
+from einlinear_lab.report.page import CsvRow, Figure, Section, hover, run_row
 from einlinear_lab.runs.records import Record
 
 _MAX_RUNS = 48
@@ -28,8 +26,6 @@ _EXPERT_METRICS = {"largest load": "moe_largest", "entropy": "moe_entropy"}
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 Array = NDArray[np.float64]
-# (seconds of training, loss)
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +37,6 @@ class TrainingCurve:
     steps: Array
     seconds: Array
     values: Array
-
-
-@dataclass(frozen=True)
-class TimeToLoss:
-    """The fastest model of a curve to a target loss, and its mean time without data loading and evaluations."""
-
-    group: SeedGroup
-    seconds: float
-
-    @property
-    def inputs_per_second(self) -> float | None:
-        """The training throughput in images, tokens or vectors per second."""
-        seconds = self.group.step_seconds
-        return self.group.result.inputs / seconds if seconds else None
 
 
 def training_curves_of(comparison: Comparison, metric: str) -> list[TrainingCurve]:
@@ -97,76 +79,6 @@ def section_of_experts(comparison: Comparison) -> Section | None:
     ).format(_LOOK)
     data = [row for name, lines in curves.items() for row in _rows(lines, f"smoothed_{_EXPERT_METRICS[name]}")]
     return Section("Expert load", figures=[Figure("expert-loads", caption, views, data)])
-
-
-def section_of_time(comparison: Comparison) -> Section | None:
-    """Show training times, if runs were evaluated during training and two curves reach a common loss."""
-    targets = target_losses(comparison)
-    if not targets:
-        return None
-    metric, error = comparison.error, metric_title(comparison.error)
-    times = {curve.name: [fastest(curve, metric, target) for target in targets] for curve in comparison.curves}
-    dense = next((times[curve.name] for curve in comparison.curves if curve.structure == DENSE), [None] * len(targets))
-    headings = ["structure", *(f"{error} {target:.4g}" for target in targets), f"{comparison.input}s per second"]
-    rows = []
-    for i, (name, to_targets) in enumerate(times.items()):
-        last = next((time for time in reversed(to_targets) if time), None)
-        throughput = Cell.of((last.inputs_per_second or None) if last else None, ",.0f")
-        rows.append([Cell(name, name, i), *map(_time_cell, to_targets, dense), throughput])
-    note = Markup(
-        "Seconds of training, without data loading and evaluations, of the fastest model of a structure; in brackets "
-        "its width and the speed-up over dense. Last column: throughput of the model that reaches the lowest of these "
-        "losses. Runs that shared a machine slowed each other down equally: compare times within a page only."
-    )
-    return Section("Training time to a target loss", tables=[SortableTable(headings, rows, note)])
-
-
-def target_losses(comparison: Comparison, count: int = 5) -> list[float]:
-    """Return target losses, even in log: from an early loss of all evaluated curves to the lowest that two reach."""
-    lowest, early = [], []
-    for curve in comparison.curves:
-        runs = [_losses_over_time(record, comparison.error) for group in curve.best for record in group.good]
-        runs = [points for points in runs if len(points) > 1]
-        if runs:
-            lowest.append(min(loss for points in runs for _, loss in points))
-            early.append(min(points[0][1] for points in runs))
-    if len(lowest) < 2 or not 0 < sorted(lowest)[1] < min(early):
-        return []
-    return [float(loss) for loss in np.geomspace(min(early), sorted(lowest)[1] * 1.001, count)]
-
-
-def fastest(curve: Curve, metric: str, target: float) -> TimeToLoss | None:
-    """Return the fastest model of a curve to a target; None where no model reaches it with all seeds."""
-    candidates = []
-    for group in curve.best:
-        times = [seconds_to(_losses_over_time(record, metric), target) for record in group.good]
-        reached = [seconds for seconds in times if seconds is not None]
-        if reached and len(reached) == len(group.records):
-            candidates.append(TimeToLoss(group, fmean(reached)))
-    return min(candidates, key=lambda time: time.seconds, default=None)
-
-
-def seconds_to(points: Sequence[Point], target: float) -> float | None:
-    """Return the time at which a run first reaches a loss, interpolated between evaluations; None if it never does.
-
-    >>> seconds_to([(10.0, 3.0), (20.0, 2.0), (30.0, 1.5)], 2.5)
-    15.0
-    """
-    for (before, high), (seconds, loss) in zip([*points[:1], *points], points, strict=False):
-        if loss <= target:
-            return before + (high - target) / (high - loss) * (seconds - before) if high > loss else seconds
-    return None
-
-
-def _losses_over_time(record: Record, metric: str) -> list[Point]:
-    return [] if result_of(record).diverged else [(seconds, loss) for _, seconds, loss in logged(record, metric)]
-
-
-def _time_cell(time: TimeToLoss | None, dense: TimeToLoss | None) -> Cell:
-    if time is None:
-        return Cell("–")
-    speed_up = f", {dense.seconds / time.seconds:.2f}×" if dense else ""
-    return Cell(f"{time.seconds:.3g} s (width {time.group.run.model.width}{speed_up})", time.seconds)
 
 
 def _training_curve(curve: str, record: Record, metric: str) -> TrainingCurve | None:

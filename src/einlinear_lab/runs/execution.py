@@ -19,7 +19,6 @@ import torch
 
 from einlinear.files import lock
 from einlinear.mup import init_
-from einlinear_lab import training
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.macs import params
 from einlinear_lab.runs.data import Data, TrainingProblem
@@ -27,7 +26,7 @@ from einlinear_lab.runs.records import Result, describe, write_result, write_run
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training.distributed import is_first
 from einlinear_lab.training.guided import guide, unguide
-from einlinear_lab.training.loop import Progress
+from einlinear_lab.training.loop import Progress, Steps, finish, train_in_steps
 
 # Share of the steps whose mean loss is the training loss of a run.
 LAST = 0.1
@@ -47,12 +46,17 @@ def execute(
     Raises:
         ValueError, OSError: the run, its data or its folder is invalid, or another process is at work in the folder.
     """
+    return finish(execute_in_steps(run, folder, keep_checkpoints=keep_checkpoints), progress)
+
+
+def execute_in_steps(run: Run, folder: Path | None = None, *, keep_checkpoints: bool = False) -> Steps[Result]:
+    """Train the model of a run as `execute` does, a step at a time, so that several runs can take turns."""
     # Under torchrun only the first process writes files.
     if folder is None or not is_first():
-        return _train(run, folder, progress)
+        return (yield from _train(run, folder))
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", f"another process is at work in {folder}"):
-        result = _train(run, folder, progress)
+        result = yield from _train(run, folder)
         write_result(folder, result)
     if not keep_checkpoints:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -78,7 +82,7 @@ def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
     return {data: problem.digest for data, problem in problems.items()}
 
 
-def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
+def _train(run: Run, folder: Path | None) -> Steps[Result]:
     problem = run.data.load(run.seed)
     record = describe(folder or Path(), run, problem)
     model, base = initialised(run, problem), run.model.base(problem.shape)
@@ -86,8 +90,8 @@ def _train(run: Run, folder: Path | None, progress: Progress | None) -> Result:
     guide_macs = 0 if run.training.guide_until is None else _guide_macs(model)
     if folder is not None and is_first():
         write_run(record)
-    options: dict[str, Any] = {"lr_scale": model.LR_SCALE, "facts": record.facts, "progress": progress}
-    outcome = training.train(model, base, problem.task, run.training, folder, **options)
+    options: dict[str, Any] = {"lr_scale": model.LR_SCALE, "facts": record.facts}
+    outcome = yield from train_in_steps(model, base, problem.task, run.training, folder, **options)
     steps = len(outcome.losses)
     structured = min(run.training.densify_at or steps, steps)
     guided = min(run.training.guide_until or 0, steps)

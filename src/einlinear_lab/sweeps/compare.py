@@ -19,6 +19,8 @@ from einlinear_lab.training.tasks import Classification
 
 STRUCTURES = (DENSE, "low_rank", "kronecker", "tt(rank=4)", "monarch", "btt", "dyad")
 AXES = frozenset({"structure", "width", "seed"})
+# Of every run, where the loss is compared over time.
+EVALUATIONS = 40
 _SMALLEST_WIDTH = 16
 # Where no model can be built up to this width, none can.
 _LAST_WIDTH_TRIED = 1024
@@ -52,6 +54,7 @@ class CompareConfig:
         dense_reach: dense also gets 2, 4, ... times the largest target, up to this multiple, so that its curve reaches
             the losses of better structures.
         epochs: passes over the training images, unless the options have `steps`.
+        clock: whether training times are compared: by default the runs are then evaluated 40 times.
         options: of all runs, see `Run.of`.
     """
 
@@ -63,6 +66,7 @@ class CompareConfig:
     seeds: int = 3
     first_seed: int = 0
     epochs: int = 20
+    clock: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,6 +112,9 @@ def plan(config: CompareConfig) -> Sweep:
             raise ValueError(f"data={data.data} has no epochs: give steps")
         options["steps"] = config.epochs * problem.task.batches.per_epoch
     base = Run.of(options)
+    if config.clock and "evaluate_every" not in options:
+        every = max(1, base.training.steps // EVALUATIONS)
+        base = replace(base, training=replace(base.training, evaluate_every=every))
 
     targets = sorted(config.widths or config.macs)
     models = [model for target in targets for model in _models(base, problem.shape, config, target)]

@@ -76,7 +76,8 @@ def guide(model: nn.Module) -> None:
     if not layers:
         raise ValueError("there is no structured layer in the model that a guide could be given to")
     for name, module in model.named_modules():
-        if isinstance(module, Mixture) or (name in layers and type(module) is not Linear):
+        has_guide = name in layers and layers[name].structure.spec != "dense"
+        if isinstance(module, Mixture) or (has_guide and type(module) is not Linear):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__}: guides are for layers that are an el.Linear"
             )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,13 @@ from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import guide, set_share, unguide
 from einlinear_lab.training.metrics import Metrics, check_installed, open_tracker
 
+T = TypeVar("T")
 # Inputs and targets, a row per sample.
 Batch = tuple[Tensor, Tensor]
 # Called with (step, number of steps, loss).
 Progress = Callable[[int, int, float], None]
+# Yields (step, number of steps, loss) after every step, and returns a result.
+Steps: TypeAlias = Generator[tuple[int, int, float], None, T]
 
 
 class Task(Protocol):
@@ -59,7 +62,7 @@ class Outcome:
     Attributes:
         losses: of every step; the last one is NaN or infinite if the training diverged.
         metrics: of the final model, by name.
-        step_seconds: median duration of a step, without data loading and evaluation.
+        step_seconds: median duration of a step, without data loading, evaluation and compilation.
         memory: bytes on the device of this process. On a GPU, the peak of torch's tensors, None if no step was left to
             make. On a CPU, parameters, gradients and optimizer state, without activations.
     """
@@ -117,6 +120,34 @@ def train(
         >>> outcome.losses[-1] < outcome.losses[0]
         True
     """
+    steps = train_in_steps(model, base, task, config, folder, lr_scale=lr_scale, facts=facts)
+    return finish(steps, progress)
+
+
+def finish(steps: Steps[T], progress: Progress | None = None) -> T:
+    """Make all steps and return the result; call `progress` after every step, on rank 0 only."""
+    with closing(steps):
+        while True:
+            try:
+                report = next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if progress is not None and distributed.is_first():
+                progress(*report)
+
+
+def train_in_steps(
+    model: nn.Module,
+    base: Base,
+    task: Task,
+    config: Training,
+    folder: Path | None = None,
+    *,
+    lr_scale: Mapping[str, float] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Steps[Outcome]:
+    """Train a model as `train` does, a step at a time, so that several trainings can take turns in one process."""
     if config.tracker:
         check_installed(config.tracker)
         if folder is None:
@@ -128,7 +159,7 @@ def train(
     try:
         world = distributed.world(config.device)
         with freed_memory_kept():
-            return _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train(progress)
+            return (yield from _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train())
     finally:
         if config.guide_until is not None:
             unguide(model)
@@ -149,6 +180,8 @@ class _Run:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak: int | None = None
+    # Whether the next step would compile.
+    is_cold: bool = True
 
     def __post_init__(self) -> None:
         self.plain.to(self.world.device)
@@ -179,8 +212,9 @@ class _Run:
         if self.mixtures and config.densify_at is not None:
             raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
         self.forward: Any = torch.compile(self.model) if config.compile else self.model
+        self.is_cold = True
 
-    def train(self, progress: Progress | None) -> Outcome:
+    def train(self) -> Steps[Outcome]:
         self._resume()
         final, training_seconds = dict[str, float](), sum(self.seconds)
         with self._metrics() as metrics:
@@ -188,8 +222,6 @@ class _Run:
                 self._change_layers(step - 1)
                 loss = self._step(step - 1)
                 training_seconds += self.seconds[-1]
-                if progress and self.world.rank == 0:
-                    progress(step, self.config.steps, loss)
                 diverged = not math.isfinite(loss)
                 is_last = step == self.config.steps or diverged
                 if _is_due(step, self.config.log_every) or is_last:
@@ -198,11 +230,15 @@ class _Run:
                 if _is_due(step, self.config.evaluate_every) or is_last:
                     final = self._evaluate()
                     metrics.write(step, training_seconds=training_seconds, **final)
+                # After the metrics: a resumed run does not write those of earlier steps.
+                if not diverged and (_is_due(step, self.config.checkpoint_every) or is_last):
+                    self._save()
+                yield step, self.config.steps, loss
+                if self.config.threads is not None:
+                    # Another training may have had a turn.
+                    torch.set_num_threads(self.config.threads)
                 if diverged:
                     break
-                # After the metrics: a resumed run does not write those of earlier steps.
-                if _is_due(step, self.config.checkpoint_every) or is_last:
-                    self._save()
         seconds = statistics.median(self.seconds)
         return Outcome(tuple(self.losses), final or self._evaluate(), seconds, self._memory())
 
@@ -231,21 +267,12 @@ class _Run:
         batch = self.task.batch(index)
         distributed.check_batch(len(batch[0]), self.world.size, self.config.accumulate)
         x, y = map(self.world.share, batch)
+        if self.is_cold:
+            self._warm_up(x, y)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.world.device)
         began = time.perf_counter()
-        self.model.train()
-        total = torch.zeros((), device=self.world.device)
-        micro_batches = list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
-        for i, (inputs, targets) in enumerate(micro_batches, 1):
-            with distributed.accumulating(self.model, more=i < len(micro_batches)):
-                with self._autocast():
-                    loss = self.task.loss(self.forward, (inputs.to(total.device), targets.to(total.device)))
-                total += loss.detach() / len(micro_batches)
-                if self.mixtures:
-                    # A loss that is not finite ends the run on all processes, so it is not checked here.
-                    loss = loss + self.config.moe_loss * moe_loss(self.model, group=self.world.group, check=False)
-                self.scaler.scale(loss / len(micro_batches)).backward()
+        total = self._backward(x, y)
         if self.config.clip is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -259,6 +286,33 @@ class _Run:
         if self.on_gpu:
             self.peak = max(self.peak or 0, torch.cuda.max_memory_allocated(self.world.device))
         return self.losses[-1]
+
+    def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the gradients of a batch, in micro-batches, and return its mean loss on this process."""
+        self.model.train()
+        total = torch.zeros((), device=self.world.device)
+        micro_batches = list(zip(x.chunk(self.config.accumulate), y.chunk(self.config.accumulate), strict=True))
+        for i, (inputs, targets) in enumerate(micro_batches, 1):
+            with distributed.accumulating(self.model, more=i < len(micro_batches)):
+                with self._autocast():
+                    loss = self.task.loss(self.forward, (inputs.to(total.device), targets.to(total.device)))
+                total += loss.detach() / len(micro_batches)
+                if self.mixtures:
+                    # A loss that is not finite ends the run on all processes, so it is not checked here.
+                    loss = loss + self.config.moe_loss * moe_loss(self.model, group=self.world.group, check=False)
+                self.scaler.scale(loss / len(micro_batches)).backward()
+        return total
+
+    def _warm_up(self, x: Tensor, y: Tensor) -> None:
+        """Compile kernels and model outside of the measured time, by a step without effect."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.world.device] if self.world.device.type == "cuda" else []):
+            self._backward(x, y)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        self.is_cold = False
 
     def _memory(self) -> int | None:
         """Return `Outcome.memory`. Parameters stand for their gradients, which a resumed run may not have yet."""

@@ -60,21 +60,21 @@ def _one_entry(y: Tensor) -> Tensor:
 )
 def test_what_is_wrong_does_not(damage: Callable[[Tensor], Tensor], complaint: str) -> None:
     p = make_workload(Case("btt", 64, 64, 64, "train"))
-    assert complaint in str(Reference(p).complaint(Variant("wrong", p.layer.factors(), lambda x: damage(p.layer(x)))))
+    assert complaint in str(Reference(p).complaint(Variant("wrong", p.factors, lambda x: damage(p.layers[0](x)))))
 
 
 def test_an_output_of_another_shape_is_wrong() -> None:
     p = make_workload(Case("btt", 64, 64, 64, "forward"))
-    wrong = Variant("wrong", p.layer.factors(), lambda x: p.layer(x)[:, :1])
+    wrong = Variant("wrong", p.factors, lambda x: p.layers[0](x)[:, :1])
     assert "output is off by inf" in str(Reference(p).complaint(wrong))
 
 
 def test_a_wrong_gradient_of_one_weight_is_found() -> None:
     p = make_workload(Case("btt", 64, 64, 64, "train"))
-    first, second = p.layer.factors()
+    first, second = p.factors
 
     def forward(x: Tensor) -> Tensor:
-        return ops.linear(p.structure, [first, _Wrong.apply(second)], x, backend="reference")
+        return ops.linear(*p.structures, [first, _Wrong.apply(second)], x, backend="reference")
 
     assert "gradient of weight 2" in str(Reference(p).complaint(Variant("wrong", [first, second], forward)))
 

@@ -9,7 +9,7 @@ from einlinear_lab.bench import cold, run, tables, timing
 from einlinear_lab.bench.cases import BenchConfig, Case
 from einlinear_lab.bench.cold import Stack, interleave_cold
 from einlinear_lab.bench.machine import Roofline, measure_roofline
-from einlinear_lab.bench.variants import DENSE, OURS, Variant, make_variants, make_workload
+from einlinear_lab.bench.variants import DENSE, OURS, make_variants, make_workload
 
 CASE = Case("btt", 16, 16, 2, "decode", "bfloat16", cold=True)
 
@@ -39,7 +39,7 @@ def test_a_stack_has_copies_in_turn(dtype: torch.dtype) -> None:
 
 def test_every_call_has_weights_that_no_call_used_before() -> None:
     p = make_workload(CASE)
-    found = [Variant(DENSE, [p.dense.weight], p.dense), *make_variants(p, ("reference",))[0]]
+    found = [p.dense, *make_variants(p, ("reference",))[0]]
     used: dict[str, list[int]] = {variant.name: [] for variant in found}
     calls = {v.name: lambda v=v: used[v.name].append(v.weights[0].data_ptr()) for v in found}
     times = interleave_cold(calls, found, budget=0)

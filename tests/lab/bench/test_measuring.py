@@ -22,7 +22,6 @@ from einlinear_lab.bench.variants import (
     RECOMPUTING,
     SAVING,
     TWO,
-    Variant,
     make_variants,
     make_workload,
 )
@@ -60,11 +59,11 @@ def test_peak_memory_is_exact() -> None:
 
 def test_peak_memory_of_a_training_step() -> None:
     p = make_workload(Case("btt", 64, 64, 100, "train"))
-    calls = {v.name: lambda v=v: p.step(v) for v in [*make_variants(p)[0], Variant(DENSE, [p.dense.weight], p.dense)]}
+    calls = {v.name: lambda v=v: p.step(v) for v in [*make_variants(p)[0], p.dense]}
     peaks = {name: peak_bytes(call, "cpu") for name, call in calls.items()}
     y = x = 4 * 100 * 64
     assert peaks[DENSE] == y + x + 4 * 64 * 64
-    assert peaks[OURS] >= y + x + 4 * p.structure.params
+    assert peaks[OURS] >= y + x + 4 * p.structures[0].params
 
 
 def test_recomputing_is_switched_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,5 +190,5 @@ def test_what_cannot_be_measured_is_said(options: dict[str, object], message: st
 
 
 def test_an_unknown_suite() -> None:
-    with pytest.raises(ValueError, match="choose from quick, small, standard, cpu, calibration, gpu"):
+    with pytest.raises(ValueError, match="choose from quick, small, standard, cpu, blocks, calibration, gpu"):
         choose("slow")

@@ -58,6 +58,23 @@ def test_options_of_the_comparison_may_be_written_as_those_of_runs(tmp_path: Pat
     assert {run.training.warmup for run in runs} == {3}
 
 
+def test_the_clock_lets_runs_take_turns(tmp_path: Path) -> None:
+    config = ("data=digits", "steps=10", "depth=1", "seeds=1")
+    command = ("compare", *TINY[:6], *config, "--clock", "--out", tmp_path / "out")
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert "4 runs to do" in out
+    assert "time multiplier" in out
+    records = Store(tmp_path / "out").records()
+    assert {record.run.training.evaluate_every for record in records} == {1}
+    begun = [(record.folder / "metrics.jsonl").stat().st_ctime_ns for record in records]
+    ended = [(record.folder / "result.json").stat().st_ctime_ns for record in records]
+    assert min(ended) > max(begun)
+    assert "Loss against seconds" in (tmp_path / "out" / "report.html").read_text()
+    assert "0 runs to do" in run(*command)[1]
+    assert_refused(run(*command, "--workers", 2), "--workers has no meaning with --clock")
+
+
 def test_workers_are_processes(tmp_path: Path) -> None:
     code, out, err = run("compare", *TINY, "--widths", 16, "--macs", "20k", "--out", tmp_path / "no")
     assert_refused((code, out, err), "not both")

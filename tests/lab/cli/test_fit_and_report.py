@@ -67,8 +67,8 @@ def test_report_prints_the_table_and_writes_the_page(folder: Path, tmp_path: Pat
     assert (folder / "report.html").exists()
     assert [row[:2] for row in rows(out)] == [[s, w] for s in ("dense", "btt") for w in ("16", "32", "64")]
     assert rows(out)[0][2] == "2,560"
-    assert rows(out)[3][-5:] == ["2.00×", "2,683", "4.56", "7.9", "1"]
-    assert re.search(r"compute multiplier +parameters +ms per step +MB +seeds", out)
+    assert rows(out)[3][-7:] == ["2.00×", "<", "1.00×", "2,683", "4.56", "7.9", "1"]
+    assert re.search(r"compute multiplier +time multiplier +parameters +ms per step +MB +seeds", out)
     write(tmp_path / "more", run_of("monarch", 16), 1000, 0.5, code="v2")
     code, out, err = run("report", folder, tmp_path / "more", "--out", tmp_path / "pages" / "both.html")
     assert code == 0

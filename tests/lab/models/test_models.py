@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import einlinear as el
 from einlinear.structures.scales import adam_multipliers
 from einlinear_lab.models import GPT, ReferenceModel, ResidualMLP, ViT
-from einlinear_lab.models.blocks import Attention, FeedForward, TransformerBlock
+from einlinear_lab.models.blocks import Attention, ResidualFeedForward, TransformerBlock
 
 VOCAB, CONTEXT, CLASSES = 20, 12, 5
 Build = Callable[..., ReferenceModel]
@@ -372,4 +372,4 @@ def test_every_argument_changes_something() -> None:
         assert sum(p.numel() for p in gpt(**options).parameters()) != plain
     assert ViT(8, 32, 5, heads=4, patch_size=4).tokens == 4
     assert isinstance(vit().blocks[0].attention, Attention)
-    assert isinstance(vit().blocks[0].feed_forward, FeedForward)
+    assert isinstance(vit().blocks[0].feed_forward, ResidualFeedForward)

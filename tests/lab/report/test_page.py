@@ -101,16 +101,16 @@ def test_it_has_every_section_and_every_section_its_plots(page: Browser) -> None
         "Setup",
         "Loss against compute per image",
         "Error against training compute",
+        "Loss against seconds",
         "Learning rates",
         "Training curves",
-        "Training time to a target loss",
         "Loss against structure exponents",
         "All models",
         "Feature updates by width",
     ]
     plots = page.run("[...document.querySelectorAll('section')].map(s => s.querySelectorAll('.js-plotly-plot').length)")
     both = 2  # measures
-    assert plots == [0, both + both, 2, both * len(STRUCTURES) + both, 2, 0, 3 * both, 0, 1]
+    assert plots == [0, both + both, 2, 2, both * len(STRUCTURES) + both, 2, 3 * both, 0, 1]
 
 
 def test_every_plot_draws_all_of_its_points(page: Browser) -> None:
@@ -178,10 +178,10 @@ def test_a_hover_says_which_run_it_is(page: Browser) -> None:
 def test_buttons_choose_what_a_figure_shows(page: Browser) -> None:
     first = """[...document.querySelectorAll("section")[1].querySelector("figure").querySelectorAll(".js-plotly-plot")]
                  .filter(plot => plot.offsetParent).map(plot => plot.layout.yaxis.title.text)"""
-    panels = first.replace("[1]", "[3]")
+    panels = first.replace("[1]", "[4]")
     assert page.run(first) == ["train error"]
     assert page.run(panels) == ["train error"] * len(STRUCTURES)
-    for section in (1, 3):
+    for section in (1, 4):
         page.run(f"document.querySelectorAll('section')[{section}].querySelectorAll('.views button')[1].click()")
     assert page.run(first) == ["training loss"]
     assert page.run(panels) == ["training loss"] * len(STRUCTURES)

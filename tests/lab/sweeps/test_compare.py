@@ -91,6 +91,19 @@ def test_epochs_become_steps_of_the_training_images() -> None:
         plan(CompareConfig(structures=("dense",), widths=(16,), options={"data": "teacher", "teacher_width": 8}))
 
 
+def test_losses_over_time_need_evaluations() -> None:
+    def every(**options: Any) -> int | None:
+        config = CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS | options, clock=True)
+        return plan(config).runs[0].training.evaluate_every
+
+    assert every(steps=400) == 10
+    assert every(steps=7) == 1
+    assert every(steps=400, evaluate_every=100) == 100
+    assert every() == 20 * (1438 // 128) // 40
+    plain = plan(CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS))
+    assert plain.runs[0].training.evaluate_every is None
+
+
 def test_pixels_are_permuted_for_an_mlp_alone() -> None:
     mlp, vit = (
         plan(CompareConfig(structures=("dense",), widths=(16,), options={"data": "digits", "model": model})).runs[0]

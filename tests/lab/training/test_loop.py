@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.lab.training import toy
 from torch import Tensor
 
@@ -103,6 +104,80 @@ def test_the_time_to_a_loss_can_be_read_off(tmp_path: Path, monkeypatch: pytest.
     ]
     assert all(line["training_seconds"] == line["step"] for line in lines)
     assert found.step_seconds == 1
+
+
+def test_what_is_compiled_first_takes_no_training_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither at the start, nor after an interruption, nor when layers become dense."""
+    compiled, loss = set[int](), toy.Toy.loss
+
+    def compiling(self: toy.Toy, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        layer = id(next(model.parameters()))
+        if layer not in compiled:
+            time.sleep(0.3)
+        compiled.add(layer)
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(toy.Toy, "loss", compiling)
+    options: dict[str, Any] = {"steps": 12, "checkpoint_every": 3, "log_every": 1, "densify_at": 9}
+    with interrupted(7):
+        toy.run(tmp_path, **options)
+    compiled.clear()
+    toy.run(tmp_path, **options)
+    assert len(compiled) == 2
+    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["training_seconds"] < 0.3
+
+
+def test_a_warm_up_has_no_effect() -> None:
+    """Neither on buffers nor on random numbers nor on gradients."""
+
+    class Noisy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(F.dropout(self.norm(x)))
+            return out
+
+    def trained() -> tuple[tuple[float, ...], list[float]]:
+        torch.manual_seed(0)
+        model, base = Noisy(), Noisy()
+        losses = loop.train(model, base, toy.Toy(), Training(steps=4)).losses
+        return losses, model.norm.get_buffer("running_mean").tolist()
+
+    warmed = trained()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "_warm_up", lambda *_: None)
+        assert trained() == warmed
+
+
+def test_trainings_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own number of threads, the same losses as alone, and nothing left behind if it is given up."""
+    alone = [toy.run(steps=6, threads=count).losses for count in (1, 2)]
+    threads, found, batch = torch.get_num_threads(), list[int](), toy.Toy.batch
+    monkeypatch.setattr(
+        toy.Toy, "batch", lambda self, step: (found.append(torch.get_num_threads()), batch(self, step))[1]
+    )
+    base = toy.build(8, "dense")
+    models = [toy.initialised(toy.build) for _ in range(2)]
+    both = [
+        loop.train_in_steps(model, base, toy.Toy(), Training(steps=6, lr=1e-2, threads=count))
+        for count, model in enumerate(models, 1)
+    ]
+    reports = [next(steps) for _ in range(6) for steps in both]
+    assert [[loss for *_, loss in reports[i::2]] for i in range(2)] == [list(losses) for losses in alone]
+    assert found == [1, 2] * 6
+    outcomes = [loop.finish(steps) for steps in both]
+    assert [outcome.losses for outcome in outcomes] == alone
+    torch.set_num_threads(threads)
+    guided = toy.initialised(toy.build)
+    given_up = loop.train_in_steps(guided, base, toy.Toy(), Training(steps=6, threads=2, guide_until=5))
+    next(given_up)
+    assert any(isinstance(layer, Guided) for layer in guided.modules())
+    with pytest.raises(KeyboardInterrupt):
+        loop.finish(given_up, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not any(isinstance(layer, Guided) for layer in guided.modules())
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("sgd", 1)])

@@ -39,7 +39,7 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
     y = x.new_empty(n, structure.out_features)
     saved = []
     if save and program.intermediate_size and routing is None:
-        tile: int = _library(x).tile(program.address, n)
+        tile: int = library_for(x).tile(program.address, n)
         # half precision exists in memory only: what is between two factors is float32
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         saved = [x.new_empty(-(-n // tile) * tile * program.intermediate_size, dtype=dtype)]
@@ -48,7 +48,7 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
         # written out: this is most of the overhead of a call
         at = program.pointers(*[factor.data_ptr() for factor in factors])
         bias_at, saved_at = None if bias is None else bias.data_ptr(), saved[0].data_ptr() if saved else None
-        _library(x).forward(program.address, at, x.data_ptr(), bias_at, y.data_ptr(), saved_at, pairs, n, threads)
+        library_for(x).forward(program.address, at, x.data_ptr(), bias_at, y.data_ptr(), saved_at, pairs, n, threads)
     return y, saved
 
 
@@ -72,7 +72,7 @@ def backward(
         saved_at, grad_x_at = saved[0].data_ptr() if saved else None, None if grad_x is None else grad_x.data_ptr()
         gates_at = None if grad_gates is None else grad_gates.data_ptr()
         ends = x.data_ptr(), grad.data_ptr(), saved_at, grad_x_at, gates_at
-        _library(x).backward(program.address, at, grads_at, *ends, pairs, n, threads)
+        library_for(x).backward(program.address, at, grads_at, *ends, pairs, n, threads)
     return Gradients(grad_x, grad_gates, grad_factors)
 
 
@@ -98,7 +98,8 @@ def _schedule(
     return ctypes.byref(Pairs(*[tensor.data_ptr() for tensor in tensors], n, block, experts, active)), threads, tensors
 
 
-def _library(x: Tensor) -> Library:
+def library_for(x: Tensor) -> Library:
+    """Return the kernels for the dtype of a tensor, which must be on the CPU."""
     library = load(x.dtype)
     assert isinstance(library, Library), "the dispatcher asks `unsupported` first"
     if not x.is_cpu:

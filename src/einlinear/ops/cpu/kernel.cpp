@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "decode.h"
+#include "feed_forward.h"
 #include "routed.h"
 #include "tiles.h"
 
@@ -69,7 +70,7 @@ static void forward(const Program& p, const T* const* factors, const T* x, const
             Index first = i * tile, tokens = std::min(tile, n - first);
             Source<T> source{x + first * p.in_features, p.in_features, tokens};
             Sink<T> sink{y + first * p.out_features, p.out_features, tokens};
-            steps.run(source, saved ? saved + first * p.intermediates : memory, &sink, team);
+            steps.run(&source, saved ? saved + first * p.intermediates : memory, &sink, true, team);
         });
     });
 }
@@ -97,13 +98,15 @@ static void backward(const Program& p, const T* const* factors, const T* x, cons
         Buffer<S> own(division.shared ? 0 : room), panels(gradients.panel), scratch(2 * p.widest * tile);
         S *sum = sums[division.shared ? 0 : all.rank()].data, *memory = division.shared ? common.data : own.data;
         BackwardTile<S> steps{p,         ends,          gradients, w,      w_back,      wanted_of(p, dfactors),
-                              recompute, dx != nullptr, tile,      memory, panels.data, scratch.data};
+                              recompute, dx != nullptr, tile};
+        steps.set_memory(memory), steps.panels = panels.data, steps.scratch = scratch.data;
         division.each_tile(all, [&](Index i, Team team, bool is_first) {
             Index first = i * tile, tokens = std::min(tile, n - first);
             Source<T> input{x + first * p.in_features, p.in_features, tokens};
             Source<T> output{dy + first * p.out_features, p.out_features, tokens};
             Sink<T> sink{dx ? dx + first * p.in_features : nullptr, p.in_features, tokens};
-            steps.run(input, output, saved ? saved + first * p.intermediates : nullptr, sink, sum, !is_first, team);
+            steps.run(&input, nullptr, &output, saved ? saved + first * p.intermediates : nullptr, &sink, sum, !is_first,
+                      tokens, team);
         });
         all.phase([&](Share mine) {
             // fewer threads may run than were asked for
@@ -132,6 +135,13 @@ void einlinear_backward(const Index* program, const Number* const* factors, Numb
                         const Pairs<Number>* pairs, Index n, int threads) {
     if (pairs) return backward_routed<Number>(Program(program), factors, *pairs, x, dy, dx, dgates, dfactors, threads);
     backward(Program(program), factors, x, dy, saved, dx, dfactors, n, threads);
+}
+void einlinear_feed_forward(const BlockArguments<Number>* block, const Number* x, Number* y, Index n, int threads) {
+    feed_forward(*block, x, y, n, threads);
+}
+void einlinear_feed_forward_backward(const BlockArguments<Number>* block, const BlockGradients<Number>* wanted,
+                                     const Number* x, const Number* dy, Number* dx, Index n, int threads) {
+    feed_forward_backward(*block, *wanted, x, dy, dx, n, threads);
 }
 Index einlinear_tile(const Index* program, Index n) { return tile_of<Arithmetic<Number>>(Program(program), n); }
 }

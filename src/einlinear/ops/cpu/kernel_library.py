@@ -49,7 +49,12 @@ class Library:
         library = ctypes.CDLL(str(path))
         self.origin, pointer, count = origin, ctypes.c_void_p, ctypes.c_int64
         self.forward, self.backward = library.einlinear_forward, library.einlinear_backward
-        for function, pointers in ((self.forward, 7), (self.backward, 9)):
+        self.feed_forward, self.feed_forward_backward = (
+            library.einlinear_feed_forward,
+            library.einlinear_feed_forward_backward,
+        )
+        arguments = ((self.forward, 7), (self.backward, 9), (self.feed_forward, 3), (self.feed_forward_backward, 5))
+        for function, pointers in arguments:
             function.argtypes, function.restype = [*[pointer] * pointers, count, ctypes.c_int], None
         self.tile = library.einlinear_tile
         self.tile.argtypes, self.tile.restype = [pointer, count], count

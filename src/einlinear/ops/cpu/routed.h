@@ -83,7 +83,7 @@ static void forward_routed(const Program& p, const T* const* factors, const Pair
                 Source<T> source{nullptr, p.in_features, t.count, t.inputs.data(), t.gates.data()};
                 Sink<S> sink{nullptr, p.out_features, t.count, t.outputs.data()};
                 steps.tile = t.width();
-                steps.run(source, intermediates, &sink, Team::alone());
+                steps.run(&source, intermediates, &sink, true, Team::alone());
             }
         };
         all.phase([&](Share mine) {
@@ -136,7 +136,8 @@ static void backward_routed(const Program& p, const T* const* factors, const Pai
         PairTile<T> t(tile);
         std::vector<Weights<S>> w, w_back;
         BackwardTile<S> steps{p,         ends,          gradients, w,        w_back,      wanted_of(p, dfactors),
-                              recompute, dx != nullptr, tile,      own.data, panels.data, scratch.data};
+                              recompute, dx != nullptr, tile};
+        steps.set_memory(own.data), steps.panels = panels.data, steps.scratch = scratch.data;
 
         auto tile_back = [&](S* sum, bool add) {
             // Gradients of factors read token-major memory, so scaled inputs and output gradients are copied together.
@@ -149,7 +150,8 @@ static void backward_routed(const Program& p, const T* const* factors, const Pai
             }
             steps.tile = t.width();
             Source<S> input{inputs.data, width, t.count}, output{outputs.data, p.out_features, t.count};
-            steps.run(input, output, nullptr, Sink<S>{dinputs.data, width, t.count}, sum, add, Team::alone());
+            Sink<S> dinput_sink{dinputs.data, width, t.count};
+            steps.run(&input, nullptr, &output, nullptr, &dinput_sink, sum, add, t.count, Team::alone());
             if (!dx) return;
             for (Index r = 0; r < t.count; r++) {
                 const S* dinput = dinputs.data + r * width;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "packing.h"
@@ -41,12 +42,16 @@ static std::vector<Weights<S>> all_weights(const Program& p, const T* const* fac
     return result;
 }
 
+// What to do with the rows that a product has written, while they are in the first cache: `count` rows, at `first` plus
+// each of the offsets.
+using Finish = std::function<void(Index first, const Index* offsets, Index count)>;
+
 // All products of a step. Where rows are neighbours the first step can read token-major memory and the last one write
 // it, a product at a time, through `scratch`: then these ends need no room in cache.
 template <class S, class From, class To>
 static void run_step(const Step& s, const Weights<S>& w, const Side& in, const Side& out, const S* from, S* to,
                      const Source<From>* source, const Sink<To>* sink, const S* bias, S* scratch, Index tile, bool add,
-                     Share mine) {
+                     Share mine, const Finish* finish = nullptr) {
     for (Index p = mine.first(s.products()); p < mine.last(s.products()); p++) {
         Index b = p / s.free_size, c = p % s.free_size;
         Index in_at = in.batch[b] + in.free[c], out_at = out.batch[b] + out.free[c];
@@ -55,6 +60,7 @@ static void run_step(const Step& s, const Weights<S>& w, const Side& in, const S
         if (source) read_rows(*source, in_at, in.features, scratch, tile);
         multiply(w.at(b), w.wk, w.wm, rows_in, in.feature, in.features, rows_out, out.feature, out.features, tile, add);
         if (sink) write_rows(rows_out, tile, *sink, out_at, out.features, bias);
+        if (finish) (*finish)(out_at, out.feature, out.features);
     }
 }
 
@@ -64,10 +70,12 @@ struct Ends {
     bool stream_in, stream_out;
     Index rows_in, rows_out;
 
-    // With a single step, its gradients need the rows.
-    Ends(const Program& p, bool backward) {
+    // `has_in`, `has_out`: whether there is token-major memory, else the ends are rows in any case. With a single step,
+    // its gradients need the rows.
+    Ends(const Program& p, bool backward, bool has_in = true, bool has_out = true) {
         bool single = p.terms == 1 && (!backward || p.steps.size() > 1);
-        stream_in = single && p.steps.front().in.is_run(), stream_out = single && p.steps.back().out.is_run();
+        stream_in = has_in && single && p.steps.front().in.is_run();
+        stream_out = has_out && single && p.steps.back().out.is_run();
         rows_in = stream_in ? 0 : p.width_in, rows_out = stream_out ? 0 : p.width_out;
     }
 };
@@ -82,24 +90,28 @@ struct ForwardTile {
     Index tile;
     S *xs, *ys, *scratch;
 
-    // Intermediates are written one after the other; without a sink, they are all that is computed.
+    // Intermediates are written one after the other. Without a source the input is in `xs` already, without a sink the
+    // output stays in `ys`, where it is finished; where it is not wanted, only intermediates are computed.
     template <class From, class To>
-    void run(const Source<From>& source, S* intermediates, const Sink<To>* sink, Team team) const {
-        if (!ends.stream_in) team.phase([&](Share mine) { read_tile(source, xs, p.width_in, tile, mine); });
+    void run(const Source<From>* source, S* intermediates, const Sink<To>* sink, bool wants_output, Team team,
+             const Finish* finish = nullptr) const {
+        if (source && !ends.stream_in) team.phase([&](Share mine) { read_tile(*source, xs, p.width_in, tile, mine); });
         const S* input = xs;
         for (size_t k = 0; k < p.steps.size(); k++) {
             const Step& s = p.steps[k];
             if (s.begins) input = xs;
-            if (s.ends && !sink) continue;
+            if (s.ends && !wants_output) continue;
             team.phase([&](Share mine) {
                 run_step(s, w[k], s.in, s.out, input, s.ends ? ys : intermediates,
-                         s.begins && ends.stream_in ? &source : nullptr, s.ends && ends.stream_out ? sink : nullptr,
-                         bias, scratch, tile, s.ends && s.term > 0, mine);
+                         s.begins && ends.stream_in ? source : nullptr, s.ends && ends.stream_out ? sink : nullptr,
+                         bias, scratch, tile, s.ends && s.term > 0, mine,
+                         s.ends && s.term + 1 == p.terms ? finish : nullptr);
             });
             input = intermediates;
             if (!s.ends) intermediates += s.out.width * tile;
         }
-        if (sink && !ends.stream_out) team.phase([&](Share mine) { write_tile(ys, tile, *sink, bias, mine); });
+        if (wants_output && sink && !ends.stream_out)
+            team.phase([&](Share mine) { write_tile(ys, tile, *sink, bias, mine); });
     }
 };
 
@@ -166,15 +178,23 @@ static void add_factor_gradient(const Step& s, const FactorGradient& g, const So
             Index at = g.vectors.batch[b] + g.vectors.free[c];
             S* panel = panel_memory + c * tile * g.padded;
             panels[c] = panel;
+            if (!major) {
+                const Index padded = g.padded, *features = g.vectors.feature;
+                const S* rows = vectors_rows + at * tile;
+                transpose_squares<S>(
+                    padded, tile, true,
+                    [=](Index k, Index t, int l) {
+                        return k + l < width ? load(rows + features[k + l] * tile + t) : Vec<S>{};
+                    },
+                    [=](Index k, Index t, int l, Vec<S> v) { store(panel + (t + l) * padded + k, v); },
+                    [](Index, Index) {});
+                continue;
+            }
             for (Index t = 0; t < tokens; t++)
                 for (Index k = 0; k < g.padded; k++) {
-                    Index feature = k < width ? at + g.vectors.feature[k] : -1;
-                    S value = 0;
-                    if (feature >= 0 && !major)
-                        value = vectors_rows[feature * tile + t];
-                    else if (feature >= 0 && feature < major->features)
-                        value = major->data[t * major->features + feature];
-                    panel[t * g.padded + k] = value;
+                    Index feature = k < width ? at + g.vectors.feature[k] : major->features;
+                    bool present = feature < major->features;
+                    panel[t * g.padded + k] = present ? (S)major->data[t * major->features + feature] : S(0);
                 }
         }
         accumulate_vectors(panels, g.padded);
@@ -229,45 +249,54 @@ struct BackwardTile {
     std::vector<bool> wanted;
     bool recompute, wants_x;
     Index tile;
-    // of the tile: the ends, two gradients between steps in turn, and intermediates that are recomputed
-    S *memory, *panels, *scratch;
+    // rows of the tile: gradients of the output and of the input, two gradients between steps in turn, and
+    // intermediates that are recomputed
+    S *dys = nullptr, *dxs = nullptr, *turns = nullptr, *recomputed = nullptr, *panels = nullptr, *scratch = nullptr;
 
     static Index room(const Program& p, const Ends& ends, bool recompute, Index tile) {
         return (ends.rows_out + ends.rows_in + 2 * p.widest + (recompute ? p.intermediates : 0)) * tile;
     }
+    // Lay out memory of this room.
+    void set_memory(S* memory) {
+        dys = memory, dxs = dys + ends.rows_out * tile, turns = dxs + ends.rows_in * tile;
+        recomputed = turns + 2 * p.widest * tile;
+    }
 
-    // Gradients of factors go into `sum`, or are added to it; that of the input goes to `sink`.
+    // Gradients of factors go into `sum`, or are added to it; that of the input goes to `sink`. An input that is not in
+    // token-major memory is in `xs`, and the gradient of such an output in `dys`; without a sink, that of the input
+    // stays in `dxs`. It is added to what is there if `more`.
     template <class T>
-    void run(const Source<T>& input, const Source<T>& output, const S* saved, const Sink<T>& sink, S* sum, bool add,
-             Team team) const {
-        S *dys = memory, *dxs = dys + ends.rows_out * tile, *turns = dxs + ends.rows_in * tile;
-        S* recomputed = turns + 2 * p.widest * tile;
+    void run(const Source<T>* input, const S* xs, const Source<T>* output, const S* saved, const Sink<T>* sink, S* sum,
+             bool add, Index tokens, Team team, bool more = false) const {
         // The input lies where its gradient will be.
         if (recompute)
             ForwardTile<S>{p, ends, w, nullptr, tile, dxs, nullptr, scratch}.run(input, recomputed,
-                                                                                 (const Sink<T>*)nullptr, team);
-        if (!ends.stream_out) team.phase([&](Share mine) { read_tile(output, dys, p.width_out, tile, mine); });
+                                                                                 (const Sink<T>*)nullptr, false, team);
+        if (output && !ends.stream_out)
+            team.phase([&](Share mine) { read_tile(*output, dys, p.width_out, tile, mine); });
         const S *intermediates = (saved ? saved : recomputed) + p.intermediates * tile, *g = dys;
         for (size_t k = p.steps.size(); k-- > 0;) {
             const Step& s = p.steps[k];
             const FactorGradient& gradient = gradients.of[k];
             if (s.ends) g = dys;
             if (!s.begins) intermediates -= s.in.width * tile;
-            const Source<T>* major = s.begins ? &input : (s.ends ? &output : nullptr);
+            const Source<T>* major = s.begins ? input : (s.ends ? output : nullptr);
+            const S* from = s.begins ? xs : intermediates;
             S* to = s.begins ? dxs : turns + k % 2 * p.widest * tile;
             team.phase([&](Share mine) {
                 if (wanted[k])
-                    add_factor_gradient(s, gradient, major, intermediates, gradient.by_contracted ? g : intermediates,
-                                        input.tokens, tile, panels, sum + gradient.offset, add, mine);
+                    add_factor_gradient(s, gradient, major, gradient.by_contracted ? from : g,
+                                        gradient.by_contracted ? g : from, tokens, tile, panels,
+                                        sum + gradient.offset, add, mine);
                 if (s.begins && !wants_x) return;
-                run_step(s, w_back[k], s.out, s.in, g, to, s.ends && ends.stream_out ? &output : nullptr,
-                         s.begins && ends.stream_in ? &sink : nullptr, (const S*)nullptr, scratch, tile,
-                         s.begins && s.term + 1 < p.terms, mine);
+                run_step(s, w_back[k], s.out, s.in, g, to, s.ends && ends.stream_out ? output : nullptr,
+                         s.begins && ends.stream_in ? sink : nullptr, (const S*)nullptr, scratch, tile,
+                         s.begins && (s.term + 1 < p.terms || more), mine);
             });
             g = to;
         }
-        if (wants_x && !ends.stream_in)
-            team.phase([&](Share mine) { write_tile(dxs, tile, sink, (const S*)nullptr, mine); });
+        if (wants_x && sink && !ends.stream_in)
+            team.phase([&](Share mine) { write_tile(dxs, tile, *sink, (const S*)nullptr, mine); });
     }
 };
 

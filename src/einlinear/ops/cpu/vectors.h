@@ -9,7 +9,7 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -40,6 +40,35 @@ template <class S>
 static inline void store(S* p, Vec<S> v) {
     *(Vec<S>*)p = v;
 }
+
+// a > b ? a : b, which is b if one of them is a NaN; and a < b ? a : b. Compilers take two instructions for a choice.
+template <class V>
+static inline V maximum(V a, V b) {
+    return a > b ? a : b;
+}
+template <class V>
+static inline V minimum(V a, V b) {
+    return a < b ? a : b;
+}
+#if defined(__AVX512F__)
+template <>
+inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
+    return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+}
+template <>
+inline Vec<float> minimum(Vec<float> a, Vec<float> b) {
+    return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b);
+}
+#elif defined(__AVX__)
+template <>
+inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
+    return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+}
+template <>
+inline Vec<float> minimum(Vec<float> a, Vec<float> b) {
+    return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+}
+#endif
 
 // Compilers read from memory what they use several times, if an instruction can do both; that takes as many loads.
 template <class V>
