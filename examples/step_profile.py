@@ -15,8 +15,7 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -26,14 +25,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import einlinear as el
 from einlinear_lab.data import Augment, Batches, Images, PixelSequences
 from einlinear_lab.models import GPT, ReferenceModel, ResidualMLP, ViT
-from einlinear_lab.training import Task, Training, train
+from einlinear_lab.training import Task, Training
+from einlinear_lab.training.loop import train_in_steps
 from einlinear_lab.training.tasks import Classification, LanguageModel
 
 DATA = "data"
 # the first entry that an event, or one that it belongs to, begins with decides; outer events first
 CATEGORIES = {
     DATA: (DATA,),
-    "optimizer": ("Optimizer.", "torch::autograd::AccumulateGrad", "optimizer"),
+    "optimizer": ("Optimizer.",),
     "weight normalisation": ("_Normalize",),
     "products": ("_Linear", "_FeedForward", "einlinear::", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
@@ -42,8 +42,6 @@ CATEGORIES = {
     "copies": ("aten::copy_", "aten::contiguous", "aten::clone", "aten::_to_copy", "aten::to", "aten::reshape"),
 }
 OTHER = "other, Python"
-# steps of a training before those that count
-WARMUP = 3
 
 
 class Untested:
@@ -100,57 +98,38 @@ MODELS: dict[str, tuple[Callable[[int, str], ReferenceModel], Callable[[], Task]
 }
 
 
-@dataclass
 class Variant:
-    """A model that is trained a few steps at a time.
+    """A model in training, some steps at a time.
 
     Attributes:
         seconds: of every step that counts.
     """
 
-    model: ReferenceModel
-    base: ReferenceModel
-    task: Task
-    compile: bool = False
-    seconds: list[float] = field(default_factory=list)
-
-    def train(self, steps: int, progress: Callable[[int], None]) -> None:
-        config = Training(steps=WARMUP + steps, lr=1e-3, compile=self.compile)
-        train(
-            self.model,
-            self.base,
-            self.task,
-            config,
-            lr_scale=self.model.LR_SCALE,
-            progress=lambda step, *_: progress(step - WARMUP),
-        )
+    def __init__(self, name: str, width: int, structure: str, compile: bool) -> None:
+        torch.manual_seed(0)
+        build, make_task = MODELS[name]
+        model, base = build(width, structure), build(64, "dense")
+        el.init_(model, base=base, zero=model.ZERO)
+        config = Training(steps=1_000_000, lr=1e-3, compile=compile)
+        self.steps = train_in_steps(model, base, Untested(make_task()), config, lr_scale=model.LR_SCALE)
+        self.seconds: list[float] = []
 
     def measure(self, steps: int) -> None:
-        began = 0.0
-
-        def progress(step: int) -> None:
-            nonlocal began
-            now = time.perf_counter()
-            if step > 0:
-                self.seconds.append(now - began)
-            began = now
-
-        self.train(steps, progress)
+        # the first one finds the caches full of another model, or compiles
+        next(self.steps)
+        for _ in range(steps):
+            began = time.perf_counter()
+            next(self.steps)
+            self.seconds.append(time.perf_counter() - began)
 
     def shares(self, steps: int) -> Mapping[str, float]:
         """Return the share of every category in the time of a step."""
-        profiler, began, seconds = profile(activities=[ProfilerActivity.CPU]), 0.0, 0.0
-
-        def progress(step: int) -> None:
-            nonlocal began, seconds
-            if step == 0:
-                profiler.start()
-                began = time.perf_counter()
-            elif step == steps:
-                seconds = time.perf_counter() - began
-                profiler.stop()
-
-        self.train(steps, progress)
+        next(self.steps)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            began = time.perf_counter()
+            for _ in range(steps):
+                next(self.steps)
+            seconds = time.perf_counter() - began
         found = defaultdict[str, float](float)
         for event in profiler.events() or ():
             found[category(event)] += event.self_cpu_time_total / 1e6 / seconds
@@ -171,16 +150,6 @@ def category(event: Any) -> str:
     return OTHER
 
 
-def variants(name: str, width: int, structures: list[str], compiles: bool) -> Iterator[tuple[str, bool, Variant]]:
-    build, make_task = MODELS[name]
-    for structure in structures:
-        for compiled in (False, True)[: 1 + compiles]:
-            torch.manual_seed(0)
-            model, base = build(width, structure), build(64, "dense")
-            el.init_(model, base=base, zero=model.ZERO)
-            yield structure, compiled, Variant(model, base, Untested(make_task()), compiled)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=[*MODELS])
@@ -196,18 +165,18 @@ def main() -> None:
     print("| --- " * (4 + arguments.compile + len(columns)) + "|")
     for name in arguments.models:
         for width in arguments.widths:
-            made = list(variants(name, width, arguments.structures, arguments.compile))
+            compiles = (False, True) if arguments.compile else (False,)
+            cases = [(spec, compile) for spec in arguments.structures for compile in compiles]
+            made = {case: Variant(name, width, *case) for case in cases}
             for _ in range(arguments.rounds):
-                for *_, variant in made:
+                for variant in made.values():
                     variant.measure(arguments.steps)
-            ms = {each[:2]: 1e3 * statistics.median(each[2].seconds) for each in made}
-            for structure, compiled, variant in made:
-                if compiled:
-                    continue
-                step, shares = ms[structure, False], variant.shares(arguments.steps)
-                times = [step, *([ms[structure, True]] if arguments.compile else [])]
+            ms = {case: 1e3 * statistics.median(variant.seconds) for case, variant in made.items()}
+            for spec in arguments.structures:
+                step, shares = ms[spec, False], made[spec, False].shares(arguments.steps)
+                times = [step, *([ms[spec, True]] if arguments.compile else [])]
                 cells = [f"{time:.1f}" for time in (*times, *(step * shares.get(column, 0) for column in columns))]
-                print(f"| {name} | {width} | `{structure}` | {' | '.join(cells)} |", flush=True)
+                print(f"| {name} | {width} | `{spec}` | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
