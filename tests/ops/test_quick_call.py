@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.families import SAMPLES, structures
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
@@ -103,7 +104,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "a forced backend": lambda: el.backend("reference"),
     "a dispatch mode": lambda: FlopCounterMode(display=False),
-    "forward-mode derivatives": torch.autograd.forward_ad.dual_level,
+    "forward-mode derivatives": forward_ad.dual_level,
 }
 
 
@@ -116,6 +117,39 @@ def test_what_needs_care_goes_the_general_way(context: str, general: list[object
         with CONTEXTS[context]():
             layer(x)
     assert general
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_backward_passes_that_need_care(context: str, general: list[object]) -> None:
+    layer, x = el.Linear(64, 64, "btt"), torch.randn(3, 64)
+    y, grad = layer(x), torch.randn(3, 64)
+    expected = torch.autograd.grad(y, [*layer.parameters()], grad, retain_graph=True)
+    with CONTEXTS[context]():
+        found = torch.autograd.grad(y, [*layer.parameters()], grad)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not general
+
+
+def test_batched_gradients(general: list[object]) -> None:
+    layer, x = el.Linear(8, 6, "btt"), torch.randn(3, 8)
+    y, grads = layer(x), torch.randn(5, 3, 6)
+    batched = torch.autograd.grad(y, [*layer.parameters()], grads, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, [*layer.parameters()], grad, retain_graph=True) for grad in grads]
+    for a, b in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+    assert not general
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in forward mode
+def test_forward_derivatives_of_gradients(general: list[object]) -> None:
+    layer, x = el.Linear(8, 6, "btt"), torch.randn(3, 8)
+    y, grad, tangent = layer(x), torch.randn(3, 6), torch.randn(3, 6)
+    (expected,) = torch.autograd.grad(y, layer.A, tangent, retain_graph=True)
+    with forward_ad.dual_level():
+        (found,) = torch.autograd.grad(y, layer.A, forward_ad.make_dual(grad, tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(found).tangent, expected)
+    assert not general
 
 
 OPERANDS: dict[str, Callable[[Tensor], Any]] = {

@@ -12,6 +12,7 @@ from einlinear.nn.layer_calls import compute_in_block
 from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
 from einlinear.nn.lazy_hidden import LazyHidden
 from einlinear.nn.lazy_weight import weight_of
+from einlinear.nn.weight_normalization import Matrix, normalize
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
 from einlinear.structures.scales import init_std
@@ -78,14 +79,10 @@ class Factored(SelfDescribing):
         factors = [self._parameter(factor.name) for factor in self.structure.factors]
         if not self.normalize:
             return factors
-        for i, (factor, std) in enumerate(zip(self.structure.factors, init_std(self.structure), strict=True)):
-            # not of the tensor, whose dimensions torch.fx does not know
-            stacked, dims = len(self.stack_shape), len(self.stack_shape) + len(factor.shape)
-            rms = factors[i].square().mean(tuple(range(stacked, dims)), keepdim=True).add(1e-8).sqrt()
-            factors[i] = factors[i] / (rms / std).clamp(min=1)
-            if self.has_gamma:
-                factors[i] = self._parameter(f"gamma_{factor.name}").view(-1, *[1] * (dims - 1)) * factors[i]
-        return factors
+        stds, stacked = init_std(self.structure), len(self.stack_shape)
+        matrices = [Matrix(std, shape, stacked) for std, shape in zip(stds, self.structure.shapes, strict=True)]
+        names = [factor.name for factor in self.structure.factors] if self.has_gamma else []
+        return normalize(matrices, factors, [self._parameter(f"gamma_{name}") for name in names])
 
     def _parameter(self, name: str) -> Any:
         return getattr(self, name)

@@ -70,10 +70,10 @@ def linear(
     """
 
     if backend is None and routing is None and type(x) is Tensor:
-        training = torch.is_grad_enabled() and wants_gradients(x, bias, *factors)
+        training = wants_gradients(x, bias, *factors)
         call = quick_call.find(structure, factors, x, bias, training)
         if call is not None and training:
-            return _apply_at_once("cpu", Product(structure, factors, x, bias), call, x, bias, *factors)  # type: ignore[no-any-return]
+            return _apply_at_once(call, structure, x, bias, *factors)  # type: ignore[no-any-return]
         if call is not None:
             return quick_call.forward(call, factors, x, bias)[0]
 
@@ -126,50 +126,73 @@ def _linear(product: Product, backend: str | None) -> Tensor:
         indices, gates = routing or (None, None)
         return linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)  # type: ignore[no-any-return]
     if training:
-        return _Linear.apply(backend, product, None, *product.tensors())  # type: ignore[no-untyped-call, no-any-return]
+        return _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call, no-any-return]
     return backends.find(backend).forward(product, False)[0]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, backend: str, product: Product, call: quick_call.Call | None, *tensors: Tensor | None
-    ) -> Tensor:
-        structure, factors, x, bias, _ = product
-        ctx.structure, ctx.backend, ctx.call, ctx.saved = structure, backend, call, []
-        if call is not None:
-            ctx.save_for_backward(*tensors)
-            y, ctx.pointers = quick_call.forward(call, factors, x, bias)
-            return y
-        y, saved = backends.find(backend).forward(product, not recomputes(backend, structure))
+    def forward(ctx: Any, backend: str, product: Product, *tensors: Tensor | None) -> Tensor:
+        ctx.structure, ctx.backend = product.structure, backend
+        y, saved = backends.find(backend).forward(product, not recomputes(backend, product.structure))
         ctx.saved = [(tensor.shape, tensor.dtype) for tensor in saved]
         ctx.save_for_backward(*tensors, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        structure, tensors, needed = ctx.structure, ctx.saved_tensors, ctx.needs_input_grad[3:]
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         inputs, saved = tensors[: len(needed)], tensors[len(needed) :]
-        if is_differentiated_again(grad, *(inputs if ctx.call is None else ())):
-            return None, None, None, *plain_gradients(partial(_reference, structure), inputs, needed, grad)
         if [(tensor.shape, tensor.dtype) for tensor in saved] != ctx.saved:
             raise RuntimeError("an intermediate was unpacked in another shape or dtype than it was saved in")
-        end = 2 + len(structure.shapes)
-        x, factors, routing, gradients = inputs[0], inputs[2:end], inputs[end:], None
-        needs_x = needed[0] or any(needed[end:])
-        if ctx.call is not None:
-            gradients = quick_call.backward(ctx.call, ctx.pointers, factors, x, grad, needs_x, needed[2:])
+        return None, None, *_gradients(ctx.backend, ctx.structure, inputs, saved, needed, *grads)
+
+
+class _SmallLinear(torch.autograd.Function):
+    """`_Linear` for what `quick_call` finds."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: quick_call.Call, structure: Structure, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        ctx.call, ctx.structure = call, structure
+        ctx.save_for_backward(x, bias, *factors)
+        y, ctx.pointers = quick_call.forward(call, factors, x, bias)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        gradients = quick_call.backward(ctx.call, ctx.pointers, inputs, grad, needed)
         if gradients is None:
-            product = Product.of(structure, x, None, *factors, *routing)
-            gradients = backends.find(ctx.backend).backward(product, grad, saved, needs_x, needed[2:end])
-        grad_bias = grad.sum(0) if needed[1] else None
-        grad_routing = (None, gradients.gates) if routing else ()
-        return None, None, None, gradients.x, grad_bias, *gradients.factors, *grad_routing
+            gradients = _gradients("cpu", ctx.structure, inputs, (), needed, grad)
+        return None, None, *gradients
 
 
 # what `apply` does after it has looked for transforms, of which there are none in an ordinary call
-_apply_at_once: Any = super(torch.autograd.Function, _Linear).apply
+_apply_at_once: Any = super(torch.autograd.Function, _SmallLinear).apply
+
+
+def _gradients(
+    backend: str,
+    structure: Structure,
+    inputs: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients that are needed, of the tensors of a product, given that of y."""
+    if is_differentiated_again(grad, *inputs):
+        return plain_gradients(partial(_reference, structure), inputs, needed, grad)
+    end = 2 + len(structure.shapes)
+    needs_x = needed[0] or any(needed[end:])
+    x, _, *others = inputs
+    product = Product.of(structure, x, None, *others)
+    gradients = backends.find(backend).backward(product, grad, saved, needs_x, needed[2:end])
+    grad_bias = grad.sum(0) if needed[1] else None
+    grad_routing = () if product.routing is None else (None, gradients.gates)
+    return [gradients.x, grad_bias, *gradients.factors, *grad_routing]
 
 
 def _reference(structure: Structure, *inputs: Any) -> Tensor:
@@ -177,7 +200,10 @@ def _reference(structure: Structure, *inputs: Any) -> Tensor:
 
 
 def plain_gradients(
-    compute: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+    compute: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Return the gradients of plain operators, for a backward pass that is itself differentiated or batched."""
     with torch.enable_grad():

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from einlinear.ops.context import is_ordinary
 from einlinear.ops.dispatch import cached, choose, recomputes
-from einlinear.ops.operands import Gradients
 from einlinear.structures import Structure
 
 if TYPE_CHECKING:
     from einlinear.ops.cpu.cpu_backend import Program
     from einlinear.ops.cpu.kernel_library import Library
 
-# addresses: an array with one for each factor, and that of x
-Pointers = tuple[Any, int]
+# the addresses of x and the factors, and the latter as an array for the kernel
+Pointers = tuple[list[int], Any]
 # MACs of a call from which the general way takes no noticeable part of the time
 LARGE = 10_000_000
 # MACs of a call up to which intermediates are computed again sooner than memory for them is found
@@ -58,39 +57,38 @@ def find(
 
 
 def forward(call: Call, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> tuple[Tensor, Pointers]:
-    """Return y of shape (..., out_features), and where the factors and x lie, for `backward`."""
-    y, x_at = x.new_empty(*call.result[0]), x.data_ptr()
-    factors_at = call.program.pointers(*[factor.data_ptr() for factor in factors])
-    bias_at, threads = None if bias is None else bias.data_ptr(), torch.get_num_threads() if call.is_parallel else 1
+    """Return y of shape (..., out_features), and where x and the factors lie, for `backward`."""
+    y, x_at, at = x.new_empty(*call.result[0]), x.data_ptr(), [factor.data_ptr() for factor in factors]
+    factors_at, bias_at = call.program.pointers(*at), None if bias is None else bias.data_ptr()
+    threads = torch.get_num_threads() if call.is_parallel else 1
     call.library.forward(
         call.program.address, factors_at, x_at, bias_at, y.data_ptr(), None, None, call.tokens, threads
     )
-    return y, (factors_at, x_at)
+    return y, ([x_at, *at], factors_at)
 
 
 def backward(
-    call: Call,
-    pointers: Pointers,
-    factors: Sequence[Tensor],
-    x: Tensor,
-    grad: Tensor,
-    needs_x: bool,
-    needs_factors: Sequence[bool],
-) -> Gradients | None:
-    """Return the gradients that are needed, given that of y; None if something is not as it was, or usually is."""
-    factors_at, x_at = pointers
-    if [factor.data_ptr() for factor in factors] != factors_at[:] or x.data_ptr() != x_at:
+    call: Call, pointers: Pointers, inputs: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None] | None:
+    """Return the gradients of x, the bias and the factors that are needed, given that of y.
+
+    The result is None if something is not as it was, or usually is.
+    """
+    at, factors_at = pointers
+    x, _, *factors = inputs
+    if torch.is_grad_enabled() or not is_ordinary() or [x.data_ptr(), *[f.data_ptr() for f in factors]] != at:
         return None
     if not are_as_usual((grad,), (call.result,), x.dtype):
         return None
+    needs_x, needs_bias, *needs_factors = needed
     shapes = call.operands
     grad_x = x.new_empty(*shapes[0][0]) if needs_x else None
-    grads = [x.new_empty(*shapes[i][0]) if needed else None for i, needed in enumerate(needs_factors, 1)]
+    grads = [x.new_empty(*shapes[i][0]) if needs else None for i, needs in enumerate(needs_factors, 1)]
     grads_at = call.program.pointers(*[None if g is None else g.data_ptr() for g in grads])
-    ends = x_at, grad.data_ptr(), None, None if grad_x is None else grad_x.data_ptr(), None
+    ends = at[0], grad.data_ptr(), None, None if grad_x is None else grad_x.data_ptr(), None
     threads = torch.get_num_threads() if call.is_parallel else 1
     call.library.backward(call.program.address, factors_at, grads_at, *ends, None, call.tokens, threads)
-    return Gradients(grad_x, None, grads)
+    return [grad_x, grad.sum(0) if needs_bias else None, *grads]
 
 
 def are_as_usual(
