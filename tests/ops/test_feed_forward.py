@@ -498,10 +498,14 @@ def test_reasons_not_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(tokens=16) is reason(tokens=15, backend="cpu") is None
     large = layers("dense", sizes=(1024, 1024, 1024))
     assert reason(structures=large) is None
-    assert reason(structures=large, training=True) == (
-        "its factors have 2,097,152 entries, but no more than 1,048,576 stay in cache together"
+    few = "training with 2,097,152 entries of factors needs 1,024 tokens to pay"
+    assert reason(structures=large, training=True, tokens=1023) == few
+    assert reason(structures=large, training=True, tokens=1024) == (
+        "a hidden feature costs 1,024 multiply-accumulates, and its backward pass would compute it again, "
+        "which pays up to 384"
     )
     assert reason(structures=large, training=True, backend="cpu") is None
+    assert reason(structures=layers("btt(rank=4)", sizes=(2048, 8192, 2048)), training=True, tokens=1024) is None
     huge = layers("dense", sizes=(2048, 4096, 2048))
     assert str(reason(structures=huge)).endswith("but no more than 8,388,608 stay in cache together")
     assert reason(backend="batched") == "the backend 'batched' is forced, which has no fused blocks"

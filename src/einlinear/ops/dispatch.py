@@ -18,10 +18,12 @@ from einlinear.structures import Structure
 F = TypeVar("F", bound=Callable[..., object])
 # weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
 CACHED = 2**18
-# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors: backward, threads add
-# to the gradients of all of them for every tile
-FUSED_TOKENS = 16
-FUSED_ENTRIES, FUSED_ENTRIES_TRAINING = 2**23, 2**20
+# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors
+FUSED_TOKENS, FUSED_ENTRIES = 16, 2**23
+# Backward, every thread has gradients of its own of all factors, to which it adds for every tile, so a block of more
+# entries than FUSED_ENTRIES_TRAINING needs many tokens. Every hidden feature costs the products that compute it again,
+# in place of writing and reading it.
+FUSED_ENTRIES_TRAINING, FUSED_TOKENS_TRAINING, FUSED_MACS_PER_FEATURE = 2**20, 1024, 384
 
 
 @dataclass(frozen=True)
@@ -200,9 +202,18 @@ def reason_not_to_fuse(
     if backend is None:
         if tokens < FUSED_TOKENS:
             return f"fewer than {FUSED_TOKENS} tokens are faster layer by layer"
-        entries, limit = sum([s.params for s in structures]), FUSED_ENTRIES_TRAINING if training else FUSED_ENTRIES
-        if entries > limit:
-            return f"its factors have {entries:,} entries, but no more than {limit:,} stay in cache together"
+        entries = sum([structure.params for structure in structures])
+        if entries > FUSED_ENTRIES:
+            return f"its factors have {entries:,} entries, but no more than {FUSED_ENTRIES:,} stay in cache together"
+        if training and entries > FUSED_ENTRIES_TRAINING:
+            if tokens < FUSED_TOKENS_TRAINING:
+                return f"training with {entries:,} entries of factors needs {FUSED_TOKENS_TRAINING:,} tokens to pay"
+            macs = sum([structure.macs for structure in structures[:-1]]) // structures[-1].in_features
+            if macs > FUSED_MACS_PER_FEATURE:
+                return (
+                    f"a hidden feature costs {macs:,} multiply-accumulates, and its backward pass would compute it "
+                    f"again, which pays up to {FUSED_MACS_PER_FEATURE}"
+                )
     if training and forced().recompute is False:
         return "its backward pass computes hidden features again, but einlinear.backend(recompute=False) saves them"
     why = unsupported("cpu", structures[0], dtype, device)
