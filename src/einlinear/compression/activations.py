@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from einlinear.conversion.replacement import patched
 from einlinear.nn import Linear
 from einlinear.nn.layer_kinds import is_conv1d
-from einlinear.nn.model_call import Batch, call
+from einlinear.nn.model_call import Batch, call, patched
 
 # 1 MB of logits in float32
 _SLICE_ENTRIES = 2**18
