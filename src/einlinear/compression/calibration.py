@@ -18,7 +18,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from einlinear.compression.activations import Passes, tokens_of
+from einlinear.compression.activations import tokens_of
+from einlinear.compression.forward_passes import Passes
 from einlinear.compression.selection import Selection, Stage
 from einlinear.nn.layer_kinds import features
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.compression import allocation
-from einlinear.compression.activations import Passes
+from einlinear.compression.forward_passes import Passes
 from einlinear.compression.allocation import DEFAULT_FAMILIES, LayerCandidate, allocate_faster, layer_candidates
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport
