@@ -15,7 +15,7 @@ from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, Role, SelfDescribing
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import plain_modules
-from einlinear.ops.context import autocast_dtype, without_autocast
+from einlinear.ops.context import autocast_dtype, is_exported, without_autocast
 from einlinear.ops.operands import along_features, shape_of
 from einlinear.structures import Structure
 from einlinear.structures.limits import validate_size
@@ -79,9 +79,8 @@ class Mixture:
             logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _tie_breaker(self.router, wide))
         indices = _largest(logits.detach(), self.active)
         routing = Routing(indices, logits.gather(1, indices).softmax(1), logits)
-        is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if not (is_traced or in_backward):
+        if not (is_exported() or in_backward):
             self.last = routing
         return routing
 
