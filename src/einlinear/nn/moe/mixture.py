@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from einlinear import ops
-from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, Role, SelfDescribing
+from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, ParameterRole, SelfDescribing
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import plain_modules
@@ -228,7 +228,7 @@ class MoELinear(Mixture, Experts):
 
     def layer_info(self) -> LayerInfo:
         info = super().layer_info()
-        router = Role("output", self.in_features, self.experts, shares_input_with="weight")
+        router = ParameterRole("output", self.in_features, self.experts, shares_input_with="weight")
         macs = (info.macs or 0) + self.in_features * self.experts
         return replace(info, roles={**info.roles, "router": router}, macs=macs)
 
@@ -282,7 +282,7 @@ class MoEFeedForward(Mixture, SelfDescribing):
         return torch.add(x, out, alpha=self.multiplier)
 
     def layer_info(self) -> LayerInfo:
-        router = Role("output", self.width, self.experts, shares_input_with="fc1.weight")
+        router = ParameterRole("output", self.width, self.experts, shares_input_with="fc1.weight")
         return LayerInfo({"router": router}, self.width * self.experts, category=STRUCTURED)
 
 
