@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from einlinear.mup.parameter_roles import Parameter, Roles, check_matches, matrix_role, parameters
-from einlinear.nn.layer_kinds import UNKNOWN, Role
+from einlinear.mup.parameter_roles import Parameter, RoleGlobs, check_matches, matrix_role, parameters
+from einlinear.nn.layer_kinds import UNKNOWN, ParameterRole
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import as_globs, as_rules
 from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
@@ -27,7 +27,7 @@ Globs: TypeAlias = "str | Sequence[str] | None"
 Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
 
 
-def base_shapes(model: nn.Module, roles: Roles = None) -> dict[str, list[int]]:
+def base_shapes(model: nn.Module, roles: RoleGlobs = None) -> dict[str, list[int]]:
     """Return the shapes of a base model by name, to be saved as JSON: [out, in] for structured layers and experts.
 
     >>> import einlinear as el
@@ -47,7 +47,7 @@ def param_groups(
     eps: float | None = None,
     structure_aware: bool = True,
     lr_scale: Mapping[str, float] | None = None,
-    roles: Roles = None,
+    roles: RoleGlobs = None,
     hidden: Globs = None,
 ) -> list[dict[str, Any]]:
     """Return parameter groups with structure-aware learning rates, for any torch optimizer of the kind named.
@@ -120,7 +120,7 @@ def param_groups(
 
 
 @torch.no_grad()
-def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Roles = None) -> nn.Module:
+def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: RoleGlobs = None) -> nn.Module:
     """Initialise a model in place, with the structure-aware standard deviations of muP, and return it.
 
     Every matrix has standard deviation sqrt(min(fan_in, fan_out)) / fan_in. Biases of these layers and routers of
@@ -168,7 +168,9 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
     return model
 
 
-def _lr_multiplier(role: Role, rule: str, shape: Sequence[int], base: Sequence[int], structure_aware: bool) -> float:
+def _lr_multiplier(
+    role: ParameterRole, rule: str, shape: Sequence[int], base: Sequence[int], structure_aware: bool
+) -> float:
     # parameters without entries exist: DINOv3 has no register tokens by default
     if role.is_scalar or 0 in (*shape, *base):
         return 1.0
@@ -196,7 +198,7 @@ def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
             logger.warning("%s is shared by an embedding and a head. %s{%r: 'input'}", p.name, what, p.name)
 
 
-def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
+def _resolve(model: nn.Module, base: Base, roles: RoleGlobs) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
     """Return every parameter with its role, described or inferred, and the shapes of the base model by key."""
     declared = parameters(model, roles)
     shapes = _base_shapes_of(base, declared, roles)
@@ -224,7 +226,7 @@ def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter
     return params, shapes
 
 
-def _base_shapes_of(base: Base, params: Sequence[Parameter], roles: Roles) -> dict[str, Sequence[int]]:
+def _base_shapes_of(base: Base, params: Sequence[Parameter], roles: RoleGlobs) -> dict[str, Sequence[int]]:
     current: dict[str, Sequence[int]] = {p.key: p.base_shape for p in params}
     shapes: dict[str, Sequence[int]]
     if base is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.nn.layer_calls import compute_in_block
-from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
+from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, ParameterRole, SelfDescribing, weight_matrix
 from einlinear.nn.lazy_hidden import LazyHidden
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.weight_normalization import Matrix, normalize
@@ -95,8 +95,8 @@ class Factored(SelfDescribing):
         return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
 
     def layer_info(self) -> LayerInfo:
-        s = self.structure
-        roles = {f.name: Role("hidden", self.in_features, self.out_features, s, i) for i, f in enumerate(s.factors)}
+        s, size = self.structure, (self.in_features, self.out_features)
+        roles = {f.name: ParameterRole("hidden", *size, s, i) for i, f in enumerate(s.factors)}
         gammas = {f"gamma_{name}": SCALAR for name in roles}
         return LayerInfo({**roles, **gammas, "bias": VECTOR}, self.active * s.macs, category=STRUCTURED)
 

@@ -19,6 +19,7 @@ from einlinear import checkpoint
 from einlinear.checkpoint import Checkpoint
 from einlinear.conversion import densify
 from einlinear.mup import param_groups
+from einlinear.mup.coordinates import TrainingBatch
 from einlinear.mup.optim import Muon
 from einlinear.mup.parametrization import Base
 from einlinear.mup.schedules import lr_factor
@@ -32,8 +33,6 @@ from einlinear_lab.training.guided import guide, set_share, unguide
 from einlinear_lab.training.metrics import Metrics, check_installed, open_tracker
 
 T = TypeVar("T")
-# Inputs and targets, a row per sample.
-Batch = tuple[Tensor, Tensor]
 # Called with (step, number of steps, loss).
 Progress = Callable[[int, int, float], None]
 # Yields (step, number of steps, loss) after every step, and returns a result.
@@ -45,10 +44,10 @@ class Task(Protocol):
 
     ERRORS: ClassVar[tuple[str, ...]]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TrainingBatch:
         """Return the batch of all processes; it depends on the step alone."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         """Return the mean loss of a batch or micro-batch."""
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:

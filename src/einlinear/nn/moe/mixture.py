@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from einlinear import ops
-from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, Role, SelfDescribing
+from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, ParameterRole, SelfDescribing
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import plain_modules
-from einlinear.ops.context import autocast_dtype, without_autocast
+from einlinear.ops.context import autocast_dtype, is_exported, without_autocast
 from einlinear.ops.operands import along_features, shape_of
 from einlinear.structures import Structure
 from einlinear.structures.limits import validate_size
@@ -79,9 +79,8 @@ class Mixture:
             logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _tie_breaker(self.router, wide))
         indices = _largest(logits.detach(), self.active)
         routing = Routing(indices, logits.gather(1, indices).softmax(1), logits)
-        is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if not (is_traced or in_backward):
+        if not (is_exported() or in_backward):
             self.last = routing
         return routing
 
@@ -229,7 +228,7 @@ class MoELinear(Mixture, Experts):
 
     def layer_info(self) -> LayerInfo:
         info = super().layer_info()
-        router = Role("output", self.in_features, self.experts, shares_input_with="weight")
+        router = ParameterRole("output", self.in_features, self.experts, shares_input_with="weight")
         macs = (info.macs or 0) + self.in_features * self.experts
         return replace(info, roles={**info.roles, "router": router}, macs=macs)
 
@@ -283,7 +282,7 @@ class MoEFeedForward(Mixture, SelfDescribing):
         return torch.add(x, out, alpha=self.multiplier)
 
     def layer_info(self) -> LayerInfo:
-        router = Role("output", self.width, self.experts, shares_input_with="fc1.weight")
+        router = ParameterRole("output", self.width, self.experts, shares_input_with="fc1.weight")
         return LayerInfo({"router": router}, self.width * self.experts, category=STRUCTURED)
 
 
