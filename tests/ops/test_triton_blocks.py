@@ -137,7 +137,7 @@ class TestBlocks:
         product = Product(s, [torch.ones(len(NUMBERS), device=DEVICE)], torch.zeros_like(z))
         y, _ = triton_backend.compute(product, Epilogue(None, z, activation, torch.full_like(z, 2.0)))
         exact = 2 * ops.ACTIVATIONS[activation](z.double()).float()
-        torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(y, exact, equal_nan=True, rtol=2e-6, atol=1e-7)
 
     @pytest.mark.parametrize("wanted", [[0], [1], [4], [6]], ids=["x", "up", "bias of gate", "bias of down"])
     def test_only_what_is_wanted(self, wanted: list[int]) -> None:
@@ -164,13 +164,15 @@ class TestBlocks:
         for found, wanted in zip(block.run("triton"), exact, strict=True):
             assert error(found, wanted) < 2e-6
 
-    def test_gradients_are_summed_in_float32(self) -> None:
-        """Each of the later chunks adds less than the sum of the first one has digits in bfloat16."""
+    def test_gradients_are_summed_in_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each of the later chunks adds less than the last digit that the sum of the first one has in bfloat16."""
         block = Block(tokens=16 * 8, dtype=torch.bfloat16, activation="identity")
         block.tensors[0].fill_(1)
-        block.grad[:16], block.grad[16:] = 1, 2**-8
-        of_factor = block.run("triton", wanted=[3])[1]
-        assert error(of_factor, block.run("reference", torch.float64, wanted=[3])[1]) < 0.01
+        block.grad[:16], block.grad[16:] = 1, 2**-9
+        _, in_chunks = block.run("triton", wanted=[3])
+        monkeypatch.setattr(fused_block, "_MIN_TOKENS", 128)
+        _, whole = block.run("triton", wanted=[3])
+        assert error(in_chunks, whole.double()) < 2e-3
 
     def test_training_saves_x_and_the_weights_alone(self) -> None:
         block, saved = Block(), dict[int, int]()
