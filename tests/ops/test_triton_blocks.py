@@ -22,7 +22,7 @@ import einlinear as el
 from einlinear import ops
 from einlinear.ops import dispatch, feed_forward_block
 from einlinear.ops.operands import Product
-from einlinear.ops.triton import fused_block, triton_backend
+from einlinear.ops.triton import chunked_block, triton_backend
 from einlinear.ops.triton.launch import Epilogue
 
 pytestmark = [needs("triton"), pytest.mark.slow]
@@ -114,8 +114,8 @@ class TestBlocks:
     @pytest.fixture(autouse=True)
     def small_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Chunks of 16 tokens."""
-        monkeypatch.setattr(fused_block, "CHUNK_BYTES", 0)
-        monkeypatch.setattr(fused_block, "_MIN_TOKENS", 16)
+        monkeypatch.setattr(chunked_block, "CHUNK_BYTES", 0)
+        monkeypatch.setattr(chunked_block, "_MIN_TOKENS", 16)
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0][-1])
     def test_output_and_gradients(self, case: tuple[Any, ...]) -> None:
@@ -170,7 +170,7 @@ class TestBlocks:
         block.tensors[0].fill_(1)
         block.grad[:16], block.grad[16:] = 1, 2**-9
         _, in_chunks = block.run("triton", wanted=[3])
-        monkeypatch.setattr(fused_block, "_MIN_TOKENS", 128)
+        monkeypatch.setattr(chunked_block, "_MIN_TOKENS", 128)
         _, whole = block.run("triton", wanted=[3])
         assert error(in_chunks, whole.double()) < 2e-3
 
@@ -199,7 +199,7 @@ class TestBlocks:
         def refuse(*args: Any) -> Any:
             raise AssertionError("the Triton kernels ran")
 
-        monkeypatch.setattr(fused_block, "forward", refuse)
+        monkeypatch.setattr(chunked_block, "forward", refuse)
         block = Block()
         block.output(block.tensors, None)
         with pytest.raises(AssertionError, match="kernels ran"), el.backend("triton"):
@@ -216,7 +216,7 @@ def test_every_derivative(activation: str) -> None:
     z = z[z.isfinite() & (z != 0)].requires_grad_()
     grad = torch.linspace(1, 2, len(z), dtype=torch.float64)
     (exact,) = torch.autograd.grad(ops.ACTIVATIONS[activation](z), z, grad)
-    torch.testing.assert_close(fused_block._DERIVATIVES[activation](grad, z.detach()), exact, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(chunked_block._DERIVATIVES[activation](grad, z.detach()), exact, rtol=1e-9, atol=1e-12)
 
 
 def test_chunks_have_hidden_features_that_fit_in_the_cache() -> None:
@@ -226,11 +226,11 @@ def test_chunks_have_hidden_features_that_fit_in_the_cache() -> None:
             feed_forward_block.Block(structures, (False, False), "gelu", False),
             torch.empty(tokens, 8, dtype=dtype),
         )
-        chunks = fused_block._chunks(block, x)
+        chunks = chunked_block._chunks(block, x)
         return [len(x[chunk]) for chunk in chunks]
 
     assert tokens(4096, torch.bfloat16) == [2048] * 9 + [20000 - 9 * 2048]
-    assert tokens(5000, torch.float32)[0] * 5000 * 4 <= fused_block.CHUNK_BYTES
+    assert tokens(5000, torch.float32)[0] * 5000 * 4 <= chunked_block.CHUNK_BYTES
     assert tokens(2**20, torch.float32, 300) == [128, 128, 44]
     assert tokens(4096, torch.float32, 0) == [0]
 

@@ -34,7 +34,7 @@ REGISTRY = {
     "reference": Entry(None, on_cpu=True, fusible=True),
     "batched": Entry("batched.batched_backend", on_cpu=True, fusible=True),
     "cpu": Entry("cpu.cpu_backend", on_cpu=True, recomputes=True, fused_blocks="cpu.fused_block"),
-    "triton": Entry("triton.triton_backend", fused_blocks="triton.fused_block"),
+    "triton": Entry("triton.triton_backend", fused_blocks="triton.chunked_block"),
 }
 BACKENDS = tuple(REGISTRY)
 CPU_BACKENDS = tuple(name for name, entry in REGISTRY.items() if entry.on_cpu)

@@ -44,6 +44,7 @@ class Sizes:
     # of feed-forward blocks, with four times as many hidden features
     block_structures: tuple[str, ...] = ("btt", "low_rank(rank={d/8})")
     block_features: tuple[int, ...] = (4096, 1024)
+    block_dtype: str = "bfloat16"
     # of mixtures and GPTs
     structure: str = "btt"
     features: tuple[int, ...] = (4096, 1024, 8192, 2048)
@@ -63,6 +64,8 @@ TINY = Sizes(
     structures=("low_rank(rank=4)", "dyad(blocks=2)"),
     block_structures=("low_rank(rank=2)",),
     block_features=(4,),
+    # the interpreter truncates to bfloat16 instead of rounding
+    block_dtype="float32",
     structure="block_diagonal(blocks=2)",
     features=(16,),
     tokens=17,
@@ -91,7 +94,8 @@ def layers(sizes: Sizes, compiled: bool) -> Items:
 def block_cases(sizes: Sizes) -> list[Case]:
     """Return the cases of feed-forward blocks, gated and not, size by size."""
     suite = dataclasses.replace(SUITES["gpu"], structures=sizes.block_structures, device=sizes.device)
-    suite = dataclasses.replace(suite, tokens=(sizes.tokens,), blocks=SUITES["blocks"].blocks)
+    blocks, dtypes = SUITES["blocks"].blocks, (sizes.block_dtype,)
+    suite = dataclasses.replace(suite, tokens=(sizes.tokens,), blocks=blocks, dtypes=dtypes)
     grids = (dataclasses.replace(suite, sizes=((d, 4 * d),)).cases() for d in sizes.block_features)
     return [case for grid in grids for case in grid]
 
