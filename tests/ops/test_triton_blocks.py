@@ -50,7 +50,7 @@ NUMBERS = [
     9.0,
     -6.0,
     0.2,
-    0.1249,
+    0.12,
     -0.12501,
     1e-3,
     -1e-30,
@@ -166,11 +166,11 @@ class TestBlocks:
 
     def test_gradients_are_summed_in_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each of the later chunks adds less than the last digit that the sum of the first one has in bfloat16."""
-        block = Block(tokens=16 * 8, dtype=torch.bfloat16, activation="identity")
+        block = Block(tokens=16 * 5, dtype=torch.bfloat16, activation="identity")
         block.tensors[0].fill_(1)
         block.grad[:16], block.grad[16:] = 1, 2**-9
         _, in_chunks = block.run("triton", wanted=[3])
-        monkeypatch.setattr(chunked_block, "_MIN_TOKENS", 128)
+        monkeypatch.setattr(chunked_block, "_MIN_TOKENS", 80)
         _, whole = block.run("triton", wanted=[3])
         assert error(in_chunks, whole.double()) < 2e-3
 
