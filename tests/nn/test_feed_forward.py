@@ -113,7 +113,7 @@ def test_activations_by_name_or_function(fused: list[str]) -> None:
     for activation in (F.elu, nn.ELU(), lambda x: x.sin()):
         block = make(activation=activation)
         assert block.activation is activation
-        assert "has no such activation" in el.explain(block, x).reason
+        assert "fused blocks have no such activation" in el.explain(block, x).reason
         torch.testing.assert_close(block(x), by_layers(block, x))
     prelu = make(activation=nn.PReLU(dtype=torch.float64))
     assert "activation.weight" in prelu.state_dict()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from einlinear import structures
-from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, unsupported
+from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, check_name, unsupported
 from einlinear.ops.context import forced
 from einlinear.ops.cost_model import DENSE, costs
 from einlinear.structures import Structure
@@ -194,10 +194,12 @@ def reason_not_to_fuse(
     Args:
         structures: of its layers.
         tokens, dtype, device, training: as for `choose`.
-        backend: of the call; "cpu" fuses all that can be fused, as `einlinear.backend("cpu")` does.
+        backend: of the call; "cpu" fuses all that can be fused, as `einlinear.backend("cpu")` does. "triton", which is
+            experimental and not measured on a GPU yet, fuses where it is forced.
     """
+    name = backend_of_fused_blocks(backend)
     backend = backend or forced().backend
-    if backend not in (None, "cpu"):
+    if REGISTRY[check_name(name)].fused_blocks is None:
         return f"the backend {backend!r} is forced, which has no fused blocks"
     if backend is None:
         if tokens < FUSED_TOKENS:
@@ -216,27 +218,33 @@ def reason_not_to_fuse(
                 )
     if training and forced().recompute is False:
         return "its backward pass computes hidden features again, but einlinear.backend(recompute=False) saves them"
-    why = unsupported("cpu", structures[0], dtype, device)
-    return None if why is None else f"the compiled kernel, which fuses blocks, cannot run: {why}"
+    why = unsupported(name, structures[0], dtype, device)
+    return None if why is None else f"the backend {name!r}, which fuses blocks, cannot run: {why}"
+
+
+def backend_of_fused_blocks(backend: str | None = None) -> str:
+    """Return the backend that runs feed-forward blocks if they are fused: that of a call, the forced one, or "cpu"."""
+    return backend or forced().backend or "cpu"
 
 
 @assume_constant_result
-def fuses_for_compiler(
+def choose_fused_for_compiler(
     specs: Sequence[str],
     features: Sequence[int],
     dtype: torch.dtype,
     device: str,
     backend: str | None,
-) -> bool:
-    """Return whether torch.compile traces a block of these layers, up, down and gate, as a single operator.
+) -> str | None:
+    """Return the backend with which torch.compile traces a block as a single operator, or None if it traces layers.
 
-    The features are those of the input, the hidden layer and the output.
+    The layers are up, down and gate. The features are those of the input, the hidden layer and the output.
     """
     in_features, hidden_features, out_features = features
     sizes = ((in_features, hidden_features), (hidden_features, out_features), (in_features, hidden_features))
     layers = [structures.structure(spec, *size) for spec, size in zip(specs, sizes)]
     # for many tokens, as in `choose_for_compiler`
-    return reason_not_to_fuse(layers, 2048, dtype, torch.device(device), True, backend) is None
+    reason = reason_not_to_fuse(layers, 2048, dtype, torch.device(device), True, backend)
+    return backend_of_fused_blocks(backend) if reason is None else None
 
 
 def forget() -> None:
