@@ -19,8 +19,8 @@ from einlinear import checkpoint
 from einlinear.checkpoint import Checkpoint
 from einlinear.conversion import densify
 from einlinear.mup import param_groups
+from einlinear.mup.base_model import Base
 from einlinear.mup.optim import Muon
-from einlinear.mup.parametrization import Base
 from einlinear.mup.schedules import lr_factor
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.nn.names import name_of
