@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 import einlinear as el
 from einlinear.structures.scales import gradient_scales
 from einlinear_lab.models import ResidualMLP
+from einlinear_lab.models.config import ModelConfig, Shape
+from einlinear_lab.models.reference import GPTConfig, MLPConfig, ViTConfig
 
 SPECS = ("dense", "btt", "btt(rank=4)", "monarch(blocks=8)", "low_rank(rank=16)", "kronecker", "dyad(blocks=4)")
 SIZES = ((256, 256), (64, 256), (256, 64))
@@ -140,3 +143,17 @@ def test_layers_of_the_base_that_differ_stand_for_no_other() -> None:
         ValueError, match=r"no '2.weight', and the layers of its depth differ: '0.weight' has shape \[8, 8\]"
     ):
         el.param_groups(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)), 1.0, base=base)
+
+
+@pytest.mark.parametrize("kind", [MLPConfig, ViTConfig, GPTConfig])
+def test_branches_of_deeper_reference_models(kind: type[ModelConfig]) -> None:
+    shape = Shape(16, 10, context=16) if kind is GPTConfig else Shape(48, 10, (3, 4, 4))
+    config = kind(width=64, depth=12, base_depth=3)
+    assert config.branch_multiplier == pytest.approx(1 / 4)
+    assert replace(config, alpha=0.5).branch_multiplier == pytest.approx(1 / 2)
+    assert replace(config, base_depth=None).branch_multiplier == (0.5 if kind is GPTConfig else 1.0)
+    model, base = config.build(shape), config.base(shape)
+    multipliers = {module.multiplier for module in model.modules() if hasattr(module, "multiplier")}
+    assert multipliers == {config.branch_multiplier}
+    assert (len(model.blocks), len(base.blocks)) == (12, 3)
+    assert set(by_name(el.param_groups(model, 1.0, base=base, eps=1.0), "eps").values()) >= {1.0, 0.25}
