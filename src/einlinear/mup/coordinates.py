@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.mup.parametrization import Base, param_groups
+from einlinear.mup.base_model import Base
+from einlinear.mup.parametrization import param_groups
 from einlinear.nn.model_call import evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
 

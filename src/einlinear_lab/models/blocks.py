@@ -50,8 +50,9 @@ class Layers:
             return DenseLinear(in_features, out_features, made, self.bias)
         return Linear(in_features, out_features, made, self.bias, self._normalizes(made), gamma=gamma)
 
-    def feed_forward(self, multiplier: float = 1.0) -> nn.Module:
+    def feed_forward(self) -> nn.Module:
         c = self.config
+        multiplier = c.branch_multiplier
         if c.experts is None or c.routed == "linear":
             return ResidualFeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
         normalize = self._normalizes(make_structure(c.structure, c.width, c.expansion * c.width))
@@ -60,14 +61,13 @@ class Layers:
 
     def blocks(self, **attention: Any) -> nn.Sequential:
         """Make `depth` blocks: feed-forward alone, or transformer blocks with this config of `Attention`."""
-        c, multiplier = self.config, attention.get("multiplier", 1.0)
+        c = self.config
 
         def block() -> nn.Module:
             if not attention:
                 return self.feed_forward()
-            return TransformerBlock(
-                Attention(c.width, layer=self.linear, bias=self.bias, **attention), self.feed_forward(multiplier)
-            )
+            options = {"bias": self.bias, "multiplier": c.branch_multiplier, **attention}
+            return TransformerBlock(Attention(c.width, layer=self.linear, **options), self.feed_forward())
 
         return nn.Sequential(*(block() for _ in range(c.depth)))
 

@@ -198,6 +198,9 @@ class GPTConfig(TransformerConfig):
     qk_norm: bool = True
     normalize: bool = True
 
+    def _branch_multiplier(self, depth: int) -> float:
+        return math.sqrt(3 / depth)
+
     def build(self, shape: Shape) -> ReferenceModel:
         return GPT(vocab=shape.outputs, context=self._context(shape), **vars(self))
 
@@ -247,8 +250,8 @@ class GPT(ReferenceModel):
         self.context = context
         self.embedding = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(context, width)
-        layers, multiplier = Layers(c, bias=bias), math.sqrt(3 / c.depth)
-        self.blocks = layers.blocks(heads=heads, d_head=c.d_head, causal=True, qk_norm=c.qk_norm, multiplier=multiplier)
+        layers = Layers(c, bias=bias)
+        self.blocks = layers.blocks(heads=heads, d_head=c.d_head, causal=True, qk_norm=c.qk_norm)
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = layers.single(width, vocab, c.head_structure)
 
