@@ -398,6 +398,16 @@ def test_training_needs_no_memory_for_hidden_features() -> None:
     assert saved(dense) == 1000 * (64 + 256 + 256) + 256 * 64
 
 
+def test_frozen_blocks_are_fused_as_in_inference(fused: list[str]) -> None:
+    """Too large to be trained with so few tokens."""
+    block = el.FeedForward(2048, 8192, "btt(rank=4)").requires_grad_(False)
+    x = torch.randn(64, 2048)
+    block(x)
+    assert fused == ["forward"]
+    assert "needs 1,024 tokens" in str(block.reason_not_to_fuse(x.requires_grad_()))
+    assert "needs 1,024 tokens" in str(block.requires_grad_().reason_not_to_fuse(x.detach()))
+
+
 def test_weights_of_a_layer() -> None:
     layer = el.Linear(16, 24, "btt", normalize=True)
     layer.A.data.mul_(10)

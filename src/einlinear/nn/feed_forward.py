@@ -107,7 +107,8 @@ class FeedForward(nn.Module):
         layers = (self.up, self.down) if self.gate is None else (self.up, self.gate, self.down)
         tokens, dtype = x.numel() // self.in_features, autocast_dtype(x) or x.dtype
         structures = [layer.structure for layer in layers]
-        return ops.reason_not_to_fuse(structures, tokens, dtype, x.device, torch.is_grad_enabled())
+        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return ops.reason_not_to_fuse(structures, tokens, dtype, x.device, training)
 
     def _reason_to_call_layers(self) -> str | None:
         """Return why the layers have to be called, rather than their weights be used, or None."""
