@@ -18,9 +18,9 @@ from einlinear.compression.activations import head_inputs, hooked, model_output,
 from einlinear.compression.divergence import mean_kl_divergence
 from einlinear.compression.resume_cache import digest_of
 from einlinear.mup import param_groups
-from einlinear.mup.schedules import lr_factor
 from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any
+from einlinear.schedules import lr_factor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from einlinear.mup.multipliers import DECAYS
-from einlinear.mup.schedules import SCHEDULES
+from einlinear.schedules import SCHEDULES
 from einlinear_lab.training.metrics import TRACKERS
 
 _CHOICES = {

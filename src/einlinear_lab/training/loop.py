@@ -22,9 +22,9 @@ from einlinear.mup import param_groups
 from einlinear.mup.base_model import Base
 from einlinear.mup.coordinates import TrainingBatch
 from einlinear.mup.optim import Muon
-from einlinear.mup.schedules import lr_factor
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.nn.names import name_of
+from einlinear.schedules import lr_factor
 from einlinear_lab.training import distributed
 from einlinear_lab.training.allocator import freed_memory_kept
 from einlinear_lab.training.config import Training
