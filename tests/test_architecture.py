@@ -18,6 +18,7 @@ LIBRARY_ORDER = (
     "version",
     "import_hooks",
     "checkpoint",
+    "schedules",
     "structures",
     "ops",
     "nn",

@@ -1,7 +1,7 @@
 """How fast models of transformers run with fewer parameters: tokens per second, by structure and budget.
 
     pip install 'einlinear[pretrained]'
-    python examples/compressed_speed.py
+    python benchmarks/compressed_speed.py
 
 A BERT of the size of all-MiniLM-L6-v2 and a GPT-2 small, with weights that are random: how fast a model runs does not
 depend on them. Every linear layer but the output head keeps the same fraction of its parameters. All variants of a

@@ -1,6 +1,6 @@
 """Overhead of a call of small layers, beside two `nn.Linear` of the same size.
 
-    python examples/call_overhead.py
+    python benchmarks/call_overhead.py
 
 A structured layer has two factors or more, so two dense layers are what its call may cost. One token, float32, one
 thread. The variants run in turns, and the table has the fastest of all turns: the rest is what else the machine did.

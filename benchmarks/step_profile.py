@@ -1,7 +1,7 @@
 """Where the time of a training step goes: reference models, dense and BTT.
 
     pip install 'einlinear[lab]'
-    python examples/step_profile.py
+    python benchmarks/step_profile.py
 
 The training loop of the lab trains every model on random data, in float32 with AdamW: MLPs on 256 augmented images of
 28 x 28 pixels, ViTs on 64 of these in patches of 4 x 4, GPTs with weight normalisation on 16 sequences of 128 tokens.
