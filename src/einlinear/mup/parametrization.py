@@ -13,6 +13,7 @@ from torch import nn
 from einlinear.mup.parameter_roles import Parameter, Roles, check_matches, matrix_role, parameters
 from einlinear.nn.layer_kinds import UNKNOWN, Role
 from einlinear.nn.linear import Factored
+from einlinear.nn.moe import Mixture
 from einlinear.nn.names import as_globs, as_rules
 from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
 
@@ -146,7 +147,6 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
     params, _ = _resolve(model, base, roles)
     _check_undivided(params)
     matrices = [p for p in params if p.role.is_matrix]
-    routers = [p for p in matrices if p.role.shares_input_with]
     if zero is None:
         zeros = _zero_parameters([p for p in matrices if not p.role.shares_input_with])
         if zeros:
@@ -163,7 +163,10 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
     for p in drawn:
         if p.role.structure is None:
             nn.init.normal_(p.tensor, std=p.init_std)
-    for p in (*zeros, *routers, *(p for p in params if not p.role.is_matrix and p.name in biases)):
+    for module in model.modules():
+        if isinstance(module, Mixture):
+            module.reset_router()
+    for p in (*zeros, *(p for p in params if not p.role.is_matrix and p.name in biases)):
         nn.init.zeros_(p.tensor)
     return model
 
