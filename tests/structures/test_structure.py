@@ -389,6 +389,10 @@ def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         check_spec("two_sided(rnk=3)")
     with pytest.raises(ValueError, match="no argument 'in_features'"):
         el.structure("two_sided(in_features=3)", 8, 8)
+    el.register_family("unsized", lambda rank=1, in_features=None: f"i, o i -> o where i={in_features or int(rank)}")
+    assert el.structure("unsized", 8, 6).params == 48
+    with pytest.raises(ValueError, match="invalid literal"):
+        check_spec("unsized(rank=many)")
     with pytest.raises(ValueError, match="already registered: choose another name, or give overwrite=True"):
         el.register_family("btt", two_sided)
     el.register_family("two_sided", lambda: "i, o i -> o", overwrite=True)
