@@ -13,6 +13,7 @@ from einlinear.mup.multipliers import DECAYS, Growth, Rule, decay_multiplier, ep
 from einlinear.mup.parameter_roles import Parameter, RoleGlobs, check_matches, matrix_role, parameters
 from einlinear.nn.layer_kinds import UNKNOWN
 from einlinear.nn.linear import Factored
+from einlinear.nn.moe import Mixture
 from einlinear.nn.names import as_globs, as_rules
 
 # their update does not depend on the size of the gradient
@@ -150,7 +151,6 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
     params, *_ = _resolve(model, base, roles)
     _check_undivided(params)
     matrices = [p for p in params if p.role.is_matrix]
-    routers = [p for p in matrices if p.role.shares_input_with]
     if zero is None:
         zeros = _zero_parameters([p for p in matrices if not p.role.shares_input_with])
         if zeros:
@@ -167,7 +167,10 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
     for p in drawn:
         if p.role.structure is None:
             nn.init.normal_(p.tensor, std=p.init_std)
-    for p in (*zeros, *routers, *(p for p in params if not p.role.is_matrix and p.name in biases)):
+    for module in model.modules():
+        if isinstance(module, Mixture):
+            module.reset_router()
+    for p in (*zeros, *(p for p in params if not p.role.is_matrix and p.name in biases)):
         nn.init.zeros_(p.tensor)
     return model
 

@@ -25,6 +25,8 @@ class Factored(SelfDescribing):
     stack_shape: tuple[int, ...] = ()
     # of the stacked matrices, those that multiply a token
     active = 1
+    # whether `normalize` takes one RMS and one gamma for the whole stack of a factor
+    normalizes_stack = False
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class Factored(SelfDescribing):
         for factor in self.structure.factors:
             add(factor.name, (*self.stack_shape, *factor.shape))
             if self.has_gamma:
-                add(f"gamma_{factor.name}", self.stack_shape or (1,))
+                add(f"gamma_{factor.name}", (1,) if self.normalizes_stack else self.stack_shape or (1,))
         if bias:
             add("bias", (self.out_features,))
         else:
@@ -67,20 +69,25 @@ class Factored(SelfDescribing):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw every factor from a normal distribution of the structure-aware width; bias zero, gammas one."""
-        for factor, std in zip(self.structure.factors, init_std(self.structure), strict=True):
+        for factor, std in zip(self.structure.factors, self.init_stds(), strict=True):
             nn.init.normal_(getattr(self, factor.name), std=std)
             if self.has_gamma:
                 nn.init.ones_(getattr(self, f"gamma_{factor.name}"))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def init_stds(self) -> tuple[float, ...]:
+        """Return the standard deviations that `reset_parameters` draws the factors with."""
+        return init_std(self.structure)
+
     def factors(self) -> list[Tensor]:
         """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
         factors = [self._parameter(factor.name) for factor in self.structure.factors]
         if not self.normalize:
             return factors
-        stds, stacked = init_std(self.structure), len(self.stack_shape)
-        matrices = [Matrix(std, shape, stacked) for std, shape in zip(stds, self.structure.shapes, strict=True)]
+        together, stacked = (self.stack_shape, 0) if self.normalizes_stack else ((), len(self.stack_shape))
+        sizes = zip(init_std(self.structure), self.structure.shapes, strict=True)
+        matrices = [Matrix(std, (*together, *shape), stacked) for std, shape in sizes]
         names = [factor.name for factor in self.structure.factors] if self.has_gamma else []
         return normalize(matrices, factors, [self._parameter(f"gamma_{name}") for name in names])
 

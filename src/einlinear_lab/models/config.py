@@ -19,6 +19,8 @@ DENSE = "dense"
 ROUTED = ("linear", "feed_forward", "both")
 # Queries, keys and values; output of the attention; hidden layer and output of a feed-forward network.
 ROLES = ("attention_in", "attention_out", "up", "down")
+# The papers whose models have a variant, by arXiv number.
+PAPER_1, PAPER_2 = "2406.06248", "2410.02117"
 # Options that have no effect without experts.
 OF_EXPERTS = ("active", "routed")
 
@@ -167,10 +169,27 @@ class FeedForwardConfig(ModelConfig):
 
     Attributes:
         up_structure, down_structure: of the hidden layers and of the outputs of the feed-forward networks.
+        paper: arXiv number of the paper whose published model is built, see there; None: the default model. With a
+            paper the families btt, tt and kronecker have split="published", unless a split is named.
+        PAPERS: papers with a variant of this model.
+
+    Raises:
+        ValueError: also a paper without a variant of this model, or experts in a variant of arXiv 2406.06248.
     """
+
+    PAPERS: ClassVar[tuple[str, ...]] = (PAPER_1,)
 
     up_structure: str | None = None
     down_structure: str | None = None
+    paper: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paper not in (None, *self.PAPERS):
+            papers = " or ".join(self.PAPERS)
+            raise ValueError(f"model={self.NAME} has variants of paper={papers}, not of {self.paper!r}")
+        if self.paper == PAPER_1 and self.experts is not None:
+            raise ValueError(f"paper={PAPER_1} has no mixtures of experts: choose model=gpt paper={PAPER_2}")
 
 
 @dataclass(frozen=True, kw_only=True)
