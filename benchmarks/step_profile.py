@@ -35,7 +35,7 @@ CATEGORIES = {
     DATA: (DATA,),
     "optimizer": ("Optimizer.",),
     "weight normalisation": ("_Normalize",),
-    "products": ("_Linear", "_FeedForward", "einlinear::", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm"),
+    "products": ("_Linear", "_SmallLinear", "_FeedForward", "einlinear::", "aten::linear", "aten::addmm", "aten::mm"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "norms": ("aten::native_layer_norm", "aten::layer_norm"),
     "elementwise": ("aten::gelu", "aten::add", "aten::mul", "aten::sum"),
@@ -177,6 +177,8 @@ def main() -> None:
                 times = [step, *([ms[spec, True]] if arguments.compile else [])]
                 cells = [f"{time:.1f}" for time in (*times, *(step * shares.get(column, 0) for column in columns))]
                 print(f"| {name} | {width} | `{spec}` | {' | '.join(cells)} |", flush=True)
+            for variant in made.values():
+                variant.steps.close()
 
 
 if __name__ == "__main__":

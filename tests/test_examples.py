@@ -92,6 +92,21 @@ def test_call_overhead() -> None:
     )
 
 
+def test_step_profile() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "step_profile.py"), "--widths", "64", "--structures", "btt"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(
+        [*command, "--rounds", "1", "--steps", "1"], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    rows = re.findall(r"^\| (\w+) \| 64 \| `btt` \| ([\d. |-]+) \|$", out, re.M)
+    assert [name for name, _ in rows] == ["mlp", "vit", "gpt"]
+    for name, cells in rows:
+        step, data, optimizer, normalisation, products, *others = map(float, cells.split(" | "))
+        assert min(data, optimizer, products) > 0
+        assert (normalisation > 0) == (name == "gpt")
+        assert data + optimizer + normalisation + products + sum(others) == pytest.approx(step, rel=0.02, abs=1)
+
+
 @needs("onnxruntime")
 @needs("onnxscript")
 def test_exported_speed() -> None:
