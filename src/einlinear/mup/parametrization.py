@@ -11,14 +11,20 @@ import torch
 from torch import nn
 
 from einlinear.mup.parameter_roles import Parameter, Roles, check_matches, matrix_role, parameters
+from einlinear.mup.products import check_pairs, product_of, product_shapes
 from einlinear.nn.layer_kinds import UNKNOWN, Role
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import as_globs, as_rules
-from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
+from einlinear.structures.scales import adam_multipliers, muon_multipliers, muon_product_multipliers, sgd_multipliers
 
 # their update does not depend on the size of the gradient
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")
-_FACTOR_MULTIPLIERS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}
+_FACTOR_MULTIPLIERS = {
+    "adam": adam_multipliers,
+    "sgd": sgd_multipliers,
+    "muon": muon_multipliers,
+    "muon_product": muon_product_multipliers,
+}
 
 logger = logging.getLogger("einlinear")
 
@@ -49,6 +55,7 @@ def param_groups(
     lr_scale: Mapping[str, float] | None = None,
     roles: Roles = None,
     hidden: Globs = None,
+    product: bool = False,
 ) -> list[dict[str, Any]]:
     """Return parameter groups with structure-aware learning rates, for any torch optimizer of the kind named.
 
@@ -68,14 +75,17 @@ def param_groups(
         roles: glob on qualified names -> "input" (tables such as embeddings), "hidden" or "output" (matrices) or
             "vector" (biases, norms, scales: no decay). The first match counts, before descriptions and inference.
         hidden: a glob, or several, on the matrices that Muon takes. Default: all.
+        product: whether Muon moves the two factors of a term together, for what they do to their product.
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr), "weight_decay" and "eps" if
         given, and "inferred", the names of parameters whose role was inferred. Groups for Muon have "matrix_view"
-        (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm).
+        (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm). In groups of
+        products, first and second factors alternate, "matrix_view" has both their views, and "gram_views" as well.
 
     Raises:
-        ValueError: an unknown optimizer, `hidden` without Muon, a glob that matches none, parameters that FSDP1 has
+        ValueError: an unknown optimizer, `hidden` or `product` without Muon, a term of three or more factors with
+            `product`, or of two of which Muon would have only one, a glob that matches none, parameters that FSDP1 has
             flattened, that the base lacks, or whose role is unknown.
 
     Example:
@@ -87,6 +97,8 @@ def param_groups(
     """
     if optimizer not in (*ADAM, "sgd", "muon"):
         raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
+    if product and optimizer != "muon":
+        raise ValueError(f"product=True is for Muon, but the optimizer is {optimizer!r}")
     params, shapes = _resolve(model, base, roles)
     scales, hidden_globs = as_rules(lr_scale, "lr_scale"), as_globs("*" if hidden is None else hidden, "hidden")
     check_matches(scales, params, "lr_scale")
@@ -98,7 +110,7 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in params:
         muon = optimizer == "muon" and p.role.is_matrix and any(p.matches(glob) for glob in hidden_globs)
-        rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
+        rule = ("muon_product" if product else "muon") if muon else "sgd" if optimizer == "sgd" else "adam"
         base_shape = shapes.get(p.key, p.base_shape)
         multiplier = _lr_multiplier(p.role, rule, p.base_shape, base_shape, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
@@ -109,13 +121,16 @@ def param_groups(
         if muon:
             # 0.2 is the root mean square of Adam's updates over the learning rate (arXiv 2502.16982, section 2.2)
             config |= {"matrix_view": p.matrix_view, "update_scale": 0.2 * math.sqrt(max(base_shape))}
+            config |= product_of(p) if product else {}
         # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
-        key = (*config.items(), p.shape if muon else None, type(p.tensor))
+        alike = None if not muon else product_shapes(p) if "gram_views" in config else p.shape
+        key = (*config.items(), alike, type(p.tensor))
         group = groups.setdefault(key, {"params": [], "param_names": [], **config})
         group["params"].append(p.tensor)
         group["param_names"].append(p.name)
         if p.is_inferred:
             group.setdefault("inferred", []).append(p.name)
+    check_pairs(groups.values(), params)
     return list(groups.values())
 
 
@@ -176,7 +191,7 @@ def _lr_multiplier(role: Role, rule: str, shape: Sequence[int], base: Sequence[i
         return math.prod(shape) / math.prod(base) if rule == "sgd" else 1.0
     (fan_out, fan_in), (base_out, base_in) = shape, base
     aspect = (fan_out / fan_in) / (base_out / base_in)
-    width = {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
+    width = {"adam": base_in / fan_in, "sgd": aspect}.get(rule, math.sqrt(aspect))
     if role.structure is None or not structure_aware:
         return width
     return width * _FACTOR_MULTIPLIERS[rule](role.structure)[role.factor]

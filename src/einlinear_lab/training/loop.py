@@ -202,6 +202,7 @@ class _Run:
             config.lr,
             base=self.base,
             optimizer=config.optimizer,
+            product=config.product,
             weight_decay=config.weight_decay,
             structure_aware=config.structure_aware,
             lr_scale=self.lr_scale,

@@ -23,11 +23,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp": {},
     "fsdp, normalized": {"model": {"normalize": True}},
     "fsdp, muon": {"model": {"normalize": True}, "optimizer": "muon"},
+    "fsdp, products": {"model": {"normalize": True}, "optimizer": "muon", "product": True},
     "ddp, mixtures": {"model": MIXTURES, "accumulate": 1},
     "fsdp, mixtures": {"model": MIXTURES, "accumulate": 1},
     "experts": {"model": MIXTURES, "accumulate": 1},
     "experts, feed_forward": {"model": MIXTURES | {"routed": "feed_forward"}, "accumulate": 1},
     "experts, muon": {"model": MIXTURES, "accumulate": 1, "optimizer": "muon"},
+    "experts, products": {"model": MIXTURES, "accumulate": 1, "optimizer": "muon", "product": True},
 }
 
 
