@@ -17,7 +17,10 @@ class Muon(torch.optim.Optimizer):
     steepest descent under the spectral norms of B dA and dB A: ``dA = S^-1 orth(S^-1 G)`` for the momentum G of A,
     where ``S^2 = B^T B`` is the Gram matrix of B over the inner axes (those in neither input nor output), for every
     entry of the other axes that both factors have. With no inner axis it is a number. The steps of W do not depend on
-    how the factors share its scale, or on the basis of the inner axes. See `product_updates`.
+    how the factors share its scale, or on the basis of the inner axes.
+
+    Each of the two updates moves W by at most half the spectral norm of the update of a dense layer: it is divided by
+    the largest spectral norm of the matrices of ``B S^-1``. See `product_updates` for factors near zero.
 
     Args:
         groups: the groups of ``param_groups(..., optimizer="muon")`` that have "matrix_view". AdamW takes the others.
