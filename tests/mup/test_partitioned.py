@@ -69,15 +69,17 @@ def fsdp2(model: nn.Module) -> nn.Module:
 
 @pytest.mark.usefixtures("two_processes")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of FSDP1, that it is old
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("chosen", ["adamw", "sgd", "muon", "muon, product"])
 @pytest.mark.parametrize("divide", [zero3, fsdp1, fsdp2, lambda model: model.to("meta")])
-def test_groups_of_divided_parameters(divide: Callable[[nn.Module], nn.Module], optimizer: str) -> None:
+def test_groups_of_divided_parameters(divide: Callable[[nn.Module], nn.Module], chosen: str) -> None:
+    optimizer, *product = chosen.split(", ")
     options: dict[str, Any] = {"lr": 0.1, "optimizer": optimizer, "weight_decay": 0.1, "roles": ROLES}
+    options["product"] = bool(product)
     expected = el.param_groups(Model(64), base=Model(32), **options)
     model = divide(Model(64))
     for base in (Model(32), divide(Model(32)), el.base_shapes(divide(Model(32)), ROLES)):
         groups = el.param_groups(model, base=base, **options)
-        for key in ("lr_mult", "weight_decay", "matrix_view", "update_scale"):
+        for key in ("lr_mult", "weight_decay", "matrix_view", "gram_views", "update_scale"):
             assert mult(groups, key) == mult(expected, key)
     assert el.base_shapes(model) == el.base_shapes(Model(64))
 

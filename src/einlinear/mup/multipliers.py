@@ -9,16 +9,24 @@ from typing import Literal, TypeAlias
 
 from einlinear.nn.layer_kinds import ParameterRole
 from einlinear.structures import Structure
-from einlinear.structures.scales import adam_multipliers, gradient_scales, muon_multipliers, sgd_multipliers
+from einlinear.structures.scales import (
+    adam_multipliers,
+    gradient_scales,
+    muon_multipliers,
+    muon_product_multipliers,
+    sgd_multipliers,
+)
 
-# How an optimizer turns a gradient into an update: its size does not matter, counts, or the whole matrix decides.
-Rule: TypeAlias = Literal["adam", "sgd", "muon"]
+# How an optimizer turns a gradient into an update: its size counts or not, or only the singular vectors of a matrix, or
+# of a product of two factors.
+Rule: TypeAlias = Literal["adam", "sgd", "muon", "muon_product"]
 
 DECAYS = ("independent", "coupled")
 _OF_FACTORS: Mapping[str, Callable[[Structure], tuple[float, ...]]] = {
     "adam": adam_multipliers,
     "sgd": sgd_multipliers,
     "muon": muon_multipliers,
+    "muon_product": muon_product_multipliers,
 }
 
 
@@ -61,7 +69,7 @@ def lr_multiplier(role: ParameterRole, rule: Rule, growth: Growth, structure_awa
         return depth * (growth.entries if rule == "sgd" else 1.0)
     (fan_out, fan_in), (base_out, base_in) = growth.shape, growth.base
     aspect = (fan_out / fan_in) / (base_out / base_in)
-    width = depth * {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
+    width = depth * {"adam": base_in / fan_in, "sgd": aspect}.get(rule, math.sqrt(aspect))
     if role.structure is None or not structure_aware:
         return width
     return width * _OF_FACTORS[rule](role.structure)[role.factor]

@@ -1,14 +1,26 @@
-"""Muon, for structured layers block by block."""
+"""Muon, for structured layers block by block, or by what two factors do to their product."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+# order of axes, rows and columns: ``x.permute(order).reshape(-1, rows, columns)`` is a batch of matrices
+View: TypeAlias = tuple[Sequence[int], int, int]
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon) for parameters that are batches of matrices, such as factors.
+
+    In groups of ``param_groups(..., product=True)``, two factors with the product W = B A move together, by the
+    steepest descent under the spectral norms of B dA and dB A: ``dA = S^-1 orth(S^-1 G)`` for the momentum G of A,
+    where ``S^2 = B^T B`` is the Gram matrix of B over the inner axes (those in neither input nor output), for every
+    entry of the other axes that both factors have. With no inner axis it is a number. The steps of W do not depend on
+    how the factors share its scale, or on the basis of the inner axes.
+
+    Each of the two updates moves W by at most half the spectral norm of the update of a dense layer: it is divided by
+    the largest spectral norm of the matrices of ``B S^-1``. See `product_updates` for factors near zero.
 
     Args:
         groups: the groups of ``param_groups(..., optimizer="muon")`` that have "matrix_view". AdamW takes the others.
@@ -31,29 +43,37 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            order, fan_out, fan_in = group["matrix_view"]
-            momenta = torch.stack([self._momentum(p, group["momentum"]) for p in params])
-            blocks = momenta.permute(0, *(1 + i for i in order))
-            updates = orthogonalised(blocks.reshape(-1, fan_out, fan_in)).reshape(blocks.shape)
-            inverse = sorted(range(len(order)), key=order.__getitem__)
-            for p, update in zip(params, updates.to(momenta.dtype), strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(_divided_like(update.permute(inverse), p), alpha=group["lr"] * group["update_scale"])
+            if "gram_views" in group:
+                self._step_products(group)
+            elif params := [p for p in group["params"] if p.grad is not None]:
+                momenta = torch.stack([self._momentum(p, group["momentum"]) for p in params])
+                updates = orthogonalised(_as_matrices(momenta, group["matrix_view"]))
+                _move(params, _from_matrices(updates, group["matrix_view"], momenta.shape), group)
         return loss
+
+    def _step_products(self, group: dict[str, Any]) -> None:
+        # first and second factors alternate
+        pairs = zip(group["params"][::2], group["params"][1::2], strict=True)
+        if trained := [pair for pair in pairs if any(p.grad is not None for p in pair)]:
+            sides = list(zip(*trained, strict=True))
+            factors = [torch.stack([_full(p) for p in side]) for side in sides]
+            momenta = [torch.stack([self._momentum(p, group["momentum"]) for p in side]) for side in sides]
+            size = group["lr"] * group["update_scale"]
+            updates = product_updates(factors, momenta, group["matrix_view"], group["gram_views"], size)
+            for side, update in zip(sides, updates, strict=True):
+                _move(side, update, group)
 
     def _momentum(self, p: Any, momentum: float) -> Any:
         """Return a full tensor, also of tensors that FSDP divides: every process orthogonalises full matrices."""
+        if p.grad is None:
+            return _full(torch.zeros_like(p))
         if not (state := self.state[p]):
             state["momentum_buffer"] = torch.zeros_like(p)
-        mean = p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum)
-        return mean.full_tensor() if hasattr(mean, "full_tensor") else mean
+        return _full(p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum))
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Return matrices (batch, m, n) with the same singular vectors and all singular values from about 0.7 to 1.2."""
+    """Return matrices (..., m, n) with the same singular vectors and all singular values from about 0.7 to 1.2."""
     # bfloat16 is exact enough for that
     x: Tensor = matrices.bfloat16() if matrices.is_cuda else matrices
     # the products below are of the smaller of the two sizes
@@ -65,6 +85,104 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x if wide else x.mT
+
+
+def product_updates(
+    factors: Sequence[Tensor], momenta: Sequence[Tensor], views: Sequence[View], gram_views: Sequence[View], size: float
+) -> list[Tensor]:
+    """Return the updates of the two factors of equal terms, over `size`: each moves W by a spectral norm up to about 1.
+
+    Factors and momenta are stacked, with any number of axes before their own. `views` are those of the matrices that
+    are orthogonalised. The rows of `gram_views` are the inner axes, the columns the axes of this factor alone.
+
+    With S = L L^T for the Gram matrix of the other factor F, the update is L^-T orth(L^-1 G) / norm(L^-1 F). The norm
+    of the whitened F is 1 for a single block, and depends on their directions for many. Gram matrices are damped in
+    proportion to their traces. That of the second factor is taken after a step of its own: where W is smaller than a
+    step, also from zero, the product of both updates is then no larger than each of them.
+    """
+    # Gram matrices are sums of many squares
+    dtype = torch.promote_types(factors[0].dtype, torch.float32)
+    terms = [_Factor(*entries, dtype) for entries in zip(factors, momenta, views, gram_views, strict=True)]
+    first, second = terms
+    # the second update is an orthogonal matrix times the inverse root of the first Gram matrix
+    own = torch.cholesky_inverse(first.root) * (size / first.norm).square()
+    damped = _root(second.gram + torch.where(_trace(first.gram) > 0, own, 0), second.is_singular)
+    return [first.update(damped, second.norm), second.update(first.root, first.norm)]
+
+
+class _Factor:
+    """One of the two factors of equal terms, (terms, ...), and its momentum."""
+
+    def __init__(self, factor: Tensor, momentum: Tensor, view: View, gram_view: View, dtype: torch.dtype) -> None:
+        self.stacked_shape = factor.shape
+        # of the axes of stacked layers and experts, one
+        own = factor.shape[factor.dim() - len(view[0]) :]
+        self.shape, self.view, self.gram_view = (-1, *own), view, gram_view
+        rows = _as_matrices(factor.to(dtype).reshape(self.shape), gram_view)
+        self.momentum = _as_matrices(momentum.to(dtype).reshape(self.shape), gram_view)
+        self.is_singular = gram_view[1] > gram_view[2]
+        self.gram = rows @ rows.mT
+        self.root = _root(self.gram, self.is_singular)
+        norm = _spectral_norm(self._matrices(torch.linalg.solve_triangular(self.root, rows, upper=False)))
+        norm = norm.amax(1, keepdim=True)
+        # a zero factor has none
+        self.norm = torch.where(norm > 0, norm, 1)
+
+    def update(self, root: Tensor, norm: Tensor) -> Tensor:
+        """Return the update for the root of the other factor's Gram matrices and the norm of that factor, whitened."""
+        matrices = self._matrices(torch.linalg.solve_triangular(root, self.momentum, upper=False))
+        step = _from_matrices(orthogonalised(matrices).to(matrices.dtype), self.view, self.shape)
+        rows = torch.linalg.solve_triangular(root.mT, _as_matrices(step, self.gram_view), upper=True) / norm
+        return _from_matrices(rows, self.gram_view, self.shape).reshape(self.stacked_shape)
+
+    def _matrices(self, rows: Tensor) -> Tensor:
+        return _as_matrices(_from_matrices(rows, self.gram_view, self.shape), self.view)
+
+
+def _root(gram: Tensor, is_singular: bool) -> Tensor:
+    """Return Cholesky factors of Gram matrices (..., r, r), damped so that no rounding makes them indefinite."""
+    identity, trace = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), _trace(gram)
+    damping = 1e-2 / len(identity) if is_singular else 8 * torch.finfo(gram.dtype).eps
+    # a zero factor does not move the other, whatever the root
+    root, failed = torch.linalg.cholesky_ex(torch.where(trace == 0, identity, gram + damping * trace * identity))
+    # where TF32 has computed the Gram matrix, or it is not finite
+    return torch.where(failed[..., None, None] > 0, (trace / len(identity)).sqrt() * identity, root)
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
+def _spectral_norm(matrices: Tensor) -> Tensor:
+    """Return an upper bound of the norms of matrices (..., m, n), at most min(m, n)^(1/16) times as large."""
+    gram = matrices @ matrices.mT if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT @ matrices
+    square = gram @ gram
+    by_powers: Tensor = torch.linalg.matrix_norm(square @ square, keepdim=True) ** 0.25
+    # exact for orthogonal rows
+    by_rows = gram.abs().sum(-1).amax(-1)[..., None, None]
+    return torch.minimum(by_powers, by_rows).sqrt()
+
+
+def _as_matrices(stack: Tensor, view: View) -> Tensor:
+    order, rows, columns = view
+    return stack.permute(0, *(1 + i for i in order)).reshape(len(stack), -1, rows, columns)
+
+
+def _from_matrices(matrices: Tensor, view: View, shape: Sequence[int]) -> Tensor:
+    order = view[0]
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return matrices.reshape(len(matrices), *(shape[1 + i] for i in order)).permute(0, *(1 + i for i in inverse))
+
+
+def _move(params: Iterable[Tensor], updates: Tensor, group: dict[str, Any]) -> None:
+    for p, update in zip(params, updates, strict=True):
+        if p.grad is not None:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(_divided_like(update.to(p.dtype), p), alpha=group["lr"] * group["update_scale"])
+
+
+def _full(x: Any) -> Any:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _divided_like(x: Tensor, like: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from einlinear.nn.layer_kinds import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, ParameterRole, layer_info
 from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.structures.scales import init_std, spectral_std
+from einlinear.structures.structured_matrix import Factor
 
 # glob on qualified names -> kind of role
 RoleGlobs: TypeAlias = "Mapping[str, str] | None"
@@ -72,9 +73,7 @@ class Parameter:
             first = int(self.role.stacked)
             return tuple(range(len(self.shape))), self.shape[first], math.prod(self.shape[first + 1 :])
         factor = self.role.structure.factors[self.role.factor]
-        stacked = len(self.shape) - len(factor.axes)
-        order = (stacked + factor.axes.index(axis) for axis in (*factor.batch, *factor.new, *factor.contracted))
-        return (*range(stacked), *order), factor.fan_out, factor.fan_in
+        return factor_view(factor, stacked=len(self.shape) - len(factor.axes))
 
     @property
     def is_last_factor(self) -> bool:
@@ -167,6 +166,12 @@ def _module_parameters(module: nn.Module, prefix: str, shapes: Mapping[int, tupl
         key = prefix + ("weight" if role.structure else name)
         transposed = bool(getattr(module, "is_transposed", False))
         yield Parameter((prefix + name,), key, tensor, shape, type(module).__name__, role, transposed)
+
+
+def factor_view(factor: Factor, stacked: int = 0) -> tuple[tuple[int, ...], int, int]:
+    """Return the `Parameter.matrix_view` of a factor that has `stacked` axes before its own."""
+    order = (stacked + factor.axes.index(axis) for axis in (*factor.batch, *factor.new, *factor.contracted))
+    return (*range(stacked), *order), factor.fan_out, factor.fan_in
 
 
 def infer_role(

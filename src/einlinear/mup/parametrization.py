@@ -11,6 +11,7 @@ from torch import nn
 from einlinear.mup.base_model import Base, Shapes, depth_ratios, find_shapes, load_shapes
 from einlinear.mup.multipliers import DECAYS, Growth, Rule, decay_multiplier, eps_multiplier, lr_multiplier
 from einlinear.mup.parameter_roles import Parameter, RoleGlobs, check_matches, matrix_role, parameters
+from einlinear.mup.products import check_pairs, product_of, product_shapes
 from einlinear.nn.layer_kinds import UNKNOWN
 from einlinear.nn.linear import Factored
 from einlinear.nn.moe import Mixture
@@ -38,6 +39,7 @@ def param_groups(
     lr_scale: Mapping[str, float] | None = None,
     roles: RoleGlobs = None,
     hidden: Globs = None,
+    product: bool = False,
 ) -> list[dict[str, Any]]:
     """Return parameter groups with structure-aware learning rates, for any torch optimizer of the kind named.
 
@@ -66,15 +68,18 @@ def param_groups(
         roles: glob on qualified names -> "input" (tables such as embeddings), "hidden" or "output" (matrices) or
             "vector" (biases, norms, scales: no decay). The first match counts, before descriptions and inference.
         hidden: a glob, or several, on the matrices that Muon takes. Default: all.
+        product: whether Muon moves the two factors of a term together, for what they do to their product.
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr), "weight_decay" and "eps" if
         given, and "inferred", the names of parameters whose role was inferred. Groups for Muon have "matrix_view"
-        (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm).
+        (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm). In groups of
+        products, first and second factors alternate, "matrix_view" has both their views, and "gram_views" as well.
 
     Raises:
-        ValueError: an unknown optimizer or `decay`, `alpha` out of range, `hidden` without Muon, a glob that matches
-            none, parameters that FSDP1 has flattened, that the base lacks, or whose role is unknown.
+        ValueError: an unknown optimizer or `decay`, `alpha` out of range, `hidden` or `product` without Muon, a term of
+            three or more factors with `product`, or of two of which Muon would have only one, a glob that matches none,
+            parameters that FSDP1 has flattened, that the base lacks, or whose role is unknown.
 
     Example:
         >>> import torch, einlinear as el
@@ -85,6 +90,8 @@ def param_groups(
     """
     if optimizer not in (*ADAM, "sgd", "muon"):
         raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
+    if product and optimizer != "muon":
+        raise ValueError(f"product=True is for Muon, but the optimizer is {optimizer!r}")
     if decay not in DECAYS:
         raise ValueError(f"decay must be {' or '.join(map(repr, DECAYS))}, not {decay!r}")
     if not 0.5 <= alpha <= 1:
@@ -100,7 +107,7 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in params:
         muon = optimizer == "muon" and p.role.is_matrix and any(p.matches(glob) for glob in hidden_globs)
-        rule: Rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
+        rule: Rule = ("muon_product" if product else "muon") if muon else "sgd" if optimizer == "sgd" else "adam"
         growth = Growth(p.base_shape, shapes.get(p.key, p.base_shape), depths[p.key], alpha)
         multiplier = lr_multiplier(p.role, rule, growth, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
@@ -114,13 +121,16 @@ def param_groups(
         if muon:
             # 0.2 is the root mean square of Adam's updates over the learning rate (arXiv 2502.16982, section 2.2)
             config |= {"matrix_view": p.matrix_view, "update_scale": 0.2 * math.sqrt(max(growth.base))}
+            config |= product_of(p) if product else {}
         # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
-        key = (*config.items(), p.shape if muon else None, type(p.tensor))
+        alike = None if not muon else product_shapes(p) if "gram_views" in config else p.shape
+        key = (*config.items(), alike, type(p.tensor))
         group = groups.setdefault(key, {"params": [], "param_names": [], **config})
         group["params"].append(p.tensor)
         group["param_names"].append(p.name)
         if p.is_inferred:
             group.setdefault("inferred", []).append(p.name)
+    check_pairs(groups.values(), params)
     return list(groups.values())
 
 

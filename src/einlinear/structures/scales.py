@@ -34,6 +34,12 @@ def muon_multipliers(structure: Structure) -> tuple[float, ...]:
     return _multipliers(structure, lambda factor: math.sqrt(factor.fan_out / factor.fan_in / aspect))
 
 
+def muon_product_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rates for Muon of products: the two updates of a term move the matrix by spectral norm 1."""
+    terms = structure.by_term(muon_multipliers(structure))
+    return tuple(rate if len(rates) == 1 else 1 / len(rates) for _, rates in terms for rate in rates)
+
+
 def gradient_scales(structure: Structure) -> tuple[float, ...]:
     """Return the size of the gradient of every factor over that of a dense matrix, right after initialisation.
 

@@ -29,6 +29,7 @@ class Training:
         lr: learning rate of the dense base model; muP transfers it.
         optimizer: "adamw", "adam", "sgd" (momentum 0.9), or "muon" (for the matrices in the model's `blocks`, or all
             matrices of a model without `blocks`; AdamW for the rest).
+        product: whether Muon moves the two factors of a term together, see `param_groups`.
         betas: of Adam.
         weight_decay, decay: of matrices and embeddings, and whether it is "independent" of learning rates or "coupled"
             to those of groups, see `param_groups`.
@@ -67,6 +68,7 @@ class Training:
     steps: int
     lr: float = 3e-3
     optimizer: str = "adamw"
+    product: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     decay: str = "independent"
@@ -114,6 +116,8 @@ class Training:
         for name in ("guide_until", "densify_at"):
             if getattr(self, name) is not None and self.parallel != "ddp":
                 raise ValueError(f"{name} needs whole layers, which {self.parallel} divides among processes: take ddp")
+        if self.product and self.optimizer != "muon":
+            raise ValueError(f"product=True needs optimizer='muon', not {self.optimizer!r}")
         if self.guide_until is not None and self.densify_at is not None and self.densify_at < self.guide_until:
             raise ValueError(f"densify_at={self.densify_at} must be at least guide_until, {self.guide_until}")
         if self.precision == "float16" and self.parallel != "ddp":

@@ -206,6 +206,7 @@ class _Run:
             config.lr,
             base=self.base,
             optimizer=config.optimizer,
+            product=config.product,
             weight_decay=config.weight_decay,
             decay=config.decay,
             eps=config.eps,

@@ -351,7 +351,13 @@ def test_groups_keep_their_ratios_and_gradients_are_clipped(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "bfloat16"}, {"optimizer": "sgd", "lr": 1e-3}, {"optimizer": "adam"}, {"optimizer": "muon"}],
+    [
+        {"precision": "bfloat16"},
+        {"optimizer": "sgd", "lr": 1e-3},
+        {"optimizer": "adam"},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", "product": True},
+    ],
 )
 def test_other_ways(options: dict[str, Any]) -> None:
     found = toy.run(steps=60, **options)
@@ -370,6 +376,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"optimizer": "adagrad"}, "optimizer must be adamw or adam or sgd or muon, not 'adagrad'"),
+        ({"product": True}, "product=True needs optimizer='muon', not 'adamw'"),
         ({"schedule": "step"}, "schedule must be constant or cosine or linear"),
         ({"precision": "int8"}, "precision must be"),
         ({"warmup": 20}, "warmup must be from 0 to below the 20 steps"),
