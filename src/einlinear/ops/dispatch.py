@@ -209,6 +209,44 @@ def reason_not_to_fuse(
     return None if why is None else f"the compiled kernel, which fuses blocks, cannot run: {why}"
 
 
+def reason_not_to_stack(
+    structure: Structure,
+    layers: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool = False,
+) -> str | None:
+    """Return why layers of one structure and one input run one after the other, or None if they run as one product.
+
+    One product of stacked factors saves calls and reads of the input, but the factors are copied for every call.
+
+    Args:
+        structure: of each of the layers.
+        layers: their number.
+        tokens, dtype, device, training: as for `choose`.
+    """
+    if forced().backend not in (None, "cpu"):
+        return f"the backend {forced().backend!r} is forced, for which stacked layers were not measured"
+    return _reason_not_to_stack(structure, layers, tokens, dtype, device, training)
+
+
+@cached
+def _reason_not_to_stack(
+    structure: Structure, layers: int, tokens: int, dtype: torch.dtype, device: torch.device, training: bool
+) -> str | None:
+    # measured, forward and in training, for two and three layers: from about here on stacks are faster
+    entries, saved = layers * structure.params, (layers - 1) * tokens * structure.in_features
+    if 2 * entries > saved:
+        return f"to copy {entries:,} entries takes longer than to read {saved:,} features of the input again"
+    try:
+        stacked = structures.stack(structure, layers)
+    except ValueError as error:
+        return str(error)
+    backend = choose(stacked, tokens, dtype, device, training).backend
+    return None if backend == "cpu" else f"the backend {backend!r} runs them, for which stacks were not measured"
+
+
 @assume_constant_result
 def fuses_for_compiler(
     specs: Sequence[str],
