@@ -185,7 +185,8 @@ def test_the_rule() -> None:
     few = why(wide, 191)
     assert few == "to copy 196,608 entries takes longer than to read 391,168 features of the input again"
     assert why(wide, 192, layers=2) is not None
-    assert why(el.structure("dense", 1024, 1024), 2048) is not None
+    large = why(el.structure("low_rank(rank=128)", 1024, 1024), 10**6)
+    assert large == "together their factors have 786,432 entries, but no more than 524,288 stay in cache"
     assert "padded outputs" in str(why(el.structure("btt", 64, 47), 2048))
     assert "'batched'" in str(why(wide, 2048, device=torch.device("meta")))
     with el.backend("reference"):
