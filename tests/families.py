@@ -14,9 +14,9 @@ from einlinear.structures import DoesNotFit, Structure
 SAMPLES: dict[str, list[str]] = {
     "dense": ["dense"],
     "low_rank": ["low_rank", "low_rank(rank=3)"],
-    "kronecker": ["kronecker"],
+    "kronecker": ["kronecker", "kronecker(split=published)"],
     "tt": ["tt", "tt(rank=3)", "tt(rank=2, cores=3)"],
-    "btt": ["btt", "btt(rank=2)", "btt(rank=2, cores=3)"],
+    "btt": ["btt", "btt(rank=2)", "btt(rank=2, cores=3)", "btt(rank=2, split=published)"],
     "monarch": ["monarch(blocks=2)", "monarch"],
     "dyad": ["dyad", "dyad(blocks=2, variant=ot)", "dyad(variant=dt)"],
     "block_diagonal": ["block_diagonal(blocks=2)", "block_diagonal"],

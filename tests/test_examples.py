@@ -1,4 +1,4 @@
-"""The scripts in examples/ run from beginning to end, on the least there is."""
+"""The scripts in examples/ and benchmarks/ run from beginning to end, on the least there is."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_dense_to_sparse(tmp_path: Path) -> None:
 
 @needs("transformers")
 def test_compressed_speed() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "compressed_speed.py"), "--tokens", "8", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "compressed_speed.py"), "--tokens", "8", "--rounds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(
         [*command, "--layers", "1"], capture_output=True, text=True, check=True, env=environment
@@ -54,7 +54,7 @@ def test_compressed_speed() -> None:
 @pytest.mark.slow
 @needs("transformers")
 def test_compression_memory() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "compression_memory.py"), "--vocabulary", "40000"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "compression_memory.py"), "--vocabulary", "40000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert re.findall(r"^\| ([^|]+) \| \d+ \| [\d.]+ \|$", out, re.M) == [
@@ -66,7 +66,7 @@ def test_compression_memory() -> None:
 
 @needs("transformers")
 def test_converted_speed() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "converted_speed.py"), "--layers", "1", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "converted_speed.py"), "--layers", "1", "--rounds", "1"]
     command += ["--hidden", "64"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -75,7 +75,7 @@ def test_converted_speed() -> None:
 
 @needs("transformers")
 def test_fused_speed() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "fused_speed.py"), "--hidden", "64", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "fused_speed.py"), "--hidden", "64", "--rounds", "1"]
     command += ["--layers", "1", "--tokens", "32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -85,7 +85,7 @@ def test_fused_speed() -> None:
 
 
 def test_call_overhead() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "call_overhead.py"), "--features", "64", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "call_overhead.py"), "--features", "64", "--rounds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert (
@@ -101,10 +101,25 @@ def test_call_overhead() -> None:
         assert {kind for tokens, *_, kind in rows if tokens == "2048"} == {"stacked"}
 
 
+def test_step_profile() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "step_profile.py"), "--widths", "64", "--structures", "btt"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(
+        [*command, "--rounds", "1", "--steps", "1"], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    rows = re.findall(r"^\| (\w+) \| 64 \| `btt` \| ([\d. |-]+) \|$", out, re.M)
+    assert [name for name, _ in rows] == ["mlp", "vit", "gpt"]
+    for name, cells in rows:
+        step, data, optimizer, normalisation, products, *others = map(float, cells.split(" | "))
+        assert min(data, optimizer, products) > 0
+        assert (normalisation > 0) == (name == "gpt")
+        assert data + optimizer + normalisation + products + sum(others) == pytest.approx(step, rel=0.02, abs=1)
+
+
 @needs("onnxruntime")
 @needs("onnxscript")
 def test_exported_speed() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "exported_speed.py"), "--features", "256", "--rounds", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "exported_speed.py"), "--features", "256", "--rounds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     rows = re.findall(r"^\| 256 \| `([a-z_]+).*` \| \d, \d \| [\d.]+× \| [\d.]+× \|$", out, re.M)
@@ -114,7 +129,7 @@ def test_exported_speed() -> None:
 @needs("transformers")
 def test_tied_heads() -> None:
     """As a head a tied weight changes the logits alike at all widths, as an embedding the more the wider it is."""
-    command = [sys.executable, str(ROOT / "examples" / "tied_heads.py"), "--widths", "64", "256"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "tied_heads.py"), "--widths", "64", "256"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     growth = [float(wide) / float(narrow) for narrow, wide in re.findall(r"([\d.]+) \| ([\d.]+) \|$", out, re.M)]
@@ -123,7 +138,7 @@ def test_tied_heads() -> None:
 
 @pytest.mark.slow
 def test_search_regret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("search_regret", ROOT / "examples" / "search_regret.py")
+    spec = importlib.util.spec_from_file_location("search_regret", ROOT / "benchmarks" / "search_regret.py")
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)

@@ -39,17 +39,18 @@ from einlinear_lab.bench.gpu import BACKENDS, BATCHED, TRITON, Items, Row, Sizes
 from einlinear_lab.bench.machine import this_machine
 from einlinear_lab.bench.run import Reference
 from einlinear_lab.bench.tables import Table, number
-from einlinear_lab.bench.variants import COMPILED, COPYING, DENSE, make_variants, make_workload
+from einlinear_lab.bench.variants import COMPILED, COPYING, DENSE, FUSED, make_variants, make_workload
 
 ROOT = Path(__file__).parents[1]
-TESTS = "tests/ops/test_triton.py"
-KERNELS, SUITE, TUNED, MIXTURES, GPTS = "kernels", "suite", "tuned", "mixtures", "gpt"
+TESTS = ("tests/ops/test_triton.py", "tests/ops/test_triton_blocks.py")
+KERNELS, SUITE, TUNED, BLOCKS, MIXTURES, GPTS = "kernels", "suite", "tuned", "blocks", "mixtures", "gpt"
 # part -> its share of the time; what a part leaves over goes to the next ones
-SHARES = {KERNELS: 0.24, SUITE: 0.34, TUNED: 0.22, MIXTURES: 0.08, GPTS: 0.12}
+SHARES = {KERNELS: 0.22, SUITE: 0.3, TUNED: 0.18, BLOCKS: 0.12, MIXTURES: 0.07, GPTS: 0.11}
 TITLES = {
     KERNELS: "Kernels against float64",
     SUITE: "Layers, EINLINEAR_TUNE=0: the first tile",
     TUNED: "Layers, tiles tuned",
+    BLOCKS: "Feed-forward blocks, EINLINEAR_TUNE=0, layer by layer and fused by the Triton kernels",
     MIXTURES: f"Mixtures, 8 experts, 2 active, EINLINEAR_TUNE=0, against {DENSE} of the same size",
     GPTS: "GPT, a training step of 16,384 tokens, EINLINEAR_TUNE=0",
 }
@@ -234,20 +235,22 @@ def items(part: str, sizes: Sizes, state: Row, end: float) -> Items:
     """Return the cases of a part."""
     if part == KERNELS:
         missing = [package for package in ("pytest", "hypothesis", "numpy") if find_spec(package) is None]
-        tests: Items = {} if missing else {f"pytest {TESTS}": partial(run_tests, sizes, end)}
+        tests: Items = {} if missing else {f"pytest {' '.join(TESTS)}": partial(run_tests, sizes, end)}
         if missing:
-            print(f"{', '.join(missing)}: not installed, so {TESTS} cannot run; a few kernels are checked instead")
+            print(f"{', '.join(missing)}: not installed, so the tests cannot run; a few kernels are checked instead")
         return tests if tests and not state["failures"] else tests | check_kernels(sizes)
     if part in (SUITE, TUNED):
         return gpu.layers(sizes, compiled=part == SUITE)
+    if part == BLOCKS:
+        return gpu.blocks(sizes)
     return gpu.mixture_layers(sizes) if part == MIXTURES else gpu.gpts(sizes)
 
 
 def run_tests(sizes: Sizes, end: float) -> Row:
     """Run the tests of the kernels, on several cores if pytest-xdist is installed. Raises RuntimeError if none runs."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default", TESTS]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default", *TESTS]
     if sizes.device == "cpu":
-        command += ["-k", "TestKernels and output_and_gradients and kronecker and float32"]
+        command += ["-k", "output_and_gradients and (TestKernels and kronecker and float32 or TestBlocks and dense)"]
     elif find_spec("xdist"):
         command += ["-n", str(max(1, cores() // 2))]
     with tempfile.TemporaryFile("w+") as output:
@@ -283,9 +286,9 @@ def check_kernel(case: Case) -> Row:
 
 
 def warm(sizes: Sizes, share: int, count: int) -> None:
-    """Compile a share of the layers into the caches of Triton and torch.compile: first tiles, then the other ones."""
-    for tiles, names in ((launch._launch, (TRITON, COMPILED)), (compile_all, (TRITON,))):
-        for case in gpu.layer_cases(sizes)[share::count]:
+    """Compile a share of the cases into the caches of Triton and torch.compile: first tiles, then the other ones."""
+    for tiles, names in ((launch._launch, (TRITON, FUSED, COMPILED)), (compile_all, (TRITON,))):
+        for case in [*gpu.layer_cases(sizes), *gpu.block_cases(sizes)][share::count]:
             workload = make_workload(case)
             with workload.differentiating(), mock.patch.object(launch, "_launch", tiles):
                 for variant in make_variants(workload, [TRITON], COMPILED in names)[0]:
@@ -330,7 +333,7 @@ def page(record: Row) -> str:
     ]
     tables = [Table("Parts", ("part", "status", "results"), tuple(states))]
     tables += [Table("Failures", ("part", "case", "failure"), tuple(failures))] * bool(failures)
-    tables += [table(part, parts[part]["results"]) for part in (SUITE, TUNED, MIXTURES, GPTS) if part in parts]
+    tables += [table(part, parts[part]["results"]) for part in SHARES if part in parts and part != KERNELS]
     title = "# Benchmark of a GPU" + ": rehearsal on a CPU, whose times mean nothing" * record["rehearsal"]
     sections = [title, head, f"    {record['command']}", f"## Verdict\n\n{conclude(record)}"]
     return "\n\n".join([*sections, *(table.markdown() for table in tables)]) + "\n"
@@ -344,34 +347,40 @@ def failed(state: Row) -> list[tuple[str, str]]:
 
 def table(part: str, rows: Mapping[str, Row]) -> Table:
     """Return the times of the dense layer or model, and the speed-ups over it."""
-    variants = [BATCHED, TRITON, *[COMPILED, COPYING] * (part in (SUITE, TUNED))]
-    headings = ("case", f"{DENSE} ms", *(f"{name} ×" for name in variants), "limit", "triton / batched", "peak MB")
+    backends = (*BACKENDS, *[FUSED] * (part in (BLOCKS, GPTS)))
+    variants = [*backends, *[COMPILED, COPYING] * (part in (SUITE, TUNED))]
+    ratio = f"{backends[-1]} / {BATCHED}"
+    headings = ("case", f"{DENSE} ms", *(f"{name} ×" for name in variants), "limit", ratio, "peak MB")
     lines = []
     for name, row in rows.items():
         ms = {variant: times[0] for variant, times in row["ms"].items()}
         speedups = (ms[DENSE] / ms[variant] if variant in ms else None for variant in variants)
-        gain = ms[BATCHED] / ms[TRITON] if {*BACKENDS} <= ms.keys() else None
-        peaks = " / ".join(number(row["peak_mb"].get(variant)) for variant in (DENSE, *BACKENDS))
+        gain = ms[BATCHED] / ms[backends[-1]] if {BATCHED, backends[-1]} <= ms.keys() else None
+        peaks = " / ".join(number(row["peak_mb"].get(variant)) for variant in (DENSE, *backends))
         lines.append((name, number(ms[DENSE]), *map(number, speedups), number(row.get("limit")), number(gain), peaks))
-    return Table(f"{TITLES[part]} (peak MB: {DENSE} / {' / '.join(BACKENDS)})", headings, tuple(lines))
+    return Table(f"{TITLES[part]} (peak MB: {' / '.join((DENSE, *backends))})", headings, tuple(lines))
 
 
 def conclude(record: Row) -> str:
     """Return which backend CUDA should take by default, and where it would be slower by more than 1.3x."""
     parts = record["parts"]
     failures = [(key, *failure) for key, part in parts.items() for failure in failed(part)]
-    wrong = [name for key, name, text in failures if key == KERNELS or TRITON in text or "CUDA error" in text]
+    wrong = [
+        name
+        for key, name, text in failures
+        if key == KERNELS or TRITON in text or text.startswith(FUSED) or "CUDA error" in text
+    ]
     lines = ["Rehearsal on a CPU: the times mean nothing."] * record["rehearsal"]
     if wrong:
         lines.append(f"**{BATCHED}**, whatever the times: triton failed in {len(wrong)} cases, such as {wrong[0]}.")
     elif not any(row.get("passed", 1) for row in parts.get(KERNELS, {}).get("results", {}).values()):
         lines.append("The kernels were not checked, so the times below decide nothing yet.")
-    for part in (TUNED, SUITE):
-        verdict = judge_backends(parts.get(part, {}).get("results", {}))
+    for part, rivals in ((TUNED, BACKENDS), (SUITE, BACKENDS), (BLOCKS, (BATCHED, FUSED))):
+        verdict = judge_backends(parts.get(part, {}).get("results", {}), *rivals)
         if verdict is None:
-            lines.append(f"{TITLES[part]}: no verdict, because no case was measured with both backends.")
+            lines.append(f"{TITLES[part]}: no verdict, because no case was measured with both {' and '.join(rivals)}.")
             continue
-        other = BATCHED if verdict.default == TRITON else TRITON
+        other = next(name for name in rivals if name != verdict.default)
         losses = "".join(f"\n- {number(loss)}x: {case}" for case, loss in verdict.wrong.items())
         lines.append(
             f"{TITLES[part]}: **{verdict.default}** by default, {number(verdict.gain)}x as fast as {other} by the "
@@ -383,10 +392,10 @@ def conclude(record: Row) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The faster backend by the geometric mean over cases, and the cases where the other one is faster by 1.3 or more.
+    """The faster of two backends by the geometric mean over cases, and the cases where the other is 1.3x faster.
 
     Attributes:
-        default: "triton" or "batched".
+        default: its name; "fused" for blocks that are fused by the Triton kernels.
         gain: how many times as fast as the other backend the default is, by the geometric mean.
         wrong: case -> how many times as fast as the default the other backend is.
     """
@@ -397,20 +406,20 @@ class Verdict:
     wrong: Mapping[str, float]
 
 
-def judge_backends(rows: Mapping[str, Row]) -> Verdict | None:
-    """Return the verdict on measured layers, or None if no case was measured by both backends.
+def judge_backends(rows: Mapping[str, Row], first: str = BATCHED, second: str = TRITON) -> Verdict | None:
+    """Return the verdict on measured layers or blocks, or None if no case was measured by both backends.
 
     >>> times = {"a": {"batched": [6.0], "triton": [1.0]}, "b": {"batched": [2.0], "triton": [3.0]}}
     >>> judge_backends({case: {"ms": ms} for case, ms in times.items()})
     Verdict(default='triton', cases=2, gain=2.0, wrong={'b': 1.5})
     """
-    times = {case: row["ms"] for case, row in rows.items() if {*BACKENDS} <= row["ms"].keys()}
-    gains = {case: ms[BATCHED][0] / ms[TRITON][0] for case, ms in times.items()}
+    times = {case: row["ms"] for case, row in rows.items() if {first, second} <= row["ms"].keys()}
+    gains = {case: ms[first][0] / ms[second][0] for case, ms in times.items()}
     if not gains:
         return None
     mean = geometric_mean(gains.values())
-    default = TRITON if mean > 1 else BATCHED
-    losses = {case: 1 / gain if default == TRITON else gain for case, gain in gains.items()}
+    default = second if mean > 1 else first
+    losses = {case: 1 / gain if default == second else gain for case, gain in gains.items()}
     wrong = {case: loss for case, loss in losses.items() if loss > TOLERANCE}
     return Verdict(default, len(gains), max(mean, 1 / mean), wrong)
 

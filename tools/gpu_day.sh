@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Benchmarks an NVIDIA GPU that is available for minutes: tests of the Triton kernels, the speed of layers, mixtures and
-# a GPT, and a verdict on the default backend. Needs torch with CUDA and triton, no network and no installation.
+# Benchmarks an NVIDIA GPU that is available for minutes: tests of the Triton kernels, the speed of layers,
+# feed-forward blocks, mixtures and a GPT, and a verdict on the default backend. Needs torch with CUDA and triton, no network and no installation.
 # usage: tools/gpu_day.sh [--budget SECONDS] [--out DIR]    by default 540 seconds into docs/benchmarks/gpu
 #        tools/gpu_day.sh --rehearse [--out DIR]            the same at tiny sizes on a CPU, in Triton's interpreter
 # PYTHON names the interpreter (default: python3). The same command again measures what is missing.

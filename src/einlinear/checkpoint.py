@@ -93,7 +93,7 @@ def _check_digest(place: Path) -> None:
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError, with the differences, if a folder holds a run with another config than this one."""
     if found := differences(before, now):
-        hint = "Name another folder (--out), or repeat the config to resume the run"
+        hint = "Name another folder, or repeat the config to resume the run"
         raise ValueError(f"{folder} holds a run with another config: {'; '.join(found)}. {hint}")
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from einlinear.compression.activations import output_of, slices, tokens_of
+from einlinear.compression.activations import output_of, tokens_of
+from einlinear.compression.divergence import slices
 
 X, Y = torch.randn(4, 6), torch.randn(4, 6)
 

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from einlinear.compression.allocation import LayerCandidate, allocate
+from einlinear.compression.allocation import allocate
+from einlinear.compression.candidates import LayerCandidate
 
 
 def candidate(spec: str, cost: int, output_change: float) -> LayerCandidate:

@@ -12,7 +12,7 @@ from torch import nn
 
 from einlinear import ops
 from einlinear.compression import compress
-from einlinear.compression.allocation import Spectrum, estimated_errors, members, members_to_fit
+from einlinear.compression.candidates import Spectrum, estimated_errors, members, members_to_fit
 from einlinear.compression.sensitivity import SensitivityProbe
 
 

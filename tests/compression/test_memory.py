@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.compression.activations import mean_kl_divergence, model_output, summed_kl_divergence
+from einlinear.compression.activations import model_output
+from einlinear.compression.divergence import mean_kl_divergence, summed_kl_divergence
 from einlinear.compression.sensitivity import SensitivityProbe
 from einlinear_lab.bench.memory import peak_bytes
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.activations import Passes, layer_inputs
+from einlinear.compression.activations import layer_inputs
+from einlinear.compression.forward_passes import Passes
 
 
 class Block(nn.Module):

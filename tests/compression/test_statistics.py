@@ -165,7 +165,7 @@ def test_failures_of_linear_algebra_name_the_layer(monkeypatch: pytest.MonkeyPat
     def failing(*_: object) -> None:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr("einlinear.compression.allocation.Spectrum.of", failing)
+    monkeypatch.setattr("einlinear.compression.candidates.Spectrum.of", failing)
     model = net()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"^0 cannot be fitted to its inputs: did not converge; .* damping than 0\.01"):

@@ -13,7 +13,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 import einlinear as el
-from einlinear.conversion.replacement import difference_to_linear
+from einlinear.conversion.eligibility import difference_to_linear
 
 
 class Cast(nn.Linear):

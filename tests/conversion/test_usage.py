@@ -23,7 +23,7 @@ from transformers.models.detr.modeling_detr import DetrMHAttentionMap
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
 import einlinear as el
-from einlinear.conversion.replacement import uncalled_layers
+from einlinear.conversion.weight_usage import uncalled_layers
 
 NEVER = "is never called: {} computes with its weight itself, so nothing would be saved"
 BESIDES = "is called, but {} also computes with its weight, which would be built every time"

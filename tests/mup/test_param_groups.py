@@ -103,7 +103,7 @@ def test_default_weight_decay_is_that_of_the_optimizer() -> None:
 
     for name, decay in decays().items():
         assert decay == (0.3 if name.endswith((".A", ".B", "head.weight")) else 0)
-    assert decays(weight_decay=0.1)["input.A"] == 0.1
+    assert decays(weight_decay=0.1, decay="coupled")["input.A"] == 0.1
     assert not any(decays(weight_decay=0.0).values())
 
 
@@ -435,14 +435,18 @@ def test_one_glob_or_a_list() -> None:
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match=r"optimizer must be 'sgd', 'muon' or one of adam, adamw, .*, not 'adamm'"):
         el.param_groups(mlp(64), lr=0.1, base=None, optimizer="adamm")
-    with pytest.raises(ValueError, match=r"the base has no 'blocks.1.norm.weight'"):
-        el.param_groups(mlp(64), lr=0.1, base=ResidualMLP(48, 64, 10, depth=1))
+    with pytest.raises(ValueError, match=r"the base has no '0.weight': it must be the same model at another width"):
+        el.param_groups(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), lr=0.1, base=nn.Linear(8, 8))
     with pytest.raises(ValueError, match=r"lr_scale: '\*.fc3' matches no parameter or module; the nearest are .*fc"):
         el.param_groups(mlp(64), lr=0.1, base=None, lr_scale={"*.fc3": 2})
     with pytest.raises(ValueError, match="zero: 'tail' matches no parameter or module"):
         el.init_(mlp(64), zero=["tail"])
-    with pytest.raises(ValueError, match=r"the base has no 'blocks.1.norm.weight'"):
-        el.init_(mlp(64), base=ResidualMLP(48, 64, 10, depth=1))
+    with pytest.raises(ValueError, match=r"the base has no '0.weight'"):
+        el.init_(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), base=nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="decay must be 'independent' or 'coupled', not 'decoupled'"):
+        el.param_groups(mlp(64), lr=0.1, base=None, decay="decoupled")
+    with pytest.raises(ValueError, match=r"alpha must be from 0\.5 to 1, not 2"):
+        el.param_groups(mlp(64), lr=0.1, base=None, alpha=2)
     with pytest.raises(TypeError, match="base must be a model, a mapping of shapes"):
         el.param_groups(mlp(64), lr=0.1, base=64)
     with pytest.raises(TypeError, match="base"):

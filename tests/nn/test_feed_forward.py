@@ -113,7 +113,7 @@ def test_activations_by_name_or_function(fused: list[str]) -> None:
     for activation in (F.elu, nn.ELU(), lambda x: x.sin()):
         block = make(activation=activation)
         assert block.activation is activation
-        assert "has no such activation" in el.explain(block, x).reason
+        assert "fused blocks have no such activation" in el.explain(block, x).reason
         torch.testing.assert_close(block(x), by_layers(block, x))
     prelu = make(activation=nn.PReLU(dtype=torch.float64))
     assert "activation.weight" in prelu.state_dict()
@@ -396,6 +396,16 @@ def test_training_needs_no_memory_for_hidden_features() -> None:
     assert saved(block) == 1000 * 64 + sum(p.numel() for p in block.parameters())
     dense = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     assert saved(dense) == 1000 * (64 + 256 + 256) + 256 * 64
+
+
+def test_frozen_blocks_are_fused_as_in_inference(fused: list[str]) -> None:
+    """Too large to be trained with so few tokens."""
+    block = el.FeedForward(2048, 8192, "btt(rank=4)").requires_grad_(False)
+    x = torch.randn(64, 2048)
+    block(x)
+    assert fused == ["forward"]
+    assert "needs 1,024 tokens" in str(block.reason_not_to_fuse(x.requires_grad_()))
+    assert "needs 1,024 tokens" in str(block.requires_grad_().reason_not_to_fuse(x.detach()))
 
 
 def test_weights_of_a_layer() -> None:

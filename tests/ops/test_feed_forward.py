@@ -306,7 +306,7 @@ def test_gradients_of_gradients_where_one_input_follows_from_another() -> None:
 def operator_arguments(case: Case) -> tuple[Any, ...]:
     sizes = [s.out_features for s in (case.structures[0], case.structures[-1])]
     specs, has_bias = [s.spec for s in case.structures], [bias for _, bias in case.sizes]
-    return case.tensors[1:], specs, sizes, has_bias, case.activation, case.residual
+    return case.tensors[1:], specs, sizes, has_bias, case.activation, case.residual, "cpu"
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -332,7 +332,7 @@ def test_operators_check_their_arguments() -> None:
     with pytest.raises(RuntimeError, match="up: factor B has shape"):
         operator(x, [tensors[0], tensors[0], *tensors[2:]], specs, *others)
     with pytest.raises(ValueError, match="unknown activation 'elu'"):
-        operator(x, tensors, specs, *others[:2], "elu", False)
+        operator(x, tensors, specs, *others[:2], "elu", False, "cpu")
     with pytest.raises(RuntimeError, match="'cpu' cannot run this"):
         operator(x.cfloat(), [t.cfloat() for t in tensors], specs, *others)
 
@@ -498,14 +498,18 @@ def test_reasons_not_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(tokens=16) is reason(tokens=15, backend="cpu") is None
     large = layers("dense", sizes=(1024, 1024, 1024))
     assert reason(structures=large) is None
-    assert reason(structures=large, training=True) == (
-        "its factors have 2,097,152 entries, but no more than 1,048,576 stay in cache together"
+    few = "training with 2,097,152 entries of factors needs 1,024 tokens to pay"
+    assert reason(structures=large, training=True, tokens=1023) == few
+    assert reason(structures=large, training=True, tokens=1024) == (
+        "a hidden feature costs 1,024 multiply-accumulates, and its backward pass would compute it again, "
+        "which pays up to 384"
     )
     assert reason(structures=large, training=True, backend="cpu") is None
+    assert reason(structures=layers("btt(rank=4)", sizes=(2048, 8192, 2048)), training=True, tokens=1024) is None
     huge = layers("dense", sizes=(2048, 4096, 2048))
     assert str(reason(structures=huge)).endswith("but no more than 8,388,608 stay in cache together")
     assert reason(backend="batched") == "the backend 'batched' is forced, which has no fused blocks"
-    kernel = "the compiled kernel, which fuses blocks, cannot run: "
+    kernel = "the backend 'cpu', which fuses blocks, cannot run: "
     assert reason(device=torch.device("meta")) == f"{kernel}it runs on the CPU, not on meta"
     assert str(reason(dtype=torch.complex64)).startswith(f"{kernel}it computes in real numbers")
     with el.backend("reference"):

@@ -15,6 +15,7 @@ from tests.lab.data.samples import needs
 from torch import Tensor
 
 import einlinear as el
+from einlinear import ops
 from einlinear.ops.operands import Assignment, Product
 from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
@@ -113,6 +114,23 @@ class TestCompiled:
             if not any(limit for name, limit in constants.items() if name.endswith("LIMIT")) and dtype.itemsize == 2:
                 # neighbours are moved together
                 assert ".global.b16" not in compiled.asm["ptx"]
+
+    @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+    def test_epilogues_compile(self, monkeypatch: pytest.MonkeyPatch, activation: str) -> None:
+        launches: list[tuple[Any, ...]] = []
+
+        def record(kernel: Any, sizes: Any, found: Any, *args: Any, **constants: Any) -> None:
+            launches.append((kernel, found[0], args, constants))
+
+        monkeypatch.setattr(launch, "_launch", record)
+        s = el.structure("dense", 64, 256)
+        x, bias, hidden = (torch.empty(n, dtype=torch.bfloat16) for n in ((128, 64), (256,), (128, 256)))
+        factors = [torch.empty(shape, dtype=torch.bfloat16) for shape in s.shapes]
+        kernels.compute(Product(s, factors, x), launch.Epilogue(bias, hidden, activation, hidden))
+        ((kernel, tile, args, constants),) = launches
+        compiled = compile_for_hopper(kernel, tile, args, constants)
+        assert compiled.metadata.shared <= launch.SHARED
+        assert ".global.b16" not in compiled.asm["ptx"]
 
 
 def compile_for_hopper(kernel: Any, tile: launch.Tile, args: Sequence[Any], constants: dict[str, Any]) -> Any:

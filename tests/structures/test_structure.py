@@ -126,6 +126,53 @@ def test_fan_in_and_fan_out() -> None:
     ]
 
 
+# features -> the sizes that the code of arXiv 2406.06248 takes, worked out by hand: inner and outer axis of the input,
+# outer and inner axis of the output
+PUBLISHED = {
+    512: (16, 32),  # 2^9
+    608: (8, 76),  # 2^5 19: the 19 goes to the 4 of (4, 8)
+    768: (16, 48),  # 2^8 3
+    784: (28, 28),  # 2^4 7^2
+    1000: (20, 50),  # 2^3 5^3: (2, 4), (10, 4), (10, 20), (50, 20)
+    1024: (32, 32),
+    2048: (32, 64),
+    3072: (32, 96),  # 2^10 3
+    50304: (24, 2096),  # 2^7 3 131: (8, 16), (24, 16), (24, 2096)
+    127: (1, 127),  # a prime is not padded
+}
+
+
+@pytest.mark.parametrize("out_features", PUBLISHED)
+@pytest.mark.parametrize("in_features", PUBLISHED)
+def test_published_sizes(in_features: int, out_features: int) -> None:
+    (a, g), (f, e) = PUBLISHED[in_features], PUBLISHED[out_features]
+    s = el.structure("btt(rank=2, split=published)", in_features, out_features)
+    assert dict(s.sizes) == {"g": g, "a": a, "r": 2, "f": f, "e": e}
+    assert [factor.shape for factor in s.factors] == [(g, 2, f, a), (f, e, g, 2)]
+    assert s.params == s.macs == 2 * g * f * (a + e)
+    for family, rank in (("kronecker", 1), ("tt(rank=3)", 3)):
+        s = el.structure(family, in_features, out_features, split="published")
+        assert s.params == rank * (a * f + g * e)
+
+
+def test_published_sizes_of_other_shapes() -> None:
+    s = el.structure("btt", 512, 2048, split="published")
+    assert (s.spec, s.params, s.rank) == ("btt(split=published)", 81_920, 512)
+    assert el.structure("btt", 512, 2048).params == 49_152
+    three = el.structure("btt(cores=3, split=published)", 96, 60)  # 2^5 3, and 2^2 3 5: (2, 2, 1), (2, 2, 3)
+    assert dict(three.sizes) == {"i3": 6, "i2": 4, "i1": 4, "r1": 1, "r2": 1, "o1": 2, "o2": 3, "o3": 10}
+    assert el.structure("btt", 512, 2048, max_macs=0.2, split="published").spec == "btt(rank=2, split=published)"
+
+
+@pytest.mark.parametrize("family", ["btt", "tt", "kronecker"])
+def test_splits_by_name(family: str) -> None:
+    default = el.structure(family, 64, 96)
+    assert el.structure(f"{family}(split=balanced)", 64, 96) == default
+    assert default.spec == family
+    with pytest.raises(ValueError, match=f"^{family}: split must be one of balanced, published, not 'greedy'$"):
+        check_spec(f"{family}(split=greedy)")
+
+
 # Exponents: every theta of arXiv 2410.02117 that is named, with its published (psi, nu, omega)
 
 HALF, THIRD, QUARTER = Fraction(1, 2), Fraction(1, 3), Fraction(1, 4)
@@ -257,6 +304,7 @@ def test_max_macs_says_why_no_number_of_blocks_is_possible() -> None:
         ("bttt", ValueError, r"unknown family 'bttt'. Did you mean 'btt'\? The families are dense, low_rank,"),
         ("low-rank(rank=2)", ValueError, r"Did you mean 'low_rank'\?"),
         ("btt(rnk=2)", ValueError, r"btt has no argument 'rnk'. Did you mean 'rank'\? It takes rank, cores"),
+        ("btt(split=1)", ValueError, "btt: split must be one of balanced, published, not 1"),
         ("dense(rank=2)", ValueError, "dense has no argument 'rank'. It takes no arguments"),
         ("btt(rank=0)", ValueError, "btt: rank must be at least 1, not 0"),
         ("btt(rank=two)", TypeError, "btt: rank must be a whole number, not 'two'"),
@@ -341,6 +389,10 @@ def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         check_spec("two_sided(rnk=3)")
     with pytest.raises(ValueError, match="no argument 'in_features'"):
         el.structure("two_sided(in_features=3)", 8, 8)
+    el.register_family("unsized", lambda rank=1, in_features=None: f"i, o i -> o where i={in_features or int(rank)}")
+    assert el.structure("unsized", 8, 6).params == 48
+    with pytest.raises(ValueError, match="invalid literal"):
+        check_spec("unsized(rank=many)")
     with pytest.raises(ValueError, match="already registered: choose another name, or give overwrite=True"):
         el.register_family("btt", two_sided)
     el.register_family("two_sided", lambda: "i, o i -> o", overwrite=True)

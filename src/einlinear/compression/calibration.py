@@ -18,7 +18,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from einlinear.compression.activations import Passes, tokens_of
+from einlinear.compression.activations import tokens_of
+from einlinear.compression.forward_passes import Passes
 from einlinear.compression.selection import Selection, Stage
 from einlinear.nn.layer_kinds import features
 
@@ -84,7 +85,7 @@ class Calibration:
                 with _naming(f"{name}, batch {number} of the calibration data"):
                     if [x.shape for x in inputs.get(name, ())] != [x.shape for x in original[name]]:
                         cause = "the compressed model sends other tokens to this layer, such as an expert"
-                        raise ValueError(f"{cause}, than the original. Give sequential=False (--parallel)")
+                        raise ValueError(f"{cause}, than the original. Give sequential=False")
                     for x, x_0 in zip(inputs[name], original[name], strict=True):
                         accumulator.add(tokens_of(batch, x), None if compressed is None else tokens_of(batch, x_0))
         return accumulators

@@ -86,7 +86,7 @@ class CompressionReport:
             names = [f"{layer.name} ({', '.join(layer.speed_up.rounded)})" for layer in slow[:5]]
             more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
             slower = f"{len(slow)} of {len(self.layers)} layers are slower than dense, for 1 token or {MANY_TOKENS}"
-            advice = "only_if_faster=True (--only-if-faster) leaves such layers dense"
+            advice = "only_if_faster=True leaves such layers dense"
             notes.append(f"{slower}: {', '.join(names)}{more}. {advice}.")
         return notes
 

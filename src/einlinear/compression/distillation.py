@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.compression import activations
 from einlinear.compression.activations import head_inputs, hooked, model_output, output_of, tokens_of
+from einlinear.compression.divergence import mean_kl_divergence
 from einlinear.compression.resume_cache import digest_of
 from einlinear.mup import param_groups
-from einlinear.mup.schedules import lr_factor
 from einlinear.nn.model_call import Batch, call, evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any
+from einlinear.schedules import lr_factor
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class _Loss:
         if self._head:
             head = self._original.get_submodule(self._head)
             logits: Tensor = self._model.get_submodule(self._head)(result)
-            return activations.mean_kl_divergence(logits, lambda part: head(target[part]), in_place=True)
+            return mean_kl_divergence(logits, lambda part: head(target[part]), in_place=True)
         x, y = output_of(result), output_of(target)
         if not hasattr(target, "logits"):
             return _relative_squared_error(x, y, batch)
@@ -262,7 +262,7 @@ class _Loss:
         # one feature: a regression
         if y.shape[-1] == 1:
             return F.mse_loss(x.float(), y.float()) / y.float().var().clamp_min(1e-12)
-        return activations.mean_kl_divergence(x, lambda part: y[part])
+        return mean_kl_divergence(x, lambda part: y[part])
 
 
 def _relative_squared_error(output: Tensor, target: Tensor, batch: Batch) -> Tensor:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.compression import allocation
-from einlinear.compression.activations import Passes
-from einlinear.compression.allocation import DEFAULT_FAMILIES, LayerCandidate, allocate_faster, layer_candidates
+from einlinear.compression.allocation import allocate_faster
 from einlinear.compression.calibration import Calibration, InputStatistics
+from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, layer_candidates, members_by_layer
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport
+from einlinear.compression.forward_passes import Passes
 from einlinear.compression.layer_timing import LayerTimer
 from einlinear.compression.resume_cache import ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
@@ -27,6 +28,7 @@ from einlinear.conversion.replacement import put, structured_like
 from einlinear.nn import Linear
 from einlinear.nn.layer_kinds import weight_matrix
 from einlinear.nn.model_call import Batch, evaluating
+from einlinear.structures import Structure
 
 
 def compress(
@@ -70,7 +72,7 @@ def compress(
         A report to print: every layer, and their share of the whole model.
 
     Raises:
-        TypeError: a model, a budget or calibration data of the wrong type; batches that do not fit the forward pass.
+        TypeError: a model, a budget or calibration data of the wrong type; batches that the forward pass does not take.
         ValueError: no layer to compress, a budget that nothing reaches, no calibration data, weights or inputs that are
             not finite, a folder of another compression. The model is then unchanged.
         ModuleNotFoundError: scipy is not installed, or with a folder safetensors; the extra `pretrained` has both.
@@ -85,10 +87,7 @@ def compress(
     families = [structures] if isinstance(structures, str) else list(structures)
     batches = _check_arguments(model, budget, families, calibration, count, damping)
     is_cached = folder is not None or shared is not None
-    required = ("scipy", "safetensors") if is_cached else ("scipy",)
-    if missing := [package for package in required if find_spec(package) is None]:
-        advice = "Install them with:  pip install 'einlinear[pretrained]'"
-        raise ModuleNotFoundError(f"compress needs packages that are not installed ({', '.join(missing)}). {advice}")
+    _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
     # compiled code ignores new hooks
@@ -98,12 +97,13 @@ def compress(
         selection = select_layers(model, layers, batches)
         dense = selection.layers
         largest = budget * sum(layer.weight.numel() for layer in dense.values())
-        fitting, unfit = allocation.members_that_fit(dense, families, budget, count)
+        members, reasons = members_by_layer(dense, families, budget, count)
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
         config |= {"sequential": sequential, "only_if_faster": only_if_faster, **data_config}
         cache = ResumeCache(folder, config, "an unfinished compression")
-        measured = cache if shared is None else ResumeCache(shared, data_config, "errors of candidates")
+        shared_cache = cache if shared is None else ResumeCache(shared, data_config, "errors of candidates")
+        timer = LayerTimer(lambda done: report_progress("timing layers", done, len(dense)))
         report_progress("looking at the model", 1, 1)
 
         # 1. calibrate
@@ -112,85 +112,135 @@ def compress(
 
         # 2. measure the sensitivity to each layer, and the errors of its candidates
         probe = None if batches is None else SensitivityProbe(model, batches)
-        sensitivities = dict.fromkeys(dense, UNKNOWN)
-        candidates: dict[str, list[LayerCandidate]] = {}
-        comparing = partial(report_progress, "comparing structures")
-        for name, statistics in calibrated.statistics(calibrated.stages):
-            cached = _cached(measured, name, statistics, damping, partial(comparing, len(candidates), len(dense)))
-            if probe is not None:
-                measure = partial(measure_sensitivity, dense[name], probe)
-                sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
-            members = fitting[name]
-            candidates[name] = layer_candidates(dense[name], members, count, sensitivities[name], cached)
-        comparing(len(dense), len(dense))
+        compare = _Step("comparing structures", len(dense), damping, shared_cache, report_progress)
+        sensitivities, candidates = _compare(compare, calibrated, members, count, probe)
 
         # 3. allocate
-        timer = LayerTimer(lambda done: report_progress("timing layers", done, len(dense)))
-
-        def is_slower(name: str, spec: str) -> bool:
-            return only_if_faster and timer(dense[name], structured_like(dense[name], spec)).is_slower
-
-        def choose() -> dict[str, Any]:
-            chosen, slow = allocate_faster(candidates, int(largest), is_slower)
-            return {"structures": {name: candidate.spec for name, candidate in chosen.items()}, "slow": slow}
-
-        def decode(record: Any) -> dict[str, LayerCandidate]:
-            unfit.update(dict.fromkeys(record["slow"], "every structure tried is slower than the dense layer"))
-            return {name: {c.spec: c for c in candidates[name]}[record["structures"][name]] for name in dense}
-
-        chosen = cache.get_or("allocation", choose, decode)
+        chosen, slow = _allocate(cache, candidates, int(largest), dense, timer if only_if_faster else None)
+        reasons |= dict.fromkeys(slow, "every structure tried is slower than the dense layer")
 
         # 4. fit
         specs = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
-        fitted: dict[str, tuple[Linear, float, int]] = {}
-        stages = [stage for stage in calibrated.stages if not specs.keys().isdisjoint(stage.names)]
         passes = Passes(compressed, batches) if sequential and batches is not None else None
-        # with passes of the copy, each layer is fitted to the outputs of those before it, which are compressed already
-        for group in [stages] if passes is None else [[stage] for stage in stages]:
-            for name, statistics in calibrated.statistics(group, passes):
-                if name in specs:
-                    old, spec = dense[name], specs[name]
-                    fitting_layers = partial(report_progress, "fitting", len(fitted), len(specs))
-                    cached = _cached(cache, name, statistics, damping, fitting_layers)
-                    compute, decode_layer = partial(_fit_layer, old, spec, damping), partial(_fitted_layer, old, spec)
-                    fitted[name] = cached(spec, compute, decode_layer, True)
-            names = [name for stage in group for name in stage.names if name in fitted]
-            put(compressed, {id(compressed.get_submodule(name)): fitted[name][0] for name in names})
-        report_progress("fitting", len(fitted), len(specs))
+        fit = _Step("fitting", len(specs), damping, cache, report_progress)
+        fitted = _fit(fit, calibrated, specs, compressed, passes)
+
+    # 5. replace the layers of the model
     reports = []
     for name, layer in dense.items():
         size, expected, slope = layer.weight.numel(), chosen[name].error, sensitivities[name].slope
         if name not in fitted:
             unchanged = size, size, size, expected, 0.0, slope
-            reports.append(CompressedLayer(name, "dense", *unchanged, reason=unfit.get(name)))
+            reports.append(CompressedLayer(name, "dense", *unchanged, reason=reasons.get(name)))
             continue
         new, error, tokens = fitted[name]
         s, speed_up = new.structure, timer(layer, new)
         measures = size, s.params, s.macs, expected, error, slope
         reports.append(CompressedLayer(name, s.spec, *measures, speed_up, tokens / s.in_features if tokens else None))
     missed = sum(getattr(layer, count) for layer in reports) > largest
-    put(model, {id(dense[name]): new.train(dense[name].training) for name, (new, _, _) in fitted.items()})
+    put(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
     return CompressionReport(tuple(reports), tuple(selection.skipped), selection.coverage, budget if missed else None)
 
 
-def _cached(
-    cache: ResumeCache, name: str, collect: Callable[[], InputStatistics], damping: float, progress: Callable[[], None]
-) -> Callable[..., Any]:
-    """Return `ResumeCache.get_or` for results on a layer that follow from its inputs and their damped second moment."""
+class FittedLayer(NamedTuple):
+    """A structured layer, its relative squared error, and the number of tokens to whose outputs it was fitted."""
 
-    def get_or(content: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
-        def record() -> Any:
-            inputs = collect()
-            progress()
-            try:
-                return compute(inputs, inputs.damped(damping))
-            except (torch.linalg.LinAlgError, ValueError) as error:  # type: ignore[attr-defined]
-                advice = f"give more calibration data, or a larger damping than {damping:g}"
-                raise ValueError(f"{name} cannot be fitted to its inputs: {error}; {advice}") from error
+    layer: Linear
+    error: float
+    tokens: int
 
-        return cache.get_or(f"{content} of {name}", record, *how)
 
-    return get_or
+@dataclass(frozen=True)
+class _Step:
+    """A step of the pipeline that computes results layer by layer, from the inputs of each."""
+
+    name: str
+    layers: int
+    damping: float
+    cache: ResumeCache
+    progress: Callable[[str, int, int], None]
+
+    def cached(self, layer: str, done: int, collect: Callable[[], InputStatistics]) -> Callable[..., Any]:
+        """Return `ResumeCache.get_or` for functions of a layer's inputs and their damped second moment."""
+
+        def get_or(content: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
+            def record() -> Any:
+                inputs = collect()
+                self.report(done)
+                try:
+                    return compute(inputs, inputs.damped(self.damping))
+                except (torch.linalg.LinAlgError, ValueError) as error:  # type: ignore[attr-defined]
+                    advice = f"give more calibration data, or a larger damping than {self.damping:g}"
+                    raise ValueError(f"{layer} cannot be fitted to its inputs: {error}; {advice}") from error
+
+            return self.cache.get_or(f"{content} of {layer}", record, *how)
+
+        return get_or
+
+    def report(self, done: int) -> None:
+        self.progress(self.name, done, self.layers)
+
+
+def _compare(
+    step: _Step,
+    calibrated: Calibration,
+    members: Mapping[str, dict[str, list[Structure]]],
+    count: str,
+    probe: SensitivityProbe | None,
+) -> tuple[dict[str, Sensitivity], dict[str, list[LayerCandidate]]]:
+    """Return the sensitivity of the model's output to each layer, and the candidates with their errors."""
+    sensitivities = dict.fromkeys(calibrated.layers, UNKNOWN)
+    candidates: dict[str, list[LayerCandidate]] = {}
+    for name, statistics in calibrated.statistics(calibrated.stages):
+        layer, cached = calibrated.layers[name], step.cached(name, len(candidates), statistics)
+        if probe is not None:
+            measure = partial(measure_sensitivity, layer, probe)
+            sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
+        candidates[name] = layer_candidates(layer, members[name], count, sensitivities[name], cached)
+    step.report(len(candidates))
+    return sensitivities, candidates
+
+
+def _allocate(
+    cache: ResumeCache,
+    candidates: Mapping[str, Sequence[LayerCandidate]],
+    budget: int,
+    layers: Mapping[str, Any],
+    timer: LayerTimer | None,
+) -> tuple[dict[str, LayerCandidate], list[str]]:
+    """Return a candidate for every layer, and the layers whose structures are all slower than dense, with a timer."""
+
+    def is_slower(name: str, spec: str) -> bool:
+        return timer is not None and timer(layers[name], structured_like(layers[name], spec)).is_slower
+
+    def choose() -> dict[str, Any]:
+        chosen, slow = allocate_faster(candidates, budget, is_slower)
+        return {"structures": {name: candidate.spec for name, candidate in chosen.items()}, "slow": slow}
+
+    def decode(record: Any) -> tuple[dict[str, LayerCandidate], list[str]]:
+        specs = record["structures"]
+        return {name: {c.spec: c for c in candidates[name]}[specs[name]] for name in layers}, list(record["slow"])
+
+    return cache.get_or("allocation", choose, decode)
+
+
+def _fit(
+    step: _Step, calibrated: Calibration, specs: Mapping[str, str], compressed: nn.Module, passes: Passes | None
+) -> dict[str, FittedLayer]:
+    """Fit a layer of each structure, by name, and put it into the compressed model, of which these are passes."""
+    fitted: dict[str, FittedLayer] = {}
+    stages = [stage for stage in calibrated.stages if not specs.keys().isdisjoint(stage.names)]
+    # with passes each layer is fitted to the outputs of those before it, which are compressed already
+    for group in [stages] if passes is None else [[stage] for stage in stages]:
+        for name, statistics in calibrated.statistics(group, passes):
+            if name in specs:
+                old, spec, cached = calibrated.layers[name], specs[name], step.cached(name, len(fitted), statistics)
+                compute, decode = partial(_fit_layer, old, spec, step.damping), partial(_fitted_layer, old, spec)
+                fitted[name] = cached(spec, compute, decode, True)
+        names = [name for stage in group for name in stage.names if name in fitted]
+        put(compressed, {id(compressed.get_submodule(name)): fitted[name].layer for name in names})
+    step.report(len(fitted))
+    return fitted
 
 
 @torch.no_grad()
@@ -209,11 +259,11 @@ def _fit_layer(
     return layer.state_dict(), {"error": inputs.relative_error(weight, approximation), "tokens": inputs.tokens}
 
 
-def _fitted_layer(old: Any, spec: str, record: tuple[dict[str, Tensor], dict[str, Any]]) -> tuple[Linear, float, int]:
+def _fitted_layer(old: Any, spec: str, record: tuple[dict[str, Tensor], dict[str, Any]]) -> FittedLayer:
     tensors, facts = record
     layer = structured_like(old, spec)
     layer.load_state_dict(tensors)
-    return layer, float(facts["error"]), int(facts["tokens"])
+    return FittedLayer(layer, float(facts["error"]), int(facts["tokens"]))
 
 
 def _check_arguments(
@@ -240,3 +290,10 @@ def _check_arguments(
     if batches == []:
         raise ValueError("calibration has no batches")
     return batches
+
+
+def _check_packages(is_cached: bool) -> None:
+    required = ("scipy", "safetensors") if is_cached else ("scipy",)
+    if missing := [package for package in required if find_spec(package) is None]:
+        advice = "Install them with:  pip install 'einlinear[pretrained]'"
+        raise ModuleNotFoundError(f"compress needs packages that are not installed ({', '.join(missing)}). {advice}")

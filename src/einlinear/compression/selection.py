@@ -13,7 +13,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from einlinear.compression.activations import hooked, output_of
 from einlinear.conversion.conversion_report import Coverage, measure_coverage
-from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of, reason_to_skip, uncalled_layers
+from einlinear.conversion.eligibility import reason_to_skip
+from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of
+from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn.layer_kinds import features
 from einlinear.nn.model_call import Batch, call
 from einlinear.nn.names import as_globs, check_globs, matches_any

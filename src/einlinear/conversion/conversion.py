@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einlinear.conversion import replacement
 from einlinear.conversion.conversion_report import Conversion, ConversionReport, measure_coverage
-from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of, structured_like, uncalled_layers
+from einlinear.conversion.eligibility import has_hooks, reason_to_skip
+from einlinear.conversion.replacement import fused_experts, layers_of, linear_layers, owners_of, put, structured_like
+from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.layer_kinds import as_class, features, weight_matrix
 from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import Experts, check_experts
 from einlinear.nn.names import as_globs, check_globs, matches_any
-from einlinear.structures import DoesNotFit
+from einlinear.structures import DoesNotFit, Structure
 from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
 
@@ -73,6 +74,7 @@ def convert(
         >>> [(c.name, c.after, c.params) for c in report.converted]
         [('0', 'btt', 3072), ('2', 'low_rank(rank=8)', 2560)]
     """
+    # 1. check the arguments
     plan = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
     if not plan:
         raise ValueError("the mapping of globs to structures is empty")
@@ -84,61 +86,38 @@ def convert(
     _check_new_weights(weights, normalize, gamma, experts, active)
     for argument, group in globs.items():
         check_globs(group, [*linears, *fused], argument, "linear layer")
+    classes = _as_classes(classes)
+
+    # 2. match layers with structures, and find those that no structure can replace
     matched: dict[str, str] = {}
     for name in (*linears, *fused):
         spec = next((spec for glob, spec in plan.items() if fnmatchcase(name, glob)), None)
         if spec is not None and matches_any(name, globs["layers"]) and not matches_any(name, globs["exclude"]):
             matched[name] = spec
-    classes = _as_classes(classes)
-    reasons = {id(layer): replacement.reason_to_skip(layer, classes) for layer in linears.values()}
-    uncalled, owners = (
-        uncalled_layers(model, None if example_input is None else [example_input]),
-        owners_of(model),
-    )
+    reasons = fused | _reasons_to_skip(model, linears, matched, classes, example_input)
+
+    # 3. make the new layers
     mixture = {} if experts is None else {"experts": experts, "active": 2 if active is None else active}
-
-    def tied_elsewhere(module: Any, spec: str) -> str | None:
-        for name, other in owners[id(module.weight)]:
-            alike = name in linears and matched.get(name) == spec and type(other) is type(module)
-            if other is not module and (not alike or reasons[id(other)]):
-                return f"its weight is tied to {name}, which is not converted to the same structure"
-        return None
-
-    @torch.no_grad()
-    def new_layer(name: str, old: Any, spec: str) -> Linear | MoELinear:
-        s, is_zero = make_structure(spec, *features(old)), _is_zero(old.weight)
-        if weights == "project" and not is_zero:
-            projected = Linear.from_dense(old, s)
-            projected.dense_class = type(old)
-            return projected
-        is_normalized = s.spec != "dense" if normalize is True else matches_any(name, globs.get("normalize", ()))
-        has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
-        layer: Linear | MoELinear = structured_like(old, s, normalize=is_normalized, gamma=has_gamma, **mixture)
-        if is_zero:
-            # by its last factors the matrix is zero and can learn
-            for _, factors in s.by_term([factor.name for factor in s.factors]):
-                nn.init.zeros_(getattr(layer, factors[-1]))
-            if layer.bias is not None:
-                layer.bias.copy_(old.bias)
-        return layer
-
     new, by_weight = dict[int, nn.Module](), dict[tuple[int, str], nn.Module]()
     converted, skipped = list[Conversion](), list[tuple[str, str]]()
     for name, spec in matched.items():
         old: Any = linears.get(name)
         if id(old) in new:
             continue
-        reason = fused[name] if old is None else reasons[id(old)] or tied_elsewhere(old, spec) or uncalled.get(id(old))
-        if reason is not None:
-            skipped.append((name, reason))
+        if name in reasons:
+            skipped.append((name, reasons[name]))
             continue
         try:
-            layer = new_layer(name, old, spec)
+            s = make_structure(spec, *features(old))
+            is_normalized = s.spec != "dense" if normalize is True else matches_any(name, globs.get("normalize", ()))
+            has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
+            layer = _new_layer(old, s, weights, normalize=is_normalized, gamma=has_gamma, **mixture)
         except DoesNotFit as error:
             skipped.append((name, str(error)))
             continue
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        # layers that shared a weight share its factors
         first = by_weight.setdefault((id(old.weight), spec), layer)
         for key, parameter in first.named_parameters():
             if key != "bias":
@@ -147,8 +126,10 @@ def convert(
         converted.append(_conversion(name, old, layer, weights))
     if not converted:
         raise _nothing_converted(skipped, "no layer matches layers and structure, and is not excluded")
+
+    # 4. replace the old ones
     coverage = measure_coverage(model, [linears[c.name] for c in converted])
-    replacement.put(model, new)
+    put(model, new)
     return ConversionReport(tuple(converted), tuple(skipped), coverage)
 
 
@@ -172,13 +153,13 @@ def densify(model: nn.Module) -> ConversionReport:
         >>> report.params_before, report.params
         (1024, 4096)
     """
-    structured = replacement.layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
+    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
     new, weights = dict[int, nn.Module](), dict[tuple[int, ...], nn.Parameter]()
     converted = list[Conversion]()
     mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
     skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
-    hooked = {factors[name] for name, layer in structured.items() if replacement.has_hooks(layer)}
+    hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}
     for name, layer in structured.items():
         if factors[name] in hooked:
             skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
@@ -190,7 +171,7 @@ def densify(model: nn.Module) -> ConversionReport:
             converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, s.macs, entries))
     if not converted:
         raise _nothing_converted(skipped, "there is no structured layer in the model")
-    replacement.put(model, new)
+    put(model, new)
     return ConversionReport(tuple(converted), tuple(skipped))
 
 
@@ -215,6 +196,50 @@ def _as_classes(value: type[nn.Module] | Sequence[type[nn.Module]]) -> tuple[typ
     if isinstance(classes, list | tuple) and all(isinstance(c, type) and issubclass(c, nn.Linear) for c in classes):
         return tuple(classes)
     raise TypeError(f"classes must be a subclass of torch.nn.Linear, or a list of such, not {value!r}")
+
+
+def _reasons_to_skip(
+    model: nn.Module,
+    linears: Mapping[str, Any],
+    matched: Mapping[str, str],
+    classes: tuple[type[nn.Module], ...],
+    example_input: Batch | None,
+) -> dict[str, str]:
+    """Return why matched linear layers cannot be replaced, by name."""
+    ineligible = {id(layer): reason_to_skip(layer, classes) for layer in linears.values()}
+    uncalled = uncalled_layers(model, None if example_input is None else [example_input])
+    owners = owners_of(model)
+
+    def tied_elsewhere(layer: Any, spec: str) -> str | None:
+        for name, other in owners[id(layer.weight)]:
+            alike = name in linears and matched.get(name) == spec and type(other) is type(layer)
+            if other is not layer and (not alike or ineligible[id(other)]):
+                return f"its weight is tied to {name}, which is not converted to the same structure"
+        return None
+
+    reasons = {}
+    for name in matched.keys() & linears:
+        layer = linears[name]
+        reasons[name] = ineligible[id(layer)] or tied_elsewhere(layer, matched[name]) or uncalled.get(id(layer))
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+@torch.no_grad()
+def _new_layer(old: Any, s: Structure, weights: str, **config: Any) -> Linear | MoELinear:
+    """Return the structured layer that replaces another one; `config` is that of a layer with new weights."""
+    is_zero = _is_zero(old.weight)
+    if weights == "project" and not is_zero:
+        projected = Linear.from_dense(old, s)
+        projected.dense_class = type(old)
+        return projected
+    layer: Linear | MoELinear = structured_like(old, s, **config)
+    if is_zero:
+        # by its last factors the matrix is zero and can learn
+        for _, factors in s.by_term([factor.name for factor in s.factors]):
+            nn.init.zeros_(getattr(layer, factors[-1]))
+        if layer.bias is not None:
+            layer.bias.copy_(old.bias)
+    return layer
 
 
 @torch.no_grad()

@@ -56,7 +56,8 @@ def fuse(model: nn.Module, batches: Iterable[Batch] | None = None) -> FusionRepo
     if not is_unobserved():
         raise RuntimeError("fuse runs the model: call it outside of autocast, torch.func and dispatch modes")
     names = {module: name for name, module in model.named_modules()}
-    ready = _layers_of_fused_modules(model)
+    modules = {m: name for m, name in names.items() if isinstance(m, FeedForward) and isinstance(m.activation, str)}
+    ready = {layer for module in modules for layer in (module.up, module.gate, module.down)}
     candidates = [candidate for candidate in _candidates(model) if candidate.layer not in ready]
     trial = BlockTrial(module for module in names if is_plain(module) and module not in ready)
     failures: dict[tuple[nn.Module, int], str | None] = {}
@@ -84,7 +85,8 @@ def fuse(model: nn.Module, batches: Iterable[Batch] | None = None) -> FusionRepo
                 failure = failures[candidate.input] or "does not call it"
                 reason = f"could not be tried: {place}, run on random rows, {failure}. Give batches"
             skipped.setdefault(names[layer], reason)
-    return FusionReport(tuple(_describe(block, names) for block in blocks), tuple(skipped.items()))
+    described = tuple(_describe(block, names) for block in blocks)
+    return FusionReport(described, tuple(skipped.items()), tuple(modules.values()))
 
 
 def unfuse(model: nn.Module) -> None:
@@ -103,12 +105,6 @@ def unfuse(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, OpenBlocks | CloseBlocks)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-
-
-def _layers_of_fused_modules(model: nn.Module) -> set[nn.Module | None]:
-    """Return the layers of modules that run fused without any help."""
-    blocks = [m for m in model.modules() if isinstance(m, FeedForward) and isinstance(m.activation, str)]
-    return {layer for block in blocks for layer in (block.up, block.gate, block.down)}
 
 
 class _Candidate(NamedTuple):

@@ -44,13 +44,18 @@ class FusionReport:
     Attributes:
         blocks: in the order of their layers in the model.
         skipped: layers that look like the first of a block but are not, as (name, reason).
+        modules: names of `einlinear.FeedForward` modules, which run fused by themselves.
     """
 
     blocks: tuple[FusedBlock, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    modules: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [("up", "gate", "down", "activation", "runs")]
         rows += [(b.up, b.gate or "", b.down, b.activation, b.runs) for b in self.blocks]
-        lines = aligned(rows) if self.blocks else ["There is no feed-forward block of structured layers."]
+        lines = aligned(rows) if self.blocks else []
+        if self.modules:
+            lines.append(f"fused without fuse: {', '.join(name or 'the model' for name in self.modules)}")
+        lines = lines or ["There is no feed-forward block of structured layers."]
         return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped)])

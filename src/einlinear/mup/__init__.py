@@ -1,7 +1,19 @@
-"""Structure-aware muP: initialisation, learning rates per parameter, Muon, coordinate check."""
+"""Structure-aware muP: initialisation, learning rates, decay and eps per parameter, Muon, coordinate check."""
 
+from einlinear.mup.base_model import base_shapes
 from einlinear.mup.coordinates import Coordinates, coord_check
+from einlinear.mup.group_check import check_groups
+from einlinear.mup.hyperparameters import Hyperparameters
 from einlinear.mup.optim import Muon
-from einlinear.mup.parametrization import base_shapes, init_, param_groups
+from einlinear.mup.parametrization import init_, param_groups
 
-__all__ = ["Coordinates", "Muon", "base_shapes", "coord_check", "init_", "param_groups"]
+__all__ = [
+    "Coordinates",
+    "Hyperparameters",
+    "Muon",
+    "base_shapes",
+    "check_groups",
+    "coord_check",
+    "init_",
+    "param_groups",
+]

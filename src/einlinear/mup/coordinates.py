@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.mup.parametrization import Base, param_groups
+from einlinear.mup.base_model import Base
+from einlinear.mup.parametrization import param_groups
 from einlinear.nn.model_call import evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
 
 # inputs and targets, one sample per row
-Batch = tuple[Tensor, Tensor]
+TrainingBatch = tuple[Tensor, Tensor]
 
 _OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+def cross_entropy(model: nn.Module, batch: TrainingBatch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -49,7 +50,7 @@ class Coordinates:
 def coord_check(
     build: Callable[[int], nn.Module],
     widths: Sequence[int],
-    batches: Sequence[Batch],
+    batches: Sequence[TrainingBatch],
     probe: Tensor,
     *,
     lr: float,
@@ -57,7 +58,7 @@ def coord_check(
     layers: str | Sequence[str] = "*",
     steps: int = 100,
     optimizer: str = "adamw",
-    loss: Callable[[nn.Module, Batch], Tensor] = cross_entropy,
+    loss: Callable[[nn.Module, TrainingBatch], Tensor] = cross_entropy,
     progress: Callable[[int, int], None] | None = None,
     **groups: Any,
 ) -> list[Coordinates]:

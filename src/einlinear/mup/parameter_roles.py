@@ -12,11 +12,12 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from einlinear.nn.layer_kinds import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, Role, layer_info
+from einlinear.nn.layer_kinds import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, ParameterRole, layer_info
 from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.structures.scales import init_std, spectral_std
 
-Roles: TypeAlias = "Mapping[str, str] | None"
+# glob on qualified names -> kind of role
+RoleGlobs: TypeAlias = "Mapping[str, str] | None"
 
 ROLE_KINDS = ("input", "hidden", "output", "vector")
 
@@ -40,7 +41,7 @@ class Parameter:
     # of the full parameter, also if it is divided among processes
     shape: tuple[int, ...]
     module_class: str
-    role: Role
+    role: ParameterRole
     # whether the module stacks weights as (experts, in, out)
     transposed: bool = False
     is_inferred: bool = False
@@ -94,7 +95,7 @@ class Parameter:
         return replace(self, role=role or UNKNOWN, is_inferred=True)
 
 
-def parameters(model: nn.Module, roles: Roles = None) -> list[Parameter]:
+def parameters(model: nn.Module, roles: RoleGlobs = None) -> list[Parameter]:
     """Return every parameter of a model with its role, each tensor once. `roles` is as for `param_groups`."""
     rules = as_rules(roles, "roles")
     for glob, kind in rules.items():
@@ -170,7 +171,7 @@ def _module_parameters(module: nn.Module, prefix: str, shapes: Mapping[int, tupl
 
 def infer_role(
     name: str, owner: str, shape: Sequence[int], transposed: bool = False, base: Sequence[int] | None = None
-) -> Role | None:
+) -> ParameterRole | None:
     """Return the role of a parameter by name and shapes, or None if these contradict: docs/guides/transfer.md."""
     # the words of the name; "weight" and numbers stand for the names of what they belong to
     *parents, last = name.split(".")
@@ -198,9 +199,9 @@ def infer_role(
     return matrix_role(shape)
 
 
-def matrix_role(shape: Sequence[int], stacked: bool = False, transposed: bool = False) -> Role:
+def matrix_role(shape: Sequence[int], stacked: bool = False, transposed: bool = False) -> ParameterRole:
     """Return the role of a matrix (out, in, ...), or of a stack (n, out, in) that may be transposed, (n, in, out)."""
     if stacked and transposed:
-        return Role("hidden", shape[1], shape[2], stacked=True)
+        return ParameterRole("hidden", shape[1], shape[2], stacked=True)
     out_features, *rest = shape[1:] if stacked else shape
-    return Role("hidden", math.prod(rest), out_features, stacked=stacked)
+    return ParameterRole("hidden", math.prod(rest), out_features, stacked=stacked)

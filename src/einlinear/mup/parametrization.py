@@ -1,40 +1,27 @@
 """Structure-aware muP of whole models: parameter groups and initialisation."""
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from einlinear.mup.parameter_roles import Parameter, Roles, check_matches, matrix_role, parameters
-from einlinear.nn.layer_kinds import UNKNOWN, Role
+from einlinear.mup.base_model import Base, Shapes, depth_ratios, find_shapes, load_shapes
+from einlinear.mup.multipliers import DECAYS, Growth, Rule, decay_multiplier, eps_multiplier, lr_multiplier
+from einlinear.mup.parameter_roles import Parameter, RoleGlobs, check_matches, matrix_role, parameters
+from einlinear.nn.layer_kinds import UNKNOWN
 from einlinear.nn.linear import Factored
+from einlinear.nn.moe import Mixture
 from einlinear.nn.names import as_globs, as_rules
-from einlinear.structures.scales import adam_multipliers, muon_multipliers, sgd_multipliers
 
 # their update does not depend on the size of the gradient
 ADAM = ("adam", "adamw", "nadam", "radam", "adamax", "lion")
-_FACTOR_MULTIPLIERS = {"adam": adam_multipliers, "sgd": sgd_multipliers, "muon": muon_multipliers}
 
 logger = logging.getLogger("einlinear")
 
-Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Globs: TypeAlias = "str | Sequence[str] | None"
-Base: TypeAlias = "nn.Module | Shapes | str | Path | None"
-
-
-def base_shapes(model: nn.Module, roles: Roles = None) -> dict[str, list[int]]:
-    """Return the shapes of a base model by name, to be saved as JSON: [out, in] for structured layers and experts.
-
-    >>> import einlinear as el
-    >>> el.base_shapes(el.Linear(64, 256, "btt"))
-    {'weight': [256, 64], 'bias': [256]}
-    """
-    return {p.key: p.base_shape for p in parameters(model, roles)}
 
 
 def param_groups(
@@ -44,10 +31,12 @@ def param_groups(
     base: Base,
     optimizer: str = "adamw",
     weight_decay: float | None = None,
+    decay: str = "independent",
     eps: float | None = None,
+    alpha: float = 1.0,
     structure_aware: bool = True,
     lr_scale: Mapping[str, float] | None = None,
-    roles: Roles = None,
+    roles: RoleGlobs = None,
     hidden: Globs = None,
 ) -> list[dict[str, Any]]:
     """Return parameter groups with structure-aware learning rates, for any torch optimizer of the kind named.
@@ -58,11 +47,20 @@ def param_groups(
         model: the model to train; build the groups after wrapping it in FSDP2.
         lr: the learning rate of the dense base model.
         base: the model of base width, whose layers have the same names and may be dense or on the meta device; or its
-            `base_shapes`, as a mapping or as the path of a JSON file. None if this model has the base width.
+            `base_shapes`, as a mapping or as the path of a JSON file. None if this model has the base width. Of layers
+            that are numbered, such as blocks.0 to blocks.11, the base may have fewer: see `alpha`.
         optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.mup.Muon` for matrices (after arXiv
             2310.17813, condition 1) and AdamW for the rest, at the same `lr` (arXiv 2502.16982, section 2.2).
-        weight_decay: of parameters with two or more dimensions. None leaves it to the optimizer (torch's AdamW: 0.01).
-        eps: of Adam, for every group that Muon and SGD do not take. None leaves it to the optimizer.
+        weight_decay: of parameters with two or more dimensions, in the dense base model. None leaves it to the
+            optimizer, which takes one for all of them (torch's AdamW: 0.01).
+        decay: "independent": every full matrix shrinks by lr * weight_decay in a step, whatever its width and
+            structure. "coupled", torch's own: by the learning rate of its group * weight_decay, and a product of k
+            factors by k times that.
+        eps: of Adam, for gradients of the dense base model; groups have it times the size that their gradients are
+            expected to have over that. None leaves it to the optimizer, at one value for all. Not for Muon and SGD.
+        alpha: 0.5 to 1, in models deeper than the base: their residual branches must be multiplied by
+            (base depth / depth)^alpha, which is left to the model. With 1, learning rates do not change with the depth
+            (CompleteP, arXiv 2505.01618); with less, those of Adam and Muon by (depth / base depth)^(alpha - 1).
         structure_aware: False gives every factor the multiplier of a dense layer, as a control.
         lr_scale: glob on qualified names -> an additional multiplier; the first that matches counts.
         roles: glob on qualified names -> "input" (tables such as embeddings), "hidden" or "output" (matrices) or
@@ -75,19 +73,23 @@ def param_groups(
         (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm).
 
     Raises:
-        ValueError: an unknown optimizer, `hidden` without Muon, a glob that matches none, parameters that FSDP1 has
-            flattened, that the base lacks, or whose role is unknown.
+        ValueError: an unknown optimizer or `decay`, `alpha` out of range, `hidden` without Muon, a glob that matches
+            none, parameters that FSDP1 has flattened, that the base lacks, or whose role is unknown.
 
     Example:
         >>> import torch, einlinear as el
         >>> layer, base = el.Linear(256, 256, "btt"), torch.nn.Linear(64, 64)
         >>> groups = el.param_groups(layer, lr=1e-3, base=base, weight_decay=0.1)
         >>> [(g["param_names"], g["lr_mult"], g["weight_decay"]) for g in groups]
-        [(['A', 'B'], 2.0, 0.1), (['bias'], 1.0, 0.0)]
+        [(['A', 'B'], 2.0, 0.025), (['bias'], 1.0, 0.0)]
     """
     if optimizer not in (*ADAM, "sgd", "muon"):
         raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
-    params, shapes = _resolve(model, base, roles)
+    if decay not in DECAYS:
+        raise ValueError(f"decay must be {' or '.join(map(repr, DECAYS))}, not {decay!r}")
+    if not 0.5 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0.5 to 1, not {alpha}")
+    params, shapes, depths = _resolve(model, base, roles)
     scales, hidden_globs = as_rules(lr_scale, "lr_scale"), as_globs("*" if hidden is None else hidden, "hidden")
     check_matches(scales, params, "lr_scale")
     if hidden is not None:
@@ -98,17 +100,20 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in params:
         muon = optimizer == "muon" and p.role.is_matrix and any(p.matches(glob) for glob in hidden_globs)
-        rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
-        base_shape = shapes.get(p.key, p.base_shape)
-        multiplier = _lr_multiplier(p.role, rule, p.base_shape, base_shape, structure_aware)
+        rule: Rule = "muon" if muon else "sgd" if optimizer == "sgd" else "adam"
+        growth = Growth(p.base_shape, shapes.get(p.key, p.base_shape), depths[p.key], alpha)
+        multiplier = lr_multiplier(p.role, rule, growth, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
-        decay = 0.0 if p.role.kind == "vector" else weight_decay
-        optional = {"weight_decay": decay, "eps": eps if rule == "adam" else None}
         config: dict[str, Any] = {"lr": lr * multiplier, "lr_mult": multiplier}
-        config |= {key: value for key, value in optional.items() if value is not None}
+        if p.role.kind == "vector":
+            config["weight_decay"] = 0.0
+        elif weight_decay is not None:
+            config["weight_decay"] = weight_decay * decay_multiplier(p.role, decay, multiplier)
+        if eps is not None and rule == "adam":
+            config["eps"] = eps * eps_multiplier(p.role, growth)
         if muon:
             # 0.2 is the root mean square of Adam's updates over the learning rate (arXiv 2502.16982, section 2.2)
-            config |= {"matrix_view": p.matrix_view, "update_scale": 0.2 * math.sqrt(max(base_shape))}
+            config |= {"matrix_view": p.matrix_view, "update_scale": 0.2 * math.sqrt(max(growth.base))}
         # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
         key = (*config.items(), p.shape if muon else None, type(p.tensor))
         group = groups.setdefault(key, {"params": [], "param_names": [], **config})
@@ -120,7 +125,7 @@ def param_groups(
 
 
 @torch.no_grad()
-def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Roles = None) -> nn.Module:
+def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: RoleGlobs = None) -> nn.Module:
     """Initialise a model in place, with the structure-aware standard deviations of muP, and return it.
 
     Every matrix has standard deviation sqrt(min(fan_in, fan_out)) / fan_in. Biases of these layers and routers of
@@ -143,10 +148,9 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
         >>> bool(el.init_(model, zero="2")[2].weight.any())
         False
     """
-    params, _ = _resolve(model, base, roles)
+    params, *_ = _resolve(model, base, roles)
     _check_undivided(params)
     matrices = [p for p in params if p.role.is_matrix]
-    routers = [p for p in matrices if p.role.shares_input_with]
     if zero is None:
         zeros = _zero_parameters([p for p in matrices if not p.role.shares_input_with])
         if zeros:
@@ -163,23 +167,12 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
     for p in drawn:
         if p.role.structure is None:
             nn.init.normal_(p.tensor, std=p.init_std)
-    for p in (*zeros, *routers, *(p for p in params if not p.role.is_matrix and p.name in biases)):
+    for module in model.modules():
+        if isinstance(module, Mixture):
+            module.reset_router()
+    for p in (*zeros, *(p for p in params if not p.role.is_matrix and p.name in biases)):
         nn.init.zeros_(p.tensor)
     return model
-
-
-def _lr_multiplier(role: Role, rule: str, shape: Sequence[int], base: Sequence[int], structure_aware: bool) -> float:
-    # parameters without entries exist: DINOv3 has no register tokens by default
-    if role.is_scalar or 0 in (*shape, *base):
-        return 1.0
-    if not role.is_matrix:
-        return math.prod(shape) / math.prod(base) if rule == "sgd" else 1.0
-    (fan_out, fan_in), (base_out, base_in) = shape, base
-    aspect = (fan_out / fan_in) / (base_out / base_in)
-    width = {"adam": base_in / fan_in, "sgd": aspect, "muon": math.sqrt(aspect)}[rule]
-    if role.structure is None or not structure_aware:
-        return width
-    return width * _FACTOR_MULTIPLIERS[rule](role.structure)[role.factor]
 
 
 def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
@@ -196,18 +189,22 @@ def _warn_of_tied(params: Sequence[Parameter], shapes: Shapes) -> None:
             logger.warning("%s is shared by an embedding and a head. %s{%r: 'input'}", p.name, what, p.name)
 
 
-def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter], dict[str, Sequence[int]]]:
-    """Return every parameter with its role, described or inferred, and the shapes of the base model by key."""
+def _resolve(
+    model: nn.Module, base: Base, roles: RoleGlobs
+) -> tuple[list[Parameter], dict[str, Sequence[int]], dict[str, float]]:
+    """Return every parameter with its role, described or inferred; and by key, shapes in the base and depth ratios."""
     declared = parameters(model, roles)
-    shapes = _base_shapes_of(base, declared, roles)
+    current: Shapes = {p.key: p.base_shape for p in declared}
+    of_base = current if base is None else load_shapes(base, roles)
+    shapes, depths = find_shapes(declared, of_base), depth_ratios(current, of_base)
     params: list[Parameter] = []
     for p in declared:
         if p.role == UNKNOWN:
             in_base = shapes.get(p.key, p.shape)
             p = p.inferred(None if base is None else in_base)
             if p.role.is_matrix:
-                of_base = matrix_role(in_base, p.role.stacked, p.transposed)
-                shapes[p.key] = [of_base.out_features, of_base.in_features]
+                role = matrix_role(in_base, p.role.stacked, p.transposed)
+                shapes[p.key] = [role.out_features, role.in_features]
         params.append(p)
     if unknown := [p for p in params if p.role == UNKNOWN]:
         raise ValueError(
@@ -218,40 +215,10 @@ def _resolve(model: nn.Module, base: Base, roles: Roles) -> tuple[list[Parameter
     matrices = [p for p in params if p.is_inferred and p.role.is_matrix]
     tied = [p for p in params if p.is_tied]
     roles_taken = ("vectors or tables", "matrices", "matrices, though embeddings are tied to them")
-    for role, of_role in zip(roles_taken, (tables, matrices, tied)):
-        if of_role:
-            logger.info("taken for %s: %s; override with roles={glob: role}", role, _listed(of_role))
-    return params, shapes
-
-
-def _base_shapes_of(base: Base, params: Sequence[Parameter], roles: Roles) -> dict[str, Sequence[int]]:
-    current: dict[str, Sequence[int]] = {p.key: p.base_shape for p in params}
-    shapes: dict[str, Sequence[int]]
-    if base is None:
-        return current
-    if isinstance(base, nn.Module):
-        shapes = {**base_shapes(base, roles)}
-    elif isinstance(base, Mapping):
-        shapes = dict(base)
-    elif isinstance(base, str | Path):
-        shapes = json.loads(Path(base).read_text(encoding="utf-8"))
-    else:
-        raise TypeError(f"base must be a model, a mapping of shapes, the path of a JSON file or None, not {base!r}")
-    for p in params:
-        # gammas and the like learn at the base rate whether the base has them or not
-        if p.role.is_scalar:
-            continue
-        if p.key not in shapes and p.role.shares_input_with in shapes:
-            # a base without experts has no router
-            shapes[p.key] = [current[p.key][0], shapes[p.role.shares_input_with][1]]
-        # the base may have the tensor by another of its names
-        name = next((name for name in (p.key, *p.names) if name in shapes), None)
-        if name is None:
-            raise ValueError(f"the base has no {p.key!r}: it must be the same model at another width, with equal names")
-        shapes[p.key] = shapes[name]
-        if len(shapes[p.key]) != len(current[p.key]):
-            raise ValueError(f"{p.key!r} has shape {current[p.key]}, but {list(shapes[p.key])} in the base")
-    return shapes
+    for taken_for, these in zip(roles_taken, (tables, matrices, tied)):
+        if these:
+            logger.info("taken for %s: %s; override with roles={glob: role}", taken_for, _listed(these))
+    return params, shapes, depths
 
 
 def _listed(params: Sequence[Parameter]) -> str:

@@ -13,6 +13,7 @@ from einlinear.nn.feed_forward import FeedForward
 from einlinear.nn.linear import Linear
 from einlinear.ops.backends import find
 from einlinear.ops.context import autocast_dtype, wants_gradients
+from einlinear.ops.dispatch import backend_of_fused_blocks
 
 
 def explain(layer: Any, x: Tensor) -> ops.Choice:
@@ -39,7 +40,7 @@ def _explain_block(block: FeedForward, x: Tensor) -> ops.Choice:
     reason = block.reason_not_to_fuse(x)
     if reason is None:
         fused = "fused: a tile of tokens passes through all layers while it is in cache"
-        return _with_kernels(ops.Choice("cpu", fused), autocast_dtype(x) or x.dtype)
+        return _with_kernels(ops.Choice(backend_of_fused_blocks(), fused), autocast_dtype(x) or x.dtype)
     layers, training = {"up": block.up, "gate": block.gate, "down": block.down}, wants_gradients(x, *block.parameters())
     choices = {name: _explain_linear(layer, x, training) for name, layer in layers.items() if isinstance(layer, Linear)}
     first = next(iter(choices.values()), ops.Choice("reference", ""))
@@ -49,9 +50,10 @@ def _explain_block(block: FeedForward, x: Tensor) -> ops.Choice:
 
 def _explain_linear(layer: Linear, x: Tensor, training: bool) -> ops.Choice:
     dtype = autocast_dtype(x) or x.dtype
-    choice = ops.choose(layer.structure, x.shape[:-1].numel(), dtype, x.device, training)
-    return _with_kernels(choice, dtype) if choice.backend == "cpu" else choice
+    return _with_kernels(ops.choose(layer.structure, x.shape[:-1].numel(), dtype, x.device, training), dtype)
 
 
 def _with_kernels(choice: ops.Choice, dtype: torch.dtype) -> ops.Choice:
+    if choice.backend != "cpu":
+        return choice
     return replace(choice, kernels=find("cpu").module.load(dtype).origin)

@@ -21,7 +21,8 @@ class FeedForward(nn.Module):
 
     The layers `up`, `gate` and `down` are ordinary `Linear` modules. On the CPU the block runs fused where that is
     faster: a tile of tokens passes through all layers while it is in cache, so hidden features are never in memory, and
-    training saves x alone. The layers are called one after the other if one of them has hooks or was replaced, or if
+    training saves x alone. On CUDA it runs fused only with ``el.backend("triton")`` (experimental: not measured on a
+    GPU yet). The layers are called one after the other if one of them has hooks or was replaced, or if
     dropout is active. `einlinear.explain` says how a block runs, and why.
 
     Args:
@@ -106,12 +107,13 @@ class FeedForward(nn.Module):
         layers = (self.up, self.down) if self.gate is None else (self.up, self.gate, self.down)
         tokens, dtype = x.numel() // self.in_features, autocast_dtype(x) or x.dtype
         structures = [layer.structure for layer in layers]
-        return ops.reason_not_to_fuse(structures, tokens, dtype, x.device, torch.is_grad_enabled())
+        training = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return ops.reason_not_to_fuse(structures, tokens, dtype, x.device, training)
 
     def _reason_to_call_layers(self) -> str | None:
         """Return why the layers have to be called, rather than their weights be used, or None."""
         if not isinstance(self.activation, str):
-            return "the compiled kernel has no such activation"
+            return "fused blocks have no such activation"
         for name, layer in (("up", self.up), ("gate", self.gate), ("down", self.down)):
             if layer is not None and (reason := reason_to_call(layer)):
                 return f"{name} {reason}"

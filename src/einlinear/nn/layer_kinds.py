@@ -20,7 +20,7 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 
 
 @dataclass(frozen=True)
-class Role:
+class ParameterRole:
     """Role of a parameter in muP (Yang et al., arXiv 2203.03466, table 3). A plain linear layer is always "hidden"."""
 
     # "input" is a table, such as an embedding, and "output" a matrix with a fixed number of outputs, such as a router
@@ -43,14 +43,15 @@ class Role:
         return self.kind in ("hidden", "output")
 
 
-INPUT, VECTOR, SCALAR, UNKNOWN = Role("input"), Role("vector"), Role("vector", is_scalar=True), Role("unknown")
+INPUT, VECTOR = ParameterRole("input"), ParameterRole("vector")
+SCALAR, UNKNOWN = ParameterRole("vector", is_scalar=True), ParameterRole("unknown")
 
 
 @dataclass(frozen=True)
 class LayerInfo:
     """Description of a module without its children: roles of parameters by name, kind in conversion reports, MACs."""
 
-    roles: Mapping[str, Role] = field(default_factory=dict)
+    roles: Mapping[str, ParameterRole] = field(default_factory=dict)
     # for one token; None if they depend on more than the module
     macs: int | None = 0
     # for each pair of tokens of a sequence, as in attention
@@ -72,17 +73,17 @@ def layer_info(module: Any) -> LayerInfo | None:
         return module.layer_info()
     if is_linear(module):
         fan_in, fan_out = features(module)
-        roles = {"weight": Role("hidden", fan_in, fan_out), "bias": VECTOR}
+        roles = {"weight": ParameterRole("hidden", fan_in, fan_out), "bias": VECTOR}
         return LayerInfo(roles, fan_in * fan_out, category=LINEAR)
     if isinstance(module, nn.modules.conv._ConvNd):
         fan_in = module.in_channels // module.groups * math.prod(module.kernel_size)
-        roles = {"weight": Role("hidden", fan_in, module.out_channels), "bias": VECTOR}
+        roles = {"weight": ParameterRole("hidden", fan_in, module.out_channels), "bias": VECTOR}
         return LayerInfo(roles, macs=None, category=CONVOLUTION)
     if isinstance(module, nn.MultiheadAttention):
         width = module.embed_dim
         inputs = {"q_proj_weight": width, "k_proj_weight": module.kdim, "v_proj_weight": module.vdim}
-        roles = {name: Role("hidden", fan_in, width) for name, fan_in in inputs.items()}
-        roles["in_proj_weight"] = Role("hidden", width, 3 * width)
+        roles = {name: ParameterRole("hidden", fan_in, width) for name, fan_in in inputs.items()}
+        roles["in_proj_weight"] = ParameterRole("hidden", width, 3 * width)
         roles |= dict.fromkeys(("in_proj_bias", "bias_k", "bias_v"), VECTOR)
         return LayerInfo(roles, macs=None, category=PACKED)
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):

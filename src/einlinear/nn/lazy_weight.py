@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
-from einlinear.ops.context import wants_gradients, without_autocast
+from einlinear.ops.context import is_exported, is_transformed, wants_gradients, without_autocast
 
 if TYPE_CHECKING:
     from einlinear.nn import Linear, MoELinear
@@ -41,10 +40,8 @@ def weight_of(layer: Layer) -> Tensor:
     # operations that are recorded hide the uses of a tensor
     is_traced = (
         torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or is_exported()
+        or is_transformed()
         or any(isinstance(parameter, FakeTensor) for parameter in parameters)
         # torch.fx puts other objects in the places of parameters
         or not isinstance(getattr(layer, layer.structure.factors[0].name), Tensor)

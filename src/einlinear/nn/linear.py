@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.nn.layer_calls import compute_in_block
-from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, Role, SelfDescribing, weight_matrix
+from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, ParameterRole, SelfDescribing, weight_matrix
 from einlinear.nn.lazy_hidden import LazyHidden
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.weight_normalization import Matrix, normalize
@@ -25,6 +25,8 @@ class Factored(SelfDescribing):
     stack_shape: tuple[int, ...] = ()
     # of the stacked matrices, those that multiply a token
     active = 1
+    # whether `normalize` takes one RMS and one gamma for the whole stack of a factor
+    normalizes_stack = False
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class Factored(SelfDescribing):
         for factor in self.structure.factors:
             add(factor.name, (*self.stack_shape, *factor.shape))
             if self.has_gamma:
-                add(f"gamma_{factor.name}", self.stack_shape or (1,))
+                add(f"gamma_{factor.name}", (1,) if self.normalizes_stack else self.stack_shape or (1,))
         if bias:
             add("bias", (self.out_features,))
         else:
@@ -67,20 +69,25 @@ class Factored(SelfDescribing):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw every factor from a normal distribution of the structure-aware width; bias zero, gammas one."""
-        for factor, std in zip(self.structure.factors, init_std(self.structure), strict=True):
+        for factor, std in zip(self.structure.factors, self.init_stds(), strict=True):
             nn.init.normal_(getattr(self, factor.name), std=std)
             if self.has_gamma:
                 nn.init.ones_(getattr(self, f"gamma_{factor.name}"))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def init_stds(self) -> tuple[float, ...]:
+        """Return the standard deviations that `reset_parameters` draws the factors with."""
+        return init_std(self.structure)
+
     def factors(self) -> list[Tensor]:
         """Return the factors in the order of `structure.factors`, normalised if `normalize`."""
         factors = [self._parameter(factor.name) for factor in self.structure.factors]
         if not self.normalize:
             return factors
-        stds, stacked = init_std(self.structure), len(self.stack_shape)
-        matrices = [Matrix(std, shape, stacked) for std, shape in zip(stds, self.structure.shapes, strict=True)]
+        together, stacked = (self.stack_shape, 0) if self.normalizes_stack else ((), len(self.stack_shape))
+        sizes = zip(init_std(self.structure), self.structure.shapes, strict=True)
+        matrices = [Matrix(std, (*together, *shape), stacked) for std, shape in sizes]
         names = [factor.name for factor in self.structure.factors] if self.has_gamma else []
         return normalize(matrices, factors, [self._parameter(f"gamma_{name}") for name in names])
 
@@ -95,8 +102,8 @@ class Factored(SelfDescribing):
         return [p for name, p in self._parameters.items() if p is not None and name != "bias"]
 
     def layer_info(self) -> LayerInfo:
-        s = self.structure
-        roles = {f.name: Role("hidden", self.in_features, self.out_features, s, i) for i, f in enumerate(s.factors)}
+        s, size = self.structure, (self.in_features, self.out_features)
+        roles = {f.name: ParameterRole("hidden", *size, s, i) for i, f in enumerate(s.factors)}
         gammas = {f"gamma_{name}": SCALAR for name in roles}
         return LayerInfo({**roles, **gammas, "bias": VECTOR}, self.active * s.macs, category=STRUCTURED)
 

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -49,3 +49,17 @@ def uncompiled() -> AbstractContextManager[object]:
     """Return a context in which compiled models run as they were written."""
     # importing the compiler takes long: without it nothing is compiled
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def patched(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of one module; other libraries do so as well, and their method is restored."""
+    before = vars(module).get(name)
+    setattr(module, name, method)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)

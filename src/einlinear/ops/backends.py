@@ -26,13 +26,15 @@ class Entry(NamedTuple):
     recomputes: bool = False
     # made of torch's operators alone, so that torch.compile can fuse it
     fusible: bool = False
+    # in `einlinear.ops`, with functions `forward` and `backward` of whole feed-forward blocks; None if it has none
+    fused_blocks: str | None = None
 
 
 REGISTRY = {
     "reference": Entry(None, on_cpu=True, fusible=True),
     "batched": Entry("batched.batched_backend", on_cpu=True, fusible=True),
-    "cpu": Entry("cpu.cpu_backend", on_cpu=True, recomputes=True),
-    "triton": Entry("triton.triton_backend"),
+    "cpu": Entry("cpu.cpu_backend", on_cpu=True, recomputes=True, fused_blocks="cpu.fused_block"),
+    "triton": Entry("triton.triton_backend", fused_blocks="triton.chunked_block"),
 }
 BACKENDS = tuple(REGISTRY)
 CPU_BACKENDS = tuple(name for name, entry in REGISTRY.items() if entry.on_cpu)
@@ -70,6 +72,15 @@ def find(name: str) -> Backend:
     if module is None:
         raise ValueError(f"{name!r} consists of plain operators: choose a backend with a backward pass of its own")
     return Backend(importlib.import_module(f"einlinear.ops.{module}"))
+
+
+@cache
+def find_fused_blocks(name: str) -> Any:
+    """Return the module of a backend's fused blocks, imported at its first use. Raises ValueError if it has none."""
+    module = REGISTRY[check_name(name)].fused_blocks
+    if module is None:
+        raise ValueError(f"the backend {name!r} has no fused feed-forward blocks")
+    return importlib.import_module(f"einlinear.ops.{module}")
 
 
 def check_support(name: str, product: Product) -> None:

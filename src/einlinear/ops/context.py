@@ -90,7 +90,7 @@ def call_context(*tensors: Tensor | None) -> CallContext:
     """Return the context of a call with these tensors."""
     if torch.compiler.is_compiling():
         return CallContext.PLAIN if torch.compiler.is_exporting() else CallContext.TRACED
-    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
+    if is_exported() or is_transformed():
         return CallContext.PLAIN
     traced = torch._C._len_torch_dispatch_stack() > 0
     for tensor in tensors:
@@ -109,6 +109,7 @@ def is_ordinary() -> bool:
 
 def is_unobserved() -> bool:
     """Return whether nothing traces, transforms, observes or casts a call."""
+    # without calls of the functions below: small layers feel every microsecond
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -121,7 +122,12 @@ def is_unobserved() -> bool:
 
 def is_exported() -> bool:
     """Return whether torch.export, torch.jit.trace or an exporter on top of them records a call."""
-    return torch.compiler.is_exporting() or torch._C._is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func or a forward-mode derivative transforms a call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_differentiated_again(grad: Tensor, *others: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from einlinear import structures
-from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, unsupported
+from einlinear.ops.backends import BACKENDS, CPU_BACKENDS, REGISTRY, check_name, unsupported
 from einlinear.ops.context import forced
 from einlinear.ops.cost_model import DENSE, costs
 from einlinear.structures import Structure
@@ -18,10 +18,12 @@ from einlinear.structures import Structure
 F = TypeVar("F", bound=Callable[..., object])
 # weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
 CACHED = 2**18
-# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors: backward, threads add
-# to the gradients of all of them for every tile
-FUSED_TOKENS = 16
-FUSED_ENTRIES, FUSED_ENTRIES_TRAINING = 2**23, 2**20
+# a feed-forward block runs fused with no fewer tokens, and no more entries of all its factors
+FUSED_TOKENS, FUSED_ENTRIES = 16, 2**23
+# Backward, every thread has gradients of its own of all factors, to which it adds for every tile, so a block of more
+# entries than FUSED_ENTRIES_TRAINING needs many tokens. Every hidden feature costs the products that compute it again,
+# in place of writing and reading it.
+FUSED_ENTRIES_TRAINING, FUSED_TOKENS_TRAINING, FUSED_MACS_PER_FEATURE = 2**20, 1024, 384
 # layers of one input are stacked up to so many entries together: more leave the cache between two tiles of tokens
 STACKED_ENTRIES = 2**19
 
@@ -194,21 +196,37 @@ def reason_not_to_fuse(
     Args:
         structures: of its layers.
         tokens, dtype, device, training: as for `choose`.
-        backend: of the call; "cpu" fuses all that can be fused, as `einlinear.backend("cpu")` does.
+        backend: of the call; "cpu" fuses all that can be fused, as `einlinear.backend("cpu")` does. "triton", which is
+            experimental and not measured on a GPU yet, fuses where it is forced.
     """
+    name = backend_of_fused_blocks(backend)
     backend = backend or forced().backend
-    if backend not in (None, "cpu"):
+    if REGISTRY[check_name(name)].fused_blocks is None:
         return f"the backend {backend!r} is forced, which has no fused blocks"
     if backend is None:
         if tokens < FUSED_TOKENS:
             return f"fewer than {FUSED_TOKENS} tokens are faster layer by layer"
-        entries, limit = sum([s.params for s in structures]), FUSED_ENTRIES_TRAINING if training else FUSED_ENTRIES
-        if entries > limit:
-            return f"its factors have {entries:,} entries, but no more than {limit:,} stay in cache together"
+        entries = sum([structure.params for structure in structures])
+        if entries > FUSED_ENTRIES:
+            return f"its factors have {entries:,} entries, but no more than {FUSED_ENTRIES:,} stay in cache together"
+        if training and entries > FUSED_ENTRIES_TRAINING:
+            if tokens < FUSED_TOKENS_TRAINING:
+                return f"training with {entries:,} entries of factors needs {FUSED_TOKENS_TRAINING:,} tokens to pay"
+            macs = sum([structure.macs for structure in structures[:-1]]) // structures[-1].in_features
+            if macs > FUSED_MACS_PER_FEATURE:
+                return (
+                    f"a hidden feature costs {macs:,} multiply-accumulates, and its backward pass would compute it "
+                    f"again, which pays up to {FUSED_MACS_PER_FEATURE}"
+                )
     if training and forced().recompute is False:
         return "its backward pass computes hidden features again, but einlinear.backend(recompute=False) saves them"
-    why = unsupported("cpu", structures[0], dtype, device)
-    return None if why is None else f"the compiled kernel, which fuses blocks, cannot run: {why}"
+    why = unsupported(name, structures[0], dtype, device)
+    return None if why is None else f"the backend {name!r}, which fuses blocks, cannot run: {why}"
+
+
+def backend_of_fused_blocks(backend: str | None = None) -> str:
+    """Return the backend that runs feed-forward blocks if they are fused: that of a call, the forced one, or "cpu"."""
+    return backend or forced().backend or "cpu"
 
 
 def reason_not_to_stack(
@@ -237,7 +255,7 @@ def reason_not_to_stack(
 def _reason_not_to_stack(
     structure: Structure, layers: int, tokens: int, dtype: torch.dtype, device: torch.device, training: bool
 ) -> str | None:
-    # measured for 2 and 3 layers of 256 and 1024 features (examples/call_overhead.py): from here on forward passes
+    # measured for 2 and 3 layers of 256 and 1024 features (benchmarks/call_overhead.py): from here on forward passes
     # are 1.04 to 1.4 times as fast, with fewer tokens about even or slower
     entries, saved = layers * structure.params, (layers - 1) * tokens * structure.in_features
     if entries > STACKED_ENTRIES:
@@ -253,22 +271,23 @@ def _reason_not_to_stack(
 
 
 @assume_constant_result
-def fuses_for_compiler(
+def choose_fused_for_compiler(
     specs: Sequence[str],
     features: Sequence[int],
     dtype: torch.dtype,
     device: str,
     backend: str | None,
-) -> bool:
-    """Return whether torch.compile traces a block of these layers, up, down and gate, as a single operator.
+) -> str | None:
+    """Return the backend with which torch.compile traces a block as a single operator, or None if it traces layers.
 
-    The features are those of the input, the hidden layer and the output.
+    The layers are up, down and gate. The features are those of the input, the hidden layer and the output.
     """
     in_features, hidden_features, out_features = features
     sizes = ((in_features, hidden_features), (hidden_features, out_features), (in_features, hidden_features))
     layers = [structures.structure(spec, *size) for spec, size in zip(specs, sizes)]
     # for many tokens, as in `choose_for_compiler`
-    return reason_not_to_fuse(layers, 2048, dtype, torch.device(device), True, backend) is None
+    reason = reason_not_to_fuse(layers, 2048, dtype, torch.device(device), True, backend)
+    return backend_of_fused_blocks(backend) if reason is None else None
 
 
 def forget() -> None:

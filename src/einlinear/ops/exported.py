@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear import structures
-from einlinear.ops.batched.batched_backend import TOKENS, Step, plan
+from einlinear.ops.batched.matmul_plan import TOKENS, Step, plan
 from einlinear.ops.dispatch import assume_constant_result
 from einlinear.ops.operands import Product
 from einlinear.structures.pattern import Axes

@@ -24,7 +24,7 @@ from einlinear.ops.context import (
     is_differentiated_again,
     wants_gradients,
 )
-from einlinear.ops.dispatch import fuses_for_compiler, reason_not_to_fuse
+from einlinear.ops.dispatch import backend_of_fused_blocks, choose_fused_for_compiler, reason_not_to_fuse
 from einlinear.ops.feed_forward_block import Block, Weights
 from einlinear.ops.linear_function import backward_macs, features_of, linear, plain_gradients, structure_of
 from einlinear.ops.operands import Product
@@ -42,8 +42,10 @@ def feed_forward(
     """Compute a feed-forward block y = down(activation(up(x))), with a gate y = down(activation(gate(x)) * up(x)).
 
     On the CPU the compiled kernel runs the whole block on one tile of tokens after the other, so hidden features are
-    never in memory, and training saves x and the weights only. Where `ops.reason_not_to_fuse` gives a reason, and for
-    torch.func, torch.fx, export and tensor subclasses, the layers run one after the other, with `linear`.
+    never in memory, and training saves x and the weights only. The backend "triton" does so with chunks of tokens whose
+    hidden features fit in the L2 cache (experimental: not measured on a GPU yet), but only if it is asked for. Where
+    `ops.reason_not_to_fuse` gives a reason, as on CUDA by default, and for torch.func, torch.fx, export and tensor
+    subclasses, the layers run one after the other, with `linear`.
 
     Args:
         x: (..., in_features), as for `linear`; nested tensors included.
@@ -51,7 +53,8 @@ def feed_forward(
         down: the weights of the layer from the hidden features to (..., out_features).
         activation: one of `ops.ACTIVATIONS`.
         residual: whether x is added to y.
-        backend: as for `linear`. "cpu" fuses whatever can be fused, other backends run one layer after the other.
+        backend: as for `linear`. "cpu" and "triton" fuse whatever can be fused, other backends run one layer after the
+            other.
 
     Raises:
         ValueError: layers that do not fit one another, an unknown activation or backend.
@@ -90,7 +93,8 @@ def _feed_forward(block: Block, x: Tensor, tensors: Sequence[Tensor], backend: s
     """Return y of shape (n, out_features), computed as the context of the call demands."""
     context = CallContext.PLAIN if isinstance(x, fx.Proxy) else call_context(x, *tensors)
     training = context is not CallContext.PLAIN and wants_gradients(x, *tensors)
-    if context is CallContext.PLAIN or not _fuses(block, x, training, backend):
+    fusing = None if context is CallContext.PLAIN else _fusing_backend(block, x, training, backend)
+    if fusing is None:
         return _layer_by_layer(block, x, tensors, backend)
     if block.residual and autocast_dtype(x) not in (None, x.dtype):
         # autocast casts operands of products, not of sums
@@ -98,18 +102,21 @@ def _feed_forward(block: Block, x: Tensor, tensors: Sequence[Tensor], backend: s
     x, *tensors = autocast_operands(x, *tensors)
     if context is CallContext.TRACED:
         specs = [structure.spec for structure in block.structures]
-        return feed_forward_op(x, tensors, specs, block.features[1:], block.has_bias, block.activation, block.residual)  # type: ignore[no-any-return]
+        others = block.features[1:], block.has_bias, block.activation, block.residual
+        return feed_forward_op(x, tensors, specs, *others, fusing)  # type: ignore[no-any-return]
     if training:
-        return _FeedForward.apply(block, x, *tensors)  # type: ignore[no-untyped-call, no-any-return]
-    return _forward(block, x, tensors)
+        return _FeedForward.apply(fusing, block, x, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+    return _forward(fusing, block, x, tensors)
 
 
-def _fuses(block: Block, x: Tensor, training: bool, backend: str | None) -> bool:
+def _fusing_backend(block: Block, x: Tensor, training: bool, backend: str | None) -> str | None:
+    """Return the backend that runs the block fused, or None if its layers run one after the other."""
     dtype = autocast_dtype(x) or x.dtype
     if torch.compiler.is_compiling():
         specs = [structure.spec for structure in block.structures]
-        return fuses_for_compiler(specs, block.features, dtype, x.device.type, backend)
-    return reason_not_to_fuse(block.structures, x.shape[0], dtype, x.device, training, backend) is None
+        return choose_fused_for_compiler(specs, block.features, dtype, x.device.type, backend)
+    reason = reason_not_to_fuse(block.structures, x.shape[0], dtype, x.device, training, backend)
+    return backend_of_fused_blocks(backend) if reason is None else None
 
 
 def _layer_by_layer(block: Block, x: Tensor, tensors: Sequence[Tensor], backend: str | None) -> Tensor:
@@ -126,23 +133,18 @@ def _layer_by_layer(block: Block, x: Tensor, tensors: Sequence[Tensor], backend:
         raise
 
 
-def _forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    # when it is needed, since it takes time to import
-    from einlinear.ops.cpu import fused_block
-
+def _forward(backend: str, block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     if not _are_as_usual(block, x, tensors) and block.check(x, tensors):
         x, *tensors = [tensor.resolve_neg() for tensor in (x, *tensors)]
-    return fused_block.forward(block, x, tensors)
+    return backends.find_fused_blocks(backend).forward(block, x, tensors)  # type: ignore[no-any-return]
 
 
 def _backward(
-    block: Block, x: Tensor, tensors: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+    backend: str, block: Block, x: Tensor, tensors: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    from einlinear.ops.cpu import fused_block
-
     if not _are_as_usual(block, x, (*tensors, grad)) and block.check(x, tensors, grad):
         x, grad, *tensors = [tensor.resolve_neg() for tensor in (x, grad, *tensors)]
-    return fused_block.backward(block, x, tensors, grad, needed)
+    return backends.find_fused_blocks(backend).backward(block, x, tensors, grad, needed)  # type: ignore[no-any-return]
 
 
 def _are_as_usual(block: Block, x: Tensor, others: Sequence[Tensor]) -> bool:
@@ -161,19 +163,19 @@ def _operands(block: Block, n: int, itemsize: int) -> list[tuple[tuple[int, ...]
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, block: Block, x: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.block = block
+    def forward(ctx: Any, backend: str, block: Block, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.backend, ctx.block = backend, block
         ctx.save_for_backward(x, *tensors)
-        return _forward(block, x, tensors)
+        return _forward(backend, block, x, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         if is_differentiated_again(grad, *inputs):
-            return None, *plain_gradients(partial(ctx.block.compute, reference.apply), inputs, needed, grad)
+            return None, None, *plain_gradients(partial(ctx.block.compute, reference.apply), inputs, needed, grad)
         x, *tensors = inputs
-        return None, *_backward(ctx.block, x, tensors, grad, needed)
+        return None, None, *_backward(ctx.backend, ctx.block, x, tensors, grad, needed)
 
 
 def _block(
@@ -198,18 +200,20 @@ def _block(
     "einlinear::feed_forward",
     mutates_args=(),
     schema="(Tensor x, Tensor[] tensors, str[] specs, SymInt[] features, bool[] has_bias, str activation, "
-    "bool residual) -> Tensor",
+    "bool residual, str backend) -> Tensor",
 )
 def feed_forward_op(x: Tensor, tensors: Any, *arguments: Any) -> Tensor:
     """Compute a fused block without autograd: (n, in_features) to (n, out_features)."""
-    block = _block(features_of(x), *arguments)
-    _check_support(block, x)
-    return _forward(block, x, tensors)
+    *others, backend = arguments
+    block = _block(features_of(x), *others)
+    backends.check_support(backend, Product(block.structures[0], (), x))
+    return _forward(backend, block, x, tensors)
 
 
 @feed_forward_op.register_fake
 def _(x: Tensor, tensors: Any, *arguments: Any) -> Tensor:
-    block = _block(features_of(x), *arguments)
+    *others, _ = arguments
+    block = _block(features_of(x), *others)
     block.check(x, tensors, memory=False)
     return x.new_empty(x.shape[0], block.features[-1])
 
@@ -218,26 +222,22 @@ def _(x: Tensor, tensors: Any, *arguments: Any) -> Tensor:
     "einlinear::feed_forward_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor[] tensors, str[] specs, SymInt[] features, bool[] has_bias, "
-    "str activation, bool residual, bool[] needed) -> Tensor[]",
+    "str activation, bool residual, str backend, bool[] needed) -> Tensor[]",
 )
 def feed_forward_backward_op(grad: Tensor, x: Tensor, tensors: Any, *arguments: Any) -> list[Tensor]:
     """Return the gradients that are needed, of x and of the tensors."""
-    *others, needed = arguments
+    *others, backend, needed = arguments
     block = _block(features_of(x), *others)
-    _check_support(block, x)
-    return [gradient for gradient in _backward(block, x, tensors, grad, needed) if gradient is not None]
+    backends.check_support(backend, Product(block.structures[0], (), x))
+    return [gradient for gradient in _backward(backend, block, x, tensors, grad, needed) if gradient is not None]
 
 
 @feed_forward_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, tensors: Any, *arguments: Any) -> list[Tensor]:
-    *others, needed = arguments
+    *others, _, needed = arguments
     _block(features_of(x), *others).check(x, tensors, grad, memory=False)
     pairs = zip((x, *tensors), needed, strict=True)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needs in pairs if needs]
-
-
-def _check_support(block: Block, x: Tensor) -> None:
-    backends.check_support("cpu", Product(block.structures[0], (), x))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -263,11 +263,12 @@ def _register_flops() -> None:
 
     @register_flop_formula(torch.ops.einlinear.feed_forward)
     def _(x: Any, tensors: Any, *arguments: Any, **_: Any) -> int:
-        return 2 * int(x[0]) * _block(x[1], *arguments).macs
+        *others, _backend = arguments
+        return 2 * int(x[0]) * _block(x[1], *others).macs
 
     @register_flop_formula(torch.ops.einlinear.feed_forward_backward)
     def _(grad: Any, x: Any, tensors: Any, *arguments: Any, **_: Any) -> int:
-        *others, (needs_x, *needs_tensors) = arguments
+        *others, _backend, (needs_x, *needs_tensors) = arguments
         block = _block(x[1], *others)
         *first, (needs_down, _) = block.split(needs_tensors)
         # with no gradient of the hidden features, down has the only backward pass

@@ -19,7 +19,7 @@ _SAVED = "a saved intermediate"
 
 
 class Assignment(NamedTuple):
-    """The experts that every token is routed to, and their gates, which scale the inputs of the experts.
+    """The part of a routing that a product reads: the experts of every token, and gates that scale their inputs.
 
     Attributes:
         indices: (n, active), int64, the experts of every token, in any order and of any load.

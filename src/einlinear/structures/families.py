@@ -6,6 +6,7 @@ longer than the others (FSDP2 shards the first dimension), and the contracted ax
 
 import difflib
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from typing import Any
 
 from einlinear.structures.limits import MAX_SIZE, validate_size
 from einlinear.structures.pattern import Pattern, parse
-from einlinear.structures.sizes import DoesNotFit
+from einlinear.structures.sizes import DoesNotFit, greedy_sizes
 
 Builder = Callable[..., str]
+
+# how features are split into axes: balanced and padded where that helps, or as in the code of the papers
+SPLITS = ("balanced", "published")
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Family:
         name, builder: its name in specs, and the function from arguments to the text of a pattern.
         defaults: the default of every argument, by name; `inspect.Parameter.empty` if the argument is required.
         features: the ones of in_features and out_features that the builder takes as well.
+        needs_features: whether the builder cannot do without them: they have no default of None.
     """
 
     name: str
     builder: Builder
     defaults: Mapping[str, Any]
     features: Sequence[str]
+    needs_features: bool
 
     def check(self, arguments: Collection[str]) -> None:
         """Raise ValueError for an unknown or a missing argument."""
@@ -45,7 +51,9 @@ class Family:
         if missing := [f"{name}=" for name in required if name not in arguments]:
             raise ValueError(f"{self.name} needs {', '.join(missing)}")
 
-    def pattern(self, arguments: Mapping[str, Any], in_features: int, out_features: int) -> Pattern:
+    def pattern(
+        self, arguments: Mapping[str, Any], in_features: int | None = None, out_features: int | None = None
+    ) -> Pattern:
         """Return the pattern for these arguments and features. Raises what `check` and the builder raise."""
         self.check(arguments)
         sizes = {"in_features": in_features, "out_features": out_features}
@@ -78,7 +86,8 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
         name: an identifier that no family has.
         builder: a function of keyword arguments (a default makes one optional) that returns the text of a pattern.
             Parameters called in_features and out_features receive the size of the layer. For features that no member
-            of the family fits, it raises `DoesNotFit`.
+            of the family fits, it raises `DoesNotFit`. With a default of None they are left out where the arguments
+            are checked before a size is known.
         overwrite: whether to replace a family of this name. Existing structures keep their pattern.
 
     Raises:
@@ -100,7 +109,8 @@ def register_family(name: str, builder: Builder, *, overwrite: bool = False) -> 
         raise TypeError(f"the builder of {name!r} must name its arguments: no *args, **kwargs or positional-only")
     features = [parameter for parameter in parameters if parameter in ("in_features", "out_features")]
     defaults = {p: parameter.default for p, parameter in parameters.items() if p not in features}
-    FAMILIES[name] = Family(name, builder, defaults, features)
+    needs_features = any(parameters[feature].default is not None for feature in features)
+    FAMILIES[name] = Family(name, builder, defaults, features, needs_features)
     return builder
 
 
@@ -137,26 +147,41 @@ def _low_rank(rank: int | None = None) -> str:
     return f"i, r i, o r -> o where r={rank or 'features^1/2'}"
 
 
-def _kronecker() -> str:
+def _kronecker(split: str = "balanced", in_features: int | None = None, out_features: int | None = None) -> str:
     """W[(e d), (b a)] = B[e, b] A[d, a]."""
-    return "(b a), d a, e b -> (e d)"
+    sizes = _split_sizes("kronecker", split, ("ab", in_features), ("de", out_features))
+    return f"(b a), d a, e b -> (e d){_where(sizes)}"
 
 
-def _tt(rank: int = 1, cores: int = 2) -> str:
+def _tt(
+    rank: int = 1,
+    cores: int = 2,
+    split: str = "balanced",
+    in_features: int | None = None,
+    out_features: int | None = None,
+) -> str:
     """Tensor-train matrix: core k maps input axis k to output axis k, and neighbours share a rank axis."""
     inputs, outputs, ranks = _chain_axes("tt", rank, cores, "ab", "de")
     factors = [[outputs[k], *ranks[k : k + 1], *ranks[max(k - 1, 0) : k], inputs[k]] for k in range(cores)]
-    return _chain(inputs[::-1], factors, outputs[::-1], ranks, rank)
+    sizes = dict.fromkeys(ranks, rank) | _split_sizes("tt", split, (inputs, in_features), (outputs, out_features))
+    return _chain(inputs[::-1], factors, outputs[::-1], sizes)
 
 
-def _btt(rank: int = 1, cores: int = 2) -> str:
+def _btt(
+    rank: int = 1,
+    cores: int = 2,
+    split: str = "balanced",
+    in_features: int | None = None,
+    out_features: int | None = None,
+) -> str:
     """Block tensor-train: the cores also depend on the axes that they do not map (arXiv 2406.06248, section 3.2)."""
     inputs, outputs, ranks = _chain_axes("btt", rank, cores, "ag", "fe")
     factors = [
         [*inputs[:k:-1], *outputs[:k], *ranks[k : k + 1], outputs[k], inputs[k], *ranks[max(k - 1, 0) : k]]
         for k in range(cores)
     ]
-    return _chain(inputs[::-1], factors, outputs, ranks, rank)
+    sizes = dict.fromkeys(ranks, rank) | _split_sizes("btt", split, (inputs, in_features), (outputs, out_features))
+    return _chain(inputs[::-1], factors, outputs, sizes)
 
 
 def _monarch(blocks: int = 4, *, in_features: int, out_features: int) -> str:
@@ -215,12 +240,26 @@ def _chain_axes(family: str, rank: int, cores: int, inputs: str, outputs: str) -
     return [f"i{n}" for n in numbers], [f"o{n}" for n in numbers], [f"r{n}" for n in numbers[:-1]]
 
 
+def _split_sizes(family: str, split: str, *sides: tuple[Sequence[str], int | None]) -> dict[str, int]:
+    """Return the sizes of the axes of both sides: of "published" those of the papers' code, of "balanced" none."""
+    if split not in SPLITS:
+        raise ValueError(f"{family}: split must be one of {', '.join(SPLITS)}, not {split!r}")
+    if split == "balanced":
+        return {}
+    sized = ((axes, features) for axes, features in sides if features is not None)
+    sizes = (zip(axes, greedy_sizes(features, len(axes)), strict=True) for axes, features in sized)
+    return dict(itertools.chain.from_iterable(sizes))
+
+
 def _chain(
-    inputs: Sequence[str], factors: Sequence[Sequence[str]], outputs: Sequence[str], ranks: Sequence[str], rank: int
+    inputs: Sequence[str], factors: Sequence[Sequence[str]], outputs: Sequence[str], sizes: Mapping[str, int]
 ) -> str:
     cores = ", ".join(" ".join(axes) for axes in factors)
-    sizes = ", ".join(f"{axis}={rank}" for axis in ranks)
-    return f"({' '.join(inputs)}), {cores} -> ({' '.join(outputs)}) where {sizes}"
+    return f"({' '.join(inputs)}), {cores} -> ({' '.join(outputs)}){_where(sizes)}"
+
+
+def _where(sizes: Mapping[str, int]) -> str:
+    return f" where {', '.join(f'{axis}={size}' for axis, size in sizes.items())}" if sizes else ""
 
 
 for _builder in (_dense, _low_rank, _kronecker, _tt, _btt, _monarch, _dyad, _block_diagonal, _blast, _einsum):

@@ -34,6 +34,25 @@ def muon_multipliers(structure: Structure) -> tuple[float, ...]:
     return _multipliers(structure, lambda factor: math.sqrt(factor.fan_out / factor.fan_in / aspect))
 
 
+def gradient_scales(structure: Structure) -> tuple[float, ...]:
+    """Return the size of the gradient of every factor over that of a dense matrix, right after initialisation.
+
+    For inputs and gradients of outputs without correlation: a factor sees the input through the factors before it, the
+    gradient through those after it, and sums over all places where the step uses an entry.
+    """
+    scales = []
+    for term in structure.terms:
+        stds = [spectral_std(factor.fan_in, factor.fan_out) for factor in term.factors]
+        # a term sees the input as the others do, but its own share of the variance
+        share = len(structure.terms) ** (-(len(term.factors) - 1) / 2)
+        forward = [std * math.sqrt(factor.fan_in) for factor, std in zip(term.factors, stds)]
+        backward = [std * math.sqrt(factor.fan_out) for factor, std in zip(term.factors, stds)]
+        for i, factor in enumerate(term.factors):
+            uses = factor.macs / factor.params
+            scales.append(share * math.prod(forward[:i]) * math.prod(backward[i + 1 :]) * math.sqrt(uses))
+    return tuple(scales)
+
+
 def _multipliers(structure: Structure, ratio: Callable[[Factor], float]) -> tuple[float, ...]:
     # the k factors of a term move it together: each learns at 1 / k (arXiv 2406.06248, section 3; SGD after 2011.14522)
     return tuple(ratio(factor) / len(term.factors) for term in structure.terms for factor in term.factors)

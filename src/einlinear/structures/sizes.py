@@ -91,6 +91,18 @@ def candidate_sizes(pattern: Pattern, in_features: int, out_features: int) -> It
         yield {axis: every[axis] for axis in pattern.axes}
 
 
+def greedy_sizes(features: int, count: int) -> Sizes:
+    """Factorise as the code of arXiv 2406.06248: the prime factors, in ascending order, go to the smallest size so far.
+
+    >>> greedy_sizes(768, 2)
+    (16, 48)
+    """
+    sizes = [1] * count
+    for prime in _prime_factors(features):
+        sizes[sizes.index(min(sizes))] *= prime
+    return tuple(sorted(sizes))
+
+
 def _shared_size(axis: str, owners: list[Group], fixed: Mapping[str, int], targets: Mapping[str, float]) -> int:
     for group in owners:
         # if all other axes of the group are fixed, this one follows
@@ -203,16 +215,22 @@ class _Search:
 
 @lru_cache(maxsize=65536)
 def _divisors(n: int) -> tuple[int, ...]:
-    divisors, rest = [1], n
+    divisors = {1}
+    for prime in _prime_factors(n):
+        divisors |= {divisor * prime for divisor in divisors}
+    return tuple(sorted(divisors))
+
+
+def _prime_factors(n: int) -> Iterator[int]:
+    """Yield the prime factors in ascending order, each as often as it divides n."""
     for prime in _primes():
-        if prime * prime > rest:
+        if prime * prime > n:
             break
-        powers = [1]
-        while rest % prime == 0:
-            rest //= prime
-            powers.append(powers[-1] * prime)
-        divisors = [divisor * power for divisor in divisors for power in powers]
-    return tuple(sorted(divisors + [divisor * rest for divisor in divisors] if rest > 1 else divisors))
+        while n % prime == 0:
+            yield prime
+            n //= prime
+    if n > 1:
+        yield n
 
 
 @cache

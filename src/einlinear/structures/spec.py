@@ -111,9 +111,9 @@ def check_spec(spec: str) -> None:
     name, arguments = parse_family(spec)
     family = find_family(name)
     family.check(arguments)
-    # a builder that takes features may refuse some sizes only
-    if not family.features:
-        family.pattern(arguments, 1, 1)
+    # a builder that needs features may refuse some sizes only
+    if not family.needs_features:
+        family.pattern(arguments)
 
 
 def is_family(spec: str) -> bool:

@@ -23,7 +23,7 @@ from einlinear_lab.bench.machine import Roofline, measure_roofline
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.run import measure
 from einlinear_lab.bench.timing import interleave, spread
-from einlinear_lab.bench.variants import DENSE
+from einlinear_lab.bench.variants import DENSE, FUSED
 from einlinear_lab.models import GPT
 
 Row = dict[str, Any]
@@ -41,6 +41,10 @@ class Sizes:
 
     device: str = "cuda"
     structures: tuple[str, ...] = SUITES["gpu"].structures
+    # of feed-forward blocks, with four times as many hidden features
+    block_structures: tuple[str, ...] = ("btt", "low_rank(rank={d/8})")
+    block_features: tuple[int, ...] = (4096, 1024)
+    block_dtype: str = "bfloat16"
     # of mixtures and GPTs
     structure: str = "btt"
     features: tuple[int, ...] = (4096, 1024, 8192, 2048)
@@ -56,7 +60,21 @@ class Sizes:
 
 # structures of few kernels, as Triton's interpreter is slow
 TINY = Sizes(
-    "cpu", ("low_rank(rank=4)", "dyad(blocks=2)"), "block_diagonal(blocks=2)", (16,), 17, (8,), (8,), 8, 8, 1, 0.0
+    device="cpu",
+    structures=("low_rank(rank=4)", "dyad(blocks=2)"),
+    block_structures=("low_rank(rank=2)",),
+    block_features=(4,),
+    # the interpreter truncates to bfloat16 instead of rounding
+    block_dtype="float32",
+    structure="block_diagonal(blocks=2)",
+    features=(16,),
+    tokens=17,
+    mixtures=(8,),
+    widths=(8,),
+    context=8,
+    d_head=8,
+    depth=1,
+    budget=0.0,
 )
 
 
@@ -71,6 +89,21 @@ def layers(sizes: Sizes, compiled: bool) -> Items:
     """Measure layers by all variants; `compiled` adds torch.compile."""
     config = BenchConfig(sizes.budget, BACKENDS, compiled)
     return {str(case): partial(_measure_layer, case, config) for case in layer_cases(sizes)}
+
+
+def block_cases(sizes: Sizes) -> list[Case]:
+    """Return the cases of feed-forward blocks, gated and not, size by size."""
+    suite = dataclasses.replace(SUITES["gpu"], structures=sizes.block_structures, device=sizes.device)
+    blocks, dtypes = SUITES["blocks"].blocks, (sizes.block_dtype,)
+    suite = dataclasses.replace(suite, tokens=(sizes.tokens,), blocks=blocks, dtypes=dtypes)
+    grids = (dataclasses.replace(suite, sizes=((d, 4 * d),)).cases() for d in sizes.block_features)
+    return [case for grid in grids for case in grid]
+
+
+def blocks(sizes: Sizes) -> Items:
+    """Measure feed-forward blocks: dense, one layer after the other by backend, and fused by the Triton kernels."""
+    config = BenchConfig(sizes.budget, BACKENDS)
+    return {str(case): partial(_measure_layer, case, config) for case in block_cases(sizes)}
 
 
 @cache
@@ -127,7 +160,10 @@ def _measure_mixture(case: Case, budget: float) -> Row:
 
 
 def gpts(sizes: Sizes) -> Items:
-    """Measure training steps of a dense and a structured GPT on random characters: bf16 autocast, AdamW."""
+    """Measure training steps of a dense and a structured GPT on random characters: bf16 autocast, AdamW.
+
+    The structured one runs layer by layer with every backend, and with fused feed-forward blocks.
+    """
     return {f"width {width}, depth {sizes.depth}": partial(_measure_gpts, sizes, width) for width in sizes.widths}
 
 
@@ -138,7 +174,9 @@ def _measure_gpts(sizes: Sizes, width: int) -> Row:
 
     def step(model: GPT, optimizer: torch.optim.Optimizer, name: str | None) -> None:
         optimizer.zero_grad()
-        with backend(name), torch.autocast(sizes.device, torch.bfloat16):
+        # fused blocks compute hidden features again
+        choice = (TRITON, None) if name == FUSED else (name, False)
+        with backend(choice[0], recompute=choice[1]), torch.autocast(sizes.device, torch.bfloat16):
             loss = F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
         loss.backward()
         optimizer.step()
@@ -147,7 +185,7 @@ def _measure_gpts(sizes: Sizes, width: int) -> Row:
     for structure in ("dense", sizes.structure):
         model = GPT(_VOCAB, width, structure=structure, **config).to(sizes.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        for name in (None,) if structure == "dense" else BACKENDS:
+        for name in (None,) if structure == "dense" else (*BACKENDS, FUSED):
             calls[name or DENSE] = partial(step, model, optimizer, name)
             parameters[name or DENSE] = sum(p.numel() for p in model.parameters())
     return {"pass": "train", "failed": [], "parameters": parameters, **_timed(calls, sizes.device, 12 * sizes.budget)}

@@ -1,7 +1,7 @@
 """The variants of a case.
 
 Layers: `torch.nn.Linear`, `el.Linear` as dispatched and by each backend, and the baselines. Feed-forward blocks: of
-`torch.nn.Linear`, of `el.Linear` one after the other, `el.FeedForward` as dispatched, and fused.
+`torch.nn.Linear`, of `el.Linear` one after the other, also by each backend, `el.FeedForward` as dispatched, and fused.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def make_variants(
 ) -> tuple[list[Variant], dict[str, str]]:
     """Return the variants that can run, el.Linear first, and the reason why each of the others cannot."""
     if p.case.is_block:
-        return _make_block_variants(p)
+        return _make_block_variants(p, backends or ())
     (layer,), (structure,), factors = p.layers, p.structures, p.factors
     bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
     variants = [Variant(OURS, factors, layer)]
@@ -177,18 +177,21 @@ def make_block(p: Workload) -> FeedForward:
     return block
 
 
-def _make_block_variants(p: Workload) -> tuple[list[Variant], dict[str, str]]:
-    block = make_block(p)
+def _make_block_variants(p: Workload, backends: Sequence[str]) -> tuple[list[Variant], dict[str, str]]:
+    """Fused blocks run with the backend "triton" if it is among the backends, else with "cpu"."""
+    block, fusing = make_block(p), "triton" if "triton" in backends else "cpu"
 
-    def fused(x: Tensor) -> Tensor:
-        with ops.backend("cpu"):
-            return cast(Tensor, block(x))
+    def by(backend: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with ops.backend(backend):
+            return forward(x)
 
-    forwards: dict[str, Callable[[Tensor], Tensor]] = {OURS: partial(p.through, p.layers), BLOCK: block}
-    with ops.backend("cpu"):
+    by_layers = partial(p.through, p.layers)
+    forwards: dict[str, Callable[[Tensor], Tensor]] = {OURS: by_layers, BLOCK: block}
+    forwards |= {name: partial(by, name, by_layers) for name in backends}
+    with ops.backend(fusing):
         refusal = block.reason_not_to_fuse(p.x)
     if refusal is None:
-        forwards[FUSED] = fused
+        forwards[FUSED] = partial(by, fusing, block)
     variants = [Variant(name, p.factors, forward) for name, forward in forwards.items()]
     return variants, {FUSED: refusal} if refusal else {}
 

@@ -73,7 +73,7 @@ def compress_command(
     from transformers.utils import logging
 
     from einlinear import compression
-    from einlinear.compression.allocation import DEFAULT_FAMILIES
+    from einlinear.compression.candidates import DEFAULT_FAMILIES
     from einlinear.compression.compression_report import HEADINGS
     from einlinear_lab.pretrained.documents import read_documents, text_batches
     from einlinear_lab.pretrained.generation_speed import model_speeds

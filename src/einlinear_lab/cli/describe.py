@@ -10,7 +10,7 @@ import typer
 
 import einlinear
 from einlinear import ops
-from einlinear.ops.batched.batched_backend import plan as make_plan
+from einlinear.ops.batched.matmul_plan import plan as make_plan
 from einlinear.structures import Structure
 from einlinear.structures.scales import adam_multipliers, init_std
 from einlinear_lab.cli import display

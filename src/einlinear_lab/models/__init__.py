@@ -1,4 +1,4 @@
-"""Reference models of the papers, with any linear layer structured; each is built from its config."""
+"""Reference models with any linear layer structured; each is built from its config."""
 
 from einlinear_lab.models.causal_lm import OPT, OPTConfig, Pythia, PythiaConfig
 from einlinear_lab.models.config import ModelConfig, ReferenceModel, Shape

@@ -19,16 +19,22 @@ from einlinear.nn.linear import Linear
 from einlinear.nn.moe import MoEFeedForward, MoELinear
 from einlinear.structures import DoesNotFit, Structure
 from einlinear.structures import structure as make_structure
-from einlinear_lab.models.config import DENSE, ModelConfig
+from einlinear_lab.models.config import DENSE, PAPER_2, FeedForwardConfig
+from einlinear_lab.models.published import (
+    FanInScale,
+    PublishedMoEFeedForward,
+    PublishedMoELinear,
+    published_arguments,
+)
 
 # Makes the linear layer of a role, as `Layers.linear` does.
 MakeLayer: TypeAlias = Callable[..., nn.Module]
 
 
 class Layers:
-    """Makes the linear layers and blocks of a model from its config: structures, experts and `normalize`."""
+    """Makes the linear layers and blocks of a model from its config: structures, experts, `normalize` and `paper`."""
 
-    def __init__(self, config: ModelConfig, *, bias: bool = True) -> None:
+    def __init__(self, config: FeedForwardConfig, *, bias: bool = True) -> None:
         self.config, self.bias = config, bias
 
     def linear(self, role: str, in_features: int, out_features: int, *, gamma: bool = True) -> nn.Module:
@@ -37,39 +43,48 @@ class Layers:
         structure = c.roles.get(role, c.structure)
         if c.experts is None or c.routed == "feed_forward":
             return self.single(in_features, out_features, structure, gamma=gamma)
-        made = make_structure(structure, in_features, out_features)
+        made = self._structure(structure, in_features, out_features)
         sizes = (in_features, out_features, made, c.experts, c.active, self.bias)
-        return MoELinear(*sizes, normalize=self._normalizes(made), gamma=gamma)
+        kind = PublishedMoELinear if c.paper else MoELinear
+        return kind(*sizes, normalize=self._normalizes(made), gamma=gamma or c.paper is not None)
 
     def single(
         self, in_features: int, out_features: int, structure: str | None = None, *, gamma: bool = True
     ) -> nn.Module:
         """Make a linear layer without experts, such as the first or last of a model."""
-        made = make_structure(structure or self.config.structure, in_features, out_features)
+        paper, made = self.config.paper, self._structure(structure, in_features, out_features)
         if made.spec == DENSE:
-            return DenseLinear(in_features, out_features, made, self.bias)
-        return Linear(in_features, out_features, made, self.bias, self._normalizes(made), gamma=gamma)
+            return (PublishedDenseLinear if paper else DenseLinear)(in_features, out_features, made, self.bias)
+        has_gamma = gamma and (paper != PAPER_2 or made.spec.partition("(")[0] == "btt")
+        return Linear(in_features, out_features, made, self.bias, self._normalizes(made), gamma=has_gamma)
 
-    def feed_forward(self, multiplier: float = 1.0) -> nn.Module:
+    def feed_forward(self) -> nn.Module:
         c = self.config
+        multiplier = c.branch_multiplier
         if c.experts is None or c.routed == "linear":
             return ResidualFeedForward(c.width, self.linear, c.expansion, bias=self.bias, multiplier=multiplier)
-        normalize = self._normalizes(make_structure(c.structure, c.width, c.expansion * c.width))
-        sizes = (c.width, c.experts, c.active, c.structure, c.expansion)
-        return MoEFeedForward(*sizes, bias=self.bias, normalize=normalize, multiplier=multiplier)
+        made = self._structure(None, c.width, c.expansion * c.width)
+        sizes = (c.width, c.experts, c.active, made.spec, c.expansion)
+        kind = PublishedMoEFeedForward if c.paper else MoEFeedForward
+        return kind(*sizes, bias=self.bias, normalize=self._normalizes(made), multiplier=multiplier)
 
     def blocks(self, **attention: Any) -> nn.Sequential:
         """Make `depth` blocks: feed-forward alone, or transformer blocks with this config of `Attention`."""
-        c, multiplier = self.config, attention.get("multiplier", 1.0)
+        c = self.config
 
         def block() -> nn.Module:
             if not attention:
                 return self.feed_forward()
-            return TransformerBlock(
-                Attention(c.width, layer=self.linear, bias=self.bias, **attention), self.feed_forward(multiplier)
-            )
+            options = {"bias": self.bias, "multiplier": c.branch_multiplier, **attention}
+            return TransformerBlock(Attention(c.width, layer=self.linear, **options), self.feed_forward())
 
         return nn.Sequential(*(block() for _ in range(c.depth)))
+
+    def _structure(self, spec: str | None, in_features: int, out_features: int) -> Structure:
+        """Make the structure of a layer, by default that of the config."""
+        spec = spec or self.config.structure
+        arguments = published_arguments(spec) if self.config.paper else {}
+        return make_structure(spec, in_features, out_features, **arguments)
 
     def _normalizes(self, structure: Structure) -> bool:
         return getattr(self.config, "normalize", False) and structure.spec != DENSE
@@ -81,6 +96,10 @@ class DenseLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         (weight,) = self.factors()
         return F.linear(x, weight, self.bias)
+
+
+class PublishedDenseLinear(FanInScale, DenseLinear):
+    """`DenseLinear` as in the code of the papers: a layer with fewer outputs than inputs starts larger."""
 
 
 class ResidualFeedForward(nn.Module):

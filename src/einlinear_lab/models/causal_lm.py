@@ -37,6 +37,10 @@ class CausalLMConfig(ModelConfig):
         super().__post_init__()
         if self.experts is not None:
             raise ValueError(f"model={self.NAME} has no mixtures of experts: choose model=gpt, or leave out experts")
+        if self.base_depth is not None:
+            raise ValueError(
+                f"model={self.NAME} has no multiplier of its branches, which base_depth needs: leave it out"
+            )
 
     def build(self, shape: Shape) -> ReferenceModel:
         kind = OPT if isinstance(self, OPTConfig) else Pythia

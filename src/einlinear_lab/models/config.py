@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,8 @@ DENSE = "dense"
 ROUTED = ("linear", "feed_forward", "both")
 # Queries, keys and values; output of the attention; hidden layer and output of a feed-forward network.
 ROLES = ("attention_in", "attention_out", "up", "down")
+# The papers whose models have a variant, by arXiv number.
+PAPER_1, PAPER_2 = "2406.06248", "2410.02117"
 # Options that have no effect without experts.
 OF_EXPERTS = ("active", "routed")
 
@@ -82,6 +85,9 @@ class ModelConfig(ABC):
         depth: number of residual blocks.
         expansion: width of the blocks' hidden layers over `width`.
         base_width, base_expansion: of the dense model that the learning rate refers to, elsewhere the same.
+        base_depth: of that model, if it has another; branches are then multiplied by those of the base times
+            (base_depth / depth)^alpha. None: `depth`.
+        alpha: 1 (CompleteP, arXiv 2505.01618) to 0.5, see `einlinear.param_groups`.
         experts: number of experts of the mixtures in the blocks; None: no mixtures.
         active: experts that each token is routed to.
         routed: layers that are mixtures: "linear", every linear layer of the blocks; "feed_forward", whole feed-forward
@@ -103,14 +109,17 @@ class ModelConfig(ABC):
     expansion: int = 4
     base_width: int = 64
     base_expansion: int = 4
+    base_depth: int | None = None
+    alpha: float = 1.0
     experts: int | None = None
     active: int = 2
     routed: str = "linear"
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "expansion", "base_width", "base_expansion"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("width", "depth", "expansion", "base_width", "base_expansion", "base_depth"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if self.routed not in ROUTED:
             raise ValueError(f"routed must be {' or '.join(ROUTED)}, not {self.routed!r}")
         if self.experts is not None:
@@ -130,12 +139,22 @@ class ModelConfig(ABC):
         return shape.context
 
     def base(self, shape: Shape) -> ReferenceModel:
-        """Build the model that learning rates refer to: dense, of base_width; on the meta device."""
+        """Build the model that learning rates refer to: dense, of base_width and base_depth; on the meta device."""
         structures = [field.name for field in fields(self) if field.name.endswith("structure")]
         changes: dict[str, Any] = {name: DENSE for name in structures if getattr(self, name) is not None}
-        changes |= {"width": self.base_width, "expansion": self.base_expansion}
+        changes |= {"width": self.base_width, "expansion": self.base_expansion, "depth": self.base_depth or self.depth}
         with torch.device("meta"):
             return replace(self, **changes).build(shape)
+
+    @property
+    def branch_multiplier(self) -> float:
+        """What the branches of all blocks are multiplied by."""
+        base_depth = self.base_depth or self.depth
+        return self._branch_multiplier(base_depth) * math.pow(base_depth / self.depth, self.alpha)
+
+    def _branch_multiplier(self, depth: int) -> float:
+        """Return the multiplier of a model of that depth, by itself."""
+        return 1.0
 
     @property
     def roles(self) -> dict[str, str]:
@@ -150,10 +169,27 @@ class FeedForwardConfig(ModelConfig):
 
     Attributes:
         up_structure, down_structure: of the hidden layers and of the outputs of the feed-forward networks.
+        paper: arXiv number of the paper whose published model is built, see there; None: the default model. With a
+            paper the families btt, tt and kronecker have split="published", unless a split is named.
+        PAPERS: papers with a variant of this model.
+
+    Raises:
+        ValueError: also a paper without a variant of this model, or experts in a variant of arXiv 2406.06248.
     """
+
+    PAPERS: ClassVar[tuple[str, ...]] = (PAPER_1,)
 
     up_structure: str | None = None
     down_structure: str | None = None
+    paper: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paper not in (None, *self.PAPERS):
+            papers = " or ".join(self.PAPERS)
+            raise ValueError(f"model={self.NAME} has variants of paper={papers}, not of {self.paper!r}")
+        if self.paper == PAPER_1 and self.experts is not None:
+            raise ValueError(f"paper={PAPER_1} has no mixtures of experts: choose model=gpt paper={PAPER_2}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""The residual MLP, vision transformer and GPT of arXiv 2406.06248 and 2410.02117, with any linear layer structured."""
+"""A residual MLP, a vision transformer and a GPT with any linear layer structured.
+
+All three are after arXiv 2406.06248 and 2410.02117, with changes; ``paper=`` builds the published models.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ from torch import Tensor, nn
 
 from einlinear.structures import DoesNotFit
 from einlinear_lab.models.blocks import Layers
-from einlinear_lab.models.config import DENSE, FeedForwardConfig, ReferenceModel, Shape, TransformerConfig
+from einlinear_lab.models.config import (
+    DENSE,
+    PAPER_1,
+    PAPER_2,
+    FeedForwardConfig,
+    ReferenceModel,
+    Shape,
+    TransformerConfig,
+)
 from einlinear_lab.models.macs import macs_per_token
 
 
@@ -36,7 +47,11 @@ class MLPConfig(FeedForwardConfig):
 
 
 class ResidualMLP(ReferenceModel):
-    """An input layer, residual blocks and a dense head.
+    """An input layer, residual blocks, a LayerNorm and a dense head.
+
+    ``paper="2406.06248"`` is the published model: a GELU follows the input layer, no LayerNorm precedes the head, and
+    dense layers start with a standard deviation of 1 / sqrt(in_features). The input layer learns at a tenth of the rate
+    in both. The betas of the paper are options of the training: ``betas=0.9,0.999``.
 
     Args:
         in_features: of the flattened input.
@@ -67,12 +82,13 @@ class ResidualMLP(ReferenceModel):
         c = MLPConfig(width=width, **config)
         layers = Layers(c, bias=bias)
         self.input = layers.single(in_features, width, c.input_structure)
+        self.activation = nn.GELU() if c.paper else nn.Identity()
         self.blocks = layers.blocks()
-        self.norm = nn.LayerNorm(width, bias=bias)
+        self.norm = nn.Identity() if c.paper else nn.LayerNorm(width, bias=bias)
         self.head = nn.Linear(width, out_features, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.blocks(self.input(x.flatten(1)))))
+        out: Tensor = self.head(self.norm(self.blocks(self.activation(self.input(x.flatten(1))))))
         return out
 
 
@@ -106,6 +122,9 @@ class ViTConfig(TransformerConfig):
 
 class ViT(ReferenceModel):
     """Patches, learned positions, pre-norm transformer blocks, the mean over tokens, a dense head.
+
+    ``paper="2406.06248"`` changes what is known of the published model: dense layers start with a standard deviation of
+    1 / sqrt(in_features). How its positions start and how its tokens are pooled was not compared.
 
     Args:
         image_size: (height, width) of the images, or one number for square images.
@@ -191,12 +210,16 @@ class GPTConfig(TransformerConfig):
 
     NAME = "gpt"
     SEQUENCES = True
+    PAPERS = (PAPER_1, PAPER_2)
 
     d_head: int | None = 64
     heads: int | None = None
     head_structure: str = DENSE
     qk_norm: bool = True
     normalize: bool = True
+
+    def _branch_multiplier(self, depth: int) -> float:
+        return 1.0 if self.paper == PAPER_1 else math.sqrt(3 / depth)
 
     def build(self, shape: Shape) -> ReferenceModel:
         return GPT(vocab=shape.outputs, context=self._context(shape), **vars(self))
@@ -207,6 +230,18 @@ class GPT(ReferenceModel):
 
     The branches of the blocks are multiplied by sqrt(3 / depth). Embeddings start with a standard deviation of 1, as in
     torch, like the outputs of all other layers.
+
+    ``paper=`` builds the published models as far as they are known. In both, embeddings start with a standard deviation
+    of 0.02 and dense layers with 1 / sqrt(in_features):
+
+    - "2406.06248": the branches have no multiplier.
+    - "2410.02117": of the normalised layers only those of the family btt have gammas. With experts, routed="linear" is
+      its BTT-MoE and routed="feed_forward" its standard mixture (`einlinear_lab.models.published`). Different here:
+      zero-initialised low-rank layers have a zero second factor, not the first; the epsilon of the RMS is 1e-8, not
+      1e-6; axes of "einsum" multiply out to the width, instead of being rounded one by one; a BTT of several ranks
+      starts with all of them, where one of the published builders starts with the first only.
+
+    Whether the published norms have biases was not compared.
 
     Args:
         vocab: the number of different tokens.
@@ -247,8 +282,11 @@ class GPT(ReferenceModel):
         self.context = context
         self.embedding = nn.Embedding(vocab, width)
         self.positions = nn.Embedding(context, width)
-        layers, multiplier = Layers(c, bias=bias), math.sqrt(3 / c.depth)
-        self.blocks = layers.blocks(heads=heads, d_head=c.d_head, causal=True, qk_norm=c.qk_norm, multiplier=multiplier)
+        if c.paper:
+            for table in (self.embedding, self.positions):
+                nn.init.normal_(table.weight, std=0.02)
+        layers = Layers(c, bias=bias)
+        self.blocks = layers.blocks(heads=heads, d_head=c.d_head, causal=True, qk_norm=c.qk_norm)
         self.norm = nn.LayerNorm(width, bias=bias)
         self.head = layers.single(width, vocab, c.head_structure)
 

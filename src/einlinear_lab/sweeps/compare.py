@@ -10,7 +10,7 @@ import torch
 
 from einlinear.structures import DoesNotFit, structure
 from einlinear_lab.models import ReferenceModel
-from einlinear_lab.models.config import DENSE, ModelConfig, Shape
+from einlinear_lab.models.config import DENSE, PAPER_1, ModelConfig, Shape
 from einlinear_lab.runs.data import ImageData, kind_of
 from einlinear_lab.runs.options import names, parse
 from einlinear_lab.runs.run import Run, model_and_data
@@ -29,8 +29,9 @@ _LAST_WIDTH_TRIED = 1024
 PRESETS: dict[str, dict[str, Any]] = {
     # A few minutes on two cores.
     "demo": {"macs": (40_000, 80_000, 160_000), "seeds": 1, "epochs": 2},
-    # The MLP of arXiv 2406.06248, section 4, as far as it carries over; hours on a GPU.
+    # The published MLP of arXiv 2406.06248, section 4, and its training as far as it carries over; hours on a GPU.
     "paper": {
+        "paper": PAPER_1,
         "macs": (100_000, 200_000, 400_000, 800_000, 1_600_000, 3_200_000, 6_400_000),
         "epochs": 500,
         "batch_size": 1024,

@@ -65,7 +65,7 @@ def measure(
     batches = [problem.task.batch(step) for step in range(min(training.steps, _BATCHES))]
     probe, _ = problem.task.batch(_BATCHES)
     options: dict[str, Any] = {"lr": training.lr, "steps": training.steps, "loss": problem.task.loss}
-    options |= {"base": base, "layers": base.last_block, "lr_scale": base.LR_SCALE}
+    options |= {"base": base, "layers": base.last_block, "lr_scale": base.LR_SCALE, "alpha": template.model.alpha}
     for spec, aware in cases(structures):
 
         def build(width: int, spec: str = spec) -> nn.Module:

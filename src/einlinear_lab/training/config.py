@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from einlinear.mup.schedules import SCHEDULES
+from einlinear.mup.multipliers import DECAYS
+from einlinear.schedules import SCHEDULES
 from einlinear_lab.training.metrics import TRACKERS
 
 _CHOICES = {
+    "decay": DECAYS,
     "optimizer": ("adamw", "adam", "sgd", "muon"),
     "schedule": SCHEDULES,
     "precision": ("float32", "bfloat16", "float16"),
@@ -28,7 +30,9 @@ class Training:
         optimizer: "adamw", "adam", "sgd" (momentum 0.9), or "muon" (for the matrices in the model's `blocks`, or all
             matrices of a model without `blocks`; AdamW for the rest).
         betas: of Adam.
-        weight_decay: of matrices and embeddings, see `param_groups`.
+        weight_decay, decay: of matrices and embeddings, and whether it is "independent" of learning rates or "coupled"
+            to those of groups, see `param_groups`.
+        eps: of Adam for gradients of the dense base model, see `param_groups`; None: torch's 1e-8 for all parameters.
         schedule: "constant", "cosine" or "linear", after the warm-up.
         warmup: steps over which the learning rate rises from zero.
         final_lr: final learning rate of cosine and linear, as a fraction of lr.
@@ -65,6 +69,8 @@ class Training:
     optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
+    decay: str = "independent"
+    eps: float | None = None
     schedule: str = "cosine"
     warmup: int = 0
     final_lr: float = 0.0
@@ -98,6 +104,7 @@ class Training:
             ("lr", 0 < self.lr < math.inf, "a positive number"),
             ("final_lr", 0 <= self.final_lr <= 1, "a share of lr, from 0 to 1"),
             ("moe_loss", 0 <= self.moe_loss < math.inf, "zero or a positive number"),
+            ("eps", self.eps is None or 0 < self.eps < math.inf, "a positive number, or None"),
             ("clip", self.clip is None or self.clip > 0, "positive, or None"),
             ("guide_until", self.guide_until is None or 0 < self.guide_until < self.steps, f"from 1 to {steps}"),
             ("densify_at", self.densify_at is None or 0 < self.densify_at < self.steps, f"from 1 to {steps}"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.layer_kinds import LayerInfo, Role
+from einlinear.nn.layer_kinds import LayerInfo, ParameterRole
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import Mixture
 from einlinear.structures import structure as make_structure
@@ -46,7 +46,7 @@ class Guided(Linear):
     def layer_info(self) -> LayerInfo:
         # The guide is a matrix of the structure "dense", so that its base is the weight W has there.
         info, dense = super().layer_info(), make_structure("dense", self.in_features, self.out_features)
-        roles = {**info.roles, "guide": Role("hidden", self.in_features, self.out_features, dense)}
+        roles = {**info.roles, "guide": ParameterRole("hidden", self.in_features, self.out_features, dense)}
         return replace(info, roles=roles, macs=self.structure.macs + dense.macs)
 
 

@@ -19,11 +19,12 @@ from einlinear import checkpoint
 from einlinear.checkpoint import Checkpoint
 from einlinear.conversion import densify
 from einlinear.mup import param_groups
+from einlinear.mup.base_model import Base
+from einlinear.mup.coordinates import TrainingBatch
 from einlinear.mup.optim import Muon
-from einlinear.mup.parametrization import Base
-from einlinear.mup.schedules import lr_factor
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.nn.names import name_of
+from einlinear.schedules import lr_factor
 from einlinear_lab.training import distributed
 from einlinear_lab.training.allocator import freed_memory_kept
 from einlinear_lab.training.config import Training
@@ -32,8 +33,6 @@ from einlinear_lab.training.guided import guide, set_share, unguide
 from einlinear_lab.training.metrics import Metrics, check_installed, open_tracker
 
 T = TypeVar("T")
-# Inputs and targets, a row per sample.
-Batch = tuple[Tensor, Tensor]
 # Called with (step, number of steps, loss).
 Progress = Callable[[int, int, float], None]
 # Yields (step, number of steps, loss) after every step, and returns a result.
@@ -45,10 +44,10 @@ class Task(Protocol):
 
     ERRORS: ClassVar[tuple[str, ...]]
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TrainingBatch:
         """Return the batch of all processes; it depends on the step alone."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         """Return the mean loss of a batch or micro-batch."""
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
@@ -85,6 +84,7 @@ def train(
     folder: Path | None = None,
     *,
     lr_scale: Mapping[str, float] | None = None,
+    alpha: float = 1.0,
     facts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -92,7 +92,7 @@ def train(
 
     Args:
         model: initialised, the same on every process; trained in place. Guides are removed even after an error.
-        base, lr_scale: as for `param_groups`.
+        base, lr_scale, alpha: as for `param_groups`.
         task: batches, loss and metrics.
         config: of the training.
         folder: for metrics.jsonl and the checkpoints from which an interrupted run resumes. None writes no files.
@@ -120,7 +120,7 @@ def train(
         >>> outcome.losses[-1] < outcome.losses[0]
         True
     """
-    steps = train_in_steps(model, base, task, config, folder, lr_scale=lr_scale, facts=facts)
+    steps = train_in_steps(model, base, task, config, folder, lr_scale=lr_scale, alpha=alpha, facts=facts)
     return finish(steps, progress)
 
 
@@ -145,6 +145,7 @@ def train_in_steps(
     folder: Path | None = None,
     *,
     lr_scale: Mapping[str, float] | None = None,
+    alpha: float = 1.0,
     facts: Mapping[str, Any] | None = None,
 ) -> Steps[Outcome]:
     """Train a model as `train` does, a step at a time, so that several trainings can take turns in one process."""
@@ -159,7 +160,9 @@ def train_in_steps(
     try:
         world = distributed.world(config.device)
         with freed_memory_kept():
-            return (yield from _Run(model, base, task, config, folder, lr_scale, dict(facts or {}), world).train())
+            return (
+                yield from _Run(model, base, task, config, folder, lr_scale, alpha, dict(facts or {}), world).train()
+            )
     finally:
         if config.guide_until is not None:
             unguide(model)
@@ -174,6 +177,7 @@ class _Run:
     config: Training
     folder: Path | None
     lr_scale: Mapping[str, float] | None
+    alpha: float
     facts: dict[str, Any]
     world: World
     # Of every step, those before an interruption included.
@@ -203,6 +207,9 @@ class _Run:
             base=self.base,
             optimizer=config.optimizer,
             weight_decay=config.weight_decay,
+            decay=config.decay,
+            eps=config.eps,
+            alpha=self.alpha,
             structure_aware=config.structure_aware,
             lr_scale=self.lr_scale,
             hidden=f"{name_of(self.plain, blocks)}.*" if of_muon else None,

@@ -49,9 +49,11 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr + log
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {part: state["status"] for part, state in found["parts"].items()} == dict.fromkeys(day.SHARES, "complete")
-    for part in (day.SUITE, day.TUNED, day.MIXTURES, day.GPTS):
+    for part in (day.SUITE, day.TUNED, day.BLOCKS, day.MIXTURES, day.GPTS):
         for result in found["parts"][part]["results"].values():
             assert {"nn.Linear", "batched", "triton"} <= result["ms"].keys()
+            assert ("fused" in result["ms"]) == (part in (day.BLOCKS, day.GPTS))
+    assert len(found["parts"][day.BLOCKS]["results"]) == 4
     suite = found["parts"][day.SUITE]["results"].values()
     assert all({"torch.compile", "copying"} <= result["ms"].keys() for result in suite)
     page = (tmp_path / "gpu.md").read_text()
@@ -138,7 +140,12 @@ def test_the_verdict_is_the_geometric_mean() -> None:
     text = day.conclude(record(kernels=CHECKED, suite={"x": row(6.0, 1.0), "y": row(2.0, 3.0)}))
     assert "**triton** by default, 2x as fast as batched" in text
     assert "batched is faster by more than 1.3x in 1 cases:\n- 1.5x: y" in text
-    assert "no case was measured with both backends" in text
+    assert "no case was measured with both batched and triton" in text
+    assert "no case was measured with both batched and fused" in text
+    fused = {"x": {"ms": row(6.0, 7.0)["ms"] | {"fused": [2.0] * 3}, "failed": [], "peak_mb": {}}}
+    text = day.conclude(record(kernels=CHECKED, blocks=fused))
+    assert "Feed-forward blocks" in text
+    assert "**fused** by default, 3x as fast as batched" in text
 
 
 @pytest.mark.parametrize(
@@ -146,6 +153,7 @@ def test_the_verdict_is_the_geometric_mean() -> None:
     [
         ({"kernels": {"pytest": {"failed": ["test_x"]}}, "suite": {"x": row(6.0, 1.0)}}, "**batched**, whatever"),
         ({"kernels": CHECKED, "suite": {"x": row(6.0, 1.0, failed=["triton: off by 1"])}}, "**batched**, whatever"),
+        ({"kernels": CHECKED, "blocks": {"x": row(6.0, 1.0, failed=["fused: off by 1"])}}, "**batched**, whatever"),
         ({"suite": {"x": row(6.0, 1.0)}}, "The kernels were not checked"),
     ],
 )
@@ -167,7 +175,7 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_pytest_a_few_kernels_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [*day.items(day.KERNELS, gpu.TINY, {"failures": {}}, 0.0)] == ["pytest tests/ops/test_triton.py"]
+    assert [*day.items(day.KERNELS, gpu.TINY, {"failures": {}}, 0.0)] == [f"pytest {' '.join(day.TESTS)}"]
     # after the tests could not run
     assert len(day.items(day.KERNELS, gpu.TINY, {"failures": {"pytest": ""}}, 0.0)) == 19
     monkeypatch.setattr(day, "find_spec", lambda package: None)

@@ -283,7 +283,7 @@ def test_chats_calibrate_by_the_template(source: Path, tmp_path: Path) -> None:
 def test_interrupted_it_leaves_no_model_and_goes_on(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from einlinear.compression import allocation, pipeline
+    from einlinear.compression import candidates, pipeline
     from einlinear_lab.pretrained import model_folder
 
     arguments = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text)
@@ -299,7 +299,7 @@ def test_interrupted_it_leaves_no_model_and_goes_on(
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(model_folder, "write_json", write)
     (source / "preprocessor_config.json").write_text('{"size": 1}')
-    for module, compared in ((pipeline, "measure_sensitivity"), (allocation, "fitted_errors")):
+    for module, compared in ((pipeline, "measure_sensitivity"), (candidates, "fitted_errors")):
         monkeypatch.setattr(module, compared, lambda *_: pytest.fail("a structure is compared again"))
     code, _, err = run(*arguments)
     assert (code, err) == (0, "")

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
+from einlinear.mup.coordinates import TrainingBatch
 from einlinear.structures import DoesNotFit
 from einlinear.structures.scales import adam_multipliers
 from einlinear_lab.data import TextConfig, prepare_tokens
@@ -22,7 +23,6 @@ from einlinear_lab.models.causal_lm import OPT, CausalLM, Pythia
 from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training import Training, train
-from einlinear_lab.training.loop import Batch
 
 VOCAB, CONTEXT, DEPTH = 20, 12, 2
 
@@ -163,11 +163,11 @@ def test_matrices_learn_slower_the_wider_they_are(kind: type[CausalLM]) -> None:
 class Copying:
     """The next token is the one before it."""
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> TrainingBatch:
         x = torch.randint(VOCAB, (4, CONTEXT), generator=torch.Generator().manual_seed(step))
         return x, x.roll(1, 1)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: TrainingBatch) -> Tensor:
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
     def evaluate(self, model: nn.Module, device: torch.device) -> dict[str, float]:

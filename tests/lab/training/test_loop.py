@@ -22,7 +22,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import checkpoint
-from einlinear.mup.schedules import lr_factor
+from einlinear.schedules import lr_factor
 from einlinear_lab.training import Training, loop, metrics
 from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import Guided

@@ -47,3 +47,12 @@ def test_indivisible_experts_raise(mesh: DeviceMesh) -> None:
     expert_parallel(model, mesh)
     with pytest.raises(ValueError, match="the experts of 0 are divided already"):
         expert_parallel(model, mesh)
+
+
+def test_experts_that_are_normalised_together_raise(mesh: DeviceMesh) -> None:
+    class Together(el.MoELinear):
+        normalizes_stack = True
+
+    assert expert_parallel(Together(16, 16, "btt", experts=4), mesh) == ["A", "B"]
+    with pytest.raises(ValueError, match="the layer normalises its experts together: they cannot be divided"):
+        expert_parallel(Together(16, 16, "btt", experts=4, normalize=True), mesh)

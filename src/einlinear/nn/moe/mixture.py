@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from einlinear import ops
-from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, Role, SelfDescribing
+from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, ParameterRole, SelfDescribing
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import plain_modules
-from einlinear.ops.context import autocast_dtype, without_autocast
+from einlinear.ops.context import autocast_dtype, is_exported, without_autocast
 from einlinear.ops.operands import along_features, shape_of
 from einlinear.structures import Structure
 from einlinear.structures.limits import validate_size
@@ -52,6 +52,8 @@ class Mixture:
 
     Attributes:
         router, experts, active: a matrix (experts, in_features), the number of experts, and of those per token.
+        breaks_ties: whether the pattern is added.
+        has_random_router: whether the router starts with a standard deviation of 1 / sqrt(in_features) instead.
         last: routing of the last forward pass, with its graph until the next one. Recomputation by activation
             checkpointing, and tracing for export, do not set it.
     """
@@ -59,12 +61,22 @@ class Mixture:
     router: nn.Parameter
     experts: int
     active: int
+    breaks_ties = True
+    has_random_router = False
     last: Routing | None
 
     def make_router(self, in_features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         """Add the router. Call it once, after `nn.Module.__init__` and with `experts` and `active` set."""
         self.last = None
-        self.router = nn.Parameter(torch.zeros(self.experts, int(in_features), device=device, dtype=dtype))
+        self.router = nn.Parameter(torch.empty(self.experts, int(in_features), device=device, dtype=dtype))
+        self.reset_router()
+
+    def reset_router(self) -> None:
+        """Set the router to zero, or draw it if `has_random_router`."""
+        if self.has_random_router:
+            nn.init.normal_(self.router, std=self.router.shape[1] ** -0.5)
+        else:
+            nn.init.zeros_(self.router)
 
     def route(self, x: Tensor) -> Routing:
         """Route tokens (n, in_features), in float32 or float64; RuntimeError for a router that does not fit."""
@@ -76,12 +88,13 @@ class Mixture:
             raise RuntimeError(f"the router has shape {tuple(shape)}, but {need}")
         wide = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x.device.type):
-            logits = nn.functional.linear(x.to(wide), self.router.to(wide) + _tie_breaker(self.router, wide))
+            router = self.router.to(wide)
+            router = router + _tie_breaker(self.router, wide) if self.breaks_ties else router
+            logits = nn.functional.linear(x.to(wide), router)
         indices = _largest(logits.detach(), self.active)
         routing = Routing(indices, logits.gather(1, indices).softmax(1), logits)
-        is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if not (is_traced or in_backward):
+        if not (is_exported() or in_backward):
             self.last = routing
         return routing
 
@@ -208,9 +221,9 @@ class MoELinear(Mixture, Experts):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the experts like those of `Linear`; the router is zero."""
+        """Draw the experts like those of `Linear`, and reset the router."""
         super().reset_parameters()
-        self.router.zero_()
+        self.reset_router()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the router gives the other arguments
         def mix(tokens: Tensor) -> Tensor:
@@ -229,7 +242,7 @@ class MoELinear(Mixture, Experts):
 
     def layer_info(self) -> LayerInfo:
         info = super().layer_info()
-        router = Role("output", self.in_features, self.experts, shares_input_with="weight")
+        router = ParameterRole("output", self.in_features, self.experts, shares_input_with="weight")
         macs = (info.macs or 0) + self.in_features * self.experts
         return replace(info, roles={**info.roles, "router": router}, macs=macs)
 
@@ -269,8 +282,8 @@ class MoEFeedForward(Mixture, SelfDescribing):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the router to zero; the norm and the experts have their own method."""
-        self.router.zero_()
+        """Reset the router; the norm and the experts have their own method."""
+        self.reset_router()
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).reshape(-1, self.width)
@@ -283,7 +296,7 @@ class MoEFeedForward(Mixture, SelfDescribing):
         return torch.add(x, out, alpha=self.multiplier)
 
     def layer_info(self) -> LayerInfo:
-        router = Role("output", self.width, self.experts, shares_input_with="fc1.weight")
+        router = ParameterRole("output", self.width, self.experts, shares_input_with="fc1.weight")
         return LayerInfo({"router": router}, self.width * self.experts, category=STRUCTURED)
 
 

@@ -24,7 +24,8 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
         mesh: of one dimension, with all processes that share a batch.
 
     Raises:
-        ValueError: no mixture, experts that cannot be divided equally or already are, a mesh of several dimensions.
+        ValueError: no mixture, experts that cannot be divided equally, already are, or are normalised together; a mesh
+            of several dimensions.
     """
     size = mesh.size()
     if mesh.ndim != 1:
@@ -36,6 +37,8 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
         where = name or "the layer"
         if module.exchange is not None:
             raise ValueError(f"the experts of {where} are divided already")
+        if module.normalize and module.normalizes_stack:
+            raise ValueError(f"{where} normalises its experts together: they cannot be divided among processes")
         if module.experts % size:
             raise ValueError(f"{where} has {module.experts} experts: {size} processes cannot share them equally")
     names = []

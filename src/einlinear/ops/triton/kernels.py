@@ -18,14 +18,18 @@ FACTOR, SOURCE, RESULT = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 @triton.jit
 def forward_step(
-    source, factor, bias, result, experts, tokens,
+    source, factor, bias, addend, multiplier, result, experts, tokens,
     source_token, source_feature, result_token, result_feature, bucket,
     BATCH: tl.constexpr, FREE: tl.constexpr, NEW: tl.constexpr, CONTRACTED: tl.constexpr,
     B: tl.constexpr, F: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     SOURCE_LIMIT: tl.constexpr, RESULT_LIMIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """result[b, t f, n] = sum_k source[b, t f, k] factor[b, k, n] (+ bias)"""
+    """result[b, t f, n] = activation(sum_k source[b, t f, k] factor[b, k, n] (+ bias) (+ addend)) (* multiplier)
+
+    The addend and the multiplier lie in memory as the result does.
+    """
     # The tokens are slowest, so that programs that run together read the same tokens.
     n, program = _entries(tl.program_id(0), N, BLOCK_N)
     b, program = _entries(program, B, BLOCK_B)
@@ -51,6 +55,11 @@ def forward_step(
     mask = _mask(b < B, rows, n < N, features, RESULT_LIMIT)
     if bias is not None:
         total += tl.load(bias + features, mask, 0.0).to(tl.float32)
+    if addend is not None:
+        total += tl.load(_pointers(addend, result_token, result_feature, t, features), mask, 0.0).to(tl.float32)
+    total = _activate(total, ACTIVATION)
+    if multiplier is not None:
+        total *= tl.load(_pointers(multiplier, result_token, result_feature, t, features), mask, 0.0).to(tl.float32)
     tl.store(_pointers(result, result_token, result_feature, t, features), total.to(result.dtype.element_ty), mask)
 
 
@@ -140,6 +149,35 @@ def _mask(b, m, n, features, LIMIT: tl.constexpr):
 def _pointers(tensor, token, feature, t, features):
     """Pointers to a tile, in 64 bits."""
     return tensor + t.to(tl.int64)[None, :, None] * token + features.to(tl.int64) * feature
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """The activations of `ops.ACTIVATIONS`, in float32."""
+    if ACTIVATION == "relu":
+        # not a maximum, which may lose NaN
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "relu_squared":
+        x = tl.where(x < 0, 0.0, x * x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "quick_gelu":
+        x = x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "sigmoid":
+        x = tl.sigmoid(x)
+    elif ACTIVATION == "tanh":
+        # the difference loses digits of small numbers, which have a short series
+        square = x * x
+        series = x * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+        x = tl.where(square < 0.0156, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+    return x
 
 
 @triton.jit

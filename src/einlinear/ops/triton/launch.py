@@ -149,6 +149,25 @@ class Slots(NamedTuple):
     starts: Tensor
 
 
+class Epilogue(NamedTuple):
+    """What a step does with its result before it writes it: activation(result + bias + addend) * multiplier.
+
+    The addend and the multiplier are of the shape of the result, of a step that ends in token-major memory. None of
+    them may be `out`, since tuning runs a kernel many times.
+    """
+
+    bias: Tensor | None = None
+    addend: Tensor | None = None
+    # one of `ops.ACTIVATIONS`
+    activation: str = "identity"
+    multiplier: Tensor | None = None
+    # contiguous; None: new memory
+    out: Tensor | None = None
+
+
+NO_EPILOGUE = Epilogue()
+
+
 class Tile(NamedTuple):
     """One configuration of a kernel: (name, size) pairs of its BLOCK_ arguments, warps, depth of the pipeline."""
 
@@ -163,40 +182,57 @@ def interpreting() -> bool:
 
 
 def multiply(
-    step: StridedStep, weight: Tensor, source: Tensor, bias: Tensor | None = None, slots: Slots | None = None
+    step: StridedStep,
+    weight: Tensor,
+    source: Tensor,
+    epilogue: Epilogue = NO_EPILOGUE,
+    slots: Slots | None = None,
 ) -> Tensor:
     """Return the result of a step. With slots, the weight is stacked, and the rows of the source are slots."""
     from einlinear.ops.triton.kernels import forward_step
 
     tokens, features = source.shape[1 if step.source.tokens_last else 0], step.result.features
-    result = source.new_empty((features, tokens) if step.result.tokens_last else (tokens, features))
+    bias, addend, activation, multiplier, result = epilogue
+    if result is None:
+        result = source.new_empty((features, tokens) if step.result.tokens_last else (tokens, features))
     if not tokens:
         return result
+    # as the kernel reads them
+    bias, addend, multiplier = (None if t is None else t.contiguous() for t in (bias, addend, multiplier))
     sizes = {"T": tokens, "B": step.counts["B"], "F": step.counts["F"], "N": step.counts["N"]}
     tiles = _tiles(step, source.dtype, BLOCK_SLOTS if slots else _padded(tokens), False)
     _launch(
-        forward_step, sizes, tiles, source, weight, bias, result, slots and slots.experts, tokens,
+        forward_step, sizes, tiles, source, weight, bias, addend, multiplier, result, slots and slots.experts, tokens,
         *_strides(source, step.source), *_strides(result, step.result), _padded(tokens),
-        **_constants(step, source.dtype), BLOCK_SLOTS=BLOCK_SLOTS,
+        **_constants(step, source.dtype), BLOCK_SLOTS=BLOCK_SLOTS, ACTIVATION=activation,
     )  # fmt: skip
     return result
 
 
 def gradient_of_factor(
-    step: StridedStep, weight: Tensor, source: Tensor, grad: Tensor, slots: Slots | None = None
+    step: StridedStep,
+    weight: Tensor,
+    source: Tensor,
+    grad: Tensor,
+    slots: Slots | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the gradient of a step's factor, given that of its result. Partial sums are added in a fixed order."""
+    """Return the gradient of a step's factor, given that of its result. Partial sums are added in a fixed order.
+
+    The gradient is of a dtype: by default, that of the weight.
+    """
     from einlinear.ops.triton.kernels import factor_gradient
 
     tokens = source.shape[1 if step.source.tokens_last else 0]
     if not tokens:
-        return torch.zeros_like(weight)
+        return torch.zeros_like(weight, dtype=dtype)
+    dtype = dtype or weight.dtype
     share = share_of_tokens(step, source.itemsize)
     # the slots of each expert are summed by one program
     splits = len(weight) if slots else -(-tokens // share)
     partial = slots is None and splits > 1
     shape = weight.shape if slots else (splits, *weight.shape)
-    result = weight.new_empty(shape, dtype=torch.float32 if partial else weight.dtype)
+    result = weight.new_empty(shape, dtype=torch.float32 if partial else dtype)
     sizes = {"SPLITS": splits, "B": step.counts["B"], "N": step.counts["N"], "K": step.counts["K"]}
     tiles = _tiles(step, source.dtype, BLOCK_SLOTS if slots else _padded(tokens), True)
     _launch(
@@ -205,7 +241,7 @@ def gradient_of_factor(
         **_constants(step, source.dtype), SHARE=share,
     )  # fmt: skip
     if partial:
-        return result.sum(0).to(weight.dtype)
+        return result.sum(0).to(dtype)
     return result if slots else result[0]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from einlinear.ops.operands import Gradients, Product
 from einlinear.ops.triton import launch
-from einlinear.ops.triton.launch import BLOCK_SLOTS, Slots, StridedStep, plan
+from einlinear.ops.triton.launch import BLOCK_SLOTS, NO_EPILOGUE, Epilogue, Slots, StridedStep, plan
 from einlinear.structures import Structure
 
 
@@ -33,10 +33,10 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
 def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Return y of shape (n, out_features), and the intermediates between factors if they are to be saved."""
     if product.routing is None:
-        y, saved = _forward(product)
+        y, saved = compute(product, Epilogue(product.bias))
         return y, saved if save else []
     slots, gated = _arrange(product)
-    y, _ = _forward(gated, slots)
+    y, _ = compute(gated, slots=slots)
     y = _sum_pairs(y[slots.positions])
     return y if product.bias is None else y.add_(product.bias), []
 
@@ -48,11 +48,11 @@ def backward(
     _, _, x, _, routing = product
     grad = grad.to(x.dtype)
     if routing is None:
-        grad_x, grad_factors = _backward(product, grad, saved, (needs_x, needs_factors), None)
+        grad_x, grad_factors = gradients(product, grad, saved, needs_x, needs_factors)
         return Gradients(grad_x, None, grad_factors)
     slots, gated = _arrange(product)
     grads = _to_slots(grad[:, None].expand(-1, routing.indices.shape[1], -1), slots)
-    grad_slots, grad_factors = _backward(gated, grads, [], (needs_x, needs_factors), slots)
+    grad_slots, grad_factors = gradients(gated, grads, [], needs_x, needs_factors, slots=slots)
     if grad_slots is None:
         return Gradients(None, None, grad_factors)
     # (n, active, in_features)
@@ -61,44 +61,55 @@ def backward(
     return Gradients(_sum_pairs(grad_inputs * routing.gates[..., None]), grad_gates, grad_factors)
 
 
-def _forward(product: Product, slots: Slots | None = None) -> tuple[Tensor, list[Tensor]]:
-    structure, factors, x, bias, _ = product
-    y: Tensor | None = None
-    saved: list[Tensor] = []
-    for steps, (_, term_factors) in zip(plan(structure), structure.by_term(factors), strict=True):
+def compute(
+    product: Product, epilogue: Epilogue = NO_EPILOGUE, slots: Slots | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the result of an epilogue, which has the bias, and the intermediates. The rows of x may be slots."""
+    structure, factors, x, _, _ = product
+    terms = [*zip(plan(structure), structure.by_term(factors), strict=True)]
+    total, saved = epilogue.addend, list[Tensor]()
+    for i, (steps, (_, term_factors)) in enumerate(terms, 1):
         weights = [factor.contiguous() for factor in term_factors]
         sources = _sources(steps, weights, x, slots)
-        output = launch.multiply(steps[-1], weights[-1], sources[-1], bias if y is None else None, slots)
-        y = output if y is None else y.add_(output)
+        last = epilogue if i == len(terms) else NO_EPILOGUE
+        total = launch.multiply(steps[-1], weights[-1], sources[-1], last._replace(addend=total), slots)
         saved += sources[1:]
-    assert y is not None
-    return y, saved
+    assert total is not None
+    return total, saved
 
 
-def _backward(
-    product: Product, grad: Tensor, saved: Sequence[Tensor], needed: tuple[bool, Sequence[bool]], slots: Slots | None
+def gradients(
+    product: Product,
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    needs_x: bool,
+    needs_factors: Sequence[bool],
+    epilogue: Epilogue = NO_EPILOGUE,
+    slots: Slots | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gradients of x, or of the slots, and of the factors."""
+    """Return the gradients of x, or of the slots, with an epilogue, and of the factors, of a dtype."""
     structure, factors, x, _, _ = product
-    needs_x, needs_factors = needed
     remaining = iter(saved)
-    grad_x: Tensor | None = None
-    grad_factors: list[Tensor | None] = [None] * len(factors)
-    for steps, (_, numbers) in zip(plan(structure), structure.by_term(range(len(factors))), strict=True):
+    grad_x, grad_factors = epilogue.addend, list[Tensor | None]([None] * len(factors))
+    terms = [*zip(plan(structure), structure.by_term(range(len(factors))), strict=True)]
+    for number, (steps, (_, numbers)) in enumerate(terms, 1):
         weights, needs = [factors[i].contiguous() for i in numbers], [needs_factors[i] for i in numbers]
         sources = [x, *islice(remaining, len(steps) - 1)]
         if not saved and any(needs[1:]):
             sources = _sources(steps, weights, x, slots)
+        last = epilogue if number == len(terms) else NO_EPILOGUE
         upstream = grad
         for i in reversed(range(len(steps))):
             step, weight = steps[i], weights[i]
             if needs[i]:
-                grad_factors[numbers[i]] = launch.gradient_of_factor(step, weight, sources[i], upstream, slots)
+                grad_factors[numbers[i]] = launch.gradient_of_factor(step, weight, sources[i], upstream, slots, dtype)
             if not (needs_x or any(needs[:i])):
                 break
-            upstream = launch.multiply(step.transposed, weight, upstream, slots=slots)
+            into = NO_EPILOGUE if i else last._replace(addend=grad_x)
+            upstream = launch.multiply(step.transposed, weight, upstream, into, slots)
         else:
-            grad_x = upstream if grad_x is None else grad_x.add_(upstream)
+            grad_x = upstream
     return grad_x, grad_factors
 
 

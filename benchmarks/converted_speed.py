@@ -1,7 +1,7 @@
 """Speed of converted models beside dense ones.
 
     pip install 'einlinear[pretrained]'
-    python examples/converted_speed.py
+    python benchmarks/converted_speed.py
 
 T5 reads `wo.weight.dtype` in every feed-forward block, and `torch.nn.TransformerEncoder` hands `linear1.weight` to a
 fused operator when it can. Neither may build the dense matrix of a structured layer. Models of the Llama family decode

@@ -1,7 +1,7 @@
 """Speed of fused feed-forward blocks beside the same layers one after the other, and beside dense ones.
 
     pip install 'einlinear[pretrained]'
-    python examples/fused_speed.py
+    python benchmarks/fused_speed.py
 
 A Llama of two blocks, and one of its MLPs alone, take training steps (forward and backward) and forward passes without
 gradients. All linear layers of the blocks are structured; the vocabulary is small, so that the head, which stays dense,

@@ -1,7 +1,7 @@
 """How fast models of transformers run with fewer parameters: tokens per second, by structure and budget.
 
     pip install 'einlinear[pretrained]'
-    python examples/compressed_speed.py
+    python benchmarks/compressed_speed.py
 
 A BERT of the size of all-MiniLM-L6-v2 and a GPT-2 small, with weights that are random: how fast a model runs does not
 depend on them. Every linear layer but the output head keeps the same fraction of its parameters. All variants of a
@@ -18,7 +18,7 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import einlinear as el
-from einlinear.compression.allocation import members
+from einlinear.compression.candidates import members
 from einlinear.compression.selection import select_layers
 from einlinear.nn.layer_kinds import features
 from einlinear_lab.pretrained.generation_speed import model_speeds

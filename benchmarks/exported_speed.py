@@ -1,7 +1,7 @@
 """Speed of exported layers in onnxruntime, beside an exported `torch.nn.Linear` of the same size.
 
     pip install onnx onnxruntime onnxscript
-    python examples/exported_speed.py
+    python benchmarks/exported_speed.py
 
 Columns: Transpose nodes of the exported graph and of the one that onnxruntime optimised, and times as fast as dense
 for every number of tokens. Dense and structured layers run in turns. A ratio compares the fastest run of each.

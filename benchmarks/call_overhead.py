@@ -1,7 +1,7 @@
 """Overhead of a call of small layers, beside two `nn.Linear` of the same size; and several layers in one call.
 
-    python examples/call_overhead.py
-    python examples/call_overhead.py --shared-input --features 256 1024 --tokens 1 512 2048 --rounds 10
+    python benchmarks/call_overhead.py
+    python benchmarks/call_overhead.py --shared-input --features 256 1024 --tokens 1 512 2048 --rounds 10
 
 A structured layer has two factors or more, so two dense layers are what its call may cost. One token, float32, one
 thread. The variants run in turns, and the table has the least processor time of all turns: other work on the machine

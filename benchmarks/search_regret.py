@@ -1,7 +1,7 @@
 """How soon a search finds a good structure: Optuna's samplers, chance, and the 23 structures of arXiv 2410.02117.
 
     pip install 'einlinear[lab]'
-    python examples/search_regret.py
+    python benchmarks/search_regret.py
 
 All train the same kind of model at the same budget of MACs. Searches are repeated with several seeds; the 23 structures
 are taken in random orders. The regret after some compute is the lowest error so far minus the lowest error of all

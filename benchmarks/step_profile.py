@@ -1,7 +1,7 @@
 """Where the time of a training step goes: reference models, dense and BTT.
 
     pip install 'einlinear[lab]'
-    python examples/step_profile.py
+    python benchmarks/step_profile.py
 
 The training loop of the lab trains every model on random data, in float32 with AdamW: MLPs on 256 augmented images of
 28 x 28 pixels, ViTs on 64 of these in patches of 4 x 4, GPTs with weight normalisation on 16 sequences of 128 tokens.
@@ -35,7 +35,7 @@ CATEGORIES = {
     DATA: (DATA,),
     "optimizer": ("Optimizer.",),
     "weight normalisation": ("_Normalize",),
-    "products": ("_Linear", "_FeedForward", "einlinear::", "aten::linear", "aten::addmm", "aten::mm", "aten::bmm"),
+    "products": ("_Linear", "_SmallLinear", "_FeedForward", "einlinear::", "aten::linear", "aten::addmm", "aten::mm"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
     "norms": ("aten::native_layer_norm", "aten::layer_norm"),
     "elementwise": ("aten::gelu", "aten::add", "aten::mul", "aten::sum"),
@@ -177,6 +177,8 @@ def main() -> None:
                 times = [step, *([ms[spec, True]] if arguments.compile else [])]
                 cells = [f"{time:.1f}" for time in (*times, *(step * shares.get(column, 0) for column in columns))]
                 print(f"| {name} | {width} | `{spec}` | {' | '.join(cells)} |", flush=True)
+            for variant in made.values():
+                variant.steps.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How much memory a compression takes beside one forward pass, where most of it would be in the logits.
 
     pip install 'einlinear[pretrained]'
-    python examples/compression_memory.py
+    python benchmarks/compression_memory.py
 
 A tiny Llama of a large vocabulary, with random weights. Peaks are those of the process, above what it takes before.
 """

@@ -1,7 +1,7 @@
 """How much logits change in three steps where a head is tied to an embedding, by width and by the pair's role.
 
     pip install 'einlinear[pretrained]'
-    python examples/tied_heads.py
+    python benchmarks/tied_heads.py
 
 A model whose learning rates carry over from width to width changes its logits alike at every width. The table has the
 root mean square of the change after three steps of Adam, at learning rate 1e-2 for the base width 64. Hidden layers

@@ -1,0 +1,105 @@
+"""Eligibility: whether a structured layer can replace a linear layer, or why not."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import is_parametrized
+
+from einlinear.nn import Linear, MoELinear
+from einlinear.nn.layer_kinds import is_conv1d
+
+# attributes that say nothing about what a subclass of torch.nn.Linear computes
+_PLAIN = {"training", "in_features", "out_features", *vars(nn.Module())}
+_differences: dict[Any, str | None] = {}
+
+
+def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
+    """Return why no structure can replace a linear layer, or None; `classes` count as linear whatever they compute."""
+    if isinstance(module, Linear | MoELinear):
+        return f"is already structured: {module.structure.spec}"
+    advice = "which would be lost: make it permanent first, with torch.nn.utils."
+    if is_parametrized(module):
+        return f"has a parametrization, {advice}parametrize.remove_parametrizations"
+    if "weight" not in module._parameters:
+        others = ", ".join(module._parameters)
+        return f"has a weight that is computed from others ({others}), {advice}prune.remove or remove_weight_norm"
+    if is_lazy(module.weight):
+        return "has no weight yet: call the model once, so that its features are known"
+    if type(module.weight) is not nn.Parameter:
+        return f"has a weight that is a {type(module.weight).__name__}, as quantised and sharded layers have"
+    if has_hooks(module):
+        return "has hooks, which would be lost"
+    if "forward" in vars(module):
+        return "has a forward of its own beside that of its class, which would be lost"
+    if type(module) is nn.Linear or is_conv1d(module) or isinstance(module, classes):
+        return None
+    if difference := difference_to_linear(module):
+        name = type(module).__name__
+        return f"is a {name}, and no plain nn.Linear: {difference}. classes=[{name}] converts it all the same"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether the module has hooks of any kind, on calls or on its state_dict, or its parameters have."""
+    of_module = [hooks for name, hooks in vars(module).items() if name.endswith("_hooks")]
+    of_parameters = [hooks for p in module.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+    hooks = [hook for hooks in (*of_module, *of_parameters) if hooks for hook in hooks.values()]
+    # torch's weight norm leaves one behind that reads its old files
+    return any(getattr(getattr(hook, "hook", hook), "__module__", "") != parametrizations.__name__ for hook in hooks)
+
+
+def difference_to_linear(layer: nn.Linear) -> str | None:
+    """Return the difference of a subclass's layer to `torch.nn.Linear`, or None if they compute the same on the CPU."""
+    others = [name for name in (*layer._parameters, *layer._buffers, *layer._modules) if name not in ("weight", "bias")]
+    if others:
+        return f"it has {', '.join(others)} beside weight and bias"
+    cls = type(layer)
+    if cls.forward is nn.Linear.forward and cls.__call__ is nn.Module.__call__:
+        return None
+    attributes = sorted((name, text) for name, (_, text) in _attributes(layer).items())
+    size = layer.in_features, layer.out_features, layer.bias is not None
+    key = cls, cls.forward, cls.__call__, size, tuple(attributes)
+    if key not in _differences:
+        _differences[key] = _difference(layer)
+    return _differences[key]
+
+
+@torch.no_grad()
+def _difference(layer: nn.Linear) -> str | None:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    arguments = list(inspect.signature(type(layer).forward).parameters.values())[1:]
+    if len(arguments) != 1 or arguments[0].kind not in positional:
+        return "its forward pass takes more than one input"
+    training, attributes = layer.training, _attributes(layer)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            x = torch.randn(2, 3, layer.in_features)
+            # of rank one, since drawing all entries takes long in large layers
+            tensors = {"weight": torch.randn(layer.out_features, 1) * torch.randn(1, layer.in_features)}
+            if layer.bias is not None:
+                tensors["bias"] = torch.randn(layer.out_features)
+            expected = F.linear(x, **tensors)
+            for mode in (True, False):
+                layer.training = mode
+                y = functional_call(layer, tensors, (x,))
+                is_alike = type(y) is Tensor and (y.shape, y.dtype) == (expected.shape, expected.dtype)
+                if not is_alike or not torch.allclose(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+                    return "its forward pass computes something else"
+    # a forward pass that was written for other weights may raise anything
+    except Exception as error:
+        return f"its forward pass could not be compared: {type(error).__name__}: {error}"
+    finally:
+        layer.training = training
+    return None if _attributes(layer) == attributes else "its forward pass changes the layer"
+
+
+def _attributes(layer: nn.Module) -> dict[str, tuple[int, str]]:
+    return {name: (id(value), repr(value)) for name, value in vars(layer).items() if name not in _PLAIN}
