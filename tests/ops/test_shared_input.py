@@ -187,6 +187,10 @@ def test_the_rule() -> None:
     assert why(wide, 192, layers=2) is not None
     large = why(el.structure("low_rank(rank=128)", 1024, 1024), 10**6)
     assert large == "together their factors have 786,432 entries, but no more than 524,288 stay in cache"
+    medium = el.structure("btt(rank=2)", 1024, 1024)
+    assert ops.reason_not_to_stack(medium, 3, 2048, torch.float32, cpu) is None
+    training = ops.reason_not_to_stack(medium, 3, 2048, torch.float32, cpu, True)
+    assert training == "together their factors have 393,216 entries, but no more than 262,144 stay in cache"
     assert "padded outputs" in str(why(el.structure("btt", 64, 47), 2048))
     assert "'batched'" in str(why(wide, 2048, device=torch.device("meta")))
     with el.backend("reference"):

@@ -24,8 +24,9 @@ FUSED_TOKENS, FUSED_ENTRIES = 16, 2**23
 # entries than FUSED_ENTRIES_TRAINING needs many tokens. Every hidden feature costs the products that compute it again,
 # in place of writing and reading it.
 FUSED_ENTRIES_TRAINING, FUSED_TOKENS_TRAINING, FUSED_MACS_PER_FEATURE = 2**20, 1024, 384
-# layers of one input are stacked up to so many entries together: more leave the cache between two tiles of tokens
-STACKED_ENTRIES = 2**19
+# Layers of one input are stacked up to so many entries together: more leave the cache between two tiles of tokens, in
+# training beside their gradients.
+STACKED_ENTRIES, STACKED_ENTRIES_TRAINING = 2**19, 2**18
 
 
 @dataclass(frozen=True)
@@ -255,11 +256,12 @@ def reason_not_to_stack(
 def _reason_not_to_stack(
     structure: Structure, layers: int, tokens: int, dtype: torch.dtype, device: torch.device, training: bool
 ) -> str | None:
-    # measured for 2 and 3 layers of 256 and 1024 features (benchmarks/call_overhead.py): from here on forward passes
-    # are 1.04 to 1.4 times as fast, with fewer tokens about even or slower
+    # measured for 3 layers of 256 to 1024 features (benchmarks/call_overhead.py --shared-input): from here on 1.02 to 1.2
+    # times as fast, with fewer tokens about even or slower
     entries, saved = layers * structure.params, (layers - 1) * tokens * structure.in_features
-    if entries > STACKED_ENTRIES:
-        return f"together their factors have {entries:,} entries, but no more than {STACKED_ENTRIES:,} stay in cache"
+    limit = STACKED_ENTRIES_TRAINING if training else STACKED_ENTRIES
+    if entries > limit:
+        return f"together their factors have {entries:,} entries, but no more than {limit:,} stay in cache"
     if 2 * entries > saved:
         return f"to copy {entries:,} entries takes longer than to read {saved:,} features of the input again"
     try:
