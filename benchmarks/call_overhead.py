@@ -1,16 +1,23 @@
-"""Overhead of a call of small layers, beside two `nn.Linear` of the same size.
+"""Overhead of a call of small layers, beside two `nn.Linear` of the same size; and several layers in one call.
 
     python benchmarks/call_overhead.py
+    python benchmarks/call_overhead.py --shared-input --features 256 1024 --tokens 1 512 2048 --rounds 10
 
 A structured layer has two factors or more, so two dense layers are what its call may cost. One token, float32, one
-thread. The variants run in turns, and the table has the fastest of all turns: the rest is what else the machine did.
+thread. The variants run in turns, and the table has the least processor time of all turns: other work on the machine
+counts little.
+
+With --shared-input, three layers have the same input, as queries, keys and values have. They run one after the other,
+and by one call of `ops.shared_input_linear`, which multiplies with all three at once where that is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,23 +55,49 @@ def training(first: nn.Module, second: nn.Module | None, x: Tensor) -> Callable[
     return run
 
 
-def fastest(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds of a call of each variant."""
+def separate(x: Tensor, layers: list[el.ops.Weights]) -> tuple[Tensor, ...]:
+    """Layers of one input, one after the other."""
+    return tuple(el.ops.linear(structure, factors, x, bias) for structure, factors, bias in layers)
+
+
+def shared_input(compute: Callable[..., tuple[Tensor, ...]], layers: list[el.Linear], x: Tensor) -> dict[str, Any]:
+    """Forward passes, and these with backward passes, of layers of one input."""
+    weights = [el.ops.Weights(layer.structure, layer.factors(), layer.bias) for layer in layers]
+    wanted = [x.clone().requires_grad_(), *(p for layer in layers for p in layer.parameters())]
+    grads = [torch.randn(len(x), layer.out_features) for layer in layers]
+
+    def inference() -> None:
+        with torch.no_grad():
+            compute(x, weights)
+
+    def training() -> None:
+        torch.autograd.grad(compute(wanted[0], weights), wanted, grads)
+
+    return {"inference": inference, "training": training}
+
+
+def fastest(runs: dict[str, Callable[[], object]], rounds: int, calls: int = CALLS) -> dict[str, float]:
+    """Microseconds of a call of each variant, of which a run makes some."""
     times = dict.fromkeys(runs, float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[name] = min(times[name], 1e6 * (time.perf_counter() - start) / CALLS)
+            times[name] = min(times[name], 1e6 * (time.process_time() - start) / calls)
     return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, nargs="*", default=[64, 128, 256])
+    parser.add_argument("--shared-input", action="store_true", help="three layers of one input")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 128, 512, 2048], help="of these layers")
     parser.add_argument("--rounds", type=int, default=100)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.shared_input:
+        compare_shared_input(arguments.features, arguments.tokens, arguments.rounds)
+        return
     print("| features | structure | pass | two `nn.Linear`, us | `el.Linear`, us | times as long |")
     print("| --- | --- | --- | --- | --- | --- |")
     for d in arguments.features:
@@ -76,6 +109,23 @@ def main() -> None:
             for spec in layers:
                 ratio = times[spec] / times["two"]
                 print(f"| {d} | `{spec}` | {name} | {times['two']:.1f} | {times[spec]:.1f} | {ratio:.2f} |", flush=True)
+
+
+def compare_shared_input(features: list[int], tokens: list[int], rounds: int) -> None:
+    print("| features | tokens | structure | pass | three calls, us | one call, us | times as fast | runs |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for d, n in itertools.product(features, tokens):
+        for spec in SPECS.replace("{d/8}", str(d // 8)).split("; "):
+            layers, x = [el.Linear(d, d, spec) for _ in range(3)], torch.randn(n, d)
+            apart = shared_input(separate, layers, x)
+            together = shared_input(el.ops.shared_input_linear, layers, x)
+            for name in apart:
+                us = fastest({"apart": apart[name], "together": together[name]}, rounds, 1)
+                arguments = layers[0].structure, 3, n, x.dtype, x.device, name == "training"
+                why = el.ops.reason_not_to_stack(*arguments)
+                row = f"{us['apart']:.0f} | {us['together']:.0f} | {us['apart'] / us['together']:.2f}"
+                runs = "stacked" if why is None else "apart"
+                print(f"| {d} | {n} | `{spec}` | {name} | {row} | {runs} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import einlinear as el
 from tests.lab.cli.command import run
 from tests.lab.data.samples import needs, prose
 
@@ -90,6 +92,13 @@ def test_call_overhead() -> None:
         len(re.findall(r"^\| 64 \| `[a-z_]+.*` \| (inference|training) \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", out, re.M))
         == 10
     )
+    command += ["--shared-input", "--tokens", "1", "2048"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    rows = re.findall(r"^\| 64 \| (\d+) \| `([a-z_]+)\S* \| (\w+) \| \d+ \| \d+ \| [\d.]+ \| (\w+) \|$", out, re.M)
+    assert len(rows) == 20
+    assert {kind for tokens, *_, kind in rows if tokens == "1"} == {"apart"}
+    if el.ops.unsupported("cpu", el.structure("btt", 64, 64), torch.float32, "cpu") is None:
+        assert {kind for tokens, *_, kind in rows if tokens == "2048"} == {"stacked"}
 
 
 def test_step_profile() -> None:

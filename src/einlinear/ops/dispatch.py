@@ -24,6 +24,9 @@ FUSED_TOKENS, FUSED_ENTRIES = 16, 2**23
 # entries than FUSED_ENTRIES_TRAINING needs many tokens. Every hidden feature costs the products that compute it again,
 # in place of writing and reading it.
 FUSED_ENTRIES_TRAINING, FUSED_TOKENS_TRAINING, FUSED_MACS_PER_FEATURE = 2**20, 1024, 384
+# Layers of one input are stacked up to so many entries together: more leave the cache between two tiles of tokens, in
+# training beside their gradients.
+STACKED_ENTRIES, STACKED_ENTRIES_TRAINING = 2**19, 2**18
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,48 @@ def reason_not_to_fuse(
 def backend_of_fused_blocks(backend: str | None = None) -> str:
     """Return the backend that runs feed-forward blocks if they are fused: that of a call, the forced one, or "cpu"."""
     return backend or forced().backend or "cpu"
+
+
+def reason_not_to_stack(
+    structure: Structure,
+    layers: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool = False,
+) -> str | None:
+    """Return why layers of one structure and one input run one after the other, or None if they run as one product.
+
+    One product of stacked factors saves calls and reads of the input, but the factors are copied for every call.
+
+    Args:
+        structure: of each of the layers.
+        layers: their number.
+        tokens, dtype, device, training: as for `choose`.
+    """
+    if forced().backend not in (None, "cpu"):
+        return f"the backend {forced().backend!r} is forced, for which stacked layers were not measured"
+    return _reason_not_to_stack(structure, layers, tokens, dtype, device, training)
+
+
+@cached
+def _reason_not_to_stack(
+    structure: Structure, layers: int, tokens: int, dtype: torch.dtype, device: torch.device, training: bool
+) -> str | None:
+    # measured for 3 layers of 256 to 1024 features (benchmarks/call_overhead.py --shared-input): from here on 1.02 to 1.2
+    # times as fast, with fewer tokens about even or slower
+    entries, saved = layers * structure.params, (layers - 1) * tokens * structure.in_features
+    limit = STACKED_ENTRIES_TRAINING if training else STACKED_ENTRIES
+    if entries > limit:
+        return f"together their factors have {entries:,} entries, but no more than {limit:,} stay in cache"
+    if 2 * entries > saved:
+        return f"to copy {entries:,} entries takes longer than to read {saved:,} features of the input again"
+    try:
+        stacked = structures.stack(structure, layers)
+    except ValueError as error:
+        return str(error)
+    backend = choose(stacked, tokens, dtype, device, training).backend
+    return None if backend == "cpu" else f"the backend {backend!r} runs them, for which stacks were not measured"
 
 
 @assume_constant_result

@@ -14,7 +14,7 @@ from einlinear.structures import Structure
 
 
 class Weights(NamedTuple):
-    """The weights of one layer of a feed-forward block, as `linear` takes them.
+    """The weights of one layer, as `linear` takes them.
 
     Attributes:
         structure: of the matrix.

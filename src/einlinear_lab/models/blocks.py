@@ -162,11 +162,19 @@ class Attention(SelfDescribing):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        q, k, v = (z.unflatten(-1, (self.heads, -1)) for z in self._projections(h))
         # (n, heads, t, d_head)
         q, k, v = (z.transpose(1, 2) for z in (self.query_norm(q), self.key_norm(k), v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=8 / q.shape[-1])
         return torch.add(x, self.out(mixed.transpose(1, 2).flatten(2)), alpha=self.multiplier)
+
+    def _projections(self, h: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of query, key and value: those of plain structured layers in one call."""
+        layers = self.query, self.key, self.value
+        plain = [layer for layer in layers if isinstance(layer, Linear) and not reason_to_call(layer)]
+        if len(plain) == len(layers):
+            return ops.shared_input_linear(h, [weights_of(layer) for layer in plain])
+        return tuple([layer(h) for layer in layers])
 
     def layer_info(self) -> LayerInfo:
         return LayerInfo(macs_per_position=2 * self.features)

@@ -1,4 +1,4 @@
-"""Feed-forward networks of the reference models: fused if their layers are plain and structured."""
+"""Feed-forward networks and attention of the reference models: fused if their layers are plain and structured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import einlinear as el
 from einlinear import ops
+from einlinear.ops import shared_input
 from einlinear_lab.models import MLPConfig, ResidualMLP
-from einlinear_lab.models.blocks import DenseLinear, Layers, ResidualFeedForward
+from einlinear_lab.models.blocks import Attention, DenseLinear, Layers, ResidualFeedForward
 from einlinear_lab.training.guided import guide, unguide
 
 SPECS = ("btt", "btt(rank=2)", "monarch(blocks=4)", "low_rank(rank=5)", "dyad(blocks=2)")
@@ -132,6 +133,64 @@ def test_guides_are_not_bypassed(fused: list[ops.Weights]) -> None:
     unguide(model)
     model(x)
     assert len(fused) == 1
+
+
+# Attention
+
+
+def attention(structure: str = "btt", **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = MLPConfig(width=32, structure=structure)
+    return Attention(32, heads=4, layer=Layers(config).linear, **options)
+
+
+def one_by_one(model: Any, x: Tensor) -> Tensor:
+    """What attention computes, with layers that are called."""
+    h = model.norm(x)
+    heads = [layer(h).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (model.query, model.key, model.value)]
+    query, key = model.query_norm(heads[0]), model.key_norm(heads[1])
+    mixed = F.scaled_dot_product_attention(query, key, heads[2], scale=8 / query.shape[-1])
+    found: Tensor = x + model.out(mixed.transpose(1, 2).flatten(2))
+    return found
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The output features of the products that ran in `ops.shared_input_linear`."""
+    found: list[int] = []
+    linear = shared_input.linear
+    monkeypatch.setattr(shared_input, "linear", lambda s, *rest: (found.append(s.out_features), linear(s, *rest))[1])
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"d_head": 4}, {"qk_norm": True}])
+def test_queries_keys_and_values_are_one_product(options: dict[str, Any], widths: list[int]) -> None:
+    model, x = attention(**options).double(), torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
+    y, expected = model(x), one_by_one(model, x)
+    assert widths == [3 * model.features]
+    leaves, grad = [x, *model.parameters()], torch.randn_like(y)
+    found = [y, *torch.autograd.grad(y, leaves, grad)]
+    torch.testing.assert_close(found, [expected, *torch.autograd.grad(expected, leaves, grad)])
+
+
+def test_unequal_projections(widths: list[int]) -> None:
+    model, x = attention(), torch.randn(2, 50, 32)
+    model.query = el.Linear(32, 32, "low_rank")
+    torch.testing.assert_close(model(x), one_by_one(model, x))
+    assert widths == [64, 32]
+
+
+@pytest.mark.parametrize("layer", ["query", "value"])
+@pytest.mark.parametrize("kind", ["dense", "subclass", "hook"])
+def test_other_projections_are_called(kind: str, layer: str, widths: list[int]) -> None:
+    model, x, seen = attention(), torch.randn(2, 50, 32), list[nn.Module]()
+    if kind == "hook":
+        model.get_submodule(layer).register_forward_hook(lambda module, args, y: seen.append(module) or 2 * y)
+    else:
+        setattr(model, layer, {"dense": DenseLinear(32, 32, "dense"), "subclass": Doubled(32, 32, "btt")}[kind])
+    torch.testing.assert_close(model(x), one_by_one(model, x))
+    assert widths == []
+    assert len(seen) == (2 if kind == "hook" else 0)
 
 
 # Dense models
