@@ -256,7 +256,7 @@ def reason_not_to_stack(
 def _reason_not_to_stack(
     structure: Structure, layers: int, tokens: int, dtype: torch.dtype, device: torch.device, training: bool
 ) -> str | None:
-    # measured for 3 layers of 256 to 1024 features (benchmarks/call_overhead.py --shared-input): from here on 1.02 to 1.2
+    # measured for 3 layers of 256 to 1024 features (benchmarks/call_overhead.py): from here on up to 1.2
     # times as fast, with fewer tokens about even or slower
     entries, saved = layers * structure.params, (layers - 1) * tokens * structure.in_features
     limit = STACKED_ENTRIES_TRAINING if training else STACKED_ENTRIES

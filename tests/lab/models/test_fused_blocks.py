@@ -25,8 +25,9 @@ def network(
     width: int, structure: str, multiplier: float = 1.0, bias: bool = True, **options: Any
 ) -> ResidualFeedForward:
     torch.manual_seed(0)
-    found = Layers(MLPConfig(width=width, structure=structure, **options), bias=bias).feed_forward(multiplier)
+    found = Layers(MLPConfig(width=width, structure=structure, **options), bias=bias).feed_forward()
     assert isinstance(found, ResidualFeedForward)
+    found.multiplier = multiplier
     with torch.no_grad():
         for p in found.parameters():
             p.add_(0.1 * torch.randn_like(p))
