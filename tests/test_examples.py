@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import einlinear as el
+from einlinear_lab.sweeps.sweep import read_sweep
 from tests.lab.cli.command import run
 from tests.lab.data.samples import needs, prose
 
@@ -82,6 +83,13 @@ def test_fused_speed() -> None:
     assert (
         len(re.findall(r"^\| 64 \| \w+ \| `btt` \| (MLP|model) \| [^|]+ \|( [\d.]+ \|){3} [\d.]+x \|$", out, re.M)) == 8
     )
+
+
+@pytest.mark.parametrize("name", ["mlp", "pixels", "english"])
+def test_training_time(name: str) -> None:
+    runs = read_sweep(ROOT / "benchmarks" / "training_time" / f"{name}.toml").runs
+    assert len({run.model.width for run in runs if run.model.structure == "dense"}) >= 5
+    assert {run.model.structure for run in runs} == {"dense", "btt", "monarch(blocks=4)", "low_rank"}
 
 
 def test_call_overhead() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import einlinear as el
 from einlinear.mup import Muon
-from einlinear.mup.optim import orthogonalised
+from einlinear.mup.muon import orthogonalised
 from einlinear.structures.scales import muon_multipliers
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import einlinear as el
 from einlinear.mup import Muon
-from einlinear.mup.optim import _root, orthogonalised
+from einlinear.mup.muon import _root, orthogonalised
 
 # two terms, one of them a full matrix
 MIXED = "i, r i, o r -> o + i, o i -> o where r=3"

@@ -1,4 +1,4 @@
-"""Parameters that are divided among processes, or have no values: their whole shapes count."""
+"""Parameters that are sharded, or have no values: their whole shapes count."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_groups_of_divided_parameters(divide: Callable[[nn.Module], nn.Module], 
 def test_init_of_parameters_that_zero3_has_divided() -> None:
     model = zero3(Model(64))
     message = (
-        r"positions of shape \(1, 10, 64\) is divided among processes by DeepSpeed's ZeRO-3.*"
+        r"positions of shape \(1, 10, 64\) is sharded by DeepSpeed's ZeRO-3.*"
         r"deepspeed\.zero\.GatheredParameters\(.*before deepspeed\.initialize, .*deepspeed\.zero\.Init"
     )
     with pytest.raises(ValueError, match=message):
@@ -104,7 +104,7 @@ def test_init_of_parameters_that_zero3_has_divided() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_init_of_parameters_that_fsdp_has_divided() -> None:
     model = fsdp1(Model(64))
-    with pytest.raises(ValueError, match=r"is divided among processes by FSDP1.*summon_full_params\(model\)"):
+    with pytest.raises(ValueError, match=r"is sharded by FSDP1.*summon_full_params\(model\)"):
         el.init_(model)
     with FullyShardedDataParallel.summon_full_params(model):
         el.init_(model)

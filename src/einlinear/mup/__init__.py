@@ -1,10 +1,10 @@
 """Structure-aware muP: initialisation, learning rates, decay and eps per parameter, Muon, coordinate check."""
 
 from einlinear.mup.base_model import base_shapes
-from einlinear.mup.coordinates import Coordinates, coord_check
+from einlinear.mup.coordinate_check import Coordinates, coord_check
 from einlinear.mup.group_check import check_groups
 from einlinear.mup.hyperparameters import Hyperparameters
-from einlinear.mup.optim import Muon
+from einlinear.mup.muon import Muon
 from einlinear.mup.parametrization import init_, param_groups
 
 __all__ = [

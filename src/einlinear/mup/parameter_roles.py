@@ -39,7 +39,7 @@ class Parameter:
     # its name in a base model: for a factor that of the full weight (fc1.weight for fc1.A)
     key: str
     tensor: Tensor
-    # of the full parameter, also if it is divided among processes
+    # of the full parameter, also if it is sharded
     shape: tuple[int, ...]
     module_class: str
     role: ParameterRole
@@ -138,7 +138,7 @@ def _merged(first: Parameter, second: Parameter) -> Parameter:
 
 
 def _shapes_before_fsdp1(model: nn.Module) -> dict[int, tuple[int, ...]]:
-    """Return the full shapes of parameters that FSDP1 has divided, by their id."""
+    """Return the full shapes of parameters that FSDP1 has sharded, by their id."""
     handles = (getattr(module, "_handle", None) for module in model.modules())
     flat = (getattr(handle, "flat_param", None) for handle in handles)
     pairs = (zip(getattr(one, "_params", None) or (), getattr(one, "_shapes", ()), strict=False) for one in flat)

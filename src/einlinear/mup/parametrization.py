@@ -150,7 +150,7 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
             heads, stay zero and are logged, unless all matrices are zero, as after `to_empty`.
 
     Raises:
-        ValueError: as `param_groups`, and parameters that DeepSpeed's ZeRO-3 or FSDP1 has divided among processes.
+        ValueError: as `param_groups`, and parameters that DeepSpeed's ZeRO-3 or FSDP1 has sharded.
 
     Example:
         >>> import torch, einlinear as el
@@ -159,7 +159,7 @@ def init_(model: nn.Module, *, base: Base = None, zero: Globs = None, roles: Rol
         False
     """
     params, *_ = _resolve(model, base, roles)
-    _check_undivided(params)
+    _check_not_sharded(params)
     matrices = [p for p in params if p.role.is_matrix]
     if zero is None:
         zeros = _zero_parameters([p for p in matrices if not p.role.shares_input_with])
@@ -236,7 +236,7 @@ def _listed(params: Sequence[Parameter]) -> str:
     return ", ".join(f"{p.name} {p.shape}" for p in params[:10]) + more
 
 
-def _check_undivided(params: Sequence[Parameter]) -> None:
+def _check_not_sharded(params: Sequence[Parameter]) -> None:
     """Raise ValueError for parameters of which this process could draw only a part."""
     for p in params:
         if tuple(p.tensor.shape) == p.shape:
@@ -246,7 +246,7 @@ def _check_undivided(params: Sequence[Parameter]) -> None:
             by, first = "DeepSpeed's ZeRO-3", "deepspeed.initialize, on a model made outside of deepspeed.zero.Init"
             gather = "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
         advice = f"Call init_ within `with {gather}:`, or before {first}"
-        raise ValueError(f"{p.name} of shape {p.shape} is divided among processes by {by}. {advice}")
+        raise ValueError(f"{p.name} of shape {p.shape} is sharded by {by}. {advice}")
 
 
 def _zero_parameters(matrices: Sequence[Parameter]) -> list[Parameter]:

@@ -1,6 +1,6 @@
 """Kinds of layers of torch and transformers: the muP role of each parameter, and MACs.
 
-Layers of this library describe themselves. Sizes are those that a layer states: divided weights have other shapes.
+Layers of this library describe themselves. Sizes are those that a layer states: sharded weights have other shapes.
 """
 
 import math

@@ -42,10 +42,10 @@ class Factored(SelfDescribing):
     ) -> None:
         super().__init__()
         if isinstance(structure, Structure):
-            fan_in, fan_out = structure.in_features, structure.out_features
-            if (fan_in, fan_out) != (in_features, out_features):
+            sizes = structure.in_features, structure.out_features
+            if sizes != (in_features, out_features):
                 wanted = f"the layer of {in_features} -> {out_features}; to resize, give its spec, {structure.spec!r}"
-                raise ValueError(f"the structure is of {fan_in} -> {fan_out} features, {wanted}")
+                raise ValueError(f"the structure is of {sizes[0]} -> {sizes[1]} features, {wanted}")
         self.structure = make_structure(structure, in_features, out_features)
         # ints, for arguments of any integer type
         self.in_features, self.out_features = self.structure.in_features, self.structure.out_features

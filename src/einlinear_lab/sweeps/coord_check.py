@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from einlinear.mup.coordinates import coord_check
+from einlinear.mup.coordinate_check import coord_check
 from einlinear_lab.models.config import DENSE
 from einlinear_lab.runs.data import TrainingProblem
 from einlinear_lab.runs.execution import initialised

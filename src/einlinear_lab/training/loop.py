@@ -20,8 +20,8 @@ from einlinear.checkpoint import Checkpoint
 from einlinear.conversion import densify
 from einlinear.mup import param_groups
 from einlinear.mup.base_model import Base
-from einlinear.mup.coordinates import TrainingBatch
-from einlinear.mup.optim import Muon
+from einlinear.mup.coordinate_check import TrainingBatch
+from einlinear.mup.muon import Muon
 from einlinear.nn.moe import Mixture, moe_loads, moe_loss
 from einlinear.nn.names import name_of
 from einlinear.schedules import lr_factor

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
-from einlinear.mup.coordinates import TrainingBatch
+from einlinear.mup.coordinate_check import TrainingBatch
 from einlinear.structures import DoesNotFit
 from einlinear.structures.scales import adam_multipliers
 from einlinear_lab.data import TextConfig, prepare_tokens

@@ -45,7 +45,7 @@ def test_indivisible_experts_raise(mesh: DeviceMesh) -> None:
         expert_parallel(nn.Linear(4, 4), mesh)
     model = nn.Sequential(el.MoELinear(16, 16, "btt", experts=4))
     expert_parallel(model, mesh)
-    with pytest.raises(ValueError, match="the experts of 0 are divided already"):
+    with pytest.raises(ValueError, match="the experts of 0 are sharded already"):
         expert_parallel(model, mesh)
 
 

@@ -24,21 +24,21 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
         mesh: of one dimension, with all processes that share a batch.
 
     Raises:
-        ValueError: no mixture, experts that cannot be divided equally, already are, or are normalised together; a mesh
+        ValueError: no mixture, experts that cannot be sharded equally, already are, or are normalised together; a mesh
             of several dimensions.
     """
     size = mesh.size()
     if mesh.ndim != 1:
-        raise ValueError(f"the mesh has {mesh.ndim} dimensions: experts are divided among the processes of one")
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions: experts are sharded over one")
     layers = {name: module for name, module in plain_modules(model) if isinstance(module, Experts)}
     if not layers:
         raise ValueError("the model has no layers with experts")
     for name, module in layers.items():
         where = name or "the layer"
         if module.exchange is not None:
-            raise ValueError(f"the experts of {where} are divided already")
+            raise ValueError(f"the experts of {where} are sharded already")
         if module.normalize and module.normalizes_stack:
-            raise ValueError(f"{where} normalises its experts together: they cannot be divided among processes")
+            raise ValueError(f"{where} normalises its experts together: they cannot be sharded")
         if module.experts % size:
             raise ValueError(f"{where} has {module.experts} experts: {size} processes cannot share them equally")
     names = []
@@ -50,8 +50,8 @@ def expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[str]:
         if module.exchange is None:
             for key in keys:
                 parameter = getattr(module, key)
-                divided = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
-                setattr(module, key, nn.Parameter(divided, requires_grad=parameter.requires_grad))
+                sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+                setattr(module, key, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
             module.exchange = Exchange(mesh, module.experts)
     return names
 

@@ -178,15 +178,15 @@ def _move(params: Iterable[Tensor], updates: Tensor, group: dict[str, Any]) -> N
     for p, update in zip(params, updates, strict=True):
         if p.grad is not None:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(_divided_like(update.to(p.dtype), p), alpha=group["lr"] * group["update_scale"])
+            p.sub_(_sharded_like(update.to(p.dtype), p), alpha=group["lr"] * group["update_scale"])
 
 
 def _full(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def _divided_like(x: Tensor, like: Any) -> Tensor:
-    """Return this process's part of a full tensor, if `like` is divided."""
+def _sharded_like(x: Tensor, like: Any) -> Tensor:
+    """Return this process's part of a full tensor, if `like` is sharded."""
     if not hasattr(like, "full_tensor"):
         return x
     # importing DTensors takes long
