@@ -54,5 +54,5 @@ def test_experts_that_are_normalised_together_raise(mesh: DeviceMesh) -> None:
         normalizes_stack = True
 
     assert expert_parallel(Together(16, 16, "btt", experts=4), mesh) == ["A", "B"]
-    with pytest.raises(ValueError, match="the layer normalises its experts together: they cannot be divided"):
+    with pytest.raises(ValueError, match="the layer normalises its experts together: they cannot be sharded"):
         expert_parallel(Together(16, 16, "btt", experts=4, normalize=True), mesh)
