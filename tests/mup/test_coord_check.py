@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -127,3 +128,24 @@ def test_mistakes(arguments: dict[str, Any], message: str) -> None:
 def test_no_batches_raise() -> None:
     with pytest.raises(ValueError, match="batches is empty"):
         el.coord_check(Noisy, [16], [], BATCH[0], lr=1e-3, base=None)
+
+
+def test_updates_over_depth() -> None:
+    """With alpha = 1, branches of deep models learn as those of shallow ones; without a multiplier they add up."""
+
+    def build(depth: int, base_depth: int | None = 2) -> nn.Module:
+        torch.manual_seed(0)
+        config: dict[str, Any] = {"structure": "btt", "base_depth": base_depth}
+        model = ResidualMLP(48, 64, 10, depth=depth, bias=False, **config)
+        return el.init_(model, zero=model.ZERO)
+
+    batches = [(torch.randn(128, 48), torch.randint(10, (128,))) for _ in range(4)]
+    options: dict[str, Any] = {"lr": 3e-3, "base": ResidualMLP(48, 64, 10, depth=2, bias=False), "steps": 8}
+
+    def growth(build: Any) -> float:
+        shallow, deep = el.coord_check(build, [2, 16], batches, batches[0][0], layers="norm", **options)
+        return deep.update / shallow.update
+
+    # the norm reads the last block
+    assert growth(partial(build, base_depth=2)) == pytest.approx(1, abs=0.25)
+    assert growth(partial(build, base_depth=None)) > 3

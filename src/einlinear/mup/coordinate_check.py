@@ -67,7 +67,8 @@ def coord_check(
     With the right learning rates it is the same at every width (arXiv 2203.03466, appendix D.1; 2406.06248, figure 3).
 
     Args:
-        build, widths: width -> model, initialised, and the widths to compare.
+        build, widths: width -> model, initialised, and the widths to compare; or depths, of models whose base may be
+            shallower.
         batches: (input, target) pairs, used in turn.
         probe: a fixed input for the measurement, which runs in evaluation mode.
         lr, base: learning rate and model of base width, as for `param_groups`.
