@@ -110,7 +110,7 @@ def test_call_overhead() -> None:
 
 
 def test_step_profile() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "step_profile.py"), "--widths", "64", "--structures", "btt"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "step_profile.py"), "--widths", "64", "--structures", "btt"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(
         [*command, "--rounds", "1", "--steps", "1"], capture_output=True, text=True, check=True, env=environment

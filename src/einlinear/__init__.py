@@ -1,6 +1,9 @@
 """Structured linear layers for PyTorch: any einsum as a drop-in `nn.Linear`, with the learning rates it needs."""
 
-from einlinear.compression import compress, distill
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from einlinear.conversion import convert, densify, fuse, unfuse
 from einlinear.integrations.transformers import register_on_import as _register_on_import
 from einlinear.mup import base_shapes, check_groups, coord_check, init_, param_groups
@@ -10,6 +13,9 @@ from einlinear.ops import backend
 from einlinear.structures import Structure, register_family, structure
 from einlinear.version import __version__
 
+if _TYPE_CHECKING:
+    from einlinear.compression import compress, distill
+
 # layers and structures, training, existing models
 __all__ = ["FeedForward", "Linear", "MoELinear", "Structure", "__version__", "backend", "explain", "register_family"]
 __all__ += ["structure"]
@@ -17,3 +23,15 @@ __all__ += ["base_shapes", "check_groups", "coord_check", "init_", "moe_loads", 
 __all__ += ["compress", "convert", "densify", "distill", "fuse", "unfuse"]
 
 _register_on_import()
+
+
+def __getattr__(name: str) -> _Any:
+    # compression takes a fifth of the time of the import, and few programs compress
+    if name in ("compress", "compression", "distill"):
+        compression = _import_module("einlinear.compression")
+        return compression if name == "compression" else getattr(compression, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -46,7 +46,11 @@ def test_adam_multipliers_are_the_published_ones(spec: str, expected: list[float
 def test_multipliers_of_rectangular_layers() -> None:
     s = el.structure("btt(rank=2)", 1024, 4096)  # fan_in, fan_out: A 32 -> 128, B 64 -> 64
     assert adam_multipliers(s) == pytest.approx((1024 / 32 / 2, 1024 / 64 / 2))
-    assert sgd_multipliers(s) == pytest.approx((128 / 32 / 4 / 2, 64 / 64 / 4 / 2))
+    assert sgd_multipliers(s) == pytest.approx((1024 / 32 / 2, 1024 / 64 / 2))
+    # the gradient of A grows by the fan-out over the fan-in of B, 1024 / 16
+    assert sgd_multipliers(el.structure("low_rank(rank=16)", 256, 1024)) == pytest.approx((16 / 1024 / 2, 256 / 16 / 2))
+    # every entry is used 16 times
+    assert sgd_multipliers(el.structure("kronecker", 256, 256)) == pytest.approx((256 / 16 / 4 / 2,) * 2)
 
 
 def test_init_std() -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear.mup.base_model import Base
+from einlinear.mup.muon import Muon
 from einlinear.mup.parametrization import param_groups
 from einlinear.nn.model_call import evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
@@ -20,7 +21,7 @@ from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
 # inputs and targets, one sample per row
 TrainingBatch = tuple[Tensor, Tensor]
 
-_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
 
 
 def cross_entropy(model: nn.Module, batch: TrainingBatch) -> Tensor:
@@ -73,7 +74,7 @@ def coord_check(
         probe: a fixed input for the measurement, which runs in evaluation mode.
         lr, base: learning rate and model of base width, as for `param_groups`.
         layers: a glob, or several, on qualified names of modules whose outputs are tensors of shape (..., features).
-        steps, optimizer: of training: at least one step, with "adamw", "adam" or "sgd".
+        steps, optimizer: of training: at least one step, with "adamw", "adam", "sgd" or "muon".
         loss: training loss of a model and a batch. Default: the cross-entropy of the outputs.
         progress: called with (width, step) after every step.
         **groups: further arguments of `param_groups`, such as structure_aware=False for the control.
@@ -90,8 +91,8 @@ def coord_check(
         >>> [(c.width, c.layer, c.relative_update < 0.1) for c in checked]
         [(64, '0', True), (256, '0', True)]
     """
-    if optimizer not in _OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, not {optimizer!r}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not batches:
@@ -100,14 +101,14 @@ def coord_check(
     for width in widths:
         model = build(width)
         scaled = param_groups(model, lr, base=base, optimizer=optimizer, **groups)
-        # decay would be measured, too: without weight_decay= there is none
-        stepper = _OPTIMIZERS[optimizer](scaled, lr=lr, weight_decay=0.0)
+        steppers = _optimizers(optimizer, scaled, lr)
         previous = _features(model, probe, layers)
         size, update = dict.fromkeys(previous, 0.0), dict.fromkeys(previous, 0.0)
         for step, batch in enumerate(islice(cycle(batches), steps)):
-            stepper.zero_grad()
+            model.zero_grad()
             loss(model, batch).backward()
-            stepper.step()
+            for stepper in steppers:
+                stepper.step()
             features = _features(model, probe, layers)
             for layer, h in features.items():
                 for total, value in ((size, h), (update, h - previous[layer])):
@@ -118,6 +119,15 @@ def coord_check(
                 progress(width, step + 1)
         results += [Coordinates(width, layer, size[layer], update[layer]) for layer in size]
     return results
+
+
+def _optimizers(name: str, groups: list[dict[str, Any]], lr: float) -> list[torch.optim.Optimizer]:
+    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    matrices = [group for group in groups if "matrix_view" in group]
+    others = [group for group in groups if "matrix_view" not in group]
+    # decay would be measured, too: without weight_decay= there is none
+    optimizers: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
+    return [*optimizers, kinds.get(name, torch.optim.AdamW)(others, lr=lr, weight_decay=0.0)] if others else optimizers
 
 
 @torch.no_grad()

@@ -23,9 +23,20 @@ def adam_multipliers(structure: Structure) -> tuple[float, ...]:
 
 
 def sgd_multipliers(structure: Structure) -> tuple[float, ...]:
-    """Return the learning rates for SGD, relative to a dense layer."""
-    aspect = structure.out_features / structure.in_features
-    return _multipliers(structure, lambda factor: factor.fan_out / factor.fan_in / aspect)
+    """Return the learning rates for SGD, relative to a dense layer: those of Adam over the size of the gradient.
+
+    The gradient of an output is as small as the layer has outputs, not as a factor has, and reaches a factor through
+    the later ones of its term. Where their matrices have the spectral norm sqrt(fan_out / fan_in), it grows by
+    fan_out / fan_in in each. An entry that a step uses n times sums n gradients, and grows by sqrt(n).
+    """
+    multipliers: list[float] = []
+    for term in structure.terms:
+        growth = [factor.fan_out / factor.fan_in for factor in term.factors]
+        for i, factor in enumerate(term.factors):
+            gradient = math.prod(growth[i + 1 :]) * math.sqrt(factor.macs / factor.params)
+            rate = structure.in_features / factor.fan_in / gradient
+            multipliers.append(rate / len(term.factors))
+    return tuple(multipliers)
 
 
 def muon_multipliers(structure: Structure) -> tuple[float, ...]:

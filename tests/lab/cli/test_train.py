@@ -28,7 +28,7 @@ def test_train_and_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints").exists()
     assert run("train", *options)[0] == 0
     answer = run("train", *options, "lr=1e-2")
-    assert_refused(answer, "lr was 0.003, now 0.01. Name another folder (--out), or repeat the config to resume")
+    assert_refused(answer, "lr was 0.003, now 0.01. Name another folder, or repeat the config to resume")
 
 
 def images(folder: Path, count: int) -> Path:
