@@ -50,7 +50,7 @@ def test_relative_updates_are_independent_of_width_with_the_structure_aware_rule
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 3e-3), ("sgd", 0.1), ("muon", 1e-2)])
-@pytest.mark.parametrize("structure", ["btt(rank=2)", "monarch(blocks=8)", "low_rank", "kronecker"])
+@pytest.mark.parametrize("structure", ["btt(rank=2)", "monarch(blocks=4)", "low_rank", "kronecker"])
 def test_every_family_and_optimizer(structure: str, optimizer: str, lr: float) -> None:
     found = updates(structure, True, optimizer=optimizer, lr=lr)
     # without correction, SGD moves wide BTT and Kronecker layers 2.5 to 5 times less
