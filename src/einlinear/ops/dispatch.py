@@ -51,7 +51,7 @@ class Choice:
         lines = [f"{self.backend}: {self.reason}"]
         lines += [f"  kernels    {self.kernels}"] if self.kernels else []
         lines += [f"  {name:<10} about {us:,.0f} us" for name, us in self.estimates]
-        lines += [f"  {name:<10} cannot: {why}" for name, why in self.refusals]
+        lines += [f"  {name:<10} not chosen: {why}" for name, why in self.refusals]
         return "\n".join(lines)
 
 
