@@ -416,7 +416,7 @@ def test_feed_forward_modules_fuse_themselves(fused: list[str]) -> None:
     report = el.fuse(model)
     assert not report.blocks
     assert [name for name, _ in report.skipped] == ["1.up"]
-    assert str(report).startswith("fused without fuse: 0\nskipped 1.up")
+    assert str(report).startswith("fused by themselves: 0\nskipped 1.up")
     # a function of which the module does not know what it computes
     model = nn.Sequential(el.FeedForward(16, 32, "btt", activation=lambda x: torch.relu(x).square(), gated=True))
     assert check(model, fused, 1).blocks[0].activation == "relu_squared"

@@ -224,6 +224,19 @@ def test_partly_frozen_layers_run_one_after_the_other(widths: list[int]) -> None
     assert widths == [192] * 3
 
 
+def test_frozen_layers_run_as_in_inference(widths: list[int]) -> None:
+    """Together too large to be trained as one product."""
+    wide, x = el.structure("btt(rank=2)", 1024, 1024), torch.randn(1024, 1024)
+    layers = draw([wide] * 3, [True] * 3, torch.float32)
+    ops.shared_input_linear(x, layers)
+    assert widths == [1024] * 3
+    widths.clear()
+    for t in tensors(layers):
+        t.requires_grad_(False)
+    ops.shared_input_linear(x, layers)
+    assert widths == [3072]
+
+
 class Marked(Tensor):
     """A tensor of another kind."""
 

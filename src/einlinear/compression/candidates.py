@@ -163,7 +163,7 @@ class Spectrum:
 def estimated_errors(
     considered: Sequence[Structure], errors: Mapping[str, float], spectrum: Spectrum
 ) -> dict[str, float]:
-    """Return the errors of all members by spec, from those of a few."""
+    """Return the errors of all members by spec: some are fitted, the others are interpolated."""
     fitted = sorted((_share(s), errors[s.spec]) for s in considered if s.spec in errors)
     # without parameters all families have the same error
     shares = [0.0, *(share for share, _ in fitted)]

@@ -56,6 +56,6 @@ class FusionReport:
         rows += [(b.up, b.gate or "", b.down, b.activation, b.runs) for b in self.blocks]
         lines = aligned(rows) if self.blocks else []
         if self.modules:
-            lines.append(f"fused without fuse: {', '.join(name or 'the model' for name in self.modules)}")
+            lines.append(f"fused by themselves: {', '.join(name or 'the model' for name in self.modules)}")
         lines = lines or ["There is no feed-forward block of structured layers."]
         return "\n".join([*lines, *(f"skipped {name}: {reason}" for name, reason in self.skipped)])

@@ -61,16 +61,16 @@ def _groups(x: Tensor, layers: Sequence[Weights]) -> list[list[int]]:
     alike: dict[tuple[Structure, bool], list[int]] = {}
     for index, (structure, _, bias) in enumerate(layers):
         alike.setdefault((structure, bias is None), []).append(index)
-    groups, width, training = [], x.shape[-1], torch.is_grad_enabled()
+    groups, width = [], x.shape[-1]
     for (structure, has_no_bias), indices in alike.items():
         if len(indices) == 1 or structure.in_features != width:
-            continue
-        tokens = x.numel() // width
-        if reason_not_to_stack(structure, len(indices), tokens, x.dtype, x.device, training) is not None:
             continue
         tensors: list[Any] = []
         for _, factors, bias in [layers[index] for index in indices]:
             tensors += factors if bias is None else (*factors, bias)
+        tokens, training = x.numel() // width, wants_gradients(x, *tensors)
+        if reason_not_to_stack(structure, len(indices), tokens, x.dtype, x.device, training) is not None:
+            continue
         # others are left to `linear`, which knows what is wrong with them
         operands = _operands(structure, len(indices), has_no_bias, x.itemsize)
         is_usual = len(tensors) == len(operands) and quick_call.are_as_usual(tensors, operands, x.dtype)

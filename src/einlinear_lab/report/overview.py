@@ -100,7 +100,7 @@ def models_section(comparison: Comparison) -> Section:
         "the steps. <b>MACs</b>: multiply-accumulates of a forward pass for one {}. <b>Compute multiplier</b>: how "
         "many times these MACs dense needs for the same loss, interpolated on the curve of the dense models of the "
         "same seed{}; &gt; and &lt; are bounds where that curve ends. Over several seeds: geometric mean, range in "
-        "brackets. <b>Time multiplier</b>: the same for the time of the training, of runs that took turns "
+        "brackets. <b>Time multiplier</b>: the same for the time of training, if the runs took turns "
         "(--clock). <b>ms per step</b>: median training step on {}, without data loading. <b>MB</b>: on a GPU the peak "
         "memory of a step, on a CPU parameters, gradients and optimizer state. <b>Seeds</b>: runs in the means, of all "
         "where some diverged."
