@@ -70,6 +70,21 @@ def optimum_shift(sweeps: Sequence[LearningRateSweep]) -> Multiplier | None:
     return Multiplier(optima[-1].lr / optima[0].lr, ">" if any(optimum.bound for optimum in optima) else "")
 
 
+def common_lr(sweeps: Sequence[LearningRateSweep], metric: str) -> tuple[float, float] | None:
+    """Return the learning rate that serves all sizes best, of those that all have, and what it costs.
+
+    That is the largest relative excess of the mean over the lowest of its size. None with fewer than two sizes, or
+    where every learning rate diverges at some size.
+    """
+    means = [
+        {group.run.training.lr: mean for group in sweep.groups if not group.diverged and (mean := group.mean(metric))}
+        for sweep in sweeps
+    ]
+    shared = set.intersection(*map(set, means)) if len(means) > 1 else set()
+    excesses = {lr: max(of_size[lr] / min(of_size.values()) - 1 for of_size in means) for lr in shared}
+    return min(excesses.items(), key=lambda item: item[1]) if excesses else None
+
+
 def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
     """Return the learning rate of the lowest loss, with a bound at an end of the sweep; None if all runs diverged.
 
@@ -127,7 +142,7 @@ def section(comparison: Comparison) -> Section | None:
         if sweep.optimum
     ]
     charts = {title: [_optima_chart(curves)] for title, (_, curves) in titled.items()}
-    tables = [_table(curves, title) for title, (_, curves) in titled.items()]
+    tables = [_table(curves, metric) for metric, curves in titled.values()]
     return Section(
         "Learning rates", figures=[figure, Figure("best-learning-rates", caption, charts, optima)], tables=tables
     )
@@ -214,18 +229,23 @@ def _optima_chart(curves: CurveSweeps) -> Chart:
 
 
 def _table(curves: CurveSweeps, metric: str) -> SortableTable:
+    title = metric_title(metric)
     sizes, rows = _sizes(curves), []
     for i, (curve, sweeps) in enumerate(curves):
         shift, optima = optimum_shift(sweeps), {sweep.size: sweep.optimum for sweep in sweeps}
         ratio = Cell(shift.text.replace(">", "≥"), shift.value) if shift else Cell("–")
+        common = common_lr(sweeps, metric)
+        one = Cell(f"{common[0]:.2g}, up to {common[1]:.1%} above", common[1]) if common else Cell("–")
         cells = [_cell(optima[size]) if size in optima else Cell("") for size in sizes]
-        rows.append([Cell(curve.name, curve.name, i), ratio, *cells])
+        rows.append([Cell(curve.name, curve.name, i), ratio, one, *cells])
     note = Markup(
         "Optimal learning rate by {}, with the range over single seeds in brackets. ≤ and ≥: at an end of the sweep. "
         "<b>Largest / smallest</b>: 1 where one learning rate is optimal at every size; ≥ and – where an optimum at an "
-        "end of its sweep leaves the ratio open."
+        "end of its sweep leaves the ratio open. <b>One for all</b>: the learning rate that serves all sizes best, "
+        "and how far the result with it is above the best of a size."
     )
-    return SortableTable((f"optimum by {metric}", "largest / smallest", *sizes), rows, note.format(metric))
+    columns = (f"optimum by {title}", "largest / smallest", "one for all", *sizes)
+    return SortableTable(columns, rows, note.format(title))
 
 
 def _cell(best: Optimum | None) -> Cell:

@@ -11,6 +11,7 @@ from einlinear_lab.report.learning_rates import (
     LearningRateSweep,
     Optimum,
     best_lr,
+    common_lr,
     optimum_shift,
     sweeps_of,
 )
@@ -65,6 +66,25 @@ def test_optima_of_every_width_with_their_spread(tmp_path: Path) -> None:
     assert times is not None
     assert times.text == "1.00"
     assert optimum_shift([narrow]) is None
+
+
+def test_the_rate_that_serves_all_sizes_costs_its_worst_excess(tmp_path: Path) -> None:
+    found = comparison(tmp_path, {16: (2e-3, 2e-3), 64: (6e-3, 6e-3)})
+    sweeps = sweeps_of(found, found.curves[0], TRAIN_LOSS)
+    # both inner rates are best at one size, and a factor of three from the best at the other
+    assert common_lr(sweeps, TRAIN_LOSS) in [(lr, pytest.approx(0.3 * math.log(3) ** 2)) for lr in (2e-3, 6e-3)]
+    assert common_lr(sweeps[:1], TRAIN_LOSS) is None
+
+
+def test_a_rate_that_diverges_at_one_size_serves_none(tmp_path: Path) -> None:
+    records = [
+        write(tmp_path, run_of("btt", width, lr=lr), 100 * width, None if lr in diverging else loss)
+        for width, diverging in ((16, {2e-3, 1e-2}), (64, {6e-3}))
+        for lr, loss in bowl(3e-3)
+    ]
+    (found,) = compare_runs(records)
+    lr, _ = common_lr(sweeps_of(found, found.curves[0], TRAIN_LOSS), TRAIN_LOSS) or (None, None)
+    assert lr == 1e-3
 
 
 @pytest.mark.parametrize(
