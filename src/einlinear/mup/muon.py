@@ -63,8 +63,8 @@ class Muon(torch.optim.Optimizer):
                 self._step_adamw(params, group)
             else:
                 momenta = torch.stack([self._momentum(p, group["momentum"]) for p in params])
-                updates = orthogonalised(_as_matrices(momenta, group["matrix_view"]))
-                _move(params, _from_matrices(updates, group["matrix_view"], momenta.shape), group)
+                updates = orthogonalised(as_matrices(momenta, group["matrix_view"]))
+                _move(params, from_matrices(updates, group["matrix_view"], momenta.shape), group)
         return loss
 
     def _step_products(self, group: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
         pairs = zip(group["params"][::2], group["params"][1::2], strict=True)
         if trained := [pair for pair in pairs if any(p.grad is not None for p in pair)]:
             sides = list(zip(*trained, strict=True))
-            factors = [torch.stack([_full(p) for p in side]) for side in sides]
+            factors = [torch.stack([full_tensor(p) for p in side]) for side in sides]
             momenta = [torch.stack([self._momentum(p, group["momentum"]) for p in side]) for side in sides]
             size = group["lr"] * group["update_scale"]
             updates = product_updates(factors, momenta, group["matrix_view"], group["gram_views"], size)
@@ -95,10 +95,10 @@ class Muon(torch.optim.Optimizer):
     def _momentum(self, p: Any, momentum: float) -> Any:
         """Return a full tensor, also of tensors that FSDP divides: every process orthogonalises full matrices."""
         if p.grad is None:
-            return _full(torch.zeros_like(p))
+            return full_tensor(torch.zeros_like(p))
         if not (state := self.state[p]):
             state["momentum_buffer"] = torch.zeros_like(p)
-        return _full(p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum))
+        return full_tensor(p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum))
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -147,8 +147,8 @@ class _Factor:
         # of the axes of stacked layers and experts, one
         own = factor.shape[factor.dim() - len(view[0]) :]
         self.shape, self.view, self.gram_view = (-1, *own), view, gram_view
-        rows = _as_matrices(factor.to(dtype).reshape(self.shape), gram_view)
-        self.momentum = _as_matrices(momentum.to(dtype).reshape(self.shape), gram_view)
+        rows = as_matrices(factor.to(dtype).reshape(self.shape), gram_view)
+        self.momentum = as_matrices(momentum.to(dtype).reshape(self.shape), gram_view)
         self.is_singular = gram_view[1] > gram_view[2]
         self.gram = rows @ rows.mT
         self.root = _root(self.gram, self.is_singular)
@@ -160,12 +160,12 @@ class _Factor:
     def update(self, root: Tensor, norm: Tensor) -> Tensor:
         """Return the update for the root of the other factor's Gram matrices and the norm of that factor, whitened."""
         matrices = self._matrices(torch.linalg.solve_triangular(root, self.momentum, upper=False))
-        step = _from_matrices(orthogonalised(matrices).to(matrices.dtype), self.view, self.shape)
-        rows = torch.linalg.solve_triangular(root.mT, _as_matrices(step, self.gram_view), upper=True) / norm
-        return _from_matrices(rows, self.gram_view, self.shape).reshape(self.stacked_shape)
+        step = from_matrices(orthogonalised(matrices).to(matrices.dtype), self.view, self.shape)
+        rows = torch.linalg.solve_triangular(root.mT, as_matrices(step, self.gram_view), upper=True) / norm
+        return from_matrices(rows, self.gram_view, self.shape).reshape(self.stacked_shape)
 
     def _matrices(self, rows: Tensor) -> Tensor:
-        return _as_matrices(_from_matrices(rows, self.gram_view, self.shape), self.view)
+        return as_matrices(from_matrices(rows, self.gram_view, self.shape), self.view)
 
 
 def _root(gram: Tensor, is_singular: bool) -> Tensor:
@@ -192,12 +192,12 @@ def _spectral_norm(matrices: Tensor) -> Tensor:
     return torch.minimum(by_powers, by_rows).sqrt()
 
 
-def _as_matrices(stack: Tensor, view: View) -> Tensor:
+def as_matrices(stack: Tensor, view: View) -> Tensor:
     order, rows, columns = view
     return stack.permute(0, *(1 + i for i in order)).reshape(len(stack), -1, rows, columns)
 
 
-def _from_matrices(matrices: Tensor, view: View, shape: Sequence[int]) -> Tensor:
+def from_matrices(matrices: Tensor, view: View, shape: Sequence[int]) -> Tensor:
     order = view[0]
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return matrices.reshape(len(matrices), *(shape[1 + i] for i in order)).permute(0, *(1 + i for i in inverse))
@@ -207,14 +207,14 @@ def _move(params: Iterable[Tensor], updates: Tensor, group: dict[str, Any]) -> N
     for p, update in zip(params, updates, strict=True):
         if p.grad is not None:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(_sharded_like(update.to(p.dtype), p), alpha=group["lr"] * group["update_scale"])
+            p.sub_(sharded_like(update.to(p.dtype), p), alpha=group["lr"] * group["update_scale"])
 
 
-def _full(x: Any) -> Any:
+def full_tensor(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def _sharded_like(x: Tensor, like: Any) -> Tensor:
+def sharded_like(x: Tensor, like: Any) -> Tensor:
     """Return this process's part of a full tensor, if `like` is sharded."""
     if not hasattr(like, "full_tensor"):
         return x
