@@ -118,7 +118,11 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/guides/transformers.md": hugging_face,
     "docs/guides/distributed.md": distributed,
 }
-NEEDS = {"docs/guides/compress.md": ["scipy"], "docs/guides/transformers.md": ["peft", "accelerate"]}
+NEEDS = {
+    "docs/guides/compress.md": ["scipy"],
+    "docs/guides/train.md": ["pytorch_optimizer", "schedulefree"],
+    "docs/guides/transformers.md": ["peft", "accelerate"],
+}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it

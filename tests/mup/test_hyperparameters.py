@@ -81,6 +81,7 @@ def test_groups_that_are_as_asked() -> None:
     scheduler.step()
     el.check_groups(optimizer, groups)
     muon = el.param_groups(model, 1e-3, base=None, optimizer="muon")
+    el.check_groups(el.mup.Muon(muon), muon)
     matrices = [group for group in muon if "matrix_view" in group]
     rest = [group for group in muon if "matrix_view" not in group]
     el.check_groups([el.mup.Muon(matrices), torch.optim.AdamW(rest)], muon)

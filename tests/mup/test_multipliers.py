@@ -24,7 +24,7 @@ def by_name(groups: list[dict[str, Any]], key: str) -> dict[str, float]:
     return {name: group[key] for group in groups for name in group["param_names"]}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon", "soap"])
 @pytest.mark.parametrize("spec", [*SPECS, "tt(cores=3, rank=4)"])
 def test_independent_decay_shrinks_every_matrix_alike(spec: str, optimizer: str) -> None:
     for width in (64, 256):

@@ -1,5 +1,6 @@
 """Muon: every matrix of every factor moves by an orthogonal step, as far as muP says."""
 
+import copy
 import math
 import re
 from typing import Any
@@ -115,3 +116,87 @@ def test_groups() -> None:
         el.param_groups(model, 0.1, base=base, optimizer="muon", hidden="block")
     with pytest.raises(ValueError, match="hidden names the matrices for Muon, but the optimizer is 'adamw'"):
         el.param_groups(model, 0.1, base=base, hidden="blocks.*")
+
+
+def gpt() -> Any:
+    return toy.initialised(toy.build_gpt, structure="btt(rank=2)")
+
+
+def groups_of(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """Groups of a model with hidden matrices, and with embeddings, norms and a head that AdamW takes."""
+    options = {"optimizer": "muon", "hidden": "blocks.*", "weight_decay": 0.1, "eps": 1e-6, **options}
+    return el.param_groups(model, 0.01, base=toy.build_gpt(16, "dense"), **options)
+
+
+def two_optimizers(groups: list[dict[str, Any]], **adamw: Any) -> list[torch.optim.Optimizer]:
+    matrices = [group for group in groups if "matrix_view" in group]
+    rest = [group for group in groups if "matrix_view" not in group]
+    return [Muon(matrices), torch.optim.AdamW(rest, betas=(0.8, 0.9), **adamw)]
+
+
+def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
+    for step in steps:
+        model.zero_grad()
+        tokens = torch.randint(257, (4, 16), generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1, 1).flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def assert_equal(model: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_one_optimizer_moves_all_groups_as_muon_and_adamw(product: bool, fused: bool | None) -> None:
+    one, two = gpt(), gpt()
+    one.head.bias.requires_grad_(False)
+    two.head.bias.requires_grad_(False)
+    groups = groups_of(two, product=product)
+    train(one, [Muon(groups_of(one, product=product), betas=(0.8, 0.9), fused=fused)], range(5))
+    train(two, two_optimizers(groups, fused=fused), range(5))
+    assert_equal(one, two)
+    fresh = gpt()
+    assert not torch.equal(one.embedding.weight, fresh.embedding.weight)
+    assert torch.equal(one.head.bias, fresh.head.bias)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_it_resumes_from_its_state(fused: bool | None) -> None:
+    whole, parts = gpt(), gpt()
+    train(whole, [Muon(groups_of(whole), fused=fused)], range(6))
+    first = Muon(groups_of(parts), fused=fused)
+    train(parts, [first], range(3))
+    again = Muon(groups_of(parts), lr=1.0, betas=(0.1, 0.1), fused=fused)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    el.check_groups(again, groups_of(parts))
+    train(parts, [again], range(3, 6))
+    assert_equal(whole, parts)
+
+
+def test_a_scaler_of_gradients_unscales_them_once() -> None:
+    scaled, plain = gpt(), gpt()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer, expected = Muon(groups_of(scaled), fused=True), Muon(groups_of(plain), fused=True)
+    for model, scale in ((scaled, scaler.scale), (plain, lambda loss: loss)):
+        scale(model(torch.arange(16)[None]).square().mean()).backward()  # type: ignore[no-untyped-call]
+    scaler.step(optimizer)
+    scaler.update()
+    expected.step()
+    assert_equal(scaled, plain)
+    before = copy.deepcopy(scaled)
+    scaled.head.A.grad.fill_(math.inf)
+    scaler.step(optimizer)
+    assert_equal(scaled, before)
+
+
+def test_schedules_scale_all_groups() -> None:
+    groups = groups_of(gpt())
+    optimizer, rates = Muon(groups), [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, total_iters=2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5 * rate for rate in rates]
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.75 * rate for rate in rates])

@@ -20,22 +20,18 @@ STRUCTURES = ["btt", "btt(rank=2)", "low_rank(rank=4)", "kronecker", "tt(rank=2)
 GENERAL = "(c g a), r c g a f s, s e c r f g -> (c f e) where c=2, g=2, f=2, r=2, s=2"
 
 
-def optimizers(model: nn.Module, lr: float, product: bool = True, **options: Any) -> list[torch.optim.Optimizer]:
-    groups = el.param_groups(model, lr, base=None, optimizer="muon", product=product, **options)
-    adam = [group for group in groups if "matrix_view" not in group]
-    muon = Muon([group for group in groups if "matrix_view" in group])
-    return [muon, torch.optim.AdamW(adam, lr=lr)] if adam else [muon]
+def muon_of(model: nn.Module, lr: float, product: bool = True, **options: Any) -> Muon:
+    return Muon(el.param_groups(model, lr, base=None, optimizer="muon", product=product, **options))
 
 
 def trajectory(model: nn.Sequential, steps: int = 6, lr: float = 0.01, **options: Any) -> list[Tensor]:
     """The matrices of the first layer after every step of a regression."""
     x, y = (torch.randn(16, 16, dtype=torch.float64, generator=generator(seed)) for seed in (1, 2))
-    steppers, found = optimizers(model, lr, weight_decay=0.1, **options), []
+    muon, found = muon_of(model, lr, weight_decay=0.1, **options), []
     for _ in range(steps):
         model.zero_grad()
         (model(x) - y).square().mean().backward()
-        for stepper in steppers:
-            stepper.step()
+        muon.step()
         found.append(dense(model[0]))
     return found
 
@@ -116,7 +112,7 @@ def test_one_factor_moves_by_the_steepest_descent() -> None:
     layer = el.Linear(12, 20, "low_rank(rank=4)", bias=False).double()
     layer.B.requires_grad_(False)
     before = dense(layer).T
-    (muon,) = optimizers(layer, lr=1e-4)
+    muon = muon_of(layer, lr=1e-4)
     gradient = torch.randn(20, 12, dtype=torch.float64)
     (layer.B @ layer.A * gradient).sum().backward()
     muon.step()
@@ -130,7 +126,7 @@ def test_one_factor_moves_by_the_steepest_descent() -> None:
 def moved(layer: Any, lr: float, gradient: Tensor, **options: Any) -> Tensor:
     """How a step on this gradient of W moves W."""
     before = dense(layer)
-    (muon,) = optimizers(layer, lr, **options)
+    muon = muon_of(layer, lr, **options)
     layer.zero_grad()
     inputs = torch.eye(layer.in_features, dtype=layer.A.dtype)
     (layer(inputs) * gradient.to(layer.A.dtype)).sum().backward()
@@ -242,7 +238,6 @@ def test_experts_are_matrices_of_their_own() -> None:
     # of one the blocks are aligned, so that its norm is larger
     moe.B.data[1] = 0.3
     gradients = [torch.randn(p.shape) for p in (moe.A, moe.B)]
-    groups = el.param_groups(moe, 0.01, base=None, optimizer="muon", product=True)
     layers = [el.Linear(16, 16, "btt(rank=2)") for _ in range(3)]
     for p, gradient in zip((moe.A, moe.B), gradients, strict=True):
         p.grad = gradient
@@ -250,8 +245,8 @@ def test_experts_are_matrices_of_their_own() -> None:
         for p, stack, gradient in zip((layer.A, layer.B), (moe.A, moe.B), gradients, strict=True):
             p.data.copy_(stack[i])
             p.grad = gradient[i].clone()
-        optimizers(layer, 0.01)[0].step()
-    Muon([group for group in groups if "gram_views" in group]).step()
+        muon_of(layer, 0.01).step()
+    muon_of(moe, 0.01).step()
     for i, layer in enumerate(layers):
         torch.testing.assert_close(moe.A[i], layer.A)
         torch.testing.assert_close(moe.B[i], layer.B)
@@ -274,7 +269,7 @@ def test_ranks_above_the_other_axes(structure: str) -> None:
     """Their Gram matrices are singular: what one factor ignores must not grow in the other."""
     torch.manual_seed(0)
     layer, x, y = el.Linear(16, 16, structure, bias=False), torch.randn(64, 16), torch.randn(64, 16)
-    (muon,) = optimizers(layer, 0.01)
+    muon = muon_of(layer, 0.01)
     for _ in range(150):
         muon.zero_grad()
         (layer(x) - y).square().mean().backward()
@@ -294,10 +289,10 @@ def test_state_dicts() -> None:
             model(x).square().mean().backward()
             muon.step()
 
-    step(whole, optimizers(whole, 0.01)[0], 6)
-    first = optimizers(stopped, 0.01)[0]
+    step(whole, muon_of(whole, 0.01), 6)
+    first = muon_of(stopped, 0.01)
     step(stopped, first, 3)
-    again = optimizers(stopped, 0.3)[0]
+    again = muon_of(stopped, 0.3)
     again.load_state_dict(copy.deepcopy(first.state_dict()))
     step(stopped, again, 3)
     for p, q in zip(whole.parameters(), stopped.parameters(), strict=True):

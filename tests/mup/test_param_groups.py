@@ -437,7 +437,8 @@ def test_one_glob_or_a_list() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match=r"optimizer must be 'sgd', 'muon' or one of adam, adamw, .*, not 'adamm'"):
+    message = r"optimizer must be 'sgd', 'muon', 'soap' or one of adam, adamw, .*, not 'adamm'"
+    with pytest.raises(ValueError, match=message):
         el.param_groups(mlp(64), lr=0.1, base=None, optimizer="adamm")
     with pytest.raises(ValueError, match=r"the base has no '0.weight': it must be the same model at another width"):
         el.param_groups(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), lr=0.1, base=nn.Linear(8, 8))

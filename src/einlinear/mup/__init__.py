@@ -1,6 +1,7 @@
-"""Structure-aware muP: initialisation, learning rates, decay and eps per parameter, Muon, coordinate check."""
+"""Structure-aware muP: initialisation, learning rates, decay and eps per parameter, optimizers, coordinate check."""
 
 from einlinear.mup.base_model import base_shapes
+from einlinear.mup.blockwise import Blockwise
 from einlinear.mup.coordinate_check import Coordinates, coord_check
 from einlinear.mup.group_check import check_groups
 from einlinear.mup.hyperparameters import Hyperparameters
@@ -8,6 +9,7 @@ from einlinear.mup.muon import Muon
 from einlinear.mup.parametrization import init_, param_groups
 
 __all__ = [
+    "Blockwise",
     "Coordinates",
     "Hyperparameters",
     "Muon",

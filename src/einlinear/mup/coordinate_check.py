@@ -21,7 +21,12 @@ from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
 # inputs and targets, one sample per row
 TrainingBatch = tuple[Tensor, Tensor]
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "muon": Muon,
+}
 
 
 def cross_entropy(model: nn.Module, batch: TrainingBatch) -> Tensor:
@@ -101,14 +106,14 @@ def coord_check(
     for width in widths:
         model = build(width)
         scaled = param_groups(model, lr, base=base, optimizer=optimizer, **groups)
-        steppers = _optimizers(optimizer, scaled, lr)
+        # decay would be measured, too: without weight_decay= there is none
+        stepper = OPTIMIZERS[optimizer](scaled, lr=lr, weight_decay=0.0)
         previous = _features(model, probe, layers)
         size, update = dict.fromkeys(previous, 0.0), dict.fromkeys(previous, 0.0)
         for step, batch in enumerate(islice(cycle(batches), steps)):
             model.zero_grad()
             loss(model, batch).backward()
-            for stepper in steppers:
-                stepper.step()
+            stepper.step()
             features = _features(model, probe, layers)
             for layer, h in features.items():
                 for total, value in ((size, h), (update, h - previous[layer])):
@@ -119,15 +124,6 @@ def coord_check(
                 progress(width, step + 1)
         results += [Coordinates(width, layer, size[layer], update[layer]) for layer in size]
     return results
-
-
-def _optimizers(name: str, groups: list[dict[str, Any]], lr: float) -> list[torch.optim.Optimizer]:
-    kinds: dict[str, Any] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    matrices = [group for group in groups if "matrix_view" in group]
-    others = [group for group in groups if "matrix_view" not in group]
-    # decay would be measured, too: without weight_decay= there is none
-    optimizers: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
-    return [*optimizers, kinds.get(name, torch.optim.AdamW)(others, lr=lr, weight_decay=0.0)] if others else optimizers
 
 
 @torch.no_grad()

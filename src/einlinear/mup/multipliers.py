@@ -15,16 +15,18 @@ from einlinear.structures.scales import (
     muon_multipliers,
     muon_product_multipliers,
     sgd_multipliers,
+    soap_multipliers,
 )
 
 # How an optimizer turns a gradient into an update: its size counts or not, or only the singular vectors of a matrix, or
-# of a product of two factors.
-Rule: TypeAlias = Literal["adam", "sgd", "muon", "muon_product"]
+# of a product of two factors. Updates of SOAP have the size of Adam's and the singular values of Muon's.
+Rule: TypeAlias = Literal["adam", "sgd", "soap", "muon", "muon_product"]
 
 DECAYS = ("independent", "coupled")
 _OF_FACTORS: Mapping[str, Callable[[Structure], tuple[float, ...]]] = {
     "adam": adam_multipliers,
     "sgd": sgd_multipliers,
+    "soap": soap_multipliers,
     "muon": muon_multipliers,
     "muon_product": muon_product_multipliers,
 }
@@ -69,7 +71,13 @@ def lr_multiplier(role: ParameterRole, rule: Rule, growth: Growth, structure_awa
         return depth * (growth.entries if rule == "sgd" else 1.0)
     (fan_out, fan_in), (base_out, base_in) = growth.shape, growth.base
     aspect = (fan_out / fan_in) / (base_out / base_in)
-    width = depth * {"adam": base_in / fan_in, "sgd": aspect}.get(rule, math.sqrt(aspect))
+    widths = {
+        "adam": base_in / fan_in,
+        "sgd": aspect,
+        # n equal singular values have the root mean square 1 at sqrt(n)
+        "soap": math.sqrt(aspect * max(growth.base) / max(growth.shape)),
+    }
+    width = depth * widths.get(rule, math.sqrt(aspect))
     if role.structure is None or not structure_aware:
         return width
     return width * _OF_FACTORS[rule](role.structure)[role.factor]

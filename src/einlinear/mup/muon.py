@@ -1,17 +1,20 @@
-"""Muon, for structured layers block by block, or by what two factors do to their product."""
+"""Muon, for structured layers block by block, or by what two factors do to their product; AdamW for the rest."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 # order of axes, rows and columns: ``x.permute(order).reshape(-1, rows, columns)`` is a batch of matrices
 View: TypeAlias = tuple[Sequence[int], int, int]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon) for parameters that are batches of matrices, such as factors.
+    """Muon (https://kellerjordan.github.io/posts/muon) for batches of matrices, such as factors; AdamW for the rest.
+
+    Muon moves the groups that have "matrix_view", AdamW the others.
 
     In groups of ``param_groups(..., product=True)``, two factors with the product W = B A move together, by the
     steepest descent under the spectral norms of B dA and dB A: ``dA = S^-1 orth(S^-1 G)`` for the momentum G of A,
@@ -23,21 +26,30 @@ class Muon(torch.optim.Optimizer):
     the largest spectral norm of the matrices of ``B S^-1``. See `product_updates` for factors near zero.
 
     Args:
-        groups: the groups of ``param_groups(..., optimizer="muon")`` that have "matrix_view". AdamW takes the others.
+        groups: all groups of ``param_groups(..., optimizer="muon")``.
         lr, weight_decay: for groups without their own; the decay is decoupled, as in AdamW.
-        momentum: of the running mean of gradients, with Nesterov's correction.
+        momentum: of Muon's running mean of gradients, with Nesterov's correction.
+        betas, eps, fused: of AdamW, as in torch.
 
     Example:
-        >>> import torch, einlinear as el
+        >>> import einlinear as el
         >>> groups = el.param_groups(el.Linear(256, 256, "btt"), lr=3e-3, base=None, optimizer="muon")
-        >>> muon = el.mup.Muon([group for group in groups if "matrix_view" in group])
-        >>> adamw = torch.optim.AdamW([group for group in groups if "matrix_view" not in group])
+        >>> optimizer = el.mup.Muon(groups, weight_decay=0.1)
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], lr: float = 3e-3, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float = 3e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        *,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        of_adamw = {"betas": betas, "eps": eps, "fused": fused}
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **of_adamw})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -45,10 +57,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if "gram_views" in group:
                 self._step_products(group)
-            elif params := [p for p in group["params"] if p.grad is not None]:
+            elif not (params := [p for p in group["params"] if p.grad is not None]):
+                continue
+            elif "matrix_view" not in group:
+                self._step_adamw(params, group)
+            else:
                 momenta = torch.stack([self._momentum(p, group["momentum"]) for p in params])
-                updates = orthogonalised(_as_matrices(momenta, group["matrix_view"]))
-                _move(params, _from_matrices(updates, group["matrix_view"], momenta.shape), group)
+                updates = orthogonalised(as_matrices(momenta, group["matrix_view"]))
+                _move(params, from_matrices(updates, group["matrix_view"], momenta.shape), group)
         return loss
 
     def _step_products(self, group: dict[str, Any]) -> None:
@@ -56,20 +72,33 @@ class Muon(torch.optim.Optimizer):
         pairs = zip(group["params"][::2], group["params"][1::2], strict=True)
         if trained := [pair for pair in pairs if any(p.grad is not None for p in pair)]:
             sides = list(zip(*trained, strict=True))
-            factors = [torch.stack([_full(p) for p in side]) for side in sides]
+            factors = [torch.stack([full_tensor(p) for p in side]) for side in sides]
             momenta = [torch.stack([self._momentum(p, group["momentum"]) for p in side]) for side in sides]
             size = group["lr"] * group["update_scale"]
             updates = product_updates(factors, momenta, group["matrix_view"], group["gram_views"], size)
             for side, update in zip(sides, updates, strict=True):
                 _move(side, update, group)
 
+    def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if not self.state[p]:
+                # torch's fused kernel counts on the device
+                step = torch.zeros((), dtype=torch.float32, device=p.device if group["fused"] else "cpu")
+                self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        means, squares, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
+        options = {key: group[key] for key in ("lr", "weight_decay", "eps", "fused")}
+        options |= {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False}
+        gradients: Any = [p.grad for p in params]
+        adamw(params, gradients, means, squares, [], steps, **options)
+
     def _momentum(self, p: Any, momentum: float) -> Any:
         """Return a full tensor, also of tensors that FSDP divides: every process orthogonalises full matrices."""
         if p.grad is None:
-            return _full(torch.zeros_like(p))
+            return full_tensor(torch.zeros_like(p))
         if not (state := self.state[p]):
             state["momentum_buffer"] = torch.zeros_like(p)
-        return _full(p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum))
+        return full_tensor(p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum))
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -118,8 +147,8 @@ class _Factor:
         # of the axes of stacked layers and experts, one
         own = factor.shape[factor.dim() - len(view[0]) :]
         self.shape, self.view, self.gram_view = (-1, *own), view, gram_view
-        rows = _as_matrices(factor.to(dtype).reshape(self.shape), gram_view)
-        self.momentum = _as_matrices(momentum.to(dtype).reshape(self.shape), gram_view)
+        rows = as_matrices(factor.to(dtype).reshape(self.shape), gram_view)
+        self.momentum = as_matrices(momentum.to(dtype).reshape(self.shape), gram_view)
         self.is_singular = gram_view[1] > gram_view[2]
         self.gram = rows @ rows.mT
         self.root = _root(self.gram, self.is_singular)
@@ -131,12 +160,12 @@ class _Factor:
     def update(self, root: Tensor, norm: Tensor) -> Tensor:
         """Return the update for the root of the other factor's Gram matrices and the norm of that factor, whitened."""
         matrices = self._matrices(torch.linalg.solve_triangular(root, self.momentum, upper=False))
-        step = _from_matrices(orthogonalised(matrices).to(matrices.dtype), self.view, self.shape)
-        rows = torch.linalg.solve_triangular(root.mT, _as_matrices(step, self.gram_view), upper=True) / norm
-        return _from_matrices(rows, self.gram_view, self.shape).reshape(self.stacked_shape)
+        step = from_matrices(orthogonalised(matrices).to(matrices.dtype), self.view, self.shape)
+        rows = torch.linalg.solve_triangular(root.mT, as_matrices(step, self.gram_view), upper=True) / norm
+        return from_matrices(rows, self.gram_view, self.shape).reshape(self.stacked_shape)
 
     def _matrices(self, rows: Tensor) -> Tensor:
-        return _as_matrices(_from_matrices(rows, self.gram_view, self.shape), self.view)
+        return as_matrices(from_matrices(rows, self.gram_view, self.shape), self.view)
 
 
 def _root(gram: Tensor, is_singular: bool) -> Tensor:
@@ -163,12 +192,12 @@ def _spectral_norm(matrices: Tensor) -> Tensor:
     return torch.minimum(by_powers, by_rows).sqrt()
 
 
-def _as_matrices(stack: Tensor, view: View) -> Tensor:
+def as_matrices(stack: Tensor, view: View) -> Tensor:
     order, rows, columns = view
     return stack.permute(0, *(1 + i for i in order)).reshape(len(stack), -1, rows, columns)
 
 
-def _from_matrices(matrices: Tensor, view: View, shape: Sequence[int]) -> Tensor:
+def from_matrices(matrices: Tensor, view: View, shape: Sequence[int]) -> Tensor:
     order = view[0]
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return matrices.reshape(len(matrices), *(shape[1 + i] for i in order)).permute(0, *(1 + i for i in inverse))
@@ -178,14 +207,14 @@ def _move(params: Iterable[Tensor], updates: Tensor, group: dict[str, Any]) -> N
     for p, update in zip(params, updates, strict=True):
         if p.grad is not None:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(_sharded_like(update.to(p.dtype), p), alpha=group["lr"] * group["update_scale"])
+            p.sub_(sharded_like(update.to(p.dtype), p), alpha=group["lr"] * group["update_scale"])
 
 
-def _full(x: Any) -> Any:
+def full_tensor(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def _sharded_like(x: Tensor, like: Any) -> Tensor:
+def sharded_like(x: Tensor, like: Any) -> Tensor:
     """Return this process's part of a full tensor, if `like` is sharded."""
     if not hasattr(like, "full_tensor"):
         return x

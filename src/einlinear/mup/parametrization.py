@@ -51,8 +51,9 @@ def param_groups(
         base: the model of base width, whose layers have the same names and may be dense or on the meta device; or its
             `base_shapes`, as a mapping or as the path of a JSON file. None if this model has the base width. Of layers
             that are numbered, such as blocks.0 to blocks.11, the base may have fewer: see `alpha`.
-        optimizer: "adamw" or another of `ADAM`, "sgd", or "muon": `einlinear.mup.Muon` for matrices (after arXiv
-            2310.17813, condition 1) and AdamW for the rest, at the same `lr` (arXiv 2502.16982, section 2.2).
+        optimizer: "adamw" or another of `ADAM`, "sgd", "soap" for `einlinear.mup.Blockwise`, or "muon":
+            `einlinear.mup.Muon` moves matrices by Muon (after arXiv 2310.17813, condition 1), the rest by AdamW, at the
+            same `lr` (arXiv 2502.16982, section 2.2).
         weight_decay: of parameters with two or more dimensions, in the dense base model. None leaves it to the
             optimizer, which takes one for all of them (torch's AdamW: 0.01).
         decay: "independent": every full matrix shrinks by lr * weight_decay in a step, whatever its width and
@@ -72,9 +73,10 @@ def param_groups(
 
     Returns:
         Groups with "params", "param_names", "lr", "lr_mult" (lr over the argument lr), "weight_decay" and "eps" if
-        given, and "inferred", the names of parameters whose role was inferred. Groups for Muon have "matrix_view"
-        (order of axes, fan-out and fan-in) and "update_scale" (the factor of a unit spectral norm). In groups of
-        products, first and second factors alternate, "matrix_view" has both their views, and "gram_views" as well.
+        given, and "inferred", the names of parameters whose role was inferred. Groups of matrices for Muon and SOAP
+        have "matrix_view" (order of axes, fan-out and fan-in), those for Muon "update_scale" (the factor of a unit
+        spectral norm). In groups of products, first and second factors alternate, "matrix_view" has both their views,
+        and "gram_views" as well.
 
     Raises:
         ValueError: an unknown optimizer or `decay`, `alpha` out of range, `hidden` or `product` without Muon, a term of
@@ -88,8 +90,8 @@ def param_groups(
         >>> [(g["param_names"], g["lr_mult"], g["weight_decay"]) for g in groups]
         [(['A', 'B'], 2.0, 0.025), (['bias'], 1.0, 0.0)]
     """
-    if optimizer not in (*ADAM, "sgd", "muon"):
-        raise ValueError(f"optimizer must be 'sgd', 'muon' or one of {', '.join(ADAM)}, not {optimizer!r}")
+    if optimizer not in (*ADAM, "sgd", "muon", "soap"):
+        raise ValueError(f"optimizer must be 'sgd', 'muon', 'soap' or one of {', '.join(ADAM)}, not {optimizer!r}")
     if product and optimizer != "muon":
         raise ValueError(f"product=True is for Muon, but the optimizer is {optimizer!r}")
     if decay not in DECAYS:
@@ -107,7 +109,9 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p in params:
         muon = optimizer == "muon" and p.role.is_matrix and any(p.matches(glob) for glob in hidden_globs)
-        rule: Rule = ("muon_product" if product else "muon") if muon else "sgd" if optimizer == "sgd" else "adam"
+        rule: Rule = "sgd" if optimizer == "sgd" else "soap" if optimizer == "soap" and p.role.is_matrix else "adam"
+        if muon:
+            rule = "muon_product" if product else "muon"
         growth = Growth(p.base_shape, shapes.get(p.key, p.base_shape), depths[p.key], alpha)
         multiplier = lr_multiplier(p.role, rule, growth, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
@@ -116,12 +120,14 @@ def param_groups(
             config["weight_decay"] = 0.0
         elif weight_decay is not None:
             config["weight_decay"] = weight_decay * decay_multiplier(p.role, decay, multiplier)
-        if eps is not None and rule == "adam":
+        if eps is not None and rule in ("adam", "soap"):
             config["eps"] = eps * eps_multiplier(p.role, growth)
         if muon:
             # 0.2 is the root mean square of Adam's updates over the learning rate (arXiv 2502.16982, section 2.2)
             config |= {"matrix_view": p.matrix_view, "update_scale": 0.2 * math.sqrt(max(growth.base))}
             config |= product_of(p) if product else {}
+        elif rule == "soap":
+            config["matrix_view"] = p.matrix_view
         # Muon takes equal shapes together, and no optimizer takes tensors and DTensors together
         alike = None if not muon else product_shapes(p) if "gram_views" in config else p.shape
         key = (*config.items(), alike, type(p.tensor))

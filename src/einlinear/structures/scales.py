@@ -51,6 +51,13 @@ def muon_product_multipliers(structure: Structure) -> tuple[float, ...]:
     return tuple(rate if len(rates) == 1 else 1 / len(rates) for _, rates in terms for rate in rates)
 
 
+def soap_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rates for SOAP, whose updates have equal singular values of root mean square 1, see Muon."""
+    size = max(structure.out_features, structure.in_features)
+    largest = [max(factor.fan_out, factor.fan_in) for factor in structure.factors]
+    return tuple(rate * math.sqrt(size / n) for rate, n in zip(muon_multipliers(structure), largest, strict=True))
+
+
 def gradient_scales(structure: Structure) -> tuple[float, ...]:
     """Return the size of the gradient of every factor over that of a dense matrix, right after initialisation.
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from einlinear.nn.moe.parallel import expert_parallel
-
-Optimizers: TypeAlias = list[torch.optim.Optimizer]
 
 # Of the state of a run. Parameter groups are not saved, as they follow from its config.
 _UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -135,10 +133,10 @@ def accumulating(model: nn.Module, more: bool) -> AbstractContextManager[object]
     return model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def gather(model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
-    """Return the state of model and optimizers (on rank 0), scaler and torch's generator, by unwrapped names."""
+def gather(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """Return the state of model and optimizer (on rank 0), scaler and torch's generator, by unwrapped names."""
     parameters: dict[str, Any] = get_model_state_dict(model, options=_UNSHARDED)
-    optimised: dict[str, Any] = get_optimizer_state_dict(model, optimizers, options=_UNSHARDED)
+    optimised: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_UNSHARDED)
     tensors = {f"{_MODEL}{name}": value for name, value in parameters.items()}
     for name, values in optimised.get("state", {}).items():
         tensors |= {f"{_OPTIMIZER}{name}.{key}": torch.as_tensor(value) for key, value in values.items()}
@@ -147,7 +145,7 @@ def gather(model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScale
 
 
 def restore(
-    model: nn.Module, optimizers: Optimizers, scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor]
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor]
 ) -> None:
     """Load the tensors of `gather`, on every process. Raises RuntimeError for those of another model."""
 
@@ -155,11 +153,11 @@ def restore(
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     set_model_state_dict(model, part(_MODEL), options=_UNSHARDED)
-    groups = get_optimizer_state_dict(model, optimizers)["param_groups"]
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     state: dict[str, Any] = {}
     for name, value in part(_OPTIMIZER).items():
         parameter, key = name.rsplit(".", 1)
         state.setdefault(parameter, {})[key] = value
-    set_optimizer_state_dict(model, optimizers, {"state": state, "param_groups": groups}, options=_UNSHARDED)
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_UNSHARDED)
     scaler.load_state_dict({name: value.item() for name, value in part(_SCALER).items()})
     torch.set_rng_state(tensors[_RANDOM])

@@ -196,7 +196,7 @@ class _Run:
         self.on_gpu = self.world.device.type == "cuda"
 
     def _set_up(self) -> None:
-        """Wrap the model and make the optimizers, for its current parameters."""
+        """Wrap the model and make the optimizer, for its current parameters."""
         config = self.config
         blocks: Any = getattr(self.plain, "blocks", None)
         of_muon = config.optimizer == "muon" and blocks is not None
@@ -215,7 +215,7 @@ class _Run:
             lr_scale=self.lr_scale,
             hidden=f"{name_of(self.plain, blocks)}.*" if of_muon else None,
         )
-        self.optimizers = _optimizers(groups, config)
+        self.optimizer = _optimizer(groups, config)
         self.mixtures = any(isinstance(module, Mixture) for module in self.plain.modules())
         if self.mixtures and config.densify_at is not None:
             raise ValueError("densify_at makes layers dense, which mixtures of experts cannot be made")
@@ -255,21 +255,18 @@ class _Run:
         for end, change in ((self.config.guide_until, unguide), (self.config.densify_at, densify)):
             if step != end:
                 continue
-            states = {p: values for optimizer in self.optimizers for p, values in optimizer.state.items()}
-            by_name = {name: states[p] for name, p in self.plain.named_parameters() if p in states}
+            state = self.optimizer.state
+            by_name = {name: state[p] for name, p in self.plain.named_parameters() if p in state}
             change(self.plain)
             self._set_up()
-            names = {p: name for name, p in self.plain.named_parameters()}
-            for optimizer in self.optimizers:
-                params = [p for group in optimizer.param_groups for p in group["params"]]
-                optimizer.state.update({p: by_name[names[p]] for p in params if names[p] in by_name})
+            kept: dict[Tensor, Any] = {p: by_name[name] for name, p in self.plain.named_parameters() if name in by_name}
+            self.optimizer.state.update(kept)
 
     def _step(self, index: int) -> float:
         """Make an optimizer step and return the mean loss of its batch."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = self._lr(index) * group["lr_mult"]
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(index) * group["lr_mult"]
         if self.config.guide_until is not None and index < self.config.guide_until:
             set_share(self.plain, lr_factor("cosine", index, self.config.guide_until))
         batch = self.task.batch(index)
@@ -282,11 +279,9 @@ class _Run:
         began = time.perf_counter()
         total = self._backward(x, y)
         if self.config.clip is not None:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
+            self.scaler.unscale_(self.optimizer)
             distributed.clip_gradients(self.model, self.config.clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         # Waits for the device.
         self.losses.append(self.world.mean(total))
@@ -318,8 +313,7 @@ class _Run:
             self._backward(x, y)
         for buffer, value in buffers:
             buffer.copy_(value)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        self.optimizer.zero_grad()
         self.is_cold = False
 
     def _memory(self) -> int | None:
@@ -327,7 +321,7 @@ class _Run:
         if self.on_gpu:
             return self.peak
         parameters = list(self.model.parameters())
-        states = [value for each in self.optimizers for state in each.state.values() for value in state.values()]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*parameters, *(p for p in parameters if p.requires_grad), *filter(torch.is_tensor, states)]
         return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
@@ -362,7 +356,7 @@ class _Run:
         # Changes after the last of these steps are made when the training resumes.
         for step in range(latest.step):
             self._change_layers(step)
-        distributed.restore(self.model, self.optimizers, self.scaler, latest.tensors)
+        distributed.restore(self.model, self.optimizer, self.scaler, latest.tensors)
         self.losses, self.seconds = (latest.tensors[name].tolist() for name in ("losses", "seconds"))
 
     @contextmanager
@@ -380,22 +374,19 @@ class _Run:
         if self.folder is None:
             return
         # All processes take part.
-        tensors = distributed.gather(self.model, self.optimizers, self.scaler)
+        tensors = distributed.gather(self.model, self.optimizer, self.scaler)
         for name, values in (("losses", self.losses), ("seconds", self.seconds)):
             tensors[name] = torch.tensor(values, dtype=torch.float64)
         if self.world.rank == 0:
             checkpoint.save(self.folder / "checkpoints", Checkpoint(len(self.losses), tensors, self.facts))
 
 
-def _optimizers(groups: list[dict[str, Any]], config: Training) -> list[torch.optim.Optimizer]:
-    """Return one optimizer, or two for Muon: AdamW takes all but the hidden matrices."""
+def _optimizer(groups: list[dict[str, Any]], config: Training) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
-        return [torch.optim.SGD(groups, lr=config.lr, momentum=0.9)]
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    matrices = [group for group in groups if "matrix_view" in group]
-    others = [group for group in groups if "matrix_view" not in group]
-    optimizers: list[torch.optim.Optimizer] = [Muon(matrices)] if matrices else []
-    return [*optimizers, kind(others, lr=config.lr, betas=config.betas, fused=True)] if others else optimizers
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
+    return kinds[config.optimizer](groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -179,8 +179,8 @@ def test_muon_takes_the_matrices_of_the_blocks(kind: type[CausalLM], monkeypatch
     taken: list[str] = []
     monkeypatch.setattr(
         "einlinear_lab.training.loop.Muon",
-        lambda groups: (
-            taken.extend(name for group in groups for name in group["param_names"]),
+        lambda groups, **_: (
+            taken.extend(name for group in groups if "matrix_view" in group for name in group["param_names"]),
             torch.optim.SGD(groups, lr=0.0),
         )[1],
     )
