@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.conversion.conversion_report import Conversion, ConversionReport, measure_coverage
-from einlinear.conversion.eligibility import has_hooks, reason_to_skip
+from einlinear.conversion.eligibility import reason_to_skip
 from einlinear.conversion.replacement import fused_experts, layers_of, linear_layers, owners_of, put, structured_like
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
+from einlinear.nn.interception import has_any_hooks
 from einlinear.nn.layer_kinds import as_class, features, weight_matrix
 from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import Experts, check_experts
@@ -159,7 +160,7 @@ def densify(model: nn.Module) -> ConversionReport:
     mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
     skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
-    hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}
+    hooked = {factors[name] for name, layer in structured.items() if has_any_hooks(layer)}
     for name, layer in structured.items():
         if factors[name] in hooked:
             skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))

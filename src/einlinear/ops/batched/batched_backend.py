@@ -73,7 +73,7 @@ def backward(
         g = _token_major(grad, steps[-1].result, sizes)
         for position in reversed(range(len(steps))):
             step = steps[position]
-            g3 = g if step.is_plain else _merge(g, step.result, (step.batch, step.new, step.free), sizes)
+            g3 = g if step.is_dense else _merge(g, step.result, (step.batch, step.new, step.free), sizes)
             if needs_factors[step.index]:
                 grad_factors[step.index] = _grad_factor(step, g, g3, inputs[position], sizes)
             if not (needs_x or any(needs_factors[s.index] for s in steps[:position])):
@@ -117,7 +117,7 @@ def _experts(product: Product, routing: Assignment) -> Iterator[tuple[int, Tenso
 
 def _contract(factor: Tensor, step: Step, z: Tensor, sizes: dict[str, int]) -> Tensor:
     """Return the intermediate after a step."""
-    if step.is_plain:
+    if step.is_dense:
         return F.linear(z, factor)
     w = _weight(factor, step, sizes)
     z3 = _merge(z, step.source, (step.batch, step.contracted, step.free), sizes)
@@ -126,14 +126,14 @@ def _contract(factor: Tensor, step: Step, z: Tensor, sizes: dict[str, int]) -> T
 
 def _grad_source(factor: Tensor, step: Step, g3: Tensor, sizes: dict[str, int]) -> Tensor:
     """Return the gradient of the intermediate before a step."""
-    if step.is_plain:
+    if step.is_dense:
         return g3 @ factor
     w = _weight(factor, step, sizes).transpose(1, 2)
     return _matmul(w, g3, (step.batch, step.contracted, step.free), step.source, sizes)
 
 
 def _grad_factor(step: Step, g: Tensor, g3: Tensor, z: Tensor, sizes: dict[str, int]) -> Tensor:
-    if step.is_plain:
+    if step.is_dense:
         return g.T @ z
     batch, free = step.batch, step.free
     if step.repeats:

@@ -61,7 +61,7 @@ class Step:
         return bool(self.batch) and self.batch[0] not in self.factor
 
     @cached_property
-    def is_plain(self) -> bool:
+    def is_dense(self) -> bool:
         """Whether the step is a product of one matrix with contiguous vectors, as in `F.linear`."""
         ends = (TOKENS, *self.contracted), (TOKENS, *self.new), (*self.new, *self.contracted)
         return ends == (self.source, self.result, self.factor) and len(self.factor) == 2

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 import einlinear as el
 from einlinear import ops
-from einlinear.conversion import FusionReport
+from einlinear.fusion import FusionReport
 from einlinear.integrations import peft as lora
 
 
