@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import dispatch, feed_forward_block
+from einlinear.ops import dispatch, feed_forward_structure
 from einlinear.ops.activation_functions import name_of
 from einlinear.ops.cpu import cpu_backend, fused_block
 from einlinear.structures import DoesNotFit, Structure
@@ -584,7 +584,7 @@ def test_gradients_that_do_not_fit() -> None:
     leaves[1].data.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="up: the memory of factor A is smaller"):
         y.backward(case.grad)
-    block = feed_forward_block.Block(tuple(case.structures), (True, True), "gelu", False)
+    block = feed_forward_structure.FeedForwardStructure(tuple(case.structures), (True, True), "gelu", False)
     with pytest.raises(RuntimeError, match=r"down: the gradient of the output has shape \(40, 47\)"):
         block.check(*[t.detach() for t in case.tensors[:1]], case.tensors[1:], case.grad[:, 1:], memory=False)
 

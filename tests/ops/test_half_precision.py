@@ -74,7 +74,7 @@ def test_errors_of_mixtures_are_those_of_a_dense_layer(dtype: torch.dtype) -> No
 
     def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
         tensors = [t.to(dtype).requires_grad_() for t in (x, gates, *factors)]
-        routing = ops.Assignment(indices, tensors[1])
+        routing = ops.Routing(indices, tensors[1])
         y = ops.linear(s, tensors[2:], tensors[0], backend=backend, routing=routing)
         return [y.detach(), *torch.autograd.grad(y, tensors, grad.to(dtype))]
 

@@ -52,7 +52,7 @@ def routed(
     gates: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    return ops.linear(structure, factors, x, bias, routing=ops.Assignment(indices, gates))
+    return ops.linear(structure, factors, x, bias, routing=ops.Routing(indices, gates))
 
 
 def token_by_token(

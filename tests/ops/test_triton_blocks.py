@@ -20,8 +20,8 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import dispatch, feed_forward_block
-from einlinear.ops.operands import Product
+from einlinear.ops import dispatch, feed_forward_structure
+from einlinear.ops.operands import Operands
 from einlinear.ops.triton import chunked_block, triton_backend
 from einlinear.ops.triton.launch import Epilogue
 
@@ -134,7 +134,7 @@ class TestBlocks:
     def test_every_activation(self, activation: str) -> None:
         """In an epilogue, after the addend and before the multiplier; special numbers are those of torch."""
         z, s = torch.tensor([NUMBERS, NUMBERS], device=DEVICE), el.structure("i, i -> i", len(NUMBERS), len(NUMBERS))
-        product = Product(s, [torch.ones(len(NUMBERS), device=DEVICE)], torch.zeros_like(z))
+        product = Operands(s, [torch.ones(len(NUMBERS), device=DEVICE)], torch.zeros_like(z))
         y, _ = triton_backend.compute(product, Epilogue(None, z, activation, torch.full_like(z, 2.0)))
         exact = 2 * ops.ACTIVATIONS[activation](z.double()).float()
         torch.testing.assert_close(y, exact, equal_nan=True, rtol=2e-6, atol=1e-7)
@@ -223,7 +223,7 @@ def test_chunks_have_hidden_features_that_fit_in_the_cache() -> None:
     def tokens(hidden: int, dtype: torch.dtype, tokens: int = 20000) -> list[int]:
         structures = el.structure("low_rank(rank=1)", 8, hidden), el.structure("low_rank(rank=1)", hidden, 8)
         block, x = (
-            feed_forward_block.Block(structures, (False, False), "gelu", False),
+            feed_forward_structure.FeedForwardStructure(structures, (False, False), "gelu", False),
             torch.empty(tokens, 8, dtype=dtype),
         )
         chunks = chunked_block._chunks(block, x)

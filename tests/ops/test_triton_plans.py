@@ -16,7 +16,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops.operands import Assignment, Product
+from einlinear.ops.operands import Operands, Routing
 from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
 from einlinear.ops.triton.launch import plan
@@ -101,12 +101,12 @@ class TestCompiled:
         s = el.structure(spec, in_features, out_features)
         factors = [torch.empty(f.shape, dtype=dtype) for f in s.factors]
         x, bias, grad = (torch.empty(n, dtype=dtype) for n in ((4096, in_features), out_features, (4096, out_features)))
-        _, saved = kernels.forward(Product(s, factors, x, bias), True)
-        kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
-        routing = Assignment(torch.arange(8192).view(4096, 2) % 8, torch.zeros(4096, 2, dtype=dtype))
+        _, saved = kernels.forward(Operands(s, factors, x, bias), True)
+        kernels.backward(Operands(s, factors, x), grad, saved, True, [True] * len(factors))
+        routing = Routing(torch.arange(8192).view(4096, 2) % 8, torch.zeros(4096, 2, dtype=dtype))
         stacked = [torch.empty(8, *f.shape, dtype=dtype) for f in s.factors]
-        kernels.forward(Product(s, stacked, x, bias, routing), False)
-        kernels.backward(Product(s, stacked, x, None, routing), grad, [], True, [True] * len(factors))
+        kernels.forward(Operands(s, stacked, x, bias, routing), False)
+        kernels.backward(Operands(s, stacked, x, None, routing), grad, [], True, [True] * len(factors))
         assert launches
         for kernel, tile, args, constants in launches:
             compiled = compile_for_hopper(kernel, tile, args, constants)
@@ -126,7 +126,7 @@ class TestCompiled:
         s = el.structure("dense", 64, 256)
         x, bias, hidden = (torch.empty(n, dtype=torch.bfloat16) for n in ((128, 64), (256,), (128, 256)))
         factors = [torch.empty(shape, dtype=torch.bfloat16) for shape in s.shapes]
-        kernels.compute(Product(s, factors, x), launch.Epilogue(bias, hidden, activation, hidden))
+        kernels.compute(Operands(s, factors, x), launch.Epilogue(bias, hidden, activation, hidden))
         ((kernel, tile, args, constants),) = launches
         compiled = compile_for_hopper(kernel, tile, args, constants)
         assert compiled.metadata.shared <= launch.SHARED

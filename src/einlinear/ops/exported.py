@@ -18,7 +18,7 @@ from torch import Tensor
 from einlinear import structures
 from einlinear.ops.batched.matmul_plan import TOKENS, Step, plan
 from einlinear.ops.dispatch import assume_constant_result
-from einlinear.ops.operands import Product
+from einlinear.ops.operands import Operands
 from einlinear.structures.pattern import Axes
 
 Shape = tuple[int, ...]
@@ -56,9 +56,9 @@ class Output(NamedTuple):
     width: int
 
 
-def apply(product: Product) -> Tensor:
+def apply(operands: Operands) -> Tensor:
     """Return y of shape (n, out_features), without a routing."""
-    structure, factors, x, bias, _ = product
+    structure, factors, x, bias, _ = operands
     # terms that end in the same layout are added before they are rearranged
     sums: dict[Output, Tensor] = {}
     for padding, steps, output in _plan(structure.spec, structure.in_features, structure.out_features):

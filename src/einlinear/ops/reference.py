@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.operands import Product
+from einlinear.ops.operands import Operands
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
 
-def apply(product: Product) -> Tensor:
+def apply(operands: Operands) -> Tensor:
     """Return y of shape (n, out_features), in plain operators."""
-    structure, factors, x, bias, routing = product
+    structure, factors, x, bias, routing = operands
     if routing is None:
         y = _contract(structure, factors, x)
     else:

@@ -14,8 +14,8 @@ from einlinear import structures
 from einlinear.ops import quick_call
 from einlinear.ops.context import is_unobserved, wants_gradients
 from einlinear.ops.dispatch import reason_not_to_stack
-from einlinear.ops.feed_forward_block import Weights
 from einlinear.ops.linear_function import linear
+from einlinear.ops.operands import Weights
 from einlinear.structures import Structure
 
 

@@ -83,10 +83,10 @@ class _FirstFactor:
         solve = partial(torch.linalg.solve_triangular, upper=False, left=False)
         return self._along(factor, self.factor.axes, lambda flat, roots: solve(roots, flat))
 
-    def _along(self, tensor: Tensor, axes: Axes, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _along(self, tensor: Tensor, axes: Axes, operands: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         batch, contracted = self.factor.batch, self.factor.contracted
         groups = batch, tuple(axis for axis in axes if axis not in batch + contracted), contracted
-        flat = product(merge(tensor, axes, groups), self.roots.to(tensor.dtype))
+        flat = operands(merge(tensor, axes, groups), self.roots.to(tensor.dtype))
         return unmerge(flat, groups, axes, dict(zip(axes, tensor.shape, strict=True)))
 
 
