@@ -16,7 +16,8 @@ SPECS = ["dense", "low_rank(rank=32)", "kronecker", "tt(rank=4)", "btt", "btt(ra
 SPECS += ["dyad", "block_diagonal", "blast(blocks=4, rank=8)"]
 IN, OUT = 256, 320
 pytestmark = pytest.mark.skipif(
-    ops.unsupported("cpu", el.structure("btt", IN, OUT), torch.bfloat16, "cpu") is not None, reason="no compiled kernel"
+    ops.reason_unsupported("cpu", el.structure("btt", IN, OUT), torch.bfloat16, "cpu") is not None,
+    reason="no compiled kernel",
 )
 
 

@@ -21,9 +21,8 @@ from einlinear.ops.operands import Operands
 from einlinear.structures import Structure
 
 CPU = torch.device("cpu")
-RUNNING = [
-    name for name in ops.BACKENDS if ops.unsupported(name, el.structure("dense", 2, 2), torch.float32, CPU) is None
-]
+SMALL = el.structure("dense", 2, 2)
+RUNNING = [name for name in ops.BACKENDS if ops.reason_unsupported(name, SMALL, torch.float32, CPU) is None]
 OPERATORS = [name for name in RUNNING if name != "reference"]
 
 

@@ -34,7 +34,7 @@ SUMS = 200
 @pytest.fixture(params=[1, 2, 3, 8])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Threads that share even the smallest call."""
-    why = ops.unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
+    why = ops.reason_unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
     if why is not None:
         pytest.skip(why)  # where CI=true, test_cpu.py fails
     monkeypatch.setattr(cpu_backend, "PARALLEL_MACS", 0)

@@ -25,7 +25,7 @@ from einlinear.ops import reference
 from einlinear.ops.operands import Operands, Routing
 from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
-from einlinear.ops.triton.launch import plan
+from einlinear.ops.triton.launch import strided_steps
 from einlinear.structures import DoesNotFit, Structure
 
 pytestmark = [needs("triton"), pytest.mark.slow]
@@ -121,7 +121,7 @@ class TestKernels:
     @pytest.mark.parametrize("spec", SPECS)
     def test_output_and_gradients(self, spec: str, dtype: torch.dtype) -> None:
         s, factors, x, bias, grad = draw(spec, *CASES[dtype], dtype)
-        assert kernels.unsupported(s, dtype, DEVICE) is None
+        assert kernels.reason_unsupported(s, dtype, DEVICE) is None
         exact = by_torch(s, double(factors), x.double(), bias.double(), grad.double())
         dense = torch.addmm(bias, x, ops.dense_weight(s, double(factors)).to(dtype).T)
         theirs = map(error, by_torch(s, factors, x, bias, grad), exact)
@@ -168,7 +168,7 @@ class TestKernels:
     def test_many_tokens_and_any_strides(self, spec: str) -> None:
         """Tokens are split among programs, with a ragged end; inputs are strided, transposed and expanded."""
         s, factors, x, bias, grad = draw(spec, 16, 16, 270, torch.float32)
-        first = plan(s)[0][0]
+        first = strided_steps(s)[0][0]
         assert 2 * launch.share_of_tokens(first, 4) < 270
         factors = [factor.transpose(0, -1).contiguous().transpose(0, -1) for factor in factors]
         wide, ones = torch.cat([x, x], 1), grad[:1, :1].expand(270, 16)

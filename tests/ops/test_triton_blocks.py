@@ -20,7 +20,7 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import dispatch, feed_forward_structure
+from einlinear.ops import feed_forward_structure, fused_dispatch
 from einlinear.ops.operands import Operands
 from einlinear.ops.triton import chunked_block, triton_backend
 from einlinear.ops.triton.launch import Epilogue
@@ -238,7 +238,7 @@ def test_chunks_have_hidden_features_that_fit_in_the_cache() -> None:
 def test_the_default_is_layer_by_layer_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     structures, cuda = (el.structure("dense", 8, 8),) * 2, torch.device("cuda")
     supported = {"triton": None}
-    monkeypatch.setattr(dispatch, "unsupported", lambda name, *_: supported.get(name, "not on cuda"))
+    monkeypatch.setattr(fused_dispatch, "reason_unsupported", lambda name, *_: supported.get(name, "not on cuda"))
 
     def reason(backend: str | None = None) -> str | None:
         return ops.reason_not_to_fuse(structures, 1000, torch.bfloat16, cuda, True, backend)
@@ -247,7 +247,8 @@ def test_the_default_is_layer_by_layer_on_cuda(monkeypatch: pytest.MonkeyPatch) 
     assert reason("triton") is None
     with el.backend("triton"):
         assert reason() is None
-        assert dispatch.choose_fused_for_compiler(["dense"] * 2, [8, 8, 8], torch.bfloat16, "cuda", None) == "triton"
+        chosen = fused_dispatch.choose_fused_for_compiler(["dense"] * 2, [8, 8, 8], torch.bfloat16, "cuda", None)
+        assert chosen == "triton"
     with el.backend("triton", recompute=False):
         assert "saves them" in str(reason())
     supported["triton"] = "no triton here"  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from einlinear import ops
 from einlinear.ops.operands import Operands, Routing
 from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
-from einlinear.ops.triton.launch import plan
+from einlinear.ops.triton.launch import strided_steps
 
 
 class TestPlans:
@@ -28,13 +28,13 @@ class TestPlans:
     def test_what_is_unsupported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         s = el.structure("btt", 16, 16)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        assert "not on cpu" in str(kernels.unsupported(s, torch.float32, torch.device("cpu")))
-        assert "not float64" in str(kernels.unsupported(s, torch.float64, torch.device("cuda")))
+        assert "not on cpu" in str(kernels.reason_unsupported(s, torch.float32, torch.device("cpu")))
+        assert "not float64" in str(kernels.reason_unsupported(s, torch.float64, torch.device("cuda")))
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        assert kernels.unsupported(s, torch.float32, torch.device("cpu")) is None
-        assert "on the CPU" in str(kernels.unsupported(s, torch.float32, torch.device("cuda")))
+        assert kernels.reason_unsupported(s, torch.float32, torch.device("cpu")) is None
+        assert "on the CPU" in str(kernels.reason_unsupported(s, torch.float32, torch.device("cuda")))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert kernels.unsupported(s, torch.float32, torch.device("cuda")) == "triton is not installed"
+        assert kernels.reason_unsupported(s, torch.float32, torch.device("cuda")) == "triton is not installed"
 
     def test_float32_products_are_computed_as_torch_computes_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -58,7 +58,7 @@ class TestPlans:
         ],
     )
     def test_the_intermediate_is_reached_in_runs(self, spec: str, tokens_last: bool) -> None:
-        ((first, second),) = plan(el.structure(spec, 1024, 1024))
+        ((first, second),) = strided_steps(el.structure(spec, 1024, 1024))
         assert first.result is second.source
         assert first.result.tokens_last is tokens_last
         if not tokens_last:

@@ -17,6 +17,7 @@ from einlinear import ops
 from einlinear.fusion import pointwise
 from einlinear.fusion.pointwise import FIRST, IN_PLACE, RECORDED, Expression, Slot
 from einlinear.nn.lazy_tensor import METADATA, LazyTensor, placeholder
+from einlinear.ops.autograd import direct_apply, plain_gradients
 from einlinear.ops.context import is_unobserved, wants_gradients, without_autocast
 
 
@@ -150,7 +151,7 @@ def _lazy(hidden: HiddenExpression, into: LazyHidden | None = None) -> LazyHidde
     if hidden.calls[0].needs_gradients or hidden.calls[-1].needs_gradients:
         # autograd clears the hooks of a tensor that is overwritten
         with nullcontext() if into is None else torch._C.DisableTorchFunctionSubclass():
-            return _apply_at_once(hidden, into, *hidden.tensors)  # type: ignore[no-any-return]
+            return _apply_differentiable(hidden, into, *hidden.tensors)  # type: ignore[no-any-return]
     if into is None:
         return LazyHidden(hidden)
     into._hidden = hidden
@@ -173,17 +174,10 @@ class _Differentiable(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, needed = ctx.hidden, ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            # by other names, since one tensor may have been computed from another: each gets its own share alone
-            tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in hidden.tensors]
-            value = hidden.compute(tensors)
-        wanted = [tensor for tensor, needs in zip(tensors, needed, strict=True) if needs and tensor is not None]
-        gradients = iter(torch.autograd.grad(value, wanted, grads[0], create_graph=torch.is_grad_enabled()))
-        return None, None, *(next(gradients) if needs else None for needs in needed)
+        return None, None, *plain_gradients(lambda *tensors: hidden.compute(tensors), hidden.tensors, needed, grads[0])
 
 
-# what `apply` does after it has looked for transforms, of which there are none where calls are deferred
-_apply_at_once: Any = super(Function, _Differentiable).apply
+_apply_differentiable = direct_apply(_Differentiable)
 
 
 def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyHidden | None:

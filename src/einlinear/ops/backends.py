@@ -17,7 +17,7 @@ from einlinear.structures import Structure
 class Entry(NamedTuple):
     """The registry's entry of a backend, known before its module is imported."""
 
-    # in `einlinear.ops`, with functions `unsupported`, `forward` and `backward`; None for the reference
+    # in `einlinear.ops`, with functions `reason_unsupported`, `forward` and `backward`; None for the reference
     module: str | None
     # a candidate on the CPU, with coefficients in costs.json
     on_cpu: bool = False
@@ -84,12 +84,12 @@ def find_fused_blocks(name: str) -> Any:
 
 def check_support(name: str, operands: Operands) -> None:
     """Raise RuntimeError if a backend cannot run with these operands, and ValueError for an unknown backend."""
-    why = unsupported(name, operands.structure, operands.x.dtype, operands.x.device)
+    why = reason_unsupported(name, operands.structure, operands.x.dtype, operands.x.device)
     if why is not None:
         raise RuntimeError(f"the backend {name!r} cannot run this: {why}")
 
 
-def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: torch.device | str) -> str | None:
+def reason_unsupported(name: str, structure: Structure, dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Return why a backend cannot run a structure, or None if it can.
 
     Raises:
@@ -97,12 +97,12 @@ def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: tor
 
     Example:
         >>> import torch, einlinear as el
-        >>> unsupported("cpu", el.structure("btt", 64, 64), torch.float32, "cuda")
+        >>> reason_unsupported("cpu", el.structure("btt", 64, 64), torch.float32, "cuda")
         'it runs on the CPU, not on cuda'
     """
     if check_name(name) == "reference":
         return None
-    return find(name).module.unsupported(structure, dtype, torch.device(device))  # type: ignore[no-any-return]
+    return find(name).module.reason_unsupported(structure, dtype, torch.device(device))  # type: ignore[no-any-return]
 
 
 def check_name(name: str) -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear import structures
-from einlinear.ops.batched.matmul_plan import TOKENS, Step, plan
+from einlinear.ops.batched.matmul_plan import TOKENS, Step, matmul_steps
 from einlinear.ops.dispatch import assume_constant_result
 from einlinear.ops.operands import Operands
 from einlinear.structures.pattern import Axes
@@ -61,7 +61,7 @@ def apply(operands: Operands) -> Tensor:
     structure, factors, x, bias, _ = operands
     # terms that end in the same layout are added before they are rearranged
     sums: dict[Output, Tensor] = {}
-    for padding, steps, output in _plan(structure.spec, structure.in_features, structure.out_features):
+    for padding, steps, output in _matrix_products(structure.spec, structure.in_features, structure.out_features):
         z = F.pad(x, (0, padding)) if padding else x
         for step in steps:
             w, z = step.factor.apply(factors[step.factor_index]), step.intermediate.apply(z)
@@ -76,13 +76,13 @@ def apply(operands: Operands) -> Tensor:
 
 
 @assume_constant_result
-def _plan(spec: str, in_features: int, out_features: int) -> list[tuple[int, list[MatrixProduct], Output]]:
+def _matrix_products(spec: str, in_features: int, out_features: int) -> list[tuple[int, list[MatrixProduct], Output]]:
     """Return the padding, the matrix products and the output of every term."""
     structure = structures.structure(spec, in_features, out_features)
-    return [_plan_term(steps, dict(structure.sizes), in_features) for steps in plan(structure)]
+    return [_products_of_term(steps, dict(structure.sizes), in_features) for steps in matmul_steps(structure)]
 
 
-def _plan_term(
+def _products_of_term(
     steps: Sequence[Step], sizes: Mapping[str, int], in_features: int
 ) -> tuple[int, list[MatrixProduct], Output]:
     tokens, inputs, outputs = (TOKENS,), steps[0].source[1:], steps[-1].result[1:]

@@ -6,16 +6,17 @@ and dispatch modes. Both save nothing but x and the weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from einlinear.import_hooks import when_imported
-from einlinear.ops import backends, quick_call, reference
+from einlinear.ops import backends, reference
+from einlinear.ops.autograd import plain_gradients
 from einlinear.ops.context import (
     CallContext,
     autocast_dtype,
@@ -24,10 +25,10 @@ from einlinear.ops.context import (
     is_differentiated_again,
     wants_gradients,
 )
-from einlinear.ops.dispatch import backend_of_fused_blocks, choose_fused_for_compiler, reason_not_to_fuse
 from einlinear.ops.feed_forward_structure import FeedForwardStructure
-from einlinear.ops.linear_function import backward_macs, features_of, linear, plain_gradients, structure_of
-from einlinear.ops.operands import Operands, Weights, along_features
+from einlinear.ops.fused_dispatch import backend_of_fused_blocks, choose_fused_for_compiler, reason_not_to_fuse
+from einlinear.ops.linear_function import backward_macs, features_of, linear, structure_of
+from einlinear.ops.operands import Extent, Operands, Weights, along_features, are_contiguous_cpu, extents, weight_shapes
 
 
 def feed_forward(
@@ -134,7 +135,7 @@ def _layer_by_layer(block: FeedForwardStructure, x: Tensor, tensors: Sequence[Te
 
 
 def _forward(backend: str, block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    if not _are_as_usual(block, x, tensors) and block.check(x, tensors):
+    if not _are_contiguous_cpu(block, x, tensors) and block.check(x, tensors):
         x, *tensors = [tensor.resolve_neg() for tensor in (x, *tensors)]
     return backends.find_fused_blocks(backend).forward(block, x, tensors)  # type: ignore[no-any-return]
 
@@ -147,23 +148,21 @@ def _backward(
     grad: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    if not _are_as_usual(block, x, (*tensors, grad)) and block.check(x, tensors, grad):
+    if not _are_contiguous_cpu(block, x, (*tensors, grad)) and block.check(x, tensors, grad):
         x, grad, *tensors = [tensor.resolve_neg() for tensor in (x, grad, *tensors)]
     return backends.find_fused_blocks(backend).backward(block, x, tensors, grad, needed)  # type: ignore[no-any-return]
 
 
-def _are_as_usual(block: FeedForwardStructure, x: Tensor, others: Sequence[Tensor]) -> bool:
+def _are_contiguous_cpu(block: FeedForwardStructure, x: Tensor, others: Sequence[Tensor]) -> bool:
     """Return whether x, the tensors and the gradient of y need no further check."""
-    return x.dim() == 2 and quick_call.are_as_usual((x, *others), _operands(block, x.shape[0], x.itemsize), x.dtype)
+    return x.dim() == 2 and are_contiguous_cpu((x, *others), _extents(block, x.shape[0], x.itemsize), x.dtype)
 
 
 @lru_cache(maxsize=4096)
-def _operands(block: FeedForwardStructure, n: int, itemsize: int) -> list[tuple[tuple[int, ...], int]]:
-    """Return the shapes and bytes of x, of the tensors and of the gradient of y."""
-    shapes: list[tuple[int, ...]] = [(n, block.features[0])]
-    for structure, has_bias in zip(block.structures, block.has_bias):
-        shapes += [*structure.shapes, *[(structure.out_features,)] * has_bias]
-    return [(shape, math.prod(shape) * itemsize) for shape in (*shapes, (n, block.features[-1]))]
+def _extents(block: FeedForwardStructure, n: int, itemsize: int) -> tuple[Extent, ...]:
+    """Return the extents of x, of the tensors and of the gradient of y."""
+    weights = [weight_shapes(*layer) for layer in zip(block.structures, block.has_bias)]
+    return extents([(n, block.features[0]), *chain(*weights), (n, block.features[-1])], itemsize)
 
 
 class _FeedForward(torch.autograd.Function):

@@ -7,7 +7,7 @@ In eager mode a backend is an autograd function. It has a fifth of the overhead 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from einlinear import structures
 from einlinear.import_hooks import when_imported
-from einlinear.ops import backends, exported, quick_call, reference
+from einlinear.ops import backends, exported, reference
+from einlinear.ops.autograd import direct_apply, plain_gradients
 from einlinear.ops.context import (
     CallContext,
     autocast,
@@ -25,6 +26,7 @@ from einlinear.ops.context import (
     is_exported,
     wants_gradients,
 )
+from einlinear.ops.cpu import fast_path
 from einlinear.ops.dispatch import choose, choose_for_compiler, recomputes
 from einlinear.ops.operands import Operands, Routing, along_features
 from einlinear.structures import Structure
@@ -71,11 +73,11 @@ def linear(
 
     if backend is None and routing is None and type(x) is Tensor:
         training = wants_gradients(x, bias, *factors)
-        call = quick_call.find(structure, factors, x, bias, training)
+        call = fast_path.find(structure, factors, x, bias, training)
         if call is not None and training:
-            return _apply_at_once(call, structure, x, bias, *factors)  # type: ignore[no-any-return]
+            return _apply_fast(call, structure, x, bias, *factors)  # type: ignore[no-any-return]
         if call is not None:
-            return quick_call.forward(call, factors, x, bias)[0]
+            return fast_path.forward(call, factors, x, bias)[0]
 
     def multiply(tokens: Tensor) -> Tensor:
         return _linear(Operands(structure, factors, tokens, bias, routing), backend)
@@ -148,30 +150,29 @@ class _Linear(torch.autograd.Function):
         return None, None, *_gradients(ctx.backend, ctx.structure, inputs, saved, needed, *grads)
 
 
-class _SmallLinear(torch.autograd.Function):
-    """`_Linear` for what `quick_call` finds."""
+class _FastLinear(torch.autograd.Function):
+    """`_Linear` for what `fast_path.find` returns."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: quick_call.Call, structure: Structure, x: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any, call: fast_path.Call, structure: Structure, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:
         ctx.call, ctx.structure = call, structure
         ctx.save_for_backward(x, bias, *factors)
-        y, ctx.pointers = quick_call.forward(call, factors, x, bias)
+        y, ctx.pointers = fast_path.forward(call, factors, x, bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        gradients = quick_call.backward(ctx.call, ctx.pointers, inputs, grad, needed)
+        gradients = fast_path.backward(ctx.call, ctx.pointers, inputs, grad, needed)
         if gradients is None:
             gradients = _gradients("cpu", ctx.structure, inputs, (), needed, grad)
         return None, None, *gradients
 
 
-# what `apply` does after it has looked for transforms, of which there are none in an ordinary call
-_apply_at_once: Any = super(torch.autograd.Function, _SmallLinear).apply
+_apply_fast = direct_apply(_FastLinear)
 
 
 def _gradients(
@@ -197,22 +198,6 @@ def _gradients(
 
 def _reference(structure: Structure, *inputs: Any) -> Tensor:
     return reference.apply(Operands.of(structure, *inputs))
-
-
-def plain_gradients(
-    compute: Callable[..., Tensor | Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    grad: Tensor | Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Return the gradients of plain operators, for a backward pass that is itself differentiated or batched."""
-    with torch.enable_grad():
-        # by other names, since one input may have been computed from another: each gets its own share alone
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        y = compute(*inputs)
-    wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
-    gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
-    return [next(gradients) if needs else None for needs in needed]
 
 
 structure_of = lru_cache(maxsize=4096)(structures.structure)

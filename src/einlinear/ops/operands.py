@@ -5,17 +5,21 @@ Neither compiled kernels, which get pointers, nor plain einsum, which broadcasts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from einlinear.structures import Structure
 
 # the only operand of any shape and dtype: a backend may compute in another one than it reads
 _SAVED = "a saved intermediate"
+# the shape and the bytes of a tensor
+Extent = tuple[tuple[int, ...], int]
+_PLAIN_TYPES = {Tensor, nn.Parameter}
 
 
 class Weights(NamedTuple):
@@ -157,9 +161,39 @@ def _names(operands: Operands, grad: Tensor | None, saved: Sequence[Tensor]) -> 
     return names + ["the bias"] * (operands.bias is not None) + [_SAVED] * len(saved)
 
 
+def extents(shapes: Sequence[Sequence[int]], itemsize: int) -> tuple[Extent, ...]:
+    """Return the shape and the bytes of each contiguous tensor, for `are_contiguous_cpu`."""
+    return tuple([(tuple(shape), math.prod(shape) * itemsize) for shape in shapes])
+
+
+def weight_shapes(structure: Structure, has_bias: bool) -> list[tuple[int, ...]]:
+    """Return the shapes of the factors, and of the bias if there is one."""
+    return [*structure.shapes, *[(structure.out_features,)] * has_bias]
+
+
+def are_contiguous_cpu(tensors: Sequence[Tensor], extents: Sequence[Extent], dtype: torch.dtype) -> bool:
+    """Return whether tensors are contiguous on the CPU, plain, and of these extents: they need no further check."""
+    try:
+        for tensor, (shape, size) in zip(tensors, extents):
+            if (
+                tensor.shape != shape
+                or tensor.dtype is not dtype
+                or type(tensor) not in _PLAIN_TYPES
+                or not tensor.is_cpu
+                or not tensor.is_contiguous()
+                or tensor.is_neg()
+                or tensor.untyped_storage().nbytes() < tensor.storage_offset() * tensor.itemsize + size
+            ):
+                return False
+    except (AttributeError, NotImplementedError, RuntimeError):
+        # of something that is not a tensor, or has no strides, or no storage
+        return False
+    return True
+
+
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raise RuntimeError, with this name of the tensor, if the memory of a strided tensor was released."""
-    is_plain = tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
+    is_plain = tensor.layout is torch.strided and type(tensor) in _PLAIN_TYPES
     if is_plain and not _in_memory(tensor):
         advice = "FSDP releases that of parameters while their module is not running"
         raise RuntimeError(f"the memory of {name} is smaller than its shape, because something released it: {advice}")

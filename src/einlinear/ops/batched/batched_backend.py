@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops import reference
-from einlinear.ops.batched.matmul_plan import TOKENS, Step, is_run, plan
+from einlinear.ops.batched.matmul_plan import TOKENS, Step, is_run, matmul_steps
 from einlinear.ops.operands import Gradients, Operands, Routing
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes
 
 
-def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+def reason_unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why this backend cannot run, or None if it can."""
     why = f"it computes with real numbers, not with {str(dtype).removeprefix('torch.')}"
     return None if dtype.is_floating_point else why
@@ -37,7 +37,7 @@ def forward(operands: Operands, save: bool) -> tuple[Tensor, list[Tensor]]:
     sizes = {**dict(structure.sizes), TOKENS: x.shape[0]}
     total: Tensor | None = None
     intermediates: list[Tensor] = []
-    for steps in plan(structure):
+    for steps in matmul_steps(structure):
         z = _token_major(x, steps[0].source, sizes)
         for step in steps:
             if save and step is not steps[0]:
@@ -62,7 +62,7 @@ def backward(
     grad_x: Tensor | None = None
     grad_factors: list[Tensor | None] = [None] * len(factors)
     remaining = iter(saved)
-    for steps in plan(structure):
+    for steps in matmul_steps(structure):
         # the input of every step
         inputs = [_token_major(x, steps[0].source, sizes)]
         for position, step in enumerate(steps[:-1]):

@@ -20,7 +20,7 @@ from einlinear.structures.pattern import Axes
 PARALLEL_MACS = 300_000
 
 
-def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+def reason_unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why this backend cannot run, or None if it can."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
@@ -101,7 +101,7 @@ def _schedule(
 def library_for(x: Tensor) -> Library:
     """Return the kernels for the dtype of a tensor, which must be on the CPU."""
     library = load(x.dtype)
-    assert isinstance(library, Library), "the dispatcher asks `unsupported` first"
+    assert isinstance(library, Library), "the dispatcher asks `reason_unsupported` first"
     if not x.is_cpu:
         raise RuntimeError(f"the compiled kernel runs on the CPU, not on {x.device.type}")
     return library

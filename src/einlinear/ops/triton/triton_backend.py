@@ -11,11 +11,11 @@ from torch import Tensor
 
 from einlinear.ops.operands import Gradients, Operands
 from einlinear.ops.triton import launch
-from einlinear.ops.triton.launch import BLOCK_SLOTS, NO_EPILOGUE, Epilogue, Slots, StridedStep, plan
+from einlinear.ops.triton.launch import BLOCK_SLOTS, NO_EPILOGUE, Epilogue, Slots, StridedStep, strided_steps
 from einlinear.structures import Structure
 
 
-def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+def reason_unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why the kernels cannot run, or None if they can. They support every structure."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -66,7 +66,7 @@ def compute(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the result of an epilogue, which has the bias, and the intermediates. The rows of x may be slots."""
     structure, factors, x, _, _ = operands
-    terms = [*zip(plan(structure), structure.by_term(factors), strict=True)]
+    terms = [*zip(strided_steps(structure), structure.by_term(factors), strict=True)]
     total, saved = epilogue.addend, list[Tensor]()
     for i, (steps, (_, term_factors)) in enumerate(terms, 1):
         weights = [factor.contiguous() for factor in term_factors]
@@ -92,7 +92,7 @@ def gradients(
     structure, factors, x, _, _ = operands
     remaining = iter(saved)
     grad_x, grad_factors = epilogue.addend, list[Tensor | None]([None] * len(factors))
-    terms = [*zip(plan(structure), structure.by_term(range(len(factors))), strict=True)]
+    terms = [*zip(strided_steps(structure), structure.by_term(range(len(factors))), strict=True)]
     for number, (steps, (_, numbers)) in enumerate(terms, 1):
         weights, needs = [factors[i].contiguous() for i in numbers], [needs_factors[i] for i in numbers]
         sources = [x, *islice(remaining, len(steps) - 1)]
