@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einlinear.nn.layer_kinds import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, STRUCTURED, layer_info
+from einlinear.nn.layer_descriptions import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, STRUCTURED, layer_info
 from einlinear.tables import aligned
 
 _STACKS = "expert stacks and other 3-D weights"

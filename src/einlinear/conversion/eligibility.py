@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from einlinear.nn import Linear, MoELinear
+from einlinear.nn.dense_layers import is_conv1d
 from einlinear.nn.interception import has_any_hooks
-from einlinear.nn.layer_kinds import is_conv1d
 
 # attributes that say nothing about what a subclass of torch.nn.Linear computes
 _PLAIN = {"training", "in_features", "out_features", *vars(nn.Module())}

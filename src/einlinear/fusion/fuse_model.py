@@ -15,8 +15,8 @@ from einlinear.fusion.block_tracer import BlockTracer, TracedBlock
 from einlinear.fusion.fusion_hooks import FUSION_HOOKS, BeginFusion, EndFusion, LayerNames
 from einlinear.fusion.fusion_report import FusedBlock, FusionReport
 from einlinear.nn import FeedForward, Linear, MoELinear
+from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.interception import is_intercepted, is_plain_layer
-from einlinear.nn.layer_kinds import features, is_linear
 from einlinear.nn.model_call import Batch, call
 from einlinear.ops.context import is_unobserved
 

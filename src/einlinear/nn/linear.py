@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
+from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.layer_calls import compute_in_block
-from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, ParameterRole, SelfDescribing, weight_matrix
+from einlinear.nn.layer_descriptions import SCALAR, STRUCTURED, VECTOR, LayerInfo, ParameterRole, SelfDescribing
 from einlinear.nn.lazy_tensor import LazyTensor
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.weight_normalization import Matrix, normalize

@@ -49,11 +49,11 @@ class MatrixProduct(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The shape of a term's last product, and how the product becomes (n, width)."""
+    """The shape of a term's last product, how the product becomes (n, features), and the features to be dropped."""
 
     shape: Shape
     rearrangement: Rearrangement
-    width: int
+    surplus: int
 
 
 def apply(operands: Operands) -> Tensor:
@@ -70,7 +70,7 @@ def apply(operands: Operands) -> Tensor:
     outputs = []
     for output, z in sums.items():
         z = output.rearrangement.apply(z)
-        outputs.append(z[:, : structure.out_features] if output.width > structure.out_features else z)
+        outputs.append(z[:, : structure.out_features] if output.surplus else z)
     y = functools.reduce(torch.add, outputs)
     return y if bias is None else y + bias
 
@@ -79,11 +79,12 @@ def apply(operands: Operands) -> Tensor:
 def _matrix_products(spec: str, in_features: int, out_features: int) -> list[tuple[int, list[MatrixProduct], Output]]:
     """Return the padding, the matrix products and the output of every term."""
     structure = structures.structure(spec, in_features, out_features)
-    return [_products_of_term(steps, dict(structure.sizes), in_features) for steps in matmul_steps(structure)]
+    pairs = zip(structure.terms, matmul_steps(structure), strict=True)
+    return [_products_of_term(steps, dict(structure.sizes), *structure.padding(term)) for term, steps in pairs]
 
 
 def _products_of_term(
-    steps: Sequence[Step], sizes: Mapping[str, int], in_features: int
+    steps: Sequence[Step], sizes: Mapping[str, int], padding: int, surplus: int
 ) -> tuple[int, list[MatrixProduct], Output]:
     tokens, inputs, outputs = (TOKENS,), steps[0].source[1:], steps[-1].result[1:]
     # the groups of axes that the dimensions of the intermediate stand for
@@ -100,8 +101,7 @@ def _products_of_term(
         intermediate = _rearrangement(dims, batch + z, sizes, across=step is steps[0])
         products.append(MatrixProduct(step.index, factor, intermediate, factor_first))
         dims = [*batch, first, second]
-    padding, width = _size(inputs, sizes) - in_features, _size(outputs, sizes)
-    return padding, products, Output(_shape(dims, sizes), _rearrangement(dims, [tokens, outputs], sizes), width)
+    return padding, products, Output(_shape(dims, sizes), _rearrangement(dims, [tokens, outputs], sizes), surplus)
 
 
 def _rearrangement(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from einlinear import ops
-from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, ParameterRole, SelfDescribing
+from einlinear.nn.layer_descriptions import STRUCTURED, LayerInfo, ParameterRole, SelfDescribing
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import plain_modules
