@@ -19,7 +19,7 @@ test: $(INSTALLED) ## lint, type check, run the tests on up to four cores, and b
 quick: $(INSTALLED) ## the tests of the layers that are quick, in two minutes
 	@$(BIN)/ruff check
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --quiet -m "not slow" \
-		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/conversion tests/mup
+		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/fusion tests/conversion tests/mup
 
 zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/results/models.md (minutes)
 	@$(BIN)/python -m tests.zoo --write

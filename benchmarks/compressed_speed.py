@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 import einlinear as el
 from einlinear.compression.candidates import members
 from einlinear.compression.selection import select_layers
-from einlinear.nn.layer_kinds import features
+from einlinear.nn.dense_layers import features
 from einlinear_lab.pretrained.generation_speed import model_speeds
 
 FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")

@@ -15,6 +15,7 @@ LAB = LIBRARY.with_name("einlinear_lab")
 # "einlinear" is the library's own __init__: what it may export comes before it
 LIBRARY_ORDER = (
     "files",
+    "tables",
     "version",
     "import_hooks",
     "checkpoint",
@@ -22,6 +23,7 @@ LIBRARY_ORDER = (
     "structures",
     "ops",
     "nn",
+    "fusion",
     "mup",
     "integrations",
     "conversion",

@@ -46,7 +46,7 @@ def random_factors(s: Structure, seed: int) -> list[Tensor]:
 
 def backends(s: Structure) -> list[str]:
     """Those that run float64 here."""
-    return [name for name in ops.BACKENDS if ops.unsupported(name, s, torch.float64, "cpu") is None]
+    return [name for name in ops.BACKENDS if ops.reason_unsupported(name, s, torch.float64, "cpu") is None]
 
 
 def over_sizes(test: Callable[..., None]) -> Callable[..., None]:

@@ -105,7 +105,7 @@ def test_call_overhead() -> None:
     rows = re.findall(r"^\| 64 \| (\d+) \| `([a-z_]+)\S* \| (\w+) \| \d+ \| \d+ \| [\d.]+ \| (\w+) \|$", out, re.M)
     assert len(rows) == 20
     assert {kind for tokens, *_, kind in rows if tokens == "1"} == {"apart"}
-    if el.ops.unsupported("cpu", el.structure("btt", 64, 64), torch.float32, "cpu") is None:
+    if el.ops.reason_unsupported("cpu", el.structure("btt", 64, 64), torch.float32, "cpu") is None:
         assert {kind for tokens, *_, kind in rows if tokens == "2048"} == {"stacked"}
 
 

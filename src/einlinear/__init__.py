@@ -4,7 +4,8 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from einlinear.conversion import convert, densify, fuse, unfuse
+from einlinear.conversion import convert, densify
+from einlinear.fusion import fuse, unfuse
 from einlinear.integrations.transformers import register_on_import as _register_on_import
 from einlinear.mup import base_shapes, check_groups, coord_check, init_, param_groups
 from einlinear.nn import FeedForward, Linear, MoELinear, moe_loads, moe_loss

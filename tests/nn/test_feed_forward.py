@@ -28,7 +28,7 @@ from einlinear.ops.cpu import fused_block
 @pytest.fixture(autouse=True)
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The passes that ran fused."""
-    why = ops.unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
+    why = ops.reason_unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
     if why is not None:
         pytest.skip(why)  # where CI=true, test_cpu.py fails
     passes: list[str] = []

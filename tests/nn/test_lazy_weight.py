@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
 import einlinear as el
-from einlinear.nn.lazy_weight import METADATA_NAMES, LazyWeight
+from einlinear.nn.lazy_tensor import METADATA_NAMES
+from einlinear.nn.lazy_weight import LazyWeight
 
 
 @pytest.fixture

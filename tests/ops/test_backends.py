@@ -18,7 +18,7 @@ SPECS = ["btt(rank=2)", "kronecker", "monarch", "low_rank(rank=5)", "dyad", "btt
 
 @pytest.fixture(autouse=True, params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    why = ops.unsupported(request.param, el.structure("dense", 2, 2), torch.float64, CPU)
+    why = ops.reason_unsupported(request.param, el.structure("dense", 2, 2), torch.float64, CPU)
     if why is not None:  # where CI=true, test_cpu.py fails
         pytest.skip(why)
     with el.backend(request.param):
@@ -143,7 +143,7 @@ def test_as_exact_as_a_dense_product(spec: str, dtype: torch.dtype, backend: str
     torch.manual_seed(0)
     exact_layer = el.Linear(256, 256, spec, dtype=torch.float64)
     layer = el.Linear(256, 256, spec, dtype=dtype)
-    if ops.unsupported(backend, layer.structure, dtype, CPU):
+    if ops.reason_unsupported(backend, layer.structure, dtype, CPU):
         return
     layer.load_state_dict(exact_layer.state_dict())
     exact_layer.load_state_dict(layer.state_dict())  # rounded in the same way

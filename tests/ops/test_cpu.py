@@ -13,7 +13,7 @@ import torch
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import dispatch
+from einlinear.ops import cost_model, dispatch
 from einlinear.ops.cpu import cpu_backend
 from einlinear.ops.cpu import kernel_library as kernels
 from einlinear.ops.cpu.cpu_backend import program_of
@@ -33,7 +33,7 @@ def fresh() -> object:
 
 
 def test_it_is_compiled_where_tests_have_to_be_complete() -> None:
-    why = ops.unsupported("cpu", el.structure("btt", 16, 16), torch.float32, "cpu")
+    why = ops.reason_unsupported("cpu", el.structure("btt", 16, 16), torch.float32, "cpu")
     if os.environ.get("CI") != "true" and why is not None:
         pytest.skip(why)
     assert why is None
@@ -127,4 +127,4 @@ def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_the_cost_model_presumes_the_cache_that_the_kernel_does() -> None:
     (exponent,) = re.findall(r"HEAVY_ENTRIES = 1 << (\d+)", (kernels.SOURCE.parent / "program.h").read_text())
-    assert 2 ** int(exponent) == dispatch.CACHED
+    assert 2 ** int(exponent) == cost_model.CACHED

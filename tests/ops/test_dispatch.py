@@ -37,13 +37,13 @@ def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_routed_products_of_half_precision_are_not_left_to_the_reference(dtype: torch.dtype) -> None:
     """The reference multiplies every token with every expert."""
     s, cpu = el.structure("btt", 64, 64), torch.device("cpu")
-    compiled = ops.unsupported("cpu", s, dtype, cpu) is None
+    compiled = ops.reason_unsupported("cpu", s, dtype, cpu) is None
     assert ops.choose(s, 256, dtype, cpu).backend == ("cpu" if compiled else "reference")
     assert ops.choose(s, 256, dtype, cpu, routed=True).backend == ("cpu" if compiled else "batched")
 
 
 def test_on_a_gpu_what_was_never_measured_there_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "unsupported", lambda *_: None)
+    monkeypatch.setattr(dispatch, "reason_unsupported", lambda *_: None)
     dispatch.forget()
     chosen = ops.choose(el.structure("btt", 64, 64), 2048, torch.bfloat16, torch.device("cuda"))
     assert chosen.backend == "batched"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import einlinear as el
 from einlinear.ops import exported, reference
-from einlinear.ops.operands import Product
+from einlinear.ops.operands import Operands
 from einlinear.structures import Structure
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS
@@ -31,7 +31,7 @@ def test_products_equal_those_of_the_reference(structure: Structure) -> None:
     bias = torch.randn(structure.out_features, dtype=torch.float64)
     for tokens in (0, 1, 5):
         x = torch.randn(tokens, structure.in_features, dtype=torch.float64)
-        product = Product(structure, factors, x, bias)
+        product = Operands(structure, factors, x, bias)
         torch.testing.assert_close(exported.apply(product), reference.apply(product), rtol=1e-12, atol=1e-12)
 
 

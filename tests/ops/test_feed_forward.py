@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import dispatch, feed_forward_block
+from einlinear.ops import feed_forward_structure, fused_dispatch
 from einlinear.ops.activation_functions import name_of
 from einlinear.ops.cpu import cpu_backend, fused_block
 from einlinear.structures import DoesNotFit, Structure
@@ -33,7 +33,7 @@ EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 @pytest.fixture(autouse=True)
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The passes that ran fused."""
-    why = ops.unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
+    why = ops.reason_unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
     if why is not None:
         pytest.skip(why)  # where CI=true, test_cpu.py fails
     passes: list[str] = []
@@ -520,7 +520,7 @@ def test_reasons_not_to_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
     with el.backend(recompute=False):
         assert reason() is None
         assert "einlinear.backend(recompute=False) saves them" in str(reason(training=True))
-    monkeypatch.setattr(dispatch, "unsupported", lambda *_: "no compiler")
+    monkeypatch.setattr(fused_dispatch, "reason_unsupported", lambda *_: "no compiler")
     assert reason() == f"{kernel}no compiler"
 
 
@@ -584,7 +584,7 @@ def test_gradients_that_do_not_fit() -> None:
     leaves[1].data.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="up: the memory of factor A is smaller"):
         y.backward(case.grad)
-    block = feed_forward_block.Block(tuple(case.structures), (True, True), "gelu", False)
+    block = feed_forward_structure.FeedForwardStructure(tuple(case.structures), (True, True), "gelu", False)
     with pytest.raises(RuntimeError, match=r"down: the gradient of the output has shape \(40, 47\)"):
         block.check(*[t.detach() for t in case.tensors[:1]], case.tensors[1:], case.grad[:, 1:], memory=False)
 

@@ -16,7 +16,8 @@ SPECS = ["dense", "low_rank(rank=32)", "kronecker", "tt(rank=4)", "btt", "btt(ra
 SPECS += ["dyad", "block_diagonal", "blast(blocks=4, rank=8)"]
 IN, OUT = 256, 320
 pytestmark = pytest.mark.skipif(
-    ops.unsupported("cpu", el.structure("btt", IN, OUT), torch.bfloat16, "cpu") is not None, reason="no compiled kernel"
+    ops.reason_unsupported("cpu", el.structure("btt", IN, OUT), torch.bfloat16, "cpu") is not None,
+    reason="no compiled kernel",
 )
 
 
@@ -74,7 +75,7 @@ def test_errors_of_mixtures_are_those_of_a_dense_layer(dtype: torch.dtype) -> No
 
     def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
         tensors = [t.to(dtype).requires_grad_() for t in (x, gates, *factors)]
-        routing = ops.Assignment(indices, tensors[1])
+        routing = ops.Routing(indices, tensors[1])
         y = ops.linear(s, tensors[2:], tensors[0], backend=backend, routing=routing)
         return [y.detach(), *torch.autograd.grad(y, tensors, grad.to(dtype))]
 

@@ -17,17 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import backends
-from einlinear.ops.operands import Product
+from einlinear.ops.operands import Operands
 from einlinear.structures import Structure
 
 CPU = torch.device("cpu")
-RUNNING = [
-    name for name in ops.BACKENDS if ops.unsupported(name, el.structure("dense", 2, 2), torch.float32, CPU) is None
-]
+SMALL = el.structure("dense", 2, 2)
+RUNNING = [name for name in ops.BACKENDS if ops.reason_unsupported(name, SMALL, torch.float32, CPU) is None]
 OPERATORS = [name for name in RUNNING if name != "reference"]
 
 
-class Operands:
+class DrawnOperands:
     """The operands of a product of 48 to 60 features, and all ways to compute it."""
 
     def __init__(self, spec: str = "btt(rank=2)", n: int = 5, dtype: torch.dtype = torch.float32) -> None:
@@ -47,7 +46,7 @@ class Operands:
             arguments = (self.bias, None, None, self.structure.spec, 60, name)
             yield lambda arguments=arguments: torch.ops.einlinear.linear(self.x, leaves, *arguments)
             found = backends.find(name)
-            yield lambda found=found: found.forward(Product(self.structure, self.factors, self.x, self.bias), False)[0]
+            yield lambda found=found: found.forward(Operands(self.structure, self.factors, self.x, self.bias), False)[0]
 
     def backward(self) -> Iterator[Callable[[], list[Tensor]]]:
         """The gradients of x and of the factors."""
@@ -59,7 +58,7 @@ class Operands:
             )
             found = backends.find(name)
             yield lambda found=found: _flat(
-                found.backward(Product(self.structure, plain, self.x), self.grad, [], True, wanted)
+                found.backward(Operands(self.structure, plain, self.x), self.grad, [], True, wanted)
             )
 
 
@@ -144,7 +143,7 @@ def refuse(
 def test_a_factor_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
     for i in range(2):
-        product = Operands()
+        product = DrawnOperands()
         product.factors[i] = replace(product.factors[i])
         refuse(product.forward(), error, message)
         refuse(product.backward(), error, message)
@@ -155,7 +154,7 @@ def test_a_factor_that_does_not_fit(wrong: str) -> None:
 @pytest.mark.parametrize("wrong", [name for name in WRONG if name != "strided beyond"])
 def test_a_bias_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
-    product = Operands()
+    product = DrawnOperands()
     product.bias = replace(product.bias)
     refuse(product.forward(), error, message)
 
@@ -163,7 +162,7 @@ def test_a_bias_that_does_not_fit(wrong: str) -> None:
 @pytest.mark.parametrize("wrong", [name for name in WRONG if name != "with one more dimension"])
 def test_an_input_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
-    product = Operands()
+    product = DrawnOperands()
     product.x = replace(product.x)
     # a backend that is named says first what it cannot do, an operator that no structure has such a size
     refuse(product.forward(), (error, ValueError), f"{message}|cannot run this|in_features")
@@ -175,14 +174,14 @@ def test_an_input_that_does_not_fit(wrong: str) -> None:
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_gradient_that_does_not_fit(wrong: str) -> None:
     replace, error, message = WRONG[wrong]
-    product = Operands()
+    product = DrawnOperands()
     product.grad = replace(product.grad)
     # the operator takes the number of outputs from the gradient
     refuse(product.backward(), (error, ValueError), f"{message}|out_features|outputs")
 
 
 def test_a_number_of_factors_that_does_not_fit() -> None:
-    product = Operands()
+    product = DrawnOperands()
     factors = product.factors
     for wrong in ([], factors[:1], factors * 2):
         product.factors = wrong
@@ -193,7 +192,7 @@ def test_a_number_of_factors_that_does_not_fit() -> None:
 
 
 def test_what_is_not_a_tensor() -> None:
-    product = Operands()
+    product = DrawnOperands()
     for name in RUNNING:
         with pytest.raises(TypeError, match="factor B must be a tensor, not NoneType"):
             ops.linear(product.structure, [product.factors[0], None], product.x, None, name)
@@ -274,7 +273,7 @@ def test_intermediates_that_come_back_as_something_else(backend: str) -> None:
             backward(other)
 
 
-class Routed(Operands):
+class Routed(DrawnOperands):
     """The operands of a product with one of four matrices per token, and all ways to compute it."""
 
     def __init__(self) -> None:
@@ -283,8 +282,8 @@ class Routed(Operands):
         self.indices: Any = torch.randint(4, (5, 2))
         self.gates: Any = torch.rand(5, 2)
 
-    def routing(self) -> ops.Assignment:
-        return ops.Assignment(self.indices, self.gates)
+    def routing(self) -> ops.Routing:
+        return ops.Routing(self.indices, self.gates)
 
     def forward(self) -> Iterator[Callable[[], Tensor]]:
         for name in RUNNING:
@@ -344,8 +343,8 @@ def test_experts_that_do_not_fit(wrong: str) -> None:
 
 def test_every_backend_is_behind_the_check() -> None:
     """Also those that cannot run here."""
-    draw = Operands()
-    operands = Product(draw.structure, [draw.factors[0], draw.factors[1][:1]], draw.x)
+    draw = DrawnOperands()
+    operands = Operands(draw.structure, [draw.factors[0], draw.factors[1][:1]], draw.x)
     for name in ops.BACKENDS:
         if name == "reference":
             with pytest.raises(ValueError, match="'reference' consists of plain operators"):
@@ -360,7 +359,7 @@ def test_every_backend_is_behind_the_check() -> None:
 
 
 def test_operators_of_backends_that_cannot_run() -> None:
-    product = Operands()
+    product = DrawnOperands()
     factors = [f.cfloat() for f in product.factors]
     arguments = (product.x.cfloat(), factors, None, None, None, product.structure.spec, 60)
     if "cpu" in RUNNING:
@@ -371,7 +370,7 @@ def test_operators_of_backends_that_cannot_run() -> None:
 
 
 def test_what_is_traced_is_checked_as_well() -> None:
-    product = Operands()
+    product = DrawnOperands()
     product.factors[1] = product.factors[1][:1]
     for name in RUNNING:
         with FakeTensorMode() as mode, el.backend(name):
@@ -384,7 +383,7 @@ def test_what_is_traced_is_checked_as_well() -> None:
 
 def test_unusual_operands_that_do_fit() -> None:
     """Any strides, also none; values that torch has not yet negated; no tokens."""
-    product = Operands(dtype=torch.float64)
+    product = DrawnOperands(dtype=torch.float64)
     dense = ops.dense_weight(product.structure, product.factors)
     expected = product.x @ dense.T + product.bias
     unusual: dict[str, Callable[[Tensor], Tensor]] = {
@@ -428,7 +427,7 @@ def test_layers_on_meta_say_the_shape() -> None:
 
 def test_complex_numbers_are_left_to_the_reference() -> None:
     """Conjugation included, which the gradients of the others would lack."""
-    product = Operands(dtype=torch.complex64)
+    product = DrawnOperands(dtype=torch.complex64)
     x = product.x.conj().requires_grad_()
     y = ops.linear(product.structure, product.factors, x)
     dense = ops.dense_weight(product.structure, product.factors)
@@ -436,7 +435,7 @@ def test_complex_numbers_are_left_to_the_reference() -> None:
     (found,) = torch.autograd.grad(y, x, product.grad)
     torch.testing.assert_close(found, product.grad @ dense.conj())
     stacks = [torch.stack([factor, factor]) for factor in product.factors]
-    y = ops.linear(product.structure, stacks, x, routing=ops.Assignment(torch.zeros(5, 1).long(), torch.ones(5, 1)))
+    y = ops.linear(product.structure, stacks, x, routing=ops.Routing(torch.zeros(5, 1).long(), torch.ones(5, 1)))
     torch.testing.assert_close(y, x @ dense.T)
     torch.testing.assert_close(torch.autograd.grad(y, x, product.grad)[0], product.grad @ dense.conj())
     for name in OPERATORS:

@@ -27,7 +27,7 @@ LOADS: dict[str, Callable[[int, int, int], Tensor]] = {
 
 @pytest.fixture(params=CPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if ops.unsupported(request.param, el.structure("dense", 2, 2), torch.float64, torch.device("cpu")) is not None:
+    if ops.reason_unsupported(request.param, el.structure("dense", 2, 2), torch.float64, "cpu") is not None:
         pytest.skip("the compiled kernel is not available")  # where CI=true, test_cpu.py fails
     with el.backend(request.param):
         yield request.param
@@ -52,7 +52,7 @@ def routed(
     gates: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    return ops.linear(structure, factors, x, bias, routing=ops.Assignment(indices, gates))
+    return ops.linear(structure, factors, x, bias, routing=ops.Routing(indices, gates))
 
 
 def token_by_token(

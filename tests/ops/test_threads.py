@@ -20,7 +20,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear import ops
 from einlinear.ops.cpu import cpu_backend
-from einlinear.ops.operands import Product
+from einlinear.ops.operands import Operands
 from einlinear.structures import Structure
 
 README = "(g a), g r a, g e r -> (g e) + (b k), d k, o b -> (o d) where g=4, r=2"
@@ -34,7 +34,7 @@ SUMS = 200
 @pytest.fixture(params=[1, 2, 3, 8])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Threads that share even the smallest call."""
-    why = ops.unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
+    why = ops.reason_unsupported("cpu", el.structure("dense", 2, 2), torch.float64, "cpu")
     if why is not None:
         pytest.skip(why)  # where CI=true, test_cpu.py fails
     monkeypatch.setattr(cpu_backend, "PARALLEL_MACS", 0)
@@ -63,14 +63,14 @@ class Case:
         self.factors = [factor.detach().to(dtype) for factor in self.factors]
 
     def check_forward(self, save: bool) -> list[Tensor]:
-        y, saved = cpu_backend.forward(Product(self.structure, self.factors, self.x, self.bias), save)
+        y, saved = cpu_backend.forward(Operands(self.structure, self.factors, self.x, self.bias), save)
         self._equal(y, self.y, "the output")
         return saved
 
     def check_backward(self, saved: Sequence[Tensor], wanted: Sequence[bool]) -> None:
         """The gradients of x and of the factors, those that are wanted."""
         needs_x, *needs_factors = wanted
-        product = Product(self.structure, self.factors, self.x)
+        product = Operands(self.structure, self.factors, self.x)
         grad_x, _, grads = cpu_backend.backward(product, self.grad, saved, needs_x, needs_factors)
         for i, (found, expected) in enumerate(zip((grad_x, *grads), self.expected, strict=True)):
             assert (found is not None) == wanted[i]

@@ -22,9 +22,8 @@ import einlinear as el
 from einlinear import ops
 from einlinear.ops import backends
 
-BACKENDS = [
-    name for name in ops.BACKENDS if ops.unsupported(name, el.structure("dense", 2, 2), torch.float64, "cpu") is None
-]
+SMALL = el.structure("dense", 2, 2)
+BACKENDS = [name for name in ops.BACKENDS if ops.reason_unsupported(name, SMALL, torch.float64, "cpu") is None]
 
 
 class Block(nn.Module):

@@ -22,10 +22,10 @@ from torch import Tensor
 import einlinear as el
 from einlinear import ops
 from einlinear.ops import reference
-from einlinear.ops.operands import Assignment, Product
+from einlinear.ops.operands import Operands, Routing
 from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
-from einlinear.ops.triton.launch import plan
+from einlinear.ops.triton.launch import strided_steps
 from einlinear.structures import DoesNotFit, Structure
 
 pytestmark = [needs("triton"), pytest.mark.slow]
@@ -61,7 +61,7 @@ def draw(spec: str, in_features: int, out_features: int, n: int, dtype: torch.dt
 def by_torch(s: Structure, factors: Sequence[Tensor], x: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
     """The output and the gradients of x and the factors, by plain einsum."""
     inputs = [tensor.detach().requires_grad_() for tensor in (x, *factors)]
-    y = reference.apply(Product(s, inputs[1:], inputs[0])) + bias
+    y = reference.apply(Operands(s, inputs[1:], inputs[0])) + bias
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
@@ -121,21 +121,21 @@ class TestKernels:
     @pytest.mark.parametrize("spec", SPECS)
     def test_output_and_gradients(self, spec: str, dtype: torch.dtype) -> None:
         s, factors, x, bias, grad = draw(spec, *CASES[dtype], dtype)
-        assert kernels.unsupported(s, dtype, DEVICE) is None
+        assert kernels.reason_unsupported(s, dtype, DEVICE) is None
         exact = by_torch(s, double(factors), x.double(), bias.double(), grad.double())
         dense = torch.addmm(bias, x, ops.dense_weight(s, double(factors)).to(dtype).T)
         theirs = map(error, by_torch(s, factors, x, bias, grad), exact)
         bounds = [ERROR * max(error(dense, exact[0]), one) for one in theirs]
         if INTERPRETED and dtype == torch.bfloat16:  # which the interpreter truncates instead of rounding
             bounds = [2 * bound for bound in bounds]
-        y, saved = kernels.forward(Product(s, factors, x, bias), True)
-        grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
+        y, saved = kernels.forward(Operands(s, factors, x, bias), True)
+        grad_x, _, grad_factors = kernels.backward(Operands(s, factors, x), grad, saved, True, [True] * len(factors))
         for found, wanted, bound in zip([y, grad_x, *grad_factors], exact, bounds, strict=True):
             assert found is not None
             assert found.dtype == dtype
             assert error(found, wanted) <= bound
         if dtype == torch.float32:
-            grad_x, _, nothing = kernels.backward(Product(s, factors, x), grad, saved, True, [False] * len(factors))
+            grad_x, _, nothing = kernels.backward(Operands(s, factors, x), grad, saved, True, [False] * len(factors))
             assert error(grad_x, exact[1]) <= bounds[1]
             assert nothing == [None] * len(factors)
 
@@ -143,21 +143,21 @@ class TestKernels:
     def test_only_what_is_wanted(self, spec: str) -> None:
         """Without saved intermediates, every subset of the gradients is returned."""
         s, factors, x, bias, grad = draw(spec, 16, 16, 3, torch.float32)
-        y, saved = kernels.forward(Product(s, factors, x, None), False)
+        y, saved = kernels.forward(Operands(s, factors, x, None), False)
         exact = by_torch(s, double(factors), x.double(), torch.zeros_like(bias).double(), grad.double())
         assert error(y, exact[0]) < 1e-6
         assert saved == []
         for wanted in [(i == j for j in range(len(factors) + 1)) for i in range(len(factors) + 1)]:
             needs_x, *needs = wanted
-            grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, [], needs_x, needs)
+            grad_x, _, grad_factors = kernels.backward(Operands(s, factors, x), grad, [], needs_x, needs)
             for found, need, right in zip([grad_x, *grad_factors], [needs_x, *needs], exact[1:], strict=True):
                 assert (error(found, right) < 1e-6) if need else found is None
 
     @pytest.mark.parametrize("spec", SPECS)
     def test_no_tokens(self, spec: str) -> None:
         s, factors, x, bias, grad = draw(spec, 16, 16, 0, torch.bfloat16)
-        y, saved = kernels.forward(Product(s, factors, x, bias), True)
-        grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
+        y, saved = kernels.forward(Operands(s, factors, x, bias), True)
+        grad_x, _, grad_factors = kernels.backward(Operands(s, factors, x), grad, saved, True, [True] * len(factors))
         assert y.shape == (0, 16)
         assert grad_x is not None
         assert grad_x.shape == (0, 16)
@@ -168,15 +168,15 @@ class TestKernels:
     def test_many_tokens_and_any_strides(self, spec: str) -> None:
         """Tokens are split among programs, with a ragged end; inputs are strided, transposed and expanded."""
         s, factors, x, bias, grad = draw(spec, 16, 16, 270, torch.float32)
-        first = plan(s)[0][0]
+        first = strided_steps(s)[0][0]
         assert 2 * launch.share_of_tokens(first, 4) < 270
         factors = [factor.transpose(0, -1).contiguous().transpose(0, -1) for factor in factors]
         wide, ones = torch.cat([x, x], 1), grad[:1, :1].expand(270, 16)
         for inputs, grads in ((wide[:, 3:19], ones), (wide[:, ::2], grad.T.contiguous().T)):
             exact = by_torch(s, double(factors), inputs.double(), bias.double(), grads.double())
-            y, saved = kernels.forward(Product(s, factors, inputs, bias), True)
+            y, saved = kernels.forward(Operands(s, factors, inputs, bias), True)
             grad_x, _, grad_factors = kernels.backward(
-                Product(s, factors, inputs), grads, saved, True, [True] * len(factors)
+                Operands(s, factors, inputs), grads, saved, True, [True] * len(factors)
             )
             assert max(map(error, [y, grad_x, *grad_factors], exact)) < 2e-6
 
@@ -184,8 +184,9 @@ class TestKernels:
         s, factors, x, bias, grad = draw("btt", 16, 16, 300, torch.bfloat16)
         runs = []
         for _ in range(2):
-            y, saved = kernels.forward(Product(s, factors, x, bias), True)
-            grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
+            y, saved = kernels.forward(Operands(s, factors, x, bias), True)
+            needed = [True] * len(factors)
+            grad_x, _, grad_factors = kernels.backward(Operands(s, factors, x), grad, saved, True, needed)
             runs.append([y, grad_x, *grad_factors])
         assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
@@ -194,8 +195,8 @@ class TestKernels:
         monkeypatch.setattr(launch, "TUNE", True)
         s, factors, x, bias, grad = draw("kronecker", 256, 256, 1000, torch.bfloat16)
         exact = by_torch(s, double(factors), x.double(), bias.double(), grad.double())
-        y, saved = kernels.forward(Product(s, factors, x, bias), True)
-        grad_x, _, grad_factors = kernels.backward(Product(s, factors, x), grad, saved, True, [True, True])
+        y, saved = kernels.forward(Operands(s, factors, x, bias), True)
+        grad_x, _, grad_factors = kernels.backward(Operands(s, factors, x), grad, saved, True, [True, True])
         assert max(map(error, [y, grad_x, *grad_factors], exact)) < 0.02
 
     @pytest.mark.skipif(INTERPRETED, reason="there is nothing to measure in the interpreter")
@@ -205,9 +206,9 @@ class TestKernels:
         s, factors, indices, x, gates, bias, grad = drawn
         exact = TestRouted.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
         with torch.autocast("cuda", torch.bfloat16):
-            y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
+            y = kernels.forward(Operands(s, factors, x, bias, Routing(indices, gates)), False)[0]
             found = kernels.backward(
-                Product(s, factors, x, None, Assignment(indices, gates)), grad.float(), [], True, [True, True]
+                Operands(s, factors, x, None, Routing(indices, gates)), grad.float(), [], True, [True, True]
             )
         assert {t.dtype for t in (y, *found[:2], *found[2]) if t is not None} == {torch.bfloat16}
         assert max(map(error, [y, *found[:2], *found[2]], exact)) < 0.02
@@ -241,7 +242,7 @@ class TestRouted:
         """The output and the gradients of x, gates and factors, in plain operators."""
         inputs = [tensor.detach().requires_grad_() for tensor in (x, gates, *factors)]
         with el.backend("reference"):
-            y = ops.linear(s, inputs[2:], inputs[0], bias, routing=Assignment(indices, inputs[1]))
+            y = ops.linear(s, inputs[2:], inputs[0], bias, routing=Routing(indices, inputs[1]))
         return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
     @pytest.mark.parametrize(
@@ -264,9 +265,9 @@ class TestRouted:
         bounds = [max(floor, ERROR * one) for one in theirs]
         if INTERPRETED and dtype == torch.bfloat16:
             bounds = [2 * bound for bound in bounds]
-        y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
+        y = kernels.forward(Operands(s, factors, x, bias, Routing(indices, gates)), False)[0]
         found = kernels.backward(
-            Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True] * len(factors)
+            Operands(s, factors, x, None, Routing(indices, gates)), grad, [], True, [True] * len(factors)
         )
         for mine, wanted, bound in zip([y, *found[:2], *found[2]], exact, bounds, strict=True):
             assert mine is not None
@@ -284,15 +285,15 @@ class TestRouted:
         monkeypatch.setattr(launch, "_tiles", smallest)
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 70, 1, "the same experts", torch.float32)
         exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
-        y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
-        found = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True, True])
+        y = kernels.forward(Operands(s, factors, x, bias, Routing(indices, gates)), False)[0]
+        found = kernels.backward(Operands(s, factors, x, None, Routing(indices, gates)), grad, [], True, [True, True])
         assert max(map(error, [y, *found[:2], *found[2]], exact)) < 2e-6
         assert min(ratios) > 1
 
     @pytest.mark.parametrize("spec", ["btt", "dyad", "tt(rank=2, cores=3)"])
     def test_only_what_is_wanted(self, spec: str) -> None:
         s, factors, indices, x, gates, _, grad = self.draw(spec, (8, 8), 4, 2, "random", torch.float32)
-        product = Product(s, factors, x, None, Assignment(indices, gates))
+        product = Operands(s, factors, x, None, Routing(indices, gates))
         whole = kernels.backward(product, grad, [], True, [True] * len(factors))
         for wanted in range(len(factors) + 1):
             needs = [wanted == i for i in range(len(factors))]
@@ -309,11 +310,11 @@ class TestRouted:
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 60, 1, "random", torch.float32)
         bad = [0, 59]  # the first and the last, which is where those of empty slots would be looked up
         x[bad], gates[bad] = torch.nan, torch.nan
-        y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
+        y = kernels.forward(Operands(s, factors, x, bias, Routing(indices, gates)), False)[0]
         assert y.isnan().all(1).nonzero().flatten().tolist() == bad
         assert y.isnan().any(1).nonzero().flatten().tolist() == bad
         _, grad_gates, grads = kernels.backward(
-            Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True, True]
+            Operands(s, factors, x, None, Routing(indices, gates)), grad, [], True, [True, True]
         )
         assert grad_gates is not None
         assert grad_gates.isnan().nonzero()[:, 0].tolist() == bad
@@ -325,19 +326,20 @@ class TestRouted:
 
     def test_no_tokens_and_any_strides(self) -> None:
         s, factors, indices, x, gates, bias, grad = self.draw("btt", (16, 16), 20, 2, "random", torch.float32)
-        assert kernels.forward(Product(s, factors, x[:0], bias, Assignment(indices[:0], gates[:0])), False)[
-            0
-        ].shape == (0, 16)
+        assert kernels.forward(Operands(s, factors, x[:0], bias, Routing(indices[:0], gates[:0])), False)[0].shape == (
+            0,
+            16,
+        )
         nothing = kernels.backward(
-            Product(s, factors, x[:0], None, Assignment(indices[:0], gates[:0])), grad[:0], [], True, [True, True]
+            Operands(s, factors, x[:0], None, Routing(indices[:0], gates[:0])), grad[:0], [], True, [True, True]
         )
         assert [tuple(t.shape) for t in nothing[:2] if t is not None] == [(0, 16), (0, 2)]
         assert not any(t is None or t.any() for t in nothing[2])
         exact = self.by_reference(s, double(factors), indices, *double((x, gates, bias, grad)))
         x, grad, indices, gates = (t.T.contiguous().T for t in (x, grad, indices, gates))
         factors = [factor.transpose(0, -1).contiguous().transpose(0, -1) for factor in factors]
-        y = kernels.forward(Product(s, factors, x, bias, Assignment(indices, gates)), False)[0]
-        found = kernels.backward(Product(s, factors, x, None, Assignment(indices, gates)), grad, [], True, [True, True])
+        y = kernels.forward(Operands(s, factors, x, bias, Routing(indices, gates)), False)[0]
+        found = kernels.backward(Operands(s, factors, x, None, Routing(indices, gates)), grad, [], True, [True, True])
         assert max(map(error, [y, *found[:2], *found[2]], exact)) < 2e-6
 
     def test_in_a_layer(self) -> None:

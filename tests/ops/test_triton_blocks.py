@@ -20,8 +20,8 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import dispatch, feed_forward_block
-from einlinear.ops.operands import Product
+from einlinear.ops import feed_forward_structure, fused_dispatch
+from einlinear.ops.operands import Operands
 from einlinear.ops.triton import chunked_block, triton_backend
 from einlinear.ops.triton.launch import Epilogue
 
@@ -134,7 +134,7 @@ class TestBlocks:
     def test_every_activation(self, activation: str) -> None:
         """In an epilogue, after the addend and before the multiplier; special numbers are those of torch."""
         z, s = torch.tensor([NUMBERS, NUMBERS], device=DEVICE), el.structure("i, i -> i", len(NUMBERS), len(NUMBERS))
-        product = Product(s, [torch.ones(len(NUMBERS), device=DEVICE)], torch.zeros_like(z))
+        product = Operands(s, [torch.ones(len(NUMBERS), device=DEVICE)], torch.zeros_like(z))
         y, _ = triton_backend.compute(product, Epilogue(None, z, activation, torch.full_like(z, 2.0)))
         exact = 2 * ops.ACTIVATIONS[activation](z.double()).float()
         torch.testing.assert_close(y, exact, equal_nan=True, rtol=2e-6, atol=1e-7)
@@ -223,7 +223,7 @@ def test_chunks_have_hidden_features_that_fit_in_the_cache() -> None:
     def tokens(hidden: int, dtype: torch.dtype, tokens: int = 20000) -> list[int]:
         structures = el.structure("low_rank(rank=1)", 8, hidden), el.structure("low_rank(rank=1)", hidden, 8)
         block, x = (
-            feed_forward_block.Block(structures, (False, False), "gelu", False),
+            feed_forward_structure.FeedForwardStructure(structures, (False, False), "gelu", False),
             torch.empty(tokens, 8, dtype=dtype),
         )
         chunks = chunked_block._chunks(block, x)
@@ -238,7 +238,7 @@ def test_chunks_have_hidden_features_that_fit_in_the_cache() -> None:
 def test_the_default_is_layer_by_layer_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     structures, cuda = (el.structure("dense", 8, 8),) * 2, torch.device("cuda")
     supported = {"triton": None}
-    monkeypatch.setattr(dispatch, "unsupported", lambda name, *_: supported.get(name, "not on cuda"))
+    monkeypatch.setattr(fused_dispatch, "reason_unsupported", lambda name, *_: supported.get(name, "not on cuda"))
 
     def reason(backend: str | None = None) -> str | None:
         return ops.reason_not_to_fuse(structures, 1000, torch.bfloat16, cuda, True, backend)
@@ -247,7 +247,8 @@ def test_the_default_is_layer_by_layer_on_cuda(monkeypatch: pytest.MonkeyPatch) 
     assert reason("triton") is None
     with el.backend("triton"):
         assert reason() is None
-        assert dispatch.choose_fused_for_compiler(["dense"] * 2, [8, 8, 8], torch.bfloat16, "cuda", None) == "triton"
+        chosen = fused_dispatch.choose_fused_for_compiler(["dense"] * 2, [8, 8, 8], torch.bfloat16, "cuda", None)
+        assert chosen == "triton"
     with el.backend("triton", recompute=False):
         assert "saves them" in str(reason())
     supported["triton"] = "no triton here"  # type: ignore[assignment]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops.operands import Assignment, Product
+from einlinear.ops.operands import Operands, Routing
 from einlinear.ops.triton import launch
 from einlinear.ops.triton import triton_backend as kernels
-from einlinear.ops.triton.launch import plan
+from einlinear.ops.triton.launch import strided_steps
 
 
 class TestPlans:
@@ -28,13 +28,13 @@ class TestPlans:
     def test_what_is_unsupported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         s = el.structure("btt", 16, 16)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        assert "not on cpu" in str(kernels.unsupported(s, torch.float32, torch.device("cpu")))
-        assert "not float64" in str(kernels.unsupported(s, torch.float64, torch.device("cuda")))
+        assert "not on cpu" in str(kernels.reason_unsupported(s, torch.float32, torch.device("cpu")))
+        assert "not float64" in str(kernels.reason_unsupported(s, torch.float64, torch.device("cuda")))
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        assert kernels.unsupported(s, torch.float32, torch.device("cpu")) is None
-        assert "on the CPU" in str(kernels.unsupported(s, torch.float32, torch.device("cuda")))
+        assert kernels.reason_unsupported(s, torch.float32, torch.device("cpu")) is None
+        assert "on the CPU" in str(kernels.reason_unsupported(s, torch.float32, torch.device("cuda")))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert kernels.unsupported(s, torch.float32, torch.device("cuda")) == "triton is not installed"
+        assert kernels.reason_unsupported(s, torch.float32, torch.device("cuda")) == "triton is not installed"
 
     def test_float32_products_are_computed_as_torch_computes_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -58,7 +58,7 @@ class TestPlans:
         ],
     )
     def test_the_intermediate_is_reached_in_runs(self, spec: str, tokens_last: bool) -> None:
-        ((first, second),) = plan(el.structure(spec, 1024, 1024))
+        ((first, second),) = strided_steps(el.structure(spec, 1024, 1024))
         assert first.result is second.source
         assert first.result.tokens_last is tokens_last
         if not tokens_last:
@@ -101,12 +101,12 @@ class TestCompiled:
         s = el.structure(spec, in_features, out_features)
         factors = [torch.empty(f.shape, dtype=dtype) for f in s.factors]
         x, bias, grad = (torch.empty(n, dtype=dtype) for n in ((4096, in_features), out_features, (4096, out_features)))
-        _, saved = kernels.forward(Product(s, factors, x, bias), True)
-        kernels.backward(Product(s, factors, x), grad, saved, True, [True] * len(factors))
-        routing = Assignment(torch.arange(8192).view(4096, 2) % 8, torch.zeros(4096, 2, dtype=dtype))
+        _, saved = kernels.forward(Operands(s, factors, x, bias), True)
+        kernels.backward(Operands(s, factors, x), grad, saved, True, [True] * len(factors))
+        routing = Routing(torch.arange(8192).view(4096, 2) % 8, torch.zeros(4096, 2, dtype=dtype))
         stacked = [torch.empty(8, *f.shape, dtype=dtype) for f in s.factors]
-        kernels.forward(Product(s, stacked, x, bias, routing), False)
-        kernels.backward(Product(s, stacked, x, None, routing), grad, [], True, [True] * len(factors))
+        kernels.forward(Operands(s, stacked, x, bias, routing), False)
+        kernels.backward(Operands(s, stacked, x, None, routing), grad, [], True, [True] * len(factors))
         assert launches
         for kernel, tile, args, constants in launches:
             compiled = compile_for_hopper(kernel, tile, args, constants)
@@ -126,7 +126,7 @@ class TestCompiled:
         s = el.structure("dense", 64, 256)
         x, bias, hidden = (torch.empty(n, dtype=torch.bfloat16) for n in ((128, 64), (256,), (128, 256)))
         factors = [torch.empty(shape, dtype=torch.bfloat16) for shape in s.shapes]
-        kernels.compute(Product(s, factors, x), launch.Epilogue(bias, hidden, activation, hidden))
+        kernels.compute(Operands(s, factors, x), launch.Epilogue(bias, hidden, activation, hidden))
         ((kernel, tile, args, constants),) = launches
         compiled = compile_for_hopper(kernel, tile, args, constants)
         assert compiled.metadata.shared <= launch.SHARED

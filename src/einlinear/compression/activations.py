@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.nn import Linear
-from einlinear.nn.layer_kinds import is_conv1d
+from einlinear.nn.dense_layers import is_conv1d
 from einlinear.nn.model_call import Batch, call
 
 

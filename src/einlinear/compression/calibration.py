@@ -21,7 +21,7 @@ from torch import Tensor
 from einlinear.compression.activations import tokens_of
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.selection import Selection, Stage
-from einlinear.nn.layer_kinds import features
+from einlinear.nn.dense_layers import features
 
 # bytes of second moments that are collected in one pass over the data
 _MEMORY = 2**31

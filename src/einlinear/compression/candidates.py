@@ -20,7 +20,7 @@ from torch import Tensor
 from einlinear import ops
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.sensitivity import Sensitivity
-from einlinear.nn.layer_kinds import features, weight_matrix
+from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.spec import OverBudget
 

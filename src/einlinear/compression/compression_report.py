@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from einlinear.compression.layer_timing import MANY_TOKENS, SpeedUp
-from einlinear.conversion.conversion_report import Coverage, aligned, total
+from einlinear.conversion.conversion_report import Coverage, total
+from einlinear.tables import aligned
 
 _ERRORS, _SPEEDS = ("expected error", "error"), ("x as fast, 1 token", f"{MANY_TOKENS} tokens")
 HEADINGS = ("layer", "structure", "params", "MACs", "kept", *_ERRORS, *_SPEEDS)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.nn.layer_kinds import features
+from einlinear.nn.dense_layers import features
 
 MANY_TOKENS = 256
 

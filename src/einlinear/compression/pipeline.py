@@ -24,9 +24,9 @@ from einlinear.compression.layer_timing import LayerTimer
 from einlinear.compression.resume_cache import ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
-from einlinear.conversion.replacement import put, structured_like
+from einlinear.conversion.replacement import replace_modules, structured_like
 from einlinear.nn import Linear
-from einlinear.nn.layer_kinds import weight_matrix
+from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.model_call import Batch, evaluating
 from einlinear.structures import Structure
 
@@ -138,7 +138,7 @@ def compress(
         measures = size, s.params, s.macs, expected, error, slope
         reports.append(CompressedLayer(name, s.spec, *measures, speed_up, tokens / s.in_features if tokens else None))
     missed = sum(getattr(layer, count) for layer in reports) > largest
-    put(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
+    replace_modules(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
     return CompressionReport(tuple(reports), tuple(selection.skipped), selection.coverage, budget if missed else None)
 
 
@@ -238,7 +238,7 @@ def _fit(
                 compute, decode = partial(_fit_layer, old, spec, step.damping), partial(_fitted_layer, old, spec)
                 fitted[name] = cached(spec, compute, decode, True)
         names = [name for stage in group for name in stage.names if name in fitted]
-        put(compressed, {id(compressed.get_submodule(name)): fitted[name].layer for name in names})
+        replace_modules(compressed, {id(compressed.get_submodule(name)): fitted[name].layer for name in names})
     step.report(len(fitted))
     return fitted
 

@@ -16,7 +16,7 @@ from einlinear.conversion.conversion_report import Coverage, measure_coverage
 from einlinear.conversion.eligibility import reason_to_skip
 from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of
 from einlinear.conversion.weight_usage import uncalled_layers
-from einlinear.nn.layer_kinds import features
+from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
 from einlinear.nn.names import as_globs, check_globs, matches_any
 

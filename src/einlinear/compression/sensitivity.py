@@ -20,7 +20,7 @@ from einlinear import ops
 from einlinear.compression.activations import ModelOutput, hooked, model_output
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.divergence import slices, summed_kl_divergence
-from einlinear.nn.layer_kinds import features, weight_matrix
+from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.nn.model_call import Batch
 from einlinear.structures import structure
 

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.conversion.conversion_report import Conversion, ConversionReport, measure_coverage
-from einlinear.conversion.eligibility import has_hooks, reason_to_skip
-from einlinear.conversion.replacement import fused_experts, layers_of, linear_layers, owners_of, put, structured_like
+from einlinear.conversion.eligibility import reason_to_skip
+from einlinear.conversion.replacement import (
+    fused_experts,
+    layers_of,
+    linear_layers,
+    owners_of,
+    replace_modules,
+    structured_like,
+)
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
-from einlinear.nn.layer_kinds import as_class, features, weight_matrix
+from einlinear.nn.dense_layers import as_class, features, weight_matrix
+from einlinear.nn.interception import has_any_hooks
 from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import Experts, check_experts
 from einlinear.nn.names import as_globs, check_globs, matches_any
@@ -129,7 +137,7 @@ def convert(
 
     # 4. replace the old ones
     coverage = measure_coverage(model, [linears[c.name] for c in converted])
-    put(model, new)
+    replace_modules(model, new)
     return ConversionReport(tuple(converted), tuple(skipped), coverage)
 
 
@@ -159,7 +167,7 @@ def densify(model: nn.Module) -> ConversionReport:
     mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
     skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
-    hooked = {factors[name] for name, layer in structured.items() if has_hooks(layer)}
+    hooked = {factors[name] for name, layer in structured.items() if has_any_hooks(layer)}
     for name, layer in structured.items():
         if factors[name] in hooked:
             skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
@@ -171,7 +179,7 @@ def densify(model: nn.Module) -> ConversionReport:
             converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, s.macs, entries))
     if not converted:
         raise _nothing_converted(skipped, "there is no structured layer in the model")
-    put(model, new)
+    replace_modules(model, new)
     return ConversionReport(tuple(converted), tuple(skipped))
 
 

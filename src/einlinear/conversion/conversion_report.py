@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einlinear.nn.layer_kinds import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, STRUCTURED, layer_info
+from einlinear.nn.layer_descriptions import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, STRUCTURED, layer_info
+from einlinear.tables import aligned
 
 _STACKS = "expert stacks and other 3-D weights"
 _VECTORS = "biases, norms and other vectors"
@@ -134,12 +135,6 @@ class ConversionReport:
         if self.coverage is not None:
             lines = [*filter(None, [self.coverage.warning]), *lines, *self.coverage.notes]
         return "\n".join(lines)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows of a table as lines, with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def measure_coverage(model: nn.Module, layers: Iterable[nn.Module]) -> Coverage:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
 from einlinear.nn import Linear, MoELinear
-from einlinear.nn.layer_kinds import is_conv1d
+from einlinear.nn.dense_layers import is_conv1d
+from einlinear.nn.interception import has_any_hooks
 
 # attributes that say nothing about what a subclass of torch.nn.Linear computes
 _PLAIN = {"training", "in_features", "out_features", *vars(nn.Module())}
@@ -35,7 +35,7 @@ def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> st
         return "has no weight yet: call the model once, so that its features are known"
     if type(module.weight) is not nn.Parameter:
         return f"has a weight that is a {type(module.weight).__name__}, as quantised and sharded layers have"
-    if has_hooks(module):
+    if has_any_hooks(module):
         return "has hooks, which would be lost"
     if "forward" in vars(module):
         return "has a forward of its own beside that of its class, which would be lost"
@@ -45,15 +45,6 @@ def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> st
         name = type(module).__name__
         return f"is a {name}, and no plain nn.Linear: {difference}. classes=[{name}] converts it all the same"
     return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether the module has hooks of any kind, on calls or on its state_dict, or its parameters have."""
-    of_module = [hooks for name, hooks in vars(module).items() if name.endswith("_hooks")]
-    of_parameters = [hooks for p in module.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
-    hooks = [hook for hooks in (*of_module, *of_parameters) if hooks for hook in hooks.values()]
-    # torch's weight norm leaves one behind that reads its old files
-    return any(getattr(getattr(hook, "hook", hook), "__module__", "") != parametrizations.__name__ for hook in hooks)
 
 
 def difference_to_linear(layer: nn.Linear) -> str | None:

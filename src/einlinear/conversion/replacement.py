@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from einlinear.nn import Linear, MoELinear
-from einlinear.nn.layer_kinds import features, is_linear, layer_info
+from einlinear.nn.dense_layers import features, is_linear
+from einlinear.nn.layer_descriptions import layer_info
 from einlinear.structures import Structure
 
 
@@ -58,7 +59,7 @@ def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
     return layer.train(old.training)
 
 
-def put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put new modules into all places of the old ones, by the id of the old."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from einlinear.conversion.replacement import linear_layers
-from einlinear.nn.lazy_weight import METADATA, METADATA_NAMES
+from einlinear.nn.lazy_tensor import METADATA, METADATA_NAMES
 from einlinear.nn.model_call import Batch, call, evaluating, patched, uncompiled
 
 # by class: layers that are called in a rare case only, and whose weight is read otherwise

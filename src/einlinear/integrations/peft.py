@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from einlinear.nn import Linear
-from einlinear.nn.layer_kinds import is_conv1d
+from einlinear.nn.dense_layers import is_conv1d
 
 # other initialisations change the dense weight, which a structured layer does not have
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from einlinear.nn.layer_kinds import ParameterRole
+from einlinear.nn.layer_descriptions import ParameterRole
 from einlinear.structures import Structure
 from einlinear.structures.scales import (
     adam_multipliers,

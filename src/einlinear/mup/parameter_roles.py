@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from einlinear.nn.layer_kinds import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, ParameterRole, layer_info
+from einlinear.nn.layer_descriptions import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, ParameterRole, layer_info
 from einlinear.nn.names import as_rules, check_globs, plain_modules
 from einlinear.structures.scales import init_std, spectral_std
 from einlinear.structures.structured_matrix import Factor

@@ -12,7 +12,7 @@ from einlinear.mup.base_model import Base, Shapes, depth_ratios, find_shapes, lo
 from einlinear.mup.multipliers import DECAYS, Growth, Rule, decay_multiplier, eps_multiplier, lr_multiplier
 from einlinear.mup.parameter_roles import Parameter, RoleGlobs, check_matches, matrix_role, parameters
 from einlinear.mup.products import check_pairs, product_of, product_shapes
-from einlinear.nn.layer_kinds import UNKNOWN
+from einlinear.nn.layer_descriptions import UNKNOWN
 from einlinear.nn.linear import Factored
 from einlinear.nn.moe import Mixture
 from einlinear.nn.names import as_globs, as_rules

@@ -13,7 +13,7 @@ from einlinear.nn.feed_forward import FeedForward
 from einlinear.nn.linear import Linear
 from einlinear.ops.backends import find
 from einlinear.ops.context import autocast_dtype, wants_gradients
-from einlinear.ops.dispatch import backend_of_fused_blocks
+from einlinear.ops.fused_dispatch import backend_of_fused_blocks
 
 
 def explain(layer: Any, x: Tensor) -> ops.Choice:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from einlinear import ops
+from einlinear.nn.interception import has_call_hooks, reason_to_call
 from einlinear.nn.linear import Linear
 from einlinear.ops.activation_functions import ACTIVATIONS, check_activation, name_of
 from einlinear.ops.context import autocast_dtype
@@ -137,22 +137,6 @@ class FeedForward(nn.Module):
 def weights_of(layer: Linear) -> ops.Weights:
     """Return the weights of a layer, with normalised factors if it normalises them."""
     return ops.Weights(layer.structure, layer.factors(), layer.bias)
-
-
-def reason_to_call(layer: nn.Module) -> str | None:
-    """Return why a layer has to be called, since it does more than multiply with its weights, or None."""
-    is_plain = isinstance(layer, Linear) and type(layer).forward is Linear.forward
-    if not is_plain or type(layer).__call__ is not nn.Module.__call__ or "forward" in vars(layer):
-        return "is not a plain einlinear.Linear"
-    return "has hooks" if has_call_hooks(layer) else None
-
-
-def has_call_hooks(module: nn.Module) -> bool:
-    """Return whether hooks run when a module is called, or when its gradients are computed."""
-    of_module = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-    return bool(of_module or _has_any_global_hook())
 
 
 def _named(activation: Any) -> Any:

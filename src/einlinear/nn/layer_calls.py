@@ -1,4 +1,4 @@
-"""Who computes the calls of structured layers: the layers themselves, or a feed-forward block that runs fused."""
+"""Who computes calls of structured layers: the layers themselves, or a fused block of `einlinear.fusion`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LayerCalls(ABC):
-    """Takes over calls of layers, in one thread or task, while it is `CURRENT`."""
+    """Interface that takes over calls of layers, in one thread or task, while it is `CURRENT`."""
 
     @abstractmethod
     def compute(self, layer: Linear, x: Tensor) -> Tensor | None:

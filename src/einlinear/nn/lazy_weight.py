@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
+from einlinear.nn.lazy_tensor import METADATA, LazyTensor, placeholder
 from einlinear.ops.context import is_exported, is_transformed, wants_gradients, without_autocast
 
 if TYPE_CHECKING:
@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
 Layer: TypeAlias = "Linear | MoELinear"
 
-_METADATA = (
-    "dtype device shape layout ndim requires_grad is_leaf itemsize nbytes size dim ndimension numel nelement "
-    "element_size get_device __len__ is_floating_point is_complex is_signed is_inference is_meta is_cpu is_cuda is_xpu "
-    "is_mps is_xla is_mtia is_ipu is_maia is_vulkan is_mkldnn is_quantized is_nested is_sparse is_sparse_csr"
-)
-METADATA_NAMES = frozenset(_METADATA.split())
-_ATTRIBUTES = [getattr(owner, name) for owner in (Tensor, torch) for name in METADATA_NAMES if hasattr(owner, name)]
-# torch calls a property by its getter
-METADATA = frozenset([*_ATTRIBUTES, *(getattr(attribute, "__get__", attribute) for attribute in _ATTRIBUTES)])
 # functions that read no values: of their argument (new), and of the tensor that gives dtype or shape (like)
 _NEW = frozenset(
     [getattr(Tensor, f"new_{kind}") for kind in ("empty", "zeros", "ones", "full", "tensor")]
@@ -56,7 +47,7 @@ def weight_of(layer: Layer) -> Tensor:
     return LazyWeight(layer, parameters[0])
 
 
-class LazyWeight(Tensor):
+class LazyWeight(LazyTensor):
     """Dense weight with the values at their first use, in the gradient mode in which the weight was read."""
 
     _layer: Layer
@@ -75,7 +66,7 @@ class LazyWeight(Tensor):
     dtype = property(lambda self: self._dtype)
     device = property(lambda self: self._device)
 
-    def value(self) -> Tensor:
+    def value(self, function: Any = None) -> Tensor:
         """Return the dense weight as an ordinary tensor; differentiable in the factors."""
         # activation checkpointing compares the tensors saved by the first and by the second forward pass
         is_checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -132,12 +123,3 @@ def _build(layer: Layer) -> Tensor:
         weight = layer.dense_weight()
     # a single factor may be its own dense weight
     return weight.clone() if len(parameters) == 1 else weight
-
-
-@lru_cache(maxsize=4096)
-def placeholder(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a read-only NaN of this shape: what code without Python, such as `other.data = layer.weight`, sees."""
-    with torch.inference_mode(False), torch._C._DisableTorchDispatch():
-        nan = torch.full((), torch.nan, dtype=dtype, device=device)
-        torch._C._set_throw_on_mutable_data_ptr(nan)
-        return nan.expand(shape)

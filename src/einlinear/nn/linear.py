@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
+from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.layer_calls import compute_in_block
-from einlinear.nn.layer_kinds import SCALAR, STRUCTURED, VECTOR, LayerInfo, ParameterRole, SelfDescribing, weight_matrix
-from einlinear.nn.lazy_hidden import LazyHidden
+from einlinear.nn.layer_descriptions import SCALAR, STRUCTURED, VECTOR, LayerInfo, ParameterRole, SelfDescribing
+from einlinear.nn.lazy_tensor import LazyTensor
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.weight_normalization import Matrix, normalize
 from einlinear.structures import Structure
@@ -207,7 +208,7 @@ class Linear(Factored):
         if not torch.compiler.is_compiling():
             if (y := compute_in_block(self, x)) is not None:
                 return y
-            if isinstance(x, LazyHidden):
+            if isinstance(x, LazyTensor):
                 x = x.value(type(self))
         if type(x) is Tensor and (factors := self.stored_factors()) is not None:
             return ops.linear(self.structure, factors, x, self._parameters["bias"])

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from einlinear.ops.autograd import direct_apply, plain_gradients
 from einlinear.ops.context import CallContext, call_context, is_differentiated_again, wants_gradients
-from einlinear.ops.linear_function import plain_gradients
 
 _EPSILON = 1e-8
 
@@ -47,7 +47,7 @@ def normalize(matrices: Sequence[Matrix], factors: Sequence[Tensor], gammas: Seq
     if not has_numbers or any(matrix.stacked for matrix in matrices):
         return _plain(matrices, factors, gammas)
     if wants_gradients(*tensors):
-        return [*_apply_at_once(matrices, *tensors)]
+        return [*_apply_normalize(matrices, *tensors)]
     return [factor * scale.total for factor, scale in zip(factors, _scales(matrices, tensors))]
 
 
@@ -119,5 +119,4 @@ class _Normalize(torch.autograd.Function):
         return None, *gradients
 
 
-# what `apply` does after it has looked for transforms, of which there are none in eager mode
-_apply_at_once: Any = super(torch.autograd.Function, _Normalize).apply
+_apply_normalize = direct_apply(_Normalize)

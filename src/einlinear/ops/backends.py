@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from einlinear.ops import operands
-from einlinear.ops.operands import Gradients, Product
+from einlinear.ops.operands import Gradients, Operands
 from einlinear.structures import Structure
 
 
 class Entry(NamedTuple):
     """The registry's entry of a backend, known before its module is imported."""
 
-    # in `einlinear.ops`, with functions `unsupported`, `forward` and `backward`; None for the reference
+    # in `einlinear.ops`, with functions `reason_unsupported`, `forward` and `backward`; None for the reference
     module: str | None
     # a candidate on the CPU, with coefficients in costs.json
     on_cpu: bool = False
@@ -41,28 +40,28 @@ CPU_BACKENDS = tuple(name for name, entry in REGISTRY.items() if entry.on_cpu)
 
 
 class Backend:
-    """The functions of a backend's module, behind the check of their operands (`operands.check`)."""
+    """The functions of a backend's module, behind the check of operands (`Operands.check`)."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
 
-    def forward(self, product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, operands: Operands, save: bool) -> tuple[Tensor, list[Tensor]]:
         """Return y of shape (n, out_features), and the intermediates if they are to be saved, without a routing."""
-        if operands.check(product):
-            product = product.resolve_neg()
-        return self.module.forward(product, save)  # type: ignore[no-any-return]
+        if operands.check():
+            operands = operands.resolve_neg()
+        return self.module.forward(operands, save)  # type: ignore[no-any-return]
 
     def backward(
-        self, product: Product, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
+        self, operands: Operands, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
     ) -> Gradients:
         """Return the gradients that are needed, given that of y; intermediates that were not saved are recomputed.
 
         With a routing, `needs_x` stands for the gates as well: both gradients come from the same product.
         """
-        if operands.check(product, grad=grad, saved=saved):
-            product, grad = product.resolve_neg(), grad.resolve_neg()
+        if operands.check(grad, saved):
+            operands, grad = operands.resolve_neg(), grad.resolve_neg()
             saved = [tensor.resolve_neg() for tensor in saved]
-        return self.module.backward(product, grad, saved, needs_x, needs_factors)  # type: ignore[no-any-return]
+        return self.module.backward(operands, grad, saved, needs_x, needs_factors)  # type: ignore[no-any-return]
 
 
 @cache
@@ -83,14 +82,14 @@ def find_fused_blocks(name: str) -> Any:
     return importlib.import_module(f"einlinear.ops.{module}")
 
 
-def check_support(name: str, product: Product) -> None:
-    """Raise RuntimeError if a backend cannot run a product, and ValueError for an unknown backend."""
-    why = unsupported(name, product.structure, product.x.dtype, product.x.device)
+def check_support(name: str, operands: Operands) -> None:
+    """Raise RuntimeError if a backend cannot run with these operands, and ValueError for an unknown backend."""
+    why = reason_unsupported(name, operands.structure, operands.x.dtype, operands.x.device)
     if why is not None:
         raise RuntimeError(f"the backend {name!r} cannot run this: {why}")
 
 
-def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: torch.device | str) -> str | None:
+def reason_unsupported(name: str, structure: Structure, dtype: torch.dtype, device: torch.device | str) -> str | None:
     """Return why a backend cannot run a structure, or None if it can.
 
     Raises:
@@ -98,12 +97,12 @@ def unsupported(name: str, structure: Structure, dtype: torch.dtype, device: tor
 
     Example:
         >>> import torch, einlinear as el
-        >>> unsupported("cpu", el.structure("btt", 64, 64), torch.float32, "cuda")
+        >>> reason_unsupported("cpu", el.structure("btt", 64, 64), torch.float32, "cuda")
         'it runs on the CPU, not on cuda'
     """
     if check_name(name) == "reference":
         return None
-    return find(name).module.unsupported(structure, dtype, torch.device(device))  # type: ignore[no-any-return]
+    return find(name).module.reason_unsupported(structure, dtype, torch.device(device))  # type: ignore[no-any-return]
 
 
 def check_name(name: str) -> str:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from einlinear.ops.backends import check_name
-from einlinear.ops.operands import Assignment, Product
+from einlinear.ops.operands import Operands, Routing
 
 
 class Forced(NamedTuple):
@@ -145,15 +145,15 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
     return False
 
 
-def autocast(product: Product) -> Product:
-    """Return the product with its operands cast as autocast says, if it is on; gates always get the dtype of x."""
-    if product.routing is None and not torch._C._is_any_autocast_enabled():
-        return product
-    structure, factors, x, bias, routing = product
+def autocast(operands: Operands) -> Operands:
+    """Return the operands, cast as autocast says, if it is on; gates always get the dtype of x."""
+    if operands.routing is None and not torch._C._is_any_autocast_enabled():
+        return operands
+    structure, factors, x, bias, routing = operands
     x, bias, *factors = autocast_operands(x, bias, *factors)
     if routing is not None:
-        routing = Assignment(routing.indices, routing.gates.to(x.dtype))
-    return Product(structure, factors, x, bias, routing)
+        routing = Routing(routing.indices, routing.gates.to(x.dtype))
+    return Operands(structure, factors, x, bias, routing)
 
 
 def autocast_operands(x: Any, *others: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The coefficients of the dispatcher's cost model: those shipped in costs.json, or those calibrated on this machine.
+"""The cost model of dispatch: amounts, and coefficients, shipped in costs.json or calibrated on this machine.
 
 ``einlinear bench --calibrate`` measures a machine and writes `calibrated_file`. Nothing is measured without it.
 """
@@ -18,14 +18,17 @@ import torch
 
 from einlinear.files import atomic, cache_folder, check_private, differences, make_private, read_json
 from einlinear.ops.backends import CPU_BACKENDS
+from einlinear.structures import Structure
 from einlinear.version import __version__
 
 logger = logging.getLogger("einlinear")
 
 COSTS_FILE = Path(__file__).with_name("costs.json")
+# weights that a core keeps in its cache from one tile of tokens to the next; the same as HEAVY_ENTRIES in cpu/program.h
+CACHED = 2**18
 # `torch.nn.Linear` of the same size, which has coefficients as well
 DENSE = "dense"
-# by kind of pass ("forward", "train") and backend: what `dispatch.amounts` are multiplied by
+# by kind of pass ("forward", "train") and backend: what `amounts` are multiplied by
 Coefficients = dict[str, dict[str, list[float]]]
 
 
@@ -53,6 +56,25 @@ def costs() -> Costs:
         advice = "`einlinear bench --calibrate` writes it anew"
         logger.warning("einlinear ignores the cost model in %s (%s); %s", path, error or repr(error), advice)
     return Costs(read_costs(), "shipped coefficients")
+
+
+def activations_moved(structure: Structure, tokens: int) -> int:
+    """Return the number of inputs, intermediates and outputs that tokens have: what is moved through memory."""
+    return tokens * (structure.in_features + sum(factor.result_size for factor in structure.factors))
+
+
+def amounts(backend: str, structure: Structure, tokens: int) -> tuple[float, ...]:
+    """Return what the coefficients of a backend, or of DENSE, multiply.
+
+    Calls, steps, and millions of MACs, activations moved, weights read, and weights read for every tile of tokens.
+    """
+    if backend == DENSE:
+        weights = structure.in_features * structure.out_features
+        ends = tokens * (structure.in_features + structure.out_features)
+        return 1, 1, tokens * weights / 1e6, ends / 1e6, weights / 1e6, 0
+    moved = activations_moved(structure, tokens) / 1e6
+    spilled = tokens * max(structure.params - CACHED, 0) / 1e6
+    return 1, len(structure.factors), tokens * structure.macs / 1e6, moved, structure.params / 1e6, spilled
 
 
 def read_costs() -> Coefficients:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear import structures
-from einlinear.ops.batched.matmul_plan import TOKENS, Step, plan
+from einlinear.ops.batched.matmul_plan import TOKENS, Step, matmul_steps
 from einlinear.ops.dispatch import assume_constant_result
-from einlinear.ops.operands import Product
+from einlinear.ops.operands import Operands
 from einlinear.structures.pattern import Axes
 
 Shape = tuple[int, ...]
@@ -49,19 +49,19 @@ class MatrixProduct(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The shape of a term's last product, and how the product becomes (n, width)."""
+    """The shape of a term's last product, how the product becomes (n, features), and the features to be dropped."""
 
     shape: Shape
     rearrangement: Rearrangement
-    width: int
+    surplus: int
 
 
-def apply(product: Product) -> Tensor:
+def apply(operands: Operands) -> Tensor:
     """Return y of shape (n, out_features), without a routing."""
-    structure, factors, x, bias, _ = product
+    structure, factors, x, bias, _ = operands
     # terms that end in the same layout are added before they are rearranged
     sums: dict[Output, Tensor] = {}
-    for padding, steps, output in _plan(structure.spec, structure.in_features, structure.out_features):
+    for padding, steps, output in _matrix_products(structure.spec, structure.in_features, structure.out_features):
         z = F.pad(x, (0, padding)) if padding else x
         for step in steps:
             w, z = step.factor.apply(factors[step.factor_index]), step.intermediate.apply(z)
@@ -70,20 +70,21 @@ def apply(product: Product) -> Tensor:
     outputs = []
     for output, z in sums.items():
         z = output.rearrangement.apply(z)
-        outputs.append(z[:, : structure.out_features] if output.width > structure.out_features else z)
+        outputs.append(z[:, : structure.out_features] if output.surplus else z)
     y = functools.reduce(torch.add, outputs)
     return y if bias is None else y + bias
 
 
 @assume_constant_result
-def _plan(spec: str, in_features: int, out_features: int) -> list[tuple[int, list[MatrixProduct], Output]]:
+def _matrix_products(spec: str, in_features: int, out_features: int) -> list[tuple[int, list[MatrixProduct], Output]]:
     """Return the padding, the matrix products and the output of every term."""
     structure = structures.structure(spec, in_features, out_features)
-    return [_plan_term(steps, dict(structure.sizes), in_features) for steps in plan(structure)]
+    pairs = zip(structure.terms, matmul_steps(structure), strict=True)
+    return [_products_of_term(steps, dict(structure.sizes), *structure.padding(term)) for term, steps in pairs]
 
 
-def _plan_term(
-    steps: Sequence[Step], sizes: Mapping[str, int], in_features: int
+def _products_of_term(
+    steps: Sequence[Step], sizes: Mapping[str, int], padding: int, surplus: int
 ) -> tuple[int, list[MatrixProduct], Output]:
     tokens, inputs, outputs = (TOKENS,), steps[0].source[1:], steps[-1].result[1:]
     # the groups of axes that the dimensions of the intermediate stand for
@@ -100,8 +101,7 @@ def _plan_term(
         intermediate = _rearrangement(dims, batch + z, sizes, across=step is steps[0])
         products.append(MatrixProduct(step.index, factor, intermediate, factor_first))
         dims = [*batch, first, second]
-    padding, width = _size(inputs, sizes) - in_features, _size(outputs, sizes)
-    return padding, products, Output(_shape(dims, sizes), _rearrangement(dims, [tokens, outputs], sizes), width)
+    return padding, products, Output(_shape(dims, sizes), _rearrangement(dims, [tokens, outputs], sizes), surplus)
 
 
 def _rearrangement(

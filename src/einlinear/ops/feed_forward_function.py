@@ -6,16 +6,17 @@ and dispatch modes. Both save nothing but x and the weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from einlinear.import_hooks import when_imported
-from einlinear.ops import backends, operands, quick_call, reference
+from einlinear.ops import backends, reference
+from einlinear.ops.autograd import plain_gradients
 from einlinear.ops.context import (
     CallContext,
     autocast_dtype,
@@ -24,10 +25,10 @@ from einlinear.ops.context import (
     is_differentiated_again,
     wants_gradients,
 )
-from einlinear.ops.dispatch import backend_of_fused_blocks, choose_fused_for_compiler, reason_not_to_fuse
-from einlinear.ops.feed_forward_block import Block, Weights
-from einlinear.ops.linear_function import backward_macs, features_of, linear, plain_gradients, structure_of
-from einlinear.ops.operands import Product
+from einlinear.ops.feed_forward_structure import FeedForwardStructure
+from einlinear.ops.fused_dispatch import backend_of_fused_blocks, choose_fused_for_compiler, reason_not_to_fuse
+from einlinear.ops.linear_function import backward_macs, features_of, linear, structure_of
+from einlinear.ops.operands import Extent, Operands, Weights, along_features, are_contiguous_cpu, extents, weight_shapes
 
 
 def feed_forward(
@@ -78,7 +79,7 @@ def feed_forward(
         tensors += factors if bias is None else (*factors, bias)
     structures = tuple([weights.structure for weights in layers.values()])
     has_bias = tuple([weights.bias is not None for weights in layers.values()])
-    block = Block(structures, has_bias, activation, residual)
+    block = FeedForwardStructure(structures, has_bias, activation, residual)
     block.check_sizes()
     if backend is not None:
         backends.check_name(backend)
@@ -86,10 +87,10 @@ def feed_forward(
     def compute(tokens: Tensor) -> Tensor:
         return _feed_forward(block, tokens, tensors, backend)
 
-    return operands.along_features(compute, x, block.features[0], block.features[-1])
+    return along_features(compute, x, block.features[0], block.features[-1])
 
 
-def _feed_forward(block: Block, x: Tensor, tensors: Sequence[Tensor], backend: str | None) -> Tensor:
+def _feed_forward(block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor], backend: str | None) -> Tensor:
     """Return y of shape (n, out_features), computed as the context of the call demands."""
     context = CallContext.PLAIN if isinstance(x, fx.Proxy) else call_context(x, *tensors)
     training = context is not CallContext.PLAIN and wants_gradients(x, *tensors)
@@ -109,7 +110,7 @@ def _feed_forward(block: Block, x: Tensor, tensors: Sequence[Tensor], backend: s
     return _forward(fusing, block, x, tensors)
 
 
-def _fusing_backend(block: Block, x: Tensor, training: bool, backend: str | None) -> str | None:
+def _fusing_backend(block: FeedForwardStructure, x: Tensor, training: bool, backend: str | None) -> str | None:
     """Return the backend that runs the block fused, or None if its layers run one after the other."""
     dtype = autocast_dtype(x) or x.dtype
     if torch.compiler.is_compiling():
@@ -119,9 +120,9 @@ def _fusing_backend(block: Block, x: Tensor, training: bool, backend: str | None
     return backend_of_fused_blocks(backend) if reason is None else None
 
 
-def _layer_by_layer(block: Block, x: Tensor, tensors: Sequence[Tensor], backend: str | None) -> Tensor:
-    def multiply(product: Product) -> Tensor:
-        return linear(product.structure, product.factors, product.x, product.bias, backend)
+def _layer_by_layer(block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor], backend: str | None) -> Tensor:
+    def multiply(operands: Operands) -> Tensor:
+        return linear(operands.structure, operands.factors, operands.x, operands.bias, backend)
 
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return block.compute(multiply, x, *tensors)
@@ -133,37 +134,40 @@ def _layer_by_layer(block: Block, x: Tensor, tensors: Sequence[Tensor], backend:
         raise
 
 
-def _forward(backend: str, block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    if not _are_as_usual(block, x, tensors) and block.check(x, tensors):
+def _forward(backend: str, block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    if not _are_contiguous_cpu(block, x, tensors) and block.check(x, tensors):
         x, *tensors = [tensor.resolve_neg() for tensor in (x, *tensors)]
     return backends.find_fused_blocks(backend).forward(block, x, tensors)  # type: ignore[no-any-return]
 
 
 def _backward(
-    backend: str, block: Block, x: Tensor, tensors: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+    backend: str,
+    block: FeedForwardStructure,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    grad: Tensor,
+    needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    if not _are_as_usual(block, x, (*tensors, grad)) and block.check(x, tensors, grad):
+    if not _are_contiguous_cpu(block, x, (*tensors, grad)) and block.check(x, tensors, grad):
         x, grad, *tensors = [tensor.resolve_neg() for tensor in (x, grad, *tensors)]
     return backends.find_fused_blocks(backend).backward(block, x, tensors, grad, needed)  # type: ignore[no-any-return]
 
 
-def _are_as_usual(block: Block, x: Tensor, others: Sequence[Tensor]) -> bool:
+def _are_contiguous_cpu(block: FeedForwardStructure, x: Tensor, others: Sequence[Tensor]) -> bool:
     """Return whether x, the tensors and the gradient of y need no further check."""
-    return x.dim() == 2 and quick_call.are_as_usual((x, *others), _operands(block, x.shape[0], x.itemsize), x.dtype)
+    return x.dim() == 2 and are_contiguous_cpu((x, *others), _extents(block, x.shape[0], x.itemsize), x.dtype)
 
 
 @lru_cache(maxsize=4096)
-def _operands(block: Block, n: int, itemsize: int) -> list[tuple[tuple[int, ...], int]]:
-    """Return the shapes and bytes of x, of the tensors and of the gradient of y."""
-    shapes: list[tuple[int, ...]] = [(n, block.features[0])]
-    for structure, has_bias in zip(block.structures, block.has_bias):
-        shapes += [*structure.shapes, *[(structure.out_features,)] * has_bias]
-    return [(shape, math.prod(shape) * itemsize) for shape in (*shapes, (n, block.features[-1]))]
+def _extents(block: FeedForwardStructure, n: int, itemsize: int) -> tuple[Extent, ...]:
+    """Return the extents of x, of the tensors and of the gradient of y."""
+    weights = [weight_shapes(*layer) for layer in zip(block.structures, block.has_bias)]
+    return extents([(n, block.features[0]), *chain(*weights), (n, block.features[-1])], itemsize)
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, block: Block, x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, backend: str, block: FeedForwardStructure, x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.backend, ctx.block = backend, block
         ctx.save_for_backward(x, *tensors)
         return _forward(backend, block, x, tensors)
@@ -185,13 +189,13 @@ def _block(
     has_bias: Sequence[bool],
     activation: str,
     residual: bool,
-) -> Block:
+) -> FeedForwardStructure:
     """Return the block of an operator's arguments; the features are those of the hidden layer and of the output."""
     # a compiler's symbols become numbers, for good
     sizes = [int(size) for size in (in_features, *features)]
     spec_up, *spec_gate, spec_down = specs
     layers = [structure_of(spec, *sizes[:2]) for spec in (spec_up, *spec_gate)]
-    block = Block((*layers, structure_of(spec_down, *sizes[1:])), tuple(has_bias), activation, residual)
+    block = FeedForwardStructure((*layers, structure_of(spec_down, *sizes[1:])), tuple(has_bias), activation, residual)
     block.check_sizes()
     return block
 
@@ -206,7 +210,7 @@ def feed_forward_op(x: Tensor, tensors: Any, *arguments: Any) -> Tensor:
     """Compute a fused block without autograd: (n, in_features) to (n, out_features)."""
     *others, backend = arguments
     block = _block(features_of(x), *others)
-    backends.check_support(backend, Product(block.structures[0], (), x))
+    backends.check_support(backend, Operands(block.structures[0], (), x))
     return _forward(backend, block, x, tensors)
 
 
@@ -228,7 +232,7 @@ def feed_forward_backward_op(grad: Tensor, x: Tensor, tensors: Any, *arguments: 
     """Return the gradients that are needed, of x and of the tensors."""
     *others, backend, needed = arguments
     block = _block(features_of(x), *others)
-    backends.check_support(backend, Product(block.structures[0], (), x))
+    backends.check_support(backend, Operands(block.structures[0], (), x))
     return [gradient for gradient in _backward(backend, block, x, tensors, grad, needed) if gradient is not None]
 
 

@@ -7,7 +7,7 @@ In eager mode a backend is an autograd function. It has a fifth of the overhead 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from einlinear import structures
 from einlinear.import_hooks import when_imported
-from einlinear.ops import backends, exported, operands, quick_call, reference
+from einlinear.ops import backends, exported, reference
+from einlinear.ops.autograd import direct_apply, plain_gradients
 from einlinear.ops.context import (
     CallContext,
     autocast,
@@ -25,8 +26,9 @@ from einlinear.ops.context import (
     is_exported,
     wants_gradients,
 )
+from einlinear.ops.cpu import fast_path
 from einlinear.ops.dispatch import choose, choose_for_compiler, recomputes
-from einlinear.ops.operands import Assignment, Product
+from einlinear.ops.operands import Operands, Routing, along_features
 from einlinear.structures import Structure
 
 
@@ -36,7 +38,7 @@ def linear(
     x: Tensor,
     bias: Tensor | None = None,
     backend: str | None = None,
-    routing: Assignment | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """Multiply with a structured matrix, as `torch.nn.functional.linear` does with a dense one: (..., out_features).
 
@@ -51,7 +53,7 @@ def linear(
         backend: one of `ops.BACKENDS`, or None for the one that `explain` names. torch.fx, torch.func, forward-mode
             differentiation and tensor subclasses always get the reference; torch.export, torch.jit.trace and torch.onnx
             record plain matrix products.
-        routing: the experts of every token, `Assignment(indices, gates)`, both of shape (n, active) for the n tokens
+        routing: the experts of every token, `Routing(indices, gates)`, both of shape (n, active) for the n tokens
             of x; differentiable in the gates.
 
     Raises:
@@ -65,22 +67,22 @@ def linear(
         >>> s = el.structure("btt", 16, 16)
         >>> stacks = [torch.randn(3, *factor.shape) for factor in s.factors]
         >>> indices, gates = torch.tensor([[0, 2], [1, 2]]), torch.full((2, 2), 0.5)
-        >>> el.ops.linear(s, stacks, torch.randn(2, 16), routing=el.ops.Assignment(indices, gates)).shape
+        >>> el.ops.linear(s, stacks, torch.randn(2, 16), routing=el.ops.Routing(indices, gates)).shape
         torch.Size([2, 16])
     """
 
     if backend is None and routing is None and type(x) is Tensor:
         training = wants_gradients(x, bias, *factors)
-        call = quick_call.find(structure, factors, x, bias, training)
+        call = fast_path.find(structure, factors, x, bias, training)
         if call is not None and training:
-            return _apply_at_once(call, structure, x, bias, *factors)  # type: ignore[no-any-return]
+            return _apply_fast(call, structure, x, bias, *factors)  # type: ignore[no-any-return]
         if call is not None:
-            return quick_call.forward(call, factors, x, bias)[0]
+            return fast_path.forward(call, factors, x, bias)[0]
 
     def multiply(tokens: Tensor) -> Tensor:
-        return _linear(Product(structure, factors, tokens, bias, routing), backend)
+        return _linear(Operands(structure, factors, tokens, bias, routing), backend)
 
-    return operands.along_features(multiply, x, structure.in_features, structure.out_features)
+    return along_features(multiply, x, structure.in_features, structure.out_features)
 
 
 def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
@@ -90,51 +92,51 @@ def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
         RuntimeError, ValueError, TypeError: factors that do not fit the structure, as for `linear`.
     """
     if not any(isinstance(factor, fx.Proxy) for factor in factors):  # of which torch.fx knows nothing
-        product = Product(structure, factors, x=None)  # type: ignore[arg-type]
-        operands.check(product, memory=call_context(*factors) is CallContext.EAGER)
+        operands = Operands(structure, factors, x=None)  # type: ignore[arg-type]
+        operands.check(memory=call_context(*factors) is CallContext.EAGER)
     return reference.dense_weight(structure, factors)
 
 
-def _linear(product: Product, backend: str | None) -> Tensor:
+def _linear(operands: Operands, backend: str | None) -> Tensor:
     """Return y of shape (n, out_features), computed as the context of the call demands."""
     if backend is not None:
         backends.check_name(backend)
-    if isinstance(product.x, fx.Proxy):
-        return reference.apply(product)
-    tensors = product.tensors()
+    if isinstance(operands.x, fx.Proxy):
+        return reference.apply(operands)
+    tensors = operands.tensors()
     context = call_context(*tensors)
     eager, plain = context is CallContext.EAGER, context is CallContext.PLAIN
     training = not plain and wants_gradients(*tensors)
-    product = autocast(product)
-    structure, factors, x, bias, routing = product
+    operands = autocast(operands)
+    structure, factors, x, bias, routing = operands
     if plain or (routing is not None and x.is_meta):
         # other backends read the indices, which have no values on "meta"
         backend = "reference"
     elif backend is not None:
-        backends.check_support(backend, product)
+        backends.check_support(backend, operands)
     elif not eager and torch.compiler.is_compiling():
         sizes = structure.in_features, structure.out_features
         backend = choose_for_compiler(structure.spec, *sizes, x.dtype, x.device.type, routing is not None)
     else:
-        tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, product.experts))
+        tokens = x.shape[0] if routing is None else max(1, routing.indices.numel() // max(1, operands.experts))
         backend = choose(structure, tokens, x.dtype, x.device, training, routing is not None).backend
     if backend == "reference":
-        operands.check(product, memory=eager)
+        operands.check(memory=eager)
         exports = plain and is_exported() and routing is None
-        return exported.apply(product) if exports else reference.apply(product)
+        return exported.apply(operands) if exports else reference.apply(operands)
     if not eager:
         indices, gates = routing or (None, None)
         return linear_op(x, list(factors), bias, indices, gates, structure.spec, structure.out_features, backend)  # type: ignore[no-any-return]
     if training:
-        return _Linear.apply(backend, product, *product.tensors())  # type: ignore[no-untyped-call, no-any-return]
-    return backends.find(backend).forward(product, False)[0]
+        return _Linear.apply(backend, operands, *operands.tensors())  # type: ignore[no-untyped-call, no-any-return]
+    return backends.find(backend).forward(operands, False)[0]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend: str, product: Product, *tensors: Tensor | None) -> Tensor:
-        ctx.structure, ctx.backend = product.structure, backend
-        y, saved = backends.find(backend).forward(product, not recomputes(backend, product.structure))
+    def forward(ctx: Any, backend: str, operands: Operands, *tensors: Tensor | None) -> Tensor:
+        ctx.structure, ctx.backend = operands.structure, backend
+        y, saved = backends.find(backend).forward(operands, not recomputes(backend, operands.structure))
         ctx.saved = [(tensor.shape, tensor.dtype) for tensor in saved]
         ctx.save_for_backward(*tensors, *saved)
         return y
@@ -148,30 +150,29 @@ class _Linear(torch.autograd.Function):
         return None, None, *_gradients(ctx.backend, ctx.structure, inputs, saved, needed, *grads)
 
 
-class _SmallLinear(torch.autograd.Function):
-    """`_Linear` for what `quick_call` finds."""
+class _FastLinear(torch.autograd.Function):
+    """`_Linear` for what `fast_path.find` returns."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: quick_call.Call, structure: Structure, x: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any, call: fast_path.Call, structure: Structure, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:
         ctx.call, ctx.structure = call, structure
         ctx.save_for_backward(x, bias, *factors)
-        y, ctx.pointers = quick_call.forward(call, factors, x, bias)
+        y, ctx.pointers = fast_path.forward(call, factors, x, bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        gradients = quick_call.backward(ctx.call, ctx.pointers, inputs, grad, needed)
+        gradients = fast_path.backward(ctx.call, ctx.pointers, inputs, grad, needed)
         if gradients is None:
             gradients = _gradients("cpu", ctx.structure, inputs, (), needed, grad)
         return None, None, *gradients
 
 
-# what `apply` does after it has looked for transforms, of which there are none in an ordinary call
-_apply_at_once: Any = super(torch.autograd.Function, _SmallLinear).apply
+_apply_fast = direct_apply(_FastLinear)
 
 
 def _gradients(
@@ -182,47 +183,33 @@ def _gradients(
     needed: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
-    """Return the gradients that are needed, of the tensors of a product, given that of y."""
+    """Return the gradients that are needed, of the tensors of `Operands`, given that of y."""
     if is_differentiated_again(grad, *inputs):
         return plain_gradients(partial(_reference, structure), inputs, needed, grad)
     end = 2 + len(structure.shapes)
     needs_x = needed[0] or any(needed[end:])
     x, _, *others = inputs
-    product = Product.of(structure, x, None, *others)
-    gradients = backends.find(backend).backward(product, grad, saved, needs_x, needed[2:end])
+    operands = Operands.of(structure, x, None, *others)
+    gradients = backends.find(backend).backward(operands, grad, saved, needs_x, needed[2:end])
     grad_bias = grad.sum(0) if needed[1] else None
-    grad_routing = () if product.routing is None else (None, gradients.gates)
+    grad_routing = () if operands.routing is None else (None, gradients.gates)
     return [gradients.x, grad_bias, *gradients.factors, *grad_routing]
 
 
 def _reference(structure: Structure, *inputs: Any) -> Tensor:
-    return reference.apply(Product.of(structure, *inputs))
-
-
-def plain_gradients(
-    compute: Callable[..., Tensor | Sequence[Tensor]],
-    inputs: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    grad: Tensor | Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Return the gradients of plain operators, for a backward pass that is itself differentiated or batched."""
-    with torch.enable_grad():
-        # by other names, since one input may have been computed from another: each gets its own share alone
-        inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        y = compute(*inputs)
-    wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs and tensor is not None]
-    gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
-    return [next(gradients) if needs else None for needs in needed]
+    return reference.apply(Operands.of(structure, *inputs))
 
 
 structure_of = lru_cache(maxsize=4096)(structures.structure)
 
 
-def _product(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int) -> Product:
-    """Return the product of an operator's arguments."""
-    routing = None if indices is None or gates is None else Assignment(indices, gates)
+def _operands_of(
+    x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int
+) -> Operands:
+    """Return the operands among an operator's arguments."""
+    routing = None if indices is None or gates is None else Routing(indices, gates)
     # a compiler's symbols become numbers, for good
-    return Product(structure_of(spec, int(features_of(x)), int(out_features)), factors, x, bias, routing)
+    return Operands(structure_of(spec, int(features_of(x)), int(out_features)), factors, x, bias, routing)
 
 
 def features_of(x: Tensor) -> int:
@@ -242,14 +229,14 @@ def linear_op(
     x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, backend: str
 ) -> Tensor:
     """Compute `linear` without autograd: (n, in_features) to (n, out_features)."""
-    product = _product(x, factors, bias, indices, gates, spec, out_features)
-    backends.check_support(backend, product)
-    return backends.find(backend).forward(product, False)[0]
+    operands = _operands_of(x, factors, bias, indices, gates, spec, out_features)
+    backends.check_support(backend, operands)
+    return backends.find(backend).forward(operands, False)[0]
 
 
 @linear_op.register_fake
 def _(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, out_features: int, _: str) -> Tensor:
-    operands.check(_product(x, factors, bias, indices, gates, spec, out_features), memory=False)
+    _operands_of(x, factors, bias, indices, gates, spec, out_features).check(memory=False)
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -262,16 +249,16 @@ def _(x: Tensor, factors: Any, bias: Any, indices: Any, gates: Any, spec: str, o
 def linear_backward_op(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, *others: Any) -> list[Tensor]:
     """Return the needed gradients, of x, of the gates and of the factors; intermediates are recomputed."""
     spec, backend, needs_x, needs_factors = others
-    product = _product(x, factors, None, indices, gates, spec, features_of(grad))
-    backends.check_support(backend, product)
-    gradients = backends.find(backend).backward(product, grad, [], needs_x, needs_factors)
+    operands = _operands_of(x, factors, None, indices, gates, spec, features_of(grad))
+    backends.check_support(backend, operands)
+    gradients = backends.find(backend).backward(operands, grad, [], needs_x, needs_factors)
     return [g for g in (gradients.x, gradients.gates, *gradients.factors) if g is not None]
 
 
 @linear_backward_op.register_fake
 def _(grad: Tensor, x: Tensor, factors: Any, indices: Any, gates: Any, *others: Any) -> list[Tensor]:
     spec, _, needs_x, needs_factors = others
-    operands.check(_product(x, factors, None, indices, gates, spec, features_of(grad)), grad=grad, memory=False)
+    _operands_of(x, factors, None, indices, gates, spec, features_of(grad)).check(grad, memory=False)
     tensors = zip((x, gates, *factors), (needs_x, needs_x and gates is not None, *needs_factors), strict=True)
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor, needed in tensors if needed]
 

@@ -5,21 +5,39 @@ Neither compiled kernels, which get pointers, nor plain einsum, which broadcasts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from einlinear.structures import Structure
 
 # the only operand of any shape and dtype: a backend may compute in another one than it reads
 _SAVED = "a saved intermediate"
+# the shape and the bytes of a tensor
+Extent = tuple[tuple[int, ...], int]
+_PLAIN_TYPES = {Tensor, nn.Parameter}
 
 
-class Assignment(NamedTuple):
-    """The part of a routing that a product reads: the experts of every token, and gates that scale their inputs.
+class Weights(NamedTuple):
+    """The weights of one layer, as `linear` takes them.
+
+    Attributes:
+        structure: of the matrix.
+        factors: one tensor per factor, in the order and of the shapes of `structure.factors`.
+        bias: (out_features,) or None.
+    """
+
+    structure: Structure
+    factors: Sequence[Tensor]
+    bias: Tensor | None = None
+
+
+class Routing(NamedTuple):
+    """Routing of tokens to experts: the experts of every token, and gates that scale their inputs.
 
     Attributes:
         indices: (n, active), int64, the experts of every token, in any order and of any load.
@@ -30,7 +48,7 @@ class Assignment(NamedTuple):
     gates: Tensor
 
 
-class Product(NamedTuple):
+class Operands(NamedTuple):
     """The operands of y = x Wᵀ + bias; with a routing, of y = bias + sum of gate_e * W_e x over the experts e."""
 
     # of the matrix, or of every expert's
@@ -40,7 +58,7 @@ class Product(NamedTuple):
     # (n, in_features) and (out_features,)
     x: Tensor
     bias: Tensor | None = None
-    routing: Assignment | None = None
+    routing: Routing | None = None
 
     @property
     def experts(self) -> int:
@@ -53,97 +71,129 @@ class Product(NamedTuple):
         return (x, bias, *factors) if routing is None else (x, bias, *factors, *routing)
 
     @staticmethod
-    def of(structure: Structure, x: Tensor, bias: Tensor | None, *others: Tensor) -> Product:
-        """Return the product of tensors in the order of `tensors`."""
+    def of(structure: Structure, x: Tensor, bias: Tensor | None, *others: Tensor) -> Operands:
+        """Return the operands, given their tensors in the order of `tensors`."""
         count = len(structure.factors)
-        routing = Assignment(*others[count:]) if len(others) > count else None
-        return Product(structure, others[:count], x, bias, routing)
+        routing = Routing(*others[count:]) if len(others) > count else None
+        return Operands(structure, others[:count], x, bias, routing)
 
-    def resolve_neg(self) -> Product:
-        """Return the product with operands whose negation torch has put off (`Tensor.is_neg`) negated in memory."""
-        return Product.of(self.structure, *[t if t is None else t.resolve_neg() for t in self.tensors()])  # type: ignore[arg-type]
+    def resolve_neg(self) -> Operands:
+        """Return the operands, with those whose negation torch has put off (`Tensor.is_neg`) negated in memory."""
+        return Operands.of(self.structure, *[t if t is None else t.resolve_neg() for t in self.tensors()])  # type: ignore[arg-type]
+
+    def check(self, grad: Tensor | None = None, saved: Sequence[Tensor] = (), memory: bool = True) -> bool:
+        """Raise unless the operands, forward or backward, fit the structure and one another.
+
+        Where x is None, the factors alone are checked. `memory` is False where something traces or transforms the
+        tensors. The result says whether torch has put off the negation of an operand, so that its memory holds other
+        values.
+        """
+        if not memory and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            with _untraced():
+                return self.check(grad, saved, memory)
+        structure, factors, x, bias, routing = self
+        if len(factors) != len(structure.shapes):
+            raise ValueError(f"{structure} has {len(structure.shapes)} factors, not {len(factors)}")
+        # in the order of `_names`, which are only looked for if something does not fit: small layers feel every
+        # microsecond
+        tensors, shapes = [*factors], [*structure.shapes]
+        if routing is not None:
+            stack = factors[0].shape[:1]
+            shapes = [stack + shape for shape in shapes]
+        if x is not None:
+            n = x.shape[0] if x.dim() else 0
+            tensors.append(x)
+            shapes.append((n, structure.in_features))
+            if grad is not None:
+                tensors.append(grad)
+                shapes.append((n, structure.out_features))
+            if routing is not None:
+                tensors.append(routing[1])
+                shapes.append(_check_indices(x, *routing, memory))
+        if bias is not None:
+            tensors.append(bias)
+            shapes.append((structure.out_features,))
+        checked = len(tensors)
+        if saved:
+            tensors += saved
+            shapes += [tensor.shape for tensor in saved]
+        negated = False
+        try:
+            dtype, device = tensors[0].dtype, tensors[0].device
+            for i, tensor in enumerate(tensors):
+                if tensor.shape != shapes[i] or tensor.device != device or (tensor.dtype is not dtype and i < checked):
+                    break
+                if memory:
+                    # `_in_memory` for contiguous tensors, without the cost of its call
+                    if tensor.is_contiguous():
+                        end = tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+                        if tensor.untyped_storage().nbytes() < end:
+                            break
+                    elif not _in_memory(tensor):
+                        break
+                    if tensor.is_neg():
+                        negated = True
+            else:
+                if routing is not None and memory:
+                    _check_range(routing[0], len(factors[0]))
+                return negated
+        except (AttributeError, NotImplementedError, RuntimeError):
+            # of something that is not a tensor, or has no strides, or no storage
+            _refuse(structure, [*zip(_names(self, grad, saved), tensors, shapes)], memory)
+            raise
+        _refuse(structure, [*zip(_names(self, grad, saved), tensors, shapes)], memory)
+        return negated
 
 
 class Gradients(NamedTuple):
-    """The gradients of a product, None where they are not needed: of x, of the gates, and of every factor."""
+    """The gradients of operands, None where they are not needed: of x, of the gates, and of every factor."""
 
     x: Tensor | None
     gates: Tensor | None
     factors: list[Tensor | None]
 
 
-def check(product: Product, grad: Tensor | None = None, saved: Sequence[Tensor] = (), memory: bool = True) -> bool:
-    """Raise unless the operands of a product, forward or backward, fit the structure and one another.
+def _names(operands: Operands, grad: Tensor | None, saved: Sequence[Tensor]) -> list[str]:
+    names = [f"factor {factor.name}" for factor in operands.structure.factors]
+    if operands.x is not None:
+        names += ["the input"] + ["the gradient of the output"] * (grad is not None)
+        names += ["the tensor of gates"] * (operands.routing is not None)
+    return names + ["the bias"] * (operands.bias is not None) + [_SAVED] * len(saved)
 
-    Where x is None, the factors alone are checked. `memory` is False where something traces or transforms the tensors.
-    The result says whether torch has put off the negation of an operand, so that its memory holds other values.
-    """
-    if not memory and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        with _untraced():
-            return check(product, grad, saved, memory)
-    structure, factors, x, bias, routing = product
-    if len(factors) != len(structure.shapes):
-        raise ValueError(f"{structure} has {len(structure.shapes)} factors, not {len(factors)}")
-    # in the order of `_names`, which are only looked for if something does not fit: small layers feel every microsecond
-    tensors, shapes = [*factors], [*structure.shapes]
-    if routing is not None:
-        stack = factors[0].shape[:1]
-        shapes = [stack + shape for shape in shapes]
-    if x is not None:
-        n = x.shape[0] if x.dim() else 0
-        tensors.append(x)
-        shapes.append((n, structure.in_features))
-        if grad is not None:
-            tensors.append(grad)
-            shapes.append((n, structure.out_features))
-        if routing is not None:
-            tensors.append(routing[1])
-            shapes.append(_check_indices(x, *routing, memory))
-    if bias is not None:
-        tensors.append(bias)
-        shapes.append((structure.out_features,))
-    checked = len(tensors)
-    if saved:
-        tensors += saved
-        shapes += [tensor.shape for tensor in saved]
-    negated = False
+
+def extents(shapes: Sequence[Sequence[int]], itemsize: int) -> tuple[Extent, ...]:
+    """Return the shape and the bytes of each contiguous tensor, for `are_contiguous_cpu`."""
+    return tuple([(tuple(shape), math.prod(shape) * itemsize) for shape in shapes])
+
+
+def weight_shapes(structure: Structure, has_bias: bool) -> list[tuple[int, ...]]:
+    """Return the shapes of the factors, and of the bias if there is one."""
+    return [*structure.shapes, *[(structure.out_features,)] * has_bias]
+
+
+def are_contiguous_cpu(tensors: Sequence[Tensor], extents: Sequence[Extent], dtype: torch.dtype) -> bool:
+    """Return whether tensors are contiguous on the CPU, plain, and of these extents: they need no further check."""
     try:
-        dtype, device = tensors[0].dtype, tensors[0].device
-        for i, tensor in enumerate(tensors):
-            if tensor.shape != shapes[i] or tensor.device != device or (tensor.dtype is not dtype and i < checked):
-                break
-            if memory:
-                # `_in_memory` for contiguous tensors, without the cost of its call
-                if tensor.is_contiguous():
-                    if tensor.untyped_storage().nbytes() < tensor.storage_offset() * tensor.itemsize + tensor.nbytes:
-                        break
-                elif not _in_memory(tensor):
-                    break
-                if tensor.is_neg():
-                    negated = True
-        else:
-            if routing is not None and memory:
-                _check_range(routing[0], len(factors[0]))
-            return negated
+        for tensor, (shape, size) in zip(tensors, extents):
+            if (
+                tensor.shape != shape
+                or tensor.dtype is not dtype
+                or type(tensor) not in _PLAIN_TYPES
+                or not tensor.is_cpu
+                or not tensor.is_contiguous()
+                or tensor.is_neg()
+                or tensor.untyped_storage().nbytes() < tensor.storage_offset() * tensor.itemsize + size
+            ):
+                return False
     except (AttributeError, NotImplementedError, RuntimeError):
         # of something that is not a tensor, or has no strides, or no storage
-        _refuse(structure, [*zip(_names(product, grad, saved), tensors, shapes)], memory)
-        raise
-    _refuse(structure, [*zip(_names(product, grad, saved), tensors, shapes)], memory)
-    return negated
-
-
-def _names(product: Product, grad: Tensor | None, saved: Sequence[Tensor]) -> list[str]:
-    names = [f"factor {factor.name}" for factor in product.structure.factors]
-    if product.x is not None:
-        names += ["the input"] + ["the gradient of the output"] * (grad is not None)
-        names += ["the tensor of gates"] * (product.routing is not None)
-    return names + ["the bias"] * (product.bias is not None) + [_SAVED] * len(saved)
+        return False
+    return True
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raise RuntimeError, with this name of the tensor, if the memory of a strided tensor was released."""
-    is_plain = tensor.layout is torch.strided and type(tensor) in (Tensor, torch.nn.Parameter)
+    is_plain = tensor.layout is torch.strided and type(tensor) in _PLAIN_TYPES
     if is_plain and not _in_memory(tensor):
         advice = "FSDP releases that of parameters while their module is not running"
         raise RuntimeError(f"the memory of {name} is smaller than its shape, because something released it: {advice}")

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.operands import Product
+from einlinear.ops.operands import Operands
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
 
 
-def apply(product: Product) -> Tensor:
+def apply(operands: Operands) -> Tensor:
     """Return y of shape (n, out_features), in plain operators."""
-    structure, factors, x, bias, routing = product
+    structure, factors, x, bias, routing = operands
     if routing is None:
         y = _contract(structure, factors, x)
     else:
@@ -35,17 +35,15 @@ def _contract(structure: Structure, factors: Sequence[Tensor], x: Tensor) -> Ten
     sizes = dict(structure.sizes)
     outputs = []
     for term, term_factors in structure.by_term(factors):
-        shape = [sizes[a] for a in term.inputs]
         # sizes come from the structure, since those of tensors are no numbers while something traces
-        padding = math.prod(shape) - structure.in_features
-        z = (F.pad(x, (0, padding)) if padding else x).reshape(x.shape[0], *shape)
+        padding, surplus = structure.padding(term)
+        z = (F.pad(x, (0, padding)) if padding else x).reshape(x.shape[0], *[sizes[a] for a in term.inputs])
         for factor, w in zip(term.factors, term_factors):
             z = einsum([("tokens", *factor.source), factor.axes], ("tokens", *factor.result), z, w)
         last = term.factors[-1].result
         z = z.permute([0, *[1 + last.index(a) for a in term.outputs]])
-        width = math.prod([sizes[a] for a in term.outputs])
-        z = z.reshape(x.shape[0], width)
-        outputs.append(z[:, : structure.out_features] if width > structure.out_features else z)
+        z = z.reshape(x.shape[0], structure.out_features + surplus)
+        outputs.append(z[:, : structure.out_features] if surplus else z)
     return functools.reduce(torch.add, outputs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from einlinear import structures
-from einlinear.ops import quick_call
+from einlinear.ops.autograd import direct_apply
 from einlinear.ops.context import is_unobserved, wants_gradients
-from einlinear.ops.dispatch import reason_not_to_stack
-from einlinear.ops.feed_forward_block import Weights
+from einlinear.ops.fused_dispatch import reason_not_to_stack
 from einlinear.ops.linear_function import linear
+from einlinear.ops.operands import Extent, Weights, are_contiguous_cpu, extents, weight_shapes
 from einlinear.structures import Structure
 
 
@@ -60,9 +59,9 @@ def _groups(x: Tensor, layers: Sequence[Weights]) -> list[list[int]]:
     """Return the indices of layers that run as one product."""
     alike: dict[tuple[Structure, bool], list[int]] = {}
     for index, (structure, _, bias) in enumerate(layers):
-        alike.setdefault((structure, bias is None), []).append(index)
+        alike.setdefault((structure, bias is not None), []).append(index)
     groups, width = [], x.shape[-1]
-    for (structure, has_no_bias), indices in alike.items():
+    for (structure, has_bias), indices in alike.items():
         if len(indices) == 1 or structure.in_features != width:
             continue
         tensors: list[Any] = []
@@ -72,8 +71,8 @@ def _groups(x: Tensor, layers: Sequence[Weights]) -> list[list[int]]:
         if reason_not_to_stack(structure, len(indices), tokens, x.dtype, x.device, training) is not None:
             continue
         # others are left to `linear`, which knows what is wrong with them
-        operands = _operands(structure, len(indices), has_no_bias, x.itemsize)
-        is_usual = len(tensors) == len(operands) and quick_call.are_as_usual(tensors, operands, x.dtype)
+        expected = _extents(structure, has_bias, x.itemsize) * len(indices)
+        is_usual = len(tensors) == len(expected) and are_contiguous_cpu(tensors, expected, x.dtype)
         if is_usual and not (training and _are_partly_frozen(tensors, len(indices))):
             groups.append(indices)
     return groups
@@ -86,10 +85,9 @@ def _are_partly_frozen(tensors: Sequence[Tensor], layers: int) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _operands(structure: Structure, layers: int, has_no_bias: bool, itemsize: int) -> list[tuple[tuple[int, ...], int]]:
-    """Return the shapes and bytes of the factors and the bias of all layers, one layer after the other."""
-    shapes = [*structure.shapes, *[(structure.out_features,)] * (not has_no_bias)]
-    return [(shape, math.prod(shape) * itemsize) for shape in shapes] * layers
+def _extents(structure: Structure, has_bias: bool, itemsize: int) -> tuple[Extent, ...]:
+    """Return the extents of the factors and the bias of a layer."""
+    return extents(weight_shapes(structure, has_bias), itemsize)
 
 
 def _stacked(x: Tensor, layers: Sequence[Weights]) -> Sequence[Tensor]:
@@ -99,7 +97,7 @@ def _stacked(x: Tensor, layers: Sequence[Weights]) -> Sequence[Tensor]:
     bias = None if first.bias is None else torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
     y = linear(structures.stack(first.structure, len(layers)), factors, x, bias)
     if wants_gradients(y):
-        return _apply_at_once(y, len(layers))  # type: ignore[no-any-return]
+        return _apply_split(y, len(layers))  # type: ignore[no-any-return]
     return _split(y, len(layers))
 
 
@@ -120,5 +118,4 @@ class _Split(torch.autograd.Function):
         return torch.cat(grads, -1), None
 
 
-# what `apply` does after it has looked for transforms, of which there are none where layers are stacked
-_apply_at_once: Any = super(torch.autograd.Function, _Split).apply
+_apply_split = direct_apply(_Split)

@@ -1,6 +1,5 @@
 """Stacks of equal structures: several matrices of one input as one, whose factors have a leading axis more."""
 
-import math
 from functools import lru_cache
 from itertools import chain, count
 
@@ -27,7 +26,7 @@ def stack(structure: Structure, layers: int) -> Structure:
         '(g a), q g r f a, q f e g r -> (q f e) where g=8, a=8, r=1, f=8, e=8, q=3'
     """
     pattern, sizes = structure.pattern, dict(structure.sizes)
-    if any(math.prod(sizes[axis] for axis in term.outputs) != structure.out_features for term in pattern.terms):
+    if any(outputs for _, outputs in map(structure.padding, structure.terms)):
         raise DoesNotFit(f"{structure} has padded outputs, which cannot be stacked")
     axis = next(name for name in chain("q", (f"q{number}" for number in count(2))) if name not in sizes)
 

@@ -113,6 +113,24 @@ class Structure:
         ends = itertools.accumulate(len(term.factors) for term in self.terms)
         return [(term, entries[end - len(term.factors) : end]) for term, end in zip(self.terms, ends, strict=True)]
 
+    def padding(self, term: Term) -> tuple[int, int]:
+        """Return how many more inputs and outputs a term has than the matrix: zeros, and outputs that are dropped.
+
+        >>> import einlinear as el
+        >>> s = el.structure("(g a), g r f a, f e g r -> (f e) where g=4, a=4, f=4, e=4", 15, 14)
+        >>> [s.padding(term) for term in s.terms]
+        [(1, 2)]
+        """
+        sizes = dict(self.sizes)
+        # lists, since torch.compile cannot trace math.prod of a generator
+        inputs, outputs = math.prod([sizes[a] for a in term.inputs]), math.prod([sizes[a] for a in term.outputs])
+        return inputs - self.in_features, outputs - self.out_features
+
+    @cached_property
+    def is_padded(self) -> bool:
+        """Whether a term has more inputs or outputs than the matrix."""
+        return any(self.padding(term) != (0, 0) for term in self.terms)
+
     @cached_property
     def params(self) -> int:
         """The number of entries of all factors, as stored. The bias is not counted."""

@@ -41,7 +41,7 @@ def fit(benches: Sequence[Bench]) -> cost_model.Coefficients:
     for case, mode, times in timings(benches):
         for name, us in times.items():
             (structure,) = case.build()
-            amounts = dispatch.amounts(name, structure, case.tokens)
+            amounts = cost_model.amounts(name, structure, case.tokens)
             rows.setdefault((mode, name), []).append([amount / us for amount in amounts])
     fitted: cost_model.Coefficients = {"forward": {}, "train": {}}
     known = (cost_model.DENSE, *CPU_BACKENDS)

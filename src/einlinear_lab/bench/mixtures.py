@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.nn import Linear, MoELinear
-from einlinear.ops import Assignment, linear
+from einlinear.ops import Routing, linear
 from einlinear.ops.backends import BACKENDS
 from einlinear.ops.context import backend
 from einlinear_lab.bench.cases import DEVICES, DTYPES, Case, check
@@ -167,7 +167,7 @@ def check_mixture(mixture: MoELinear, x: Tensor, grad: Tensor, train: bool) -> N
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_(train) for t in (x, gates, *mixture.factors())]
-        y = linear(mixture.structure, leaves[2:], leaves[0], routing=Assignment(indices, leaves[1]))
+        y = linear(mixture.structure, leaves[2:], leaves[0], routing=Routing(indices, leaves[1]))
         return [y.detach(), *(torch.autograd.grad(y, leaves, grad.to(dtype)) if train else ())]
 
     with backend("reference"):

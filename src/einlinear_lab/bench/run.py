@@ -74,7 +74,7 @@ class Recorder:
             raise ValueError("there is no CUDA device here")
         for name in config.backends or ():
             # raises for an unknown backend
-            ops.unsupported(name, cases[0].build()[0], torch.float32, device)
+            ops.reason_unsupported(name, cases[0].build()[0], torch.float32, device)
         bench = Bench(this_machine(device), config)
         if before and (differences := bench.differences(before)):
             raise ValueError(

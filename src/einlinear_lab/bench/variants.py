@@ -132,7 +132,7 @@ def make_variants(
     variants = [Variant(OURS, factors, layer)]
     refused: dict[str, str] = {}
     for name in ops.BACKENDS if backends is None else backends:
-        if reason := ops.unsupported(name, structure, p.x.dtype, p.x.device):
+        if reason := ops.reason_unsupported(name, structure, p.x.dtype, p.x.device):
             refused[name] = reason
         else:
             variants.append(Variant(name, factors, partial(_by_backend, p, name)))

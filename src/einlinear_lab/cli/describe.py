@@ -10,7 +10,7 @@ import typer
 
 import einlinear
 from einlinear import ops
-from einlinear.ops.batched.matmul_plan import plan as make_plan
+from einlinear.ops.batched.matmul_plan import matmul_steps
 from einlinear.structures import Structure
 from einlinear.structures.scales import adam_multipliers, init_std
 from einlinear_lab.cli import display
@@ -42,7 +42,7 @@ def describe_command(
         display.note(f"\nBackend for {tokens:,} inputs of float32 on this CPU, and the estimated time of the others:")
         display.note(str(ops.choose(structure, tokens, torch.float32, device)))
         display.note("\nBatched matmuls and the intermediates between them, slowest axis first:")
-        for step in chain.from_iterable(make_plan(structure)):
+        for step in chain.from_iterable(matmul_steps(structure)):
             display.note(f"  {structure.factors[step.index].name}  {step}")
 
 

@@ -59,10 +59,10 @@ class Epochs:
         return self._order[place * self.batch_size :][: self.batch_size]
 
 
-def spread(available: int, count: int, batch_size: int) -> Iterator[Tensor]:
+def evenly_spaced(available: int, count: int, batch_size: int) -> Iterator[Tensor]:
     """Return the indices of `count` examples (at most all), evenly spread over the available ones, in batches.
 
-    >>> [rows.tolist() for rows in spread(available=10, count=4, batch_size=3)]
+    >>> [rows.tolist() for rows in evenly_spaced(available=10, count=4, batch_size=3)]
     [[0, 2, 5], [7]]
     """
     count = min(count, available)

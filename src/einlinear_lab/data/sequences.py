@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from einlinear_lab.data.images.dataset import Images, resize
-from einlinear_lab.data.sampling import Epochs, numpy_generator, spread
+from einlinear_lab.data.sampling import Epochs, evenly_spaced, numpy_generator
 from einlinear_lab.data.text.tokens import Tokens
 
 LEVELS = 256
@@ -59,7 +59,7 @@ class Sequences(ABC):
         """Yield the numbers of the held-out sequences of each evaluation batch."""
         if count is not None and count < 1:
             raise ValueError(f"count={count}: evaluation needs at least 1 sequence")
-        return spread(available, available if count is None else count, self.batch_size)
+        return evenly_spaced(available, available if count is None else count, self.batch_size)
 
 
 class TextSequences(Sequences):

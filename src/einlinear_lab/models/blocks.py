@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.nn.feed_forward import reason_to_call, weights_of
-from einlinear.nn.layer_kinds import LayerInfo, SelfDescribing
+from einlinear.nn.feed_forward import weights_of
+from einlinear.nn.interception import reason_to_call
+from einlinear.nn.layer_descriptions import LayerInfo, SelfDescribing
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import MoEFeedForward, MoELinear
 from einlinear.structures import DoesNotFit, Structure

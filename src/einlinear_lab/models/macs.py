@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from einlinear.nn.layer_kinds import layer_info
+from einlinear.nn.layer_descriptions import layer_info
 
 
 def params(model: nn.Module) -> int:

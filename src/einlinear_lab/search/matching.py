@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from einlinear.nn import Linear
-from einlinear.ops.projection.svd import is_padded
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.config import ModelConfig, Shape
@@ -98,7 +97,7 @@ class Matching:
                 distances.append(abs(costs.macs(structures, width) / self.budget - 1))
                 if distances[-1] > TOLERANCE:
                     continue
-                if not any(is_padded(s, term) for s in structures for term in s.terms):
+                if not any(s.is_padded for s in structures):
                     return costs.architecture(structures, width)
                 padded = padded or costs.architecture(structures, width)
             if padded:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.nn.layer_kinds import LayerInfo, ParameterRole
+from einlinear.nn.layer_descriptions import LayerInfo, ParameterRole
 from einlinear.nn.linear import Linear
 from einlinear.nn.moe import Mixture
 from einlinear.structures import structure as make_structure

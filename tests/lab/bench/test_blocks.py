@@ -35,7 +35,7 @@ from einlinear_lab.bench.variants import (
 FAST, ROOF = BenchConfig(budget=0, backends=()), Roofline(1e11, 1e10)
 SPECS = ("btt", "btt(rank=2)", "monarch(blocks=4)", "low_rank(rank=8)", "dyad", "kronecker")
 needs_kernel = pytest.mark.skipif(
-    ops.unsupported("cpu", el.structure("btt", 64, 64), torch.float32, torch.device("cpu")) is not None,
+    ops.reason_unsupported("cpu", el.structure("btt", 64, 64), torch.float32, torch.device("cpu")) is not None,
     reason="needs a C++ compiler",
 )
 

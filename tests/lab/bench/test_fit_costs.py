@@ -35,7 +35,7 @@ COSTS = {"forward": FORWARD, "train": {name: tuple(3 * c for c in own) for name,
 def timed(case: Case) -> BenchResult:
     """A result whose times are those of the cost model."""
     by_backend, (structure,) = COSTS["train" if case.mode == "train" else "forward"], case.build()
-    amounts = {name: dispatch.amounts(name, structure, case.tokens) for name in by_backend}
+    amounts = {name: cost_model.amounts(name, structure, case.tokens) for name in by_backend}
     us = {name: sum(c * a for c, a in zip(by_backend[name], amounts[name], strict=True)) for name in by_backend}
     return made_up(case, **{DENSE if name == "dense" else name: us[name] / 1e6 for name in by_backend})
 

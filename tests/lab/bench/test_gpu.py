@@ -205,14 +205,14 @@ def test_what_is_compiled_ahead_is_what_tuning_compiles(tmp_path: Path, monkeypa
     import triton
 
     import einlinear as el
-    from einlinear.ops.operands import Product
+    from einlinear.ops.operands import Operands
     from einlinear.ops.triton import launch, triton_backend
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     calls: list[Any] = []
     monkeypatch.setattr(launch, "_launch", lambda *args, **constants: calls.append((args, constants)))
     s, x = el.structure("low_rank(rank=32)", 64, 64), torch.empty(256, 64, dtype=torch.bfloat16)
-    triton_backend.forward(Product(s, [torch.empty(f.shape, dtype=x.dtype) for f in s.factors], x, None), True)
+    triton_backend.forward(Operands(s, [torch.empty(f.shape, dtype=x.dtype) for f in s.factors], x, None), True)
     (kernel, sizes, tiles, *args), constants = calls[0]
     day.compile_all(kernel, sizes, tiles[:2], *args, **constants)
     compiled = {*tmp_path.rglob("*.cubin")}

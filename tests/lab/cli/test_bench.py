@@ -113,7 +113,7 @@ def test_compare_shows_what_changed(tmp_path: Path) -> None:
 def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("einlinear_lab.bench.cold.LEAST", 100_000)
     cache, layer, x = tmp_path / "cache", el.Linear(64, 64, "btt"), torch.randn(8, 64)
-    if ops.unsupported("cpu", layer.structure, x.dtype, x.device):
+    if ops.reason_unsupported("cpu", layer.structure, x.dtype, x.device):
         pytest.skip("needs a C++ compiler")
     monkeypatch.setenv("EINLINEAR_CACHE", str(cache))
     dispatch.forget()

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from einlinear.integrations.transformers import METHOD
 from einlinear.integrations.transformers.saving import OPTIONAL, REQUIRED, VERSION, forget
 from einlinear.nn import Linear
-from einlinear.nn.layer_kinds import features, is_linear
+from einlinear.nn.dense_layers import features, is_linear
 from einlinear.structures import FAMILIES
 from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_number
 from einlinear.structures.spec import is_family

@@ -11,7 +11,7 @@ from torch import nn
 
 from einlinear.integrations.transformers import METHOD
 from einlinear.nn import Linear
-from einlinear.nn.layer_kinds import SelfDescribing
+from einlinear.nn.layer_descriptions import SelfDescribing
 
 VERSION = 1
 # the keys of an entry with their types, and optional keys with their defaults

@@ -1,5 +1,14 @@
 """Mixtures of experts: routers, layers that compute the routed experts only, and losses."""
 
-from einlinear.nn.moe.mixture import Experts, Load, Mixture, MoEFeedForward, MoELinear, Routing, moe_loads, moe_loss
+from einlinear.nn.moe.mixture import (
+    Experts,
+    Load,
+    Mixture,
+    MoEFeedForward,
+    MoELinear,
+    RouterOutput,
+    moe_loads,
+    moe_loss,
+)
 
-__all__ = ["Experts", "Load", "Mixture", "MoEFeedForward", "MoELinear", "Routing", "moe_loads", "moe_loss"]
+__all__ = ["Experts", "Load", "Mixture", "MoEFeedForward", "MoELinear", "RouterOutput", "moe_loads", "moe_loss"]

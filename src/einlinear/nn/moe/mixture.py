@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from einlinear import ops
-from einlinear.nn.layer_kinds import STRUCTURED, LayerInfo, ParameterRole, SelfDescribing
+from einlinear.nn.layer_descriptions import STRUCTURED, LayerInfo, ParameterRole, SelfDescribing
 from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
 from einlinear.nn.names import plain_modules
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from einlinear.nn.moe.parallel import Exchange
 
 
-class Routing(NamedTuple):
-    """Routing of a batch of tokens to experts.
+class RouterOutput(NamedTuple):
+    """Output of a router for a batch of tokens: the experts of each, and their weights.
 
     Attributes:
         indices: (n, active), the experts of every token; int64.
@@ -54,7 +54,7 @@ class Mixture:
         router, experts, active: a matrix (experts, in_features), the number of experts, and of those per token.
         breaks_ties: whether the pattern is added.
         has_random_router: whether the router starts with a standard deviation of 1 / sqrt(in_features) instead.
-        last: routing of the last forward pass, with its graph until the next one. Recomputation by activation
+        last: router output of the last forward pass, with its graph until the next one. Recomputation by activation
             checkpointing, and tracing for export, do not set it.
     """
 
@@ -63,7 +63,7 @@ class Mixture:
     active: int
     breaks_ties = True
     has_random_router = False
-    last: Routing | None
+    last: RouterOutput | None
 
     def make_router(self, in_features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         """Add the router. Call it once, after `nn.Module.__init__` and with `experts` and `active` set."""
@@ -78,7 +78,7 @@ class Mixture:
         else:
             nn.init.zeros_(self.router)
 
-    def route(self, x: Tensor) -> Routing:
+    def route(self, x: Tensor) -> RouterOutput:
         """Route tokens (n, in_features), in float32 or float64; RuntimeError for a router that does not fit."""
         # torch multiplies a tensor on the CPU by one on meta without an error, and returns uninitialised memory
         if self.router.device != x.device:
@@ -92,7 +92,7 @@ class Mixture:
             router = router + _tie_breaker(self.router, wide) if self.breaks_ties else router
             logits = nn.functional.linear(x.to(wide), router)
         indices = _largest(logits.detach(), self.active)
-        routing = Routing(indices, logits.gather(1, indices).softmax(1), logits)
+        routing = RouterOutput(indices, logits.gather(1, indices).softmax(1), logits)
         in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if not (is_exported() or in_backward):
             self.last = routing
@@ -174,11 +174,11 @@ class Experts(Factored):
 
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         if self.exchange is None:
-            return ops.linear(self.structure, self.factors(), x, self.bias, routing=ops.Assignment(indices, gates))
+            return ops.linear(self.structure, self.factors(), x, self.bias, routing=ops.Routing(indices, gates))
 
         def multiply(tokens: Tensor, experts: Tensor) -> Tensor:
-            assignment = ops.Assignment(experts[:, None], tokens.new_ones(len(experts), 1))
-            return ops.linear(self.structure, self.factors(), tokens, routing=assignment)
+            routing = ops.Routing(experts[:, None], tokens.new_ones(len(experts), 1))
+            return ops.linear(self.structure, self.factors(), tokens, routing=routing)
 
         # tokens travel in the dtype of the product
         y = self.exchange(x.to(autocast_dtype(x) or x.dtype), indices, gates, multiply)
@@ -371,7 +371,7 @@ def moe_loads(model: nn.Module) -> dict[str, Load]:
     return loads
 
 
-def _routings(model: nn.Module) -> Iterator[tuple[str, Routing]]:
+def _routings(model: nn.Module) -> Iterator[tuple[str, RouterOutput]]:
     mixtures = [(name, module) for name, module in plain_modules(model) if isinstance(module, Mixture)]
     if not mixtures:
         raise ValueError("the model has no layers with experts")

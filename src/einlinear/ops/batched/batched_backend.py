@@ -14,30 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops import reference
-from einlinear.ops.batched.matmul_plan import TOKENS, Step, is_run, plan
-from einlinear.ops.operands import Assignment, Gradients, Product
+from einlinear.ops.batched.matmul_plan import TOKENS, Step, is_run, matmul_steps
+from einlinear.ops.operands import Gradients, Operands, Routing
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes
 
 
-def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+def reason_unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why this backend cannot run, or None if it can."""
     why = f"it computes with real numbers, not with {str(dtype).removeprefix('torch.')}"
     return None if dtype.is_floating_point else why
 
 
-def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
+def forward(operands: Operands, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Return y of shape (n, out_features), and the intermediates if they are to be saved."""
-    structure, factors, x, bias, routing = product
+    structure, factors, x, bias, routing = operands
     if routing is not None:
         y = x.new_zeros(x.shape[0], structure.out_features) if bias is None else bias.repeat(x.shape[0], 1)
-        for _, _, tokens, expert in _experts(product, routing):
+        for _, _, tokens, expert in _experts(operands, routing):
             y.index_add_(0, tokens, forward(expert, False)[0])
         return y, []
     sizes = {**dict(structure.sizes), TOKENS: x.shape[0]}
     total: Tensor | None = None
     intermediates: list[Tensor] = []
-    for steps in plan(structure):
+    for steps in matmul_steps(structure):
         z = _token_major(x, steps[0].source, sizes)
         for step in steps:
             if save and step is not steps[0]:
@@ -52,17 +52,17 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
 
 
 def backward(
-    product: Product, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
+    operands: Operands, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
 ) -> Gradients:
     """Return the gradients that are needed; without saved intermediates these are recomputed."""
-    structure, factors, x, _, routing = product
+    structure, factors, x, _, routing = operands
     if routing is not None:
-        return _backward_routed(product, routing, grad, needs_x, needs_factors)
+        return _backward_routed(operands, routing, grad, needs_x, needs_factors)
     sizes = {**dict(structure.sizes), TOKENS: x.shape[0]}
     grad_x: Tensor | None = None
     grad_factors: list[Tensor | None] = [None] * len(factors)
     remaining = iter(saved)
-    for steps in plan(structure):
+    for steps in matmul_steps(structure):
         # the input of every step
         inputs = [_token_major(x, steps[0].source, sizes)]
         for position, step in enumerate(steps[:-1]):
@@ -73,7 +73,7 @@ def backward(
         g = _token_major(grad, steps[-1].result, sizes)
         for position in reversed(range(len(steps))):
             step = steps[position]
-            g3 = g if step.is_plain else _merge(g, step.result, (step.batch, step.new, step.free), sizes)
+            g3 = g if step.is_dense else _merge(g, step.result, (step.batch, step.new, step.free), sizes)
             if needs_factors[step.index]:
                 grad_factors[step.index] = _grad_factor(step, g, g3, inputs[position], sizes)
             if not (needs_x or any(needs_factors[s.index] for s in steps[:position])):
@@ -87,37 +87,37 @@ def backward(
 
 
 def _backward_routed(
-    product: Product, routing: Assignment, grad: Tensor, needs_x: bool, needs_factors: Sequence[bool]
+    operands: Operands, routing: Routing, grad: Tensor, needs_x: bool, needs_factors: Sequence[bool]
 ) -> Gradients:
-    tensors, needed = (product.x, routing.gates, *product.factors), (needs_x, needs_x, *needs_factors)
+    tensors, needed = (operands.x, routing.gates, *operands.factors), (needs_x, needs_x, *needs_factors)
     # zeros for tokens and experts without any pair
     zeros = partial(torch.zeros_like, memory_format=torch.contiguous_format)
     grad_x, grad_gates, *grad_factors = (zeros(t) if needs else None for t, needs in zip(tensors, needed, strict=True))
-    for e, pairs, tokens, expert in _experts(product, routing):
+    for e, pairs, tokens, expert in _experts(operands, routing):
         gradients = backward(expert, grad[tokens], [], needs_x, needs_factors)
         if grad_x is not None and grad_gates is not None and gradients.x is not None:
             grad_x.index_add_(0, tokens, gradients.x * routing.gates.flatten()[pairs, None])
-            grad_gates.view(-1)[pairs] = (gradients.x * product.x[tokens]).sum(1)
+            grad_gates.view(-1)[pairs] = (gradients.x * operands.x[tokens]).sum(1)
         for stack, grad_factor in zip(grad_factors, gradients.factors, strict=True):
             if stack is not None and grad_factor is not None:
                 stack[e] = grad_factor
     return Gradients(grad_x, grad_gates, grad_factors)
 
 
-def _experts(product: Product, routing: Assignment) -> Iterator[tuple[int, Tensor, Tensor, Product]]:
-    """Yield the number, the pairs, the tokens and the product of every expert that has tokens."""
-    structure, factors, x, _, _ = product
+def _experts(operands: Operands, routing: Routing) -> Iterator[tuple[int, Tensor, Tensor, Operands]]:
+    """Yield the number, the pairs, the tokens and the operands of every expert that has tokens."""
+    structure, factors, x, _, _ = operands
     flat = routing.indices.flatten()
-    pairs_of = flat.argsort(stable=True).split(torch.bincount(flat, minlength=product.experts).tolist())
+    pairs_of = flat.argsort(stable=True).split(torch.bincount(flat, minlength=operands.experts).tolist())
     for e, pairs in enumerate(pairs_of):
         if len(pairs):
             tokens, gates = pairs // routing.indices.shape[1], routing.gates.flatten()[pairs, None]
-            yield e, pairs, tokens, Product(structure, [f[e] for f in factors], x[tokens] * gates)
+            yield e, pairs, tokens, Operands(structure, [f[e] for f in factors], x[tokens] * gates)
 
 
 def _contract(factor: Tensor, step: Step, z: Tensor, sizes: dict[str, int]) -> Tensor:
     """Return the intermediate after a step."""
-    if step.is_plain:
+    if step.is_dense:
         return F.linear(z, factor)
     w = _weight(factor, step, sizes)
     z3 = _merge(z, step.source, (step.batch, step.contracted, step.free), sizes)
@@ -126,14 +126,14 @@ def _contract(factor: Tensor, step: Step, z: Tensor, sizes: dict[str, int]) -> T
 
 def _grad_source(factor: Tensor, step: Step, g3: Tensor, sizes: dict[str, int]) -> Tensor:
     """Return the gradient of the intermediate before a step."""
-    if step.is_plain:
+    if step.is_dense:
         return g3 @ factor
     w = _weight(factor, step, sizes).transpose(1, 2)
     return _matmul(w, g3, (step.batch, step.contracted, step.free), step.source, sizes)
 
 
 def _grad_factor(step: Step, g: Tensor, g3: Tensor, z: Tensor, sizes: dict[str, int]) -> Tensor:
-    if step.is_plain:
+    if step.is_dense:
         return g.T @ z
     batch, free = step.batch, step.free
     if step.repeats:

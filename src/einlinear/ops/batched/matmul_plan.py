@@ -24,11 +24,11 @@ _MACS_PER_COPY = 16
 
 
 @lru_cache(maxsize=4096)
-def plan(structure: Structure) -> tuple[tuple[Step, ...], ...]:
+def matmul_steps(structure: Structure) -> tuple[tuple[Step, ...], ...]:
     """Return the steps of every term; the first reads and the last writes token-major.
 
     >>> import einlinear as el
-    >>> for step in plan(el.structure("btt", 64, 64))[0]:
+    >>> for step in matmul_steps(el.structure("btt", 64, 64))[0]:
     ...     print(step)
     batch (g), contracted (a), free (tokens), new (r f): (tokens g a) -> (g r f tokens)
     batch (f), contracted (g r), free (tokens), new (e): (g r f tokens) -> (tokens f e)
@@ -61,7 +61,7 @@ class Step:
         return bool(self.batch) and self.batch[0] not in self.factor
 
     @cached_property
-    def is_plain(self) -> bool:
+    def is_dense(self) -> bool:
         """Whether the step is a product of one matrix with contiguous vectors, as in `F.linear`."""
         ends = (TOKENS, *self.contracted), (TOKENS, *self.new), (*self.new, *self.contracted)
         return ends == (self.source, self.result, self.factor) and len(self.factor) == 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from einlinear.ops.cpu.kernel_library import DTYPES, Library, Pairs, load
-from einlinear.ops.operands import Assignment, Gradients, Product
+from einlinear.ops.operands import Gradients, Operands, Routing
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes
 
@@ -20,7 +20,7 @@ from einlinear.structures.pattern import Axes
 PARALLEL_MACS = 300_000
 
 
-def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+def reason_unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why this backend cannot run, or None if it can."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
@@ -30,9 +30,9 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
     return library if isinstance(library, str) else None
 
 
-def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
+def forward(operands: Operands, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Return y of shape (n, out_features), and the intermediates if they are to be saved."""
-    structure, factors, x, bias, routing = product
+    structure, factors, x, bias, routing = operands
     program, n = program_of(structure), x.shape[0]
     x, factors = x.contiguous(), [factor.contiguous() for factor in factors]
     bias = None if bias is None else bias.contiguous()
@@ -53,10 +53,10 @@ def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
 
 
 def backward(
-    product: Product, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
+    operands: Operands, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
 ) -> Gradients:
     """Return the gradients that are needed; without saved intermediates these are recomputed."""
-    structure, factors, x, _, routing = product
+    structure, factors, x, _, routing = operands
     program, n = program_of(structure), x.shape[0]
     x, grad, factors = x.contiguous(), grad.contiguous(), [factor.contiguous() for factor in factors]
     saved = [tensor.contiguous() for tensor in saved]
@@ -77,7 +77,7 @@ def backward(
 
 
 def _schedule(
-    program: Program, factors: Sequence[Tensor], routing: Assignment | None, n: int
+    program: Program, factors: Sequence[Tensor], routing: Routing | None, n: int
 ) -> tuple[object, int, tuple[Tensor, ...]]:
     """Return the sorted pairs of a routing for the kernel, the number of threads, and the tensors behind the pairs."""
     if routing is None:
@@ -101,7 +101,7 @@ def _schedule(
 def library_for(x: Tensor) -> Library:
     """Return the kernels for the dtype of a tensor, which must be on the CPU."""
     library = load(x.dtype)
-    assert isinstance(library, Library), "the dispatcher asks `unsupported` first"
+    assert isinstance(library, Library), "the dispatcher asks `reason_unsupported` first"
     if not x.is_cpu:
         raise RuntimeError(f"the compiled kernel runs on the CPU, not on {x.device.type}")
     return library

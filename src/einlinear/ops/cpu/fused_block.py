@@ -14,7 +14,7 @@ from torch import Tensor
 from einlinear.ops.activation_functions import ACTIVATIONS
 from einlinear.ops.cpu import cpu_backend
 from einlinear.ops.cpu.cpu_backend import library_for, program_of
-from einlinear.ops.feed_forward_block import Block
+from einlinear.ops.feed_forward_structure import FeedForwardStructure
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 # keeps the array alive that it points to
@@ -48,7 +48,7 @@ class BlockGradients(ctypes.Structure):
     _fields_ = tuple((name, LayerGradients) for name in ("up", "gate", "down"))
 
 
-def forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+def forward(block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return y of shape (n, out_features)."""
     x, tensors, n = x.contiguous(), [tensor.contiguous() for tensor in tensors], x.shape[0]
     y = x.new_empty(n, block.features[-1])
@@ -59,7 +59,7 @@ def forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def backward(
-    block: Block, x: Tensor, tensors: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+    block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients that are needed, of x and of the tensors, given that of y."""
     x, grad, tensors, n = x.contiguous(), grad.contiguous(), [tensor.contiguous() for tensor in tensors], x.shape[0]
@@ -72,7 +72,7 @@ def backward(
     return gradients
 
 
-def _arguments(block: Block, tensors: Sequence[Tensor]) -> BlockArguments:
+def _arguments(block: FeedForwardStructure, tensors: Sequence[Tensor]) -> BlockArguments:
     layers = {}
     for name, structure, (factors, bias) in zip(block.names, block.structures, block.split(tensors)):
         program = program_of(structure)
@@ -80,7 +80,7 @@ def _arguments(block: Block, tensors: Sequence[Tensor]) -> BlockArguments:
     return BlockArguments(**layers, activation=_NUMBERS[block.activation], residual=block.residual)
 
 
-def _gradients(block: Block, gradients: Sequence[Tensor | None]) -> BlockGradients:
+def _gradients(block: FeedForwardStructure, gradients: Sequence[Tensor | None]) -> BlockGradients:
     layers = {}
     for name, structure, (factors, bias) in zip(block.names, block.structures, block.split(gradients)):
         layers[name] = LayerGradients(program_of(structure).pointers(*map(_address, factors)), _address(bias))
@@ -91,5 +91,5 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _threads(block: Block, n: int) -> int:
+def _threads(block: FeedForwardStructure, n: int) -> int:
     return torch.get_num_threads() if block.macs * n > cpu_backend.PARALLEL_MACS else 1

@@ -34,7 +34,7 @@ struct Step {
     bool has_strides() const { return w_new_stride && w_contracted_stride; }
 };
 
-// What a core keeps in cache: the cost model (CACHED in ops/dispatch.py) was fitted to timings made with this number.
+// What a core keeps in cache: the cost model (CACHED in ops/cost_model.py) was fitted to timings made with this number.
 constexpr Index HEAVY_ENTRIES = 1 << 18, HEAVY_RATIO = 128;
 
 struct Program {

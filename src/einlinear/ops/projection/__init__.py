@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einlinear.ops import operands
+from einlinear.ops.operands import check_memory
 from einlinear.ops.projection.als import best_of_restarts, equalized
 from einlinear.ops.projection.svd import is_optimal, outer_axes, permute, split_terms, unfold
 from einlinear.ops.projection.weighted import closest_outputs
@@ -45,7 +45,7 @@ def project(
         raise TypeError(f"a weight of {weight.dtype} cannot be projected: dequantize it, or convert it to float")
     if weight.is_meta:
         raise ValueError("a weight on the meta device has no values to project: load it first")
-    operands.check_memory("the weight", weight)
+    check_memory("the weight", weight)
     if not weight.isfinite().all():
         raise ValueError("the weight has values that are NaN or infinite: there is nothing close to it")
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from einlinear.ops.projection.svd import count, is_padded, merge, outer_axes, unfold, unmerge
+from einlinear.ops.projection.svd import count, merge, outer_axes, unfold, unmerge
 from einlinear.ops.reference import dense_weight, einsum
 from einlinear.structures import Structure, Term
 from einlinear.structures.pattern import Axes
@@ -103,7 +103,7 @@ def _solve(
     shared = {axis for rest_axes, _ in rest for axis in rest_axes}
     # the matrix of the normal equations has all others twice, each time with separate rank axes
     twice = rest + [(tuple(a if a in outer else f"{a}'" for a in rest_axes), factor) for rest_axes, factor in rest]
-    padded = is_padded(structure, term)
+    padded = structure.padding(term) != (0, 0)
     if padded:
         ones = residual.new_ones(structure.out_features, structure.in_features)
         twice.append((outer, unfold(ones, structure, term)))

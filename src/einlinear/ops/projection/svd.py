@@ -120,7 +120,7 @@ def is_optimal(structure: Structure) -> bool:
     if len(structure.terms) > 1 or len(structure.factors) > 2:
         return False
     (term,) = structure.terms
-    if not is_padded(structure, term):
+    if not structure.is_padded:
         return True
     first, second = (set(factor.axes) for factor in term.factors)
     axes = outer_axes(term)
@@ -172,18 +172,12 @@ def outer_axes(term: Term) -> Axes:
     return tuple(dict.fromkeys(term.outputs + term.inputs))
 
 
-def is_padded(structure: Structure, term: Term) -> bool:
-    """Return whether a term has more inputs or outputs than the matrix."""
-    sizes = dict(structure.sizes)
-    return (count(term.outputs, sizes), count(term.inputs, sizes)) != (structure.out_features, structure.in_features)
-
-
 def unfold(w: Tensor, structure: Structure, term: Term) -> Tensor:
     """Pad a matrix with zeros and give it one dimension per outer axis; an axis of both ends keeps its diagonal."""
     sizes = dict(structure.sizes)
     axes = term.outputs + term.inputs
-    padding = (0, count(term.inputs, sizes) - w.shape[1], 0, count(term.outputs, sizes) - w.shape[0])
-    return einsum([axes], outer_axes(term), F.pad(w, padding).reshape([sizes[a] for a in axes]))
+    inputs, outputs = structure.padding(term)
+    return einsum([axes], outer_axes(term), F.pad(w, (0, inputs, 0, outputs)).reshape([sizes[a] for a in axes]))
 
 
 def permute(tensor: Tensor, axes: Axes, order: Axes) -> Tensor:

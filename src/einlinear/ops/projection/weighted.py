@@ -60,7 +60,7 @@ class _FirstFactor:
     @classmethod
     def of(cls, s: Structure, term: Term, second_moment: Tensor) -> _FirstFactor:
         factor, sizes = term.factors[0], dict(s.sizes)
-        padding = count(term.inputs, sizes) - s.in_features
+        padding, _ = s.padding(term)
         c = F.pad(second_moment, (0, padding, 0, padding))
         # padding is always zero, so any variance will do
         c.diagonal()[s.in_features :] = second_moment.diagonal().mean()
@@ -83,10 +83,10 @@ class _FirstFactor:
         solve = partial(torch.linalg.solve_triangular, upper=False, left=False)
         return self._along(factor, self.factor.axes, lambda flat, roots: solve(roots, flat))
 
-    def _along(self, tensor: Tensor, axes: Axes, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _along(self, tensor: Tensor, axes: Axes, operands: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         batch, contracted = self.factor.batch, self.factor.contracted
         groups = batch, tuple(axis for axis in axes if axis not in batch + contracted), contracted
-        flat = product(merge(tensor, axes, groups), self.roots.to(tensor.dtype))
+        flat = operands(merge(tensor, axes, groups), self.roots.to(tensor.dtype))
         return unmerge(flat, groups, axes, dict(zip(axes, tensor.shape, strict=True)))
 
 
@@ -186,7 +186,7 @@ class _LastFactor:
         term, sizes = s.terms[0], dict(s.sizes)
         last = term.factors[-1]
         # with free axes, padding rows would count, since they share entries of the factor with outputs
-        shares = last.free and count(term.outputs, sizes) > s.out_features
+        shares = last.free and s.padding(term)[1] > 0
         if len(s.terms) > 1 or len(term.factors) < 2 or set(term.inputs) & set(term.outputs) or shares:
             return None
         if count(last.source, sizes) > _CHEAP * s.out_features:

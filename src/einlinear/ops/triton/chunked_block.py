@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear.ops.activation_functions import ACTIVATIONS
-from einlinear.ops.feed_forward_block import Block
-from einlinear.ops.operands import Product
+from einlinear.ops.feed_forward_structure import FeedForwardStructure
+from einlinear.ops.operands import Operands
 from einlinear.ops.triton.launch import NO_EPILOGUE, Epilogue
 from einlinear.ops.triton.triton_backend import compute, gradients
 
@@ -41,12 +41,12 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+def forward(block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return y of shape (n, out_features)."""
     tensors = [tensor.contiguous() for tensor in tensors]
     y = x.new_empty(x.shape[0], block.features[-1])
     for chunk in _chunks(block, x):
-        up, *gate, down = _products(block, x[chunk], tensors)
+        up, *gate, down = _layer_operands(block, x[chunk], tensors)
         multiplier = compute(up, Epilogue(up.bias))[0] if gate else None
         activated = gate[0] if gate else up
         hidden = compute(activated, Epilogue(activated.bias, None, block.activation, multiplier))[0]
@@ -55,7 +55,7 @@ def forward(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def backward(
-    block: Block, x: Tensor, tensors: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
+    block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor], grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients that are needed, of x and of the tensors, given that of y.
 
@@ -68,8 +68,8 @@ def backward(
     grad_x = x.new_empty(x.shape) if needs_x else None
     sums: list[Tensor | None] = [None] * len(tensors)
     for chunk in _chunks(block, x):
-        *first, down = _products(block, x[chunk], tensors)
-        results = [compute(product, Epilogue(product.bias)) for product in first]
+        *first, down = _layer_operands(block, x[chunk], tensors)
+        results = [compute(operands, Epilogue(operands.bias)) for operands in first]
         *up, z = [result for result, _ in results]
         activated = ACTIVATIONS[block.activation](z)
         hidden = activated * up[0] if up else activated
@@ -81,10 +81,10 @@ def backward(
             grad_activated = grad_hidden * up[0] if up else grad_hidden
             grads = [grad_hidden * activated] * len(up) + [_DERIVATIVES[block.activation](grad_activated, z)]
             grad_rows = grad[chunk] if needs_x and block.residual else None
-            for product, (_, saved), grad_z, needs in zip(first, results, grads, needs_first, strict=True):
-                out = grad_x[chunk] if grad_x is not None and product is first[-1] else None
+            for operands, (_, saved), grad_z, needs in zip(first, results, grads, needs_first, strict=True):
+                out = grad_x[chunk] if grad_x is not None and operands is first[-1] else None
                 into = Epilogue(addend=grad_rows, out=out)
-                grad_rows, of_layer = _backward(product, grad_z, saved, needs_x, needs, into)
+                grad_rows, of_layer = _backward(operands, grad_z, saved, needs_x, needs, into)
                 of_first += of_layer
         pairs = zip(sums, (*of_first, *of_down), strict=True)
         sums = [one if total is None or one is None else total.add_(one) for total, one in pairs]
@@ -92,7 +92,7 @@ def backward(
 
 
 def _backward(
-    product: Product,
+    operands: Operands,
     grad: Tensor,
     saved: Sequence[Tensor],
     needs_x: bool,
@@ -101,19 +101,19 @@ def _backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of a layer's input, with an epilogue, and of its factors and bias in float32."""
     needs_factors, needs_bias = needs
-    grad_x, found = gradients(product, grad, saved, needs_x, needs_factors, epilogue, dtype=torch.float32)
-    if product.bias is not None:
+    grad_x, found = gradients(operands, grad, saved, needs_x, needs_factors, epilogue, dtype=torch.float32)
+    if operands.bias is not None:
         found.append(grad.sum(0, dtype=torch.float32) if needs_bias else None)
     return grad_x, found
 
 
-def _products(block: Block, x: Tensor, tensors: Sequence[Tensor]) -> list[Product]:
-    """Return the products of all layers; that of down still has x as its input."""
+def _layer_operands(block: FeedForwardStructure, x: Tensor, tensors: Sequence[Tensor]) -> list[Operands]:
+    """Return the operands of all layers; those of down still have x as the input."""
     layers = zip(block.structures, block.split(tensors), strict=True)
-    return [Product(structure, factors, x, bias) for structure, (factors, bias) in layers]
+    return [Operands(structure, factors, x, bias) for structure, (factors, bias) in layers]
 
 
-def _chunks(block: Block, x: Tensor) -> list[slice]:
+def _chunks(block: FeedForwardStructure, x: Tensor) -> list[slice]:
     """Return the tokens of every chunk, a power of two of them but for the last; without tokens, one empty chunk."""
     fitting = CHUNK_BYTES // (block.features[1] * x.itemsize)
     size = max(_MIN_TOKENS, 1 << max(fitting.bit_length() - 1, 0))

@@ -116,7 +116,7 @@ class StridedStep:
 
 
 @lru_cache(maxsize=4096)
-def plan(structure: Structure) -> tuple[tuple[StridedStep, ...], ...]:
+def strided_steps(structure: Structure) -> tuple[tuple[StridedStep, ...], ...]:
     """The steps of every term. Inputs and outputs are token-major."""
     sizes, terms = dict(structure.sizes), []
     for term in structure.terms:

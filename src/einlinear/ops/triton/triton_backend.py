@@ -9,13 +9,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from einlinear.ops.operands import Gradients, Product
+from einlinear.ops.operands import Gradients, Operands
 from einlinear.ops.triton import launch
-from einlinear.ops.triton.launch import BLOCK_SLOTS, NO_EPILOGUE, Epilogue, Slots, StridedStep, plan
+from einlinear.ops.triton.launch import BLOCK_SLOTS, NO_EPILOGUE, Epilogue, Slots, StridedStep, strided_steps
 from einlinear.structures import Structure
 
 
-def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
+def reason_unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why the kernels cannot run, or None if they can. They support every structure."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -30,27 +30,27 @@ def unsupported(structure: Structure, dtype: torch.dtype, device: torch.device) 
     return None
 
 
-def forward(product: Product, save: bool) -> tuple[Tensor, list[Tensor]]:
+def forward(operands: Operands, save: bool) -> tuple[Tensor, list[Tensor]]:
     """Return y of shape (n, out_features), and the intermediates between factors if they are to be saved."""
-    if product.routing is None:
-        y, saved = compute(product, Epilogue(product.bias))
+    if operands.routing is None:
+        y, saved = compute(operands, Epilogue(operands.bias))
         return y, saved if save else []
-    slots, gated = _arrange(product)
+    slots, gated = _arrange(operands)
     y, _ = compute(gated, slots=slots)
     y = _sum_pairs(y[slots.positions])
-    return y if product.bias is None else y.add_(product.bias), []
+    return y if operands.bias is None else y.add_(operands.bias), []
 
 
 def backward(
-    product: Product, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
+    operands: Operands, grad: Tensor, saved: Sequence[Tensor], needs_x: bool, needs_factors: Sequence[bool]
 ) -> Gradients:
     """Return the gradients that are needed; without saved intermediates these are recomputed."""
-    _, _, x, _, routing = product
+    _, _, x, _, routing = operands
     grad = grad.to(x.dtype)
     if routing is None:
-        grad_x, grad_factors = gradients(product, grad, saved, needs_x, needs_factors)
+        grad_x, grad_factors = gradients(operands, grad, saved, needs_x, needs_factors)
         return Gradients(grad_x, None, grad_factors)
-    slots, gated = _arrange(product)
+    slots, gated = _arrange(operands)
     grads = _to_slots(grad[:, None].expand(-1, routing.indices.shape[1], -1), slots)
     grad_slots, grad_factors = gradients(gated, grads, [], needs_x, needs_factors, slots=slots)
     if grad_slots is None:
@@ -62,11 +62,11 @@ def backward(
 
 
 def compute(
-    product: Product, epilogue: Epilogue = NO_EPILOGUE, slots: Slots | None = None
+    operands: Operands, epilogue: Epilogue = NO_EPILOGUE, slots: Slots | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the result of an epilogue, which has the bias, and the intermediates. The rows of x may be slots."""
-    structure, factors, x, _, _ = product
-    terms = [*zip(plan(structure), structure.by_term(factors), strict=True)]
+    structure, factors, x, _, _ = operands
+    terms = [*zip(strided_steps(structure), structure.by_term(factors), strict=True)]
     total, saved = epilogue.addend, list[Tensor]()
     for i, (steps, (_, term_factors)) in enumerate(terms, 1):
         weights = [factor.contiguous() for factor in term_factors]
@@ -79,7 +79,7 @@ def compute(
 
 
 def gradients(
-    product: Product,
+    operands: Operands,
     grad: Tensor,
     saved: Sequence[Tensor],
     needs_x: bool,
@@ -89,10 +89,10 @@ def gradients(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of x, or of the slots, with an epilogue, and of the factors, of a dtype."""
-    structure, factors, x, _, _ = product
+    structure, factors, x, _, _ = operands
     remaining = iter(saved)
     grad_x, grad_factors = epilogue.addend, list[Tensor | None]([None] * len(factors))
-    terms = [*zip(plan(structure), structure.by_term(range(len(factors))), strict=True)]
+    terms = [*zip(strided_steps(structure), structure.by_term(range(len(factors))), strict=True)]
     for number, (steps, (_, numbers)) in enumerate(terms, 1):
         weights, needs = [factors[i].contiguous() for i in numbers], [needs_factors[i] for i in numbers]
         sources = [x, *islice(remaining, len(steps) - 1)]
@@ -121,11 +121,11 @@ def _sources(steps: Sequence[StridedStep], weights: Sequence[Tensor], x: Tensor,
     return sources
 
 
-def _arrange(product: Product) -> tuple[Slots, Product]:
-    """Sort pairs by expert. Return their slots, and the product without bias of the gated inputs in these slots."""
-    assert product.routing is not None
-    indices, gates = product.routing
-    flat, experts, pairs = indices.flatten(), product.experts, indices.numel()
+def _arrange(operands: Operands) -> tuple[Slots, Operands]:
+    """Sort pairs by expert. Return their slots, and the operands without bias for the gated inputs in these slots."""
+    assert operands.routing is not None
+    indices, gates = operands.routing
+    flat, experts, pairs = indices.flatten(), operands.experts, indices.numel()
     loads = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
     starts = flat.new_zeros(experts + 1)
     torch.cumsum((loads + BLOCK_SLOTS - 1) // BLOCK_SLOTS * BLOCK_SLOTS, 0, out=starts[1:])
@@ -138,7 +138,7 @@ def _arrange(product: Product) -> tuple[Slots, Product]:
     # blocks that are left over hold zeros, so any expert will do
     expert = torch.searchsorted(starts[1:], first_slots, right=True).clamp(max=experts - 1)
     slots = Slots(positions, expert.int(), starts.int())
-    return slots, product._replace(x=_to_slots(product.x[:, None] * gates[..., None], slots), bias=None)
+    return slots, operands._replace(x=_to_slots(operands.x[:, None] * gates[..., None], slots), bias=None)
 
 
 def _to_slots(pairs: Tensor, slots: Slots) -> Tensor:

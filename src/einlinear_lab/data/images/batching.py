@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from einlinear_lab.data.images.dataset import Images
-from einlinear_lab.data.sampling import Epochs, shuffled, spread, torch_generator
+from einlinear_lab.data.sampling import Epochs, evenly_spaced, shuffled, torch_generator
 
 # Streams of random numbers; stream 0 has the order of the images.
 _AUGMENTATION, _PERMUTATION, _SAMPLE = 1, 2, 3
@@ -144,7 +144,7 @@ class Batches:
 
         They are augmented, but never mixed up: x as in `batch`, and labels (B,) int64.
         """
-        for number, rows in enumerate(spread(len(self.images.train_x), count, batch_size)):
+        for number, rows in enumerate(evenly_spaced(len(self.images.train_x), count, batch_size)):
             x = self.images.train_x[rows]
             if self.augment is not None:
                 x = self.augment(x, torch_generator(0, number, _SAMPLE))

@@ -1,4 +1,4 @@
-"""The shortest way to the kernel: which calls take it, and that it gives what the general way gives."""
+"""The fast path to the kernel: which calls take it, and that it gives what the general way gives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear import ops
-from einlinear.ops import linear_function, quick_call
+from einlinear.ops import linear_function
+from einlinear.ops.cpu import fast_path
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs]
 
@@ -23,7 +24,7 @@ SPECS = [spec for specs in SAMPLES.values() for spec in specs]
 @pytest.fixture
 def general(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What went the general way."""
-    why = ops.unsupported("cpu", el.structure("btt", 16, 16), torch.float32, "cpu")
+    why = ops.reason_unsupported("cpu", el.structure("btt", 16, 16), torch.float32, "cpu")
     if why is not None:
         pytest.skip(why)  # where CI=true, test_cpu.py fails
     calls: list[object] = []
@@ -177,7 +178,7 @@ def test_unusual_operands_go_the_general_way(kind: str, which: str, general: lis
 def test_threads_are_asked_for_in_every_call(general: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = el.Linear(1024, 1024, "btt").requires_grad_(False), torch.randn(100, 1024)
     layer(x)
-    call = quick_call._prepare(layer.structure, x.shape, x.dtype, True, False)
+    call = fast_path._prepare(layer.structure, x.shape, x.dtype, True, False)
     assert call is not None
     assert call.is_parallel
     asked: list[int] = []

@@ -1,4 +1,4 @@
-"""Feed-forward blocks: their layers and sizes, the check of their operands, and the block layer by layer."""
+"""`FeedForwardStructure`: layers and sizes of a block, the check of its operands, and the block layer by layer."""
 
 from __future__ import annotations
 
@@ -7,28 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from einlinear.ops import operands
 from einlinear.ops.activation_functions import ACTIVATIONS, check_activation
-from einlinear.ops.operands import Product
+from einlinear.ops.operands import Operands
 from einlinear.structures import Structure
 
 
-class Weights(NamedTuple):
-    """The weights of one layer, as `linear` takes them.
-
-    Attributes:
-        structure: of the matrix.
-        factors: one tensor per factor, in the order and of the shapes of `structure.factors`.
-        bias: (out_features,) or None.
-    """
-
-    structure: Structure
-    factors: Sequence[Tensor]
-    bias: Tensor | None = None
-
-
-class Block(NamedTuple):
-    """A feed-forward block without its tensors: methods take those in one list, factors and bias of every layer."""
+class FeedForwardStructure(NamedTuple):
+    """Structure of a feed-forward block: methods take its tensors in one list, factors and bias of every layer."""
 
     # of up, of gate if there is one, and of down
     structures: tuple[Structure, ...]
@@ -60,11 +45,11 @@ class Block(NamedTuple):
             start = end + has_bias
         return layers
 
-    def compute(self, multiply: Callable[[Product], Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
+    def compute(self, multiply: Callable[[Operands], Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
         """Return y layer by layer, given a function that multiplies."""
 
         def layer(index: int, source: Tensor) -> Tensor:
-            return multiply(Product(self.structures[index], layers[index][0], source, layers[index][1]))
+            return multiply(Operands(self.structures[index], layers[index][0], source, layers[index][1]))
 
         layers, activation = self.split(tensors), ACTIVATIONS[self.activation]
         hidden = layer(0, x)
@@ -87,15 +72,15 @@ class Block(NamedTuple):
             raise ValueError(f"{sizes}: with residual=True both must be equal")
 
     def check(self, x: Tensor, tensors: Sequence[Tensor], grad: Tensor | None = None, memory: bool = True) -> bool:
-        """Check x, the tensors and the gradient of y as `operands.check` does; errors name the layer."""
+        """Check x, the tensors and the gradient of y as `Operands.check` does; errors name the layer."""
         is_negated = False
         for name, structure, (factors, bias) in zip(self.names, self.structures, self.split(tensors)):
             is_last = name == "down"
             try:
                 # hidden features may never be in memory: one number stands for all
                 source = x.new_empty(1).expand(x.shape[0], structure.in_features) if is_last else x
-                product = Product(structure, factors, source, bias)
-                is_negated |= operands.check(product, grad if is_last else None, memory=memory)
+                operands = Operands(structure, factors, source, bias)
+                is_negated |= operands.check(grad if is_last else None, memory=memory)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from None
         return is_negated

@@ -1,4 +1,4 @@
-"""Trial runs of a model: they show which layers are the first and the last of a feed-forward block."""
+"""`BlockTracer`: traces a model to find which layers are the first and the last of a feed-forward block."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from einlinear import ops
+from einlinear.fusion.fusion_hooks import activation_of, deferrable_weights
+from einlinear.fusion.lazy_hidden import DeferredCall, HiddenExpression, LazyHidden, defer
+from einlinear.fusion.pointwise import Activation
 from einlinear.nn import Linear
-from einlinear.nn.fused_blocks import activation_of, deferrable_weights
 from einlinear.nn.layer_calls import CURRENT, LayerCalls
-from einlinear.nn.lazy_hidden import DeferredCall, Hidden, LazyHidden, defer
 from einlinear.nn.model_call import evaluating, uncompiled
-from einlinear.nn.pointwise import Activation
 
 
-class FoundBlock(NamedTuple):
+class TracedBlock(NamedTuple):
     """A block as it was run: its layers, the innermost module around it, and modules that hidden features passed."""
 
     up: Linear
@@ -31,8 +31,8 @@ class FoundBlock(NamedTuple):
     between: tuple[nn.Module, ...]
 
 
-class BlockTrial(LayerCalls):
-    """Follows the outputs of layers through a model."""
+class BlockTracer(LayerCalls):
+    """Tracer that follows the outputs of layers through runs of a model."""
 
     def __init__(self, layers: Iterable[Linear]) -> None:
         self._outcomes: dict[Linear, list[_Outcome]] = {layer: [] for layer in layers}
@@ -86,9 +86,9 @@ class BlockTrial(LayerCalls):
                 return outcome.reason or "no structured layer reads its output"
         return None
 
-    def blocks(self) -> list[FoundBlock]:
+    def blocks(self) -> list[TracedBlock]:
         """Return the blocks that can run fused, in the order of their layers."""
-        found: dict[object, FoundBlock] = {}
+        found: dict[object, TracedBlock] = {}
         for outcomes in self._outcomes.values():
             for block in (outcome.block for outcome in outcomes):
                 if block and not self.reason(block.up) and not (block.gate and self.reason(block.gate)):
@@ -100,7 +100,7 @@ class BlockTrial(LayerCalls):
             weights = deferrable_weights(layer, x) if layer in self._outcomes else None
             if weights is None:
                 return None
-            call = _TrialCall(x, weights, layer, [*self._stack], len(self._events))
+            call = _TracedCall(x, weights, layer, [*self._stack], len(self._events))
             self._outcomes[layer].append(call.outcome)
             return defer(call)
         if x.hidden is None:
@@ -113,7 +113,7 @@ class BlockTrial(LayerCalls):
             return None
         return ops.linear(layer.structure, layer.factors(), x.hidden.compute(), layer.bias)
 
-    def _find_block(self, hidden: Hidden, activation: Activation | None, down: Linear) -> FoundBlock | str:
+    def _find_block(self, hidden: HiddenExpression, activation: Activation | None, down: Linear) -> TracedBlock | str:
         """Return the block of which a layer is the last, or why there is none."""
         calls: Any = hidden.calls
         if calls[-1].x is not calls[0].x:
@@ -134,7 +134,7 @@ class BlockTrial(LayerCalls):
         around = [first for first, *others in zip(*stacks) if all(module is first for module in others)]
         for module in reversed(around):
             if module not in (*layers, down) and between.union(layers, [down]) <= {*module.modules()}:
-                return FoundBlock(up, gate, down, activation.name, module, tuple(between))
+                return TracedBlock(up, gate, down, activation.name, module, tuple(between))
         return "no module around its block contains all of its layers"
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -150,10 +150,10 @@ class _Outcome:
     """What became of the result of a call; the result itself is kept no longer than the model needs it."""
 
     results: list[ref[LazyHidden]] = field(default_factory=list)
-    block: FoundBlock | None = None
+    block: TracedBlock | None = None
     reason: str | None = None
 
-    def end(self, block: FoundBlock | str) -> None:
+    def end(self, block: TracedBlock | str) -> None:
         """Take note of the block that the call is part of, or of the reason why there is none."""
         if isinstance(block, str):
             self.note(block)
@@ -165,7 +165,7 @@ class _Outcome:
         self.reason = self.reason or reason
 
 
-class _TrialCall(DeferredCall):
+class _TracedCall(DeferredCall):
     """A deferred call whose result is known."""
 
     __slots__ = ("layer", "outcome", "result", "stack", "start")

@@ -14,9 +14,10 @@ from torch.autograd.function import Function
 from torch.utils._pytree import tree_map_only
 
 from einlinear import ops
-from einlinear.nn import pointwise
-from einlinear.nn.lazy_weight import METADATA, placeholder
-from einlinear.nn.pointwise import FIRST, IN_PLACE, RECORDED, Expression, Slot
+from einlinear.fusion import pointwise
+from einlinear.fusion.pointwise import FIRST, IN_PLACE, RECORDED, Expression, Slot
+from einlinear.nn.lazy_tensor import METADATA, LazyTensor, placeholder
+from einlinear.ops.autograd import direct_apply, plain_gradients
 from einlinear.ops.context import is_unobserved, wants_gradients, without_autocast
 
 
@@ -61,7 +62,7 @@ class DeferredCall:
         """Take note of a function that needs the values, so that the block cannot run fused."""
 
 
-class Hidden(NamedTuple):
+class HiddenExpression(NamedTuple):
     """Hidden features as an expression of one or two deferred calls."""
 
     calls: tuple[DeferredCall, ...]
@@ -81,17 +82,17 @@ class Hidden(NamedTuple):
             return pointwise.evaluate(self.expression, values)
 
 
-class LazyHidden(Tensor):
+class LazyHidden(LazyTensor):
     """Hidden features of a block: pointwise functions are recorded, all others get the values.
 
     The values are what the layers would have returned, in the gradient mode in which they were called.
     """
 
-    _hidden: Hidden
+    _hidden: HiddenExpression
     _value: Tensor | None
 
     @staticmethod
-    def __new__(cls, hidden: Hidden) -> LazyHidden:
+    def __new__(cls, hidden: HiddenExpression) -> LazyHidden:
         call = hidden.calls[0]
         # data has a version of its own: lazy hidden features are not overwritten where others are
         self = Tensor._make_subclass(cls, call.placeholder.data if call.needs_gradients else call.placeholder)
@@ -100,7 +101,7 @@ class LazyHidden(Tensor):
         return self
 
     @property
-    def hidden(self) -> Hidden | None:
+    def hidden(self) -> HiddenExpression | None:
         """The expression, or None once the values were used, and may have been changed."""
         return self._hidden if self._value is None else None
 
@@ -142,15 +143,15 @@ class LazyHidden(Tensor):
 
 def defer(call: DeferredCall) -> LazyHidden:
     """Return the result of a call that was not computed."""
-    return _lazy(Hidden((call,)))
+    return _lazy(HiddenExpression((call,)))
 
 
-def _lazy(hidden: Hidden, into: LazyHidden | None = None) -> LazyHidden:
+def _lazy(hidden: HiddenExpression, into: LazyHidden | None = None) -> LazyHidden:
     """Return lazy hidden features, by themselves or in the place of others, whose gradients reach all tensors."""
     if hidden.calls[0].needs_gradients or hidden.calls[-1].needs_gradients:
         # autograd clears the hooks of a tensor that is overwritten
         with nullcontext() if into is None else torch._C.DisableTorchFunctionSubclass():
-            return _apply_at_once(hidden, into, *hidden.tensors)  # type: ignore[no-any-return]
+            return _apply_differentiable(hidden, into, *hidden.tensors)  # type: ignore[no-any-return]
     if into is None:
         return LazyHidden(hidden)
     into._hidden = hidden
@@ -161,7 +162,7 @@ class _Differentiable(Function):
     """Lazy hidden features for code below Python, such as other autograd functions, whose gradients end up here."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Hidden, into: LazyHidden | None, *tensors: Tensor | None) -> LazyHidden:
+    def forward(ctx: Any, hidden: HiddenExpression, into: LazyHidden | None, *tensors: Tensor | None) -> LazyHidden:
         # not among the saved tensors, which activation checkpointing counts
         ctx.hidden = hidden
         if into is None:
@@ -173,17 +174,10 @@ class _Differentiable(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, needed = ctx.hidden, ctx.needs_input_grad[2:]
-        with torch.enable_grad():
-            # by other names, since one tensor may have been computed from another: each gets its own share alone
-            tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in hidden.tensors]
-            value = hidden.compute(tensors)
-        wanted = [tensor for tensor, needs in zip(tensors, needed, strict=True) if needs and tensor is not None]
-        gradients = iter(torch.autograd.grad(value, wanted, grads[0], create_graph=torch.is_grad_enabled()))
-        return None, None, *(next(gradients) if needs else None for needs in needed)
+        return None, None, *plain_gradients(lambda *tensors: hidden.compute(tensors), hidden.tensors, needed, grads[0])
 
 
-# what `apply` does after it has looked for transforms, of which there are none where calls are deferred
-_apply_at_once: Any = super(Function, _Differentiable).apply
+_apply_differentiable = direct_apply(_Differentiable)
 
 
 def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyHidden | None:
@@ -204,7 +198,7 @@ def _record(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyHidde
     expression = pointwise.call(function, arguments, plain)
     if expression is None:
         return None
-    return _lazy(Hidden(calls, expression), target if is_in_place else None)
+    return _lazy(HiddenExpression(calls, expression), target if is_in_place else None)
 
 
 def _expression(lazy: LazyHidden, calls: tuple[DeferredCall, ...]) -> Expression:

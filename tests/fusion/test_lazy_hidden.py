@@ -19,9 +19,9 @@ from transformers.activations import ACT2FN
 
 import einlinear as el
 from einlinear import ops
-from einlinear.nn.fused_blocks import activation_of
-from einlinear.nn.lazy_hidden import DeferredCall, LazyHidden, defer
-from einlinear.nn.lazy_weight import METADATA_NAMES
+from einlinear.fusion.fusion_hooks import activation_of
+from einlinear.fusion.lazy_hidden import DeferredCall, LazyHidden, defer
+from einlinear.nn.lazy_tensor import METADATA_NAMES
 from einlinear.ops import ACTIVATIONS
 
 Function = Callable[[Tensor], Any]

@@ -1,4 +1,4 @@
-"""Kinds of layers of torch and transformers: the muP role of each parameter, and MACs.
+"""Descriptions of layers, also those of torch and transformers: the muP role of each parameter, and MACs.
 
 Layers of this library describe themselves. Sizes are those that a layer states: sharded weights have other shapes.
 """
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from einlinear.nn.dense_layers import features, is_linear, is_of_transformers
 from einlinear.structures import Structure
 
 EMBEDDING, CONVOLUTION, RECURRENT = "embeddings", "convolutions", "recurrent layers"
@@ -90,53 +90,10 @@ def layer_info(module: Any) -> LayerInfo | None:
         return LayerInfo(macs=None, category=RECURRENT)
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return LayerInfo({"weight": INPUT}, category=EMBEDDING)
-    if _is_transformers(module, "OPTAttention", "GPTNeoXAttention"):
+    if is_of_transformers(module, "OPTAttention", "GPTNeoXAttention"):
         # heads are together as wide as the model; the linear layers inside are modules of their own
         return LayerInfo(macs_per_position=2 * module.config.hidden_size)
     # every library has norms of its own, such as LlamaRMSNorm: the name tells
     if isinstance(module, _NORMS) or type(module).__name__.endswith("Norm"):
         return LayerInfo({name: VECTOR for name, _ in module.named_parameters(recurse=False)})
     return None
-
-
-def is_linear(module: Any) -> bool:
-    """Return whether a module is a dense linear layer: `torch.nn.Linear` or a subclass, or transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: Any) -> bool:
-    """Return whether a module is transformers' Conv1D, with a weight of shape (in_features, out_features)."""
-    return _is_transformers(module, "Conv1D")
-
-
-def features(linear: Any) -> tuple[int, int]:
-    """Return (in_features, out_features) of a linear layer, structured or dense."""
-    if is_conv1d(linear):
-        return int(getattr(linear, "nx", linear.weight.shape[0])), int(linear.nf)
-    return int(linear.in_features), int(linear.out_features)
-
-
-def weight_matrix(linear: Any) -> Tensor:
-    """Return the weight of a dense linear layer as (out_features, in_features); a view for Conv1D. Else TypeError."""
-    if not is_linear(linear):
-        kind = type(linear).__name__
-        raise TypeError(f"expected an nn.Linear, a Conv1D or a weight of shape (out, in), not {kind}")
-    weight: Tensor = linear.weight
-    return weight.T.requires_grad_(weight.requires_grad) if is_conv1d(linear) else weight
-
-
-def as_class(linear: nn.Linear, dense_class: type[nn.Module]) -> nn.Module:
-    """Return a `torch.nn.Linear` as a Conv1D, or as a subclass unless it has a constructor of its own."""
-    if issubclass(dense_class, nn.Linear):
-        if dense_class.__init__ is nn.Linear.__init__:
-            linear.__class__ = dense_class
-        return linear
-    with torch.device("meta"):
-        conv1d: Any = dense_class(linear.out_features, linear.in_features)
-    conv1d.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
-    conv1d.bias = linear.bias
-    return conv1d.train(linear.training)  # type: ignore[no-any-return]
-
-
-def _is_transformers(module: Any, *names: str) -> bool:
-    return type(module).__name__ in names and type(module).__module__.startswith("transformers.")

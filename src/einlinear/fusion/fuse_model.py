@@ -1,4 +1,4 @@
-"""Fusing of feed-forward blocks: trial runs find them, and hooks on the modules around them mark them."""
+"""`fuse`: a tracer finds the feed-forward blocks of a model, and hooks on the modules around them mark them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.conversion.block_trial import BlockTrial, FoundBlock
-from einlinear.conversion.fusion_report import FusedBlock, FusionReport
+from einlinear.fusion.block_tracer import BlockTracer, TracedBlock
+from einlinear.fusion.fusion_hooks import FUSION_HOOKS, BeginFusion, EndFusion, LayerNames
+from einlinear.fusion.fusion_report import FusedBlock, FusionReport
 from einlinear.nn import FeedForward, Linear, MoELinear
-from einlinear.nn.fused_blocks import BlockNames, CloseBlocks, OpenBlocks, is_intercepted, is_plain
-from einlinear.nn.layer_kinds import features, is_linear
+from einlinear.nn.dense_layers import features, is_linear
+from einlinear.nn.interception import is_intercepted, is_plain_layer
 from einlinear.nn.model_call import Batch, call
 from einlinear.ops.context import is_unobserved
 
@@ -59,16 +60,16 @@ def fuse(model: nn.Module, batches: Iterable[Batch] | None = None) -> FusionRepo
     modules = {m: name for m, name in names.items() if isinstance(m, FeedForward) and isinstance(m.activation, str)}
     ready = {layer for module in modules for layer in (module.up, module.gate, module.down)}
     candidates = [candidate for candidate in _candidates(model) if candidate.layer not in ready]
-    trial = BlockTrial(module for module in names if is_plain(module) and module not in ready)
+    tracer = BlockTracer(module for module in names if is_plain_layer(module) and module not in ready)
     failures: dict[tuple[nn.Module, int], str | None] = {}
     if batches is not None:
         for batch in batches:
-            trial.run(model, partial(call, model, batch))
+            tracer.run(model, partial(call, model, batch))
     else:
         for candidate in candidates:
-            if is_plain(candidate.layer) and candidate.input not in failures:
-                failures[candidate.input] = _run_on_rows(trial, candidate.module, candidate.layer)
-    blocks = trial.blocks()
+            if is_plain_layer(candidate.layer) and candidate.input not in failures:
+                failures[candidate.input] = _run_on_rows(tracer, candidate.module, candidate.layer)
+    blocks = tracer.blocks()
     unfuse(model)
     _add_hooks(blocks)
     in_blocks = {layer for block in blocks for layer in (block.up, block.gate, block.down)}
@@ -77,8 +78,8 @@ def fuse(model: nn.Module, batches: Iterable[Batch] | None = None) -> FusionRepo
         if candidate.looks_like_first and candidate.layer not in in_blocks:
             layer, place = candidate.layer, names[candidate.module] or "the model"
             reason = candidate.reason(names)
-            if reason is None and trial.was_called(layer):
-                reason = trial.reason(layer) or "the layer that it is multiplied with is used elsewhere as well"
+            if reason is None and tracer.was_called(layer):
+                reason = tracer.reason(layer) or "the layer that it is multiplied with is used elsewhere as well"
             elif reason is None and batches is not None:
                 reason = "is not called on these batches"
             elif reason is None:
@@ -102,7 +103,7 @@ def unfuse(model: nn.Module) -> None:
     """
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, OpenBlocks | CloseBlocks)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, FUSION_HOOKS)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
 
@@ -128,7 +129,7 @@ class _Candidate(NamedTuple):
             return "is dense: convert it first"
         if not isinstance(self.layer, Linear):
             return "is a mixture of experts"
-        if not is_plain(self.layer):
+        if not is_plain_layer(self.layer):
             return "has hooks or a forward pass of its own"
         if not any(isinstance(reader, Linear) for reader in self.readers):
             return f"{names[self.readers[0]]}, which reads its output, is dense: convert it first"
@@ -172,7 +173,7 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)] if name else []
 
 
-def _run_on_rows(trial: BlockTrial, module: nn.Module, layer: Linear) -> str | None:
+def _run_on_rows(tracer: BlockTracer, module: nn.Module, layer: Linear) -> str | None:
     """Run a module on random rows, with None for further arguments, and return what went wrong, or None."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
@@ -188,7 +189,7 @@ def _run_on_rows(trial: BlockTrial, module: nn.Module, layer: Linear) -> str | N
     failure = None
     for shape in ((2, 8), (16,)):
         try:
-            trial.run(module, partial(run, *shape))
+            tracer.run(module, partial(run, *shape))
             return None
         # a forward pass that was written for other inputs may raise anything
         except Exception as error:
@@ -196,23 +197,25 @@ def _run_on_rows(trial: BlockTrial, module: nn.Module, layer: Linear) -> str | N
     return failure
 
 
-def _add_hooks(blocks: Sequence[FoundBlock]) -> None:
-    by_module: dict[nn.Module, list[FoundBlock]] = {}
+def _add_hooks(blocks: Sequence[TracedBlock]) -> None:
+    by_module: dict[nn.Module, list[TracedBlock]] = {}
     for block in blocks:
         by_module.setdefault(block.module, []).append(block)
     for module, inside in by_module.items():
         names = {inner: name for name, inner in module.named_modules()}
-        of_layers = [BlockNames(names[b.up], names[b.gate] if b.gate else None, names[b.down]) for b in inside]
+        of_layers = [LayerNames(names[b.up], names[b.gate] if b.gate else None, names[b.down]) for b in inside]
         between = {names[inner] for block in inside for inner in block.between}
-        module.register_forward_pre_hook(OpenBlocks(tuple(of_layers), tuple(sorted(between))))
+        module.register_forward_pre_hook(BeginFusion(tuple(of_layers), tuple(sorted(between))))
         # before others, which may free the factors
-        module.register_forward_hook(CloseBlocks(), prepend=True, always_call=True)
+        module.register_forward_hook(EndFusion(), prepend=True, always_call=True)
 
 
-def _describe(block: FoundBlock, names: Mapping[nn.Module, str]) -> FusedBlock:
+def _describe(block: TracedBlock, names: Mapping[nn.Module, str]) -> FusedBlock:
     structures = [layer.structure for layer in (block.up, block.gate, block.down) if layer is not None]
     like = block.up.weight_parameters()[0]
-    hooked = [f"{names[m]} has hooks or a forward pass of its own" for m in block.between if is_intercepted(m)]
+    hooked = [
+        f"{names[m]} has hooks or a forward pass of its own" for m in block.between if is_intercepted(m, FUSION_HOOKS)
+    ]
     reasons = [
         hooked[0] if hooked else ops.reason_not_to_fuse(structures, 2048, like.dtype, like.device, training)
         for training in (False, True)

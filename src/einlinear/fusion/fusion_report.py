@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from einlinear.conversion.conversion_report import aligned
+from einlinear.tables import aligned
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Feed-forward blocks of any model that run fused: hooks on a module open its blocks, and layers inside take part.
+"""Feed-forward blocks of any model that run fused: hooks around a module begin and end their fusion.
 
 While a module with blocks runs, the layers `up` and `gate` of a block return `LazyHidden`, and `down` runs the block if
 it gets an activation of these. Nothing is attached to layers, and hooks hold names only, so copies of a model, and
@@ -16,19 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.nn.feed_forward import reason_to_call
+from einlinear.fusion.lazy_hidden import DeferredCall, LazyHidden, defer
+from einlinear.fusion.pointwise import Activation, find_activation
+from einlinear.nn.interception import is_intercepted, is_plain_layer
 from einlinear.nn.layer_calls import CURRENT, LayerCalls
-from einlinear.nn.lazy_hidden import DeferredCall, LazyHidden, defer
 from einlinear.nn.linear import Linear
-from einlinear.nn.pointwise import Activation, find_activation
 from einlinear.ops.context import is_unobserved
 from einlinear.structures import Structure
 
 _TYPES = {Tensor, nn.Parameter}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class BlockNames(NamedTuple):
+class LayerNames(NamedTuple):
     """Names of the layers of a block, in the module that contains them."""
 
     up: str
@@ -42,7 +41,7 @@ class BlockNames(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OpenBlocks:
+class BeginFusion:
     """Hook before the forward pass of a module: its blocks run fused from now on.
 
     Attributes:
@@ -50,50 +49,53 @@ class OpenBlocks:
         between: names of modules that hidden features pass through. With hooks on one of them, nothing runs fused.
     """
 
-    blocks: tuple[BlockNames, ...]
+    blocks: tuple[LayerNames, ...]
     between: tuple[str, ...]
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
         outer = CURRENT.get()
-        if outer is None or isinstance(outer, OpenModule):
-            opened = OpenModule(module, outer)
+        if outer is None or isinstance(outer, FusionScope):
+            scope = FusionScope(module, outer)
             if is_unobserved() and not any(self._hooked(module)):
                 for block in self.blocks:
-                    opened.add([_find(module, name) for name in block.layers])
-            CURRENT.set(opened)
+                    scope.add([_find(module, name) for name in block.layers])
+            CURRENT.set(scope)
 
     def _hooked(self, module: nn.Module) -> Iterator[bool]:
         found = (_find(module, name) for name in self.between)
-        return (inner is not None and is_intercepted(inner) for inner in found)
+        return (inner is not None and is_intercepted(inner, FUSION_HOOKS) for inner in found)
 
 
 @dataclass(frozen=True)
-class CloseBlocks:
+class EndFusion:
     """Hook after the forward pass of a module, however it ended."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        opened = CURRENT.get()
-        # an interrupted forward pass may have left others open inside
-        while isinstance(opened, OpenModule):
-            if opened.module is module:
-                CURRENT.set(opened.outer)
+        scope = CURRENT.get()
+        # an interrupted forward pass may have left scopes of modules inside
+        while isinstance(scope, FusionScope):
+            if scope.module is module:
+                CURRENT.set(scope.outer)
                 # no output: the forward pass has failed
                 if output is not None:
-                    opened.close()
+                    scope.close()
                 return
-            opened = opened.outer
+            scope = scope.outer
+
+
+FUSION_HOOKS = (BeginFusion, EndFusion)
 
 
 @dataclass(eq=False)
-class OpenModule(LayerCalls):
-    """Fused blocks of a module while it runs."""
+class FusionScope(LayerCalls):
+    """Scope in which the blocks of a module run fused: from the begin of its forward pass to the end."""
 
     module: nn.Module
-    outer: OpenModule | None
+    outer: FusionScope | None
     # the structures of a block by its layers up and gate, and its layers down
     first: dict[Linear, list[Structure]] = field(default_factory=dict)
     last: set[Linear] = field(default_factory=set)
@@ -102,7 +104,7 @@ class OpenModule(LayerCalls):
 
     def add(self, layers: list[Any]) -> None:
         """Add a block of the layers up, gate if there is one, and down, unless one of them has to compute itself."""
-        if all(is_plain(layer) for layer in layers):
+        if all(is_plain_layer(layer) for layer in layers):
             structures = [layer.structure for layer in layers]
             self.first |= dict.fromkeys(layers[:-1], structures)
             self.last.add(layers[-1])
@@ -176,23 +178,6 @@ def _weights_like(x: Tensor, layer: Linear) -> ops.Weights | None:
     if bias is not None and (type(bias) not in _TYPES or bias.dtype != dtype):
         return None
     return ops.Weights(layer.structure, factors, bias)
-
-
-def is_plain(layer: Any) -> bool:
-    """Return whether a module is a structured layer, and a call of it does nothing but multiply."""
-    return layer is not None and reason_to_call(layer) is None and layer._compiled_call_impl is None
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Return whether a call of a module, or its gradients, pass through hooks, a compiler or a forward of its own."""
-    state = module.__dict__
-    if any([state[kind] and not _are_own(state[kind]) for kind in _HOOKS]):
-        return True
-    return "forward" in state or state.get("_compiled_call_impl") is not None
-
-
-def _are_own(hooks: dict[int, Any]) -> bool:
-    return all(isinstance(hook, OpenBlocks | CloseBlocks) for hook in hooks.values())
 
 
 def _saved_tensors_hooks() -> Any:

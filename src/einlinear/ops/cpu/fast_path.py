@@ -1,4 +1,4 @@
-"""The shortest way from a small layer to the compiled kernel, for calls that nothing observes or transforms.
+"""The fast path from a small layer to the compiled kernel, for calls that nothing observes or transforms.
 
 A layer of 64 features multiplies for less than a microsecond, but the general way takes ten times as long to find out
 what a call is, and to choose a backend. Here the choice is kept for a shape, and operands are expected as they usually
@@ -7,15 +7,15 @@ are. Whatever is not as usual is left to the general way, which also knows what 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from einlinear.ops.context import is_ordinary
 from einlinear.ops.dispatch import cached, choose, recomputes
+from einlinear.ops.operands import Extent, are_contiguous_cpu, extents, weight_shapes
 from einlinear.structures import Structure
 
 if TYPE_CHECKING:
@@ -28,15 +28,14 @@ Pointers = tuple[list[int], Any]
 LARGE = 10_000_000
 # MACs of a call up to which intermediates are computed again sooner than memory for them is found
 RECOMPUTED = 1_000_000
-_TYPES = {Tensor, nn.Parameter}
 
 
 class Call(NamedTuple):
-    """What calls with inputs of one shape have in common: shapes and bytes of the operands, the kernel's arguments."""
+    """What calls with inputs of one shape have in common: the extents of operands, the kernel's arguments."""
 
     # of x, the factors and the bias
-    operands: tuple[tuple[tuple[int, ...], int], ...]
-    result: tuple[tuple[int, ...], int]
+    inputs: tuple[Extent, ...]
+    result: Extent
     library: Library
     program: Program
     tokens: int
@@ -51,7 +50,7 @@ def find(
         return None
     call = _prepare(structure, x.shape, x.dtype, bias is not None, training)
     tensors = (x, *factors) if bias is None else (x, *factors, bias)
-    if call is None or len(tensors) != len(call.operands) or not are_as_usual(tensors, call.operands, x.dtype):
+    if call is None or len(tensors) != len(call.inputs) or not are_contiguous_cpu(tensors, call.inputs, x.dtype):
         return None
     return call
 
@@ -78,10 +77,10 @@ def backward(
     x, _, *factors = inputs
     if torch.is_grad_enabled() or not is_ordinary() or [x.data_ptr(), *[f.data_ptr() for f in factors]] != at:
         return None
-    if not are_as_usual((grad,), (call.result,), x.dtype):
+    if not are_contiguous_cpu((grad,), (call.result,), x.dtype):
         return None
     needs_x, needs_bias, *needs_factors = needed
-    shapes = call.operands
+    shapes = call.inputs
     grad_x = x.new_empty(*shapes[0][0]) if needs_x else None
     grads = [x.new_empty(*shapes[i][0]) if needs else None for i, needs in enumerate(needs_factors, 1)]
     grads_at = call.program.pointers(*[None if g is None else g.data_ptr() for g in grads])
@@ -89,28 +88,6 @@ def backward(
     threads = torch.get_num_threads() if call.is_parallel else 1
     call.library.backward(call.program.address, factors_at, grads_at, *ends, None, call.tokens, threads)
     return [grad_x, grad.sum(0) if needs_bias else None, *grads]
-
-
-def are_as_usual(
-    tensors: Sequence[Tensor], operands: Sequence[tuple[tuple[int, ...], int]], dtype: torch.dtype
-) -> bool:
-    """Return whether tensors have these shapes and bytes, and lie in memory as kernels read them."""
-    try:
-        for tensor, (shape, size) in zip(tensors, operands):
-            if (
-                tensor.shape != shape
-                or tensor.dtype is not dtype
-                or type(tensor) not in _TYPES
-                or not tensor.is_cpu
-                or not tensor.is_contiguous()
-                or tensor.is_neg()
-                or tensor.untyped_storage().nbytes() < tensor.storage_offset() * tensor.itemsize + size
-            ):
-                return False
-    except (AttributeError, NotImplementedError, RuntimeError):
-        # of something that is not a tensor, or has no strides, or no storage
-        return False
-    return True
 
 
 @cached
@@ -130,6 +107,6 @@ def _prepare(
 
     library, program = kernel_library.load(dtype), cpu_backend.program_of(structure)
     assert not isinstance(library, str), "or it could not be chosen"
-    result, bias = (*shape[:-1], structure.out_features), [(structure.out_features,)] * has_bias
-    sized = [(tuple(s), math.prod(s) * dtype.itemsize) for s in (result, shape, *structure.shapes, *bias)]
-    return Call(tuple(sized[1:]), sized[0], library, program, tokens, macs > cpu_backend.PARALLEL_MACS)
+    result = *shape[:-1], structure.out_features
+    *inputs, output = extents((shape, *weight_shapes(structure, has_bias), result), dtype.itemsize)
+    return Call(tuple(inputs), output, library, program, tokens, macs > cpu_backend.PARALLEL_MACS)

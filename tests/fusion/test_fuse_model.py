@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 import einlinear as el
 from einlinear import ops
-from einlinear.conversion import FusionReport
+from einlinear.fusion import FusionReport
 from einlinear.integrations import peft as lora
 
 
@@ -399,7 +399,7 @@ def test_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report tells how blocks run that are large, and layers of small calls are not asked to wait."""
     model = nn.Sequential(el.Linear(1024, 4096, "low_rank(rank=128)"), nn.GELU(), el.Linear(4096, 1024, "btt"))
     (block,) = el.fuse(model).blocks
-    if ops.unsupported("cpu", model[0].structure, torch.float32, torch.device("cpu")) is None:  # type: ignore[arg-type]
+    if ops.reason_unsupported("cpu", model[0].structure, torch.float32, torch.device("cpu")) is None:  # type: ignore[arg-type]
         with el.backend("reference"):
             assert "unfused: the backend 'reference' is forced" in str(el.fuse(model))
         assert block.reason is None
