@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import einlinear as el
 from einlinear.mup import Muon
+from einlinear.mup.factor_multipliers import muon_multipliers
 from einlinear.mup.muon import orthogonalised
-from einlinear.structures.scales import muon_multipliers
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 20), (5, 20, 8), (1, 1, 6), (3, 1, 1)])

@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import einlinear as el
-from einlinear.structures.scales import adam_multipliers, init_std, sgd_multipliers
+from einlinear.mup.factor_multipliers import adam_multipliers, sgd_multipliers
+from einlinear.structures.initialization import init_std
 from einlinear_lab.models import ResidualMLP
 from einlinear_lab.models.blocks import ResidualFeedForward
 

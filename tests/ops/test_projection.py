@@ -11,7 +11,7 @@ import einlinear as el
 from einlinear import ops
 from einlinear.ops.projection import als, svd
 from einlinear.structures import Structure
-from einlinear.structures.scales import init_std
+from einlinear.structures.initialization import init_std
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs]
 CLOSED = [spec for spec in SPECS if not spec.startswith("blast")]

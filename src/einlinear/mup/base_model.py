@@ -23,7 +23,7 @@ def base_shapes(model: nn.Module, roles: RoleGlobs = None) -> dict[str, list[int
     >>> el.base_shapes(el.Linear(64, 256, "btt"))
     {'weight': [256, 64], 'bias': [256]}
     """
-    return {p.key: p.base_shape for p in parameters(model, roles)}
+    return {p.key: p.full_shape for p in parameters(model, roles)}
 
 
 def load_shapes(base: nn.Module | Shapes | str | Path, roles: RoleGlobs) -> dict[str, Sequence[int]]:
@@ -55,7 +55,7 @@ def find_shapes(params: Sequence[Parameter], base: Shapes) -> dict[str, Sequence
 def _find_shape(p: Parameter, shapes: Shapes, base: Shapes) -> Sequence[int]:
     if p.key not in shapes and p.role.shares_input_with and p.role.shares_input_with in shapes:
         # a base without experts has no router
-        return [p.base_shape[0], shapes[p.role.shares_input_with][1]]
+        return [p.full_shape[0], shapes[p.role.shares_input_with][1]]
     # the base may have the tensor by another of its names, or fewer layers
     shape = next((shapes[name] for name in (p.key, *p.names) if name in shapes), None)
     if shape is None:
@@ -70,8 +70,8 @@ def _find_shape(p: Parameter, shapes: Shapes, base: Shapes) -> Sequence[int]:
                 f"the base has no {p.key!r}, and the layers of its depth differ: {next(iter(of_layers))!r} has shape "
                 f"{list(shape)}, {different[0]!r} {list(of_layers[different[0]])}. Give a base of the same depth"
             )
-    if len(shape) != len(p.base_shape):
-        raise ValueError(f"{p.key!r} has shape {p.base_shape}, but {list(shape)} in the base")
+    if len(shape) != len(p.full_shape):
+        raise ValueError(f"{p.key!r} has shape {p.full_shape}, but {list(shape)} in the base")
     return shape
 
 

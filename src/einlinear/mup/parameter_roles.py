@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from einlinear.nn.layer_descriptions import INPUT, SCALAR, UNKNOWN, VECTOR, LayerInfo, ParameterRole, layer_info
 from einlinear.nn.names import as_rules, check_globs, plain_modules
-from einlinear.structures.scales import init_std, spectral_std
+from einlinear.structures.initialization import init_std, spectral_std
 from einlinear.structures.structured_matrix import Factor
 
 # glob on qualified names -> kind of role
@@ -62,8 +62,8 @@ class Parameter:
         return any(fnmatchcase(name, glob) for name in self.matched)
 
     @property
-    def base_shape(self) -> list[int]:
-        """The shape that a base model is asked for: [out_features, in_features] of the full weight for a matrix."""
+    def full_shape(self) -> list[int]:
+        """The shape that is compared with the base's: [out_features, in_features] of the full weight for a matrix."""
         return [self.role.out_features, self.role.in_features] if self.role.is_matrix else list(self.shape)
 
     @property

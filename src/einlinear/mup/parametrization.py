@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from einlinear.mup.base_model import Base, Shapes, depth_ratios, find_shapes, load_shapes
-from einlinear.mup.multipliers import DECAYS, Growth, Rule, decay_multiplier, eps_multiplier, lr_multiplier
 from einlinear.mup.parameter_roles import Parameter, RoleGlobs, check_matches, matrix_role, parameters
 from einlinear.mup.products import check_pairs, product_of, product_shapes
+from einlinear.mup.scaling_rules import DECAYS, Growth, Rule, decay_multiplier, eps_multiplier, lr_multiplier
 from einlinear.nn.layer_descriptions import UNKNOWN
 from einlinear.nn.linear import Factored
 from einlinear.nn.moe import Mixture
@@ -112,7 +112,7 @@ def param_groups(
         rule: Rule = "sgd" if optimizer == "sgd" else "soap" if optimizer == "soap" and p.role.is_matrix else "adam"
         if muon:
             rule = "muon_product" if product else "muon"
-        growth = Growth(p.base_shape, shapes.get(p.key, p.base_shape), depths[p.key], alpha)
+        growth = Growth(p.full_shape, shapes.get(p.key, p.full_shape), depths[p.key], alpha)
         multiplier = lr_multiplier(p.role, rule, growth, structure_aware)
         multiplier *= next((scale for glob, scale in scales.items() if p.matches(glob)), 1.0)
         config: dict[str, Any] = {"lr": lr * multiplier, "lr_mult": multiplier}
@@ -124,7 +124,7 @@ def param_groups(
             config["eps"] = eps * eps_multiplier(p.role, growth)
         if muon:
             # 0.2 is the root mean square of Adam's updates over the learning rate (arXiv 2502.16982, section 2.2)
-            config |= {"matrix_view": p.matrix_view, "update_scale": 0.2 * math.sqrt(max(growth.base))}
+            config |= {"matrix_view": p.matrix_view, "update_scale": 0.2 * math.sqrt(max(growth.base_shape))}
             config |= product_of(p) if product else {}
         elif rule == "soap":
             config["matrix_view"] = p.matrix_view
@@ -210,7 +210,7 @@ def _resolve(
 ) -> tuple[list[Parameter], dict[str, Sequence[int]], dict[str, float]]:
     """Return every parameter with its role, described or inferred; and by key, shapes in the base and depth ratios."""
     declared = parameters(model, roles)
-    current: Shapes = {p.key: p.base_shape for p in declared}
+    current: Shapes = {p.key: p.full_shape for p in declared}
     of_base = current if base is None else load_shapes(base, roles)
     shapes, depths = find_shapes(declared, of_base), depth_ratios(current, of_base)
     params: list[Parameter] = []

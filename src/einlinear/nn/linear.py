@@ -16,7 +16,7 @@ from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.weight_normalization import Matrix, normalize
 from einlinear.structures import Structure
 from einlinear.structures import structure as make_structure
-from einlinear.structures.scales import init_std
+from einlinear.structures.initialization import init_std
 
 
 class Factored(SelfDescribing):

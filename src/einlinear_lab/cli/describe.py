@@ -10,9 +10,10 @@ import typer
 
 import einlinear
 from einlinear import ops
+from einlinear.mup.factor_multipliers import adam_multipliers
 from einlinear.ops.batched.matmul_plan import matmul_steps
 from einlinear.structures import Structure
-from einlinear.structures.scales import adam_multipliers, init_std
+from einlinear.structures.initialization import init_std
 from einlinear_lab.cli import display
 
 

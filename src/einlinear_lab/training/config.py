@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from einlinear.mup.multipliers import DECAYS
+from einlinear.mup.scaling_rules import DECAYS
 from einlinear.schedules import SCHEDULES
 from einlinear_lab.training.metrics import TRACKERS
 

@@ -4,7 +4,8 @@ import pytest
 from tests.lab.cli.command import assert_refused, run
 
 import einlinear as el
-from einlinear.structures.scales import adam_multipliers, init_std
+from einlinear.mup.factor_multipliers import adam_multipliers
+from einlinear.structures.initialization import init_std
 
 
 def test_describe_against_numbers_worked_out_here() -> None:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import einlinear as el
 from einlinear.mup.coordinate_check import TrainingBatch
+from einlinear.mup.factor_multipliers import adam_multipliers
 from einlinear.structures import DoesNotFit
-from einlinear.structures.scales import adam_multipliers
 from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.models import causal_lm
 from einlinear_lab.models.causal_lm import OPT, CausalLM, Pythia

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.structures.scales import adam_multipliers
+from einlinear.mup.factor_multipliers import adam_multipliers
 from einlinear_lab.models import GPT, ReferenceModel, ResidualMLP, ViT
 from einlinear_lab.models.blocks import Attention, ResidualFeedForward, TransformerBlock
 

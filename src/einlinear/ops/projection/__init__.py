@@ -11,7 +11,7 @@ from einlinear.ops.projection.svd import is_optimal, outer_axes, permute, split_
 from einlinear.ops.projection.weighted import closest_outputs
 from einlinear.ops.reference import dense_weight
 from einlinear.structures import Structure
-from einlinear.structures.scales import init_std
+from einlinear.structures.initialization import init_std
 
 __all__ = ["project"]
 

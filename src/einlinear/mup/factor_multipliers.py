@@ -1,20 +1,11 @@
-"""Initialisation scales, and learning-rate multipliers of factors relative to a dense layer."""
+"""Learning rates and gradients of factors over those of a dense layer of the same size, from the pattern alone."""
 
 import math
 from collections.abc import Callable
 
-from einlinear.structures.structured_matrix import Factor, Structure
-
-
-def spectral_std(fan_in: int, fan_out: int) -> float:
-    """Return the standard deviation that meets the spectral condition (Yang et al., arXiv 2310.17813)."""
-    return math.sqrt(min(fan_in, fan_out)) / fan_in
-
-
-def init_std(structure: Structure) -> tuple[float, ...]:
-    """Return the standard deviation of every factor at initialisation. The terms share the variance."""
-    terms = math.sqrt(len(structure.terms))
-    return tuple(spectral_std(factor.fan_in, factor.fan_out) / terms for factor in structure.factors)
+from einlinear.structures import Structure
+from einlinear.structures.initialization import spectral_std
+from einlinear.structures.structured_matrix import Factor
 
 
 def adam_multipliers(structure: Structure) -> tuple[float, ...]:

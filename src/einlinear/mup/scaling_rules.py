@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from einlinear.nn.layer_descriptions import ParameterRole
-from einlinear.structures import Structure
-from einlinear.structures.scales import (
+from einlinear.mup.factor_multipliers import (
     adam_multipliers,
     gradient_scales,
     muon_multipliers,
@@ -17,6 +15,8 @@ from einlinear.structures.scales import (
     sgd_multipliers,
     soap_multipliers,
 )
+from einlinear.nn.layer_descriptions import ParameterRole
+from einlinear.structures import Structure
 
 # How an optimizer turns a gradient into an update: its size counts or not, or only the singular vectors of a matrix, or
 # of a product of two factors. Updates of SOAP have the size of Adam's and the singular values of Muon's.
@@ -37,24 +37,24 @@ class Growth:
     """How a parameter grew from the base model to the model that is trained.
 
     Attributes:
-        shape, base: of the parameter, [out_features, in_features] of the full weight for a matrix.
+        shape, base_shape: of the parameter, [out_features, in_features] of the full weight for a matrix.
         depth: the number of layers like its own over that in the base; 1 outside of stacks of layers.
         alpha: exponent of the depth rule: branches of the model are multiplied by depth^-alpha.
     """
 
     shape: Sequence[int]
-    base: Sequence[int]
+    base_shape: Sequence[int]
     depth: float = 1.0
     alpha: float = 1.0
 
     @property
     def is_empty(self) -> bool:
         # parameters without entries exist: DINOv3 has no register tokens by default
-        return 0 in (*self.shape, *self.base)
+        return 0 in (*self.shape, *self.base_shape)
 
     @property
     def entries(self) -> float:
-        return math.prod(self.shape) / math.prod(self.base)
+        return math.prod(self.shape) / math.prod(self.base_shape)
 
 
 def lr_multiplier(role: ParameterRole, rule: Rule, growth: Growth, structure_aware: bool = True) -> float:
@@ -69,13 +69,13 @@ def lr_multiplier(role: ParameterRole, rule: Rule, growth: Growth, structure_awa
     depth: float = growth.depth**exponent
     if not role.is_matrix:
         return depth * (growth.entries if rule == "sgd" else 1.0)
-    (fan_out, fan_in), (base_out, base_in) = growth.shape, growth.base
+    (fan_out, fan_in), (base_out, base_in) = growth.shape, growth.base_shape
     aspect = (fan_out / fan_in) / (base_out / base_in)
     widths = {
         "adam": base_in / fan_in,
         "sgd": aspect,
         # n equal singular values have the root mean square 1 at sqrt(n)
-        "soap": math.sqrt(aspect * max(growth.base) / max(growth.shape)),
+        "soap": math.sqrt(aspect * max(growth.base_shape) / max(growth.shape)),
     }
     width = depth * widths.get(rule, math.sqrt(aspect))
     if role.structure is None or not structure_aware:
@@ -107,7 +107,7 @@ def eps_multiplier(role: ParameterRole, growth: Growth) -> float:
     branch: float = growth.depth**-growth.alpha
     if not role.is_matrix:
         return branch / growth.entries
-    size = branch * growth.base[0] / growth.shape[0]
+    size = branch * growth.base_shape[0] / growth.shape[0]
     return size if role.structure is None else size * gradient_scales(role.structure)[role.factor]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.structures.scales import gradient_scales
+from einlinear.mup.factor_multipliers import gradient_scales
 from einlinear_lab.models import ResidualMLP
 from einlinear_lab.models.config import ModelConfig, Shape
 from einlinear_lab.models.reference import GPTConfig, MLPConfig, ViTConfig
