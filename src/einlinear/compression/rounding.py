@@ -80,6 +80,13 @@ def round_to_least_error(
     return codes.to(torch.int8).view(weight.shape), scales.view(*batch, rows, -1)
 
 
+def nearest_with_least_error(weight: Tensor, variances: Tensor, format: IntegerFormat) -> tuple[Tensor, Tensor]:
+    """Return codes and scales as `round_to_nearest`, but scales that may clip, for uncorrelated inputs of variances."""
+    w = weight.float()
+    scales = _scales_of_least_error(w, variances, format)
+    return _codes(w, format.by_column(scales.float(), w.shape[-1]), format).to(torch.int8), scales
+
+
 def _compensated(w: Tensor, scales: Tensor, moment: Tensor, format: IntegerFormat) -> Tensor:
     """Return the codes, column by column, each after the earlier ones' errors were made up for by the later columns."""
     # H = R R^T with an upper triangular R; the rows of its inverse say how an error is made up for
