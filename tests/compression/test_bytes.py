@@ -114,3 +114,13 @@ def test_impossible_requests_raise() -> None:
         el.compress(model, 0.001, ["low_rank"], data, count="bytes")
     with pytest.raises(ValueError, match="only_if_faster=True needs"):
         el.compress(model, 0.5, ["low_rank"], data, count="bytes", only_if_faster=True)
+
+
+def test_without_structures_weights_are_only_rounded() -> None:
+    model, data = model_and_data(rank=6)
+    report = el.compress(model, 0.1, ["dense"], data, count="bytes")
+    assert report.bytes == stored(model) <= 0.1 * report.bytes_before
+    assert {layer.structure for layer in report.layers} == {"dense"}
+    assert {layer.precision for layer in report.layers} <= {"int2(group=64)", "int3(group=64)", "int4(group=64)"}
+    assert report.alternative is not None
+    assert report.alternative.rounding == pytest.approx(report.alternative.chosen)

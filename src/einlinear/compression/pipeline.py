@@ -22,7 +22,7 @@ from einlinear.compression.compression_report import CompressedLayer, Compressio
 from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.layer_timing import LayerTimer
-from einlinear.compression.precision_candidates import least_bytes, precision_candidates, weight_bytes
+from einlinear.compression.precision_candidates import in_every_precision, least_bytes, weight_bytes
 from einlinear.compression.resume_cache import ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
@@ -219,7 +219,7 @@ def _compare(
         by_structure = "params" if count == "bytes" else count
         candidates[name] = layer_candidates(layer, members[name], by_structure, sensitivities[name], cached)
         if count == "bytes":
-            candidates[name] = precision_candidates(layer, candidates[name], sensitivities[name], cached)
+            candidates[name] = in_every_precision(layer, candidates[name], sensitivities[name], cached)
     step.report(len(candidates))
     return sensitivities, candidates
 

@@ -30,7 +30,7 @@ def least_bytes(layer: Any, members: Iterable[Structure]) -> int:
     return min(stored_bytes(s, p) for s in (structure("dense", *features(layer)), *members) for p in PRECISIONS)
 
 
-def precision_candidates(
+def in_every_precision(
     layer: Any, candidates: Sequence[LayerCandidate], sensitivity: Sensitivity, cached: Callable[..., Any]
 ) -> list[LayerCandidate]:
     """Return the candidates in every precision, as far as none is both smaller and better, by increasing bytes.

@@ -83,7 +83,7 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         if isinstance(module, Linear) and type(module).forward is Linear.forward:
             s, gamma = module.structure, module.has_gamma or not module.normalize
             entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features}
-            flags = {"bias": module.bias is not None, "normalize": module.normalize, "gamma": gamma}
+            flags: dict[str, Any] = {"bias": module.bias is not None, "normalize": module.normalize, "gamma": gamma}
             flags["precision"] = getattr(module, "precision", "")
             layers[name] = entry | {key: value for key, value in flags.items() if value != OPTIONAL.get(key)}
         elif isinstance(module, SelfDescribing):
