@@ -385,7 +385,7 @@ def test_conv1d_of_transformers() -> None:
             {"budget": 0.01},
             r"0.01 of the 4,608 params of 3 layers cannot be reached with low_rank: these keep 0\.\d+ at least",
         ),
-        ({"count": "flops"}, "count must be 'params' or 'macs', not 'flops'"),
+        ({"count": "flops"}, "count must be 'params', 'macs' or 'bytes', not 'flops'"),
         ({"structures": []}, "structures is empty: name families"),
         ({"structures": ["lowrank"]}, "unknown family 'lowrank'. Did you mean 'low_rank'"),
         ({"calibration": []}, "calibration has no batches"),

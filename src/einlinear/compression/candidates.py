@@ -33,12 +33,21 @@ _NO_ERROR = 1e-12
 
 @dataclass(frozen=True)
 class LayerCandidate:
-    """A structure for one layer, or "dense", with the error of the layer's outputs and the change of the model's."""
+    """A structure for one layer, or "dense", with the error of the layer's outputs and the change of the model's.
+
+    An empty precision is that of the dense layer.
+    """
 
     spec: str
     cost: int
     error: float
     output_change: float
+    precision: str = ""
+
+    @property
+    def label(self) -> str:
+        """The structure, and the precision if it is not that of the dense layer."""
+        return f"{self.spec}, {self.precision}" if self.precision else self.spec
 
 
 def members_by_layer(

@@ -26,6 +26,8 @@ class CompressedLayer:
         speed_up: over the dense layer, for one token and for 256 at once.
         tokens_per_input: tokens for each input feature that the layer was fitted to, or None.
         reason: why the layer had to stay dense, or None.
+        precision: of the stored weight, or "" for that of the dense layer.
+        bytes_before, bytes: of the weight.
     """
 
     name: str
@@ -39,6 +41,23 @@ class CompressedLayer:
     speed_up: SpeedUp = field(default_factory=SpeedUp)
     tokens_per_input: float | None = None
     reason: str | None = None
+    precision: str = ""
+    bytes_before: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class RoundingAlone:
+    """Expected change of the model's output, and the one if dense weights are only rounded, or None if too large."""
+
+    chosen: float
+    rounding: float | None
+
+    def __str__(self) -> str:
+        alone = (
+            "not possible" if self.rounding is None else f"expected change of the model's output {self.rounding:.3g}"
+        )
+        return f"Rounding alone at these bytes: {alone}; chosen here: {self.chosen:.3g}."
 
 
 @dataclass(frozen=True)
@@ -50,16 +69,18 @@ class CompressionReport:
         skipped: the other linear layers, as (name, reason).
         coverage: the share of the model's parameters that was considered, and the kinds of the others.
         missed_budget: the budget, if only faster layers were wanted and do not reach it.
-        params_before, params, macs: sums over the weights of the layers.
+        alternative: with a budget of bytes, what rounding alone would cost.
+        params_before, params, macs, bytes_before, bytes: sums over the weights of the layers.
     """
 
     layers: tuple[CompressedLayer, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     coverage: Coverage | None = None
     missed_budget: float | None = None
+    alternative: RoundingAlone | None = None
 
     params_before, params = total("layers", "params_before"), total("layers", "params")
-    macs = total("layers", "macs")
+    macs, bytes_before, bytes = total("layers", "macs"), total("layers", "bytes_before"), total("layers", "bytes")
 
     @property
     def warning(self) -> str | None:
@@ -70,6 +91,10 @@ class CompressionReport:
     def notes(self) -> list[str]:
         """Sentences on coverage, on layers that stayed dense, on scarce data and on slow layers."""
         notes = []
+        if self.alternative is not None:
+            before, now = self.bytes_before, self.bytes
+            notes.append(f"The weights take {now:,} of {before:,} bytes: 1/{before / max(now, 1):.1f}.")
+            notes.append(str(self.alternative))
         if self.coverage is not None:
             kept = 1 - (self.params_before - self.params) / max(self.coverage.params, 1)
             notes += [*self.coverage.notes, f"The whole model keeps {kept:.1%} of its parameters."]
@@ -88,6 +113,8 @@ class CompressionReport:
             more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
             slower = f"{len(slow)} of {len(self.layers)} layers are slower than dense, for 1 token or {MANY_TOKENS}"
             advice = "only_if_faster=True leaves such layers dense"
+            if self.alternative is not None:
+                advice = "Weights stored in few bits are expanded in every call"
             notes.append(f"{slower}: {', '.join(names)}{more}. {advice}.")
         return notes
 
@@ -100,7 +127,8 @@ class CompressionReport:
         rows: list[tuple[str, ...]] = []
         for layer in self.layers:
             errors = (f"{layer.expected_error:.3g}", f"{layer.error:.3g}")
-            rows.append((layer.name, layer.structure, *counts(layer), *errors, *layer.speed_up.rounded))
+            structure = f"{layer.structure}, {layer.precision}" if layer.precision else layer.structure
+            rows.append((layer.name, structure, *counts(layer), *errors, *layer.speed_up.rounded))
         return [*rows, ("all of them", "", *counts(self), "", "", "", "")]
 
     def __str__(self) -> str:

@@ -43,7 +43,14 @@ class LayerTimer:
         self._speed_ups: dict[tuple[object, ...], SpeedUp] = {}
 
     def __call__(self, old: Any, new: Linear) -> SpeedUp:
-        key = (new.structure.spec, *features(old), old.weight.dtype, old.weight.device, old.bias is None)
+        key = (
+            new.structure.spec,
+            getattr(new, "precision", ""),
+            *features(old),
+            old.weight.dtype,
+            old.weight.device,
+            old.bias is None,
+        )
         if key not in self._speed_ups:
             self._progress(len(self._speed_ups))
             self._speed_ups[key] = speed_up(old, new)
@@ -53,7 +60,7 @@ class LayerTimer:
 @torch.no_grad()
 def speed_up(old: nn.Module, new: nn.Module) -> SpeedUp:
     """Time the forward passes of two linear layers with the same device and dtype."""
-    like = next(new.parameters())
+    like: Any = old.weight
     x = torch.randn(MANY_TOKENS, features(old)[0], generator=torch.Generator().manual_seed(0)).to(like)
     return SpeedUp(*(_ratio(partial(old, part), partial(new, part), like.device) for part in (x[:1], x)))
 

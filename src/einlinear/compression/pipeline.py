@@ -15,19 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.compression.allocation import allocate_faster
+from einlinear.compression.allocation import allocate, allocate_faster
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, layer_candidates, members_by_layer
-from einlinear.compression.compression_report import CompressedLayer, CompressionReport
+from einlinear.compression.compression_report import CompressedLayer, CompressionReport, RoundingAlone
+from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.layer_timing import LayerTimer
+from einlinear.compression.precision_candidates import in_every_precision, least_bytes, weight_bytes
 from einlinear.compression.resume_cache import ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.conversion.replacement import replace_modules, structured_like
 from einlinear.nn import Linear
-from einlinear.nn.dense_layers import weight_matrix
+from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.nn.model_call import Batch, evaluating
+from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.structures import Structure
 
 
@@ -46,7 +49,7 @@ def compress(
     folder: str | Path | None = None,
     shared: str | Path | None = None,
 ) -> CompressionReport:
-    """Replace linear layers by structured ones that together keep a share of the parameters or MACs, in place.
+    """Replace linear layers by structured ones that together keep a share of parameters, MACs or bytes, in place.
 
     Each layer gets its own structure and rank, or stays dense, so that the model's output changes least.
 
@@ -58,7 +61,9 @@ def compress(
         calibration: batches: tensors, sequences of positional arguments, or mappings of named ones. An "attention_mask"
             of (batch, tokens) marks padding. The output that counts is `logits`, `last_hidden_state`, or else the first
             tensor that the model returns, through which gradients pass. None: weights are approximated, not outputs.
-        count: "params" or "macs".
+        count: "params", "macs" or "bytes". With "bytes", structure and precision are chosen together: structured and
+            dense weights in their own dtype, bfloat16, int8, int4, int3 or int2. The budget is a fraction of the bytes
+            that the weights take in the model's dtype.
         layers: a glob, or several, on qualified names; None: all but output heads, which the guide lists.
         sequential: fit each layer on the outputs of the compressed layers before it; False: on the original's inputs.
         damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
@@ -86,6 +91,10 @@ def compress(
     """
     families = [structures] if isinstance(structures, str) else list(structures)
     batches = _check_arguments(model, budget, families, calibration, count, damping)
+    if only_if_faster and count == "bytes":
+        raise ValueError(
+            "only_if_faster=True needs count='params' or 'macs': stored weights of few bits are not faster"
+        )
     is_cached = folder is not None or shared is not None
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
@@ -96,8 +105,13 @@ def compress(
         compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         selection = select_layers(model, layers, batches)
         dense = selection.layers
-        largest = budget * sum(layer.weight.numel() for layer in dense.values())
-        members, reasons = members_by_layer(dense, families, budget, count)
+        in_bytes = count == "bytes"
+        largest = budget * sum(weight_bytes(l) if in_bytes else l.weight.numel() for l in dense.values())
+        # structure need not save anything where precision does
+        members, reasons = members_by_layer(dense, families, *((1.0, "params") if in_bytes else (budget, count)))
+        if in_bytes:
+            reasons = {}
+            _check_bytes(dense, members, budget, int(largest))
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
         config |= {"sequential": sequential, "only_if_faster": only_if_faster, **data_config}
@@ -117,10 +131,11 @@ def compress(
 
         # 3. allocate
         chosen, slow = _allocate(cache, candidates, int(largest), dense, timer if only_if_faster else None)
+        alternative = _rounding_alone(candidates, chosen, int(largest)) if in_bytes else None
         reasons |= dict.fromkeys(slow, "every structure tried is slower than the dense layer")
 
         # 4. fit
-        specs = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
+        specs = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
         passes = Passes(compressed, batches) if sequential and batches is not None else None
         fit = _Step("fitting", len(specs), damping, cache, report_progress)
         fitted = _fit(fit, calibrated, specs, compressed, passes)
@@ -129,17 +144,22 @@ def compress(
     reports = []
     for name, layer in dense.items():
         size, expected, slope = layer.weight.numel(), chosen[name].error, sensitivities[name].slope
+        before = weight_bytes(layer)
         if name not in fitted:
-            unchanged = size, size, size, expected, 0.0, slope
-            reports.append(CompressedLayer(name, "dense", *unchanged, reason=reasons.get(name)))
+            unchanged, why = (size, size, size, expected, 0.0, slope), reasons.get(name)
+            reports.append(CompressedLayer(name, "dense", *unchanged, reason=why, bytes_before=before, bytes=before))
             continue
         new, error, tokens = fitted[name]
         s, speed_up = new.structure, timer(layer, new)
         measures = size, s.params, s.macs, expected, error, slope
-        reports.append(CompressedLayer(name, s.spec, *measures, speed_up, tokens / s.in_features if tokens else None))
+        per_input, precision = tokens / s.in_features if tokens else None, chosen[name].precision
+        stored = new.nbytes if isinstance(new, QuantizedLinear) else s.params * layer.weight.element_size()
+        sizes: dict[str, Any] = {"precision": precision, "bytes_before": before, "bytes": stored}
+        reports.append(CompressedLayer(name, s.spec, *measures, speed_up, per_input, **sizes))
     missed = sum(getattr(layer, count) for layer in reports) > largest
     replace_modules(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
-    return CompressionReport(tuple(reports), tuple(selection.skipped), selection.coverage, budget if missed else None)
+    found = tuple(reports), tuple(selection.skipped), selection.coverage
+    return CompressionReport(*found, budget if missed else None, alternative)
 
 
 class FittedLayer(NamedTuple):
@@ -196,7 +216,10 @@ def _compare(
         if probe is not None:
             measure = partial(measure_sensitivity, layer, probe)
             sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
-        candidates[name] = layer_candidates(layer, members[name], count, sensitivities[name], cached)
+        by_structure = "params" if count == "bytes" else count
+        candidates[name] = layer_candidates(layer, members[name], by_structure, sensitivities[name], cached)
+        if count == "bytes":
+            candidates[name] = in_every_precision(layer, candidates[name], sensitivities[name], cached)
     step.report(len(candidates))
     return sensitivities, candidates
 
@@ -215,17 +238,31 @@ def _allocate(
 
     def choose() -> dict[str, Any]:
         chosen, slow = allocate_faster(candidates, budget, is_slower)
-        return {"structures": {name: candidate.spec for name, candidate in chosen.items()}, "slow": slow}
+        return {"structures": {name: candidate.label for name, candidate in chosen.items()}, "slow": slow}
 
     def decode(record: Any) -> tuple[dict[str, LayerCandidate], list[str]]:
         specs = record["structures"]
-        return {name: {c.spec: c for c in candidates[name]}[specs[name]] for name in layers}, list(record["slow"])
+        return {name: {c.label: c for c in candidates[name]}[specs[name]] for name in layers}, list(record["slow"])
 
     return cache.get_or("allocation", choose, decode)
 
 
+def _rounding_alone(
+    candidates: Mapping[str, Sequence[LayerCandidate]], chosen: Mapping[str, LayerCandidate], budget: int
+) -> RoundingAlone:
+    dense = {name: [c for c in options if c.spec == "dense"] for name, options in candidates.items()}
+    rounding = None
+    if sum(min(c.cost for c in options) for options in dense.values()) <= budget:
+        rounding = sum(c.output_change for c in allocate(dense, budget).values())
+    return RoundingAlone(sum(c.output_change for c in chosen.values()), rounding)
+
+
 def _fit(
-    step: _Step, calibrated: Calibration, specs: Mapping[str, str], compressed: nn.Module, passes: Passes | None
+    step: _Step,
+    calibrated: Calibration,
+    specs: Mapping[str, LayerCandidate],
+    compressed: nn.Module,
+    passes: Passes | None,
 ) -> dict[str, FittedLayer]:
     """Fit a layer of each structure, by name, and put it into the compressed model, of which these are passes."""
     fitted: dict[str, FittedLayer] = {}
@@ -234,9 +271,9 @@ def _fit(
     for group in [stages] if passes is None else [[stage] for stage in stages]:
         for name, statistics in calibrated.statistics(group, passes):
             if name in specs:
-                old, spec, cached = calibrated.layers[name], specs[name], step.cached(name, len(fitted), statistics)
-                compute, decode = partial(_fit_layer, old, spec, step.damping), partial(_fitted_layer, old, spec)
-                fitted[name] = cached(spec, compute, decode, True)
+                old, choice, cached = calibrated.layers[name], specs[name], step.cached(name, len(fitted), statistics)
+                compute, decode = partial(_fit_layer, old, choice, step.damping), partial(_fitted_layer, old, choice)
+                fitted[name] = cached(choice.label, compute, decode, True)
         names = [name for stage in group for name in stage.names if name in fitted]
         replace_modules(compressed, {id(compressed.get_submodule(name)): fitted[name].layer for name in names})
     step.report(len(fitted))
@@ -245,23 +282,37 @@ def _fit(
 
 @torch.no_grad()
 def _fit_layer(
-    old: Any, spec: str, damping: float, inputs: InputStatistics, moment: Tensor
+    old: Any, choice: LayerCandidate, damping: float, inputs: InputStatistics, moment: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a structured layer whose outputs come closest to a dense one's, and how close."""
-    weight, layer = weight_matrix(old), structured_like(old, spec)
-    target = inputs.target_weight(weight, damping)
-    factors = ops.project(layer.structure, target, moment if inputs.tokens else None)
-    for factor, value in zip(layer.structure.factors, factors, strict=True):
-        layer.get_parameter(factor.name).copy_(value)
+    weight, layer = weight_matrix(old), _layer_of(old, choice)
+    target, metric = inputs.target_weight(weight, damping), moment if inputs.tokens else None
+    factors = [target] if choice.spec == "dense" else ops.project(layer.structure, target, metric)
+    if isinstance(layer, QuantizedLinear):
+        layer.store(round_factors(layer.structure, factors, layer.formats, target, metric))
+    else:
+        for factor, value in zip(layer.structure.factors, factors, strict=True):
+            layer.get_parameter(factor.name).copy_(value)
     approximation = layer.dense_weight()
     if layer.bias is not None:
         layer.bias.copy_(inputs.corrected_bias(old.bias, weight, approximation))
     return layer.state_dict(), {"error": inputs.relative_error(weight, approximation), "tokens": inputs.tokens}
 
 
-def _fitted_layer(old: Any, spec: str, record: tuple[dict[str, Tensor], dict[str, Any]]) -> FittedLayer:
+def _layer_of(old: Any, choice: LayerCandidate) -> Linear:
+    if not choice.precision:
+        return structured_like(old, choice.spec)  # type: ignore[no-any-return]
+    config: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype, "precision": choice.precision}
+    layer = QuantizedLinear(*features(old), choice.spec, old.bias is not None, **config)
+    layer.dense_class = type(old)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(old.bias.requires_grad)
+    return layer
+
+
+def _fitted_layer(old: Any, choice: LayerCandidate, record: tuple[dict[str, Tensor], dict[str, Any]]) -> FittedLayer:
     tensors, facts = record
-    layer = structured_like(old, spec)
+    layer = _layer_of(old, choice)
     layer.load_state_dict(tensors)
     return FittedLayer(layer, float(facts["error"]), int(facts["tokens"]))
 
@@ -278,8 +329,8 @@ def _check_arguments(
     if calibration is not None and (is_one_batch or not isinstance(calibration, Iterable)):
         kind = type(calibration).__name__
         raise TypeError(f"calibration must be an iterable of batches, not a {kind}: for a single batch give [batch]")
-    if count not in ("params", "macs"):
-        raise ValueError(f"count must be 'params' or 'macs', not {count!r}")
+    if count not in ("params", "macs", "bytes"):
+        raise ValueError(f"count must be 'params', 'macs' or 'bytes', not {count!r}")
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping is a fraction of the inputs' variance, at least 0, such as 0.01, not {damping!r}")
     if not 0 < budget <= 1:
@@ -290,6 +341,17 @@ def _check_arguments(
     if batches == []:
         raise ValueError("calibration has no batches")
     return batches
+
+
+def _check_bytes(
+    layers: Mapping[str, Any], members: Mapping[str, dict[str, list[Structure]]], budget: float, largest: int
+) -> None:
+    least = sum(
+        least_bytes(layer, [s for group in members[name].values() for s in group]) for name, layer in layers.items()
+    )
+    if least > largest:
+        share = f"{budget:g} of the bytes of {len(layers)} layers, {largest:,}, cannot be reached"
+        raise ValueError(f"{share}: with the smallest structures in the lowest precision they take {least:,}")
 
 
 def _check_packages(is_cached: bool) -> None:

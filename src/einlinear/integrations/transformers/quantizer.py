@@ -14,6 +14,7 @@ from einlinear.integrations.transformers import METHOD
 from einlinear.integrations.transformers.saving import OPTIONAL, REQUIRED, VERSION, forget
 from einlinear.nn import Linear
 from einlinear.nn.dense_layers import features, is_linear
+from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.structures import FAMILIES
 from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_number
 from einlinear.structures.spec import is_family
@@ -56,9 +57,10 @@ class EinlinearQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         # transformers marks the parameters that it loaded; those on the meta device are read from disk at every use
         for name in self.names:
-            for key, parameter in model.get_submodule(name).named_parameters():
-                if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
-                    wrong = f"{name}.{key} of shape {tuple(parameter.shape)} did not come from the checkpoint"
+            layer = model.get_submodule(name)
+            for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    wrong = f"{name}.{key} of shape {tuple(tensor.shape)} did not come from the checkpoint"
                     raise ValueError(f"{name} is described as a structured layer, but {wrong}")
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         forget(model.config)
@@ -86,7 +88,7 @@ def _check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
             allowed = f"an entry has {', '.join(REQUIRED)}, and may have {' and '.join(OPTIONAL)}"
             raise ValueError(f"{name} {wrong}: {allowed}")
         for field, value in entry.items():
-            expected = REQUIRED.get(field, bool)
+            expected = REQUIRED.get(field) or type(OPTIONAL[field])
             if type(value) is not expected:
                 raise ValueError(f"{name}: {field} must be of type {expected.__name__}, not {repr(value)[:80]}")
             if expected is int and not 1 <= value <= MAX_SIZE:
@@ -127,7 +129,8 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
             raise ValueError(f"{place} is described as {described} features, but the model has {actual} there")
         if old not in new:
             try:
-                new[old] = Linear(**entry, device=old.weight.device, dtype=old.weight.dtype)
+                kind = QuantizedLinear if entry.get("precision") else Linear
+                new[old] = kind(**entry, device=old.weight.device, dtype=old.weight.dtype)
             except (ValueError, TypeError) as error:
                 spec, hint = entry["structure"], ""
                 if is_family(spec) and spec.partition("(")[0].strip() not in FAMILIES:

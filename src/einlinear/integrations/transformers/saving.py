@@ -16,7 +16,7 @@ from einlinear.nn.layer_descriptions import SelfDescribing
 VERSION = 1
 # the keys of an entry with their types, and optional keys with their defaults
 REQUIRED: dict[str, Any] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
-OPTIONAL = {"normalize": False, "gamma": True}
+OPTIONAL: dict[str, Any] = {"normalize": False, "gamma": True, "precision": ""}
 
 # a Python file in the folder: transformers loads the config before the model, whatever the model's class
 _FILE = "configuration_einlinear"
@@ -83,7 +83,8 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         if isinstance(module, Linear) and type(module).forward is Linear.forward:
             s, gamma = module.structure, module.has_gamma or not module.normalize
             entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features}
-            flags = {"bias": module.bias is not None, "normalize": module.normalize, "gamma": gamma}
+            flags: dict[str, Any] = {"bias": module.bias is not None, "normalize": module.normalize, "gamma": gamma}
+            flags["precision"] = getattr(module, "precision", "")
             layers[name] = entry | {key: value for key, value in flags.items() if value != OPTIONAL.get(key)}
         elif isinstance(module, SelfDescribing):
             wrong = f"{name} is a {type(module).__name__}: of this library's layers only el.Linear can be saved"

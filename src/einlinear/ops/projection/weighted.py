@@ -230,3 +230,9 @@ class _LastFactor:
         before = Term(self.term.inputs, self.term.factors[:-1], sum(groups, ()))
         z = term_weight(replace(self.s, out_features=count(before.outputs, sizes)), before, others)
         return z.reshape([count(axes, sizes) for axes in groups] + [self.s.in_features])
+
+
+def best_last_factor(s: Structure, w: Tensor, second_moment: Tensor, others: Sequence[Tensor]) -> Tensor | None:
+    """Return the last factor with the closest outputs, given the others; None if it has no cheap closed form."""
+    last = _LastFactor.of(s, w, second_moment)
+    return None if last is None else last.best(others)
