@@ -117,9 +117,9 @@ class Structure:
         """Return how many more inputs and outputs a term has than the matrix: zeros, and outputs that are dropped.
 
         >>> import einlinear as el
-        >>> s = el.structure("(g a), g r f a, f e g r -> (f e) where g=4, a=4, f=4, e=4", 15, 14)
+        >>> s = el.structure("btt", 61, 59)
         >>> [s.padding(term) for term in s.terms]
-        [(1, 2)]
+        [(2, 1)]
         """
         sizes = dict(self.sizes)
         # lists, since torch.compile cannot trace math.prod of a generator
