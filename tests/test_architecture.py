@@ -37,6 +37,7 @@ LAB_ORDER = (
     "sweeps",
     "search",
     "scaling",
+    "analysis",
     "report",
     "bench",
     "cli",
@@ -45,8 +46,9 @@ LAB_ORDER = (
 LAB_APART = {
     "pretrained": {"models", "training"},
     "scaling": {"sweeps", "search"},
+    "analysis": {"sweeps", "search"},
     "report": {"sweeps", "search"},
-    "bench": {"data", "training", "pretrained", "runs", "sweeps", "search", "scaling", "report"},
+    "bench": {"data", "training", "pretrained", "runs", "sweeps", "search", "scaling", "analysis", "report"},
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from einlinear.files import read_json, write_json
-from einlinear_lab.report.charts import Chart, colour, log_axis, symbol, trace, width_axis
+from einlinear_lab.report.charts import Chart, colour, log_axis, size_axis, symbol, trace
 from einlinear_lab.report.page import Cell, Figure, Section, SortableTable
 
 FILE = "coord-check.json"
@@ -107,7 +107,7 @@ def section(check: CoordinateCheck) -> Section:
         "dense layer."
     )
     text = Markup("<p>A horizontal line means that the learning rate transfers across widths. {}.</p>")
-    chart = Chart(traces, width_axis(widths), log_axis(shown, "relative feature update per step"))
+    chart = Chart(traces, size_axis("width", widths), log_axis(shown, "relative feature update per step"))
     table = SortableTable(("structure", *(f"width {width}" for width in widths), "largest / smallest"), rows)
     figures = [Figure("feature-updates", caption, {"": [chart]}, data)]
     return Section("Feature updates by width", text.format(check.source.rstrip(".")), figures, [table])

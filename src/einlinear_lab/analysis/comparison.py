@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean, median
 from typing import Any
@@ -15,11 +15,12 @@ from einlinear_lab.models.config import DENSE, OF_EXPERTS
 from einlinear_lab.runs.records import METRICS, Record, Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.scaling import Multiplier, MultiplierOverSeeds, compute_multiplier, multiplier_over_seeds
-from einlinear_lab.training import metrics
+from einlinear_lab.training.metrics import read as read_metrics
 
 TRAIN_LOSS = "train_loss"
 SIZES = ("width", "depth", "expansion", "heads", "d_head")
 LENGTHS = ("steps", "warmup")
+BATCH_SIZE = "batch_size"
 _NOT_IN_NAMES = {"structure", "lr", "seed", *SIZES}
 # Hyperparameters that do not change the result on data of the same digest: data may have two names, and an evaluation
 # changes nothing.
@@ -33,9 +34,9 @@ class SeedGroup:
     curve: str
     records: tuple[Record, ...]
     # metric -> compute multiplier against dense models of the same seeds; 1 for dense itself
-    multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
+    multipliers: Mapping[str, MultiplierOverSeeds] = field(default_factory=dict)
     # the same for the duration of the training
-    time_multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
+    time_multipliers: Mapping[str, MultiplierOverSeeds] = field(default_factory=dict)
 
     @property
     def run(self) -> Run:
@@ -74,6 +75,11 @@ class SeedGroup:
         """The duration of a training step, the median over the seeds."""
         seconds = [result_of(record).step_seconds for record in self.records]
         return median(filter(None, seconds)) if any(seconds) else None
+
+    @property
+    def inputs_per_second(self) -> float | None:
+        """The training throughput in images, tokens or vectors per second."""
+        return self.result.inputs / self.step_seconds if self.step_seconds else None
 
     def compute_at(self, step: int) -> float:
         """Return the MACs of all forward passes so far: more with guides, less before layers are made dense."""
@@ -127,7 +133,7 @@ class Comparison:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that figures show."""
-        return (self.error, TRAIN_LOSS)
+        return metrics_of(self.records[0])
 
     @property
     def all_metrics(self) -> tuple[str, ...]:
@@ -147,11 +153,6 @@ class Comparison:
     def values(self, record: Record) -> dict[str, float | None]:
         return {metric: metric_of(record, metric) for metric in self.metrics}
 
-    def size(self, run: Run) -> str:
-        """Return the size of a run's model: "width 64", and every other size that varies."""
-        names = ("width", *(name for name in SIZES[1:] if name in self.varied and run.identity.get(name) is not None))
-        return ", ".join(f"{name} {run.identity[name]}" for name in names)
-
     def __str__(self) -> str:
         models = sorted({record.run.model.NAME for record in self.records})
         return f"{' and '.join(models)} on {self.records[0].run.data.data}"
@@ -170,10 +171,15 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
     comparisons = []
     for key, by_key in finished.items():
         runs = tuple(by_key.values())
-        comparison = Comparison(runs, _varied(runs), tuple(make_curves(runs)), tuple(unfinished.get(key, ())))
-        _add_multipliers(comparison)
-        comparisons.append(comparison)
+        curves, metrics = make_curves(runs), metrics_of(runs[0])
+        compared = tuple(_with_multipliers(curve, dense_of(curve, curves), metrics) for curve in curves)
+        comparisons.append(Comparison(runs, _varied(runs), compared, tuple(unfinished.get(key, ()))))
     return comparisons
+
+
+def metrics_of(record: Record) -> tuple[str, ...]:
+    """Return the metrics by which a run is compared with others."""
+    return (record.error, TRAIN_LOSS)
 
 
 def result_of(record: Record) -> Result:
@@ -194,7 +200,7 @@ def metric_title(metric: str) -> str:
 
 def logged(record: Record, metric: str) -> list[tuple[int, float, float]]:
     """Return step, seconds of training and value wherever a run logged a metric."""
-    lines = metrics.read(record.folder / METRICS)
+    lines = read_metrics(record.folder / METRICS)
     return [(line["step"], line["training_seconds"], line[metric]) for line in lines if line.get(metric) is not None]
 
 
@@ -258,7 +264,7 @@ def _curve_name(run: Run, named: Sequence[str]) -> str:
 def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
     models: dict[str, dict[float, dict[int, Record]]] = {}
     for record in sorted(records, key=lambda record: (result_of(record).macs, record.run.training.lr, record.run.seed)):
-        model = json.dumps([record.run.identity.get(size) for size in (*SIZES, *LENGTHS)])
+        model = json.dumps([record.run.identity.get(size) for size in (*SIZES, *LENGTHS, BATCH_SIZE)])
         seeds = models.setdefault(model, {}).setdefault(record.run.training.lr, {})
         # one run per seed: runs that differ in irrelevant hyperparameters are the same
         seeds.setdefault(record.run.seed, record)
@@ -274,15 +280,20 @@ def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
     return Curve(name, run.model.structure, config, tuple(itertools.chain(*groups)), best)
 
 
-def _add_multipliers(comparison: Comparison) -> None:
-    """Compare every group with dense."""
-    for curve in comparison.curves:
-        if dense := dense_of(curve, comparison.curves):
-            for group, metric in itertools.product(curve.groups, comparison.metrics):
-                if over := _multiplier(group, dense, metric, lambda result: result.macs):
-                    group.multipliers[metric] = over
-                if over := _multiplier(group, dense, metric, _training_seconds):
-                    group.time_multipliers[metric] = over
+def _with_multipliers(curve: Curve, dense: Curve | None, metrics: Sequence[str]) -> Curve:
+    """Return a curve whose groups are compared with dense."""
+    if dense is None:
+        return curve
+    groups = {}
+    for group in curve.groups:
+        compute = {metric: _multiplier(group, dense, metric, lambda result: result.macs) for metric in metrics}
+        time = {metric: _multiplier(group, dense, metric, _training_seconds) for metric in metrics}
+        groups[group.run.key] = SeedGroup(group.curve, group.records, _identified(compute), _identified(time))
+    return replace(curve, groups=tuple(groups.values()), best=tuple(groups[best.run.key] for best in curve.best))
+
+
+def _identified(multipliers: Mapping[str, MultiplierOverSeeds | None]) -> dict[str, MultiplierOverSeeds]:
+    return {metric: over for metric, over in multipliers.items() if over}
 
 
 def _training_seconds(result: Result) -> float | None:
