@@ -48,7 +48,7 @@ def write(
         measures = {name: error, "test_accuracy": 1 - error} if good and error is not None else {}
         steps, inputs = run.training.steps, problem.inputs
         result = Result(
-            macs + 123, macs, inputs, steps, macs * inputs * steps, train_loss, measures, error, 0.00456, 7_890_000
+            macs + 123, macs, inputs, steps, macs * inputs * steps, train_loss, measures, 0.00456, 7_890_000
         )
         write_result(path, result)
     if lines:

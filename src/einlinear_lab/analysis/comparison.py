@@ -126,9 +126,9 @@ class Comparison:
     unfinished: tuple[Record, ...] = ()
 
     @property
-    def error(self) -> str:
+    def metric(self) -> str:
         """The metric that measures the quality of a model."""
-        return self.records[0].error
+        return self.records[0].metric
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -137,9 +137,9 @@ class Comparison:
 
     @property
     def all_metrics(self) -> tuple[str, ...]:
-        """The training loss, the error, and every other metric of any run."""
+        """The training loss, the metric of quality, and every other metric of any run."""
         others = (name for record in self.records for name in result_of(record).metrics)
-        return tuple(dict.fromkeys((TRAIN_LOSS, self.error, *others)))
+        return tuple(dict.fromkeys((TRAIN_LOSS, self.metric, *others)))
 
     @property
     def groups(self) -> list[SeedGroup]:
@@ -163,7 +163,7 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
     finished: dict[tuple[str, str], dict[str, Record]] = {}
     unfinished: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        key = record.digest, record.error
+        key = record.data_digest, record.metric
         if record.result:
             finished.setdefault(key, {})[record.run.key] = record
         else:
@@ -179,7 +179,7 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
 
 def metrics_of(record: Record) -> tuple[str, ...]:
     """Return the metrics by which a run is compared with others."""
-    return (record.error, TRAIN_LOSS)
+    return (record.metric, TRAIN_LOSS)
 
 
 def result_of(record: Record) -> Result:
@@ -271,7 +271,7 @@ def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
     groups = [[SeedGroup(name, tuple(seeds.values())) for seeds in rates.values()] for rates in models.values()]
 
     def badness(group: SeedGroup) -> tuple[int, float]:
-        mean = group.mean(records[0].error)
+        mean = group.mean(records[0].metric)
         return group.diverged, math.inf if mean is None else mean
 
     run = records[0].run

@@ -95,10 +95,10 @@ def laws_of_training(comparison: Comparison, floor: float | None = 0.0, **rules:
     """
     check_rules(**rules)
     curves = make_curves(comparison.records, shared=LENGTHS)
-    fits = _fit_all(curves, lambda group: evaluations(group, comparison.error), floor, rules)
+    fits = _fit_all(curves, lambda group: evaluations(group, comparison.metric), floor, rules)
     if all(len(losses.compute) == 1 for fit in fits for losses in fit.losses):
         return None
-    return ScalingLaws(comparison.error, "MACs of training", floor, fits)
+    return ScalingLaws(comparison.metric, "MACs of training", floor, fits)
 
 
 def evaluations(group: SeedGroup, metric: str) -> scaling.LossCurves:

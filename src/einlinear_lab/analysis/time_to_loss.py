@@ -98,7 +98,7 @@ def frontiers_of(comparison: Comparison) -> list[TimeFrontier]:
     """Return the frontiers of the curves whose runs were evaluated during training."""
     frontiers = []
     for curve in comparison.curves:
-        models = tuple(model for group in curve.best if (model := _timed_model(group, comparison.error)).runs)
+        models = tuple(model for group in curve.best if (model := _timed_model(group, comparison.metric)).runs)
         if models:
             frontiers.append(TimeFrontier(curve, models))
     return frontiers

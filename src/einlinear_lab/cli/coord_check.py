@@ -67,5 +67,5 @@ def coord_check_command(
     columns = (f"width {width}" for width in updates[0].by_width)
     display.show(("structure", "learning rates", *columns, "largest / smallest"), rows)
     display.note("Change of the features after the last block in one step, over their size (root mean squares).")
-    write_updates(out, updates, command_line(), problem.source)
+    write_updates(out, updates, command_line(), problem.data_source)
     display.note(f"Report: {write_report([out]).path}")

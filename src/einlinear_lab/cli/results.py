@@ -51,8 +51,8 @@ def _print_models(comparison: Comparison) -> None:
 
     best = [group for curve in comparison.curves for group in curve.best]
     display.note(f"{comparison}{', every model at its best learning rate' if 'lr' in comparison.varied else ''}:")
-    display.show_columns(model_columns(comparison, best, {"": comparison.error}))
-    error = metric_title(comparison.error)
+    display.show_columns(model_columns(comparison, best, {"": comparison.metric}))
+    error = metric_title(comparison.metric)
     display.note(f"Compute multiplier: how many times these MACs dense needs for the same {error}.")
     display.note("Time multiplier: the same for the time of training, if the runs took turns (--clock).")
     display.note("MB: on a GPU the peak memory of a step; on a CPU parameters, gradients and optimizer state.\n")
@@ -68,7 +68,7 @@ def map_command(folders: Folders, out: _PageFile = None) -> None:
 
     with display.user_errors():
         comparisons = compare_runs(record for folder in folders for record in open_store(folder).records())
-        maps = [(comparison, map_) for comparison in comparisons if (map_ := map_of(comparison, comparison.error))]
+        maps = [(comparison, map_) for comparison in comparisons if (map_ := map_of(comparison, comparison.metric))]
         if not maps:
             raise ValueError(
                 f"{' and '.join(map(str, folders))}: a map needs {MIN_STRUCTURES} structures of about the same MACs, "
@@ -76,7 +76,7 @@ def map_command(folders: Folders, out: _PageFile = None) -> None:
             )
         report = write_report(folders, out)
     for comparison, map_ in maps:
-        error = metric_title(comparison.error)
+        error = metric_title(comparison.metric)
         display.note(f"{comparison}: {len(map_.points)} structures at {map_.compute:,.0f} MACs per {comparison.input}")
         display.show_columns(map_columns(map_.points[:_ROWS], error))
         display.show_columns(coefficient_columns({error: map_.regression}))

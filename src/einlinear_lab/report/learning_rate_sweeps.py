@@ -45,13 +45,13 @@ def section(comparison: Comparison) -> Section | None:
     )
     data = [
         run_row(curve.name, record, diverged=result_of(record).diverged, **comparison.values(record))
-        for curve, sweeps in by_metric[comparison.error]
+        for curve, sweeps in by_metric[comparison.metric]
         for sweep in sweeps
         for group in sweep.groups
         for record in group.records
     ]
     figure = Figure("learning-rates", caption, views, data)
-    size = varied_size([sweep for _, sweeps in by_metric[comparison.error] for sweep in sweeps])
+    size = varied_size([sweep for _, sweeps in by_metric[comparison.metric] for sweep in sweeps])
     caption = Markup(
         "The optimal learning rate by {}. A horizontal line means that the learning rate transfers. Bars: range over "
         "single seeds. Open marks: the optimum is at an end of the sweep, or beyond."

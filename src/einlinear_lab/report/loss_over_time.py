@@ -36,7 +36,7 @@ def section(comparison: Comparison) -> Section | None:
 
 
 def _curves(comparison: Comparison, frontiers: Sequence[TimeFrontier]) -> Figure:
-    metric = comparison.error
+    metric = comparison.metric
     runs = [
         (frontier.curve, record, run)
         for frontier in frontiers
@@ -100,14 +100,14 @@ def _multipliers(comparison: Comparison, frontiers: Sequence[TimeFrontier]) -> l
     )
     ends = [1.0, *(value for multipliers in over.values() for at in multipliers for value in (at.time, at.compute))]
     losses = [at.loss for multipliers in over.values() for at in multipliers]
-    chart = Chart(traces, log_axis(losses, metric_title(comparison.error)), log_axis(ends, "multiplier"), baseline=1)
+    chart = Chart(traces, log_axis(losses, metric_title(comparison.metric)), log_axis(ends, "multiplier"), baseline=1)
     return [Figure("time-multipliers", caption, {"": [chart]}, data)]
 
 
 def _table(comparison: Comparison, frontiers: Sequence[TimeFrontier], targets: Sequence[float]) -> SortableTable:
     names = [curve.name for curve in comparison.curves]
     dense = {frontier.curve.name: reference for frontier, reference in with_dense(comparison, frontiers)}
-    headings = ["structure", metric_title(comparison.error), "seconds", "width", "time multiplier"]
+    headings = ["structure", metric_title(comparison.metric), "seconds", "width", "time multiplier"]
     headings += ["compute multiplier", f"{comparison.input}s per second"]
     rows = []
     for frontier in frontiers:

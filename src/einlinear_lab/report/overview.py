@@ -20,8 +20,8 @@ _MAX_VALUES = 12
 
 def headline(comparison: Comparison) -> str:
     """Return the main result in one sentence: the largest compute multiplier, of the error."""
-    error, groups = metric_title(comparison.error), comparison.groups
-    means = [(group, over.mean) for group in groups if (over := group.multipliers.get(comparison.error))]
+    error, groups = metric_title(comparison.metric), comparison.groups
+    means = [(group, over.mean) for group in groups if (over := group.multipliers.get(comparison.metric))]
     gains = [(group, mean) for group, mean in means if mean and mean.value > 1 and mean.bound != "<"]
     if not means or all(curve.structure == DENSE for curve in comparison.curves):
         return f"{len(comparison.records)} runs of {comparison}: no comparison without dense and another structure."
@@ -42,13 +42,13 @@ def setup_section(comparison: Comparison, commands: Sequence[str]) -> Section:
     models = " and ".join(dict.fromkeys(record.run.model.NAME for record in records))
     varied = {words(name): f"{_listed(values)} ({len(values)})" for name, values in comparison.varied.items()}
     fixed = {words(name): _listed([value]) for name, value in run.identity.items() if name not in comparison.varied}
-    diverged, source = sum(result_of(record).diverged for record in records), records[0].source.rstrip(".")
+    diverged, source = sum(result_of(record).diverged for record in records), records[0].data_source.rstrip(".")
     text = Markup("<p>{} finished runs, {} of them diverged{}. Models: {}, trained on {}: {}.</p>\n").format(
         len(records), diverged, unfinished, models, run.data.data, source
     )
     text += Markup(
         "<p>Quality is measured by {}, compute by the multiply-accumulates (MACs) of a forward pass for one {}.</p>\n"
-    ).format(metric_title(comparison.error), comparison.input)
+    ).format(metric_title(comparison.metric), comparison.input)
     text += Markup("<p>Varied hyperparameters:</p>\n{}").format(definitions(varied)) if varied else ""
     text += Markup(
         "<details><summary>{} hyperparameters shared by all runs</summary>{}</details>\n<p>Commands:</p>"

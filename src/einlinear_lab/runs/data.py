@@ -31,9 +31,9 @@ class TrainingProblem:
     task: Task
     shape: Shape
     inputs: int
-    error: str
-    source: str
-    digest: str
+    metric: str
+    data_source: str
+    data_digest: str
 
 
 @dataclass(frozen=True, kw_only=True)

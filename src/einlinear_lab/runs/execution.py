@@ -79,7 +79,7 @@ def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
             problems[run.data] = run.data.load(run.seed)
         with torch.device("meta"):
             run.model.build(problems[run.data].shape)
-    return {data: problem.digest for data, problem in problems.items()}
+    return {data: problem.data_digest for data, problem in problems.items()}
 
 
 def _train(run: Run, folder: Path | None) -> Steps[Result]:
@@ -105,7 +105,6 @@ def _train(run: Run, folder: Path | None) -> Steps[Result]:
         compute=problem.inputs * (macs * structured + model.macs * (steps - structured) + guide_macs * guided),
         train_loss=statistics.fmean(outcome.losses[-last:]) if finished else None,
         metrics=dict(outcome.metrics) if finished else {},
-        error=outcome.metrics[problem.error] if finished else None,
         step_seconds=None if math.isnan(outcome.step_seconds) else outcome.step_seconds,
         memory=outcome.memory,
         guide_macs=guide_macs,

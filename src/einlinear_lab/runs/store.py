@@ -137,8 +137,8 @@ class Store:
         for record in records:
             name, structure = record.run.data.data, record.run.model.structure
             difference = ""
-            if digests.get(record.run.data, record.digest) != record.digest:
-                difference = f"on other data of the name {name} ({record.source}): it has changed since"
+            if digests.get(record.run.data, record.data_digest) != record.data_digest:
+                difference = f"on other data of the name {name} ({record.data_source}): it has changed since"
             if patterns.get((structure, record.run.model.width), record.pattern) != record.pattern:
                 difference = f"in which {structure} was another structure ({record.pattern})"
             if difference:

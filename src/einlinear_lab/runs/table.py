@@ -25,7 +25,7 @@ _PATIENCE = 1
 
 
 class RunTable:
-    """One row per run: its key, folder and status; its options; its results and metrics.
+    """One row per run: its key, folder and status; its config; its results and metrics.
 
     Status is "waiting", "running", "finished", "diverged", "lost" or "failed". Errors become warnings; rows that could
     not be written are written with the next row.

@@ -49,7 +49,7 @@ def read_leaders(folder: str | Path, count: int) -> list[Leader]:
     """Return the best finished run of each structure, at most `count`, by the objective of the search, best first."""
     store = open_store(folder)
     manifest = SearchManifest.read(store.folder)
-    scored = [(manifest.objective(record.result), record) for record in store.records() if record.result]
+    scored = [(manifest.objective(record), record) for record in store.records() if record.result]
     best: dict[tuple[str, ...], Leader] = {}
     structures = [option for option in manifest.axes if option != "width"]
     for value, record in sorted(scored, key=lambda pair: pair[0]):

@@ -52,7 +52,7 @@ def test_a_folder_is_all_that_a_first_run_needs(tmp_path: Path, monkeypatch: pyt
     (first,) = (tmp_path / "results" / "train").iterdir()
     assert f"In {first.relative_to(tmp_path)}." in out
     record = read_record(first)
-    assert "without cat/0.png, which cannot be read" in record.source
+    assert "without cat/0.png, which cannot be read" in record.data_source
     assert record.result is not None
     code, _, err = run(*command, "lr=1e-2", "steps=3")
     assert code == 0, "another run has a folder of its own"

@@ -80,7 +80,7 @@ def test_the_page_has_every_point_and_loads_nothing(tmp_path: Path) -> None:
     for record in records:
         assert record.result is not None
         assert str(record.result.train_loss) in drawn
-        assert str(record.result.error) in drawn
+        assert str(record.result.metrics[record.metric]) in drawn
         assert f"{record.result.macs:,}" in text
         assert f"{record.result.params:,}" in text
         assert record.run.key in drawn

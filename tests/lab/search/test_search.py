@@ -88,7 +88,9 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
         assert abs(own.architecture.macs / 8_000 - 1) <= 0.05
         assert own.value == record.result.metrics[found.manifest.metric or ""]
     best = [leader.record for leader in read_leaders(tmp_path, 3)]
-    assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
+    assert [record.result.metrics[record.metric] for record in best if record.result] == sorted(
+        own.value or 0 for own in tried
+    )[:3]
     others, found_best = split_leaders(("dense", f"from-study:{tmp_path}"))
     assert others == ("dense",)
     assert [own.record.run for own in found_best] == [record.run for record in best]
