@@ -54,7 +54,7 @@ def _print_models(comparison: Comparison) -> None:
     display.show_columns(model_columns(comparison, best, {"": comparison.metric}))
     error = metric_title(comparison.metric)
     display.note(f"Compute multiplier: how many times these MACs dense needs for the same {error}.")
-    display.note("Time multiplier: the same for the time of training, if the runs took turns (--clock).")
+    display.note("Time multiplier: the same for the time of training, if the runs took turns (--interleave).")
     display.note("MB: on a GPU the peak memory of a step; on a CPU parameters, gradients and optimizer state.\n")
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from einlinear.files import write_text
 from einlinear_lab.analysis.comparison import Comparison, compare_runs
+from einlinear_lab.coordinate_check import CoordinateCheck, read_updates
 from einlinear_lab.report import (
-    coordinate_check,
+    feature_updates,
     learning_rate_sweeps,
     loss_over_compute,
     loss_over_exponents,
@@ -56,11 +57,11 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     paths = [Path(folder) for folder in folders]
     if out is None and len(paths) != 1:
         raise ValueError(f"{len(paths)} folders: name the file for the page (--out)")
-    checks: dict[Path, coordinate_check.CoordinateCheck] = {}
+    checks: dict[Path, CoordinateCheck] = {}
     damaged: list[str] = []
     for path in paths:
         try:
-            if check := coordinate_check.read_updates(path):
+            if check := read_updates(path):
                 checks[path] = check
         except ValueError as error:
             damaged.append(str(error))
@@ -72,7 +73,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
         raise ValueError("; ".join([f"{' and '.join(map(str, paths))}: no finished runs yet", *damaged]))
     chapters = [_chapter(comparison, stores, floor) for comparison in comparisons]
     for path, check in checks.items():
-        chapters.append(Chapter(f"Coordinate check in {path}", [coordinate_check.section(check)], [check.command]))
+        chapters.append(Chapter(f"Coordinate check in {path}", [feature_updates.section(check)], [check.command]))
     records = [record for comparison in comparisons for record in comparison.records]
     warnings = [*_code_warning(records), *damaged]
     command = ["einlinear", "report", *map(os.fspath, paths), *([] if out is None else ["--out", os.fspath(out)])]

@@ -29,7 +29,7 @@ def section(comparison: Comparison) -> Section | None:
         return None
     text = Markup(
         "<p>Seconds of training, without data loading, evaluations and compilation. Runs of <code>einlinear compare "
-        "--clock</code> take turns; runs that trained side by side slowed each other down.</p>"
+        "--interleave</code> take turns; runs that trained side by side slowed each other down.</p>"
     )
     figures = [_curves(comparison, frontiers), *_multipliers(comparison, frontiers)]
     return Section("Loss against seconds", text, figures, [_table(comparison, frontiers, targets)])

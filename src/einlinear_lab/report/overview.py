@@ -70,9 +70,9 @@ def models_section(comparison: Comparison) -> Section:
         "many times these MACs dense needs for the same loss, interpolated on the curve of the dense models of the "
         "same seed{}; &gt; and &lt; are bounds where that curve ends. Over several seeds: geometric mean, range in "
         "brackets. <b>Time multiplier</b>: the same for the time of training, if the runs took turns "
-        "(--clock). <b>ms per step</b>: median training step on {}, without data loading. <b>MB</b>: on a GPU the peak "
-        "memory of a step, on a CPU parameters, gradients and optimizer state. <b>Seeds</b>: runs in the means, of all "
-        "where some diverged."
+        "(--interleave). <b>ms per step</b>: median training step on {}, without data loading. <b>MB</b>: on a GPU the "
+        "peak memory of a step, on a CPU parameters, gradients and optimizer state. <b>Seeds</b>: runs in the means, "
+        "of all where some diverged."
     ).format(comparison.input, rates, devices)
     index = {curve.name: i for i, curve in enumerate(comparison.curves)}
     models = SortableTable.of(columns, note, curves=[index[group.curve] for group in groups])

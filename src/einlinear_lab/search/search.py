@@ -16,6 +16,8 @@ import optuna
 from optuna.trial import TrialState
 
 from einlinear.structures import DoesNotFit
+from einlinear_lab.pools.local import stop
+from einlinear_lab.pools.pool import Event, Job, Pool
 from einlinear_lab.runs.records import METRICS, Record, read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
@@ -23,8 +25,6 @@ from einlinear_lab.search.config import SAMPLERS, STARTUP_TRIALS, SearchConfig, 
 from einlinear_lab.search.matching import Architecture, Matching
 from einlinear_lab.search.space import Point, SearchSpace
 from einlinear_lab.search.study import kind_of_storage, open_study
-from einlinear_lab.sweeps.driver import Event, Job, Pool
-from einlinear_lab.sweeps.workers import stop
 from einlinear_lab.training import metrics
 
 # Of a gpt without heads, whatever its width, which has to be a multiple of them.
@@ -83,7 +83,7 @@ class Search:
         self.study = open_study(store.folder, config, storage, self.manifest.study or "", pruner)
         return self
 
-    def do(self, pool: Pool, watch: Callable[[Event], None] = lambda event: None) -> list[Event]:
+    def run_trials(self, pool: Pool, watch: Callable[[Event], None] = lambda event: None) -> list[Event]:
         """Train models until there are enough trials, and return the events of those that failed."""
         failed: list[Event] = []
         end = math.inf if self.config.hours is None else time.monotonic() + 3600 * self.config.hours

@@ -13,9 +13,9 @@ import pytest
 from tests.lab.made_up import COMMAND, run_of, write
 
 from einlinear_lab.analysis.comparison import TRAIN_LOSS, compare_runs
+from einlinear_lab.coordinate_check import FeatureUpdates, write_updates
 from einlinear_lab.report import write_report
 from einlinear_lab.report.charts import colour, glyph, nice_ticks, symbol
-from einlinear_lab.report.coordinate_check import FeatureUpdates, write_updates
 from einlinear_lab.report.overview import headline
 from einlinear_lab.runs.records import Record
 

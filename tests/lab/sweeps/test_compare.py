@@ -93,7 +93,7 @@ def test_epochs_become_steps_of_the_training_images() -> None:
 
 def test_losses_over_time_need_evaluations() -> None:
     def every(**options: Any) -> int | None:
-        config = CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS | options, clock=True)
+        config = CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS | options, interleave=True)
         return plan(config).runs[0].training.evaluate_every
 
     assert every(steps=400) == 10
