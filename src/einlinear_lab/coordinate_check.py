@@ -18,19 +18,19 @@ from torch import nn
 from einlinear.files import read_json, write_json
 from einlinear.mup.coordinate_check import coord_check
 from einlinear_lab.models.config import DENSE
-from einlinear_lab.runs.data import TrainingProblem
+from einlinear_lab.runs.data_config import TrainingProblem
 from einlinear_lab.runs.execution import initialised
 from einlinear_lab.runs.options import names
 from einlinear_lab.runs.run import Run
 from einlinear_lab.sweeps.compare import with_comparison_defaults
-from einlinear_lab.training import Training
+from einlinear_lab.training import TrainingConfig
 
 FILE = "coord-check.json"
 _FORMAT = 1
 # Different batches, used in turn.
 _BATCHES = 16
 _OF_TRAINING = ("steps", "lr")
-_WITHOUT_EFFECT = {"structure", "width", *names(Training), "validation_tokens"} - {*_OF_TRAINING}
+_WITHOUT_EFFECT = {"structure", "width", *names(TrainingConfig), "validation_tokens"} - {*_OF_TRAINING}
 
 
 @dataclass(frozen=True)

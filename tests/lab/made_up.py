@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from einlinear_lab.models.config import Shape
-from einlinear_lab.runs.data import TrainingProblem
+from einlinear_lab.runs.data_config import TrainingProblem
 from einlinear_lab.runs.records import METRICS, Record, Result, describe, read_record, write_result, write_run
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import HISTORY, Store

@@ -9,7 +9,7 @@ import pytest
 
 from einlinear_lab.coordinate_check import FILE, FeatureUpdates, cases, measure, read_updates, template, write_updates
 from einlinear_lab.runs.options import names
-from einlinear_lab.training import Training
+from einlinear_lab.training import TrainingConfig
 
 UPDATES = [FeatureUpdates("dense", True, {16: 0.1, 64: 0.2}), FeatureUpdates("btt", False, {16: 0.1, 64: math.inf})]
 
@@ -59,7 +59,7 @@ def test_what_can_be_set_changes_the_updates(change: dict[str, Any]) -> None:
 
 
 def test_what_would_change_nothing_is_refused() -> None:
-    others = [name for name in names(Training) if name not in ("steps", "lr")]
+    others = [name for name in names(TrainingConfig) if name not in ("steps", "lr")]
     for name in (*others, "structure", "width", "validation_tokens"):
         with pytest.raises(ValueError, match=f"{name} cannot be set: a coordinate check .* only steps and lr can be"):
             template(QUICK | {name: 1})

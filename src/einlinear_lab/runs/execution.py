@@ -21,7 +21,7 @@ from einlinear.files import lock
 from einlinear.mup import init_
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.macs import params
-from einlinear_lab.runs.data import Data, TrainingProblem
+from einlinear_lab.runs.data_config import DataConfig, TrainingProblem
 from einlinear_lab.runs.records import Result, describe, write_result, write_run
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training.distributed import is_first
@@ -71,9 +71,9 @@ def initialised(run: Run, problem: TrainingProblem) -> ReferenceModel:
     return model
 
 
-def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
+def check_runs(runs: Iterable[Run]) -> dict[DataConfig, str]:
     """Load all data and build all models on the meta device, so that errors come early; return the data's digests."""
-    problems: dict[Data, TrainingProblem] = {}
+    problems: dict[DataConfig, TrainingProblem] = {}
     for run in runs:
         if run.data not in problems:
             problems[run.data] = run.data.load(run.seed)

@@ -14,7 +14,7 @@ import torch
 from einlinear.checkpoint import check_same
 from einlinear.files import read_json, write_json
 from einlinear.version import __version__, code_digest
-from einlinear_lab.runs.data import TrainingProblem
+from einlinear_lab.runs.data_config import TrainingProblem
 from einlinear_lab.runs.options import names, parse_strictly
 from einlinear_lab.runs.run import Run
 
@@ -43,7 +43,7 @@ class Result:
         metrics: of the final model, by name.
         step_seconds: median duration of a training step, without data loading.
         memory: bytes, of the first process: see `einlinear_lab.training.Outcome`.
-        guide_macs: multiply-accumulates of the guides for one input, see `Training.guide_until`.
+        guide_macs: multiply-accumulates of the guides for one input, see `TrainingConfig.guide_until`.
     """
 
     params: int

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from einlinear.files import lock, parse_json, write_text
-from einlinear_lab.runs.data import Data
+from einlinear_lab.runs.data_config import DataConfig
 from einlinear_lab.runs.passwords import command_without_passwords
 from einlinear_lab.runs.records import METRICS, RUN, Record, code_version, read_record
 from einlinear_lab.runs.run import Run
@@ -59,7 +59,7 @@ class Store:
         axes: Collection[str],
         command: str = "",
         mix_code: bool = False,
-        digests: Mapping[Data, str] | None = None,
+        digests: Mapping[DataConfig, str] | None = None,
     ) -> None:
         """Prepare the folder for more runs.
 
@@ -131,7 +131,9 @@ class Store:
                 "config to add to this one"
             )
 
-    def _check_data(self, records: Collection[Record], runs: Collection[Run], digests: Mapping[Data, str]) -> None:
+    def _check_data(
+        self, records: Collection[Record], runs: Collection[Run], digests: Mapping[DataConfig, str]
+    ) -> None:
         """Compare the data and the user's families with those of existing runs of the same names."""
         patterns = {(run.model.structure, run.model.width): run.pattern for run in runs}
         for record in records:

@@ -11,7 +11,7 @@ import torch
 from einlinear.structures import DoesNotFit, structure
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.config import DENSE, PAPER_1, ModelConfig, Shape
-from einlinear_lab.runs.data import ImageData, kind_of
+from einlinear_lab.runs.data_config import ImageDataConfig, kind_of
 from einlinear_lab.runs.options import names, parse
 from einlinear_lab.runs.run import Run, model_and_data
 from einlinear_lab.sweeps.sweep import Sweep
@@ -99,7 +99,7 @@ def configure(preset: str | None = None, **options: Any) -> CompareConfig:
 
 def with_comparison_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a run with the defaults of a comparison, for an mlp on images."""
-    is_images = kind_of(str(options.get("data", "auto"))) is ImageData
+    is_images = kind_of(str(options.get("data", "auto"))) is ImageDataConfig
     return {**(_DEFAULTS if is_images and options.get("model", "mlp") == "mlp" else {}), **options}
 
 

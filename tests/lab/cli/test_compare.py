@@ -11,7 +11,7 @@ from tests.lab.cli.command import QUICK, TINY, assert_refused, run, said_default
 from einlinear_lab.cli.parsing import numbers, specs
 from einlinear_lab.pools import local
 from einlinear_lab.pools.pool import Event, Job
-from einlinear_lab.runs.data import ImageData
+from einlinear_lab.runs.data_config import ImageDataConfig
 from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
@@ -181,7 +181,7 @@ def test_the_help_says_the_defaults() -> None:
     assert numbers(said_default("compare", "macs"), "--macs") == config.macs
     for name in ("dense_reach", "seeds", "epochs"):
         assert int(said_default("compare", name)) == getattr(config, name)
-    assert said_default("compare", "data") == ImageData().data
+    assert said_default("compare", "data") == ImageDataConfig().data
 
 
 def test_an_empty_folder_of_images(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from einlinear_lab.pools import local
 from einlinear_lab.pools.local import LocalPool
 from einlinear_lab.pools.pool import Event, Job, run_missing
 from einlinear_lab.runs import records, table
-from einlinear_lab.runs.data import _images
+from einlinear_lab.runs.data_config import _images
 from einlinear_lab.runs.execution import check_runs, execute
 from einlinear_lab.runs.records import Result
 from einlinear_lab.runs.run import Run

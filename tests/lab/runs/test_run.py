@@ -10,7 +10,7 @@ import torch
 
 from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.models import MODELS, Shape
-from einlinear_lab.runs.data import ImageData
+from einlinear_lab.runs.data_config import ImageDataConfig
 from einlinear_lab.runs.execution import LAST, execute
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run
@@ -186,7 +186,9 @@ def test_a_loss_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
 def test_pixels_are_permuted_in_all_runs_alike() -> None:
     """A batch is all of the images here: runs of two seeds see the same ones, in another order."""
     plain, one, two = (
-        ImageData(data="digits", limit=50, batch_size=50, permute=permute, augment=False).load(seed).task.batch(0)[0]
+        ImageDataConfig(data="digits", limit=50, batch_size=50, permute=permute, augment=False)
+        .load(seed)
+        .task.batch(0)[0]
         for permute, seed in ((False, 0), (True, 0), (True, 1))
     )
     assert plain.shape == one.shape == (50, 1, 8, 8)
