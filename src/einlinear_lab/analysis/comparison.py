@@ -239,7 +239,7 @@ def _varied(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
     """Return the hyperparameters with more than one value among the runs that have them."""
     values: dict[str, dict[str, Any]] = {}
     for record in records:
-        for name, value in record.run.identity.items():
+        for name, value in record.run.hyperparameters.items():
             values.setdefault(name, {})[json.dumps(value)] = value
     varied = {name: options for name, options in values.items() if len(options) > 1 and name not in _IRRELEVANT}
     return {name: tuple(sorted(options.values(), key=_order)) for name, options in varied.items()}
@@ -253,9 +253,9 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 def _curve_name(run: Run, named: Sequence[str]) -> str:
     words = [run.model.structure]
-    for name, value in ((name, run.identity.get(name)) for name in named):
+    for name, value in ((name, run.hyperparameters.get(name)) for name in named):
         if name == "structure_aware":
-            words += [] if run.identity.get(name, True) else ["naive"]
+            words += [] if run.hyperparameters.get(name, True) else ["naive"]
         elif value is not None:
             words.append(str(value) if name == "model" else f"{name}={value}")
     return ", ".join(words)
@@ -264,7 +264,7 @@ def _curve_name(run: Run, named: Sequence[str]) -> str:
 def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
     models: dict[str, dict[float, dict[int, Record]]] = {}
     for record in sorted(records, key=lambda record: (result_of(record).macs, record.run.training.lr, record.run.seed)):
-        model = json.dumps([record.run.identity.get(size) for size in (*SIZES, *LENGTHS, BATCH_SIZE)])
+        model = json.dumps([record.run.hyperparameters.get(size) for size in (*SIZES, *LENGTHS, BATCH_SIZE)])
         seeds = models.setdefault(model, {}).setdefault(record.run.training.lr, {})
         # one run per seed: runs that differ in irrelevant hyperparameters are the same
         seeds.setdefault(record.run.seed, record)
@@ -275,7 +275,7 @@ def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
         return group.diverged, math.inf if mean is None else mean
 
     run = records[0].run
-    config = {key: run.identity[key] for key in named if key in run.identity}
+    config = {key: run.hyperparameters[key] for key in named if key in run.hyperparameters}
     best = tuple(min(model, key=badness) for model in groups)
     return Curve(name, run.model.structure, config, tuple(itertools.chain(*groups)), best)
 

@@ -141,7 +141,7 @@ def best_lr(points: Sequence[Point]) -> tuple[float, Bound] | None:
 
 def _size(comparison: Comparison, run: Run) -> dict[str, int]:
     names = (_SIZES[0], *(name for name in _SIZES[1:] if name in comparison.varied))
-    return {name: run.identity[name] for name in names if run.identity.get(name) is not None}
+    return {name: run.hyperparameters[name] for name in names if run.hyperparameters.get(name) is not None}
 
 
 def _optimum(groups: Sequence[SeedGroup], metric: str) -> Optimum | None:

@@ -14,7 +14,7 @@ def model_columns(comparison: Comparison, groups: Sequence[SeedGroup], metrics: 
     """Return the table of models, with the multipliers of metrics, by the end of their headings."""
     names = ["width", *(name for name in comparison.varied if name not in ("structure", "width", "seed"))]
     columns = [Column("structure", [group.curve for group in groups], [group.run.model.structure for group in groups])]
-    columns += [config_column(name, (group.run.identity.get(name) for group in groups)) for name in names]
+    columns += [config_column(name, (group.run.hyperparameters.get(name) for group in groups)) for name in names]
     columns.append(Column.of(f"MACs per {comparison.input}", (group.result.macs for group in groups), ","))
     for name in comparison.all_metrics:
         means = metric_column(name, (group.mean(name) for group in groups), (not group.good for group in groups))

@@ -124,7 +124,7 @@ class _Worker:
         run, folder = job
         # If the process is dead, `event` returns None.
         with suppress(OSError):
-            self.connection.send((run.options, folder))
+            self.connection.send((run.config, folder))
 
     def event(self) -> Event | None:
         """Return the next event of the run, or None if the process died."""

@@ -42,7 +42,7 @@ class RayPool:
                 # A fixed list is queued at once, so that the cluster can scale up.
                 room = len(jobs) if isinstance(jobs, Sequence) else self._room(ray.cluster_resources())  # type: ignore[no-untyped-call]
                 for run, folder in islice(left, max(0, room - len(waiting))):
-                    waiting[remote.remote(run.options, str(folder), current, setup)] = run
+                    waiting[remote.remote(run.config, str(folder), current, setup)] = run
                 if not waiting:
                     return
                 (reference,), _ = ray.wait(list(waiting), num_returns=1)

@@ -41,7 +41,9 @@ def setup_section(comparison: Comparison, commands: Sequence[str]) -> Section:
     unfinished = f"; {len(comparison.unfinished)} more are not finished" if comparison.unfinished else ""
     models = " and ".join(dict.fromkeys(record.run.model.NAME for record in records))
     varied = {words(name): f"{_listed(values)} ({len(values)})" for name, values in comparison.varied.items()}
-    fixed = {words(name): _listed([value]) for name, value in run.identity.items() if name not in comparison.varied}
+    fixed = {
+        words(name): _listed([value]) for name, value in run.hyperparameters.items() if name not in comparison.varied
+    }
     diverged, source = sum(result_of(record).diverged for record in records), records[0].data_source.rstrip(".")
     text = Markup("<p>{} finished runs, {} of them diverged{}. Models: {}, trained on {}: {}.</p>\n").format(
         len(records), diverged, unfinished, models, run.data.data, source
@@ -83,7 +85,7 @@ def _run_table(comparison: Comparison) -> SortableTable:
     records = comparison.records
     columns = [Column.of("run", (record.run.key for record in records))]
     for name in ("structure", *(name for name in comparison.varied if name != "structure")):
-        columns.append(config_column(name, (record.run.identity.get(name) for record in records)))
+        columns.append(config_column(name, (record.run.hyperparameters.get(name) for record in records)))
     for metric in comparison.all_metrics:
         values = (metric_of(record, metric) for record in records)
         columns.append(metric_column(metric, values, (result_of(record).diverged for record in records)))

@@ -87,9 +87,9 @@ class Record(_Origin):
     result: Result | None = None
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Values that identify the run."""
-        return {**self.run.identity, "pattern": self.pattern, "data_digest": self.data_digest, "code": self.code}
+        return {**self.run.hyperparameters, "pattern": self.pattern, "data_digest": self.data_digest, "code": self.code}
 
 
 def code_version() -> str:
@@ -109,7 +109,7 @@ def write_run(record: Record) -> None:
     """Write run.json, before the run starts. Raises ValueError if the folder holds another run."""
     check_folder(record)
     origin = {name: getattr(record, name) for name in _ORIGIN}
-    write_json(record.folder / RUN, {"format": FORMAT, **origin, "config": record.run.options})
+    write_json(record.folder / RUN, {"format": FORMAT, **origin, "config": record.run.config})
 
 
 def check_folder(record: Record) -> None:
@@ -118,7 +118,7 @@ def check_folder(record: Record) -> None:
         existing, _ = _read_description(record.folder)
     except ValueError:
         return
-    check_same(record.folder, existing.facts, record.facts)
+    check_same(record.folder, existing.metadata, record.metadata)
 
 
 def write_result(folder: Path, result: Result) -> None:

@@ -70,7 +70,7 @@ class Run:
         return parse(cls, parts)
 
     @cached_property
-    def options(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """All options by name as JSON values; `Run.of` inverts it."""
         parts = [dataclasses.asdict(part) for part in (self.model, self.data, self.training)]
         kinds = {"model": self.model.NAME, "data_kind": self.data.KIND}
@@ -78,15 +78,15 @@ class Run:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """Options that can change the result; without experts, options of experts cannot."""
         hidden = (*_HIDDEN, *(OF_EXPERTS if self.model.experts is None else ()))
-        return {name: value for name, value in self.options.items() if name not in hidden}
+        return {name: value for name, value in self.config.items() if name not in hidden}
 
     @cached_property
     def key(self) -> str:
-        """Hash of the identity, 12 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        """Hash of the hyperparameters, 12 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.hyperparameters, sort_keys=True).encode()).hexdigest()[:12]
 
     @cached_property
     def pattern(self) -> str:

@@ -118,10 +118,10 @@ class Store:
                     yield error
 
     def _check_config(self, records: Collection[Record], runs: Collection[Run], axes: Collection[str]) -> None:
-        old = _values(record.run.identity for record in records)
+        old = _values(record.run.hyperparameters for record in records)
         differences = [
             f"{name} was {' and '.join(map(repr, sorted(old[name], key=str)))}, now {value!r}"
-            for name, values in _values(run.identity for run in runs).items()
+            for name, values in _values(run.hyperparameters for run in runs).items()
             if name not in axes and name in old
             for value in values - old[name]
         ]

@@ -103,7 +103,7 @@ def _of_record(record: Record) -> dict[str, Any]:
 
 
 def _row(run: Run, folder: Path | None, status: str, message: str = "") -> dict[str, Any]:
-    options = {name: json.dumps(v) if isinstance(v, list) else v for name, v in run.options.items()}
+    options = {name: json.dumps(v) if isinstance(v, list) else v for name, v in run.config.items()}
     return {"key": run.key, "folder": folder and folder.name, "status": status, "message": message, **options}
 
 

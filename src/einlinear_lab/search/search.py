@@ -75,7 +75,7 @@ class Search:
         self.store = store
         store.open([self.base], self.config.axes, command, mix_code, {self.base.data: self._digest})
         self.manifest = replace(self.manifest, storage=kind, study=name).write(store.folder)
-        fixed = {option: value for option, value in self.base.identity.items() if option not in self.config.axes}
+        fixed = {option: value for option, value in self.base.hyperparameters.items() if option not in self.config.axes}
         config = {"results folder": self.manifest.id, "data digest": self._digest, **fixed}
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.config.prune:

@@ -31,7 +31,7 @@ SWEEP: dict[str, Any] = {
     "config": {"data": "digits", "depth": 1, "batch_size": 64, "steps": 150, "checkpoint_every": 5, "threads": 1},
     "grid": {"width": [16, 32], "structure": ["dense", "btt"], "seed": [0, 1]},
 }
-QUICK = Run.of({"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 2}).options
+QUICK = Run.of({"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 2}).config
 TIMES = {"step_seconds", "folder"}
 
 

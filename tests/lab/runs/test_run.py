@@ -30,9 +30,9 @@ def test_options_are_typed_and_read_back() -> None:
     made = run(model="vit", structure="btt(rank=2)", lr="1e-2", clip="none", betas=[0.9, 0.99], heads="2", patch_size=2)
     assert (made.training.lr, made.training.clip, made.training.betas) == (0.01, None, (0.9, 0.99))
     assert run(betas="0.9, 0.99").training.betas == (0.9, 0.99)
-    assert made.options["model"] == "vit"
-    assert made.options["heads"] == 2
-    assert Run.of(json.loads(json.dumps(made.options))) == made
+    assert made.config["model"] == "vit"
+    assert made.config["heads"] == 2
+    assert Run.of(json.loads(json.dumps(made.config))) == made
 
 
 def test_the_key_is_that_of_what_can_change_the_result() -> None:

@@ -42,7 +42,7 @@ def here(jobs: Iterable[Job]) -> Iterator[Event]:
     """A pool of this process alone, which says how far runs are."""
     for run, folder in jobs:
         said: list[tuple[int, int, float]] = []
-        outcome = attempt(run.options, folder, lambda *step, said=said: said.append(step))  # type: ignore[misc]
+        outcome = attempt(run.config, folder, lambda *step, said=said: said.append(step))  # type: ignore[misc]
         yield from (Event(run, "running", *step) for step in said[-1:])
         yield Event(run, **outcome)
 
@@ -57,7 +57,7 @@ def step_by_step(jobs: Iterable[Job]) -> Iterator[Event]:
             events.join()
 
         with ThreadPoolExecutor(1) as thread:
-            outcome = thread.submit(attempt, run.options, folder, said)
+            outcome = thread.submit(attempt, run.config, folder, said)
             while not (outcome.done() and events.empty()):
                 with suppress(queue.Empty):
                     yield events.get(timeout=0.1)
@@ -94,7 +94,7 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
     others, found_best = split_leaders(("dense", f"from-study:{tmp_path}"))
     assert others == ("dense",)
     assert [own.record.run for own in found_best] == [record.run for record in best]
-    dense, *beside = alongside(found_best, others, best[0].run.options)
+    dense, *beside = alongside(found_best, others, best[0].run.config)
     assert beside == [{"structure": r.run.model.structure, "width": r.run.model.width} for r in best]
     assert dense["structure"] == "dense"
     macs = with_structures(best[0].run.model, dense["width"], {"structure": "dense"}).build(Shape(64, 10)).macs

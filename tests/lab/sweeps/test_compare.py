@@ -109,7 +109,7 @@ def test_pixels_are_permuted_for_an_mlp_alone() -> None:
         plan(CompareConfig(structures=("dense",), widths=(16,), options={"data": "digits", "model": model})).runs[0]
         for model in ("mlp", "vit")
     )
-    assert (mlp.options["permute"], vit.options["permute"]) == (True, False)
+    assert (mlp.config["permute"], vit.config["permute"]) == (True, False)
 
 
 @pytest.mark.parametrize(
