@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
+from einlinear_lab.bench.timing import interleave
 
 SPECS = "low_rank(rank={d/8}); btt; btt(rank=2); monarch(blocks=4); dyad"
 CALLS = 50
@@ -78,13 +79,8 @@ def shared_input(compute: Callable[..., tuple[Tensor, ...]], layers: list[el.Lin
 
 def fastest(runs: dict[str, Callable[[], object]], rounds: int, calls: int = CALLS) -> dict[str, float]:
     """Microseconds of a call of each variant, of which a run makes some."""
-    times = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            times[name] = min(times[name], 1e6 * (time.process_time() - start) / calls)
-    return times
+    times = interleave(runs, "cpu", rounds=rounds, clock=time.process_time)
+    return {name: 1e6 * min(seconds) / calls for name, seconds in times.items()}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import einlinear as el
 from einlinear.compression.candidates import members
 from einlinear.compression.selection import select_layers
 from einlinear.nn.dense_layers import features
-from einlinear_lab.pretrained.generation_speed import model_speeds
+from einlinear_lab.bench.generation_speed import model_speeds
 
 FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")
 BUDGETS = (0.7, 0.5, 0.3)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -24,6 +22,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import einlinear as el
+from einlinear_lab.bench.timing import medians
 
 
 def t5_decoding_one_token(layers: int) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -87,17 +86,6 @@ def encoder(layers: int) -> tuple[Callable[[], object], Callable[[], object]]:
     return (lambda: dense(x)), (lambda: structured(x))
 
 
-def medians(dense: Callable[[], object], structured: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Milliseconds of both, which run in turns."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds + 2):
-        for run, times in zip((dense, structured), found, strict=True):
-            start = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(found[0][2:]), statistics.median(found[1][2:])
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,7 +105,8 @@ def main() -> None:
     print("| --- | --- | --- | --- |")
     for name, case in cases.items():
         torch.manual_seed(0)
-        dense, structured = medians(*case(arguments.layers), arguments.rounds)
+        calls = dict(zip(("dense", "structured"), case(arguments.layers), strict=True))
+        dense, structured = (1e3 * seconds for seconds in medians(calls, "cpu", arguments.rounds).values())
         print(f"| {name} | {dense:.1f} | {structured:.1f} | {dense / structured:.2f} |", flush=True)
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 import einlinear as el
+from einlinear_lab.bench.timing import interleave
 
 
 def export(layer: nn.Module, features: int, path: Path) -> None:
@@ -43,13 +45,13 @@ def transposes(path: Path) -> int:
     return sum(node.op_type == "Transpose" for node in onnx.load(path, load_external_data=False).graph.node)
 
 
-def seconds(session: onnxruntime.InferenceSession, x: object) -> float:
-    """Time one run, after one that fills the caches."""
-    inputs = {session.get_inputs()[0].name: x}
-    session.run(None, inputs)
-    start = time.perf_counter()
-    session.run(None, inputs)
-    return time.perf_counter() - start
+def run(session: onnxruntime.InferenceSession, x: object) -> Callable[[], object]:
+    """Return a function that runs the graph."""
+    return partial(session.run, None, {session.get_inputs()[0].name: x})
+
+
+def call(calls: dict[str, Callable[[], object]], name: str) -> None:
+    calls[name]()
 
 
 def main() -> None:
@@ -74,9 +76,11 @@ def main() -> None:
                 session, cells = load(path, arguments.threads), []
                 for tokens in arguments.tokens:
                     x = torch.randn(tokens, d).numpy()
-                    rounds = [(seconds(dense, x), seconds(session, x)) for _ in range(arguments.rounds)]
-                    fastest = [min(times) for times in zip(*rounds, strict=True)]
-                    cells.append(f"{fastest[0] / fastest[1]:.1f}×")
+                    calls = {"dense": run(dense, x), "structured": run(session, x)}
+                    # the run before a timed one fills the caches
+                    warm = partial(call, calls)
+                    times = interleave(calls, "cpu", prepare=warm, rounds=arguments.rounds)
+                    cells.append(f"{min(times['dense']) / min(times['structured']):.1f}×")
                 count = f"{transposes(path)}, {transposes(Path(f'{path}.optimized'))}"
                 print(f"| {d} | `{spec}` | {count} | {' | '.join(cells)} |", flush=True)
 

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import einlinear as el
+from einlinear_lab.bench.timing import medians
 
 VOCABULARY = 1024
 
 
-def variants(hidden: int, spec: str, layers: int, dtype: torch.dtype) -> list[LlamaForCausalLM]:
+def variants(hidden: int, spec: str, layers: int, dtype: torch.dtype) -> dict[str, LlamaForCausalLM]:
     """A Llama: dense, with structured layers, and with these fused."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -45,7 +45,7 @@ def variants(hidden: int, spec: str, layers: int, dtype: torch.dtype) -> list[Ll
     print(f"\nhidden size {hidden}, {dtype}, `{spec}`: {report.blocks[0].runs}\n")
     print("| hidden size | dtype | structure | part | pass | dense, ms | structured, ms | fused, ms | fusing gains |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    return [dense, structured, fused]
+    return {"dense": dense, "structured": structured, "fused": fused}
 
 
 def run_model(model: nn.Module, tokens: int) -> Callable[[], Tensor]:
@@ -61,18 +61,12 @@ def run_mlp(model: nn.Module, tokens: int) -> Callable[[], Tensor]:
     return lambda: mlp(x).sum()
 
 
-def medians(runs: Sequence[Callable[[], Tensor]], train: bool, rounds: int) -> list[float]:
-    """Milliseconds of all, which run in turns."""
-    found: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds + 2):
-        for run, times in zip(runs, found, strict=True):
-            start = time.perf_counter()
-            with torch.set_grad_enabled(train):
-                result = run()
-            if train:
-                result.backward()
-            times.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(times[2:]) for times in found]
+def one_pass(run: Callable[[], Tensor], train: bool) -> None:
+    """Run forward, and backward in training."""
+    with torch.set_grad_enabled(train):
+        result = run()
+    if train:
+        result.backward()
 
 
 def main() -> None:
@@ -91,12 +85,13 @@ def main() -> None:
                 torch.manual_seed(0)
                 models = variants(hidden, spec, arguments.layers, getattr(torch, dtype))
                 for part, prepare in (("MLP", run_mlp), ("model", run_model)):
-                    runs = [prepare(model, arguments.tokens) for model in models]
-                    for name, train in (("training step", True), ("forward", False)):
-                        times = medians(runs, train, arguments.rounds)
-                        row = " | ".join(f"{ms:.1f}" for ms in times)
-                        gain = f"{times[1] / times[2]:.2f}x"
-                        print(f"| {hidden} | {dtype} | `{spec}` | {part} | {name} | {row} | {gain} |", flush=True)
+                    runs = {name: prepare(model, arguments.tokens) for name, model in models.items()}
+                    for kind, train in (("training step", True), ("forward", False)):
+                        calls = {name: partial(one_pass, run, train) for name, run in runs.items()}
+                        seconds = medians(calls, "cpu", arguments.rounds)
+                        row = " | ".join(f"{1e3 * time:.1f}" for time in seconds.values())
+                        gain = f"{seconds['structured'] / seconds['fused']:.2f}x"
+                        print(f"| {hidden} | {dtype} | `{spec}` | {part} | {kind} | {row} | {gain} |", flush=True)
 
 
 if __name__ == "__main__":

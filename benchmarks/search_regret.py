@@ -26,6 +26,8 @@ from rich.progress import Progress
 from scipy.stats import t
 
 from einlinear.structures.spec import parse_family
+from einlinear_lab.pools.local import LocalPool
+from einlinear_lab.pools.pool import run_missing
 from einlinear_lab.runs.records import METRICS
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
@@ -33,8 +35,6 @@ from einlinear_lab.search.config import SearchConfig
 from einlinear_lab.search.search import Search
 from einlinear_lab.search.space import STRUCTURE, Proposal, Theta
 from einlinear_lab.sweeps import recipes
-from einlinear_lab.sweeps.driver import do
-from einlinear_lab.sweeps.workers import Workers
 from einlinear_lab.training import metrics
 
 OPTIONS = {"depth": 3, "permute": True, "mixup": 0.8, "label_smoothing": 0.3, "betas": (0.9, 0.999), "lr": 3e-3}
@@ -97,13 +97,13 @@ def main() -> None:
                     options=options,
                 )
                 search = Search(config).open(Store(folder / name.replace(", ", "-").replace(" ", "-")))
-                search.do(Workers(arguments.workers))
+                search.run_trials(LocalPool(arguments.workers))
                 runs = [trial.run for trial in search.study.trained()]
                 curves.setdefault(name, []).append(curve(search.store, runs, arguments.runs))
                 bars.advance(bar)
             store, runs = Store(folder / "paper"), [at_budget(spec, search) for spec in paper_specs()]
             store.open(runs, search.config.axes)
-            do(runs, store, Workers(arguments.workers))
+            run_missing(runs, store, LocalPool(arguments.workers))
             orders = [random.Random(order).sample(runs, len(runs)) for order in range(ORDERS)]
             shuffled = [curve(store, order, arguments.runs) for order in orders]
             curves.setdefault(PAPER, []).append([fmean(errors) for errors in zip(*shuffled, strict=True)])

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import einlinear as el
 from einlinear_lab.data import Augment, Batches, Images, PixelSequences
 from einlinear_lab.models import GPT, ReferenceModel, ResidualMLP, ViT
-from einlinear_lab.training import Task, Training
+from einlinear_lab.training import Task, TrainingConfig
 from einlinear_lab.training.loop import train_in_steps
 from einlinear_lab.training.tasks import Classification, LanguageModel
 
@@ -110,7 +110,7 @@ class Variant:
         build, make_task = MODELS[name]
         model, base = build(width, structure), build(64, "dense")
         el.init_(model, base=base, zero=model.ZERO)
-        config = Training(steps=1_000_000, lr=1e-3, compile=compile)
+        config = TrainingConfig(steps=1_000_000, lr=1e-3, compile=compile)
         self.steps = train_in_steps(model, base, Untested(make_task()), config, lr_scale=model.LR_SCALE)
         self.seconds: list[float] = []
 

@@ -36,9 +36,12 @@ LAB_ORDER = (
     "training",
     "pretrained",
     "runs",
+    "pools",
     "sweeps",
     "search",
+    "coordinate_check",
     "scaling",
+    "analysis",
     "report",
     "bench",
     "cli",
@@ -46,9 +49,11 @@ LAB_ORDER = (
 # folders that a later one does not need all the same
 LAB_APART = {
     "pretrained": {"models", "training"},
-    "scaling": {"sweeps", "search"},
-    "report": {"sweeps", "search"},
-    "bench": {"data", "training", "pretrained", "runs", "sweeps", "search", "scaling", "report"},
+    "coordinate_check": {"pools", "search"},
+    "scaling": {"pools", "sweeps", "search", "coordinate_check"},
+    "analysis": {"pools", "sweeps", "search", "coordinate_check"},
+    "report": {"pools", "sweeps", "search"},
+    "bench": {*LAB_ORDER} - {"models", "bench"},
 }
 
 

@@ -17,4 +17,4 @@ for option; do
     # read when triton and torch are imported; compiling for a CPU takes long and rehearses nothing
     [ "$option" != --rehearse ] || export TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1
 done
-exec "$python" "$root/tools/gpu_day.py" "$@"
+exec "$python" -m einlinear_lab.bench.gpu_day "$@"

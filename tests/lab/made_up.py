@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from einlinear_lab.models.config import Shape
-from einlinear_lab.runs.data import TrainingProblem
+from einlinear_lab.runs.data_config import TrainingProblem
 from einlinear_lab.runs.records import METRICS, Record, Result, describe, read_record, write_result, write_run
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import HISTORY, Store
@@ -48,7 +48,7 @@ def write(
         measures = {name: error, "test_accuracy": 1 - error} if good and error is not None else {}
         steps, inputs = run.training.steps, problem.inputs
         result = Result(
-            macs + 123, macs, inputs, steps, macs * inputs * steps, train_loss, measures, error, 0.00456, 7_890_000
+            macs + 123, macs, inputs, steps, macs * inputs * steps, train_loss, measures, 0.00456, 7_890_000
         )
         write_result(path, result)
     if lines:

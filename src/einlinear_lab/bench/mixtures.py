@@ -8,10 +8,11 @@ all experts                these products without router and gate, as one layer:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from einlinear_lab.bench.timing import Spread, interleave, spread
 # the number of experts of all mixtures, of the one in comparisons, and the active ones
 EXPERTS, COMPARED, ACTIVE = (8, 16, 32, 64), 16, 2
 SIZES, TOKENS, MODES = ((1024, 1024), (2048, 2048)), 2048, ("forward", "train")
-FILE, TITLE = "moe.json", "Mixtures of experts"
 # tokens whose intermediates of all experts fit into a CPU cache
 _CACHED = 256
 
@@ -70,29 +70,44 @@ CLAIMS = {"cpu": (
 _RATIOS = {ours(COMPARED): (RANK, MASKED, ALL), ours(64): (ours(8),)}
 
 
-def cases(
-    sizes: Iterable[tuple[int, int]] | None = None,
-    tokens: Sequence[int] | None = None,
-    modes: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
-    device: str | None = None,
-    backends: Sequence[str] | None = None,
-) -> list[Case]:
-    """Return the grid of cases, for every backend if some are given. Raises ValueError for unknown names."""
-    check("pass", modes or (), MODES)
-    check("dtype", dtypes or (), DTYPES)
-    check("device", [device or "cpu"], DEVICES)
-    check("backend", backends or (), BACKENDS)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here")
-    return [
-        Case("btt", *size, count, mode, dtype, device or "cpu", backend=backend)
-        for size in sizes or SIZES
-        for count in tokens or (TOKENS,)
-        for mode in modes or MODES
-        for dtype in dtypes or ("float32",)
-        for backend in backends or ("",)
-    ]
+@dataclass(frozen=True)
+class MixtureBenchmark:
+    """The benchmark of mixtures: the options of its grid, in which every backend is a case if some are given.
+
+    Raises ValueError for unknown names.
+    """
+
+    FILE: ClassVar[str] = "moe.json"
+    TITLE: ClassVar[str] = "Mixtures of experts"
+
+    sizes: Sequence[tuple[int, int]] = SIZES
+    tokens: Sequence[int] = (TOKENS,)
+    modes: Sequence[str] = MODES
+    dtypes: Sequence[str] = ("float32",)
+    device: str = "cpu"
+    backends: Sequence[str] = ("",)
+    budget: float = 10.0
+
+    def __post_init__(self) -> None:
+        check("pass", self.modes, MODES)
+        check("dtype", self.dtypes, DTYPES)
+        check("device", [self.device], DEVICES)
+        check("backend", filter(None, self.backends), BACKENDS)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here")
+
+    def cases(self) -> list[Case]:
+        grid = product(self.sizes, self.tokens, self.modes, self.dtypes, self.backends)
+        return [
+            Case("btt", *size, count, mode, dtype, self.device, backend=backend)
+            for size, count, mode, dtype, backend in grid
+        ]
+
+    def measure(self, case: Case) -> MixtureResult:
+        return measure(case, self.budget)
+
+    def tables(self, results: Sequence[MixtureResult]) -> list[Table]:
+        return tables(results)
 
 
 def measure(case: Case, budget: float) -> MixtureResult:

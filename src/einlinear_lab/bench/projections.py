@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from einlinear.ops import dense_weight
 from einlinear.ops.projection.svd import Truncate, by_svd, split_terms, truncated
 from einlinear.structures import structure
+from einlinear_lab.bench.cases import DEVICES, check
 from einlinear_lab.bench.memory import peak_bytes
 from einlinear_lab.bench.tables import Table, number
 from einlinear_lab.bench.timing import Spread, seconds, spread
@@ -24,7 +27,6 @@ from einlinear_lab.bench.timing import Spread, seconds, spread
 SIZE = (11008, 4096)
 SPECS = ("monarch(blocks=4)", "btt", "low_rank(rank=1024)")
 ROUNDS = 3
-FILE, TITLE = "projection.json", "Projections"
 
 OURS, BATCHED = "el.Linear.from_dense", "batched SVD, in × out"
 LOOP, TRANSPOSED = "loop of SVDs, out × in", "loop of SVDs, in × out"
@@ -56,6 +58,41 @@ class ProjectionResult:
     error: dict[str, float]
 
 
+@dataclass(frozen=True)
+class ProjectionCase:
+    """A structure and the size of a weight."""
+
+    spec: str
+    size: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.spec}, {self.size[0]} → {self.size[1]}"
+
+
+@dataclass(frozen=True)
+class ProjectionBenchmark:
+    """The benchmark of projections: the options of its grid. Raises ValueError for an unknown device."""
+
+    FILE: ClassVar[str] = "projection.json"
+    TITLE: ClassVar[str] = "Projections"
+
+    structures: Sequence[str] = SPECS
+    sizes: Sequence[tuple[int, int]] = (SIZE,)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check("device", [self.device], DEVICES)
+
+    def cases(self) -> list[ProjectionCase]:
+        return [ProjectionCase(*case) for case in product(self.structures, self.sizes)]
+
+    def measure(self, case: ProjectionCase) -> ProjectionResult:
+        return measure(case.spec, case.size, self.device)
+
+    def tables(self, results: Sequence[ProjectionResult]) -> list[Table]:
+        return tables(results)
+
+
 def measure(spec: str, size: tuple[int, int] = SIZE, device: str = "cpu", rounds: int = ROUNDS) -> ProjectionResult:
     """Project a random weight by all methods. Raises RuntimeError if ours has a larger error than the SVD."""
     s = structure(spec, *size)
@@ -75,8 +112,8 @@ def tables(results: Sequence[ProjectionResult]) -> list[Table]:
     rows = []
     for result in results:
         for name, time in result.seconds.items():
-            case = f"{result.spec}, {result.in_features} → {result.out_features}"
+            case = str(ProjectionCase(result.spec, (result.in_features, result.out_features)))
             ratio, memory = time.median / result.seconds[OURS].median, f"{result.memory[name] / 2**20:,.0f}"
             rows.append((case, name, number(time.median), number(ratio), memory, f"{result.error[name]:.5f}"))
     headings = ("weight", "method", "seconds", "× el.Linear.from_dense", "peak MiB", "relative error")
-    return [Table(TITLE, headings, tuple(rows))]
+    return [Table(ProjectionBenchmark.TITLE, headings, tuple(rows))]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+Clock = Callable[[], float]
 
 # the least number of runs of each call, unless all calls together take longer than so many seconds
 MIN_RUNS = 5
@@ -45,12 +46,12 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, low, high)
 
 
-def seconds(call: Call, device: str) -> float:
-    """Return the time of one call: on the CPU by the wall clock, on a GPU by its own clock with cold caches."""
+def seconds(call: Call, device: str, clock: Clock = time.perf_counter) -> float:
+    """Return the time of one call: on the CPU by a clock, on a GPU by its own clock with cold caches."""
     if device != "cuda":
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        return time.perf_counter() - begin
+        return clock() - begin
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     _flushed().zero_()
     # a millisecond for the CPU to get ahead, so that launches cost no time
@@ -62,6 +63,13 @@ def seconds(call: Call, device: str) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
+def medians(calls: Mapping[str, Call], device: str, rounds: int) -> dict[str, float]:
+    """Warm calls up twice, time them in interleaved rounds, and return the median seconds of each."""
+    for call in (*calls.values(), *calls.values()):
+        call()
+    return {name: statistics.median(times) for name, times in interleave(calls, device, rounds=rounds).items()}
+
+
 @cache
 def _flushed() -> Tensor:
     """Return a tensor larger than the cache of any GPU: writing it evicts everything else."""
@@ -69,12 +77,31 @@ def _flushed() -> Tensor:
 
 
 def interleave(
-    calls: Mapping[str, Call], device: str, budget: float, prepare: Callable[[str], object] | None = None
+    calls: Mapping[str, Call],
+    device: str,
+    budget: float = 0.0,
+    prepare: Callable[[str], object] | None = None,
+    *,
+    rounds: int | None = None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time warmed-up calls in rounds of random order, so that others use the caches; return seconds, round by round.
 
-    If given, `prepare` is called with the name of each call before it, which is not timed.
+    Args:
+        calls: by name.
+        device: "cpu" or "cuda".
+        budget: seconds for all rounds, of which there are at least five.
+        prepare: called with the name of each call before it, not timed.
+        rounds: number of rounds, in place of a budget.
+        clock: of calls on a CPU, such as `time.process_time`.
     """
+
+    def is_done(elapsed: float) -> bool:
+        done = len(times[names[0]])
+        if rounds is not None:
+            return done >= rounds
+        return elapsed >= budget and (done >= MIN_RUNS or elapsed >= PATIENCE)
+
     names, shuffler = list(calls), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -82,12 +109,12 @@ def interleave(
     try:
         start = time.perf_counter()
         elapsed = 0.0
-        while elapsed < budget or (len(times[names[0]]) < MIN_RUNS and elapsed < PATIENCE):
+        while not is_done(elapsed):
             shuffler.shuffle(names)
             for name in names:
                 if prepare:
                     prepare(name)
-                times[name].append(seconds(calls[name], device))
+                times[name].append(seconds(calls[name], device, clock))
             elapsed = time.perf_counter() - start
     finally:
         if collecting:

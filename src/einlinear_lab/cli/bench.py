@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -17,12 +15,16 @@ from einlinear_lab.cli.parsing import numbers, specs, words
 from einlinear_lab.cli.running import command_line, refuse
 
 if TYPE_CHECKING:  # heavy: imported by the command itself
+    from einlinear_lab.bench.benchmark import Benchmark
     from einlinear_lab.bench.run import Recorder
     from einlinear_lab.bench.tables import Table
 
 T = TypeVar("T")
-# suites of other benchmarks than that of layers
-MIXTURES, PROJECTIONS = "moe", "projection"
+C = TypeVar("C")
+R = TypeVar("R")
+# options whose flags have other names
+_FLAGS = {"modes": "--passes", "dtypes": "--dtype", "cold": "--cold/--warm", "compiled": "--compile"}
+_FLAGS |= {"compared": "--compare"}
 BLOCKS = "blocks"
 
 
@@ -76,34 +78,29 @@ def bench_command(
         calibrate: Measure this machine for half a minute, and keep the coefficients of the cost model that chooses
             backends in $EINLINEAR_CACHE, for this processor and these versions of torch and einlinear.
     """
-    from einlinear_lab.bench import claims, mixtures, plot, projections, tables
-    from einlinear_lab.bench.cases import DEVICES, check, choose
+    from einlinear_lab.bench import claims, plot, tables
+    from einlinear_lab.bench.cases import choose
+    from einlinear_lab.bench.mixtures import MixtureBenchmark
+    from einlinear_lab.bench.projections import ProjectionBenchmark
     from einlinear_lab.bench.results import compare, read
     from einlinear_lab.bench.run import FILE, Recorder
+    from einlinear_lab.runs.options import names
 
+    others: dict[str, type[Benchmark[Any, Any]]] = {"moe": MixtureBenchmark, "projection": ProjectionBenchmark}
     with display.user_errors():
         grid: dict[str, Any] = {"structures": specs(structures), "sizes": _sizes(sizes), "device": device, "bias": bias}
         grid["cold"] = cold
         grid |= {"tokens": numbers(tokens, "--tokens"), "modes": words(passes), "dtypes": words(dtypes)}
+        measuring: dict[str, Any] = {"backends": words(backends), "compiled": compiled, "budget": budget}
         if threads is not None:
             torch.set_num_threads(threads)
         no_meaning = f"has no meaning for --suite {suite}"
-        of_layers = {"--variants": variants or None, "--compile": compiled, "--compare": compared}
-        of_layers |= {"--cold/--warm": cold, "--calibrate": calibrate or None}
-        if suite == MIXTURES:
-            refuse({"--structures": structures, "--bias": bias, **of_layers}, no_meaning)
-            options = {name: grid[name] for name in ("sizes", "tokens", "modes", "dtypes", "device")}
-            measure = partial(mixtures.measure, budget=10.0 if budget is None else budget)
-            cases = mixtures.cases(**options, backends=words(backends))
-            _run(suite, mixtures, {str(case): partial(measure, case) for case in cases}, device, out)
-            return
-        if suite == PROJECTIONS:
-            others = {"--tokens": tokens, "--passes": passes, "--dtype": dtypes, "--bias": bias, "--backends": backends}
-            refuse({**others, "--budget": budget, **of_layers}, no_meaning)
-            check("device", [device or "cpu"], DEVICES)
-            weights = product(grid["structures"] or projections.SPECS, grid["sizes"] or (projections.SIZE,))
-            project = partial(projections.measure, device=device or "cpu")
-            _run(suite, projections, {f"{w[0]}, {w[1]}": partial(project, *w) for w in weights}, device, out)
+        if suite in others:
+            of_layers = {"variants": variants or None, "compared": compared, "calibrate": calibrate or None}
+            options = {name: value for name, value in (grid | measuring | of_layers).items() if value is not None}
+            without_effect = [name for name in options if name not in names(others[suite])]
+            refuse({_FLAGS.get(name, f"--{name}"): options[name] for name in without_effect}, no_meaning)
+            _run(suite, others[suite](**options), device, out)
             return
         if suite == BLOCKS:
             refuse({"--backends": backends, "--compile": compiled}, no_meaning)
@@ -112,7 +109,6 @@ def bench_command(
             refuse({**fixed, "--bias": bias, "--backends": backends}, "has no meaning with --calibrate")
             suite, fresh = "calibration", True
         past = None if compared is None else read(compared / FILE if compared.is_dir() else compared)
-        measuring: dict[str, Any] = {"backends": words(backends), "compiled": compiled, "budget": budget}
         chosen = choose(suite or "quick", **grid, **measuring)
         if past and suite is None and all(value is None for value in grid.values()):
             all_cases, config = [result.case for result in past.results], past.config
@@ -154,9 +150,7 @@ def bench_command(
     display.fail([f"{result.case}, {m.name}: {m.refusal}" for result in results for m in result.failures])
 
 
-def _run(
-    suite: str, benchmark: Any, calls: Mapping[str, Callable[[], object]], device: str | None, out: Path | None
-) -> None:
+def _run(suite: str, benchmark: Benchmark[C, R], device: str | None, out: Path | None) -> None:
     """Measure all cases of another benchmark than that of layers. A case that fails does not stop the others."""
     from einlinear_lab.bench.machine import this_machine
     from einlinear_lab.bench.tables import write_results
@@ -164,9 +158,9 @@ def _run(
     folder, machine = out or Path("results") / f"bench-{suite}", this_machine(device or "cpu")
     display.note(str(machine))
     results, failures = [], []
-    for name, call in _with_bar(calls.items()):
+    for name, case in _with_bar([(str(case), case) for case in benchmark.cases()]):
         try:
-            results.append(call())
+            results.append(benchmark.measure(case))
         except RuntimeError as error:
             failures.append(f"{name}: {error}")
     # the files of an earlier benchmark stay if everything fails

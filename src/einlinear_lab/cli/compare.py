@@ -9,8 +9,8 @@ import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import LAB, require
-from einlinear_lab.cli.parsing import Clock, MixCode, Workers, assignments, numbers, specs
-from einlinear_lab.cli.running import carry_out
+from einlinear_lab.cli.parsing import Interleave, MixCode, Workers, assignments, numbers, specs
+from einlinear_lab.cli.running import run_sweep
 
 
 def compare_command(
@@ -24,7 +24,7 @@ def compare_command(
     preset: str | None = None,
     seeds: int | None = None,
     epochs: int | None = None,
-    clock: Clock = False,
+    interleave: Interleave = False,
     workers: Workers = None,
     mix_code: MixCode = False,
 ) -> None:
@@ -49,7 +49,12 @@ def compare_command(
         epochs: Passes over the training images, unless steps=NUMBER is given. Default: 20.
     """
     given = dict[str, Any](structures=structures, macs=macs, widths=widths, dense_reach=dense_reach, preset=preset)
-    given |= {"seeds": seeds, "epochs": epochs, "clock": clock or None, **({} if data is None else {"data": data})}
+    given |= {
+        "seeds": seeds,
+        "epochs": epochs,
+        "interleave": interleave or None,
+        **({} if data is None else {"data": data}),
+    }
     require(LAB)
     from einlinear_lab.search.leaders import alongside, as_searched, split_leaders, unseen_seed
     from einlinear_lab.sweeps.compare import CompareConfig, configure, plan
@@ -74,4 +79,4 @@ def compare_command(
         }
         comparison = configure(**options)
         sweep = plan(comparison)
-    carry_out(sweep, out, workers, mix_code, clock=comparison.clock)
+    run_sweep(sweep, out, workers, mix_code, interleave=comparison.interleave)

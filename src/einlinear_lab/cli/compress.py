@@ -75,8 +75,8 @@ def compress_command(
     from einlinear import compression
     from einlinear.compression.candidates import DEFAULT_FAMILIES
     from einlinear.compression.compression_report import HEADINGS
+    from einlinear_lab.bench.generation_speed import model_speeds
     from einlinear_lab.pretrained.documents import read_documents, text_batches
-    from einlinear_lab.pretrained.generation_speed import model_speeds
     from einlinear_lab.pretrained.model_folder import finish, load, save
 
     # this command has progress bars of its own

@@ -38,10 +38,9 @@ def coord_check_command(
         out: Results folder.
     """
     require(LAB)
+    from einlinear_lab.coordinate_check import cases, measure, run_of, template, write_updates
     from einlinear_lab.report import write_report
-    from einlinear_lab.report.coordinate_check import FeatureUpdates, write_updates
     from einlinear_lab.runs.execution import check_runs
-    from einlinear_lab.sweeps.coord_check import cases, measure, run_of, template
 
     with display.user_errors():
         chosen = specs(structures) or ()
@@ -57,7 +56,7 @@ def coord_check_command(
         def advance(spec: str, width: int, _: int) -> None:
             bars.update(bar, advance=1, description=f"{spec}, width {width}")
 
-        updates = [FeatureUpdates(*result) for result in measure(run, problem, chosen, sizes, advance)]
+        updates = list(measure(run, problem, chosen, sizes, advance))
     rows = []
     for update in updates:
         rates = "its own" if update.structure_aware else "of dense"
@@ -67,5 +66,5 @@ def coord_check_command(
     columns = (f"width {width}" for width in updates[0].by_width)
     display.show(("structure", "learning rates", *columns, "largest / smallest"), rows)
     display.note("Change of the features after the last block in one step, over their size (root mean squares).")
-    write_updates(out, updates, command_line(), problem.source)
+    write_updates(out, updates, command_line(), problem.data_source)
     display.note(f"Report: {write_report([out]).path}")

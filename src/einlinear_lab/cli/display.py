@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import typer
+from rich import table as rich_table
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,8 +21,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column, Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from einlinear_lab.analysis.columns import Column
 
 # Seconds between two lines of progress without a terminal.
 _INTERVAL = 10
@@ -43,7 +47,7 @@ def warning(message: str) -> None:
 
 def show(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, prose: bool = False) -> None:
     """Print a table of texts; columns after the first are right-aligned and not wrapped, unless they hold prose."""
-    table = Table(
+    table = rich_table.Table(
         title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
     for i, heading in enumerate(headings):
@@ -56,9 +60,14 @@ def show(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     (console if console.is_terminal else Console(width=250)).print(table)
 
 
+def show_columns(columns: Sequence[Column]) -> None:
+    """Print a table of numbers."""
+    show([column.heading for column in columns], zip(*(column.texts for column in columns), strict=True))
+
+
 def progress(*more: ProgressColumn) -> Progress:
     """Return progress bars with these further columns; shown only in a terminal, by the first process of torchrun."""
-    console, narrow = Console(), Column(no_wrap=True, overflow="ellipsis", max_width=44)
+    console, narrow = Console(), rich_table.Column(no_wrap=True, overflow="ellipsis", max_width=44)
     description = TextColumn("{task.description}", markup=False, table_column=narrow)
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), *more)
     shown = console.is_terminal and os.environ.get("RANK", "0") == "0"

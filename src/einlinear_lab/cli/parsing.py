@@ -21,14 +21,14 @@ _CONFIG = (
 )
 _WORKERS = "Processes that train at the same time. Default: one per CPU core, or per GPU."
 _MIX = "Add to a folder whose runs were made by another version of einlinear."
-_CLOCK = (
+_INTERLEAVE = (
     "Let the runs of a seed take turns in one process, so that changes of the machine slow them all alike and their "
     "training times can be compared. All their models are in memory at once."
 )
 Folders = Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Results folders, taken together.")]
 RunConfig = Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE", help=_CONFIG)]
 MixCode = Annotated[bool, typer.Option("--mix-code", help=_MIX)]
-Clock = Annotated[bool, typer.Option("--clock", help=_CLOCK)]
+Interleave = Annotated[bool, typer.Option("--interleave", help=_INTERLEAVE)]
 On = Annotated[str, typer.Option(help="Where to train: local (processes of this machine) or ray (a cluster).")]
 Workers = Annotated[int | None, typer.Option(min=1, help=_WORKERS)]
 Address = Annotated[str | None, typer.Option(help="Address of the Ray cluster. Default: a new one on this machine.")]

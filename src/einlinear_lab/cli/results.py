@@ -14,8 +14,8 @@ from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import Folders, floor_of, numbers
 
 if TYPE_CHECKING:  # heavy: imported by the commands themselves
-    from einlinear_lab.report.comparison import Comparison
-    from einlinear_lab.report.scaling_laws import ScalingLaws
+    from einlinear_lab.analysis.comparison import Comparison
+    from einlinear_lab.analysis.scaling_laws import ScalingLaws
 
 # Of a map.
 _ROWS = 10
@@ -46,31 +46,29 @@ def report_command(folders: Folders, out: _PageFile = None, floor: _Floor = "0")
 
 def _print_models(comparison: Comparison) -> None:
     """Print every model, at its best learning rate where there are several."""
-    from einlinear_lab.report.comparison import metric_title
-    from einlinear_lab.report.overview import model_columns
+    from einlinear_lab.analysis.comparison import metric_title
+    from einlinear_lab.analysis.model_table import model_columns
 
     best = [group for curve in comparison.curves for group in curve.best]
-    columns = model_columns(comparison, best, {"": comparison.error})
-    rows = zip(*([cell.text for cell in cells] for cells in columns.values()), strict=True)
     display.note(f"{comparison}{', every model at its best learning rate' if 'lr' in comparison.varied else ''}:")
-    display.show(list(columns), list(rows))
-    error = metric_title(comparison.error)
+    display.show_columns(model_columns(comparison, best, {"": comparison.metric}))
+    error = metric_title(comparison.metric)
     display.note(f"Compute multiplier: how many times these MACs dense needs for the same {error}.")
-    display.note("Time multiplier: the same for the time of training, if the runs took turns (--clock).")
+    display.note("Time multiplier: the same for the time of training, if the runs took turns (--interleave).")
     display.note("MB: on a GPU the peak memory of a step; on a CPU parameters, gradients and optimizer state.\n")
 
 
 def map_command(folders: Folders, out: _PageFile = None) -> None:
     """Map a search: the exponents of its structures against their loss."""
     require(LAB)
+    from einlinear_lab.analysis.comparison import compare_runs, metric_title
+    from einlinear_lab.analysis.structure_map import MIN_STRUCTURES, coefficient_columns, map_columns, map_of
     from einlinear_lab.report import write_report
-    from einlinear_lab.report.comparison import compare_runs, metric_title
-    from einlinear_lab.report.structure_map import MIN_STRUCTURES, coefficient_cells, map_of, map_table
     from einlinear_lab.runs.store import open_store
 
     with display.user_errors():
         comparisons = compare_runs(record for folder in folders for record in open_store(folder).records())
-        maps = [(comparison, map_) for comparison in comparisons if (map_ := map_of(comparison, comparison.error))]
+        maps = [(comparison, map_) for comparison in comparisons if (map_ := map_of(comparison, comparison.metric))]
         if not maps:
             raise ValueError(
                 f"{' and '.join(map(str, folders))}: a map needs {MIN_STRUCTURES} structures of about the same MACs, "
@@ -78,13 +76,10 @@ def map_command(folders: Folders, out: _PageFile = None) -> None:
             )
         report = write_report(folders, out)
     for comparison, map_ in maps:
-        error = metric_title(comparison.error)
+        error = metric_title(comparison.metric)
         display.note(f"{comparison}: {len(map_.points)} structures at {map_.compute:,.0f} MACs per {comparison.input}")
-        table = map_table(map_.points[:_ROWS], error)
-        display.show(table.headings, [[cell.text for cell in row] for row in table.rows])
-        cells = coefficient_cells(map_.regression)
-        coefficients = [(sign, *(cell.text for cell in row)) for sign, row in cells.items()]
-        display.show(("exponent", f"coefficient for log {error}", "95 % interval"), coefficients)
+        display.show_columns(map_columns(map_.points[:_ROWS], error))
+        display.show_columns(coefficient_columns({error: map_.regression}))
         if map_.unfinished:
             display.note(f"{len(map_.unfinished)} more structures are left out: pruned or not finished.")
         best = map_.points[0].structure
@@ -114,8 +109,8 @@ def fit_command(
     """
     require(LAB)
     from einlinear.files import write_json
-    from einlinear_lab.report.comparison import compare_runs
-    from einlinear_lab.report.scaling_laws import laws_as_json, laws_of_training, laws_per_input
+    from einlinear_lab.analysis.comparison import compare_runs
+    from einlinear_lab.analysis.scaling_laws import laws_as_json, laws_of_training, laws_per_input
     from einlinear_lab.runs.store import open_store
 
     with display.user_errors():
@@ -151,20 +146,21 @@ def fit_command(
 
 
 def _print_laws(laws: ScalingLaws, computes: Sequence[float]) -> None:
-    from einlinear_lab.report.comparison import metric_title
-    from einlinear_lab.report.scaling_laws import LAW_HEADINGS, law_cells
+    from einlinear_lab.analysis.columns import Column
+    from einlinear_lab.analysis.comparison import metric_title
+    from einlinear_lab.analysis.scaling_laws import law_columns
 
     display.note(f"\n{metric_title(laws.metric)} over {laws.compute}")
-    rows, notes = [], []
+    columns = [Column.of("structure", (fit.curve.name for fit in laws.curves)), *law_columns(laws, digits=4)]
+    for compute in computes:
+        losses = [found.loss if (found := fit.predict(compute)) else None for fit in laws.curves]
+        columns.append(Column.of(f"at {compute:.3g}", losses, ".4g"))
+    display.show_columns(columns)
+    notes = []
     for fit in laws.curves:
-        name, cells = fit.curve.name, law_cells(fit, digits=4)
-        predictions = [fit.predict(compute) for compute in computes]
-        texts = [cells[heading].text if cells else "–" for heading in LAW_HEADINGS]
-        rows.append([name, *texts, *(f"{found.loss:.4g}" if found else "–" for found in predictions)])
         if fit.fit is None:
-            notes.append(f"{name}: no exponent: {fit.reason}")
+            notes.append(f"{fit.curve.name}: no exponent: {fit.reason}")
         elif (points := len(fit.fit.frontier.index)) <= _FEW_POINTS:
-            notes.append(f"{name}: R² of {points} points means little, rely on the interval")
-    display.show(["structure", *LAW_HEADINGS, *(f"at {compute:.3g}" for compute in computes)], rows)
+            notes.append(f"{fit.curve.name}: R² of {points} points means little, rely on the interval")
     for text in notes:
         display.note(text)

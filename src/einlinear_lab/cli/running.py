@@ -19,8 +19,8 @@ from einlinear_lab.cli.packages import RAY, require
 from einlinear_lab.cli.results import report_command
 
 if TYPE_CHECKING:
+    from einlinear_lab.pools.pool import Event, Pool
     from einlinear_lab.runs.run import Run
-    from einlinear_lab.sweeps.driver import Event, Pool
     from einlinear_lab.sweeps.sweep import Sweep
 
 # Of the skipped files.
@@ -43,7 +43,7 @@ def refuse(options: Mapping[str, object], why: str) -> None:
             raise ValueError(f"{name} {why}")
 
 
-def cluster(on: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> Pool | None:
+def ray_pool(on: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> Pool | None:
     """Return the pool of --on ray, None for --on local. Raises ValueError for options that have no effect with it."""
     if on == "local":
         refuse({"--address": address, "--cpus": cpus, "--gpus": gpus}, "goes with --on ray")
@@ -52,9 +52,9 @@ def cluster(on: str, workers: int | None, address: str | None, cpus: float | Non
         raise ValueError(f"--on must be local or ray, not {on!r}")
     refuse({"--workers": workers}, "goes with --on local: on Ray --cpus and --gpus say how many runs fit")
     require(RAY)
-    from einlinear_lab.sweeps.cluster import Cluster
+    from einlinear_lab.pools.ray import RayPool
 
-    return Cluster(address, 1 if cpus is None else cpus, gpus or 0, setup())
+    return RayPool(address, 1 if cpus is None else cpus, gpus or 0, setup())
 
 
 def check_here(runs: Iterable[Run]) -> None:
@@ -88,19 +88,19 @@ def say_skipped(runs: Iterable[Run]) -> None:
             display.warning(f"Left out {files} of {data.data} that cannot be read: {names}{more}.")
 
 
-def carry_out(
-    sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None, clock: bool = False
+def run_sweep(
+    sweep: Sweep, folder: Path, workers: int | None, mix_code: bool, pool: Pool | None = None, interleave: bool = False
 ) -> None:
-    """Do the missing runs of a sweep, on processes of this machine, in turns or on another pool, and report."""
+    """Train the missing runs of a sweep, on processes of this machine, in turns or on another pool, and report."""
+    from einlinear_lab.pools.interleaved import InterleavedPool
+    from einlinear_lab.pools.pool import run_missing
     from einlinear_lab.runs.execution import check_runs
     from einlinear_lab.runs.store import Store
-    from einlinear_lab.sweeps.driver import do
-    from einlinear_lab.sweeps.interleaved import Interleaved
 
     store = Store(folder)
     with display.user_errors():
-        if clock:
-            refuse({"--workers": workers}, "has no meaning with --clock: the runs take turns in one process")
+        if interleave:
+            refuse({"--workers": workers}, "has no meaning with --interleave: the runs take turns in one process")
         check_many(sweep.runs, pool)
         store.open(sweep.runs, sweep.axes, command_line(), mix_code, check_runs(sweep.runs))
         for problem in store.damaged():
@@ -109,8 +109,8 @@ def carry_out(
     finished = len(sweep.runs) - len(missing)
     already = f"; {finished} of {len(sweep.runs)} are already there" if finished else ""
     display.note(f"{len(missing)} runs to do, results in {folder}{already}.")
-    pool = Interleaved() if clock else pool
-    failed = watched(partial(do, sweep.runs, store), missing, folder, workers, pool) if missing else []
+    pool = InterleavedPool() if interleave else pool
+    failed = watched(partial(run_missing, sweep.runs, store), missing, folder, workers, pool) if missing else []
     report_command([folder])
     display.fail(failed)
 
@@ -126,10 +126,10 @@ def watched(
     """Do runs with progress bars, by default on processes of this machine; return the errors of those that failed."""
     from joblib import cpu_count
 
-    from einlinear_lab.sweeps.workers import Workers, suited
+    from einlinear_lab.pools.local import LocalPool, default_workers
 
-    count = workers or suited(runs)
-    pool = pool or Workers(count, max(1, cpu_count() // count), setup())
+    count = workers or default_workers(runs)
+    pool = pool or LocalPool(count, max(1, cpu_count() // count), setup())
     interrupted = f"Interrupted. {folder} keeps what was done; the same command goes on from there."
     with display.interruptible(interrupted), display.progress(TextColumn(_LOSS)) as bars, display.system_errors():
         failed = do(pool, _Watch(bars, len(runs), done).see)

@@ -13,7 +13,7 @@ import typer
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import LAB, require
 from einlinear_lab.cli.parsing import Address, Cpus, Gpus, MixCode, On, RunConfig, Workers, assignments, numbers, words
-from einlinear_lab.cli.running import check_many, cluster, command_line, watched
+from einlinear_lab.cli.running import check_many, command_line, ray_pool, watched
 
 if TYPE_CHECKING:
     from einlinear_lab.search.search import Search
@@ -78,7 +78,7 @@ def search_command(
     from einlinear_lab.search.search import Search
 
     with display.user_errors():
-        pool = cluster(on, workers, address, cpus, gpus)
+        pool = ray_pool(on, workers, address, cpus, gpus)
         macs = numbers(budget, "--budget") or ()
         if len(macs) != 1:
             raise ValueError(f"--budget is one number, such as 400k, not {budget!r}")
@@ -93,7 +93,7 @@ def search_command(
         search.open(store, storage, name, command=command_line(), mix_code=mix_code)
     done = len(search.study.trained())
     display.note(f"{done} of {trials} trials are done; results in {out}.")
-    failed = watched(search.do, [search.base] * trials, out, workers, pool, done)
+    failed = watched(search.run_trials, [search.base] * trials, out, workers, pool, done)
     with suppress(BlockingIOError), store.driving(), RunTable(out) as table:
         table.rebuild(store.records(), [])
     _print(search)

@@ -9,8 +9,8 @@ import typer
 
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import LAB, require
-from einlinear_lab.cli.parsing import Address, Clock, Cpus, Gpus, MixCode, On, RunConfig, Workers, assignments
-from einlinear_lab.cli.running import carry_out, cluster, refuse
+from einlinear_lab.cli.parsing import Address, Cpus, Gpus, Interleave, MixCode, On, RunConfig, Workers, assignments
+from einlinear_lab.cli.running import ray_pool, refuse, run_sweep
 
 
 def sweep_command(
@@ -18,7 +18,7 @@ def sweep_command(
     config: RunConfig = None,
     out: Path | None = None,
     scale: str | None = None,
-    clock: Clock = False,
+    interleave: Interleave = False,
     on: On = "local",
     workers: Workers = None,
     address: Address = None,
@@ -41,9 +41,9 @@ def sweep_command(
     from einlinear_lab.sweeps.sweep import read_sweep
 
     with display.user_errors():
-        pool = cluster(on, workers, address, cpus, gpus)
-        if clock and pool is not None:
-            raise ValueError("--clock goes with --on local")
+        pool = ray_pool(on, workers, address, cpus, gpus)
+        if interleave and pool is not None:
+            raise ValueError("--interleave goes with --on local")
         is_file = Path(what).suffix in (".toml", ".json")
         if is_file:
             refuse({"--scale": scale}, f"is that of a recipe, and {what} is a file")
@@ -52,7 +52,7 @@ def sweep_command(
         if not is_file and (prepare := getattr(recipes.load(what), scale).prepare):
             display.note(f"Its data has to be there: {prepare}")
         name = Path(what).stem if is_file else f"{what}-{scale}"
-    carry_out(sweep, out or Path("results") / name, workers, mix_code, pool, clock)
+    run_sweep(sweep, out or Path("results") / name, workers, mix_code, pool, interleave)
 
 
 def recipes_command() -> None:

@@ -1,6 +1,6 @@
 """The report: results folders as figures and tables on one self-contained HTML page.
 
-A figure's file computes its data from a comparison and draws it as a section, which is None without data.
+A section's file draws what `einlinear_lab.analysis` computes; it returns None without data.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from datetime import datetime
 from pathlib import Path
 
 from einlinear.files import write_text
+from einlinear_lab.analysis.comparison import Comparison, compare_runs
+from einlinear_lab.coordinate_check import CoordinateCheck, read_updates
 from einlinear_lab.report import (
-    coordinate_check,
-    learning_rates,
+    feature_updates,
+    learning_rate_sweeps,
+    loss_over_compute,
+    loss_over_exponents,
     loss_over_time,
     overview,
-    scaling_laws,
-    structure_map,
     training_curves,
 )
-from einlinear_lab.report.comparison import Comparison, compare_runs
 from einlinear_lab.report.page import Chapter, render
 from einlinear_lab.runs.records import Record
 from einlinear_lab.runs.store import Store, open_store
@@ -56,11 +57,11 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
     paths = [Path(folder) for folder in folders]
     if out is None and len(paths) != 1:
         raise ValueError(f"{len(paths)} folders: name the file for the page (--out)")
-    checks: dict[Path, coordinate_check.CoordinateCheck] = {}
+    checks: dict[Path, CoordinateCheck] = {}
     damaged: list[str] = []
     for path in paths:
         try:
-            if check := coordinate_check.read_updates(path):
+            if check := read_updates(path):
                 checks[path] = check
         except ValueError as error:
             damaged.append(str(error))
@@ -72,7 +73,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None, f
         raise ValueError("; ".join([f"{' and '.join(map(str, paths))}: no finished runs yet", *damaged]))
     chapters = [_chapter(comparison, stores, floor) for comparison in comparisons]
     for path, check in checks.items():
-        chapters.append(Chapter(f"Coordinate check in {path}", [coordinate_check.section(check)], [check.command]))
+        chapters.append(Chapter(f"Coordinate check in {path}", [feature_updates.section(check)], [check.command]))
     records = [record for comparison in comparisons for record in comparison.records]
     warnings = [*_code_warning(records), *damaged]
     command = ["einlinear", "report", *map(os.fspath, paths), *([] if out is None else ["--out", os.fspath(out)])]
@@ -95,14 +96,14 @@ def _chapter(comparison: Comparison, stores: Sequence[Store], floor: float | Non
     commands = [command for store in stores if store.folder in folders for command in store.commands()]
     sections = [
         overview.setup_section(comparison, commands),
-        scaling_laws.section_per_input(comparison, floor),
-        scaling_laws.section_of_training(comparison, floor),
+        loss_over_compute.section_per_input(comparison, floor),
+        loss_over_compute.section_of_training(comparison, floor),
         loss_over_time.section(comparison),
-        learning_rates.section(comparison),
+        learning_rate_sweeps.section(comparison),
         training_curves.section(comparison),
         training_curves.section_of_experts(comparison),
-        structure_map.section_at_equal_compute(comparison),
-        structure_map.section(comparison),
+        loss_over_exponents.section_at_equal_compute(comparison),
+        loss_over_exponents.section(comparison),
         overview.models_section(comparison),
     ]
     return Chapter(str(comparison), [section for section in sections if section], commands)

@@ -104,9 +104,15 @@ def log_axis(values: Iterable[float], title: str) -> Axis:
     return {"title": heading, "type": "log", "range": ends, "tickvals": ticks, "ticktext": list(map(short, ticks))}
 
 
-def width_axis(widths: Iterable[int]) -> Axis:
-    ticks = sorted({*widths})
-    return {"title": {"text": "width"}, "type": "log", "tickvals": ticks, "ticktext": list(map(str, ticks))}
+def size_axis(name: str, sizes: Iterable[int]) -> Axis:
+    """Return a logarithmic axis of a size such as the width, with a tick for each."""
+    ticks = sorted({*sizes})
+    return {
+        "title": {"text": name.replace("_", " ")},
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": list(map(str, ticks)),
+    }
 
 
 def nice_ticks(low: float, high: float) -> list[float]:

@@ -6,16 +6,15 @@ import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from einlinear_lab.analysis.columns import Column
 from einlinear_lab.report.charts import Chart, colour, glyph
-from einlinear_lab.report.comparison import SeedGroup, result_of
-from einlinear_lab.runs.records import Record
 
 CsvRow = Mapping[str, object]
 
@@ -73,6 +72,23 @@ class SortableTable:
     note: Markup = field(default=Markup())
     summary: str = ""
 
+    @classmethod
+    def of(
+        cls,
+        columns: Sequence[Column],
+        note: Markup | str = "",
+        summary: str = "",
+        curves: Sequence[int] | None = None,
+    ) -> SortableTable:
+        """Return the table of some columns; the first one is marked with the curves of the rows, if they are given."""
+        rows = [
+            [Cell(text, value) for text, value in row]
+            for row in zip(*(zip(column.texts, column.values, strict=True) for column in columns), strict=True)
+        ]
+        for row, curve in zip(rows, curves or ()):
+            row[0] = replace(row[0], curve=curve)
+        return cls([column.heading for column in columns], rows, Markup(note), summary)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -107,32 +123,6 @@ def render(headline: str, warnings: Sequence[str], chapters: Sequence[Chapter], 
         script=Markup(_asset("page.js")),
         plotly_js=Markup(get_plotlyjs()),
     )
-
-
-def hover(*records: Record) -> str:
-    """Return the hover label of a point: the run, or the runs of several seeds whose mean the point is."""
-    run, keys = records[0].run, ", ".join(record.run.key for record in records[:4])
-    one = len(records) == 1
-    seeds = f"seed {run.seed}" if one else f"mean of seeds {', '.join(str(record.run.seed) for record in records)}"
-    return (
-        f"{escape(run.model.structure)}, width {run.model.width}<br>lr {run.training.lr:g}, {seeds}<br>"
-        f"{'key' if one else 'keys'} {keys}{' …' if len(records) > 4 else ''}"
-    )
-
-
-def run_row(curve: str, record: Record, **values: object) -> CsvRow:
-    """Return the CSV row of a point of a run: its configuration, its costs, and the values of the point."""
-    run, result = record.run, result_of(record)
-    model, training = run.model, run.training
-    names = {"key": run.key, "curve": curve, "structure": model.structure, "structure_aware": training.structure_aware}
-    sizes = {"width": model.width, "lr": training.lr, "seed": run.seed, "macs": result.macs, "params": result.params}
-    return {**names, **sizes, **values}
-
-
-def group_row(group: SeedGroup, **values: object) -> CsvRow:
-    """Return the CSV row of a mean over seeds: the configuration, the MACs, and the values of the point."""
-    model = group.run.model
-    return {"structure": model.structure, "width": model.width, "macs": group.result.macs, **values}
 
 
 def definitions(terms: Mapping[str, str]) -> Markup:

@@ -11,9 +11,10 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from einlinear_lab.analysis.comparison import Comparison, logged
 from einlinear_lab.report.charts import Chart, axis, colour, log_axis, trace
-from einlinear_lab.report.comparison import Comparison, logged
-from einlinear_lab.report.page import CsvRow, Figure, Section, hover, run_row
+from einlinear_lab.report.page import CsvRow, Figure, Section
+from einlinear_lab.report.points import hover, run_row
 from einlinear_lab.runs.records import Record
 
 _MAX_RUNS = 48

@@ -21,7 +21,7 @@ from einlinear.files import lock
 from einlinear.mup import init_
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.macs import params
-from einlinear_lab.runs.data import Data, TrainingProblem
+from einlinear_lab.runs.data_config import DataConfig, TrainingProblem
 from einlinear_lab.runs.records import Result, describe, write_result, write_run
 from einlinear_lab.runs.run import Run
 from einlinear_lab.training.distributed import is_first
@@ -71,15 +71,15 @@ def initialised(run: Run, problem: TrainingProblem) -> ReferenceModel:
     return model
 
 
-def check_runs(runs: Iterable[Run]) -> dict[Data, str]:
+def check_runs(runs: Iterable[Run]) -> dict[DataConfig, str]:
     """Load all data and build all models on the meta device, so that errors come early; return the data's digests."""
-    problems: dict[Data, TrainingProblem] = {}
+    problems: dict[DataConfig, TrainingProblem] = {}
     for run in runs:
         if run.data not in problems:
             problems[run.data] = run.data.load(run.seed)
         with torch.device("meta"):
             run.model.build(problems[run.data].shape)
-    return {data: problem.digest for data, problem in problems.items()}
+    return {data: problem.data_digest for data, problem in problems.items()}
 
 
 def _train(run: Run, folder: Path | None) -> Steps[Result]:
@@ -90,7 +90,7 @@ def _train(run: Run, folder: Path | None) -> Steps[Result]:
     guide_macs = 0 if run.training.guide_until is None else _guide_macs(model)
     if folder is not None and is_first():
         write_run(record)
-    options: dict[str, Any] = {"lr_scale": model.LR_SCALE, "alpha": run.model.alpha, "facts": record.facts}
+    options: dict[str, Any] = {"lr_scale": model.LR_SCALE, "alpha": run.model.alpha, "facts": record.metadata}
     outcome = yield from train_in_steps(model, base, problem.task, run.training, folder, **options)
     steps = len(outcome.losses)
     structured = min(run.training.densify_at or steps, steps)
@@ -105,7 +105,6 @@ def _train(run: Run, folder: Path | None) -> Steps[Result]:
         compute=problem.inputs * (macs * structured + model.macs * (steps - structured) + guide_macs * guided),
         train_loss=statistics.fmean(outcome.losses[-last:]) if finished else None,
         metrics=dict(outcome.metrics) if finished else {},
-        error=outcome.metrics[problem.error] if finished else None,
         step_seconds=None if math.isnan(outcome.step_seconds) else outcome.step_seconds,
         memory=outcome.memory,
         guide_macs=guide_macs,

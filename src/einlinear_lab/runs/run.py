@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from einlinear.structures import structure
 from einlinear_lab.models import MODELS, ModelConfig
 from einlinear_lab.models.config import OF_EXPERTS
-from einlinear_lab.runs.data import Data, TextData, kind_of
+from einlinear_lab.runs.data_config import DataConfig, TextDataConfig, kind_of
 from einlinear_lab.runs.options import names, parse, refuse_unknown
-from einlinear_lab.training import Training
+from einlinear_lab.training import TrainingConfig
 
 # Options that change results by rounding at most. Skipped files change the digest of the data. evaluate_every changes
 # no result either, but errors over time need the evaluations.
@@ -32,8 +32,8 @@ class Run:
     """Config of a run: of its model, data and training, and the seed of the weights and the batches."""
 
     model: ModelConfig
-    data: Data
-    training: Training
+    data: DataConfig
+    training: TrainingConfig
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,11 +61,16 @@ class Run:
             ValueError: an unknown option or a wrong value, with the allowed ones.
         """
         model, data = model_and_data(options)
-        parts = {"model": model, "data": data, "training": _part(Training, options), "seed": options.get("seed", 0)}
+        parts = {
+            "model": model,
+            "data": data,
+            "training": _part(TrainingConfig, options),
+            "seed": options.get("seed", 0),
+        }
         return parse(cls, parts)
 
     @cached_property
-    def options(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """All options by name as JSON values; `Run.of` inverts it."""
         parts = [dataclasses.asdict(part) for part in (self.model, self.data, self.training)]
         kinds = {"model": self.model.NAME, "data_kind": self.data.KIND}
@@ -73,15 +78,15 @@ class Run:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """Options that can change the result; without experts, options of experts cannot."""
         hidden = (*_HIDDEN, *(OF_EXPERTS if self.model.experts is None else ()))
-        return {name: value for name, value in self.options.items() if name not in hidden}
+        return {name: value for name, value in self.config.items() if name not in hidden}
 
     @cached_property
     def key(self) -> str:
-        """Hash of the identity, 12 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        """Hash of the hyperparameters, 12 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.hyperparameters, sort_keys=True).encode()).hexdigest()[:12]
 
     @cached_property
     def pattern(self) -> str:
@@ -96,14 +101,14 @@ class Run:
         return f"{words}-w{self.model.width}-s{self.seed}-{self.key}"
 
 
-def model_and_data(options: Mapping[str, Any]) -> tuple[ModelConfig, Data]:
+def model_and_data(options: Mapping[str, Any]) -> tuple[ModelConfig, DataConfig]:
     """Return the model and the data of a run from its options, none of which is required; raises as `Run.of`."""
     kind, name = options.get("model", "mlp"), str(options.get("data", "auto"))
     if kind not in MODELS:
         raise ValueError(f"model must be {', '.join(MODELS)}, not {kind!r}")
     model = MODELS[kind]
     data = kind_of(name, options.get("data_kind"), sequences=model.SEQUENCES)
-    allowed = [*names(model), *names(data), *names(Training), "seed"]
+    allowed = [*names(model), *names(data), *names(TrainingConfig), "seed"]
     others = [option for option in options if option not in ("model", "data_kind")]
     refuse_unknown(others, allowed, f"a run of model={kind} on data={name} ({data.KIND})")
     return _part(model, options), _part(data, options)
@@ -119,7 +124,7 @@ def with_defaults(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     _, data = model_and_data(options)
     if {"steps", "batch_size"} <= options.keys():
         return completed, reasons
-    examples, is_text, size = data.examples(), isinstance(data, TextData), data.batch_size
+    examples, is_text, size = data.examples(), isinstance(data, TextDataConfig), data.batch_size
     if examples is not None and examples < size and not is_text and "batch_size" not in options:
         size = completed["batch_size"] = 1 << max(0, (examples // 4).bit_length() - 1)
         reasons.append(f"batch_size={size}, as there are {examples:,} training images")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from einlinear.files import lock, parse_json, write_text
-from einlinear_lab.runs.data import Data
+from einlinear_lab.runs.data_config import DataConfig
 from einlinear_lab.runs.passwords import command_without_passwords
 from einlinear_lab.runs.records import METRICS, RUN, Record, code_version, read_record
 from einlinear_lab.runs.run import Run
@@ -59,7 +59,7 @@ class Store:
         axes: Collection[str],
         command: str = "",
         mix_code: bool = False,
-        digests: Mapping[Data, str] | None = None,
+        digests: Mapping[DataConfig, str] | None = None,
     ) -> None:
         """Prepare the folder for more runs.
 
@@ -118,10 +118,10 @@ class Store:
                     yield error
 
     def _check_config(self, records: Collection[Record], runs: Collection[Run], axes: Collection[str]) -> None:
-        old = _values(record.run.identity for record in records)
+        old = _values(record.run.hyperparameters for record in records)
         differences = [
             f"{name} was {' and '.join(map(repr, sorted(old[name], key=str)))}, now {value!r}"
-            for name, values in _values(run.identity for run in runs).items()
+            for name, values in _values(run.hyperparameters for run in runs).items()
             if name not in axes and name in old
             for value in values - old[name]
         ]
@@ -131,14 +131,16 @@ class Store:
                 "config to add to this one"
             )
 
-    def _check_data(self, records: Collection[Record], runs: Collection[Run], digests: Mapping[Data, str]) -> None:
+    def _check_data(
+        self, records: Collection[Record], runs: Collection[Run], digests: Mapping[DataConfig, str]
+    ) -> None:
         """Compare the data and the user's families with those of existing runs of the same names."""
         patterns = {(run.model.structure, run.model.width): run.pattern for run in runs}
         for record in records:
             name, structure = record.run.data.data, record.run.model.structure
             difference = ""
-            if digests.get(record.run.data, record.digest) != record.digest:
-                difference = f"on other data of the name {name} ({record.source}): it has changed since"
+            if digests.get(record.run.data, record.data_digest) != record.data_digest:
+                difference = f"on other data of the name {name} ({record.data_source}): it has changed since"
             if patterns.get((structure, record.run.model.width), record.pattern) != record.pattern:
                 difference = f"in which {structure} was another structure ({record.pattern})"
             if difference:

@@ -25,7 +25,7 @@ _PATIENCE = 1
 
 
 class RunTable:
-    """One row per run: its key, folder and status; its options; its results and metrics.
+    """One row per run: its key, folder and status; its config; its results and metrics.
 
     Status is "waiting", "running", "finished", "diverged", "lost" or "failed". Errors become warnings; rows that could
     not be written are written with the next row.
@@ -103,7 +103,7 @@ def _of_record(record: Record) -> dict[str, Any]:
 
 
 def _row(run: Run, folder: Path | None, status: str, message: str = "") -> dict[str, Any]:
-    options = {name: json.dumps(v) if isinstance(v, list) else v for name, v in run.options.items()}
+    options = {name: json.dumps(v) if isinstance(v, list) else v for name, v in run.config.items()}
     return {"key": run.key, "folder": folder and folder.name, "status": status, "message": message, **options}
 
 

@@ -1,8 +1,6 @@
 """Scaling laws as mathematics: arrays of compute and loss, in any unit, give laws, multipliers and intervals."""
 
-from einlinear_lab.scaling.fit import Frontier, LossCurves, Prediction, ScalingFit, fit_scaling, pareto_frontier
-from einlinear_lab.scaling.laws import Interval, PowerLaw, power_law, power_law_with_floor
-from einlinear_lab.scaling.multipliers import (
+from einlinear_lab.scaling.compute_multipliers import (
     Multiplier,
     MultiplierAt,
     MultiplierOverSeeds,
@@ -10,6 +8,8 @@ from einlinear_lab.scaling.multipliers import (
     multiplier_over_seeds,
     multipliers_along,
 )
+from einlinear_lab.scaling.fit import Frontier, LossCurves, Prediction, ScalingFit, fit_scaling, pareto_frontier
+from einlinear_lab.scaling.laws import Interval, PowerLaw, power_law, power_law_with_floor
 from einlinear_lab.scaling.regression import Coefficient, ExponentRegression, regress_on_exponents
 
 __all__ = [

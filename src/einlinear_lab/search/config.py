@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from einlinear.files import differences, read_json, write_json
 from einlinear_lab.runs.options import parse_strictly
-from einlinear_lab.runs.records import Result
+from einlinear_lab.runs.records import Record
 from einlinear_lab.search.space import STRUCTURE, SearchSpace, option_of
 
 # Trained trials before a sampler leaves the random ones, and before any trial is pruned.
@@ -40,7 +40,7 @@ class SearchConfig:
         sampler: Optuna's sampler: "gp" (Gaussian process), "tpe" (tree-structured Parzen estimator), "random".
         warm_start: try the structures of `SearchSpace.literature` first; never with "random".
         prune: stop trials early that are behind half of the others, by successive halving.
-        metric: to be minimised; None: the error that the data is judged by.
+        metric: to be minimised; None: the metric by which runs on the data are compared.
         time_weight: how much the time of a training step counts, see `SearchManifest`.
         seed: of the sampler.
         options: of all runs, see `Run.of`, without structure and width.
@@ -87,7 +87,7 @@ class SearchManifest:
     """What others need of a search: its objective, what it chooses, and the place of its study.
 
     Attributes:
-        metric: of the final model, by name; None: the error that the data is judged by.
+        metric: of the final model, by name; None: the metric by which runs on the data are compared.
         time_weight: the power of the seconds of a training step that the metric is multiplied by: 0 for the metric
             alone; with 0.1, twice the time is worth 7 % of the metric.
         budget: multiply-accumulates for one input; None for a folder that no search has made.
@@ -104,10 +104,11 @@ class SearchManifest:
     study: str | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def objective(self, result: Result) -> float:
-        """Return the value that is minimised, infinite if the run diverged."""
-        value = result.error if self.metric is None else result.metrics.get(self.metric)
-        if result.diverged or value is None:
+    def objective(self, record: Record) -> float:
+        """Return the value of a finished run that is minimised, infinite if the run diverged."""
+        result = record.result
+        value = result.metrics.get(self.metric or record.metric) if result else None
+        if result is None or value is None:
             return math.inf
         return value * self.time_factor(result.step_seconds)
 

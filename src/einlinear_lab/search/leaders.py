@@ -30,31 +30,31 @@ class Leader:
     @property
     def model(self) -> dict[str, Any]:
         """The options of the model that the search chose."""
-        return {option: self.record.run.options[option] for option in self.manifest.axes}
+        return {option: self.record.run.config[option] for option in self.manifest.axes}
 
     @property
     def shared(self) -> dict[str, Any]:
         """The options that all runs of the search share."""
-        options = self.record.run.options
+        options = self.record.run.config
         return {name: value for name, value in options.items() if name not in (*self.manifest.axes, "seed")}
 
     @property
     def comparable(self) -> dict[str, Any]:
         """All that has to be equal for two searches to be compared."""
-        identity = {name: value for name, value in self.shared.items() if name in self.record.run.identity}
-        return {"budget": self.manifest.budget, "axes": self.manifest.axes, **identity}
+        shared = {name: value for name, value in self.shared.items() if name in self.record.run.hyperparameters}
+        return {"budget": self.manifest.budget, "axes": self.manifest.axes, **shared}
 
 
 def read_leaders(folder: str | Path, count: int) -> list[Leader]:
     """Return the best finished run of each structure, at most `count`, by the objective of the search, best first."""
     store = open_store(folder)
     manifest = SearchManifest.read(store.folder)
-    scored = [(manifest.objective(record.result), record) for record in store.records() if record.result]
+    scored = [(manifest.objective(record), record) for record in store.records() if record.result]
     best: dict[tuple[str, ...], Leader] = {}
     structures = [option for option in manifest.axes if option != "width"]
     for value, record in sorted(scored, key=lambda pair: pair[0]):
         if value < math.inf:
-            best.setdefault(tuple(record.run.options[option] for option in structures), Leader(record, manifest))
+            best.setdefault(tuple(record.run.config[option] for option in structures), Leader(record, manifest))
     if not best:
         raise ValueError(f"{folder} holds no finished runs yet")
     return list(best.values())[:count]

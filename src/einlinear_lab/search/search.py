@@ -16,15 +16,15 @@ import optuna
 from optuna.trial import TrialState
 
 from einlinear.structures import DoesNotFit
-from einlinear_lab.runs.records import METRICS, Result, read_record
+from einlinear_lab.pools.local import stop
+from einlinear_lab.pools.pool import Event, Job, Pool
+from einlinear_lab.runs.records import METRICS, Record, read_record
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
 from einlinear_lab.search.config import SAMPLERS, STARTUP_TRIALS, SearchConfig, SearchManifest
 from einlinear_lab.search.matching import Architecture, Matching
 from einlinear_lab.search.space import Point, SearchSpace
 from einlinear_lab.search.study import kind_of_storage, open_study
-from einlinear_lab.sweeps.driver import Event, Job, Pool
-from einlinear_lab.sweeps.workers import stop
 from einlinear_lab.training import metrics
 
 # Of a gpt without heads, whatever its width, which has to be a multiple of them.
@@ -48,13 +48,13 @@ class Search:
         self.config = config
         self.base = base_run(config)
         problem = self.base.data.load(self.base.seed)
-        metric = config.metric or problem.error
+        metric = config.metric or problem.metric
         if metric not in problem.task.ERRORS:
             raise ValueError(f"metric must be one of {', '.join(problem.task.ERRORS)}, not {metric!r}")
         self.manifest = SearchManifest(metric, config.time_weight, config.budget, tuple(sorted(config.axes)))
         self.matching = Matching(self.base.model, problem.shape, config.budget)
         self.space = SearchSpace(config.families, config.roles)
-        self._digest, self._rungs = problem.digest, rungs_of(self.base)
+        self._digest, self._rungs = problem.data_digest, rungs_of(self.base)
         # Trials that failed before this driver started may be tried again.
         self._failed_before: set[int] = set()
         # The trial and the rungs that it has not reached, by the key of its run.
@@ -75,7 +75,7 @@ class Search:
         self.store = store
         store.open([self.base], self.config.axes, command, mix_code, {self.base.data: self._digest})
         self.manifest = replace(self.manifest, storage=kind, study=name).write(store.folder)
-        fixed = {option: value for option, value in self.base.identity.items() if option not in self.config.axes}
+        fixed = {option: value for option, value in self.base.hyperparameters.items() if option not in self.config.axes}
         config = {"results folder": self.manifest.id, "data digest": self._digest, **fixed}
         pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
         if self.config.prune:
@@ -83,7 +83,7 @@ class Search:
         self.study = open_study(store.folder, config, storage, self.manifest.study or "", pruner)
         return self
 
-    def do(self, pool: Pool, watch: Callable[[Event], None] = lambda event: None) -> list[Event]:
+    def run_trials(self, pool: Pool, watch: Callable[[Event], None] = lambda event: None) -> list[Event]:
         """Train models until there are enough trials, and return the events of those that failed."""
         failed: list[Event] = []
         end = math.inf if self.config.hours is None else time.monotonic() + 3600 * self.config.hours
@@ -110,7 +110,7 @@ class Search:
             for orphan, trial in orphans:
                 rungs = [rung for rung in self._rungs if rung not in orphan.frozen.intermediate_values]
                 self._trials[orphan.run.key] = trial, rungs
-                if self._result(orphan.run) is None:
+                if self._finished(orphan.run) is None:
                     yield orphan.run, self.store.path(orphan.run)
                 else:
                     self._complete(trial, orphan.run)
@@ -206,18 +206,19 @@ class Search:
                 return
 
     def _complete(self, trial: optuna.Trial, run: Run) -> None:
-        result = self._result(run)
-        state = TrialState.FAIL if result is None else TrialState.COMPLETE
-        value = None if result is None else self.manifest.objective(result)
+        record = self._finished(run)
+        state = TrialState.FAIL if record is None else TrialState.COMPLETE
+        value = None if record is None else self.manifest.objective(record)
         self.study.optuna.tell(trial.number, value, state, skip_if_finished=True)
 
-    def _result(self, run: Run) -> Result | None:
-        """Return the result of a run, None while it is not finished."""
+    def _finished(self, run: Run) -> Record | None:
+        """Return the record of a run, None while the run is not finished."""
         try:
-            return read_record(self.store.path(run)).result
+            record = read_record(self.store.path(run))
         # The run has not begun, or its files are damaged.
         except ValueError:
             return None
+        return record if record.result else None
 
 
 def base_run(config: SearchConfig) -> Run:

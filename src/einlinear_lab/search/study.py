@@ -100,7 +100,7 @@ class SearchStudy:
         """Note the model that a trial is about to train. The run comes last: a trial without it has not begun."""
         trial.set_user_attr(_DRIVER, self._driver)
         trial.set_user_attr(_ARCHITECTURE, asdict(architecture))
-        trial.set_user_attr(_RUN, run.options)
+        trial.set_user_attr(_RUN, run.config)
 
     def reject(self, trial: optuna.Trial, reason: str) -> None:
         """Fail a trial that is not trained."""

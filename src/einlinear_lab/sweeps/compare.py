@@ -11,7 +11,7 @@ import torch
 from einlinear.structures import DoesNotFit, structure
 from einlinear_lab.models import ReferenceModel
 from einlinear_lab.models.config import DENSE, PAPER_1, ModelConfig, Shape
-from einlinear_lab.runs.data import ImageData, kind_of
+from einlinear_lab.runs.data_config import ImageDataConfig, kind_of
 from einlinear_lab.runs.options import names, parse
 from einlinear_lab.runs.run import Run, model_and_data
 from einlinear_lab.sweeps.sweep import Sweep
@@ -55,7 +55,7 @@ class CompareConfig:
         dense_reach: dense also gets 2, 4, ... times the largest target, up to this multiple, so that its curve reaches
             the losses of better structures.
         epochs: passes over the training images, unless the options have `steps`.
-        clock: whether training times are compared: by default the runs are then evaluated 40 times.
+        interleave: whether training times are compared: by default the runs are then evaluated 40 times.
         options: of all runs, see `Run.of`.
     """
 
@@ -67,7 +67,7 @@ class CompareConfig:
     seeds: int = 3
     first_seed: int = 0
     epochs: int = 20
-    clock: bool = False
+    interleave: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ def configure(preset: str | None = None, **options: Any) -> CompareConfig:
 
 def with_comparison_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a run with the defaults of a comparison, for an mlp on images."""
-    is_images = kind_of(str(options.get("data", "auto"))) is ImageData
+    is_images = kind_of(str(options.get("data", "auto"))) is ImageDataConfig
     return {**(_DEFAULTS if is_images and options.get("model", "mlp") == "mlp" else {}), **options}
 
 
@@ -113,7 +113,7 @@ def plan(config: CompareConfig) -> Sweep:
             raise ValueError(f"data={data.data} has no epochs: give steps")
         options["steps"] = config.epochs * problem.task.batches.per_epoch
     base = Run.of(options)
-    if config.clock and "evaluate_every" not in options:
+    if config.interleave and "evaluate_every" not in options:
         every = max(1, base.training.steps // EVALUATIONS)
         base = replace(base, training=replace(base.training, evaluate_every=every))
 

@@ -58,7 +58,9 @@ def make_sweep(content: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     axes = {name for table in (content, *parts) for name in table.get("grid", {})}
     axes |= {name for part in parts for name in part.get("config", {})}
     first = dict[str, Any]()
-    axes |= {name for run in runs for name, value in run.identity.items() if first.setdefault(name, value) != value}
+    axes |= {
+        name for run in runs for name, value in run.hyperparameters.items() if first.setdefault(name, value) != value
+    }
     return Sweep(runs, frozenset(axes))
 
 

@@ -21,7 +21,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingConfig:
     """Config of the training of one model.
 
     Attributes:
@@ -59,8 +59,8 @@ class Training:
         ValueError: an unknown name, a number out of range, or options that cannot be combined.
 
     Example:
-        >>> from einlinear_lab.training import Training
-        >>> config = Training(steps=1000, lr=3e-3, warmup=100, final_lr=0.1, precision="bfloat16")
+        >>> from einlinear_lab.training import TrainingConfig
+        >>> config = TrainingConfig(steps=1000, lr=3e-3, warmup=100, final_lr=0.1, precision="bfloat16")
         >>> config.optimizer, config.schedule
         ('adamw', 'cosine')
     """

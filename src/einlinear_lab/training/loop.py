@@ -27,7 +27,7 @@ from einlinear.nn.names import name_of
 from einlinear.schedules import lr_factor
 from einlinear_lab.training import distributed
 from einlinear_lab.training.allocator import freed_memory_kept
-from einlinear_lab.training.config import Training
+from einlinear_lab.training.config import TrainingConfig as Training
 from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import guide, set_share, unguide
 from einlinear_lab.training.metrics import Metrics, check_installed, open_tracker
@@ -109,7 +109,7 @@ def train(
         >>> import einlinear as el
         >>> from einlinear_lab.data import Teacher
         >>> from einlinear_lab.models import ResidualMLP
-        >>> from einlinear_lab.training import Training, train
+        >>> from einlinear_lab.training import TrainingConfig as Training, train
         >>> from einlinear_lab.training.tasks import Regression
         >>> model = ResidualMLP(8, 64, 1, structure="btt")
         >>> model = el.init_(model, zero=model.ZERO)

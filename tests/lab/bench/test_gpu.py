@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,15 +14,11 @@ import torch
 from tests.lab.data.samples import needs
 
 from einlinear_lab.bench import gpu
+from einlinear_lab.bench import gpu_day as day
+from einlinear_lab.bench.gpu_page import conclude, judge_backends
+from einlinear_lab.bench.machine import this_machine
 
 ROOT = Path(__file__).parents[3]
-_SPEC = importlib.util.spec_from_file_location("gpu_day", ROOT / "tools" / "gpu_day.py")
-assert _SPEC
-assert _SPEC.loader
-day = importlib.util.module_from_spec(_SPEC)
-# dataclasses look up their module
-sys.modules["gpu_day"] = day
-_SPEC.loader.exec_module(day)
 
 
 def row(batched: float, triton: float, **more: Any) -> dict[str, Any]:
@@ -77,7 +72,7 @@ def test_a_failed_case_does_not_stop_the_others(tmp_path: Path, monkeypatch: pyt
     ran: list[str] = []
     cases = {"a": lambda: row(1.0, 2.0), "b": fail, "c": lambda: ran.append("c") or row(1.0, 3.0)}
     monkeypatch.setattr(day, "items", lambda *args: cases)
-    head = {"rehearsal": False, "machine": vars(day.this_machine("cpu")), "driver": "1", "triton": "3", "date": "today"}
+    head = {"rehearsal": False, "machine": vars(this_machine("cpu")), "driver": "1", "triton": "3", "date": "today"}
     day.save({**head, "command": "gpu_day", "parts": {}}, tmp_path)
     assert day.run_part(day.SUITE, gpu.TINY, tmp_path, 60) == day.RESTART
     assert not ran
@@ -130,20 +125,20 @@ def test_parts_that_crash_or_hang_do_not_stop_the_others(tmp_path: Path, monkeyp
 
 def test_the_verdict_is_the_geometric_mean() -> None:
     layers = {"x": row(6.0, 1.0), "y": row(2.0, 3.0), "z": row(1.0, 1.2), "only batched": {"ms": {"batched": [1.0]}}}
-    verdict = day.judge_backends(layers)
+    verdict = judge_backends(layers)
     assert (verdict.default, verdict.cases, dict(verdict.wrong)) == ("triton", 3, {"y": 1.5})
     assert verdict.gain == pytest.approx((6 * (2 / 3) / 1.2) ** (1 / 3))
-    other = day.judge_backends({"x": row(1.0, 3.0), "y": row(2.0, 1.0)})
+    other = judge_backends({"x": row(1.0, 3.0), "y": row(2.0, 1.0)})
     assert (other.default, dict(other.wrong)) == ("batched", {"y": 2.0})
     assert other.gain == pytest.approx(1.5**0.5)
-    assert day.judge_backends({}) is None
-    text = day.conclude(record(kernels=CHECKED, suite={"x": row(6.0, 1.0), "y": row(2.0, 3.0)}))
+    assert judge_backends({}) is None
+    text = conclude(record(kernels=CHECKED, suite={"x": row(6.0, 1.0), "y": row(2.0, 3.0)}))
     assert "**triton** by default, 2x as fast as batched" in text
     assert "batched is faster by more than 1.3x in 1 cases:\n- 1.5x: y" in text
     assert "no case was measured with both batched and triton" in text
     assert "no case was measured with both batched and fused" in text
     fused = {"x": {"ms": row(6.0, 7.0)["ms"] | {"fused": [2.0] * 3}, "failed": [], "peak_mb": {}}}
-    text = day.conclude(record(kernels=CHECKED, blocks=fused))
+    text = conclude(record(kernels=CHECKED, blocks=fused))
     assert "Feed-forward blocks" in text
     assert "**fused** by default, 3x as fast as batched" in text
 
@@ -158,7 +153,7 @@ def test_the_verdict_is_the_geometric_mean() -> None:
     ],
 )
 def test_wrong_kernels_are_no_default(results: Any, expected: str) -> None:
-    assert day.conclude(record(**results)).startswith(expected)
+    assert conclude(record(**results)).startswith(expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -59,7 +59,8 @@ def test_all_variants_are_timed(mode: str) -> None:
 
 
 def test_single_backends_and_dtypes() -> None:
-    chosen = mixtures.cases([(16, 16)], [8], ["train"], ["float32", "bfloat16"], backends=["batched"])
+    benchmark = mixtures.MixtureBenchmark([(16, 16)], [8], ["train"], ["float32", "bfloat16"], backends=["batched"])
+    chosen = benchmark.cases()
     assert [str(case) for case in chosen] == [
         "btt, 16 → 16, 8 tokens, train, float32, batched",
         "btt, 16 → 16, 8 tokens, train, bfloat16, batched",

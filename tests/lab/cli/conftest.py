@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from einlinear_lab.pools import local
+from einlinear_lab.pools.pool import Event, Job
 from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps import workers
-from einlinear_lab.sweeps.driver import Event, Job
 
 
 @pytest.fixture
@@ -22,5 +22,5 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
             execute(run, folder)
             yield Event(run, "finished")
 
-    monkeypatch.setattr(workers, "Workers", lambda *_: here)
+    monkeypatch.setattr(local, "LocalPool", lambda *_: here)
     return runs

@@ -9,13 +9,13 @@ from PIL import Image
 from tests.lab.cli.command import QUICK, TINY, assert_refused, run, said_default
 
 from einlinear_lab.cli.parsing import numbers, specs
-from einlinear_lab.runs.data import ImageData
+from einlinear_lab.pools import local
+from einlinear_lab.pools.pool import Event, Job
+from einlinear_lab.runs.data_config import ImageDataConfig
 from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.sweeps import workers
 from einlinear_lab.sweeps.compare import CompareConfig
-from einlinear_lab.sweeps.driver import Event, Job
 
 
 def test_compare_from_images_to_report_and_again(tmp_path: Path, trained: list[Run]) -> None:
@@ -60,7 +60,7 @@ def test_options_of_the_comparison_may_be_written_as_those_of_runs(tmp_path: Pat
 
 def test_the_clock_lets_runs_take_turns(tmp_path: Path) -> None:
     config = ("data=digits", "steps=10", "depth=1", "seeds=1")
-    command = ("compare", *TINY[:6], *config, "--clock", "--out", tmp_path / "out")
+    command = ("compare", *TINY[:6], *config, "--interleave", "--out", tmp_path / "out")
     code, out, err = run(*command)
     assert (code, err) == (0, "")
     assert "4 runs to do" in out
@@ -72,7 +72,7 @@ def test_the_clock_lets_runs_take_turns(tmp_path: Path) -> None:
     assert min(ended) > max(begun)
     assert "Loss against seconds" in (tmp_path / "out" / "report.html").read_text()
     assert "0 runs to do" in run(*command)[1]
-    assert_refused(run(*command, "--workers", 2), "--workers has no meaning with --clock")
+    assert_refused(run(*command, "--workers", 2), "--workers has no meaning with --interleave")
 
 
 def test_workers_are_processes(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(workers, "Workers", lambda *_: impatient)
+        patched.setattr(local, "LocalPool", lambda *_: impatient)
         code, _, err = run("compare", *TINY, "--out", tmp_path / "out")
     assert code == 130
     assert "keeps what was done; the same command goes on from there" in err
@@ -112,7 +112,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch:
             execute(one, folder)
             yield Event(one, "finished")
 
-    monkeypatch.setattr(workers, "Workers", lambda *_: failing)
+    monkeypatch.setattr(local, "LocalPool", lambda *_: failing)
     code, _, err = run("compare", *TINY, "--out", tmp_path / "out")
     assert code == 1
     assert "failed: no more memory" in err
@@ -181,7 +181,7 @@ def test_the_help_says_the_defaults() -> None:
     assert numbers(said_default("compare", "macs"), "--macs") == config.macs
     for name in ("dense_reach", "seeds", "epochs"):
         assert int(said_default("compare", name)) == getattr(config, name)
-    assert said_default("compare", "data") == ImageData().data
+    assert said_default("compare", "data") == ImageDataConfig().data
 
 
 def test_an_empty_folder_of_images(tmp_path: Path) -> None:

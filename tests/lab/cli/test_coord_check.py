@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.lab.cli.command import assert_refused, run
 
-from einlinear_lab.sweeps import coord_check
+from einlinear_lab import coordinate_check
 
 CHECK = ("coord-check", "--data", "digits", "--widths", "16,64", "--depth", 1, "--batch-size", 64)
 
@@ -60,6 +60,6 @@ def test_a_coordinate_check_refuses_before_it_trains(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(coord_check, "coord_check", None)
+    monkeypatch.setattr(coordinate_check, "coord_check", None)
     assert_refused(run(*CHECK, *arguments), message)
     assert list(tmp_path.iterdir()) == []

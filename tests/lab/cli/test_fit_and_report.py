@@ -53,7 +53,7 @@ def test_two_models_have_no_exponent_and_few_ones_no_certainty(tmp_path: Path, f
         write(tmp_path / "two", run_of("dense", width), 10 * width**2, 3 / width)
     code, out, _ = run("fit", tmp_path / "two", "--at", "1M", "--out", tmp_path / "laws.json")
     assert code == 0
-    assert rows(out)[0] == ["dense", *9 * "–"]
+    assert rows(out)[0] == ["dense", *8 * "–"]
     reason = "at least 3 points on the frontier, since any 2 lie on one, but there are 2: train models of more sizes"
     assert f"dense: no exponent: a law needs {reason}" in out
     (law,) = json.loads((tmp_path / "laws.json").read_text())[0]["laws"][0]["structures"]

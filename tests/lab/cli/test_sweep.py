@@ -21,7 +21,7 @@ def test_a_sweep_of_a_file(tmp_path: Path) -> None:
 def test_runs_of_a_sweep_take_turns(tmp_path: Path) -> None:
     path = tmp_path / "sizes.toml"
     path.write_text('[config]\ndata = "digits"\nsteps = 9\nwidth = 16\n[grid]\nstructure = ["dense", "btt"]\n')
-    code, _, err = run("sweep", path, "--clock", "--out", tmp_path / "out")
+    code, _, err = run("sweep", path, "--interleave", "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     records = Store(tmp_path / "out").records()
     assert len(records) == 2
@@ -40,8 +40,8 @@ def test_runs_of_a_sweep_take_turns(tmp_path: Path) -> None:
         (("lr-transfer", "--cpus", "1"), "--cpus goes with --on ray"),
         (("lr-transfer", "--address", "auto"), "--address goes with --on ray"),
         (("lr-transfer", "--on", "ray", "--workers", "2"), "--workers goes with --on local"),
-        (("lr-transfer", "--clock", "--workers", "2"), "--workers has no meaning with --clock"),
-        (("lr-transfer", "--clock", "--on", "ray"), "--clock goes with --on local"),
+        (("lr-transfer", "--interleave", "--workers", "2"), "--workers has no meaning with --interleave"),
+        (("lr-transfer", "--interleave", "--on", "ray"), "--interleave goes with --on local"),
         (("absent.toml", "--scale", "small"), "--scale is that of a recipe, and absent.toml is a file"),
         (("lr-transfer", "--on", "slurm"), "--on must be local or ray, not 'slurm'"),
         (("absent.toml",), "absent.toml does not exist; give a .toml or .json file, or the name of a recipe"),

@@ -10,9 +10,9 @@ from tests.lab.cli.command import TINY, assert_refused, run
 
 from einlinear.files import lock
 from einlinear_lab.cli import display
+from einlinear_lab.pools import local
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run, with_defaults
-from einlinear_lab.sweeps import workers
 
 TRAIN = ("train", "data=digits", "steps=4", "depth=1", "width=16", "threads=1")
 
@@ -52,7 +52,7 @@ def test_a_folder_is_all_that_a_first_run_needs(tmp_path: Path, monkeypatch: pyt
     (first,) = (tmp_path / "results" / "train").iterdir()
     assert f"In {first.relative_to(tmp_path)}." in out
     record = read_record(first)
-    assert "without cat/0.png, which cannot be read" in record.source
+    assert "without cat/0.png, which cannot be read" in record.data_source
     assert record.result is not None
     code, _, err = run(*command, "lr=1e-2", "steps=3")
     assert code == 0, "another run has a folder of its own"
@@ -104,7 +104,7 @@ def test_a_bug_in_training_is_no_mistake_of_the_users(
     monkeypatch.setattr("einlinear_lab.runs.execution.train_in_steps", fail)
     with pytest.raises(bug, match="shapes"):
         run(*TRAIN, "--out", tmp_path / "run")
-    monkeypatch.setattr(workers, "Workers", lambda *_: fail)
+    monkeypatch.setattr(local, "LocalPool", lambda *_: fail)
     with pytest.raises(bug, match="shapes"):
         run("compare", *TINY, "--out", tmp_path / "out")
 

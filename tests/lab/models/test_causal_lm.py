@@ -22,7 +22,7 @@ from einlinear_lab.models import causal_lm
 from einlinear_lab.models.causal_lm import OPT, CausalLM, Pythia
 from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
-from einlinear_lab.training import Training, train
+from einlinear_lab.training import TrainingConfig, train
 
 VOCAB, CONTEXT, DEPTH = 20, 12, 2
 
@@ -185,7 +185,7 @@ def test_muon_takes_the_matrices_of_the_blocks(kind: type[CausalLM], monkeypatch
         )[1],
     )
     model = el.init_(build(kind), zero=kind.ZERO)
-    train(model, build(kind, structure="dense"), Copying(), Training(steps=1, optimizer="muon"))
+    train(model, build(kind, structure="dense"), Copying(), TrainingConfig(steps=1, optimizer="muon"))
     inside = [name for name, p in model.named_parameters() if f"{kind.BLOCKS}." in name and p.dim() > 1]
     assert sorted(taken) == sorted(inside)
 

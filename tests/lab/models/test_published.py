@@ -274,7 +274,7 @@ def test_checkpoints(experts: int | None) -> None:
 def test_a_run_resumes(tmp_path: Path) -> None:
     options = {"model": "mlp", "data": "digits", "structure": "btt", "width": 40, "depth": 1, "paper": PAPER_1}
     run = Run.of(options | {"betas": "0.9,0.999", "steps": 4, "batch_size": 32, "threads": 1, "checkpoint_every": 2})
-    assert Run.of(run.options) == run
+    assert Run.of(run.config) == run
     found = execute(run, tmp_path, keep_checkpoints=True)
     (tmp_path / "result.json").unlink()
     assert execute(run, tmp_path).train_loss == found.train_loss

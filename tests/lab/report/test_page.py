@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from tests import browser
 from tests.browser import Browser
+from tests.lab.analysis.test_structure_map import SPECS, loss_of, searched
 from tests.lab.made_up import run_of, write
-from tests.lab.report.test_structure_map import SPECS, loss_of, searched
 
 import einlinear as el
+from einlinear_lab.analysis.structure_map import kind_of
+from einlinear_lab.coordinate_check import FeatureUpdates, write_updates
 from einlinear_lab.report import write_report
-from einlinear_lab.report.coordinate_check import FeatureUpdates, write_updates
-from einlinear_lab.report.structure_map import kind_of
 
 PHONE, PAPER = 390, 718  # pixels; A4 without its margins
 STRUCTURES = ("dense", "btt", "low_rank", "kronecker", "(g a), g r f a, f e g r -> (f e) where r=2")

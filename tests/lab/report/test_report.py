@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from tests.lab.made_up import COMMAND, run_of, write
 
+from einlinear_lab.analysis.comparison import TRAIN_LOSS, compare_runs
+from einlinear_lab.coordinate_check import FeatureUpdates, write_updates
 from einlinear_lab.report import write_report
 from einlinear_lab.report.charts import colour, glyph, nice_ticks, symbol
-from einlinear_lab.report.comparison import TRAIN_LOSS, compare_runs
-from einlinear_lab.report.coordinate_check import FeatureUpdates, write_updates
 from einlinear_lab.report.overview import headline
 from einlinear_lab.runs.records import Record
 
@@ -80,7 +80,7 @@ def test_the_page_has_every_point_and_loads_nothing(tmp_path: Path) -> None:
     for record in records:
         assert record.result is not None
         assert str(record.result.train_loss) in drawn
-        assert str(record.result.error) in drawn
+        assert str(record.result.metrics[record.metric]) in drawn
         assert f"{record.result.macs:,}" in text
         assert f"{record.result.params:,}" in text
         assert record.run.key in drawn

@@ -60,16 +60,16 @@ WRONG = [
     ("result.json", "metrics", None),
     ("result.json", "metrics", {}),
     ("result.json", "metrics.train_error", "low"),
-    ("result.json", "error", None),
+    ("result.json", "error", 0.5),
     ("result.json", "step_seconds", {}),
     ("result.json", "unheard", 1),
     ("run.json", "pattern", 7),
-    ("run.json", "digest", None),
+    ("run.json", "data_digest", None),
     ("run.json", "made_with", ["x"]),
-    ("run.json", "options", None),
-    ("run.json", "options.width", "wide"),
-    ("run.json", "options.width", 10**400),
-    ("run.json", "options.structure", {}),
+    ("run.json", "config", None),
+    ("run.json", "config.width", "wide"),
+    ("run.json", "config.width", 10**400),
+    ("run.json", "config.structure", {}),
 ]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from einlinear_lab.data import TextConfig, prepare_tokens
 from einlinear_lab.models import MODELS, Shape
-from einlinear_lab.runs.data import ImageData
+from einlinear_lab.runs.data_config import ImageDataConfig
 from einlinear_lab.runs.execution import LAST, execute
 from einlinear_lab.runs.records import read_record
 from einlinear_lab.runs.run import Run
@@ -30,9 +30,9 @@ def test_options_are_typed_and_read_back() -> None:
     made = run(model="vit", structure="btt(rank=2)", lr="1e-2", clip="none", betas=[0.9, 0.99], heads="2", patch_size=2)
     assert (made.training.lr, made.training.clip, made.training.betas) == (0.01, None, (0.9, 0.99))
     assert run(betas="0.9, 0.99").training.betas == (0.9, 0.99)
-    assert made.options["model"] == "vit"
-    assert made.options["heads"] == 2
-    assert Run.of(json.loads(json.dumps(made.options))) == made
+    assert made.config["model"] == "vit"
+    assert made.config["heads"] == 2
+    assert Run.of(json.loads(json.dumps(made.config))) == made
 
 
 def test_the_key_is_that_of_what_can_change_the_result() -> None:
@@ -113,7 +113,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "metric"),
     [
         ({"model": "mlp", "permute": True, "mixup": 0.5, "label_smoothing": 0.1}, "train_error"),
         ({"model": "vit", "patch_size": 4, "heads": 2, "normalize": True, "structure": "btt"}, "train_error"),
@@ -124,15 +124,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model": "mlp", "data": "teacher", "teacher_width": 16, "structure": "low_rank"}, "test_loss"),
     ],
 )
-def test_every_model_and_data(options: dict[str, Any], error: str, text: Path, tmp_path: Path) -> None:
+def test_every_model_and_data(options: dict[str, Any], metric: str, text: Path, tmp_path: Path) -> None:
     made = run(
         **{name: str(text) if value == "TEXT" else value for name, value in options.items()} | {"base_width": 16}
     )
     result = execute(made, tmp_path / "run")
     record = read_record(tmp_path / "run")
     assert (record.run, record.result) == (made, result)
-    assert record.error == error
-    assert result.error == result.metrics[error]
+    assert record.metric == metric
+    assert metric in result.metrics
     assert result.compute == result.macs * result.inputs * 12
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -171,15 +171,14 @@ def test_training_learns_and_measures_its_last_tenth(tmp_path: Path) -> None:
     assert found.train_loss is not None
     assert found.train_loss < 0.5 * losses[0]
     assert found.metrics["test_accuracy"] > 0.8
-    assert found.error is not None
-    assert found.error < 0.3
-    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["train_error"] == found.error
+    assert found.metrics["train_error"] < 0.3
+    assert metrics.read(tmp_path / "metrics.jsonl")[-1]["train_error"] == found.metrics["train_error"]
 
 
 def test_a_loss_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
     found = execute(run(lr=1e30, steps=500), tmp_path)
     assert found.diverged
-    assert (found.train_loss, found.error, found.metrics) == (None, None, {})
+    assert (found.train_loss, found.metrics) == (None, {})
     assert found.steps < 500
     assert read_record(tmp_path).result == found
 
@@ -187,7 +186,9 @@ def test_a_loss_that_is_not_finite_is_divergence(tmp_path: Path) -> None:
 def test_pixels_are_permuted_in_all_runs_alike() -> None:
     """A batch is all of the images here: runs of two seeds see the same ones, in another order."""
     plain, one, two = (
-        ImageData(data="digits", limit=50, batch_size=50, permute=permute, augment=False).load(seed).task.batch(0)[0]
+        ImageDataConfig(data="digits", limit=50, batch_size=50, permute=permute, augment=False)
+        .load(seed)
+        .task.batch(0)[0]
         for permute, seed in ((False, 0), (True, 0), (True, 1))
     )
     assert plain.shape == one.shape == (50, 1, 8, 8)
@@ -218,8 +219,21 @@ def test_a_damaged_run_says_so(tmp_path: Path, content: str) -> None:
 
 def test_a_run_of_an_older_format_says_so(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"format": 2, "kind": "mlp"}')
-    with pytest.raises(ValueError, match="format 2 of another version of einlinear, and this version reads format 3"):
+    with pytest.raises(ValueError, match=r"format 2 of another version of einlinear, .* reads formats 3 and 4"):
         read_record(tmp_path)
+
+
+def test_a_run_of_format_3_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    execute(run(), folder)
+    config, result = json.loads((folder / "run.json").read_text()), json.loads((folder / "result.json").read_text())
+    renamed = {"data_digest": "digest", "data_source": "source", "metric": "error", "config": "options"}
+    older = {renamed.get(name, name): value for name, value in config.items()} | {"format": 3}
+    (tmp_path / "run.json").write_text(json.dumps(older))
+    (tmp_path / "result.json").write_text(json.dumps({**result, "error": result["metrics"]["train_error"]}))
+    record, expected = read_record(tmp_path), read_record(folder)
+    assert record.metric == "train_error"
+    assert (record.run, record.result, record.data_digest) == (expected.run, expected.result, expected.data_digest)
 
 
 def test_a_folder_of_another_run_is_left_as_it_is(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState
+from tests.lab.pools.test_local import children, is_worker
 from tests.lab.search.postgres import server
-from tests.lab.sweeps.test_workers import children, is_worker
 
 from einlinear_lab.models.config import Shape
+from einlinear_lab.pools.local import LocalPool, attempt
+from einlinear_lab.pools.pool import Event, Job
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
 from einlinear_lab.search.config import STARTUP_TRIALS, SearchConfig
@@ -31,8 +33,6 @@ from einlinear_lab.search.space import LITERATURE
 from einlinear_lab.search.study import SAME_AS
 from einlinear_lab.sweeps import compare
 from einlinear_lab.sweeps.compare import plan
-from einlinear_lab.sweeps.driver import Event, Job
-from einlinear_lab.sweeps.workers import Workers, attempt
 
 OPTIONS: dict[str, Any] = {"data": "digits", "depth": 1, "batch_size": 128, "steps": 8, "log_every": 1, "budget": 8_000}
 SURVIVOR = OPTIONS | {"steps": 150, "checkpoint_every": 10, "prune": False, "sampler": "random", "trials": 6}
@@ -42,7 +42,7 @@ def here(jobs: Iterable[Job]) -> Iterator[Event]:
     """A pool of this process alone, which says how far runs are."""
     for run, folder in jobs:
         said: list[tuple[int, int, float]] = []
-        outcome = attempt(run.options, folder, lambda *step, said=said: said.append(step))  # type: ignore[misc]
+        outcome = attempt(run.config, folder, lambda *step, said=said: said.append(step))  # type: ignore[misc]
         yield from (Event(run, "running", *step) for step in said[-1:])
         yield Event(run, **outcome)
 
@@ -57,7 +57,7 @@ def step_by_step(jobs: Iterable[Job]) -> Iterator[Event]:
             events.join()
 
         with ThreadPoolExecutor(1) as thread:
-            outcome = thread.submit(attempt, run.options, folder, said)
+            outcome = thread.submit(attempt, run.config, folder, said)
             while not (outcome.done() and events.empty()):
                 with suppress(queue.Empty):
                     yield events.get(timeout=0.1)
@@ -78,7 +78,7 @@ def search(folder: Path, storage: str | None = None, **options: Any) -> Search:
 @pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
 def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str) -> None:
     found = search(tmp_path, sampler=sampler, trials=12)
-    assert found.do(here) == []
+    assert found.run_trials(here) == []
     tried = found.study.trained()
     assert len(tried) == 12 == len({own.architecture.signature for own in tried}) == len({own.run.key for own in tried})
     for own in tried:
@@ -88,11 +88,13 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
         assert abs(own.architecture.macs / 8_000 - 1) <= 0.05
         assert own.value == record.result.metrics[found.manifest.metric or ""]
     best = [leader.record for leader in read_leaders(tmp_path, 3)]
-    assert [record.result.error for record in best if record.result] == sorted(own.value or 0 for own in tried)[:3]
+    assert [record.result.metrics[record.metric] for record in best if record.result] == sorted(
+        own.value or 0 for own in tried
+    )[:3]
     others, found_best = split_leaders(("dense", f"from-study:{tmp_path}"))
     assert others == ("dense",)
     assert [own.record.run for own in found_best] == [record.run for record in best]
-    dense, *beside = alongside(found_best, others, best[0].run.options)
+    dense, *beside = alongside(found_best, others, best[0].run.config)
     assert beside == [{"structure": r.run.model.structure, "width": r.run.model.width} for r in best]
     assert dense["structure"] == "dense"
     macs = with_structures(best[0].run.model, dense["width"], {"structure": "dense"}).build(Shape(64, 10)).macs
@@ -101,13 +103,13 @@ def test_candidates_are_different_and_cost_the_same(tmp_path: Path, sampler: str
 
 def test_diverged_runs_count_as_the_worst(tmp_path: Path) -> None:
     found = search(tmp_path, trials=10, sampler="gp", lr=1e12)
-    assert found.do(here) == []
+    assert found.run_trials(here) == []
     assert [own.value for own in found.study.trained()] == 10 * [float("inf")]
 
 
 def test_time_may_count(tmp_path: Path) -> None:
     found = search(tmp_path, trials=6, sampler="random", time_weight=1.0, metric="test_loss")
-    found.do(here)
+    found.run_trials(here)
     results = {record.run.key: record.result for record in Store(tmp_path).records()}
     for own in found.study.trained():
         result = results[own.run.key]
@@ -124,7 +126,7 @@ def test_time_may_count(tmp_path: Path) -> None:
 
 def test_roles_have_structures_of_their_own(tmp_path: Path) -> None:
     found = search(tmp_path, trials=10, sampler="gp", roles=("up", "down"))
-    found.do(here)
+    found.run_trials(here)
     tried = found.study.trained()
     assert len({own.architecture.signature for own in tried}) == 10
     for own in tried:
@@ -141,25 +143,25 @@ def test_roles_have_structures_of_their_own(tmp_path: Path) -> None:
 
 
 def test_searches_that_are_not_alike_are_not_confirmed_together(tmp_path: Path) -> None:
-    search(tmp_path / "one", trials=1).do(here)
-    search(tmp_path / "two", trials=1, steps=9).do(here)
+    search(tmp_path / "one", trials=1).run_trials(here)
+    search(tmp_path / "two", trials=1, steps=9).run_trials(here)
     with pytest.raises(ValueError, match="searches of different configs cannot be compared: steps was 8, now 9"):
         split_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
 
 
 def test_searches_that_differ_in_what_changes_nothing_are(tmp_path: Path) -> None:
     for name, prune in (("one", True), ("two", False)):
-        search(tmp_path / name, trials=1, prune=prune, log_every=8).do(here)
+        search(tmp_path / name, trials=1, prune=prune, log_every=8).run_trials(here)
     _, found = split_leaders((f"from-study:{tmp_path / 'one'}", f"from-study:{tmp_path / 'two'}"))
     assert found[0].shared["log_every"] != found[1].shared["log_every"]
     assert unseen_seed(found) == 1
 
 
 def test_it_goes_on_with_more_trials_and_refuses_other_settings(tmp_path: Path) -> None:
-    search(tmp_path, trials=3).do(here)
+    search(tmp_path, trials=3).run_trials(here)
     before = {own.number: own for own in search(tmp_path, trials=3).study.trained()}
     again = search(tmp_path, trials=5)
-    again.do(here)
+    again.run_trials(here)
     after = {own.number: own for own in again.study.trained()}
     assert len(after) == 5
     assert all(after[number] == own for number, own in before.items())
@@ -175,7 +177,7 @@ def test_structures_of_the_literature_come_first(tmp_path: Path, sampler: str) -
 
     def tried(folder: str, **options: Any) -> list[str]:
         found = search(tmp_path / folder, sampler=sampler, **options)
-        found.do(here)
+        found.run_trials(here)
         return [own.architecture.spec for own in found.study.trained()]
 
     assert tried("known", trials=2) == (wanted[:2] if sampler != "random" else tried("chance", trials=2))
@@ -186,18 +188,18 @@ def test_structures_of_the_literature_come_first(tmp_path: Path, sampler: str) -
 def test_searches_of_different_seeds_have_nothing_in_common(tmp_path: Path) -> None:
     found = [search(tmp_path / str(seed), trials=5, sampler="random", seed=seed) for seed in (0, 1)]
     for own in found:
-        own.do(here)
+        own.run_trials(here)
     one, other = ({tried.architecture.signature for tried in own.study.trained()} for own in found)
     assert not one & other
 
 
 def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> None:
     found = search(tmp_path, trials=1, sampler="random")
-    found.do(here)
+    found.run_trials(here)
     (first,) = found.study.optuna.get_trials()
     found.study.optuna.enqueue_trial(first.params)
     more = search(tmp_path, trials=2, sampler="random")
-    more.do(here)
+    more.run_trials(here)
     same = [trial for trial in more.study.optuna.get_trials() if SAME_AS in trial.user_attrs]
     assert [trial.user_attrs[SAME_AS] for trial in same] == [first.number]
     assert [trial.value for trial in same] == [first.value]
@@ -206,11 +208,11 @@ def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("steps", "abandoned"), [(38, 0), (40, 8)])
 def test_trials_that_are_behind_are_pruned(tmp_path: Path, steps: int, abandoned: int) -> None:
-    search(tmp_path, trials=16 - abandoned, steps=steps).do(step_by_step)
+    search(tmp_path, trials=16 - abandoned, steps=steps).run_trials(step_by_step)
     found = search(tmp_path, trials=16, steps=steps)
     gone = search(tmp_path, trials=16, steps=steps)  # a driver that chooses runs and dies, which others take up
     assert all(gone.next_run() for _ in range(abandoned))
-    found.do(step_by_step)
+    found.run_trials(step_by_step)
     tried = found.study.trained()
     assert {own.state for own in tried} == {TrialState.COMPLETE, TrialState.PRUNED}
     assert all(own.value is not None for own in tried[:STARTUP_TRIALS])  # what the others are judged by
@@ -220,7 +222,7 @@ def test_trials_that_are_behind_are_pruned(tmp_path: Path, steps: int, abandoned
 
 
 def test_a_folder_may_be_renamed(tmp_path: Path) -> None:
-    search(tmp_path / "one", trials=2).do(here)
+    search(tmp_path / "one", trials=2).run_trials(here)
     (tmp_path / "one").rename(tmp_path / "two")
     assert len(search(tmp_path / "two", trials=2).study.trained()) == 2
     with pytest.raises(ValueError, match="study was 'one', now 'three'"):
@@ -236,7 +238,7 @@ def test_a_run_that_fails_says_so_and_the_search_goes_on(tmp_path: Path) -> None
                 yield from here([(run, folder)])
 
     found = search(tmp_path, trials=4)
-    failed = found.do(failing)
+    failed = found.run_trials(failing)
     assert [event.message for event in failed] == ["it broke"]
     assert len(found.study.trained()) == 4  # another one was tried for it
 
@@ -254,7 +256,7 @@ def test_a_run_that_fails_as_the_last_is_made_up_for(tmp_path: Path) -> None:
             yield Event(run, "failed", message="it broke")
 
     found = search(tmp_path, trials=4)
-    assert [event.run for event in found.do(failing)] == broken
+    assert [event.run for event in found.run_trials(failing)] == broken
     assert len([own for own in found.study.trained() if own.value is not None]) == 4
 
 
@@ -263,9 +265,9 @@ def test_if_all_runs_fail_it_ends(tmp_path: Path) -> None:
         for run, _ in jobs:
             yield Event(run, "failed", message="it broke")
 
-    assert len(search(tmp_path, trials=4).do(failing)) == 4
+    assert len(search(tmp_path, trials=4).run_trials(failing)) == 4
     again = search(tmp_path, trials=4)  # what made them fail may have been mended
-    assert not again.do(here)
+    assert not again.run_trials(here)
     assert [own.architecture.spec for own in again.study.trained()] == [
         theta.spec for theta in [*LITERATURE.values()][:4]
     ]
@@ -280,14 +282,14 @@ def test_time_is_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             now[0] += 1800
             yield Event(run, "failed", message="it broke")
 
-    assert len(search(tmp_path, trials=40, hours=2).do(failing)) == 5
+    assert len(search(tmp_path, trials=40, hours=2).run_trials(failing)) == 5
 
 
 def test_a_journal_is_shared_by_those_who_append_to_it(tmp_path: Path) -> None:
     one, other = (search(tmp_path, "journal", trials=4) for _ in range(2))
     with suppress(KeyboardInterrupt):
-        one.do(interrupted)
-    assert other.do(here) == []
+        one.run_trials(interrupted)
+    assert other.run_trials(here) == []
     tried = other.study.trained()
     assert len(tried) == len(Store(tmp_path).records()) == 4
     assert {own.state for own in tried} == {TrialState.COMPLETE}
@@ -304,7 +306,7 @@ def interrupted(jobs: Iterable[Job]) -> Iterator[Event]:
 
 def test_a_study_belongs_to_one_folder(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'both.sqlite'}"
-    search(tmp_path / "one", storage, trials=1).do(here)
+    search(tmp_path / "one", storage, trials=1).run_trials(here)
     with pytest.raises(ValueError, match="has another config: results folder was"):
         Search(configure(**OPTIONS)).open(Store(tmp_path / "two"), storage, name="one")
     with pytest.raises(ValueError, match="holds another search: storage was 'database', now 'journal'"):
@@ -345,7 +347,7 @@ def test_heads_of_a_gpt() -> None:
 
 def test_nothing_is_left(tmp_path: Path) -> None:
     found = search(tmp_path, families=("dyad",), trials=50, sampler="random")
-    found.do(here)
+    found.run_trials(here)
     tried = found.study.trained()
     # three variants of 2, 4, 5, 6, 7 and 8 blocks: with 3 none costs the budget
     assert len({own.architecture.spec for own in tried}) == len(tried) == 18
@@ -375,7 +377,7 @@ def test_mistakes(tmp_path: Path, options: dict[str, Any], message: str) -> None
 
 
 def drive(folder: Path, storage: str | None) -> None:
-    sys.exit(len(Search(configure(**SURVIVOR)).open(Store(folder), storage).do(Workers(2))))
+    sys.exit(len(Search(configure(**SURVIVOR)).open(Store(folder), storage).run_trials(LocalPool(2))))
 
 
 def started(folder: Path, storage: str | None) -> subprocess.Popen[bytes]:

@@ -93,7 +93,7 @@ def test_epochs_become_steps_of_the_training_images() -> None:
 
 def test_losses_over_time_need_evaluations() -> None:
     def every(**options: Any) -> int | None:
-        config = CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS | options, clock=True)
+        config = CompareConfig(structures=("dense",), widths=(16,), options=OPTIONS | options, interleave=True)
         return plan(config).runs[0].training.evaluate_every
 
     assert every(steps=400) == 10
@@ -109,7 +109,7 @@ def test_pixels_are_permuted_for_an_mlp_alone() -> None:
         plan(CompareConfig(structures=("dense",), widths=(16,), options={"data": "digits", "model": model})).runs[0]
         for model in ("mlp", "vit")
     )
-    assert (mlp.options["permute"], vit.options["permute"]) == (True, False)
+    assert (mlp.config["permute"], vit.config["permute"]) == (True, False)
 
 
 @pytest.mark.parametrize(

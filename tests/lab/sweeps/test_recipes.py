@@ -49,7 +49,7 @@ def shape(run: Run) -> Shape:
     """What the models of a run have to know of its data, which need not be there."""
     name = run.data.data
     if name in VOCABULARIES:
-        return Shape(VOCABULARIES[name], VOCABULARIES[name], context=run.options["context"])
+        return Shape(VOCABULARIES[name], VOCABULARIES[name], context=run.config["context"])
     return SHAPES[name]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.sweeps.carrying_out import FOUR, SETTINGS
+from tests.lab.pools.run_sweeps import FOUR, SETTINGS
 
 from einlinear_lab.sweeps.sweep import make_sweep, read_sweep
 

@@ -23,7 +23,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear import checkpoint
 from einlinear.schedules import lr_factor
-from einlinear_lab.training import Training, loop, metrics
+from einlinear_lab.training import TrainingConfig, loop, metrics
 from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import Guided
 
@@ -142,7 +142,7 @@ def test_a_warm_up_has_no_effect() -> None:
     def trained() -> tuple[tuple[float, ...], list[float]]:
         torch.manual_seed(0)
         model, base = Noisy(), Noisy()
-        losses = loop.train(model, base, toy.Toy(), Training(steps=4)).losses
+        losses = loop.train(model, base, toy.Toy(), TrainingConfig(steps=4)).losses
         return losses, model.norm.get_buffer("running_mean").tolist()
 
     warmed = trained()
@@ -161,7 +161,7 @@ def test_trainings_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) ->
     base = toy.build(8, "dense")
     models = [toy.initialised(toy.build) for _ in range(2)]
     both = [
-        loop.train_in_steps(model, base, toy.Toy(), Training(steps=6, lr=1e-2, threads=count))
+        loop.train_in_steps(model, base, toy.Toy(), TrainingConfig(steps=6, lr=1e-2, threads=count))
         for count, model in enumerate(models, 1)
     ]
     reports = [next(steps) for _ in range(6) for steps in both]
@@ -171,7 +171,7 @@ def test_trainings_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) ->
     assert [outcome.losses for outcome in outcomes] == alone
     torch.set_num_threads(threads)
     guided = toy.initialised(toy.build)
-    given_up = loop.train_in_steps(guided, base, toy.Toy(), Training(steps=6, threads=2, guide_until=5))
+    given_up = loop.train_in_steps(guided, base, toy.Toy(), TrainingConfig(steps=6, threads=2, guide_until=5))
     next(given_up)
     assert any(isinstance(layer, Guided) for layer in guided.modules())
     with pytest.raises(KeyboardInterrupt):
@@ -395,11 +395,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 )
 def test_wrong_settings_say_what_is_right(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Training(**{"steps": 20, **options})
+        TrainingConfig(**{"steps": 20, **options})
 
 
 def test_settings_are_plain_values() -> None:
-    assert json.loads(json.dumps(dataclasses.asdict(Training(steps=3))))["steps"] == 3
+    assert json.loads(json.dumps(dataclasses.asdict(TrainingConfig(steps=3))))["steps"] == 3
 
 
 @pytest.mark.parametrize(

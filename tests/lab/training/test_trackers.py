@@ -10,7 +10,7 @@ import pytest
 from tests.lab.training import toy
 from torch import Tensor
 
-from einlinear_lab.training import Training, metrics
+from einlinear_lab.training import TrainingConfig, metrics
 from einlinear_lab.training.metrics import TRACKERS
 
 
@@ -106,7 +106,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path, recorder: Reco
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> None:
     with pytest.raises(ValueError, match="tracker must be None or tensorboard or wandb or mlflow, not 'comet'"):
-        Training(steps=1, tracker="comet")
+        TrainingConfig(steps=1, tracker="comet")
     with pytest.raises(ValueError, match="tracker='wandb' needs a folder"):
         toy.run(tracker="wandb")
     monkeypatch.delitem(sys.modules, "wandb")

@@ -21,7 +21,7 @@ import einlinear as el
 from einlinear_lab.data import Images, PixelSequences
 from einlinear_lab.data.sampling import torch_generator
 from einlinear_lab.models import GPT, ReferenceModel, ResidualMLP
-from einlinear_lab.training import Outcome, Task, Training, train
+from einlinear_lab.training import Outcome, Task, TrainingConfig, train
 from einlinear_lab.training.loop import Progress
 from einlinear_lab.training.tasks import LanguageModel
 
@@ -81,7 +81,7 @@ def run(
     model: ReferenceModel | None = None,
     **options: Any,
 ) -> Outcome:
-    config = Training(**{"steps": 20, "lr": 1e-2, "threads": 1, **options})
+    config = TrainingConfig(**{"steps": 20, "lr": 1e-2, "threads": 1, **options})
     model = model or initialised(build)
     return train(model, build(8, "dense"), Toy(pause), config, folder, facts=facts, progress=progress)
 
@@ -111,7 +111,7 @@ def run_gpt(folder: Path, model: dict[str, Any] | None = None, **options: Any) -
     model = initialised(build_gpt, **(model or {}))
     task: Task = pixels()
     with last_step(model) as found:
-        outcome = train(model, build_gpt(16, "dense"), task, Training(**{"threads": 1, **options}), folder)
+        outcome = train(model, build_gpt(16, "dense"), task, TrainingConfig(**{"threads": 1, **options}), folder)
     return outcome, {name: lr for name, (lr, _) in found.items()}
 
 

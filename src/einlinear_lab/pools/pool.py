@@ -18,7 +18,7 @@ Job = tuple[Run, Path]
 class Event:
     """Change of a run's status, with the progress of a running run or the error of a failed or lost one.
 
-    The status is "running", "finished", "stopped" (by `workers.stop`), "lost" (its worker died, and it is repeated) or
+    The status is "running", "finished", "stopped" (by `local.stop`), "lost" (its worker died, and it is repeated) or
     "failed".
     """
 
@@ -35,7 +35,7 @@ class Event:
 Pool = Callable[[Iterable[Job]], Iterator[Event]]
 
 
-def do(
+def run_missing(
     runs: Sequence[Run], store: Store, pool: Pool, watch: Callable[[Event], None] = lambda event: None
 ) -> list[Event]:
     """Do the unfinished runs of an opened store, update the table of all runs, and return the events of failed runs.

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.lab.sweeps.carrying_out import FOUR, SETTINGS, carry_out, results
-from tests.lab.sweeps.tables import read_table
+from tests.lab.pools.run_sweeps import FOUR, SETTINGS, results, run_sweep
+from tests.lab.pools.tables import read_table
 
+from einlinear_lab.pools import local
+from einlinear_lab.pools.local import LocalPool
+from einlinear_lab.pools.pool import run_missing
 from einlinear_lab.runs.store import Store
-from einlinear_lab.sweeps import workers
-from einlinear_lab.sweeps.driver import do
 from einlinear_lab.sweeps.sweep import make_sweep
-from einlinear_lab.sweeps.workers import Workers
 
 SURVIVOR = {
     "config": SETTINGS | {"steps": 300, "checkpoint_every": 10, "log_every": 1, "batch_size": 32},
@@ -29,7 +29,7 @@ def drive(folder: Path) -> None:
     sweep = make_sweep(SURVIVOR)
     store = Store(folder)
     store.open(sweep.runs, sweep.axes)
-    sys.exit(len(do(sweep.runs, store, Workers(2))))
+    sys.exit(len(run_missing(sweep.runs, store, LocalPool(2))))
 
 
 def children(pid: int) -> list[int]:
@@ -44,10 +44,10 @@ def children(pid: int) -> list[int]:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """Drivers and workers, 20 of them: every run ends as if there had been none, no result is lost or doubled."""
     whole = tmp_path / "whole"
-    carry_out(make_sweep(SURVIVOR), whole, Workers(2))
+    run_sweep(make_sweep(SURVIVOR), whole, LocalPool(2))
     folder, draw, kills = tmp_path / "killed", random.Random(0), 0
     while True:
-        command = [sys.executable, "-m", "tests.lab.sweeps.test_workers", str(folder)]
+        command = [sys.executable, "-m", "tests.lab.pools.test_local", str(folder)]
         driver = subprocess.Popen(command, cwd=Path(__file__).parents[3])
         while kills < 20:
             try:
@@ -81,8 +81,8 @@ def is_worker(pid: int) -> bool:
 
 
 def test_a_process_that_always_dies_fails_its_run(tmp_path: Path) -> None:
-    seen = carry_out(make_sweep({"config": SETTINGS}), tmp_path, Workers(1, setup=(die,)))
-    assert [event.status for event in seen] == ["lost"] * (workers.ATTEMPTS - 1) + ["failed"]
+    seen = run_sweep(make_sweep({"config": SETTINGS}), tmp_path, LocalPool(1, setup=(die,)))
+    assert [event.status for event in seen] == ["lost"] * (local.ATTEMPTS - 1) + ["failed"]
     assert "died 3 times" in seen[-1].message
 
 
@@ -95,7 +95,7 @@ def test_each_process_sees_one_gpu(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    carry_out(make_sweep(FOUR), tmp_path, Workers(3, setup=(partial(note_gpu, tmp_path),)))
+    run_sweep(make_sweep(FOUR), tmp_path, LocalPool(3, setup=(partial(note_gpu, tmp_path),)))
     found = [path.read_text() for path in tmp_path.glob("gpu-*")]
     assert len(found) == 3
     assert set(found) == seen
@@ -104,18 +104,22 @@ def test_each_process_sees_one_gpu(
 def test_a_process_that_died_is_replaced_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,8")
-    carry_out(make_sweep({"config": SETTINGS}), tmp_path, Workers(1, setup=(partial(note_gpu, tmp_path), die)))
+    run_sweep(make_sweep({"config": SETTINGS}), tmp_path, LocalPool(1, setup=(partial(note_gpu, tmp_path), die)))
     assert [path.read_text() for path in tmp_path.glob("gpu-*")][:3] == ["7", "7", "7"]
 
 
 def test_runs_on_gpus_get_a_process_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(workers, "cpu_count", lambda: 16)
+    monkeypatch.setattr(local, "cpu_count", lambda: 16)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     grid = {"grid": {"seed": list(range(20))}}
     on_cpu, on_gpu = (make_sweep({"config": SETTINGS | {"device": d}} | grid).runs for d in ("cpu", "cuda"))
-    assert (workers.suited(on_cpu), workers.suited(on_gpu), workers.suited(on_gpu[:2])) == (16, 3, 2)
+    assert (local.default_workers(on_cpu), local.default_workers(on_gpu), local.default_workers(on_gpu[:2])) == (
+        16,
+        3,
+        2,
+    )
 
 
 def note_gpu(folder: Path) -> None:

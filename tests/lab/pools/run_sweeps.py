@@ -1,12 +1,12 @@
-"""A small sweep, and carrying it out in this process or on a pool."""
+"""A small sweep, and its execution in this process or on a pool."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from einlinear_lab.pools.pool import Event, Job, Pool, run_missing
 from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.store import Store
-from einlinear_lab.sweeps.driver import Event, Job, Pool, do
 from einlinear_lab.sweeps.sweep import Sweep
 
 SETTINGS: dict[str, Any] = {"data": "digits", "width": 16, "depth": 1, "batch_size": 128, "steps": 6}
@@ -33,9 +33,9 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def carry_out(sweep: Sweep, folder: Path, pool: Pool = here, **options: Any) -> list[Event]:
+def run_sweep(sweep: Sweep, folder: Path, pool: Pool = here, **options: Any) -> list[Event]:
     seen: list[Event] = []
     store = Store(folder)
     store.open(sweep.runs, sweep.axes, **options)
-    do(sweep.runs, store, pool, seen.append)
+    run_missing(sweep.runs, store, pool, seen.append)
     return seen

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from einlinear_lab.pools.pool import Event, Job
 from einlinear_lab.runs.execution import execute_in_steps
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.driver import Event, Job
 
 # Turns of every run.
 TURNS = 50
@@ -26,7 +26,7 @@ CHECKPOINTS = 10
 
 
 @dataclass(frozen=True)
-class Interleaved:
+class InterleavedPool:
     """A `Pool` of this process alone, which holds the models of all runs of a seed at once."""
 
     def __call__(self, jobs: Iterable[Job]) -> Iterator[Event]:

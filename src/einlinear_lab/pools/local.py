@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from joblib import cpu_count
 
+from einlinear_lab.pools.pool import Event, Job
 from einlinear_lab.runs.execution import execute
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.driver import Event, Job
 from einlinear_lab.training.loop import Progress
 
 # Of a run whose process dies.
@@ -41,7 +41,7 @@ else:
 
 
 @dataclass(frozen=True)
-class Workers:
+class LocalPool:
     """A `Pool` of local processes, each with some CPU threads and, round-robin, one of the GPUs.
 
     The functions of `setup` register families in every process; they can be pickled.
@@ -94,7 +94,7 @@ class Workers:
                 worker.process.join()
 
 
-def suited(runs: Sequence[Run]) -> int:
+def default_workers(runs: Sequence[Run]) -> int:
     """Return the number of processes for these runs: one per CPU core, or per GPU if they train on GPUs."""
     on_gpus = any(run.training.device == "cuda" for run in runs)
     return max(1, min(len(_devices()) if on_gpus else cpu_count(), len(runs)))
@@ -108,13 +108,13 @@ def _devices() -> list[str]:
 
 
 class _Worker:
-    def __init__(self, pool: Workers, device: str | None) -> None:
+    def __init__(self, pool: LocalPool, device: str | None) -> None:
         self.connection, theirs = _processes.Pipe()
         self.device = device
         self.job: Job | None = None
         arguments = theirs, os.getcwd(), pool.threads, pool.setup, device
         self.process = _processes.Process(target=_work, args=arguments, daemon=True)
-        with away():
+        with neutral_directory():
             self.process.start()
         # The connection then ends with the process.
         theirs.close()
@@ -124,7 +124,7 @@ class _Worker:
         run, folder = job
         # If the process is dead, `event` returns None.
         with suppress(OSError):
-            self.connection.send((run.options, folder))
+            self.connection.send((run.config, folder))
 
     def event(self) -> Event | None:
         """Return the next event of the run, or None if the process died."""
@@ -169,7 +169,7 @@ def _work(
 
 
 @contextmanager
-def away() -> Iterator[None]:
+def neutral_directory() -> Iterator[None]:
     """Start processes from Python's own folder, so that they do not import from the current one.
 
     Python and Ray import from the folder where a process starts: a file types.py there would be executed.

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.lab.sweeps.carrying_out import FOUR, SETTINGS, carry_out, results
+from tests.lab.pools.run_sweeps import FOUR, SETTINGS, results, run_sweep
 from torch import Tensor
 
 from einlinear_lab.data import Batches
+from einlinear_lab.pools.interleaved import CHECKPOINTS, TURNS, InterleavedPool
+from einlinear_lab.pools.pool import Event
 from einlinear_lab.runs.records import METRICS
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import Store
-from einlinear_lab.sweeps.driver import Event
-from einlinear_lab.sweeps.interleaved import CHECKPOINTS, TURNS, Interleaved
 from einlinear_lab.sweeps.sweep import make_sweep
 from einlinear_lab.training import loop, metrics
 from einlinear_lab.training.tasks import Classification
@@ -33,9 +33,9 @@ def test_the_results_are_those_of_runs_alone(tmp_path: Path, monkeypatch: pytest
         return loss(self, model, (batch[0] + 0.1 * torch.randn(batch[0].shape), batch[1]))
 
     monkeypatch.setattr(Classification, "loss", noisy)
-    carry_out(make_sweep(SWEEP), tmp_path / "alone")
+    run_sweep(make_sweep(SWEEP), tmp_path / "alone")
     threads = torch.get_num_threads()
-    seen = carry_out(make_sweep(SWEEP), tmp_path / "turns", Interleaved())
+    seen = run_sweep(make_sweep(SWEEP), tmp_path / "turns", InterleavedPool())
     assert torch.get_num_threads() == threads
     assert results(tmp_path / "turns") == results(tmp_path / "alone")
     assert [event.status for event in seen].count("finished") == 4
@@ -49,9 +49,9 @@ def test_a_slow_machine_slows_all_runs_alike(tmp_path: Path, monkeypatch: pytest
     calls = itertools.count()
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(calls) ** 2))
     sweep = make_sweep({**SWEEP, "grid": {"structure": ["dense", "btt"], "lr": [1e-3, 3e-3]}})
-    carry_out(sweep, tmp_path / "alone")
+    run_sweep(sweep, tmp_path / "alone")
     calls = itertools.count()
-    carry_out(sweep, tmp_path / "turns", Interleaved())
+    run_sweep(sweep, tmp_path / "turns", InterleavedPool())
     longest = {name: max(seconds(tmp_path / name)) / min(seconds(tmp_path / name)) for name in ("alone", "turns")}
     assert longest["alone"] > 6
     assert longest["turns"] < 1.1
@@ -63,10 +63,10 @@ def seconds(folder: Path) -> list[float]:
 
 
 def test_interrupted_runs_resume_with_their_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    carry_out(make_sweep(SWEEP), tmp_path / "whole", Interleaved())
+    run_sweep(make_sweep(SWEEP), tmp_path / "whole", InterleavedPool())
     clock = itertools.count()  # a second passes whenever it is looked at
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
-    pool = Interleaved()
+    pool = InterleavedPool()
 
     def impatient(jobs: Any) -> Iterator[Event]:
         for made, event in enumerate(pool(jobs)):
@@ -75,7 +75,7 @@ def test_interrupted_runs_resume_with_their_seconds(tmp_path: Path, monkeypatch:
             yield event
 
     with pytest.raises(KeyboardInterrupt):
-        carry_out(make_sweep(SWEEP), tmp_path / "parts", impatient)
+        run_sweep(make_sweep(SWEEP), tmp_path / "parts", impatient)
     begun = Store(tmp_path / "parts").records()
     assert len(begun) == 2
     assert not any(record.result for record in begun)
@@ -83,7 +83,7 @@ def test_interrupted_runs_resume_with_their_seconds(tmp_path: Path, monkeypatch:
     for record in begun:
         saved = sorted(path.name for path in (record.folder / "checkpoints").iterdir())
         assert saved[-1] == f"step-{50 // every * every:08}"
-    carry_out(make_sweep(SWEEP), tmp_path / "parts", Interleaved())
+    run_sweep(make_sweep(SWEEP), tmp_path / "parts", InterleavedPool())
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
     for record in Store(tmp_path / "parts").records():
         lines = [json.loads(line) for line in (record.folder / METRICS).read_text().splitlines()]
@@ -102,7 +102,7 @@ def test_a_run_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Classification, "loss", refusing)
     sweep = make_sweep({**SWEEP, "grid": {"seed": [0, 1]}})
     for wrong, error in ((0, ValueError("not this one")), (1, RuntimeError("a bug"))):
-        seen = carry_out(sweep, tmp_path / str(wrong), Interleaved())
+        seen = run_sweep(sweep, tmp_path / str(wrong), InterleavedPool())
         ends = {event.run.seed: event for event in seen if event.status != "running"}
         assert ends[1 - wrong].status == "finished"
         assert ends[wrong].status == "failed"
@@ -118,10 +118,10 @@ def test_an_interrupt_frees_the_folders(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(Batches, "batch", lambda self, step: batch(self, step) if step < 10 else stop())
         with pytest.raises(KeyboardInterrupt) as interruption:
-            list(Interleaved()(jobs))
+            list(InterleavedPool()(jobs))
     for _, folder in jobs:
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000007"]
-    assert [event.status for event in Interleaved()(jobs)][-2:] == ["finished"] * 2
+    assert [event.status for event in InterleavedPool()(jobs)][-2:] == ["finished"] * 2
     assert interruption.traceback
 
 

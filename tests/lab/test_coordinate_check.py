@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from einlinear_lab.report.coordinate_check import FILE, FeatureUpdates, read_updates, write_updates
+from einlinear_lab.coordinate_check import FILE, FeatureUpdates, cases, measure, read_updates, template, write_updates
 from einlinear_lab.runs.options import names
-from einlinear_lab.sweeps.coord_check import cases, measure, template
-from einlinear_lab.training import Training
+from einlinear_lab.training import TrainingConfig
 
 UPDATES = [FeatureUpdates("dense", True, {16: 0.1, 64: 0.2}), FeatureUpdates("btt", False, {16: 0.1, 64: math.inf})]
 
@@ -41,9 +40,9 @@ QUICK: dict[str, Any] = {"data": "digits", "steps": 4, "depth": 1, "batch_size":
 def relative_updates(structures: tuple[str, ...] = ("dense",), **options: Any) -> list[dict[int, float]]:
     run = template(QUICK | options)
     found = list(measure(run, run.data.load(run.seed), structures, (16, 32)))
-    assert [(spec, aware) for spec, aware, _ in found] == cases(structures)
-    assert all(by_width.keys() == {16, 32} for *_, by_width in found)
-    return [by_width for *_, by_width in found]
+    assert [(update.structure, update.structure_aware) for update in found] == cases(structures)
+    assert all(update.by_width.keys() == {16, 32} for update in found)
+    return [update.by_width for update in found]
 
 
 def test_every_case_is_measured_at_every_width() -> None:
@@ -60,7 +59,7 @@ def test_what_can_be_set_changes_the_updates(change: dict[str, Any]) -> None:
 
 
 def test_what_would_change_nothing_is_refused() -> None:
-    others = [name for name in names(Training) if name not in ("steps", "lr")]
+    others = [name for name in names(TrainingConfig) if name not in ("steps", "lr")]
     for name in (*others, "structure", "width", "validation_tokens"):
         with pytest.raises(ValueError, match=f"{name} cannot be set: a coordinate check .* only steps and lr can be"):
             template(QUICK | {name: 1})

@@ -14,34 +14,34 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.lab.sweeps.carrying_out import FOUR, SETTINGS, carry_out, here, results
-from tests.lab.sweeps.tables import read_table
+from tests.lab.pools.run_sweeps import FOUR, SETTINGS, here, results, run_sweep
+from tests.lab.pools.tables import read_table
 
 import einlinear as el
 from einlinear.structures import FAMILIES
+from einlinear_lab.pools import local
+from einlinear_lab.pools.local import LocalPool
+from einlinear_lab.pools.pool import Event, Job, run_missing
 from einlinear_lab.runs import records, table
-from einlinear_lab.runs.data import _images
+from einlinear_lab.runs.data_config import _images
 from einlinear_lab.runs.execution import check_runs, execute
 from einlinear_lab.runs.records import Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.runs.store import HISTORY, Store
 from einlinear_lab.runs.table import FILE, RunTable
-from einlinear_lab.sweeps import workers
-from einlinear_lab.sweeps.driver import Event, Job, do
 from einlinear_lab.sweeps.sweep import make_sweep
-from einlinear_lab.sweeps.workers import Workers
 
 
 def test_the_same_sweep_again_does_nothing_and_more_can_be_added(tmp_path: Path) -> None:
     sweep = make_sweep(FOUR)
-    seen = carry_out(sweep, tmp_path, command="first")
+    seen = run_sweep(sweep, tmp_path, command="first")
     assert sorted(event.run.key for event in seen if event.status == "finished") == sorted(
         run.key for run in sweep.runs
     )
     before = results(tmp_path)
-    assert carry_out(sweep, tmp_path, command="first") == []
+    assert run_sweep(sweep, tmp_path, command="first") == []
     more = make_sweep({**FOUR, "grid": {"structure": ["btt", "low_rank"], "seed": [1]}})
-    (added,) = {event.run.key for event in carry_out(more, tmp_path, command="second")}
+    (added,) = {event.run.key for event in run_sweep(more, tmp_path, command="second")}
     assert results(tmp_path).keys() == before.keys() | {added}
     assert {key: results(tmp_path)[key] for key in before} == before
     assert Store(tmp_path).commands() == ["first", "second"]
@@ -61,7 +61,7 @@ def test_the_same_sweep_again_does_nothing_and_more_can_be_added(tmp_path: Path)
     ],
 )
 def test_another_config_is_refused(change: dict[str, Any], difference: str, tmp_path: Path) -> None:
-    carry_out(make_sweep(FOUR), tmp_path)
+    run_sweep(make_sweep(FOUR), tmp_path)
     other = make_sweep({"config": SETTINGS | change, "grid": FOUR["grid"]})
     with pytest.raises(ValueError, match=f"another config: {difference}.*Name another folder"):
         Store(tmp_path).open(other.runs, other.axes)
@@ -70,10 +70,10 @@ def test_another_config_is_refused(change: dict[str, Any], difference: str, tmp_
 
 
 def test_options_that_meant_nothing_so_far_are_no_other_config(tmp_path: Path) -> None:
-    carry_out(make_sweep(FOUR), tmp_path)
+    run_sweep(make_sweep(FOUR), tmp_path)
     mixtures = make_sweep({"config": SETTINGS, "grid": FOUR["grid"] | {"experts": [2]}})
     Store(tmp_path).open(mixtures.runs, mixtures.axes)  # how many of the experts are active: asked for the first time
-    carry_out(mixtures, tmp_path)
+    run_sweep(mixtures, tmp_path)
     others = make_sweep({"config": SETTINGS | {"active": 1}, "grid": FOUR["grid"] | {"experts": [2]}})
     with pytest.raises(ValueError, match="another config: active was 2, now 1"):
         Store(tmp_path).open(others.runs, others.axes)
@@ -92,7 +92,7 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path) -> None:
     draw()
     sweep = make_sweep({"config": SETTINGS | {"data": str(tmp_path / "pets"), "batch_size": 4}})
     store = Store(tmp_path / "out")
-    carry_out(sweep, store.folder)
+    run_sweep(sweep, store.folder)
     store.open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
     draw()
     _images.cache_clear()
@@ -102,7 +102,7 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path) -> None:
 
 def test_another_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = make_sweep(FOUR)
-    carry_out(sweep, tmp_path)
+    run_sweep(sweep, tmp_path)
     monkeypatch.setattr("einlinear_lab.runs.store.code_version", lambda: "9.9+beef")
     with pytest.raises(ValueError, match=r"another code made \(.*; this is 9.9\+beef\).*--mix-code"):
         Store(tmp_path).open(sweep.runs, sweep.axes)
@@ -117,7 +117,7 @@ def test_a_family_that_has_changed_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
     el.register_family("grouped", lambda: "(g a), g r a, g e r -> (g e) where g=4, r=2")
     sweep = make_sweep({"config": SETTINGS | {"structure": "grouped"}})
-    carry_out(sweep, tmp_path)
+    run_sweep(sweep, tmp_path)
     Store(tmp_path).open(sweep.runs, sweep.axes)
     el.register_family("grouped", lambda: "(g a), g r a, g e r -> (g e) where g=4, r=3", overwrite=True)
     again = make_sweep({"config": SETTINGS | {"structure": "grouped"}})
@@ -127,7 +127,7 @@ def test_a_family_that_has_changed_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_what_varies_the_data_can_be_given_again(tmp_path: Path) -> None:
     sweep = make_sweep({"config": SETTINGS, "grid": {"limit": [200, 300]}})
-    carry_out(sweep, tmp_path)
+    run_sweep(sweep, tmp_path)
     Store(tmp_path).open(sweep.runs, sweep.axes, digests=check_runs(sweep.runs))
 
 
@@ -152,14 +152,14 @@ def test_the_code_is_that_of_the_sources_that_decide_how_a_run_goes(
 
 def test_damaged_results_are_done_again(tmp_path: Path) -> None:
     sweep = make_sweep(FOUR)
-    carry_out(sweep, tmp_path)
+    run_sweep(sweep, tmp_path)
     whole = results(tmp_path)
     store = Store(tmp_path)
     victim = store.path(sweep.runs[1])
     (victim / "result.json").write_text((victim / "result.json").read_text()[:30])
     assert len(store.damaged()) == 1
     assert store.missing(sweep.runs) == [sweep.runs[1]]
-    carry_out(sweep, tmp_path)
+    run_sweep(sweep, tmp_path)
     assert results(tmp_path) == whole
 
 
@@ -188,12 +188,12 @@ def test_two_drivers_do_not_meet(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.open(sweep.runs, sweep.axes)
     with store.driving(), pytest.raises(BlockingIOError, match="another einlinear is at work"):
-        do(sweep.runs, store, here)
+        run_missing(sweep.runs, store, here)
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path: Path) -> None:
     sweep = make_sweep({"config": SETTINGS, "grid": {"seed": [0, 1]}})
-    seen = carry_out(sweep, tmp_path, Workers(2, setup=(refuse_seed_one,)))
+    seen = run_sweep(sweep, tmp_path, LocalPool(2, setup=(refuse_seed_one,)))
     ends = {event.run.seed: event for event in seen if event.status != "running"}
     assert ends[0].status == "finished"
     assert (ends[1].status, ends[1].message) == ("failed", "not this one")
@@ -208,7 +208,7 @@ def refuse_seed_one() -> None:
             raise ValueError("not this one")
         return execute(run, *rest)
 
-    workers.execute = refuse  # type: ignore[assignment]
+    local.execute = refuse  # type: ignore[assignment]
 
 
 def test_what_cannot_be_built_is_found_before_anything_is_trained() -> None:
@@ -219,7 +219,7 @@ def test_what_cannot_be_built_is_found_before_anything_is_trained() -> None:
 
 
 def test_a_diverged_run_is_finished(tmp_path: Path) -> None:
-    carry_out(make_sweep({"config": SETTINGS | {"lr": 1e30, "steps": 50}}), tmp_path)
+    run_sweep(make_sweep({"config": SETTINGS | {"lr": 1e30, "steps": 50}}), tmp_path)
     (row,) = read_table(tmp_path)
     assert row["status"] == "diverged"
     assert row["steps_made"] < row["steps"] == 50
@@ -235,11 +235,11 @@ def test_the_table_can_be_read_while_runs_are_on(tmp_path: Path) -> None:
     sweep = make_sweep(FOUR)
     store = Store(tmp_path)
     store.open(sweep.runs, sweep.axes)
-    do(sweep.runs, store, Workers(1), look)
+    run_missing(sweep.runs, store, LocalPool(1), look)
     assert {"running", "waiting"} <= seen[0]
     assert seen[-1] == {"finished"}
     (tmp_path / FILE).unlink()  # it is made anew
-    do(sweep.runs, store, here)
+    run_missing(sweep.runs, store, here)
     assert len(read_table(tmp_path)) == 4
 
 
@@ -257,7 +257,7 @@ def test_the_table_has_its_columns_before_the_first_run_ends(tmp_path: Path) -> 
     sweep = make_sweep(FOUR)
     store = Store(tmp_path)
     store.open(sweep.runs, sweep.axes)
-    do(sweep.runs, store, Workers(1), look)
+    run_missing(sweep.runs, store, LocalPool(1), look)
     assert found[0] == 0
     assert found[-1] == 4
 
@@ -290,10 +290,10 @@ def test_a_reader_that_holds_the_table_ends_no_sweep(tmp_path: Path, monkeypatch
     store = Store(tmp_path)
     store.open(sweep.runs, sweep.axes)
     with pytest.warns(UserWarning, match=r"runs\.sqlite cannot be written now: database is locked"):
-        assert do(sweep.runs, store, here, read_on) == []
+        assert run_missing(sweep.runs, store, here, read_on) == []
     assert len(results(tmp_path)) == 4
     readers[0].close()
-    do(sweep.runs, store, here)
+    run_missing(sweep.runs, store, here)
     assert {row["status"] for row in read_table(tmp_path)} == {"finished"}
 
 
@@ -335,7 +335,7 @@ def test_a_result_that_cannot_be_read_ends_no_sweep(damage: str, message: str, t
             yield event
 
     with pytest.warns(UserWarning, match=message):
-        carry_out(make_sweep(FOUR), tmp_path, unlucky)
+        run_sweep(make_sweep(FOUR), tmp_path, unlucky)
     rows = read_table(tmp_path)
     assert [row["status"] for row in rows] == 4 * ["finished"]
     assert sum(row["train_loss"] is None for row in rows) == 1
@@ -344,11 +344,11 @@ def test_a_result_that_cannot_be_read_ends_no_sweep(damage: str, message: str, t
 def test_a_full_disk_is_said_and_what_was_done_stays(tmp_path: Path) -> None:
     """Files of more than some kilobytes cannot be written, as on a disk that has no more room."""
     sweep = make_sweep({"config": SETTINGS | {"checkpoint_every": 2, "steps": 20}, "grid": FOUR["grid"]})
-    seen = carry_out(sweep, tmp_path, Workers(1, setup=(small_files,)))
+    seen = run_sweep(sweep, tmp_path, LocalPool(1, setup=(small_files,)))
     failed = [event for event in seen if event.status == "failed"]
     assert len(failed) == 4
     assert all("too large" in event.message or "space" in event.message for event in failed)
-    carry_out(sweep, tmp_path)
+    run_sweep(sweep, tmp_path)
     assert len(results(tmp_path)) == 4
 
 

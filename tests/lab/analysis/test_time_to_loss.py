@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 from tests.lab import made_up
 
-from einlinear_lab.report import write_report
-from einlinear_lab.report.comparison import Comparison, compare_runs
-from einlinear_lab.report.loss_over_time import (
+from einlinear_lab.analysis.comparison import Comparison, compare_runs
+from einlinear_lab.analysis.time_to_loss import (
     TimeFrontier,
     frontiers_of,
     multiplier_at,
     multipliers_over,
-    section,
     target_losses,
 )
+from einlinear_lab.report import write_report
+from einlinear_lab.report.loss_over_time import section
 
 
 def run(folder: Path, structure: str, width: int, seed: int, *points: tuple[float, float], **options: Any) -> None:

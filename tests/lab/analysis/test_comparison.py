@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tests.lab.made_up import run_of, write
 
-from einlinear_lab.report.comparison import TRAIN_LOSS, Comparison, compare_runs
+from einlinear_lab.analysis.comparison import TRAIN_LOSS, Comparison, compare_runs
 from einlinear_lab.runs.records import Record
 
 

@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 from tests.lab.made_up import run_of, write
 
-from einlinear_lab.report.comparison import TRAIN_LOSS, Comparison, compare_runs
-from einlinear_lab.report.learning_rates import (
+from einlinear_lab.analysis.comparison import TRAIN_LOSS, Comparison, compare_runs
+from einlinear_lab.analysis.learning_rates import (
     LearningRateSweep,
     Optimum,
+    along,
     best_lr,
     common_lr,
     optimum_shift,
     sweeps_of,
+    swept_curves,
+    varied_size,
 )
-from einlinear_lab.scaling.multipliers import Bound
+from einlinear_lab.scaling.compute_multipliers import Bound
 
 RATES = (1e-3, 2e-3, 6e-3, 1e-2)  # not equally far apart
 
@@ -56,7 +59,7 @@ def comparison(folder: Path, best: dict[int, tuple[float, float]]) -> Comparison
 def test_optima_of_every_width_with_their_spread(tmp_path: Path) -> None:
     found = comparison(tmp_path, {16: (3e-3, 3e-3), 64: (2e-3, 4.5e-3)})
     narrow, wide = sweeps_of(found, found.curves[0], TRAIN_LOSS)
-    assert (narrow.size, wide.size) == ("width 16", "width 64")
+    assert (narrow.name, wide.name) == ("width 16", "width 64")
     assert narrow.optimum is not None
     assert wide.optimum is not None
     assert [narrow.optimum.lr, narrow.optimum.smallest, narrow.optimum.largest] == 3 * [pytest.approx(3e-3)]
@@ -102,7 +105,7 @@ def test_a_rate_that_diverges_at_one_size_serves_none(tmp_path: Path) -> None:
 def test_optima_at_an_end_of_the_rates_tell_at_most_a_bound(
     optima: list[tuple[float, Bound]], expected: str | None
 ) -> None:
-    found = [LearningRateSweep("", 1, (), Optimum(lr, lr, lr, bound)) for lr, bound in optima]
+    found = [LearningRateSweep({}, (), Optimum(lr, lr, lr, bound)) for lr, bound in optima]
     times = optimum_shift(found)
     assert (times and times.text) == expected
 
@@ -123,3 +126,32 @@ def test_two_learning_rates_are_no_sweep(tmp_path: Path) -> None:
     records = [write(tmp_path, run_of("btt", 16, lr=lr), 100, 0.5) for lr in (1e-3, 1e-2)]
     (found,) = compare_runs(records)
     assert sweeps_of(found, found.curves[0], TRAIN_LOSS) == []
+
+
+def test_the_size_that_varies_may_be_the_depth(tmp_path: Path) -> None:
+    records = [write(tmp_path, run_of("btt", 16, lr=lr, depth=depth), 100, 0.5) for lr in RATES for depth in (1, 4)]
+    (found,) = compare_runs(records)
+    sweeps = sweeps_of(found, found.curves[0], TRAIN_LOSS)
+    assert [sweep.name for sweep in sweeps] == ["width 16, depth 1", "width 16, depth 4"]
+    assert varied_size(sweeps) == "depth"
+    assert [len(line) for line in along("depth", sweeps)] == [2]
+
+
+def test_runs_of_several_lengths_and_batch_sizes_share_a_curve(tmp_path: Path) -> None:
+    sizes = {"steps": (100, 200, 200), "warmup": (10, 20, 20), "batch_size": (8, 8, 32)}
+    records = [
+        write(tmp_path, run_of("btt", 16, lr=lr, **dict(zip(sizes, of_run, strict=True))), 100, 0.5)
+        for lr in RATES
+        for of_run in zip(*sizes.values(), strict=True)
+    ]
+    (found,) = compare_runs(records)
+    (curve,) = swept_curves(found)
+    sweeps = sweeps_of(found, curve, TRAIN_LOSS)
+    assert {sweep.name for sweep in sweeps} == {
+        "width 16, steps 100, warmup 10, batch size 8",
+        "width 16, steps 200, warmup 20, batch size 8",
+        "width 16, steps 200, warmup 20, batch size 32",
+    }
+    assert varied_size(sweeps) == "steps"
+    # warmup follows from steps, the batch size does not
+    assert [[sweep.size["steps"] for sweep in line] for line in along("steps", sweeps)] == [[100, 200], [200]]

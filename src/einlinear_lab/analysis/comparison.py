@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean, median
 from typing import Any
@@ -15,11 +15,12 @@ from einlinear_lab.models.config import DENSE, OF_EXPERTS
 from einlinear_lab.runs.records import METRICS, Record, Result
 from einlinear_lab.runs.run import Run
 from einlinear_lab.scaling import Multiplier, MultiplierOverSeeds, compute_multiplier, multiplier_over_seeds
-from einlinear_lab.training import metrics
+from einlinear_lab.training.metrics import read as read_metrics
 
 TRAIN_LOSS = "train_loss"
 SIZES = ("width", "depth", "expansion", "heads", "d_head")
 LENGTHS = ("steps", "warmup")
+BATCH_SIZE = "batch_size"
 _NOT_IN_NAMES = {"structure", "lr", "seed", *SIZES}
 # Hyperparameters that do not change the result on data of the same digest: data may have two names, and an evaluation
 # changes nothing.
@@ -33,9 +34,9 @@ class SeedGroup:
     curve: str
     records: tuple[Record, ...]
     # metric -> compute multiplier against dense models of the same seeds; 1 for dense itself
-    multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
+    multipliers: Mapping[str, MultiplierOverSeeds] = field(default_factory=dict)
     # the same for the duration of the training
-    time_multipliers: dict[str, MultiplierOverSeeds] = field(default_factory=dict)
+    time_multipliers: Mapping[str, MultiplierOverSeeds] = field(default_factory=dict)
 
     @property
     def run(self) -> Run:
@@ -74,6 +75,11 @@ class SeedGroup:
         """The duration of a training step, the median over the seeds."""
         seconds = [result_of(record).step_seconds for record in self.records]
         return median(filter(None, seconds)) if any(seconds) else None
+
+    @property
+    def inputs_per_second(self) -> float | None:
+        """The training throughput in images, tokens or vectors per second."""
+        return self.result.inputs / self.step_seconds if self.step_seconds else None
 
     def compute_at(self, step: int) -> float:
         """Return the MACs of all forward passes so far: more with guides, less before layers are made dense."""
@@ -120,20 +126,20 @@ class Comparison:
     unfinished: tuple[Record, ...] = ()
 
     @property
-    def error(self) -> str:
+    def metric(self) -> str:
         """The metric that measures the quality of a model."""
-        return self.records[0].error
+        return self.records[0].metric
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that figures show."""
-        return (self.error, TRAIN_LOSS)
+        return metrics_of(self.records[0])
 
     @property
     def all_metrics(self) -> tuple[str, ...]:
-        """The training loss, the error, and every other metric of any run."""
+        """The training loss, the metric of quality, and every other metric of any run."""
         others = (name for record in self.records for name in result_of(record).metrics)
-        return tuple(dict.fromkeys((TRAIN_LOSS, self.error, *others)))
+        return tuple(dict.fromkeys((TRAIN_LOSS, self.metric, *others)))
 
     @property
     def groups(self) -> list[SeedGroup]:
@@ -147,11 +153,6 @@ class Comparison:
     def values(self, record: Record) -> dict[str, float | None]:
         return {metric: metric_of(record, metric) for metric in self.metrics}
 
-    def size(self, run: Run) -> str:
-        """Return the size of a run's model: "width 64", and every other size that varies."""
-        names = ("width", *(name for name in SIZES[1:] if name in self.varied and run.identity.get(name) is not None))
-        return ", ".join(f"{name} {run.identity[name]}" for name in names)
-
     def __str__(self) -> str:
         models = sorted({record.run.model.NAME for record in self.records})
         return f"{' and '.join(models)} on {self.records[0].run.data.data}"
@@ -162,7 +163,7 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
     finished: dict[tuple[str, str], dict[str, Record]] = {}
     unfinished: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        key = record.digest, record.error
+        key = record.data_digest, record.metric
         if record.result:
             finished.setdefault(key, {})[record.run.key] = record
         else:
@@ -170,10 +171,15 @@ def compare_runs(records: Iterable[Record]) -> list[Comparison]:
     comparisons = []
     for key, by_key in finished.items():
         runs = tuple(by_key.values())
-        comparison = Comparison(runs, _varied(runs), tuple(make_curves(runs)), tuple(unfinished.get(key, ())))
-        _add_multipliers(comparison)
-        comparisons.append(comparison)
+        curves, metrics = make_curves(runs), metrics_of(runs[0])
+        compared = tuple(_with_multipliers(curve, dense_of(curve, curves), metrics) for curve in curves)
+        comparisons.append(Comparison(runs, _varied(runs), compared, tuple(unfinished.get(key, ()))))
     return comparisons
+
+
+def metrics_of(record: Record) -> tuple[str, ...]:
+    """Return the metrics by which a run is compared with others."""
+    return (record.metric, TRAIN_LOSS)
 
 
 def result_of(record: Record) -> Result:
@@ -194,7 +200,7 @@ def metric_title(metric: str) -> str:
 
 def logged(record: Record, metric: str) -> list[tuple[int, float, float]]:
     """Return step, seconds of training and value wherever a run logged a metric."""
-    lines = metrics.read(record.folder / METRICS)
+    lines = read_metrics(record.folder / METRICS)
     return [(line["step"], line["training_seconds"], line[metric]) for line in lines if line.get(metric) is not None]
 
 
@@ -233,7 +239,7 @@ def _varied(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]:
     """Return the hyperparameters with more than one value among the runs that have them."""
     values: dict[str, dict[str, Any]] = {}
     for record in records:
-        for name, value in record.run.identity.items():
+        for name, value in record.run.hyperparameters.items():
             values.setdefault(name, {})[json.dumps(value)] = value
     varied = {name: options for name, options in values.items() if len(options) > 1 and name not in _IRRELEVANT}
     return {name: tuple(sorted(options.values(), key=_order)) for name, options in varied.items()}
@@ -247,9 +253,9 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 def _curve_name(run: Run, named: Sequence[str]) -> str:
     words = [run.model.structure]
-    for name, value in ((name, run.identity.get(name)) for name in named):
+    for name, value in ((name, run.hyperparameters.get(name)) for name in named):
         if name == "structure_aware":
-            words += [] if run.identity.get(name, True) else ["naive"]
+            words += [] if run.hyperparameters.get(name, True) else ["naive"]
         elif value is not None:
             words.append(str(value) if name == "model" else f"{name}={value}")
     return ", ".join(words)
@@ -258,31 +264,36 @@ def _curve_name(run: Run, named: Sequence[str]) -> str:
 def _curve(name: str, named: Sequence[str], records: Sequence[Record]) -> Curve:
     models: dict[str, dict[float, dict[int, Record]]] = {}
     for record in sorted(records, key=lambda record: (result_of(record).macs, record.run.training.lr, record.run.seed)):
-        model = json.dumps([record.run.identity.get(size) for size in (*SIZES, *LENGTHS)])
+        model = json.dumps([record.run.hyperparameters.get(size) for size in (*SIZES, *LENGTHS, BATCH_SIZE)])
         seeds = models.setdefault(model, {}).setdefault(record.run.training.lr, {})
         # one run per seed: runs that differ in irrelevant hyperparameters are the same
         seeds.setdefault(record.run.seed, record)
     groups = [[SeedGroup(name, tuple(seeds.values())) for seeds in rates.values()] for rates in models.values()]
 
     def badness(group: SeedGroup) -> tuple[int, float]:
-        mean = group.mean(records[0].error)
+        mean = group.mean(records[0].metric)
         return group.diverged, math.inf if mean is None else mean
 
     run = records[0].run
-    config = {key: run.identity[key] for key in named if key in run.identity}
+    config = {key: run.hyperparameters[key] for key in named if key in run.hyperparameters}
     best = tuple(min(model, key=badness) for model in groups)
     return Curve(name, run.model.structure, config, tuple(itertools.chain(*groups)), best)
 
 
-def _add_multipliers(comparison: Comparison) -> None:
-    """Compare every group with dense."""
-    for curve in comparison.curves:
-        if dense := dense_of(curve, comparison.curves):
-            for group, metric in itertools.product(curve.groups, comparison.metrics):
-                if over := _multiplier(group, dense, metric, lambda result: result.macs):
-                    group.multipliers[metric] = over
-                if over := _multiplier(group, dense, metric, _training_seconds):
-                    group.time_multipliers[metric] = over
+def _with_multipliers(curve: Curve, dense: Curve | None, metrics: Sequence[str]) -> Curve:
+    """Return a curve whose groups are compared with dense."""
+    if dense is None:
+        return curve
+    groups = {}
+    for group in curve.groups:
+        compute = {metric: _multiplier(group, dense, metric, lambda result: result.macs) for metric in metrics}
+        time = {metric: _multiplier(group, dense, metric, _training_seconds) for metric in metrics}
+        groups[group.run.key] = SeedGroup(group.curve, group.records, _identified(compute), _identified(time))
+    return replace(curve, groups=tuple(groups.values()), best=tuple(groups[best.run.key] for best in curve.best))
+
+
+def _identified(multipliers: Mapping[str, MultiplierOverSeeds | None]) -> dict[str, MultiplierOverSeeds]:
+    return {metric: over for metric, over in multipliers.items() if over}
 
 
 def _training_seconds(result: Result) -> float | None:

@@ -1,4 +1,4 @@
-"""Compute multipliers: how many times the compute dense needs for the same loss, by model and along frontiers."""
+"""Charts of compute multipliers: how many times the compute dense needs for the same loss."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import partial
 
 from markupsafe import Markup, escape
 
+from einlinear_lab.analysis.comparison import Comparison, Curve, metric_title
 from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace
-from einlinear_lab.report.comparison import Comparison, Curve, metric_title
-from einlinear_lab.report.page import CsvRow, Figure, group_row, hover
+from einlinear_lab.report.page import CsvRow, Figure
+from einlinear_lab.report.points import group_row, hover
 from einlinear_lab.scaling import Multiplier, MultiplierAt
 
 # MACs, multiplier, ends of the error bar, hover label

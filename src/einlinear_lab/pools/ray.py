@@ -10,16 +10,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from einlinear_lab.pools.local import ATTEMPTS, attempt, neutral_directory
+from einlinear_lab.pools.pool import Event, Job
 from einlinear_lab.runs.run import Run
-from einlinear_lab.sweeps.driver import Event, Job
-from einlinear_lab.sweeps.workers import ATTEMPTS, attempt, away
 
 # A process may do several runs.
 _set_up = False
 
 
 @dataclass(frozen=True)
-class Cluster:
+class RayPool:
     """A `Pool` on a Ray cluster (default: $RAY_ADDRESS, or a new one) with resources per run, each with one event."""
 
     address: str | None = None
@@ -32,7 +32,7 @@ class Cluster:
 
         started = not ray.is_initialized()
         if started:
-            with away():
+            with neutral_directory():
                 ray.init(address=self.address, logging_level=logging.WARNING, log_to_driver=False)
         try:
             remote = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_attempt)
@@ -42,7 +42,7 @@ class Cluster:
                 # A fixed list is queued at once, so that the cluster can scale up.
                 room = len(jobs) if isinstance(jobs, Sequence) else self._room(ray.cluster_resources())  # type: ignore[no-untyped-call]
                 for run, folder in islice(left, max(0, room - len(waiting))):
-                    waiting[remote.remote(run.options, str(folder), current, setup)] = run
+                    waiting[remote.remote(run.config, str(folder), current, setup)] = run
                 if not waiting:
                     return
                 (reference,), _ = ray.wait(list(waiting), num_returns=1)

@@ -31,13 +31,13 @@ class TrainingProblem:
     task: Task
     shape: Shape
     inputs: int
-    error: str
-    source: str
-    digest: str
+    metric: str
+    data_source: str
+    data_digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data(ABC):
+class DataConfig(ABC):
     """Config that all kinds of data share: a name or path, and the images, sequences or vectors per step."""
 
     KIND: ClassVar[str]
@@ -65,7 +65,7 @@ class Data(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData(Data):
+class ImageDataConfig(DataConfig):
     """Config of image classification.
 
     Attributes:
@@ -112,7 +112,7 @@ class ImageData(Data):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceData(Data):
+class SequenceDataConfig(DataConfig):
     """Config of next-token prediction, evaluated on at most `validation_tokens`, always the same ones."""
 
     batch_size: int = 32
@@ -125,7 +125,7 @@ class SequenceData(Data):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextData(SequenceData):
+class TextDataConfig(SequenceDataConfig):
     """Config of sequences of `context` tokens; the data is a folder that `einlinear prepare` wrote."""
 
     KIND = "text"
@@ -143,8 +143,8 @@ class TextData(SequenceData):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelData(SequenceData):
-    """Config of next-pixel prediction on images; the data is "pixels:" and a name or path as for `ImageData`."""
+class PixelDataConfig(SequenceDataConfig):
+    """Config of next-pixel prediction on images; the data is "pixels:" and a name or path as for `ImageDataConfig`."""
 
     KIND = "pixels"
 
@@ -161,7 +161,7 @@ class PixelData(SequenceData):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherData(Data):
+class TeacherDataConfig(DataConfig):
     """Config of regression to a random network, see `einlinear_lab.data.Teacher`; the data is "teacher"."""
 
     KIND = "teacher"
@@ -180,20 +180,22 @@ class TeacherData(Data):
         return TrainingProblem(task, Shape(self.features, 1), self.batch_size, "test_loss", source, digest)
 
 
-KINDS: dict[str, type[Data]] = {kind.KIND: kind for kind in (ImageData, TextData, PixelData, TeacherData)}
+KINDS: dict[str, type[DataConfig]] = {
+    kind.KIND: kind for kind in (ImageDataConfig, TextDataConfig, PixelDataConfig, TeacherDataConfig)
+}
 
 
-def kind_of(data: str, kind: str | None = None, sequences: bool = False) -> type[Data]:
+def kind_of(data: str, kind: str | None = None, sequences: bool = False) -> type[DataConfig]:
     """Return the kind of data of a name or path, unless a key of `KINDS` is given; models of sequences take texts."""
     if kind is not None:
         if kind not in KINDS:
             raise ValueError(f"data_kind must be {', '.join(KINDS)}, not {kind!r}")
         return KINDS[kind]
     if data == TEACHER:
-        return TeacherData
+        return TeacherDataConfig
     if data.startswith(PIXELS):
-        return PixelData
-    return TextData if sequences or (Path(data).expanduser() / DESCRIPTION).is_file() else ImageData
+        return PixelDataConfig
+    return TextDataConfig if sequences or (Path(data).expanduser() / DESCRIPTION).is_file() else ImageDataConfig
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -10,8 +10,8 @@ from tests.lab.cli.command import assert_refused, run
 from tests.lab.made_up import run_of, write
 
 import einlinear as el
-from einlinear_lab.report.comparison import compare_runs
-from einlinear_lab.report.structure_map import kind_of, map_of
+from einlinear_lab.analysis.comparison import compare_runs
+from einlinear_lab.analysis.structure_map import kind_of, map_of
 from einlinear_lab.runs.store import Store
 
 THETAS = [

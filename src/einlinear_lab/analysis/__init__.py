@@ -1,0 +1,1 @@
+"""Analysis of results folders: runs become comparisons, and comparisons become laws, multipliers, optima and maps."""

@@ -1,0 +1,1 @@
+"""Pools that execute runs: processes of this machine, a Ray cluster, or turns in one process."""
