@@ -24,7 +24,7 @@ def same(found: Checkpoint | None, wanted: Checkpoint) -> bool:
     assert found is not None
     assert found.tensors.keys() == wanted.tensors.keys()
     equal = all(torch.equal(found.tensors[name], tensor) for name, tensor in wanted.tensors.items())
-    return equal and (found.step, found.facts) == (wanted.step, wanted.facts)
+    return equal and (found.step, found.metadata) == (wanted.step, wanted.metadata)
 
 
 def test_round_trip_and_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_foreign_and_of_another_format(tmp_path: Path) -> None:
     place = save(tmp_path, make(2))
     for metadata, message in (
         (None, "cannot be used"),
-        ({"format": "7", "facts": json.dumps({"step": 2})}, "it has format 7, but this version reads 1"),
+        ({"format": "7", "metadata": json.dumps({"step": 2})}, "it has format 7, but this version reads 1"),
     ):
         save_file({"a": torch.zeros(1)}, place / "state.safetensors", metadata=metadata)
         (place / "sha256").write_text(sha256_of(place / "state.safetensors") + "\n")

@@ -1,6 +1,6 @@
 """Checkpoints on disk: folders that are written atomically, checked when they are read, and never unpickled.
 
-FOLDER/step-00000500 has state.safetensors, with tensors and with facts as JSON in its metadata, and its sha256.
+FOLDER/step-00000500 has state.safetensors, with tensors and with metadata as JSON in its metadata, and its sha256.
 """
 
 import json
@@ -26,11 +26,11 @@ _STATE, _DIGEST = "state.safetensors", "sha256"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The number of steps done, tensors by name, and facts that are JSON."""
+    """The number of steps done, tensors by name, and metadata that are JSON."""
 
     step: int
     tensors: Mapping[str, Tensor]
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -39,7 +39,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     try:
         with atomic(place) as scratch:
             scratch.mkdir(parents=True)
-            write_tensors(scratch / _STATE, checkpoint.tensors, {"step": checkpoint.step, **checkpoint.facts})
+            write_tensors(scratch / _STATE, checkpoint.tensors, {"step": checkpoint.step, **checkpoint.metadata})
             (scratch / _DIGEST).write_text(f"{sha256_of(scratch / _STATE)}\n", encoding="ascii")
             # a damaged one, or else this step would not have been made again
             if place.exists():
@@ -69,8 +69,8 @@ def load(place: Path) -> Checkpoint:
     """Read a checkpoint from its folder; ValueError with the reason if it is damaged or of another format."""
     try:
         _check_digest(place)
-        tensors, facts = read_tensors(place / _STATE)
-        return Checkpoint(facts.pop("step"), tensors, facts)
+        tensors, metadata = read_tensors(place / _STATE)
+        return Checkpoint(metadata.pop("step"), tensors, metadata)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint {place} cannot be used: {error}") from None
 
@@ -97,8 +97,8 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         raise ValueError(f"{folder} holds a run with another config: {'; '.join(found)}. {hint}")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None:
-    """Write tensors and JSON facts to one safetensors file, atomically. Tied weights are written twice."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any) -> None:
+    """Write tensors and JSON metadata to one safetensors file, atomically. Tied weights are written twice."""
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -108,7 +108,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None
         separate[name] = contiguous.clone() if storage in storages else contiguous
         storages.add(storage)
     with atomic(path) as scratch:
-        save_file(separate, scratch, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+        save_file(separate, scratch, metadata={"format": FORMAT, "metadata": json.dumps(metadata)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -120,6 +120,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
                 raise ValueError(f"it has format {metadata.get('format')}, but this version reads {FORMAT}")
             # copies: a file that is still mapped cannot be removed everywhere
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(metadata["facts"])
+            return tensors, json.loads(metadata["metadata"])
     except (SafetensorError, KeyError, RecursionError) as error:
         raise ValueError(str(error)) from None

@@ -19,8 +19,8 @@ def content_of(path: Path) -> Any:
     """The content of a file, whose metadata safetensors writes in any order."""
     if path.suffix == ".json":
         return path.read_bytes()
-    tensors, facts = read_tensors(path)
-    return {name: tensor.tolist() for name, tensor in tensors.items()}, facts
+    tensors, metadata = read_tensors(path)
+    return {name: tensor.tolist() for name, tensor in tensors.items()}, metadata
 
 
 RECORD = {"error": 0.5, "tokens": 10_000_000}

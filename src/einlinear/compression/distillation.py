@@ -167,14 +167,14 @@ class _Optimizer:
         self._adamw.zero_grad()
         self._round()
 
-    def save(self, folder: Path, losses: Sequence[float], facts: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, losses: Sequence[float], metadata: Mapping[str, Any]) -> None:
         # needs safetensors, which is no dependency of the core
         from einlinear import checkpoint
 
         tensors: dict[str, Tensor] = {}
         for name, p in self._learning.items():
             tensors |= {f"{key}.{name}": value for key, value in {"parameter": p, **self._adamw.state[p]}.items()}
-        checkpoint.save(folder, checkpoint.Checkpoint(len(losses), tensors, {**facts, "losses": list(losses)}))
+        checkpoint.save(folder, checkpoint.Checkpoint(len(losses), tensors, {**metadata, "losses": list(losses)}))
 
     @torch.no_grad()
     def resume(self, folder: Path, config: Mapping[str, Any]) -> tuple[list[float], float]:
@@ -184,7 +184,7 @@ class _Optimizer:
         last = checkpoint.latest(folder)
         if last is None:
             return [], 0.0
-        checkpoint.check_same(folder, last.facts["config"], config)
+        checkpoint.check_same(folder, last.metadata["config"], config)
         for full_name, tensor in last.tensors.items():
             key, name = full_name.split(".", 1)
             p = self._learning[name]
@@ -194,7 +194,7 @@ class _Optimizer:
                 # AdamW keeps the number of steps on the CPU
                 self._adamw.state[p][key] = tensor if key == "step" else tensor.to(p.device)
         self._round()
-        return list(last.facts["losses"]), last.facts["seconds"]
+        return list(last.metadata["losses"]), last.metadata["seconds"]
 
     @torch.no_grad()
     def _round(self) -> None:

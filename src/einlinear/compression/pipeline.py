@@ -311,10 +311,10 @@ def _layer_of(old: Any, choice: LayerCandidate) -> Linear:
 
 
 def _fitted_layer(old: Any, choice: LayerCandidate, record: tuple[dict[str, Tensor], dict[str, Any]]) -> FittedLayer:
-    tensors, facts = record
+    tensors, metadata = record
     layer = _layer_of(old, choice)
     layer.load_state_dict(tensors)
-    return FittedLayer(layer, float(facts["error"]), int(facts["tokens"]))
+    return FittedLayer(layer, float(metadata["error"]), int(metadata["tokens"]))
 
 
 def _check_arguments(

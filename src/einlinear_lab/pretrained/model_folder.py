@@ -124,8 +124,8 @@ def save(
         # Replaces the tokenizer's files by the original ones.
         left_out = copy_side_files(root, folder, subfolder)
         model.save_pretrained(place)
-        facts = asdict(report)
-        content = {"layers": facts["layers"], "skipped": dict(report.skipped), "coverage": facts["coverage"]}
+        metadata = asdict(report)
+        content = {"layers": metadata["layers"], "skipped": dict(report.skipped), "coverage": metadata["coverage"]}
         write_json(folder / REPORT, {**content, "config": dict(config)})
     return left_out
 

@@ -90,7 +90,7 @@ def _train(run: Run, folder: Path | None) -> Steps[Result]:
     guide_macs = 0 if run.training.guide_until is None else _guide_macs(model)
     if folder is not None and is_first():
         write_run(record)
-    options: dict[str, Any] = {"lr_scale": model.LR_SCALE, "alpha": run.model.alpha, "facts": record.metadata}
+    options: dict[str, Any] = {"lr_scale": model.LR_SCALE, "alpha": run.model.alpha, "metadata": record.metadata}
     outcome = yield from train_in_steps(model, base, problem.task, run.training, folder, **options)
     steps = len(outcome.losses)
     structured = min(run.training.densify_at or steps, steps)

@@ -49,8 +49,8 @@ class Search:
         self.base = base_run(config)
         problem = self.base.data.load(self.base.seed)
         metric = config.metric or problem.metric
-        if metric not in problem.task.ERRORS:
-            raise ValueError(f"metric must be one of {', '.join(problem.task.ERRORS)}, not {metric!r}")
+        if metric not in problem.task.METRICS_TO_MINIMISE:
+            raise ValueError(f"metric must be one of {', '.join(problem.task.METRICS_TO_MINIMISE)}, not {metric!r}")
         self.manifest = SearchManifest(metric, config.time_weight, config.budget, tuple(sorted(config.axes)))
         self.matching = Matching(self.base.model, problem.shape, config.budget)
         self.space = SearchSpace(config.families, config.roles)

@@ -27,7 +27,7 @@ from einlinear.nn.names import name_of
 from einlinear.schedules import lr_factor
 from einlinear_lab.training import distributed
 from einlinear_lab.training.allocator import freed_memory_kept
-from einlinear_lab.training.config import TrainingConfig as Training
+from einlinear_lab.training.config import TrainingConfig
 from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import guide, set_share, unguide
 from einlinear_lab.training.metrics import Metrics, check_installed, open_tracker
@@ -40,9 +40,9 @@ Steps: TypeAlias = Generator[tuple[int, int, float], None, T]
 
 
 class Task(Protocol):
-    """Training task: data, loss and metrics. ERRORS are the metrics where lower is better."""
+    """Training task: data, loss and metrics. METRICS_TO_MINIMISE are the metrics where lower is better."""
 
-    ERRORS: ClassVar[tuple[str, ...]]
+    METRICS_TO_MINIMISE: ClassVar[tuple[str, ...]]
 
     def batch(self, step: int) -> TrainingBatch:
         """Return the batch of all processes; it depends on the step alone."""
@@ -80,12 +80,12 @@ def train(
     model: nn.Module,
     base: Base,
     task: Task,
-    config: Training,
+    config: TrainingConfig,
     folder: Path | None = None,
     *,
     lr_scale: Mapping[str, float] | None = None,
     alpha: float = 1.0,
-    facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Train a model; under torchrun, with all processes.
@@ -96,7 +96,7 @@ def train(
         task: batches, loss and metrics.
         config: of the training.
         folder: for metrics.jsonl and the checkpoints from which an interrupted run resumes. None writes no files.
-        facts: JSON values that identify the run. A checkpoint with other facts is refused.
+        metadata: JSON values that identify the run. A checkpoint with other metadata is refused.
         progress: called after every step, on rank 0 only.
 
     Raises:
@@ -109,18 +109,18 @@ def train(
         >>> import einlinear as el
         >>> from einlinear_lab.data import Teacher
         >>> from einlinear_lab.models import ResidualMLP
-        >>> from einlinear_lab.training import TrainingConfig as Training, train
+        >>> from einlinear_lab.training import TrainingConfig, train
         >>> from einlinear_lab.training.tasks import Regression
         >>> model = ResidualMLP(8, 64, 1, structure="btt")
         >>> model = el.init_(model, zero=model.ZERO)
         >>> task = Regression(Teacher(8, width=32, depth=2), batch_size=64, seed=0)
-        >>> outcome = train(model, base=ResidualMLP(8, 32, 1), task=task, config=Training(steps=20))
+        >>> outcome = train(model, base=ResidualMLP(8, 32, 1), task=task, config=TrainingConfig(steps=20))
         >>> len(outcome.losses), list(outcome.metrics)
         (20, ['test_loss'])
         >>> outcome.losses[-1] < outcome.losses[0]
         True
     """
-    steps = train_in_steps(model, base, task, config, folder, lr_scale=lr_scale, alpha=alpha, facts=facts)
+    steps = train_in_steps(model, base, task, config, folder, lr_scale=lr_scale, alpha=alpha, metadata=metadata)
     return finish(steps, progress)
 
 
@@ -141,12 +141,12 @@ def train_in_steps(
     model: nn.Module,
     base: Base,
     task: Task,
-    config: Training,
+    config: TrainingConfig,
     folder: Path | None = None,
     *,
     lr_scale: Mapping[str, float] | None = None,
     alpha: float = 1.0,
-    facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Steps[Outcome]:
     """Train a model as `train` does, a step at a time, so that several trainings can take turns in one process."""
     if config.tracker:
@@ -161,7 +161,7 @@ def train_in_steps(
         world = distributed.world(config.device)
         with freed_memory_kept():
             return (
-                yield from _Run(model, base, task, config, folder, lr_scale, alpha, dict(facts or {}), world).train()
+                yield from _Run(model, base, task, config, folder, lr_scale, alpha, dict(metadata or {}), world).train()
             )
     finally:
         if config.guide_until is not None:
@@ -174,11 +174,11 @@ class _Run:
     plain: nn.Module
     base: Base
     task: Task
-    config: Training
+    config: TrainingConfig
     folder: Path | None
     lr_scale: Mapping[str, float] | None
     alpha: float
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     world: World
     # Of every step, those before an interruption included.
     losses: list[float] = field(default_factory=list)
@@ -352,7 +352,7 @@ class _Run:
         self.world.check_equal(latest.step if latest else 0, f"checkpoints in {self.folder}, which all have to see")
         if self.folder is None or latest is None:
             return
-        checkpoint.check_same(self.folder, latest.facts, self.facts)
+        checkpoint.check_same(self.folder, latest.metadata, self.metadata)
         # Changes after the last of these steps are made when the training resumes.
         for step in range(latest.step):
             self._change_layers(step)
@@ -367,7 +367,7 @@ class _Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         name, start = self.config.tracker, len(self.losses)
-        with open_tracker(name, self.folder, start, self.facts) if name else nullcontext() as tracker:
+        with open_tracker(name, self.folder, start, self.metadata) if name else nullcontext() as tracker:
             yield Metrics(self.folder / "metrics.jsonl", start, tracker)
 
     def _save(self) -> None:
@@ -378,10 +378,10 @@ class _Run:
         for name, values in (("losses", self.losses), ("seconds", self.seconds)):
             tensors[name] = torch.tensor(values, dtype=torch.float64)
         if self.world.rank == 0:
-            checkpoint.save(self.folder / "checkpoints", Checkpoint(len(self.losses), tensors, self.facts))
+            checkpoint.save(self.folder / "checkpoints", Checkpoint(len(self.losses), tensors, self.metadata))
 
 
-def _optimizer(groups: list[dict[str, Any]], config: Training) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
     kinds: dict[str, Callable[..., torch.optim.Optimizer]]

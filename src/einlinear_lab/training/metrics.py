@@ -105,7 +105,7 @@ def check_installed(tracker: str) -> None:
 
 
 @contextmanager
-def open_tracker(name: str, folder: Path, start: int, facts: Mapping[str, Any]) -> Iterator[Tracker]:
+def open_tracker(name: str, folder: Path, start: int, metadata: Mapping[str, Any]) -> Iterator[Tracker]:
     """Open the tracker of a run that resumes from step `start`, under the id in the run's folder."""
     id_file = folder / f"{name}-id"
     run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
@@ -114,7 +114,7 @@ def open_tracker(name: str, folder: Path, start: int, facts: Mapping[str, Any]) 
 
         with SummaryWriter(str(folder / name), purge_step=start + 1) as writer:
             if start == 0:
-                writer.add_text("facts", json.dumps(facts, indent=4), 0)
+                writer.add_text("metadata", json.dumps(metadata, indent=4), 0)
 
             def write(step: int, values: Mapping[str, float]) -> None:
                 for key, value in values.items():
@@ -124,7 +124,7 @@ def open_tracker(name: str, folder: Path, start: int, facts: Mapping[str, Any]) 
     elif name == "wandb":
         import wandb
 
-        with wandb.init(name=folder.name, dir=folder, config=dict(facts), id=run_id, resume="allow") as run:
+        with wandb.init(name=folder.name, dir=folder, config=dict(metadata), id=run_id, resume="allow") as run:
             id_file.write_text(run.id, encoding="utf-8")
             yield lambda step, values: run.log(dict(values), step=step)
     else:
@@ -132,5 +132,5 @@ def open_tracker(name: str, folder: Path, start: int, facts: Mapping[str, Any]) 
 
         with mlflow.start_run(run_id=run_id, run_name=folder.name) as run:
             id_file.write_text(run.info.run_id, encoding="utf-8")
-            mlflow.log_params(dict(facts))
+            mlflow.log_params(dict(metadata))
             yield lambda step, values: mlflow.log_metrics(dict(values), step=step)

@@ -1,4 +1,4 @@
-"""Training tasks: data, loss and metrics. ERRORS are the metrics where lower is better."""
+"""Training tasks: data, loss and metrics. METRICS_TO_MINIMISE are the metrics where lower is better."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Classification:
         train_sample: maximum number of training images that the training error is measured on; at least 1.
     """
 
-    ERRORS: ClassVar[tuple[str, ...]] = ("train_error", "test_loss")
+    METRICS_TO_MINIMISE: ClassVar[tuple[str, ...]] = ("train_error", "test_loss")
 
     def __init__(
         self, images: Images, batches: Batches, label_smoothing: float = 0.0, train_sample: int = TRAIN_SAMPLE
@@ -72,7 +72,7 @@ class LanguageModel:
         validation_tokens: maximum number of held-out tokens; rounded down to whole sequences, but at least one.
     """
 
-    ERRORS: ClassVar[tuple[str, ...]] = ("validation_loss", "bits_per_token")
+    METRICS_TO_MINIMISE: ClassVar[tuple[str, ...]] = ("validation_loss", "bits_per_token")
 
     def __init__(self, sequences: Sequences, validation_tokens: int = VALIDATION_TOKENS) -> None:
         self.sequences, self.validation_tokens = sequences, validation_tokens
@@ -104,7 +104,7 @@ class Regression:
         seed: of the batches.
     """
 
-    ERRORS: ClassVar[tuple[str, ...]] = ("test_loss",)
+    METRICS_TO_MINIMISE: ClassVar[tuple[str, ...]] = ("test_loss",)
 
     def __init__(self, teacher: Teacher, batch_size: int, *, seed: int) -> None:
         self.teacher, self.batch_size, self.seed = teacher, batch_size, seed

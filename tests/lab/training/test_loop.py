@@ -317,9 +317,9 @@ def test_processes_have_to_find_the_same_checkpoint(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    toy.run(tmp_path, facts={"lr": 0.1, "data": "a"})
+    toy.run(tmp_path, metadata={"lr": 0.1, "data": "a"})
     with pytest.raises(ValueError, match=r"another config: lr was 0.1, now 0.2\. Name another folder"):
-        toy.run(tmp_path, facts={"lr": 0.2, "data": "a"})
+        toy.run(tmp_path, metadata={"lr": 0.2, "data": "a"})
 
 
 def test_parts_of_a_batch_add_up() -> None:

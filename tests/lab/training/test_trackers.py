@@ -41,10 +41,10 @@ class Recorder:
         self.log({name: value}, step)
 
     def add_text(self, name: str, text: str, step: int) -> None:
-        self.facts = text
+        self.metadata = text
 
-    def log_params(self, facts: dict[str, Any]) -> None:
-        self.facts = str(facts)
+    def log_params(self, metadata: dict[str, Any]) -> None:
+        self.metadata = str(metadata)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def test_a_tracker_is_told_what_the_file_is(
     tmp_path: Path, tracker: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"steps": 12, "checkpoint_every": 5, "log_every": 2, "facts": {"data": "a toy"}}
+    options: dict[str, Any] = {"steps": 12, "checkpoint_every": 5, "log_every": 2, "metadata": {"data": "a toy"}}
     batch, stop = toy.Toy.batch, 9
 
     def interrupted(self: toy.Toy, step: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def test_a_tracker_is_told_what_the_file_is(
     else:
         id_name = "id" if tracker == "wandb" else "run_id"
         assert (first[id_name], second[id_name]) == (None, "run-7")
-    assert "a toy" in (str(first["config"]) if tracker == "wandb" else recorder.facts)
+    assert "a toy" in (str(first["config"]) if tracker == "wandb" else recorder.metadata)
 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path, recorder: Recorder) -> None:

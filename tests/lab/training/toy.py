@@ -76,14 +76,14 @@ def initialised(builder: Callable[..., ReferenceModel], **options: Any) -> Refer
 def run(
     folder: Path | None = None,
     pause: float = 0.0,
-    facts: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
     progress: Progress | None = None,
     model: ReferenceModel | None = None,
     **options: Any,
 ) -> Outcome:
     config = TrainingConfig(**{"steps": 20, "lr": 1e-2, "threads": 1, **options})
     model = model or initialised(build)
-    return train(model, build(8, "dense"), Toy(pause), config, folder, facts=facts, progress=progress)
+    return train(model, build(8, "dense"), Toy(pause), config, folder, metadata=metadata, progress=progress)
 
 
 @contextmanager
