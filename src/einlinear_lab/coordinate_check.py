@@ -29,7 +29,7 @@ FILE = "coord-check.json"
 _FORMAT = 1
 # Different batches, used in turn.
 _BATCHES = 16
-_OF_TRAINING = ("steps", "lr")
+_OF_TRAINING = ("steps", "lr", "optimizer", "product")
 _WITHOUT_EFFECT = {"structure", "width", *names(TrainingConfig), "validation_tokens"} - {*_OF_TRAINING}
 
 
@@ -97,8 +97,8 @@ def template(options: Mapping[str, Any]) -> Run:
     if refused := [name for name in options if name in _WITHOUT_EFFECT]:
         raise ValueError(
             f"{', '.join(refused)} cannot be set: a coordinate check varies structure, width and structure_aware, and "
-            "trains in float32 on the CPU with AdamW at a constant learning rate; it evaluates nothing. Of training "
-            f"only {' and '.join(_OF_TRAINING)} can be set"
+            "trains in float32 on the CPU at a constant learning rate; it evaluates nothing. Of training only "
+            f"{', '.join(_OF_TRAINING)} can be set"
         )
     run = Run.of(with_comparison_defaults(options))
     if run.training.steps < 2:
@@ -123,24 +123,29 @@ def measure(
     structures: Sequence[str],
     widths: Sequence[int],
     progress: Callable[[str, int, int], None] | None = None,
+    seeds: int = 1,
 ) -> Iterator[FeatureUpdates]:
     """Train the models of all `cases`, and measure the relative change of the last block's features in one step.
 
-    Of the template's training only steps and lr count. Progress is called with (structure, width, step).
+    Of the template's training only steps, lr, optimizer and product count. The changes are means over `seeds`
+    initialisations, from the template's seed on. Progress is called with (structure, width, step).
     """
     training, base = template.training, template.model.base(problem.shape)
     batches = [problem.task.batch(step) for step in range(min(training.steps, _BATCHES))]
     probe, _ = problem.task.batch(_BATCHES)
-    options: dict[str, Any] = {"lr": training.lr, "steps": training.steps, "loss": problem.task.loss}
+    options: dict[str, Any] = {name: getattr(training, name) for name in _OF_TRAINING} | {"loss": problem.task.loss}
     options |= {"base": base, "layers": base.last_block, "lr_scale": base.LR_SCALE, "alpha": template.model.alpha}
     for spec, aware in cases(structures):
-
-        def build(width: int, spec: str = spec) -> nn.Module:
-            return initialised(run_of(template, spec, width), problem)
-
         watch = progress and partial(progress, spec)
-        results = coord_check(build, widths, batches, probe, structure_aware=aware, progress=watch, **options)
-        yield FeatureUpdates(spec, aware, {result.width: result.relative_update for result in results})
+        by_width = dict.fromkeys(widths, 0.0)
+        for seed in range(template.seed, template.seed + seeds):
+
+            def build(width: int, spec: str = spec, seed: int = seed) -> nn.Module:
+                return initialised(replace(run_of(template, spec, width), seed=seed), problem)
+
+            for result in coord_check(build, widths, batches, probe, structure_aware=aware, progress=watch, **options):
+                by_width[result.width] += result.relative_update / seeds
+        yield FeatureUpdates(spec, aware, by_width)
 
 
 def is_update(value: float) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,35 @@ def test_every_case_is_measured_at_every_width() -> None:
     assert relative_updates(("dense", "btt")) == [dense, btt, naive]
 
 
+def test_changes_are_means_over_initialisations() -> None:
+    run = template(QUICK)
+    problem = run.data.load(run.seed)
+    (both,) = measure(run, problem, ("dense",), (16, 32), seeds=2)
+    (first,), (second,) = (measure(replace(run, seed=seed), problem, ("dense",), (16, 32)) for seed in (0, 1))
+    assert first.by_width != second.by_width
+    for width, mean in both.by_width.items():
+        assert mean == pytest.approx((first.by_width[width] + second.by_width[width]) / 2)
+
+
 @pytest.mark.parametrize(
-    "change", [{"label_smoothing": 0.5}, {"mixup": 1.0}, {"lr": 1e-2}, {"seed": 1}, {"permute": False}, {"depth": 2}]
+    "change",
+    [
+        {"label_smoothing": 0.5},
+        {"mixup": 1.0},
+        {"lr": 1e-2},
+        {"seed": 1},
+        {"permute": False},
+        {"depth": 2},
+        {"optimizer": "sgd"},
+        {"optimizer": "muon"},
+    ],
 )
 def test_what_can_be_set_changes_the_updates(change: dict[str, Any]) -> None:
     assert relative_updates(**change) != relative_updates()
 
 
 def test_what_would_change_nothing_is_refused() -> None:
-    others = [name for name in names(TrainingConfig) if name not in ("steps", "lr")]
+    others = [name for name in names(TrainingConfig) if name not in ("steps", "lr", "optimizer", "product")]
     for name in (*others, "structure", "width", "validation_tokens"):
-        with pytest.raises(ValueError, match=f"{name} cannot be set: a coordinate check .* only steps and lr can be"):
+        with pytest.raises(ValueError, match=f"{name} cannot be set: a coordinate check .* only steps, lr, optim"):
             template(QUICK | {name: 1})

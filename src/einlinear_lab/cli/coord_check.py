@@ -21,6 +21,7 @@ def coord_check_command(
     structures: list[str] = _STRUCTURES,
     widths: str = "64,256,1024",
     steps: int = 100,
+    seeds: Annotated[int, typer.Option(min=1)] = 1,
     data: str = "auto",
     out: Path = Path("results/coord-check"),
 ) -> None:
@@ -30,10 +31,11 @@ def coord_check_command(
     structure is also trained with the learning rates of dense layers.
 
     Args:
-        config: lr, and options of the model and the data, as for train: lr=1e-3, depth=3, ...
+        config: lr, optimizer, and options of the model and the data, as for train: lr=1e-3, depth=3, ...
         structures: As for compare.
         widths: Widths to compare, separated by ','.
         steps: Training steps at each width, at least 2.
+        seeds: Initialisations of every model, over which the changes are averaged.
         data: As for compare.
         out: Results folder.
     """
@@ -49,14 +51,14 @@ def coord_check_command(
         check_runs(run_of(run, spec, width) for spec in chosen for width in sizes)
         problem = run.data.load(run.seed)
         out.mkdir(parents=True, exist_ok=True)
-    total = len(cases(chosen)) * len(sizes) * run.training.steps
+    total = len(cases(chosen)) * len(sizes) * run.training.steps * seeds
     with display.interruptible("Interrupted."), display.progress() as bars:
         bar = bars.add_task("", total=total)
 
         def advance(spec: str, width: int, _: int) -> None:
             bars.update(bar, advance=1, description=f"{spec}, width {width}")
 
-        updates = list(measure(run, problem, chosen, sizes, advance))
+        updates = list(measure(run, problem, chosen, sizes, advance, seeds))
     rows = []
     for update in updates:
         rates = "its own" if update.structure_aware else "of dense"

@@ -52,7 +52,7 @@ def test_a_diverged_coordinate_check_is_shown(structures: str, tmp_path: Path) -
         (("--steps", "1"), "steps must be at least 2, not 1: the first moves only the head"),
         (("--widths", "16,64.5"), "--widths: '64.5' is not a whole number"),
         (("heads=2",), "has no option 'heads'"),
-        (("optimizer=sgd", "depth=2", "clip=1"), "optimizer, clip cannot be set: a coordinate check varies"),
+        (("optimizer=sgd", "depth=2", "clip=1"), "clip cannot be set: a coordinate check varies"),
         (("structure=btt",), "structure cannot be set: a coordinate check varies structure, width"),
     ],
 )
