@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from einlinear import ops
 from einlinear.compression.allocation import allocate_faster
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, layer_candidates, members_by_layer
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.layer_timing import LayerTimer
+from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, project
 from einlinear.compression.resume_cache import ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
@@ -29,6 +29,9 @@ from einlinear.nn import Linear
 from einlinear.nn.layer_kinds import weight_matrix
 from einlinear.nn.model_call import Batch, evaluating
 from einlinear.structures import Structure
+
+# tokens for each input feature of a layer, to compare structures with; the one that is chosen is fitted to more
+_ENOUGH = 16
 
 
 def compress(
@@ -101,29 +104,30 @@ def compress(
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
         config |= {"sequential": sequential, "only_if_faster": only_if_faster, **data_config}
-        cache = ResumeCache(folder, config, "an unfinished compression")
-        shared_cache = cache if shared is None else ResumeCache(shared, data_config, "errors of candidates")
+        results = ResumeCache(folder, config, "an unfinished compression")
+        shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
         timer = LayerTimer(lambda done: report_progress("timing layers", done, len(dense)))
         report_progress("looking at the model", 1, 1)
 
         # 1. calibrate
-        passes = None if batches is None else Passes(model, batches)
+        passes = None if batches is None else Passes(model, batches, unchanged=selection.first_layers)
         calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
 
         # 2. measure the sensitivity to each layer, and the errors of its candidates
         probe = None if batches is None else SensitivityProbe(model, batches)
+        metrics = cache(lambda: {} if batches is None else measure_output_metrics(model, dense, batches))
         compare = _Step("comparing structures", len(dense), damping, shared_cache, report_progress)
-        sensitivities, candidates = _compare(compare, calibrated, members, count, probe)
+        sensitivities, candidates = _compare(compare, calibrated, members, count, probe, metrics)
 
         # 3. allocate
-        chosen, slow = _allocate(cache, candidates, int(largest), dense, timer if only_if_faster else None)
+        chosen, slow = _allocate(results, candidates, int(largest), dense, timer if only_if_faster else None)
         reasons |= dict.fromkeys(slow, "every structure tried is slower than the dense layer")
 
         # 4. fit
         specs = {name: candidate.spec for name, candidate in chosen.items() if candidate.spec != "dense"}
         passes = Passes(compressed, batches) if sequential and batches is not None else None
-        fit = _Step("fitting", len(specs), damping, cache, report_progress)
-        fitted = _fit(fit, calibrated, specs, compressed, passes)
+        fit = _Step("fitting", len(specs), damping, results, report_progress)
+        fitted = _fit(fit, calibrated, specs, metrics, compressed, passes)
 
     # 5. replace the layers of the model
     reports = []
@@ -187,16 +191,18 @@ def _compare(
     members: Mapping[str, dict[str, list[Structure]]],
     count: str,
     probe: SensitivityProbe | None,
+    metrics: Callable[[], dict[str, OutputMetric]],
 ) -> tuple[dict[str, Sensitivity], dict[str, list[LayerCandidate]]]:
     """Return the sensitivity of the model's output to each layer, and the candidates with their errors."""
     sensitivities = dict.fromkeys(calibrated.layers, UNKNOWN)
     candidates: dict[str, list[LayerCandidate]] = {}
-    for name, statistics in calibrated.statistics(calibrated.stages):
+    for name, statistics in calibrated.statistics(calibrated.stages, enough=_ENOUGH):
         layer, cached = calibrated.layers[name], step.cached(name, len(candidates), statistics)
+        metric = partial(_metric, metrics, name)
         if probe is not None:
-            measure = partial(measure_sensitivity, layer, probe)
+            measure = partial(measure_sensitivity, layer, probe, metric)
             sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
-        candidates[name] = layer_candidates(layer, members[name], count, sensitivities[name], cached)
+        candidates[name] = layer_candidates(layer, members[name], count, sensitivities[name], metric, cached)
     step.report(len(candidates))
     return sensitivities, candidates
 
@@ -225,7 +231,12 @@ def _allocate(
 
 
 def _fit(
-    step: _Step, calibrated: Calibration, specs: Mapping[str, str], compressed: nn.Module, passes: Passes | None
+    step: _Step,
+    calibrated: Calibration,
+    specs: Mapping[str, str],
+    metrics: Callable[[], dict[str, OutputMetric]],
+    compressed: nn.Module,
+    passes: Passes | None,
 ) -> dict[str, FittedLayer]:
     """Fit a layer of each structure, by name, and put it into the compressed model, of which these are passes."""
     fitted: dict[str, FittedLayer] = {}
@@ -235,7 +246,8 @@ def _fit(
         for name, statistics in calibrated.statistics(group, passes):
             if name in specs:
                 old, spec, cached = calibrated.layers[name], specs[name], step.cached(name, len(fitted), statistics)
-                compute, decode = partial(_fit_layer, old, spec, step.damping), partial(_fitted_layer, old, spec)
+                compute = partial(_fit_layer, old, spec, step.damping, partial(_metric, metrics, name))
+                decode = partial(_fitted_layer, old, spec)
                 fitted[name] = cached(spec, compute, decode, True)
         names = [name for stage in group for name in stage.names if name in fitted]
         put(compressed, {id(compressed.get_submodule(name)): fitted[name].layer for name in names})
@@ -243,14 +255,23 @@ def _fit(
     return fitted
 
 
+def _metric(metrics: Callable[[], dict[str, OutputMetric]], name: str) -> OutputMetric | None:
+    return metrics().get(name)
+
+
 @torch.no_grad()
 def _fit_layer(
-    old: Any, spec: str, damping: float, inputs: InputStatistics, moment: Tensor
+    old: Any,
+    spec: str,
+    damping: float,
+    metric: Callable[[], OutputMetric | None],
+    inputs: InputStatistics,
+    moment: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a structured layer whose outputs come closest to a dense one's, and how close."""
     weight, layer = weight_matrix(old), structured_like(old, spec)
     target = inputs.target_weight(weight, damping)
-    factors = ops.project(layer.structure, target, moment if inputs.tokens else None)
+    factors = project(layer.structure, target, moment if inputs.tokens else None, metric())
     for factor, value in zip(layer.structure.factors, factors, strict=True):
         layer.get_parameter(factor.name).copy_(value)
     approximation = layer.dense_weight()
