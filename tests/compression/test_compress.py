@@ -351,7 +351,7 @@ def test_progress_from_the_first_second() -> None:
     assert passes
     assert min(passes) >= 1
     calls.clear()
-    compress(trained(), 0.5, ["low_rank"], [inputs(), inputs()], progress=lambda *call: calls.append(call))
+    compress(trained(), 0.5, ["low_rank"], [inputs(200), inputs(200)], progress=lambda *call: calls.append(call))
     assert calls[0] == ("looking at the model", 0, 1)
     assert [call for call in calls if call[0] == "collecting inputs"][:2] == [
         ("collecting inputs", 0, 2),
@@ -390,7 +390,7 @@ def test_conv1d_of_transformers() -> None:
         ({"structures": ["lowrank"]}, "unknown family 'lowrank'. Did you mean 'low_rank'"),
         ({"calibration": []}, "calibration has no batches"),
         (
-            {"calibration": [inputs(), inputs() * torch.nan]},
+            {"calibration": [inputs(200), inputs(200) * torch.nan]},
             "0, batch 1 of the calibration data: its inputs have values",
         ),
         ({"layers": "nothing.*"}, "layers: 'nothing.*' matches no linear layer"),

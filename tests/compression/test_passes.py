@@ -130,6 +130,20 @@ def test_finished_blocks_are_not_run() -> None:
     assert sum(runs) < 10 * (3 * len(DATA) + 10)  # of 10 * 10 * len(DATA) were nothing left out
 
 
+def test_blocks_of_a_model_that_does_not_change_run_once_for_their_last_layer() -> None:
+    model = Model(depth=6)
+    names = [f"blocks.{i}.{part}" for i in range(6) for part in ("up", "down")]
+    passes, blocks = Passes(model, DATA, unchanged=names), list(model.blocks)
+    for name in names:
+        before = sum(block.runs for block in blocks)  # type: ignore[union-attr]
+        for batch, inputs in zip(DATA, passes.inputs({name: 1}), strict=True):
+            ((expected,),) = layer_inputs(model, batch, {name: 1}).values()
+            assert torch.equal(inputs[name][0], expected)
+        if name == "blocks.3.up":  # of which the outputs before are kept: one pass to compare with, and one to look
+            runs = sum(block.runs for block in blocks) - before  # type: ignore[union-attr]
+            assert runs <= 4 * len(DATA) + 4 + 1 + len(DATA)
+
+
 def test_layers_of_several_blocks_are_seen_in_one_pass() -> None:
     model = Model()
     calls = dict.fromkeys(NAMES[3:], 1)

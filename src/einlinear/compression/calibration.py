@@ -1,11 +1,11 @@
 """Calibration: second moments of the inputs of a model's layers tell how close another layer's outputs come.
 
-With the inputs x of a compressed model, x_0 of the original, and the second moments C = E[x x^T], C_0 = E[x_0 x_0^T]
-and K = E[x_0 x^T], a weight V in the place of W has the error
+With the inputs x of a compressed model, the outputs y = W x_0 of the original's layer without its bias, and the moments
+C = E[x x^T] and P = E[y x^T], a weight V in the place of W has the error
 
-    E|W x_0 - V x|^2 = tr(W C_0 W^T) - 2 tr(W K V^T) + tr(V C V^T).
+    E|y - V x|^2 = E|y|^2 - 2 tr(P V^T) + tr(V C V^T),
 
-smallest at V = W K C^{-1}, which a structured V approximates. If a bias absorbs the means, covariances replace moments.
+smallest at V = P C^{-1}, which a structured V approximates. If a bias absorbs the means, covariances replace moments.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from torch import Tensor
 from einlinear.compression.activations import tokens_of
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.selection import Selection, Stage
-from einlinear.nn.dense_layers import features
+from einlinear.nn.dense_layers import features, weight_matrix
 
 # bytes of second moments that are collected in one pass over the data
 _MEMORY = 2**31
+# tokens for each input feature after which a layer's moments change little
+_ENOUGH = 64
+# columns of a second moment that are computed at a time, of which those above the diagonal are left out
+_PANEL = 256
 
 
 class Calibration:
@@ -35,11 +39,14 @@ class Calibration:
         self.layers, self.stages = selection.layers, selection.stages
 
     def statistics(
-        self, stages: Sequence[Stage], compressed: Passes | None = None
+        self, stages: Sequence[Stage], compressed: Passes | None = None, enough: int = _ENOUGH
     ) -> Iterator[tuple[str, Callable[[], InputStatistics]]]:
-        """Yield the layers of stages, each with a function that returns its inputs' statistics, and runs the models."""
-        for group in self._groups(stages, copies=1 if compressed is None else 4):
-            collect = cache(partial(self._collect, group, compressed))
+        """Yield the layers of stages, each with a function that returns its inputs' statistics, and runs the models.
+
+        Batches from all over the data are run until each layer has `enough` tokens for each of its input features.
+        """
+        for group in self._groups(stages, compressed is not None):
+            collect = cache(partial(self._collect, group, compressed, enough))
             for stage in group:
                 for name in stage.names:
                     yield name, cache(partial(self._statistics_of, name, stage, collect))
@@ -50,14 +57,16 @@ class Calibration:
         layer = self.layers[name]
         if self._passes is None:
             return InputStatistics.white(features(layer)[0], layer.weight.device)
+        before = sum(features(self.layers[other])[1] for other in stage.names[: stage.names.index(name)])
         accumulator = collect()[stage]
         with _naming(name):
-            return accumulator.statistics(centred=layer.bias is not None)
+            return accumulator.statistics(weight_matrix(layer), before, centred=layer.bias is not None)
 
-    def _groups(self, stages: Sequence[Stage], copies: int) -> list[list[Stage]]:
+    def _groups(self, stages: Sequence[Stage], paired: bool) -> list[list[Stage]]:
         groups, size = list[list[Stage]](), _MEMORY
         for stage in stages:
-            added = 8 * copies * features(self.layers[stage.names[0]])[0] ** 2
+            inputs, outputs = features(self.layers[stage.names[0]])[0], self._out_features(stage) if paired else 0
+            added = 8 * inputs * (inputs + outputs)
             size += added
             if size > _MEMORY:
                 groups.append([])
@@ -65,18 +74,27 @@ class Calibration:
             groups[-1].append(stage)
         return groups
 
-    def _collect(self, stages: Sequence[Stage], compressed: Passes | None) -> dict[Stage, SecondMomentAccumulator]:
+    def _out_features(self, stage: Stage) -> int:
+        return sum(features(self.layers[name])[1] for name in stage.names)
+
+    @torch.no_grad()
+    def _collect(
+        self, stages: Sequence[Stage], compressed: Passes | None, enough: int
+    ) -> dict[Stage, SecondMomentAccumulator]:
         """Run the data once, and accumulate the inputs of the first layer of each stage."""
         assert self._passes is not None
         accumulators, calls = {}, {stage.names[0]: stage.calls for stage in stages}
         for stage in stages:
-            layer = self.layers[stage.names[0]]
-            accumulators[stage] = SecondMomentAccumulator(features(layer)[0], layer.weight.device, bool(compressed))
-        originals, batches = self._passes.inputs(calls), self._passes.batches
-        replaced = None if compressed is None else compressed.inputs(calls)
-        for number, batch in enumerate(batches):
-            self._progress(number, len(batches))
-            original = next(originals)
+            layer, outputs = self.layers[stage.names[0]], 0 if compressed is None else self._out_features(stage)
+            accumulators[stage] = SecondMomentAccumulator(features(layer)[0], layer.weight.device, outputs)
+        numbers = spread(len(self._passes.batches))
+        originals = self._passes.inputs(calls, numbers)
+        replaced = None if compressed is None else compressed.inputs(calls, numbers)
+        for done, number in enumerate(numbers):
+            if all(accumulator.has(enough) for accumulator in accumulators.values()):
+                break
+            self._progress(done, len(numbers))
+            batch, original = self._passes.batches[number], next(originals)
             inputs = original if replaced is None else next(replaced)
             for stage, accumulator in accumulators.items():
                 name = stage.names[0]
@@ -87,76 +105,124 @@ class Calibration:
                         cause = "the compressed model sends other tokens to this layer, such as an expert"
                         raise ValueError(f"{cause}, than the original. Give sequential=False")
                     for x, x_0 in zip(inputs[name], original[name], strict=True):
-                        accumulator.add(tokens_of(batch, x), None if compressed is None else tokens_of(batch, x_0))
+                        check_finite(x)
+                        if accumulator.has(enough):
+                            continue
+                        y = None if compressed is None else self._outputs(stage, tokens_of(batch, x_0))
+                        accumulator.add(tokens_of(batch, x), y)
         return accumulators
+
+    def _outputs(self, stage: Stage, x: Tensor) -> Tensor:
+        """Return the outputs of all layers of a stage, without biases, in float32."""
+        weights = [weight_matrix(self.layers[name]).float() for name in stage.names]
+        return torch.cat([x.float() @ weight.T for weight in weights], 1)
+
+
+def check_finite(x: Tensor) -> None:
+    if not x.isfinite().all():
+        advice = "leave such a batch out, or give the model a dtype with a wider range"
+        raise ValueError(f"its inputs have values that are NaN or infinite: {advice}")
+
+
+def spread(count: int) -> list[int]:
+    """Return the numbers below a count in an order whose first ones are spread evenly, by the golden ratio."""
+    return sorted(range(count), key=lambda number: number * (5**0.5 - 1) / 2 % 1)
 
 
 class SecondMomentAccumulator:
-    """Sums over tokens, in float64, of inputs and of their float32 products; if `paired`, x and x_0 are one vector."""
+    """Sums over tokens, in float64, of inputs x, with outputs y of the original, and of their float32 products."""
 
-    def __init__(self, features: int, device: torch.device, paired: bool = False) -> None:
-        self.tokens, self._features, self._paired = 0, features, paired
-        size = 2 * features if paired else features
-        # the first tokens' mean, subtracted from all: large means with small variances lose no digits
-        self._shift: Tensor | None = None
-        self._sum = torch.zeros(size, dtype=torch.float64, device=device)
-        self._product = torch.zeros(size, size, dtype=torch.float64, device=device)
+    def __init__(self, features: int, device: torch.device, outputs: int = 0) -> None:
+        self.tokens = 0
+        # the first tokens' means, subtracted from all: large means with small variances lose no digits
+        self._shifts: list[Tensor] = []
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self._sums = [zeros(features), zeros(outputs)]
+        # of x x^T the lower triangle, of y x^T all, and of y y^T the diagonal
+        self._product, self._cross, self._squares = zeros(features, features), zeros(outputs, features), zeros(outputs)
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Add tokens, (tokens, features), and those of the original in the same order."""
-        if original is not None:
-            x = torch.cat([x, original], 1)
-        if not x.isfinite().all():
-            advice = "leave such a batch out, or give the model a dtype with a wider range"
-            raise ValueError(f"its inputs have values that are NaN or infinite: {advice}")
+    def has(self, enough: int) -> bool:
+        """Return whether there are enough tokens for each input feature."""
+        return self.tokens >= enough * len(self._product)
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add inputs, (tokens, features), and the original's outputs of the same tokens, (tokens, outputs)."""
+        both = [x] if y is None else [x, y]
+        for tensor in both:
+            check_finite(tensor)
         if not len(x):
             return
-        if self._shift is None:
-            self._shift = x.mean(0, dtype=torch.float64)
-        shifted = (x.double() - self._shift).float()
-        self.tokens += len(x)
-        self._sum += shifted.sum(0, dtype=torch.float64)
-        self._product += shifted.T @ shifted
+        self._shifts = self._shifts or [tensor.float().mean(0) for tensor in both]
+        # in float32 at least
+        both = [(tensor - shift).float() for tensor, shift in zip(both, self._shifts, strict=True)]
+        for total, tensor in zip(self._sums, both, strict=False):
+            total += tensor.sum(0, dtype=torch.float64)
+        self.tokens, x = self.tokens + len(x), both[0]
+        for start in range(0, len(self._product), _PANEL):
+            self._product[start:, start : start + _PANEL] += x[:, start:].T @ x[:, start : start + _PANEL]
+        if y is not None:
+            self._cross += both[1].T @ x
+            self._squares += both[1].square().sum(0, dtype=torch.float64)
 
-    def statistics(self, centred: bool) -> InputStatistics:
-        """Return the statistics of all tokens so far; `centred` if a bias absorbs the means."""
-        if self._shift is None:
+    def statistics(self, weight: Tensor, first: int = 0, *, centred: bool) -> InputStatistics:
+        """Return the statistics of all tokens so far for a layer, whose outputs begin at the first.
+
+        The weight is the layer's, (out_features, in_features). `centred` if a bias absorbs the means.
+        """
+        if not self._shifts:
             raise ValueError("its inputs are all padding: no token is left")
-        if not self._product.isfinite().all():
+        moment = self._product.tril() / self.tokens
+        moment += moment.tril(-1).T
+        if not moment.isfinite().all():
             raise ValueError("its inputs are too large: their squares overflow float32")
-        beyond = self._sum / self.tokens
-        mean = self._shift + beyond
-        moment = self._product / self.tokens - torch.outer(beyond, beyond)
+        beyond = self._sums[0] / self.tokens
+        mean = self._shifts[0] + beyond
+        moment -= torch.outer(beyond, beyond)
         if not centred:
             moment += torch.outer(mean, mean)
         # as if both models had a little noise: inputs that are constant become white, and the weight is approximated
-        n = self._features
-        energies = (moment.diagonal() + mean.square()).view(-1, n).mean(1)
-        noise = 1e-12 * float(energies.max()) or 1.0
-        for offset in range(-len(moment) + n, len(moment), n):
-            moment.diagonal(offset).add_(noise)
-        if not self._paired:
-            return InputStatistics(moment, moment, moment, mean, mean, self.tokens)
-        return InputStatistics(moment[:n, :n], moment[n:, n:], moment[n:, :n], mean[:n], mean[n:], self.tokens)
+        noise = 1e-12 * float((moment.diagonal() + mean.square()).mean())
+        original = None
+        if len(self._cross):
+            rows, w = slice(first, first + len(weight)), weight.detach().double()
+            beyond_y = self._sums[1][rows] / self.tokens
+            mean_y = self._shifts[1][rows] + beyond_y
+            cross = self._cross[rows] / self.tokens - torch.outer(beyond_y, beyond)
+            squares = self._squares[rows] / self.tokens - beyond_y.square()
+            noise = max(noise, 1e-12 * float((squares + mean_y.square()).sum() / w.square().sum().clamp(min=1e-300)))
+            if not centred:
+                cross += torch.outer(mean_y, mean)
+                squares += mean_y.square()
+            noise = noise or 1.0
+            energy = float(squares.sum() + noise * w.square().sum())
+            original = OriginalOutputs(cross + noise * w, mean_y, energy)
+        moment.diagonal().add_(noise or 1.0)
+        return InputStatistics(moment, mean, self.tokens, original)
+
+
+@dataclass(frozen=True)
+class OriginalOutputs:
+    """P, the mean of y, and E|y|^2."""
+
+    cross_moment: Tensor
+    mean: Tensor
+    energy: float
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """C, C_0 and K, which are the same tensor without compressed layers in front, and the means of x and x_0."""
+    """C and the mean of x, and the original's outputs, if x comes from compressed layers; else y = W x."""
 
     second_moment: Tensor
-    original_second_moment: Tensor
-    cross_moment: Tensor
     mean: Tensor
-    original_mean: Tensor
     tokens: int = 0
+    original: OriginalOutputs | None = None
 
     @classmethod
     def white(cls, features: int, device: torch.device) -> InputStatistics:
         """Return the statistics of white inputs, which stand for unknown ones."""
         one = torch.eye(features, dtype=torch.float64, device=device)
-        zero = torch.zeros(features, dtype=torch.float64, device=device)
-        return cls(one, one, one, zero, zero)
+        return cls(one, torch.zeros(features, dtype=torch.float64, device=device))
 
     def damped(self, damping: float) -> Tensor:
         """Return C plus a fraction of its mean variance on the diagonal: few tokens say little of many features."""
@@ -166,11 +232,11 @@ class InputStatistics:
         return c + fraction * c.diagonal().mean() * torch.eye(len(c)).to(c)
 
     def target_weight(self, weight: Tensor, damping: float) -> Tensor:
-        """Return the weight to approximate: W K C^{-1}, damped towards W; in directions that never occur it is W."""
-        if self.cross_moment is self.second_moment:
+        """Return the weight to approximate: P C^{-1}, damped towards W; in directions that never occur it is W."""
+        if self.original is None:
             return weight
         w = weight.double()
-        change = w @ (self.cross_moment - self.second_moment)
+        change = self.original.cross_moment - w @ self.second_moment
         if damping < 1e-3:
             # variances below 1e-6 of the largest drown in the rounding of float32 products
             correction: Tensor = change @ torch.linalg.pinv(self.damped(damping), rtol=1e-6, hermitian=True)
@@ -179,24 +245,26 @@ class InputStatistics:
         return (w + correction).to(weight.dtype)
 
     def output_energy(self, weight: Tensor) -> float:
-        """Return E|W x_0|^2."""
-        return _inner(weight.double(), self.original_second_moment, weight.double())
+        """Return E|y|^2."""
+        return _energy(weight.double(), self.second_moment) if self.original is None else self.original.energy
 
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
-        """Return E|W x_0 - V x|^2 / E|W x_0|^2."""
-        w, v = weight.double(), approximation.double()
-        energy = self.output_energy(w)
-        error = energy - 2 * _inner(w, self.cross_moment, v) + _inner(v, self.second_moment, v)
+        """Return E|y - V x|^2 / E|y|^2."""
+        v, energy = approximation.double(), self.output_energy(weight)
+        if self.original is None:
+            error = _energy(weight.double() - v, self.second_moment)
+        else:
+            error = energy - 2 * float((self.original.cross_moment * v).sum()) + _energy(v, self.second_moment)
         return error / energy if energy > 0 else 0.0
 
     def corrected_bias(self, bias: Tensor, weight: Tensor, approximation: Tensor) -> Tensor:
         """Return the bias with which V's outputs have the mean of W's."""
-        shift = weight.double() @ self.original_mean - approximation.double() @ self.mean
-        return (bias.double() + shift).to(bias.dtype)
+        mean = weight.double() @ self.mean if self.original is None else self.original.mean
+        return (bias.double() + mean - approximation.double() @ self.mean).to(bias.dtype)
 
 
-def _inner(w: Tensor, moment: Tensor, v: Tensor) -> float:
-    return float(((w @ moment) * v).sum())
+def _energy(weight: Tensor, moment: Tensor) -> float:
+    return float(((weight @ moment) * weight).sum())
 
 
 @contextmanager

@@ -6,8 +6,6 @@ size: it is measured for a few members, which are fitted to the layer, and inter
 
 from __future__ import annotations
 
-import math
-from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,7 +17,9 @@ from torch import Tensor
 
 from einlinear import ops
 from einlinear.compression.calibration import InputStatistics
+from einlinear.compression.output_metric import OutputMetric, project
 from einlinear.compression.sensitivity import Sensitivity
+from einlinear.compression.spectrum import NO_ERROR, Spectrum, between
 from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.spec import OverBudget
@@ -27,8 +27,10 @@ from einlinear.structures.spec import OverBudget
 DEFAULT_FAMILIES = ("low_rank", "monarch", "btt", "blast(blocks=4)")
 # of the dense MACs of a layer
 _FRACTIONS = tuple(n / 40 for n in range(2, 39))
-# smaller errors count as this one
-_NO_ERROR = 1e-12
+# shares of the dense parameters at which every family is fitted, and those at which only the best one is
+_MIDDLE, _OTHERS = (0.5,), (0.25, 0.75)
+# steps of these fits: those of more steps leave less, but by about as much for every layer
+_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -95,38 +97,64 @@ def _reason_for_none(families: Iterable[str], in_features: int, out_features: in
 
 
 def layer_candidates(
-    layer: Any, families: dict[str, list[Structure]], count: str, sensitivity: Sensitivity, cached: Callable[..., Any]
+    layer: Any,
+    families: dict[str, list[Structure]],
+    count: str,
+    sensitivity: Sensitivity,
+    metric: Callable[[], OutputMetric | None],
+    cached: Callable[..., Any],
 ) -> list[LayerCandidate]:
     """Return "dense" and the members of families as candidates for a layer.
 
     `cached(content, compute, decode)` reads a result, or computes it from the layer's inputs and their second moment.
     """
     weight = weight_matrix(layer)
-    spectrum = cached("spectrum", lambda _, moment: asdict(Spectrum.of(weight, moment)), Spectrum.from_record)
+    spectrum = cached("spectrum", lambda _, moment: asdict(Spectrum.of(weight, moment, metric())), Spectrum.from_record)
+
+    def errors_at(family: str, shares: Sequence[float]) -> dict[str, float]:
+        if not (fitted := members_to_fit(families[family], shares)):
+            return {}
+        compute, decode = partial(fitted_errors, fitted, layer, metric), partial(_decode_errors, fitted)
+        return dict(cached(f"errors of {family} at {shares}", compute, decode))
+
+    errors = {family: errors_at(family, _MIDDLE) for family in families}
+    multiples = {
+        family: error / max(spectrum.at(_share(s)), NO_ERROR)
+        for family, structures in families.items()
+        for s in structures
+        if (error := errors[family].get(s.spec)) is not None
+    }
+    # the family that probably wins is worth more fits
+    if multiples and multiples[best := min(multiples, key=multiples.__getitem__)] < 1:
+        errors[best] |= errors_at(best, _OTHERS)
     candidates = [LayerCandidate("dense", weight.numel(), 0.0, 0.0)]
     for family, structures in families.items():
-        fitted = members_to_fit(structures)
-        decode = partial(_decode_errors, fitted)
-        errors = cached(f"errors of {family}", partial(fitted_errors, fitted, layer), decode)
-        for s, error in zip(structures, estimated_errors(structures, errors, spectrum).values(), strict=True):
+        for s, error in zip(structures, estimated_errors(structures, errors[family], spectrum).values(), strict=True):
             candidates.append(LayerCandidate(s.spec, getattr(s, count), error, sensitivity.at(error)))
     return candidates
 
 
-def members_to_fit(considered: Sequence[Structure]) -> list[Structure]:
-    """Return the members whose errors are measured; those of the others are interpolated."""
-    shares = (0.25, 0.5, 0.75) if considered else ()
+def members_to_fit(considered: Sequence[Structure], shares: Sequence[float]) -> list[Structure]:
+    """Return the members with about these shares of the parameters, whose errors are measured; none for low rank.
+
+    The errors of the others are interpolated, or for low rank known.
+    """
+    shares = () if all(map(_is_low_rank, considered)) else shares
     return list(dict.fromkeys(min(considered, key=lambda s: abs(_share(s) - share)) for share in shares))
 
 
 @torch.no_grad()
 def fitted_errors(
-    structures: Sequence[Structure], layer: Any, statistics: InputStatistics, moment: Tensor
+    structures: Sequence[Structure],
+    layer: Any,
+    metric: Callable[[], OutputMetric | None],
+    statistics: InputStatistics,
+    moment: Tensor,
 ) -> dict[str, float]:
     """Fit structures to a layer, and return their relative squared errors by spec."""
     weight = weight_matrix(layer)
     return {
-        s.spec: statistics.relative_error(weight, ops.dense_weight(s, ops.project(s, weight, moment)))
+        s.spec: statistics.relative_error(weight, ops.dense_weight(s, project(s, weight, moment, metric(), _STEPS)))
         for s in structures
     }
 
@@ -135,62 +163,26 @@ def _decode_errors(structures: Sequence[Structure], record: Mapping[str, Any]) -
     return {s.spec: float(record[s.spec]) for s in structures}
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Errors of low-rank approximations by rank, from rank 0 on, and the share of parameters that one rank takes."""
-
-    errors: tuple[float, ...]
-    share: float
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, weight: Tensor, moment: Tensor) -> Spectrum:
-        """Compute it for a weight (out, in) and inputs with second moment (in, in)."""
-        w, c = weight.double(), moment.double()
-        if len(w) <= len(c):
-            gram = w @ c @ w.T
-        else:
-            variances, directions = torch.linalg.eigh(c)
-            root = directions * variances.clamp(min=0).sqrt()
-            gram = root.T @ (w.T @ w) @ root
-        energies = torch.linalg.eigvalsh(gram).clamp(min=0)
-        # eigenvalues increase
-        errors = (energies.cumsum(0) / energies.sum().clamp(min=1e-300)).flip(0)
-        return cls((*errors.tolist(), 0.0), sum(weight.shape) / weight.numel())
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Spectrum:
-        return cls(tuple(map(float, record["errors"])), float(record["share"]))
-
-    def at(self, share: float) -> float:
-        """Return the error of the low rank that keeps a share of the parameters, log-linear between two ranks."""
-        rank = min(max(share / self.share, 0.0), len(self.errors) - 1.0)
-        low = min(int(rank), len(self.errors) - 2)
-        return _between(rank, [low, low + 1], self.errors[low : low + 2])
-
-
 def estimated_errors(
     considered: Sequence[Structure], errors: Mapping[str, float], spectrum: Spectrum
 ) -> dict[str, float]:
     """Return the errors of all members by spec: some are fitted, the others are interpolated."""
     fitted = sorted((_share(s), errors[s.spec]) for s in considered if s.spec in errors)
+    # without any, they are all of low rank
+    fitted = fitted or [(1.0, spectrum.at(1.0))]
     # without parameters all families have the same error
     shares = [0.0, *(share for share, _ in fitted)]
-    multiples = [1.0, *(max(error, _NO_ERROR) / max(spectrum.at(share), _NO_ERROR) for share, error in fitted)]
+    multiples = [1.0, *(max(error, NO_ERROR) / max(spectrum.at(share), NO_ERROR) for share, error in fitted)]
 
     def estimate(share: float) -> float:
-        return min(_between(share, shares, multiples) * max(spectrum.at(share), _NO_ERROR), 1.0)
+        return min(between(share, shares, multiples) * max(spectrum.at(share), NO_ERROR), 1.0)
 
     return {s.spec: errors[s.spec] if s.spec in errors else estimate(_share(s)) for s in considered}
 
 
+def _is_low_rank(s: Structure) -> bool:
+    return len(s.terms) == 1 and len(s.factors) == 2 and not any(f.batch or f.free for f in s.terms[0].factors)
+
+
 def _share(s: Structure) -> float:
     return s.params / (s.in_features * s.out_features)
-
-
-def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Interpolate log y linearly at x, whose points increase; beyond the ends the outer two points extrapolate."""
-    right = min(max(bisect(xs, x), 1), len(xs) - 1)
-    share = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
-    low, high = (math.log(max(y, _NO_ERROR)) for y in ys[right - 1 : right + 1])
-    return round(math.exp(low + share * (high - low)), 12)

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from einlinear import ops
 from einlinear.compression.allocation import allocate, allocate_faster
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, layer_candidates, members_by_layer
@@ -22,6 +21,7 @@ from einlinear.compression.compression_report import CompressedLayer, Compressio
 from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.layer_timing import LayerTimer
+from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, project
 from einlinear.compression.precision_candidates import in_every_precision, least_bytes, weight_bytes
 from einlinear.compression.resume_cache import ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
@@ -32,6 +32,9 @@ from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.nn.model_call import Batch, evaluating
 from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.structures import Structure
+
+# tokens for each input feature of a layer, to compare structures with; the one that is chosen is fitted to more
+_ENOUGH = 16
 
 
 def compress(
@@ -115,30 +118,31 @@ def compress(
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
         config |= {"sequential": sequential, "only_if_faster": only_if_faster, **data_config}
-        cache = ResumeCache(folder, config, "an unfinished compression")
-        shared_cache = cache if shared is None else ResumeCache(shared, data_config, "errors of candidates")
+        results = ResumeCache(folder, config, "an unfinished compression")
+        shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
         timer = LayerTimer(lambda done: report_progress("timing layers", done, len(dense)))
         report_progress("looking at the model", 1, 1)
 
         # 1. calibrate
-        passes = None if batches is None else Passes(model, batches)
+        passes = None if batches is None else Passes(model, batches, unchanged=selection.first_layers)
         calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
 
         # 2. measure the sensitivity to each layer, and the errors of its candidates
         probe = None if batches is None else SensitivityProbe(model, batches)
+        metrics = cache(lambda: {} if batches is None else measure_output_metrics(model, dense, batches))
         compare = _Step("comparing structures", len(dense), damping, shared_cache, report_progress)
-        sensitivities, candidates = _compare(compare, calibrated, members, count, probe)
+        sensitivities, candidates = _compare(compare, calibrated, members, count, probe, metrics)
 
         # 3. allocate
-        chosen, slow = _allocate(cache, candidates, int(largest), dense, timer if only_if_faster else None)
+        chosen, slow = _allocate(results, candidates, int(largest), dense, timer if only_if_faster else None)
         alternative = _rounding_alone(candidates, chosen, int(largest)) if in_bytes else None
         reasons |= dict.fromkeys(slow, "every structure tried is slower than the dense layer")
 
         # 4. fit
         specs = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
         passes = Passes(compressed, batches) if sequential and batches is not None else None
-        fit = _Step("fitting", len(specs), damping, cache, report_progress)
-        fitted = _fit(fit, calibrated, specs, compressed, passes)
+        fit = _Step("fitting", len(specs), damping, results, report_progress)
+        fitted = _fit(fit, calibrated, specs, metrics, compressed, passes)
 
     # 5. replace the layers of the model
     reports = []
@@ -207,17 +211,19 @@ def _compare(
     members: Mapping[str, dict[str, list[Structure]]],
     count: str,
     probe: SensitivityProbe | None,
+    metrics: Callable[[], dict[str, OutputMetric]],
 ) -> tuple[dict[str, Sensitivity], dict[str, list[LayerCandidate]]]:
     """Return the sensitivity of the model's output to each layer, and the candidates with their errors."""
     sensitivities = dict.fromkeys(calibrated.layers, UNKNOWN)
     candidates: dict[str, list[LayerCandidate]] = {}
-    for name, statistics in calibrated.statistics(calibrated.stages):
+    for name, statistics in calibrated.statistics(calibrated.stages, enough=_ENOUGH):
         layer, cached = calibrated.layers[name], step.cached(name, len(candidates), statistics)
+        metric = partial(_metric, metrics, name)
         if probe is not None:
-            measure = partial(measure_sensitivity, layer, probe)
+            measure = partial(measure_sensitivity, layer, probe, metric)
             sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
         by_structure = "params" if count == "bytes" else count
-        candidates[name] = layer_candidates(layer, members[name], by_structure, sensitivities[name], cached)
+        candidates[name] = layer_candidates(layer, members[name], by_structure, sensitivities[name], metric, cached)
         if count == "bytes":
             candidates[name] = in_every_precision(layer, candidates[name], sensitivities[name], cached)
     step.report(len(candidates))
@@ -261,6 +267,7 @@ def _fit(
     step: _Step,
     calibrated: Calibration,
     specs: Mapping[str, LayerCandidate],
+    metrics: Callable[[], dict[str, OutputMetric]],
     compressed: nn.Module,
     passes: Passes | None,
 ) -> dict[str, FittedLayer]:
@@ -272,7 +279,8 @@ def _fit(
         for name, statistics in calibrated.statistics(group, passes):
             if name in specs:
                 old, choice, cached = calibrated.layers[name], specs[name], step.cached(name, len(fitted), statistics)
-                compute, decode = partial(_fit_layer, old, choice, step.damping), partial(_fitted_layer, old, choice)
+                compute = partial(_fit_layer, old, choice, step.damping, partial(_metric, metrics, name))
+                decode = partial(_fitted_layer, old, choice)
                 fitted[name] = cached(choice.label, compute, decode, True)
         names = [name for stage in group for name in stage.names if name in fitted]
         replace_modules(compressed, {id(compressed.get_submodule(name)): fitted[name].layer for name in names})
@@ -280,16 +288,25 @@ def _fit(
     return fitted
 
 
+def _metric(metrics: Callable[[], dict[str, OutputMetric]], name: str) -> OutputMetric | None:
+    return metrics().get(name)
+
+
 @torch.no_grad()
 def _fit_layer(
-    old: Any, choice: LayerCandidate, damping: float, inputs: InputStatistics, moment: Tensor
+    old: Any,
+    choice: LayerCandidate,
+    damping: float,
+    metric: Callable[[], OutputMetric | None],
+    inputs: InputStatistics,
+    moment: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a structured layer whose outputs come closest to a dense one's, and how close."""
     weight, layer = weight_matrix(old), _layer_of(old, choice)
-    target, metric = inputs.target_weight(weight, damping), moment if inputs.tokens else None
-    factors = [target] if choice.spec == "dense" else ops.project(layer.structure, target, metric)
+    target, of_inputs = inputs.target_weight(weight, damping), moment if inputs.tokens else None
+    factors = [target] if choice.spec == "dense" else project(layer.structure, target, of_inputs, metric())
     if isinstance(layer, QuantizedLinear):
-        layer.store(round_factors(layer.structure, factors, layer.formats, target, metric))
+        layer.store(round_factors(layer.structure, factors, layer.formats, target, of_inputs))
     else:
         for factor, value in zip(layer.structure.factors, factors, strict=True):
             layer.get_parameter(factor.name).copy_(value)

@@ -50,6 +50,11 @@ class Selection:
     skipped: list[tuple[str, str]]
     coverage: Coverage
 
+    @property
+    def first_layers(self) -> list[str]:
+        """The first layer of each stage, whose inputs are those of the others."""
+        return [stage.names[0] for stage in self.stages]
+
 
 def select_layers(
     model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None = None

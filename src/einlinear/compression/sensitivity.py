@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear import ops
 from einlinear.compression.activations import ModelOutput, hooked, model_output
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.divergence import slices, summed_kl_divergence
-from einlinear.nn.dense_layers import features, weight_matrix
+from einlinear.compression.output_metric import OutputMetric
+from einlinear.compression.spectrum import low_ranks
+from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.model_call import Batch
-from einlinear.structures import structure
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,28 @@ class Sensitivity:
         return change / error
 
 
+# of the dense parameters
+_SHARES = (0.05, 0.25, 0.6)
+# tokens after which the change of the output is known well enough
+_ENOUGH = 1024
+
 UNKNOWN = Sensitivity(((1.0, 1.0),))
 
 
 @torch.no_grad()
 def measure_sensitivity(
-    layer: Any, probe: SensitivityProbe, statistics: InputStatistics, moment: Tensor
+    layer: Any,
+    probe: SensitivityProbe,
+    metric: Callable[[], OutputMetric | None],
+    statistics: InputStatistics,
+    moment: Tensor,
 ) -> Sequence[tuple[float, float]]:
     """Replace a layer by low-rank approximations, and return the points of its sensitivity."""
     weight, points = weight_matrix(layer), []
-    # shares of the dense parameters
-    for share in (0.0, 0.1, 0.25, 0.5, 0.75):
-        approximation, shift = torch.zeros_like(weight), None
-        if rank := int(share * weight.numel() / sum(weight.shape)):
-            s = structure(f"low_rank(rank={rank})", *features(layer))
-            approximation = ops.dense_weight(s, ops.project(s, weight, moment))
+    after, before, _ = (tensor.to(weight.dtype) for tensor in low_ranks(weight, moment, metric()))
+    for share in _SHARES:
+        rank, shift = int(share * weight.numel() / sum(weight.shape)), None
+        approximation = after[:, :rank] @ before[:rank]
         if layer.bias is not None:
             shift = statistics.corrected_bias(layer.bias, weight, approximation) - layer.bias
         # a weight of zeros has no error
@@ -94,11 +101,11 @@ class SensitivityProbe:
     @torch.no_grad()
     def output_change(self, layer: nn.Module, weight_change: Tensor, bias_change: Tensor | None) -> float:
         """Return the mean KL divergence of logits, or relative squared error of other outputs, if a layer changes."""
-        calls = 0
+        calls = tokens = 0
 
         def add_change(_: str, x: Tensor, output: Tensor) -> Tensor:
-            nonlocal calls
-            calls += x.numel() > 0
+            nonlocal calls, tokens
+            calls, tokens = calls + (x.numel() > 0), tokens + x.shape[:-1].numel()
             return output + F.linear(x, weight_change.to(x), None if bias_change is None else bias_change.to(x))
 
         changed = partial(hooked, {"": layer}, add_change)
@@ -123,8 +130,8 @@ class SensitivityProbe:
             # free both before the next batch is run
             del original, values
             reached += calls > before
-            # two batches that call the layer are enough
-            if reached == 2:
+            # two batches that call the layer are enough, or many tokens
+            if reached == 2 or tokens >= _ENOUGH:
                 break
         change = total / max(size, 1e-30)
         # NaN and infinity count as a large change

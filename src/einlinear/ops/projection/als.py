@@ -110,14 +110,14 @@ def _solve(
     batch = tuple(a for a in axes if a in outer and (a in shared or padded))
     free = tuple(a for a in axes if a in outer and a not in batch)
     groups, n = (batch, rank_axes, free), count(rank_axes, sizes)
-    gram = _contract(twice, batch + rank_axes + tuple(f"{a}'" for a in rank_axes)).reshape(-1, n, n)
-    right = merge(_contract([(outer, residual), *rest], sum(groups, ())), sum(groups, ()), groups)
+    gram = contract(twice, batch + rank_axes + tuple(f"{a}'" for a in rank_axes)).reshape(-1, n, n)
+    right = merge(contract([(outer, residual), *rest], sum(groups, ())), sum(groups, ()), groups)
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean()
     inverse = torch.linalg.pinv(gram + ridge * torch.eye(n).to(gram), hermitian=True)
     return unmerge(inverse @ right, groups, axes, sizes)
 
 
-def _contract(operands: Sequence[tuple[Axes, Tensor]], result: Axes) -> Tensor:
+def contract(operands: Sequence[tuple[Axes, Tensor]], result: Axes) -> Tensor:
     """An einsum of several tensors, two at a time: always the two whose product is smallest."""
     remaining = list(operands)
     while len(remaining) > 1:

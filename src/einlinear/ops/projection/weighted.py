@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from einlinear.ops.projection.als import equalized
+from einlinear.ops.projection.als import contract, equalized
 from einlinear.ops.projection.svd import count, is_optimal, merge, outer_axes, split, unfold, unmerge
 from einlinear.ops.reference import dense_weight, einsum, term_weight
 from einlinear.structures import Factor, Structure, Term, structure
@@ -171,7 +171,7 @@ class _LastFactor:
     """The last factor of a structure of one term, and the least squares problem that it solves.
 
     The other factors give z of shape (batch, contracted, free, in_features); b, s, d, i in einsums, and e for new.
-    W and W C are (batch, new, free, in_features).
+    W and W C are (batch, new, free, in_features). C has the input axes, and the input features once more.
     """
 
     s: Structure
@@ -196,20 +196,22 @@ class _LastFactor:
             groups = (last.batch, last.new, last.free, term.inputs)
             return merge(unfold(matrix, s, term), outer_axes(term), groups)[..., : s.in_features]
 
-        return cls(s, term, c, by_row(w), by_row(w @ c))
+        padding = count(term.inputs, sizes) - s.in_features
+        by_axes = F.pad(c, (0, 0, 0, padding)).reshape([*(sizes[axis] for axis in term.inputs), s.in_features])
+        return cls(s, term, by_axes, by_row(w), by_row(w @ c))
 
     @torch.no_grad()
     def best(self, others: Sequence[Tensor]) -> Tensor:
         """The last factor of least error, given the others."""
         last, z = self.term.factors[-1], self._multiplied(others)
         groups = (last.batch, last.new, last.contracted)
-        return unmerge(self._solved(z, z @ self.c), groups, last.axes, dict(self.s.sizes))
+        return unmerge(self._solved(z, self._multiplied_by_moment(others)), groups, last.axes, dict(self.s.sizes))
 
     def error(self, others: Sequence[Tensor]) -> Tensor:
         """The error with the best last factor. Its gradient is that for a fixed last factor (envelope theorem)."""
         z = self._multiplied(others)
         with torch.no_grad():
-            zc = z @ self.c
+            zc = self._multiplied_by_moment(others)
             solved = self._solved(z, zc)
             residual = self.wc - torch.einsum("bes,bsdi->bedi", solved, zc)
             error = ((self.w - torch.einsum("bes,bsdi->bedi", solved, z)) * residual).sum()
@@ -230,6 +232,14 @@ class _LastFactor:
         before = Term(self.term.inputs, self.term.factors[:-1], sum(groups, ()))
         z = term_weight(replace(self.s, out_features=count(before.outputs, sizes)), before, others)
         return z.reshape([count(axes, sizes) for axes in groups] + [self.s.in_features])
+
+    def _multiplied_by_moment(self, others: Sequence[Tensor]) -> Tensor:
+        """The product z C: the sparse factors times C are cheaper than their dense product times C."""
+        first, *between = ((factor.axes, tensor) for factor, tensor in zip(self.term.factors, others, strict=False))
+        last, sizes = self.term.factors[-1], dict(self.s.sizes)
+        groups = (last.batch, last.contracted, last.free)
+        zc = contract([first, ((*self.term.inputs, "feature"), self.c), *between], (*sum(groups, ()), "feature"))
+        return zc.reshape([count(axes, sizes) for axes in groups] + [self.s.in_features])
 
 
 def best_last_factor(s: Structure, w: Tensor, second_moment: Tensor, others: Sequence[Tensor]) -> Tensor | None:

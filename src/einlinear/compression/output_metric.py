@@ -1,0 +1,158 @@
+"""Output metric: which directions of a layer's outputs change the model's output most.
+
+With the gradients g, at the layer's outputs, of random projections of the model's output, or for logits of the
+log-likelihoods of tokens that the model draws, and G = E[g g^T], a small error e of the layer's outputs changes the
+model's output in proportion to tr(G E[e e^T]). Fits of W by V for inputs with the second moment C minimise
+tr(G (W - V) C (W - V)^T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from einlinear import ops
+from einlinear.compression.activations import hooked, output_of, tokens_of
+from einlinear.compression.calibration import spread
+from einlinear.nn.dense_layers import features
+from einlinear.nn.model_call import Batch, call
+from einlinear.ops.projection.svd import count, merge, unmerge
+from einlinear.ops.reference import einsum
+from einlinear.structures import Structure
+
+# gradients for each output feature, the most batches, and the most entries of a batch's output that are projected
+_ENOUGH, _BATCHES, _ENTRIES = 8, 12, 2**19
+# of the mean variance, for the directions that few gradients say little of
+_DAMPING = 1e-2
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """G of a layer, (out, out), or its diagonal, (out,)."""
+
+    moment: Tensor
+
+    def factored(self, structure: Structure | None = None) -> tuple[Tensor, Tensor]:
+        """Return roots of G and their inverses, (1, out, out) or (1, out, 1).
+
+        With a structure, only the blocks of G count that its last factor mixes, (blocks, n, n) or (blocks, n, 1).
+        """
+        g = self.moment.double()
+        is_diagonal = g.dim() == 1
+        mean = g.mean() if is_diagonal else g.diagonal().mean()
+        g = g / mean + _DAMPING * (torch.ones_like(g) if is_diagonal else torch.eye(len(g)).to(g))
+        if is_diagonal:
+            blocks = g[None, :, None] if structure is None else _by_block(structure, g[:, None])
+            return blocks.sqrt(), blocks.rsqrt()
+        variances, directions = torch.linalg.eigh(g[None] if structure is None else _diagonal_blocks(structure, g))
+        root = variances.clamp(min=_DAMPING / 2).sqrt()[:, None]
+        return (directions * root) @ directions.mT, (directions / root) @ directions.mT
+
+
+def product(roots: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply matrices by roots, which may be diagonal."""
+    roots = roots.to(matrices.dtype)
+    return roots * matrices if roots.shape[2] == 1 else roots @ matrices
+
+
+@torch.no_grad()
+def project(
+    structure: Structure,
+    weight: Tensor,
+    moment: Tensor | None,
+    metric: OutputMetric | None,
+    steps: int | None = None,
+) -> list[Tensor]:
+    """Return the factors of `ops.project` in an output metric, as far as the last factor can absorb its inverse."""
+    term = structure.terms[0]
+    last, sizes = term.factors[-1], dict(structure.sizes)
+    is_alone = len(structure.terms) == 1 and not {*term.inputs} & {*term.outputs}
+    writes_all = not last.free and count(term.outputs, sizes) == structure.out_features
+    if metric is None or moment is None or not (is_alone and writes_all):
+        return ops.project(structure, weight, moment, steps)
+    root, inverse = metric.factored(structure)
+    weighted = product(root, _by_block(structure, weight.double()))
+    shape, axes = (structure.in_features,), (*term.outputs, "feature")
+    matrix = unmerge(weighted, (last.batch, last.new, ("feature",)), axes, {**sizes, "feature": shape[0]})
+    matrix = matrix.reshape(weight.shape).to(torch.promote_types(weight.dtype, torch.float32))
+    *others, factor = ops.project(structure, matrix, moment, steps)
+    groups = last.batch, last.new, last.contracted
+    return [*others, unmerge(product(inverse, merge(factor, last.axes, groups)), groups, last.axes, sizes)]
+
+
+def _by_block(structure: Structure, matrix: Tensor) -> Tensor:
+    """Return the rows of a matrix, (out, n), by the blocks that the last factor mixes, (blocks, rows, n)."""
+    (term,), sizes = structure.terms, dict(structure.sizes)
+    last, shape = term.factors[-1], [sizes[axis] for axis in term.outputs]
+    by_axes = matrix.reshape([*shape, matrix.shape[1]])
+    return merge(by_axes, (*term.outputs, "feature"), (last.batch, last.new, ("feature",)))
+
+
+def _diagonal_blocks(structure: Structure, moment: Tensor) -> Tensor:
+    (term,), sizes = structure.terms, dict(structure.sizes)
+    last, shape = term.factors[-1], [sizes[axis] for axis in term.outputs]
+    other = tuple(axis if axis in last.batch else f"{axis}'" for axis in term.outputs)
+    result = (*last.batch, *last.new, *(f"{axis}'" for axis in last.new))
+    return einsum([(*term.outputs, *other)], result, moment.reshape(shape * 2)).reshape(-1, last.fan_out, last.fan_out)
+
+
+def measure_output_metrics(
+    model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Batch]
+) -> dict[str, OutputMetric]:
+    """Run a few batches forwards and backwards; layers without gradients have no metric.
+
+    G is measured in full for layers with at most as many outputs as inputs, and its diagonal for others.
+    """
+    moments, tokens = dict[str, Tensor](), dict.fromkeys(layers, 0)
+    generator = torch.Generator().manual_seed(0)
+    batch: Batch = batches[0]
+
+    def record(name: str, _: Any, output: Tensor) -> Tensor:
+        def add(gradient: Tensor) -> None:
+            g = tokens_of(batch, gradient).float()
+            in_features, out_features = features(layers[name])
+            moment = g.T @ g if out_features <= in_features else g.square().sum(0)
+            moments[name] = moment + moments[name] if name in moments else moment
+            tokens[name] += len(g)
+
+        output.requires_grad_().register_hook(add)
+        # a clone: an operation in place may follow
+        return output.clone()
+
+    learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
+    try:
+        for number in spread(len(batches))[:_BATCHES]:
+            batch = batches[number]
+            with torch.enable_grad(), hooked(layers, record):
+                result = call(model, batch)
+                output = tokens_of(batch, output_of(result))
+                if output.requires_grad:
+                    most = max(1, _ENTRIES // output.shape[-1])
+                    rows = torch.randperm(len(output), generator=generator)[:most].to(output.device)
+                    chosen, is_logits = output[rows], hasattr(result, "logits")
+                    # the gradient takes as much memory as the output
+                    del result, output
+                    chosen.backward(_direction(chosen, is_logits, generator))
+            if all(tokens[name] >= _ENOUGH * features(layer)[1] for name, layer in layers.items()):
+                break
+    finally:
+        for p in learning:
+            p.requires_grad_()
+    return {name: OutputMetric(g) for name, g in moments.items() if g.isfinite().all() and float(g.sum()) > 0}
+
+
+@torch.no_grad()
+def _direction(output: Tensor, is_logits: bool, generator: torch.Generator) -> Tensor:
+    """Return a random direction of outputs, (tokens, features): for logits, the gradient of a drawn token's likelihood.
+
+    Gradients of these are the square root of the Fisher information, the others that of the squared distance.
+    """
+    if not is_logits or output.shape[-1] == 1:
+        return torch.randn(output.shape, generator=generator).to(output)
+    p = output.float().softmax(1)
+    drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
+    return p.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=p.dtype)).to(output.dtype)
