@@ -124,3 +124,27 @@ def test_models_are_made_dense_again() -> None:
 def test_unknown_precisions_raise() -> None:
     with pytest.raises(ValueError, match="written as 'int8' or"):
         QuantizedLinear(8, 8, "dense", precision="fp4")
+
+
+@pytest.mark.parametrize("structure", ["dense", "btt(rank=2)"])
+def test_its_weight_is_read_as_that_of_any_layer(structure: str) -> None:
+    layer = quantized(structure, "int4(group=32)")[0].bfloat16()
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.bfloat16, (layer.out_features, layer.in_features))
+    nn.init.normal_(layer.weight)  # lost, as in any structured layer
+    torch.testing.assert_close(layer.weight + 0, layer.dense_weight())
+
+
+def test_fused_blocks_take_it() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = QuantizedLinear(64, 256, "dense", precision="int8")
+            self.down = el.Linear(256, 64, "low_rank(rank=16)")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.nn.functional.gelu(self.up(x)))
+
+    model, x = Block(), torch.randn(3, 64)
+    expected = model(x)
+    el.fuse(model)
+    torch.testing.assert_close(model(x), expected)

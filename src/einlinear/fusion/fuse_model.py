@@ -178,10 +178,11 @@ def _run_on_rows(tracer: BlockTracer, module: nn.Module, layer: Linear) -> str |
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
     others = [None for parameter in parameters[1:] if parameter.default is inspect.Parameter.empty]
-    like = layer.weight_parameters()[0]
-    if any(type(parameter) is not nn.Parameter for parameter in layer.weight_parameters()):
+    kinds_of_parameters = {type(parameter) for parameter in layer.weight_parameters()} - {nn.Parameter}
+    if kinds_of_parameters:
         # the first module that is run gathers the parameters of all others
-        return f"has a {type(like).__name__} for a parameter, as sharded layers have"
+        return f"has a {kinds_of_parameters.pop().__name__} for a parameter, as sharded layers have"
+    like = layer.factors()[0]
 
     def run(*shape: int) -> Any:
         return module(torch.randn(*shape, layer.in_features, device="cpu").to(like), *others)
@@ -212,7 +213,7 @@ def _add_hooks(blocks: Sequence[TracedBlock]) -> None:
 
 def _describe(block: TracedBlock, names: Mapping[nn.Module, str]) -> FusedBlock:
     structures = [layer.structure for layer in (block.up, block.gate, block.down) if layer is not None]
-    like = block.up.weight_parameters()[0]
+    like = block.up.factors()[0]
     hooked = [
         f"{names[m]} has hooks or a forward pass of its own" for m in block.between if is_intercepted(m, FUSION_HOOKS)
     ]

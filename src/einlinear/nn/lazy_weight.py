@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -118,8 +119,8 @@ class _Differentiable(torch.autograd.Function):
 
 def _build(layer: Layer) -> Tensor:
     """Return the dense weight in the dtype of the factors, in memory of its own."""
-    parameters = layer.weight_parameters()
-    with without_autocast(parameters[0].device.type):
+    stored = next(chain(layer.parameters(), layer.buffers()))
+    with without_autocast(stored.device.type):
         weight = layer.dense_weight()
     # a single factor may be its own dense weight
-    return weight.clone() if len(parameters) == 1 else weight
+    return weight.clone() if len(layer.structure.factors) == 1 else weight

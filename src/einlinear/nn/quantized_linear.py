@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from einlinear.nn.layer_descriptions import STRUCTURED, VECTOR, LayerInfo
+from einlinear.nn.lazy_weight import LazyWeight
 from einlinear.nn.linear import Linear
 from einlinear.ops.factor_matrices import as_matrices, from_matrices
 from einlinear.ops.integer_format import SCALE_DTYPE, IntegerFormat
@@ -106,6 +107,13 @@ class QuantizedLinear(Linear):
         """Return the factors in the order of `structure.factors`, expanded to the dtype of the layer."""
         pairs = zip(self.structure.factors, self.formats, strict=True)
         return [self._expanded(factor, format).to(self.dtype) for factor, format in pairs]
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, built when the values are used, once for every access."""
+        if torch.compiler.is_compiling():
+            return self.dense_weight()
+        return LazyWeight(self, torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device))
 
     def _expanded(self, factor: Factor, format: IntegerFormat | None) -> Tensor:
         if format is None:

@@ -29,6 +29,7 @@ def compress_command(
     out: Annotated[Path, typer.Option()],
     keep_params: _Fraction = None,
     keep_macs: _Fraction = None,
+    keep_bytes: _Fraction = None,
     structures: list[str] | None = None,
     calibration: Path | None = None,
     samples: _Count = 256,
@@ -52,6 +53,7 @@ def compress_command(
         out: Folder for the compressed model; from_pretrained loads it.
         keep_params: Fraction of the layers' parameters to keep, such as 0.5.
         keep_macs: Or of their multiply-accumulates.
+        keep_bytes: Or of their bytes, with weights in 16, 8, 4, 3 or 2 bits.
         structures: Families of structures to choose from, separated by ';' or ','; may be repeated. Default: low_rank,
             monarch, btt, blast(blocks=4).
         calibration: A text file, or rows (.jsonl, .json, .csv, .parquet) with text, messages, or prompt and completion:
@@ -85,9 +87,13 @@ def compress_command(
     distillation = None
     with display.interruptible(f"Interrupted. The same command resumes; so far: {unfinished}"), ExitStack() as stack:
         with display.user_errors():
-            count, budget = ("params", keep_params) if keep_macs is None else ("macs", keep_macs)
-            if budget is None or (keep_params is not None and keep_macs is not None):
-                raise ValueError("give either --keep-params or --keep-macs: the fraction to keep, such as 0.5")
+            given = {"params": keep_params, "macs": keep_macs, "bytes": keep_bytes}
+            budgets = [(count, budget) for count, budget in given.items() if budget is not None]
+            if len(budgets) != 1:
+                raise ValueError(f"give one of --keep-{', --keep-'.join(given)}: the fraction to keep, such as 0.5")
+            ((count, budget),) = budgets
+            if distill and count == "bytes":
+                raise ValueError("--distill cannot train rounded weights: leave it out, or give --keep-params")
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):

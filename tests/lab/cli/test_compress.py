@@ -263,6 +263,22 @@ def test_macs_distillation_and_no_calibration(source: Path, text: Path, tmp_path
 
 
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_a_budget_of_bytes_rounds_weights(source: Path, text: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "out"
+    command = ("compress", source, "--out", folder, "--keep-bytes", 0.2, "--calibration", text)
+    code, out, err = run(*command, *OPTIONS)
+    assert (code, err) == (0, "")
+    assert "Rounding alone at these bytes" in out
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    rounded = [layer for layer in found.modules() if isinstance(layer, el.nn.QuantizedLinear)]
+    before = sum(4 * layer.in_features * layer.out_features for layer in rounded)
+    assert rounded
+    assert sum(layer.nbytes for layer in rounded) < 0.3 * before
+
+
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
 def test_chats_calibrate_by_the_template(source: Path, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "she read"}, {"role": "assistant", "content": "the old house by the sea"}]
     rows = tmp_path / "chat.jsonl"
@@ -344,8 +360,9 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"--keep-params": None}, ["give either --keep-params or --keep-macs"]),
-        ({"--keep-macs": 0.5}, ["give either --keep-params or --keep-macs"]),
+        ({"--keep-params": None}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
+        ({"--keep-macs": 0.5}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
+        ({"--keep-params": None, "--keep-bytes": 0.2, "--distill": 1}, ["--distill cannot train rounded weights"]),
         ({"--keep-params": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
         ({"--structures": "lowrank"}, ["unknown family 'lowrank'. Did you mean 'low_rank'"]),
         ({"--distill": 1}, ["--distill needs text to train on"]),
