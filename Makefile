@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# one more process than cores, as some tests wait; at most four
+WORKERS := $(shell n=$$(($$(nproc 2>/dev/null || sysctl -n hw.ncpu) + 1)); [ $$n -lt 4 ] && echo $$n || echo 4)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick zoo lint unit docs data text constraints clean
@@ -18,14 +21,14 @@ test: $(INSTALLED) ## lint, type check, run the tests on up to four cores, and b
 
 quick: $(INSTALLED) ## the tests of the layers that are quick, in two minutes
 	@$(BIN)/ruff check
-	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --quiet -m "not slow" \
+	@$(PYTEST) --quiet -m "not slow" \
 		tests/test_architecture.py tests/test_conformance.py tests/structures tests/ops tests/nn tests/fusion tests/conversion tests/mup
 
 zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/results/models.md (minutes)
 	@$(BIN)/python -m tests.zoo --write
 
 unit: $(INSTALLED)
-	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	@$(PYTEST)
 
 lint: $(INSTALLED) ## ruff, the formatter's check and mypy
 	@$(BIN)/ruff check
