@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # one more process than cores, as some tests wait; at most four
-WORKERS := $(shell n=$$(($$(nproc 2>/dev/null || sysctl -n hw.ncpu) + 1)); [ $$n -lt 4 ] && echo $$n || echo 4)
+WORKERS := $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); [ $$n -lt 4 ] && echo $$((n + 1)) || echo 4)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
