@@ -133,13 +133,14 @@ def at_budget(spec: str, search: Search) -> Run:
 
 def curve(store: Store, runs: Sequence[Run], length: int) -> Curve:
     """Return the lowest error of complete runs, in the order of their starts. Pruned runs have cost MACs as well."""
-    results = {record.run.key: record.result for record in store.records()}
+    records = {record.run.key: record for record in store.records()}
     spent, lowest, points = 0.0, float("inf"), []
     for run in runs:
-        result = results[run.key]
+        record = records[run.key]
+        result = record.result
         spent += 1.0 if result else min(1.0, _steps_of_pruned(store.path(run), run) / run.training.steps)
-        if result and result.error is not None:
-            lowest = min(lowest, result.error)
+        if result and record.metric in result.metrics:
+            lowest = min(lowest, result.metrics[record.metric])
         points.append((spent, lowest))
     return [
         min((lowest for spent, lowest in points if spent <= n + 1e-9), default=float("inf"))

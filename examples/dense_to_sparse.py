@@ -70,7 +70,7 @@ def main() -> None:
                 what.training,
                 folder,
                 lr_scale=model.LR_SCALE,
-                facts={"run": what.options},
+                metadata={"run": what.config},
                 progress=lambda step, *_: bars.update(task, completed=step),
             )
         return model, {"seconds": outcome.step_seconds * len(outcome.losses), **outcome.metrics}

@@ -15,7 +15,7 @@ from tests.lab.data.samples import needs
 
 from einlinear_lab.bench import gpu
 from einlinear_lab.bench import gpu_day as day
-from einlinear_lab.bench.gpu_page import conclude, judge_backends
+from einlinear_lab.bench.gpu_page import GPTS, conclude, judge_backends
 from einlinear_lab.bench.machine import this_machine
 
 ROOT = Path(__file__).parents[3]
@@ -44,10 +44,10 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr + log
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert {part: state["status"] for part, state in found["parts"].items()} == dict.fromkeys(day.SHARES, "complete")
-    for part in (day.SUITE, day.TUNED, day.BLOCKS, day.MIXTURES, day.GPTS):
+    for part in (day.SUITE, day.TUNED, day.BLOCKS, day.MIXTURES, GPTS):
         for result in found["parts"][part]["results"].values():
             assert {"nn.Linear", "batched", "triton"} <= result["ms"].keys()
-            assert ("fused" in result["ms"]) == (part in (day.BLOCKS, day.GPTS))
+            assert ("fused" in result["ms"]) == (part in (day.BLOCKS, GPTS))
     assert len(found["parts"][day.BLOCKS]["results"]) == 4
     suite = found["parts"][day.SUITE]["results"].values()
     assert all({"torch.compile", "copying"} <= result["ms"].keys() for result in suite)
