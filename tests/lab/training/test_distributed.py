@@ -56,7 +56,7 @@ def run_together(folder: Path) -> None:
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
 
