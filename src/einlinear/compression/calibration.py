@@ -105,11 +105,12 @@ class Calibration:
                         cause = "the compressed model sends other tokens to this layer, such as an expert"
                         raise ValueError(f"{cause}, than the original. Give sequential=False")
                     for x, x_0 in zip(inputs[name], original[name], strict=True):
-                        check_finite(x)
+                        tokens = tokens_of(batch, x)
                         if accumulator.has(enough):
+                            check_finite(tokens)
                             continue
                         y = None if compressed is None else self._outputs(stage, tokens_of(batch, x_0))
-                        accumulator.add(tokens_of(batch, x), y)
+                        accumulator.add(tokens, y)
         return accumulators
 
     def _outputs(self, stage: Stage, x: Tensor) -> Tensor:
