@@ -87,7 +87,7 @@ class Calibration:
         for stage in stages:
             layer, outputs = self.layers[stage.names[0]], 0 if compressed is None else self._out_features(stage)
             accumulators[stage] = SecondMomentAccumulator(features(layer)[0], layer.weight.device, outputs)
-        numbers = spread(len(self._passes.batches))
+        numbers = spread_numbers(len(self._passes.batches))
         originals = self._passes.inputs(calls, numbers)
         replaced = None if compressed is None else compressed.inputs(calls, numbers)
         for done, number in enumerate(numbers):
@@ -125,7 +125,7 @@ def check_finite(x: Tensor) -> None:
         raise ValueError(f"its inputs have values that are NaN or infinite: {advice}")
 
 
-def spread(count: int) -> list[int]:
+def spread_numbers(count: int) -> list[int]:
     """Return the numbers below a count in an order whose first ones are spread evenly, by the golden ratio."""
     return sorted(range(count), key=lambda number: number * (5**0.5 - 1) / 2 % 1)
 

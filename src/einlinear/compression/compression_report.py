@@ -27,7 +27,7 @@ class CompressedLayer:
         tokens_per_input: tokens for each input feature that the layer was fitted to, or None.
         reason: why the layer had to stay dense, or None.
         precision: of the stored weight, or "" for that of the dense layer.
-        bytes_before, bytes: of the weight.
+        bytes_before, bytes: of the dense weight, and of the factors as stored.
     """
 
     name: str

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.compression.activations import hooked, output_of, tokens_of
-from einlinear.compression.calibration import spread
+from einlinear.compression.calibration import spread_numbers
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
 from einlinear.ops.projection.svd import count, merge, unmerge
@@ -53,7 +53,7 @@ class OutputMetric:
         return (directions * root) @ directions.mT, (directions / root) @ directions.mT
 
 
-def product(roots: Tensor, matrices: Tensor) -> Tensor:
+def apply_roots(roots: Tensor, matrices: Tensor) -> Tensor:
     """Multiply matrices by roots, which may be diagonal."""
     roots = roots.to(matrices.dtype)
     return roots * matrices if roots.shape[2] == 1 else roots @ matrices
@@ -75,13 +75,13 @@ def project(
     if metric is None or moment is None or not (is_alone and writes_all):
         return ops.project(structure, weight, moment, steps)
     root, inverse = metric.factored(structure)
-    weighted = product(root, _by_block(structure, weight.double()))
+    weighted = apply_roots(root, _by_block(structure, weight.double()))
     shape, axes = (structure.in_features,), (*term.outputs, "feature")
     matrix = unmerge(weighted, (last.batch, last.new, ("feature",)), axes, {**sizes, "feature": shape[0]})
     matrix = matrix.reshape(weight.shape).to(torch.promote_types(weight.dtype, torch.float32))
     *others, factor = ops.project(structure, matrix, moment, steps)
     groups = last.batch, last.new, last.contracted
-    return [*others, unmerge(product(inverse, merge(factor, last.axes, groups)), groups, last.axes, sizes)]
+    return [*others, unmerge(apply_roots(inverse, merge(factor, last.axes, groups)), groups, last.axes, sizes)]
 
 
 def _by_block(structure: Structure, matrix: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def measure_output_metrics(
 
     learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
     try:
-        for number in spread(len(batches))[:_BATCHES]:
+        for number in spread_numbers(len(batches))[:_BATCHES]:
             batch = batches[number]
             with torch.enable_grad(), hooked(layers, record):
                 result = call(model, batch)

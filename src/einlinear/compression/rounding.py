@@ -44,7 +44,7 @@ def round_to_least_error(
     Args:
         weight: one matrix or a batch, (..., rows, columns).
         second_moment: E[x x^T] of the inputs, (..., columns, columns), whose batch axes may be those of the weight.
-        format: of the codes.
+        format: bits of the codes, and the columns that share a scale.
         damping: fraction of the mean variance to add to the variance of every input.
 
     Raises:

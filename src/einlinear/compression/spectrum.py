@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einlinear.compression.output_metric import OutputMetric, product
+from einlinear.compression.output_metric import OutputMetric, apply_roots
 
 # smaller errors count as this one
 NO_ERROR = 1e-12
@@ -26,9 +26,9 @@ def low_ranks(weight: Tensor, moment: Tensor, metric: OutputMetric | None) -> tu
     """
     w = weight.double()
     root, inverse = (None, None) if metric is None else metric.factored()
-    weighted = w if root is None else product(root, w[None])[0]
+    weighted = w if root is None else apply_roots(root, w[None])[0]
     energies, directions = _principal_outputs(weighted, moment.double())
-    after = directions if inverse is None else product(inverse, directions[None])[0]
+    after = directions if inverse is None else apply_roots(inverse, directions[None])[0]
     # the components' outputs are uncorrelated, so their errors add up
     return after, directions.T @ weighted, energies * after.square().sum(0)
 
