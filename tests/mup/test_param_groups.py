@@ -129,6 +129,14 @@ def test_base_as_meta_model_dict_or_file(tmp_path: Path) -> None:
     assert all(rate == rates[0] for rate in rates)
 
 
+def test_a_base_that_is_no_file_of_shapes(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"base: there is no file '.*missing.json', which holds el.base_shapes"):
+        el.param_groups(mlp(64), 1e-3, base=tmp_path / "missing.json")
+    (tmp_path / "damaged.json").write_text('{"0.weight": [64')
+    with pytest.raises(ValueError, match=r"base: '.*damaged.json' is not the JSON of el.base_shapes"):
+        el.param_groups(mlp(64), 1e-3, base=tmp_path / "damaged.json")
+
+
 class Nested(nn.Module):
     """A layer that is called as DDP calls what it wraps."""
 

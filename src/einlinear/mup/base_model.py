@@ -33,7 +33,12 @@ def load_shapes(base: nn.Module | Shapes | str | Path, roles: RoleGlobs) -> dict
     if isinstance(base, Mapping):
         return dict(base)
     if isinstance(base, str | Path):
-        shapes: dict[str, Sequence[int]] = json.loads(Path(base).read_text(encoding="utf-8"))
+        if not Path(base).is_file():
+            raise FileNotFoundError(f"base: there is no file {str(base)!r}, which holds el.base_shapes(model) as JSON")
+        try:
+            shapes: dict[str, Sequence[int]] = json.loads(Path(base).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"base: {str(base)!r} is not the JSON of el.base_shapes: {error}") from None
         return shapes
     raise TypeError(f"base must be a model, a mapping of shapes, the path of a JSON file or None, not {base!r}")
 
