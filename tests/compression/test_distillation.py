@@ -91,6 +91,120 @@ def test_modules_in_between_are_matched() -> None:
         el.distill(its, holder, batches, steps=1, match="unused")
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = trained((24, 48, 24))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x + self.inner(x),)
+
+
+class Stack(nn.Module):
+    """Two blocks, of which the second is called twice, and a dense layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks, self.last = nn.ModuleList([Block(), Block()]), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.blocks, self.blocks[1]):
+            (x,) = block(x)
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+def stacks() -> tuple[Stack, Stack, list[Any]]:
+    """An original whose blocks are compressed, and batches."""
+    model, batches = Stack(), [inputs(200, seed=seed) for seed in range(8)]
+    smaller = copy.deepcopy(model)
+    el.compress(smaller, 0.4, ["low_rank"], batches, layers="blocks.*")
+    return model, smaller, batches
+
+
+def test_blocks_are_matched_by_default() -> None:
+    model, smaller, batches = stacks()
+
+    def first_loss(**options: Any) -> float:
+        return el.distill(copy.deepcopy(smaller), model, batches, steps=1, **options).losses[0]
+
+    alone, first = first_loss(match=()), first_loss(match="blocks.0")
+    # every call counts
+    outputs: list[list[Tensor]] = [[], []]
+    for m, kept in zip((model, smaller), outputs, strict=True):
+        handle = m.blocks[1].register_forward_hook(lambda _, __, output, kept=kept: kept.append(output[0].detach()))
+        m(batches[0])
+        handle.remove()
+    errors = [float((x - y).square().mean() / (y - y.mean(0)).square().mean()) for y, x in zip(*outputs, strict=True)]
+    assert len(errors) == 2
+    assert first_loss(match="blocks.1") == pytest.approx(alone + sum(errors), rel=1e-4)
+    assert first_loss() == first_loss(match=["blocks.0", "blocks.1"]) == pytest.approx(first + sum(errors), rel=1e-4)
+
+
+def test_only_structured_layers_are_trained_if_asked_for() -> None:
+    model, smaller, batches = stacks()
+    start = copy.deepcopy(smaller)
+    losses = el.distill(smaller, model, batches, steps=97, lr=1e-2, train="structured").losses
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.requires_grad for p in smaller.parameters())
+    for p, q in zip(smaller.last.parameters(), start.last.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert p.grad is None
+    for module, before in zip(smaller.modules(), start.modules(), strict=True):
+        if isinstance(module, el.Linear):
+            assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), before.parameters(), strict=True))
+    with pytest.raises(ValueError, match="no structured layer requires gradients: give train='all'"):
+        el.distill(copy.deepcopy(model), model, batches, steps=1, train="structured")
+
+
+def test_low_rank_additions_become_part_of_dense_weights(tmp_path: Path) -> None:
+    model, smaller, batches = stacks()
+    smaller.last.weight.data += 0.3 * torch.randn(24, 24)
+    start, stopped, whole = (copy.deepcopy(smaller) for _ in range(3))
+    options: dict[str, Any] = {"steps": 97, "lr": 1e-2, "train": "adapters", "adapter_rank": 2}
+    torch.manual_seed(0)
+    whole_losses = el.distill(whole, model, batches, **options).losses
+    assert whole_losses[-1] < 0.9 * whole_losses[0]
+    change = whole.last.weight - start.last.weight
+    assert torch.linalg.matrix_rank(change.detach(), rtol=1e-4) == 2
+    assert torch.equal(whole.last.bias, start.last.bias)
+    assert whole.state_dict().keys() == start.state_dict().keys()
+    assert not any(module._forward_hooks for module in whole.modules())
+    # the merged model computes what the model with additions did
+    again = el.distill(copy.deepcopy(whole), model, batches[:1], steps=1, lr=1e-9).losses[0]
+    assert again == pytest.approx(whole_losses[-1], rel=0.1)
+
+    def interrupt(done: int, *_: object) -> None:
+        if done == 40:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        el.distill(stopped, model, batches, **options, folder=tmp_path, checkpoint_every=0, progress=interrupt)
+    # what was learnt until then is merged as well
+    assert not torch.equal(stopped.last.weight, start.last.weight)
+    assert all(p.requires_grad for p in stopped.parameters())
+    assert el.distill(smaller, model, batches, **options, folder=tmp_path).losses == whole_losses
+    assert all(torch.equal(p, q) for p, q in zip(smaller.parameters(), whole.parameters(), strict=True))
+    with pytest.raises(ValueError, match="another config: adapter_rank"):
+        el.distill(copy.deepcopy(start), model, batches, **{**options, "adapter_rank": 3}, folder=tmp_path)
+
+
+def test_rounded_weights_stay_and_the_rest_is_trained() -> None:
+    model, batches = Stack(), [inputs(200, seed=seed) for seed in range(8)]
+    smaller = copy.deepcopy(model)
+    el.compress(smaller, 0.1, ["low_rank"], batches, count="bytes", layers="blocks.*")
+    start = copy.deepcopy(smaller)
+    losses = el.distill(smaller, model, batches, steps=97, lr=1e-2).losses
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(p, q) for p, q in zip(smaller.buffers(), start.buffers(), strict=True))
+    assert not torch.equal(smaller.last.weight, start.last.weight)
+    for p in smaller.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="rounded weights cannot be trained: distill first, then round"):
+        el.distill(smaller, model, batches, steps=1)
+
+
 def test_structured_layers_learn_at_their_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = trained(), [inputs(200)]
     smaller = compressed(model, batches)
@@ -215,5 +329,9 @@ def test_mistakes() -> None:
         el.distill(smaller, model, batches, steps=5, task_loss=1.0)
     with pytest.raises(ValueError, match=r"0\.weight is the original's own parameter"):
         el.distill(copy.copy(model), model, batches, steps=5)
+    with pytest.raises(ValueError, match="train must be 'all', 'structured' or 'adapters', not 'some'"):
+        el.distill(smaller, model, batches, steps=5, train="some")
+    with pytest.raises(ValueError, match="adapter_rank must be at least 1, not 0"):
+        el.distill(smaller, model, batches, steps=5, adapter_rank=0)
     with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
         el.distill(smaller.requires_grad_(False), model, batches, steps=5)

@@ -5,22 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from einlinear.compression.activations import head_inputs, hooked, model_output, output_of, tokens_of
-from einlinear.compression.divergence import mean_kl_divergence
+from einlinear.compression.adapters import low_rank_additions
+from einlinear.compression.distillation_loss import DistillationLoss, block_names
 from einlinear.compression.resume_cache import digest_of
 from einlinear.mup import param_groups
-from einlinear.nn.model_call import Batch, call, evaluating
+from einlinear.nn import QuantizedLinear
+from einlinear.nn.linear import Factored
+from einlinear.nn.model_call import Batch, evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any
 from einlinear.schedules import lr_factor
+
+# the parameters that are trained
+TRAIN = ("all", "structured", "adapters")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ def distill(
     steps: int,
     lr: float = 3e-4,
     *,
-    match: str | Sequence[str] = (),
+    match: str | Sequence[str] | None = None,
+    train: str = "all",
+    adapter_rank: int = 16,
     task_loss: float = 0.0,
     weight_decay: float = 0.0,
     warmup: float = 0.1,
@@ -51,8 +58,9 @@ def distill(
     """Train a compressed model towards the original's outputs, in place, at structure-aware learning rates.
 
     The loss is the KL divergence of the logits (Hinton et al., arXiv 1503.02531), or of other outputs the squared error
-    over the variance. AdamW has linear warm-up and cosine decay; dropout is off. Parameters in bfloat16 are trained in
-    float32, and rounded after every step.
+    over the variance, plus that of the outputs of each block. AdamW has linear warm-up and cosine decay; dropout is
+    off. Parameters in bfloat16 are trained in float32, and rounded after every step. Of a `QuantizedLinear`, only the
+    bias is trained.
 
     Args:
         model: compressed; its parameters that require gradients are trained.
@@ -61,6 +69,10 @@ def distill(
         steps: batches to train on.
         lr: learning rate of the original; structured layers get rates derived from it (`param_groups`).
         match: globs on names of modules whose outputs are matched as well, each with the weight of the model's output.
+            None: the blocks in the model's outermost lists of blocks, such as transformer blocks. (): no module.
+        train: "all" parameters; those of "structured" layers only; or of structured layers and "adapters", low-rank
+            additions (LoRA) to the dense layers, which are added to their weights at the end. The last two save memory.
+        adapter_rank: of these additions.
         task_loss: weight of the loss that the model itself returns, for batches with labels.
         weight_decay, clip: of AdamW; largest norm of the gradient, None for no limit.
         warmup: fraction of the steps in which the rate rises.
@@ -70,9 +82,9 @@ def distill(
         checkpoint_every: seconds of training between two checkpoints.
 
     Raises:
-        ValueError: no batches, steps or rate, a glob that matches nothing, nothing to train or in float16, parameters
-            that the original shares, a folder of another distillation; or, after some training, batches that end and
-            cannot be repeated, or a loss that is NaN.
+        ValueError: no batches, steps, rate or rank, an unknown `train`, a glob that matches nothing, nothing to train
+            or in float16, parameters that the original shares, a folder of another distillation; or, after some
+            training, batches that end and cannot be repeated, or a loss that is NaN.
 
     Example:
         >>> import copy, torch, einlinear as el
@@ -89,22 +101,21 @@ def distill(
         raise ValueError(f"lr must be a positive number, not {lr}")
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be positive, or None for no limit, not {seconds:g}")
-    others = dict(original.named_modules())
-    both = [name for name, _ in model.named_modules() if name in others]
-    globs = as_globs(match, "match")
-    check_globs(globs, both, "match", "module of both models")
-    matched = [name for name in both if matches_any(name, globs)]
-    optimizer = _Optimizer(model, original, lr, weight_decay)
+    if train not in TRAIN:
+        raise ValueError(f"train must be {', '.join(map(repr, TRAIN[:-1]))} or {TRAIN[-1]!r}, not {train!r}")
+    if adapter_rank < 1:
+        raise ValueError(f"adapter_rank must be at least 1, not {adapter_rank}")
+    matched = _matched_modules(model, original, match)
     config = {"steps": steps, "lr": lr, "match": matched, "task_loss": task_loss, "weight_decay": weight_decay}
-    config |= {"warmup": warmup, "clip": clip, "seconds": seconds}
-    losses, before = list[float](), 0.0
+    config |= {"warmup": warmup, "clip": clip, "seconds": seconds, "train": train, "adapter_rank": adapter_rank}
     if folder is not None:
         config |= {"model": digest_of(model, None), "original": digest_of(original, None)}
-        losses, before = optimizer.resume(Path(folder), config)
-    saved = time.monotonic()
-    start = saved - before
-    loss_of = _Loss(model, original, matched, task_loss)
-    with evaluating(model, original):
+    loss_of = DistillationLoss(model, original, matched, task_loss, must_match=bool(match))
+    with evaluating(model, original), _trained_parameters(model, train, adapter_rank) as (trained, additions):
+        optimizer = _Optimizer(model, original, trained, additions, lr, weight_decay)
+        losses, before = ([], 0.0) if folder is None else optimizer.resume(Path(folder), config)
+        saved = time.monotonic()
+        start = saved - before
         # gradient checkpointing is on only in training mode; the modules inside stay in evaluation mode
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
@@ -133,13 +144,50 @@ def distill(
     return Distillation(tuple(losses), time.monotonic() - start)
 
 
+def _matched_modules(model: nn.Module, original: nn.Module, match: str | Sequence[str] | None) -> list[str]:
+    others = dict(original.named_modules())
+    if match is None:
+        return [name for name in block_names(model) if name in others]
+    both = [name for name, _ in model.named_modules() if name in others]
+    globs = as_globs(match, "match")
+    check_globs(globs, both, "match", "module of both models")
+    return [name for name in both if matches_any(name, globs)]
+
+
+@contextmanager
+def _trained_parameters(model: nn.Module, train: str, rank: int) -> Iterator[tuple[dict[str, nn.Parameter], nn.Module]]:
+    """Yield the trained parameters by name, and the low-rank additions; meanwhile the others need no gradients."""
+    structured = {id(p) for module in model.modules() if isinstance(module, Factored) for p in module.parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    frozen = [] if train == "all" else [p for p in trained.values() if id(p) not in structured]
+    with ExitStack() as stack:
+        additions = stack.enter_context(low_rank_additions(model, rank)) if train == "adapters" else {}
+        trained = {name: p for name, p in trained.items() if train == "all" or id(p) in structured}
+        trained |= {f"{layer}.addition.{n}": p for layer, a in additions.items() for n, p in a.named_parameters()}
+        for p in frozen:
+            p.requires_grad_(False)
+            stack.callback(p.requires_grad_)
+        if not trained:
+            if train == "structured":
+                raise ValueError("train='structured', but no structured layer requires gradients: give train='all'")
+            if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+                raise ValueError("rounded weights cannot be trained: distill first, then round")
+            raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
+        yield trained, nn.ModuleList(additions.values())
+
+
 class _Optimizer:
     """AdamW at structure-aware rates. Most steps are too small for bfloat16, whose parameters learn in float32."""
 
-    def __init__(self, model: nn.Module, original: nn.Module, lr: float, weight_decay: float) -> None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trained:
-            raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
+    def __init__(
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        additions: nn.Module,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
         if any(p.dtype == torch.float16 for p in trained.values()):
             raise ValueError("float16 parameters cannot be trained: load the model in float32 or bfloat16")
         originals = {id(p) for p in original.parameters()}
@@ -151,6 +199,7 @@ class _Optimizer:
         self._rounded = {name: p for name, p in trained.items() if p is not self._learning[name]}
         learning = {id(trained[name]): p for name, p in self._learning.items()}
         groups = param_groups(model, lr, base=original, weight_decay=weight_decay)
+        groups += param_groups(additions, lr, base=None, weight_decay=weight_decay)
         for group in groups:
             group["params"] = [learning.get(id(p), p) for p in group["params"]]
         self._adamw = torch.optim.AdamW(groups)
@@ -200,74 +249,6 @@ class _Optimizer:
     def _round(self) -> None:
         for name, p in self._rounded.items():
             p.copy_(self._learning[name])
-
-
-class _Loss:
-    """Distance between the outputs of two models. A head's logits are held for the trained model only."""
-
-    def __init__(self, model: nn.Module, original: nn.Module, matched: Sequence[str], task_loss: float) -> None:
-        self._model, self._original, self._matched, self._task_loss = model, original, matched, task_loss
-        # the layer that computes the logits of both models, if they are many, or ""; looked up with the first batch
-        self._head: str | None = None
-
-    def __call__(self, batch: Batch) -> Tensor:
-        if self._head is None:
-            self._head = self._find_head(batch)
-        with torch.no_grad():
-            target, targets = self._run(self._original, batch)
-        result, outputs = self._run(self._model, batch)
-        loss = self._output_loss(result, target, batch)
-        called = [name for name in self._matched if name in outputs and name in targets]
-        if self._matched and not called:
-            raise ValueError(f"match: {', '.join(self._matched)} is never called, so there is no output to agree on")
-        for name in called:
-            loss = loss + _relative_squared_error(outputs[name], targets[name], batch)
-        if self._task_loss:
-            if getattr(result, "loss", None) is None:
-                raise ValueError("task_loss needs batches with labels, and a model that returns a loss for them")
-            loss = loss + self._task_loss * result.loss
-        return loss
-
-    def _find_head(self, batch: Batch) -> str:
-        """Return the head of both models, before which they can stop; "" if they have to run to their ends."""
-        if self._task_loss:
-            return ""
-        target = model_output(self._original, batch)
-        is_matched = any(f"{target.head}.".startswith(f"{name}.") for name in self._matched)
-        if is_matched or not (target.head and target.is_logits):
-            return ""
-        return target.head if model_output(self._model, batch).head == target.head else ""
-
-    def _run(self, model: nn.Module, batch: Batch) -> tuple[Any, dict[str, Tensor]]:
-        """Return the model's result, or the inputs of its head, and the outputs of the matched modules."""
-        outputs: dict[str, Tensor] = {}
-
-        def record(name: str, _: Any, output: Any) -> None:
-            outputs[name] = output_of(output)
-
-        with hooked({name: model.get_submodule(name) for name in self._matched}, record):
-            if not self._head:
-                return call(model, batch), outputs
-            return head_inputs(model, self._head, batch, gradients=torch.is_grad_enabled()), outputs
-
-    def _output_loss(self, result: Any, target: Any, batch: Batch) -> Tensor:
-        if self._head:
-            head = self._original.get_submodule(self._head)
-            logits: Tensor = self._model.get_submodule(self._head)(result)
-            return mean_kl_divergence(logits, lambda part: head(target[part]), in_place=True)
-        x, y = output_of(result), output_of(target)
-        if not hasattr(target, "logits"):
-            return _relative_squared_error(x, y, batch)
-        x, y = tokens_of(batch, x), tokens_of(batch, y)
-        # one feature: a regression
-        if y.shape[-1] == 1:
-            return F.mse_loss(x.float(), y.float()) / y.float().var().clamp_min(1e-12)
-        return mean_kl_divergence(x, lambda part: y[part])
-
-
-def _relative_squared_error(output: Tensor, target: Tensor, batch: Batch) -> Tensor:
-    x, y = tokens_of(batch, output).float(), tokens_of(batch, target).float()
-    return (x - y).square().mean() / (y - y.mean(0)).square().mean().clamp_min(1e-12)
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:

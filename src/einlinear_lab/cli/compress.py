@@ -13,7 +13,7 @@ import typer
 from einlinear.files import lock
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import PRETRAINED, require
-from einlinear_lab.cli.parsing import specs
+from einlinear_lab.cli.parsing import specs, words
 
 # files that are not copied and are listed
 _SHOWN = 10
@@ -38,6 +38,9 @@ def compress_command(
     layers: list[str] | None = None,
     distill: _NonNegative = 0.0,
     lr: _NonNegative = 3e-4,
+    match: str | None = None,
+    train: str = "all",
+    adapter_rank: _Count = 16,
     sequential: Annotated[bool, typer.Option("--sequential/--parallel")] = True,
     only_if_faster: Annotated[bool, typer.Option("--only-if-faster")] = False,
     dtype: str = "auto",
@@ -62,8 +65,13 @@ def compress_command(
         tokens: Tokens of each, at most.
         batch_size: Lines or pieces that are run at once.
         layers: Globs on the layers' names. Default: all but the output head.
-        distill: Minutes of training towards the original's outputs.
+        distill: Minutes of training towards the original's outputs. Rounded weights stay as they are.
         lr: Learning rate of --distill.
+        match: Globs on the modules whose outputs --distill matches, besides the model's, separated by ','; or none.
+            Default: the blocks.
+        train: What --distill trains: all; structured, only structured layers; or adapters, structured layers, and
+            low-rank additions to the dense ones, which are merged into their weights. The last two save memory.
+        adapter_rank: Rank of these additions.
         sequential: Fit layers one after the other, or all at once.
         only_if_faster: Leave layers dense that would be slower here, for 1 token or 256 at once.
         dtype: Of the parameters: auto, float32, bfloat16, float16.
@@ -77,6 +85,7 @@ def compress_command(
     from einlinear import compression
     from einlinear.compression.candidates import DEFAULT_FAMILIES
     from einlinear.compression.compression_report import HEADINGS
+    from einlinear.compression.distillation import TRAIN
     from einlinear_lab.bench.generation_speed import model_speeds
     from einlinear_lab.pretrained.documents import read_documents, text_batches
     from einlinear_lab.pretrained.model_folder import finish, load, save
@@ -92,8 +101,8 @@ def compress_command(
             if len(budgets) != 1:
                 raise ValueError(f"give one of --keep-{', --keep-'.join(given)}: the fraction to keep, such as 0.5")
             ((count, budget),) = budgets
-            if distill and count == "bytes":
-                raise ValueError("--distill cannot train rounded weights: leave it out, or give --keep-params")
+            if train not in TRAIN:
+                raise ValueError(f"--train must be one of {', '.join(TRAIN)}, not {train!r}")
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
@@ -132,6 +141,7 @@ def compress_command(
                 texts = text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size)
                 folder = unfinished / f"distillation of {distill:g} minutes at {lr:g}"
                 options = {"steps": 10**9, "lr": lr, "seconds": 60 * distill, "folder": folder}
+                options |= {"match": words(match), "train": train, "adapter_rank": adapter_rank}
                 with display.steps() as advance:
                     options["progress"] = lambda done, _, loss: advance("distillation", done, None)
                     distillation = compression.distill(compressed, original, texts, **options)

@@ -263,6 +263,32 @@ def test_macs_distillation_and_no_calibration(source: Path, text: Path, tmp_path
 
 
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_options_of_distillation(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from einlinear import compression
+
+    distill, given = compression.distill, list[dict[str, Any]]()
+
+    def noted(*args: Any, **kwargs: Any) -> compression.Distillation:
+        given.append(kwargs)
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(compression, "distill", noted)
+    command = ("compress", source, "--keep-bytes", 0.3, *OPTIONS, "--calibration", text, "--distill", 0.01)
+    code, out, err = run(*command, "--out", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert "Distilled in" in out
+    more = ("--match", "none", "--train", "adapters", "--adapter-rank", 2)
+    assert run(*command, "--out", tmp_path / "b", *more)[0] == 0
+    assert run(*command, "--out", tmp_path / "c", "--match", "transformer.h.0, transformer.h.1")[0] == 0
+    names = ("match", "train", "adapter_rank")
+    assert [[kwargs[name] for name in names] for kwargs in given] == [
+        [None, "all", 16],
+        [(), "adapters", 2],
+        [("transformer.h.0", "transformer.h.1"), "all", 16],
+    ]
+
+
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
 def test_a_budget_of_bytes_rounds_weights(source: Path, text: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -362,7 +388,7 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
     [
         ({"--keep-params": None}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
         ({"--keep-macs": 0.5}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
-        ({"--keep-params": None, "--keep-bytes": 0.2, "--distill": 1}, ["--distill cannot train rounded weights"]),
+        ({"--distill": 1, "--train": "some"}, ["--train must be one of all, structured, adapters, not 'some'"]),
         ({"--keep-params": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
         ({"--structures": "lowrank"}, ["unknown family 'lowrank'. Did you mean 'low_rank'"]),
         ({"--distill": 1}, ["--distill needs text to train on"]),
