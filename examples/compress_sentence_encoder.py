@@ -116,7 +116,7 @@ def main() -> None:
         row: dict[str, Any] = {"budget": budget, "structures": name, "how": how}
         row |= {"kept": report.params / report.params_before, "seconds": time.monotonic() - start}
         row["before"] = agreement(right, embeddings(model, tested))
-        distillation = el.distill(model, original, trained, steps=arguments.steps, match="encoder.layer.?")
+        distillation = el.distill(model, original, trained, steps=arguments.steps)
         row |= {"after": agreement(right, embeddings(model, tested)), "distillation_seconds": distillation.seconds}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -38,7 +38,7 @@ def compress_command(
     layers: list[str] | None = None,
     distill: _NonNegative = 0.0,
     lr: _NonNegative = 3e-4,
-    match: str | None = None,
+    match: list[str] | None = None,
     train: str = "all",
     adapter_rank: _Count = 16,
     sequential: Annotated[bool, typer.Option("--sequential/--parallel")] = True,
@@ -67,8 +67,8 @@ def compress_command(
         layers: Globs on the layers' names. Default: all but the output head.
         distill: Minutes of training towards the original's outputs. Rounded weights stay as they are.
         lr: Learning rate of --distill.
-        match: Globs on the modules whose outputs --distill matches, besides the model's, separated by ','; or none.
-            Default: the blocks.
+        match: Globs on the modules whose outputs --distill matches, besides the model's, separated by ','; may be
+            repeated; or none. Default: the blocks.
         train: What --distill trains: all; structured, only structured layers; or adapters, structured layers, and
             low-rank additions to the dense ones, which are merged into their weights. The last two save memory.
         adapter_rank: Rank of these additions.
@@ -141,7 +141,11 @@ def compress_command(
                 texts = text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size)
                 folder = unfinished / f"distillation of {distill:g} minutes at {lr:g}"
                 options = {"steps": 10**9, "lr": lr, "seconds": 60 * distill, "folder": folder}
-                options |= {"match": words(match), "train": train, "adapter_rank": adapter_rank}
+                options |= {
+                    "match": words(",".join(match)) if match else None,
+                    "train": train,
+                    "adapter_rank": adapter_rank,
+                }
                 with display.steps() as advance:
                     options["progress"] = lambda done, _, loss: advance("distillation", done, None)
                     distillation = compression.distill(compressed, original, texts, **options)

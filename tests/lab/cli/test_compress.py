@@ -279,12 +279,15 @@ def test_options_of_distillation(source: Path, text: Path, tmp_path: Path, monke
     assert "Distilled in" in out
     more = ("--match", "none", "--train", "adapters", "--adapter-rank", 2)
     assert run(*command, "--out", tmp_path / "b", *more)[0] == 0
-    assert run(*command, "--out", tmp_path / "c", "--match", "transformer.h.0, transformer.h.1")[0] == 0
+    assert (
+        run(*command, "--out", tmp_path / "c", "--match", "transformer.h.0, transformer.h.1", "--match", "lm_head")[0]
+        == 0
+    )
     names = ("match", "train", "adapter_rank")
     assert [[kwargs[name] for name in names] for kwargs in given] == [
         [None, "all", 16],
         [(), "adapters", 2],
-        [("transformer.h.0", "transformer.h.1"), "all", 16],
+        [("transformer.h.0", "transformer.h.1", "lm_head"), "all", 16],
     ]
 
 
