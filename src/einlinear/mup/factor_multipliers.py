@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from einlinear.structures import Structure
-from einlinear.structures.initialization import spectral_std
+from einlinear.structures.initialization import lookup_fan_in, spectral_std
 from einlinear.structures.structured_matrix import Factor
 
 
@@ -47,6 +47,15 @@ def soap_multipliers(structure: Structure) -> tuple[float, ...]:
     size = max(structure.out_features, structure.in_features)
     largest = [max(factor.fan_out, factor.fan_in) for factor in structure.factors]
     return tuple(rate * math.sqrt(size / n) for rate, n in zip(muon_multipliers(structure), largest, strict=True))
+
+
+def table_multipliers(structure: Structure) -> tuple[float, ...]:
+    """Return the learning rates for Adam of the factors of an embedding, relative to a dense table.
+
+    The entries of a row sum up as many products as `lookup_fan_in` says, which all move together.
+    """
+    ratios = [1 / fan_in for fan_in in lookup_fan_in(structure)]
+    return tuple(ratio / len(part) for _, part in structure.by_term(ratios) for ratio in part)
 
 
 def gradient_scales(structure: Structure) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from einlinear.mup.factor_multipliers import (
     muon_product_multipliers,
     sgd_multipliers,
     soap_multipliers,
+    table_multipliers,
 )
 from einlinear.nn.layer_descriptions import ParameterRole
 from einlinear.structures import Structure
@@ -68,7 +69,10 @@ def lr_multiplier(role: ParameterRole, rule: Rule, growth: Growth, structure_awa
     exponent = 2 * growth.alpha - 1 if rule == "sgd" else growth.alpha - 1
     depth: float = growth.depth**exponent
     if not role.is_matrix:
-        return depth * (growth.entries if rule == "sgd" else 1.0)
+        table = depth * (growth.entries if rule == "sgd" else 1.0)
+        if role.structure is None or not structure_aware:
+            return table
+        return table * table_multipliers(role.structure)[role.factor]
     (fan_out, fan_in), (base_out, base_in) = growth.shape, growth.base_shape
     aspect = (fan_out / fan_in) / (base_out / base_in)
     widths = {

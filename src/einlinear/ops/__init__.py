@@ -9,9 +9,10 @@ from einlinear.ops.fused_dispatch import reason_not_to_fuse, reason_not_to_stack
 from einlinear.ops.linear_function import dense_weight, linear
 from einlinear.ops.operands import Routing, Weights
 from einlinear.ops.projection import project
+from einlinear.ops.row_lookup import rows
 from einlinear.ops.shared_input import shared_input_linear
 
-__all__ = ["BACKENDS", "Choice", "Routing", "backend", "choose", "dense_weight", "linear", "project"]
+__all__ = ["BACKENDS", "Choice", "Routing", "backend", "choose", "dense_weight", "linear", "project", "rows"]
 __all__ += ["reason_unsupported"]
 # feed-forward blocks
 __all__ += ["ACTIVATIONS", "Weights", "feed_forward", "reason_not_to_fuse"]
