@@ -3,21 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM := .venv-vllm
 # one more process than cores, as some tests wait; at most four
 WORKERS := $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); [ $$n -lt 4 ] && echo $$((n + 1)) || echo 4)
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick zoo lint unit docs data text constraints clean
+.PHONY: help demo test test-vllm quick zoo lint unit docs data text constraints clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(INSTALLED) data ## train structures side by side on real images (minutes) and write a report
 	@$(BIN)/einlinear compare --out results/demo --preset demo
 
 test: $(INSTALLED) ## lint, type check, run the tests on up to four cores, and build the docs
 	@$(MAKE) --no-print-directory --jobs 2 lint docs unit
+
+test-vllm: $(INSTALLED) $(VLLM)/.installed ## serve structured models with vLLM, in an environment of its own (x86-64 Linux)
+	@$(BIN)/python -m pytest --quiet tests/vllm
 
 quick: $(INSTALLED) ## the tests of the layers that are quick, in two minutes
 	@$(BIN)/ruff check
@@ -28,7 +32,7 @@ zoo: $(INSTALLED) ## try every kind of model, and write the tables of docs/resul
 	@$(BIN)/python -m tests.zoo --write
 
 unit: $(INSTALLED)
-	@$(PYTEST)
+	@$(PYTEST) --ignore tests/vllm
 
 lint: $(INSTALLED) ## ruff, the formatter's check and mypy
 	@$(BIN)/ruff check
@@ -49,8 +53,8 @@ text: ## fetch 20 MB of English text (12 MB to download) into $EINLINEAR_DATA
 constraints: ## pin the newest versions that install together
 	@tools/lock_constraints.sh $(PYTHON)
 
-clean: ## remove the virtual environment and all caches
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove the virtual environments and all caches
+	rm -rf $(VENV) $(VLLM) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find src tests -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is simply done again. A .venv without a working pip
@@ -62,4 +66,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[lab,pretrained,dev]'
 	@$(BIN)/python -m compileall -qq --workers 0 $(VENV) || true
+	@touch $@
+
+# vLLM wants other versions. All are pinned, so nothing is resolved.
+$(VLLM)/.installed: tools/vllm_requirements.txt pyproject.toml
+	@echo "Setting up $(VLLM) (a few minutes the first time)"
+	@$(VLLM)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --no-compile --no-deps --disable-pip-version-check \
+		--requirement tools/vllm_requirements.txt --editable .
 	@touch $@

@@ -13,6 +13,9 @@ settings.load_profile("default")
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# they import vLLM, which is in an environment of its own
+collect_ignore = ["src/einlinear/integrations/vllm.py", "tests/vllm/generate.py", "tests/vllm/bad_input.py"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests first, so that no process of pytest is busy with one when the others have nothing left."""
