@@ -361,7 +361,8 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
     ("change", "parts"),
     [
         ({"--keep-params": None}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
-        ({"--keep-macs": 0.5}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
+        ({"--keep-macs": 0.5}, ["give one of --keep-params, --keep-macs, --keep-bytes, --keep-time"]),
+        ({"--keep-params": None, "--keep-time": 0.5}, ["--keep-time needs --time-tokens"]),
         ({"--keep-params": None, "--keep-bytes": 0.2, "--distill": 1}, ["--distill cannot train rounded weights"]),
         ({"--keep-params": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
         ({"--structures": "lowrank"}, ["unknown family 'lowrank'. Did you mean 'low_rank'"]),
