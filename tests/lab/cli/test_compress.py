@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,20 @@ def test_a_budget_of_bytes_rounds_weights(source: Path, text: Path, tmp_path: Pa
     before = sum(4 * layer.in_features * layer.out_features for layer in rounded)
     assert rounded
     assert sum(layer.nbytes for layer in rounded) < 0.3 * before
+
+
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+def test_a_budget_of_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(layers: Mapping[str, Any], tokens: int, stack_bytes: int) -> dict[str, float]:
+        assert tokens == 3
+        return {label: 1e-3 if label.startswith("dense") else 4e-4 for label in layers}
+
+    monkeypatch.setattr("einlinear.compression.layer_timing.interleaved_seconds", seconds)
+    command = ("compress", source, "--out", tmp_path / "out", "--keep-time", 0.5, "--time-tokens", 3, *OPTIONS)
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert "x as fast, 3 tokens" in out
+    assert re.search(r"The layers take [\d.]+ of [\d.]+ ms for 3 tokens: 4\d\.\d%\.", out)
 
 
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
