@@ -92,9 +92,12 @@ class LayerTimer:
                 layers = {"dense": old, **{label: build() for label, build in missing.items()}}
                 return interleaved_seconds(layers, tokens, self._stack_bytes)
 
+            def decode(record: Mapping[str, Any]) -> dict[str, float]:
+                return {label: float(record[label]) for label in ("dense", *missing)}
+
             self._progress(self._measured)
             self._measured += 1
-            seconds = self._cache.get_or(f"seconds of {size}: {'; '.join(missing)}", measure, _decode)
+            seconds = self._cache.get_or(f"seconds of {size}: {'; '.join(missing)}", measure, decode)
             scale = known.setdefault("dense", seconds["dense"]) / seconds["dense"]
             known |= {label: scale * seconds[label] for label in missing}
         return known
@@ -104,10 +107,6 @@ class LayerTimer:
         """Describe what the time of a dense layer depends on."""
         bias = "no bias" if old.bias is None else "bias"
         return f"{type(old).__name__} {features(old)}, {bias}, {old.weight.dtype}, {old.weight.device}"
-
-
-def _decode(record: Mapping[str, Any]) -> dict[str, float]:
-    return {label: float(seconds) for label, seconds in record.items()}
 
 
 @torch.no_grad()
