@@ -89,4 +89,5 @@ def test_a_compression_goes_on_with_any_of_its_files_truncated(tmp_path: Path) -
             found = compressed(tmp_path / "a")
         assert found[0] == expected[0]
         torch.testing.assert_close(found[1], expected[1])
-        assert content_of(path) == content
+        # layers that are timed again take other times
+        assert content_of(path) == content or path.name.startswith("seconds_of")

@@ -1,7 +1,22 @@
 """Compression of pretrained models: `compress` chooses and fits structures within a budget, `distill` trains them."""
 
-from einlinear.compression.compression_report import CompressedLayer, CompressionReport, RoundingAlone
+from einlinear.compression.compression_report import (
+    CompressedLayer,
+    CompressionReport,
+    DtypeAlone,
+    MeasuredTime,
+    RoundingAlone,
+)
 from einlinear.compression.distillation import Distillation, distill
 from einlinear.compression.pipeline import compress
 
-__all__ = ["CompressedLayer", "CompressionReport", "Distillation", "RoundingAlone", "compress", "distill"]
+__all__ = [
+    "CompressedLayer",
+    "CompressionReport",
+    "Distillation",
+    "DtypeAlone",
+    "MeasuredTime",
+    "RoundingAlone",
+    "compress",
+    "distill",
+]

@@ -13,7 +13,7 @@ def allocate(candidates: Mapping[str, Sequence[LayerCandidate]], budget: int) ->
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    if (least := _least_cost(candidates)) > budget:
+    if (least := least_cost(candidates)) > budget:
         raise ValueError(f"the cheapest choice for all layers costs {least:,}, more than the budget of {budget:,}")
     choices = [(name, candidate) for name, options in candidates.items() for candidate in options]
     changes = np.array([candidate.output_change for _, candidate in choices])
@@ -37,7 +37,7 @@ def allocate_faster(
     """Choose one candidate per layer that is not slower than dense, if need be over the budget; or list the layer."""
     left = {name: list(options) for name, options in candidates.items()}
     while True:
-        chosen = allocate(left, max(budget, _least_cost(left)))
+        chosen = allocate(left, max(budget, least_cost(left)))
         slow = {name: c for name, c in chosen.items() if c.spec != "dense" and is_slower(name, c.spec)}
         if not slow:
             return chosen, [name for name in left if len(left[name]) == 1 < len(candidates[name])]
@@ -46,7 +46,8 @@ def allocate_faster(
             left[name] = [o for o in left[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
 
 
-def _least_cost(candidates: Mapping[str, Sequence[LayerCandidate]]) -> int:
+def least_cost(candidates: Mapping[str, Sequence[LayerCandidate]]) -> int:
+    """Return the cost of the cheapest choice for all layers."""
     return sum(min(candidate.cost for candidate in options) for options in candidates.values())
 
 

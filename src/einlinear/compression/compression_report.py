@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from einlinear.compression.layer_timing import MANY_TOKENS, SpeedUp
+from einlinear.compression.layer_timing import SpeedUp, describe_tokens
 from einlinear.conversion.conversion_report import Coverage, total
 from einlinear.tables import aligned
 
-_ERRORS, _SPEEDS = ("expected error", "error"), ("x as fast, 1 token", f"{MANY_TOKENS} tokens")
-HEADINGS = ("layer", "structure", "params", "MACs", "kept", *_ERRORS, *_SPEEDS)
+_HEADINGS = ("layer", "structure", "params", "MACs", "kept", "expected error", "error")
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class CompressedLayer:
         expected_error: the error by which the structure was chosen.
         error: of the outputs on the calibration data, E|y - y'|^2 / E|y|^2 (centred if there is a bias), or the weight.
         sensitivity: change of the model's output per unit of a small error.
-        speed_up: over the dense layer, for one token and for 256 at once.
+        speed_up: over the dense layer, by the number of tokens at once.
         tokens_per_input: tokens for each input feature that the layer was fitted to, or None.
         reason: why the layer had to stay dense, or None.
         precision: of the stored weight, or "" for that of the dense layer.
@@ -61,6 +60,43 @@ class RoundingAlone:
 
 
 @dataclass(frozen=True)
+class DtypeAlone:
+    """Seconds of the dense layers in another dtype, and the expected change of the model's output."""
+
+    dtype: str
+    seconds: float
+    change: float
+
+
+@dataclass(frozen=True)
+class MeasuredTime:
+    """Seconds that layers take together for a number of tokens, with the expected change of the model's output."""
+
+    tokens: int
+    before: float
+    after: float
+    change: float
+    alternatives: tuple[DtypeAlone, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on the time, and on other dtypes, with a warning if one of them is at least as fast and better."""
+        before, after = 1e3 * self.before, 1e3 * self.after
+        share = f"{self.after / self.before:.1%}"
+        notes = [f"The layers take {after:.3g} of {before:.3g} ms for {describe_tokens([self.tokens])}: {share}."]
+        for other in self.alternatives:
+            name = other.dtype.removeprefix("torch.")
+            if other.seconds > self.after:
+                result = f"not possible, the dense layers take {other.seconds / self.before:.1%}."
+            else:
+                result = f"expected change of the model's output {other.change:.3g}; chosen here: {self.change:.3g}."
+                if other.change <= self.change:
+                    result += f" Convert the model first: model.to({other.dtype})."
+            notes.append(f"{name} alone at this speed: {result}")
+        return notes
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """Result of a compression. Print it.
 
@@ -70,6 +106,7 @@ class CompressionReport:
         coverage: the share of the model's parameters that was considered, and the kinds of the others.
         missed_budget: the budget, if only faster layers were wanted and do not reach it.
         alternative: with a budget of bytes, what rounding alone would cost.
+        time: with a budget of time, what the layers take.
         params_before, params, macs, bytes_before, bytes: sums over the weights of the layers.
     """
 
@@ -78,6 +115,7 @@ class CompressionReport:
     coverage: Coverage | None = None
     missed_budget: float | None = None
     alternative: RoundingAlone | None = None
+    time: MeasuredTime | None = None
 
     params_before, params = total("layers", "params_before"), total("layers", "params")
     macs, bytes_before, bytes = total("layers", "macs"), total("layers", "bytes_before"), total("layers", "bytes")
@@ -95,11 +133,15 @@ class CompressionReport:
             before, now = self.bytes_before, self.bytes
             notes.append(f"The weights take {now:,} of {before:,} bytes: 1/{before / max(now, 1):.1f}.")
             notes.append(str(self.alternative))
+        if self.time is not None:
+            notes += self.time.notes
         if self.coverage is not None:
             kept = 1 - (self.params_before - self.params) / max(self.coverage.params, 1)
             notes += [*self.coverage.notes, f"The whole model keeps {kept:.1%} of its parameters."]
         if self.missed_budget is not None:
             slower = "all other structures tried are slower than the dense layers"
+            if self.time is not None:
+                slower = "structures took longer than was estimated when they were timed themselves"
             notes.append(f"The budget of {self.missed_budget:.1%} is not reached: {slower}.")
         notes += [f"Stays dense: {layer.name}, {layer.reason}." for layer in self.layers if layer.reason is not None]
         notes += [f"Left as it was: {name} {reason}." for name, reason in self.skipped]
@@ -111,15 +153,21 @@ class CompressionReport:
         if slow := [layer for layer in self.layers if layer.speed_up.is_slower]:
             names = [f"{layer.name} ({', '.join(layer.speed_up.rounded)})" for layer in slow[:5]]
             more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
-            slower = f"{len(slow)} of {len(self.layers)} layers are slower than dense, for 1 token or {MANY_TOKENS}"
+            than_dense = f"layers are slower than dense, for {describe_tokens(self._timed)}"
             advice = "only_if_faster=True leaves such layers dense"
             if self.alternative is not None:
                 advice = "Weights stored in few bits are expanded in every call"
-            notes.append(f"{slower}: {', '.join(names)}{more}. {advice}.")
+            notes.append(f"{len(slow)} of {len(self.layers)} {than_dense}: {', '.join(names)}{more}. {advice}.")
         return notes
 
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """Headings of the columns of `rows`."""
+        first, *others = map(describe_tokens, ([n] for n in self._timed))
+        return (*_HEADINGS, f"x as fast, {first}", *others)
+
     def rows(self) -> list[tuple[str, ...]]:
-        """Return a row of text per layer, and one for all of them, under `HEADINGS`."""
+        """Return a row of text per layer, and one for all of them, under `headings`."""
 
         def counts(part: CompressedLayer | CompressionReport) -> tuple[str, str, str]:
             return f"{part.params:,}", f"{part.macs:,}", f"{part.params / part.params_before:.1%}"
@@ -129,7 +177,12 @@ class CompressionReport:
             errors = (f"{layer.expected_error:.3g}", f"{layer.error:.3g}")
             structure = f"{layer.structure}, {layer.precision}" if layer.precision else layer.structure
             rows.append((layer.name, structure, *counts(layer), *errors, *layer.speed_up.rounded))
-        return [*rows, ("all of them", "", *counts(self), "", "", "", "")]
+        return [*rows, ("all of them", "", *counts(self), "", "", *("" for _ in self._timed))]
 
     def __str__(self) -> str:
-        return "\n".join([*filter(None, [self.warning]), *aligned([HEADINGS, *self.rows()]), *self.notes])
+        return "\n".join([*filter(None, [self.warning]), *aligned([self.headings, *self.rows()]), *self.notes])
+
+    @property
+    def _timed(self) -> list[int]:
+        """The numbers of tokens for which layers were timed."""
+        return list(self.layers[0].speed_up.by_tokens)

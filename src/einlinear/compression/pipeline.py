@@ -20,12 +20,13 @@ from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, l
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport, RoundingAlone
 from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.forward_passes import Passes
-from einlinear.compression.layer_timing import LayerTimer
+from einlinear.compression.layer_timing import TOKENS, LayerTimer, SpeedUp
 from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, project
 from einlinear.compression.precision_candidates import in_every_precision, least_bytes, weight_bytes
 from einlinear.compression.resume_cache import ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
+from einlinear.compression.time_candidates import LayerTimes
 from einlinear.conversion.replacement import replace_modules, structured_like
 from einlinear.nn import Linear
 from einlinear.nn.dense_layers import features, weight_matrix
@@ -44,6 +45,7 @@ def compress(
     calibration: Iterable[Batch] | None = None,
     *,
     count: str = "params",
+    tokens: int | None = None,
     layers: str | Sequence[str] | None = None,
     sequential: bool = True,
     damping: float = 1e-2,
@@ -52,7 +54,7 @@ def compress(
     folder: str | Path | None = None,
     shared: str | Path | None = None,
 ) -> CompressionReport:
-    """Replace linear layers by structured ones that together keep a share of parameters, MACs or bytes, in place.
+    """Replace linear layers by structured ones that together keep a share of parameters, MACs, bytes or time, in place.
 
     Each layer gets its own structure and rank, or stays dense, so that the model's output changes least.
 
@@ -64,14 +66,17 @@ def compress(
         calibration: batches: tensors, sequences of positional arguments, or mappings of named ones. An "attention_mask"
             of (batch, tokens) marks padding. The output that counts is `logits`, `last_hidden_state`, or else the first
             tensor that the model returns, through which gradients pass. None: weights are approximated, not outputs.
-        count: "params", "macs" or "bytes". With "bytes", structure and precision are chosen together: structured and
-            dense weights in their own dtype, bfloat16, int8, int4, int3 or int2. The budget is a fraction of the bytes
-            that the weights take in the model's dtype.
+        count: "params", "macs", "bytes" or "time". With "bytes", structure and precision are chosen together:
+            structured and dense weights in their own dtype, bfloat16, int8, int4, int3 or int2. The budget is a
+            fraction of the bytes that the weights take in the model's dtype. With "time", it is a fraction of the
+            seconds that the dense layers take on this machine; layers that would not become faster stay dense.
+        tokens: tokens that a layer gets in one call, for which layers are timed: 1 for decoding, or the batch size
+            times the length. None: 1 and 256; count="time" needs a number.
         layers: a glob, or several, on qualified names; None: all but output heads, which the guide lists.
         sequential: fit each layer on the outputs of the compressed layers before it; False: on the original's inputs.
         damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
-        only_if_faster: use only structures that are as fast as the dense layer on this machine, for 1 token and for
-            256, within 5 %, even if the budget is then not reached.
+        only_if_faster: use only structures that are as fast as the dense layer on this machine, for all `tokens`,
+            within 5 %, even if the budget is then not reached.
         progress: called with the current step, and how much of it is done, of how much; for the first time at once.
         folder: resume cache, from which the same call resumes after an interruption. It is not removed at the end.
         shared: resume cache for compressions of the same model and data to other budgets or with other structures.
@@ -93,7 +98,7 @@ def compress(
         True
     """
     families = [structures] if isinstance(structures, str) else list(structures)
-    batches = _check_arguments(model, budget, families, calibration, count, damping)
+    batches = _check_arguments(model, budget, families, calibration, count, tokens, damping)
     if only_if_faster and count == "bytes":
         raise ValueError(
             "only_if_faster=True needs count='params' or 'macs': stored weights of few bits are not faster"
@@ -111,17 +116,20 @@ def compress(
         in_bytes = count == "bytes"
         largest = budget * sum(weight_bytes(l) if in_bytes else l.weight.numel() for l in dense.values())
         # structure need not save anything where precision does
-        members, reasons = members_by_layer(dense, families, *((1.0, "params") if in_bytes else (budget, count)))
+        by_size = (budget, count) if count in ("params", "macs") else (1.0, "params")
+        members, reasons = members_by_layer(dense, families, *by_size)
         if in_bytes:
             reasons = {}
             _check_bytes(dense, members, budget, int(largest))
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
-        config |= {"sequential": sequential, "only_if_faster": only_if_faster, **data_config}
+        config |= {"sequential": sequential, "only_if_faster": only_if_faster, "tokens": tokens, **data_config}
         results = ResumeCache(folder, config, "an unfinished compression")
         shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
-        timer = LayerTimer(lambda done: report_progress("timing layers", done, len(dense)))
+        timed = TOKENS if tokens is None else (tokens,)
+        timer = LayerTimer(dense, timed, results, lambda done: report_progress("timing layers", done, len(dense)))
         report_progress("looking at the model", 1, 1)
+        times = LayerTimes(timer, dense, members, budget) if count == "time" else None
 
         # 1. calibrate
         passes = None if batches is None else Passes(model, batches, unchanged=selection.first_layers)
@@ -134,7 +142,10 @@ def compress(
         sensitivities, candidates = _compare(compare, calibrated, members, count, probe, metrics)
 
         # 3. allocate
-        chosen, slow = _allocate(results, candidates, int(largest), dense, timer if only_if_faster else None)
+        if times is None:
+            chosen, slow = _allocate(results, candidates, int(largest), dense, timer if only_if_faster else None)
+        else:
+            chosen, slow = times.allocate(candidates)
         alternative = _rounding_alone(candidates, chosen, int(largest)) if in_bytes else None
         reasons |= dict.fromkeys(slow, "every structure tried is slower than the dense layer")
 
@@ -150,7 +161,8 @@ def compress(
         size, expected, slope = layer.weight.numel(), chosen[name].error, sensitivities[name].slope
         before = weight_bytes(layer)
         if name not in fitted:
-            unchanged, why = (size, size, size, expected, 0.0, slope), reasons.get(name)
+            same_speed, why = SpeedUp(dict.fromkeys(timer.tokens, 1.0)), reasons.get(name)
+            unchanged = size, size, size, expected, 0.0, slope, same_speed
             reports.append(CompressedLayer(name, "dense", *unchanged, reason=why, bytes_before=before, bytes=before))
             continue
         new, error, tokens = fitted[name]
@@ -160,10 +172,11 @@ def compress(
         stored = new.nbytes if isinstance(new, QuantizedLinear) else s.params * layer.weight.element_size()
         sizes: dict[str, Any] = {"precision": precision, "bytes_before": before, "bytes": stored}
         reports.append(CompressedLayer(name, s.spec, *measures, speed_up, per_input, **sizes))
-    missed = sum(getattr(layer, count) for layer in reports) > largest
+    missed = sum(choice.cost for choice in chosen.values()) > (largest if times is None else times.budget)
     replace_modules(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
     found = tuple(reports), tuple(selection.skipped), selection.coverage
-    return CompressionReport(*found, budget if missed else None, alternative)
+    time = None if times is None else times.measured(chosen, sensitivities)
+    return CompressionReport(*found, budget if missed else None, alternative, time)
 
 
 class FittedLayer(NamedTuple):
@@ -222,7 +235,7 @@ def _compare(
         if probe is not None:
             measure = partial(measure_sensitivity, layer, probe, metric)
             sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
-        by_structure = "params" if count == "bytes" else count
+        by_structure = "macs" if count == "macs" else "params"
         candidates[name] = layer_candidates(layer, members[name], by_structure, sensitivities[name], metric, cached)
         if count == "bytes":
             candidates[name] = in_every_precision(layer, candidates[name], sensitivities[name], cached)
@@ -335,7 +348,13 @@ def _fitted_layer(old: Any, choice: LayerCandidate, record: tuple[dict[str, Tens
 
 
 def _check_arguments(
-    model: object, budget: float, families: Sequence[str], calibration: Any, count: str, damping: float
+    model: object,
+    budget: float,
+    families: Sequence[str],
+    calibration: Any,
+    count: str,
+    tokens: int | None,
+    damping: float,
 ) -> list[Batch] | None:
     """Raise for arguments that are wrong by themselves, and return the batches."""
     if not isinstance(model, nn.Module):
@@ -346,8 +365,12 @@ def _check_arguments(
     if calibration is not None and (is_one_batch or not isinstance(calibration, Iterable)):
         kind = type(calibration).__name__
         raise TypeError(f"calibration must be an iterable of batches, not a {kind}: for a single batch give [batch]")
-    if count not in ("params", "macs", "bytes"):
-        raise ValueError(f"count must be 'params', 'macs' or 'bytes', not {count!r}")
+    if count not in ("params", "macs", "bytes", "time"):
+        raise ValueError(f"count must be 'params', 'macs', 'bytes' or 'time', not {count!r}")
+    if tokens is None and count == "time":
+        raise ValueError("count='time' needs tokens: the number in one call, such as 1 for decoding, or 32 * 64")
+    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        raise ValueError(f"tokens is the number in one call of a layer, at least 1, not {tokens!r}")
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping is a fraction of the inputs' variance, at least 0, such as 0.01, not {damping!r}")
     if not 0 < budget <= 1:

@@ -30,6 +30,8 @@ def compress_command(
     keep_params: _Fraction = None,
     keep_macs: _Fraction = None,
     keep_bytes: _Fraction = None,
+    keep_time: _Fraction = None,
+    time_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     structures: list[str] | None = None,
     calibration: Path | None = None,
     samples: _Count = 256,
@@ -57,6 +59,8 @@ def compress_command(
         keep_params: Fraction of the layers' parameters to keep, such as 0.5.
         keep_macs: Or of their multiply-accumulates.
         keep_bytes: Or of their bytes, with weights in 16, 8, 4, 3 or 2 bits.
+        keep_time: Or of the seconds that they take on this machine, for --time-tokens at once.
+        time_tokens: Tokens for which layers are timed: 1 for decoding, or batch size times length. Default: 1 and 256.
         structures: Families of structures to choose from, separated by ';' or ','; may be repeated. Default: low_rank,
             monarch, btt, blast(blocks=4).
         calibration: A text file, or rows (.jsonl, .json, .csv, .parquet) with text, messages, or prompt and completion:
@@ -73,7 +77,7 @@ def compress_command(
             low-rank additions to the dense ones, which are merged into their weights. The last two save memory.
         adapter_rank: Rank of these additions.
         sequential: Fit layers one after the other, or all at once.
-        only_if_faster: Leave layers dense that would be slower here, for 1 token or 256 at once.
+        only_if_faster: Leave layers dense that would be slower here, for --time-tokens at once.
         dtype: Of the parameters: auto, float32, bfloat16, float16.
         device: That the model runs on: cpu, cuda, ...
     """
@@ -84,7 +88,6 @@ def compress_command(
 
     from einlinear import compression
     from einlinear.compression.candidates import DEFAULT_FAMILIES
-    from einlinear.compression.compression_report import HEADINGS
     from einlinear.compression.distillation import TRAIN
     from einlinear_lab.bench.generation_speed import model_speeds
     from einlinear_lab.pretrained.documents import read_documents, text_batches
@@ -96,13 +99,15 @@ def compress_command(
     distillation = None
     with display.interruptible(f"Interrupted. The same command resumes; so far: {unfinished}"), ExitStack() as stack:
         with display.user_errors():
-            given = {"params": keep_params, "macs": keep_macs, "bytes": keep_bytes}
+            given = {"params": keep_params, "macs": keep_macs, "bytes": keep_bytes, "time": keep_time}
             budgets = [(count, budget) for count, budget in given.items() if budget is not None]
             if len(budgets) != 1:
                 raise ValueError(f"give one of --keep-{', --keep-'.join(given)}: the fraction to keep, such as 0.5")
             ((count, budget),) = budgets
             if train not in TRAIN:
                 raise ValueError(f"--train must be one of {', '.join(TRAIN)}, not {train!r}")
+            if keep_time is not None and time_tokens is None:
+                raise ValueError("--keep-time needs --time-tokens: 1 for decoding, or batch size times length")
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
@@ -133,9 +138,9 @@ def compress_command(
             tensors = () if distill else (*compressed.parameters(), *compressed.buffers())
             original = copy.deepcopy(compressed, {id(tensor): tensor for tensor in tensors})
             families = specs(structures) or DEFAULT_FAMILIES
-            options: dict[str, Any] = {"count": count, "layers": layers, "sequential": sequential, "folder": unfinished}
+            options: dict[str, Any] = {"count": count, "tokens": time_tokens, "layers": layers, "folder": unfinished}
             with display.steps() as advance:
-                options |= {"only_if_faster": only_if_faster, "progress": advance}
+                options |= {"sequential": sequential, "only_if_faster": only_if_faster, "progress": advance}
                 report = compression.compress(compressed, budget, families, batches, **options)
             if distill and calibration is not None:
                 texts = text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size)
@@ -154,7 +159,7 @@ def compress_command(
             shutil.rmtree(unfinished)
     if report.warning:
         display.note(report.warning)
-    display.show(HEADINGS, report.rows())
+    display.show(report.headings, report.rows())
     for note in report.notes:
         display.note(note)
     if distillation is not None:

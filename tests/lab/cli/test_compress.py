@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +307,20 @@ def test_a_budget_of_bytes_rounds_weights(source: Path, text: Path, tmp_path: Pa
     assert sum(layer.nbytes for layer in rounded) < 0.3 * before
 
 
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+def test_a_budget_of_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(layers: Mapping[str, Any], tokens: int, stack_bytes: int) -> dict[str, float]:
+        assert tokens == 3
+        return {label: 1e-3 if label.startswith("dense") else 4e-4 for label in layers}
+
+    monkeypatch.setattr("einlinear.compression.layer_timing.interleaved_seconds", seconds)
+    command = ("compress", source, "--out", tmp_path / "out", "--keep-time", 0.5, "--time-tokens", 3, *OPTIONS)
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert "x as fast, 3 tokens" in out
+    assert re.search(r"The layers take [\d.]+ of [\d.]+ ms for 3 tokens: 4\d\.\d%\.", out)
+
+
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
 def test_chats_calibrate_by_the_template(source: Path, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "she read"}, {"role": "assistant", "content": "the old house by the sea"}]
@@ -390,8 +404,9 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
     ("change", "parts"),
     [
         ({"--keep-params": None}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
-        ({"--keep-macs": 0.5}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
+        ({"--keep-macs": 0.5}, ["give one of --keep-params, --keep-macs, --keep-bytes, --keep-time"]),
         ({"--distill": 1, "--train": "some"}, ["--train must be one of all, structured, adapters, not 'some'"]),
+        ({"--keep-params": None, "--keep-time": 0.5}, ["--keep-time needs --time-tokens"]),
         ({"--keep-params": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
         ({"--structures": "lowrank"}, ["unknown family 'lowrank'. Did you mean 'low_rank'"]),
         ({"--distill": 1}, ["--distill needs text to train on"]),
