@@ -18,9 +18,10 @@ from einlinear.conversion.replacement import (
     owners_of,
     replace_modules,
     structured_like,
+    tables,
 )
 from einlinear.conversion.weight_usage import uncalled_layers
-from einlinear.nn import Linear, MoELinear
+from einlinear.nn import Embedding, Linear, MoELinear
 from einlinear.nn.dense_layers import as_class, features, weight_matrix
 from einlinear.nn.interception import has_any_hooks
 from einlinear.nn.model_call import Batch
@@ -38,6 +39,7 @@ def convert(
     exclude: str | Sequence[str] = (),
     weights: str = "init",
     *,
+    embeddings: str | Sequence[str] = (),
     normalize: bool | str | Sequence[str] = False,
     gamma: bool | str | Sequence[str] = True,
     experts: int | None = None,
@@ -58,6 +60,8 @@ def convert(
         exclude: a glob, or several: which of these to leave out.
         weights: "init" draws new factors and sets biases to zero, except for a layer whose weight is zero, which keeps
             weight and bias. "project" takes the closest to the layer's weight, and keeps the bias.
+        embeddings: a glob, or several: which `torch.nn.Embedding` to convert to `einlinear.Embedding`. One that shares
+            its weight with a head needs the structure of the head. Entries of new tables are as large as the old ones.
         normalize: which new layers are normalised (`Linear`), with weights="init": none, all but those of the structure
             "dense" (True), or those that globs match, "dense" ones included.
         gamma: which normalised layers have gammas: all, none, or those that globs match. Queries and keys need none.
@@ -89,19 +93,25 @@ def convert(
     for text in plan.values():
         check_spec(text)
     linears, fused = linear_layers(model), fused_experts(model)
+    embedded = tables(model)
+    table_globs = as_globs(embeddings, "embeddings")
+    check_globs(table_globs, [*embedded], "embeddings", "embedding")
+    embedded = {name: table for name, table in embedded.items() if matches_any(name, table_globs)}
     arguments = {"layers": layers, "structure": [*plan], "exclude": exclude, "normalize": normalize, "gamma": gamma}
     globs = {name: as_globs(value, name) for name, value in arguments.items() if not isinstance(value, bool)}
     _check_new_weights(weights, normalize, gamma, experts, active)
     for argument, group in globs.items():
-        check_globs(group, [*linears, *fused], argument, "linear layer")
+        check_globs(group, [*linears, *fused, *embedded], argument, "linear layer")
     classes = _as_classes(classes)
 
     # 2. match layers with structures, and find those that no structure can replace
     matched: dict[str, str] = {}
-    for name in (*linears, *fused):
+    for name in (*linears, *fused, *embedded):
         spec = next((spec for glob, spec in plan.items() if fnmatchcase(name, glob)), None)
-        if spec is not None and matches_any(name, globs["layers"]) and not matches_any(name, globs["exclude"]):
+        is_considered = name in embedded or matches_any(name, globs["layers"])
+        if spec is not None and is_considered and not matches_any(name, globs["exclude"]):
             matched[name] = spec
+    linears |= embedded
     reasons = fused | _reasons_to_skip(model, linears, matched, classes, example_input)
 
     # 3. make the new layers
@@ -119,7 +129,8 @@ def convert(
             s = make_structure(spec, *features(old))
             is_normalized = s.spec != "dense" if normalize is True else matches_any(name, globs.get("normalize", ()))
             has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
-            layer = _new_layer(old, s, weights, normalize=is_normalized, gamma=has_gamma, **mixture)
+            config = {} if name in embedded else {"normalize": is_normalized, "gamma": has_gamma, **mixture}
+            layer = _new_layer(old, s, weights, **config)
         except DoesNotFit as error:
             skipped.append((name, str(error)))
             continue
@@ -161,7 +172,7 @@ def densify(model: nn.Module) -> ConversionReport:
         >>> report.params_before, report.params
         (1024, 4096)
     """
-    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear))
+    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear | Embedding))
     new, weights = dict[int, nn.Module](), dict[tuple[int, ...], nn.Parameter]()
     converted = list[Conversion]()
     mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
@@ -176,7 +187,8 @@ def densify(model: nn.Module) -> ConversionReport:
             dense.weight = weights.setdefault(factors[name], dense.weight)
             new[id(layer)] = dense
             s, entries = layer.structure, layer.in_features * layer.out_features
-            converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, s.macs, entries))
+            costs = (0, 0) if isinstance(dense, nn.Embedding) else (s.macs, entries)
+            converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, *costs))
     if not converted:
         raise _nothing_converted(skipped, "there is no structured layer in the model")
     replace_modules(model, new)
@@ -220,7 +232,8 @@ def _reasons_to_skip(
 
     def tied_elsewhere(layer: Any, spec: str) -> str | None:
         for name, other in owners[id(layer.weight)]:
-            alike = name in linears and matched.get(name) == spec and type(other) is type(layer)
+            is_table = isinstance(other, nn.Embedding) or isinstance(layer, nn.Embedding)
+            alike = name in linears and matched.get(name) == spec and (type(other) is type(layer) or is_table)
             if other is not layer and (not alike or ineligible[id(other)]):
                 return f"its weight is tied to {name}, which is not converted to the same structure"
         return None
@@ -233,8 +246,10 @@ def _reasons_to_skip(
 
 
 @torch.no_grad()
-def _new_layer(old: Any, s: Structure, weights: str, **config: Any) -> Linear | MoELinear:
+def _new_layer(old: Any, s: Structure, weights: str, **config: Any) -> Linear | MoELinear | Embedding:
     """Return the structured layer that replaces another one; `config` is that of a layer with new weights."""
+    if isinstance(old, nn.Embedding):
+        return _new_table(old, s, weights)
     is_zero = _is_zero(old.weight)
     if weights == "project" and not is_zero:
         projected = Linear.from_dense(old, s)
@@ -250,10 +265,23 @@ def _new_layer(old: Any, s: Structure, weights: str, **config: Any) -> Linear | 
     return layer
 
 
+def _new_table(old: nn.Embedding, s: Structure, weights: str) -> Embedding:
+    if weights == "project":
+        return Embedding.from_dense(old, s)
+    table: Embedding = structured_like(old, s)
+    if not old.weight.is_meta:
+        size = float(old.weight.float().square().mean().sqrt())
+        for _, factors in s.by_term([factor.name for factor in s.factors]):
+            for factor in factors:
+                table.get_parameter(factor).mul_(size ** (1 / len(factors)))
+    return table
+
+
 @torch.no_grad()
-def _conversion(name: str, old: Any, layer: Linear | MoELinear, weights: str) -> Conversion:
+def _conversion(name: str, old: Any, layer: Linear | MoELinear | Embedding, weights: str) -> Conversion:
     s, entries = layer.structure, layer.in_features * layer.out_features
     after, params, macs, error = s.spec, s.params, s.macs, None
+    is_table = isinstance(layer, Embedding)
     if isinstance(layer, MoELinear):
         after = f"{layer.experts} experts of {s.spec}, {layer.active} active"
         params, macs = layer.experts * s.params + layer.router.numel(), layer.layer_info().macs or 0
@@ -261,10 +289,14 @@ def _conversion(name: str, old: Any, layer: Linear | MoELinear, weights: str) ->
         weight = weight_matrix(old).float()
         difference = (layer.dense_weight().float() - weight).norm()
         error = float(difference / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    return Conversion(name, _describe(old), after, entries, params, entries, macs, error, _is_zero(old.weight))
+    # a lookup multiplies little
+    costs = (0, 0) if is_table else (entries, macs)
+    return Conversion(name, _describe(old), after, entries, params, *costs, error, _is_zero(old.weight))
 
 
 def _describe(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return f"Embedding {module.num_embeddings} x {module.embedding_dim}"
     return "{} {} -> {}".format(type(module).__name__, *features(module))
 
 

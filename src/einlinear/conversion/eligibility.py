@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einlinear.nn import Linear, MoELinear
+from einlinear.nn import Embedding, Linear, MoELinear
 from einlinear.nn.dense_layers import is_conv1d
 from einlinear.nn.interception import has_any_hooks
 
@@ -22,8 +22,8 @@ _differences: dict[Any, str | None] = {}
 
 
 def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
-    """Return why no structure can replace a linear layer, or None; `classes` count as linear whatever they compute."""
-    if isinstance(module, Linear | MoELinear):
+    """Return why no structure can replace a layer or table, or None; `classes` count as linear in any case."""
+    if isinstance(module, Linear | MoELinear | Embedding):
         return f"is already structured: {module.structure.spec}"
     advice = "which would be lost: make it permanent first, with torch.nn.utils."
     if is_parametrized(module):
@@ -39,11 +39,21 @@ def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> st
         return "has hooks, which would be lost"
     if "forward" in vars(module):
         return "has a forward of its own beside that of its class, which would be lost"
+    if isinstance(module, nn.Embedding):
+        return _difference_to_table(module)
     if type(module) is nn.Linear or is_conv1d(module) or isinstance(module, classes):
         return None
     if difference := difference_to_linear(module):
         name = type(module).__name__
         return f"is a {name}, and no plain nn.Linear: {difference}. classes=[{name}] converts it all the same"
+    return None
+
+
+def _difference_to_table(module: nn.Embedding) -> str | None:
+    if type(module) is not nn.Embedding:
+        return f"is a {type(module).__name__}, and no plain nn.Embedding"
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return "has max_norm, scale_grad_by_freq or sparse, which structured tables do not have"
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from einlinear.nn import Linear, MoELinear
+from einlinear.nn import Embedding, Linear, MoELinear
 from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.layer_descriptions import layer_info
 from einlinear.structures import Structure
@@ -17,6 +17,14 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
     """Return all linear layers, structured ones included, by every qualified name they have."""
     instead = "el.Linear.from_dense(layer, structure)"
     return layers_of(model, instead, lambda module: isinstance(module, Linear | MoELinear) or is_linear(module))
+
+
+def tables(model: nn.Module) -> dict[str, Any]:
+    """Return all embeddings, structured ones included, by every qualified name they have."""
+    found = model.named_modules(remove_duplicate=False)
+    return {
+        name: module for name, module in found if isinstance(module, nn.Embedding | Embedding) and module is not model
+    }
 
 
 def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
@@ -48,7 +56,11 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
-    """Return a new `Linear`, or `MoELinear` if `config` has "experts", with size, device, dtype and mode of a layer."""
+    """Return a new `Linear`, `Embedding`, or `MoELinear` if `config` has "experts", like an old layer."""
+    if isinstance(old, nn.Embedding):
+        size = old.num_embeddings, old.embedding_dim
+        table = Embedding(*size, structure, old.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
+        return table.requires_grad_(old.weight.requires_grad).train(old.training)
     config |= {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     layer = (MoELinear if "experts" in config else Linear)(*features(old), structure, **config)
     if isinstance(layer, Linear):

@@ -63,7 +63,7 @@ class Parameter:
 
     @property
     def full_shape(self) -> list[int]:
-        """The shape that is compared with the base's: [out_features, in_features] of the full weight for a matrix or a factor."""
+        """The shape to compare with the base's: [out_features, in_features] of a full matrix, also for a factor."""
         is_whole = self.role.is_matrix or self.role.structure is not None
         return [self.role.out_features, self.role.in_features] if is_whole else list(self.shape)
 

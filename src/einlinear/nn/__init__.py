@@ -6,5 +6,15 @@ from einlinear.nn.linear import Linear
 from einlinear.nn.moe import Experts, Load, MoEFeedForward, MoELinear, RouterOutput, moe_loads, moe_loss
 from einlinear.nn.quantized_linear import QuantizedLinear
 
-__all__ = ["Embedding", "Experts", "FeedForward", "Linear", "Load", "MoEFeedForward", "MoELinear", "QuantizedLinear", "RouterOutput"]
+__all__ = [
+    "Embedding",
+    "Experts",
+    "FeedForward",
+    "Linear",
+    "Load",
+    "MoEFeedForward",
+    "MoELinear",
+    "QuantizedLinear",
+    "RouterOutput",
+]
 __all__ += ["moe_loads", "moe_loss"]

@@ -17,27 +17,31 @@ def is_conv1d(module: Any) -> bool:
 
 
 def features(linear: Any) -> tuple[int, int]:
-    """Return (in_features, out_features) of a linear layer, structured or dense."""
+    """Return (in_features, out_features) of a linear layer, structured or dense; of a table, as if it were a head."""
+    if isinstance(linear, nn.Embedding):
+        return int(linear.embedding_dim), int(linear.num_embeddings)
     if is_conv1d(linear):
         return int(getattr(linear, "nx", linear.weight.shape[0])), int(linear.nf)
     return int(linear.in_features), int(linear.out_features)
 
 
 def weight_matrix(linear: Any) -> Tensor:
-    """Return the weight of a dense linear layer as (out_features, in_features); a view for Conv1D. Else TypeError."""
-    if not is_linear(linear):
+    """Return the weight of a dense layer or table as (out_features, in_features); a view for Conv1D. Else TypeError."""
+    if not is_linear(linear) and not isinstance(linear, nn.Embedding):
         kind = type(linear).__name__
         raise TypeError(f"expected an nn.Linear, a Conv1D or a weight of shape (out, in), not {kind}")
     weight: Tensor = linear.weight
     return weight.T.requires_grad_(weight.requires_grad) if is_conv1d(linear) else weight
 
 
-def as_class(linear: nn.Linear, dense_class: type[nn.Module]) -> nn.Module:
-    """Return a `torch.nn.Linear` as a Conv1D, or as a subclass unless it has a constructor of its own."""
+def as_class(linear: Any, dense_class: type[nn.Module]) -> nn.Module:
+    """Return a `torch.nn.Linear` as a Conv1D, or as a subclass unless it has a constructor of its own; or a table."""
+    if isinstance(linear, nn.Embedding):
+        return linear
     if issubclass(dense_class, nn.Linear):
         if dense_class.__init__ is nn.Linear.__init__:
             linear.__class__ = dense_class
-        return linear
+        return linear  # type: ignore[no-any-return]
     with torch.device("meta"):
         conv1d: Any = dense_class(linear.out_features, linear.in_features)
     conv1d.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)

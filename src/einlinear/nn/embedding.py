@@ -81,7 +81,8 @@ class Embedding(Factored):
         if weight.is_meta:
             raise ValueError("a table on the meta device has no values to project: load it first")
         padding = getattr(table, "padding_idx", None)
-        layer = cls(*weight.shape, structure, padding, device=weight.device, dtype=weight.dtype)
+        rows, columns = weight.shape
+        layer = cls(rows, columns, structure, padding, device=weight.device, dtype=weight.dtype)
         for factor, value in zip(layer.structure.factors, ops.project(layer.structure, weight), strict=True):
             layer.get_parameter(factor.name).copy_(value).requires_grad_(weight.requires_grad)
         return layer if isinstance(table, Tensor) else layer.train(table.training)
@@ -116,7 +117,8 @@ class Embedding(Factored):
     def to_dense(self) -> nn.Embedding:
         """Return a `torch.nn.Embedding` with the same rows, device, dtype, training mode and requires_grad."""
         weight = self.dense_weight()
-        table = nn.Embedding(*weight.shape, self.padding_idx, device=weight.device, dtype=weight.dtype)
+        size = self.num_embeddings, self.embedding_dim
+        table = nn.Embedding(*size, self.padding_idx, device=weight.device, dtype=weight.dtype)
         table.weight.copy_(weight).requires_grad_(any(p.requires_grad for p in self.weight_parameters()))
         return table.train(self.training)
 

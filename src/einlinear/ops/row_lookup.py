@@ -25,7 +25,8 @@ def rows(structure: Structure, factors: Sequence[Tensor], numbers: Tensor) -> Te
 
 def _rows_of_term(structure: Structure, term: Term, factors: Sequence[Tensor], numbers: Tensor) -> Tensor:
     sizes = dict(structure.sizes)
-    indices, rest = dict[str, Tensor](), numbers
+    indices: dict[str, Tensor] = {}
+    rest = numbers
     for axis in reversed(term.outputs):
         indices[axis], rest = rest % sizes[axis], rest // sizes[axis]
     operands, subscripts = [], []
@@ -39,7 +40,9 @@ def _rows_of_term(structure: Structure, term: Term, factors: Sequence[Tensor], n
         table = w.permute([factor.axes.index(axis) for axis in (*split, *others)])
         # lists, since torch.compile cannot trace math.prod of a generator
         table = table.reshape(math.prod([sizes[a] for a in split]), math.prod([sizes[a] for a in others]))
-        index = functools.reduce(lambda before, axis: before * sizes[axis] + indices[axis], split, torch.zeros_like(rest))
+        index = functools.reduce(
+            lambda before, axis: before * sizes[axis] + indices[axis], split, torch.zeros_like(rest)
+        )
         operands.append(F.embedding(index, table).reshape(len(numbers), *[sizes[a] for a in others]))
         subscripts.append(("tokens", *others))
     # a row is zero but at its own index of an axis that the input has as well

@@ -30,7 +30,7 @@ def lookup_fan_in(structure: Structure) -> tuple[int, ...]:
 def table_std(structure: Structure) -> tuple[float, ...]:
     """Return the standard deviations of factors with which the entries of a table have the root mean square 1."""
     sizes, stds = dict(structure.sizes), list[float]()
-    for (term, fan_ins) in structure.by_term(lookup_fan_in(structure)):
+    for term, fan_ins in structure.by_term(lookup_fan_in(structure)):
         # of a row, only the entries at its own index of a shared axis are not zero
         shared = math.prod(sizes[axis] for axis in term.inputs if axis in term.outputs)
         share = (shared / len(structure.terms)) ** (0.5 / len(fan_ins))

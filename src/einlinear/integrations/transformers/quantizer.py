@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from einlinear.integrations.transformers import METHOD
 from einlinear.integrations.transformers.saving import OPTIONAL, REQUIRED, VERSION, forget
-from einlinear.nn import Linear
+from einlinear.nn import Embedding, Linear
 from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.structures import FAMILIES
@@ -47,8 +47,14 @@ class EinlinearQuantizer(HfQuantizer):
         self.names: list[str] = []
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self.names = _restore(model, self.quantization_config.layers)
+        layers = self.quantization_config.layers
+        self.names = _restore(model, layers)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        for name, entry in layers.items():
+            # an embedding and a head, of which the file has one
+            if (first := entry.get("tied_to")) and name in self.names and first in self.names:
+                factors = [factor.name for factor in model.get_submodule(name).structure.factors]
+                model.all_tied_weights_keys |= {f"{name}.{factor}": f"{first}.{factor}" for factor in factors}
         # the guards of saving.py, whose names may have the prefix in the file and not in the model
         bodies = {re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in self.names}
         ignored = {rf"(^|\.){body}\.weight$" for body in bodies}
@@ -108,7 +114,7 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     prefix = f"{model.base_model_prefix}."
     places: list[str] = []
     # by dense layer: a module with two names stays one module
-    new: dict[nn.Module, Linear] = {}
+    new: dict[nn.Module, Linear | Embedding] = {}
     for name, entry in layers.items():
         renamed = f"{name}.weight"
         for renaming in renamings:
@@ -121,16 +127,17 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 continue
             raise ValueError(f"{name} is described as a structured layer, but {type(model).__name__} has none there")
         old = modules[place]
-        if not is_linear(old):
-            raise ValueError(f"{place} is described as a structured layer, but is a {type(old).__name__}, not linear")
+        is_table = entry.get("embedding", False)
+        if not (isinstance(old, nn.Embedding) if is_table else is_linear(old)):
+            expected = "no embedding" if is_table else "not linear"
+            raise ValueError(f"{place} is described as a structured layer, but is a {type(old).__name__}, {expected}")
         size = entry["in_features"], entry["out_features"]
         if features(old) != size:
             described, actual = ("{} -> {}".format(*sizes) for sizes in (size, features(old)))
             raise ValueError(f"{place} is described as {described} features, but the model has {actual} there")
         if old not in new:
             try:
-                kind = QuantizedLinear if entry.get("precision") else Linear
-                new[old] = kind(**entry, device=old.weight.device, dtype=old.weight.dtype)
+                new[old] = _new_layer(old, entry)
             except (ValueError, TypeError) as error:
                 spec, hint = entry["structure"], ""
                 if is_family(spec) and spec.partition("(")[0].strip() not in FAMILIES:
@@ -141,3 +148,11 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
         setattr(modules[parent], child, new[old])
         places.append(place)
     return places
+
+
+def _new_layer(old: Any, entry: Mapping[str, Any]) -> Linear | Embedding:
+    like = {"device": old.weight.device, "dtype": old.weight.dtype}
+    if entry.get("embedding"):
+        return Embedding(entry["out_features"], entry["in_features"], entry["structure"], old.padding_idx, **like)
+    arguments = {key: value for key, value in entry.items() if key not in ("embedding", "tied_to")}
+    return (QuantizedLinear if entry.get("precision") else Linear)(**arguments, **like)

@@ -10,13 +10,13 @@ import transformers
 from torch import nn
 
 from einlinear.integrations.transformers import METHOD
-from einlinear.nn import Linear
+from einlinear.nn import Embedding, Linear
 from einlinear.nn.layer_descriptions import SelfDescribing
 
 VERSION = 1
 # the keys of an entry with their types, and optional keys with their defaults
 REQUIRED: dict[str, Any] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
-OPTIONAL: dict[str, Any] = {"normalize": False, "gamma": True, "precision": ""}
+OPTIONAL: dict[str, Any] = {"normalize": False, "gamma": True, "precision": "", "embedding": False, "tied_to": ""}
 
 # a Python file in the folder: transformers loads the config before the model, whatever the model's class
 _FILE = "configuration_einlinear"
@@ -55,6 +55,10 @@ def extend_save_pretrained() -> None:
         # an empty tensor in the place of each dense weight makes transformers raise where this library is not imported
         guards = {f"{name}.weight": torch.empty(0) for name in layers}
         state_dict = {**(self.state_dict() if state_dict is None else state_dict), **guards}
+        for name in (name for name, entry in layers.items() if entry.get("tied_to")):
+            for parameter, _ in self.get_submodule(name).named_parameters():
+                if parameter != "bias":
+                    del state_dict[f"{name}.{parameter}"]
         self.config.quantization_config = {"quant_method": METHOD, "version": VERSION, "layers": layers}
         try:
             _add_code(self.config, Path(save_directory), is_main_process)
@@ -78,17 +82,26 @@ def forget(config: Any) -> None:
 
 
 def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    layers = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    layers, first = dict[str, dict[str, Any]](), dict[tuple[int, ...], str]()
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
         if isinstance(module, Linear) and type(module).forward is Linear.forward:
             s, gamma = module.structure, module.has_gamma or not module.normalize
             entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features}
             flags: dict[str, Any] = {"bias": module.bias is not None, "normalize": module.normalize, "gamma": gamma}
             flags["precision"] = getattr(module, "precision", "")
             layers[name] = entry | {key: value for key, value in flags.items() if value != OPTIONAL.get(key)}
+        elif isinstance(module, Embedding):
+            s = module.structure
+            entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features, "bias": False}
+            layers[name] = entry | {"embedding": True}
         elif isinstance(module, SelfDescribing):
-            wrong = f"{name} is a {type(module).__name__}: of this library's layers only el.Linear can be saved"
+            wrong = f"{name} is a {type(module).__name__}: only el.Linear and el.Embedding can be saved"
             raise ValueError(f"{wrong} with a Hugging Face model. Save its state_dict() instead")
+        # an embedding and a head may share their factors
+        weight = tuple(map(id, module.weight_parameters())) if name in layers else ()
+        if weight and modules[first.setdefault(weight, name)] is not module:
+            layers[name]["tied_to"] = first[weight]
     return layers
 
 
