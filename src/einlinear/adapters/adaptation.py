@@ -145,6 +145,8 @@ def adaptable_layers(model: nn.Module) -> dict[str, Any]:
         is_layer = isinstance(module, AdaptedLinear | Linear | MoELinear) or is_linear(module)
         if is_layer and not any(isinstance(layer, AdaptedLinear) for layer in above):
             layers[name] = module
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise ValueError(f"{lazy[0]} has no values yet: call the model once, so that its features are known")
     if "" in layers:
         raise ValueError("the model is itself a linear layer, which cannot be replaced in place: use nn.Sequential")
     return layers
@@ -152,18 +154,15 @@ def adaptable_layers(model: nn.Module) -> dict[str, Any]:
 
 def reason_not_to_adapt(layer: Any, name: str) -> str | None:
     """Return why a layer cannot get an adapter of this name, or None."""
+    if isinstance(layer, MoELinear):
+        return f"is a mixture of experts: {layer.structure.spec}"
+    if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+        return "has a sharded weight: call el.adapt before fully_shard"
     if isinstance(layer, AdaptedLinear):
         if layer.merged:
             return f"has adapters that are merged ({', '.join(layer.merged)}): call el.adapters.unmerge(model) first"
         if name in layer.adapters:
             return f"has an adapter named {name!r} already: give another name, or call el.adapters.remove first"
-        return None
-    if isinstance(layer, MoELinear):
-        return f"is a mixture of experts: {layer.structure.spec}"
-    if is_lazy(layer.weight):
-        return "has no weight yet: call the model once, so that its features are known"
-    if isinstance(layer.weight, DTensor):
-        return "has a sharded weight: call el.adapt before fully_shard"
     return None
 
 

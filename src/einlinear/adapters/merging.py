@@ -132,6 +132,5 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 def check_unmerged(layers: Mapping[str, AdaptedLinear], action: str) -> None:
     """Raise ValueError if adapters are merged."""
     if merged := {name: None for layer in layers.values() for name in layer.merged}:
-        raise ValueError(
-            f"adapters are merged ({', '.join(merged)}): to {action}, call el.adapters.unmerge(model) first"
-        )
+        wrong = f"adapters are merged ({', '.join(merged)})"
+        raise ValueError(f"{wrong}: to {action}, call el.adapters.unmerge(model) first")

@@ -1,5 +1,6 @@
 """Other libraries, one file or folder each: what they need of structured layers, and what these need of them."""
 
+from contextlib import suppress
 from importlib import import_module
 
 from einlinear.import_hooks import when_imported
@@ -14,7 +15,5 @@ def register_on_import() -> None:
 
 def _register_peft() -> None:
     # older versions, which lack what the method needs, can do without it
-    try:
+    with suppress(ImportError):
         import_module("einlinear.integrations.peft")
-    except ImportError:
-        pass

@@ -53,7 +53,8 @@ class StructuredConfig(PeftConfig):
         >>> from peft import get_peft_model
         >>> from torch import nn
         >>> from einlinear.integrations.peft import StructuredConfig
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), StructuredConfig(structure="monarch", target_modules=["0"]))
+        >>> config = StructuredConfig(structure="monarch", target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), config)
         >>> model.get_nb_trainable_parameters()
         (2048, 6208)
     """
@@ -68,7 +69,7 @@ class StructuredConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type: Any = StructuredPeftType.STRUCTURED
         if not self.structure:
             raise ValueError("StructuredConfig needs the structure of the adapters, such as 'monarch(blocks=4)'")
@@ -157,7 +158,7 @@ class StructuredModel(BaseTuner):
 
     prefix = _PREFIX
     tuner_layer_cls = StructuredAdapterLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _create_and_replace(
         self,
@@ -186,7 +187,7 @@ class StructuredModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
+        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
         # before the first layer is merged
         for name, layer in self.model.named_modules():
             if isinstance(layer, StructuredAdapterLinear) and (reason := reason_not_to_merge(layer.get_base_layer())):
