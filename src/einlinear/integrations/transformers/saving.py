@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from einlinear.adapters import AdaptedLinear
 from einlinear.integrations.transformers import METHOD
 from einlinear.nn import Linear
 from einlinear.nn.layer_descriptions import SelfDescribing
@@ -86,6 +87,9 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             flags: dict[str, Any] = {"bias": module.bias is not None, "normalize": module.normalize, "gamma": gamma}
             flags["precision"] = getattr(module, "precision", "")
             layers[name] = entry | {key: value for key, value in flags.items() if value != OPTIONAL.get(key)}
+        elif isinstance(module, AdaptedLinear):
+            wrong = f"{name} has adapters, and from_pretrained could not load the folder: save them with"
+            raise ValueError(f"{wrong} el.adapters.save(model, path), or call el.adapters.merge and remove first")
         elif isinstance(module, SelfDescribing):
             wrong = f"{name} is a {type(module).__name__}: of this library's layers only el.Linear can be saved"
             raise ValueError(f"{wrong} with a Hugging Face model. Save its state_dict() instead")
