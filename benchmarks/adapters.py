@@ -28,13 +28,11 @@ import einlinear as el
 from einlinear_lab.data.text.sources import read_english
 
 LAYERS = ["*.query", "*.key", "*.value", "*.attention.output.dense"]
-MONARCH = "(g a), g r f a, f e g r -> (e f) where g=4, f=4, r={rank}"
 ADAPTERS = {
     "head alone": None,
     "LoRA, rank 20": "low_rank(rank=20)",
-    "Monarch, 4 blocks, rank 20 per block": MONARCH.format(rank=5),
     "LoRA, rank 4": "low_rank(rank=4)",
-    "Monarch, 4 blocks, rank 4 per block": MONARCH.format(rank=1),
+    "Monarch, 4 blocks, rank 4 per block": "(g a), g r f a, f e g r -> (e f) where g=4, f=4, r=1",
 }
 
 

@@ -123,6 +123,8 @@ def test_several_adapters() -> None:
         el.adapters.merge(model)
     with pytest.raises(ValueError, match="no adapter named 'third', but first, second"):
         el.adapters.activate(model, "third")
+    with pytest.raises(TypeError, match="names must be the name of an adapter, or a list of names, not 3"):
+        el.adapters.activate(model, 3)  # type: ignore[arg-type]
     el.adapters.activate(model, "second")
     el.adapters.remove(model, "first")
     assert type(model[0]) is nn.Linear

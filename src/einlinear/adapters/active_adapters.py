@@ -78,8 +78,8 @@ def remove(model: nn.Module, names: str | Sequence[str] | None = None) -> None:
         check_unmerged(layers, "remove some of them")
     for layer in layers.values():
         layer.active = tuple(name for name in layer.active if name not in chosen)
-        for name in chosen:
-            layer.adapters.pop(name) if name in layer.adapters else None
+        for name in {*chosen} & {*layer.adapters}:
+            del layer.adapters[name]
     replace_modules(model, {id(layer): layer.base_layer for layer in layers.values() if not layer.adapters})
 
 
@@ -88,8 +88,10 @@ def _names(layers: dict[str, AdaptedLinear]) -> dict[str, None]:
 
 
 def _check_names(layers: dict[str, AdaptedLinear], names: str | Sequence[str]) -> list[str]:
-    chosen = [names] if isinstance(names, str) else list(names)
+    chosen = [names] if isinstance(names, str) else names
+    if not isinstance(chosen, list | tuple):
+        raise TypeError(f"names must be the name of an adapter, or a list of names, not {names!r}")
     for name in chosen:
         if name not in _names(layers):
             raise ValueError(f"the model has no adapter named {name!r}, but {', '.join(_names(layers))}")
-    return chosen
+    return list(chosen)
