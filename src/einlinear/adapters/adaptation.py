@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from einlinear.adapters.active_adapters import activate
@@ -156,7 +155,8 @@ def reason_not_to_adapt(layer: Any, name: str) -> str | None:
     """Return why a layer cannot get an adapter of this name, or None."""
     if isinstance(layer, MoELinear):
         return f"is a mixture of experts: {layer.structure.spec}"
-    if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+    # of DTensors, which take long to import
+    if any(hasattr(parameter, "full_tensor") for parameter in layer.parameters()):
         return "has a sharded weight: call el.adapt before fully_shard"
     if isinstance(layer, AdaptedLinear):
         if layer.merged:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from einlinear.adapters.adaptation import adaptable_layers, attach, check_name, check_numbers, reason_not_to_adapt
 from einlinear.adapters.adaptation_report import AdaptationReport
 from einlinear.adapters.adapted_linear import AdaptedLinear, Adapter
 from einlinear.adapters.merging import adapted_layers
+from einlinear.mup.muon import full_tensor
 from einlinear.nn.dense_layers import features
 from einlinear.structures import structure as make_structure
 
@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> None:
         for factor, parameter in adapter.named_parameters():
             if parameter.is_meta:
                 raise ValueError(f"the adapter of {key} is on the meta device and has no values to save")
-            tensors[f"{key}.{factor}"] = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            tensors[f"{key}.{factor}"] = full_tensor(parameter)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     try:
@@ -76,7 +76,7 @@ def load(model: nn.Module, path: str | Path, name: str | None = None) -> Adaptat
     """Read an adapter from a file of `save` and make it the active one; no code of the file is executed.
 
     The model may have no adapters yet: the file says which layers get one, of which structure. An adapter of the same
-    name, layers and structures gets the values of the file.
+    name, layers and structures is replaced.
 
     Args:
         model: a model whose layers have the names and sizes of the one that was saved.
@@ -151,9 +151,9 @@ def _adapter(key: str, entry: Any, tensors: dict[str, Tensor], layer: Any, layer
         if tuple(value.shape) != factor.shape or not value.is_floating_point():
             found = f"shape {tuple(value.shape)} and dtype {value.dtype}"
             raise ValueError(f"{key}.{factor.name} has {found}, but {structure.spec} has floats of {factor.shape}")
-    dtype, device = next(iter(values.values())).dtype, layer.weight.device
-    adapter = Adapter(*size, structure, entry["scale"], entry["dropout"], device=device, dtype=dtype)
-    adapter.load_state_dict(values)
+    # nothing is drawn
+    adapter = Adapter(*size, structure, entry["scale"], entry["dropout"], device="meta")
+    adapter.load_state_dict({name: value.to(layer.weight.device) for name, value in values.items()}, assign=True)
     return adapter
 
 

@@ -14,6 +14,6 @@ def register_on_import() -> None:
 
 
 def _register_peft() -> None:
-    # older versions, which lack what the method needs, can do without it
-    with suppress(ImportError):
+    # other versions may lack what the method needs: importing them must not fail
+    with suppress(ImportError, AttributeError):
         import_module("einlinear.integrations.peft")
