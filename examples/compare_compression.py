@@ -5,8 +5,8 @@
     python examples/compare_compression.py sentence-encoder
 
     einlinear prepare english --out data/english
-    einlinear train model=gpt data=data/english width=256 depth=4 d_head=32 context=128 batch_size=16 steps=1200 \\
-        optimizer=muon lr=0.012 warmup=50 clip=1.0 --out results/gpt
+    einlinear train model=gpt data=data/english width=128 depth=4 d_head=32 context=128 batch_size=16 steps=1500 \\
+        optimizer=muon lr=0.012 warmup=50 clip=1.0 checkpoint_every=100 --out results/gpt
     python examples/compare_compression.py gpt --run results/gpt
 
 The sentence encoder, its text and its metrics are those of compress_sentence_encoder.py; of the language model, the

@@ -265,7 +265,7 @@ def modegpt(model: nn.Module, layout: Layout, keep: float, statistics: Statistic
 
 
 def narrow_feed_forward(
-    up: nn.Linear, down: nn.Linear, fraction: float, moment: Tensor, ridge: float = 1e-2
+    up: nn.Linear, down: nn.Linear, fraction: float, moment: Tensor, ridge: float = 1.0, damping: float = 1e-2
 ) -> list[nn.Linear]:
     """Keep the hidden features of largest ridge leverage, and refit `down` to its outputs by Nyström's formula.
 
@@ -273,14 +273,14 @@ def narrow_feed_forward(
         up, down: the layers before and after the hidden features.
         fraction: of the hidden features to keep.
         moment: second moment C of the hidden features, (hidden, hidden).
-        ridge: as a fraction of the mean variance, which scores and fit add to C.
+        ridge, damping: fractions of the mean variance to add to the diagonal of C, for the scores and for the fit.
     """
     count = int(fraction * len(moment))
-    damped = moment + ridge * moment.diagonal().mean() * torch.eye(len(moment))
-    scores = torch.linalg.solve(damped, moment).diagonal()
+    variance = moment.diagonal().mean() * torch.eye(len(moment))
+    scores = torch.linalg.solve(moment + ridge * variance, moment).diagonal()
     chosen = scores.topk(count).indices.sort().values
     # (chosen, hidden): predicts all hidden features from the chosen ones
-    prediction = torch.linalg.solve(damped[chosen][:, chosen], moment[chosen])
+    prediction = torch.linalg.solve((moment + damping * variance)[chosen][:, chosen], moment[chosen])
     weight = down.weight.double() @ prediction.T
     return [linear_of(up.weight[chosen], _rows(up.bias, chosen)), linear_of(weight, down.bias)]
 
