@@ -11,6 +11,7 @@ from torch import Tensor
 from einlinear.nn.layer_descriptions import STRUCTURED, VECTOR, LayerInfo
 from einlinear.nn.lazy_weight import LazyWeight
 from einlinear.nn.linear import Linear
+from einlinear.ops.cpu import stored_path
 from einlinear.ops.factor_matrices import as_matrices, from_matrices
 from einlinear.ops.integer_format import SCALE_DTYPE, IntegerFormat
 from einlinear.structures import Factor, Structure
@@ -68,7 +69,7 @@ class QuantizedLinear(Linear):
     ) -> None:
         self.precision, self.dtype = precision, dtype or torch.get_default_dtype()
         # for an error before anything is allocated
-        self.formats = factor_formats(make_structure(structure, in_features, out_features), precision)
+        self.formats = tuple(factor_formats(make_structure(structure, in_features, out_features), precision))
         super().__init__(in_features, out_features, structure, bias, device=device, dtype=self.dtype)
 
     def _add_parameters(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
@@ -107,6 +108,22 @@ class QuantizedLinear(Linear):
         """Return the factors in the order of `structure.factors`, expanded to the dtype of the layer."""
         pairs = zip(self.structure.factors, self.formats, strict=True)
         return [self._expanded(factor, format).to(self.dtype) for factor, format in pairs]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor and x.dtype is self.dtype:
+            stored, bias = self._stored(), self._parameters.get("bias")
+            call = stored_path.find(self.structure, self.formats, stored, x, bias)
+            if not isinstance(call, str):
+                return stored_path.forward(call, stored, x, bias)
+        return super().multiply(x)
+
+    def reason_to_expand(self, x: Tensor) -> str | None:
+        """Return why a call expands the factors in memory, or None if the kernel reads them as they are stored."""
+        call = stored_path.find(self.structure, self.formats, self._stored(), x, self.bias)
+        return call if isinstance(call, str) else None
+
+    def _stored(self) -> list[Tensor]:
+        return [tensor for tensor in self._buffers.values() if tensor is not None]
 
     @property
     def weight(self) -> Tensor:

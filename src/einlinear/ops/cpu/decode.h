@@ -9,7 +9,7 @@
 #include <numeric>
 #include <vector>
 
-#include "packing.h"
+#include "stored.h"
 
 namespace {
 
@@ -27,22 +27,19 @@ static inline void sum_lanes(Vec<S>* r) {
     }
 }
 
-// Numbers of a row that are multiplied before the next rows are: those of all vectors stay in the first cache.
-constexpr Index CHUNK = 512;
-
-// to[c R + r] = sum_k w[r][k] x[c][k] over k in [first, last), for C vectors and so many rows that one vector holds all
+// to[c R + r] = sum_k w[r][k] x[c][first + k] over k < width, for C vectors and so many rows that one vector holds all
 // sums. Every weight is loaded once for all of them, and those `ahead` are fetched from memory meanwhile.
 template <int C, class T, class S>
-static inline void dot_rows(const T* const* w, const S* const* x, Index first, Index last, Index ahead, S* to) {
+static inline void dot_rows(const T* const* w, const S* const* x, Index first, Index width, Index ahead, S* to) {
     constexpr int L = Simd<S>::lanes, R = L / C;
     Vec<S> sum[L];
 #pragma GCC unroll 16
     for (int i = 0; i < L; i++) sum[i] = Vec<S>{};
-    Index k = first;
-    for (; k + L <= last; k += L) {
+    Index k = 0;
+    for (; k + L <= width; k += L) {
         Vec<S> at[C];
 #pragma GCC unroll 4
-        for (int c = 0; c < C; c++) at[c] = load(x[c] + k);
+        for (int c = 0; c < C; c++) at[c] = load(x[c] + first + k);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             Vec<S> weight = load(w[r] + k);
@@ -54,27 +51,28 @@ static inline void dot_rows(const T* const* w, const S* const* x, Index first, I
     }
     sum_lanes<S, 1>(sum);
     store(to, sum[0]);
-    for (; k < last; k++)
-        for (int i = 0; i < L; i++) to[i] += (S)w[i % R][k] * x[i / R][k];
+    for (; k < width; k++)
+        for (int i = 0; i < L; i++) to[i] += (S)w[i % R][k] * x[i / R][first + k];
 }
 
-// to[c L + r] = sum_k w[r][k] x[c][k] for as many rows as a vector has lanes, C vectors at a time if there are as many.
+// to[c L + r] = sum_k w[r][k] x[c][first + k] for as many rows as a vector has lanes, C vectors at a time if there are as
+// many; added to what is there unless `first` is 0.
 template <int C, class T, class S>
-static inline void dot_blocks(const T* const* w, const S* const* x, Index count, Index contracted, Index ahead, S* to) {
+static inline void dot_blocks(const T* const* w, const S* const* x, Index count, Index first, Index width, Index ahead,
+                              S* to) {
     constexpr int L = Simd<S>::lanes, R = L / C;
     for (; count >= C; count -= C, x += C, to += C * L)
-        for (Index k = 0; k < contracted; k += CHUNK)
-            for (int first = 0; first < L; first += R) {
-                S sums[L];
-                dot_rows<C>(w + first, x, k, std::min(contracted, k + CHUNK), ahead, sums);
-                for (int c = 0; c < C; c++)
-                    for (int r = 0; r < R; r++) {
-                        S& y = to[c * L + first + r];
-                        y = k ? y + sums[c * R + r] : sums[c * R + r];
-                    }
-            }
+        for (int row = 0; row < L; row += R) {
+            S sums[L];
+            dot_rows<C>(w + row, x, first, width, ahead, sums);
+            for (int c = 0; c < C; c++)
+                for (int r = 0; r < R; r++) {
+                    S& y = to[c * L + row + r];
+                    y = first ? y + sums[c * R + r] : sums[c * R + r];
+                }
+        }
     if constexpr (C > 1)
-        if (count) dot_blocks<C / 2>(w, x, count, contracted, ahead, to);
+        if (count) dot_blocks<C / 2>(w, x, count, first, width, ahead, to);
 }
 
 // Rows of so many weights pay for the sum at their end: then up to 15 tokens are multiplied with rows as they lie.
@@ -87,16 +85,40 @@ struct Rows {
     Index width;
 };
 
-// A thread's share of one step for a few tokens. `room` has space for a tile of contracted and new features.
+// Rows and columns of a matrix, and their strides: as they lie in memory, or expanded.
+template <class T>
+struct Piece {
+    const T* data;
+    Index wk, wm;
+};
 template <class T, class S>
-static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows<S> to, Index tokens, S* room, bool add,
-                        Share mine) {
+static Piece<T> piece_of(const Step& s, const T* factor, Index b, Index row, Index, Index k, Index, S*) {
+    Index wk = s.w_contracted_stride, wm = s.w_new_stride;
+    return {factor + s.w_batch[b] + row * wm + k * wk, wk, wm};
+}
+template <class S>
+static Piece<S> piece_of(const Step& s, const StoredFactor& factor, Index b, Index row, Index rows, Index k, Index width,
+                         S* expanded) {
+    expand(s, factor, b, row, rows, k, width, expanded, EXPANDED_LD);
+    return {expanded, 1, EXPANDED_LD};
+}
+
+// Numbers that `decode_step` needs: a tile of contracted and new features, and rows that are expanded.
+static Index decode_room(const Step& s, Index tokens, Index lanes, bool stored) {
+    return (s.in.features + lanes) * (tokens * s.free_size + lanes) + (stored ? lanes * EXPANDED_LD : 0);
+}
+
+// A thread's share of one step for a few tokens.
+template <class Factor, class S>
+static void decode_step(const Step& s, const Factor& factor, Rows<const S> from, Rows<S> to, Index tokens, S* room,
+                        bool add, Share mine) {
     // A unit of work is a batch entry and a block of new features, as many as a vector has lanes.
     constexpr Index L = Simd<S>::lanes;
     const Index contracted = s.in.features, count = tokens * s.free_size, tile = (count + L - 1) / L * L;
     const Index blocks = (s.out.features + L - 1) / L;
-    bool dots = count < (contracted < LONG_ROW ? L : MOST_TOKENS + 1) && s.w_contracted_stride == 1;
-    S *inputs = room, *outputs = room + contracted * tile;
+    constexpr bool stored = std::is_same_v<Factor, StoredFactor>;
+    bool dots = count < (contracted < LONG_ROW ? L : MOST_TOKENS + 1) && (stored || s.w_contracted_stride == 1);
+    S *inputs = room, *outputs = inputs + contracted * tile, *expanded = outputs + L * tile;
     const S* pieces[std::max(MOST_TOKENS, L)];
     // rows of a tile, one after the other
     std::vector<Index> each(dots ? 0 : std::max(contracted, L));
@@ -118,21 +140,24 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
                 std::fill(inputs + k * tile + count, inputs + (k + 1) * tile, S(0));
             gathered = b;
         }
-        const T* w = factor + s.w_batch[b];
-        if (dots) {
+        for (Index k = 0; k < contracted; k += CHUNK) {
+            const Index width = std::min(CHUNK, contracted - k);
+            const auto w = piece_of(s, factor, b, first, rows, k, width, expanded);
+            if (!dots) {
+                multiply(w.data, w.wk, w.wm, inputs, each.data() + k, width, outputs, each.data(), rows, tile, k > 0);
+                continue;
+            }
             // beyond the last row, the last row again: its results are not used
-            const T* at[L];
-            for (Index m = 0; m < L; m++) at[m] = w + s.w_new[std::min(first + m, s.out.features - 1)];
+            decltype(w.data) at[L];
+            for (Index m = 0; m < L; m++) at[m] = w.data + std::min(m, rows - 1) * w.wm;
             // where the next unit most often lies, but not farther than caches are patient
-            Index ahead = std::min(L * contracted, 2 * CHUNK);
+            Index ahead = stored ? 0 : std::min(L * contracted, 2 * CHUNK);
             // several vectors at a time where that saves conversions of weights, or reads of long rows
-            if (widens<T> || contracted >= LONG_ROW)
-                dot_blocks<L < 4 ? L : 4>(at, pieces, count, contracted, ahead, outputs);
+            if (sizeof(*w.data) < sizeof(S) || contracted >= LONG_ROW)
+                dot_blocks<L < 4 ? L : 4>(at, pieces, count, k, width, ahead, outputs);
             else
-                dot_blocks<1>(at, pieces, count, contracted, ahead, outputs);
-        } else
-            multiply(w + first * s.w_new_stride, s.w_contracted_stride, s.w_new_stride, inputs, each.data(), contracted,
-                     outputs, each.data(), rows, tile, false);
+                dot_blocks<1>(at, pieces, count, k, width, ahead, outputs);
+        }
         for (Index i = 0; i < count; i++) {
             S* at = to.data + i / s.free_size * to.width + s.out.batch[b] + s.out.free[i % s.free_size];
             if (dots && rows == L && s.out.is_run()) {
@@ -149,20 +174,20 @@ static void decode_step(const Step& s, const T* factor, Rows<const S> from, Rows
     }
 }
 
-// Whether a call takes this path: fewer tokens than fill a tile or, with long rows, a few more; and factors whose
-// matrices have constant strides.
-static bool decodes(const Program& p, Index n, Index lanes) {
+// Whether a call takes this path: fewer tokens than fill a tile or, with long rows, a few more; and factors that are
+// stored, or whose matrices have constant strides.
+static bool decodes(const Program& p, Index n, Index lanes, bool stored) {
     return std::all_of(p.steps.begin(), p.steps.end(), [=](const Step& s) {
-        return s.has_strides() && (n < lanes || (n <= MOST_TOKENS && s.in.features >= LONG_ROW));
+        return (stored || s.has_strides()) && (n < lanes || (n <= MOST_TOKENS && s.in.features >= LONG_ROW));
     });
 }
 
-template <class T>
-static void decode(const Program& p, const T* const* factors, const T* x, const T* bias, T* y, Index n, int threads) {
+template <class Factor, class T>
+static void decode(const Program& p, const Factor* factors, const T* x, const T* bias, T* y, Index n, int threads) {
     using S = Arithmetic<T>;
-    constexpr Index L = Simd<S>::lanes;
     Index room = 0;
-    for (auto& s : p.steps) room = std::max(room, (s.in.features + L) * (n * s.free_size + L));
+    for (auto& s : p.steps)
+        room = std::max(room, decode_room(s, n, Simd<S>::lanes, std::is_same_v<Factor, StoredFactor>));
     Buffer<S> padded(n * p.width_in), result(n * p.width_out), intermediates(2 * n * p.widest);
     // Without missing inputs the first steps read x, and without surplus outputs the last ones write to y.
     bool copies_in = widens<T> || p.width_in > p.in_features, copies_out = widens<T> || p.width_out > p.out_features;
