@@ -22,27 +22,30 @@ constexpr Index CHUNK = 512;
 // numbers from one row of these to the next: a little more than a power of 2, which caches do not like
 constexpr Index EXPANDED_LD = CHUNK + 16;
 
+// Add parts of `Width` bits, the first ones of bytes, to `count` codes, shifted.
+template <int Width>
+static void unpack_part(const uint8_t* bytes, Index count, int shift, uint8_t* codes) {
+    constexpr Index PARTS = 8 / Width, MASK = (1 << Width) - 1;
+    Index k = 0;
+    for (; k + PARTS <= count; k += PARTS, bytes++)
+#pragma GCC unroll 8
+        for (int i = 0; i < PARTS; i++) codes[k + i] |= (*bytes >> i * Width & MASK) << shift;
+    for (int i = 0; k < count; k++, i += Width) codes[k] |= (*bytes >> i & MASK) << shift;
+}
 // Codes [first, first + count) of a row of `columns`, shifted to be positive: where they lie, or in `room`.
 static const uint8_t* unpack(const StoredFactor& f, const uint8_t* row, Index columns, Index first, Index count,
                              uint8_t* room) {
     if (f.bits == 8) return row + first;
-    if (f.bits == 4) {
-        row += first / 2;
-        for (Index i = 0; i < count / 2; i++) room[2 * i] = row[i] & 15, room[2 * i + 1] = row[i] >> 4;
-        if (count % 2) room[count - 1] = row[count / 2] & 15;
-        return room;
-    }
     std::fill_n(room, count, 0);
-    // parts of 4, 2 and 1 bits, which follow one another in a row
-    Index shift = 0;
-    for (Index width : {4, 2, 1}) {
-        if (!(f.bits & width)) continue;
-        for (Index k = 0; k < count; k++) {
-            Index bit = (first + k) * width;
-            room[k] |= (row[bit / 8] >> bit % 8 & ((1 << width) - 1)) << shift;
-        }
-        row += (columns * width + 7) / 8, shift += width;
-    }
+    // the parts of all columns follow one another in a row
+    int shift = 0;
+    auto add_part = [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        if (!(f.bits & W)) return;
+        unpack_part<W>(row + first * W / 8, count, shift, room);
+        row += (columns * W + 7) / 8, shift += W;
+    };
+    add_part(Constant<4>()), add_part(Constant<2>()), add_part(Constant<1>());
     return room;
 }
 
@@ -64,18 +67,27 @@ static void expand(const Step& s, const StoredFactor& f, Index b, Index first, I
                 for (Index k = 0; k < width; k++) to[k] = from[row_at[m] + column_at[k]];
         return;
     }
+    constexpr Index L = Simd<S>::lanes;
     uint8_t room[CHUNK];
-    const int zero = 1 << (f.bits - 1);
+    const uint8_t* bytes = (const uint8_t*)f.data;
+    const S zero = 1 << (f.bits - 1);
     for (Index m = 0; m < count; m++, to += to_ld) {
         Index row = (s.w_batch[b] + s.w_new[first + m]) / s.in.features;
-        const uint8_t* codes = unpack(f, (const uint8_t*)f.data + row * f.row_bytes, s.in.features, start, width,
-                                      room);
+        const uint8_t* codes = unpack(f, bytes + row * f.row_bytes, s.in.features, start, width, room);
         const BFloat16* scales = f.scales + row * f.groups;
+        // those that most often follow are fetched from memory meanwhile
+        Index end = start + width < s.in.features ? (start + width) * f.bits / 8 : count * f.row_bytes;
+        for (Index i = 0; i < width * f.bits / 8; i += 64) __builtin_prefetch(bytes + row * f.row_bytes + end + i);
         Index group = start / f.group;
         for (Index k = 0; k < width; group++) {
             Index end = std::min(width, (group + 1) * f.group - start);
             const S scale = scales[group];
-            for (; k < end; k++) to[k] = S((int)codes[k] - zero) * scale;
+            if constexpr (std::is_same_v<S, float>)
+                for (; k + L <= end; k += L) {
+                    Vec<S> code = __builtin_convertvector(load_bytes(codes + k), Vec<S>);
+                    store(to + k, (code - zero) * scale);
+                }
+            for (; k < end; k++) to[k] = (codes[k] - zero) * scale;
         }
     }
 }

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # for each factor, or None for numbers of bfloat16
 Formats = tuple[IntegerFormat | None, ...]
-# tokens up to which the kernel takes less time than the expansion alone
-FEW_TOKENS = 64
+# microseconds for each parameter that the expansion of factors in memory takes at least
+EXPANSION = 1.5e-3
 # bits of a number of bfloat16
 _HALF = 16
 
@@ -90,6 +90,14 @@ def forward(call: Call, stored: Sequence[Tensor], x: Tensor, bias: Tensor | None
     return y
 
 
+def _backend(structure: Structure, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the backend that is the cheapest, if all others need expanded factors."""
+    choice = choose(structure, tokens, dtype, device)
+    times = dict(choice.estimates)
+    is_slower = times and times["cpu"] > times[choice.backend] + EXPANSION * structure.params
+    return choice.backend if is_slower else "cpu"
+
+
 @cached
 def _prepare(
     structure: Structure, formats: Formats, shape: torch.Size, dtype: torch.dtype, has_bias: bool, forced: str | None
@@ -99,10 +107,9 @@ def _prepare(
     tokens, device = shape[:-1].numel(), torch.device("cpu")
     if (why := reason_unsupported("cpu", structure, dtype, device)) is not None:
         return why
-    if tokens > FEW_TOKENS or forced is not None:
-        backend = forced or choose(structure, tokens, dtype, device).backend
-        if backend != "cpu":
-            return f"the backend {backend!r} multiplies with expanded factors"
+    backend = forced or _backend(structure, tokens, dtype, device)
+    if backend != "cpu":
+        return f"the backend {backend!r} multiplies with expanded factors"
     # when it is needed, since it takes time to import
     from einlinear.ops.cpu import cpu_backend, kernel_library
 
