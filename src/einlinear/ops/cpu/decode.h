@@ -130,8 +130,8 @@ struct CodeRows {
     }
 };
 
-// to[c L + r] = sum_k w[r][k] x[c][k] over k in [first, last) for as many rows as a vector has lanes, C vectors at a time
-// if there are as many; added to what is there unless `first` is 0.
+// to[c L + r] = sum_k w[r][k] x[c][k] over k in [first, last) for as many rows as a vector has lanes, C vectors at a
+// time if there are as many; added to what is there unless `first` is 0.
 template <int C, class W, class S>
 static inline void dot_blocks(const W& w, const S* const* x, Index count, Index first, Index last, S* to) {
     constexpr int L = Simd<S>::lanes, R = L / C;
@@ -201,8 +201,8 @@ static Piece<T> piece_of(const Step& s, const T* factor, Index b, Index row, Ind
     return {factor + s.w_batch[b] + row * wm + k * wk, wk, wm};
 }
 template <class S>
-static Piece<S> piece_of(const Step& s, const StoredFactor& factor, Index b, Index row, Index rows, Index k, Index width,
-                         S* expanded) {
+static Piece<S> piece_of(const Step& s, const StoredFactor& factor, Index b, Index row, Index rows, Index k,
+                         Index width, S* expanded) {
     expand(s, factor, b, row, rows, k, width, expanded, EXPANDED_LD);
     return {expanded, 1, EXPANDED_LD};
 }
@@ -261,7 +261,8 @@ static void decode_step(const Step& s, const Factor& factor, Rows<const S> from,
                 continue;
             }
             // where the next unit most often lies, but not farther than caches are patient
-            PlainRows<std::decay_t<decltype(*w.data)>, L> plain{{}, k, stored ? 0 : std::min(L * contracted, 2 * CHUNK)};
+            Index ahead = stored ? 0 : std::min(L * contracted, 2 * CHUNK);
+            PlainRows<std::decay_t<decltype(*w.data)>, L> plain{{}, k, ahead};
             // beyond the last row, the last row again: its results are not used
             for (Index m = 0; m < L; m++) plain.at[m] = w.data + std::min(m, rows - 1) * w.wm;
             // several vectors at a time where that saves conversions of weights, or reads of long rows

@@ -47,7 +47,7 @@ struct Division {
     }
 };
 
-// `factors`: a pointer for each, or stored ones.
+// `factors`: pointers to numbers, or stored factors.
 template <class T, class Factor, class S = Arithmetic<T>>
 static void forward(const Program& p, const Factor* factors, const T* x, const T* bias, T* y, S* saved, Index n,
                     int threads) {

@@ -1,4 +1,4 @@
-// Factors that are stored in few bits: a piece of a matrix is expanded where it is used, into memory that stays in cache.
+// Factors that are stored in few bits: a piece of a matrix is expanded where it is used, to memory that stays in cache.
 #pragma once
 
 #include <algorithm>

@@ -57,19 +57,21 @@ def find(
             the bits of its numbers of bfloat16 in int16.
         x, bias: as for `linear`.
     """
-    if not is_unobserved() or x.is_nested:
+    if not is_unobserved():
         return "something traces, transforms or casts the call"
-    if not x.is_cpu:
-        return f"the compiled kernel runs on the CPU, not on {x.device.type}"
+    if not x.is_cpu or x.is_nested:
+        return "the compiled kernel runs on the CPU, with plain tensors"
     if wants_gradients(x, bias):
         return "a backward pass may follow"
     call = _prepare(structure, formats, x.shape, x.dtype, bias is not None, forced().backend)
     if isinstance(call, str):
         return call
-    usual = are_contiguous_cpu((x,) if bias is None else (x, bias), call.inputs, x.dtype) and all(
-        [are_contiguous_cpu((t,), (extent,), dtype) for t, (extent, dtype) in zip(stored, call.stored)]
+    is_usual = (
+        len(stored) == len(call.stored)
+        and are_contiguous_cpu((x,) if bias is None else (x, bias), call.inputs, x.dtype)
+        and all([are_contiguous_cpu((t,), (extent,), dtype) for t, (extent, dtype) in zip(stored, call.stored)])
     )
-    return call if usual else "an operand is not contiguous, or does not fit the layer"
+    return call if is_usual else "an operand is not contiguous, or does not fit the layer"
 
 
 def forward(call: Call, stored: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
