@@ -126,7 +126,7 @@ class QuantizedLinear(Linear):
         call = self._find_call(x)
         return call if isinstance(call, str) else None
 
-    def _find_call(self, x: Tensor) -> stored_path.Call | str:
+    def _find_call(self, x: Tensor) -> stored_path.StoredCall | str:
         if type(x) is not Tensor or x.dtype is not self.dtype or "bias" not in self._parameters:
             return "the input is not a plain tensor of the layer's dtype, or the bias is parametrized"
         return stored_path.find(self.structure, self.formats, self._stored(), x, self._parameters["bias"])

@@ -30,7 +30,7 @@ EXPANSION = 1.5e-3
 _HALF = 16
 
 
-class Call(NamedTuple):
+class StoredCall(NamedTuple):
     """What calls with inputs of one shape have in common: the extents of operands, the kernel's arguments."""
 
     # of x and the bias
@@ -48,7 +48,7 @@ class Call(NamedTuple):
 
 def find(
     structure: Structure, formats: Formats, stored: Sequence[Tensor], x: Tensor, bias: Tensor | None
-) -> Call | str:
+) -> StoredCall | str:
     """Return the call, or why the factors are expanded first.
 
     Args:
@@ -74,7 +74,7 @@ def find(
     return call if is_usual else "an operand is not contiguous, or does not fit the layer"
 
 
-def forward(call: Call, stored: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+def forward(call: StoredCall, stored: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     """Return y of shape (..., out_features)."""
     y, at = x.new_empty(*call.result), iter([tensor.data_ptr() for tensor in stored])
     # numbers of bfloat16 have no scales
@@ -82,7 +82,7 @@ def forward(call: Call, stored: Sequence[Tensor], x: Tensor, bias: Tensor | None
     threads = torch.get_num_threads() if call.is_parallel else 1
     call.library.forward_stored(
         call.program.address,
-        call.program.stored(*factors),
+        call.program.stored(*factors),  # type: ignore[misc]
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -103,7 +103,7 @@ def _backend(structure: Structure, tokens: int, dtype: torch.dtype, device: torc
 @cached
 def _prepare(
     structure: Structure, formats: Formats, shape: torch.Size, dtype: torch.dtype, has_bias: bool, forced: str | None
-) -> Call | str:
+) -> StoredCall | str:
     if not shape or shape[-1] != structure.in_features or not shape.numel():
         return "the input is empty or does not fit the layer"
     tokens, device = shape[:-1].numel(), torch.device("cpu")
@@ -129,7 +129,7 @@ def _prepare(
     assert not isinstance(library, str), "or it could not run"
     program = cpu_backend.program_of(structure, frozenset(i for i, format in enumerate(formats) if format))
     biases = [(structure.out_features,)] * has_bias
-    return Call(
+    return StoredCall(
         extents((shape, *biases), dtype.itemsize),
         tuple([(extents((shape,), dtype.itemsize)[0], dtype) for shape, dtype in stored]),
         (*shape[:-1], structure.out_features),
