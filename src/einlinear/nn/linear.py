@@ -216,6 +216,10 @@ class Linear(Factored):
                 return y
             if isinstance(x, LazyTensor):
                 x = x.value(type(self))
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return the product and the bias, without regard to a block that the layer may be in."""
         if type(x) is Tensor and (factors := self.stored_factors()) is not None:
             return ops.linear(self.structure, factors, x, self._parameters["bias"])
         return ops.linear(self.structure, self.factors(), x, self.bias)
