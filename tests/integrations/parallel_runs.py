@@ -1,11 +1,10 @@
-"""What 4 and 2 processes compute with tensor parallelism, for tests; as a script, it starts them and saves it.
+"""Models with tensor parallelism, and their results; as a script, those of 4 and of 2 processes, in files:
 
 python tests/integrations/parallel_runs.py FOLDER
 """
 
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -93,7 +92,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 # the others are only differentiated
-TRAINED = ("dense", "low_rank", "btt", "monarch", "dyad", "normalize", "mixtures")
+TRAINED = ("dense", "low_rank", "btt", "monarch", "dyad")
+FULL = StateDictOptions(full_state_dict=True)
+
+
+class Network(nn.Module):
+    """What is parallel, between layers that are not."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.read, self.norm, self.write = nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, 8)
+        self.pair = Pair("btt(rank=2)", features=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.read(x)
+        out: Tensor = self.write(h + self.pair(self.norm(h)))
+        return out
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
@@ -101,25 +115,45 @@ def build(name: str, seed: int = 0) -> nn.Module:
     return MODELS[name][0]().double()
 
 
-def data(name: str) -> tuple[Tensor, Tensor]:
-    features = 31 if name == "padded" else 32
+def build_network(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return Network().double()
+
+
+def groups_of_network(network: nn.Module, optimizer: str = "adamw") -> list[dict[str, Any]]:
+    return el.param_groups(network, lr=1e-2, base=Network(16), optimizer=optimizer, weight_decay=0.1)
+
+
+def data(features: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     x, y = torch.randn(2, 8, 8, features, dtype=torch.float64)
     return x, y
 
 
 def full(x: Any) -> Tensor:
+    """The whole tensor, also of a DTensor; a copy that a file can hold."""
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-def run(name: str, mesh: DeviceMesh | None = None, train: bool = True) -> dict[str, Any]:
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: full(p) for key, p in model.named_parameters()}
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int = 20) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+
+
+def run(name: str, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """Outputs, gradients and training of a model, with the collectives that it needs."""
     model = build(name)
     if mesh is not None:
         model = parallelize_module(model, mesh, MODELS[name][1])
-    x, target = data(name)
+    x, target = data(31 if name == "padded" else 32)
     if mesh is not None and name.startswith("sequence"):
-        x, target = (t.chunk(mesh.size(), 1)[mesh.get_local_rank()] for t in (x, target))
+        x, target = (tensor.chunk(mesh.size(), 1)[mesh.get_local_rank()] for tensor in (x, target))
     x.requires_grad_()
     with CommDebugMode() as forward:
         y = model(x)
@@ -127,46 +161,68 @@ def run(name: str, mesh: DeviceMesh | None = None, train: bool = True) -> dict[s
         (y * target).sum().backward()
     counts = [{str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()} for mode in (forward, backward)]
     grads = {key: full(p.grad) for key, p in model.named_parameters()}
-    result = {"y": full(y), "x": full(x.grad), "grads": grads, "counts": counts}
-    if not train:
-        return result
-    optimizer = torch.optim.AdamW(el.param_groups(model, lr=1e-2, base=None))
-    for _ in range(20):
-        optimizer.zero_grad()
-        (model(x.detach()) - target).square().mean().backward()
-        optimizer.step()
-    return {**result, "trained": {key: full(p) for key, p in model.named_parameters()}}
+    if name in TRAINED:
+        optimizer = torch.optim.AdamW(el.param_groups(model, lr=1e-2, base=None))
+        fit(model, optimizer, x.detach(), target)
+    return {"y": full(y), "x": full(x.grad), "grads": grads, "counts": counts, "trained": state(model)}
 
 
-def all_models(mesh: DeviceMesh, folder: Path) -> None:
-    results = {}
-    import time, traceback
-    for name in MODELS:
-        if mesh.size() == 4 or name in TRAINED:
-            try:
-                t=time.time(); c=time.process_time(); results[name] = run(name, mesh, name in TRAINED)
-                if mesh.get_rank()==0: print(mesh.size(), name, time.time()-t, time.process_time()-c, results[name]["counts"], file=sys.stderr, flush=True)
-            except Exception:
-                traceback.print_exc()
-    torch.save(results, folder / f"{mesh.size()}-{mesh.get_rank()}.pt")
+def run_network(mesh: DeviceMesh | None = None, optimizer: str = "adamw") -> tuple[nn.Module, dict[str, Any]]:
+    """Training with tensor parallelism within FSDP2, whose processes have a part of the batch each."""
+    network, (x, target) = build_network(), data(8)
+    if mesh is not None:
+        parallelize_module(network.pair, mesh["tp"], COLUMN_ROW)
+        fully_shard(network.pair, mesh=mesh["dp"])
+        fully_shard(network, mesh=mesh["dp"])
+        x, target = (tensor.chunk(2)[mesh["dp"].get_local_rank()] for tensor in (x, target))
+    groups = groups_of_network(network, optimizer)
+    rates = {name: group["lr"] for group in groups for name in group["param_names"]}
+    fit(network, torch.optim.AdamW(groups) if optimizer == "adamw" else el.mup.Muon(groups), x, target)
+    return network, {"trained": get_model_state_dict(network, options=FULL), "rates": rates}
 
 
-def worker(rank: int, world_size: int, folder: Path) -> None:
+def four(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    results: dict[str, Any] = {name: run(name, mesh) for name in MODELS}
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    network, results["adamw"] = run_network(grid)
+    _, results["muon"] = run_network(grid, "muon")
+    dcp.save({"model": get_model_state_dict(network)}, checkpoint_id=folder / "2x2")
+    pair = parallelize_module(build("btt"), mesh, COLUMN_ROW)
+    dcp.save({"model": get_model_state_dict(pair)}, checkpoint_id=folder / "4")
+    torch.save(results, folder / f"4-{mesh.get_rank()}.pt")
+
+
+def two(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    results: dict[str, Any] = {name: run(name, mesh) for name in TRAINED}
+    pair, network = build("btt", seed=5), build_network(seed=5)
+    parallelize_module(pair, mesh, COLUMN_ROW)
+    parallelize_module(network.pair, mesh, COLUMN_ROW)
+    for name, model in (("4", pair), ("2x2", network)):
+        loaded = {"model": get_model_state_dict(model)}
+        dcp.load(loaded, checkpoint_id=folder / name)
+        set_model_state_dict(model, loaded["model"])
+        results[name] = state(model)
+    torch.save(results, folder / f"2-{mesh.get_rank()}.pt")
+
+
+def start(job: Callable[[Path], None], rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    store = f"file://{folder / f'store-{world_size}'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    all_models(init_device_mesh("cpu", (world_size,)), folder)
+    store = f"file://{folder / f'store-{size}'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    job(folder)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
+    # torch is imported once, not by every process
     fork = multiprocessing.get_context("fork")
-    for size in map(int, sys.argv[2:] or (4, 2)):
-        processes = [fork.Process(target=worker, args=(rank, size, where)) for rank in range(size)]
+    for job, size in ((four, 4), (two, 2)):
+        processes = [fork.Process(target=start, args=(job, rank, size, Path(sys.argv[1]))) for rank in range(size)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
-            if process.exitcode:
-                sys.exit(process.exitcode)
+        if any(process.exitcode for process in processes):
+            sys.exit(1)

@@ -55,7 +55,8 @@ class Colwise(ColwiseParallel):
         layers: list[nn.Module] = [layer for layer in (module.up, module.gate) if layer is not None]
         for layer in (*layers, module.down):
             _sharding(self, layer, device_mesh, "in" if layer is module.down else "out")
-        first, last = Colwise(), Rowwise(use_local_output=False)
+        layout = Replicate() if self.output_layouts == (Shard(-1),) else self.output_layouts[0]
+        first, last = Colwise(), Rowwise(output_layouts=layout, use_local_output=False)
         first.src_data_rank = last.src_data_rank = self.src_data_rank
         for layer in layers:
             first._apply(layer, device_mesh)
@@ -64,8 +65,8 @@ class Colwise(ColwiseParallel):
         prepare = PrepareModuleInputOutput(
             input_layouts=self.input_layouts,
             desired_input_layouts=(Replicate(),),
-            output_layouts=(Replicate(),),
-            desired_output_layouts=(Replicate() if self.output_layouts == (Shard(-1),) else self.output_layouts[0],),
+            output_layouts=(layout,),
+            desired_output_layouts=(layout,),
             use_local_output=self.use_local_output,
         )
         return prepare._apply(module, device_mesh)
@@ -142,7 +143,8 @@ class _ParallelLinear(Linear):
     parallel: _Parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.parallel.output(self, self.parallel.input(x))
+        y: Tensor = self.parallel.output(self, self.parallel.input(x))
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.parallel}"
@@ -159,7 +161,8 @@ class _ParallelMoELinear(MoELinear):
         tokens = shared.redistribute(placements=[Replicate()]).to_local()
         routing = self.route(tokens.reshape(-1, self.in_features))
         gates = parallel.summed_gradient(routing.gates)
-        return parallel.output(self, shared, ops.Routing(routing.indices, gates))
+        y: Tensor = parallel.output(self, shared, ops.Routing(routing.indices, gates))
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.parallel}"
@@ -193,7 +196,7 @@ class _Parallel:
             raise RuntimeError(f"{given}, but {needed}{advice}")
         return y
 
-    def output(self, layer: Factored, x: Any, routing: ops.Routing | None = None) -> Tensor:
+    def output(self, layer: Factored, x: Any, routing: ops.Routing | None = None) -> Any:
         """Return the output of a layer for the features of `input`, in the layout of the style."""
         factors: list[Any] = [factor.to_local() for factor in layer.factors()]  # type: ignore[attr-defined]
         for index in self.sharding.summed:
@@ -205,7 +208,7 @@ class _Parallel:
 
         return (self.split_outputs if self.is_out else self.split_inputs)(product, x, bias)
 
-    def split_outputs(self, product: Any, x: Any, bias: Any) -> Tensor:
+    def split_outputs(self, product: Any, x: Any, bias: Any) -> Any:
         products: list[Tensor] = []
         for part in self.sharding.parts:
             if part.replicated is None:
@@ -216,10 +219,9 @@ class _Parallel:
         y = reduce(torch.add, products)
         if self.use_local_output and self.output_layouts == (Shard(-1),):
             return y
-        y = self.distributed(y, Shard(-1)).redistribute(placements=self.output_layouts)
-        return y.to_local() if self.use_local_output else y
+        return self.laid_out(self.distributed(y, Shard(-1)))
 
-    def split_inputs(self, product: Any, x: Any, bias: Any) -> Tensor:
+    def split_inputs(self, product: Any, x: Any, bias: Any) -> Any:
         products: dict[Placement, list[Tensor]] = {Partial(): [], Replicate(): []}
         for part in self.sharding.parts:
             y = self.padded(product(part.local, x.to_local()), part)
@@ -232,14 +234,19 @@ class _Parallel:
         sums = [y.redistribute(placements=self.output_layouts) for y in sums]
         if bias is not None:
             sums.append(self.distributed(bias.to(sums[0].dtype), Replicate()))
-        y = reduce(torch.add, sums)
+        return self.laid_out(reduce(torch.add, sums))
+
+    def laid_out(self, y: Any) -> Any:
+        """Return a DTensor in the layout of the style."""
+        y = y.redistribute(placements=self.output_layouts)
         return y.to_local() if self.use_local_output else y
 
     def summed_gradient(self, x: Tensor) -> Tensor:
         """Return a tensor that is the same on all devices, and whose gradient will be the sum of theirs."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x
-        return self.distributed(x, Replicate()).to_local(grad_placements=[Partial()])
+        summed: Tensor = self.distributed(x, Replicate()).to_local(grad_placements=[Partial()])
+        return summed
 
     def distributed(self, x: Tensor, placement: Placement) -> Any:
         return DTensor.from_local(x, self.mesh, [placement], run_check=False)
@@ -250,7 +257,8 @@ class _Parallel:
             return x
         start, size = self.own_range(part.view)
         x = F.pad(x, (0, part.pads)) if part.pads else x
-        return x.unflatten(-1, part.view).narrow(-2, start, size).flatten(-3)
+        y: Tensor = x.unflatten(-1, part.view).narrow(-2, start, size).flatten(-3)
+        return y
 
     def padded(self, y: Tensor, part: Part) -> Tensor:
         """Return all features, with zeros around those of a part."""

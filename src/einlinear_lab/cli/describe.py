@@ -108,8 +108,8 @@ def _print_sharding(s: Structure, devices: int) -> None:
         )
         display.show(header, rows)
         display.note(
-            "Devices have consecutive features, so factors are sharded along the slowest axis. Common axis: one that all "
-            "factors with axes of the side have. Per step: gradients of replicated factors, all-reduced."
+            "Devices have consecutive features, so factors are sharded along the slowest axis. Common axis: one that "
+            "all factors with axes of the side have. Per step: gradients of replicated factors, all-reduced."
         )
-    for error in errors:
-        display.note(error)
+    for message in errors:
+        display.note(message)
