@@ -4,8 +4,12 @@ python tests/integrations/parallel_runs.py FOLDER
 """
 
 import multiprocessing
+import os
+import runpy
+import socket
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 import einlinear as el
 from einlinear.integrations.tensor_parallel import Colwise, Rowwise
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tensor_parallel_gpt.py"
 PAIRS = {
     "dense": "dense",
     "torch": "torch",
@@ -162,8 +167,7 @@ def run(name: str, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     counts = [{str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()} for mode in (forward, backward)]
     grads = {key: full(p.grad) for key, p in model.named_parameters()}
     if name in TRAINED:
-        optimizer = torch.optim.AdamW(el.param_groups(model, lr=1e-2, base=None))
-        fit(model, optimizer, x.detach(), target)
+        fit(model, torch.optim.SGD(el.param_groups(model, lr=0.1, base=None, optimizer="sgd")), x.detach(), target)
     return {"y": full(y), "x": full(x.grad), "grads": grads, "counts": counts, "trained": state(model)}
 
 
@@ -177,7 +181,7 @@ def run_network(mesh: DeviceMesh | None = None, optimizer: str = "adamw") -> tup
         x, target = (tensor.chunk(2)[mesh["dp"].get_local_rank()] for tensor in (x, target))
     groups = groups_of_network(network, optimizer)
     rates = {name: group["lr"] for group in groups for name in group["param_names"]}
-    fit(network, torch.optim.AdamW(groups) if optimizer == "adamw" else el.mup.Muon(groups), x, target)
+    fit(network, torch.optim.AdamW(groups) if optimizer == "adamw" else el.mup.Muon(groups), x, target, steps=5)
     return network, {"trained": get_model_state_dict(network, options=FULL), "rates": rates}
 
 
@@ -207,6 +211,15 @@ def two(folder: Path) -> None:
     torch.save(results, folder / f"2-{mesh.get_rank()}.pt")
 
 
+def example(rank: int, size: int, folder: Path, port: int) -> None:
+    """The example, started as torchrun does."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = [str(EXAMPLE), "--tp", "2", "--steps", "4", "--out", str(folder / "example")]
+    with (folder / f"example-{rank}.txt").open("w") as file, redirect_stdout(file):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
 def start(job: Callable[[Path], None], rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / f'store-{size}'}"
@@ -218,8 +231,15 @@ def start(job: Callable[[Path], None], rank: int, size: int, folder: Path) -> No
 if __name__ == "__main__":
     # torch is imported once, not by every process
     fork = multiprocessing.get_context("fork")
-    for job, size in ((four, 4), (two, 2)):
-        processes = [fork.Process(target=start, args=(job, rank, size, Path(sys.argv[1]))) for rank in range(size)]
+    where = Path(sys.argv[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free_port = server.getsockname()[1]
+    jobs = [
+        [fork.Process(target=start, args=(four, rank, 4, where)) for rank in range(4)],
+        [fork.Process(target=start, args=(two, rank, 2, where)) for rank in range(2)],
+        [fork.Process(target=example, args=(rank, 4, where, free_port)) for rank in range(4)],
+    ]
+    for processes in jobs:
         for process in processes:
             process.start()
         for process in processes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -116,6 +118,24 @@ def test_checkpoints_of_four_processes_on_two_and_one(folder: Path, tmp_path: Pa
     safetensors.torch.save_file(dict(whole), tmp_path / "model.safetensors")
     model.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
     assert_close(runs.state(model), dict(whole), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_example_prints_the_same_losses(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(runs.EXAMPLE), "--steps", "4", "--out", str(tmp_path)])
+    runpy.run_path(str(runs.EXAMPLE), run_name="__main__")
+    alone, together = (
+        [float(loss) for loss in re.findall(r"^step +\d+  loss ([\d.]+)$", text, re.MULTILINE)]
+        for text in (capsys.readouterr().out, (folder / "example-0.txt").read_text())
+    )
+    assert len(alone) == 4
+    assert alone[-1] < 0.9 * alone[0]
+    assert together == pytest.approx(alone, abs=1e-3)
+    files = (tmp_path / "model.safetensors", folder / "example" / "model.safetensors")
+    own, shared = (safetensors.torch.load_file(file) for file in files)
+    assert {name: p.shape for name, p in own.items()} == {name: p.shape for name, p in shared.items()}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear import ops
 from einlinear.structures import DoesNotFit, Structure
-from einlinear.structures.sharding import Part, Stage, shard
+from einlinear.structures.sharding import FactorGroup, Part, shard
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_devices_together_compute_the_product(spec: str, side: str, devices: int
             assert split.macs * devices == s.macs
 
 
-def run(stage: Stage, factors: list[Tensor], x: Tensor) -> Tensor:
-    return ops.linear(stage.structure, [factors[i] for i in stage.factors], x, backend="reference")
+def run(group: FactorGroup, factors: list[Tensor], x: Tensor) -> Tensor:
+    return ops.linear(group.structure, [factors[i] for i in group.factors], x, backend="reference")
 
 
 def output(s: Structure, part: Part, factors: list[Tensor], x: Tensor, side: str, rank: int, devices: int) -> Tensor:

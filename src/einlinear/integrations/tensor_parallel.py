@@ -16,7 +16,7 @@ from einlinear import ops
 from einlinear.nn import FeedForward, Linear, MoELinear
 from einlinear.nn.linear import Factored
 from einlinear.structures import sharding
-from einlinear.structures.sharding import Part, Sharding, Stage
+from einlinear.structures.sharding import FactorGroup, Part, Sharding
 
 
 class Colwise(ColwiseParallel):
@@ -203,8 +203,8 @@ class _Parallel:
             factors[index] = self.summed_gradient(factors[index])
         bias: Any = None if layer.bias is None else layer.bias.to_local()  # type: ignore[attr-defined]
 
-        def product(stage: Stage, x: Tensor, bias: Any = None) -> Tensor:
-            return ops.linear(stage.structure, [factors[i] for i in stage.factors], x, bias, routing=routing)
+        def product(group: FactorGroup, x: Tensor, bias: Any = None) -> Tensor:
+            return ops.linear(group.structure, [factors[i] for i in group.factors], x, bias, routing=routing)
 
         return (self.split_outputs if self.is_out else self.split_inputs)(product, x, bias)
 

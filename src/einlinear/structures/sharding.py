@@ -14,7 +14,7 @@ from einlinear.structures.structured_matrix import Structure, Term
 
 
 @dataclass(frozen=True)
-class Stage:
+class FactorGroup:
     """Some factors of a structured matrix, as a matrix of their own.
 
     Attributes:
@@ -38,8 +38,8 @@ class Part:
         pads: the number of padded features in `view`.
     """
 
-    local: Stage
-    replicated: Stage | None = None
+    local: FactorGroup
+    replicated: FactorGroup | None = None
     view: tuple[int, int, int] | None = None
     pads: int = 0
 
@@ -70,8 +70,8 @@ class Sharding:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one device for one input vector."""
-        stages = [stage for part in self.parts for stage in (part.local, part.replicated) if stage is not None]
-        return sum(stage.structure.macs for stage in stages)
+        groups = [group for part in self.parts for group in (part.local, part.replicated) if group is not None]
+        return sum(group.structure.macs for group in groups)
 
     @property
     def all_reduces(self) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ def shard(structure: Structure, side: str, devices: int, whole_terms: bool = Fal
         # terms that split the same features are one structure
         first, terms = parts[0].local.structure, [part.local.structure.pattern.terms[0] for part in parts]
         sizes = {**dict(structure.sizes), axes[0]: dict(first.sizes)[axes[0]]}
-        parts = [Part(_stage(terms, range(len(structure.factors)), sizes, first.in_features, first.out_features))]
+        parts = [Part(_group(terms, range(len(structure.factors)), sizes, first.in_features, first.out_features))]
     owners = [axis for (term, _), axis in zip(by_term, axes) for _ in term.factors]
     sharded = [axis if axis in factor.axes else None for axis, factor in zip(owners, structure.factors, strict=True)]
     summed = [index for part in parts for index in part.local.factors if sharded[index] is None]
@@ -152,28 +152,28 @@ def _part(
     ins, outs = structure.in_features, structure.out_features
     local_ins, local_outs = (ins, outs // devices) if is_out else (ins // devices, outs)
 
-    def stage(part: slice, inputs: Axes, outputs: Axes, sizes: Mapping[str, int], ins: int, outs: int) -> Stage:
+    def group(part: slice, inputs: Axes, outputs: Axes, sizes: Mapping[str, int], ins: int, outs: int) -> FactorGroup:
         pattern = TermPattern(inputs, tuple(factor.axes for factor in term.factors[part]), outputs)
-        return _stage([pattern], indices[part], sizes, ins, outs)
+        return _group([pattern], indices[part], sizes, ins, outs)
 
     other = term.inputs if is_out else term.outputs
     if axis in other:
         at, size = other.index(axis), _size(other, local_sizes)
         local_ins, local_outs = (size, local_outs) if is_out else (local_ins, size)
-        local = stage(slice(None), term.inputs, term.outputs, local_sizes, local_ins, local_outs)
+        local = group(slice(None), term.inputs, term.outputs, local_sizes, local_ins, local_outs)
         view = _size(other[:at], sizes), sizes[axis], _size(other[at + 1 :], sizes)
         return Part(local, None, view, structure.padding(term)[not is_out])
     having = [i for i, factor in enumerate(term.factors) if axis in factor.axes]
     cut = having[0] if is_out else having[-1] + 1
     if whole_term or not _can_cut(term, cut, sizes, limit=ins if is_out else outs):
-        return Part(stage(slice(None), term.inputs, term.outputs, local_sizes, local_ins, local_outs))
+        return Part(group(slice(None), term.inputs, term.outputs, local_sizes, local_ins, local_outs))
     between = term.factors[cut].source
     size, before, after = _size(between, sizes), slice(None, cut), slice(cut, None)
     if is_out:
-        replicated = stage(before, term.inputs, between, sizes, ins, size)
-        return Part(stage(after, between, term.outputs, local_sizes, size, local_outs), replicated)
-    replicated = stage(after, between, term.outputs, sizes, size, outs)
-    return Part(stage(before, term.inputs, between, local_sizes, local_ins, size), replicated)
+        replicated = group(before, term.inputs, between, sizes, ins, size)
+        return Part(group(after, between, term.outputs, local_sizes, size, local_outs), replicated)
+    replicated = group(after, between, term.outputs, sizes, size, outs)
+    return Part(group(before, term.inputs, between, local_sizes, local_ins, size), replicated)
 
 
 def _can_cut(term: Term, cut: int, sizes: Mapping[str, int], limit: int) -> bool:
@@ -186,16 +186,16 @@ def _can_cut(term: Term, cut: int, sizes: Mapping[str, int], limit: int) -> bool
     return is_carried and _size(between, sizes) <= limit
 
 
-def _stage(
+def _group(
     terms: Sequence[TermPattern], indices: Sequence[int], sizes: Mapping[str, int], ins: int, outs: int
-) -> Stage:
+) -> FactorGroup:
     """Return the structure of patterns whose factors, in the written order, have these indices."""
     pattern = Pattern(tuple(terms))
     structure = make_structure(str(pattern.with_sizes({axis: sizes[axis] for axis in pattern.axes})), ins, outs)
     # F9 comes before F10
     names = sorted((factor.name for factor in structure.factors), key=lambda name: (len(name), name))
     index_of = dict(zip(names, indices, strict=True))
-    return Stage(structure, tuple(index_of[factor.name] for factor in structure.factors))
+    return FactorGroup(structure, tuple(index_of[factor.name] for factor in structure.factors))
 
 
 def _size(axes: Axes, sizes: Mapping[str, int]) -> int:

@@ -150,9 +150,9 @@ class Structure:
 
         Example:
             >>> import einlinear as el
-            >>> s = el.structure("btt", 64, 64)
-            >>> s.spec, str(s.pattern), s.sharding("out"), s.sharding("in")
-            ('btt', '(g a), g r f a, f e g r -> (f e) where r=1', 'f', 'g')
+            >>> s = el.structure("(g a), g r f a, f e g r -> (f e) where r=1", 64, 64)
+            >>> s.sharding("out"), s.sharding("in")
+            ('f', 'g')
         """
         if side not in ("in", "out"):
             raise ValueError(f"side must be 'in' or 'out', not {side!r}")
