@@ -27,8 +27,8 @@ class Colwise(ColwiseParallel):
     communication. The backward pass sums the gradient of the input, or of the features before the first sharded
     factor. A layer with `normalize` also sums one number for each factor.
 
-    A `FeedForward` is split by its hidden features: `up` and `gate` are colwise, `down` is rowwise with the layouts
-    of a `Rowwise()`. The experts of a `MoELinear` are all split. `torch.nn.Linear` and `torch.nn.Embedding` are
+    A `FeedForward` is split by its hidden features: `up` and `gate` are colwise, `down` is rowwise, and the outputs are
+    replicated by default. The experts of a `MoELinear` are all split. `torch.nn.Linear` and `torch.nn.Embedding` are
     handled by torch.
 
     Args:
@@ -91,8 +91,6 @@ class Rowwise(RowwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if isinstance(module, FeedForward):
             raise TypeError("Rowwise has no meaning for a FeedForward, whose hidden features are split: use Colwise")
-        if self.output_layouts[0].is_partial():
-            raise ValueError("output_layouts of Rowwise must be Replicate() or Shard(dim), not Partial()")
         return _apply(self, module, device_mesh, "in") or super()._apply(module, device_mesh)
 
 
@@ -130,6 +128,8 @@ def _sharding(style: Colwise | Rowwise, module: nn.Module, mesh: DeviceMesh, sid
         raise ValueError(
             f"the mesh has {mesh.ndim} dimensions: pass the one for tensor parallelism, such as mesh['tp']"
         )
+    if side == "in" and style.output_layouts[0].is_partial():
+        raise ValueError("output_layouts of Rowwise must be Replicate() or Shard(dim), not Partial()")
     layer: Any = module
     if isinstance(layer, MoELinear) and layer.exchange is not None:
         raise ValueError(f"{name} on a layer whose experts are sharded already by expert_parallel")
