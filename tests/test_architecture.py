@@ -25,9 +25,10 @@ LIBRARY_ORDER = (
     "nn",
     "fusion",
     "mup",
-    "integrations",
     "conversion",
+    "adapters",
     "compression",
+    "integrations",
     "einlinear",
 )
 LAB_ORDER = (

@@ -97,6 +97,14 @@ def hugging_face(names: dict[str, Any]) -> None:
     assert isinstance(attention, el.Linear)
 
 
+def adapted(names: dict[str, Any]) -> None:
+    """The printed report is that of the page, and the method of peft merges into plain layers."""
+    assert str(names["report"]) in read("docs/guides/adapters.md")
+    assert type(names["compressed"][0]) is torch.nn.Linear
+    assert names["fresh"][0].active == ("default",)
+    assert type(names["merged"]) is type(names["gpt2"])
+
+
 def distributed(names: dict[str, Any]) -> None:
     """The groups hold the sharded parameters, with the learning rates of a model that is not sharded."""
     groups, parameters = names["groups"], list(names["model"].parameters())
@@ -115,10 +123,12 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/guides/transfer.md": transferred,
     "docs/guides/mixtures.md": mixed,
     "docs/guides/compress.md": compressed,
+    "docs/guides/adapters.md": adapted,
     "docs/guides/transformers.md": hugging_face,
     "docs/guides/distributed.md": distributed,
 }
 NEEDS = {
+    "docs/guides/adapters.md": ["peft", "accelerate"],
     "docs/guides/compress.md": ["scipy"],
     "docs/guides/train.md": ["pytorch_optimizer", "schedulefree"],
     "docs/guides/transformers.md": ["peft", "accelerate"],

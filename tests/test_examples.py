@@ -40,6 +40,97 @@ def test_dense_to_sparse(tmp_path: Path) -> None:
     assert macs["dense-to-sparse"] < 1.1 * macs["monarch"] < macs["dense"]
 
 
+def test_compare_compression(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(prose(2000))
+    assert run("prepare", tmp_path / "text.txt", "--out", tmp_path / "tokens")[0] == 0
+    options = [f"data={tmp_path / 'tokens'}", "model=gpt", "width=64", "d_head=32", "depth=2", "context=32", "steps=2"]
+    assert run("train", *options, "--out", tmp_path / "gpt")[0] == 0
+    command = [sys.executable, ROOT / "examples" / "compare_compression.py", "gpt", "--run", tmp_path / "gpt"]
+    command += ["--out", tmp_path / "rows.jsonl", "--sizes", "0.6", "--bytes", "0.15", "--calibrated", "32"]
+    command += ["--tested", "8", "--characters", "5", "--rounds", "1", "--distill", "0.001"]
+    methods = ["int4", "int8_dynamic", "svd_llm", "drop_blocks", "modegpt", "low_rank", "bytes, dense"]
+    command += ["--methods", *methods]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    tables = [
+        subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+        ).stdout
+        for _ in range(2)
+    ]
+    assert tables[0].endswith(tables[1].partition("\n")[2])  # all of it is kept
+    rows = re.findall(r"^\| ([\w, ]+) \| (\d+)% \| ([\d.]+)% \| [\d.]+ \| ([\d.]+|–) \|", tables[1], re.MULTILINE)
+    kept = {name: (int(params), float(size)) for name, params, size, _ in rows}
+    assert sorted(kept) == sorted(["dense", *methods])
+    assert kept["drop_blocks"] == (50, 50.0)
+    for name in ("svd_llm", "modegpt", "low_rank"):
+        assert 50 < kept[name][1] <= 60
+    assert kept["int4"][1] == 14.1
+    assert kept["bytes, dense"][1] <= 15
+    assert {name for name, *_, distilled in rows if distilled == "–"} == {"dense", "int8_dynamic"}
+
+
+@needs("transformers")
+def test_compression_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig, BertModel
+
+    spec = importlib.util.spec_from_file_location("baselines", ROOT / "examples" / "compression_baselines.py")
+    assert spec is not None
+    assert spec.loader is not None
+    baselines = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "baselines", baselines)  # dataclasses look there
+    spec.loader.exec_module(baselines)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    model = BertModel(BertConfig(**sizes, vocab_size=100)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    names = [f"attention.self.{name}" for name in ("query", "key", "value")]
+    names += ["attention.output.dense", "intermediate.dense", "output.dense"]
+    layout = baselines.Layout("encoder.layer", *names, heads=4, attention="attention.self")
+    batches = [{"input_ids": torch.randint(100, (16, 20)), "attention_mask": torch.ones(16, 20)} for _ in range(4)]
+    batches[0]["attention_mask"][:, 12:] = 0
+
+    def call(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(**batch).last_hidden_state
+
+    statistics = baselines.collect(model, layout, batches, call)
+    y = call(model, batches[0])
+    weight, moment = model.encoder.layer[0].output.dense.weight, statistics.second_moments[0, "output.dense"]
+    errors = {}
+    for name, method in baselines.SIZED.items():
+        smaller = method(model, layout, 0.5, statistics)
+        share = baselines.bytes_of(baselines.weights_in_blocks(smaller, layout))
+        share /= baselines.bytes_of(baselines.weights_in_blocks(model, layout))
+        assert share == pytest.approx(2 / 3 if name == "drop_blocks" else 0.5, abs=0.02)
+        assert call(smaller, batches[0]).shape == y.shape
+        if name.startswith(("svd", "asvd")):
+            first, second = smaller.encoder.layer[0].output.dense
+            change = (weight - second.weight @ first.weight).detach().double()
+            errors[name] = float((change @ moment * change).sum())
+    assert errors["svd_llm"] < 0.9 * min(errors["asvd"], errors["svd"])  # the least of this rank
+    # the whole width: only the ridge of the feed-forward blocks changes the model
+    torch.testing.assert_close(call(baselines.modegpt(model, layout, 1.0, statistics), batches[0]), y, atol=0.5, rtol=0)
+    block = model.encoder.layer[0]
+    up, down = block.intermediate.dense, block.output.dense
+    with torch.no_grad():
+        up.weight[96:], up.bias[96:] = 0, 0
+    moment = baselines.collect(model, layout, batches, call).second_moments[0, "output.dense"]
+    narrow_up, narrow_down = baselines.narrow_feed_forward(up, down, 0.5, moment)
+    chosen = torch.tensor([int((up.weight == row).all(1).nonzero()[0, 0]) for row in narrow_up.weight])
+    assert len(chosen.unique()) == 64
+    assert chosen.max() < 96  # features that are always 0 go first
+    refitted, cut = torch.zeros(2, 64, 128).double()
+    refitted[:, chosen], cut[:, chosen] = narrow_down.weight.detach().double(), down.weight.detach()[:, chosen].double()
+    changes = [down.weight.detach() - smaller for smaller in (refitted, cut)]
+    errors = [float((change @ moment * change).sum()) for change in changes]
+    assert errors[0] < 0.5 * errors[1]
+    for name, largest in (("bfloat16", 2**-6), ("int8", 2**-7), ("int4", 2**-3), ("int8_dynamic", 2**-6)):
+        rounded = baselines.ROUNDED[name](model, layout).encoder.layer[0].output.dense
+        identity = torch.eye(128, dtype=torch.bfloat16 if name == "bfloat16" else torch.float32)
+        found = (rounded(identity) - rounded(0 * identity)).T.float()
+        assert 0 < (found - down.weight).abs().max() < largest * down.weight.abs().max()
+
+
 @needs("transformers")
 def test_compressed_speed() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "compressed_speed.py"), "--tokens", "8", "--rounds", "1"]

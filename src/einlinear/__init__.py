@@ -4,9 +4,10 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from einlinear.adapters import adapt
 from einlinear.conversion import convert, densify
 from einlinear.fusion import fuse, unfuse
-from einlinear.integrations.transformers import register_on_import as _register_on_import
+from einlinear.integrations import register_on_import as _register_on_import
 from einlinear.mup import base_shapes, check_groups, coord_check, init_, param_groups
 from einlinear.nn import Conv1d, Conv2d, Embedding, FeedForward, Linear, MoELinear, moe_loads, moe_loss
 from einlinear.nn.explanation import explain
@@ -21,7 +22,7 @@ if _TYPE_CHECKING:
 __all__ = ["Conv1d", "Conv2d", "Embedding", "FeedForward", "Linear", "MoELinear", "Structure", "__version__", "backend"]
 __all__ += ["explain", "register_family", "structure"]
 __all__ += ["base_shapes", "check_groups", "coord_check", "init_", "moe_loads", "moe_loss", "param_groups"]
-__all__ += ["compress", "convert", "densify", "distill", "fuse", "unfuse"]
+__all__ += ["adapt", "compress", "convert", "densify", "distill", "fuse", "unfuse"]
 
 _register_on_import()
 

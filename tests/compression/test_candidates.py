@@ -14,13 +14,13 @@ from einlinear import ops
 from einlinear.compression import compress
 from einlinear.compression.candidates import estimated_errors, members, members_to_fit
 from einlinear.compression.sensitivity import SensitivityProbe
-from einlinear.compression.spectrum import Spectrum
+from einlinear.compression.spectrum import Spectrum, low_ranks
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48)])
 def test_the_spectrum_is_the_errors_of_low_rank(size: tuple[int, int]) -> None:
     w, moment = torch.randn(size[1], size[0], dtype=torch.float64), correlated(size[0])
-    spectrum = Spectrum.of(w, moment)
+    spectrum = Spectrum.of(w, low_ranks(w, moment, None)[2])
     for s in members("low_rank", *size):
         expected = error(s, w, ops.project(s, w, moment), moment)
         assert spectrum.at(s.params / w.numel()) == pytest.approx(expected, rel=1e-3)
@@ -29,7 +29,8 @@ def test_the_spectrum_is_the_errors_of_low_rank(size: tuple[int, int]) -> None:
 
 
 def test_the_spectrum_of_a_diagonal_weight() -> None:
-    spectrum = Spectrum.of(torch.diag(torch.tensor([1.0, 2.0, 0.0])), torch.eye(3))
+    w = torch.diag(torch.tensor([1.0, 2.0, 0.0]))
+    spectrum = Spectrum.of(w, low_ranks(w, torch.eye(3), None)[2])
     assert spectrum.errors == pytest.approx((1.0, 0.2, 0.0, 0.0))
     assert spectrum.share == pytest.approx(2 / 3)
 
@@ -41,7 +42,7 @@ def test_errors_between_those_that_are_fitted(family: str) -> None:
     found = {s.spec: error(s, w, ops.project(s, w, moment), moment) for s in considered}
     known = {s.spec: found[s.spec] for s in members_to_fit(considered, (0.25, 0.5, 0.75))}
     assert len(known) == (0 if family == "low_rank" else 3)
-    guesses = estimated_errors(considered, known, Spectrum.of(w, moment))
+    guesses = estimated_errors(considered, known, Spectrum.of(w, low_ranks(w, moment, None)[2]))
     assert guesses.keys() == found.keys()
     for s in considered:
         if 0.15 < s.params / w.numel() < 0.85:

@@ -39,8 +39,8 @@ def test_low_rank_of_every_size(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     w, c, g = torch.randn(size, dtype=torch.float64), correlated(size[1]).double(), correlated(size[0]).double()
     metric = OutputMetric(g)
-    after, before, _ = low_ranks(w, c, metric)
-    spectrum = Spectrum.of(w, c, metric)
+    after, before, energies = low_ranks(w, c, metric)
+    spectrum = Spectrum.of(w, energies)
     for rank in (1, 10, 20):
         s = structure(f"low_rank(rank={rank})", size[1], size[0])
         v = after[:, :rank] @ before[:rank]

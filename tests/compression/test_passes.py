@@ -160,3 +160,15 @@ def test_a_forward_that_another_library_put_there_stays() -> None:
     block.forward = own  # type: ignore[method-assign]
     list(Passes(model, DATA).inputs({"blocks.2.up": 1}))
     assert vars(block)["forward"] == own
+
+
+def test_only_batches_that_are_asked_for_are_run() -> None:
+    model = Model(depth=4)
+    passes, last = Passes(model, DATA), {"blocks.3.up": 1}
+    list(passes.inputs({"blocks.2.up": 1}, [0, 1]))
+    before = model.blocks[2].runs  # type: ignore[union-attr]
+    ((_, inputs),) = zip([2], passes.inputs(last, [2]), strict=True)
+    ((expected,),) = layer_inputs(model, DATA[2], last).values()
+    assert torch.equal(inputs["blocks.3.up"][0], expected)
+    # the first batch to compare with, the batch, and what was expected
+    assert model.blocks[2].runs == before + 3  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.compression.test_passes import DATA, Model
 from torch import Tensor, nn
 
 from einlinear.compression import compress
@@ -66,6 +67,37 @@ def test_layers_that_few_batches_call() -> None:
         squares = sum(float(model(batch).square().sum()) for batch in batches[:5])
     expected = float((x @ change.T).square().sum()) / squares
     assert SensitivityProbe(model, batches).output_change(model.rare, change, None) == pytest.approx(expected, rel=1e-4)
+
+
+class Centred(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y - y.mean(0)
+
+
+@pytest.mark.parametrize(("kind", "samples"), [(nn.Sequential, 256), (Centred, 1000)])
+def test_the_first_samples_are_enough_unless_they_depend_on_others(kind: type[nn.Sequential], samples: int) -> None:
+    model, x = kind(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(1000, 5)
+    other, change = copy.deepcopy(model), torch.randn(8, 5)
+    with torch.no_grad():
+        other[0].weight += change
+        y = model(x[:samples])
+        expected = float((other(x[:samples]) - y).square().sum() / y.square().sum())
+    assert SensitivityProbe(model, [x]).output_change(model[0], change, None) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_blocks_before_the_layer_run_once_if_no_later_one_reads_them(skips: bool) -> None:
+    model, change = Model(skips=skips), torch.randn(16, 8)
+    probe, layer, block = SensitivityProbe(model, DATA[:1]), model.blocks[2].up, model.blocks[0]  # type: ignore[union-attr]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[2].up.weight += change  # type: ignore[union-attr,operator]
+        expected = float((other(DATA[0]) - model(DATA[0])).square().sum() / model(DATA[0]).square().sum())
+    assert probe.output_change(layer, change, None) == pytest.approx(expected, rel=1e-4)
+    before = block.runs
+    probe.output_change(layer, change, None)
+    assert block.runs == before + skips
 
 
 def test_of_logits_the_divergence() -> None:

@@ -2,7 +2,8 @@
 // and compares several threads with one. Outputs start as NaN, so what is left unwritten shows as well.
 //
 // Usage: sanitized_kernel FILE
-// FILE holds int64 numbers: for each structure the count of numbers in its program, then these (cpu_backend.py).
+// FILE holds int64 numbers: for each structure the count of numbers in its program, then these (cpu_backend.py). Of
+// every eight programs, factors of the last four are matrices.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -84,6 +85,58 @@ static void one_matrix(const Index* numbers, Index n, const std::vector<int>& co
                     if (to[i]) same(grads.arrays[i].values, first[i], "gradient of a factor", threads, n);
             }
         }
+}
+
+// Forward with factors of random formats, compared with the same factors in the type of arithmetic; codes if `matrices`.
+template <class S>
+static void stored_factors(const Index* numbers, bool matrices, Index n, const std::vector<int>& counts) {
+    Program p(numbers);
+    std::vector<std::vector<uint8_t>> data;
+    std::vector<std::vector<BFloat16>> scales;
+    std::vector<StoredFactor> stored;
+    std::vector<std::vector<Arithmetic<S>>> expanded;
+    std::vector<Arithmetic<S>*> pointers;
+    for (auto& s : p.steps) {
+        const Index bits = matrices ? 2 + generator() % 7 : 16, columns = s.in.features, rows = s.entries() / columns;
+        const Index group = std::vector<Index>{columns, 32, 7}[generator() % 3];
+        Index row_bytes = 0, groups = (columns + group - 1) / group;
+        for (Index width : {16, 8, 4, 2, 1})
+            if (bits & width) row_bytes += (columns * width + 7) / 8;
+        data.emplace_back(rows * row_bytes), scales.emplace_back(rows * groups);
+        for (uint8_t& byte : data.back()) byte = generator();
+        BFloat16* halves = (BFloat16*)data.back().data();
+        for (BFloat16& scale : scales.back()) scale = BFloat16(1 + generator() % 9);
+        if (bits == 16)
+            for (Index i = 0; i < s.entries(); i++) halves[i] = BFloat16(generator() % 9 - 4.f);
+        stored.push_back({data.back().data(), scales.back().data(), bits, group, groups, row_bytes});
+        // bit by bit, by the definition of the format
+        expanded.emplace_back(s.entries());
+        for (Index i = 0; i < s.entries(); i++) {
+            const uint8_t* part = data.back().data() + i / columns * row_bytes;
+            Index code = 0, shift = 0, k = i % columns;
+            for (Index width : {8, 4, 2, 1}) {
+                if (!(bits & width)) continue;
+                for (Index bit = 0; bit < width; bit++)
+                    code |= Index(part[(k * width + bit) / 8] >> (k * width + bit) % 8 & 1) << (shift + bit);
+                part += (columns * width + 7) / 8, shift += width;
+            }
+            const BFloat16* of_row = scales.back().data() + i / columns * groups;
+            expanded.back()[i] = bits == 16 ? (float)halves[i]
+                                            : (code - (Index(1) << (bits - 1))) * (float)of_row[k / group];
+        }
+    }
+    for (auto& factor : expanded) pointers.push_back(factor.data());
+    Array<S> x(n * p.in_features), bias(p.out_features);
+    std::vector<Arithmetic<S>> wide_x(x.values.begin(), x.values.end());
+    std::vector<Arithmetic<S>> wide_bias(bias.values.begin(), bias.values.end()), wide_y(n * p.out_features);
+    forward<Arithmetic<S>>(p, pointers.data(), wide_x.data(), wide_bias.data(), wide_y.data(),
+                           (Arithmetic<S>*)nullptr, n, 1);
+    for (int threads : counts) {
+        Array<S> y(n * p.out_features, false);
+        forward(p, stored.data(), x.values.data(), bias.values.data(), y.values.data(), (Arithmetic<S>*)nullptr, n,
+                threads);
+        same(y.values, std::vector<S>(wide_y.begin(), wide_y.end()), "output of stored factors", threads, n);
+    }
 }
 
 // The same for one of several matrices a token, two of them for each.
@@ -206,6 +259,14 @@ int main(int count, char** arguments) {
             if (programs % 4 == 1) one_matrix<float>(numbers.data(), n, threads);
             if (programs % 4 == 2) one_matrix<BFloat16>(numbers.data(), n, threads);
             if (programs % 4 == 3) one_matrix<Float16>(numbers.data(), n, threads);
+        }
+        std::vector<Index> long_rows = dense(1029, 21);
+        for (Index n : {1, 3, 7, 15, 33}) {
+            const bool matrices = programs % 8 >= 4;
+            if (programs % 4 == 0) stored_factors<double>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 1) stored_factors<float>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 2) stored_factors<BFloat16>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 3) stored_factors<float>(long_rows.data(), true, n, threads);
         }
         if (programs % 4 == 0) blocks<double>(numbers.data(), 19, threads);
         if (programs % 4 == 1) blocks<float>(numbers.data(), 35, threads);

@@ -24,7 +24,7 @@ from einlinear.compression.selection import Selection, Stage
 from einlinear.nn.dense_layers import features, weight_matrix
 
 # bytes of second moments that are collected in one pass over the data
-_MEMORY = 2**31
+_MEMORY = 2**28
 # tokens for each input feature after which a layer's moments change little
 _ENOUGH = 64
 # columns of a second moment that are computed at a time, of which those above the diagonal are left out
@@ -172,15 +172,15 @@ class SecondMomentAccumulator:
         """
         if not self._shifts:
             raise ValueError("its inputs are all padding: no token is left")
-        moment = self._product.tril() / self.tokens
+        moment = self._product.tril().div_(self.tokens)
         moment += moment.tril(-1).T
         if not moment.isfinite().all():
             raise ValueError("its inputs are too large: their squares overflow float32")
         beyond = self._sums[0] / self.tokens
         mean = self._shifts[0] + beyond
-        moment -= torch.outer(beyond, beyond)
+        moment.addr_(beyond, beyond, alpha=-1)
         if not centred:
-            moment += torch.outer(mean, mean)
+            moment.addr_(mean, mean)
         # as if both models had a little noise: inputs that are constant become white, and the weight is approximated
         noise = 1e-12 * float((moment.diagonal() + mean.square()).mean())
         original = None
@@ -188,15 +188,15 @@ class SecondMomentAccumulator:
             rows, w = slice(first, first + len(weight)), weight.detach().double()
             beyond_y = self._sums[1][rows] / self.tokens
             mean_y = self._shifts[1][rows] + beyond_y
-            cross = self._cross[rows] / self.tokens - torch.outer(beyond_y, beyond)
+            cross = (self._cross[rows] / self.tokens).addr_(beyond_y, beyond, alpha=-1)
             squares = self._squares[rows] / self.tokens - beyond_y.square()
             noise = max(noise, 1e-12 * float((squares + mean_y.square()).sum() / w.square().sum().clamp(min=1e-300)))
             if not centred:
-                cross += torch.outer(mean_y, mean)
+                cross.addr_(mean_y, mean)
                 squares += mean_y.square()
             noise = noise or 1.0
             energy = float(squares.sum() + noise * w.square().sum())
-            original = OriginalOutputs(cross + noise * w, mean_y, energy)
+            original = OriginalOutputs(cross.add_(w, alpha=noise), mean_y, energy)
         moment.diagonal().add_(noise or 1.0)
         return InputStatistics(moment, mean, self.tokens, original)
 
@@ -227,10 +227,10 @@ class InputStatistics:
 
     def damped(self, damping: float) -> Tensor:
         """Return C plus a fraction of its mean variance on the diagonal: few tokens say little of many features."""
-        c = self.second_moment
+        c = self.second_moment.clone()
         # C is definite in spite of the rounding of float32 products, relative to the sum of all variances
-        fraction = max(damping, 1e-7 * len(c))
-        return c + fraction * c.diagonal().mean() * torch.eye(len(c)).to(c)
+        c.diagonal().add_(max(damping, 1e-7 * len(c)) * c.diagonal().mean())
+        return c
 
     def target_weight(self, weight: Tensor, damping: float) -> Tensor:
         """Return the weight to approximate: P C^{-1}, damped towards W; in directions that never occur it is W."""

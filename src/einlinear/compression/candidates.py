@@ -19,7 +19,7 @@ from einlinear import ops
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.output_metric import OutputMetric, project
 from einlinear.compression.sensitivity import Sensitivity
-from einlinear.compression.spectrum import NO_ERROR, Spectrum, between
+from einlinear.compression.spectrum import NO_ERROR, LowRanks, Spectrum, between
 from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.spec import OverBudget
@@ -102,6 +102,7 @@ def layer_candidates(
     count: str,
     sensitivity: Sensitivity,
     metric: Callable[[], OutputMetric | None],
+    components: Callable[[Tensor], LowRanks],
     cached: Callable[..., Any],
 ) -> list[LayerCandidate]:
     """Return "dense" and the members of families as candidates for a layer.
@@ -109,7 +110,12 @@ def layer_candidates(
     `cached(content, compute, decode)` reads a result, or computes it from the layer's inputs and their second moment.
     """
     weight = weight_matrix(layer)
-    spectrum = cached("spectrum", lambda _, moment: asdict(Spectrum.of(weight, moment, metric())), Spectrum.from_record)
+
+    def compute_spectrum(_: InputStatistics, moment: Tensor) -> dict[str, Any]:
+        *_factors, energies = components(moment)
+        return asdict(Spectrum.of(weight, energies))
+
+    spectrum = cached("spectrum", compute_spectrum, Spectrum.from_record)
 
     def errors_at(family: str, shares: Sequence[float]) -> dict[str, float]:
         if not (fitted := members_to_fit(families[family], shares)):

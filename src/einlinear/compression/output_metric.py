@@ -24,8 +24,8 @@ from einlinear.ops.projection.svd import count, merge, unmerge
 from einlinear.ops.reference import einsum
 from einlinear.structures import Structure
 
-# gradients for each output feature, the most batches, and the most entries of a batch's output that are projected
-_ENOUGH, _BATCHES, _ENTRIES = 8, 12, 2**19
+# gradients for each output feature or for a diagonal, the most batches, and the most entries that are projected of each
+_ENOUGH, _ENOUGH_FOR_DIAGONAL, _BATCHES, _ENTRIES = 16, 1024, 12, 2**19
 # of the mean variance, for the directions that few gradients say little of
 _DAMPING = 1e-2
 
@@ -114,8 +114,7 @@ def measure_output_metrics(
     def record(name: str, _: Any, output: Tensor) -> Tensor:
         def add(gradient: Tensor) -> None:
             g = tokens_of(batch, gradient).float()
-            in_features, out_features = features(layers[name])
-            moment = g.T @ g if out_features <= in_features else g.square().sum(0)
+            moment = g.T @ g if _is_full(layers[name]) else g.square().sum(0)
             moments[name] = moment + moments[name] if name in moments else moment
             tokens[name] += len(g)
 
@@ -137,12 +136,21 @@ def measure_output_metrics(
                     # the gradient takes as much memory as the output
                     del result, output
                     chosen.backward(_direction(chosen, is_logits, generator))
-            if all(tokens[name] >= _ENOUGH * features(layer)[1] for name, layer in layers.items()):
+            if all(tokens[name] >= _enough(layer) for name, layer in layers.items()):
                 break
     finally:
         for p in learning:
             p.requires_grad_()
     return {name: OutputMetric(g) for name, g in moments.items() if g.isfinite().all() and float(g.sum()) > 0}
+
+
+def _is_full(layer: Any) -> bool:
+    in_features, out_features = features(layer)
+    return out_features <= in_features
+
+
+def _enough(layer: Any) -> int:
+    return _ENOUGH * features(layer)[1] if _is_full(layer) else _ENOUGH_FOR_DIAGONAL
 
 
 @torch.no_grad()

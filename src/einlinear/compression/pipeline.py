@@ -26,6 +26,7 @@ from einlinear.compression.precision_candidates import in_every_precision, least
 from einlinear.compression.resume_cache import ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
+from einlinear.compression.spectrum import LowRanks, low_ranks
 from einlinear.compression.time_candidates import LayerTimes
 from einlinear.conversion.replacement import replace_modules, structured_like
 from einlinear.nn import Linear
@@ -232,15 +233,29 @@ def _compare(
     for name, statistics in calibrated.statistics(calibrated.stages, enough=_ENOUGH):
         layer, cached = calibrated.layers[name], step.cached(name, len(candidates), statistics)
         metric = partial(_metric, metrics, name)
+        components = _components(layer, metric)
         if probe is not None:
-            measure = partial(measure_sensitivity, layer, probe, metric)
+            measure = partial(measure_sensitivity, layer, probe, components)
             sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
         by_structure = "macs" if count == "macs" else "params"
-        candidates[name] = layer_candidates(layer, members[name], by_structure, sensitivities[name], metric, cached)
+        given = layer, members[name], by_structure, sensitivities[name], metric, components, cached
+        candidates[name] = layer_candidates(*given)
         if count == "bytes":
             candidates[name] = in_every_precision(layer, candidates[name], sensitivities[name], cached)
     step.report(len(candidates))
     return sensitivities, candidates
+
+
+def _components(layer: Any, metric: Callable[[], OutputMetric | None]) -> Callable[[Tensor], LowRanks]:
+    """Return a function that computes the low ranks of a layer once, since a layer has one second moment."""
+    results: list[LowRanks] = []
+
+    def compute(moment: Tensor) -> LowRanks:
+        if not results:
+            results.append(low_ranks(weight_matrix(layer), moment, metric()))
+        return results[0]
+
+    return compute
 
 
 def _allocate(

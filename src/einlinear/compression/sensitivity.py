@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from einlinear.compression.activations import ModelOutput, hooked, model_output
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.divergence import slices, summed_kl_divergence
-from einlinear.compression.output_metric import OutputMetric
-from einlinear.compression.spectrum import low_ranks
+from einlinear.compression.forward_passes import Passes
+from einlinear.compression.spectrum import LowRanks
 from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.model_call import Batch
 
@@ -61,7 +63,7 @@ class Sensitivity:
 # of the dense parameters
 _SHARES = (0.05, 0.25, 0.6)
 # tokens after which the change of the output is known well enough
-_ENOUGH = 1024
+_ENOUGH = 256
 
 UNKNOWN = Sensitivity(((1.0, 1.0),))
 
@@ -70,13 +72,13 @@ UNKNOWN = Sensitivity(((1.0, 1.0),))
 def measure_sensitivity(
     layer: Any,
     probe: SensitivityProbe,
-    metric: Callable[[], OutputMetric | None],
+    components: Callable[[Tensor], LowRanks],
     statistics: InputStatistics,
     moment: Tensor,
 ) -> Sequence[tuple[float, float]]:
-    """Replace a layer by low-rank approximations, and return the points of its sensitivity."""
+    """Replace a layer by low-rank approximations, given its components, and return the points of its sensitivity."""
     weight, points = weight_matrix(layer), []
-    after, before, _ = (tensor.to(weight.dtype) for tensor in low_ranks(weight, moment, metric()))
+    after, before, _ = (tensor.to(weight.dtype) for tensor in components(moment))
     for share in _SHARES:
         rank, shift = int(share * weight.numel() / sum(weight.shape)), None
         approximation = after[:, :rank] @ before[:rank]
@@ -95,8 +97,12 @@ class SensitivityProbe:
     """Outputs of the original model on calibration data, and their distance to those of a changed model."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self._model, self._batches = model, batches
-        self._originals: dict[int, ModelOutput] = {}
+        # those that were run, with as many samples as are enough
+        self._model, self._batches = model, list(batches)
+        self._run, self._originals = set[int](), dict[int, ModelOutput]()
+        # the blocks before a layer are not run again
+        self._passes = Passes(model, self._batches)
+        self._names = {id(layer): name for name, layer in model.named_modules()}
 
     @torch.no_grad()
     def output_change(self, layer: nn.Module, weight_change: Tensor, bias_change: Tensor | None) -> float:
@@ -109,12 +115,13 @@ class SensitivityProbe:
             return output + F.linear(x, weight_change.to(x), None if bias_change is None else bias_change.to(x))
 
         changed = partial(hooked, {"": layer}, add_change)
+        self._skip_to(layer)
         total = size = 0.0
         reached = 0
-        for number, batch in enumerate(self._batches):
+        for number in range(len(self._batches)):
             original, before = self._original(number), calls
-            with changed():
-                values = original.values_of(self._model, batch)
+            with self._passes.resumed(number), changed():
+                values = original.values_of(self._model, self._batches[number])
             head = nn.Identity() if original.head is None else self._model.get_submodule(original.head)
             for part in slices(len(original.values), original.features):
                 expected = head(original.values[part])
@@ -137,9 +144,39 @@ class SensitivityProbe:
         # NaN and infinity count as a large change
         return min(change, 1e6) if math.isfinite(change) else 1e6
 
+    def _skip_to(self, layer: nn.Module) -> None:
+        original = self._original(0)
+        self._passes.skip_to([self._names[id(layer)]], lambda: original.values_of(self._model, self._batches[0]))
+
     def _original(self, number: int) -> ModelOutput:
+        if number not in self._run:
+            self._run.add(number)
+            self._batches[number] = _first_samples(self._model, self._batches[number])
         output = self._originals.get(number) or model_output(self._model, self._batches[number])
         # larger ones are computed again
         if output.values.nbytes <= 2**26:
             self._originals[number] = output
         return output
+
+
+def _first_samples(model: nn.Module, batch: Batch) -> Batch:
+    """Return the first samples of a batch with enough tokens, or all if the model's output for these depends on others.
+
+    Samples are the first dimension of all tensors.
+    """
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    size = len(tensors[0]) if tensors and tensors[0].dim() else 0
+    if any(not tensor.dim() or len(tensor) != size for tensor in tensors):
+        return batch
+    whole = model_output(model, batch)
+    first = -(-_ENOUGH * size // max(len(whole.values), 1))
+    if first >= size:
+        return batch
+    part = tree_map_only(Tensor, lambda tensor: tensor[:first], batch)
+    # a model may raise anything for a batch that it does not take
+    with suppress(Exception):
+        values = model_output(model, part).values
+        expected = whole.values[: len(values)]
+        if float((values - expected).norm()) <= 3e-2 * float(expected.norm()):
+            return part
+    return batch

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from einlinear.compression.output_metric import OutputMetric, apply_roots
 
+# the results of `low_ranks`
+LowRanks = tuple[Tensor, Tensor, Tensor]
 # smaller errors count as this one
 NO_ERROR = 1e-12
 
 
 @torch.no_grad()
-def low_ranks(weight: Tensor, moment: Tensor, metric: OutputMetric | None) -> tuple[Tensor, Tensor, Tensor]:
+def low_ranks(weight: Tensor, moment: Tensor, metric: OutputMetric | None) -> LowRanks:
     """Return factors A (out, n) and B (n, in) whose first r columns and rows are the best rank r, and the energies.
 
     The energy of a component, in decreasing order of what it counts in the metric, is the error without it. For a
@@ -53,9 +55,8 @@ class Spectrum:
     share: float
 
     @classmethod
-    def of(cls, weight: Tensor, moment: Tensor, metric: OutputMetric | None = None) -> Spectrum:
-        """Compute it for a weight (out, in) and inputs with second moment (in, in)."""
-        *_, energies = low_ranks(weight, moment, metric)
+    def of(cls, weight: Tensor, energies: Tensor) -> Spectrum:
+        """Compute it for a weight (out, in) and the energies of its components."""
         errors = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp(min=1e-300)
         return cls((*errors.tolist(), 0.0), sum(weight.shape) / weight.numel())
 

@@ -268,9 +268,7 @@ def _new_layer(old: Any, s: Structure, weights: str, **config: Any) -> Any:
         return projected
     layer = structured_like(old, s, **config)
     if is_zero:
-        # by its last factors the matrix is zero and can learn
-        for _, factors in s.by_term([factor.name for factor in s.factors]):
-            nn.init.zeros_(getattr(layer, factors[-1]))
+        layer.zero_last_factors()
         if layer.bias is not None:
             layer.bias.copy_(old.bias)
     return layer

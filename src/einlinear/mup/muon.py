@@ -221,5 +221,5 @@ def sharded_like(x: Tensor, like: Any) -> Tensor:
     # importing DTensors takes long
     from torch.distributed.tensor import DTensor, Replicate
 
-    replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()])
+    replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()] * like.device_mesh.ndim)
     return replicated.redistribute(placements=like.placements)

@@ -11,6 +11,7 @@ from torch import Tensor
 from einlinear import ops
 from einlinear.nn.feed_forward import FeedForward
 from einlinear.nn.linear import Linear
+from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.ops.backends import find
 from einlinear.ops.context import autocast_dtype, wants_gradients
 from einlinear.ops.fused_dispatch import backend_of_fused_blocks
@@ -50,7 +51,12 @@ def _explain_block(block: FeedForward, x: Tensor) -> ops.Choice:
 
 def _explain_linear(layer: Linear, x: Tensor, training: bool) -> ops.Choice:
     dtype = autocast_dtype(x) or x.dtype
-    return _with_kernels(ops.choose(layer.structure, x.shape[:-1].numel(), dtype, x.device, training), dtype)
+    why = layer.reason_to_expand(x) if isinstance(layer, QuantizedLinear) else None
+    if isinstance(layer, QuantizedLinear) and why is None:
+        stored = f"it multiplies with the {layer.precision} factors as they are stored"
+        return _with_kernels(ops.Choice("cpu", stored), dtype)
+    choice = _with_kernels(ops.choose(layer.structure, x.shape[:-1].numel(), dtype, x.device, training), dtype)
+    return choice if why is None else replace(choice, reason=f"{choice.reason}; factors are expanded first, as {why}")
 
 
 def _with_kernels(choice: ops.Choice, dtype: torch.dtype) -> ops.Choice:

@@ -20,7 +20,8 @@ def is_plain_layer(module: Any) -> bool:
 
 def reason_to_call(layer: nn.Module) -> str | None:
     """Return why a layer has to be called, since it does more than multiply with its weights, or None."""
-    is_structured = isinstance(layer, Linear) and type(layer).forward is Linear.forward
+    is_structured = isinstance(layer, Linear) and type(layer).multiply is Linear.multiply
+    is_structured = is_structured and type(layer).forward is Linear.forward
     if not is_structured or type(layer).__call__ is not nn.Module.__call__ or "forward" in vars(layer):
         return "is not a plain einlinear.Linear"
     return "has hooks" if has_call_hooks(layer) else None

@@ -77,6 +77,12 @@ class Factored(SelfDescribing):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @torch.no_grad()
+    def zero_last_factors(self) -> None:
+        """Set the last factor of every term to zero: the matrix is zero then, and can learn."""
+        for _, factors in self.structure.by_term([factor.name for factor in self.structure.factors]):
+            nn.init.zeros_(getattr(self, factors[-1]))
+
     def init_stds(self) -> tuple[float, ...]:
         """Return the standard deviations that `reset_parameters` draws the factors with."""
         return init_std(self.structure)
@@ -210,6 +216,10 @@ class Linear(Factored):
                 return y
             if isinstance(x, LazyTensor):
                 x = x.value(type(self))
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return the product and the bias, without regard to a block that the layer may be in."""
         if type(x) is Tensor and (factors := self.stored_factors()) is not None:
             return ops.linear(self.structure, factors, x, self._parameters["bias"])
         return ops.linear(self.structure, self.factors(), x, self.bias)

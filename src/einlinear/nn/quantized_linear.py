@@ -11,6 +11,7 @@ from torch import Tensor
 from einlinear.nn.layer_descriptions import STRUCTURED, VECTOR, LayerInfo
 from einlinear.nn.lazy_weight import LazyWeight
 from einlinear.nn.linear import Linear
+from einlinear.ops.cpu import stored_path
 from einlinear.ops.factor_matrices import as_matrices, from_matrices
 from einlinear.ops.integer_format import SCALE_DTYPE, IntegerFormat
 from einlinear.structures import Factor, Structure
@@ -41,8 +42,10 @@ def stored_bytes(structure: Structure, precision: str) -> int:
 class QuantizedLinear(Linear):
     """Linear layer for inference with a dense or structured weight that is stored in 2 to 16 bits an entry.
 
-    Every use expands the factors to the dtype of the layer, that of its bias. They are buffers: the bias alone is
-    trained. A new layer has a weight of zeros: fill it with `store`, or load a state_dict.
+    On a CPU the compiled kernel multiplies with the factors as they are stored. Other calls expand the factors first,
+    to the dtype of the layer, that of its bias: calls that need gradients, that are traced, or for which another
+    backend is faster. `einlinear.explain` says which. Factors are buffers: the bias alone is trained. A new layer has a
+    weight of zeros: fill it with `store`, or load a state_dict.
 
     Args:
         in_features, out_features, structure, bias, device, dtype: as for `einlinear.Linear`; "dense" is a structure.
@@ -68,13 +71,16 @@ class QuantizedLinear(Linear):
     ) -> None:
         self.precision, self.dtype = precision, dtype or torch.get_default_dtype()
         # for an error before anything is allocated
-        self.formats = factor_formats(make_structure(structure, in_features, out_features), precision)
+        self.formats = tuple(factor_formats(make_structure(structure, in_features, out_features), precision))
         super().__init__(in_features, out_features, structure, bias, device=device, dtype=self.dtype)
 
     def _add_parameters(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        # of the stored tensors, in the order of the factors
+        self._names: list[str] = []
         for factor, format in zip(self.structure.factors, self.formats, strict=True):
             if format is None:
                 self.register_buffer(factor.name, torch.empty(factor.shape, dtype=torch.int16, device=device))
+                self._names.append(factor.name)
                 continue
             batch_new = as_matrices(factor, torch.empty(factor.shape, device="meta")).shape[:-1]
             codes = torch.empty(*batch_new, format.code_bytes(factor.fan_in), dtype=torch.uint8, device=device)
@@ -82,6 +88,7 @@ class QuantizedLinear(Linear):
             self.register_buffer(f"{factor.name}_codes", codes)
             # the bits of bfloat16: conversions of a model to other dtypes leave integers as they are
             self.register_buffer(f"{factor.name}_scales", scales)
+            self._names += [f"{factor.name}_codes", f"{factor.name}_scales"]
         self.register_parameter("bias", None)
         if bias:
             self.bias = torch.nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
@@ -107,6 +114,27 @@ class QuantizedLinear(Linear):
         """Return the factors in the order of `structure.factors`, expanded to the dtype of the layer."""
         pairs = zip(self.structure.factors, self.formats, strict=True)
         return [self._expanded(factor, format).to(self.dtype) for factor, format in pairs]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        call = self._find_call(x)
+        if isinstance(call, str):
+            return super().multiply(x)
+        return stored_path.forward(call, self._stored(), x, self._parameters["bias"])
+
+    def reason_to_expand(self, x: Tensor) -> str | None:
+        """Return why a call expands the factors in memory, or None if the kernel reads them as they are stored."""
+        call = self._find_call(x)
+        return call if isinstance(call, str) else None
+
+    def _find_call(self, x: Tensor) -> stored_path.StoredCall | str:
+        if type(x) is not Tensor or x.dtype is not self.dtype or "bias" not in self._parameters:
+            return "the input is not a plain tensor of the layer's dtype, or the bias is parametrized"
+        return stored_path.find(self.structure, self.formats, self._stored(), x, self._parameters["bias"])
+
+    def _stored(self) -> list[Tensor]:
+        """Return the codes and scales of the factors, or their numbers of bfloat16."""
+        own = self._buffers
+        return [own[name] for name in self._names if name in own]  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:

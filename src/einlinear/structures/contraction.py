@@ -67,6 +67,21 @@ def _contract(term: TermPattern, sizes: tuple[int, ...], max_subsets: int) -> Co
     return Contraction(order, macs, min(map(product, axes.values())))
 
 
+def sharding_axis(terms: Sequence[TermPattern], side: str) -> str | None:
+    """Return the slowest axis of a side, "in" or "out", that all terms split alike, or None (`Structure.sharding`)."""
+    sides = [term.inputs if side == "in" else term.outputs for term in terms]
+
+    def splits(term: TermPattern, group: Axes, axis: str) -> bool:
+        return axis in group and all(axis in factor for factor in term.factors if not {*group}.isdisjoint(factor))
+
+    for axis in sides[0]:
+        is_split = all(splits(term, group, axis) for term, group in zip(terms, sides))
+        # terms split the same features if the same axes are faster
+        if is_split and len({frozenset(group[group.index(axis) :]) for group in sides}) == 1:
+            return axis
+    return None
+
+
 def scaling_exponents(pattern: Pattern, sizes: Mapping[str, int], n_in: int, n_out: int) -> tuple[float, ...]:
     """Return psi, nu and omega of arXiv 2410.02117, whose closed forms take the factors in the written order."""
     theta = {axis: size.exponent for axis, size in pattern.sizes}

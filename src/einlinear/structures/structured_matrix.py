@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from einlinear.structures.contraction import contract, generic_rank, intermediates, scaling_exponents
+from einlinear.structures.contraction import contract, generic_rank, intermediates, scaling_exponents, sharding_axis
 from einlinear.structures.pattern import Axes, Pattern, TermPattern
 
 T = TypeVar("T")
@@ -130,6 +130,42 @@ class Structure:
     def is_padded(self) -> bool:
         """Whether a term has more inputs or outputs than the matrix."""
         return any(self.padding(term) != (0, 0) for term in self.terms)
+
+    def sharding(self, side: str) -> str | None:
+        """Return the axis that splits the features of a side over devices, with no communication between the factors.
+
+        Every factor that has axes of this side has the axis too, so each device holds a slice of it. Factors without
+        axes of this side are replicated. Axes of size 1 do not count.
+
+        Args:
+            side: "out", or "in", for which the outputs of the devices are summed.
+
+        Returns:
+            An axis, or None where no axis is in all these factors, or the terms would split different features. The
+            features of a device are consecutive if the axis is the first of the side, as `btt`'s is; those of
+            `monarch`'s output are not. `einlinear.structures.sharding` splits consecutive features.
+
+        Raises:
+            ValueError: a side other than "in" and "out".
+
+        Example:
+            >>> import einlinear as el
+            >>> s = el.structure("(g a), g r f a, f e g r -> (f e) where r=1", 64, 64)
+            >>> s.sharding("out"), s.sharding("in")
+            ('f', 'g')
+        """
+        if side not in ("in", "out"):
+            raise ValueError(f"side must be 'in' or 'out', not {side!r}")
+        sizes = dict(self.sizes)
+
+        def long(axes: Axes) -> Axes:
+            return tuple(axis for axis in axes if sizes[axis] > 1)
+
+        terms = [
+            TermPattern(long(term.inputs), tuple(map(long, term.factors)), long(term.outputs))
+            for term in self.pattern.terms
+        ]
+        return sharding_axis(terms, side)
 
     @cached_property
     def params(self) -> int:

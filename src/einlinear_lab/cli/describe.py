@@ -12,8 +12,9 @@ import einlinear
 from einlinear import ops
 from einlinear.mup.factor_multipliers import adam_multipliers
 from einlinear.ops.batched.matmul_plan import matmul_steps
-from einlinear.structures import Structure
+from einlinear.structures import DoesNotFit, Structure
 from einlinear.structures.initialization import init_std
+from einlinear.structures.sharding import shard
 from einlinear_lab.cli import display
 
 
@@ -24,6 +25,8 @@ def describe_command(
     max_macs: float | None = None,
     plan: Annotated[bool, typer.Option("--plan")] = False,
     tokens: Annotated[int, typer.Option(min=1)] = 2048,
+    sharding: Annotated[bool, typer.Option("--sharding")] = False,
+    devices: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Show a structure's factors, parameters, MACs, rank and exponents at one size, next to dense.
 
@@ -34,6 +37,8 @@ def describe_command(
         max_macs: Choose the largest rank, or the fewest blocks, within this fraction of the MACs of dense.
         plan: Also say how it is run on this machine's CPU.
         tokens: For --plan: input vectors at a time.
+        sharding: Also say how devices share it in tensor parallelism.
+        devices: For --sharding: their number.
     """
     with display.user_errors():
         structure = einlinear.structure(spec, in_features, out_features, max_macs=max_macs)
@@ -45,6 +50,8 @@ def describe_command(
         display.note("\nBatched matmuls and the intermediates between them, slowest axis first:")
         for step in chain.from_iterable(matmul_steps(structure)):
             display.note(f"  {structure.factors[step.index].name}  {step}")
+    if sharding:
+        _print_sharding(structure, devices)
 
 
 def _print_structure(s: Structure) -> None:
@@ -68,3 +75,41 @@ def _print_structure(s: Structure) -> None:
     for name, meaning in (("psi", "rank = n^psi"), ("nu", "MACs = n^(1+nu)"), ("omega", "params / MACs = n^-omega")):
         totals.append((f"{name}  ({meaning})", f"{getattr(s, name):.4g}", f"{getattr(dense, name):.4g}", ""))
     display.show(("", "this", "dense", "ratio"), totals)
+
+
+def _print_sharding(s: Structure, devices: int) -> None:
+    display.note(f"\nTensor parallelism over {devices} devices:")
+    rows, errors = [], []
+    for style, side, direction in (("Colwise", "out", "backward"), ("Rowwise", "in", "forward")):
+        axis = s.sharding(side)
+        try:
+            split = shard(s, side, devices)
+        except DoesNotFit as error:
+            errors.append(f"{style}: {error}")
+            continue
+        names = [
+            factor.name if axis is None else f"{factor.name} ({axis})" for factor, axis in zip(s.factors, split.axes)
+        ]
+        sharded = " ".join(name for name, axis in zip(names, split.axes) if axis is not None)
+        replicated = " ".join(name for name, axis in zip(names, split.axes) if axis is None) or "–"
+        summed = " + ".join(f"{features:,}" for features in split.all_reduces)
+        gradients = sum(s.factors[i].params for i in split.summed)
+        share = f"{split.macs / s.macs:.0%}"
+        rows.append((style, axis or "–", sharded, replicated, share, f"{summed}, {direction}", f"{gradients:,}"))
+    if rows:
+        header = (
+            "style",
+            "common axis",
+            "sharded",
+            "replicated",
+            "MACs per device",
+            "all-reduced per input",
+            "per step",
+        )
+        display.show(header, rows)
+        display.note(
+            "Devices have consecutive features, so factors are sharded along the slowest axis. Common axis: one that "
+            "all factors with axes of the side have. Per step: gradients of replicated factors, all-reduced."
+        )
+    for message in errors:
+        display.note(message)

@@ -46,6 +46,17 @@ def test_describe_the_plan() -> None:
     assert "Backend" not in run("describe", "btt", 64, 64)[1]
 
 
+def test_describe_the_sharding() -> None:
+    _, out, _ = run("describe", "low_rank(rank=8)", 64, 128, "--sharding", "--devices", 4)
+    lines = {line.split()[0]: " ".join(line.split()) for line in out.splitlines() if line.strip()}
+    # (8 * 64 + 8 * 128 / 4) / (8 * 192), and (8 * 64 / 4 + 8 * 128) / (8 * 192)
+    assert lines["Colwise"] == "Colwise o B (o) A 50% 8, backward 0"
+    assert lines["Rowwise"] == "Rowwise i A (i) B 75% 8, forward 0"
+    _, out, _ = run("describe", "tt", 64, 64, "--sharding", "--devices", 3)
+    assert "Colwise: tt, 64 -> 64: 3 devices cannot share the axis 'e'" in out
+    assert "Tensor parallelism" not in run("describe", "tt", 64, 64)[1]
+
+
 def test_describe_with_a_budget() -> None:
     _, out, _ = run("describe", "btt", 1024, 4096, "--max-macs", 0.25)
     assert out.startswith("btt(rank=5), 1024 -> 4096")

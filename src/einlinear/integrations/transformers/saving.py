@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from einlinear.adapters import AdaptedLinear
 from einlinear.integrations.transformers import METHOD
 from einlinear.nn import Embedding, Linear
 from einlinear.nn.layer_descriptions import SelfDescribing
@@ -95,6 +96,9 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             s = module.structure
             entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features, "bias": False}
             layers[name] = entry | {"embedding": True}
+        elif isinstance(module, AdaptedLinear):
+            wrong = f"{name} has adapters, and from_pretrained could not load the folder: save them with"
+            raise ValueError(f"{wrong} el.adapters.save(model, path), or call el.adapters.merge and remove first")
         elif isinstance(module, SelfDescribing):
             wrong = f"{name} is a {type(module).__name__}: only el.Linear and el.Embedding can be saved"
             raise ValueError(f"{wrong} with a Hugging Face model. Save its state_dict() instead")

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from einlinear.ops.cpu.kernel_library import DTYPES, Library, Pairs, load
+from einlinear.ops.cpu.kernel_library import DTYPES, Library, Pairs, StoredFactor, load
 from einlinear.ops.operands import Gradients, Operands, Routing
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes
@@ -108,33 +108,41 @@ def library_for(x: Tensor) -> Library:
 
 
 class Program:
-    """A structure as the kernel reads it: for every step the sizes of its products, and tables of where rows lie."""
+    """A structure as the kernel reads it: for every step the sizes of its products, and tables of where rows lie.
 
-    def __init__(self, structure: Structure) -> None:
+    Factors with an index in `matrices` lie in memory as `as_matrices` returns them, the others as they are.
+    """
+
+    def __init__(self, structure: Structure, matrices: frozenset[int] = frozenset()) -> None:
         self.macs, self._sizes = structure.macs, dict(structure.sizes)
-        # the type of an array with a pointer for each factor
+        # the types of arrays with a pointer for each factor, or with a stored one
         self.pointers = ctypes.c_void_p * len(structure.factors)
+        self.stored = StoredFactor * len(structure.factors)
         # of all intermediates, for one input vector
         self.intermediate_size = 0
+        layouts = {
+            f.name: f.batch + f.new + f.contracted if i in matrices else f.axes for i, f in enumerate(structure.factors)
+        }
         numbers = [len(structure.factors), len(structure.terms), structure.in_features, structure.out_features]
         for i, term in enumerate(structure.terms):
             source = term.inputs
             for factor, following in zip(term.factors, (*term.factors[1:], None), strict=True):
-                # groups in the factor's own order, so that it is read in large pieces
-                batch, contracted = (tuple(a for a in factor.axes if a in g) for g in (factor.batch, factor.contracted))
+                # groups in the order in which the factor lies, so that it is read in large pieces
+                layout = layouts[factor.name]
+                batch, contracted = (tuple(a for a in layout if a in g) for g in (factor.batch, factor.contracted))
                 free, new = tuple(a for a in source if a in factor.free), factor.new
                 result = term.outputs
                 if following is not None:
                     # laid out as the next step reads it
-                    result = tuple(a for a in following.axes if a in following.batch)
+                    result = tuple(a for a in layouts[following.name] if a in following.batch)
                     result += tuple(a for a in source + new if a in following.free)
-                    result += tuple(a for a in following.axes if a in following.contracted)
+                    result += tuple(a for a in layouts[following.name] if a in following.contracted)
                     self.intermediate_size += self._size(result)
                 numbers += [i, factor is term.factors[0], following is None]
                 numbers += map(self._size, (batch, free, new, contracted, source, result))
                 tables = [self._offsets(group, source) for group in (batch, free, contracted)]
                 tables += [self._offsets(group, result) for group in (batch, free, new)]
-                tables += [self._offsets(group, factor.axes) for group in (batch, new, contracted)]
+                tables += [self._offsets(group, layout) for group in (batch, new, contracted)]
                 numbers += [_stride(tables[i]) for i in (2, 5, 7, 8)]
                 numbers += itertools.chain(*tables)
                 source = result

@@ -102,11 +102,30 @@ static void scatter_add(const S* from, Index from_ld, S* const* rows, Index coun
         [=](Index a, Index b) { rows[a][first + b] += from[b * from_ld + a]; });
 }
 
+// Rows of a matrix -> what a micro-kernel takes, (columns, group). Column k of row i is from[row_at[i] + k_at[k]];
+// `plain`: k_at[k] is k.
+template <Index group, class T, class S>
+static inline void pack_rows(const T* from, const Index* row_at, const Index* k_at, bool plain, Index columns,
+                             S* packed) {
+    constexpr Index L = Simd<S>::lanes;
+    Index k = 0;
+    // A whole vector is stored; what is too much of it is overwritten by the next one.
+    for (; plain && group <= L && (k + L - 1) * group + L <= columns * group; k += L) {
+        Vec<S> r[L];
+#pragma GCC unroll 16
+        for (int l = 0; l < L; l++) r[l] = l < group ? load(from + row_at[l] + k) : Vec<S>{};
+        transpose_square<S>(r);
+#pragma GCC unroll 16
+        for (int l = 0; l < L; l++) store(packed + (k + l) * group, r[l]);
+    }
+    for (; k < columns; k++)
+        for (Index i = 0; i < group; i++) packed[k * group + i] = from[row_at[i] + k_at[k]];
+}
+
 // Pack a share of a factor for its step: for every group of new features that a micro-kernel takes, contiguous
 // (contracted, group). For the step back, new and contracted features change places.
 template <class T, class S>
 static void pack(const Step& s, const T* factor, S* to, bool backward, Share mine) {
-    constexpr Index L = Simd<S>::lanes;
     const Index *row_at = s.w_new, *k_at = s.w_contracted;
     Index rows = s.out.features, contracted = s.in.features;
     if (backward) std::swap(row_at, k_at), std::swap(rows, contracted);
@@ -115,21 +134,8 @@ static void pack(const Step& s, const T* factor, S* to, bool backward, Share min
     for (Index b = mine.first(s.batch_size); b < mine.last(s.batch_size); b++) {
         const T* from = factor + s.w_batch[b];
         S* matrix = to + b * rows * contracted;
-        each_group<MICRO_ROWS>(rows, [=](auto constant, Index m) {
-            constexpr Index group = decltype(constant)::value;
-            S* packed = matrix + m * contracted;
-            Index k = 0;
-            // A whole vector is stored; what is too much of it is overwritten by the next one.
-            for (; plain && group <= L && (k + L - 1) * group + L <= contracted * group; k += L) {
-                Vec<S> r[L];
-#pragma GCC unroll 16
-                for (int l = 0; l < L; l++) r[l] = l < group ? load(from + row_at[m + l] + k) : Vec<S>{};
-                transpose_square<S>(r);
-#pragma GCC unroll 16
-                for (int l = 0; l < L; l++) store(packed + (k + l) * group, r[l]);
-            }
-            for (; k < contracted; k++)
-                for (Index i = 0; i < group; i++) packed[k * group + i] = from[row_at[m + i] + k_at[k]];
+        each_group<MICRO_ROWS>(rows, [=](auto group, Index m) {
+            pack_rows<decltype(group)::value>(from, row_at + m, k_at, plain, contracted, matrix + m * contracted);
         });
     }
 }

@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "packing.h"
+#include "stored.h"
 
 namespace {
 
@@ -36,6 +36,19 @@ static std::vector<Weights<S>> all_weights(const Program& p, const T* const* fac
             continue;
         }
         pack(s, factor, packed, backward, mine);
+        result.push_back({packed, nullptr, s.out.features * s.in.features, 0, 0});
+        packed += s.entries();
+    }
+    return result;
+}
+
+// The same for stored factors, which are packed in any case.
+template <class S>
+static std::vector<Weights<S>> all_weights(const Program& p, const StoredFactor* factors, Index, S* packed, bool, bool,
+                                           Share mine) {
+    std::vector<Weights<S>> result;
+    for (auto& s : p.steps) {
+        pack(s, *factors++, packed, mine);
         result.push_back({packed, nullptr, s.out.features * s.in.features, 0, 0});
         packed += s.entries();
     }

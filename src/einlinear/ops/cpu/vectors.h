@@ -162,6 +162,20 @@ static inline void store(Float16* p, Vec<float> v) {
 #endif
 }
 
+// As many bytes as a vector has lanes of float32.
+typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
+static inline Integers load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (Integers)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (Integers)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    Integers v;
+    for (int l = 0; l < Simd<float>::lanes; l++) v[l] = p[l];
+    return v;
+#endif
+}
+
 // The type of arithmetic on numbers of type T in memory.
 template <class T>
 struct ArithmeticOf {

@@ -72,4 +72,6 @@ def _definite(second_moment: Tensor, n: int) -> Tensor:
         raise ValueError(f"the second moment has shape {tuple(second_moment.shape)}, not ({n}, {n})")
     if not second_moment.isfinite().all():
         raise ValueError("the second moment has values that are NaN or infinite: check the inputs it was computed from")
-    return second_moment / second_moment.diagonal().mean() + 1e-6 * torch.eye(n).to(second_moment)
+    scaled = second_moment / second_moment.diagonal().mean()
+    scaled.diagonal().add_(1e-6)
+    return scaled

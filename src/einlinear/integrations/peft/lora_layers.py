@@ -1,12 +1,9 @@
 """LoRA of peft on structured layers: trainable low-rank products beside frozen factors."""
 
-from functools import wraps
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners import tuners_utils
 from peft.tuners.lora.layer import Linear as LoraLinear
-from torch import nn
 
 from einlinear.nn import Linear
 from einlinear.nn.dense_layers import is_conv1d
@@ -52,23 +49,3 @@ class _StructuredLoraLinear(LoraLinear):
             raise ValueError("LoRA cannot be merged into a structured layer: first make it dense, el.densify(model)")
         self.fan_in_fan_out = is_conv1d(base)
         super().merge(safe_merge, adapter_names)
-
-
-# peft's own module, where "all-linear" includes only its own classes
-_peft: Any = tuners_utils
-_original = _peft._maybe_include_all_linear_layers
-
-
-@wraps(_original, assigned=("__doc__", "__name__", "__qualname__"))
-def _include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
-    conv1d = _peft.Conv1D
-    # isinstance takes a tuple in the place of a class
-    if Linear in (getattr(peft_config, "_custom_modules", None) or {}):
-        _peft.Conv1D = (conv1d, Linear)
-    try:
-        return _original(peft_config, model)
-    finally:
-        _peft.Conv1D = conv1d
-
-
-_peft._maybe_include_all_linear_layers = _include_all_linear_layers
