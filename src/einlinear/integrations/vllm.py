@@ -29,10 +29,10 @@ _PARTS = {"q": 0, "k": 1, "v": 2}
 
 def register() -> None:
     """Let vLLM load folders whose config.json describes structured layers."""
-    register_quantization_config(METHOD)(StructuredConfig)
+    register_quantization_config(METHOD)(StructuredLayersConfig)
 
 
-class StructuredConfig(QuantizationConfig):
+class StructuredLayersConfig(QuantizationConfig):
     """The description in config.json: structured layers by name. All others are dense."""
 
     def __init__(self, layers: dict[str, dict[str, Any]]) -> None:
@@ -40,7 +40,7 @@ class StructuredConfig(QuantizationConfig):
         self.layers = layers
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> StructuredConfig:
+    def from_config(cls, config: dict[str, Any]) -> StructuredLayersConfig:
         """Read a description. ValueError if it is malformed."""
         return cls(EinlinearConfig(**config).layers)
 
@@ -72,10 +72,10 @@ class StructuredConfig(QuantizationConfig):
         names = merged if not self.layers.keys().isdisjoint(merged) else [prefix]
         if self.layers.keys().isdisjoint(names):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        return StructuredMethod({name: self.layers.get(name) for name in names})
+        return StructuredLinearMethod({name: self.layers.get(name) for name in names})
 
 
-class StructuredMethod(LinearMethodBase):
+class StructuredLinearMethod(LinearMethodBase):
     """A linear layer of vLLM in parts, by name: structured ones with their description, and dense ones with None."""
 
     def __init__(self, descriptions: Mapping[str, Mapping[str, Any] | None]) -> None:

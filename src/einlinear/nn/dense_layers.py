@@ -40,11 +40,11 @@ def weight_matrix(linear: Any) -> Tensor:
 def as_class(linear: Any, dense_class: type[nn.Module]) -> nn.Module:
     """Return a `torch.nn.Linear` as a Conv1D, or as a subclass unless it has a constructor of its own; or a table."""
     if not isinstance(linear, nn.Linear):
-        return linear
+        return linear  # type: ignore[no-any-return]
     if issubclass(dense_class, nn.Linear):
         if dense_class.__init__ is nn.Linear.__init__:
             linear.__class__ = dense_class
-        return linear  # type: ignore[no-any-return]
+        return linear
     with torch.device("meta"):
         conv1d: Any = dense_class(linear.out_features, linear.in_features)
     conv1d.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)
