@@ -42,10 +42,11 @@ class LayerTimer:
         self._progress = progress
         self._speed_ups: dict[tuple[object, ...], SpeedUp] = {}
 
-    def __call__(self, old: Any, new: Linear) -> SpeedUp:
+    def __call__(self, old: Any, new: Any) -> SpeedUp:
         key = (
-            new.structure.spec,
+            new.structure.spec if isinstance(new, Linear) else "dense",
             getattr(new, "precision", ""),
+            *features(new),
             *features(old),
             old.weight.dtype,
             old.weight.device,
@@ -59,10 +60,13 @@ class LayerTimer:
 
 @torch.no_grad()
 def speed_up(old: nn.Module, new: nn.Module) -> SpeedUp:
-    """Time the forward passes of two linear layers with the same device and dtype."""
+    """Time the forward passes of two linear layers with the same device and dtype; the new one may be narrower."""
     like: Any = old.weight
-    x = torch.randn(MANY_TOKENS, features(old)[0], generator=torch.Generator().manual_seed(0)).to(like)
-    return SpeedUp(*(_ratio(partial(old, part), partial(new, part), like.device) for part in (x[:1], x)))
+    x, z = (
+        torch.randn(MANY_TOKENS, features(layer)[0], generator=torch.Generator().manual_seed(0)).to(like)
+        for layer in (old, new)
+    )
+    return SpeedUp(*(_ratio(partial(old, x[:n]), partial(new, z[:n]), like.device) for n in (1, MANY_TOKENS)))
 
 
 def _ratio(old: Callable[[], object], new: Callable[[], object], device: torch.device) -> float:
