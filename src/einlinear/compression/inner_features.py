@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class InnerFeatures:
         size, groups: the number of the consumer's inputs, and of the groups that they are divided into.
         attributes: of modules, with the values for all groups, in proportion to which those for fewer are.
         removable: whether the model also runs without any.
+        allowed: the numbers of groups that may be kept; None for all.
     """
 
     owner: str
@@ -45,6 +46,7 @@ class InnerFeatures:
     groups: int
     attributes: dict[str, dict[str, int]]
     removable: bool = False
+    allowed: frozenset[int] | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -95,7 +97,7 @@ def find_inner_features(model: nn.Module, selection: Selection, batches: Sequenc
             for proposal in _proposals(model, selection, producers, consumer):
                 if check.passes(proposal, spread_numbers(proposal.groups)[1 : 1 + max(1, proposal.groups // 4)]):
                     removable = check.passes(proposal, ())
-                    found.append(InnerFeatures(**{**vars(proposal), "removable": removable}))
+                    found.append(replace(proposal, removable=removable))
                     used |= {*proposal.layers}
                     break
     return found
@@ -218,13 +220,13 @@ class _Check:
         seen: list[Tensor] = []
 
         # the rest of the model gets the outputs of the original
-        def replace(_: str, x: Tensor, output: Tensor) -> Tensor:
+        def restore(_: str, x: Tensor, output: Tensor) -> Tensor:
             seen.append(x.clone())
             return y.clone() if output.shape == y.shape else output
 
         changed = without_groups(self._model, [(inner, kept)])
         try:
-            with hooked({"": changed.get_submodule(self._consumer)}, replace):
+            with hooked({"": changed.get_submodule(self._consumer)}, restore):
                 output = output_of(call(changed, self._batch))
         # sizes that do not fit each other raise anything
         except Exception:

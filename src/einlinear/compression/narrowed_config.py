@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,21 +33,32 @@ def find_blocks(
     if not batches:
         raise ValueError(f"{NARROW} needs calibration data: blocks that can be narrowed are found by running the model")
     found = find_inner_features(model, selection, batches)
-    reasons: dict[str, str] = {}
+    reasons = dict[str, str]()
     if UNIFORM in families and _has_config(model):
         by_shape: dict[object, list[InnerFeatures]] = {}
         for inner in found:
             by_shape.setdefault(inner.shape, []).append(inner)
-        for kind in by_shape.values():
-            if config_changes(model, [(inner, range((inner.groups + 1) // 2)) for inner in kind]) is None:
-                reasons |= {name: _NO_SIZE for inner in kind for name in inner.layers}
-        found = [inner for inner in found if inner.consumer not in reasons]
+        allowed = {shape: _sizes_in_config(model, kind) for shape, kind in by_shape.items()}
+        reasons = {name: _NO_SIZE for inner in found if not allowed[inner.shape] for name in inner.layers}
+        found = [replace(inner, allowed=allowed[inner.shape]) for inner in found if allowed[inner.shape]]
     narrow = {name for inner in found for name in inner.layers}
     others = [(name, reasons.get(name, _NO_BLOCK)) for name in selection.layers if name not in narrow]
     if not found and {*families} <= {NARROW, UNIFORM}:
         because = "; ".join(f"{name} {reason}" for name, reason in others)
         raise ValueError(f"no block can be narrowed: {because}. Name another structure as well")
     return found, others
+
+
+def _sizes_in_config(model: nn.Module, kind: Sequence[InnerFeatures]) -> frozenset[int]:
+    """Return the numbers of groups of all blocks of a kind that the config can say."""
+    groups = kind[0].groups
+    if groups == kind[0].size:
+        # one stands for all: no config asks for certain widths
+        is_possible = config_changes(model, [(inner, range((groups + 1) // 2)) for inner in kind]) is not None
+        return frozenset(range(1, groups)) if is_possible else frozenset()
+    return frozenset(
+        kept for kept in range(1, groups) if config_changes(model, [(inner, range(kept)) for inner in kind]) is not None
+    )
 
 
 def _has_config(model: nn.Module) -> bool:
@@ -71,6 +83,8 @@ def config_changes(model: Any, blocks: Blocks) -> dict[str, int] | None:
         try:
             for key, value in changes.items():
                 setattr(config, key, value)
+            # as when it is loaded: configs check some combinations, such as a hidden size that heads divide
+            config = type(config).from_dict(config.to_dict())
             with torch.device("meta"):
                 built = type(model)(config)
         # a config may refuse a combination, and a model may compute impossible sizes from it

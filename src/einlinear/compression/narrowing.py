@@ -141,6 +141,8 @@ def module_candidates(
         dense = {name: {c.precision: c for c in candidates[name] if c.spec == "dense"} for name in inner.layers}
         shared = [p for p in dense[inner.consumer] if all(p in of_layer for of_layer in dense.values())]
         for kept, error in removals[inner.consumer].errors.items():
+            if inner.allowed is not None and kept not in inner.allowed:
+                continue
             # without any features there is nothing to round
             for precision in shared if kept else [""]:
                 module: dict[str, LayerCandidate] = {}
@@ -205,7 +207,9 @@ def fit_narrow(
     approximation[rows, columns] = _dense_weight(layer)
     if layer.bias is not None:
         layer.bias.copy_(inputs.corrected_bias(old.bias, weight, approximation)[rows])
-    return layer.state_dict(), {"error": inputs.relative_error(weight, approximation), "tokens": inputs.tokens}
+    # a refit that changes nothing leaves the noise of rounding
+    error = max(inputs.relative_error(weight, approximation), 0.0)
+    return layer.state_dict(), {"error": error, "tokens": inputs.tokens}
 
 
 @torch.no_grad()
