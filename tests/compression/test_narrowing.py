@@ -195,20 +195,28 @@ def test_the_budget_is_kept(count: str, families: list[str]) -> None:
         assert len({model.get_submodule(f"branches.{i}.down").in_features for i in (1, 3)}) == 1
 
 
+def correlated() -> list[Tensor]:
+    return [x * torch.logspace(0.5, -1.5, 32) for x in inputs()]
+
+
 def test_layers_are_fitted_to_the_outputs_of_the_narrow_ones_before() -> None:
     changes = []
     for sequential in (True, False):
-        model, data = transformer(), inputs()
-        original = copy.deepcopy(model)
-        el.compress(model, 0.5, ["narrow"], data, sequential=sequential)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Gated(bias=True) for _ in range(4)))
+        for p in model.parameters():
+            p.data *= 2
+        original, data = copy.deepcopy(model), correlated()
+        el.compress(model, 0.4, ["narrow"], data, sequential=sequential)
         changes.append(change(model, original, data[0]))
-    assert changes[0] < 0.95 * changes[1]
+    assert changes[0] < 0.8 * changes[1]
 
 
 def test_a_refit_is_better_than_rows_and_columns_alone() -> None:
-    model, data = Model(Gated(bias=True)).eval(), inputs()
+    torch.manual_seed(0)
+    model, data = Model(Gated(bias=True)).eval(), correlated()
     original = copy.deepcopy(model)
-    report = el.compress(model, 0.5, ["narrow"], data)
+    report = el.compress(model, 0.5, ["narrow"], data, damping=1e-4)
     found = change(model, original, data[0])
     block: Any = model.branches[0]
     with torch.no_grad():
@@ -216,7 +224,7 @@ def test_a_refit_is_better_than_rows_and_columns_alone() -> None:
         assert len({*rows}) == block.down.in_features
         block.down.weight.copy_(original.branches[0].down.weight[:, rows])
         block.down.bias.copy_(original.branches[0].down.bias)
-    assert found < 0.8 * change(model, original, data[0])
+    assert found < 0.3 * change(model, original, data[0])
     assert report.layers[-1].error == pytest.approx(report.layers[-1].expected_error, rel=0.2)
 
 
@@ -268,7 +276,7 @@ def test_impossible_requests_raise() -> None:
         el.compress(transformer(), 0.5, ["narrow"])
     with pytest.raises(ValueError, match=r"no block can be narrowed: branches\.0\.gate in no block of which.* as well"):
         el.compress(Model(Normalized()), 0.5, ["narrow"], inputs())
-    with pytest.raises(ValueError, match="the cheapest choice for all layers costs"):
+    with pytest.raises(ValueError, match=r"0\.1 of the params of 13 layers, 3,584, cannot be reached .* 9,216"):
         el.compress(transformer(Normalized()), 0.1, ["narrow"], inputs())
 
 

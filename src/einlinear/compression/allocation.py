@@ -20,7 +20,7 @@ def allocate(
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    if (least := _least_cost(candidates, modules)) > budget:
+    if (least := least_cost(candidates, modules)) > budget:
         raise ValueError(f"the cheapest choice for all layers costs {least:,}, more than the budget of {budget:,}")
     choices = [{name: candidate} for name, options in candidates.items() for candidate in options]
     choices += [dict(module) for module in modules]
@@ -49,7 +49,7 @@ def allocate_faster(
     """Choose one candidate per layer that is not slower than dense, if need be over the budget; or list the layer."""
     left = {name: list(options) for name, options in candidates.items()}
     while True:
-        chosen = allocate(left, max(budget, _least_cost(left, modules)), modules)
+        chosen = allocate(left, max(budget, least_cost(left, modules)), modules)
         slow = {name: c for name, c in chosen.items() if c.spec != "dense" and is_slower(name, c.spec)}
         if not slow:
             return chosen, [name for name in left if len(left[name]) == 1 < len(candidates[name])]
@@ -58,7 +58,7 @@ def allocate_faster(
             left[name] = [o for o in left[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
 
 
-def _least_cost(
+def least_cost(
     candidates: Mapping[str, Sequence[LayerCandidate]], modules: Sequence[Mapping[str, LayerCandidate]]
 ) -> int:
     """Return the cost of the cheapest choice, where modules have either all their layers in common or none."""

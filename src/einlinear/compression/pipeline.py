@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.allocation import allocate, allocate_faster
+from einlinear.compression.allocation import allocate, allocate_faster, least_cost
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, layer_candidates, members_by_layer
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport, RoundingAlone
@@ -152,6 +152,9 @@ def compress(
         compare = _Step("comparing structures", len(dense), damping, shared_cache, report_progress)
         sensitivities, candidates, removals = _compare(compare, calibrated, members, count, probe, metrics, blocks)
         modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
+        if blocks and (least_possible := least_cost(candidates, modules)) > largest:
+            share = f"{budget:g} of the {count} of {len(dense)} layers, {int(largest):,}, cannot be reached"
+            raise ValueError(f"{share} with {', '.join(families)}: the cheapest choice takes {least_possible:,}")
 
         # 3. allocate
         chosen, slow = _allocate(results, candidates, modules, int(largest), dense, timer if only_if_faster else None)

@@ -39,7 +39,7 @@ def mark_narrowed(owner: nn.Module, layers: list[str], attributes: Mapping[str, 
     setattr(owner, _MARK, {"layers": names, "attributes": {**before["attributes"], **attributes}})
 
 
-def narrowed(model: nn.Module) -> tuple[set[str], dict[str, dict[str, int]]]:
+def narrowed_layers(model: nn.Module) -> tuple[set[str], dict[str, dict[str, int]]]:
     """Return the names of narrowed layers, and the attributes that were changed with them, by module."""
     layers, attributes = set[str](), dict[str, dict[str, int]]()
     for name, module in model.named_modules(remove_duplicate=False):

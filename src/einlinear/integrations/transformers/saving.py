@@ -13,7 +13,7 @@ from einlinear.integrations.transformers import METHOD
 from einlinear.nn import Linear
 from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.layer_descriptions import SelfDescribing
-from einlinear.nn.narrowed import narrowed
+from einlinear.nn.narrowed import narrowed_layers
 
 VERSION = 1
 # the keys of an entry with their types, and optional keys with their defaults
@@ -58,7 +58,7 @@ def extend_save_pretrained() -> None:
         guards = {f"{name}.weight": torch.empty(0) for name in layers if not is_linear(self.get_submodule(name))}
         state_dict = {**(self.state_dict() if state_dict is None else state_dict), **guards}
         description = {"quant_method": METHOD, "version": VERSION, "layers": layers}
-        if attributes := narrowed(self)[1]:
+        if attributes := narrowed_layers(self)[1]:
             description["attributes"] = attributes
         self.config.quantization_config = description
         try:
@@ -83,7 +83,7 @@ def forget(config: Any) -> None:
 
 
 def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    layers, (narrow, _) = {}, narrowed(model)
+    layers, (narrow, _) = {}, narrowed_layers(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if name in narrow and is_linear(module):
             sizes = dict(zip(("in_features", "out_features"), features(module), strict=True))
