@@ -64,7 +64,7 @@ def speed_up(old: nn.Module, new: nn.Module) -> SpeedUp:
     like: Any = old.weight
     x, z = (
         torch.randn(MANY_TOKENS, features(layer)[0], generator=torch.Generator().manual_seed(0)).to(like)
-        for layer in (old, new)
+        for layer in (old, new if hasattr(new, "weight") else old)
     )
     return SpeedUp(*(_ratio(partial(old, x[:n]), partial(new, z[:n]), like.device) for n in (1, MANY_TOKENS)))
 
