@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from einlinear.compression.resume_cache import ResumeCache
 from einlinear.nn import Linear
-from einlinear.nn.dense_layers import features
+from einlinear.nn.dense_layers import features, is_linear
 
 # unless the user gives another number
 TOKENS = (1, 256)
@@ -73,9 +73,11 @@ class LayerTimer:
         self._seconds: dict[str, dict[str, float]] = {}
         self._measured = 0
 
-    def __call__(self, old: Any, new: Linear) -> SpeedUp:
-        """Return the speed-up of a structured layer."""
-        label = ", ".join(filter(None, (new.structure.spec, getattr(new, "precision", ""))))
+    def __call__(self, old: Any, new: Any) -> SpeedUp:
+        """Return the speed-up of a structured layer, or of a dense one with fewer features."""
+        spec = new.structure.spec if isinstance(new, Linear) else "dense"
+        sizes = "" if features(new) == features(old) else f"narrowed to {features(new)}"
+        label = ", ".join(filter(None, (spec, sizes, getattr(new, "precision", ""))))
         seconds = {n: self.seconds(old, {label: lambda: new}, n) for n in self.tokens}
         return SpeedUp({n: of["dense"] / of[label] for n, of in seconds.items()})
 
@@ -119,8 +121,13 @@ def interleaved_seconds(layers: Mapping[str, nn.Module], tokens: int, stack_byte
     first, *_ = layers.values()
     device = next(_tensors(first)).device
     stack = _Stack(min(stack_bytes, _CACHES * _cache_bytes(device)), device)
-    x = torch.randn(tokens, features(first)[0], generator=torch.Generator().manual_seed(0)).to(device)
-    inputs = {dtype: x.to(dtype) for dtype in map(_dtype, layers.values())}
+    width = features(first)[0]
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
+    # layers of one dtype and size have one input; narrow ones have fewer features
+    kinds = {
+        label: (features(layer)[0] if is_linear(layer) else width, _dtype(layer)) for label, layer in layers.items()
+    }
+    inputs = {(size, dtype): x[:, :size].to(dtype) for size, dtype in kinds.values()}
     calls: dict[str, list[float]] = {label: [] for label in layers}
     reference = next(iter(calls.values()))
 
@@ -133,7 +140,7 @@ def interleaved_seconds(layers: Mapping[str, nn.Module], tokens: int, stack_byte
             seconds = calls[label]
             if len(seconds) < _FEWEST or min(seconds) <= _TOO_SLOW * min(reference):
                 stack.advance(layer)
-                seconds.append(_seconds_of_call(layer, inputs[_dtype(layer)]))
+                seconds.append(_seconds_of_call(layer, inputs[kinds[label]]))
     return {label: min(seconds) for label, seconds in calls.items()}
 
 
