@@ -121,7 +121,8 @@ def convert(
     mixture = {} if experts is None else {"experts": experts, "active": 2 if active is None else active}
     new, by_weight = dict[int, nn.Module](), dict[tuple[int, str], nn.Module]()
     converted, skipped = list[Conversion](), list[tuple[str, str]]()
-    for name, spec in matched.items():
+    # of an embedding and a head with one weight, the embedding says how large new entries are
+    for name, spec in sorted(matched.items(), key=lambda item: item[0] not in named):
         old: Any = linears.get(name)
         if id(old) in new:
             continue
