@@ -75,7 +75,7 @@ def test_compiled_and_in_half_precision() -> None:
     torch.testing.assert_close(compiled(numbers), table(numbers))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace`:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
 def test_traced_for_inputs_of_any_length() -> None:
     table = el.Embedding(61, 59, "btt(rank=2)")
     traced = torch.jit.trace(table, torch.randint(61, (2, 3)))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.compression.distillation_loss import DistillationLoss, block_names
+from einlinear.compression.lora import temporary_lora
 from einlinear.compression.resume_cache import digest_of
-from einlinear.compression.temporary_lora import temporary_lora
 from einlinear.mup import param_groups
 from einlinear.nn import QuantizedLinear
 from einlinear.nn.linear import Factored
@@ -78,8 +78,8 @@ def distill(
         warmup: fraction of the steps in which the rate rises.
         seconds: time limit; the rate falls in time for it.
         progress: called after every step with the number of steps done, of all, and the loss.
-        folder: for checkpoints, from which the same call resumes after an interruption; exactly, if the order of batches
-            is the same. It is not removed at the end.
+        folder: for checkpoints, from which the same call resumes after an interruption; exactly, if batches come
+            in the same order. It is not removed at the end.
         checkpoint_every: seconds of training between two checkpoints.
 
     Raises:
