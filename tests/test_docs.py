@@ -116,6 +116,21 @@ def distributed(names: dict[str, Any]) -> None:
     assert [(g["param_names"], g["lr"]) for g in groups] == [(g["param_names"], g["lr"]) for g in expected]
 
 
+def embedded(names: dict[str, Any]) -> None:
+    """The counts are those of the page, and the head shares the factors of the table."""
+    assert round(names["table"].structure.params / (32_000 * 512), 3) == 0.127
+    assert names["model"].lm_head.A is names["model"].model.embed_tokens.A
+
+
+def convolved(names: dict[str, Any]) -> None:
+    """The pattern has as few parameters as the page says, and the model has learning rates."""
+    assert names["separable"].structure.params == 8768
+    assert names["separable"].dense_weight().numel() == 73_728
+    assert {"2.A", "2.B", "4.A", "4.B"} <= {
+        n for group in names["optimizer"].param_groups for n in group["param_names"]
+    }
+
+
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "README.md": landing,
     "docs/index.md": landing,
@@ -127,6 +142,8 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/guides/adapters.md": adapted,
     "docs/guides/transformers.md": hugging_face,
     "docs/guides/distributed.md": distributed,
+    "docs/guides/embeddings.md": embedded,
+    "docs/guides/convolutions.md": convolved,
 }
 NEEDS = {
     "docs/guides/adapters.md": ["peft", "accelerate"],

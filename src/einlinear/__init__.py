@@ -9,7 +9,7 @@ from einlinear.conversion import convert, densify
 from einlinear.fusion import fuse, unfuse
 from einlinear.integrations import register_on_import as _register_on_import
 from einlinear.mup import base_shapes, check_groups, coord_check, init_, param_groups
-from einlinear.nn import Embedding, FeedForward, Linear, MoELinear, moe_loads, moe_loss
+from einlinear.nn import Conv1d, Conv2d, Embedding, FeedForward, Linear, MoELinear, moe_loads, moe_loss
 from einlinear.nn.explanation import explain
 from einlinear.ops import backend
 from einlinear.structures import Structure, register_family, structure
@@ -19,8 +19,8 @@ if _TYPE_CHECKING:
     from einlinear.compression import compress, distill
 
 # layers and structures, training, existing models
-__all__ = ["Embedding", "FeedForward", "Linear", "MoELinear", "Structure", "__version__", "backend", "explain"]
-__all__ += ["register_family", "structure"]
+__all__ = ["Conv1d", "Conv2d", "Embedding", "FeedForward", "Linear", "MoELinear", "Structure", "__version__", "backend"]
+__all__ += ["explain", "register_family", "structure"]
 __all__ += ["base_shapes", "check_groups", "coord_check", "init_", "moe_loads", "moe_loss", "param_groups"]
 __all__ += ["adapt", "compress", "convert", "densify", "distill", "fuse", "unfuse"]
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from einlinear.integrations.vllm import StructuredConfig, StructuredMethod
+from einlinear.integrations.vllm import StructuredLayersConfig, StructuredLinearMethod
 
 ENTRY = {"structure": "low_rank(rank=4)", "in_features": 16, "out_features": 32, "bias": False}
 
 
-def made(method: StructuredMethod, sizes: list[int], devices: int = 1) -> nn.Module:
+def made(method: StructuredLinearMethod, sizes: list[int], devices: int = 1) -> nn.Module:
     layer: Any = nn.Module()
     layer.tp_size = devices
     method.create_weights(layer, 16, sizes, 16, sum(sizes), torch.float32)
@@ -20,17 +20,20 @@ def made(method: StructuredMethod, sizes: list[int], devices: int = 1) -> nn.Mod
 
 
 def load(key: str, tensor: torch.Tensor, part: int | None = 0) -> None:
-    layer = made(StructuredMethod({"gate": ENTRY, "up": None}), [32, 32])
+    layer = made(StructuredLinearMethod({"gate": ENTRY, "up": None}), [32, 32])
     entrance: Any = layer.get_parameter(key)
     entrance.weight_loader(entrance, tensor, part)
 
 
 CASES: dict[str, Callable[[], object]] = {
-    "devices": lambda: made(StructuredMethod({"down": ENTRY}), [32], devices=2),
-    "sizes": lambda: made(StructuredMethod({"down": ENTRY}), [48]),
+    "devices": lambda: made(StructuredLinearMethod({"down": ENTRY}), [32], devices=2),
+    "sizes": lambda: made(StructuredLinearMethod({"down": ENTRY}), [48]),
     "shape": lambda: load("A", torch.zeros(3, 16)),
     "dense weight": lambda: load("weight", torch.zeros(32, 16)),
-    "entry": lambda: StructuredConfig.from_config({"version": 1, "layers": {"down": {"structure": "low_rank"}}}),
+    "embedding": lambda: StructuredLayersConfig.from_config(
+        {"version": 1, "layers": {"wte": {**ENTRY, "embedding": True}}}
+    ),
+    "entry": lambda: StructuredLayersConfig.from_config({"version": 1, "layers": {"down": {"structure": "low_rank"}}}),
 }
 
 

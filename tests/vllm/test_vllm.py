@@ -112,6 +112,7 @@ def test_errors_name_the_layer() -> None:
         "gate.A has the shape (3, 16) in the folder, but (4, 16) for the structure in config.json"
     )
     assert messages["dense weight"] == "gate is described as structured, but the folder has a weight for it"
+    assert messages["embedding"].startswith("wte is a structured embedding, which vLLM cannot load: make it dense")
     assert "down has no in_features, out_features, bias" in messages["entry"]
 
 

@@ -8,17 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from einlinear.compression.candidates import LayerCandidate
 
 
-def allocate(candidates: Mapping[str, Sequence[LayerCandidate]], budget: int) -> dict[str, LayerCandidate]:
-    """Choose one candidate per layer, by an integer linear program: the least sum of output changes within a budget."""
+def allocate(
+    candidates: Mapping[str, Sequence[LayerCandidate]],
+    budget: int,
+    modules: Sequence[Mapping[str, LayerCandidate]] = (),
+) -> dict[str, LayerCandidate]:
+    """Choose one candidate per layer, by an integer linear program: the least sum of output changes within a budget.
+
+    `modules` are candidates of several layers that are chosen together, instead of one for each of these layers.
+    """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    if (least := least_cost(candidates)) > budget:
+    if (least := least_cost(candidates, modules)) > budget:
         raise ValueError(f"the cheapest choice for all layers costs {least:,}, more than the budget of {budget:,}")
-    choices = [(name, candidate) for name, options in candidates.items() for candidate in options]
-    changes = np.array([candidate.output_change for _, candidate in choices])
-    costs = np.array([candidate.cost for _, candidate in choices], dtype=float)
-    one_each = np.array([[float(name == layer) for name, _ in choices] for layer in candidates])
+    choices = [{name: candidate} for name, options in candidates.items() for candidate in options]
+    choices += [dict(module) for module in modules]
+    changes = np.array([sum(c.output_change for c in choice.values()) for choice in choices])
+    costs = np.array([sum(c.cost for c in choice.values()) for choice in choices], dtype=float)
+    one_each = np.array([[float(layer in choice) for choice in choices] for layer in candidates])
     solution = milp(
         changes / max(changes.max(), 1e-300),
         integrality=np.ones(len(choices)),
@@ -28,16 +36,20 @@ def allocate(candidates: Mapping[str, Sequence[LayerCandidate]], budget: int) ->
     )
     if solution.x is None:
         raise RuntimeError(f"no allocation was found: {solution.message}")
-    return {name: candidate for (name, candidate), x in zip(choices, solution.x, strict=True) if x > 0.5}
+    chosen = [choice for choice, x in zip(choices, solution.x, strict=True) if x > 0.5]
+    return {name: candidate for choice in chosen for name, candidate in choice.items()}
 
 
 def allocate_faster(
-    candidates: Mapping[str, Sequence[LayerCandidate]], budget: int, is_slower: Callable[[str, str], bool]
+    candidates: Mapping[str, Sequence[LayerCandidate]],
+    budget: int,
+    is_slower: Callable[[str, str], bool],
+    modules: Sequence[Mapping[str, LayerCandidate]] = (),
 ) -> tuple[dict[str, LayerCandidate], list[str]]:
     """Choose one candidate per layer that is not slower than dense, if need be over the budget; or list the layer."""
     left = {name: list(options) for name, options in candidates.items()}
     while True:
-        chosen = allocate(left, max(budget, least_cost(left)))
+        chosen = allocate(left, max(budget, least_cost(left, modules)), modules)
         slow = {name: c for name, c in chosen.items() if c.spec != "dense" and is_slower(name, c.spec)}
         if not slow:
             return chosen, [name for name in left if len(left[name]) == 1 < len(candidates[name])]
@@ -46,9 +58,16 @@ def allocate_faster(
             left[name] = [o for o in left[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
 
 
-def least_cost(candidates: Mapping[str, Sequence[LayerCandidate]]) -> int:
-    """Return the cost of the cheapest choice for all layers."""
-    return sum(min(candidate.cost for candidate in options) for options in candidates.values())
+def least_cost(
+    candidates: Mapping[str, Sequence[LayerCandidate]], modules: Sequence[Mapping[str, LayerCandidate]] = ()
+) -> int:
+    """Return the cost of the cheapest choice, where modules have either all their layers in common or none."""
+    alone = {name: min(candidate.cost for candidate in options) for name, options in candidates.items()}
+    saved: dict[frozenset[str], int] = {}
+    for module in modules:
+        saving = sum(alone[name] - candidate.cost for name, candidate in module.items())
+        saved[frozenset(module)] = max(saved.get(frozenset(module), 0), saving)
+    return sum(alone.values()) - sum(saved.values())
 
 
 def _family(spec: str) -> str:

@@ -47,9 +47,14 @@ class LayerCandidate:
     precision: str = ""
 
     @property
+    def structure(self) -> str:
+        """What the report calls the structure."""
+        return self.spec
+
+    @property
     def label(self) -> str:
         """The structure, and the precision if it is not that of the dense layer."""
-        return f"{self.spec}, {self.precision}" if self.precision else self.spec
+        return f"{self.structure}, {self.precision}" if self.precision else self.structure
 
 
 def members_by_layer(

@@ -17,7 +17,7 @@ class CompressedLayer:
 
     Attributes:
         name: qualified.
-        structure: the new spec, or "dense".
+        structure: the new spec, "dense", or for the layers of a block "narrow(3 of 4 heads)" or "narrow(64 of 256)".
         params_before, params, macs: of the weight; dense has as many MACs as parameters.
         expected_error: the error by which the structure was chosen.
         error: of the outputs on the calibration data, E|y - y'|^2 / E|y|^2 (centred if there is a bias), or the weight.
@@ -107,6 +107,7 @@ class CompressionReport:
         missed_budget: the budget, if only faster layers were wanted and do not reach it.
         alternative: with a budget of bytes, what rounding alone would cost.
         time: with a budget of time, what the layers take.
+        not_narrowed: with "narrow", the layers that are in no block that can be narrowed, as (name, reason).
         params_before, params, macs, bytes_before, bytes: sums over the weights of the layers.
     """
 
@@ -116,6 +117,7 @@ class CompressionReport:
     missed_budget: float | None = None
     alternative: RoundingAlone | None = None
     time: MeasuredTime | None = None
+    not_narrowed: tuple[tuple[str, str], ...] = ()
 
     params_before, params = total("layers", "params_before"), total("layers", "params")
     macs, bytes_before, bytes = total("layers", "macs"), total("layers", "bytes_before"), total("layers", "bytes")
@@ -145,19 +147,23 @@ class CompressionReport:
             notes.append(f"The budget of {self.missed_budget:.1%} is not reached: {slower}.")
         notes += [f"Stays dense: {layer.name}, {layer.reason}." for layer in self.layers if layer.reason is not None]
         notes += [f"Left as it was: {name} {reason}." for name, reason in self.skipped]
+        for reason in dict.fromkeys(reason for _, reason in self.not_narrowed):
+            names = [name for name, because in self.not_narrowed if because == reason]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            notes.append(f"Not narrowed: {', '.join(names[:3])}{more}, {reason}.")
         tokens = [layer.tokens_per_input for layer in self.layers if layer.tokens_per_input is not None]
         if few := [count for count in tokens if count < 10]:
             scarce = f"fewer than 10 tokens for each of their inputs ({min(few):.2g} at worst)"
             advice = "with more calibration data less is lost"
             notes.append(f"{len(few)} of {len(self.layers)} layers were fitted to {scarce}: {advice}.")
         if slow := [layer for layer in self.layers if layer.speed_up.is_slower]:
-            names = [f"{layer.name} ({', '.join(layer.speed_up.rounded)})" for layer in slow[:5]]
+            slowest = [f"{layer.name} ({', '.join(layer.speed_up.rounded)})" for layer in slow[:5]]
             more = f" and {len(slow) - 5} more" if len(slow) > 5 else ""
             than_dense = f"layers are slower than dense, for {describe_tokens(self._timed)}"
             advice = "only_if_faster=True leaves such layers dense"
             if self.alternative is not None:
                 advice = "Weights stored in few bits are expanded in every call"
-            notes.append(f"{len(slow)} of {len(self.layers)} {than_dense}: {', '.join(names)}{more}. {advice}.")
+            notes.append(f"{len(slow)} of {len(self.layers)} {than_dense}: {', '.join(slowest)}{more}. {advice}.")
         return notes
 
     @property

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from einlinear.compression.resume_cache import ResumeCache
 from einlinear.nn import Linear
-from einlinear.nn.dense_layers import features
+from einlinear.nn.dense_layers import features, is_linear
+from einlinear.ops.cost_model import processor_model
 
 # unless the user gives another number
 TOKENS = (1, 256)
@@ -73,9 +74,11 @@ class LayerTimer:
         self._seconds: dict[str, dict[str, float]] = {}
         self._measured = 0
 
-    def __call__(self, old: Any, new: Linear) -> SpeedUp:
-        """Return the speed-up of a structured layer."""
-        label = ", ".join(filter(None, (new.structure.spec, getattr(new, "precision", ""))))
+    def __call__(self, old: Any, new: Any) -> SpeedUp:
+        """Return the speed-up of a structured layer, or of a dense one with fewer features."""
+        spec = new.structure.spec if isinstance(new, Linear) else "dense"
+        sizes = "" if features(new) == features(old) else f"narrowed to {features(new)}"
+        label = ", ".join(filter(None, (spec, sizes, getattr(new, "precision", ""))))
         seconds = {n: self.seconds(old, {label: lambda: new}, n) for n in self.tokens}
         return SpeedUp({n: of["dense"] / of[label] for n, of in seconds.items()})
 
@@ -106,7 +109,8 @@ class LayerTimer:
     def size(old: Any) -> str:
         """Describe what the time of a dense layer depends on."""
         bias = "no bias" if old.bias is None else "bias"
-        return f"{type(old).__name__} {features(old)}, {bias}, {old.weight.dtype}, {old.weight.device}"
+        machine = f"{old.weight.device}, {torch.get_num_threads()} threads of {processor_model()}"
+        return f"{type(old).__name__} {features(old)}, {bias}, {old.weight.dtype}, {machine}"
 
 
 @torch.no_grad()
@@ -119,8 +123,13 @@ def interleaved_seconds(layers: Mapping[str, nn.Module], tokens: int, stack_byte
     first, *_ = layers.values()
     device = next(_tensors(first)).device
     stack = _Stack(min(stack_bytes, _CACHES * _cache_bytes(device)), device)
-    x = torch.randn(tokens, features(first)[0], generator=torch.Generator().manual_seed(0)).to(device)
-    inputs = {dtype: x.to(dtype) for dtype in map(_dtype, layers.values())}
+    width = features(first)[0]
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
+    # layers of one dtype and size have one input; narrow ones have fewer features
+    kinds = {
+        label: (features(layer)[0] if is_linear(layer) else width, _dtype(layer)) for label, layer in layers.items()
+    }
+    inputs = {(size, dtype): x[:, :size].to(dtype) for size, dtype in kinds.values()}
     calls: dict[str, list[float]] = {label: [] for label in layers}
     reference = next(iter(calls.values()))
 
@@ -133,7 +142,7 @@ def interleaved_seconds(layers: Mapping[str, nn.Module], tokens: int, stack_byte
             seconds = calls[label]
             if len(seconds) < _FEWEST or min(seconds) <= _TOO_SLOW * min(reference):
                 stack.advance(layer)
-                seconds.append(_seconds_of_call(layer, inputs[_dtype(layer)]))
+                seconds.append(_seconds_of_call(layer, inputs[kinds[label]]))
     return {label: min(seconds) for label, seconds in calls.items()}
 
 
@@ -164,8 +173,8 @@ def _seconds_of_call(layer: nn.Module, x: Tensor) -> float:
     """Time one call, until the device has finished it."""
     start = time.perf_counter()
     layer(x)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize(x.device)
     return time.perf_counter() - start
 
 

@@ -14,13 +14,27 @@ from typing import Any, NamedTuple, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.allocation import allocate, allocate_faster
+from einlinear.compression.allocation import allocate, allocate_faster, least_cost
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, layer_candidates, members_by_layer
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport, RoundingAlone
 from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.forward_passes import Passes
+from einlinear.compression.inner_features import InnerFeatures
 from einlinear.compression.layer_timing import TOKENS, LayerTimer, SpeedUp
+from einlinear.compression.narrowed_config import find_blocks, narrow_attributes
+from einlinear.compression.narrowing import (
+    NARROW,
+    UNIFORM,
+    ModuleCandidate,
+    NarrowCandidate,
+    Removal,
+    fit_narrow,
+    in_full_size,
+    module_candidates,
+    narrow_layer,
+    removal,
+)
 from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, project
 from einlinear.compression.precision_candidates import in_every_precision, least_bytes, weight_bytes
 from einlinear.compression.resume_cache import ResumeCache, digest_of
@@ -31,7 +45,7 @@ from einlinear.compression.time_candidates import LayerTimes
 from einlinear.conversion.replacement import replace_modules, structured_like
 from einlinear.nn import Linear
 from einlinear.nn.dense_layers import features, weight_matrix
-from einlinear.nn.model_call import Batch, evaluating
+from einlinear.nn.model_call import Batch, check_batches, evaluating
 from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.structures import Structure
 
@@ -63,7 +77,8 @@ def compress(
         model: any module with `torch.nn.Linear` or transformers' Conv1D layers inside.
         budget: the fraction to keep, above 0 and at most 1, of what `count` says of all the layers' weights together.
         structures: families, whose rank or blocks are chosen per layer ("low_rank", "blast(blocks=4)"), or complete
-            structures ("btt(rank=2)").
+            structures ("btt(rank=2)"). "narrow" removes hidden features of feed-forward blocks and heads of attention,
+            and leaves plain dense layers; "narrow(uniform=True)" removes the same number in all blocks of a kind.
         calibration: batches: tensors, sequences of positional arguments, or mappings of named ones. An "attention_mask"
             of (batch, tokens) marks padding. The output that counts is `logits`, `last_hidden_state`, or else the first
             tensor that the model returns, through which gradients pass. None: weights are approximated, not outputs.
@@ -101,9 +116,7 @@ def compress(
     families = [structures] if isinstance(structures, str) else list(structures)
     batches = _check_arguments(model, budget, families, calibration, count, tokens, damping)
     if only_if_faster and count == "bytes":
-        raise ValueError(
-            "only_if_faster=True needs count='params' or 'macs': stored weights of few bits are not faster"
-        )
+        raise ValueError("only_if_faster=True needs count='params', 'macs' or 'time': with 'bytes' nothing is timed")
     is_cached = folder is not None or shared is not None
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
@@ -116,11 +129,14 @@ def compress(
         dense = selection.layers
         in_bytes = count == "bytes"
         largest = budget * sum(weight_bytes(l) if in_bytes else l.weight.numel() for l in dense.values())
-        # structure need not save anything where precision does
-        by_size = (budget, count) if count in ("params", "macs") else (1.0, "params")
-        members, reasons = members_by_layer(dense, families, *by_size)
-        if in_bytes:
+        blocks, not_narrowed = find_blocks(model, selection, batches or [], families)
+        alone = [family for family in families if family not in (NARROW, UNIFORM)]
+        # structure need not save anything where time, precision or fewer features do
+        by_size = (budget, count) if count in ("params", "macs") and not blocks else (1.0, "params")
+        members, reasons = members_by_layer(dense, alone, *by_size)
+        if in_bytes or not alone:
             reasons = {}
+        if in_bytes and not blocks:
             _check_bytes(dense, members, budget, int(largest))
         data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
         config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
@@ -128,7 +144,9 @@ def compress(
         results = ResumeCache(folder, config, "an unfinished compression")
         shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
         timed = TOKENS if tokens is None else (tokens,)
-        timer = LayerTimer(dense, timed, results, lambda done: report_progress("timing layers", done, len(dense)))
+        timer = LayerTimer(
+            dense, timed, results, lambda done: report_progress("timing layers", done, max(done, len(dense)))
+        )
         report_progress("looking at the model", 1, 1)
         times = LayerTimes(timer, dense, members, budget) if count == "time" else None
 
@@ -140,11 +158,16 @@ def compress(
         probe = None if batches is None else SensitivityProbe(model, batches)
         metrics = cache(lambda: {} if batches is None else measure_output_metrics(model, dense, batches))
         compare = _Step("comparing structures", len(dense), damping, shared_cache, report_progress)
-        sensitivities, candidates = _compare(compare, calibrated, members, count, probe, metrics)
+        sensitivities, candidates, removals = _compare(compare, calibrated, members, count, probe, metrics, blocks)
+        modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
+        if blocks and (least_possible := least_cost(candidates, modules)) > largest:
+            share = f"{budget:g} of the {count} of {len(dense)} layers, {int(largest):,}, cannot be reached"
+            raise ValueError(f"{share} with {', '.join(families)}: the cheapest choice takes {least_possible:,}")
 
         # 3. allocate
         if times is None:
-            chosen, slow = _allocate(results, candidates, int(largest), dense, timer if only_if_faster else None)
+            timed_layers = timer if only_if_faster else None
+            chosen, slow = _allocate(results, candidates, modules, int(largest), dense, timed_layers)
         else:
             chosen, slow = times.allocate(candidates)
         alternative = _rounding_alone(candidates, chosen, int(largest)) if in_bytes else None
@@ -167,23 +190,25 @@ def compress(
             reports.append(CompressedLayer(name, "dense", *unchanged, reason=why, bytes_before=before, bytes=before))
             continue
         new, error, tokens = fitted[name]
-        s, speed_up = new.structure, timer(layer, new)
-        measures = size, s.params, s.macs, expected, error, slope
-        per_input, precision = tokens / s.in_features if tokens else None, chosen[name].precision
-        stored = new.nbytes if isinstance(new, QuantizedLinear) else s.params * layer.weight.element_size()
+        is_plain, speed_up = not isinstance(new, Linear), timer(layer, new)
+        params, macs = [new.weight.numel()] * 2 if is_plain else (new.structure.params, new.structure.macs)
+        measures = size, params, macs, expected, error, slope
+        per_input, precision = tokens / features(layer)[0] if tokens else None, chosen[name].precision
+        stored = new.nbytes if isinstance(new, QuantizedLinear) else params * layer.weight.element_size()
         sizes: dict[str, Any] = {"precision": precision, "bytes_before": before, "bytes": stored}
-        reports.append(CompressedLayer(name, s.spec, *measures, speed_up, per_input, **sizes))
+        reports.append(CompressedLayer(name, chosen[name].structure, *measures, speed_up, per_input, **sizes))
     missed = sum(choice.cost for choice in chosen.values()) > (largest if times is None else times.budget)
+    narrow_attributes(model, chosen)
     replace_modules(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
     found = tuple(reports), tuple(selection.skipped), selection.coverage
     time = None if times is None else times.measured(chosen, sensitivities)
-    return CompressionReport(*found, budget if missed else None, alternative, time)
+    return CompressionReport(*found, budget if missed else None, alternative, time, tuple(not_narrowed))
 
 
 class FittedLayer(NamedTuple):
-    """A structured layer, its relative squared error, and the number of tokens to whose outputs it was fitted."""
+    """A structured or narrow layer, its relative squared error, and the number of tokens that it was fitted to."""
 
-    layer: Linear
+    layer: Any
     error: float
     tokens: int
 
@@ -226,10 +251,12 @@ def _compare(
     count: str,
     probe: SensitivityProbe | None,
     metrics: Callable[[], dict[str, OutputMetric]],
-) -> tuple[dict[str, Sensitivity], dict[str, list[LayerCandidate]]]:
-    """Return the sensitivity of the model's output to each layer, and the candidates with their errors."""
+    blocks: Sequence[InnerFeatures],
+) -> tuple[dict[str, Sensitivity], dict[str, list[LayerCandidate]], dict[str, Removal]]:
+    """Return the sensitivity of the model's output to each layer, candidates with their errors, and those of blocks."""
     sensitivities = dict.fromkeys(calibrated.layers, UNKNOWN)
     candidates: dict[str, list[LayerCandidate]] = {}
+    consumers, removals = {inner.consumer: inner for inner in blocks}, dict[str, Removal]()
     for name, statistics in calibrated.statistics(calibrated.stages, enough=_ENOUGH):
         layer, cached = calibrated.layers[name], step.cached(name, len(candidates), statistics)
         metric = partial(_metric, metrics, name)
@@ -242,8 +269,10 @@ def _compare(
         candidates[name] = layer_candidates(*given)
         if count == "bytes":
             candidates[name] = in_every_precision(layer, candidates[name], sensitivities[name], cached)
+        if name in consumers:
+            removals[name] = cached("inner features", partial(removal, layer, consumers[name]), Removal.from_record)
     step.report(len(candidates))
-    return sensitivities, candidates
+    return sensitivities, candidates, removals
 
 
 def _components(layer: Any, metric: Callable[[], OutputMetric | None]) -> Callable[[Tensor], LowRanks]:
@@ -261,6 +290,7 @@ def _components(layer: Any, metric: Callable[[], OutputMetric | None]) -> Callab
 def _allocate(
     cache: ResumeCache,
     candidates: Mapping[str, Sequence[LayerCandidate]],
+    modules: Sequence[ModuleCandidate],
     budget: int,
     layers: Mapping[str, Any],
     timer: LayerTimer | None,
@@ -271,12 +301,13 @@ def _allocate(
         return timer is not None and timer(layers[name], structured_like(layers[name], spec)).is_slower
 
     def choose() -> dict[str, Any]:
-        chosen, slow = allocate_faster(candidates, budget, is_slower)
+        chosen, slow = allocate_faster(candidates, budget, is_slower, modules)
         return {"structures": {name: candidate.label for name, candidate in chosen.items()}, "slow": slow}
 
     def decode(record: Any) -> tuple[dict[str, LayerCandidate], list[str]]:
         specs = record["structures"]
-        return {name: {c.label: c for c in candidates[name]}[specs[name]] for name in layers}, list(record["slow"])
+        options = {name: [*candidates[name], *(m[name] for m in modules if name in m)] for name in layers}
+        return {name: {c.label: c for c in options[name]}[specs[name]] for name in layers}, list(record["slow"])
 
     return cache.get_or("allocation", choose, decode)
 
@@ -311,7 +342,8 @@ def _fit(
                 decode = partial(_fitted_layer, old, choice)
                 fitted[name] = cached(choice.label, compute, decode, True)
         names = [name for stage in group for name in stage.names if name in fitted]
-        replace_modules(compressed, {id(compressed.get_submodule(name)): fitted[name].layer for name in names})
+        new = {name: in_full_size(calibrated.layers[name], fitted[name].layer, specs[name]) for name in names}
+        replace_modules(compressed, {id(compressed.get_submodule(name)): layer for name, layer in new.items()})
     step.report(len(fitted))
     return fitted
 
@@ -330,6 +362,8 @@ def _fit_layer(
     moment: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a structured layer whose outputs come closest to a dense one's, and how close."""
+    if isinstance(choice, NarrowCandidate):
+        return fit_narrow(old, choice, damping, inputs, moment)
     weight, layer = weight_matrix(old), _layer_of(old, choice)
     target, of_inputs = inputs.target_weight(weight, damping), moment if inputs.tokens else None
     factors = [target] if choice.spec == "dense" else project(layer.structure, target, of_inputs, metric())
@@ -344,9 +378,11 @@ def _fit_layer(
     return layer.state_dict(), {"error": inputs.relative_error(weight, approximation), "tokens": inputs.tokens}
 
 
-def _layer_of(old: Any, choice: LayerCandidate) -> Linear:
+def _layer_of(old: Any, choice: LayerCandidate) -> Any:
+    if isinstance(choice, NarrowCandidate):
+        return narrow_layer(old, choice)
     if not choice.precision:
-        return structured_like(old, choice.spec)  # type: ignore[no-any-return]
+        return structured_like(old, choice.spec)
     config: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype, "precision": choice.precision}
     layer = QuantizedLinear(*features(old), choice.spec, old.bias is not None, **config)
     layer.dense_class = type(old)
@@ -376,14 +412,14 @@ def _check_arguments(
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     if isinstance(budget, bool) or not isinstance(budget, SupportsFloat):
         raise TypeError(f"budget must be a number, not {budget!r}")
-    is_one_batch = isinstance(calibration, Tensor | Mapping | str)
-    if calibration is not None and (is_one_batch or not isinstance(calibration, Iterable)):
-        kind = type(calibration).__name__
-        raise TypeError(f"calibration must be an iterable of batches, not a {kind}: for a single batch give [batch]")
+    if calibration is not None:
+        check_batches(calibration, "calibration")
     if count not in ("params", "macs", "bytes", "time"):
         raise ValueError(f"count must be 'params', 'macs', 'bytes' or 'time', not {count!r}")
     if tokens is None and count == "time":
         raise ValueError("count='time' needs tokens: the number in one call, such as 1 for decoding, or 32 * 64")
+    if count == "time" and not {NARROW, UNIFORM}.isdisjoint(families):
+        raise ValueError("'narrow' has no budget of time: give count='params', 'macs' or 'bytes'")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise ValueError(f"tokens is the number in one call of a layer, at least 1, not {tokens!r}")
     if not 0 <= damping < math.inf:

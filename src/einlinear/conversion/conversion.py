@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,21 +14,23 @@ from einlinear.conversion.replacement import (
     fused_experts,
     layers_of,
     linear_layers,
+    modules_of,
     owners_of,
     replace_modules,
     structured_like,
-    tables,
 )
+from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
-from einlinear.nn import Embedding, Linear, MoELinear
-from einlinear.nn.dense_layers import as_class, features, weight_matrix
+from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear
+from einlinear.nn.dense_layers import as_class, features, is_linear, weight_matrix
 from einlinear.nn.interception import has_any_hooks
 from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import Experts, check_experts
 from einlinear.nn.names import as_globs, check_globs, matches_any
 from einlinear.structures import DoesNotFit, Structure
-from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
+
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | Conv1d | Conv2d
 
 
 def convert(
@@ -40,6 +41,7 @@ def convert(
     weights: str = "init",
     *,
     embeddings: str | Sequence[str] = (),
+    convolutions: str | Sequence[str] = (),
     normalize: bool | str | Sequence[str] = False,
     gamma: bool | str | Sequence[str] = True,
     experts: int | None = None,
@@ -62,6 +64,7 @@ def convert(
             weight and bias. "project" takes the closest to the layer's weight, and keeps the bias.
         embeddings: a glob, or several: which `torch.nn.Embedding` to convert to `einlinear.Embedding`. One that shares
             its weight with a head needs the structure of the head. Entries of new tables are as large as the old ones.
+        convolutions: a glob, or several: which `torch.nn.Conv1d` and `Conv2d` of one group to convert as well.
         normalize: which new layers are normalised (`Linear`), with weights="init": none, all but those of the structure
             "dense" (True), or those that globs match, "dense" ones included.
         gamma: which normalised layers have gammas: all, none, or those that globs match. Queries and keys need none.
@@ -87,38 +90,31 @@ def convert(
         [('0', 'btt', 3072), ('2', 'low_rank(rank=8)', 2560)]
     """
     # 1. check the arguments
-    plan = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
-    if not plan:
-        raise ValueError("the mapping of globs to structures is empty")
-    for text in plan.values():
-        check_spec(text)
     linears, fused = linear_layers(model), fused_experts(model)
-    embedded = tables(model)
-    table_globs = as_globs(embeddings, "embeddings")
-    check_globs(table_globs, [*embedded], "embeddings", "embedding")
-    embedded = {name: table for name, table in embedded.items() if matches_any(name, table_globs)}
-    arguments = {"layers": layers, "structure": [*plan], "exclude": exclude, "normalize": normalize, "gamma": gamma}
-    globs = {name: as_globs(value, name) for name, value in arguments.items() if not isinstance(value, bool)}
+    # other kinds of layers are converted only if they are named
+    named = _named(modules_of(model, nn.Embedding | Embedding), embeddings, "embeddings", "embedding")
+    named |= _named(modules_of(model, _CONVOLUTIONS), convolutions, "convolutions", "convolution")
     _check_new_weights(weights, normalize, gamma, experts, active)
+    globs = {
+        argument: as_globs(value, argument)
+        for argument, value in (("normalize", normalize), ("gamma", gamma))
+        if not isinstance(value, bool)
+    }
     for argument, group in globs.items():
-        check_globs(group, [*linears, *fused, *embedded], argument, "linear layer")
+        check_globs(group, [*linears, *fused], argument, "linear layer")
     classes = _as_classes(classes)
 
     # 2. match layers with structures, and find those that no structure can replace
-    matched: dict[str, str] = {}
-    for name in (*linears, *fused, *embedded):
-        spec = next((spec for glob, spec in plan.items() if fnmatchcase(name, glob)), None)
-        is_considered = name in embedded or matches_any(name, globs["layers"])
-        if spec is not None and is_considered and not matches_any(name, globs["exclude"]):
-            matched[name] = spec
-    linears |= embedded
+    matched = match_structures([*linears, *fused], structure, layers, exclude, named)
+    linears |= named
     reasons = fused | _reasons_to_skip(model, linears, matched, classes, example_input)
 
     # 3. make the new layers
     mixture = {} if experts is None else {"experts": experts, "active": 2 if active is None else active}
     new, by_weight = dict[int, nn.Module](), dict[tuple[int, str], nn.Module]()
     converted, skipped = list[Conversion](), list[tuple[str, str]]()
-    for name, spec in matched.items():
+    # of an embedding and a head with one weight, the embedding says how large new entries are
+    for name, spec in sorted(matched.items(), key=lambda item: item[0] not in named):
         old: Any = linears.get(name)
         if id(old) in new:
             continue
@@ -129,7 +125,7 @@ def convert(
             s = make_structure(spec, *features(old))
             is_normalized = s.spec != "dense" if normalize is True else matches_any(name, globs.get("normalize", ()))
             has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
-            config = {} if name in embedded else {"normalize": is_normalized, "gamma": has_gamma, **mixture}
+            config = {} if name in named else {"normalize": is_normalized, "gamma": has_gamma, **mixture}
             layer = _new_layer(old, s, weights, **config)
         except DoesNotFit as error:
             skipped.append((name, str(error)))
@@ -172,7 +168,7 @@ def densify(model: nn.Module) -> ConversionReport:
         >>> report.params_before, report.params
         (1024, 4096)
     """
-    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear | Embedding))
+    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear | Embedding | Conv1d | Conv2d))
     new, weights = dict[int, nn.Module](), dict[tuple[int, ...], nn.Parameter]()
     converted = list[Conversion]()
     mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
@@ -193,6 +189,12 @@ def densify(model: nn.Module) -> ConversionReport:
         raise _nothing_converted(skipped, "there is no structured layer in the model")
     replace_modules(model, new)
     return ConversionReport(tuple(converted), tuple(skipped))
+
+
+def _named(modules: dict[str, Any], value: str | Sequence[str], argument: str, kind: str) -> dict[str, Any]:
+    globs = as_globs(value, argument)
+    check_globs(globs, [*modules], argument, kind)
+    return {name: module for name, module in modules.items() if matches_any(name, globs)}
 
 
 def _check_new_weights(weights: str, normalize: Any, gamma: Any, experts: int | None, active: int | None) -> None:
@@ -246,16 +248,18 @@ def _reasons_to_skip(
 
 
 @torch.no_grad()
-def _new_layer(old: Any, s: Structure, weights: str, **config: Any) -> Linear | MoELinear | Embedding:
+def _new_layer(old: Any, s: Structure, weights: str, **config: Any) -> Any:
     """Return the structured layer that replaces another one; `config` is that of a layer with new weights."""
     if isinstance(old, nn.Embedding):
         return _new_table(old, s, weights)
     is_zero = _is_zero(old.weight)
+    if isinstance(old, nn.Conv1d | nn.Conv2d) and weights == "project" and not is_zero:
+        return (Conv1d if isinstance(old, nn.Conv1d) else Conv2d).from_dense(old, s)
     if weights == "project" and not is_zero:
         projected = Linear.from_dense(old, s)
         projected.dense_class = type(old)
         return projected
-    layer: Linear | MoELinear = structured_like(old, s, **config)
+    layer = structured_like(old, s, **config)
     if is_zero:
         layer.zero_last_factors()
         if layer.bias is not None:
@@ -276,25 +280,26 @@ def _new_table(old: nn.Embedding, s: Structure, weights: str) -> Embedding:
 
 
 @torch.no_grad()
-def _conversion(name: str, old: Any, layer: Linear | MoELinear | Embedding, weights: str) -> Conversion:
+def _conversion(name: str, old: Any, layer: Any, weights: str) -> Conversion:
     s, entries = layer.structure, layer.in_features * layer.out_features
     after, params, macs, error = s.spec, s.params, s.macs, None
-    is_table = isinstance(layer, Embedding)
     if isinstance(layer, MoELinear):
         after = f"{layer.experts} experts of {s.spec}, {layer.active} active"
         params, macs = layer.experts * s.params + layer.router.numel(), layer.layer_info().macs or 0
     elif weights == "project":
-        weight = weight_matrix(old).float()
-        difference = (layer.dense_weight().float() - weight).norm()
+        weight = (weight_matrix(old) if is_linear(old) else old.weight.flatten(1)).float()
+        difference = (layer.dense_weight().flatten(1).float() - weight).norm()
         error = float(difference / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
     # a lookup multiplies little
-    costs = (0, 0) if is_table else (entries, macs)
-    return Conversion(name, _describe(old), after, entries, params, *costs, error, _is_zero(old.weight))
+    macs_before, macs = (0, 0) if isinstance(layer, Embedding) else (entries, macs)
+    return Conversion(name, _describe(old), after, entries, params, macs_before, macs, error, _is_zero(old.weight))
 
 
 def _describe(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return f"Embedding {module.num_embeddings} x {module.embedding_dim}"
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return f"{type(module).__name__} {module.in_channels} -> {module.out_channels}"
     return "{} {} -> {}".format(type(module).__name__, *features(module))
 
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einlinear.nn import Embedding, Linear, MoELinear
+from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear
 from einlinear.nn.dense_layers import is_conv1d
 from einlinear.nn.interception import has_any_hooks
 
@@ -23,7 +23,7 @@ _differences: dict[Any, str | None] = {}
 
 def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
     """Return why no structure can replace a layer or table, or None; `classes` count as linear in any case."""
-    if isinstance(module, Linear | MoELinear | Embedding):
+    if isinstance(module, Linear | MoELinear | Embedding | Conv1d | Conv2d):
         return f"is already structured: {module.structure.spec}"
     advice = "which would be lost: make it permanent first, with torch.nn.utils."
     if is_parametrized(module):
@@ -41,6 +41,8 @@ def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> st
         return "has a forward of its own beside that of its class, which would be lost"
     if isinstance(module, nn.Embedding):
         return _difference_to_table(module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return _difference_to_convolution(module)
     if type(module) is nn.Linear or is_conv1d(module) or isinstance(module, classes):
         return None
     if difference := difference_to_linear(module):
@@ -55,6 +57,12 @@ def _difference_to_table(module: nn.Embedding) -> str | None:
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return "has max_norm, scale_grad_by_freq or sparse, which structured tables do not have"
     return None
+
+
+def _difference_to_convolution(module: nn.Conv1d | nn.Conv2d) -> str | None:
+    if type(module) not in (nn.Conv1d, nn.Conv2d):
+        return f"is a {type(module).__name__}, and no plain nn.Conv1d or nn.Conv2d"
+    return f"has {module.groups} groups, which structured convolutions do not have" if module.groups != 1 else None
 
 
 def difference_to_linear(layer: nn.Linear) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import UnionType
 from typing import Any
 
 from torch import nn
 
-from einlinear.nn import Embedding, Linear, MoELinear
+from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear
 from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.layer_descriptions import layer_info
 from einlinear.structures import Structure
@@ -19,12 +20,10 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
     return layers_of(model, instead, lambda module: isinstance(module, Linear | MoELinear) or is_linear(module))
 
 
-def tables(model: nn.Module) -> dict[str, Any]:
-    """Return all embeddings, structured ones included, by every qualified name they have."""
-    found = model.named_modules(remove_duplicate=False)
-    return {
-        name: module for name, module in found if isinstance(module, nn.Embedding | Embedding) and module is not model
-    }
+def modules_of(model: nn.Module, kinds: type | UnionType) -> dict[str, Any]:
+    """Return the modules of these classes inside a model, by every qualified name they have."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if name and isinstance(module, kinds)}
 
 
 def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
@@ -61,6 +60,8 @@ def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
         size = old.num_embeddings, old.embedding_dim
         table = Embedding(*size, structure, old.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
         return table.requires_grad_(old.weight.requires_grad).train(old.training)
+    if isinstance(old, nn.Conv1d | nn.Conv2d):
+        return (Conv1d if isinstance(old, nn.Conv1d) else Conv2d).like(old, structure)
     config |= {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
     layer = (MoELinear if "experts" in config else Linear)(*features(old), structure, **config)
     if isinstance(layer, Linear):

@@ -26,13 +26,20 @@ from einlinear.nn.quantized_linear import QuantizedLinear
 # vLLM's names of the parts of merged queries, keys and values; those of other layers have numbers
 _PARTS = {"q": 0, "k": 1, "v": 2}
 
+# keys of descriptions
+_UNSUPPORTED = {
+    "embedding": "is a structured embedding, which vLLM cannot load: make it dense, el.densify(model), and save again",
+    "tied_to": "shares its factors with an embedding, which vLLM cannot load: call el.densify(model), and save again",
+    "narrowed": "has fewer features than the config says: compress with 'narrow(uniform=True)' instead",
+}
+
 
 def register() -> None:
     """Let vLLM load folders whose config.json describes structured layers."""
-    register_quantization_config(METHOD)(StructuredConfig)
+    register_quantization_config(METHOD)(StructuredLayersConfig)
 
 
-class StructuredConfig(QuantizationConfig):
+class StructuredLayersConfig(QuantizationConfig):
     """The description in config.json: structured layers by name. All others are dense."""
 
     def __init__(self, layers: dict[str, dict[str, Any]]) -> None:
@@ -40,9 +47,14 @@ class StructuredConfig(QuantizationConfig):
         self.layers = layers
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> StructuredConfig:
-        """Read a description. ValueError if it is malformed."""
-        return cls(EinlinearConfig(**config).layers)
+    def from_config(cls, config: dict[str, Any]) -> StructuredLayersConfig:
+        """Read a description. ValueError if it is malformed, or of layers that vLLM has no place for."""
+        layers = EinlinearConfig(**config).layers
+        for name, entry in layers.items():
+            for key, advice in _UNSUPPORTED.items():
+                if entry.get(key):
+                    raise ValueError(f"{name} {advice}")
+        return cls(layers)
 
     def get_name(self) -> Any:
         return METHOD
@@ -72,10 +84,10 @@ class StructuredConfig(QuantizationConfig):
         names = merged if not self.layers.keys().isdisjoint(merged) else [prefix]
         if self.layers.keys().isdisjoint(names):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        return StructuredMethod({name: self.layers.get(name) for name in names})
+        return StructuredLinearMethod({name: self.layers.get(name) for name in names})
 
 
-class StructuredMethod(LinearMethodBase):
+class StructuredLinearMethod(LinearMethodBase):
     """A linear layer of vLLM in parts, by name: structured ones with their description, and dense ones with None."""
 
     def __init__(self, descriptions: Mapping[str, Mapping[str, Any] | None]) -> None:

@@ -1,5 +1,6 @@
 """Dense linear layers, `torch.nn.Linear` and transformers' Conv1D: their features, and their weights as matrices."""
 
+import math
 from typing import Any
 
 import torch
@@ -17,17 +18,19 @@ def is_conv1d(module: Any) -> bool:
 
 
 def features(linear: Any) -> tuple[int, int]:
-    """Return (in_features, out_features) of a linear layer, structured or dense; of a table, as if it were a head."""
+    """Return (in_features, out_features) of a linear layer, structured or dense, a kernel, or a table as a head."""
     if isinstance(linear, nn.Embedding):
         return int(linear.embedding_dim), int(linear.num_embeddings)
+    if isinstance(linear, nn.Conv1d | nn.Conv2d):
+        return linear.in_channels // linear.groups * math.prod(linear.kernel_size), linear.out_channels
     if is_conv1d(linear):
         return int(getattr(linear, "nx", linear.weight.shape[0])), int(linear.nf)
     return int(linear.in_features), int(linear.out_features)
 
 
 def weight_matrix(linear: Any) -> Tensor:
-    """Return the weight of a dense layer or table as (out_features, in_features); a view for Conv1D. Else TypeError."""
-    if not is_linear(linear) and not isinstance(linear, nn.Embedding):
+    """Return the weight of a dense linear layer as (out_features, in_features); a view for Conv1D. Else TypeError."""
+    if not is_linear(linear):
         kind = type(linear).__name__
         raise TypeError(f"expected an nn.Linear, a Conv1D or a weight of shape (out, in), not {kind}")
     weight: Tensor = linear.weight
@@ -36,12 +39,12 @@ def weight_matrix(linear: Any) -> Tensor:
 
 def as_class(linear: Any, dense_class: type[nn.Module]) -> nn.Module:
     """Return a `torch.nn.Linear` as a Conv1D, or as a subclass unless it has a constructor of its own; or a table."""
-    if isinstance(linear, nn.Embedding):
-        return linear
+    if not isinstance(linear, nn.Linear):
+        return linear  # type: ignore[no-any-return]
     if issubclass(dense_class, nn.Linear):
         if dense_class.__init__ is nn.Linear.__init__:
             linear.__class__ = dense_class
-        return linear  # type: ignore[no-any-return]
+        return linear
     with torch.device("meta"):
         conv1d: Any = dense_class(linear.out_features, linear.in_features)
     conv1d.weight = nn.Parameter(linear.weight.detach().T.contiguous(), linear.weight.requires_grad)

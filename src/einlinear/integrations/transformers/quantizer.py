@@ -14,6 +14,7 @@ from einlinear.integrations.transformers import METHOD
 from einlinear.integrations.transformers.saving import OPTIONAL, REQUIRED, VERSION, forget
 from einlinear.nn import Embedding, Linear
 from einlinear.nn.dense_layers import features, is_linear
+from einlinear.nn.narrowed import mark_narrowed, resized, set_attributes
 from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.structures import FAMILIES
 from einlinear.structures.limits import MAX_SIZE, MAX_TEXT, format_number
@@ -23,11 +24,20 @@ from einlinear.structures.spec import is_family
 class EinlinearConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json, checked."""
 
-    def __init__(self, version: Any = None, layers: Any = None, quant_method: str = METHOD, **unknown: Any) -> None:
+    def __init__(
+        self,
+        version: Any = None,
+        layers: Any = None,
+        attributes: Any = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
         if unknown:
-            raise ValueError(f"quantization_config: unknown {', '.join(unknown)}; it has quant_method, version, layers")
+            known = "quant_method, version, layers, and may have attributes"
+            raise ValueError(f"quantization_config: unknown {', '.join(unknown)}; it has {known}")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers' own ones are an enumeration
         self.version, self.layers = version, _check(version, layers)
+        self.attributes = _check_attributes(attributes or {})
 
 
 class EinlinearQuantizer(HfQuantizer):
@@ -49,6 +59,7 @@ class EinlinearQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layers = self.quantization_config.layers
         self.names = _restore(model, layers)
+        _restore_attributes(model, self.quantization_config.attributes)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         for name, entry in layers.items():
             # an embedding and a head, of which the file has one
@@ -97,11 +108,26 @@ def _check(version: Any, layers: Any) -> dict[str, dict[str, Any]]:
             expected = REQUIRED.get(field) or type(OPTIONAL[field])
             if type(value) is not expected:
                 raise ValueError(f"{name}: {field} must be of type {expected.__name__}, not {repr(value)[:80]}")
-            if expected is int and not 1 <= value <= MAX_SIZE:
-                raise ValueError(f"{name}: {field} must be from 1 to {MAX_SIZE}, not {format_number(value)}")
+            # a block may be narrowed to nothing
+            least = 0 if entry.get("narrowed") is True else 1
+            if expected is int and not least <= value <= MAX_SIZE:
+                raise ValueError(f"{name}: {field} must be from {least} to {MAX_SIZE}, not {format_number(value)}")
             if expected is str and len(value) > MAX_TEXT:
                 raise ValueError(f"{name}: {field} must have at most {MAX_TEXT:,} characters")
     return {name: dict(entry) for name, entry in layers.items()}
+
+
+def _check_attributes(attributes: Any) -> dict[str, dict[str, int]]:
+    """Return the attributes of modules; ValueError if they are not numbers by name."""
+    if not isinstance(attributes, Mapping) or not all(isinstance(values, Mapping) for values in attributes.values()):
+        wrong = repr(attributes)[:80]
+        raise ValueError(f"quantization_config: attributes must map modules to numbers by name, not {wrong}")
+    for name, values in attributes.items():
+        for key, value in values.items():
+            if type(value) is not int or not 0 <= value <= MAX_SIZE:
+                wrong = repr(value)[:80]
+                raise ValueError(f"{name}.{key} must be a whole number from 0 to {MAX_SIZE}, not {wrong}")
+    return {name: dict(values) for name, values in attributes.items()}
 
 
 def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -109,19 +135,11 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     # a model of another class has another head, or is a submodel, whose config names no class: it may lack layers
     is_partial = type(model).__name__ not in (getattr(model.config, "architectures", None) or ())
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-    # transformers removes the prefixes of some submodels
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    prefix = f"{model.base_model_prefix}."
     places: list[str] = []
     # by dense layer: a module with two names stays one module
-    new: dict[nn.Module, Linear | Embedding] = {}
+    new: dict[nn.Module, nn.Module] = {}
     for name, entry in layers.items():
-        renamed = f"{name}.weight"
-        for renaming in renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
-        # models with a head have the prefix ("bert" in "bert.encoder.layer.0"), bodies lack it; either is described
-        aliases = (name, renamed.removesuffix(".weight"), f"{prefix}{name}", name.removeprefix(prefix))
-        place = next((alias for alias in aliases if alias in modules), None)
+        place = _place_of(name, model, modules)
         if place is None:
             if is_partial:
                 continue
@@ -132,7 +150,8 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
             expected = "no embedding" if is_table else "not linear"
             raise ValueError(f"{place} is described as a structured layer, but is a {type(old).__name__}, {expected}")
         size = entry["in_features"], entry["out_features"]
-        if features(old) != size:
+        is_narrowed = entry.get("narrowed", False)
+        if features(old) != size and not is_narrowed:
             described, actual = ("{} -> {}".format(*sizes) for sizes in (size, features(old)))
             raise ValueError(f"{place} is described as {described} features, but the model has {actual} there")
         if old not in new:
@@ -143,16 +162,47 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 if is_family(spec) and spec.partition("(")[0].strip() not in FAMILIES:
                     hint = ". Register a family of your own with el.register_family before you load the model"
                 raise ValueError(f"{place}: {error}{hint}") from None
-            new[old].dense_class = type(old)
         parent, _, child = place.rpartition(".")
         setattr(modules[parent], child, new[old])
         places.append(place)
+        if is_narrowed:
+            mark_narrowed(model, [place], {})
     return places
 
 
-def _new_layer(old: Any, entry: Mapping[str, Any]) -> Linear | Embedding:
+def _new_layer(old: Any, entry: Mapping[str, Any]) -> nn.Module:
+    """Return a layer of an entry, without weights, in the place of a dense one."""
     like = {"device": old.weight.device, "dtype": old.weight.dtype}
     if entry.get("embedding"):
         return Embedding(entry["out_features"], entry["in_features"], entry["structure"], old.padding_idx, **like)
-    arguments = {key: value for key, value in entry.items() if key not in ("embedding", "tied_to")}
-    return (QuantizedLinear if entry.get("precision") else Linear)(**arguments, **like)
+    if entry.get("narrowed") and entry["structure"] == "dense" and not entry.get("precision"):
+        return resized(old, entry["in_features"], entry["out_features"])  # type: ignore[no-any-return]
+    arguments = {key: value for key, value in entry.items() if key not in ("embedding", "narrowed", "tied_to")}
+    layer = (QuantizedLinear if entry.get("precision") else Linear)(**arguments, **like)
+    layer.dense_class = type(old)
+    return layer
+
+
+def _place_of(name: str, model: Any, modules: Mapping[str, Any]) -> str | None:
+    """Return the name in a model of a module of a description, or None."""
+    # transformers removes the prefixes of some submodels
+    renamed = f"{name}.weight"
+    for entry in get_model_conversion_mapping(model):
+        if isinstance(entry, WeightRenaming):
+            renamed, _ = entry.rename_source_key(renamed)
+    prefix = f"{model.base_model_prefix}."
+    # models with a head have the prefix ("bert" in "bert.encoder.layer.0"), bodies lack it; either is described
+    aliases = (name, renamed.removesuffix(".weight"), f"{prefix}{name}", name.removeprefix(prefix))
+    return next((alias for alias in aliases if alias in modules), None)
+
+
+def _restore_attributes(model: Any, attributes: Mapping[str, Mapping[str, int]]) -> None:
+    """Set the attributes of modules that have them; a submodel lacks some modules."""
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    for name, values in attributes.items():
+        place = _place_of(name, model, modules)
+        if place is not None:
+            if unknown := [key for key in values if type(vars(modules[place]).get(key)) is not int]:
+                raise ValueError(f"{place} has no number called {', '.join(unknown)}, which the description changes")
+            set_attributes(model, {place: values})
+            mark_narrowed(model, [], {place: values})

@@ -12,12 +12,15 @@ from torch import nn
 from einlinear.adapters import AdaptedLinear
 from einlinear.integrations.transformers import METHOD
 from einlinear.nn import Embedding, Linear
+from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.layer_descriptions import SelfDescribing
+from einlinear.nn.narrowed import narrowed_layers
 
 VERSION = 1
 # the keys of an entry with their types, and optional keys with their defaults
 REQUIRED: dict[str, Any] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
-OPTIONAL: dict[str, Any] = {"normalize": False, "gamma": True, "precision": "", "embedding": False, "tied_to": ""}
+OPTIONAL: dict[str, Any] = {"normalize": False, "gamma": True, "precision": "", "narrowed": False}
+OPTIONAL |= {"embedding": False, "tied_to": ""}
 
 # a Python file in the folder: transformers loads the config before the model, whatever the model's class
 _FILE = "configuration_einlinear"
@@ -54,13 +57,16 @@ def extend_save_pretrained() -> None:
             return original(self, save_directory, is_main_process, state_dict, *args, **kwargs)
         _check(self, layers)
         # an empty tensor in the place of each dense weight makes transformers raise where this library is not imported
-        guards = {f"{name}.weight": torch.empty(0) for name in layers}
+        guards = {f"{name}.weight": torch.empty(0) for name in layers if not is_linear(self.get_submodule(name))}
         state_dict = {**(self.state_dict() if state_dict is None else state_dict), **guards}
         for name in (name for name, entry in layers.items() if entry.get("tied_to")):
             for parameter, _ in self.get_submodule(name).named_parameters():
                 if parameter != "bias":
                     del state_dict[f"{name}.{parameter}"]
-        self.config.quantization_config = {"quant_method": METHOD, "version": VERSION, "layers": layers}
+        description = {"quant_method": METHOD, "version": VERSION, "layers": layers}
+        if attributes := narrowed_layers(self)[1]:
+            description["attributes"] = attributes
+        self.config.quantization_config = description
         try:
             _add_code(self.config, Path(save_directory), is_main_process)
             return original(self, save_directory, is_main_process, state_dict, *args, **kwargs)
@@ -85,12 +91,17 @@ def forget(config: Any) -> None:
 def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     layers, first = dict[str, dict[str, Any]](), dict[tuple[int, ...], str]()
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    narrow, _ = narrowed_layers(model)
     for name, module in modules.items():
+        if name in narrow and is_linear(module):
+            sizes = dict(zip(("in_features", "out_features"), features(module), strict=True))
+            layers[name] = {"structure": "dense", **sizes, "bias": module.bias is not None, "narrowed": True}
+            continue
         if isinstance(module, Linear) and type(module).forward is Linear.forward:
             s, gamma = module.structure, module.has_gamma or not module.normalize
             entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features}
             flags: dict[str, Any] = {"bias": module.bias is not None, "normalize": module.normalize, "gamma": gamma}
-            flags["precision"] = getattr(module, "precision", "")
+            flags |= {"precision": getattr(module, "precision", ""), "narrowed": name in narrow}
             layers[name] = entry | {key: value for key, value in flags.items() if value != OPTIONAL.get(key)}
         elif isinstance(module, Embedding):
             s = module.structure
