@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from einlinear.adapters.active_adapters import activate
 from einlinear.adapters.adaptation_report import Adaptation, AdaptationReport, count_parameters
 from einlinear.adapters.adapted_linear import AdaptedLinear, Adapter
-from einlinear.conversion.replacement import fused_experts, replace_modules
+from einlinear.conversion.experts import unsupported_experts
+from einlinear.conversion.replacement import replace_modules
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.dense_layers import features, is_linear
@@ -79,7 +80,7 @@ def adapt(
         check_spec(text)
     check_numbers(scale, dropout)
     check_name(name)
-    linears, fused = adaptable_layers(model), fused_experts(model)
+    linears, fused = adaptable_layers(model), unsupported_experts(model, "gets no adapter")
     globs = {key: as_globs(value, key) for key, value in {"layers": layers, "exclude": exclude}.items()}
     for argument, group in (globs | {"structure": [*plan]}).items():
         check_globs(group, [*linears, *fused], argument, "linear layer")

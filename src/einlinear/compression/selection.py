@@ -14,7 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from einlinear.compression.activations import hooked, output_of
 from einlinear.conversion.conversion_report import Coverage, measure_coverage
 from einlinear.conversion.eligibility import reason_to_skip
-from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of
+from einlinear.conversion.experts import unsupported_experts
+from einlinear.conversion.replacement import linear_layers, owners_of
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
@@ -90,7 +91,7 @@ def _suitable_layers(
     model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the layers that a structured one can replace, by name, and those that none can, with the reason."""
-    linears, fused = linear_layers(model), fused_experts(model)
+    linears, fused = linear_layers(model), unsupported_experts(model, "is not compressed: el.convert takes it")
     globs = as_globs("*" if layers is None else layers, "layers")
     if not globs:
         raise ValueError("layers is empty: give a glob such as '*.mlp.*', or None for all but output heads")
