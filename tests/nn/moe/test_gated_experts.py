@@ -57,6 +57,16 @@ def test_outputs_are_those_of_the_dense_module(kind: type, spec: str, tokens: in
     torch.testing.assert_close(structured(*arguments), expected, rtol=1e-8, atol=1e-8)
 
 
+def test_the_index_after_the_last_stands_for_no_expert() -> None:
+    dense, structured = exact(MixtralExperts, "btt")
+    x, indices, weights = routing(8, 2, 5)
+    indices[:4, 1] = 5
+    indices[0] = 5
+    expected = dense(x, indices, weights)
+    assert not expected[0].any()
+    torch.testing.assert_close(structured(x, indices, weights), expected, rtol=1e-8, atol=1e-8)
+
+
 def test_gradients_are_those_of_the_dense_module() -> None:
     dense, structured = exact(MixtralExperts, "dense")
     x, indices, weights = routing(20, 2, 3)

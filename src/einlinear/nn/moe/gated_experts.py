@@ -23,7 +23,8 @@ class GatedExperts(nn.Module):
 
     The stacks of matrices `gate`, `up` and `down` are `Experts` without biases, of which only the active ones are
     computed. A call takes tokens (n, in_features), the indices of their experts (n, k) in int64, and the weights of
-    these (n, k), for any k >= 1, like the experts modules of transformers 5, and returns (n, in_features).
+    these (n, k), for any k >= 1, like the experts modules of transformers 5, and returns (n, in_features). The index
+    `experts` stands for no expert.
 
     Args:
         in_features, hidden_features: the numbers of input features, and of hidden features of each expert.
@@ -125,11 +126,13 @@ class GatedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # every pair of a token and an expert is a token
-        active, indices = top_k_index.shape[1], top_k_index.reshape(-1, 1)
+        active, indices, weights = top_k_index.shape[1], top_k_index.reshape(-1, 1), top_k_weights.reshape(-1, 1)
+        # in transformers the number of experts stands for none of them
+        weights, indices = weights.masked_fill(indices >= self.experts, 0), indices.clamp(max=self.experts - 1)
         tokens = hidden_states.repeat_interleave(active, 0)
         ones = tokens.new_ones(indices.shape)
         hidden = self.activation(self.gate(tokens, indices, ones)) * self.up(tokens, indices, ones)
-        out = self.down(hidden, indices, hidden.new_ones(indices.shape)) * top_k_weights.reshape(-1, 1)
+        out = self.down(hidden, indices, ones) * weights
         summed: Tensor = out.view(len(hidden_states), active, self.in_features).sum(1)
         return summed.to(hidden_states.dtype)
 
