@@ -91,7 +91,7 @@ class GatedExperts(nn.Module):
         config |= {"device": down.device, "dtype": down.dtype}
         layer = cls(in_features, hidden_features, structure, dense.act_fn, experts, active_experts(dense), **config)
         # not a submodule: models initialise modules of its class
-        layer.__dict__["dense"] = _without_parameters(dense)
+        layer.__dict__["dense"] = without_parameters(dense)
         layer.gate.requires_grad_(dense.gate_up_proj.requires_grad)
         layer.up.requires_grad_(dense.gate_up_proj.requires_grad)
         layer.down.requires_grad_(down.requires_grad)
@@ -145,7 +145,7 @@ class GatedExperts(nn.Module):
         """
         if self.dense is None:
             raise RuntimeError("these experts replaced no module of transformers, so there is no class to restore")
-        dense = _without_parameters(self.dense)
+        dense = without_parameters(self.dense)
         gate_up = torch.cat([self.gate.dense_weights(), self.up.dense_weights()], 1)
         learns = any(p.requires_grad for p in (*self.gate.parameters(), *self.up.parameters()))
         dense.gate_up_proj = nn.Parameter(gate_up, learns)
@@ -170,7 +170,7 @@ def active_experts(dense: Any) -> int:
     return min(next((number for number in named if isinstance(number, int) and number > 0), experts), experts)
 
 
-def _without_parameters(module: nn.Module) -> Any:
+def without_parameters(module: nn.Module) -> Any:
     """Return a shallow copy of an experts module, whose parameters are None."""
     shell = copy.copy(module)
     shell.__dict__["_parameters"] = dict.fromkeys(module._parameters)
