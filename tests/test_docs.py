@@ -90,6 +90,7 @@ def mixed(names: dict[str, Any]) -> None:
 def compressed(names: dict[str, Any]) -> None:
     assert names["report"].params <= 0.5 * names["report"].params_before
     assert names["distillation"].losses[-1] < names["distillation"].losses[0]
+    assert any(isinstance(layer, el.nn.QuantizedLinear) for layer in names["quantised"].modules())
 
 
 def hugging_face(names: dict[str, Any]) -> None:
@@ -148,7 +149,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 NEEDS = {
     "docs/guides/adapters.md": ["peft", "accelerate"],
-    "docs/guides/compress.md": ["scipy"],
+    "docs/guides/compress.md": ["scipy", "torchao"],
     "docs/guides/train.md": ["pytorch_optimizer", "schedulefree"],
     "docs/guides/transformers.md": ["peft", "accelerate"],
 }

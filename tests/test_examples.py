@@ -132,6 +132,24 @@ def test_compression_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs("transformers")
+@needs("accelerate")
+@needs("lightning")
+def test_trainers(tmp_path: Path) -> None:
+    """The same steps in every trainer: each one keeps the groups, clips the gradients and scales the rates."""
+    command = [sys.executable, str(ROOT / "examples" / "trainers.py"), "transformers", "accelerate", "lightning"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", out, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["transformers", "accelerate", "lightning"]
+    rates, first, last = (list(map(float, column)) for column in list(zip(*rows))[1:])
+    assert rates == 3 * [5]
+    assert first == pytest.approx(3 * first[:1], rel=1e-3)
+    assert last == pytest.approx(3 * last[:1], rel=1e-2)
+    assert last[0] < 0.5 * first[0]
+    assert not list(tmp_path.iterdir())
+
+
+@needs("transformers")
 def test_compressed_speed() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "compressed_speed.py"), "--tokens", "8", "--rounds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

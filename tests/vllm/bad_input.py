@@ -30,6 +30,9 @@ CASES: dict[str, Callable[[], object]] = {
     "sizes": lambda: made(StructuredLinearMethod({"down": ENTRY}), [48]),
     "shape": lambda: load("A", torch.zeros(3, 16)),
     "dense weight": lambda: load("weight", torch.zeros(32, 16)),
+    "embedding": lambda: StructuredLayersConfig.from_config(
+        {"version": 1, "layers": {"wte": {**ENTRY, "embedding": True}}}
+    ),
     "entry": lambda: StructuredLayersConfig.from_config({"version": 1, "layers": {"down": {"structure": "low_rank"}}}),
 }
 

@@ -60,10 +60,9 @@ def environment() -> None:
     pytest.skip(missing)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(name: str, path: Path) -> Path:
     torch.manual_seed(0)
-    model_class, config_class = MODELS[request.param]
+    model_class, config_class = MODELS[name]
     model = model_class(config_class(**SIZES))
     el.convert(model, STRUCTURES)
     with torch.no_grad():
@@ -71,12 +70,13 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             parameter.add_(0.02 * torch.randn_like(parameter))
         # log-probabilities far from uniform
         model.lm_head.B.mul_(20)
-    path: Path = tmp_path_factory.mktemp(request.param)
     model.eval().save_pretrained(path)
     return path
 
 
-def test_log_probabilities_equal_those_of_transformers(folder: Path) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    folder = saved(name, tmp_path)
     results = json.loads(run("generate.py", folder).splitlines()[-1])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert len(results) == 3
@@ -91,7 +91,8 @@ def test_log_probabilities_equal_those_of_transformers(folder: Path) -> None:
         assert float(logits.softmax(-1).max(-1).values.mean()) > 3 / SIZES["vocab_size"]
 
 
-def test_server_answers(folder: Path) -> None:
+def test_server_answers(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
     with served(folder) as address:
         body = {"model": str(folder), "prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0, "return_token_ids": True}
         request = urllib.request.Request(
@@ -112,6 +113,7 @@ def test_errors_name_the_layer() -> None:
         "gate.A has the shape (3, 16) in the folder, but (4, 16) for the structure in config.json"
     )
     assert messages["dense weight"] == "gate is described as structured, but the folder has a weight for it"
+    assert messages["embedding"].startswith("wte is a structured embedding, which vLLM cannot load: make it dense")
     assert "down has no in_features, out_features, bias" in messages["entry"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from einlinear.adapters.adaptation_report import Adaptation, AdaptationReport, c
 from einlinear.adapters.adapted_linear import AdaptedLinear, Adapter
 from einlinear.conversion.experts import unsupported_experts
 from einlinear.conversion.replacement import replace_modules
+from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
 from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.model_call import Batch
-from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
+from einlinear.nn.names import plain_modules
 from einlinear.structures import DoesNotFit
 from einlinear.structures import structure as make_structure
-from einlinear.structures.spec import check_spec
 
 
 def adapt(
@@ -73,25 +72,15 @@ def adapt(
         Trainable: 2,048 of 6,728 parameters (30.44%).
     """
     # 1. check the arguments
-    plan = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
-    if not plan:
-        raise ValueError("the mapping of globs to structures is empty")
-    for text in plan.values():
-        check_spec(text)
     check_numbers(scale, dropout)
     check_name(name)
     linears, fused = adaptable_layers(model), unsupported_experts(model, "gets no adapter")
-    globs = {key: as_globs(value, key) for key, value in {"layers": layers, "exclude": exclude}.items()}
-    for argument, group in (globs | {"structure": [*plan]}).items():
-        check_globs(group, [*linears, *fused], argument, "linear layer")
+    matched = match_structures([*linears, *fused], structure, layers, exclude)
 
-    # 2. match layers with structures, and make the adapters
+    # 2. make the adapters
     uncalled = uncalled_layers(model, None if example_input is None else [example_input])
     adapters, skipped, seen = dict[str, Adapter](), list[tuple[str, str]](), set[int]()
-    for key in (*linears, *fused):
-        spec = next((spec for glob, spec in plan.items() if fnmatchcase(key, glob)), None)
-        if spec is None or not matches_any(key, globs["layers"]) or matches_any(key, globs["exclude"]):
-            continue
+    for key, spec in matched.items():
         layer: Any = linears.get(key)
         if reason := fused.get(key) or reason_not_to_adapt(layer, name) or uncalled.get(id(layer)):
             skipped.append((key, reason))

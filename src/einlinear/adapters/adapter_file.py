@@ -12,8 +12,8 @@ from einlinear.adapters.adaptation import adaptable_layers, attach, check_name, 
 from einlinear.adapters.adaptation_report import AdaptationReport
 from einlinear.adapters.adapted_linear import AdaptedLinear, Adapter
 from einlinear.adapters.merging import adapted_layers
-from einlinear.mup.muon import full_tensor
 from einlinear.nn.dense_layers import features
+from einlinear.nn.sharded_tensors import full_tensor
 from einlinear.structures import structure as make_structure
 
 _KIND = "einlinear adapter"

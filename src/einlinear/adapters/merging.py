@@ -62,11 +62,15 @@ def unmerge(model: nn.Module) -> None:
     """Restore the weights as they were before `merge`, bit for bit.
 
     Raises:
-        ValueError: no adapter is merged.
+        ValueError: no adapter is merged, or a layer was converted since.
     """
     merged = [layer for layer in adapted_layers(model).values() if layer.merged]
     if not merged:
         raise ValueError("no adapter is merged")
+    for layer in merged:
+        if isinstance(layer.base_layer, Linear):
+            what = f"{layer.base_layer.structure.spec} replaced a layer after adapters were merged into it"
+            raise ValueError(f"{what}: its weight has them for good. Remove the adapters, el.adapters.remove(model)")
     for layer in merged:
         unmerge_layer(layer)
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.adapters import low_rank_additions
 from einlinear.compression.distillation_loss import DistillationLoss, block_names
+from einlinear.compression.lora import temporary_lora
 from einlinear.compression.resume_cache import digest_of
 from einlinear.mup import param_groups
 from einlinear.nn import QuantizedLinear
 from einlinear.nn.linear import Factored
-from einlinear.nn.model_call import Batch, evaluating
+from einlinear.nn.model_call import Batch, check_batches, evaluating
 from einlinear.nn.names import as_globs, check_globs, matches_any
 from einlinear.schedules import lr_factor
 
@@ -70,18 +70,20 @@ def distill(
         lr: learning rate of the original; structured layers get rates derived from it (`param_groups`).
         match: globs on names of modules whose outputs are matched as well, each with the weight of the model's output.
             None: the blocks in the model's outermost lists of blocks, such as transformer blocks. (): no module.
-        train: "all" parameters; those of "structured" layers only; or of structured layers and "adapters", low-rank
-            additions (LoRA) to the dense layers, which are added to their weights at the end. The last two save memory.
-        adapter_rank: of these additions.
+        train: "all" parameters; those of "structured" layers only; or of structured layers and "adapters", LoRA beside
+            the dense layers, which is merged into their weights at the end. The last two save memory.
+        adapter_rank: of these adapters.
         task_loss: weight of the loss that the model itself returns, for batches with labels.
         weight_decay, clip: of AdamW; largest norm of the gradient, None for no limit.
         warmup: fraction of the steps in which the rate rises.
         seconds: time limit; the rate falls in time for it.
         progress: called after every step with the number of steps done, of all, and the loss.
-        folder: for checkpoints, from which the same call resumes after an interruption. It is not removed at the end.
+        folder: for checkpoints, from which the same call resumes after an interruption; exactly, if batches come
+            in the same order. It is not removed at the end.
         checkpoint_every: seconds of training between two checkpoints.
 
     Raises:
+        TypeError: a single batch instead of several.
         ValueError: no batches, steps, rate or rank, an unknown `train`, a glob that matches nothing, nothing to train
             or in float16, parameters that the original shares, a folder of another distillation; or, after some
             training, batches that end and cannot be repeated, or a loss that is NaN.
@@ -95,6 +97,7 @@ def distill(
         >>> distillation.losses[-1] < distillation.losses[0]
         True
     """
+    check_batches(batches, "batches")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not 0 < lr < math.inf:
@@ -111,8 +114,8 @@ def distill(
     if folder is not None:
         config |= {"model": digest_of(model, None), "original": digest_of(original, None)}
     loss_of = DistillationLoss(model, original, matched, task_loss, must_match=bool(match))
-    with evaluating(model, original), _trained_parameters(model, train, adapter_rank) as (trained, additions):
-        optimizer = _Optimizer(model, original, trained, additions, lr, weight_decay)
+    with evaluating(model, original), _trained_parameters(model, train, adapter_rank) as (trained, adapters):
+        optimizer = _Optimizer(model, original, trained, adapters, lr, weight_decay)
         losses, before = ([], 0.0) if folder is None else optimizer.resume(Path(folder), config)
         saved = time.monotonic()
         start = saved - before
@@ -156,14 +159,14 @@ def _matched_modules(model: nn.Module, original: nn.Module, match: str | Sequenc
 
 @contextmanager
 def _trained_parameters(model: nn.Module, train: str, rank: int) -> Iterator[tuple[dict[str, nn.Parameter], nn.Module]]:
-    """Yield the trained parameters by name, and the low-rank additions; meanwhile the others need no gradients."""
+    """Yield the trained parameters by name, and adapters of dense layers; meanwhile the others need no gradients."""
     structured = {id(p) for module in model.modules() if isinstance(module, Factored) for p in module.parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     frozen = [] if train == "all" else [p for p in trained.values() if id(p) not in structured]
     with ExitStack() as stack:
-        additions = stack.enter_context(low_rank_additions(model, rank)) if train == "adapters" else {}
+        adapters = stack.enter_context(temporary_lora(model, rank)) if train == "adapters" else {}
         trained = {name: p for name, p in trained.items() if train == "all" or id(p) in structured}
-        trained |= {f"{layer}.addition.{n}": p for layer, a in additions.items() for n, p in a.named_parameters()}
+        trained |= {f"{layer}.adapter.{n}": p for layer, a in adapters.items() for n, p in a.named_parameters()}
         for p in frozen:
             p.requires_grad_(False)
             stack.callback(p.requires_grad_)
@@ -173,7 +176,7 @@ def _trained_parameters(model: nn.Module, train: str, rank: int) -> Iterator[tup
             if any(isinstance(module, QuantizedLinear) for module in model.modules()):
                 raise ValueError("rounded weights cannot be trained: distill first, then round")
             raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
-        yield trained, nn.ModuleList(additions.values())
+        yield trained, nn.ModuleList(adapters.values())
 
 
 class _Optimizer:
@@ -184,7 +187,7 @@ class _Optimizer:
         model: nn.Module,
         original: nn.Module,
         trained: Mapping[str, nn.Parameter],
-        additions: nn.Module,
+        adapters: nn.Module,
         lr: float,
         weight_decay: float,
     ) -> None:
@@ -199,7 +202,7 @@ class _Optimizer:
         self._rounded = {name: p for name, p in trained.items() if p is not self._learning[name]}
         learning = {id(trained[name]): p for name, p in self._learning.items()}
         groups = param_groups(model, lr, base=original, weight_decay=weight_decay)
-        groups += param_groups(additions, lr, base=None, weight_decay=weight_decay)
+        groups += param_groups(adapters, lr, base=None, weight_decay=weight_decay)
         for group in groups:
             group["params"] = [learning.get(id(p), p) for p in group["params"]]
         self._adamw = torch.optim.AdamW(groups)

@@ -22,7 +22,7 @@ def round_factors(
     s: Structure,
     factors: Sequence[Tensor],
     formats: Sequence[IntegerFormat | None],
-    weight: Tensor,
+    weight: Tensor | None = None,
     second_moment: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor] | Tensor]:
     """Return codes and scales of each factor as matrices, or the factor in bfloat16 where the format is None.
@@ -38,9 +38,9 @@ def round_factors(
     for term, pairs in s.by_term(list(zip(factors, formats, strict=True))):
         exact, rounded = [factor.float() for factor, _ in pairs], list[Tensor]()
         # inputs with this second moment, as many as features
-        z = None if second_moment is None else _inputs(s, term.inputs, second_moment)
+        z = None if second_moment is None or weight is None else _inputs(s, term.inputs, second_moment)
         for step, (factor, (_, format)) in enumerate(zip(term.factors, pairs, strict=True)):
-            if z is not None and second_moment is not None and 0 < step == len(term.factors) - 1:
+            if weight is not None and second_moment is not None and 0 < step == len(term.factors) - 1:
                 again = best_last_factor(s, weight.float(), second_moment.float(), rounded)
                 exact[step] = exact[step] if again is None else again
             stored.append(_rounded(factor, exact[step], format, z))

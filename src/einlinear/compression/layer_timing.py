@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from einlinear.compression.resume_cache import ResumeCache
 from einlinear.nn import Linear
 from einlinear.nn.dense_layers import features, is_linear
+from einlinear.ops.cost_model import processor_model
 
 # unless the user gives another number
 TOKENS = (1, 256)
@@ -108,7 +109,8 @@ class LayerTimer:
     def size(old: Any) -> str:
         """Describe what the time of a dense layer depends on."""
         bias = "no bias" if old.bias is None else "bias"
-        return f"{type(old).__name__} {features(old)}, {bias}, {old.weight.dtype}, {old.weight.device}"
+        machine = f"{old.weight.device}, {torch.get_num_threads()} threads of {processor_model()}"
+        return f"{type(old).__name__} {features(old)}, {bias}, {old.weight.dtype}, {machine}"
 
 
 @torch.no_grad()
@@ -171,8 +173,8 @@ def _seconds_of_call(layer: nn.Module, x: Tensor) -> float:
     """Time one call, until the device has finished it."""
     start = time.perf_counter()
     layer(x)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize(x.device)
     return time.perf_counter() - start
 
 

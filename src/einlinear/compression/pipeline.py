@@ -46,7 +46,7 @@ from einlinear.compression.time_candidates import LayerTimes
 from einlinear.conversion.replacement import replace_modules, structured_like
 from einlinear.nn import Experts, Linear
 from einlinear.nn.dense_layers import features
-from einlinear.nn.model_call import Batch, evaluating
+from einlinear.nn.model_call import Batch, check_batches, evaluating
 from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.structures import Structure
 
@@ -118,9 +118,7 @@ def compress(
     families = [structures] if isinstance(structures, str) else list(structures)
     batches = _check_arguments(model, budget, families, calibration, count, tokens, damping)
     if only_if_faster and count == "bytes":
-        raise ValueError(
-            "only_if_faster=True needs count='params' or 'macs': stored weights of few bits are not faster"
-        )
+        raise ValueError("only_if_faster=True needs count='params', 'macs' or 'time': with 'bytes' nothing is timed")
     is_cached = folder is not None or shared is not None
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
@@ -151,7 +149,11 @@ def compress(
             results = ResumeCache(folder, config, "an unfinished compression")
             shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
             timed = TOKENS if tokens is None else (tokens,)
-            timer = LayerTimer(linears, timed, results, lambda done: report_progress("timing layers", done, len(dense)))
+
+            def report_timing(done: int) -> None:
+                report_progress("timing layers", done, max(done, len(dense)))
+
+            timer = LayerTimer(linears, timed, results, report_timing)
             report_progress("looking at the model", 1, 1)
             times = LayerTimes(timer, dense, members, budget) if count == "time" else None
 
@@ -427,10 +429,8 @@ def _check_arguments(
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     if isinstance(budget, bool) or not isinstance(budget, SupportsFloat):
         raise TypeError(f"budget must be a number, not {budget!r}")
-    is_one_batch = isinstance(calibration, Tensor | Mapping | str)
-    if calibration is not None and (is_one_batch or not isinstance(calibration, Iterable)):
-        kind = type(calibration).__name__
-        raise TypeError(f"calibration must be an iterable of batches, not a {kind}: for a single batch give [batch]")
+    if calibration is not None:
+        check_batches(calibration, "calibration")
     if count not in ("params", "macs", "bytes", "time"):
         raise ValueError(f"count must be 'params', 'macs', 'bytes' or 'time', not {count!r}")
     if tokens is None and count == "time":

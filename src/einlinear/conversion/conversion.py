@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from einlinear.conversion.replacement import (
     replace_modules,
     structured_like,
 )
+from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Conv1d, Conv2d, Embedding, GatedExperts, Linear, MoELinear
 from einlinear.nn.dense_layers import as_class, features, is_linear, weight_matrix
@@ -33,7 +33,6 @@ from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import Experts, check_experts
 from einlinear.nn.names import as_globs, check_globs, matches_any
 from einlinear.structures import DoesNotFit, Structure
-from einlinear.structures.spec import check_spec
 from einlinear.structures.spec import structure as make_structure
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | Conv1d | Conv2d
@@ -97,29 +96,22 @@ def convert(
         [('0', 'btt', 3072), ('2', 'low_rank(rank=8)', 2560)]
     """
     # 1. check the arguments
-    plan = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
-    if not plan:
-        raise ValueError("the mapping of globs to structures is empty")
-    for text in plan.values():
-        check_spec(text)
     linears, stacks = linear_layers(model), experts_modules(model)
     # other kinds of layers are converted only if they are named
     named = _named(modules_of(model, nn.Embedding | Embedding), embeddings, "embeddings", "embedding")
     named |= _named(modules_of(model, _CONVOLUTIONS), convolutions, "convolutions", "convolution")
-    arguments = {"layers": layers, "structure": [*plan], "exclude": exclude, "normalize": normalize, "gamma": gamma}
-    globs = {name: as_globs(value, name) for name, value in arguments.items() if not isinstance(value, bool)}
     _check_new_weights(weights, normalize, gamma, experts, active)
+    globs = {
+        argument: as_globs(value, argument)
+        for argument, value in (("normalize", normalize), ("gamma", gamma))
+        if not isinstance(value, bool)
+    }
     for argument, group in globs.items():
-        check_globs(group, [*linears, *stacks, *named], argument, "linear layer")
+        check_globs(group, [*linears, *stacks], argument, "linear layer")
     classes = _as_classes(classes)
 
     # 2. match layers with structures, and find those that no structure can replace
-    matched: dict[str, str] = {}
-    for name in (*linears, *stacks, *named):
-        spec = next((spec for glob, spec in plan.items() if fnmatchcase(name, glob)), None)
-        is_considered = name in named or matches_any(name, globs["layers"])
-        if spec is not None and is_considered and not matches_any(name, globs["exclude"]):
-            matched[name] = spec
+    matched = match_structures([*linears, *stacks], structure, layers, exclude, named)
     linears |= named
     reasons = _reasons_to_skip(model, linears, matched, classes, example_input)
     reasons |= {n: reason for n in matched.keys() & stacks if (reason := reason_to_skip_experts(stacks[n]))}
@@ -131,7 +123,8 @@ def convert(
     new, by_weight = dict[int, nn.Module](), dict[tuple[int, str], nn.Module]()
     converted, skipped = list[Conversion](), list[tuple[str, str]]()
     layers_by_name = linears | stacks
-    for name, spec in matched.items():
+    # of an embedding and a head with one weight, the embedding says how large new entries are
+    for name, spec in sorted(matched.items(), key=lambda item: item[0] not in named):
         old: Any = layers_by_name[name]
         if id(old) in new:
             continue

@@ -26,6 +26,13 @@ from einlinear.nn.quantized_linear import QuantizedLinear
 # vLLM's names of the parts of merged queries, keys and values; those of other layers have numbers
 _PARTS = {"q": 0, "k": 1, "v": 2}
 
+# keys of descriptions
+_UNSUPPORTED = {
+    "embedding": "is a structured embedding, which vLLM cannot load: make it dense, el.densify(model), and save again",
+    "tied_to": "shares its factors with an embedding, which vLLM cannot load: call el.densify(model), and save again",
+    "narrowed": "has fewer features than the config says: compress with 'narrow(uniform=True)' instead",
+}
+
 
 def register() -> None:
     """Let vLLM load folders whose config.json describes structured layers."""
@@ -41,8 +48,13 @@ class StructuredLayersConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> StructuredLayersConfig:
-        """Read a description. ValueError if it is malformed."""
-        return cls(EinlinearConfig(**config).layers)
+        """Read a description. ValueError if it is malformed, or of layers that vLLM has no place for."""
+        layers = EinlinearConfig(**config).layers
+        for name, entry in layers.items():
+            for key, advice in _UNSUPPORTED.items():
+                if entry.get(key):
+                    raise ValueError(f"{name} {advice}")
+        return cls(layers)
 
     def get_name(self) -> Any:
         return METHOD

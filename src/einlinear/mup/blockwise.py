@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einlinear.mup.muon import View, as_matrices, from_matrices, full_tensor, sharded_like
+from einlinear.mup.muon import View, as_matrices, from_matrices
+from einlinear.nn.sharded_tensors import full_tensor, sharded_like
 
 
 class Blockwise(torch.optim.Optimizer):

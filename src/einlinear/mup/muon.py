@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from einlinear.nn.sharded_tensors import full_tensor, sharded_like
+
 # order of axes, rows and columns: ``x.permute(order).reshape(-1, rows, columns)`` is a batch of matrices
 View: TypeAlias = tuple[Sequence[int], int, int]
 
@@ -208,18 +210,3 @@ def _move(params: Iterable[Tensor], updates: Tensor, group: dict[str, Any]) -> N
         if p.grad is not None:
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.sub_(sharded_like(update.to(p.dtype), p), alpha=group["lr"] * group["update_scale"])
-
-
-def full_tensor(x: Any) -> Any:
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def sharded_like(x: Tensor, like: Any) -> Tensor:
-    """Return this process's part of a full tensor, if `like` is sharded."""
-    if not hasattr(like, "full_tensor"):
-        return x
-    # importing DTensors takes long
-    from torch.distributed.tensor import DTensor, Replicate
-
-    replicated = DTensor.from_local(x.contiguous(), like.device_mesh, [Replicate()] * like.device_mesh.ndim)
-    return replicated.redistribute(placements=like.placements)

@@ -117,6 +117,11 @@ class _Convolution(Factored):
         weight = ops.dense_weight(self.structure, self.factors())
         return weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
 
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, built anew for every access; values written into it are lost."""
+        return self.dense_weight()
+
     @torch.no_grad()
     def to_dense(self) -> nn.Conv1d | nn.Conv2d:
         """Return the convolution of torch with the same function, device, dtype, training mode and requires_grad."""

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.nn.layer_descriptions import STRUCTURED, LayerInfo, ParameterRole
+from einlinear.nn.lazy_weight import weight_of
 from einlinear.nn.linear import Factored
+from einlinear.ops.context import is_exported
 from einlinear.structures import Structure
 from einlinear.structures.initialization import table_std
 
@@ -22,7 +24,8 @@ class Embedding(Factored):
     matrix: to tie the two, assign the factors of one to the other.
 
     Args:
-        num_embeddings, embedding_dim, padding_idx: as for `torch.nn.Embedding`. The row of `padding_idx` is zero.
+        num_embeddings, embedding_dim: as for `torch.nn.Embedding`.
+        padding_idx: of a row that passes no gradient on. It is not zero, and changes with the factors of other rows.
         structure: of W: a spec such as ``"low_rank(rank=64)"``, a pattern, or a `Structure` of this size.
         device, dtype: of the parameters.
 
@@ -95,23 +98,25 @@ class Embedding(Factored):
             raise TypeError(f"an embedding takes whole numbers, not {numbers.dtype}")
         flat = numbers.flatten().long()
         # reading the values of a GPU would wait for it
-        if flat.device.type == "cpu" and flat.numel() and not torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling() or is_exported()
+        if flat.device.type == "cpu" and flat.numel() and not is_traced:
             low, high = map(int, torch.aminmax(flat))
             if low < 0 or high >= self.num_embeddings:
                 wrong = low if low < 0 else high
                 raise IndexError(f"the table has rows 0 to {self.num_embeddings - 1}, not {wrong}")
         rows = ops.rows(self.structure, self.factors(), flat)
         if self.padding_idx is not None:
-            rows = rows.masked_fill((flat == self.padding_idx)[:, None], 0)
+            rows = torch.where((flat == self.padding_idx)[:, None], rows.detach(), rows)
         return rows.reshape(*numbers.shape, self.embedding_dim)
 
     def dense_weight(self) -> Tensor:
         """Return W, of shape (num_embeddings, embedding_dim); differentiable in the factors."""
-        weight = ops.dense_weight(self.structure, self.factors())
-        if self.padding_idx is None:
-            return weight
-        is_padding = torch.arange(self.num_embeddings, device=weight.device) == self.padding_idx
-        return weight.masked_fill(is_padding[:, None], 0)
+        return ops.dense_weight(self.structure, self.factors())
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, built when the values are used, once for every access; values written into it are lost."""
+        return weight_of(self)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Embedding:

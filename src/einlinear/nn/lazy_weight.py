@@ -14,9 +14,9 @@ from einlinear.nn.lazy_tensor import METADATA, LazyTensor, placeholder
 from einlinear.ops.context import is_exported, is_transformed, wants_gradients, without_autocast
 
 if TYPE_CHECKING:
-    from einlinear.nn import Linear, MoELinear
+    from einlinear.nn import Embedding, Linear, MoELinear
 
-Layer: TypeAlias = "Linear | MoELinear"
+Layer: TypeAlias = "Linear | MoELinear | Embedding"
 
 # functions that read no values: of their argument (new), and of the tensor that gives dtype or shape (like)
 _NEW = frozenset(

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +30,13 @@ def call(model: nn.Module, batch: Batch) -> Any:
             hint = "A sequence is positional arguments: leave out labels, as in [x for x, _ in loader]"
             raise TypeError(f"the model cannot be called with this batch: {mistake}. {hint}") from error
         raise
+
+
+def check_batches(batches: object, argument: str) -> None:
+    """Raise TypeError for what is no iterable of batches, or for a single batch."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        kind = type(batches).__name__
+        raise TypeError(f"{argument} must be an iterable of batches, not a {kind}: for a single batch give [batch]")
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def _rows_of_term(structure: Structure, term: Term, factors: Sequence[Tensor], n
         index = functools.reduce(
             lambda before, axis: before * sizes[axis] + indices[axis], split, torch.zeros_like(rest)
         )
-        operands.append(F.embedding(index, table).reshape(len(numbers), *[sizes[a] for a in others]))
+        operands.append(F.embedding(index, table).reshape(numbers.shape[0], *[sizes[a] for a in others]))
         subscripts.append(("tokens", *others))
     # a row is zero but at its own index of an axis that the input has as well
     for axis in term.inputs:
@@ -51,4 +51,4 @@ def _rows_of_term(structure: Structure, term: Term, factors: Sequence[Tensor], n
             operands.append(F.one_hot(indices[axis], sizes[axis]).to(operands[0].dtype))
             subscripts.append(("tokens", axis))
     row = einsum(subscripts, ("tokens", *term.inputs), *operands)
-    return row.reshape(len(numbers), math.prod([sizes[a] for a in term.inputs]))[:, : structure.in_features]
+    return row.reshape(numbers.shape[0], math.prod([sizes[a] for a in term.inputs]))[:, : structure.in_features]
