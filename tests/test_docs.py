@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 import einlinear as el
 import einlinear_lab
+from einlinear.nn import GatedExperts
 from einlinear.structures import FAMILIES
 from einlinear_lab.cli.app import PANELS, app, load
 from einlinear_lab.models import ResidualMLP
@@ -83,6 +84,7 @@ def transferred(names: dict[str, Any]) -> None:
 def mixed(names: dict[str, Any]) -> None:
     assert names["y"].shape == (4, 100, 1024)
     assert names["loss"].requires_grad
+    assert isinstance(names["mixtral"].model.layers[1].mlp.experts, GatedExperts)
 
 
 def compressed(names: dict[str, Any]) -> None:

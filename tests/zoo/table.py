@@ -32,8 +32,8 @@ AREAS = {
 LEFT_DENSE = {
     "its weight is tied to": "The output head shares its weight with the embedding. An embedding looks rows up and "
     "cannot be replaced by a linear layer, so the head stays dense and the tie is kept.",
-    "is a stack of": "The weights of all experts lie in one parameter of three dimensions. No module stands for one "
-    "expert, so the stack stays dense.",
+    "is a stack of": "The experts compute more than a gate, an activation and two products, such as biases or limits, "
+    "or store their weights in another order, so the stack stays dense.",
     "is never called": "The module around the layer reads its weight and never calls it. A structured layer would be "
     "made dense again in every call, so nothing would be saved.",
     "its forward pass computes something else": "The layer is a subclass of nn.Linear that returns more than a "

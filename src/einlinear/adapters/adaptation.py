@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from einlinear.adapters.active_adapters import activate
 from einlinear.adapters.adaptation_report import Adaptation, AdaptationReport, count_parameters
 from einlinear.adapters.adapted_linear import AdaptedLinear, Adapter
-from einlinear.conversion.replacement import fused_experts, replace_modules
+from einlinear.conversion.experts import unsupported_experts
+from einlinear.conversion.replacement import replace_modules
 from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Linear, MoELinear
@@ -73,7 +74,7 @@ def adapt(
     # 1. check the arguments
     check_numbers(scale, dropout)
     check_name(name)
-    linears, fused = adaptable_layers(model), fused_experts(model)
+    linears, fused = adaptable_layers(model), unsupported_experts(model, "gets no adapter")
     matched = match_structures([*linears, *fused], structure, layers, exclude)
 
     # 2. make the adapters

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from einlinear.compression.activations import tokens_of
+from einlinear.compression.expert_stacks import DenseStack
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.selection import Selection, Stage
 from einlinear.nn.dense_layers import features, weight_matrix
@@ -46,6 +47,11 @@ class Calibration:
         Batches from all over the data are run until each layer has `enough` tokens for each of its input features.
         """
         for group in self._groups(stages, compressed is not None):
+            if isinstance(self.layers[group[0].names[0]], DenseStack):
+                # of experts, all layers of a stage have the same inputs
+                collected = cache(partial(self._collect_experts, group[0], enough))
+                yield from ((name, collected) for name in group[0].names)
+                continue
             collect = cache(partial(self._collect, group, compressed, enough))
             for stage in group:
                 for name in stage.names:
@@ -64,11 +70,13 @@ class Calibration:
 
     def _groups(self, stages: Sequence[Stage], paired: bool) -> list[list[Stage]]:
         groups, size = list[list[Stage]](), _MEMORY
+        are_experts = False
         for stage in stages:
             inputs, outputs = features(self.layers[stage.names[0]])[0], self._out_features(stage) if paired else 0
             added = 8 * inputs * (inputs + outputs)
             size += added
-            if size > _MEMORY:
+            after_experts, are_experts = are_experts, isinstance(self.layers[stage.names[0]], DenseStack)
+            if size > _MEMORY or are_experts or after_experts:
                 groups.append([])
                 size = added
             groups[-1].append(stage)
@@ -101,10 +109,11 @@ class Calibration:
                 if name not in original:
                     continue
                 with _naming(f"{name}, batch {number} of the calibration data"):
-                    if [x.shape for x in inputs.get(name, ())] != [x.shape for x in original[name]]:
-                        cause = "the compressed model sends other tokens to this layer, such as an expert"
-                        raise ValueError(f"{cause}, than the original. Give sequential=False")
-                    for x, x_0 in zip(inputs[name], original[name], strict=True):
+                    calls_of = inputs.get(name, [])
+                    if [x.shape for x in calls_of] != [x.shape for x in original[name]]:
+                        # the compressed model sends other tokens to an expert: its outputs are fitted to the original's
+                        calls_of = original[name]
+                    for x, x_0 in zip(calls_of, original[name], strict=True):
                         tokens = tokens_of(batch, x)
                         if accumulator.has(enough):
                             check_finite(tokens)
@@ -112,6 +121,42 @@ class Calibration:
                         y = None if compressed is None else self._outputs(stage, tokens_of(batch, x_0))
                         accumulator.add(tokens, y)
         return accumulators
+
+    @torch.no_grad()
+    def _collect_experts(self, stage: Stage, enough: int) -> InputStatistics:
+        """Return the second moments of the inputs of every expert, each times its share of the tokens.
+
+        Experts with fewer tokens than input features have the second moment of all tokens.
+        """
+        first, stack = stage.names[0], self.layers[stage.names[0]]
+        size, device = stack.in_features, stack.weight.device
+        if self._passes is None:
+            return InputStatistics.white(size, device)
+        experts = [SecondMomentAccumulator(size, device) for _ in range(stack.experts)]
+        calls = {f"{first}.inputs.{e}": stage.calls for e in range(stack.experts)}
+        numbers = spread_numbers(len(self._passes.batches))
+        for done, inputs in enumerate(self._passes.inputs(calls, numbers)):
+            self._progress(done, len(numbers))
+            with _naming(f"{first}, batch {numbers[done]} of the calibration data"):
+                for name, accumulator in zip(calls, experts, strict=True):
+                    for x in inputs.get(name, ()):
+                        accumulator.add(x)
+            if all(accumulator.has(enough) for accumulator in experts):
+                break
+        tokens = sum(accumulator.tokens for accumulator in experts)
+        with _naming(first):
+            if not tokens:
+                raise ValueError("it gets no tokens from the calibration data")
+            moments = {
+                e: accumulator.statistics(stack.weight[0], centred=False).second_moment
+                for e, accumulator in enumerate(experts)
+                if accumulator.tokens
+            }
+        of_all = torch.stack([moment * (experts[e].tokens / tokens) for e, moment in moments.items()]).sum(0)
+        own = [moments[e] if accumulator.has(1) else of_all for e, accumulator in enumerate(experts)]
+        # an expert without tokens has the weight of one
+        second_moment = torch.stack([m * (max(a.tokens, 1) / tokens) for m, a in zip(own, experts, strict=True)])
+        return InputStatistics(second_moment, second_moment.new_zeros(size), tokens)
 
     def _outputs(self, stage: Stage, x: Tensor) -> Tensor:
         """Return the outputs of all layers of a stage, without biases, in float32."""
@@ -228,8 +273,10 @@ class InputStatistics:
     def damped(self, damping: float) -> Tensor:
         """Return C plus a fraction of its mean variance on the diagonal: few tokens say little of many features."""
         c = self.second_moment.clone()
+        # of one matrix, or of each of several
+        variances = c.diagonal(dim1=-2, dim2=-1)
         # C is definite in spite of the rounding of float32 products, relative to the sum of all variances
-        c.diagonal().add_(max(damping, 1e-7 * len(c)) * c.diagonal().mean())
+        variances.add_(max(damping, 1e-7 * c.shape[-1]) * variances.mean(-1, keepdim=True))
         return c
 
     def target_weight(self, weight: Tensor, damping: float) -> Tensor:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einlinear import ops
 from einlinear.compression.calibration import InputStatistics
-from einlinear.compression.output_metric import OutputMetric, project
+from einlinear.compression.expert_stacks import dense_cost, layer_weight, matrices
+from einlinear.compression.output_metric import OutputMetric, dense_weight, project
 from einlinear.compression.sensitivity import Sensitivity
 from einlinear.compression.spectrum import NO_ERROR, LowRanks, Spectrum, between
-from einlinear.nn.dense_layers import features, weight_matrix
+from einlinear.nn.dense_layers import features
 from einlinear.structures import DoesNotFit, Structure, structure
 from einlinear.structures.spec import OverBudget
 
@@ -64,7 +64,8 @@ def members_by_layer(
     structures = {name: {f: list(members(f, *features(layer))) for f in families} for name, layer in layers.items()}
     reasons, dense, least = dict[str, str](), 0, 0
     for name, layer in layers.items():
-        size, costs = layer.weight.numel(), [getattr(s, count) for group in structures[name].values() for s in group]
+        size, each = dense_cost(layer, count), matrices(layer, count)
+        costs = [each * getattr(s, count) for group in structures[name].values() for s in group]
         dense, least = dense + size, least + min([size, *costs])
         if not costs:
             reasons[name] = _reason_for_none(families, *features(layer))
@@ -114,7 +115,7 @@ def layer_candidates(
 
     `cached(content, compute, decode)` reads a result, or computes it from the layer's inputs and their second moment.
     """
-    weight = weight_matrix(layer)
+    weight = layer_weight(layer)
 
     def compute_spectrum(_: InputStatistics, moment: Tensor) -> dict[str, Any]:
         *_factors, energies = components(moment)
@@ -138,10 +139,10 @@ def layer_candidates(
     # the family that probably wins is worth more fits
     if multiples and multiples[best := min(multiples, key=multiples.__getitem__)] < 1:
         errors[best] |= errors_at(best, _OTHERS)
-    candidates = [LayerCandidate("dense", weight.numel(), 0.0, 0.0)]
+    candidates, each = [LayerCandidate("dense", dense_cost(layer, count), 0.0, 0.0)], matrices(layer, count)
     for family, structures in families.items():
         for s, error in zip(structures, estimated_errors(structures, errors[family], spectrum).values(), strict=True):
-            candidates.append(LayerCandidate(s.spec, getattr(s, count), error, sensitivity.at(error)))
+            candidates.append(LayerCandidate(s.spec, each * getattr(s, count), error, sensitivity.at(error)))
     return candidates
 
 
@@ -163,9 +164,9 @@ def fitted_errors(
     moment: Tensor,
 ) -> dict[str, float]:
     """Fit structures to a layer, and return their relative squared errors by spec."""
-    weight = weight_matrix(layer)
+    weight = layer_weight(layer)
     return {
-        s.spec: statistics.relative_error(weight, ops.dense_weight(s, project(s, weight, moment, metric(), _STEPS)))
+        s.spec: statistics.relative_error(weight, dense_weight(s, project(s, weight, moment, metric(), _STEPS)))
         for s in structures
     }
 

@@ -22,7 +22,7 @@ class CompressedLayer:
         expected_error: the error by which the structure was chosen.
         error: of the outputs on the calibration data, E|y - y'|^2 / E|y|^2 (centred if there is a bias), or the weight.
         sensitivity: change of the model's output per unit of a small error.
-        speed_up: over the dense layer, by the number of tokens at once.
+        speed_up: over the dense layer, by the number of tokens at once; NaN for stacked experts, which are not timed.
         tokens_per_input: tokens for each input feature that the layer was fitted to, or None.
         reason: why the layer had to stay dense, or None.
         precision: of the stored weight, or "" for that of the dense layer.

@@ -67,7 +67,14 @@ def project(
     metric: OutputMetric | None,
     steps: int | None = None,
 ) -> list[Tensor]:
-    """Return the factors of `ops.project` in an output metric, as far as the last factor can absorb its inverse."""
+    """Return the factors of `ops.project` in an output metric, as far as the last factor can absorb its inverse.
+
+    Those of stacked weights (experts, out, in), with moments (experts, in, in), are stacked.
+    """
+    if weight.dim() == 3:
+        moments = [moment] * len(weight) if moment is None or moment.dim() == 2 else moment
+        by_expert = [project(structure, w, m, metric, steps) for w, m in zip(weight, moments, strict=True)]
+        return [torch.stack(factors) for factors in zip(*by_expert, strict=True)]
     term = structure.terms[0]
     last, sizes = term.factors[-1], dict(structure.sizes)
     is_alone = len(structure.terms) == 1 and not {*term.inputs} & {*term.outputs}
@@ -82,6 +89,13 @@ def project(
     *others, factor = ops.project(structure, matrix, moment, steps)
     groups = last.batch, last.new, last.contracted
     return [*others, unmerge(apply_roots(inverse, merge(factor, last.axes, groups)), groups, last.axes, sizes)]
+
+
+def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
+    """Return the matrix of factors, or the matrices of stacked ones."""
+    if factors[0].dim() == len(structure.shapes[0]):
+        return ops.dense_weight(structure, factors)
+    return torch.stack([ops.dense_weight(structure, each) for each in zip(*factors, strict=True)])
 
 
 def _by_block(structure: Structure, matrix: Tensor) -> Tensor:

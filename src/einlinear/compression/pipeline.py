@@ -18,6 +18,7 @@ from einlinear.compression.allocation import allocate, allocate_faster, least_co
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, layer_candidates, members_by_layer
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport, RoundingAlone
+from einlinear.compression.expert_stacks import DenseStack, dense_cost, layer_weight, matrices, open_experts
 from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.inner_features import InnerFeatures
@@ -43,8 +44,8 @@ from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityP
 from einlinear.compression.spectrum import LowRanks, low_ranks
 from einlinear.compression.time_candidates import LayerTimes
 from einlinear.conversion.replacement import replace_modules, structured_like
-from einlinear.nn import Linear
-from einlinear.nn.dense_layers import features, weight_matrix
+from einlinear.nn import Experts, Linear
+from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, check_batches, evaluating
 from einlinear.nn.quantized_linear import QuantizedLinear
 from einlinear.structures import Structure
@@ -74,7 +75,7 @@ def compress(
     Each layer gets its own structure and rank, or stays dense, so that the model's output changes least.
 
     Args:
-        model: any module with `torch.nn.Linear` or transformers' Conv1D layers inside.
+        model: any module with `torch.nn.Linear`, transformers' Conv1D layers or its stacked experts inside.
         budget: the fraction to keep, above 0 and at most 1, of what `count` says of all the layers' weights together.
         structures: families, whose rank or blocks are chosen per layer ("low_rank", "blast(blocks=4)"), or complete
             structures ("btt(rank=2)"). "narrow" removes hidden features of feed-forward blocks and heads of attention,
@@ -89,7 +90,8 @@ def compress(
         tokens: tokens that a layer gets in one call, for which layers are timed: 1 for decoding, or the batch size
             times the length. None: 1 and 256; count="time" needs a number.
         layers: a glob, or several, on qualified names; None: all but output heads, which the guide lists.
-        sequential: fit each layer on the outputs of the compressed layers before it; False: on the original's inputs.
+        sequential: fit each layer on the outputs of the compressed layers before it; False: on the original's inputs,
+            as stacked experts always are.
         damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
         only_if_faster: use only structures that are as fast as the dense layer on this machine, for all `tokens`,
             within 5 %, even if the budget is then not reached.
@@ -122,87 +124,100 @@ def compress(
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
     # compiled code ignores new hooks
-    with evaluating(model), torch.compiler.set_stance("force_eager"):
-        # copies the modules and shares their tensors: the original stays the reference
-        compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-        selection = select_layers(model, layers, batches)
-        dense = selection.layers
-        in_bytes = count == "bytes"
-        largest = budget * sum(weight_bytes(l) if in_bytes else l.weight.numel() for l in dense.values())
-        blocks, not_narrowed = find_blocks(model, selection, batches or [], families)
-        alone = [family for family in families if family not in (NARROW, UNIFORM)]
-        # structure need not save anything where time, precision or fewer features do
-        by_size = (budget, count) if count in ("params", "macs") and not blocks else (1.0, "params")
-        members, reasons = members_by_layer(dense, alone, *by_size)
-        if in_bytes or not alone:
-            reasons = {}
-        if in_bytes and not blocks:
-            _check_bytes(dense, members, budget, int(largest))
-        data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
-        config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
-        config |= {"sequential": sequential, "only_if_faster": only_if_faster, "tokens": tokens, **data_config}
-        results = ResumeCache(folder, config, "an unfinished compression")
-        shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
-        timed = TOKENS if tokens is None else (tokens,)
-        timer = LayerTimer(
-            dense, timed, results, lambda done: report_progress("timing layers", done, max(done, len(dense)))
-        )
-        report_progress("looking at the model", 1, 1)
-        times = LayerTimes(timer, dense, members, budget) if count == "time" else None
+    of_size = count in ("params", "macs") and not only_if_faster and {NARROW, UNIFORM}.isdisjoint(families)
+    with open_experts(model, of_size):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
+            # copies the modules and shares their tensors: the original stays the reference
+            compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+            selection = select_layers(model, layers, batches)
+            dense = selection.layers
+            linears = {name: layer for name, layer in dense.items() if not isinstance(layer, DenseStack)}
+            in_bytes = count == "bytes"
+            largest = budget * sum(weight_bytes(l) if in_bytes else dense_cost(l, count) for l in dense.values())
+            blocks, not_narrowed = find_blocks(model, selection, batches or [], families)
+            alone = [family for family in families if family not in (NARROW, UNIFORM)]
+            # structure need not save anything where time, precision or fewer features do
+            by_size = (budget, count) if count in ("params", "macs") and not blocks else (1.0, "params")
+            members, reasons = members_by_layer(dense, alone, *by_size)
+            if in_bytes or not alone:
+                reasons = {}
+            if in_bytes and not blocks:
+                _check_bytes(dense, members, budget, int(largest))
+            data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
+            config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
+            config |= {"sequential": sequential, "only_if_faster": only_if_faster, "tokens": tokens, **data_config}
+            results = ResumeCache(folder, config, "an unfinished compression")
+            shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
+            timed = TOKENS if tokens is None else (tokens,)
 
-        # 1. calibrate
-        passes = None if batches is None else Passes(model, batches, unchanged=selection.first_layers)
-        calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
+            def report_timing(done: int) -> None:
+                report_progress("timing layers", done, max(done, len(dense)))
 
-        # 2. measure the sensitivity to each layer, and the errors of its candidates
-        probe = None if batches is None else SensitivityProbe(model, batches)
-        metrics = cache(lambda: {} if batches is None else measure_output_metrics(model, dense, batches))
-        compare = _Step("comparing structures", len(dense), damping, shared_cache, report_progress)
-        sensitivities, candidates, removals = _compare(compare, calibrated, members, count, probe, metrics, blocks)
-        modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
-        if blocks and (least_possible := least_cost(candidates, modules)) > largest:
-            share = f"{budget:g} of the {count} of {len(dense)} layers, {int(largest):,}, cannot be reached"
-            raise ValueError(f"{share} with {', '.join(families)}: the cheapest choice takes {least_possible:,}")
+            timer = LayerTimer(linears, timed, results, report_timing)
+            report_progress("looking at the model", 1, 1)
+            times = LayerTimes(timer, dense, members, budget) if count == "time" else None
 
-        # 3. allocate
-        if times is None:
-            timed_layers = timer if only_if_faster else None
-            chosen, slow = _allocate(results, candidates, modules, int(largest), dense, timed_layers)
-        else:
-            chosen, slow = times.allocate(candidates)
-        alternative = _rounding_alone(candidates, chosen, int(largest)) if in_bytes else None
-        reasons |= dict.fromkeys(slow, "every structure tried is slower than the dense layer")
+            # 1. calibrate
+            passes = None if batches is None else Passes(model, batches, unchanged=selection.first_layers)
+            calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
 
-        # 4. fit
-        specs = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
-        passes = Passes(compressed, batches) if sequential and batches is not None else None
-        fit = _Step("fitting", len(specs), damping, results, report_progress)
-        fitted = _fit(fit, calibrated, specs, metrics, compressed, passes)
+            # 2. measure the sensitivity to each layer, and the errors of its candidates
+            probe = None if batches is None else SensitivityProbe(model, batches)
+            metrics = cache(lambda: {} if batches is None else measure_output_metrics(model, linears, batches))
+            compare = _Step("comparing structures", len(dense), damping, shared_cache, report_progress)
+            sensitivities, candidates, removals = _compare(compare, calibrated, members, count, probe, metrics, blocks)
+            modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
+            if blocks and (least_possible := least_cost(candidates, modules)) > largest:
+                share = f"{budget:g} of the {count} of {len(dense)} layers, {int(largest):,}, cannot be reached"
+                raise ValueError(f"{share} with {', '.join(families)}: the cheapest choice takes {least_possible:,}")
 
-    # 5. replace the layers of the model
-    reports = []
-    for name, layer in dense.items():
-        size, expected, slope = layer.weight.numel(), chosen[name].error, sensitivities[name].slope
-        before = weight_bytes(layer)
-        if name not in fitted:
-            same_speed, why = SpeedUp(dict.fromkeys(timer.tokens, 1.0)), reasons.get(name)
-            unchanged = size, size, size, expected, 0.0, slope, same_speed
-            reports.append(CompressedLayer(name, "dense", *unchanged, reason=why, bytes_before=before, bytes=before))
-            continue
-        new, error, tokens = fitted[name]
-        is_plain, speed_up = not isinstance(new, Linear), timer(layer, new)
-        params, macs = [new.weight.numel()] * 2 if is_plain else (new.structure.params, new.structure.macs)
-        measures = size, params, macs, expected, error, slope
-        per_input, precision = tokens / features(layer)[0] if tokens else None, chosen[name].precision
-        stored = new.nbytes if isinstance(new, QuantizedLinear) else params * layer.weight.element_size()
-        sizes: dict[str, Any] = {"precision": precision, "bytes_before": before, "bytes": stored}
-        reports.append(CompressedLayer(name, chosen[name].structure, *measures, speed_up, per_input, **sizes))
-    missed = sum(choice.cost for choice in chosen.values()) > (largest if times is None else times.budget)
-    narrow_attributes(model, chosen)
-    replace_modules(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
-    found = tuple(reports), tuple(selection.skipped), selection.coverage
-    time = None if times is None else times.measured(chosen, sensitivities)
-    return CompressionReport(*found, budget if missed else None, alternative, time, tuple(not_narrowed))
+            # 3. allocate
+            if times is None:
+                timed_layers = timer if only_if_faster else None
+                chosen, slow = _allocate(results, candidates, modules, int(largest), dense, timed_layers)
+            else:
+                chosen, slow = times.allocate(candidates)
+            alternative = _rounding_alone(candidates, chosen, int(largest)) if in_bytes else None
+            reasons |= dict.fromkeys(slow, "every structure tried is slower than the dense layer")
+
+            # 4. fit
+            specs = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
+            passes = Passes(compressed, batches) if sequential and batches is not None else None
+            fit = _Step("fitting", len(specs), damping, results, report_progress)
+            fitted = _fit(fit, calibrated, specs, metrics, compressed, passes)
+
+        # 5. replace the layers of the model
+        reports = []
+        for name, layer in dense.items():
+            size, expected, slope = layer.weight.numel(), chosen[name].error, sensitivities[name].slope
+            before = weight_bytes(layer)
+            if name not in fitted:
+                same_speed, why = SpeedUp(dict.fromkeys(timer.tokens, 1.0)), reasons.get(name)
+                unchanged = size, size, dense_cost(layer, "macs"), expected, 0.0, slope, same_speed
+                reports.append(
+                    CompressedLayer(name, "dense", *unchanged, reason=why, bytes_before=before, bytes=before)
+                )
+                continue
+            new, error, tokens = fitted[name]
+            if isinstance(layer, DenseStack):
+                # experts are not timed
+                speed_up = SpeedUp(dict.fromkeys(timer.tokens, math.nan))
+            else:
+                speed_up = timer(layer, new)
+            is_structured, of = isinstance(new, Linear | Experts), partial(matrices, layer)
+            params = of("params") * new.structure.params if is_structured else new.weight.numel()
+            macs = of("macs") * new.structure.macs if is_structured else params
+            measures = size, params, macs, expected, error, slope
+            per_input, precision = tokens / features(layer)[0] if tokens else None, chosen[name].precision
+            stored = new.nbytes if isinstance(new, QuantizedLinear) else params * layer.weight.element_size()
+            sizes: dict[str, Any] = {"precision": precision, "bytes_before": before, "bytes": stored}
+            reports.append(CompressedLayer(name, chosen[name].structure, *measures, speed_up, per_input, **sizes))
+        missed = sum(choice.cost for choice in chosen.values()) > (largest if times is None else times.budget)
+        narrow_attributes(model, chosen)
+        replace_modules(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
+        found = tuple(reports), tuple(selection.skipped), selection.coverage
+        time = None if times is None else times.measured(chosen, sensitivities)
+        return CompressionReport(*found, budget if missed else None, alternative, time, tuple(not_narrowed))
 
 
 class FittedLayer(NamedTuple):
@@ -281,7 +296,7 @@ def _components(layer: Any, metric: Callable[[], OutputMetric | None]) -> Callab
 
     def compute(moment: Tensor) -> LowRanks:
         if not results:
-            results.append(low_ranks(weight_matrix(layer), moment, metric()))
+            results.append(low_ranks(layer_weight(layer), moment, metric()))
         return results[0]
 
     return compute
@@ -364,7 +379,7 @@ def _fit_layer(
     """Return the tensors of a structured layer whose outputs come closest to a dense one's, and how close."""
     if isinstance(choice, NarrowCandidate):
         return fit_narrow(old, choice, damping, inputs, moment)
-    weight, layer = weight_matrix(old), _layer_of(old, choice)
+    weight, layer = layer_weight(old), _layer_of(old, choice)
     target, of_inputs = inputs.target_weight(weight, damping), moment if inputs.tokens else None
     factors = [target] if choice.spec == "dense" else project(layer.structure, target, of_inputs, metric())
     if isinstance(layer, QuantizedLinear):
@@ -372,7 +387,7 @@ def _fit_layer(
     else:
         for factor, value in zip(layer.structure.factors, factors, strict=True):
             layer.get_parameter(factor.name).copy_(value)
-    approximation = layer.dense_weight()
+    approximation = layer.dense_weights() if isinstance(layer, Experts) else layer.dense_weight()
     if layer.bias is not None:
         layer.bias.copy_(inputs.corrected_bias(old.bias, weight, approximation))
     return layer.state_dict(), {"error": inputs.relative_error(weight, approximation), "tokens": inputs.tokens}
@@ -381,6 +396,8 @@ def _fit_layer(
 def _layer_of(old: Any, choice: LayerCandidate) -> Any:
     if isinstance(choice, NarrowCandidate):
         return narrow_layer(old, choice)
+    if isinstance(old, DenseStack):
+        return old.structured(choice.spec)
     if not choice.precision:
         return structured_like(old, choice.spec)
     config: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype, "precision": choice.precision}

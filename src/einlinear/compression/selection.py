@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from einlinear.compression.activations import hooked, output_of
+from einlinear.compression.expert_stacks import stacks_of
 from einlinear.conversion.conversion_report import Coverage, measure_coverage
 from einlinear.conversion.eligibility import reason_to_skip
-from einlinear.conversion.replacement import fused_experts, linear_layers, owners_of
+from einlinear.conversion.experts import reason_to_skip_experts, unsupported_experts
+from einlinear.conversion.replacement import linear_layers, owners_of
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
@@ -24,6 +26,7 @@ from einlinear.nn.names import as_globs, check_globs, matches_any
 _HEADS = {"classifier", "fc", "head", "heads", "lm_head"}
 _IS_HEAD = "is the output head: name it in layers to compress it"
 
+_NOT_EXPERTS = "is compressed with count='params' or 'macs' only, without only_if_faster and 'narrow'"
 _UNREACHED = "gets no gradient from the model's output (of several, only the logits or the first one counts)"
 # nodes of autograd's graph behind which a model's output is still that of its last layer
 _SAME = {
@@ -90,11 +93,18 @@ def _suitable_layers(
     model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the layers that a structured one can replace, by name, and those that none can, with the reason."""
-    linears, fused = linear_layers(model), fused_experts(model)
+    linears, stacks = linear_layers(model), stacks_of(model)
+    fused = unsupported_experts(model, _NOT_EXPERTS)
+    fused |= {name: reason for name in fused if (reason := reason_to_skip_experts(model.get_submodule(name)))}
     globs = as_globs("*" if layers is None else layers, "layers")
     if not globs:
         raise ValueError("layers is empty: give a glob such as '*.mlp.*', or None for all but output heads")
-    check_globs(globs if layers is not None else [], [*linears, *fused], "layers", "linear layer")
+    check_globs(
+        globs if layers is not None else [],
+        [*linears, *stacks, *map(_experts_of, stacks), *fused],
+        "layers",
+        "linear layer",
+    )
     heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
     # two batches show which layers the model calls
     owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:2])
@@ -115,7 +125,17 @@ def _suitable_layers(
             raise ValueError(f"{name} is on the meta device: load the model before you compress it")
         else:
             chosen[name] = layer
+    for name, stack in stacks.items():
+        if matches_any(name, globs) or matches_any(_experts_of(name), globs):
+            if stack.weight.is_meta:
+                raise ValueError(f"{name} is on the meta device: load the model before you compress it")
+            chosen[name] = stack
     return chosen, skipped
+
+
+def _experts_of(stack: str) -> str:
+    """Return the name of the module of a stack."""
+    return stack.rpartition(".")[0]
 
 
 def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:

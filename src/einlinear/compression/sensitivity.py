@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from einlinear.compression.activations import ModelOutput, hooked, model_output
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.divergence import slices, summed_kl_divergence
+from einlinear.compression.expert_stacks import DenseStack, layer_weight
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.spectrum import LowRanks
-from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.model_call import Batch
 
 
@@ -77,11 +77,11 @@ def measure_sensitivity(
     moment: Tensor,
 ) -> Sequence[tuple[float, float]]:
     """Replace a layer by low-rank approximations, given its components, and return the points of its sensitivity."""
-    weight, points = weight_matrix(layer), []
+    weight, points = layer_weight(layer), []
     after, before, _ = (tensor.to(weight.dtype) for tensor in components(moment))
     for share in _SHARES:
-        rank, shift = int(share * weight.numel() / sum(weight.shape)), None
-        approximation = after[:, :rank] @ before[:rank]
+        rank, shift = int(share * math.prod(weight.shape[-2:]) / sum(weight.shape[-2:])), None
+        approximation = after[..., :rank] @ before[..., :rank, :]
         if layer.bias is not None:
             shift = statistics.corrected_bias(layer.bias, weight, approximation) - layer.bias
         # a weight of zeros has no error
@@ -112,6 +112,8 @@ class SensitivityProbe:
         def add_change(_: str, x: Tensor, output: Tensor) -> Tensor:
             nonlocal calls, tokens
             calls, tokens = calls + (x.numel() > 0), tokens + x.shape[:-1].numel()
+            if isinstance(layer, DenseStack):
+                return output + layer.multiply(x, weight_change.to(x))
             return output + F.linear(x, weight_change.to(x), None if bias_change is None else bias_change.to(x))
 
         changed = partial(hooked, {"": layer}, add_change)

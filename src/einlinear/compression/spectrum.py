@@ -24,7 +24,7 @@ def low_ranks(weight: Tensor, moment: Tensor, metric: OutputMetric | None) -> Lo
     """Return factors A (out, n) and B (n, in) whose first r columns and rows are the best rank r, and the energies.
 
     The energy of a component, in decreasing order of what it counts in the metric, is the error without it. For a
-    weight (out, in) and inputs with second moment (in, in); all in float64.
+    weight (out, in) and inputs with second moment (in, in); all in float64. Stacks of both have stacks of all three.
     """
     w = weight.double()
     root, inverse = (None, None) if metric is None else metric.factored()
@@ -32,19 +32,19 @@ def low_ranks(weight: Tensor, moment: Tensor, metric: OutputMetric | None) -> Lo
     energies, directions = _principal_outputs(weighted, moment.double())
     after = directions if inverse is None else apply_roots(inverse, directions[None])[0]
     # the components' outputs are uncorrelated, so their errors add up
-    return after, directions.T @ weighted, energies * after.square().sum(0)
+    return after, directions.mT @ weighted, energies * after.square().sum(-2)
 
 
 def _principal_outputs(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Return the energies of the principal components of outputs, decreasing, and their directions (out, n)."""
-    if len(w) <= len(c):
-        energies, directions = torch.linalg.eigh(w @ c @ w.T)
+    if w.shape[-2] <= c.shape[-1]:
+        energies, directions = torch.linalg.eigh(w @ c @ w.mT)
     else:
         variances, axes = torch.linalg.eigh(c)
-        outputs = w @ (axes * variances.clamp(min=0).sqrt())
-        energies, right = torch.linalg.eigh(outputs.T @ outputs)
-        directions = torch.linalg.qr((outputs @ right).flip(1))[0].flip(1)
-    return energies.clamp(min=0).flip(0), directions.flip(1)
+        outputs = w @ (axes * variances.clamp(min=0).sqrt()[..., None, :])
+        energies, right = torch.linalg.eigh(outputs.mT @ outputs)
+        directions = torch.linalg.qr((outputs @ right).flip(-1))[0].flip(-1)
+    return energies.clamp(min=0).flip(-1), directions.flip(-1)
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ class Spectrum:
 
     @classmethod
     def of(cls, weight: Tensor, energies: Tensor) -> Spectrum:
-        """Compute it for a weight (out, in) and the energies of its components."""
+        """Compute it for a weight (out, in) and the energies of its components, or for stacks, whose errors add up."""
+        energies, matrix = energies.reshape(-1, energies.shape[-1]).sum(0), weight.shape[-2:]
         errors = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp(min=1e-300)
-        return cls((*errors.tolist(), 0.0), sum(weight.shape) / weight.numel())
+        return cls((*errors.tolist(), 0.0), sum(matrix) / matrix.numel())
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Spectrum:

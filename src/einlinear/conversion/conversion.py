@@ -10,8 +10,13 @@ from torch import Tensor, nn
 
 from einlinear.conversion.conversion_report import Conversion, ConversionReport, measure_coverage
 from einlinear.conversion.eligibility import reason_to_skip
+from einlinear.conversion.experts import (
+    densified_experts,
+    experts_conversion,
+    experts_modules,
+    reason_to_skip_experts,
+)
 from einlinear.conversion.replacement import (
-    fused_experts,
     layers_of,
     linear_layers,
     modules_of,
@@ -21,7 +26,7 @@ from einlinear.conversion.replacement import (
 )
 from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
-from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear
+from einlinear.nn import Conv1d, Conv2d, Embedding, GatedExperts, Linear, MoELinear
 from einlinear.nn.dense_layers import as_class, features, is_linear, weight_matrix
 from einlinear.nn.interception import has_any_hooks
 from einlinear.nn.model_call import Batch
@@ -51,8 +56,9 @@ def convert(
 ) -> ConversionReport:
     """Replace linear layers by structured ones, in place.
 
-    `torch.nn.Linear`, subclasses that compute the same, and transformers' Conv1D are converted; stacked experts, and
-    layers that the model never calls, are not. Device, dtype, requires_grad, training mode and shared weights are kept.
+    `torch.nn.Linear`, subclasses that compute the same, and transformers' Conv1D and stacks of gated experts
+    (`einlinear.nn.GatedExperts`) are converted; layers that the model never calls are not. Device, dtype,
+    requires_grad, training mode and shared weights are kept.
 
     Args:
         model: any module that has linear layers inside.
@@ -90,7 +96,7 @@ def convert(
         [('0', 'btt', 3072), ('2', 'low_rank(rank=8)', 2560)]
     """
     # 1. check the arguments
-    linears, fused = linear_layers(model), fused_experts(model)
+    linears, stacks = linear_layers(model), experts_modules(model)
     # other kinds of layers are converted only if they are named
     named = _named(modules_of(model, nn.Embedding | Embedding), embeddings, "embeddings", "embedding")
     named |= _named(modules_of(model, _CONVOLUTIONS), convolutions, "convolutions", "convolution")
@@ -101,49 +107,58 @@ def convert(
         if not isinstance(value, bool)
     }
     for argument, group in globs.items():
-        check_globs(group, [*linears, *fused], argument, "linear layer")
+        check_globs(group, [*linears, *stacks], argument, "linear layer")
     classes = _as_classes(classes)
 
     # 2. match layers with structures, and find those that no structure can replace
-    matched = match_structures([*linears, *fused], structure, layers, exclude, named)
+    matched = match_structures([*linears, *stacks], structure, layers, exclude, named)
     linears |= named
-    reasons = fused | _reasons_to_skip(model, linears, matched, classes, example_input)
+    reasons = _reasons_to_skip(model, linears, matched, classes, example_input)
+    reasons |= {n: reason for n in matched.keys() & stacks if (reason := reason_to_skip_experts(stacks[n]))}
+    if experts is not None:
+        reasons |= {name: "has several experts already" for name in matched.keys() & stacks if name not in reasons}
 
     # 3. make the new layers
     mixture = {} if experts is None else {"experts": experts, "active": 2 if active is None else active}
     new, by_weight = dict[int, nn.Module](), dict[tuple[int, str], nn.Module]()
     converted, skipped = list[Conversion](), list[tuple[str, str]]()
+    layers_by_name = linears | stacks
     # of an embedding and a head with one weight, the embedding says how large new entries are
     for name, spec in sorted(matched.items(), key=lambda item: item[0] not in named):
-        old: Any = linears.get(name)
+        old: Any = layers_by_name[name]
         if id(old) in new:
             continue
         if name in reasons:
             skipped.append((name, reasons[name]))
             continue
         try:
-            s = make_structure(spec, *features(old))
-            is_normalized = s.spec != "dense" if normalize is True else matches_any(name, globs.get("normalize", ()))
+            s = spec if name in stacks else make_structure(spec, *features(old))
+            is_normalized = (
+                getattr(s, "spec", s) != "dense" if normalize is True else matches_any(name, globs.get("normalize", ()))
+            )
             has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
             config = {} if name in named else {"normalize": is_normalized, "gamma": has_gamma, **mixture}
-            layer = _new_layer(old, s, weights, **config)
+            layer = (_new_experts if name in stacks else _new_layer)(old, s, weights, **config)
         except DoesNotFit as error:
             skipped.append((name, str(error)))
             continue
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        new[id(old)] = layer
+        if name in stacks:
+            converted.append(experts_conversion(name, old, layer, weights == "project"))
+            continue
         # layers that shared a weight share its factors
         first = by_weight.setdefault((id(old.weight), spec), layer)
         for key, parameter in first.named_parameters():
             if key != "bias":
                 setattr(layer, key, parameter)
-        new[id(old)] = layer
         converted.append(_conversion(name, old, layer, weights))
     if not converted:
         raise _nothing_converted(skipped, "no layer matches layers and structure, and is not excluded")
 
     # 4. replace the old ones
-    coverage = measure_coverage(model, [linears[c.name] for c in converted])
+    coverage = measure_coverage(model, [layers_by_name[c.name] for c in converted])
     replace_modules(model, new)
     return ConversionReport(tuple(converted), tuple(skipped), coverage)
 
@@ -151,9 +166,9 @@ def convert(
 def densify(model: nn.Module) -> ConversionReport:
     """Replace every structured layer by the dense one that computes the same function, in place.
 
-    The dense layer is a `torch.nn.Linear`, or of the class that was replaced: transformers' Conv1D, or a subclass of
-    `torch.nn.Linear` without a constructor of its own. Bias, device, dtype, training mode, requires_grad and shared
-    weights are kept; a weight is frozen if all its factors were.
+    The dense layer is a `torch.nn.Linear`, or of the class that was replaced: transformers' Conv1D or experts, or a
+    subclass of `torch.nn.Linear` without a constructor of its own. Bias, device, dtype, mode, requires_grad and
+    shared weights are kept; a weight is frozen if all its factors were.
 
     Returns:
         A report on every layer, converted or skipped for a reason, such as hooks, which would be lost.
@@ -171,7 +186,9 @@ def densify(model: nn.Module) -> ConversionReport:
     structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear | Embedding | Conv1d | Conv2d))
     new, weights = dict[int, nn.Module](), dict[tuple[int, ...], nn.Parameter]()
     converted = list[Conversion]()
-    mixtures = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    stacks = {n: m for n, m in experts_modules(model).items() if isinstance(m, GatedExperts) and m.dense is not None}
+    inside = {id(part) for module in stacks.values() for part in module.modules()}
+    mixtures = [name for name, m in model.named_modules() if isinstance(m, Experts) and id(m) not in inside]
     skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
     factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
     hooked = {factors[name] for name, layer in structured.items() if has_any_hooks(layer)}
@@ -185,6 +202,12 @@ def densify(model: nn.Module) -> ConversionReport:
             s, entries = layer.structure, layer.in_features * layer.out_features
             costs = (0, 0) if isinstance(dense, nn.Embedding) else (s.macs, entries)
             converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, *costs))
+    for name, module in stacks.items():
+        if any(has_any_hooks(part) for part in module.modules()):
+            skipped.append((name, "it has hooks, which would be lost"))
+        elif id(module) not in new:
+            new[id(module)] = module.to_dense()
+            converted.append(densified_experts(name, module, new[id(module)]))
     if not converted:
         raise _nothing_converted(skipped, "there is no structured layer in the model")
     replace_modules(model, new)
@@ -247,8 +270,14 @@ def _reasons_to_skip(
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
+def _new_experts(old: Any, structure: Any, weights: str, **config: Any) -> Any:
+    if weights == "project":
+        return GatedExperts.from_dense(old, structure)
+    return GatedExperts.like(old, structure, **config)
+
+
 @torch.no_grad()
-def _new_layer(old: Any, s: Structure, weights: str, **config: Any) -> Any:
+def _new_layer(old: Any, s: Any, weights: str, **config: Any) -> Any:
     """Return the structured layer that replaces another one; `config` is that of a layer with new weights."""
     if isinstance(old, nn.Embedding):
         return _new_table(old, s, weights)

@@ -138,8 +138,10 @@ class ConversionReport:
 
 
 def measure_coverage(model: nn.Module, layers: Iterable[nn.Module]) -> Coverage:
-    """Measure the share of a model's parameters in the weights of some linear layers, and sort the others by kind."""
-    considered = {id(layer.weight) for layer in layers}
+    """Measure the share of a model's parameters in the weights of some layers, and sort the others by kind."""
+    # of experts, all parameters are weights
+    weights = [[layer.weight] if hasattr(layer, "weight") else layer.parameters() for layer in layers]
+    considered = {id(weight) for group in weights for weight in group}
     sizes: dict[int, int] = {}
     # by the id of the tensor: the rank of its kind, and a name
     places: dict[int, tuple[int, str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,20 +26,8 @@ def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> st
     """Return why no structure can replace a layer or table, or None; `classes` count as linear in any case."""
     if isinstance(module, Linear | MoELinear | Embedding | Conv1d | Conv2d):
         return f"is already structured: {module.structure.spec}"
-    advice = "which would be lost: make it permanent first, with torch.nn.utils."
-    if is_parametrized(module):
-        return f"has a parametrization, {advice}parametrize.remove_parametrizations"
-    if "weight" not in module._parameters:
-        others = ", ".join(module._parameters)
-        return f"has a weight that is computed from others ({others}), {advice}prune.remove or remove_weight_norm"
-    if is_lazy(module.weight):
-        return "has no weight yet: call the model once, so that its features are known"
-    if type(module.weight) is not nn.Parameter:
-        return f"has a weight that is a {type(module.weight).__name__}, as quantised and sharded layers have"
-    if has_any_hooks(module):
-        return "has hooks, which would be lost"
-    if "forward" in vars(module):
-        return "has a forward of its own beside that of its class, which would be lost"
+    if reason := reason_of_state(module, ("weight",)):
+        return reason
     if isinstance(module, nn.Embedding):
         return _difference_to_table(module)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -49,6 +38,27 @@ def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> st
         name = type(module).__name__
         return f"is a {name}, and no plain nn.Linear: {difference}. classes=[{name}] converts it all the same"
     return None
+
+
+def reason_of_state(module: Any, weights: Sequence[str]) -> str | None:
+    """Return what a module has beside plain weights of these names that a replacement would lose, or None."""
+    advice = "which would be lost: make it permanent first, with torch.nn.utils."
+    if is_parametrized(module):
+        return f"has a parametrization, {advice}parametrize.remove_parametrizations"
+    if missing := [name for name in weights if name not in module._parameters]:
+        others = ", ".join(module._parameters)
+        return f"has a {missing[0]} that is computed from others ({others}), {advice}prune.remove or remove_weight_norm"
+    for name in weights:
+        weight = module._parameters[name]
+        if is_lazy(weight):
+            return f"has no {name} yet: call the model once, so that its features are known"
+        if type(weight) is not nn.Parameter:
+            return f"has a {name} that is a {type(weight).__name__}, as quantised and sharded layers have"
+    if has_any_hooks(module):
+        return "has hooks, which would be lost"
+    return (
+        "has a forward of its own beside that of its class, which would be lost" if "forward" in vars(module) else None
+    )
 
 
 def _difference_to_table(module: nn.Embedding) -> str | None:
@@ -73,7 +83,7 @@ def difference_to_linear(layer: nn.Linear) -> str | None:
     cls = type(layer)
     if cls.forward is nn.Linear.forward and cls.__call__ is nn.Module.__call__:
         return None
-    attributes = sorted((name, text) for name, (_, text) in _attributes(layer).items())
+    attributes = sorted((name, text) for name, (_, text) in attributes_of(layer).items())
     size = layer.in_features, layer.out_features, layer.bias is not None
     key = cls, cls.forward, cls.__call__, size, tuple(attributes)
     if key not in _differences:
@@ -87,7 +97,7 @@ def _difference(layer: nn.Linear) -> str | None:
     arguments = list(inspect.signature(type(layer).forward).parameters.values())[1:]
     if len(arguments) != 1 or arguments[0].kind not in positional:
         return "its forward pass takes more than one input"
-    training, attributes = layer.training, _attributes(layer)
+    training, attributes = layer.training, attributes_of(layer)
     try:
         with torch.random.fork_rng(devices=[]):
             x = torch.randn(2, 3, layer.in_features)
@@ -107,8 +117,8 @@ def _difference(layer: nn.Linear) -> str | None:
         return f"its forward pass could not be compared: {type(error).__name__}: {error}"
     finally:
         layer.training = training
-    return None if _attributes(layer) == attributes else "its forward pass changes the layer"
+    return None if attributes_of(layer) == attributes else "its forward pass changes the layer"
 
 
-def _attributes(layer: nn.Module) -> dict[str, tuple[int, str]]:
+def attributes_of(layer: nn.Module) -> dict[str, tuple[int, str]]:
     return {name: (id(value), repr(value)) for name, value in vars(layer).items() if name not in _PLAIN}

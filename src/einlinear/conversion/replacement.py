@@ -10,7 +10,6 @@ from torch import nn
 
 from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear
 from einlinear.nn.dense_layers import features, is_linear
-from einlinear.nn.layer_descriptions import layer_info
 from einlinear.structures import Structure
 
 
@@ -31,18 +30,6 @@ def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool
     if is_one(model):
         raise ValueError(f"the model is itself a linear layer, which cannot be replaced in place: use {instead}")
     return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_one(module)}
-
-
-def fused_experts(model: nn.Module) -> dict[str, str]:
-    """Return the reasons why parameters that stack the weights of many experts are skipped, by qualified name."""
-    return {
-        f"{name}.{key}": f"is a stack of {len(weight)} weights of a {type(module).__name__}, which is not supported"
-        for name, module in model.named_modules()
-        # transformers keeps the experts of most mixtures in such a class, without a module for one expert
-        if "expert" in type(module).__name__.lower() and layer_info(module) is None
-        for key, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3
-    }
 
 
 def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:

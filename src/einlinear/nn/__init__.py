@@ -4,8 +4,18 @@ from einlinear.nn.convolution import Conv1d, Conv2d
 from einlinear.nn.embedding import Embedding
 from einlinear.nn.feed_forward import FeedForward
 from einlinear.nn.linear import Linear
-from einlinear.nn.moe import Experts, Load, MoEFeedForward, MoELinear, RouterOutput, moe_loads, moe_loss
+from einlinear.nn.moe import Experts, GatedExperts, Load, MoEFeedForward, MoELinear, RouterOutput, moe_loads, moe_loss
 from einlinear.nn.quantized_linear import QuantizedLinear
 
-__all__ = ["Conv1d", "Conv2d", "Embedding", "Experts", "FeedForward", "Linear", "Load", "MoEFeedForward", "MoELinear"]
-__all__ += ["QuantizedLinear", "RouterOutput", "moe_loads", "moe_loss"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Embedding",
+    "Experts",
+    "FeedForward",
+    "GatedExperts",
+    "Linear",
+    "Load",
+    "MoEFeedForward",
+]
+__all__ += ["MoELinear", "QuantizedLinear", "RouterOutput", "moe_loads", "moe_loss"]

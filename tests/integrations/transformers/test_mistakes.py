@@ -12,7 +12,14 @@ import pytest
 import torch
 from tests.integrations.transformers.models import edit_config, edit_weights, make, output
 from torch import nn
-from transformers import AutoModelForMaskedLM, BertForMaskedLM, BertModel, PreTrainedModel
+from transformers import (
+    AutoModelForMaskedLM,
+    BertForMaskedLM,
+    BertModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 import einlinear as el
@@ -103,6 +110,40 @@ def test_a_layer_that_the_description_lacks(folder: Path) -> None:
         BertForMaskedLM.from_pretrained(folder)
 
 
+def test_experts_that_the_description_lacks_or_that_differ(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, vocab_size=48, num_key_value_heads=1, num_local_experts=4, eos_token_id=2)
+    model = MixtralForCausalLM(config)
+    el.convert(model, {"*.experts": "btt", "*.q_proj": "btt"})
+    model.save_pretrained(tmp_path)
+    stacks = [f"model.layers.0.mlp.experts.{name}" for name in ("gate", "up", "down")]
+    text = (tmp_path / "config.json").read_text(encoding="utf-8")
+
+    def load(change: Callable[[dict[str, Any]], object]) -> None:
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        edit_config(tmp_path, lambda description: change(description["layers"]))
+        MixtralForCausalLM.from_pretrained(tmp_path)
+
+    # the guard stands where the dense weights would be
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(lambda layers: [layers.pop(stack) for stack in stacks])
+    with pytest.raises(ValueError, match=r"experts: structure has the keys \['down', 'gate'\], but needs"):
+        load(lambda layers: layers.pop(stacks[1]))
+    with pytest.raises(ValueError, match=r"up is described as 4 experts of 32 -> 65 features, but the model has 4 exp"):
+        load(lambda layers: layers[stacks[1]].update(out_features=65))
+    with pytest.raises(ValueError, match=r"up is described as 5 experts of 32 -> 64 features"):
+        load(lambda layers: layers[stacks[1]].update(experts=5))
+    with pytest.raises(ValueError, match=r"experts must be from 1"):
+        load(lambda layers: layers[stacks[1]].update(experts=0))
+    with pytest.raises(
+        ValueError, match=r"mlp\.other is described as a structured layer, but MixtralForCausalLM has none"
+    ):
+        load(lambda layers: layers.update({stack.replace("experts", "other"): layers.pop(stack) for stack in stacks}))
+    with pytest.raises(ValueError, match=r"grouped.*Register a family of your own"):
+        load(lambda layers: layers[stacks[1]].update(structure="grouped(rank=3)"))
+    load(lambda layers: None)
+
+
 def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("einlinear.structures.families.FAMILIES", dict(FAMILIES))
     el.register_family("grouped", lambda rank=2: f"(g a), g r a, g e r -> (g e) where g=4, r={rank}")
@@ -121,7 +162,7 @@ def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_layers_without_a_description(tmp_path: Path, layer: Callable[[], nn.Module], kind: str) -> None:
     model = make("bert")
     model.bert.encoder.layer[0].intermediate.dense = layer()
-    with pytest.raises(ValueError, match=f"{NAME} is a {kind}: only el.Linear and el.Embedding can be saved"):
+    with pytest.raises(ValueError, match=f"{NAME} is a {kind}: only el.Linear, el.Embedding and experts can be saved"):
         model.save_pretrained(tmp_path)
     assert not [*tmp_path.iterdir()]
 

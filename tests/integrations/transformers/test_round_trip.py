@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    MixtralModel,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -37,6 +41,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import einlinear as el
 from einlinear.integrations.transformers import register
+from einlinear.nn import GatedExperts
 
 AUTO: dict[str, Any] = {"bert": AutoModelForMaskedLM, "vit": AutoModelForImageClassification}
 SPECS = [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS[:3]
@@ -300,19 +305,52 @@ def test_the_state_dict_of_a_file_fits_strictly(tmp_path: Path) -> None:
     assert other.load_state_dict(weights, strict=False).unexpected_keys == ["transformer.h.0.attn.c_attn.weight"]
 
 
-def test_fused_experts_are_skipped_and_named(tmp_path: Path) -> None:
+_MIXTURE = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+_MIXTURE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 2}
+_EXPERTS = {"moe_intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 3, "head_dim": 16}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    "make_mixture",
+    [
+        lambda: MixtralForCausalLM(MixtralConfig(**_MIXTURE, num_local_experts=4)),
+        lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MIXTURE, **_EXPERTS)),
+    ],
+)
+def test_experts(make_mixture: Callable[[], PreTrainedModel], normalize: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4)).eval()
-    report = el.convert(model, "btt")
-    experts = "model.layers.0.mlp.experts."
-    reason = "is a stack of 4 weights of a MixtralExperts, which is not supported"
-    assert dict(report.skipped) == {f"{experts}gate_up_proj": reason, f"{experts}down_proj": reason}
-    assert len(report.converted) == 5
-    assert torch.equal(output(reload(model, tmp_path)), output(model))
-    with pytest.raises(ValueError, match=r"no layer could be converted: model\.layers\.0\.mlp\.experts\.gate_up_proj"):
-        el.convert(model, "btt", layers="*experts*")
+    model = make_mixture().eval()
+    name = "model.layers.1.mlp.experts"
+    # one block of dense experts, whose weights transformers splits in the file
+    el.convert(model, {"*.0.mlp.experts": "btt", "*_proj": "low_rank(rank=4)"}, normalize=normalize)
+    stacks = {"gate": "low_rank(rank=4)", "up": "low_rank(rank=8)", "down": "btt"}
+    model.model.layers[1].mlp.experts = GatedExperts.like(model.get_submodule(name), stacks, normalize=normalize)
+    loaded = reload(model, tmp_path)
+    assert structured(loaded) == structured(model)
+    experts = loaded.get_submodule(name)
+    assert isinstance(experts, GatedExperts)
+    assert {key: stack.structure.spec for key, stack in experts.stacks().items()} == stacks
+    assert torch.equal(output(loaded), output(model))
+    # and on
+    assert torch.equal(output(reload(loaded, tmp_path / "again")), output(model))
+    el.densify(loaded)
+    torch.testing.assert_close(output(reload(loaded, tmp_path / "dense")), output(model))
+
+
+def test_experts_in_half_precision_and_a_model_without_a_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**_MIXTURE, num_local_experts=4)).bfloat16().eval()
+    el.convert(model, {"*.experts": "btt"})
+    model.save_pretrained(tmp_path)
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    # frequencies of positions are rounded in one of them
+    assert torch.equal(output(loaded.bfloat16()), output(model))
+    body = MixtralModel.from_pretrained(tmp_path).bfloat16()
+    assert isinstance(body.layers[0].mlp.experts, GatedExperts)
+    ids = torch.arange(3, 10)[None]
+    assert torch.equal(body(ids).last_hidden_state, loaded.model(ids).last_hidden_state)
 
 
 def test_names_that_differ_in_the_file(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Quantizer of transformers that makes structured layers in `from_pretrained`, and unmarks the model as quantised."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -10,9 +11,10 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from einlinear.conversion.experts import reason_to_skip_experts
 from einlinear.integrations.transformers import METHOD
-from einlinear.integrations.transformers.saving import OPTIONAL, REQUIRED, VERSION, forget
-from einlinear.nn import Embedding, Linear
+from einlinear.integrations.transformers.saving import OPTIONAL, REQUIRED, VERSION, forget, guard
+from einlinear.nn import Embedding, GatedExperts, Linear
 from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.narrowed import mark_narrowed, resized, set_attributes
 from einlinear.nn.quantized_linear import QuantizedLinear
@@ -67,8 +69,8 @@ class EinlinearQuantizer(HfQuantizer):
                 factors = [factor.name for factor in model.get_submodule(name).structure.factors]
                 model.all_tied_weights_keys |= {f"{name}.{factor}": f"{first}.{factor}" for factor in factors}
         # the guards of saving.py, whose names may have the prefix in the file and not in the model
-        bodies = {re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in self.names}
-        ignored = {rf"(^|\.){body}\.weight$" for body in bodies}
+        guarded = {guard(model, name)[0].removeprefix(f"{model.base_model_prefix}.") for name in self.names}
+        ignored = {rf"(^|\.){re.escape(name)}$" for name in guarded}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
@@ -139,11 +141,13 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     # by dense layer: a module with two names stays one module
     new: dict[nn.Module, nn.Module] = {}
     for name, entry in layers.items():
+        if entry.get("experts"):
+            continue
         place = _place_of(name, model, modules)
         if place is None:
             if is_partial:
                 continue
-            raise ValueError(f"{name} is described as a structured layer, but {type(model).__name__} has none there")
+            raise ValueError(_missing(name, model))
         old = modules[place]
         is_table = entry.get("embedding", False)
         if not (isinstance(old, nn.Embedding) if is_table else is_linear(old)):
@@ -155,19 +159,65 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
             described, actual = ("{} -> {}".format(*sizes) for sizes in (size, features(old)))
             raise ValueError(f"{place} is described as {described} features, but the model has {actual} there")
         if old not in new:
-            try:
+            with _naming(place, [entry["structure"]]):
                 new[old] = _new_layer(old, entry)
-            except (ValueError, TypeError) as error:
-                spec, hint = entry["structure"], ""
-                if is_family(spec) and spec.partition("(")[0].strip() not in FAMILIES:
-                    hint = ". Register a family of your own with el.register_family before you load the model"
-                raise ValueError(f"{place}: {error}{hint}") from None
         parent, _, child = place.rpartition(".")
         setattr(modules[parent], child, new[old])
         places.append(place)
         if is_narrowed:
             mark_narrowed(model, [place], {})
+    by_experts: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, entry in layers.items():
+        if entry.get("experts"):
+            experts, _, stack = name.rpartition(".")
+            by_experts.setdefault(experts, {})[stack] = entry
+    for name, entries in by_experts.items():
+        place = _place_of(name, model, modules)
+        if place is None:
+            if is_partial:
+                continue
+            raise ValueError(_missing(name, model))
+        old = modules[place]
+        if old not in new:
+            with _naming(place, [entry["structure"] for entry in entries.values()]):
+                new[old] = _new_experts(old, entries)
+        parent, _, child = place.rpartition(".")
+        setattr(modules[parent], child, new[old])
+        places += [f"{place}.{stack}" for stack in entries]
     return places
+
+
+def _missing(name: str, model: nn.Module) -> str:
+    return f"{name} is described as a structured layer, but {type(model).__name__} has none there"
+
+
+@contextmanager
+def _naming(place: str, specs: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        hint = ""
+        if any(is_family(spec) and spec.partition("(")[0].strip() not in FAMILIES for spec in specs):
+            hint = ". Register a family of your own with el.register_family before you load the model"
+        raise ValueError(f"{place}: {error}{hint}") from None
+
+
+def _new_experts(old: Any, entries: Mapping[str, Mapping[str, Any]]) -> GatedExperts:
+    """Return structured experts of the entries of their stacks, without weights, in the place of dense ones."""
+    if reason := reason_to_skip_experts(old):
+        raise ValueError(f"is described as structured experts, but the model's {reason}")
+    first = next(iter(entries.values()))
+    config = {key: first.get(key, OPTIONAL[key]) for key in ("normalize", "gamma")}
+    structures = {name: entry["structure"] for name, entry in entries.items()}
+    layer: GatedExperts = GatedExperts.like(old, structures, **config)
+    for name, stack in layer.stacks().items():
+        entry, size = entries[name], (stack.in_features, stack.out_features)
+        described = entry["in_features"], entry["out_features"], entry["experts"]
+        if described != (*size, stack.experts):
+            actual = f"{stack.experts} experts of {size[0]} -> {size[1]}"
+            wrong = f"{described[2]} experts of {described[0]} -> {described[1]}"
+            raise ValueError(f"{name} is described as {wrong} features, but the model has {actual} there")
+    return layer
 
 
 def _new_layer(old: Any, entry: Mapping[str, Any]) -> nn.Module:

@@ -1,4 +1,7 @@
-"""`save_pretrained` of models with structured layers: config.json describes them by name, as arguments of `Linear`."""
+"""`save_pretrained` of models with structured layers: config.json describes them by name, as arguments of `Linear`.
+
+The stacks of `GatedExperts` are layers with a number of experts: "mlp.experts.gate", "mlp.experts.up" and so on.
+"""
 
 from collections.abc import Mapping
 from functools import wraps
@@ -11,7 +14,7 @@ from torch import nn
 
 from einlinear.adapters import AdaptedLinear
 from einlinear.integrations.transformers import METHOD
-from einlinear.nn import Embedding, Linear
+from einlinear.nn import Embedding, Experts, GatedExperts, Linear
 from einlinear.nn.dense_layers import features, is_linear
 from einlinear.nn.layer_descriptions import SelfDescribing
 from einlinear.nn.narrowed import narrowed_layers
@@ -20,7 +23,7 @@ VERSION = 1
 # the keys of an entry with their types, and optional keys with their defaults
 REQUIRED: dict[str, Any] = {"structure": str, "in_features": int, "out_features": int, "bias": bool}
 OPTIONAL: dict[str, Any] = {"normalize": False, "gamma": True, "precision": "", "narrowed": False}
-OPTIONAL |= {"embedding": False, "tied_to": ""}
+OPTIONAL |= {"embedding": False, "tied_to": "", "experts": 0}
 
 # a Python file in the folder: transformers loads the config before the model, whatever the model's class
 _FILE = "configuration_einlinear"
@@ -57,7 +60,7 @@ def extend_save_pretrained() -> None:
             return original(self, save_directory, is_main_process, state_dict, *args, **kwargs)
         _check(self, layers)
         # an empty tensor in the place of each dense weight makes transformers raise where this library is not imported
-        guards = {f"{name}.weight": torch.empty(0) for name in layers if not is_linear(self.get_submodule(name))}
+        guards = dict(guard(self, name) for name in layers if not is_linear(self.get_submodule(name)))
         state_dict = {**(self.state_dict() if state_dict is None else state_dict), **guards}
         for name in (name for name, entry in layers.items() if entry.get("tied_to")):
             for parameter, _ in self.get_submodule(name).named_parameters():
@@ -88,6 +91,14 @@ def forget(config: Any) -> None:
             del config.auto_map
 
 
+def guard(model: nn.Module, name: str) -> tuple[str, torch.Tensor]:
+    """Return the name of a layer's dense weight in a file, and the empty tensor that stands there."""
+    if isinstance(model.get_submodule(name), Experts):
+        # transformers may split it, by expert and into gate and up
+        return f"{name.rpartition('.')[0]}.gate_up_proj", torch.empty(1, 2, 0)
+    return f"{name}.weight", torch.empty(0)
+
+
 def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     layers, first = dict[str, dict[str, Any]](), dict[tuple[int, ...], str]()
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
@@ -107,17 +118,27 @@ def _describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             s = module.structure
             entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features, "bias": False}
             layers[name] = entry | {"embedding": True}
+        elif isinstance(module, GatedExperts) and module.dense is not None:
+            layers |= {f"{name}.{key}": _describe_stack(stack) for key, stack in module.stacks().items()}
         elif isinstance(module, AdaptedLinear):
             wrong = f"{name} has adapters, and from_pretrained could not load the folder: save them with"
             raise ValueError(f"{wrong} el.adapters.save(model, path), or call el.adapters.merge and remove first")
-        elif isinstance(module, SelfDescribing):
-            wrong = f"{name} is a {type(module).__name__}: only el.Linear and el.Embedding can be saved"
+        # the stacks of experts are in
+        elif isinstance(module, SelfDescribing) and name not in layers:
+            wrong = f"{name} is a {type(module).__name__}: only el.Linear, el.Embedding and experts can be saved"
             raise ValueError(f"{wrong} with a Hugging Face model. Save its state_dict() instead")
         # an embedding and a head may share their factors
         weight = tuple(map(id, module.weight_parameters())) if name in layers else ()
         if weight and modules[first.setdefault(weight, name)] is not module:
             layers[name]["tied_to"] = first[weight]
     return layers
+
+
+def _describe_stack(stack: Experts) -> dict[str, Any]:
+    s, gamma = stack.structure, stack.has_gamma or not stack.normalize
+    entry = {"structure": s.spec, "in_features": s.in_features, "out_features": s.out_features, "bias": False}
+    flags = {"experts": stack.experts, "normalize": stack.normalize, "gamma": gamma}
+    return entry | {key: value for key, value in flags.items() if value != OPTIONAL[key]}
 
 
 def _check(model: Any, layers: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Mixtures of experts: routers, layers that compute the routed experts only, and losses."""
 
+from einlinear.nn.moe.gated_experts import GatedExperts
 from einlinear.nn.moe.mixture import (
     Experts,
     Load,
@@ -11,4 +12,14 @@ from einlinear.nn.moe.mixture import (
     moe_loss,
 )
 
-__all__ = ["Experts", "Load", "Mixture", "MoEFeedForward", "MoELinear", "RouterOutput", "moe_loads", "moe_loss"]
+__all__ = [
+    "Experts",
+    "GatedExperts",
+    "Load",
+    "Mixture",
+    "MoEFeedForward",
+    "MoELinear",
+    "RouterOutput",
+    "moe_loads",
+    "moe_loss",
+]

@@ -172,6 +172,33 @@ class Experts(Factored):
         self.stack_shape = (self.experts,)
         super().__init__(in_features, out_features, structure, bias, normalize, device, dtype, gamma=gamma)
 
+    @torch.no_grad()
+    def project(self, weights: Tensor, second_moments: Tensor | None = None) -> None:
+        """Set the factors of every expert to those of the matrix closest to a dense one.
+
+        Args:
+            weights: of all experts, (experts, out_features, in_features).
+            second_moments: E[x x^T] of the inputs of every expert, (experts, in_features, in_features), or of all,
+                (in_features, in_features), to fit the outputs in mean square instead of the weights.
+
+        Raises:
+            ValueError: weights of another shape, or on the meta device.
+        """
+        shape = (self.experts, self.out_features, self.in_features)
+        if weights.shape != shape:
+            raise ValueError(f"the weights have shape {tuple(weights.shape)}, but the experts need {shape}")
+        if weights.is_meta:
+            raise ValueError("weights on the meta device have no values to project: load them first")
+        for e, weight in enumerate(weights):
+            moment = second_moments[e] if second_moments is not None and second_moments.dim() == 3 else second_moments
+            for factor, value in zip(self.structure.factors, ops.project(self.structure, weight, moment), strict=True):
+                self.get_parameter(factor.name)[e].copy_(value)
+
+    def dense_weights(self) -> Tensor:
+        """Return the matrices of all experts, (experts, out_features, in_features); differentiable in the factors."""
+        by_expert = zip(*self.factors(), strict=True)
+        return torch.stack([ops.dense_weight(self.structure, factors) for factors in by_expert])
+
     def forward(self, x: Tensor, indices: Tensor, gates: Tensor) -> Tensor:
         if self.exchange is None:
             return ops.linear(self.structure, self.factors(), x, self.bias, routing=ops.Routing(indices, gates))
