@@ -47,7 +47,11 @@ BERT = Layout(
     heads=12,
     attention="attention.self",
 )
-OURS = {"low_rank": ["low_rank"], "default": ["low_rank", "monarch", "btt", "blast(blocks=4)"]}
+OURS = {
+    "low_rank": ["low_rank"],
+    "narrow": ["narrow", "low_rank"],
+    "default": ["low_rank", "monarch", "btt", "blast(blocks=4)"],
+}
 # structure and precision chosen together, and precision alone
 OURS_IN_BYTES = {"bytes": ["low_rank"], "bytes, dense": ["dense"]}
 METHODS = (*ROUNDED, *SIZED, *OURS, *OURS_IN_BYTES)
