@@ -126,9 +126,7 @@ def interleaved_seconds(layers: Mapping[str, nn.Module], tokens: int, stack_byte
     width = features(first)[0]
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
     # layers of one dtype and size have one input; narrow ones have fewer features
-    kinds = {
-        label: (features(layer)[0] if is_linear(layer) else width, _dtype(layer)) for label, layer in layers.items()
-    }
+    kinds = {label: (_in_features(layer, width), _dtype(layer)) for label, layer in layers.items()}
     inputs = {(size, dtype): x[:, :size].to(dtype) for size, dtype in kinds.values()}
     calls: dict[str, list[float]] = {label: [] for label in layers}
     reference = next(iter(calls.values()))
@@ -186,6 +184,10 @@ def _detached(layer: nn.Module) -> nn.Module:
 
 def _tensors(layer: nn.Module) -> Iterator[Tensor]:
     return chain(layer.parameters(), layer.buffers())
+
+
+def _in_features(layer: nn.Module, otherwise: int) -> int:
+    return features(layer)[0] if isinstance(layer, Linear) or is_linear(layer) else otherwise
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:

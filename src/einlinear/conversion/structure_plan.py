@@ -28,8 +28,9 @@ def match_structures(
     for spec in plan.values():
         check_spec(spec)
     considered, excluded = as_globs(layers, "layers"), as_globs(exclude, "exclude")
-    check_globs(considered, names, "layers", "linear layer")
     everything, noun = [*names, *named], "layer" if named else "linear layer"
+    # a model of convolutions alone has no linear layer that the default could match
+    check_globs(considered, names or everything, "layers", "linear layer")
     check_globs(plan, everything, "structure", noun)
     check_globs(excluded, everything, "exclude", noun)
     matched: dict[str, str] = {}
