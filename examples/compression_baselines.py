@@ -37,7 +37,7 @@ class Layout:
     Attributes:
         blocks: qualified name of the list of blocks.
         query, key, value, out, up, down: names of the layers in a block.
-        heads: of the attention.
+        heads: number of attention heads.
         attention: name of the module in a block that computes attention from query, key and value, to be replaced by
             `NarrowAttention`. None: the model's own takes values of any width, and normalises queries and keys.
         has_head: whether the outputs of the model are logits, compared by their KL divergence in `distill`.
@@ -130,7 +130,7 @@ def collect(
 
 
 def svd(model: nn.Module, layout: Layout, keep: float, statistics: Statistics) -> nn.Module:
-    """Truncate the singular values of every weight."""
+    """Replace every weight by its truncated SVD."""
     return _factorised(model, layout, keep, lambda key, size: (torch.eye(size).double(), torch.eye(size).double()))
 
 

@@ -273,6 +273,12 @@ def test_narrow_blocks_are_no_slower() -> None:
 
 
 def test_impossible_requests_raise() -> None:
+    with pytest.raises(ValueError, match=r"unknown family 'narow'\. Did you mean 'narrow'\?"):
+        el.compress(transformer(), 0.5, ["low_rank", "narow"], inputs())
+    with pytest.raises(
+        ValueError, match=r"narrow takes no argument but uniform=True, as in .*, not 'narrow\(rank=2\)'"
+    ):
+        el.compress(transformer(), 0.5, ["narrow(rank=2)"], inputs())
     with pytest.raises(ValueError, match="narrow needs calibration data: blocks that can be narrowed are found by"):
         el.compress(transformer(), 0.5, ["narrow"])
     with pytest.raises(ValueError, match=r"no block can be narrowed: branches\.0\.gate in no block of which.* as well"):

@@ -98,11 +98,11 @@ def test_mistakes_are_named() -> None:
     # 61 rows are padded to 64
     table = el.Embedding(61, 64, "btt")
     for wrong in (61, 63, -1):
-        with pytest.raises(IndexError, match=f"the table has rows 0 to 60, not {wrong}"):
+        with pytest.raises(IndexError, match=f"index {wrong} is out of range: the embedding has rows 0 to 60"):
             table(torch.tensor([0, wrong]))
-    with pytest.raises(TypeError, match=r"an embedding takes whole numbers, not torch\.float32"):
+    with pytest.raises(TypeError, match=r"an embedding takes integers, not torch\.float32"):
         table(torch.zeros(2))
-    with pytest.raises(ValueError, match="padding_idx must be the number of one of 61 rows, not 61"):
+    with pytest.raises(ValueError, match="padding_idx must be the index of one of 61 rows, not 61"):
         el.Embedding(61, 64, "btt", padding_idx=61)
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Embedding or its weight, not a ReLU"):
         el.Embedding.from_dense(nn.ReLU(), "btt")  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ def made(method: StructuredLinearMethod, sizes: list[int], devices: int = 1) -> 
 
 def load(key: str, tensor: torch.Tensor, part: int | None = 0) -> None:
     layer = made(StructuredLinearMethod({"gate": ENTRY, "up": None}), [32, 32])
-    entrance: Any = layer.get_parameter(key)
-    entrance.weight_loader(entrance, tensor, part)
+    placeholder: Any = layer.get_parameter(key)
+    placeholder.weight_loader(placeholder, tensor, part)
 
 
 CASES: dict[str, Callable[[], object]] = {

@@ -23,10 +23,24 @@ from einlinear.compression.sensitivity import Sensitivity
 from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.nn.narrowed import copy_into, resized
 from einlinear.nn.quantized_linear import QuantizedLinear, stored_bytes
-from einlinear.structures import structure
+from einlinear.structures import FAMILIES, structure
+from einlinear.structures.families import did_you_mean
 
 # in `structures`: with UNIFORM, all blocks of one kind keep the same number
 NARROW, UNIFORM = "narrow", "narrow(uniform=True)"
+
+
+def check_narrow(families: Sequence[str]) -> None:
+    """Raise ValueError for a misspelt "narrow", or other arguments; other words are left to `structure`."""
+    for family in families:
+        name = family.partition("(")[0].strip()
+        if name == NARROW and family not in (NARROW, UNIFORM):
+            raise ValueError(f"{NARROW} takes no argument but uniform=True, as in {UNIFORM!r}, not {family!r}")
+        hint = "" if name in FAMILIES else did_you_mean(name, [*FAMILIES, NARROW])
+        if name != NARROW and repr(NARROW) in hint:
+            raise ValueError(f"unknown family {name!r}.{hint}")
+
+
 # widths of a feed-forward block at least, which are multiples of a power of two
 _WIDTHS = 24
 # the groups between two widths are removed in as many parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,7 @@ from einlinear.compression.narrowing import (
     ModuleCandidate,
     NarrowCandidate,
     Removal,
+    check_narrow,
     fit_narrow,
     in_full_size,
     module_candidates,
@@ -119,6 +120,7 @@ def compress(
     batches = _check_arguments(model, budget, families, calibration, count, tokens, damping)
     if only_if_faster and count == "bytes":
         raise ValueError("only_if_faster=True needs count='params', 'macs' or 'time': with 'bytes' nothing is timed")
+    check_narrow(families)
     is_cached = folder is not None or shared is not None
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
@@ -187,37 +189,68 @@ def compress(
             fitted = _fit(fit, calibrated, specs, metrics, compressed, passes)
 
         # 5. replace the layers of the model
-        reports = []
-        for name, layer in dense.items():
-            size, expected, slope = layer.weight.numel(), chosen[name].error, sensitivities[name].slope
-            before = weight_bytes(layer)
-            if name not in fitted:
-                same_speed, why = SpeedUp(dict.fromkeys(timer.tokens, 1.0)), reasons.get(name)
-                unchanged = size, size, dense_cost(layer, "macs"), expected, 0.0, slope, same_speed
-                reports.append(
-                    CompressedLayer(name, "dense", *unchanged, reason=why, bytes_before=before, bytes=before)
-                )
-                continue
-            new, error, tokens = fitted[name]
-            if isinstance(layer, DenseStack):
-                # experts are not timed
-                speed_up = SpeedUp(dict.fromkeys(timer.tokens, math.nan))
-            else:
-                speed_up = timer(layer, new)
-            is_structured, of = isinstance(new, Linear | Experts), partial(matrices, layer)
-            params = of("params") * new.structure.params if is_structured else new.weight.numel()
-            macs = of("macs") * new.structure.macs if is_structured else params
-            measures = size, params, macs, expected, error, slope
-            per_input, precision = tokens / features(layer)[0] if tokens else None, chosen[name].precision
-            stored = new.nbytes if isinstance(new, QuantizedLinear) else params * layer.weight.element_size()
-            sizes: dict[str, Any] = {"precision": precision, "bytes_before": before, "bytes": stored}
-            reports.append(CompressedLayer(name, chosen[name].structure, *measures, speed_up, per_input, **sizes))
+        reports = [
+            _layer_report(name, layer, chosen[name], sensitivities[name], fitted.get(name), timer, reasons.get(name))
+            for name, layer in dense.items()
+        ]
         missed = sum(choice.cost for choice in chosen.values()) > (largest if times is None else times.budget)
         narrow_attributes(model, chosen)
         replace_modules(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
-        found = tuple(reports), tuple(selection.skipped), selection.coverage
-        time = None if times is None else times.measured(chosen, sensitivities)
-        return CompressionReport(*found, budget if missed else None, alternative, time, tuple(not_narrowed))
+        return CompressionReport(
+            tuple(reports),
+            tuple(selection.skipped),
+            selection.coverage,
+            missed_budget=budget if missed else None,
+            alternative=alternative,
+            time=None if times is None else times.measured(chosen, sensitivities),
+            not_narrowed=tuple(not_narrowed),
+        )
+
+
+def _layer_report(
+    name: str,
+    dense: Any,
+    chosen: LayerCandidate,
+    sensitivity: Sensitivity,
+    fitted: FittedLayer | None,
+    timer: LayerTimer,
+    reason: str | None,
+) -> CompressedLayer:
+    """Describe what became of a dense layer; `fitted` is None if it stays dense."""
+    size, before = dense.weight.numel(), weight_bytes(dense)
+    report = CompressedLayer(
+        name,
+        "dense",
+        params_before=size,
+        params=size,
+        macs=dense_cost(dense, "macs"),
+        expected_error=chosen.error,
+        error=0.0,
+        sensitivity=sensitivity.slope,
+        speed_up=SpeedUp(dict.fromkeys(timer.tokens, 1.0)),
+        reason=reason,
+        bytes_before=before,
+        bytes=before,
+    )
+    if fitted is None:
+        return report
+    new = fitted.layer
+    is_structured, of = isinstance(new, Linear | Experts), partial(matrices, dense)
+    params = of("params") * new.structure.params if is_structured else new.weight.numel()
+    is_stack = isinstance(dense, DenseStack)
+    return replace(
+        report,
+        structure=chosen.structure,
+        params=params,
+        macs=of("macs") * new.structure.macs if is_structured else params,
+        error=fitted.error,
+        # experts are not timed
+        speed_up=SpeedUp(dict.fromkeys(timer.tokens, math.nan)) if is_stack else timer(dense, new),
+        tokens_per_input=fitted.tokens / features(dense)[0] if fitted.tokens else None,
+        reason=None,
+        precision=chosen.precision,
+        bytes=new.nbytes if isinstance(new, QuantizedLinear) else params * dense.weight.element_size(),
+    )
 
 
 class FittedLayer(NamedTuple):

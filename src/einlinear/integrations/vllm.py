@@ -103,7 +103,7 @@ class StructuredLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Add the parts to a layer, and a parameter of each name in the folder, through which they are loaded."""
+        """Add the parts to a layer, and an empty parameter for each name in the folder, which loads into the parts."""
         if getattr(layer, "tp_size", 1) > 1:
             names = ", ".join(self.descriptions)
             raise ValueError(f"{names} cannot be split over devices by vLLM: start it with tensor_parallel_size=1")
@@ -121,10 +121,10 @@ class StructuredLinearMethod(LinearMethodBase):
         for part in parts:
             tensors |= part.state_dict()
         for key, tensor in tensors.items():
-            entrance: Any = nn.Parameter(torch.empty(0, dtype=tensor.dtype), requires_grad=False)
-            entrance.weight_loader = partial(self._load, layer, key)
-            layer.register_parameter(key, entrance)
-        self.entrances = list(tensors)
+            placeholder: Any = nn.Parameter(torch.empty(0, dtype=tensor.dtype), requires_grad=False)
+            placeholder.weight_loader = partial(self._load, layer, key)
+            layer.register_parameter(key, placeholder)
+        self.placeholders = list(tensors)
 
     def _load(self, layer: Any, key: str, _: Tensor, loaded: Tensor, part: str | int | None = None) -> None:
         part = getattr(loaded, "shard_id", None) if part is None else part
@@ -142,12 +142,12 @@ class StructuredLinearMethod(LinearMethodBase):
         self.missing.discard((number, key))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that all was loaded, and remove what it was loaded through."""
+        """Check that all weights were loaded, and remove the empty parameters."""
         if self.missing and get_current_vllm_config().load_config.load_format != "dummy":
             names = [*self.descriptions]
             missing = ", ".join(f"{names[number]}.{key}" for number, key in sorted(self.missing))
             raise ValueError(f"the folder lacks weights of structured layers: {missing}")
-        for key in self.entrances:
+        for key in self.placeholders:
             delattr(layer, key)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,19 +9,18 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.nn.layer_descriptions import STRUCTURED, LayerInfo, ParameterRole
-from einlinear.nn.lazy_weight import weight_of
-from einlinear.nn.linear import Factored
+from einlinear.nn.linear import FactoredMatrix
 from einlinear.ops.context import is_exported
 from einlinear.structures import Structure
 from einlinear.structures.initialization import table_std
 
 
-class Embedding(Factored):
+class Embedding(FactoredMatrix):
     """Table of embeddings, the rows of a structured W of shape (num_embeddings, embedding_dim), which is never built.
 
-    Inputs are whole numbers of any shape, outputs have one more dimension, of size embedding_dim. Parameters are the
-    factors, as in `einlinear.Linear(embedding_dim, num_embeddings, structure)`, an output head whose weight is the same
-    matrix: to tie the two, assign the factors of one to the other.
+    Inputs are indices, integers of any shape; outputs have one more dimension, of size embedding_dim. Parameters are
+    the factors, as in `einlinear.Linear(embedding_dim, num_embeddings, structure)`, an output head whose weight is the
+    same matrix: to tie the two, assign the factors of one to the other.
 
     Args:
         num_embeddings, embedding_dim: as for `torch.nn.Embedding`.
@@ -32,9 +31,9 @@ class Embedding(Factored):
     New tables have entries of root mean square 1, like those of torch.
 
     Raises:
-        ValueError: a structure that is unknown or does not fit, a `padding_idx` that is no row.
-        TypeError: on call, inputs that are not whole numbers.
-        IndexError: on call on a CPU, numbers below 0 or from num_embeddings on.
+        ValueError: a structure that is unknown or does not fit, a `padding_idx` that is no index.
+        TypeError: on call, inputs that are not integers.
+        IndexError: on call on a CPU, an index below 0 or from num_embeddings on.
 
     Example:
         >>> import torch, einlinear as el
@@ -59,7 +58,7 @@ class Embedding(Factored):
     ) -> None:
         super().__init__(embedding_dim, num_embeddings, structure, bias=False, device=device, dtype=dtype)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(f"padding_idx must be the number of one of {num_embeddings} rows, not {padding_idx}")
+            raise ValueError(f"padding_idx must be the index of one of {num_embeddings} rows, not {padding_idx}")
         self.num_embeddings, self.embedding_dim = self.out_features, self.in_features
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
 
@@ -93,30 +92,23 @@ class Embedding(Factored):
     def init_stds(self) -> tuple[float, ...]:
         return table_std(self.structure)
 
-    def forward(self, numbers: Tensor) -> Tensor:
-        if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-            raise TypeError(f"an embedding takes whole numbers, not {numbers.dtype}")
-        flat = numbers.flatten().long()
+    def forward(self, indices: Tensor) -> Tensor:
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise TypeError(f"an embedding takes integers, not {indices.dtype}")
+        flat = indices.flatten().long()
         # reading the values of a GPU would wait for it
         is_traced = torch.compiler.is_compiling() or is_exported()
         if flat.device.type == "cpu" and flat.numel() and not is_traced:
             low, high = map(int, torch.aminmax(flat))
             if low < 0 or high >= self.num_embeddings:
                 wrong = low if low < 0 else high
-                raise IndexError(f"the table has rows 0 to {self.num_embeddings - 1}, not {wrong}")
+                raise IndexError(
+                    f"index {wrong} is out of range: the embedding has rows 0 to {self.num_embeddings - 1}"
+                )
         rows = ops.rows(self.structure, self.factors(), flat)
         if self.padding_idx is not None:
             rows = torch.where((flat == self.padding_idx)[:, None], rows.detach(), rows)
-        return rows.reshape(*numbers.shape, self.embedding_dim)
-
-    def dense_weight(self) -> Tensor:
-        """Return W, of shape (num_embeddings, embedding_dim); differentiable in the factors."""
-        return ops.dense_weight(self.structure, self.factors())
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, built when the values are used, once for every access; values written into it are lost."""
-        return weight_of(self)
+        return rows.reshape(*indices.shape, self.embedding_dim)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Embedding:

@@ -14,9 +14,10 @@ from einlinear.nn.lazy_tensor import METADATA, LazyTensor, placeholder
 from einlinear.ops.context import is_exported, is_transformed, wants_gradients, without_autocast
 
 if TYPE_CHECKING:
-    from einlinear.nn import Embedding, Linear, MoELinear
+    from einlinear.nn import MoELinear
+    from einlinear.nn.linear import FactoredMatrix
 
-Layer: TypeAlias = "Linear | MoELinear | Embedding"
+Layer: TypeAlias = "FactoredMatrix | MoELinear"
 
 # functions that read no values: of their argument (new), and of the tensor that gives dtype or shape (like)
 _NEW = frozenset(

@@ -137,7 +137,20 @@ class Factored(SelfDescribing):
         return f"{text}, gamma=False" if self.normalize and not self.has_gamma else text
 
 
-class Linear(Factored):
+class FactoredMatrix(Factored):
+    """Module whose weight is one structured matrix."""
+
+    def dense_weight(self) -> Tensor:
+        """Return W, of shape (out_features, in_features); differentiable in the factors."""
+        return ops.dense_weight(self.structure, self.factors())
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight()`, built when the values are used, once for every access; values written into it are lost."""
+        return weight_of(self)
+
+
+class Linear(FactoredMatrix):
     """Linear layer y = x W^T + bias with a structured W of shape (out_features, in_features).
 
     Inputs have shape (..., in_features), outputs (..., out_features); nested tensors are allowed. The factors are plain
@@ -232,15 +245,6 @@ class Linear(Factored):
         # nn.Module.__getattr__ takes as long as a small product; parametrized factors are found by it alone
         factors = [own[factor.name] for factor in structure.factors if factor.name in own]
         return factors if len(factors) == len(structure.factors) else None  # type: ignore[return-value]
-
-    def dense_weight(self) -> Tensor:
-        """Return W, of shape (out_features, in_features); differentiable in the factors."""
-        return ops.dense_weight(self.structure, self.factors())
-
-    @property
-    def weight(self) -> Tensor:
-        """`dense_weight()`, built when the values are used, once for every access; values written into it are lost."""
-        return weight_of(self)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:

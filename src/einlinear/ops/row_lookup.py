@@ -1,4 +1,4 @@
-"""Rows of a structured matrix by their numbers, without the matrix: an embedding is a product with one-hot vectors."""
+"""Rows of a structured matrix by index, without the matrix: an embedding is a product with one-hot vectors."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from einlinear.ops.reference import einsum
 from einlinear.structures import Structure, Term
 
 
-def rows(structure: Structure, factors: Sequence[Tensor], numbers: Tensor) -> Tensor:
-    """Return W[numbers], of shape (n, in_features), for numbers (n,) below out_features; differentiable in the factors.
+def rows(structure: Structure, factors: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """Return W[indices], (n, in_features), for indices (n,) below out_features; differentiable in the factors.
 
-    A number has an index in every axis of the output: each factor is read at the indices of the axes that it has.
+    The index of a row is split into one index for each output axis; each factor is gathered at those of its axes.
     """
-    found = [_rows_of_term(structure, *part, numbers) for part in structure.by_term(factors)]
+    found = [_rows_of_term(structure, *part, indices) for part in structure.by_term(factors)]
     return functools.reduce(torch.add, found)
 
 
-def _rows_of_term(structure: Structure, term: Term, factors: Sequence[Tensor], numbers: Tensor) -> Tensor:
+def _rows_of_term(structure: Structure, term: Term, factors: Sequence[Tensor], rows: Tensor) -> Tensor:
     sizes = dict(structure.sizes)
     indices: dict[str, Tensor] = {}
-    rest = numbers
+    rest = rows
     for axis in reversed(term.outputs):
         indices[axis], rest = rest % sizes[axis], rest // sizes[axis]
     operands, subscripts = [], []
@@ -40,10 +40,10 @@ def _rows_of_term(structure: Structure, term: Term, factors: Sequence[Tensor], n
         table = w.permute([factor.axes.index(axis) for axis in (*split, *others)])
         # lists, since torch.compile cannot trace math.prod of a generator
         table = table.reshape(math.prod([sizes[a] for a in split]), math.prod([sizes[a] for a in others]))
-        index = functools.reduce(
-            lambda before, axis: before * sizes[axis] + indices[axis], split, torch.zeros_like(rest)
-        )
-        operands.append(F.embedding(index, table).reshape(numbers.shape[0], *[sizes[a] for a in others]))
+        index = torch.zeros_like(rows)
+        for axis in split:
+            index = index * sizes[axis] + indices[axis]
+        operands.append(F.embedding(index, table).reshape(rows.shape[0], *[sizes[a] for a in others]))
         subscripts.append(("tokens", *others))
     # a row is zero but at its own index of an axis that the input has as well
     for axis in term.inputs:
@@ -51,4 +51,4 @@ def _rows_of_term(structure: Structure, term: Term, factors: Sequence[Tensor], n
             operands.append(F.one_hot(indices[axis], sizes[axis]).to(operands[0].dtype))
             subscripts.append(("tokens", axis))
     row = einsum(subscripts, ("tokens", *term.inputs), *operands)
-    return row.reshape(numbers.shape[0], math.prod([sizes[a] for a in term.inputs]))[:, : structure.in_features]
+    return row.reshape(rows.shape[0], math.prod([sizes[a] for a in term.inputs]))[:, : structure.in_features]

@@ -140,55 +140,45 @@ def _restore(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     places: list[str] = []
     # by dense layer: a module with two names stays one module
     new: dict[nn.Module, nn.Module] = {}
-    for name, entry in layers.items():
-        if entry.get("experts"):
-            continue
+    for name, entries in _by_module(layers).items():
         place = _place_of(name, model, modules)
         if place is None:
             if is_partial:
                 continue
-            raise ValueError(_missing(name, model))
-        old = modules[place]
-        is_table = entry.get("embedding", False)
-        if not (isinstance(old, nn.Embedding) if is_table else is_linear(old)):
-            expected = "no embedding" if is_table else "not linear"
-            raise ValueError(f"{place} is described as a structured layer, but is a {type(old).__name__}, {expected}")
-        size = entry["in_features"], entry["out_features"]
-        is_narrowed = entry.get("narrowed", False)
-        if features(old) != size and not is_narrowed:
-            described, actual = ("{} -> {}".format(*sizes) for sizes in (size, features(old)))
-            raise ValueError(f"{place} is described as {described} features, but the model has {actual} there")
-        if old not in new:
-            with _naming(place, [entry["structure"]]):
-                new[old] = _new_layer(old, entry)
-        parent, _, child = place.rpartition(".")
-        setattr(modules[parent], child, new[old])
-        places.append(place)
-        if is_narrowed:
-            mark_narrowed(model, [place], {})
-    by_experts: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for name, entry in layers.items():
-        if entry.get("experts"):
-            experts, _, stack = name.rpartition(".")
-            by_experts.setdefault(experts, {})[stack] = entry
-    for name, entries in by_experts.items():
-        place = _place_of(name, model, modules)
-        if place is None:
-            if is_partial:
-                continue
-            raise ValueError(_missing(name, model))
-        old = modules[place]
+            raise ValueError(f"{name} is described as a structured layer, but {type(model).__name__} has none there")
+        old, entry = modules[place], entries.get("")
+        if entry is not None:
+            _check_place(place, old, entry)
         if old not in new:
             with _naming(place, [entry["structure"] for entry in entries.values()]):
-                new[old] = _new_experts(old, entries)
+                new[old] = _new_experts(old, entries) if entry is None else _new_layer(old, entry)
         parent, _, child = place.rpartition(".")
         setattr(modules[parent], child, new[old])
-        places += [f"{place}.{stack}" for stack in entries]
+        places += [".".join(filter(None, (place, stack))) for stack in entries]
+        if entry is not None and entry.get("narrowed"):
+            mark_narrowed(model, [place], {})
     return places
 
 
-def _missing(name: str, model: nn.Module) -> str:
-    return f"{name} is described as a structured layer, but {type(model).__name__} has none there"
+def _by_module(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the entries of every module that is replaced: one named "", or those of the stacks of experts."""
+    modules: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, entry in layers.items():
+        module, stack = name.rpartition(".")[::2] if entry.get("experts") else (name, "")
+        modules.setdefault(module, {})[stack] = entry
+    return modules
+
+
+def _check_place(place: str, old: Any, entry: Mapping[str, Any]) -> None:
+    """Raise ValueError if an entry is not of the kind or the size of the layer at its place."""
+    is_embedding = entry.get("embedding", False)
+    if not (isinstance(old, nn.Embedding) if is_embedding else is_linear(old)):
+        expected = "no embedding" if is_embedding else "not linear"
+        raise ValueError(f"{place} is described as a structured layer, but is a {type(old).__name__}, {expected}")
+    size = entry["in_features"], entry["out_features"]
+    if features(old) != size and not entry.get("narrowed"):
+        described, actual = ("{} -> {}".format(*sizes) for sizes in (size, features(old)))
+        raise ValueError(f"{place} is described as {described} features, but the model has {actual} there")
 
 
 @contextmanager
