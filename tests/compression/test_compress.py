@@ -390,9 +390,9 @@ def test_conv1d_of_transformers() -> None:
         ({"budget": 1.5}, "above 0 and at most 1, not 1.5"),
         (
             {"budget": 0.01},
-            r"0.01 of the 4,608 params of 3 layers cannot be reached with low_rank: these keep 0\.\d+ at least",
+            r"0.01 of the 4,608 params of 3 layers cannot be reached with low_rank: the cheapest choice keeps 0\.\d+",
         ),
-        ({"count": "flops"}, "count must be 'params', 'macs', 'bytes' or 'time', not 'flops'"),
+        ({"count": "flops"}, "count must be one of 'params', 'macs', 'bytes', 'time', not 'flops'"),
         ({"structures": []}, "structures is empty: name families"),
         ({"structures": ["lowrank"]}, "unknown family 'lowrank'. Did you mean 'low_rank'"),
         ({"calibration": []}, "calibration has no batches"),

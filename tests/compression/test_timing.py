@@ -155,7 +155,9 @@ def test_layers_that_would_not_become_faster_stay_dense(monkeypatch: pytest.Monk
     assert middle.reason == "every structure tried is slower than the dense layer"
     assert "Stays dense: 2, every structure tried is slower than the dense layer." in str(report)
     model = net()
-    with pytest.raises(ValueError, match=r"0.4 of the time of 3 layers for 1 token cannot be reached: .* 0\.5\d+ of"):
+    with pytest.raises(
+        ValueError, match=r"0.4 of the time of 3 layers for 1 token cannot be reached with low_rank: .* 0\.54"
+    ):
         el.compress(model, 0.4, ["low_rank"], DATA, count="time", tokens=1)
     assert not any(isinstance(module, el.Linear) for module in model.modules())
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from einlinear.compression.candidates import LayerCandidate
 
@@ -40,24 +39,6 @@ def allocate(
     return {name: candidate for choice in chosen for name, candidate in choice.items()}
 
 
-def allocate_faster(
-    candidates: Mapping[str, Sequence[LayerCandidate]],
-    budget: int,
-    is_slower: Callable[[str, str], bool],
-    modules: Sequence[Mapping[str, LayerCandidate]] = (),
-) -> tuple[dict[str, LayerCandidate], list[str]]:
-    """Choose one candidate per layer that is not slower than dense, if need be over the budget; or list the layer."""
-    left = {name: list(options) for name, options in candidates.items()}
-    while True:
-        chosen = allocate(left, max(budget, least_cost(left, modules)), modules)
-        slow = {name: c for name, c in chosen.items() if c.spec != "dense" and is_slower(name, c.spec)}
-        if not slow:
-            return chosen, [name for name in left if len(left[name]) == 1 < len(candidates[name])]
-        for name, c in slow.items():
-            # richer members of the same family are no faster
-            left[name] = [o for o in left[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
-
-
 def least_cost(
     candidates: Mapping[str, Sequence[LayerCandidate]], modules: Sequence[Mapping[str, LayerCandidate]] = ()
 ) -> int:
@@ -68,8 +49,3 @@ def least_cost(
         saving = sum(alone[name] - candidate.cost for name, candidate in module.items())
         saved[frozenset(module)] = max(saved.get(frozenset(module), 0), saving)
     return sum(alone.values()) - sum(saved.values())
-
-
-def _family(spec: str) -> str:
-    # without sizes
-    return re.sub(r"\d+", "", spec)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from einlinear.compression.calibration import InputStatistics
-from einlinear.compression.expert_stacks import dense_cost, layer_weight, matrices
+from einlinear.compression.expert_stacks import layer_weight
 from einlinear.compression.output_metric import OutputMetric, dense_weight, project
-from einlinear.compression.sensitivity import Sensitivity
 from einlinear.compression.spectrum import NO_ERROR, LowRanks, Spectrum, between
 from einlinear.nn.dense_layers import features
 from einlinear.structures import DoesNotFit, Structure, structure
@@ -57,25 +56,6 @@ class LayerCandidate:
         return f"{self.structure}, {self.precision}" if self.precision else self.structure
 
 
-def members_by_layer(
-    layers: Mapping[str, Any], families: Sequence[str], budget: float, count: str
-) -> tuple[dict[str, dict[str, list[Structure]]], dict[str, str]]:
-    """Return the members of each family by layer, and why layers have none. ValueError for too small a budget."""
-    structures = {name: {f: list(members(f, *features(layer))) for f in families} for name, layer in layers.items()}
-    reasons, dense, least = dict[str, str](), 0, 0
-    for name, layer in layers.items():
-        size, each = dense_cost(layer, count), matrices(layer, count)
-        costs = [each * getattr(s, count) for group in structures[name].values() for s in group]
-        dense, least = dense + size, least + min([size, *costs])
-        if not costs:
-            reasons[name] = _reason_for_none(families, *features(layer))
-    if least > budget * dense:
-        because = "".join(f"; {name}: {reason}" for name, reason in reasons.items())
-        share = f"{budget:g} of the {dense:,} {count} of {len(layers)} layers cannot be reached"
-        raise ValueError(f"{share} with {', '.join(families)}: these keep {least / dense:.4f} at least{because}")
-    return structures, reasons
-
-
 def members(
     family: str, in_features: int, out_features: int, fractions: Sequence[float] = _FRACTIONS
 ) -> Iterator[Structure]:
@@ -90,7 +70,8 @@ def members(
                 yield s
 
 
-def _reason_for_none(families: Iterable[str], in_features: int, out_features: int) -> str:
+def reason_for_none(families: Iterable[str], in_features: int, out_features: int) -> str:
+    """Return why no family has a member of a size."""
     reasons = []
     for family in families:
         reasons.append(f"{family} saves nothing")
@@ -102,16 +83,14 @@ def _reason_for_none(families: Iterable[str], in_features: int, out_features: in
     return f"no structure fits {in_features} -> {out_features}: {'; '.join(reasons)}"
 
 
-def layer_candidates(
+def structure_errors(
     layer: Any,
-    families: dict[str, list[Structure]],
-    count: str,
-    sensitivity: Sensitivity,
+    families: Mapping[str, Sequence[Structure]],
     metric: Callable[[], OutputMetric | None],
     components: Callable[[Tensor], LowRanks],
     cached: Callable[..., Any],
-) -> list[LayerCandidate]:
-    """Return "dense" and the members of families as candidates for a layer.
+) -> list[tuple[Structure, float]]:
+    """Return "dense" and the members of families, with the errors of the layer's outputs that they leave.
 
     `cached(content, compute, decode)` reads a result, or computes it from the layer's inputs and their second moment.
     """
@@ -126,8 +105,9 @@ def layer_candidates(
     def errors_at(family: str, shares: Sequence[float]) -> dict[str, float]:
         if not (fitted := members_to_fit(families[family], shares)):
             return {}
-        compute, decode = partial(fitted_errors, fitted, layer, metric), partial(_decode_errors, fitted)
-        return dict(cached(f"errors of {family} at {shares}", compute, decode))
+        compute = partial(fitted_errors, fitted, layer, metric)
+        key, specs = f"errors of {family} at {shares}", [s.spec for s in fitted]
+        return dict(cached(key, compute, lambda record: {spec: float(record[spec]) for spec in specs}))
 
     errors = {family: errors_at(family, _MIDDLE) for family in families}
     multiples = {
@@ -139,11 +119,10 @@ def layer_candidates(
     # the family that probably wins is worth more fits
     if multiples and multiples[best := min(multiples, key=multiples.__getitem__)] < 1:
         errors[best] |= errors_at(best, _OTHERS)
-    candidates, each = [LayerCandidate("dense", dense_cost(layer, count), 0.0, 0.0)], matrices(layer, count)
+    result = [(structure("dense", *features(layer)), 0.0)]
     for family, structures in families.items():
-        for s, error in zip(structures, estimated_errors(structures, errors[family], spectrum).values(), strict=True):
-            candidates.append(LayerCandidate(s.spec, each * getattr(s, count), error, sensitivity.at(error)))
-    return candidates
+        result += zip(structures, estimated_errors(structures, errors[family], spectrum).values(), strict=True)
+    return result
 
 
 def members_to_fit(considered: Sequence[Structure], shares: Sequence[float]) -> list[Structure]:
@@ -169,10 +148,6 @@ def fitted_errors(
         s.spec: statistics.relative_error(weight, dense_weight(s, project(s, weight, moment, metric(), _STEPS)))
         for s in structures
     }
-
-
-def _decode_errors(structures: Sequence[Structure], record: Mapping[str, Any]) -> dict[str, float]:
-    return {s.spec: float(record[s.spec]) for s in structures}
 
 
 def estimated_errors(

@@ -6,7 +6,6 @@ one structure. Its errors are sums over experts, weighted by the numbers of toke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from einlinear.conversion.experts import experts_modules, reason_to_skip_experts
 from einlinear.conversion.replacement import replace_modules
 from einlinear.nn import Experts, GatedExperts
-from einlinear.nn.dense_layers import features, weight_matrix
+from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.moe.gated_experts import active_experts, dense_stacks, without_parameters
 
 
@@ -107,8 +106,3 @@ def matrices(layer: Any, count: str) -> int:
     if not isinstance(layer, DenseStack):
         return 1
     return layer.active if count == "macs" else layer.experts
-
-
-def dense_cost(layer: Any, count: str) -> int:
-    """Return the parameters or MACs of a dense layer."""
-    return matrices(layer, count) * math.prod(features(layer))

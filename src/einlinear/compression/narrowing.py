@@ -20,6 +20,7 @@ from einlinear.compression.candidates import LayerCandidate
 from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.inner_features import InnerFeatures
 from einlinear.compression.sensitivity import Sensitivity
+from einlinear.conversion.replacement import structured_like
 from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.nn.narrowed import copy_into, resized
 from einlinear.nn.quantized_linear import QuantizedLinear, stored_bytes
@@ -191,14 +192,8 @@ def _size(layer: Any, inner: InnerFeatures, name: str, kept: int) -> tuple[int, 
 def narrow_layer(old: Any, choice: NarrowCandidate) -> Any:
     """Return an uninitialised layer of a candidate's size and precision."""
     assert choice.inner is not None
-    size = _size(old, choice.inner, choice.name, len(choice.kept))
-    if not choice.precision:
-        return resized(old, *size)
-    layer = QuantizedLinear(
-        *size, "dense", old.bias is not None, old.weight.device, old.weight.dtype, precision=choice.precision
-    )
-    layer.dense_class = type(old)
-    return layer
+    layer = resized(old, *_size(old, choice.inner, choice.name, len(choice.kept)))
+    return structured_like(layer, "dense", precision=choice.precision) if choice.precision else layer
 
 
 @torch.no_grad()

@@ -4,53 +4,42 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
-from einlinear.compression.allocation import allocate, allocate_faster, least_cost
-from einlinear.compression.calibration import Calibration, InputStatistics
-from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, layer_candidates, members_by_layer
-from einlinear.compression.compression_report import CompressedLayer, CompressionReport, RoundingAlone
-from einlinear.compression.expert_stacks import DenseStack, dense_cost, layer_weight, matrices, open_experts
-from einlinear.compression.factor_rounding import round_factors
+from einlinear.compression.budget import Budget, MacsBudget
+from einlinear.compression.byte_budget import ByteBudget, weight_bytes
+from einlinear.compression.calibration import Calibration
+from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, structure_errors
+from einlinear.compression.compression_report import CompressedLayer, CompressionReport
+from einlinear.compression.expert_stacks import DenseStack, layer_weight, matrices, open_experts
+from einlinear.compression.fitting import FittedLayer, fit_layers
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.inner_features import InnerFeatures
 from einlinear.compression.layer_timing import TOKENS, LayerTimer, SpeedUp
 from einlinear.compression.narrowed_config import find_blocks, narrow_attributes
-from einlinear.compression.narrowing import (
-    NARROW,
-    UNIFORM,
-    ModuleCandidate,
-    NarrowCandidate,
-    Removal,
-    check_narrow,
-    fit_narrow,
-    in_full_size,
-    module_candidates,
-    narrow_layer,
-    removal,
-)
-from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, project
-from einlinear.compression.precision_candidates import in_every_precision, least_bytes, weight_bytes
-from einlinear.compression.resume_cache import ResumeCache, digest_of
+from einlinear.compression.narrowing import NARROW, UNIFORM, Removal, check_narrow, module_candidates, removal
+from einlinear.compression.output_metric import OutputMetric, measure_output_metrics
+from einlinear.compression.resume_cache import LayerResults, ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.compression.spectrum import LowRanks, low_ranks
-from einlinear.compression.time_candidates import LayerTimes
-from einlinear.conversion.replacement import replace_modules, structured_like
+from einlinear.compression.time_budget import TimeBudget
+from einlinear.conversion.replacement import replace_modules
 from einlinear.nn import Experts, Linear
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, check_batches, evaluating
 from einlinear.nn.quantized_linear import QuantizedLinear
-from einlinear.structures import Structure
 
+# what `count` counts
+_BUDGETS: dict[str, type[Budget]] = {b.count: b for b in (Budget, MacsBudget, ByteBudget, TimeBudget)}
 # tokens for each input feature of a layer, to compare structures with; the one that is chosen is fitted to more
 _ENOUGH = 16
 
@@ -118,46 +107,36 @@ def compress(
     """
     families = [structures] if isinstance(structures, str) else list(structures)
     batches = _check_arguments(model, budget, families, calibration, count, tokens, damping)
-    if only_if_faster and count == "bytes":
-        raise ValueError("only_if_faster=True needs count='params', 'macs' or 'time': with 'bytes' nothing is timed")
+    kind = _BUDGETS[count]
+    kind.check_options(families, tokens, only_if_faster)
     check_narrow(families)
     is_cached = folder is not None or shared is not None
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
-    # compiled code ignores new hooks
-    of_size = count in ("params", "macs") and not only_if_faster and {NARROW, UNIFORM}.isdisjoint(families)
-    with open_experts(model, of_size):
+    with open_experts(model, kind.has_experts and not only_if_faster and {NARROW, UNIFORM}.isdisjoint(families)):
+        # compiled code ignores new hooks
         with evaluating(model), torch.compiler.set_stance("force_eager"):
             # copies the modules and shares their tensors: the original stays the reference
             compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
             selection = select_layers(model, layers, batches)
             dense = selection.layers
             linears = {name: layer for name, layer in dense.items() if not isinstance(layer, DenseStack)}
-            in_bytes = count == "bytes"
-            largest = budget * sum(weight_bytes(l) if in_bytes else dense_cost(l, count) for l in dense.values())
             blocks, not_narrowed = find_blocks(model, selection, batches or [], families)
-            alone = [family for family in families if family not in (NARROW, UNIFORM)]
-            # structure need not save anything where time, precision or fewer features do
-            by_size = (budget, count) if count in ("params", "macs") and not blocks else (1.0, "params")
-            members, reasons = members_by_layer(dense, alone, *by_size)
-            if in_bytes or not alone:
-                reasons = {}
-            if in_bytes and not blocks:
-                _check_bytes(dense, members, budget, int(largest))
             data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
             config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
             config |= {"sequential": sequential, "only_if_faster": only_if_faster, "tokens": tokens, **data_config}
             results = ResumeCache(folder, config, "an unfinished compression")
             shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
-            timed = TOKENS if tokens is None else (tokens,)
 
             def report_timing(done: int) -> None:
                 report_progress("timing layers", done, max(done, len(dense)))
 
-            timer = LayerTimer(linears, timed, results, report_timing)
+            timer = LayerTimer(linears, TOKENS if tokens is None else (tokens,), results, report_timing)
             report_progress("looking at the model", 1, 1)
-            times = LayerTimes(timer, dense, members, budget) if count == "time" else None
+            total_budget = kind(budget, dense, families, timer, only_if_faster)
+            if not blocks:
+                total_budget.check(total_budget.least)
 
             # 1. calibrate
             passes = None if batches is None else Passes(model, batches, unchanged=selection.first_layers)
@@ -166,139 +145,49 @@ def compress(
             # 2. measure the sensitivity to each layer, and the errors of its candidates
             probe = None if batches is None else SensitivityProbe(model, batches)
             metrics = cache(lambda: {} if batches is None else measure_output_metrics(model, linears, batches))
-            compare = _Step("comparing structures", len(dense), damping, shared_cache, report_progress)
-            sensitivities, candidates, removals = _compare(compare, calibrated, members, count, probe, metrics, blocks)
-            modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
-            if blocks and (least_possible := least_cost(candidates, modules)) > largest:
-                share = f"{budget:g} of the {count} of {len(dense)} layers, {int(largest):,}, cannot be reached"
-                raise ValueError(f"{share} with {', '.join(families)}: the cheapest choice takes {least_possible:,}")
 
-            # 3. allocate
-            if times is None:
-                timed_layers = timer if only_if_faster else None
-                chosen, slow = _allocate(results, candidates, modules, int(largest), dense, timed_layers)
-            else:
-                chosen, slow = times.allocate(candidates)
-            alternative = _rounding_alone(candidates, chosen, int(largest)) if in_bytes else None
-            reasons |= dict.fromkeys(slow, "every structure tried is slower than the dense layer")
+            def metric(name: str) -> OutputMetric | None:
+                return metrics().get(name)
+
+            compare = LayerResults("comparing structures", len(dense), damping, shared_cache, report_progress)
+            sensitivities, candidates, removals = _compare(compare, calibrated, total_budget, probe, metric, blocks)
+            modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
+
+            # 3. allocate the budget
+            chosen, slow = total_budget.allocate(candidates, modules, results)
+            alternatives = total_budget.alternatives(candidates, chosen, sensitivities)
 
             # 4. fit
-            specs = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
+            new = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
             passes = Passes(compressed, batches) if sequential and batches is not None else None
-            fit = _Step("fitting", len(specs), damping, results, report_progress)
-            fitted = _fit(fit, calibrated, specs, metrics, compressed, passes)
+            fit = LayerResults("fitting", len(new), damping, results, report_progress)
+            fitted = fit_layers(fit, calibrated, new, metric, compressed, passes)
 
         # 5. replace the layers of the model
+        reasons = total_budget.reasons | dict.fromkeys(slow, "every structure tried is slower than the dense layer")
         reports = [
             _layer_report(name, layer, chosen[name], sensitivities[name], fitted.get(name), timer, reasons.get(name))
             for name, layer in dense.items()
         ]
-        missed = sum(choice.cost for choice in chosen.values()) > (largest if times is None else times.budget)
+        is_missed = sum(candidate.cost for candidate in chosen.values()) > total_budget.largest
         narrow_attributes(model, chosen)
-        replace_modules(model, {id(dense[name]): new.layer.train(dense[name].training) for name, new in fitted.items()})
+        replace_modules(model, {id(dense[name]): f.layer.train(dense[name].training) for name, f in fitted.items()})
         return CompressionReport(
             tuple(reports),
             tuple(selection.skipped),
             selection.coverage,
-            missed_budget=budget if missed else None,
-            alternative=alternative,
-            time=None if times is None else times.measured(chosen, sensitivities),
+            missed_budget=budget if is_missed else None,
             not_narrowed=tuple(not_narrowed),
+            **alternatives,
         )
 
 
-def _layer_report(
-    name: str,
-    dense: Any,
-    chosen: LayerCandidate,
-    sensitivity: Sensitivity,
-    fitted: FittedLayer | None,
-    timer: LayerTimer,
-    reason: str | None,
-) -> CompressedLayer:
-    """Describe what became of a dense layer; `fitted` is None if it stays dense."""
-    size, before = dense.weight.numel(), weight_bytes(dense)
-    report = CompressedLayer(
-        name,
-        "dense",
-        params_before=size,
-        params=size,
-        macs=dense_cost(dense, "macs"),
-        expected_error=chosen.error,
-        error=0.0,
-        sensitivity=sensitivity.slope,
-        speed_up=SpeedUp(dict.fromkeys(timer.tokens, 1.0)),
-        reason=reason,
-        bytes_before=before,
-        bytes=before,
-    )
-    if fitted is None:
-        return report
-    new = fitted.layer
-    is_structured, of = isinstance(new, Linear | Experts), partial(matrices, dense)
-    params = of("params") * new.structure.params if is_structured else new.weight.numel()
-    is_stack = isinstance(dense, DenseStack)
-    return replace(
-        report,
-        structure=chosen.structure,
-        params=params,
-        macs=of("macs") * new.structure.macs if is_structured else params,
-        error=fitted.error,
-        # experts are not timed
-        speed_up=SpeedUp(dict.fromkeys(timer.tokens, math.nan)) if is_stack else timer(dense, new),
-        tokens_per_input=fitted.tokens / features(dense)[0] if fitted.tokens else None,
-        reason=None,
-        precision=chosen.precision,
-        bytes=new.nbytes if isinstance(new, QuantizedLinear) else params * dense.weight.element_size(),
-    )
-
-
-class FittedLayer(NamedTuple):
-    """A structured or narrow layer, its relative squared error, and the number of tokens that it was fitted to."""
-
-    layer: Any
-    error: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step of the pipeline that computes results layer by layer, from the inputs of each."""
-
-    name: str
-    layers: int
-    damping: float
-    cache: ResumeCache
-    progress: Callable[[str, int, int], None]
-
-    def cached(self, layer: str, done: int, collect: Callable[[], InputStatistics]) -> Callable[..., Any]:
-        """Return `ResumeCache.get_or` for functions of a layer's inputs and their damped second moment."""
-
-        def get_or(content: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
-            def record() -> Any:
-                inputs = collect()
-                self.report(done)
-                try:
-                    return compute(inputs, inputs.damped(self.damping))
-                except (torch.linalg.LinAlgError, ValueError) as error:  # type: ignore[attr-defined]
-                    advice = f"give more calibration data, or a larger damping than {self.damping:g}"
-                    raise ValueError(f"{layer} cannot be fitted to its inputs: {error}; {advice}") from error
-
-            return self.cache.get_or(f"{content} of {layer}", record, *how)
-
-        return get_or
-
-    def report(self, done: int) -> None:
-        self.progress(self.name, done, self.layers)
-
-
 def _compare(
-    step: _Step,
+    results: LayerResults,
     calibrated: Calibration,
-    members: Mapping[str, dict[str, list[Structure]]],
-    count: str,
+    budget: Budget,
     probe: SensitivityProbe | None,
-    metrics: Callable[[], dict[str, OutputMetric]],
+    metric: Callable[[str], OutputMetric | None],
     blocks: Sequence[InnerFeatures],
 ) -> tuple[dict[str, Sensitivity], dict[str, list[LayerCandidate]], dict[str, Removal]]:
     """Return the sensitivity of the model's output to each layer, candidates with their errors, and those of blocks."""
@@ -306,20 +195,16 @@ def _compare(
     candidates: dict[str, list[LayerCandidate]] = {}
     consumers, removals = {inner.consumer: inner for inner in blocks}, dict[str, Removal]()
     for name, statistics in calibrated.statistics(calibrated.stages, enough=_ENOUGH):
-        layer, cached = calibrated.layers[name], step.cached(name, len(candidates), statistics)
-        metric = partial(_metric, metrics, name)
-        components = _components(layer, metric)
+        layer, cached = calibrated.layers[name], results.cached(name, len(candidates), statistics)
+        components = _components(layer, partial(metric, name))
         if probe is not None:
             measure = partial(measure_sensitivity, layer, probe, components)
             sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
-        by_structure = "macs" if count == "macs" else "params"
-        given = layer, members[name], by_structure, sensitivities[name], metric, components, cached
-        candidates[name] = layer_candidates(*given)
-        if count == "bytes":
-            candidates[name] = in_every_precision(layer, candidates[name], sensitivities[name], cached)
+        errors = structure_errors(layer, budget.members[name], partial(metric, name), components, cached)
+        candidates[name] = budget.candidates(name, errors, sensitivities[name], cached)
         if name in consumers:
             removals[name] = cached("inner features", partial(removal, layer, consumers[name]), Removal.from_record)
-    step.report(len(candidates))
+    results.report(len(candidates))
     return sensitivities, candidates, removals
 
 
@@ -335,117 +220,51 @@ def _components(layer: Any, metric: Callable[[], OutputMetric | None]) -> Callab
     return compute
 
 
-def _allocate(
-    cache: ResumeCache,
-    candidates: Mapping[str, Sequence[LayerCandidate]],
-    modules: Sequence[ModuleCandidate],
-    budget: int,
-    layers: Mapping[str, Any],
-    timer: LayerTimer | None,
-) -> tuple[dict[str, LayerCandidate], list[str]]:
-    """Return a candidate for every layer, and the layers whose structures are all slower than dense, with a timer."""
-
-    def is_slower(name: str, spec: str) -> bool:
-        return timer is not None and timer(layers[name], structured_like(layers[name], spec)).is_slower
-
-    def choose() -> dict[str, Any]:
-        chosen, slow = allocate_faster(candidates, budget, is_slower, modules)
-        return {"structures": {name: candidate.label for name, candidate in chosen.items()}, "slow": slow}
-
-    def decode(record: Any) -> tuple[dict[str, LayerCandidate], list[str]]:
-        specs = record["structures"]
-        options = {name: [*candidates[name], *(m[name] for m in modules if name in m)] for name in layers}
-        return {name: {c.label: c for c in options[name]}[specs[name]] for name in layers}, list(record["slow"])
-
-    return cache.get_or("allocation", choose, decode)
-
-
-def _rounding_alone(
-    candidates: Mapping[str, Sequence[LayerCandidate]], chosen: Mapping[str, LayerCandidate], budget: int
-) -> RoundingAlone:
-    dense = {name: [c for c in options if c.spec == "dense"] for name, options in candidates.items()}
-    rounding = None
-    if sum(min(c.cost for c in options) for options in dense.values()) <= budget:
-        rounding = sum(c.output_change for c in allocate(dense, budget).values())
-    return RoundingAlone(sum(c.output_change for c in chosen.values()), rounding)
-
-
-def _fit(
-    step: _Step,
-    calibrated: Calibration,
-    specs: Mapping[str, LayerCandidate],
-    metrics: Callable[[], dict[str, OutputMetric]],
-    compressed: nn.Module,
-    passes: Passes | None,
-) -> dict[str, FittedLayer]:
-    """Fit a layer of each structure, by name, and put it into the compressed model, of which these are passes."""
-    fitted: dict[str, FittedLayer] = {}
-    stages = [stage for stage in calibrated.stages if not specs.keys().isdisjoint(stage.names)]
-    # with passes each layer is fitted to the outputs of those before it, which are compressed already
-    for group in [stages] if passes is None else [[stage] for stage in stages]:
-        for name, statistics in calibrated.statistics(group, passes):
-            if name in specs:
-                old, choice, cached = calibrated.layers[name], specs[name], step.cached(name, len(fitted), statistics)
-                compute = partial(_fit_layer, old, choice, step.damping, partial(_metric, metrics, name))
-                decode = partial(_fitted_layer, old, choice)
-                fitted[name] = cached(choice.label, compute, decode, True)
-        names = [name for stage in group for name in stage.names if name in fitted]
-        new = {name: in_full_size(calibrated.layers[name], fitted[name].layer, specs[name]) for name in names}
-        replace_modules(compressed, {id(compressed.get_submodule(name)): layer for name, layer in new.items()})
-    step.report(len(fitted))
-    return fitted
-
-
-def _metric(metrics: Callable[[], dict[str, OutputMetric]], name: str) -> OutputMetric | None:
-    return metrics().get(name)
-
-
-@torch.no_grad()
-def _fit_layer(
-    old: Any,
-    choice: LayerCandidate,
-    damping: float,
-    metric: Callable[[], OutputMetric | None],
-    inputs: InputStatistics,
-    moment: Tensor,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a structured layer whose outputs come closest to a dense one's, and how close."""
-    if isinstance(choice, NarrowCandidate):
-        return fit_narrow(old, choice, damping, inputs, moment)
-    weight, layer = layer_weight(old), _layer_of(old, choice)
-    target, of_inputs = inputs.target_weight(weight, damping), moment if inputs.tokens else None
-    factors = [target] if choice.spec == "dense" else project(layer.structure, target, of_inputs, metric())
-    if isinstance(layer, QuantizedLinear):
-        layer.store(round_factors(layer.structure, factors, layer.formats, target, of_inputs))
+def _layer_report(
+    name: str,
+    dense: Any,
+    chosen: LayerCandidate,
+    sensitivity: Sensitivity,
+    fitted: FittedLayer | None,
+    timer: LayerTimer,
+    reason: str | None,
+) -> CompressedLayer:
+    """Describe what became of a dense layer; `fitted` is None if it stays dense."""
+    size, before, macs = dense.weight.numel(), weight_bytes(dense), matrices(dense, "macs") * math.prod(features(dense))
+    report = CompressedLayer(
+        name,
+        "dense",
+        params_before=size,
+        params=size,
+        macs=macs,
+        expected_error=chosen.error,
+        error=0.0,
+        sensitivity=sensitivity.slope,
+        speed_up=SpeedUp(dict.fromkeys(timer.tokens, 1.0)),
+        reason=reason,
+        bytes_before=before,
+        bytes=before,
+    )
+    if fitted is None:
+        return report
+    new = fitted.layer
+    if isinstance(new, Linear | Experts):
+        params, macs = (matrices(dense, count) * getattr(new.structure, count) for count in ("params", "macs"))
     else:
-        for factor, value in zip(layer.structure.factors, factors, strict=True):
-            layer.get_parameter(factor.name).copy_(value)
-    approximation = layer.dense_weights() if isinstance(layer, Experts) else layer.dense_weight()
-    if layer.bias is not None:
-        layer.bias.copy_(inputs.corrected_bias(old.bias, weight, approximation))
-    return layer.state_dict(), {"error": inputs.relative_error(weight, approximation), "tokens": inputs.tokens}
-
-
-def _layer_of(old: Any, choice: LayerCandidate) -> Any:
-    if isinstance(choice, NarrowCandidate):
-        return narrow_layer(old, choice)
-    if isinstance(old, DenseStack):
-        return old.structured(choice.spec)
-    if not choice.precision:
-        return structured_like(old, choice.spec)
-    config: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype, "precision": choice.precision}
-    layer = QuantizedLinear(*features(old), choice.spec, old.bias is not None, **config)
-    layer.dense_class = type(old)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(old.bias.requires_grad)
-    return layer
-
-
-def _fitted_layer(old: Any, choice: LayerCandidate, record: tuple[dict[str, Tensor], dict[str, Any]]) -> FittedLayer:
-    tensors, metadata = record
-    layer = _layer_of(old, choice)
-    layer.load_state_dict(tensors)
-    return FittedLayer(layer, float(metadata["error"]), int(metadata["tokens"]))
+        params = macs = new.weight.numel()
+    return replace(
+        report,
+        structure=chosen.structure,
+        params=params,
+        macs=macs,
+        error=fitted.error,
+        # experts are not timed
+        speed_up=SpeedUp(dict.fromkeys(timer.tokens, math.nan)) if isinstance(new, Experts) else timer(dense, new),
+        tokens_per_input=fitted.tokens / features(dense)[0] if fitted.tokens else None,
+        reason=None,
+        precision=chosen.precision,
+        bytes=new.nbytes if isinstance(new, QuantizedLinear) else params * dense.weight.element_size(),
+    )
 
 
 def _check_arguments(
@@ -464,12 +283,8 @@ def _check_arguments(
         raise TypeError(f"budget must be a number, not {budget!r}")
     if calibration is not None:
         check_batches(calibration, "calibration")
-    if count not in ("params", "macs", "bytes", "time"):
-        raise ValueError(f"count must be 'params', 'macs', 'bytes' or 'time', not {count!r}")
-    if tokens is None and count == "time":
-        raise ValueError("count='time' needs tokens: the number in one call, such as 1 for decoding, or 32 * 64")
-    if count == "time" and not {NARROW, UNIFORM}.isdisjoint(families):
-        raise ValueError("'narrow' has no budget of time: give count='params', 'macs' or 'bytes'")
+    if count not in _BUDGETS:
+        raise ValueError(f"count must be one of {', '.join(map(repr, _BUDGETS))}, not {count!r}")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise ValueError(f"tokens is the number in one call of a layer, at least 1, not {tokens!r}")
     if not 0 <= damping < math.inf:
@@ -482,17 +297,6 @@ def _check_arguments(
     if batches == []:
         raise ValueError("calibration has no batches")
     return batches
-
-
-def _check_bytes(
-    layers: Mapping[str, Any], members: Mapping[str, dict[str, list[Structure]]], budget: float, largest: int
-) -> None:
-    least = sum(
-        least_bytes(layer, [s for group in members[name].values() for s in group]) for name, layer in layers.items()
-    )
-    if least > largest:
-        share = f"{budget:g} of the bytes of {len(layers)} layers, {largest:,}, cannot be reached"
-        raise ValueError(f"{share}: with the smallest structures in the lowest precision they take {least:,}")
 
 
 def _check_packages(is_cached: bool) -> None:

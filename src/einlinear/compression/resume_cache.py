@@ -6,12 +6,14 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from einlinear.compression.calibration import InputStatistics
 from einlinear.files import read_json, write_json
 
 T = TypeVar("T")
@@ -22,22 +24,25 @@ class ResumeCache:
 
     def __init__(self, folder: str | Path | None, config: Mapping[str, Any], content: str) -> None:
         self._folder = None if folder is None else Path(folder)
-        if self._folder is None:
-            return
-        file = self._folder / "config.json"
+        self._config, self._content = dict(config), content
+        if self._folder is not None:
+            self._has_config(self._folder)
+
+    def _has_config(self, folder: Path) -> bool:
+        """Return whether a folder was begun; ValueError if it holds anything else."""
+        file = folder / "config.json"
         if not file.is_file():
-            if self._folder.exists() and any(self._folder.iterdir()):
-                raise ValueError(f"{folder} holds files that are not {content}: name another folder")
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, dict(config))
-            return
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(f"{folder} holds files that are not {self._content}: name another folder")
+            return False
         try:
             before = dict(read_json(file))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{file} holds no config ({error}): delete {folder} to start anew") from None
-        if changed := [name for name in config if before.get(name) != config[name]]:
+        if changed := [name for name in self._config if before.get(name) != self._config[name]]:
             advice = "repeat that config, name another folder, or delete it to start anew"
-            raise ValueError(f"{folder} holds {content} with another config ({', '.join(changed)}): {advice}")
+            raise ValueError(f"{folder} holds {self._content} with another config ({', '.join(changed)}): {advice}")
+        return True
 
     def get_or(
         self, key: str, compute: Callable[[], Any], decode: Callable[[Any], T] = lambda x: x, tensors: bool = False
@@ -64,11 +69,46 @@ class ResumeCache:
                 cause = f"{type(error).__name__}: {error}"
                 raise ValueError(f"{path} does not hold a result for {key} ({cause}): delete the file") from error
         record = compute()
+        # a computation that fails at once leaves no folder
+        if not self._has_config(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._folder / "config.json", self._config)
         if tensors:
             write_tensors(path, *record)
         else:
             write_json(path, record)
         return decode(record)
+
+
+@dataclass(frozen=True)
+class LayerResults:
+    """Results of one step of `compress`, layer by layer, from the inputs of each."""
+
+    step: str
+    layers: int
+    damping: float
+    cache: ResumeCache
+    progress: Callable[[str, int, int], None]
+
+    def cached(self, layer: str, done: int, collect: Callable[[], InputStatistics]) -> Callable[..., Any]:
+        """Return `ResumeCache.get_or` for functions of a layer's inputs and their damped second moment."""
+
+        def get_or(content: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
+            def record() -> Any:
+                inputs = collect()
+                self.report(done)
+                try:
+                    return compute(inputs, inputs.damped(self.damping))
+                except (torch.linalg.LinAlgError, ValueError) as error:  # type: ignore[attr-defined]
+                    advice = f"give more calibration data, or a larger damping than {self.damping:g}"
+                    raise ValueError(f"{layer} cannot be fitted to its inputs: {error}; {advice}") from error
+
+            return self.cache.get_or(f"{content} of {layer}", record, *how)
+
+        return get_or
+
+    def report(self, done: int) -> None:
+        self.progress(self.step, done, self.layers)
 
 
 def digest_of(model: nn.Module, batches: Iterable[Any] | None) -> str:

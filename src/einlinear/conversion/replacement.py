@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear
+from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear, QuantizedLinear
 from einlinear.nn.dense_layers import features, is_linear
 from einlinear.structures import Structure
 
@@ -42,7 +42,7 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
-    """Return a new `Linear`, `Embedding`, or `MoELinear` if `config` has "experts", like an old layer."""
+    """Return a new structured layer like an old one; "precision" makes it quantised, "experts" a `MoELinear`."""
     if isinstance(old, nn.Embedding):
         size = old.num_embeddings, old.embedding_dim
         table = Embedding(*size, structure, old.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
@@ -50,7 +50,8 @@ def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
     if isinstance(old, nn.Conv1d | nn.Conv2d):
         return (Conv1d if isinstance(old, nn.Conv1d) else Conv2d).like(old, structure)
     config |= {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-    layer = (MoELinear if "experts" in config else Linear)(*features(old), structure, **config)
+    kind: Any = MoELinear if "experts" in config else QuantizedLinear if "precision" in config else Linear
+    layer = kind(*features(old), structure, **config)
     if isinstance(layer, Linear):
         layer.dense_class = type(old)
     layer.requires_grad_(old.weight.requires_grad)

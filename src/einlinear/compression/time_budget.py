@@ -1,4 +1,4 @@
-"""Candidates of a layer under a budget of time: the seconds of a few structures are measured on this machine."""
+"""Budget of time: the seconds of a few structures of every size are measured on this machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from einlinear.compression.allocation import allocate, least_cost
+from einlinear.compression.budget import Allocation, Budget, Candidates, Choice, Sensitivities, total_change
 from einlinear.compression.candidates import LayerCandidate
 from einlinear.compression.compression_report import DtypeAlone, MeasuredTime
-from einlinear.compression.layer_timing import LayerTimer, describe_tokens
-from einlinear.compression.sensitivity import Sensitivity
+from einlinear.compression.layer_timing import describe_tokens
+from einlinear.compression.narrowing import NARROW, UNIFORM, ModuleCandidate
+from einlinear.compression.resume_cache import ResumeCache
 from einlinear.conversion.replacement import structured_like
 from einlinear.structures import Structure
 
@@ -23,59 +25,38 @@ from einlinear.structures import Structure
 _TIMED = 4
 # allocations after which the structures chosen are timed themselves
 _ROUNDS = 3
+# costs of a layer by spec, given its name
+_Costs = Callable[[str], Mapping[str, int]]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class LayerTimes:
-    """Times of layers, dense and in every structure, for a number of tokens; costs are whole nanoseconds.
+class TimeBudget(Budget):
+    """A budget of whole nanoseconds for a number of tokens at once, measured for a few structures of every size."""
 
-    Args:
-        layers: dense layers by name.
-        members: members of each family by layer.
-        budget: the fraction of the time of all dense layers together; ValueError if nothing is as fast.
-    """
+    count = "time"
+    has_experts = False
 
-    def __init__(
-        self,
-        timer: LayerTimer,
-        layers: Mapping[str, Any],
-        members: Mapping[str, Mapping[str, Sequence[Structure]]],
-        budget: float,
-    ) -> None:
-        self._timer, self._layers, self._members = timer, layers, members
-        (self._tokens,) = timer.tokens
-        sampled = {
-            name: [s.spec for family in families.values() for s in _evenly_spaced(family)]
-            for name, families in members.items()
-        }
-        for name, layer in layers.items():
-            in_other_dtypes = {_label(dtype): partial(_converted, layer, dtype) for dtype in _other_dtypes(layer)}
-            self._seconds(name, sampled[name], in_other_dtypes)
-        costs = {name: self.costs(name) for name in layers}
-        self.dense = sum(of["dense"] for of in costs.values())
-        self.budget = int(budget * self.dense)
-        if (least := sum(min(of.values()) for of in costs.values())) > self.budget:
-            share = (
-                f"{budget:g} of the time of {len(layers)} layers for {describe_tokens(timer.tokens)} cannot be reached"
-            )
-            raise ValueError(f"{share}: the fastest structures take {least / self.dense:.4f} of it on this machine")
+    @staticmethod
+    def check_options(families: Sequence[str], tokens: int | None, only_if_faster: bool) -> None:
+        if tokens is None:
+            raise ValueError("count='time' needs tokens: the number in one call, such as 1 for decoding, or 32 * 64")
+        if not {NARROW, UNIFORM}.isdisjoint(families):
+            raise ValueError("'narrow' has no budget of time: give count='params', 'macs' or 'bytes'")
 
     def costs(self, name: str) -> dict[str, int]:
         """Return the nanoseconds of a layer, "dense" and by spec: measured ones, and for the others interpolated."""
         costs = self._measured_costs(name)
-        for family in self._members[name].values():
+        for family in self.members[name].values():
             costs |= _interpolated(family, costs)
         return costs
 
-    def allocate(
-        self, candidates: Mapping[str, Sequence[LayerCandidate]]
-    ) -> tuple[dict[str, LayerCandidate], list[str]]:
+    def allocate(self, candidates: Candidates, modules: Sequence[ModuleCandidate], cache: ResumeCache) -> Allocation:
         """Choose one candidate per layer among those faster than dense, and list the layers that have none.
 
         The structures chosen are timed themselves, and the choice is made again; at last, of timed structures alone.
         """
         for _ in range(_ROUNDS):
-            chosen = self._allocate(candidates, self.costs)
+            chosen = self._within(candidates, self.costs)
             untimed = {name: c.spec for name, c in chosen.items() if c.spec not in self._seconds(name)}
             if not untimed:
                 break
@@ -86,33 +67,30 @@ class LayerTimes:
             for name, specs in by_size.values():
                 self._seconds(name, specs)
         else:
-            chosen = self._allocate(candidates, self._measured_costs)
+            chosen = self._within(candidates, self._measured_costs)
         options = self._faster(candidates, self.costs)
         return chosen, [name for name, of in options.items() if len(of) == 1 < len(candidates[name])]
 
-    def measured(self, chosen: Mapping[str, LayerCandidate], sensitivities: Mapping[str, Sensitivity]) -> MeasuredTime:
-        """Return the time of the layers before and after, and that of the dense layers in other dtypes."""
+    def alternatives(self, candidates: Candidates, chosen: Choice, sensitivities: Sensitivities) -> dict[str, Any]:
         alone = []
         for dtype in _DTYPES:
             converted = [name for name, layer in self._layers.items() if dtype in _other_dtypes(layer)]
-            costs = {name: self._seconds(name) for name in self._layers}
-            seconds = sum(of[_label(dtype) if name in converted else "dense"] for name, of in costs.items())
+            seconds = sum(self._seconds(n)[f"dense, {dtype}" if n in converted else "dense"] for n in self._layers)
             change = sum(sensitivities[name].at(_rounding_error(dtype)) for name in converted)
             if converted:
                 alone.append(DtypeAlone(str(dtype), seconds, change))
-        after, change = sum(c.cost for c in chosen.values()), sum(c.output_change for c in chosen.values())
-        return MeasuredTime(self._tokens, 1e-9 * self.dense, 1e-9 * after, change, tuple(alone))
+        before, after = 1e-9 * self.total, 1e-9 * sum(c.cost for c in chosen.values())
+        return {"time": MeasuredTime(self._timer.tokens[0], before, after, total_change(chosen), tuple(alone))}
 
-    def _allocate(
-        self, candidates: Mapping[str, Sequence[LayerCandidate]], costs: Callable[[str], Mapping[str, int]]
-    ) -> dict[str, LayerCandidate]:
+    def _describe(self) -> str:
+        return f"time of {len(self._layers)} layers for {describe_tokens(self._timer.tokens)}"
+
+    def _within(self, candidates: Candidates, costs: _Costs) -> dict[str, LayerCandidate]:
         faster = self._faster(candidates, costs)
         # measured ones may take longer than was estimated
-        return allocate(faster, max(self.budget, least_cost(faster)))
+        return allocate(faster, max(self.largest, least_cost(faster)))
 
-    def _faster(
-        self, candidates: Mapping[str, Sequence[LayerCandidate]], costs: Callable[[str], Mapping[str, int]]
-    ) -> dict[str, list[LayerCandidate]]:
+    def _faster(self, candidates: Candidates, costs: _Costs) -> dict[str, list[LayerCandidate]]:
         """Return the candidates that have a cost and are faster than the dense layer, with these costs."""
         result = {}
         for name, options in candidates.items():
@@ -122,15 +100,16 @@ class LayerTimes:
         return result
 
     def _measured_costs(self, name: str) -> dict[str, int]:
-        specs = {"dense"}.union(*({s.spec for s in family} for family in self._members[name].values()))
-        return {spec: round(1e9 * s) for spec, s in self._seconds(name).items() if spec in specs}
+        seconds = self._seconds(name)
+        return {s.spec: round(1e9 * seconds[s.spec]) for s in self._structures(name) if s.spec in seconds}
 
-    def _seconds(
-        self, name: str, specs: Sequence[str] = (), others: Mapping[str, Callable[[], nn.Module]] | None = None
-    ) -> dict[str, float]:
+    def _seconds(self, name: str, specs: Sequence[str] = ()) -> dict[str, float]:
+        """Return the seconds of all that was timed for a layer's size: a few members, these structures, and dtypes."""
         layer = self._layers[name]
-        new = {spec: partial(structured_like, layer, spec) for spec in specs}
-        return dict(self._timer.seconds(layer, {**new, **(others or {})}, self._tokens))
+        specs = [*(s.spec for family in self.members[name].values() for s in _evenly_spaced(family)), *specs]
+        new: dict[str, Callable[[], nn.Module]] = {spec: partial(structured_like, layer, spec) for spec in specs}
+        new |= {f"dense, {dtype}": partial(_converted, layer, dtype) for dtype in _other_dtypes(layer)}
+        return self._timer.seconds(layer, new, *self._timer.tokens)
 
 
 def _evenly_spaced(family: Sequence[Structure]) -> list[Structure]:
@@ -157,10 +136,6 @@ def _interpolated(family: Sequence[Structure], costs: Mapping[str, int]) -> dict
 
 def _other_dtypes(layer: Any) -> list[torch.dtype]:
     return [dtype for dtype in _DTYPES if dtype != layer.weight.dtype]
-
-
-def _label(dtype: torch.dtype) -> str:
-    return f"dense, {dtype}"
 
 
 def _converted(layer: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,22 +1,25 @@
-"""Candidates of a layer under a budget of bytes: every structure, and the dense weight, in every precision."""
+"""Budget of bytes: every structure, and the dense weight, has candidates in every precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from einlinear import ops
+from einlinear.compression.allocation import allocate, least_cost
+from einlinear.compression.budget import Budget, Candidates, Choice, Errors, Sensitivities, total_change
 from einlinear.compression.candidates import LayerCandidate
+from einlinear.compression.compression_report import RoundingAlone
 from einlinear.compression.factor_rounding import expanded, round_factors
 from einlinear.compression.rounding import nearest_with_least_error
 from einlinear.compression.sensitivity import Sensitivity
 from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.nn.quantized_linear import BFLOAT16, factor_formats, stored_bytes
 from einlinear.ops.integer_format import IntegerFormat
-from einlinear.structures import Structure, structure
+from einlinear.structures import structure
 
 # each with its error relative to that of the one whose error is measured
 PRECISIONS = (BFLOAT16, "int8", "int4(group=64)", "int3(group=64)", "int2(group=64)")
@@ -25,32 +28,51 @@ _MEASURED = "int3(group=64)"
 _BFLOAT16_ERROR = 2.0**-18
 
 
-def least_bytes(layer: Any, members: Iterable[Structure]) -> int:
-    """Return the bytes of the smallest candidate."""
-    return min(stored_bytes(s, p) for s in (structure("dense", *features(layer)), *members) for p in PRECISIONS)
+class ByteBudget(Budget):
+    """A budget of bytes, with candidates in every precision."""
 
+    count = "bytes"
+    has_experts = False
 
-def in_every_precision(
-    layer: Any, candidates: Sequence[LayerCandidate], sensitivity: Sensitivity, cached: Callable[..., Any]
-) -> list[LayerCandidate]:
-    """Return the candidates in every precision, as far as none is both smaller and better, by increasing bytes.
+    @staticmethod
+    def check_options(families: Sequence[str], tokens: int | None, only_if_faster: bool) -> None:
+        if only_if_faster:
+            others = "count='params', 'macs' or 'time'"
+            raise ValueError(f"only_if_faster=True needs {others}: with 'bytes' nothing is timed")
 
-    The errors of rounding are measured for the dense weight and for one low rank, and added to those of structures.
-    """
-    errors = cached("rounding errors", lambda _, moment: rounding_errors(layer, moment), _decode)
-    size = features(layer)
-    options = [LayerCandidate("dense", weight_bytes(layer), 0.0, 0.0)]
-    for candidate in candidates:
-        s, kind = structure(candidate.spec, *size), "dense" if candidate.spec == "dense" else "factors"
-        for precision in PRECISIONS:
-            error = candidate.error + errors[kind][precision]
-            cost = stored_bytes(s, precision)
-            options.append(LayerCandidate(candidate.spec, cost, error, sensitivity.at(error), precision))
-    front: list[LayerCandidate] = []
-    for option in sorted(options, key=lambda option: (option.cost, option.output_change)):
-        if not front or option.output_change < front[-1].output_change or option.spec == "dense":
-            front.append(option)
-    return front
+    def costs(self, name: str) -> dict[str, int]:
+        return {s.spec: min(stored_bytes(s, p) for p in PRECISIONS) for s in self._structures(name)}
+
+    def dense_cost(self, name: str) -> int:
+        return weight_bytes(self._layers[name])
+
+    def candidates(self, name: str, errors: Errors, sensitivity: Sensitivity, cached: Callable[..., Any]) -> list[Any]:
+        """Return the candidates of a layer, as far as none is both smaller and better, by increasing bytes.
+
+        The errors of rounding are measured for the dense weight and for one low rank, and added to those of structures.
+        """
+        layer = self._layers[name]
+        added = cached("rounding errors", lambda _, moment: rounding_errors(layer, moment), _decode)
+        options = [LayerCandidate("dense", self.dense_cost(name), 0.0, 0.0)]
+        for s, of_structure in errors:
+            for precision, of_rounding in added["dense" if s.spec == "dense" else "factors"].items():
+                cost, error = stored_bytes(s, precision), of_structure + of_rounding
+                options.append(LayerCandidate(s.spec, cost, error, sensitivity.at(error), precision))
+        front: list[LayerCandidate] = []
+        for option in sorted(options, key=lambda option: (option.cost, option.output_change)):
+            if not front or option.output_change < front[-1].output_change or option.spec == "dense":
+                front.append(option)
+        return front
+
+    def alternatives(self, candidates: Candidates, chosen: Choice, sensitivities: Sensitivities) -> dict[str, Any]:
+        dense = {name: [c for c in options if c.spec == "dense"] for name, options in candidates.items()}
+        rounding = None if least_cost(dense) > self.largest else total_change(allocate(dense, self.largest))
+        return {"alternative": RoundingAlone(total_change(chosen), rounding)}
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        # a layer without any structure is rounded
+        return {}
 
 
 def weight_bytes(layer: Any) -> int:
