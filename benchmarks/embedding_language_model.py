@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     arguments = parser.parse_args()
     tokens = load_tokens(arguments.data)
     vocabulary = tokens.tokenizer.vocab_size
@@ -67,7 +68,7 @@ def main() -> None:
     for name, (width, structure) in VARIANTS.items():
         results = {}
         start = time.process_time()
-        for rate in RATES:
+        for rate in arguments.rates:
             torch.manual_seed(0)
             network = model(width, structure, vocabulary, arguments.context)
             base = model(BASE_WIDTH, None, vocabulary, arguments.context)
@@ -86,7 +87,7 @@ def main() -> None:
             with torch.no_grad():
                 results[rate] = sum(float(loss_of(network.eval(), rows)) for rows in held_out) / len(held_out)
         best = min(results, key=results.__getitem__)
-        params, seconds = sum(p.numel() for p in network.parameters()), (time.process_time() - start) / len(RATES)
+        params, seconds = sum(p.numel() for p in network.parameters()), (time.process_time() - start) / len(results)
         print(f"| {name} | {width} | {params:,} | {best:g} | {results[best]:.3f} | {seconds:.0f} |", flush=True)
 
 
