@@ -29,7 +29,7 @@ from einlinear.structures import structure as make_structure
 def adapt(
     model: nn.Module,
     structure: str | Mapping[str, str],
-    layers: str | Sequence[str] = "*",
+    layers: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     *,
     scale: float = 1.0,
@@ -47,7 +47,8 @@ def adapt(
     Args:
         model: any module that has linear layers inside.
         structure: of S in all matched layers; or glob on qualified names -> structure, where the first match counts.
-        layers: a glob, or several, on qualified names: which layers to consider at all.
+            Globs and names are those of `einlinear.convert`.
+        layers: a glob, or several, on qualified names: which linear layers to adapt. None: all.
         exclude: a glob, or several: which of these to leave out.
         scale: what S x is multiplied by. LoRA's is alpha / r.
         dropout: the probability that an input of S is zero in training.

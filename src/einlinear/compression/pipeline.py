@@ -79,7 +79,8 @@ def compress(
             seconds that the dense layers take on this machine; layers that would not become faster stay dense.
         tokens: tokens that a layer gets in one call, for which layers are timed: 1 for decoding, or the batch size
             times the length. None: 1 and 256; count="time" needs a number.
-        layers: a glob, or several, on qualified names; None: all but output heads, which the guide lists.
+        layers: a glob, or several, on qualified names: which layers to compress. None: all but output heads, which the
+            guide lists. Globs and names are those of `einlinear.convert`.
         sequential: fit each layer on the outputs of the compressed layers before it; False: on the original's inputs,
             as stacked experts always are.
         damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
@@ -165,9 +166,10 @@ def compress(
 
         # 5. replace the layers of the model
         reasons = total_budget.reasons | dict.fromkeys(slow, "every structure tried is slower than the dense layer")
+        names = selection.names
         reports = [
-            _layer_report(name, layer, chosen[name], sensitivities[name], fitted.get(name), timer, reasons.get(name))
-            for name, layer in dense.items()
+            _layer_report(names[n], layer, chosen[n], sensitivities[n], fitted.get(n), timer, reasons.get(n))
+            for n, layer in dense.items()
         ]
         is_missed = sum(candidate.cost for candidate in chosen.values()) > total_budget.largest
         narrow_attributes(model, chosen)
@@ -177,7 +179,7 @@ def compress(
             tuple(selection.skipped),
             selection.coverage,
             missed_budget=budget if is_missed else None,
-            not_narrowed=tuple(not_narrowed),
+            not_narrowed=tuple((names[name], reason) for name, reason in not_narrowed),
             **alternatives,
         )
 

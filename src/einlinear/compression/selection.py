@@ -20,7 +20,7 @@ from einlinear.conversion.replacement import linear_layers, owners_of
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
-from einlinear.nn.names import as_globs, check_globs, matches_any
+from einlinear.nn.names import as_globs, full_names, matching
 
 # names of output heads in torchvision, timm and transformers
 _HEADS = {"classifier", "fc", "head", "heads", "lm_head"}
@@ -46,12 +46,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Selection:
-    """The dense layers to compress by name and in stages, in the order of their calls; the others with reasons."""
+    """The dense layers to compress by name and in stages, in the order of their calls; the others with reasons.
+
+    Layers have the names that `get_submodule` takes; `names` has those without prefixes of wrappers, by these.
+    """
 
     layers: dict[str, Any]
     stages: list[Stage]
     skipped: list[tuple[str, str]]
     coverage: Coverage
+    names: dict[str, str]
 
     @property
     def first_layers(self) -> list[str]:
@@ -75,7 +79,8 @@ def select_layers(
             # as many outputs as the first layer has inputs: an autoencoder or a feed-forward block, not logits
             heads = [name for name in called if name in last and name not in reasons]
             reasons |= {n: _IS_HEAD for n in heads if features(chosen[n])[1] != features(chosen[called[0]])[0]}
-    skipped += reasons.items()
+    names = {full: name for name, full in full_names(model).items()}
+    skipped += [(names[name], reason) for name, reason in reasons.items()]
     selectable = [Stage(tuple(n for n in stage.names if n not in reasons), stage.calls) for stage in stages]
     stages = [stage for stage in selectable if stage.names]
     selected = {name: chosen[name] for stage in stages for name in stage.names}
@@ -85,34 +90,29 @@ def select_layers(
         because += [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
         raise ValueError(f"there is no dense linear layer to compress: {'; '.join(because)}")
     if broken := next((name for name, layer in selected.items() if not layer.weight.isfinite().all()), None):
-        raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
-    return Selection(selected, stages, skipped, coverage)
+        raise ValueError(f"the weight of {names[broken]} has values that are NaN or infinite")
+    return Selection(selected, stages, skipped, coverage, names)
 
 
 def _suitable_layers(
     model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the layers that a structured one can replace, by name, and those that none can, with the reason."""
-    linears, stacks = linear_layers(model), stacks_of(model)
+    linears, stacks, full = linear_layers(model), stacks_of(model), full_names(model)
     fused = unsupported_experts(model, _NOT_EXPERTS)
-    fused |= {name: reason for name in fused if (reason := reason_to_skip_experts(model.get_submodule(name)))}
-    globs = as_globs("*" if layers is None else layers, "layers")
-    if not globs:
+    fused |= {n: reason for n in fused if (reason := reason_to_skip_experts(model.get_submodule(full[n])))}
+    if layers is not None and not as_globs(layers, "layers"):
         raise ValueError("layers is empty: give a glob such as '*.mlp.*', or None for all but output heads")
-    check_globs(
-        globs if layers is not None else [],
-        [*linears, *stacks, *map(_experts_of, stacks), *fused],
-        "layers",
-        "linear layer",
-    )
+    names = dict.fromkeys([*linears, *fused, *stacks, *map(_experts_of, stacks)])
+    matched = matching(names, layers, "layers", "linear layer")
     heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
     # two batches show which layers the model calls
     owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:2])
     chosen: dict[str, Any] = {}
-    skipped = [(name, reason) for name, reason in fused.items() if matches_any(name, globs)]
+    skipped = [(name, reason) for name, reason in fused.items() if name in matched]
     seen = set[int]()
     for name, layer in linears.items():
-        if id(layer) in seen or not matches_any(name, globs):
+        if id(layer) in seen or name not in matched:
             continue
         seen.add(id(layer))
         reason = uncalled.get(id(layer)) or reason_to_skip(layer)
@@ -124,12 +124,12 @@ def _suitable_layers(
         elif layer.weight.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model before you compress it")
         else:
-            chosen[name] = layer
+            chosen[full[name]] = layer
     for name, stack in stacks.items():
-        if matches_any(name, globs) or matches_any(_experts_of(name), globs):
+        if name in matched or _experts_of(name) in matched:
             if stack.weight.is_meta:
                 raise ValueError(f"{name} is on the meta device: load the model before you compress it")
-            chosen[name] = stack
+            chosen[full[name]] = stack
     return chosen, skipped
 
 

@@ -10,32 +10,32 @@ from torch import nn
 
 from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear, QuantizedLinear
 from einlinear.nn.dense_layers import features, is_linear
+from einlinear.nn.names import plain_modules
 from einlinear.structures import Structure
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
-    """Return all linear layers, structured ones included, by every qualified name they have."""
+    """Return all linear layers, structured ones included, by every name they have, without prefixes of wrappers."""
     instead = "el.Linear.from_dense(layer, structure)"
     return layers_of(model, instead, lambda module: isinstance(module, Linear | MoELinear) or is_linear(module))
 
 
 def modules_of(model: nn.Module, kinds: type | UnionType) -> dict[str, Any]:
     """Return the modules of these classes inside a model, by every qualified name they have."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if name and isinstance(module, kinds)}
+    return {name: module for name, module in plain_modules(model) if name and isinstance(module, kinds)}
 
 
 def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
     """Return the layers of a kind by every qualified name they have; `instead` is the advice for a bare layer."""
     if is_one(model):
         raise ValueError(f"the model is itself a linear layer, which cannot be replaced in place: use {instead}")
-    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_one(module)}
+    return {name: module for name, module in plain_modules(model) if is_one(module)}
 
 
 def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """Return the modules that hold a parameter, with their names, by the parameter's id."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model, remove_duplicate=True):
         for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), []).append((name, module))
     return owners
