@@ -74,7 +74,7 @@ def compressed(folder: Path) -> tuple[list[tuple[str, str]], torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     batches = [torch.randn(32, 16)]
-    report = el.compress(model, 0.6, ["low_rank"], calibration=batches, folder=folder)
+    report = el.compress(model, 0.6, ["low_rank"], calibration=batches, cache_dir=folder)
     return [(layer.name, layer.structure) for layer in report.layers], model(batches[0])
 
 

@@ -170,7 +170,7 @@ def _trained_parameters(model: nn.Module, train: str, rank: int) -> Iterator[tup
             if train == "structured":
                 raise ValueError("train='structured', but no structured layer requires gradients: give train='all'")
             if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-                raise ValueError("rounded weights cannot be trained: distill first, then round")
+                raise ValueError("quantised weights cannot be trained: distill first, then quantise")
             raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
         yield trained, nn.ModuleList(adapters.values())
 

@@ -72,12 +72,12 @@ class Passes:
         skipped, output = self._outputs.get(number, (0, None))
 
         # a copy: the model may change its own in place
-        def stored(*_: Any, **__: Any) -> Any:
+        def kept(*_: Any, **__: Any) -> Any:
             return tree_map_only(Tensor, Tensor.clone, output)
 
         with ExitStack() as after:
             for index in range(skipped):
-                after.enter_context(patched(self._block(index), "forward", stored))
+                after.enter_context(patched(self._block(index), "forward", kept))
             if skipped < self._start:
                 after.enter_context(self._recorded(number, self._start - 1, self._outputs))
             yield

@@ -57,8 +57,8 @@ def compress(
     damping: float = 1e-2,
     only_if_faster: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-    folder: str | Path | None = None,
-    shared: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    shared_cache_dir: str | Path | None = None,
 ) -> CompressionReport:
     """Replace linear layers by structured ones that together keep a share of parameters, MACs, bytes or time, in place.
 
@@ -87,8 +87,9 @@ def compress(
         only_if_faster: use only structures that are as fast as the dense layer on this machine, for all `tokens`,
             within 5 %, even if the budget is then not reached.
         progress: called with the current step, and how much of it is done, of how much; for the first time at once.
-        folder: resume cache, from which the same call resumes after an interruption. It is not removed at the end.
-        shared: resume cache for compressions of the same model and data to other budgets or with other structures.
+        cache_dir: folder of a resume cache, from which the same call resumes after an interruption. It is not removed
+            at the end.
+        shared_cache_dir: the same for compressions of the same model and data to other budgets or structures.
 
     Returns:
         A report to print: every layer, and their share of the whole model.
@@ -96,8 +97,8 @@ def compress(
     Raises:
         TypeError: a model, a budget or calibration data of the wrong type; batches that the forward pass does not take.
         ValueError: no layer to compress, a budget that nothing reaches, no calibration data, weights or inputs that are
-            not finite, a folder of another compression. The model is then unchanged.
-        ModuleNotFoundError: scipy is not installed, or with a folder safetensors; the extra `pretrained` has both.
+            not finite, the cache of another compression. The model is then unchanged.
+        ModuleNotFoundError: scipy is not installed, or with a cache safetensors; the extra `pretrained` has both.
 
     Example:
         >>> import torch, einlinear as el
@@ -107,11 +108,9 @@ def compress(
         True
     """
     families = [structures] if isinstance(structures, str) else list(structures)
-    batches = _check_arguments(model, budget, families, calibration, count, tokens, damping)
-    kind = _BUDGETS[count]
-    kind.check_options(families, tokens, only_if_faster)
-    check_narrow(families)
-    is_cached = folder is not None or shared is not None
+    kind = budget_kind(count, families, tokens, only_if_faster)
+    batches = _check_arguments(model, budget, families, calibration, count, damping)
+    is_cached = cache_dir is not None or shared_cache_dir is not None
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
@@ -127,8 +126,9 @@ def compress(
             data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
             config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
             config |= {"sequential": sequential, "only_if_faster": only_if_faster, "tokens": tokens, **data_config}
-            results = ResumeCache(folder, config, "an unfinished compression")
-            shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
+            results = shared_results = ResumeCache(cache_dir, config, "an unfinished compression")
+            if shared_cache_dir is not None:
+                shared_results = ResumeCache(shared_cache_dir, data_config, "errors of candidates")
 
             def report_timing(done: int) -> None:
                 report_progress("timing layers", done, max(done, len(dense)))
@@ -150,7 +150,7 @@ def compress(
             def metric(name: str) -> OutputMetric | None:
                 return metrics().get(name)
 
-            compare = LayerResults("comparing structures", len(dense), damping, shared_cache, report_progress)
+            compare = LayerResults("comparing structures", len(dense), damping, shared_results, report_progress)
             sensitivities, candidates, removals = _compare(compare, calibrated, total_budget, probe, metric, blocks)
             modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
 
@@ -269,14 +269,19 @@ def _layer_report(
     )
 
 
+def budget_kind(count: str, families: Sequence[str], tokens: int | None, only_if_faster: bool) -> type[Budget]:
+    """Return the kind of budget that `count` names; ValueError for options of `compress` that do not go with it."""
+    if count not in _BUDGETS:
+        raise ValueError(f"count must be one of {', '.join(map(repr, _BUDGETS))}, not {count!r}")
+    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        raise ValueError(f"tokens is the number in one call of a layer, at least 1, not {tokens!r}")
+    check_narrow(families)
+    _BUDGETS[count].check_options(families, tokens, only_if_faster)
+    return _BUDGETS[count]
+
+
 def _check_arguments(
-    model: object,
-    budget: float,
-    families: Sequence[str],
-    calibration: Any,
-    count: str,
-    tokens: int | None,
-    damping: float,
+    model: object, budget: float, families: Sequence[str], calibration: Any, count: str, damping: float
 ) -> list[Batch] | None:
     """Raise for arguments that are wrong by themselves, and return the batches."""
     if not isinstance(model, nn.Module):
@@ -285,10 +290,6 @@ def _check_arguments(
         raise TypeError(f"budget must be a number, not {budget!r}")
     if calibration is not None:
         check_batches(calibration, "calibration")
-    if count not in _BUDGETS:
-        raise ValueError(f"count must be one of {', '.join(map(repr, _BUDGETS))}, not {count!r}")
-    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
-        raise ValueError(f"tokens is the number in one call of a layer, at least 1, not {tokens!r}")
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping is a fraction of the inputs' variance, at least 0, such as 0.01, not {damping!r}")
     if not 0 < budget <= 1:

@@ -70,7 +70,7 @@ def convert(
         weights: "init" draws new factors and sets biases to zero, except for a layer whose weight is zero, which keeps
             weight and bias. "project" takes the closest to the layer's weight, and keeps the bias.
         embeddings: a glob, or several: which `torch.nn.Embedding` to convert to `einlinear.Embedding`. One that shares
-            its weight with a head needs the structure of the head. Entries of new tables are as large as the old ones.
+            its weight with a head needs the structure of the head. New entries are as large as the old ones.
         convolutions: a glob, or several: which `torch.nn.Conv1d` and `Conv2d` of one group to convert as well.
         normalize: which new layers are normalised (`Linear`), with weights="init": none, all but those of the structure
             "dense" (True), or those that globs match, "dense" ones included.
@@ -284,7 +284,7 @@ def _new_experts(old: Any, structure: Any, weights: str, **config: Any) -> Any:
 def _new_layer(old: Any, s: Any, weights: str, **config: Any) -> Any:
     """Return the structured layer that replaces another one; `config` is that of a layer with new weights."""
     if isinstance(old, nn.Embedding):
-        return _new_table(old, s, weights)
+        return _new_embedding(old, s, weights)
     is_zero = _is_zero(old.weight)
     if isinstance(old, nn.Conv1d | nn.Conv2d) and weights == "project" and not is_zero:
         return (Conv1d if isinstance(old, nn.Conv1d) else Conv2d).from_dense(old, s)
@@ -300,16 +300,16 @@ def _new_layer(old: Any, s: Any, weights: str, **config: Any) -> Any:
     return layer
 
 
-def _new_table(old: nn.Embedding, s: Structure, weights: str) -> Embedding:
+def _new_embedding(old: nn.Embedding, s: Structure, weights: str) -> Embedding:
     if weights == "project":
         return Embedding.from_dense(old, s)
-    table: Embedding = structured_like(old, s)
+    embedding: Embedding = structured_like(old, s)
     if not old.weight.is_meta:
         size = float(old.weight.float().square().mean().sqrt())
         for _, factors in s.by_term([factor.name for factor in s.factors]):
             for factor in factors:
-                table.get_parameter(factor).mul_(size ** (1 / len(factors)))
-    return table
+                embedding.get_parameter(factor).mul_(size ** (1 / len(factors)))
+    return embedding
 
 
 @torch.no_grad()

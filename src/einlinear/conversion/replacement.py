@@ -45,8 +45,8 @@ def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
     """Return a new structured layer like an old one; "precision" makes it quantised, "experts" a `MoELinear`."""
     if isinstance(old, nn.Embedding):
         size = old.num_embeddings, old.embedding_dim
-        table = Embedding(*size, structure, old.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
-        return table.requires_grad_(old.weight.requires_grad).train(old.training)
+        embedding = Embedding(*size, structure, old.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
+        return embedding.requires_grad_(old.weight.requires_grad).train(old.training)
     if isinstance(old, nn.Conv1d | nn.Conv2d):
         return (Conv1d if isinstance(old, nn.Conv1d) else Conv2d).like(old, structure)
     config |= {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
