@@ -15,11 +15,11 @@ from einlinear.adapters.active_adapters import activate
 from einlinear.adapters.adaptation_report import Adaptation, AdaptationReport, count_parameters
 from einlinear.adapters.adapted_linear import AdaptedLinear, Adapter
 from einlinear.conversion.experts import unsupported_experts
-from einlinear.conversion.replacement import replace_modules
+from einlinear.conversion.replacement import is_any_linear, replace_modules
 from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
-from einlinear.nn import Linear, MoELinear
-from einlinear.nn.dense_layers import features, is_linear
+from einlinear.nn import MoELinear
+from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch
 from einlinear.nn.names import plain_modules
 from einlinear.structures import DoesNotFit
@@ -132,7 +132,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, Any]:
     for name, module in plain_modules(model):
         parts = name.split(".")
         above = (layers.get(".".join(parts[:i])) for i in range(len(parts)))
-        is_layer = isinstance(module, AdaptedLinear | Linear | MoELinear) or is_linear(module)
+        is_layer = isinstance(module, AdaptedLinear) or is_any_linear(module)
         if is_layer and not any(isinstance(layer, AdaptedLinear) for layer in above):
             layers[name] = module
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:

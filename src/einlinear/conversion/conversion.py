@@ -22,17 +22,19 @@ from einlinear.conversion.replacement import (
     modules_of,
     owners_of,
     replace_modules,
+    structured_class,
     structured_like,
 )
 from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
-from einlinear.nn import Conv1d, Conv2d, Embedding, GatedExperts, Linear, MoELinear
+from einlinear.nn import Conv1d, Conv2d, Embedding, GatedExperts, MoELinear
 from einlinear.nn.dense_layers import as_class, features, is_linear, weight_matrix
 from einlinear.nn.interception import has_any_hooks
+from einlinear.nn.linear import Factored
 from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import Experts, check_experts
 from einlinear.nn.names import matching, plain_modules
-from einlinear.structures import DoesNotFit, Structure
+from einlinear.structures import DoesNotFit
 from einlinear.structures.spec import structure as make_structure
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | Conv1d | Conv2d
@@ -184,7 +186,7 @@ def densify(model: nn.Module, layers: str | Sequence[str] | None = None) -> Conv
         >>> report.params_before, report.params
         (1024, 4096)
     """
-    every = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear | Embedding | Conv1d | Conv2d))
+    every = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Factored) and not isinstance(m, Experts))
     experts = {n: m for n, m in experts_modules(model).items() if isinstance(m, GatedExperts) and m.dense is not None}
     inside = {id(part) for module in experts.values() for part in module.modules()}
     mixtures = {n: m for n, m in plain_modules(model, True) if isinstance(m, Experts) and id(m) not in inside}
@@ -283,13 +285,9 @@ def _new_experts(old: Any, structure: Any, weights: str, **config: Any) -> Any:
 @torch.no_grad()
 def _new_layer(old: Any, s: Any, weights: str, **config: Any) -> Any:
     """Return the structured layer that replaces another one; `config` is that of a layer with new weights."""
-    if isinstance(old, nn.Embedding):
-        return _new_embedding(old, s, weights)
     is_zero = _is_zero(old.weight)
-    if isinstance(old, nn.Conv1d | nn.Conv2d) and weights == "project" and not is_zero:
-        return (Conv1d if isinstance(old, nn.Conv1d) else Conv2d).from_dense(old, s)
     if weights == "project" and not is_zero:
-        projected = Linear.from_dense(old, s)
+        projected = structured_class(old).from_dense(old, s)
         projected.dense_class = type(old)
         return projected
     layer = structured_like(old, s, **config)
@@ -298,18 +296,6 @@ def _new_layer(old: Any, s: Any, weights: str, **config: Any) -> Any:
         if layer.bias is not None:
             layer.bias.copy_(old.bias)
     return layer
-
-
-def _new_embedding(old: nn.Embedding, s: Structure, weights: str) -> Embedding:
-    if weights == "project":
-        return Embedding.from_dense(old, s)
-    embedding: Embedding = structured_like(old, s)
-    if not old.weight.is_meta:
-        size = float(old.weight.float().square().mean().sqrt())
-        for _, factors in s.by_term([factor.name for factor in s.factors]):
-            for factor in factors:
-                embedding.get_parameter(factor).mul_(size ** (1 / len(factors)))
-    return embedding
 
 
 @torch.no_grad()
