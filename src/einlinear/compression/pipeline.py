@@ -35,7 +35,7 @@ from einlinear.compression.time_budget import TimeBudget
 from einlinear.conversion.replacement import replace_modules
 from einlinear.nn import Experts, Linear
 from einlinear.nn.dense_layers import features
-from einlinear.nn.model_call import Batch, check_batches, evaluating
+from einlinear.nn.model_call import Batch, check_batches, evaluating, without_key_cache
 from einlinear.nn.quantized_linear import QuantizedLinear
 
 # what `count` counts
@@ -116,7 +116,7 @@ def compress(
     report_progress("looking at the model", 0, 1)
     with open_experts(model, kind.has_experts and not only_if_faster and {NARROW, UNIFORM}.isdisjoint(families)):
         # compiled code ignores new hooks
-        with evaluating(model), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), without_key_cache(model), torch.compiler.set_stance("force_eager"):
             # copies the modules and shares their tensors: the original stays the reference
             compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
             selection = select_layers(model, layers, batches)
@@ -140,12 +140,16 @@ def compress(
                 total_budget.check(total_budget.least)
 
             # 1. calibrate
-            passes = None if batches is None else Passes(model, batches, unchanged=selection.first_layers)
+            passes = None
+            if batches is not None:
+                passes = Passes(model, batches, unchanged=selection.first_layers, copy=results.copy)
             calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
 
             # 2. measure the sensitivity to each layer, and the errors of its candidates
             probe = None if batches is None else SensitivityProbe(model, batches)
-            metrics = cache(lambda: {} if batches is None else measure_output_metrics(model, linears, batches))
+            metrics = cache(
+                lambda: {} if batches is None else measure_output_metrics(model, linears, batches, results.copy)
+            )
 
             def metric(name: str) -> OutputMetric | None:
                 return metrics().get(name)
@@ -160,7 +164,7 @@ def compress(
 
             # 4. fit
             new = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
-            passes = Passes(compressed, batches) if sequential and batches is not None else None
+            passes = Passes(compressed, batches, copy=results.copy) if sequential and batches is not None else None
             fit = LayerResults("fitting", len(new), damping, results, report_progress)
             fitted = fit_layers(fit, calibrated, new, metric, compressed, passes)
 

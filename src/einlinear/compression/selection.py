@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from einlinear.compression.activations import hooked, output_of
@@ -186,7 +187,7 @@ def _trace(
             if not left:
                 break
             staged = set(inputs)
-            with torch.enable_grad(), hooked(left, record):
+            with torch.enable_grad(), saved_tensors_hooks(_forget, _zeros), hooked(left, record):
                 output = output_of(call(model, batch))
                 if output.requires_grad:
                     last |= _sources(output.grad_fn, nodes)
@@ -202,6 +203,16 @@ def _trace(
     for name, identities in inputs.items():
         stages.setdefault(tuple(identities), []).append(name)
     return [Stage(tuple(names), len(key)) for key, names in stages.items()], calls, reached, last
+
+
+def _forget(saved: Tensor) -> Any:
+    """Keep a tensor's shape alone for the backward pass: its values do not decide which layers gradients reach."""
+    is_dense = saved.is_floating_point() and saved.layout is torch.strided
+    return (saved.shape, saved.dtype, saved.device) if is_dense else saved
+
+
+def _zeros(kept: Any) -> Tensor:
+    return kept if isinstance(kept, Tensor) else torch.zeros(kept[0], dtype=kept[1], device=kept[2])
 
 
 def _sources(node: Any, nodes: Mapping[Any, str]) -> set[str]:

@@ -13,7 +13,7 @@ import typer
 from einlinear.files import lock
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import PRETRAINED, require
-from einlinear_lab.cli.parsing import specs, words
+from einlinear_lab.cli.parsing import parse_bytes, specs, words
 
 # files that are not copied and are listed
 _SHOWN = 10
@@ -44,6 +44,7 @@ def compress_command(
     only_if_faster: Annotated[bool, typer.Option("--only-if-faster")] = False,
     dtype: str = "auto",
     device: str = "cpu",
+    max_memory: str | None = None,
 ) -> None:
     """Make a pretrained Hugging Face model smaller.
 
@@ -76,8 +77,10 @@ def compress_command(
         only_if_faster: Leave layers dense that would be slower here, for --tokens at once.
         dtype: Of the parameters: auto, float32, bfloat16, float16.
         device: That the model runs on: cpu, cuda, ...
+        max_memory: The most memory to hold, such as 2GB, for a model that is larger: on Linux and a CPU, in the dtype
+            of its files. Without it, the system decides which weights stay in memory.
     """
-    config = {name: str(value) for name, value in locals().items()}
+    config = {name: str(value) for name, value in locals().items() if name != "max_memory"}
     require(PRETRAINED)
     import torch
     from transformers.utils import logging
@@ -88,6 +91,7 @@ def compress_command(
     from einlinear.compression.pipeline import budget_kind
     from einlinear_lab.bench.generation_speed import model_speeds
     from einlinear_lab.pretrained.documents import read_documents, text_batches
+    from einlinear_lab.pretrained.memory_limit import memory_limit, peak_bytes_of_process, unmapped_weights
     from einlinear_lab.pretrained.model_folder import finish, load, save
 
     # this command has progress bars of its own
@@ -106,6 +110,10 @@ def compress_command(
                 raise ValueError(f"--out {out} is inside the model's own folder {model}: name a folder beside it")
             if distill and calibration is None:
                 raise ValueError("--distill needs text to train on: --calibration FILE")
+            most = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
+            if most is not None and (distill or device != "cpu"):
+                reason = "training needs all of a model in memory" if distill else "it limits the memory of the CPU"
+                raise ValueError(f"--max-memory goes without --distill and --device: {reason}")
             if distill and lr == 0:
                 raise ValueError("--lr must be positive: at 0 nothing is learnt")
             in_use = f"another einlinear compress is at work on {out}: name another folder"
@@ -118,7 +126,12 @@ def compress_command(
                 return
             if out.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
+            if most is not None:
+                stack.enter_context(memory_limit(most))
             compressed, tokenizer = load(model, dtype, device)
+            if most is not None and (names := unmapped_weights(compressed)):
+                wrong = f"--max-memory needs weights that stay in their files, but {names[0]} does not"
+                raise ValueError(f"{wrong}: give --dtype auto, and safetensors that from_pretrained does not convert")
             if distill and compressed.dtype == torch.float16:
                 raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16")
             batches = None
@@ -146,7 +159,7 @@ def compress_command(
                     options["progress"] = lambda done, _, loss: advance("distillation", done, None)
                     distillation = compression.distill(compressed, original, texts, **options)
         with display.system_errors():
-            left_out = save(compressed, tokenizer, report, out, model, config)
+            left_out = save(compressed, tokenizer, report, out, model, config, shard_bytes=most)
             shutil.rmtree(unfinished)
     if report.warning:
         display.note(report.warning)
@@ -158,7 +171,10 @@ def compress_command(
         change = f"the loss of a batch was {losses[0]:.4f} and is {losses[-1]:.4f}"
         display.note(f"Distilled in {len(losses):,} steps: {change}.")
     reads_text = compressed.main_input_name == "input_ids" and hasattr(compressed.config, "vocab_size")
-    if reads_text and not getattr(compressed.config, "is_encoder_decoder", False):
+    if most is not None:
+        display.note(f"Peak memory: {peak_bytes_of_process() / 1e9:.2f} GB, of the {most / 1e9:.2f} GB allowed.")
+    # a model that does not fit is not worth timing
+    elif reads_text and not getattr(compressed.config, "is_encoder_decoder", False):
         speeds = model_speeds({"original": original, "compressed": compressed})
         rows = []
         for name, speed in speeds.items():
