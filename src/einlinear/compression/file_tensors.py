@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ def copy_in_file(tensor: Tensor, folder: Path | None) -> Tensor:
     if folder is None or os.name != "posix" or tensor.device.type != "cpu" or tensor.nbytes < _SMALL:
         return tensor.clone()
     values = tensor.detach().contiguous()
+    content: Any = values.flatten().view(torch.uint8).numpy()
     try:
         with NamedTemporaryFile(dir=folder, suffix=".scratch") as file:
-            file.write(memoryview(values.flatten().view(torch.uint8).numpy()))
+            file.write(content)
             file.flush()
             mapped = torch.from_file(file.name, shared=False, size=values.numel(), dtype=values.dtype)
     except OSError as error:
