@@ -22,7 +22,7 @@ from einlinear_lab.bench.memory import peak_bytes
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().is_shared()
+    return not tensor.untyped_storage().resizable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

@@ -50,7 +50,8 @@ def peak_bytes_of_process() -> int:
 
 def unmapped_weights(model: Any) -> list[str]:
     """Return the names of the parameters that are in memory, and not mapped from a file."""
-    return [name for name, p in model.named_parameters() if not p.untyped_storage().is_shared()]
+    # Memory that torch manages, and not a file's.
+    return [name for name, p in model.named_parameters() if p.untyped_storage().resizable()]
 
 
 def _keep_below(most: float, stopped: Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,71 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory needs Linux")
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_a_limit_on_memory_changes_no_result(source: Path, text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    command = (
+        "compress",
+        source,
+        "--keep-params",
+        0.6,
+        *OPTIONS[2:],
+        "--structures",
+        "low_rank",
+        "--calibration",
+        text,
+    )
+    code, out, err = run(*command, "--out", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert "Peak memory" not in out
+    code, out, err = run(*command, "--out", tmp_path / "b", "--max-memory", "1 MB")
+    assert (code, err) == (0, "")
+    assert re.search(r"^Peak memory: \d\.\d\d GB, of the 0\.00 GB allowed\.$", out, re.MULTILINE)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from einlinear import checkpoint
+    from einlinear.compression import candidates, pipeline
+
+    write, written = checkpoint.save_file, list[object]()
+
+    def until_full(tensors: object, path: object, **options: Any) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device")
+        write(tensors, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", until_full)
+    command = (
+        "compress",
+        source,
+        "--keep-params",
+        0.6,
+        *OPTIONS[2:],
+        "--structures",
+        "low_rank",
+        "--calibration",
+        text,
+    )
+    answer = run(*command, "--out", tmp_path / "out")
+    assert_refused(
+        answer, "cannot be written, the results before it are complete, and the same call resumes: ", "No space"
+    )
+    assert not (tmp_path / "out").exists()
+    for module, compared in ((pipeline, "measure_sensitivity"), (candidates, "fitted_errors")):
+        monkeypatch.setattr(module, compared, lambda *_: pytest.fail("a structure is compared again"))
+    code, _, err = run(*command, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    # of the layers that were written before, none is fitted again
+    assert len({*written[:3]} & {*written[3:]}) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
 @pytest.mark.parametrize("source", ["bert"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "parts"),
@@ -434,6 +500,17 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
         ({"--structures": "lowrank"}, ["unknown family 'lowrank'. Did you mean 'low_rank'"]),
         ({"--distill": 1}, ["--distill needs text to train on"]),
         ({"--device": "tpu9"}, ["device 'tpu9' cannot be used"]),
+        ({"--max-memory": "much"}, ["--max-memory must be a number of MB or GB, such as 2GB, not 'much'"]),
+        ({"--max-memory": "0 GB"}, ["--max-memory must be a number of MB or GB, such as 2GB, not '0 GB'"]),
+        ({"--max-memory": "2GB", "--device": "cuda"}, ["--max-memory goes without", "memory of the CPU"]),
+        (
+            {"--max-memory": "2GB", "--distill": 1, "--calibration": "text.txt"},
+            ["--max-memory goes without --distill", "training needs all of a model in memory"],
+        ),
+        (
+            {"--max-memory": "2GB", "--dtype": "bfloat16"},
+            ["--max-memory needs weights that stay in their files, but ", "does not: give --dtype auto"],
+        ),
         ({"--distill": 1, "--calibration": "text.txt", "--dtype": "float16"}, ["float16 parameters cannot be trained"]),
         ({"--distill": 1, "--calibration": "text.txt", "--lr": 0}, ["--lr must be positive"]),
         ({"--out": "model/small"}, ["is inside the model's own folder", "name a folder beside it"]),
