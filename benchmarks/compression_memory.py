@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import einlinear as el
 from einlinear_lab.cli.parsing import parse_bytes
-from einlinear_lab.pretrained.memory_limit import memory_limit, peak_bytes_of_process
+from einlinear_lab.pretrained.memory_limit import limited_memory, peak_bytes_of_process
 
 
 def peak(run: Callable[[], object]) -> float:
@@ -101,7 +101,7 @@ def compress_saved(folder: Path, config: Any, arguments: argparse.Namespace) -> 
     before, started = _status("VmRSS") * 1024, time.monotonic()
     Path("/proc/self/clear_refs").write_text("5")
     limit = arguments.max_memory and parse_bytes(arguments.max_memory, "--max-memory")
-    with memory_limit(limit) if limit else nullcontext():
+    with limited_memory(limit) if limit else nullcontext():
         el.compress(model, 0.5, ["low_rank"], batches, **options)
         model.save_pretrained(folder / "out", max_shard_size="500MB")
     peak, seconds = peak_bytes_of_process(), time.monotonic() - started

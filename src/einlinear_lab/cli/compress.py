@@ -91,7 +91,7 @@ def compress_command(
     from einlinear.compression.pipeline import budget_kind
     from einlinear_lab.bench.generation_speed import model_speeds
     from einlinear_lab.pretrained.documents import read_documents, text_batches
-    from einlinear_lab.pretrained.memory_limit import memory_limit, peak_bytes_of_process, unmapped_weights
+    from einlinear_lab.pretrained.memory_limit import limited_memory, peak_bytes_of_process, unmapped_weights
     from einlinear_lab.pretrained.model_folder import finish, load, save
 
     # this command has progress bars of its own
@@ -127,7 +127,7 @@ def compress_command(
             if out.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if most is not None:
-                stack.enter_context(memory_limit(most))
+                stack.enter_context(limited_memory(most))
             compressed, tokenizer = load(model, dtype, device)
             if most is not None and (names := unmapped_weights(compressed)):
                 wrong = f"--max-memory needs weights that stay in their files, but {names[0]} does not"

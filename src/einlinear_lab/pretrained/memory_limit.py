@@ -24,7 +24,7 @@ _SHARE, _INTERVAL = 0.75, 0.01
 
 
 @contextmanager
-def memory_limit(limit: int) -> Iterator[None]:
+def limited_memory(limit: int) -> Iterator[None]:
     """Give mapped pages back to the system whenever the process holds more than three quarters of a number of bytes.
 
     Memory that no file holds stays, and so do files of which the process has changed its own copy in place; none may be

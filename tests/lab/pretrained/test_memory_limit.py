@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from einlinear_lab.pretrained import memory_limit as module
-from einlinear_lab.pretrained.memory_limit import memory_limit, peak_bytes_of_process, unmapped_weights
+from einlinear_lab.pretrained.memory_limit import limited_memory, peak_bytes_of_process, unmapped_weights
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are counted and given back on Linux alone")
 SIZE = 2**25
@@ -40,7 +40,7 @@ def test_mapped_pages_are_given_back(is_changed: bool, tmp_path: Path) -> None:
         x[5] = -1.0
     expected = x.sum(dtype=torch.float64)
     assert resident(x) >= SIZE
-    with memory_limit(1):
+    with limited_memory(1):
         deadline = time.monotonic() + (1 if is_changed else 60)
         while resident(x) >= SIZE and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -55,14 +55,14 @@ def test_below_a_limit_pages_stay(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(SIZE // 4)}, tmp_path / "x.safetensors")
     x = load_file(tmp_path / "x.safetensors")["x"]
     x.sum()
-    with memory_limit(100 * peak_bytes_of_process()):
+    with limited_memory(100 * peak_bytes_of_process()):
         time.sleep(0.2)
         assert resident(x) >= SIZE
 
 
 def test_other_systems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.sys, "platform", "darwin")
-    with pytest.raises(ValueError, match="a limit on memory needs Linux"), memory_limit(10**9):
+    with pytest.raises(ValueError, match="a limit on memory needs Linux"), limited_memory(10**9):
         pass
 
 
