@@ -95,7 +95,7 @@ def compress_saved(folder: Path, config: Any, arguments: argparse.Namespace) -> 
     model: Any = LlamaForCausalLM.from_pretrained(folder / "model", dtype="auto").eval()
     size = sum(parameter.nbytes for parameter in model.parameters())
     batches = [{"input_ids": torch.randint(config.vocab_size, (1, 32))} for _ in range(2)]
-    options: dict[str, Any] = {"layers": arguments.compress, "folder": folder / "cache"}
+    options: dict[str, Any] = {"layers": arguments.compress, "cache_dir": folder / "cache"}
     print("| model, MB | before, MB | peak, MB | times the model | seconds |")
     print("| --- | --- | --- | --- | --- |", flush=True)
     before, started = _status("VmRSS") * 1024, time.monotonic()

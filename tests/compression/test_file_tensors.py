@@ -88,7 +88,7 @@ def test_in_files_as_in_memory(sequential: bool, count: str, tmp_path: Path, mon
 
     monkeypatch.setattr(file_tensors, "_SMALL", 1)
     mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").eval()
-    report = el.compress(mapped, 0.6, ["low_rank", "monarch"], BATCHES, folder=tmp_path / "cache", **options)
+    report = el.compress(mapped, 0.6, ["low_rank", "monarch"], BATCHES, cache_dir=tmp_path / "cache", **options)
     structures = [layer.structure for layer in report.layers]
     assert structures == [layer.structure for layer in expected.layers]
     assert len({*structures}) > 2

@@ -432,7 +432,7 @@ def test_a_limit_on_memory_changes_no_result(source: Path, text: Path, tmp_path:
     command = (
         "compress",
         source,
-        "--keep-params",
+        "--budget",
         0.6,
         *OPTIONS[2:],
         "--structures",
@@ -467,7 +467,7 @@ def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, mon
     command = (
         "compress",
         source,
-        "--keep-params",
+        "--budget",
         0.6,
         *OPTIONS[2:],
         "--structures",
