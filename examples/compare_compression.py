@@ -245,7 +245,7 @@ def compressed(
         task.calibration,
         count="bytes" if method in OURS_IN_BYTES else "params",
         layers=f"{task.layout.blocks}.*",
-        shared=cache,
+        shared_cache_dir=cache,
     )
     params = report.params / report.params_before
     return model, {"params": params, "bytes": report.bytes / report.bytes_before}

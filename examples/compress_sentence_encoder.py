@@ -117,7 +117,7 @@ def main() -> None:
             FAMILIES[name],
             calibration if how == "aware" else None,
             layers="encoder.*",
-            shared=arguments.candidates / (how if how == "plain" else f"{how}-{arguments.calibrated}"),
+            shared_cache_dir=arguments.candidates / (how if how == "plain" else f"{how}-{arguments.calibrated}"),
         )
         row: dict[str, Any] = {"budget": budget, "structures": name, "how": how}
         row |= {"kept": report.params / report.params_before, "seconds": time.monotonic() - start}

@@ -91,7 +91,7 @@ def main() -> None:
             calibration,
             count="macs",
             layers="blocks.*",
-            folder=folder / "compression",
+            cache_dir=folder / "compression",
         )
         compression = time.monotonic() - start
         model, after = trained(run(arguments.structure, half / ratio), folder / "sparse", model)

@@ -89,8 +89,19 @@ def mixed(names: dict[str, Any]) -> None:
 
 def compressed(names: dict[str, Any]) -> None:
     assert names["report"].params <= 0.5 * names["report"].params_before
+
+
+def distilled(names: dict[str, Any]) -> None:
     assert names["distillation"].losses[-1] < names["distillation"].losses[0]
-    assert any(isinstance(layer, el.nn.QuantizedLinear) for layer in names["quantised"].modules())
+
+
+def quantised(names: dict[str, Any]) -> None:
+    for name in ("quantised", "structured"):
+        assert any(isinstance(layer, el.nn.QuantizedLinear) for layer in names[name].modules())
+
+
+def narrowed(names: dict[str, Any]) -> None:
+    assert names["model"].up.out_features == names["model"].down.in_features == 512
 
 
 def hugging_face(names: dict[str, Any]) -> None:
@@ -141,6 +152,9 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/guides/transfer.md": transferred,
     "docs/guides/mixtures.md": mixed,
     "docs/guides/compress.md": compressed,
+    "docs/guides/quantize.md": quantised,
+    "docs/guides/narrow.md": narrowed,
+    "docs/guides/distill.md": distilled,
     "docs/guides/adapters.md": adapted,
     "docs/guides/transformers.md": hugging_face,
     "docs/guides/distributed.md": distributed,
@@ -149,7 +163,11 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 NEEDS = {
     "docs/guides/adapters.md": ["peft", "accelerate"],
-    "docs/guides/compress.md": ["scipy", "torchao"],
+    "docs/guides/compress.md": ["scipy"],
+    "docs/guides/quantize.md": ["scipy", "torchao"],
+    "docs/guides/narrow.md": ["scipy"],
+    "docs/guides/faster.md": ["scipy"],
+    "docs/guides/distill.md": ["scipy"],
     "docs/guides/train.md": ["pytorch_optimizer", "schedulefree"],
     "docs/guides/transformers.md": ["peft", "accelerate"],
 }

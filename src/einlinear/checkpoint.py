@@ -4,6 +4,7 @@ FOLDER/step-00000500 has state.safetensors, with tensors and with metadata as JS
 """
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -44,8 +45,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             # a damaged one, or else this step would not have been made again
             if place.exists():
                 shutil.rmtree(place)
-    # neither says what nor where if the disk is full
-    except (OSError, SafetensorError) as error:
+    # it says neither what nor where if the disk is full
+    except OSError as error:
         raise OSError(f"the checkpoint {place} cannot be written, earlier ones are unchanged: {error}") from error
     _prune(folder, place)
     for abandoned in folder.glob(".step-*"):
@@ -98,7 +99,10 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any) -> None:
-    """Write tensors and JSON metadata to one safetensors file, atomically. Tied weights are written twice."""
+    """Write tensors and JSON metadata to one safetensors file, atomically. Tied weights are written twice.
+
+    Raises OSError if the disk is full.
+    """
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -108,18 +112,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any) -> N
         separate[name] = contiguous.clone() if storage in storages else contiguous
         storages.add(storage)
     with atomic(path) as scratch:
-        save_file(separate, scratch, metadata={"format": FORMAT, "metadata": json.dumps(metadata)})
+        try:
+            save_file(separate, scratch, metadata={"format": FORMAT, "metadata": json.dumps(metadata)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Read what `write_tensors` wrote, onto the CPU; ValueError if the file is damaged or of another format."""
+def read_tensors(path: Path, mapped: bool = False) -> tuple[dict[str, Tensor], Any]:
+    """Read what `write_tensors` wrote, onto the CPU; ValueError if the file is damaged or of another format.
+
+    Those of a file that is `mapped` take no memory that the system could not take back.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"it has format {metadata.get('format')}, but this version reads {FORMAT}")
-            # copies: a file that is still mapped cannot be removed everywhere
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Windows cannot remove a file that is mapped
+            if not mapped or os.name != "posix":
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             return tensors, json.loads(metadata["metadata"])
     except (SafetensorError, KeyError, RecursionError) as error:
         raise ValueError(str(error)) from None

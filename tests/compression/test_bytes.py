@@ -1,4 +1,4 @@
-"""A budget of bytes: structure and precision are chosen together, and rounding alone is one of the choices."""
+"""A budget of bytes: structure and precision are chosen together, and quantisation alone is one of the choices."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_more_bytes_are_better() -> None:
         report = el.compress(model, budget, ["low_rank"], data, count="bytes")
         assert report.alternative is not None
         changes.append(change(model, original, data))
-        if report.alternative.rounding is not None:
-            assert report.alternative.chosen <= report.alternative.rounding * 1.0001
+        if report.alternative.quantized is not None:
+            assert report.alternative.chosen <= report.alternative.quantized * 1.0001
     assert changes == sorted(changes)
 
 
@@ -66,7 +66,7 @@ def test_weights_of_full_rank_are_only_rounded() -> None:
     assert {layer.structure for layer in report.layers} == {"dense"}
     assert any(layer.precision == "int8" for layer in report.layers)
     assert report.alternative is not None
-    assert report.alternative.rounding == pytest.approx(report.alternative.chosen)
+    assert report.alternative.quantized == pytest.approx(report.alternative.chosen)
 
 
 def test_weights_of_low_rank_are_structured_and_rounded() -> None:
@@ -77,7 +77,7 @@ def test_weights_of_low_rank_are_structured_and_rounded() -> None:
     assert change(model, original, data) < 0.02
     text = str(report)
     assert f"The weights take {report.bytes:,} of 65,536 bytes" in text
-    assert "Rounding alone at these bytes: not possible; chosen here" in text
+    assert "Quantisation alone at these bytes: not possible; chosen here" in text
     assert f"{report.layers[0].structure}, {report.layers[0].precision}" in text
 
 
@@ -94,7 +94,7 @@ def test_it_resumes(tmp_path: Path) -> None:
     outputs = []
     for _ in range(2):
         model = copy.deepcopy(original)
-        report = el.compress(model, 0.1, ["low_rank"], data, count="bytes", folder=tmp_path / "cache")
+        report = el.compress(model, 0.1, ["low_rank"], data, count="bytes", cache_dir=tmp_path / "cache")
         outputs.append(model(data[0]))
     assert torch.equal(*outputs)
     assert any(isinstance(layer, QuantizedLinear) for layer in model)
@@ -113,7 +113,7 @@ def test_impossible_requests_raise(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"0\.001 of the 65,536 bytes of 2 layers cannot be reached with low_rank: .* 0\.0"
     ):
-        el.compress(model, 0.001, ["low_rank"], data, count="bytes", folder=tmp_path / "cache")
+        el.compress(model, 0.001, ["low_rank"], data, count="bytes", cache_dir=tmp_path / "cache")
     # another budget may use the same folder
     assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="only_if_faster=True needs"):
@@ -127,4 +127,4 @@ def test_without_structures_weights_are_only_rounded() -> None:
     assert {layer.structure for layer in report.layers} == {"dense"}
     assert {layer.precision for layer in report.layers} <= {"int2(group=64)", "int3(group=64)", "int4(group=64)"}
     assert report.alternative is not None
-    assert report.alternative.rounding == pytest.approx(report.alternative.chosen)
+    assert report.alternative.quantized == pytest.approx(report.alternative.chosen)

@@ -55,20 +55,20 @@ def test_other_budgets_share_what_is_known(tmp_path: Path, monkeypatch: pytest.M
     data = [torch.randn(64, 24)]
     alone = compress(copy.deepcopy(model), 0.4, ["low_rank", "monarch"], data)
     shared = tmp_path / "shared"
-    compress(copy.deepcopy(model), 0.7, ["low_rank", "monarch"], data, shared=shared)
+    compress(copy.deepcopy(model), 0.7, ["low_rank", "monarch"], data, shared_cache_dir=shared)
     fits = []
     project = ops.project
     monkeypatch.setattr(ops, "project", lambda *given, **more: fits.append(given) or project(*given, **more))
     with monkeypatch.context() as patched:  # what is compared is known: no inputs are needed for it
         patched.setattr(Spectrum, "of", None)
         patched.setattr(SensitivityProbe, "output_change", None)
-        again = compress(copy.deepcopy(model), 0.4, ["low_rank", "monarch"], data, shared=shared)
+        again = compress(copy.deepcopy(model), 0.4, ["low_rank", "monarch"], data, shared_cache_dir=shared)
     assert len(fits) == sum(layer.structure != "dense" for layer in again.layers)  # none to compare
     assert [(layer.structure, layer.expected_error) for layer in again.layers] == [
         (layer.structure, layer.expected_error) for layer in alone.layers
     ]
     with pytest.raises(ValueError, match="another config \\(model and data\\)"):
-        compress(copy.deepcopy(model), 0.4, ["low_rank"], [2 * data[0]], shared=shared)
+        compress(copy.deepcopy(model), 0.4, ["low_rank"], [2 * data[0]], shared_cache_dir=shared)
 
 
 def test_members_of_families() -> None:

@@ -323,27 +323,27 @@ def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
     for what, done in (("comparing structures", 2), ("fitting", 1), ("fitting", 2)):
         model = trained()
         with pytest.raises(KeyboardInterrupt):
-            compress(model, 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path, progress=until(what, done))
+            compress(model, 0.5, ["low_rank", "monarch"], [inputs()], cache_dir=tmp_path, progress=until(what, done))
         assert not any(isinstance(module, el.Linear) for module in model)
     steps.clear()
-    report = compress(model, 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path, progress=until("nothing", 0))
+    report = compress(model, 0.5, ["low_rank", "monarch"], [inputs()], cache_dir=tmp_path, progress=until("nothing", 0))
     assert {layer.tokens_per_input for layer in report.layers} == {2000 / 24, 2000 / 48}
     assert next(step for step in steps if step[0] == "comparing structures")[1] == 3  # nothing is compared twice
     assert torch.equal(model(inputs(9)), expected(inputs(9)))
     with pytest.raises(
         ValueError, match=r"holds an unfinished compression with another config \(budget\): repeat that config"
     ):
-        compress(trained(), 0.4, ["low_rank", "monarch"], [inputs()], folder=tmp_path)
+        compress(trained(), 0.4, ["low_rank", "monarch"], [inputs()], cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"with another config \(model and data\)"):
-        compress(trained(), 0.5, ["low_rank", "monarch"], [2 * inputs()], folder=tmp_path)
+        compress(trained(), 0.5, ["low_rank", "monarch"], [2 * inputs()], cache_dir=tmp_path)
     with torch.no_grad():
         model = trained()
         model[0].weight[0, 0] += 1
     with pytest.raises(ValueError, match=r"with another config \(model and data\)"):
-        compress(model, 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path)
+        compress(model, 0.5, ["low_rank", "monarch"], [inputs()], cache_dir=tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="holds files that are not an unfinished compression"):
-        compress(trained(), 0.5, ["low_rank", "monarch"], [inputs()], folder=tmp_path)
+        compress(trained(), 0.5, ["low_rank", "monarch"], [inputs()], cache_dir=tmp_path)
 
 
 def test_progress_from_the_first_second() -> None:

@@ -201,7 +201,7 @@ def test_rounded_weights_stay_and_the_rest_is_trained() -> None:
     assert not torch.equal(smaller.last.weight, start.last.weight)
     for p in smaller.parameters():
         p.requires_grad_(False)
-    with pytest.raises(ValueError, match="rounded weights cannot be trained: distill first, then round"):
+    with pytest.raises(ValueError, match="quantised weights cannot be trained: distill first, then quantise"):
         el.distill(smaller, model, batches, steps=1)
 
 

@@ -258,7 +258,7 @@ def test_it_resumes_and_reuses(tmp_path: Path) -> None:
     outputs, data = [], inputs()
     for _ in range(2):
         model = transformer()
-        el.compress(model, 0.6, ["narrow"], data, folder=tmp_path / "folder", shared=tmp_path / "shared")
+        el.compress(model, 0.6, ["narrow"], data, cache_dir=tmp_path / "folder", shared_cache_dir=tmp_path / "shared")
         outputs.append(model(data[0]))
     assert torch.equal(*outputs)
     model = transformer()

@@ -141,7 +141,7 @@ def test_errors_that_are_averaged_away_matter_less(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Averaging()
     model.kept.load_state_dict(model.averaged.state_dict())
-    report = compress(model, 0.6, ["low_rank"], [torch.randn(30, 50, 24)], shared=tmp_path)
+    report = compress(model, 0.6, ["low_rank"], [torch.randn(30, 50, 24)], shared_cache_dir=tmp_path)
     averaged, kept = sorted(report.layers, key=lambda layer: layer.name)
     assert averaged.sensitivity < kept.sensitivity / 20
     assert averaged.params < kept.params / 2

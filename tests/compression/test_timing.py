@@ -82,13 +82,13 @@ def test_the_budget_may_not_be_reached_then(monkeypatch: pytest.MonkeyPatch, tmp
     pretend_slow(monkeypatch, lambda spec: True)
     for _ in range(2):  # the second time it goes on from what the first one found
         model = net()
-        report = el.compress(model, 0.5, ["low_rank"], DATA, only_if_faster=True, folder=tmp_path)
+        report = el.compress(model, 0.5, ["low_rank"], DATA, only_if_faster=True, cache_dir=tmp_path)
         assert not any(isinstance(module, el.Linear) for module in model.modules())
         assert report.missed_budget == 0.5
         assert {layer.reason for layer in report.layers} == {"every structure tried is slower than the dense layer"}
         assert "The budget of 50.0% is not reached" in str(report)
     with pytest.raises(ValueError, match=r"another config \(only_if_faster\)"):
-        el.compress(net(), 0.5, ["low_rank"], DATA, folder=tmp_path)
+        el.compress(net(), 0.5, ["low_rank"], DATA, cache_dir=tmp_path)
 
 
 def test_slow_for_the_given_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_another_dtype_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_budget_of_time_resumes_with_the_same_timings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    options = {"count": "time", "tokens": 1, "folder": tmp_path}
+    options = {"count": "time", "tokens": 1, "cache_dir": tmp_path}
     pretend(monkeypatch, by_macs())
     first = el.compress(net(), 0.5, ["low_rank", "btt"], DATA, **options)
     timed = pretend(monkeypatch, by_macs(lambda spec: 3.0))

@@ -14,7 +14,7 @@ from torch import nn
 
 import einlinear as el
 from einlinear.compression.factor_rounding import round_factors
-from einlinear.nn.quantized_linear import QuantizedLinear, stored_bytes
+from einlinear.nn.quantized_linear import QuantizedLinear, quantized_bytes
 
 STRUCTURES = ["dense", "low_rank(rank=40)", "monarch(blocks=2)", "blast(blocks=4, rank=24)", "btt(rank=2)"]
 PRECISIONS = ["bfloat16", "int8", "int4(group=32)", "int3"]
@@ -49,7 +49,9 @@ def test_the_function_is_nearly_that_of_the_factors(structure: str, precision: s
 def test_bytes_are_those_of_the_state(structure: str, precision: str) -> None:
     layer, exact = quantized(structure, precision, bias=False)
     assert (
-        layer.nbytes == stored_bytes(layer.structure, precision) == sum(t.nbytes for t in layer.state_dict().values())
+        layer.nbytes
+        == quantized_bytes(layer.structure, precision)
+        == sum(t.nbytes for t in layer.state_dict().values())
     )
     assert layer.nbytes < 4 * exact.structure.params / 1.9
 

@@ -15,11 +15,11 @@ from einlinear.adapters.active_adapters import activate
 from einlinear.adapters.adaptation_report import Adaptation, AdaptationReport, count_parameters
 from einlinear.adapters.adapted_linear import AdaptedLinear, Adapter
 from einlinear.conversion.experts import unsupported_experts
-from einlinear.conversion.replacement import replace_modules
+from einlinear.conversion.replacement import is_any_linear, replace_modules
 from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
-from einlinear.nn import Linear, MoELinear
-from einlinear.nn.dense_layers import features, is_linear
+from einlinear.nn import MoELinear
+from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch
 from einlinear.nn.names import plain_modules
 from einlinear.structures import DoesNotFit
@@ -29,7 +29,7 @@ from einlinear.structures import structure as make_structure
 def adapt(
     model: nn.Module,
     structure: str | Mapping[str, str],
-    layers: str | Sequence[str] = "*",
+    layers: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     *,
     scale: float = 1.0,
@@ -47,7 +47,8 @@ def adapt(
     Args:
         model: any module that has linear layers inside.
         structure: of S in all matched layers; or glob on qualified names -> structure, where the first match counts.
-        layers: a glob, or several, on qualified names: which layers to consider at all.
+            Globs and names are those of `einlinear.convert`.
+        layers: a glob, or several, on qualified names: which linear layers to adapt. None: all.
         exclude: a glob, or several: which of these to leave out.
         scale: what S x is multiplied by. LoRA's is alpha / r.
         dropout: the probability that an input of S is zero in training.
@@ -131,7 +132,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, Any]:
     for name, module in plain_modules(model):
         parts = name.split(".")
         above = (layers.get(".".join(parts[:i])) for i in range(len(parts)))
-        is_layer = isinstance(module, AdaptedLinear | Linear | MoELinear) or is_linear(module)
+        is_layer = isinstance(module, AdaptedLinear) or is_any_linear(module)
         if is_layer and not any(isinstance(layer, AdaptedLinear) for layer in above):
             layers[name] = module
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:

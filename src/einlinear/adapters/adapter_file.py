@@ -42,8 +42,6 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> None:
         2048
     """
     # takes long to import
-    from safetensors import SafetensorError
-
     from einlinear.checkpoint import write_tensors
 
     layers = adapted_layers(model)
@@ -67,8 +65,8 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> None:
         return
     try:
         write_tensors(Path(path), tensors, {"kind": _KIND, "adapter": name, "layers": entries})
-    # neither says what nor where if the disk is full
-    except (OSError, SafetensorError) as error:
+    # it says neither what nor where if the disk is full
+    except OSError as error:
         raise OSError(f"the adapter {path} cannot be written: {error}") from error
 
 

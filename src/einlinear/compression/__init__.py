@@ -5,7 +5,7 @@ from einlinear.compression.compression_report import (
     CompressionReport,
     DtypeAlone,
     MeasuredTime,
-    RoundingAlone,
+    QuantizationAlone,
 )
 from einlinear.compression.distillation import Distillation, distill
 from einlinear.compression.pipeline import compress
@@ -16,7 +16,7 @@ __all__ = [
     "Distillation",
     "DtypeAlone",
     "MeasuredTime",
-    "RoundingAlone",
+    "QuantizationAlone",
     "compress",
     "distill",
 ]

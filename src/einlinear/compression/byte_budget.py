@@ -12,12 +12,12 @@ from einlinear import ops
 from einlinear.compression.allocation import allocate, least_cost
 from einlinear.compression.budget import Budget, Candidates, Choice, Errors, Sensitivities, total_change
 from einlinear.compression.candidates import LayerCandidate
-from einlinear.compression.compression_report import RoundingAlone
+from einlinear.compression.compression_report import QuantizationAlone
 from einlinear.compression.factor_rounding import expanded, round_factors
 from einlinear.compression.rounding import nearest_with_least_error
 from einlinear.compression.sensitivity import Sensitivity
 from einlinear.nn.dense_layers import features, weight_matrix
-from einlinear.nn.quantized_linear import BFLOAT16, factor_formats, stored_bytes
+from einlinear.nn.quantized_linear import BFLOAT16, factor_formats, quantized_bytes
 from einlinear.ops.integer_format import IntegerFormat
 from einlinear.structures import structure
 
@@ -41,7 +41,7 @@ class ByteBudget(Budget):
             raise ValueError(f"only_if_faster=True needs {others}: with 'bytes' nothing is timed")
 
     def costs(self, name: str) -> dict[str, int]:
-        return {s.spec: min(stored_bytes(s, p) for p in PRECISIONS) for s in self._structures(name)}
+        return {s.spec: min(quantized_bytes(s, p) for p in PRECISIONS) for s in self._structures(name)}
 
     def dense_cost(self, name: str) -> int:
         return weight_bytes(self._layers[name])
@@ -56,7 +56,7 @@ class ByteBudget(Budget):
         options = [LayerCandidate("dense", self.dense_cost(name), 0.0, 0.0)]
         for s, of_structure in errors:
             for precision, of_rounding in added["dense" if s.spec == "dense" else "factors"].items():
-                cost, error = stored_bytes(s, precision), of_structure + of_rounding
+                cost, error = quantized_bytes(s, precision), of_structure + of_rounding
                 options.append(LayerCandidate(s.spec, cost, error, sensitivity.at(error), precision))
         front: list[LayerCandidate] = []
         for option in sorted(options, key=lambda option: (option.cost, option.output_change)):
@@ -66,12 +66,12 @@ class ByteBudget(Budget):
 
     def alternatives(self, candidates: Candidates, chosen: Choice, sensitivities: Sensitivities) -> dict[str, Any]:
         dense = {name: [c for c in options if c.spec == "dense"] for name, options in candidates.items()}
-        rounding = None if least_cost(dense) > self.largest else total_change(allocate(dense, self.largest))
-        return {"alternative": RoundingAlone(total_change(chosen), rounding)}
+        alone = None if least_cost(dense) > self.largest else total_change(allocate(dense, self.largest))
+        return {"alternative": QuantizationAlone(total_change(chosen), alone)}
 
     @property
     def reasons(self) -> dict[str, str]:
-        # a layer without any structure is rounded
+        # a layer without any structure is quantised
         return {}
 
 
@@ -94,8 +94,8 @@ def rounding_errors(layer: Any, moment: Tensor) -> dict[str, dict[str, float]]:
         s = structure(spec, *features(layer))
         factors = [weight] if spec == "dense" else ops.project(s, weight, moment)
         formats = factor_formats(s, _MEASURED)
-        stored = round_factors(s, factors, formats, weight, moment)
-        rounded = [expanded(*part) for part in zip(s.factors, stored, formats, strict=True)]
+        quantized = round_factors(s, factors, formats, weight, moment)
+        rounded = [expanded(*part) for part in zip(s.factors, quantized, formats, strict=True)]
         added = _error(weight, ops.dense_weight(s, rounded), inputs)
         added -= _error(weight, ops.dense_weight(s, factors), inputs)
         ratio = max(added, 0.0) / max(plain[_MEASURED], 1e-30)

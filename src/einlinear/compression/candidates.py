@@ -36,7 +36,7 @@ _STEPS = 20
 class LayerCandidate:
     """A structure for one layer, or "dense", with the error of the layer's outputs and the change of the model's.
 
-    An empty precision is that of the dense layer.
+    An empty precision is the dtype of the dense layer.
     """
 
     spec: str
@@ -52,7 +52,7 @@ class LayerCandidate:
 
     @property
     def label(self) -> str:
-        """The structure, and the precision if it is not that of the dense layer."""
+        """The structure, and the precision if it is quantised."""
         return f"{self.structure}, {self.precision}" if self.precision else self.structure
 
 

@@ -25,8 +25,8 @@ class CompressedLayer:
         speed_up: over the dense layer, by the number of tokens at once; NaN for stacked experts, which are not timed.
         tokens_per_input: tokens for each input feature that the layer was fitted to, or None.
         reason: why the layer had to stay dense, or None.
-        precision: of the stored weight, or "" for that of the dense layer.
-        bytes_before, bytes: of the dense weight, and of the factors as stored.
+        precision: of a quantised weight, or "" for the dtype of the dense layer.
+        bytes_before, bytes: that the dense weight and the factors take.
     """
 
     name: str
@@ -46,17 +46,15 @@ class CompressedLayer:
 
 
 @dataclass(frozen=True)
-class RoundingAlone:
-    """Expected change of the model's output, and the one if dense weights are only rounded, or None if too large."""
+class QuantizationAlone:
+    """Expected change of the model's output, and that of quantised dense weights, or None if they are too large."""
 
     chosen: float
-    rounding: float | None
+    quantized: float | None
 
     def __str__(self) -> str:
-        alone = (
-            "not possible" if self.rounding is None else f"expected change of the model's output {self.rounding:.3g}"
-        )
-        return f"Rounding alone at these bytes: {alone}; chosen here: {self.chosen:.3g}."
+        change = f"expected change of the model's output {self.quantized:.3g}" if self.quantized is not None else ""
+        return f"Quantisation alone at these bytes: {change or 'not possible'}; chosen here: {self.chosen:.3g}."
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class CompressionReport:
         skipped: the other linear layers, as (name, reason).
         coverage: the share of the model's parameters that was considered, and the kinds of the others.
         missed_budget: the budget, if only faster layers were wanted and do not reach it.
-        alternative: with a budget of bytes, what rounding alone would cost.
+        alternative: with a budget of bytes, what quantisation alone would change.
         time: with a budget of time, what the layers take.
         not_narrowed: with "narrow", the layers that are in no block that can be narrowed, as (name, reason).
         params_before, params, macs, bytes_before, bytes: sums over the weights of the layers.
@@ -115,7 +113,7 @@ class CompressionReport:
     skipped: tuple[tuple[str, str], ...] = ()
     coverage: Coverage | None = None
     missed_budget: float | None = None
-    alternative: RoundingAlone | None = None
+    alternative: QuantizationAlone | None = None
     time: MeasuredTime | None = None
     not_narrowed: tuple[tuple[str, str], ...] = ()
 
@@ -162,7 +160,7 @@ class CompressionReport:
             than_dense = f"layers are slower than dense, for {describe_tokens(self._timed)}"
             advice = "only_if_faster=True leaves such layers dense"
             if self.alternative is not None:
-                advice = "Weights stored in few bits are expanded in every call"
+                advice = "Quantised weights are expanded in every call"
             notes.append(f"{len(slow)} of {len(self.layers)} {than_dense}: {', '.join(slowest)}{more}. {advice}.")
         return notes
 

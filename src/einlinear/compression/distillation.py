@@ -21,7 +21,7 @@ from einlinear.mup import Muon, param_groups
 from einlinear.nn import QuantizedLinear
 from einlinear.nn.linear import Factored
 from einlinear.nn.model_call import Batch, check_batches, evaluating
-from einlinear.nn.names import as_globs, check_globs, matches_any
+from einlinear.nn.names import full_names, matching
 from einlinear.schedules import lr_factor
 
 # the default learning rates of the optimizers
@@ -159,13 +159,9 @@ def distill(
 
 
 def _matched_modules(model: nn.Module, original: nn.Module, match: str | Sequence[str] | None) -> list[str]:
-    others = dict(original.named_modules())
-    if match is None:
-        return [name for name in block_names(model) if name in others]
-    both = [name for name, _ in model.named_modules() if name in others]
-    globs = as_globs(match, "match")
-    check_globs(globs, both, "match", "module of both models")
-    return [name for name in both if matches_any(name, globs)]
+    others = full_names(original)
+    names = block_names(model) if match is None else full_names(model)
+    return [*matching({name: name for name in names if name in others}, match, "match", "module of both models")]
 
 
 @contextmanager
@@ -185,7 +181,7 @@ def _trained_parameters(model: nn.Module, train: str, rank: int) -> Iterator[tup
             if train == "structured":
                 raise ValueError("train='structured', but no structured layer requires gradients: give train='all'")
             if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-                raise ValueError("rounded weights cannot be trained: distill first, then round")
+                raise ValueError("quantised weights cannot be trained: distill first, then quantise")
             raise ValueError("no parameter of the model requires gradients, so there is nothing to train")
         yield trained, nn.ModuleList(adapters.values())
 

@@ -15,13 +15,14 @@ from einlinear.compression.divergence import mean_kl_divergence
 from einlinear.nn.dense_layers import is_linear
 from einlinear.nn.linear import Factored
 from einlinear.nn.model_call import Batch, call
+from einlinear.nn.names import full_names, plain_modules
 
 
 def block_names(model: nn.Module) -> list[str]:
     """Return the names of the blocks with linear layers in the model's outermost lists, such as transformer blocks."""
     lists: list[str] = []
     names: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model, remove_duplicate=True):
         # the model itself may be a list of whole models
         if not name or not isinstance(module, nn.ModuleList | nn.Sequential) or f"{name}.".startswith(tuple(lists)):
             continue
@@ -44,6 +45,8 @@ class DistillationLoss:
     ) -> None:
         self._model, self._original, self._matched, self._task_loss = model, original, matched, task_loss
         self._must_match = must_match
+        # by name without prefixes of wrappers
+        self._full_names = {id(m): full_names(m) for m in (model, original)}
         # the layer that computes the logits of both models, if they are many, or ""; looked up with the first batch
         self._head: str | None = None
 
@@ -70,7 +73,9 @@ class DistillationLoss:
         if self._task_loss:
             return ""
         target = model_output(self._original, batch)
-        is_matched = any(f"{target.head}.".startswith(f"{name}.") for name in self._matched)
+        is_matched = any(
+            f"{target.head}.".startswith(f"{self._full_names[id(self._original)][n]}.") for n in self._matched
+        )
         if is_matched or not (target.head and target.is_logits):
             return ""
         return target.head if model_output(self._model, batch).head == target.head else ""
@@ -84,7 +89,7 @@ class DistillationLoss:
             with suppress(ValueError):
                 outputs[name].append(output_of(output))
 
-        with hooked({name: model.get_submodule(name) for name in self._matched}, record):
+        with hooked({name: model.get_submodule(self._full_names[id(model)][name]) for name in self._matched}, record):
             if not self._head:
                 return call(model, batch), outputs
             return head_inputs(model, self._head, batch, gradients=torch.is_grad_enabled()), outputs

@@ -18,6 +18,7 @@ from einlinear.conversion.replacement import replace_modules
 from einlinear.nn import Experts, GatedExperts
 from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.moe.gated_experts import active_experts, dense_stacks, without_parameters
+from einlinear.nn.names import plain_modules
 
 
 class DenseStack(nn.Module):
@@ -92,7 +93,7 @@ def _open(dense: Any) -> GatedExperts:
 
 def stacks_of(model: nn.Module) -> dict[str, DenseStack]:
     """Return the stacks of a model whose experts are open, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DenseStack)}
+    return {name: module for name, module in plain_modules(model, True) if isinstance(module, DenseStack)}
 
 
 def layer_weight(layer: Any) -> Tensor:

@@ -34,7 +34,7 @@ def round_factors(
         weight: (out_features, in_features), to which the last factor is fitted again once the others are rounded.
         second_moment: E[x x^T] of the inputs, positive definite; None rounds every factor to nearest.
     """
-    stored: list[tuple[Tensor, Tensor] | Tensor] = []
+    quantized: list[tuple[Tensor, Tensor] | Tensor] = []
     for term, pairs in s.by_term(list(zip(factors, formats, strict=True))):
         exact, rounded = [factor.float() for factor, _ in pairs], list[Tensor]()
         # inputs with this second moment, as many as features
@@ -43,19 +43,19 @@ def round_factors(
             if weight is not None and second_moment is not None and 0 < step == len(term.factors) - 1:
                 again = best_last_factor(s, weight.float(), second_moment.float(), rounded)
                 exact[step] = exact[step] if again is None else again
-            stored.append(_rounded(factor, exact[step], format, z))
-            rounded.append(expanded(factor, stored[-1], format))
+            quantized.append(_rounded(factor, exact[step], format, z))
+            rounded.append(expanded(factor, quantized[-1], format))
             if z is not None:
                 z = einsum([("tokens", *factor.source), factor.axes], ("tokens", *factor.result), z, rounded[-1])
-    return stored
+    return quantized
 
 
-def expanded(factor: Factor, stored: tuple[Tensor, Tensor] | Tensor, format: IntegerFormat | None) -> Tensor:
+def expanded(factor: Factor, quantized: tuple[Tensor, Tensor] | Tensor, format: IntegerFormat | None) -> Tensor:
     """Return a factor in float32."""
-    if isinstance(stored, Tensor):
-        return stored.float()
+    if isinstance(quantized, Tensor):
+        return quantized.float()
     assert format is not None
-    return from_matrices(factor, format.decode(*stored))
+    return from_matrices(factor, format.decode(*quantized))
 
 
 def _rounded(

@@ -85,7 +85,8 @@ def _fit(
 def _fitted_layer(old: Any, choice: LayerCandidate, record: tuple[dict[str, Tensor], dict[str, Any]]) -> FittedLayer:
     tensors, metadata = record
     layer = _layer_of(old, choice)
-    layer.load_state_dict(tensors)
+    # those that a file holds stay there
+    layer.load_state_dict({name: t.to(old.weight.device) for name, t in tensors.items()}, assign=True)
     return FittedLayer(layer, float(metadata["error"]), int(metadata["tokens"]))
 
 

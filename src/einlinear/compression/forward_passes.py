@@ -19,11 +19,18 @@ class Passes:
     """Repeated forward passes of a model on the same batches, which skip finished blocks, given the last one's outputs.
 
     Between two calls of `inputs`, only layers that were asked for before may change. If none does, give the layers that
-    will be asked for in turn: at the last one in a block, the outputs of the block are kept as well.
+    will be asked for in turn: at the last one in a block, the outputs of the block are kept as well. `copy` returns the
+    copies of outputs that are kept, in memory or elsewhere.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], unchanged: Iterable[str] = ()) -> None:
-        self._model, self.batches = model, batches
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        unchanged: Iterable[str] = (),
+        copy: Callable[[Tensor], Tensor] = Tensor.clone,
+    ) -> None:
+        self._model, self.batches, self._copy = model, batches, copy
         self._last = {_position(model, [name]): name for name in unchanged}
         # a list of blocks by name, and the index of the first block that is not finished
         self._stack, self._start = "", 0
@@ -72,12 +79,12 @@ class Passes:
         skipped, output = self._outputs.get(number, (0, None))
 
         # a copy: the model may change its own in place
-        def stored(*_: Any, **__: Any) -> Any:
+        def kept(*_: Any, **__: Any) -> Any:
             return tree_map_only(Tensor, Tensor.clone, output)
 
         with ExitStack() as after:
             for index in range(skipped):
-                after.enter_context(patched(self._block(index), "forward", stored))
+                after.enter_context(patched(self._block(index), "forward", kept))
             if skipped < self._start:
                 after.enter_context(self._recorded(number, self._start - 1, self._outputs))
             yield
@@ -104,7 +111,7 @@ class Passes:
 
         def record(_name: str, _input: Any, output: Any) -> None:
             if all(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
-                outputs[number] = index + 1, tree_map_only(Tensor, Tensor.clone, output)
+                outputs[number] = index + 1, tree_map_only(Tensor, self._copy, output)
             if stops:
                 raise StopForward
 

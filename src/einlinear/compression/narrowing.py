@@ -23,7 +23,7 @@ from einlinear.compression.sensitivity import Sensitivity
 from einlinear.conversion.replacement import structured_like
 from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.nn.narrowed import copy_into, resized
-from einlinear.nn.quantized_linear import QuantizedLinear, stored_bytes
+from einlinear.nn.quantized_linear import QuantizedLinear, quantized_bytes
 from einlinear.structures import FAMILIES, structure
 from einlinear.structures.families import did_you_mean
 
@@ -178,7 +178,7 @@ def module_candidates(
 def _cost(whole: LayerCandidate, inner: InnerFeatures, name: str, kept: int, layer: Any) -> int:
     if not whole.precision:
         return whole.cost * kept // inner.groups
-    return stored_bytes(structure("dense", *_size(layer, inner, name, kept)), whole.precision)
+    return quantized_bytes(structure("dense", *_size(layer, inner, name, kept)), whole.precision)
 
 
 def _size(layer: Any, inner: InnerFeatures, name: str, kept: int) -> tuple[int, int]:

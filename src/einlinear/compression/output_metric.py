@@ -8,7 +8,7 @@ tr(G (W - V) C (W - V)^T).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.compression.activations import hooked, output_of, tokens_of
+from einlinear.compression.block_checkpointing import checkpointed_blocks
 from einlinear.compression.calibration import spread_numbers
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
@@ -115,12 +116,33 @@ def _diagonal_blocks(structure: Structure, moment: Tensor) -> Tensor:
 
 
 def measure_output_metrics(
-    model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Batch]
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    batches: Sequence[Batch],
+    copy: Callable[[Tensor], Tensor] = lambda moment: moment,
 ) -> dict[str, OutputMetric]:
     """Run a few batches forwards and backwards; layers without gradients have no metric.
 
-    G is measured in full for layers with at most as many outputs as inputs, and its diagonal for others.
+    G is measured in full for layers with at most as many outputs as inputs, and its diagonal for others. Of the sums
+    so far, those that `copy` returns are kept.
     """
+    learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
+    try:
+        try:
+            with checkpointed_blocks(model):
+                moments = _gradient_moments(model, layers, batches, copy)
+        # a block that changes what it is given, or that remembers its calls, cannot be run again: it raises anything
+        except Exception:
+            moments = _gradient_moments(model, layers, batches, copy)
+    finally:
+        for p in learning:
+            p.requires_grad_()
+    return {name: OutputMetric(g) for name, g in moments.items() if g.isfinite().all() and float(g.sum()) > 0}
+
+
+def _gradient_moments(
+    model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Batch], copy: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     moments, tokens = dict[str, Tensor](), dict.fromkeys(layers, 0)
     generator = torch.Generator().manual_seed(0)
     batch: Batch = batches[0]
@@ -129,33 +151,28 @@ def measure_output_metrics(
         def add(gradient: Tensor) -> None:
             g = tokens_of(batch, gradient).float()
             moment = g.T @ g if _is_full(layers[name]) else g.square().sum(0)
-            moments[name] = moment + moments[name] if name in moments else moment
+            moments[name] = copy(moment + moments[name] if name in moments else moment)
             tokens[name] += len(g)
 
         output.requires_grad_().register_hook(add)
         # a clone: an operation in place may follow
         return output.clone()
 
-    learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
-    try:
-        for number in spread_numbers(len(batches))[:_BATCHES]:
-            batch = batches[number]
-            with torch.enable_grad(), hooked(layers, record):
-                result = call(model, batch)
-                output = tokens_of(batch, output_of(result))
-                if output.requires_grad:
-                    most = max(1, _ENTRIES // output.shape[-1])
-                    rows = torch.randperm(len(output), generator=generator)[:most].to(output.device)
-                    chosen, is_logits = output[rows], hasattr(result, "logits")
-                    # the gradient takes as much memory as the output
-                    del result, output
-                    chosen.backward(_direction(chosen, is_logits, generator))
-            if all(tokens[name] >= _enough(layer) for name, layer in layers.items()):
-                break
-    finally:
-        for p in learning:
-            p.requires_grad_()
-    return {name: OutputMetric(g) for name, g in moments.items() if g.isfinite().all() and float(g.sum()) > 0}
+    for number in spread_numbers(len(batches))[:_BATCHES]:
+        batch = batches[number]
+        with torch.enable_grad(), hooked(layers, record):
+            result = call(model, batch)
+            output = tokens_of(batch, output_of(result))
+            if output.requires_grad:
+                most = max(1, _ENTRIES // output.shape[-1])
+                rows = torch.randperm(len(output), generator=generator)[:most].to(output.device)
+                chosen, is_logits = output[rows], hasattr(result, "logits")
+                # the gradient takes as much memory as the output
+                del result, output
+                chosen.backward(_direction(chosen, is_logits, generator))
+        if all(tokens[name] >= _enough(layer) for name, layer in layers.items()):
+            break
+    return moments
 
 
 def _is_full(layer: Any) -> bool:

@@ -35,7 +35,7 @@ from einlinear.compression.time_budget import TimeBudget
 from einlinear.conversion.replacement import replace_modules
 from einlinear.nn import Experts, Linear
 from einlinear.nn.dense_layers import features
-from einlinear.nn.model_call import Batch, check_batches, evaluating
+from einlinear.nn.model_call import Batch, check_batches, evaluating, without_key_cache
 from einlinear.nn.quantized_linear import QuantizedLinear
 
 # what `count` counts
@@ -57,8 +57,8 @@ def compress(
     damping: float = 1e-2,
     only_if_faster: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-    folder: str | Path | None = None,
-    shared: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    shared_cache_dir: str | Path | None = None,
 ) -> CompressionReport:
     """Replace linear layers by structured ones that together keep a share of parameters, MACs, bytes or time, in place.
 
@@ -79,15 +79,17 @@ def compress(
             seconds that the dense layers take on this machine; layers that would not become faster stay dense.
         tokens: tokens that a layer gets in one call, for which layers are timed: 1 for decoding, or the batch size
             times the length. None: 1 and 256; count="time" needs a number.
-        layers: a glob, or several, on qualified names; None: all but output heads, which the guide lists.
+        layers: a glob, or several, on qualified names: which layers to compress. None: all but output heads, which the
+            guide lists. Globs and names are those of `einlinear.convert`.
         sequential: fit each layer on the outputs of the compressed layers before it; False: on the original's inputs,
             as stacked experts always are.
         damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
         only_if_faster: use only structures that are as fast as the dense layer on this machine, for all `tokens`,
             within 5 %, even if the budget is then not reached.
         progress: called with the current step, and how much of it is done, of how much; for the first time at once.
-        folder: resume cache, from which the same call resumes after an interruption. It is not removed at the end.
-        shared: resume cache for compressions of the same model and data to other budgets or with other structures.
+        cache_dir: folder of a resume cache, from which the same call resumes after an interruption. It is not removed
+            at the end.
+        shared_cache_dir: the same for compressions of the same model and data to other budgets or structures.
 
     Returns:
         A report to print: every layer, and their share of the whole model.
@@ -95,8 +97,8 @@ def compress(
     Raises:
         TypeError: a model, a budget or calibration data of the wrong type; batches that the forward pass does not take.
         ValueError: no layer to compress, a budget that nothing reaches, no calibration data, weights or inputs that are
-            not finite, a folder of another compression. The model is then unchanged.
-        ModuleNotFoundError: scipy is not installed, or with a folder safetensors; the extra `pretrained` has both.
+            not finite, the cache of another compression. The model is then unchanged.
+        ModuleNotFoundError: scipy is not installed, or with a cache safetensors; the extra `pretrained` has both.
 
     Example:
         >>> import torch, einlinear as el
@@ -106,17 +108,15 @@ def compress(
         True
     """
     families = [structures] if isinstance(structures, str) else list(structures)
-    batches = _check_arguments(model, budget, families, calibration, count, tokens, damping)
-    kind = _BUDGETS[count]
-    kind.check_options(families, tokens, only_if_faster)
-    check_narrow(families)
-    is_cached = folder is not None or shared is not None
+    kind = budget_kind(count, families, tokens, only_if_faster)
+    batches = _check_arguments(model, budget, families, calibration, count, damping)
+    is_cached = cache_dir is not None or shared_cache_dir is not None
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
     with open_experts(model, kind.has_experts and not only_if_faster and {NARROW, UNIFORM}.isdisjoint(families)):
         # compiled code ignores new hooks
-        with evaluating(model), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), without_key_cache(model), torch.compiler.set_stance("force_eager"):
             # copies the modules and shares their tensors: the original stays the reference
             compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
             selection = select_layers(model, layers, batches)
@@ -126,8 +126,9 @@ def compress(
             data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
             config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
             config |= {"sequential": sequential, "only_if_faster": only_if_faster, "tokens": tokens, **data_config}
-            results = ResumeCache(folder, config, "an unfinished compression")
-            shared_cache = results if shared is None else ResumeCache(shared, data_config, "errors of candidates")
+            results = shared_results = ResumeCache(cache_dir, config, "an unfinished compression")
+            if shared_cache_dir is not None:
+                shared_results = ResumeCache(shared_cache_dir, data_config, "errors of candidates")
 
             def report_timing(done: int) -> None:
                 report_progress("timing layers", done, max(done, len(dense)))
@@ -139,17 +140,21 @@ def compress(
                 total_budget.check(total_budget.least)
 
             # 1. calibrate
-            passes = None if batches is None else Passes(model, batches, unchanged=selection.first_layers)
+            passes = None
+            if batches is not None:
+                passes = Passes(model, batches, unchanged=selection.first_layers, copy=results.copy)
             calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
 
             # 2. measure the sensitivity to each layer, and the errors of its candidates
             probe = None if batches is None else SensitivityProbe(model, batches)
-            metrics = cache(lambda: {} if batches is None else measure_output_metrics(model, linears, batches))
+            metrics = cache(
+                lambda: {} if batches is None else measure_output_metrics(model, linears, batches, results.copy)
+            )
 
             def metric(name: str) -> OutputMetric | None:
                 return metrics().get(name)
 
-            compare = LayerResults("comparing structures", len(dense), damping, shared_cache, report_progress)
+            compare = LayerResults("comparing structures", len(dense), damping, shared_results, report_progress)
             sensitivities, candidates, removals = _compare(compare, calibrated, total_budget, probe, metric, blocks)
             modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
 
@@ -159,15 +164,16 @@ def compress(
 
             # 4. fit
             new = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
-            passes = Passes(compressed, batches) if sequential and batches is not None else None
+            passes = Passes(compressed, batches, copy=results.copy) if sequential and batches is not None else None
             fit = LayerResults("fitting", len(new), damping, results, report_progress)
             fitted = fit_layers(fit, calibrated, new, metric, compressed, passes)
 
         # 5. replace the layers of the model
         reasons = total_budget.reasons | dict.fromkeys(slow, "every structure tried is slower than the dense layer")
+        names = selection.names
         reports = [
-            _layer_report(name, layer, chosen[name], sensitivities[name], fitted.get(name), timer, reasons.get(name))
-            for name, layer in dense.items()
+            _layer_report(names[n], layer, chosen[n], sensitivities[n], fitted.get(n), timer, reasons.get(n))
+            for n, layer in dense.items()
         ]
         is_missed = sum(candidate.cost for candidate in chosen.values()) > total_budget.largest
         narrow_attributes(model, chosen)
@@ -177,7 +183,7 @@ def compress(
             tuple(selection.skipped),
             selection.coverage,
             missed_budget=budget if is_missed else None,
-            not_narrowed=tuple(not_narrowed),
+            not_narrowed=tuple((names[name], reason) for name, reason in not_narrowed),
             **alternatives,
         )
 
@@ -267,14 +273,19 @@ def _layer_report(
     )
 
 
+def budget_kind(count: str, families: Sequence[str], tokens: int | None, only_if_faster: bool) -> type[Budget]:
+    """Return the kind of budget that `count` names; ValueError for options of `compress` that do not go with it."""
+    if count not in _BUDGETS:
+        raise ValueError(f"count must be one of {', '.join(map(repr, _BUDGETS))}, not {count!r}")
+    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+        raise ValueError(f"tokens is the number in one call of a layer, at least 1, not {tokens!r}")
+    check_narrow(families)
+    _BUDGETS[count].check_options(families, tokens, only_if_faster)
+    return _BUDGETS[count]
+
+
 def _check_arguments(
-    model: object,
-    budget: float,
-    families: Sequence[str],
-    calibration: Any,
-    count: str,
-    tokens: int | None,
-    damping: float,
+    model: object, budget: float, families: Sequence[str], calibration: Any, count: str, damping: float
 ) -> list[Batch] | None:
     """Raise for arguments that are wrong by themselves, and return the batches."""
     if not isinstance(model, nn.Module):
@@ -283,10 +294,6 @@ def _check_arguments(
         raise TypeError(f"budget must be a number, not {budget!r}")
     if calibration is not None:
         check_batches(calibration, "calibration")
-    if count not in _BUDGETS:
-        raise ValueError(f"count must be one of {', '.join(map(repr, _BUDGETS))}, not {count!r}")
-    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
-        raise ValueError(f"tokens is the number in one call of a layer, at least 1, not {tokens!r}")
     if not 0 <= damping < math.inf:
         raise ValueError(f"damping is a fraction of the inputs' variance, at least 0, such as 0.01, not {damping!r}")
     if not 0 < budget <= 1:

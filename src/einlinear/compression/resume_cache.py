@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.compression.calibration import InputStatistics
+from einlinear.compression.file_tensors import copy_in_file
 from einlinear.files import read_json, write_json
 
 T = TypeVar("T")
@@ -47,17 +49,24 @@ class ResumeCache:
     def get_or(
         self, key: str, compute: Callable[[], Any], decode: Callable[[Any], T] = lambda x: x, tensors: bool = False
     ) -> T:
-        """Read, or compute and write, JSON of a key, or with `tensors` a pair of tensors and JSON, and decode it."""
+        """Read, or compute and write, JSON of a key, or with `tensors` a pair of tensors and JSON, and decode it.
+
+        Tensors stay in their file, from which they are mapped into memory.
+        """
         if self._folder is None:
             return decode(compute())
         if tensors:
             # needs safetensors, which is no dependency of the core
             from einlinear.checkpoint import read_tensors, write_tensors
+
+            read: Callable[[Path], Any] = partial(read_tensors, mapped=True)
+        else:
+            read = read_json
         # the hash keeps keys apart that read alike
         readable, digest = re.sub(r"[^\w.-]+", "_", key)[:80], hashlib.sha256(key.encode()).hexdigest()[:8]
         path = self._folder / f"{readable}-{digest}.{'safetensors' if tensors else 'json'}"
         try:
-            record = (read_tensors if tensors else read_json)(path)
+            record = read(path)
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
@@ -69,15 +78,29 @@ class ResumeCache:
                 cause = f"{type(error).__name__}: {error}"
                 raise ValueError(f"{path} does not hold a result for {key} ({cause}): delete the file") from error
         record = compute()
-        # a computation that fails at once leaves no folder
-        if not self._has_config(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._folder / "config.json", self._config)
-        if tensors:
-            write_tensors(path, *record)
-        else:
-            write_json(path, record)
+        try:
+            self._begin(self._folder)
+            if tensors:
+                write_tensors(path, *record)
+                record = read(path)
+            else:
+                write_json(path, record)
+        except OSError as error:
+            advice = "the results before it are complete, and the same call resumes"
+            raise OSError(f"{path} cannot be written, {advice}: {error}") from error
         return decode(record)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor in the folder, for this process only; without a folder in memory."""
+        if self._folder is not None:
+            self._begin(self._folder)
+        return copy_in_file(tensor, self._folder)
+
+    def _begin(self, folder: Path) -> None:
+        # a computation that fails at once leaves no folder
+        if not self._has_config(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", self._config)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from einlinear.compression.activations import hooked, output_of
@@ -20,7 +21,7 @@ from einlinear.conversion.replacement import linear_layers, owners_of
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
-from einlinear.nn.names import as_globs, check_globs, matches_any
+from einlinear.nn.names import as_globs, full_names, matching
 
 # names of output heads in torchvision, timm and transformers
 _HEADS = {"classifier", "fc", "head", "heads", "lm_head"}
@@ -46,12 +47,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Selection:
-    """The dense layers to compress by name and in stages, in the order of their calls; the others with reasons."""
+    """The dense layers to compress by name and in stages, in the order of their calls; the others with reasons.
+
+    Layers have the names that `get_submodule` takes; `names` has those without prefixes of wrappers, by these.
+    """
 
     layers: dict[str, Any]
     stages: list[Stage]
     skipped: list[tuple[str, str]]
     coverage: Coverage
+    names: dict[str, str]
 
     @property
     def first_layers(self) -> list[str]:
@@ -75,7 +80,8 @@ def select_layers(
             # as many outputs as the first layer has inputs: an autoencoder or a feed-forward block, not logits
             heads = [name for name in called if name in last and name not in reasons]
             reasons |= {n: _IS_HEAD for n in heads if features(chosen[n])[1] != features(chosen[called[0]])[0]}
-    skipped += reasons.items()
+    names = {full: name for name, full in full_names(model).items()}
+    skipped += [(names[name], reason) for name, reason in reasons.items()]
     selectable = [Stage(tuple(n for n in stage.names if n not in reasons), stage.calls) for stage in stages]
     stages = [stage for stage in selectable if stage.names]
     selected = {name: chosen[name] for stage in stages for name in stage.names}
@@ -85,34 +91,29 @@ def select_layers(
         because += [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
         raise ValueError(f"there is no dense linear layer to compress: {'; '.join(because)}")
     if broken := next((name for name, layer in selected.items() if not layer.weight.isfinite().all()), None):
-        raise ValueError(f"the weight of {broken} has values that are NaN or infinite")
-    return Selection(selected, stages, skipped, coverage)
+        raise ValueError(f"the weight of {names[broken]} has values that are NaN or infinite")
+    return Selection(selected, stages, skipped, coverage, names)
 
 
 def _suitable_layers(
     model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the layers that a structured one can replace, by name, and those that none can, with the reason."""
-    linears, stacks = linear_layers(model), stacks_of(model)
+    linears, stacks, full = linear_layers(model), stacks_of(model), full_names(model)
     fused = unsupported_experts(model, _NOT_EXPERTS)
-    fused |= {name: reason for name in fused if (reason := reason_to_skip_experts(model.get_submodule(name)))}
-    globs = as_globs("*" if layers is None else layers, "layers")
-    if not globs:
+    fused |= {n: reason for n in fused if (reason := reason_to_skip_experts(model.get_submodule(full[n])))}
+    if layers is not None and not as_globs(layers, "layers"):
         raise ValueError("layers is empty: give a glob such as '*.mlp.*', or None for all but output heads")
-    check_globs(
-        globs if layers is not None else [],
-        [*linears, *stacks, *map(_experts_of, stacks), *fused],
-        "layers",
-        "linear layer",
-    )
+    names = dict.fromkeys([*linears, *fused, *stacks, *map(_experts_of, stacks)])
+    matched = matching(names, layers, "layers", "linear layer")
     heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
     # two batches show which layers the model calls
     owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:2])
     chosen: dict[str, Any] = {}
-    skipped = [(name, reason) for name, reason in fused.items() if matches_any(name, globs)]
+    skipped = [(name, reason) for name, reason in fused.items() if name in matched]
     seen = set[int]()
     for name, layer in linears.items():
-        if id(layer) in seen or not matches_any(name, globs):
+        if id(layer) in seen or name not in matched:
             continue
         seen.add(id(layer))
         reason = uncalled.get(id(layer)) or reason_to_skip(layer)
@@ -124,12 +125,12 @@ def _suitable_layers(
         elif layer.weight.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model before you compress it")
         else:
-            chosen[name] = layer
+            chosen[full[name]] = layer
     for name, stack in stacks.items():
-        if matches_any(name, globs) or matches_any(_experts_of(name), globs):
+        if name in matched or _experts_of(name) in matched:
             if stack.weight.is_meta:
                 raise ValueError(f"{name} is on the meta device: load the model before you compress it")
-            chosen[name] = stack
+            chosen[full[name]] = stack
     return chosen, skipped
 
 
@@ -186,7 +187,7 @@ def _trace(
             if not left:
                 break
             staged = set(inputs)
-            with torch.enable_grad(), hooked(left, record):
+            with torch.enable_grad(), saved_tensors_hooks(_forget, _zeros), hooked(left, record):
                 output = output_of(call(model, batch))
                 if output.requires_grad:
                     last |= _sources(output.grad_fn, nodes)
@@ -202,6 +203,16 @@ def _trace(
     for name, identities in inputs.items():
         stages.setdefault(tuple(identities), []).append(name)
     return [Stage(tuple(names), len(key)) for key, names in stages.items()], calls, reached, last
+
+
+def _forget(saved: Tensor) -> Any:
+    """Keep a tensor's shape alone for the backward pass: its values do not decide which layers gradients reach."""
+    is_dense = saved.is_floating_point() and saved.layout is torch.strided
+    return (saved.shape, saved.dtype, saved.device) if is_dense else saved
+
+
+def _zeros(kept: Any) -> Tensor:
+    return kept if isinstance(kept, Tensor) else torch.zeros(kept[0], dtype=kept[1], device=kept[2])
 
 
 def _sources(node: Any, nodes: Mapping[Any, str]) -> set[str]:

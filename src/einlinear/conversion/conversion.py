@@ -22,17 +22,19 @@ from einlinear.conversion.replacement import (
     modules_of,
     owners_of,
     replace_modules,
+    structured_class,
     structured_like,
 )
 from einlinear.conversion.structure_plan import match_structures
 from einlinear.conversion.weight_usage import uncalled_layers
-from einlinear.nn import Conv1d, Conv2d, Embedding, GatedExperts, Linear, MoELinear
+from einlinear.nn import Conv1d, Conv2d, Embedding, GatedExperts, MoELinear
 from einlinear.nn.dense_layers import as_class, features, is_linear, weight_matrix
 from einlinear.nn.interception import has_any_hooks
+from einlinear.nn.linear import Factored
 from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import Experts, check_experts
-from einlinear.nn.names import as_globs, check_globs, matches_any
-from einlinear.structures import DoesNotFit, Structure
+from einlinear.nn.names import matching, plain_modules
+from einlinear.structures import DoesNotFit
 from einlinear.structures.spec import structure as make_structure
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | Conv1d | Conv2d
@@ -41,7 +43,7 @@ _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | Conv1d | Conv2d
 def convert(
     model: nn.Module,
     structure: str | Mapping[str, str],
-    layers: str | Sequence[str] = "*",
+    layers: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     weights: str = "init",
     *,
@@ -64,12 +66,13 @@ def convert(
         model: any module that has linear layers inside.
         structure: of all matched layers; or glob on qualified names -> structure, where the first match counts. Globs
             (fnmatch) match whole names: "*.attn.*" matches "blocks.0.attn.q" but not "attn.q"; "*attn.*" matches both.
-        layers: a glob, or several, on qualified names: which layers to consider at all.
+            Names are those without wrappers such as that of `torch.compile`.
+        layers: a glob, or several, on qualified names: which linear layers to convert. None: all.
         exclude: a glob, or several: which of these to leave out.
         weights: "init" draws new factors and sets biases to zero, except for a layer whose weight is zero, which keeps
             weight and bias. "project" takes the closest to the layer's weight, and keeps the bias.
         embeddings: a glob, or several: which `torch.nn.Embedding` to convert to `einlinear.Embedding`. One that shares
-            its weight with a head needs the structure of the head. Entries of new tables are as large as the old ones.
+            its weight with a head needs the structure of the head. New entries are as large as the old ones.
         convolutions: a glob, or several: which `torch.nn.Conv1d` and `Conv2d` of one group to convert as well.
         normalize: which new layers are normalised (`Linear`), with weights="init": none, all but those of the structure
             "dense" (True), or those that globs match, "dense" ones included.
@@ -98,16 +101,13 @@ def convert(
     # 1. check the arguments
     linears, stacks = linear_layers(model), experts_modules(model)
     # other kinds of layers are converted only if they are named
-    named = _named(modules_of(model, nn.Embedding | Embedding), embeddings, "embeddings", "embedding")
-    named |= _named(modules_of(model, _CONVOLUTIONS), convolutions, "convolutions", "convolution")
+    named = matching(modules_of(model, nn.Embedding | Embedding), embeddings, "embeddings", "embedding")
+    named |= matching(modules_of(model, _CONVOLUTIONS), convolutions, "convolutions", "convolution")
     _check_new_weights(weights, normalize, gamma, experts, active)
-    globs = {
-        argument: as_globs(value, argument)
+    normalized, with_gamma = (
+        {} if isinstance(value, bool) else matching(linears | stacks, value, argument, "linear layer")
         for argument, value in (("normalize", normalize), ("gamma", gamma))
-        if not isinstance(value, bool)
-    }
-    for argument, group in globs.items():
-        check_globs(group, [*linears, *stacks], argument, "linear layer")
+    )
     classes = _as_classes(classes)
 
     # 2. match layers with structures, and find those that no structure can replace
@@ -133,10 +133,8 @@ def convert(
             continue
         try:
             s = spec if name in stacks else make_structure(spec, *features(old))
-            is_normalized = (
-                getattr(s, "spec", s) != "dense" if normalize is True else matches_any(name, globs.get("normalize", ()))
-            )
-            has_gamma = gamma is True or matches_any(name, globs.get("gamma", ()))
+            is_normalized = getattr(s, "spec", s) != "dense" if normalize is True else name in normalized
+            has_gamma = gamma is True or name in with_gamma
             config = {} if name in named else {"normalize": is_normalized, "gamma": has_gamma, **mixture}
             layer = (_new_experts if name in stacks else _new_layer)(old, s, weights, **config)
         except DoesNotFit as error:
@@ -163,18 +161,23 @@ def convert(
     return ConversionReport(tuple(converted), tuple(skipped), coverage)
 
 
-def densify(model: nn.Module) -> ConversionReport:
-    """Replace every structured layer by the dense one that computes the same function, in place.
+def densify(model: nn.Module, layers: str | Sequence[str] | None = None) -> ConversionReport:
+    """Replace structured layers by the dense ones that compute the same function, in place.
 
     The dense layer is a `torch.nn.Linear`, or of the class that was replaced: transformers' Conv1D or experts, or a
     subclass of `torch.nn.Linear` without a constructor of its own. Bias, device, dtype, mode, requires_grad and
     shared weights are kept; a weight is frozen if all its factors were.
 
+    Args:
+        model: any module that has structured layers inside.
+        layers: a glob, or several, on qualified names: which structured layers to replace. None: all.
+
     Returns:
         A report on every layer, converted or skipped for a reason, such as hooks, which would be lost.
 
     Raises:
-        ValueError: there is no structured layer inside the model, or none that could be replaced.
+        ValueError: there is no structured layer inside the model, or none that could be replaced; a glob that matches
+            no structured layer.
 
     Example:
         >>> import torch, einlinear as el
@@ -183,18 +186,25 @@ def densify(model: nn.Module) -> ConversionReport:
         >>> report.params_before, report.params
         (1024, 4096)
     """
-    structured = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Linear | Embedding | Conv1d | Conv2d))
+    every = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Factored) and not isinstance(m, Experts))
+    experts = {n: m for n, m in experts_modules(model).items() if isinstance(m, GatedExperts) and m.dense is not None}
+    inside = {id(part) for module in experts.values() for part in module.modules()}
+    mixtures = {n: m for n, m in plain_modules(model, True) if isinstance(m, Experts) and id(m) not in inside}
+    matched = matching({**every, **experts, **mixtures}, layers, "layers", "structured layer")
+    structured = {name: layer for name, layer in every.items() if name in matched}
     new, weights = dict[int, nn.Module](), dict[tuple[int, ...], nn.Parameter]()
     converted = list[Conversion]()
-    stacks = {n: m for n, m in experts_modules(model).items() if isinstance(m, GatedExperts) and m.dense is not None}
-    inside = {id(part) for module in stacks.values() for part in module.modules()}
-    mixtures = [name for name, m in model.named_modules() if isinstance(m, Experts) and id(m) not in inside]
-    skipped = [(name, "is a mixture of experts, which no dense layer computes") for name in mixtures]
-    factors = {name: tuple(map(id, layer.weight_parameters())) for name, layer in structured.items()}
-    hooked = {factors[name] for name, layer in structured.items() if has_any_hooks(layer)}
+    skipped = [(n, "is a mixture of experts, which no dense layer computes") for n in mixtures if n in matched]
+    # the factors of a quantised layer are no parameters, and nothing shares them
+    factors = {name: tuple(map(id, layer.weight_parameters())) or (id(layer),) for name, layer in every.items()}
+    hooked = {factors[name] for name, layer in every.items() if has_any_hooks(layer)}
+    replaced = {id(layer) for layer in structured.values()}
+    left = {factors[name]: name for name, layer in every.items() if id(layer) not in replaced}
     for name, layer in structured.items():
         if factors[name] in hooked:
             skipped.append((name, "it, or a layer that shares its factors, has hooks, which would be lost"))
+        elif factors[name] in left:
+            skipped.append((name, f"shares its factors with {left[factors[name]]}, which layers do not match"))
         elif id(layer) not in new:
             dense: Any = as_class(layer.to_dense(), layer.dense_class)
             dense.weight = weights.setdefault(factors[name], dense.weight)
@@ -202,7 +212,9 @@ def densify(model: nn.Module) -> ConversionReport:
             s, entries = layer.structure, layer.in_features * layer.out_features
             costs = (0, 0) if isinstance(dense, nn.Embedding) else (s.macs, entries)
             converted.append(Conversion(name, s.spec, _describe(dense), s.params, entries, *costs))
-    for name, module in stacks.items():
+    for name, module in experts.items():
+        if name not in matched:
+            continue
         if any(has_any_hooks(part) for part in module.modules()):
             skipped.append((name, "it has hooks, which would be lost"))
         elif id(module) not in new:
@@ -212,12 +224,6 @@ def densify(model: nn.Module) -> ConversionReport:
         raise _nothing_converted(skipped, "there is no structured layer in the model")
     replace_modules(model, new)
     return ConversionReport(tuple(converted), tuple(skipped))
-
-
-def _named(modules: dict[str, Any], value: str | Sequence[str], argument: str, kind: str) -> dict[str, Any]:
-    globs = as_globs(value, argument)
-    check_globs(globs, [*modules], argument, kind)
-    return {name: module for name, module in modules.items() if matches_any(name, globs)}
 
 
 def _check_new_weights(weights: str, normalize: Any, gamma: Any, experts: int | None, active: int | None) -> None:
@@ -279,13 +285,9 @@ def _new_experts(old: Any, structure: Any, weights: str, **config: Any) -> Any:
 @torch.no_grad()
 def _new_layer(old: Any, s: Any, weights: str, **config: Any) -> Any:
     """Return the structured layer that replaces another one; `config` is that of a layer with new weights."""
-    if isinstance(old, nn.Embedding):
-        return _new_table(old, s, weights)
     is_zero = _is_zero(old.weight)
-    if isinstance(old, nn.Conv1d | nn.Conv2d) and weights == "project" and not is_zero:
-        return (Conv1d if isinstance(old, nn.Conv1d) else Conv2d).from_dense(old, s)
     if weights == "project" and not is_zero:
-        projected = Linear.from_dense(old, s)
+        projected = structured_class(old).from_dense(old, s)
         projected.dense_class = type(old)
         return projected
     layer = structured_like(old, s, **config)
@@ -294,18 +296,6 @@ def _new_layer(old: Any, s: Any, weights: str, **config: Any) -> Any:
         if layer.bias is not None:
             layer.bias.copy_(old.bias)
     return layer
-
-
-def _new_table(old: nn.Embedding, s: Structure, weights: str) -> Embedding:
-    if weights == "project":
-        return Embedding.from_dense(old, s)
-    table: Embedding = structured_like(old, s)
-    if not old.weight.is_meta:
-        size = float(old.weight.float().square().mean().sqrt())
-        for _, factors in s.by_term([factor.name for factor in s.factors]):
-            for factor in factors:
-                table.get_parameter(factor).mul_(size ** (1 / len(factors)))
-    return table
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from einlinear.nn.layer_descriptions import CONVOLUTION, EMBEDDING, LINEAR, PACKED, RECURRENT, STRUCTURED, layer_info
+from einlinear.nn.names import plain_modules
 from einlinear.tables import aligned
 
 _STACKS = "expert stacks and other 3-D weights"
@@ -163,7 +164,8 @@ def measure_coverage(model: nn.Module, layers: Iterable[nn.Module]) -> Coverage:
 def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
     """Iterate over parameters with the module that computes with them: for a parametrization the parametrized one."""
     inside = set[int]()
-    for module_name, module in model.named_modules():
+    module: Any
+    for module_name, module in plain_modules(model, remove_duplicate=True):
         if id(module) in inside:
             continue
         below = [module, *(module.parametrizations.modules() if is_parametrized(module) else ())]

@@ -13,9 +13,9 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear
 from einlinear.nn.dense_layers import is_conv1d
 from einlinear.nn.interception import has_any_hooks
+from einlinear.nn.linear import Factored
 
 # attributes that say nothing about what a subclass of torch.nn.Linear computes
 _PLAIN = {"training", "in_features", "out_features", *vars(nn.Module())}
@@ -23,13 +23,13 @@ _differences: dict[Any, str | None] = {}
 
 
 def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
-    """Return why no structure can replace a layer or table, or None; `classes` count as linear in any case."""
-    if isinstance(module, Linear | MoELinear | Embedding | Conv1d | Conv2d):
+    """Return why no structure can replace a layer or embedding, or None; `classes` count as linear in any case."""
+    if isinstance(module, Factored):
         return f"is already structured: {module.structure.spec}"
     if reason := reason_of_state(module, ("weight",)):
         return reason
     if isinstance(module, nn.Embedding):
-        return _difference_to_table(module)
+        return _difference_to_embedding(module)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return _difference_to_convolution(module)
     if type(module) is nn.Linear or is_conv1d(module) or isinstance(module, classes):
@@ -61,11 +61,11 @@ def reason_of_state(module: Any, weights: Sequence[str]) -> str | None:
     )
 
 
-def _difference_to_table(module: nn.Embedding) -> str | None:
+def _difference_to_embedding(module: nn.Embedding) -> str | None:
     if type(module) is not nn.Embedding:
         return f"is a {type(module).__name__}, and no plain nn.Embedding"
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-        return "has max_norm, scale_grad_by_freq or sparse, which structured tables do not have"
+        return "has max_norm, scale_grad_by_freq or sparse, which structured embeddings do not have"
     return None
 
 

@@ -14,6 +14,7 @@ from einlinear.conversion.eligibility import attributes_of, reason_of_state
 from einlinear.nn import GatedExperts
 from einlinear.nn.layer_descriptions import layer_info
 from einlinear.nn.moe.gated_experts import active_experts, dense_stacks
+from einlinear.nn.names import plain_modules
 
 _WEIGHTS = ("gate_up_proj", "down_proj")
 _differences: dict[Any, str | None] = {}
@@ -21,7 +22,7 @@ _differences: dict[Any, str | None] = {}
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
     """Return the modules that stack the weights of experts, structured ones included, by every name they have."""
-    return {name: m for name, m in model.named_modules(remove_duplicate=False) if name and _has_stacks(m)}
+    return {name: m for name, m in plain_modules(model) if name and _has_stacks(m)}
 
 
 def _has_stacks(module: nn.Module) -> bool:

@@ -9,55 +9,56 @@ from typing import Any
 from torch import nn
 
 from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear, QuantizedLinear
-from einlinear.nn.dense_layers import features, is_linear
+from einlinear.nn.dense_layers import is_linear
+from einlinear.nn.names import plain_modules
 from einlinear.structures import Structure
+
+# other dense layers become `Linear`
+_STRUCTURED: dict[type[nn.Module], type[nn.Module]] = {nn.Embedding: Embedding, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
-    """Return all linear layers, structured ones included, by every qualified name they have."""
-    instead = "el.Linear.from_dense(layer, structure)"
-    return layers_of(model, instead, lambda module: isinstance(module, Linear | MoELinear) or is_linear(module))
+    """Return all linear layers, structured ones included, by every name they have, without prefixes of wrappers."""
+    return layers_of(model, "el.Linear.from_dense(layer, structure)", is_any_linear)
+
+
+def is_any_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, structured or dense."""
+    return isinstance(module, Linear | MoELinear) or is_linear(module)
 
 
 def modules_of(model: nn.Module, kinds: type | UnionType) -> dict[str, Any]:
     """Return the modules of these classes inside a model, by every qualified name they have."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if name and isinstance(module, kinds)}
+    return {name: module for name, module in plain_modules(model) if name and isinstance(module, kinds)}
 
 
 def layers_of(model: nn.Module, instead: str, is_one: Callable[[nn.Module], bool]) -> dict[str, Any]:
     """Return the layers of a kind by every qualified name they have; `instead` is the advice for a bare layer."""
     if is_one(model):
         raise ValueError(f"the model is itself a linear layer, which cannot be replaced in place: use {instead}")
-    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_one(module)}
+    return {name: module for name, module in plain_modules(model) if is_one(module)}
 
 
 def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """Return the modules that hold a parameter, with their names, by the parameter's id."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model, remove_duplicate=True):
         for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), []).append((name, module))
     return owners
 
 
+def structured_class(dense: Any) -> Any:
+    """Return the class of layers that replace a dense one."""
+    return next((new for kind, new in _STRUCTURED.items() if isinstance(dense, kind)), Linear)
+
+
 def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:
     """Return a new structured layer like an old one; "precision" makes it quantised, "experts" a `MoELinear`."""
-    if isinstance(old, nn.Embedding):
-        size = old.num_embeddings, old.embedding_dim
-        table = Embedding(*size, structure, old.padding_idx, device=old.weight.device, dtype=old.weight.dtype)
-        return table.requires_grad_(old.weight.requires_grad).train(old.training)
-    if isinstance(old, nn.Conv1d | nn.Conv2d):
-        return (Conv1d if isinstance(old, nn.Conv1d) else Conv2d).like(old, structure)
-    config |= {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
-    kind: Any = MoELinear if "experts" in config else QuantizedLinear if "precision" in config else Linear
-    layer = kind(*features(old), structure, **config)
-    if isinstance(layer, Linear):
-        layer.dense_class = type(old)
-    layer.requires_grad_(old.weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias.requires_grad_(old.bias.requires_grad)
-    return layer.train(old.training)
+    kind: Any = (
+        MoELinear if "experts" in config else QuantizedLinear if "precision" in config else structured_class(old)
+    )
+    return kind.like(old, structure, **config)
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from einlinear.nn.names import as_globs, check_globs, matches_any
+from einlinear.nn.names import check_globs, matching
 from einlinear.structures.spec import check_spec
 
 
 def match_structures(
     names: Sequence[str],
     structure: str | Mapping[str, str],
-    layers: str | Sequence[str],
+    layers: str | Sequence[str] | None,
     exclude: str | Sequence[str],
     named: Collection[str] = (),
 ) -> dict[str, str]:
     """Return the structures of layers by name: the first one whose glob matches, for those in `layers` or `named`.
+
+    `layers` None stands for all names.
 
     Raises:
         ValueError: an unknown structure, an empty mapping, a glob that matches no layer.
@@ -27,16 +29,13 @@ def match_structures(
         raise ValueError("the mapping of globs to structures is empty")
     for spec in plan.values():
         check_spec(spec)
-    considered, excluded = as_globs(layers, "layers"), as_globs(exclude, "exclude")
-    everything, noun = [*names, *named], "layer" if named else "linear layer"
-    # a model of convolutions alone has no linear layer that the default could match
-    check_globs(considered, names or everything, "layers", "linear layer")
-    check_globs(plan, everything, "structure", noun)
-    check_globs(excluded, everything, "exclude", noun)
+    everything, noun = dict.fromkeys([*names, *named]), "layer" if named else "linear layer"
+    considered = {*matching(dict.fromkeys(names), layers, "layers", "linear layer"), *named}
+    excluded = matching(everything, exclude, "exclude", noun)
+    check_globs(plan, [*everything], "structure", noun)
     matched: dict[str, str] = {}
     for name in everything:
         globs = [glob for glob in plan if fnmatchcase(name, glob)]
-        is_considered = name in named or matches_any(name, considered)
-        if globs and is_considered and not matches_any(name, excluded):
+        if globs and name in considered and name not in excluded:
             matched[name] = plan[globs[0]]
     return matched

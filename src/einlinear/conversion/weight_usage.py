@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from einlinear.conversion.replacement import linear_layers
 from einlinear.nn.lazy_tensor import METADATA, METADATA_NAMES
 from einlinear.nn.model_call import Batch, call, evaluating, patched, uncompiled
+from einlinear.nn.names import plain_modules
 
 # by class: layers that are called in a rare case only, and whose weight is read otherwise
 _MOSTLY_READ = {"FalconMambaMixer": {"dt_proj"}, "JambaMambaMixer": {"dt_proj"}}
@@ -37,10 +38,10 @@ def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) ->
     """
     layers = {name: layer for name, layer in linear_layers(model).items() if isinstance(layer.weight, nn.Parameter)}
     called, read = (set[int](), set[int]()) if batches is None else _used_in_runs(model, layers, batches)
-    only_read = _only_read_in_source(model)
+    only_read, modules = _only_read_in_source(model), dict(plain_modules(model))
     reasons = {}
     for name, layer in layers.items():
-        above, key = _class_above(model, name), id(layer)
+        above, key = _class_above(modules, name), id(layer)
         if key in called & read:
             reasons[key] = f"is called, but {above} also computes with its weight, which would be built every time"
         elif key in read or (key in only_read and key not in called):
@@ -154,10 +155,10 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
-def _class_above(model: nn.Module, name: str) -> str:
-    """Return the class of the module that computes with a layer's weight, which is no container."""
-    above = model
-    for part in name.split(".")[:-1]:
-        model = model.get_submodule(part)
-        above = above if type(model) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else model
+def _class_above(modules: Mapping[str, nn.Module], name: str) -> str:
+    """Return the class of the module that computes with a layer's weight, which is no container, unless all are."""
+    parts, above = name.split("."), modules[""]
+    for depth in range(1, len(parts)):
+        owner = modules[".".join(parts[:depth])]
+        above = above if type(owner) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else owner
     return type(above).__name__

@@ -16,7 +16,7 @@ from einlinear.mup.base_model import Base
 from einlinear.mup.muon import Muon
 from einlinear.mup.parametrization import param_groups
 from einlinear.nn.model_call import evaluating
-from einlinear.nn.names import as_globs, check_globs, matches_any, plain_modules
+from einlinear.nn.names import matching, plain_modules
 
 # inputs and targets, one sample per row
 TrainingBatch = tuple[Tensor, Tensor]
@@ -61,7 +61,7 @@ def coord_check(
     *,
     lr: float,
     base: Base,
-    layers: str | Sequence[str] = "*",
+    layers: str | Sequence[str] | None = None,
     steps: int = 100,
     optimizer: str = "adamw",
     loss: Callable[[nn.Module, TrainingBatch], Tensor] = cross_entropy,
@@ -78,7 +78,8 @@ def coord_check(
         batches: (input, target) pairs, used in turn.
         probe: a fixed input for the measurement, which runs in evaluation mode.
         lr, base: learning rate and model of base width, as for `param_groups`.
-        layers: a glob, or several, on qualified names of modules whose outputs are tensors of shape (..., features).
+        layers: a glob, or several, on qualified names: which modules to measure; their outputs are tensors of shape
+            (..., features). None: all.
         steps, optimizer: of training: at least one step, with "adamw", "adam", "sgd" or "muon".
         loss: training loss of a model and a batch. Default: the cross-entropy of the outputs.
         progress: called with (width, step) after every step.
@@ -127,12 +128,10 @@ def coord_check(
 
 
 @torch.no_grad()
-def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str]) -> dict[str, Tensor]:
+def _features(model: nn.Module, probe: Tensor, layers: str | Sequence[str] | None) -> dict[str, Tensor]:
     features: dict[str, Tensor] = {}
-    globs = as_globs(layers, "layers")
     modules = {name: module for name, module in plain_modules(model) if name}
-    check_globs(globs, list(modules), "layers", "module")
-    chosen = {name: module for name, module in modules.items() if matches_any(name, globs)}
+    chosen = matching(modules, layers, "layers", "module")
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):

@@ -65,19 +65,16 @@ class _Convolution(Factored):
         return layer
 
     @classmethod
-    def like(cls, convolution: Any, structure: str | Structure) -> Any:
-        """Return a new layer of another one's channels, geometry, device, dtype, mode and requires_grad."""
-        if convolution.groups != 1:
+    def like(cls, dense: Any, structure: str | Structure, **config: Any) -> Any:
+        """Return a new layer of a dense one's channels, geometry, device, dtype, mode and requires_grad."""
+        if dense.groups != 1:
             advice = "for a depthwise kernel and a mix of channels take the structure (c k), c k, o c -> o"
-            raise ValueError(f"a structured convolution has one group, not {convolution.groups}: {advice}")
-        size = convolution.in_channels, convolution.out_channels, convolution.kernel_size
-        geometry = convolution.stride, convolution.padding, convolution.dilation, convolution.bias is not None
-        like = {"device": convolution.weight.device, "dtype": convolution.weight.dtype}
-        layer = cls(*size, structure, *geometry, padding_mode=convolution.padding_mode, **like)
-        layer.requires_grad_(convolution.weight.requires_grad)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(convolution.bias.requires_grad)
-        return layer.train(convolution.training)
+            raise ValueError(f"a structured convolution has one group, not {dense.groups}: {advice}")
+        size = dense.in_channels, dense.out_channels, dense.kernel_size
+        geometry = dense.stride, dense.padding, dense.dilation, dense.bias is not None
+        config |= {"padding_mode": dense.padding_mode, "device": dense.weight.device, "dtype": dense.weight.dtype}
+        layer = cls(*size, structure, *geometry, **config)
+        return layer.with_flags_of(dense)
 
     def forward(self, x: Tensor) -> Tensor:
         if (

@@ -18,7 +18,7 @@ def is_conv1d(module: Any) -> bool:
 
 
 def features(linear: Any) -> tuple[int, int]:
-    """Return (in_features, out_features) of a linear layer, structured or dense, a kernel, or a table as a head."""
+    """Return (in_features, out_features) of a linear layer, dense or structured, a convolution, or an embedding."""
     if isinstance(linear, nn.Embedding):
         return int(linear.embedding_dim), int(linear.num_embeddings)
     if isinstance(linear, nn.Conv1d | nn.Conv2d):
@@ -38,7 +38,7 @@ def weight_matrix(linear: Any) -> Tensor:
 
 
 def as_class(linear: Any, dense_class: type[nn.Module]) -> nn.Module:
-    """Return a `torch.nn.Linear` as a Conv1D, or as a subclass unless it has a constructor of its own; or a table."""
+    """Return a `torch.nn.Linear` as a Conv1D, or as a subclass without a constructor of its own; others as they are."""
     if not isinstance(linear, nn.Linear):
         return linear  # type: ignore[no-any-return]
     if issubclass(dense_class, nn.Linear):

@@ -64,6 +64,18 @@ class Embedding(FactoredMatrix):
 
     @classmethod
     @torch.no_grad()
+    def like(cls, dense: Any, structure: str | Structure, **config: Any) -> Any:
+        """Return a new embedding like a dense one, with entries as large, on average, unless these are all zero."""
+        config |= {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        layer = cls(dense.num_embeddings, dense.embedding_dim, structure, dense.padding_idx, **config)
+        size = 1.0 if dense.weight.is_meta else float(dense.weight.float().square().mean().sqrt())
+        for _, factors in layer.structure.by_term([factor.name for factor in layer.structure.factors]):
+            for factor in factors:
+                layer.get_parameter(factor).mul_((size or 1.0) ** (1 / len(factors)))
+        return layer.with_flags_of(dense)
+
+    @classmethod
+    @torch.no_grad()
     def from_dense(cls, table: nn.Embedding | Tensor, structure: str | Structure) -> Embedding:
         """Return the structured table closest to a dense one, or to its weight, in Frobenius norm.
 

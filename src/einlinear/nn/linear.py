@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.nn.dense_layers import weight_matrix
+from einlinear.nn.dense_layers import features, weight_matrix
 from einlinear.nn.layer_calls import compute_in_block
 from einlinear.nn.layer_descriptions import SCALAR, STRUCTURED, VECTOR, LayerInfo, ParameterRole, SelfDescribing
 from einlinear.nn.lazy_tensor import LazyTensor
@@ -76,6 +76,20 @@ class Factored(SelfDescribing):
                 nn.init.ones_(getattr(self, f"gamma_{factor.name}"))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    @classmethod
+    def like(cls, dense: Any, structure: str | Structure, **config: Any) -> Any:
+        """Return a new layer with the features, bias, device, dtype, mode and requires_grad of a dense one."""
+        config |= {"bias": dense.bias is not None, "device": dense.weight.device, "dtype": dense.weight.dtype}
+        in_features, out_features = features(dense)
+        return cls(in_features, out_features, structure, **config).with_flags_of(dense)
+
+    def with_flags_of(self, dense: Any) -> Any:
+        """Take the training mode and requires_grad of a dense layer, and return this one."""
+        self.requires_grad_(dense.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(dense.bias.requires_grad)
+        return self.train(dense.training)
 
     @torch.no_grad()
     def zero_last_factors(self) -> None:
@@ -178,6 +192,12 @@ class Linear(FactoredMatrix):
 
     # the class of the layer that it replaced: `einlinear.densify` restores it
     dense_class: type[nn.Module] = nn.Linear
+
+    @classmethod
+    def like(cls, dense: Any, structure: str | Structure, **config: Any) -> Any:
+        layer = super().like(dense, structure, **config)
+        layer.dense_class = type(dense)
+        return layer
 
     @classmethod
     @torch.no_grad()

@@ -52,6 +52,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def without_key_cache(model: nn.Module) -> Iterator[None]:
+    """Let a model of transformers drop the keys and values of its layers, which no further token will read."""
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    caching: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
 def uncompiled() -> AbstractContextManager[object]:
     """Return a context in which compiled models run as they were written."""
     # importing the compiler takes long: without it nothing is compiled

@@ -10,9 +10,25 @@ from torch import nn
 T = TypeVar("T")
 
 
-def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over all modules under every name they have, without prefixes of wrappers; wrappers come first."""
-    yield name, model
+def plain_modules(model: nn.Module, remove_duplicate: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate like `named_modules` over names without prefixes of wrappers, by default over all names of a module.
+
+    A wrapper comes before the module of the same name that it wraps.
+    """
+    seen = set[int]()
+    for name, _, module in _walk(model, "", ""):
+        if not remove_duplicate or id(module) not in seen:
+            seen.add(id(module))
+            yield name, module
+
+
+def full_names(model: nn.Module) -> dict[str, str]:
+    """Return the names of modules that `get_submodule` takes, by those without prefixes of wrappers."""
+    return {name: full for name, full, _ in _walk(model, "", "")}
+
+
+def _walk(model: nn.Module, name: str, full: str) -> Iterator[tuple[str, str, nn.Module]]:
+    yield name, full, model
     # a user's own layer may be called "module" too: only these two put it into names
     parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
     for part, child in model._modules.items():
@@ -20,7 +36,8 @@ def plain_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
             # torch.compile, FSDP1, activation checkpointing
             wrapped = part in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
             wrapped |= parallel and part == "module"
-            yield from plain_modules(child, name if wrapped else f"{name}.{part}".lstrip("."))
+            below = name if wrapped else f"{name}.{part}".lstrip(".")
+            yield from _walk(child, below, f"{full}.{part}".lstrip("."))
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:
@@ -34,6 +51,22 @@ def as_globs(value: str | Sequence[str], argument: str) -> list[str]:
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
         raise TypeError(f"{argument} must be a glob such as '*.fc2', or a list of globs, not {value!r}")
     return list(globs)
+
+
+def matching(modules: Mapping[str, T], globs: str | Sequence[str] | None, argument: str, noun: str) -> dict[str, T]:
+    """Return the modules whose qualified names a glob matches, or one of several; None matches all.
+
+    Globs (fnmatch) match whole names: "*.attn.*" matches "blocks.0.attn.q" but not "attn.q"; "*attn.*" matches both.
+
+    Raises:
+        ValueError: a glob that matches none of them.
+        TypeError: globs that are not text.
+    """
+    if globs is None:
+        return dict(modules)
+    globs = as_globs(globs, argument)
+    check_globs(globs, [*modules], argument, noun)
+    return {name: module for name, module in modules.items() if matches_any(name, globs)}
 
 
 def as_rules(value: Mapping[str, T] | None, argument: str) -> dict[str, T]:

@@ -30,7 +30,7 @@ def factor_formats(structure: Structure, precision: str) -> list[IntegerFormat |
     return [format if factor.fan_in >= _FEWEST_COLUMNS else None for factor in structure.factors]
 
 
-def stored_bytes(structure: Structure, precision: str) -> int:
+def quantized_bytes(structure: Structure, precision: str) -> int:
     """Return the bytes of a weight's factors."""
     total = 0
     for factor, format in zip(structure.factors, factor_formats(structure, precision), strict=True):

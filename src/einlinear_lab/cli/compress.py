@@ -13,13 +13,12 @@ import typer
 from einlinear.files import lock
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import PRETRAINED, require
-from einlinear_lab.cli.parsing import specs, words
+from einlinear_lab.cli.parsing import parse_bytes, specs, words
 
 # files that are not copied and are listed
 _SHOWN = 10
 
 
-_Fraction = Annotated[float | None, typer.Option(min=0.0, max=1.0)]
 _Count = Annotated[int, typer.Option(min=1)]
 _NonNegative = Annotated[float, typer.Option(min=0.0)]
 
@@ -27,15 +26,13 @@ _NonNegative = Annotated[float, typer.Option(min=0.0)]
 def compress_command(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     out: Annotated[Path, typer.Option()],
-    keep_params: _Fraction = None,
-    keep_macs: _Fraction = None,
-    keep_bytes: _Fraction = None,
-    keep_time: _Fraction = None,
-    time_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    budget: Annotated[float, typer.Option(min=0.0, max=1.0)],
+    count: str = "params",
+    tokens: Annotated[int | None, typer.Option(min=1)] = None,
     structures: list[str] | None = None,
     calibration: Path | None = None,
     samples: _Count = 256,
-    tokens: _Count = 256,
+    max_length: _Count = 256,
     batch_size: _Count = 16,
     layers: list[str] | None = None,
     distill: _NonNegative = 0.0,
@@ -43,10 +40,11 @@ def compress_command(
     match: list[str] | None = None,
     train: str = "all",
     adapter_rank: _Count = 16,
-    sequential: Annotated[bool, typer.Option("--sequential/--parallel")] = True,
+    sequential: bool = True,
     only_if_faster: Annotated[bool, typer.Option("--only-if-faster")] = False,
     dtype: str = "auto",
     device: str = "cpu",
+    max_memory: str | None = None,
 ) -> None:
     """Make a pretrained Hugging Face model smaller.
 
@@ -56,32 +54,33 @@ def compress_command(
     Args:
         model: A folder of a transformers model, or its name on the hub.
         out: Folder for the compressed model; from_pretrained loads it.
-        keep_params: Fraction of the layers' parameters to keep, such as 0.5.
-        keep_macs: Or of their multiply-accumulates.
-        keep_bytes: Or of their bytes, with weights in 16, 8, 4, 3 or 2 bits.
-        keep_time: Or of the seconds that they take on this machine, for --time-tokens at once.
-        time_tokens: Tokens for which layers are timed: 1 for decoding, or batch size times length. Default: 1 and 256.
+        budget: Fraction to keep of what --count counts in the layers, such as 0.5.
+        count: params; macs, multiply-accumulates; bytes, with weights in 16, 8, 4, 3 or 2 bits; or time, the seconds
+            that the layers take on this machine, for --tokens at once.
+        tokens: Tokens for which layers are timed: 1 for decoding, or batch size times length. Default: 1 and 256.
         structures: Families of structures to choose from, separated by ';' or ','; may be repeated. Default: low_rank,
             monarch, btt, blast(blocks=4).
         calibration: A text file, or rows (.jsonl, .json, .csv, .parquet) with text, messages, or prompt and completion:
             the text whose outputs are kept. Without it weights are approximated, which is much worse.
         samples: Lines, rows or pieces of the text to calibrate on.
-        tokens: Tokens of each, at most.
+        max_length: Tokens of each, at most.
         batch_size: Lines or pieces that are run at once.
         layers: Globs on the layers' names. Default: all but the output head.
-        distill: Minutes of training towards the original's outputs. Rounded weights stay as they are.
+        distill: Minutes of training towards the original's outputs. Quantised weights stay as they are.
         lr: Learning rate of --distill.
         match: Globs on the modules whose outputs --distill matches, besides the model's, separated by ','; may be
             repeated; or none. Default: the blocks.
         train: What --distill trains: all; structured, only structured layers; or adapters, structured layers, and
             low-rank additions to the dense ones, which are merged into their weights. The last two save memory.
         adapter_rank: Rank of these additions.
-        sequential: Fit layers one after the other, or all at once.
-        only_if_faster: Leave layers dense that would be slower here, for --time-tokens at once.
+        sequential: Fit each layer on the outputs of the compressed layers before it, or on the original's inputs.
+        only_if_faster: Leave layers dense that would be slower here, for --tokens at once.
         dtype: Of the parameters: auto, float32, bfloat16, float16.
         device: That the model runs on: cpu, cuda, ...
+        max_memory: The most memory to hold, such as 2GB, for a model that is larger: on Linux and a CPU, in the dtype
+            of its files. Without it, the system decides which weights stay in memory.
     """
-    config = {name: str(value) for name, value in locals().items()}
+    config = {name: str(value) for name, value in locals().items() if name != "max_memory"}
     require(PRETRAINED)
     import torch
     from transformers.utils import logging
@@ -89,8 +88,10 @@ def compress_command(
     from einlinear import compression
     from einlinear.compression.candidates import DEFAULT_FAMILIES
     from einlinear.compression.distillation import TRAIN
+    from einlinear.compression.pipeline import budget_kind
     from einlinear_lab.bench.generation_speed import model_speeds
     from einlinear_lab.pretrained.documents import read_documents, text_batches
+    from einlinear_lab.pretrained.memory_limit import limited_memory, peak_bytes_of_process, unmapped_weights
     from einlinear_lab.pretrained.model_folder import finish, load, save
 
     # this command has progress bars of its own
@@ -99,21 +100,20 @@ def compress_command(
     distillation = None
     with display.interruptible(f"Interrupted. The same command resumes; so far: {unfinished}"), ExitStack() as stack:
         with display.user_errors():
-            given = {"params": keep_params, "macs": keep_macs, "bytes": keep_bytes, "time": keep_time}
-            budgets = [(count, budget) for count, budget in given.items() if budget is not None]
-            if len(budgets) != 1:
-                raise ValueError(f"give one of --keep-{', --keep-'.join(given)}: the fraction to keep, such as 0.5")
-            ((count, budget),) = budgets
+            families = specs(structures) or DEFAULT_FAMILIES
+            budget_kind(count, families, tokens, only_if_faster)
             if train not in TRAIN:
                 raise ValueError(f"--train must be one of {', '.join(TRAIN)}, not {train!r}")
-            if keep_time is not None and time_tokens is None:
-                raise ValueError("--keep-time needs --time-tokens: 1 for decoding, or batch size times length")
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
                 raise ValueError(f"--out {out} is inside the model's own folder {model}: name a folder beside it")
             if distill and calibration is None:
                 raise ValueError("--distill needs text to train on: --calibration FILE")
+            most = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
+            if most is not None and (distill or device != "cpu"):
+                reason = "training needs all of a model in memory" if distill else "it limits the memory of the CPU"
+                raise ValueError(f"--max-memory goes without --distill and --device: {reason}")
             if distill and lr == 0:
                 raise ValueError("--lr must be positive: at 0 nothing is learnt")
             in_use = f"another einlinear compress is at work on {out}: name another folder"
@@ -126,24 +126,28 @@ def compress_command(
                 return
             if out.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
+            if most is not None:
+                stack.enter_context(limited_memory(most))
             compressed, tokenizer = load(model, dtype, device)
+            if most is not None and (names := unmapped_weights(compressed)):
+                wrong = f"--max-memory needs weights that stay in their files, but {names[0]} does not"
+                raise ValueError(f"{wrong}: give --dtype auto, and safetensors that from_pretrained does not convert")
             if distill and compressed.dtype == torch.float16:
                 raise ValueError("float16 parameters cannot be trained: give --dtype float32 or bfloat16")
             batches = None
             if calibration is not None:
                 documents = read_documents(calibration, tokenizer)
                 display.note(f"Calibration: {documents.origin}.")
-                batches = text_batches(compressed, tokenizer, documents, samples, tokens, batch_size)
+                batches = text_batches(compressed, tokenizer, documents, samples, max_length, batch_size)
             # the two models share tensors, unless one of them is trained
             tensors = () if distill else (*compressed.parameters(), *compressed.buffers())
             original = copy.deepcopy(compressed, {id(tensor): tensor for tensor in tensors})
-            families = specs(structures) or DEFAULT_FAMILIES
-            options: dict[str, Any] = {"count": count, "tokens": time_tokens, "layers": layers, "folder": unfinished}
+            options: dict[str, Any] = {"count": count, "tokens": tokens, "layers": layers, "cache_dir": unfinished}
             with display.steps() as advance:
                 options |= {"sequential": sequential, "only_if_faster": only_if_faster, "progress": advance}
                 report = compression.compress(compressed, budget, families, batches, **options)
             if distill and calibration is not None:
-                texts = text_batches(compressed, tokenizer, documents, 10**6, tokens, batch_size)
+                texts = text_batches(compressed, tokenizer, documents, 10**6, max_length, batch_size)
                 folder = unfinished / f"distillation of {distill:g} minutes at {lr:g}"
                 options = {"steps": 10**9, "lr": lr, "seconds": 60 * distill, "folder": folder}
                 options |= {
@@ -155,7 +159,7 @@ def compress_command(
                     options["progress"] = lambda done, _, loss: advance("distillation", done, None)
                     distillation = compression.distill(compressed, original, texts, **options)
         with display.system_errors():
-            left_out = save(compressed, tokenizer, report, out, model, config)
+            left_out = save(compressed, tokenizer, report, out, model, config, shard_bytes=most)
             shutil.rmtree(unfinished)
     if report.warning:
         display.note(report.warning)
@@ -167,7 +171,10 @@ def compress_command(
         change = f"the loss of a batch was {losses[0]:.4f} and is {losses[-1]:.4f}"
         display.note(f"Distilled in {len(losses):,} steps: {change}.")
     reads_text = compressed.main_input_name == "input_ids" and hasattr(compressed.config, "vocab_size")
-    if reads_text and not getattr(compressed.config, "is_encoder_decoder", False):
+    if most is not None:
+        display.note(f"Peak memory: {peak_bytes_of_process() / 1e9:.2f} GB, of the {most / 1e9:.2f} GB allowed.")
+    # a model that does not fit is not worth timing
+    elif reads_text and not getattr(compressed.config, "is_encoder_decoder", False):
         speeds = model_speeds({"original": original, "compressed": compressed})
         rows = []
         for name, speed in speeds.items():

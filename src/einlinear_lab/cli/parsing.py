@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from einlinear.structures.spec import is_family
 
+_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # Options of runs that need no value.
 FLAGS = ("--skip-broken",)
 
@@ -48,6 +50,14 @@ def specs(texts: str | list[str] | None) -> tuple[str, ...] | None:
     if not any(result):
         raise ValueError("--structures is empty; write structures such as dense; btt(rank=2)")
     return tuple(filter(None, result))
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Return the bytes of a text such as "2GB", "1.5 GB" or "800 MB", whose units are powers of 1,000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kB|MB|GB|TB)", text.strip(), re.IGNORECASE)
+    if match is None or not (count := round(float(match[1]) * _BYTES[match[2].upper()])):
+        raise ValueError(f"{option} must be a number of MB or GB, such as 2GB, not {text!r}")
+    return count
 
 
 def _split_at_commas(text: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 
 from einlinear.compression.compression_report import CompressionReport
 from einlinear.files import atomic, read_json, write_json
@@ -108,11 +109,18 @@ def _is_transformer(folder: Path) -> bool:
 
 
 def save(
-    model: Any, tokenizer: Any, report: CompressionReport, out: Path, source: str | Path, config: Mapping[str, str]
+    model: Any,
+    tokenizer: Any,
+    report: CompressionReport,
+    out: Path,
+    source: str | Path,
+    config: Mapping[str, str],
+    shard_bytes: int | None = None,
 ) -> list[str]:
     """Write a compressed model, its report, the command's config and other files of its source to a new folder.
 
-    Returns the files of the source that were left out, see `copy_side_files`.
+    The weights are in files of at most `shard_bytes`, or of the size that transformers chooses. Returns the files of
+    the source that were left out, see `copy_side_files`.
     """
     with atomic(out) as folder:
         root = _snapshot(source)
@@ -123,7 +131,11 @@ def save(
             tokenizer.save_pretrained(place)
         # Replaces the tokenizer's files by the original ones.
         left_out = copy_side_files(root, folder, subfolder)
-        model.save_pretrained(place)
+        sharding = {} if shard_bytes is None else {"max_shard_size": shard_bytes}
+        try:
+            model.save_pretrained(place, **sharding)
+        except SafetensorError as error:
+            raise OSError(f"the weights cannot be written to {out.parent}: {error}") from error
         metadata = asdict(report)
         content = {"layers": metadata["layers"], "skipped": dict(report.skipped), "coverage": metadata["coverage"]}
         write_json(folder / REPORT, {**content, "config": dict(config)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from einlinear_lab.cli.app import app
 
 pytestmark = needs("transformers")
 
-OPTIONS = ("--structures", "low_rank; btt", "--samples", "8", "--tokens", "16", "--batch-size", "4")
+OPTIONS = ("--structures", "low_rank; btt", "--samples", "8", "--max-length", "16", "--batch-size", "4")
 
 
 def tokenizer_of(text: str) -> Any:
@@ -58,7 +59,7 @@ def test_what_comes_out_is_loaded_as_any_model(source: Path, text: Path, tmp_pat
     from transformers import AutoModel, AutoTokenizer
 
     code, out, err = run(
-        "compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text
+        "compress", source, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS, "--calibration", text
     )
     assert (code, err) == (0, "")
     model = AutoModel.from_pretrained(tmp_path / "out")
@@ -87,7 +88,7 @@ ONE = pytest.mark.parametrize("source", ["bert"], indirect=True)
 def test_one_that_was_killed_before_it_cleaned_up_is_complete(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    command = ("compress", source, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS)
     real = shutil.rmtree
 
     def killed(path: Path, *arguments: Any, **options: Any) -> None:
@@ -113,7 +114,7 @@ def test_two_do_not_write_one_folder(source: Path, tmp_path: Path, monkeypatch: 
     """The second one says so before it has done anything; the first one loses nothing."""
     from einlinear_lab.pretrained import model_folder
 
-    command = ("compress", source, "--out", tmp_path / "new" / "out", "--keep-params", 0.6, *OPTIONS)
+    command = ("compress", source, "--out", tmp_path / "new" / "out", "--budget", 0.6, *OPTIONS)
     load, second = model_folder.load, []
 
     def loading(*arguments: Any) -> Any:
@@ -158,7 +159,7 @@ def test_a_sentence_transformer_stays_one(place: str, source: Path, text: Path, 
     (folder / "assets" / "deep").mkdir(parents=True)
     (folder / "assets" / "deep" / "notes.txt").write_text("kept")
     original = SentenceTransformer(str(folder))
-    command = ("compress", folder, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    command = ("compress", folder, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS)
     code, out, err = run(*command, "--calibration", text)
     assert (code, err) == (0, "")
     assert f"Not copied from {folder}: {place and place + '/'}model.safetensors." in out
@@ -229,7 +230,7 @@ def test_a_pipeline_of_the_hub_is_kept(
     (tmp_path / "pipeline" / "2_Dense" / "model.safetensors").write_text("its weights")
     (tmp_path / "pipeline" / "modules.json").write_text(json.dumps([{"path": place}, {"path": "2_Dense"}]))
     name = in_the_hubs_cache(tmp_path / "pipeline", tmp_path / "cache", monkeypatch)
-    command = ("compress", name, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS)
+    command = ("compress", name, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS)
     code, _, err = run(*command, "--calibration", text)
     assert (code, err) == (0, "")
     assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_text() == "its weights"
@@ -264,7 +265,7 @@ def test_models_of_images_and_sound_keep_how_inputs_are_prepared(
         (source / "model.safetensors").unlink()
         torch.save(model.state_dict(), source / "pytorch_model.bin")
     (source / "preprocessor_config.json").write_text('{"do_resize": false}')
-    code, _, err = run("compress", source, "--out", tmp_path / "out", "--keep-params", 0.7, *OPTIONS[:2])
+    code, _, err = run("compress", source, "--out", tmp_path / "out", "--budget", 0.7, *OPTIONS[:2])
     assert (code, err) == (0, "")
     assert [path.name for path in (tmp_path / "out").glob("*model*")] == ["model.safetensors"]
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"do_resize": false}'
@@ -274,11 +275,11 @@ def test_models_of_images_and_sound_keep_how_inputs_are_prepared(
 
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
 def test_macs_distillation_and_no_calibration(source: Path, text: Path, tmp_path: Path) -> None:
-    code, out, err = run("compress", source, "--out", tmp_path / "a", "--keep-macs", 0.6, *OPTIONS)
+    code, out, err = run("compress", source, "--out", tmp_path / "a", "--budget", 0.6, "--count", "macs", *OPTIONS)
     assert (code, err) == (0, "")
     assert "lm_head is the output head" in out or "lm_head is tied" in out or "Left as it was: lm_head" in out
-    distill = ("--calibration", text, "--distill", 0.02, "--parallel", "--only-if-faster")
-    code, out, err = run("compress", source, "--out", tmp_path / "b", "--keep-params", 0.6, *OPTIONS, *distill)
+    distill = ("--calibration", text, "--distill", 0.02, "--no-sequential", "--only-if-faster")
+    code, out, err = run("compress", source, "--out", tmp_path / "b", "--budget", 0.6, *OPTIONS, *distill)
     assert (code, err) == (0, "")
     assert re.search(r"Distilled in [\d,]+ steps: the loss of a batch was", out)
 
@@ -294,7 +295,19 @@ def test_options_of_distillation(source: Path, text: Path, tmp_path: Path, monke
         return distill(*args, **kwargs)
 
     monkeypatch.setattr(compression, "distill", noted)
-    command = ("compress", source, "--keep-bytes", 0.3, *OPTIONS, "--calibration", text, "--distill", 0.01)
+    command = (
+        "compress",
+        source,
+        "--budget",
+        0.3,
+        "--count",
+        "bytes",
+        *OPTIONS,
+        "--calibration",
+        text,
+        "--distill",
+        0.01,
+    )
     code, out, err = run(*command, "--out", tmp_path / "a")
     assert (code, err) == (0, "")
     assert "Distilled in" in out
@@ -317,10 +330,10 @@ def test_a_budget_of_bytes_rounds_weights(source: Path, text: Path, tmp_path: Pa
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "out"
-    command = ("compress", source, "--out", folder, "--keep-bytes", 0.2, "--calibration", text)
+    command = ("compress", source, "--out", folder, "--budget", 0.2, "--count", "bytes", "--calibration", text)
     code, out, err = run(*command, *OPTIONS)
     assert (code, err) == (0, "")
-    assert "Rounding alone at these bytes" in out
+    assert "Quantisation alone at these bytes" in out
     found = AutoModelForCausalLM.from_pretrained(folder)
     rounded = [layer for layer in found.modules() if isinstance(layer, el.nn.QuantizedLinear)]
     before = sum(4 * layer.in_features * layer.out_features for layer in rounded)
@@ -335,7 +348,19 @@ def test_a_budget_of_time(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return {label: 1e-3 if label.startswith("dense") else 4e-4 for label in layers}
 
     monkeypatch.setattr("einlinear.compression.layer_timing.interleaved_seconds", seconds)
-    command = ("compress", source, "--out", tmp_path / "out", "--keep-time", 0.5, "--time-tokens", 3, *OPTIONS)
+    command = (
+        "compress",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--budget",
+        0.5,
+        "--count",
+        "time",
+        "--tokens",
+        3,
+        *OPTIONS,
+    )
     code, out, err = run(*command)
     assert (code, err) == (0, "")
     assert "x as fast, 3 tokens" in out
@@ -347,7 +372,7 @@ def test_chats_calibrate_by_the_template(source: Path, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "she read"}, {"role": "assistant", "content": "the old house by the sea"}]
     rows = tmp_path / "chat.jsonl"
     rows.write_text(f"{json.dumps({'messages': chat})}\n" * 20)
-    command = ("compress", source, "--keep-params", 0.6, *OPTIONS, "--calibration", rows, "--out", tmp_path / "out")
+    command = ("compress", source, "--budget", 0.6, *OPTIONS, "--calibration", rows, "--out", tmp_path / "out")
     assert_refused(run(*command), "chat.jsonl holds chats, but the model's tokenizer has no chat template")
     (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     code, out, err = run(*command)
@@ -366,7 +391,7 @@ def test_interrupted_it_leaves_no_model_and_goes_on(
     from einlinear.compression import candidates, pipeline
     from einlinear_lab.pretrained import model_folder
 
-    arguments = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text)
+    arguments = ("compress", source, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS, "--calibration", text)
     write = model_folder.write_json
 
     def interrupted(*_: object) -> None:
@@ -408,7 +433,7 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(compression, "distill", often)
     monkeypatch.setattr(checkpoint, "save", interrupted)
-    command = ("compress", source, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS, "--calibration", text)
+    command = ("compress", source, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS, "--calibration", text)
     code, _, err = run(*command, "--distill", 0.02)
     assert code == 130
     assert "The same command resumes" in err
@@ -420,18 +445,93 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory needs Linux")
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_a_limit_on_memory_changes_no_result(source: Path, text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    command = (
+        "compress",
+        source,
+        "--budget",
+        0.6,
+        *OPTIONS[2:],
+        "--structures",
+        "low_rank",
+        "--calibration",
+        text,
+    )
+    code, out, err = run(*command, "--out", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert "Peak memory" not in out
+    code, out, err = run(*command, "--out", tmp_path / "b", "--max-memory", "1 MB")
+    assert (code, err) == (0, "")
+    assert re.search(r"^Peak memory: \d\.\d\d GB, of the 0\.00 GB allowed\.$", out, re.MULTILINE)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["gpt2"], indirect=True)
+def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from einlinear import checkpoint
+    from einlinear.compression import candidates, pipeline
+
+    write, written = checkpoint.save_file, list[object]()
+
+    def until_full(tensors: object, path: object, **options: Any) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device")
+        write(tensors, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", until_full)
+    command = (
+        "compress",
+        source,
+        "--budget",
+        0.6,
+        *OPTIONS[2:],
+        "--structures",
+        "low_rank",
+        "--calibration",
+        text,
+    )
+    answer = run(*command, "--out", tmp_path / "out")
+    assert_refused(
+        answer, "cannot be written, the results before it are complete, and the same call resumes: ", "No space"
+    )
+    assert not (tmp_path / "out").exists()
+    for module, compared in ((pipeline, "measure_sensitivity"), (candidates, "fitted_errors")):
+        monkeypatch.setattr(module, compared, lambda *_: pytest.fail("a structure is compared again"))
+    code, _, err = run(*command, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    # of the layers that were written before, none is fitted again
+    assert len({*written[:3]} & {*written[3:]}) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
 @pytest.mark.parametrize("source", ["bert"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"--keep-params": None}, ["give one of --keep-params, --keep-macs, --keep-bytes"]),
-        ({"--keep-macs": 0.5}, ["give one of --keep-params, --keep-macs, --keep-bytes, --keep-time"]),
+        ({"--count": "flops"}, ["count must be one of 'params', 'macs', 'bytes', 'time', not 'flops'"]),
         ({"--distill": 1, "--train": "some"}, ["--train must be one of all, structured, adapters, not 'some'"]),
-        ({"--keep-params": None, "--keep-time": 0.5}, ["--keep-time needs --time-tokens"]),
-        ({"--keep-params": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
+        ({"--count": "time"}, ["count='time' needs tokens: the number in one call"]),
+        ({"--budget": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
         ({"--structures": "lowrank"}, ["unknown family 'lowrank'. Did you mean 'low_rank'"]),
         ({"--distill": 1}, ["--distill needs text to train on"]),
         ({"--device": "tpu9"}, ["device 'tpu9' cannot be used"]),
+        ({"--max-memory": "much"}, ["--max-memory must be a number of MB or GB, such as 2GB, not 'much'"]),
+        ({"--max-memory": "0 GB"}, ["--max-memory must be a number of MB or GB, such as 2GB, not '0 GB'"]),
+        ({"--max-memory": "2GB", "--device": "cuda"}, ["--max-memory goes without", "memory of the CPU"]),
+        (
+            {"--max-memory": "2GB", "--distill": 1, "--calibration": "text.txt"},
+            ["--max-memory goes without --distill", "training needs all of a model in memory"],
+        ),
+        (
+            {"--max-memory": "2GB", "--dtype": "bfloat16"},
+            ["--max-memory needs weights that stay in their files, but ", "does not: give --dtype auto"],
+        ),
         ({"--distill": 1, "--calibration": "text.txt", "--dtype": "float16"}, ["float16 parameters cannot be trained"]),
         ({"--distill": 1, "--calibration": "text.txt", "--lr": 0}, ["--lr must be positive"]),
         ({"--out": "model/small"}, ["is inside the model's own folder", "name a folder beside it"]),
@@ -452,7 +552,7 @@ def test_mistakes(source: Path, text: Path, tmp_path: Path, change: dict[str, An
     shutil.copytree(source, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    options: dict[str, Any] = {"--out": "out", "--keep-params": 0.5} | change
+    options: dict[str, Any] = {"--out": "out", "--budget": 0.5} | change
     model = tmp_path / options.pop("MODEL", "model")
     given = [
         part
@@ -475,7 +575,7 @@ def test_models_that_take_pairs_of_texts(text: Path, tmp_path: Path) -> None:
     sizes = {"vocab_size": 48, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
     tokenizer_of(text.read_text()).save_pretrained(tmp_path / "t5")
-    command = ("compress", tmp_path / "t5", "--keep-params", 0.6, *OPTIONS[:2], "--out")
+    command = ("compress", tmp_path / "t5", "--budget", 0.6, *OPTIONS[:2], "--out")
     answer = run(*command, tmp_path / "out", "--calibration", text)
     assert_refused(answer, "T5ForConditionalGeneration takes pairs of texts", "call el.compress in Python")
     code, _, err = run(*command, tmp_path / "out")
@@ -485,5 +585,5 @@ def test_models_that_take_pairs_of_texts(text: Path, tmp_path: Path) -> None:
 
 def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "find_spec", lambda module: None if module == "scipy" else module)
-    result = CliRunner().invoke(app, ["compress", "model", "--out", "out"])
+    result = CliRunner().invoke(app, ["compress", "model", "--out", "out", "--budget", "0.5"])
     assert "not installed (scipy). Install them with:  pip install 'einlinear[pretrained]'" in str(result.exception)
