@@ -32,6 +32,7 @@ ADAPTERS = {
     "head alone": None,
     "LoRA, rank 20": "low_rank(rank=20)",
     "LoRA, rank 4": "low_rank(rank=4)",
+    "Monarch, 4 blocks, rank 20 per block": "(g a), g r f a, f e g r -> (e f) where g=4, f=4, r=5",
     "Monarch, 4 blocks, rank 4 per block": "(g a), g r f a, f e g r -> (e f) where g=4, f=4, r=1",
 }
 
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of 32 fragments each")
     parser.add_argument("--words", type=int, default=4, help="of a fragment")
     parser.add_argument("--trained", type=int, default=480, help="fragments to train on")
-    parser.add_argument("--tested", type=int, default=1200, help="fragments to test on")
+    parser.add_argument("--tested", type=int, default=4800, help="fragments to test on")
     arguments = parser.parse_args()
     pairs = fragments(arguments.words)
     print("| adapter | parameters | accuracy, mean | each seed | CPU s a run |\n| --- | --- | --- | --- | --- |")

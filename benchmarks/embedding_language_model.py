@@ -6,7 +6,7 @@
     python benchmarks/embedding_language_model.py --data data/english-bpe
 
 GPT-2 of two blocks with a vocabulary of 4096. A structured table leaves parameters for a wider model. Every variant
-takes the best of three learning rates, for the base of width 64. Prints the validation loss per token.
+takes the best of four learning rates, for the base of width 64. Prints the validation loss per token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from einlinear_lab.data.text.tokens import load_tokens
 BASE_WIDTH = 64
 # width of the model, and the structure of its table and head
 VARIANTS = {"dense": (96, None), "low rank": (128, "low_rank(rank=50)"), "BTT": (128, "btt(rank=5)")}
-RATES = (3e-3, 6e-3, 1.2e-2)
+RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
 
 
 def model(width: int, structure: str | None, vocabulary: int, context: int) -> GPT2LMHeadModel:

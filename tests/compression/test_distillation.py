@@ -205,19 +205,22 @@ def test_rounded_weights_stay_and_the_rest_is_trained() -> None:
         el.distill(smaller, model, batches, steps=1)
 
 
-def test_structured_layers_learn_at_their_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_structured_layers_learn_at_their_own_rates(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = trained(), [inputs(200)]
     smaller = compressed(model, batches)
-    expected = {tuple(g["param_names"]): g["lr_mult"] for g in el.param_groups(smaller, 1.0, base=model)}
+    groups = el.param_groups(smaller, 1.0, base=model, optimizer=optimizer)
+    expected = {tuple(g["param_names"]): g["lr_mult"] for g in groups}
     seen: list[dict[tuple[str, ...], float]] = []
-    step = torch.optim.AdamW.step
+    cls: Any = el.mup.Muon if optimizer == "muon" else torch.optim.AdamW
+    step = cls.step
 
-    def note(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+    def note(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         seen.append({tuple(g["param_names"]): g["lr"] for g in self.param_groups})
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", note)
-    el.distill(smaller, model, batches, steps=20, lr=1e-2)
+    monkeypatch.setattr(cls, "step", note)
+    el.distill(smaller, model, batches, steps=20, lr=1e-2, optimizer=optimizer)
     peak = max(max(rates.values()) for rates in seen) / max(expected.values())
     assert peak == pytest.approx(1e-2, rel=0.1)
     for rates in seen:
@@ -319,9 +322,11 @@ def test_mistakes() -> None:
         el.distill(smaller, model, batches, steps=0)
     with pytest.raises(ValueError, match="lr must be a positive number, not 0"):
         el.distill(smaller, model, batches, steps=5, lr=0)
+    with pytest.raises(ValueError, match="optimizer must be 'muon' or 'adamw', not 'sgd'"):
+        el.distill(smaller, model, batches, steps=5, optimizer="sgd")
     with pytest.raises(ValueError, match="seconds must be positive, or None for no limit, not 0"):
         el.distill(smaller, model, batches, steps=5, seconds=0.0)
-    with pytest.raises(ValueError, match=r"the loss is nan at step 1: take a lower lr than 0\.0003"):
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1: take a lower lr than 0\.001"):
         el.distill(smaller, model, [inputs(200) * torch.nan], steps=5)
     with pytest.raises(ValueError, match="float16 parameters cannot be trained"):
         el.distill(copy.deepcopy(smaller).half(), model, batches, steps=5)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -83,14 +83,58 @@ class FeedForward(nn.Module):
         return out
 
 
+class Table(nn.Module):
+    """An embedding and a head, with one table if they are tied."""
+
+    def __init__(self, structure: str, is_tied: bool = True) -> None:
+        super().__init__()
+        self.is_tied = is_tied
+        self.table = el.Embedding(64, 32, structure, padding_idx=5)
+        self.head = el.Linear(32, 64, structure, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        for factor in self.table.structure.factors if self.is_tied else ():
+            setattr(self.head, factor.name, getattr(self.table, factor.name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (16 * x.detach()[..., 0]).long().remainder(64)
+        out: Tensor = self.head(self.table(tokens) + x)[..., 16:48]
+        return out
+
+
+class Routed(nn.Module):
+    """Experts as in transformers: the index after the last stands for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = el.nn.GatedExperts(
+            32, 64, {"gate": "btt", "up": "low_rank(rank=3)", "down": "block_diagonal"}, experts=3, normalize=True
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        indices = tokens.detach()[:, :4].topk(2).indices
+        out: Tensor = self.experts(tokens, indices, tokens[:, :2].softmax(1))
+        return out.view_as(x)
+
+
 COLUMN_ROW = {"up": Colwise(), "down": Rowwise()}
 SEQUENCE = {"up": Colwise(input_layouts=Shard(1)), "down": Rowwise(output_layouts=Shard(1))}
+TABLE = {"table": Rowwise(input_layouts=Replicate()), "head": Colwise(output_layouts=Replicate())}
+FEATURES = {"table": Colwise(output_layouts=Replicate())}
+TABLES = ("low_rank", "btt", "btt, three cores", "kronecker", "dyad", "mixed sum")
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     **{name: (partial(Pair, spec), COLUMN_ROW) for name, spec in PAIRS.items()},
     "normalize": (partial(Pair, "btt(rank=2)", normalize=True), COLUMN_ROW),
     "padded": (partial(Pair, "btt(rank=2)", features=31), COLUMN_ROW),
     "mixtures": (Mixtures, COLUMN_ROW),
     "feed_forward": (FeedForward, {"block": Colwise()}),
+    **{f"table, {name}": (partial(Table, PAIRS[name]), TABLE) for name in TABLES},
+    "table, head alone": (partial(Table, "btt(rank=2)"), {"head": TABLE["head"]}),
+    "table, features": (partial(Table, "btt(rank=2)", False), FEATURES),
+    "table, features of blocks": (partial(Table, PAIRS["dyad, ot"], False), FEATURES),
+    "gated_experts": (Routed, {"experts": Colwise()}),
     "sequence": (partial(Pair, "btt(rank=2)"), SEQUENCE),
     "sequence, low_rank": (partial(Pair, "low_rank(rank=3)"), SEQUENCE),
 }
@@ -156,6 +200,8 @@ def run(name: str, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     model = build(name)
     if mesh is not None:
         model = parallelize_module(model, mesh, MODELS[name][1])
+        if isinstance(model, Table):
+            model.tie()
     x, target = data(31 if name == "padded" else 32)
     if mesh is not None and name.startswith("sequence"):
         x, target = (tensor.chunk(mesh.size(), 1)[mesh.get_local_rank()] for tensor in (x, target))

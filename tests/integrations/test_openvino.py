@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from tests.lab.data.samples import needs
 from torch import nn
 
 import einlinear as el
 
-# not among the extras, for its size
-ov: Any = pytest.importorskip("openvino")
+pytestmark = needs("openvino")
 
 STRUCTURES = ("low_rank(rank=16)", "btt(rank=2)", "monarch", "blast(blocks=4, rank=8)", "dyad")
 
 
 def convert(model: nn.Module, x: torch.Tensor, source: str, folder: Path) -> Any:
+    import openvino as ov
+
     if source == "module":
         return ov.convert_model(model, example_input=x)
     if source == "exported":
@@ -30,6 +32,8 @@ def convert(model: nn.Module, x: torch.Tensor, source: str, folder: Path) -> Any
 @pytest.mark.parametrize("source", ["module", "exported", "onnx"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_outputs(structure: str, source: str, tmp_path: Path) -> None:
+    import openvino as ov
+
     layers = el.Linear(64, 128, structure), nn.GELU(), el.Linear(128, 64, structure)
     model, x = nn.Sequential(*layers).eval().requires_grad_(False), torch.randn(3, 64)
     with warnings.catch_warnings():

@@ -31,6 +31,9 @@ from einlinear.integrations.tensor_parallel import Colwise, Rowwise
 from einlinear.structures import DoesNotFit
 
 ONE = {"all_reduce": 1}
+GATHER = {"all_gather_into_tensor": 1}
+TABLES = {"table, low_rank": 2, "table, btt": 1, "table, btt, three cores": 1, "table, kronecker": 3}
+TABLES |= {"table, dyad": 1, "table, mixed sum": 3}
 COUNTS: dict[str, list[dict[str, int]]] = {
     **{name: [ONE, ONE] for name in runs.MODELS},
     # gradients of two replicated factors
@@ -44,6 +47,13 @@ COUNTS: dict[str, list[dict[str, int]]] = {
     "mixtures": [{"all_gather_into_tensor": 1, "all_reduce": 1}, {"all_reduce": 4}],
     # one more for the residual connection
     "feed_forward": [ONE, {"all_reduce": 2}],
+    # rows, and the outputs of the head; its inputs, and gradients of replicated factors
+    **{name: [{"all_reduce": 1, **GATHER}, {"all_reduce": n}] for name, n in TABLES.items()},
+    # the head's factors are those of a table that is not parallel
+    "table, head alone": [GATHER, {"all_gather_into_tensor": 2, "all_reduce": 1}],
+    **{name: [GATHER, {}] for name in ("table, features", "table, features of blocks")},
+    # four norms, and the outputs; also a replicated factor, tokens and weights
+    "gated_experts": [{"all_reduce": 5}, {"all_reduce": 7}],
 }
 
 
@@ -71,6 +81,8 @@ def saved(folder: Path, size: int) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
 
 
+# the indices of tables have no gradients
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize(
     ("size", "name"), [*((4, name) for name in runs.MODELS), *((2, name) for name in runs.TRAINED)]
 )
@@ -158,6 +170,31 @@ def test_placements(two_processes: None) -> None:
     assert copy.deepcopy(layer)(torch.randn(3, 64)).shape == (3, 16)
 
 
+def test_blocks_are_not_fused_any_more(two_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why := el.ops.reason_unsupported("cpu", el.structure("btt", 64, 256), torch.float32, "cpu"):
+        pytest.skip(why)
+    fused: list[Any] = []
+    original = el.ops.feed_forward
+
+    def feed_forward(*args: Any) -> torch.Tensor:
+        fused.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(el.ops, "feed_forward", feed_forward)
+    mesh, x = init_device_mesh("cpu", (2,)), torch.randn(64, 64)
+    model = nn.Sequential(el.Linear(64, 256, "btt"), nn.GELU(), el.Linear(256, 64, "btt"))
+    el.fuse(model)
+    plan = {"0": Colwise(), "2": Rowwise()}
+    for module, style in ((model, plan), (el.FeedForward(64, 256, "btt"), Colwise())):
+        with torch.no_grad(), el.backend("cpu"):
+            module(x)
+            assert fused
+            fused.clear()
+            parallelize_module(module, mesh, style)
+            assert module(x).shape == (64, 64)
+            assert not fused
+
+
 class Subclass(el.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
@@ -173,6 +210,23 @@ class Subclass(el.Linear):
         (lambda: el.Linear(64, 1, "dense"), Colwise, DoesNotFit, "leave the layer replicated"),
         (lambda: el.FeedForward(64, 27, "btt"), Colwise, DoesNotFit, "of size 9; 3 or 9 devices can"),
         (lambda: el.FeedForward(64, 64, "btt"), Rowwise, TypeError, "use Colwise"),
+        (lambda: el.Embedding(59, 64, "btt"), Rowwise, DoesNotFit, "59 output features are padded.*take 60 output"),
+        (lambda: el.Embedding(64, 61, "btt"), Colwise, DoesNotFit, "61 input features are padded"),
+        (lambda: el.nn.GatedExperts(64, 27, "btt"), Colwise, DoesNotFit, "of size 9; 3 or 9 devices can"),
+        (lambda: el.nn.GatedExperts(64, 64, "btt"), Rowwise, TypeError, "a GatedExperts, whose hidden.*use Colwise"),
+        (
+            lambda: el.nn.GatedExperts(64, 64, "btt"),
+            lambda: Colwise(input_layouts=Shard(1)),
+            ValueError,
+            "replicated tokens and return replicated",
+        ),
+        (lambda: el.nn.MoEFeedForward(64), Colwise, TypeError, "divide its experts by .*expert_parallel"),
+        (
+            lambda: el.nn.QuantizedLinear(64, 64, "btt", precision="int8"),
+            Colwise,
+            TypeError,
+            "not for a QuantizedLinear: compress with count='params'",
+        ),
         (lambda: nn.LayerNorm(64), Colwise, TypeError, r"Colwise is for einlinear\.Linear, .*not for LayerNorm"),
         (lambda: Subclass(64, 64, "btt"), Rowwise, TypeError, r"Rowwise is for .*not for Subclass"),
         (lambda: el.Linear(64, 64, "btt"), lambda: Rowwise(output_layouts=Partial()), ValueError, r"not Partial\(\)"),

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from einlinear.compression.distillation_loss import DistillationLoss, block_names
 from einlinear.compression.lora import temporary_lora
 from einlinear.compression.resume_cache import digest_of
-from einlinear.mup import param_groups
+from einlinear.mup import Muon, param_groups
 from einlinear.nn import QuantizedLinear
 from einlinear.nn.linear import Factored
 from einlinear.nn.model_call import Batch, check_batches, evaluating
 from einlinear.nn.names import full_names, matching
 from einlinear.schedules import lr_factor
 
+# the default learning rates of the optimizers
+LEARNING_RATES = {"muon": 1e-3, "adamw": 3e-4}
 # the parameters that are trained
 TRAIN = ("all", "structured", "adapters")
 
@@ -41,8 +43,9 @@ def distill(
     original: nn.Module,
     batches: Iterable[Batch],
     steps: int,
-    lr: float = 3e-4,
+    lr: float | None = None,
     *,
+    optimizer: str = "muon",
     match: str | Sequence[str] | None = None,
     train: str = "all",
     adapter_rank: int = 16,
@@ -58,23 +61,27 @@ def distill(
     """Train a compressed model towards the original's outputs, in place, at structure-aware learning rates.
 
     The loss is the KL divergence of the logits (Hinton et al., arXiv 1503.02531), or of other outputs the squared error
-    over the variance, plus that of the outputs of each block. AdamW has linear warm-up and cosine decay; dropout is
-    off. Parameters in bfloat16 are trained in float32, and rounded after every step. Of a `QuantizedLinear`, only the
-    bias is trained.
+    over the variance, plus that of the outputs of each block. The learning rate has linear warm-up and cosine decay;
+    dropout is off. Parameters in bfloat16 are trained in float32, and rounded after every step. Of a `QuantizedLinear`,
+    only the bias is trained.
 
     Args:
         model: compressed; its parameters that require gradients are trained.
         original: the model before the compression, which is not changed.
         batches: training data, as in `compress`; repeated if need be.
         steps: batches to train on.
-        lr: learning rate of the original; structured layers get rates derived from it (`param_groups`).
+        lr: learning rate of the original; structured layers get rates derived from it (`param_groups`). None: 1e-3 for
+            Muon, 3e-4 for AdamW.
+        optimizer: "muon", which moves matrices and factors by `einlinear.mup.Muon` and the rest by AdamW, or "adamw".
+            In as many steps, Muon comes closer.
         match: globs on names of modules whose outputs are matched as well, each with the weight of the model's output.
             None: the blocks in the model's outermost lists of blocks, such as transformer blocks. (): no module.
         train: "all" parameters; those of "structured" layers only; or of structured layers and "adapters", LoRA beside
             the dense layers, which is merged into their weights at the end. The last two save memory.
         adapter_rank: of these adapters.
         task_loss: weight of the loss that the model itself returns, for batches with labels.
-        weight_decay, clip: of AdamW; largest norm of the gradient, None for no limit.
+        weight_decay: decoupled.
+        clip: largest norm of the gradient; None for no limit.
         warmup: fraction of the steps in which the rate rises.
         seconds: time limit; the rate falls in time for it.
         progress: called after every step with the number of steps done, of all, and the loss.
@@ -84,9 +91,9 @@ def distill(
 
     Raises:
         TypeError: a single batch instead of several.
-        ValueError: no batches, steps, rate or rank, an unknown `train`, a glob that matches nothing, nothing to train
-            or in float16, parameters that the original shares, a folder of another distillation; or, after some
-            training, batches that end and cannot be repeated, or a loss that is NaN.
+        ValueError: no batches, steps, rate or rank, an unknown `train` or `optimizer`, a glob that matches nothing,
+            nothing to train or in float16, parameters that the original shares, a folder of another distillation; or,
+            after some training, batches that end and cannot be repeated, or a loss that is NaN.
 
     Example:
         >>> import copy, torch, einlinear as el
@@ -100,6 +107,9 @@ def distill(
     check_batches(batches, "batches")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if optimizer not in LEARNING_RATES:
+        raise ValueError(f"optimizer must be {' or '.join(map(repr, LEARNING_RATES))}, not {optimizer!r}")
+    lr = LEARNING_RATES[optimizer] if lr is None else lr
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be a positive number, not {lr}")
     if seconds is not None and not seconds > 0:
@@ -109,14 +119,15 @@ def distill(
     if adapter_rank < 1:
         raise ValueError(f"adapter_rank must be at least 1, not {adapter_rank}")
     matched = _matched_modules(model, original, match)
-    config = {"steps": steps, "lr": lr, "match": matched, "task_loss": task_loss, "weight_decay": weight_decay}
-    config |= {"warmup": warmup, "clip": clip, "seconds": seconds, "train": train, "adapter_rank": adapter_rank}
+    config = {"steps": steps, "lr": lr, "optimizer": optimizer, "match": matched, "task_loss": task_loss}
+    config |= {"weight_decay": weight_decay, "warmup": warmup, "clip": clip, "seconds": seconds}
+    config |= {"train": train, "adapter_rank": adapter_rank}
     if folder is not None:
         config |= {"model": digest_of(model, None), "original": digest_of(original, None)}
     loss_of = DistillationLoss(model, original, matched, task_loss, must_match=bool(match))
     with evaluating(model, original), _trained_parameters(model, train, adapter_rank) as (trained, adapters):
-        optimizer = _Optimizer(model, original, trained, adapters, lr, weight_decay)
-        losses, before = ([], 0.0) if folder is None else optimizer.resume(Path(folder), config)
+        rounding = _RoundingOptimizer(model, original, trained, adapters, optimizer, lr, weight_decay)
+        losses, before = ([], 0.0) if folder is None else rounding.resume(Path(folder), config)
         saved = time.monotonic()
         start = saved - before
         # gradient checkpointing is on only in training mode; the modules inside stay in evaluation mode
@@ -133,17 +144,17 @@ def distill(
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"the loss is {losses[-1]} at step {len(losses)}: take a lower lr than {lr:g}")
             loss.backward()
-            optimizer.step(lr_factor("cosine", step, steps, int(warmup * steps)), clip)
+            rounding.step(lr_factor("cosine", step, steps, int(warmup * steps)), clip)
             if progress:
                 progress(len(losses), steps, losses[-1])
             if folder is not None and time.monotonic() - saved > checkpoint_every:
                 now = time.monotonic()
-                optimizer.save(Path(folder), losses, {"config": config, "seconds": now - start})
+                rounding.save(Path(folder), losses, {"config": config, "seconds": now - start})
                 saved = time.monotonic()
                 # writing takes no time off the limit
                 start += saved - now
         if folder is not None:
-            optimizer.save(Path(folder), losses, {"config": config, "seconds": time.monotonic() - start})
+            rounding.save(Path(folder), losses, {"config": config, "seconds": time.monotonic() - start})
     return Distillation(tuple(losses), time.monotonic() - start)
 
 
@@ -175,8 +186,8 @@ def _trained_parameters(model: nn.Module, train: str, rank: int) -> Iterator[tup
         yield trained, nn.ModuleList(adapters.values())
 
 
-class _Optimizer:
-    """AdamW at structure-aware rates. Most steps are too small for bfloat16, whose parameters learn in float32."""
+class _RoundingOptimizer:
+    """Structure-aware learning rates. Most steps are too small for bfloat16, whose parameters learn in float32."""
 
     def __init__(
         self,
@@ -184,6 +195,7 @@ class _Optimizer:
         original: nn.Module,
         trained: Mapping[str, nn.Parameter],
         adapters: nn.Module,
+        optimizer: str,
         lr: float,
         weight_decay: float,
     ) -> None:
@@ -197,11 +209,11 @@ class _Optimizer:
         self._learning = {name: p.detach().float() if p.dtype == torch.bfloat16 else p for name, p in trained.items()}
         self._rounded = {name: p for name, p in trained.items() if p is not self._learning[name]}
         learning = {id(trained[name]): p for name, p in self._learning.items()}
-        groups = param_groups(model, lr, base=original, weight_decay=weight_decay)
-        groups += param_groups(adapters, lr, base=None, weight_decay=weight_decay)
+        groups = param_groups(model, lr, base=original, weight_decay=weight_decay, optimizer=optimizer)
+        groups += param_groups(adapters, lr, base=None, weight_decay=weight_decay, optimizer=optimizer)
         for group in groups:
             group["params"] = [learning.get(id(p), p) for p in group["params"]]
-        self._adamw = torch.optim.AdamW(groups)
+        self._optimizer = Muon(groups) if optimizer == "muon" else torch.optim.AdamW(groups)
 
     def step(self, factor: float, clip: float | None) -> None:
         for name, p in self._rounded.items():
@@ -209,10 +221,10 @@ class _Optimizer:
             p.grad = None
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(self._learning.values(), clip)
-        for group in self._adamw.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = self._lr * group["lr_mult"] * factor
-        self._adamw.step()
-        self._adamw.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         self._round()
 
     def save(self, folder: Path, losses: Sequence[float], metadata: Mapping[str, Any]) -> None:
@@ -221,7 +233,7 @@ class _Optimizer:
 
         tensors: dict[str, Tensor] = {}
         for name, p in self._learning.items():
-            tensors |= {f"{key}.{name}": value for key, value in {"parameter": p, **self._adamw.state[p]}.items()}
+            tensors |= {f"{key}.{name}": value for key, value in {"parameter": p, **self._optimizer.state[p]}.items()}
         checkpoint.save(folder, checkpoint.Checkpoint(len(losses), tensors, {**metadata, "losses": list(losses)}))
 
     @torch.no_grad()
@@ -239,8 +251,8 @@ class _Optimizer:
             if key == "parameter":
                 p.copy_(tensor)
             else:
-                # AdamW keeps the number of steps on the CPU
-                self._adamw.state[p][key] = tensor if key == "step" else tensor.to(p.device)
+                # the number of steps is kept on the CPU
+                self._optimizer.state[p][key] = tensor if key == "step" else tensor.to(p.device)
         self._round()
         return list(last.metadata["losses"]), last.metadata["seconds"]
 

@@ -117,10 +117,14 @@ class Embedding(FactoredMatrix):
                 raise IndexError(
                     f"index {wrong} is out of range: the embedding has rows 0 to {self.num_embeddings - 1}"
                 )
-        rows = ops.rows(self.structure, self.factors(), flat)
+        rows = self.lookup(flat)
         if self.padding_idx is not None:
             rows = torch.where((flat == self.padding_idx)[:, None], rows.detach(), rows)
-        return rows.reshape(*indices.shape, self.embedding_dim)
+        return rows.reshape(*indices.shape, rows.shape[-1])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Return the rows of indices (n,) that are known to be in range, (n, embedding_dim)."""
+        return ops.rows(self.structure, self.factors(), indices)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Embedding:

@@ -168,4 +168,5 @@ def compress_command(
     if left_out:
         rest = f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else ""
         display.note(f"Not copied from {model}: {', '.join(left_out[:_SHOWN])}{rest}.")
-    display.note(f"Saved in {out}. from_pretrained loads it after import einlinear.")
+    described = any('"einlinear"' in path.read_text() for path in out.rglob("config.json"))
+    display.note(f"Saved in {out}. from_pretrained loads it{' after import einlinear' if described else ''}.")

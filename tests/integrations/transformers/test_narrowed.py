@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.integrations.transformers.models import edit_config, inputs, make, output
+from tests.lab.data.samples import needs
 from torch import nn
 from transformers import BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -99,6 +100,21 @@ def test_a_narrow_model_generates() -> None:
     # with a cache and without
     texts = [model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*texts)
+
+
+@needs("onnxruntime")
+@needs("onnxscript")
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_onnx(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = narrow(make("bert", None), "narrow", "low_rank", budget=0.5)
+    given, path = inputs(model), tmp_path / "model.onnx"
+    names = {"input_names": list(given), "output_names": ["logits"]}
+    torch.onnx.export(model, kwargs=given, f=path, dynamo=True, verbose=False, **names)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {name: value.numpy() for name, value in given.items()})
+    torch.testing.assert_close(torch.from_numpy(logits), output(model), atol=1e-4, rtol=1e-4)
 
 
 def test_descriptions_that_are_wrong_raise(tmp_path: Path) -> None:

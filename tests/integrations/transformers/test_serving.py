@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from tests.lab.data.samples import needs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
@@ -66,10 +66,9 @@ def test_pipeline(folder: Path) -> None:
     assert row["generated_text"] == PROMPT + dense_answer(folder, 12)
 
 
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "openai")),
-    reason="transformers[serving] is not installed",
-)
+@needs("fastapi")
+@needs("uvicorn")
+@needs("openai")
 def test_server(folder: Path, tmp_path: Path) -> None:
     """The server does not import einlinear by itself: the folder's Python file does."""
     with socket.socket() as free:

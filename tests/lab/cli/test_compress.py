@@ -176,6 +176,27 @@ def test_a_sentence_transformer_stays_one(place: str, source: Path, text: Path, 
     assert (tmp_path / "out" / "README.md").read_text() == (folder / "README.md").read_text()
 
 
+@needs("sentence_transformers")
+@pytest.mark.parametrize("source", ["bert"], indirect=True)
+@pytest.mark.parametrize("structures", ["narrow; low_rank", "narrow(uniform=True)"])
+def test_a_narrow_sentence_transformer_stays_one(structures: str, source: Path, text: Path, tmp_path: Path) -> None:
+    """With uniform sizes the config says them all, so that no other library is needed."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = pipeline_of(source, text, tmp_path / "st", "")
+    command = ("compress", folder, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS[2:])
+    code, out, err = run(*command, "--structures", structures, "--calibration", text)
+    assert (code, err) == (0, "")
+    original, found = (SentenceTransformer(str(path)) for path in (folder, tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    needs_einlinear = structures != "narrow(uniform=True)"
+    assert ("quantization_config" in config) == ("import einlinear" in out) == needs_einlinear
+    sizes = [layer.intermediate.dense.out_features for layer in found[0].auto_model.encoder.layer]
+    assert min(sizes) < 64
+    before, after = (model.encode(["she read of the old house"], convert_to_tensor=True) for model in (original, found))
+    assert (before * after).sum(1).min() > 0.3
+
+
 def in_the_hubs_cache(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name under which a model is found on the hub, which is out of reach: its files are in the cache."""
     from huggingface_hub import constants

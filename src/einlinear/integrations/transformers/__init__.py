@@ -70,5 +70,19 @@ def _patch_models() -> None:
     extend_save_pretrained()
 
 
+def _patch_styles() -> None:
+    # older versions have other styles
+    if find_spec("transformers.distributed.mixin"):
+        from einlinear.integrations.transformers.parallel_styles import extend_styles
+
+        extend_styles()
+
+
 # by the module of transformers that they patch
-_HOOKS = {"configuration_utils": _patch_configs, "quantizers.auto": _patch_quantizers, "modeling_utils": _patch_models}
+_HOOKS = {
+    "configuration_utils": _patch_configs,
+    "quantizers.auto": _patch_quantizers,
+    "modeling_utils": _patch_models,
+    # registers all styles
+    "distributed.mixin": _patch_styles,
+}

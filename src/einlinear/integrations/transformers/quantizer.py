@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -74,6 +76,9 @@ class EinlinearQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
+        if model.tp_size and not find_spec("transformers.distributed.mixin"):
+            have = f"not {transformers.__version__}"
+            raise ImportError(f"tensor parallelism of structured layers needs transformers 5.16 or later, {have}")
         # transformers marks the parameters that it loaded; those on the meta device are read from disk at every use
         for name in self.names:
             layer = model.get_submodule(name)
