@@ -23,7 +23,6 @@ Errors = Sequence[tuple[Structure, float]]
 # by layer
 Candidates = Mapping[str, Sequence[LayerCandidate]]
 Choice = Mapping[str, LayerCandidate]
-Sensitivities = Mapping[str, Sensitivity]
 # a candidate for every layer, and the layers whose structures are all slower than the dense layer
 Allocation = tuple[dict[str, LayerCandidate], list[str]]
 
@@ -32,15 +31,13 @@ class Budget:
     """The parameters, or what else a subclass counts, that all layers may have together.
 
     Args:
-        fraction: of the cost of the dense layers.
+        fraction, families, only_if_faster: the arguments `budget`, `structures` and `only_if_faster` of `compress`.
         layers: the dense ones by name.
-        families: the argument `structures` of `compress`.
         timer: of structured layers beside dense ones.
-        only_if_faster: leave layers dense rather than slower.
 
     Attributes:
         members: structures by layer and family.
-        total, largest: the cost of the dense layers, and the fraction of it.
+        total, largest: the cost of the dense layers, and the fraction of it that may be spent.
     """
 
     count = "params"
@@ -107,14 +104,11 @@ class Budget:
         layer = self._layers[name]
         return self._only_if_faster and self._timer(layer, structured_like(layer, spec)).is_slower
 
-    def alternatives(self, candidates: Candidates, chosen: Choice, sensitivities: Sensitivities) -> dict[str, Any]:
+    def alternatives(
+        self, candidates: Candidates, chosen: Choice, sensitivities: Mapping[str, Sensitivity]
+    ) -> dict[str, Any]:
         """Return fields of the report that compare the choice with simpler means."""
         return {}
-
-    @property
-    def least(self) -> int:
-        """The cost of all layers in their cheapest structures."""
-        return sum(min(self.costs(name).values()) for name in self._layers)
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -122,8 +116,10 @@ class Budget:
         without = [name for name, families in self.members.items() if self._alone and not any(families.values())]
         return {name: reason_for_none(self._alone, *features(self._layers[name])) for name in without}
 
-    def check(self, least: int) -> None:
-        """Raise ValueError if the least that layers can cost is more than the budget."""
+    def check(self, least: int | None = None) -> None:
+        """Raise ValueError if the least that layers can cost, by default in structures, is more than the budget."""
+        if least is None:
+            least = sum(min(self.costs(name).values()) for name in self._layers)
         if least > self.largest:
             share = f"{self._fraction:g} of the {self._describe()} cannot be reached"
             because = "".join(f"; {name}: {reason}" for name, reason in self.reasons.items())

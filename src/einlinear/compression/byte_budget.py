@@ -10,7 +10,7 @@ from torch import Tensor
 
 from einlinear import ops
 from einlinear.compression.allocation import allocate, least_cost
-from einlinear.compression.budget import Budget, Candidates, Choice, Errors, Sensitivities, total_change
+from einlinear.compression.budget import Budget, Candidates, Choice, Errors, total_change
 from einlinear.compression.candidates import LayerCandidate
 from einlinear.compression.compression_report import QuantizationAlone
 from einlinear.compression.factor_rounding import expanded, round_factors
@@ -64,7 +64,9 @@ class ByteBudget(Budget):
                 front.append(option)
         return front
 
-    def alternatives(self, candidates: Candidates, chosen: Choice, sensitivities: Sensitivities) -> dict[str, Any]:
+    def alternatives(
+        self, candidates: Candidates, chosen: Choice, sensitivities: Mapping[str, Sensitivity]
+    ) -> dict[str, Any]:
         dense = {name: [c for c in options if c.spec == "dense"] for name, options in candidates.items()}
         alone = None if least_cost(dense) > self.largest else total_change(allocate(dense, self.largest))
         return {"alternative": QuantizationAlone(total_change(chosen), alone)}

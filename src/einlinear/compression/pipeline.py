@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,7 +136,7 @@ def compress(
             report_progress("looking at the model", 1, 1)
             total_budget = kind(budget, dense, families, timer, only_if_faster)
             if not blocks:
-                total_budget.check(total_budget.least)
+                total_budget.check()
 
             # 1. calibrate
             passes = None
@@ -236,40 +235,33 @@ def _layer_report(
     reason: str | None,
 ) -> CompressedLayer:
     """Describe what became of a dense layer; `fitted` is None if it stays dense."""
-    size, before, macs = dense.weight.numel(), weight_bytes(dense), matrices(dense, "macs") * math.prod(features(dense))
-    report = CompressedLayer(
+    entries, before = dense.weight.numel(), weight_bytes(dense)
+    params, macs, now = entries, matrices(dense, "macs") * math.prod(features(dense)), before
+    speed_up = SpeedUp(dict.fromkeys(timer.tokens, 1.0))
+    if fitted is not None:
+        new = fitted.layer
+        if isinstance(new, Linear | Experts):
+            params, macs = (matrices(dense, count) * getattr(new.structure, count) for count in ("params", "macs"))
+        else:
+            params = macs = new.weight.numel()
+        now = new.nbytes if isinstance(new, QuantizedLinear) else params * dense.weight.element_size()
+        # experts are not timed
+        speed_up = timer(dense, new) if not isinstance(new, Experts) else SpeedUp(dict.fromkeys(timer.tokens, math.nan))
+    return CompressedLayer(
         name,
-        "dense",
-        params_before=size,
-        params=size,
-        macs=macs,
-        expected_error=chosen.error,
-        error=0.0,
-        sensitivity=sensitivity.slope,
-        speed_up=SpeedUp(dict.fromkeys(timer.tokens, 1.0)),
-        reason=reason,
-        bytes_before=before,
-        bytes=before,
-    )
-    if fitted is None:
-        return report
-    new = fitted.layer
-    if isinstance(new, Linear | Experts):
-        params, macs = (matrices(dense, count) * getattr(new.structure, count) for count in ("params", "macs"))
-    else:
-        params = macs = new.weight.numel()
-    return replace(
-        report,
-        structure=chosen.structure,
+        chosen.structure,
+        params_before=entries,
         params=params,
         macs=macs,
-        error=fitted.error,
-        # experts are not timed
-        speed_up=SpeedUp(dict.fromkeys(timer.tokens, math.nan)) if isinstance(new, Experts) else timer(dense, new),
-        tokens_per_input=fitted.tokens / features(dense)[0] if fitted.tokens else None,
-        reason=None,
+        expected_error=chosen.error,
+        error=fitted.error if fitted else 0.0,
+        sensitivity=sensitivity.slope,
+        speed_up=speed_up,
+        tokens_per_input=fitted.tokens / features(dense)[0] if fitted and fitted.tokens else None,
+        reason=None if fitted else reason,
         precision=chosen.precision,
-        bytes=new.nbytes if isinstance(new, QuantizedLinear) else params * dense.weight.element_size(),
+        bytes_before=before,
+        bytes=now,
     )
 
 

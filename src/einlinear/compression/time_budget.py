@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from einlinear.compression.allocation import allocate, least_cost
-from einlinear.compression.budget import Allocation, Budget, Candidates, Choice, Sensitivities, total_change
+from einlinear.compression.budget import Allocation, Budget, Candidates, Choice, total_change
 from einlinear.compression.candidates import LayerCandidate
 from einlinear.compression.compression_report import DtypeAlone, MeasuredTime
 from einlinear.compression.layer_timing import describe_tokens
 from einlinear.compression.narrowing import NARROW, UNIFORM, ModuleCandidate
 from einlinear.compression.resume_cache import ResumeCache
+from einlinear.compression.sensitivity import Sensitivity
 from einlinear.conversion.replacement import structured_like
 from einlinear.structures import Structure
 
@@ -71,7 +72,9 @@ class TimeBudget(Budget):
         options = self._faster(candidates, self.costs)
         return chosen, [name for name, of in options.items() if len(of) == 1 < len(candidates[name])]
 
-    def alternatives(self, candidates: Candidates, chosen: Choice, sensitivities: Sensitivities) -> dict[str, Any]:
+    def alternatives(
+        self, candidates: Candidates, chosen: Choice, sensitivities: Mapping[str, Sensitivity]
+    ) -> dict[str, Any]:
         alone = []
         for dtype in _DTYPES:
             converted = [name for name, layer in self._layers.items() if dtype in _other_dtypes(layer)]

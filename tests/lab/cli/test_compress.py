@@ -185,7 +185,7 @@ def test_a_narrow_sentence_transformer_stays_one(structures: str, source: Path, 
     from sentence_transformers import SentenceTransformer
 
     folder = pipeline_of(source, text, tmp_path / "st", "")
-    command = ("compress", folder, "--out", tmp_path / "out", "--keep-params", 0.6, *OPTIONS[2:])
+    command = ("compress", folder, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS[2:])
     code, out, err = run(*command, "--structures", structures, "--calibration", text)
     assert (code, err) == (0, "")
     original, found = (SentenceTransformer(str(path)) for path in (folder, tmp_path / "out"))
