@@ -36,7 +36,8 @@ def compress_command(
     batch_size: _Count = 16,
     layers: list[str] | None = None,
     distill: _NonNegative = 0.0,
-    lr: _NonNegative = 3e-4,
+    lr: Annotated[float | None, typer.Option(min=0.0)] = None,
+    optimizer: str = "muon",
     match: list[str] | None = None,
     train: str = "all",
     adapter_rank: _Count = 16,
@@ -67,7 +68,8 @@ def compress_command(
         batch_size: Lines or pieces that are run at once.
         layers: Globs on the layers' names. Default: all but the output head.
         distill: Minutes of training towards the original's outputs. Quantised weights stay as they are.
-        lr: Learning rate of --distill.
+        lr: Learning rate of --distill. Default: 1e-3 for Muon, 3e-4 for AdamW.
+        optimizer: Of --distill: muon, for matrices and factors, with AdamW for the rest; or adamw.
         match: Globs on the modules whose outputs --distill matches, besides the model's, separated by ','; may be
             repeated; or none. Default: the blocks.
         train: What --distill trains: all; structured, only structured layers; or adapters, structured layers, and
@@ -87,7 +89,7 @@ def compress_command(
 
     from einlinear import compression
     from einlinear.compression.candidates import DEFAULT_FAMILIES
-    from einlinear.compression.distillation import TRAIN
+    from einlinear.compression.distillation import LEARNING_RATES, TRAIN
     from einlinear.compression.pipeline import budget_kind
     from einlinear_lab.bench.generation_speed import model_speeds
     from einlinear_lab.pretrained.documents import read_documents, text_batches
@@ -104,6 +106,10 @@ def compress_command(
             budget_kind(count, families, tokens, only_if_faster)
             if train not in TRAIN:
                 raise ValueError(f"--train must be one of {', '.join(TRAIN)}, not {train!r}")
+            if optimizer not in LEARNING_RATES:
+                raise ValueError(f"--optimizer must be one of {', '.join(LEARNING_RATES)}, not {optimizer!r}")
+            if lr == 0:
+                raise ValueError("--lr must be positive: at 0 nothing is learnt")
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
@@ -114,8 +120,6 @@ def compress_command(
             if most is not None and (distill or device != "cpu"):
                 reason = "training needs all of a model in memory" if distill else "it limits the memory of the CPU"
                 raise ValueError(f"--max-memory goes without --distill and --device: {reason}")
-            if distill and lr == 0:
-                raise ValueError("--lr must be positive: at 0 nothing is learnt")
             in_use = f"another einlinear compress is at work on {out}: name another folder"
             lock_file = out.absolute().with_name(f".{out.absolute().name}.lock")
             lock_file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +152,15 @@ def compress_command(
                 report = compression.compress(compressed, budget, families, batches, **options)
             if distill and calibration is not None:
                 texts = text_batches(compressed, tokenizer, documents, 10**6, max_length, batch_size)
-                folder = unfinished / f"distillation of {distill:g} minutes at {lr:g}"
-                options = {"steps": 10**9, "lr": lr, "seconds": 60 * distill, "folder": folder}
+                rate = LEARNING_RATES[optimizer] if lr is None else lr
+                folder = unfinished / f"distillation of {distill:g} minutes by {optimizer} at {rate:g}"
+                options = {
+                    "steps": 10**9,
+                    "lr": rate,
+                    "optimizer": optimizer,
+                    "seconds": 60 * distill,
+                    "folder": folder,
+                }
                 options |= {
                     "match": words(",".join(match)) if match else None,
                     "train": train,

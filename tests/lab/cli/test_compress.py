@@ -295,33 +295,20 @@ def test_options_of_distillation(source: Path, text: Path, tmp_path: Path, monke
         return distill(*args, **kwargs)
 
     monkeypatch.setattr(compression, "distill", noted)
-    command = (
-        "compress",
-        source,
-        "--budget",
-        0.3,
-        "--count",
-        "bytes",
-        *OPTIONS,
-        "--calibration",
-        text,
-        "--distill",
-        0.01,
-    )
+    command = ("compress", source, "--budget", 0.3, "--count", "bytes", *OPTIONS)
+    command += ("--calibration", text, "--distill", 0.01)
     code, out, err = run(*command, "--out", tmp_path / "a")
     assert (code, err) == (0, "")
     assert "Distilled in" in out
-    more = ("--match", "none", "--train", "adapters", "--adapter-rank", 2)
+    more = ("--match", "none", "--train", "adapters", "--adapter-rank", 2, "--optimizer", "adamw")
     assert run(*command, "--out", tmp_path / "b", *more)[0] == 0
-    assert (
-        run(*command, "--out", tmp_path / "c", "--match", "transformer.h.0, transformer.h.1", "--match", "lm_head")[0]
-        == 0
-    )
-    names = ("match", "train", "adapter_rank")
+    more = ("--match", "transformer.h.0, transformer.h.1", "--match", "lm_head")
+    assert run(*command, "--out", tmp_path / "c", *more)[0] == 0
+    names = ("match", "train", "adapter_rank", "optimizer", "lr")
     assert [[kwargs[name] for name in names] for kwargs in given] == [
-        [None, "all", 16],
-        [(), "adapters", 2],
-        [("transformer.h.0", "transformer.h.1", "lm_head"), "all", 16],
+        [None, "all", 16, "muon", 1e-3],
+        [(), "adapters", 2, "adamw", 3e-4],
+        [("transformer.h.0", "transformer.h.1", "lm_head"), "all", 16, "muon", 1e-3],
     ]
 
 
@@ -534,6 +521,7 @@ def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, mon
         ),
         ({"--distill": 1, "--calibration": "text.txt", "--dtype": "float16"}, ["float16 parameters cannot be trained"]),
         ({"--distill": 1, "--calibration": "text.txt", "--lr": 0}, ["--lr must be positive"]),
+        ({"--optimizer": "sgd"}, ["--optimizer must be one of muon, adamw, not 'sgd'"]),
         ({"--out": "model/small"}, ["is inside the model's own folder", "name a folder beside it"]),
         ({"--out": "model"}, ["exists: name a folder that does not"]),
         ({"--calibration": "empty.txt"}, ["empty.txt holds no text"]),
