@@ -32,7 +32,8 @@ def match_structures(
     everything, noun = dict.fromkeys([*names, *named]), "layer" if named else "linear layer"
     if not everything:
         raise ValueError("the model has no linear layer")
-    considered = {*matching(dict.fromkeys(names), layers, "layers", "linear layer"), *named}
+    # "*" is no mistake in a model of convolutions alone
+    considered = {*matching(dict.fromkeys(names), None if layers == "*" else layers, "layers", "linear layer"), *named}
     excluded = matching(everything, exclude, "exclude", noun)
     check_globs(plan, [*everything], "structure", noun)
     matched: dict[str, str] = {}
