@@ -470,7 +470,7 @@ def test_the_output_that_counts() -> None:
 def test_models_without_linear_layers() -> None:
     with pytest.raises(ValueError, match="layers is empty: give a glob such as"):
         compress(trained(), 0.5, layers=[])
-    with pytest.raises(ValueError, match=r"layers: '\*' matches no linear layer: the model has none"):
+    with pytest.raises(ValueError, match="the model has no linear layer"):
         el.convert(nn.Sequential(nn.Conv2d(3, 3, 3)), "btt")
     with pytest.raises(ValueError, match="no linear layer"):
         compress(nn.Sequential(nn.Tanh()), 0.5)

@@ -17,6 +17,7 @@ from einlinear.conversion.experts import (
     reason_to_skip_experts,
 )
 from einlinear.conversion.replacement import (
+    STRUCTURED_CLASSES,
     layers_of,
     linear_layers,
     modules_of,
@@ -30,7 +31,6 @@ from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Conv1d, Conv2d, Embedding, GatedExperts, MoELinear
 from einlinear.nn.dense_layers import as_class, features, is_linear, weight_matrix
 from einlinear.nn.interception import has_any_hooks
-from einlinear.nn.linear import Factored
 from einlinear.nn.model_call import Batch
 from einlinear.nn.moe.mixture import Experts, check_experts
 from einlinear.nn.names import matching, plain_modules
@@ -186,7 +186,7 @@ def densify(model: nn.Module, layers: str | Sequence[str] | None = None) -> Conv
         >>> report.params_before, report.params
         (1024, 4096)
     """
-    every = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, Factored) and not isinstance(m, Experts))
+    every = layers_of(model, "layer.to_dense()", lambda m: isinstance(m, STRUCTURED_CLASSES))
     experts = {n: m for n, m in experts_modules(model).items() if isinstance(m, GatedExperts) and m.dense is not None}
     inside = {id(part) for module in experts.values() for part in module.modules()}
     mixtures = {n: m for n, m in plain_modules(model, True) if isinstance(m, Experts) and id(m) not in inside}

@@ -13,9 +13,9 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from einlinear.nn import Conv1d, Conv2d, Embedding, Linear, MoELinear
 from einlinear.nn.dense_layers import is_conv1d
 from einlinear.nn.interception import has_any_hooks
-from einlinear.nn.linear import Factored
 
 # attributes that say nothing about what a subclass of torch.nn.Linear computes
 _PLAIN = {"training", "in_features", "out_features", *vars(nn.Module())}
@@ -24,7 +24,7 @@ _differences: dict[Any, str | None] = {}
 
 def reason_to_skip(module: Any, classes: tuple[type[nn.Module], ...] = ()) -> str | None:
     """Return why no structure can replace a layer or embedding, or None; `classes` count as linear in any case."""
-    if isinstance(module, Factored):
+    if isinstance(module, Linear | MoELinear | Embedding | Conv1d | Conv2d):
         return f"is already structured: {module.structure.spec}"
     if reason := reason_of_state(module, ("weight",)):
         return reason

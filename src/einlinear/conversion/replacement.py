@@ -14,7 +14,13 @@ from einlinear.nn.names import plain_modules
 from einlinear.structures import Structure
 
 # other dense layers become `Linear`
-_STRUCTURED: dict[type[nn.Module], type[nn.Module]] = {nn.Embedding: Embedding, nn.Conv1d: Conv1d, nn.Conv2d: Conv2d}
+_BY_DENSE_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Embedding: Embedding,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+}
+# all that replace a dense layer; adapters replace none
+STRUCTURED_CLASSES: tuple[type[nn.Module], ...] = (Linear, *_BY_DENSE_CLASS.values())
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 def structured_class(dense: Any) -> Any:
     """Return the class of layers that replace a dense one."""
-    return next((new for kind, new in _STRUCTURED.items() if isinstance(dense, kind)), Linear)
+    return next((new for kind, new in _BY_DENSE_CLASS.items() if isinstance(dense, kind)), Linear)
 
 
 def structured_like(old: Any, structure: str | Structure, **config: Any) -> Any:

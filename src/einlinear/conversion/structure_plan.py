@@ -21,7 +21,7 @@ def match_structures(
     `layers` None stands for all names.
 
     Raises:
-        ValueError: an unknown structure, an empty mapping, a glob that matches no layer.
+        ValueError: an unknown structure, an empty mapping, no names, a glob that matches none.
         TypeError: structures or globs that are not text.
     """
     plan = dict(structure) if isinstance(structure, Mapping) else {"*": structure}
@@ -30,7 +30,10 @@ def match_structures(
     for spec in plan.values():
         check_spec(spec)
     everything, noun = dict.fromkeys([*names, *named]), "layer" if named else "linear layer"
-    considered = {*matching(dict.fromkeys(names), layers, "layers", "linear layer"), *named}
+    if not everything:
+        raise ValueError("the model has no linear layer")
+    # "*" is no mistake in a model of convolutions alone
+    considered = {*matching(dict.fromkeys(names), None if layers == "*" else layers, "layers", "linear layer"), *named}
     excluded = matching(everything, exclude, "exclude", noun)
     check_globs(plan, [*everything], "structure", noun)
     matched: dict[str, str] = {}
