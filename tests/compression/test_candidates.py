@@ -69,6 +69,8 @@ def test_other_budgets_share_what_is_known(tmp_path: Path, monkeypatch: pytest.M
     ]
     with pytest.raises(ValueError, match="another config \\(model and data\\)"):
         compress(copy.deepcopy(model), 0.4, ["low_rank"], [2 * data[0]], shared_cache_dir=shared)
+    with pytest.raises(ValueError, match=r"cache_dir and shared_cache_dir are both .*: give two folders"):
+        compress(copy.deepcopy(model), 0.4, ["low_rank"], data, cache_dir=shared, shared_cache_dir=shared)
 
 
 def test_members_of_families() -> None:

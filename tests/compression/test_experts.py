@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,3 +157,8 @@ def test_experts_come_back_as_they_were(how: str) -> None:
     assert experts.training
     if how != "bytes":
         assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_one_shared_cache_for_budgets_that_open_experts_and_others(tmp_path: Path) -> None:
+    for count in ("params", "bytes"):
+        el.compress(mixture(), 0.5, ["low_rank"], batches(), count=count, shared_cache_dir=tmp_path)

@@ -18,6 +18,7 @@ def allocate(
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
 
     if (least := least_cost(candidates, modules)) > budget:
         raise ValueError(f"the cheapest choice for all layers costs {least:,}, more than the budget of {budget:,}")
@@ -25,7 +26,9 @@ def allocate(
     choices += [dict(module) for module in modules]
     changes = np.array([sum(c.output_change for c in choice.values()) for choice in choices])
     costs = np.array([sum(c.cost for c in choice.values()) for choice in choices], dtype=float)
-    one_each = np.array([[float(layer in choice) for choice in choices] for layer in candidates])
+    numbers = {layer: number for number, layer in enumerate(candidates)}
+    rows, columns = zip(*((numbers[layer], i) for i, choice in enumerate(choices) for layer in choice), strict=True)
+    one_each = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(candidates), len(choices)))
     solution = milp(
         changes / max(changes.max(), 1e-300),
         integrality=np.ones(len(choices)),

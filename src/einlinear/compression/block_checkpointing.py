@@ -34,7 +34,7 @@ def _run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
     """Iterate over the members of the outermost lists of modules."""
     for child in model.children():
-        if isinstance(child, nn.ModuleList):
+        if isinstance(child, nn.ModuleList | nn.Sequential):
             yield from child
         else:
             yield from _blocks(child)

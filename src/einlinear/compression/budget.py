@@ -94,8 +94,8 @@ class Budget:
             chosen = allocate(left, max(self.largest, least_cost(left, modules)), modules)
             slow = {name: c for name, c in chosen.items() if c.spec != "dense" and self._is_slower(name, c.spec)}
             for name, c in slow.items():
-                # richer members of the same family are no faster
-                left[name] = [o for o in left[name] if o.cost < c.cost or _family(o.spec) != _family(c.spec)]
+                # larger ranks are no faster
+                left[name] = [o for o in left[name] if o.cost < c.cost or _any_rank(o.spec) != _any_rank(c.spec)]
             if not slow:
                 stay = [name for name in left if len(left[name]) == 1 < len(candidates[name])]
                 return {"structures": {name: candidate.label for name, candidate in chosen.items()}, "slow": stay}
@@ -145,6 +145,5 @@ def total_change(chosen: Choice) -> float:
     return sum(candidate.output_change for candidate in chosen.values())
 
 
-def _family(spec: str) -> str:
-    # without sizes
-    return re.sub(r"\d+", "", spec)
+def _any_rank(spec: str) -> str:
+    return re.sub(r"rank=\d+", "rank", spec)

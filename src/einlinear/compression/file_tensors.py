@@ -33,6 +33,7 @@ def copy_in_file(tensor: Tensor, folder: Path | None) -> Tensor:
             file.write(content)
             file.flush()
             mapped = torch.from_file(file.name, shared=False, size=values.numel(), dtype=values.dtype)
-    except OSError as error:
+    # a RuntimeError of torch if the file cannot be mapped
+    except (OSError, RuntimeError) as error:
         raise OSError(f"{folder} cannot hold {values.nbytes:,} bytes more: {error}") from error
     return mapped.view(values.shape)

@@ -131,6 +131,8 @@ def measure_output_metrics(
         try:
             with checkpointed_blocks(model):
                 moments = _gradient_moments(model, layers, batches, copy)
+        except (OSError, torch.OutOfMemoryError):
+            raise
         # a block that changes what it is given, or that remembers its calls, cannot be run again: it raises anything
         except Exception:
             moments = _gradient_moments(model, layers, batches, copy)

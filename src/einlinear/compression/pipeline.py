@@ -110,9 +110,12 @@ def compress(
     kind = budget_kind(count, families, tokens, only_if_faster)
     batches = _check_arguments(model, budget, families, calibration, count, damping)
     is_cached = cache_dir is not None or shared_cache_dir is not None
+    if is_cached and cache_dir == shared_cache_dir:
+        raise ValueError(f"cache_dir and shared_cache_dir are both {cache_dir}: give two folders")
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
+    data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
     with open_experts(model, kind.has_experts and not only_if_faster and {NARROW, UNIFORM}.isdisjoint(families)):
         # compiled code ignores new hooks
         with evaluating(model), without_key_cache(model), torch.compiler.set_stance("force_eager"):
@@ -122,7 +125,6 @@ def compress(
             dense = selection.layers
             linears = {name: layer for name, layer in dense.items() if not isinstance(layer, DenseStack)}
             blocks, not_narrowed = find_blocks(model, selection, batches or [], families)
-            data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
             config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
             config |= {"sequential": sequential, "only_if_faster": only_if_faster, "tokens": tokens, **data_config}
             results = shared_results = ResumeCache(cache_dir, config, "an unfinished compression")

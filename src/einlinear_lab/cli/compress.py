@@ -183,7 +183,10 @@ def compress_command(
         display.note(f"Distilled in {len(losses):,} steps: {change}.")
     reads_text = compressed.main_input_name == "input_ids" and hasattr(compressed.config, "vocab_size")
     if most is not None:
-        display.note(f"Peak memory: {peak_bytes_of_process() / 1e9:.2f} GB, of the {most / 1e9:.2f} GB allowed.")
+        peak = peak_bytes_of_process()
+        display.note(f"Peak memory: {peak / 1e9:.2f} GB, of the {most / 1e9:.2f} GB allowed.")
+        if peak > most:
+            display.note("Memory outside of files takes more than that: give a smaller --batch-size or --max-length.")
     # a model that does not fit is not worth timing
     elif reads_text and not getattr(compressed.config, "is_encoder_decoder", False):
         speeds = model_speeds({"original": original, "compressed": compressed})
