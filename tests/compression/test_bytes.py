@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
+from einlinear.compression.layer_timing import SpeedUp
 from einlinear.nn.quantized_linear import QuantizedLinear
 
 
@@ -81,6 +82,30 @@ def test_weights_of_low_rank_are_structured_and_rounded() -> None:
     assert f"{report.layers[0].structure}, {report.layers[0].precision}" in text
 
 
+def test_the_report_counts_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = model_and_data()
+    monkeypatch.setattr(SpeedUp, "is_slower", True)
+    report = el.compress(model, 0.25, ["dense"], data, count="bytes")
+    first, everything = (dict(zip(report.headings, row, strict=True)) for row in (report.rows()[0], report.rows()[-1]))
+    assert first["bytes"] == f"{report.layers[0].bytes:,}"
+    assert everything["bytes"] == f"{stored(model):,}"
+    assert everything["kept"] == f"{stored(model) / 65536:.1%}"
+    assert "of its parameters" not in str(report)
+    assert str(report).endswith(
+        "Calls with gradients, under tracing or off the CPU expand quantised weights: el.explain(layer, x) says why."
+    )
+
+
+@pytest.mark.parametrize("count", ["params", "macs"])
+def test_other_reports_have_no_column_of_bytes(count: str) -> None:
+    model, data = model_and_data()
+    report = el.compress(model, 0.5, ["low_rank"], data, count=count)
+    everything = dict(zip(report.headings, report.rows()[-1], strict=True))
+    assert everything["kept"] == f"{getattr(report, count) / 16384:.1%}"
+    assert "bytes" not in everything
+    assert f"The whole model keeps {(report.params + 128) / (16384 + 128):.1%} of its parameters." in report.notes
+
+
 def test_the_budget_is_over_the_models_own_dtype() -> None:
     model, data = model_and_data(dtype=torch.bfloat16)
     report = el.compress(model, 0.55, ["low_rank"], data, count="bytes")
@@ -116,7 +141,7 @@ def test_impossible_requests_raise(tmp_path: Path) -> None:
         el.compress(model, 0.001, ["low_rank"], data, count="bytes", cache_dir=tmp_path / "cache")
     # another budget may use the same folder
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(ValueError, match="only_if_faster=True needs"):
+    with pytest.raises(ValueError, match=r"only_if_faster=True needs .*: with 'bytes' the choice ignores speed"):
         el.compress(model, 0.5, ["low_rank"], data, count="bytes", only_if_faster=True)
 
 

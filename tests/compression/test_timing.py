@@ -135,6 +135,9 @@ def test_a_budget_of_time(monkeypatch: pytest.MonkeyPatch, budget: float) -> Non
     assert report.time.before == pytest.approx(before, rel=1e-6)
     assert report.time.after == pytest.approx(seconds_of(model, seconds), rel=1e-6)
     assert 0.7 * budget * before < report.time.after <= budget * before
+    kept = [dict(zip(report.headings, row, strict=True))["kept"] for row in report.rows()]
+    assert kept[-1] == f"{report.time.after / before:.1%}"
+    assert kept[0] == f"{1 / report.layers[0].speed_up.by_tokens[1]:.1%}"
     assert not any(layer.structure.startswith("monarch") for layer in report.layers)
     # 3 sizes, 4 members of 2 families, the dense layer in 3 dtypes, and then what is chosen
     assert len(timed) <= 3 * (2 * 4 + 3) + 3 * 3 * 2

@@ -102,8 +102,8 @@ def test_what_is_summed() -> None:
     assert shard(el.structure("btt", 64, 128), "in", 2).all_reduces == (128,)
     low_rank = el.structure("low_rank(rank=3)", 64, 128)
     assert [shard(low_rank, side, 2).all_reduces for side in ("out", "in")] == [(3,), (3,)]
-    assert shard(low_rank, "in", 2, whole_terms=True).all_reduces == (128,)
-    assert shard(low_rank, "in", 2, whole_terms=True).summed == (1,)
+    assert shard(low_rank, "in", 2, can_cut=False).all_reduces == (128,)
+    assert shard(low_rank, "in", 2, can_cut=False).summed == (1,)
     # of a rank above the features of the layer, these are fewer
     wide = el.structure("low_rank(rank=100)", 64, 128)
     assert [shard(wide, side, 2).all_reduces for side in ("out", "in")] == [(64,), (100,)]

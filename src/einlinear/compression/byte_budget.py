@@ -38,7 +38,7 @@ class ByteBudget(Budget):
     def check_options(families: Sequence[str], tokens: int | None, only_if_faster: bool) -> None:
         if only_if_faster:
             others = "count='params', 'macs' or 'time'"
-            raise ValueError(f"only_if_faster=True needs {others}: with 'bytes' nothing is timed")
+            raise ValueError(f"only_if_faster=True needs {others}: with 'bytes' the choice ignores speed")
 
     def costs(self, name: str) -> dict[str, int]:
         return {s.spec: min(quantized_bytes(s, p) for p in PRECISIONS) for s in self._structures(name)}

@@ -8,8 +8,6 @@ from einlinear.compression.layer_timing import SpeedUp, describe_tokens
 from einlinear.conversion.conversion_report import Coverage, total
 from einlinear.tables import aligned
 
-_HEADINGS = ("layer", "structure", "params", "MACs", "kept", "expected error", "error")
-
 
 @dataclass(frozen=True)
 class CompressedLayer:
@@ -18,7 +16,7 @@ class CompressedLayer:
     Attributes:
         name: qualified.
         structure: the new spec, "dense", or for the layers of a block "narrow(3 of 4 heads)" or "narrow(64 of 256)".
-        params_before, params, macs: of the weight; dense has as many MACs as parameters.
+        params_before, params, macs_before, macs: of the weight; of a stack of experts, the MACs of active ones.
         expected_error: the error by which the structure was chosen.
         error: of the outputs on the calibration data, E|y - y'|^2 / E|y|^2 (centred if there is a bias), or the weight.
         sensitivity: change of the model's output per unit of a small error.
@@ -33,6 +31,7 @@ class CompressedLayer:
     structure: str
     params_before: int
     params: int
+    macs_before: int
     macs: int
     expected_error: float
     error: float
@@ -102,23 +101,26 @@ class CompressionReport:
         layers: all that were considered.
         skipped: the other linear layers, as (name, reason).
         coverage: the share of the model's parameters that was considered, and the kinds of the others.
-        missed_budget: the budget, if only faster layers were wanted and do not reach it.
+        count: what the budget is a fraction of: "params", "macs", "bytes" or "time".
+        missed_budget: the budget, if it is not reached with only_if_faster=True or count="time"; else None.
         alternative: with a budget of bytes, what quantisation alone would change.
         time: with a budget of time, what the layers take.
         not_narrowed: with "narrow", the layers that are in no block that can be narrowed, as (name, reason).
-        params_before, params, macs, bytes_before, bytes: sums over the weights of the layers.
+        params_before, params, macs_before, macs, bytes_before, bytes: sums over the weights of the layers.
     """
 
     layers: tuple[CompressedLayer, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     coverage: Coverage | None = None
+    count: str = "params"
     missed_budget: float | None = None
     alternative: QuantizationAlone | None = None
     time: MeasuredTime | None = None
     not_narrowed: tuple[tuple[str, str], ...] = ()
 
     params_before, params = total("layers", "params_before"), total("layers", "params")
-    macs, bytes_before, bytes = total("layers", "macs"), total("layers", "bytes_before"), total("layers", "bytes")
+    macs_before, macs = total("layers", "macs_before"), total("layers", "macs")
+    bytes_before, bytes = total("layers", "bytes_before"), total("layers", "bytes")
 
     @property
     def warning(self) -> str | None:
@@ -136,8 +138,11 @@ class CompressionReport:
         if self.time is not None:
             notes += self.time.notes
         if self.coverage is not None:
-            kept = 1 - (self.params_before - self.params) / max(self.coverage.params, 1)
-            notes += [*self.coverage.notes, f"The whole model keeps {kept:.1%} of its parameters."]
+            notes += self.coverage.notes
+            # quantised weights keep their parameters
+            if self.count != "bytes":
+                kept = 1 - (self.params_before - self.params) / max(self.coverage.params, 1)
+                notes.append(f"The whole model keeps {kept:.1%} of its parameters.")
         if self.missed_budget is not None:
             slower = "all other structures tried are slower than the dense layers"
             if self.time is not None:
@@ -160,7 +165,8 @@ class CompressionReport:
             than_dense = f"layers are slower than dense, for {describe_tokens(self._timed)}"
             advice = "only_if_faster=True leaves such layers dense"
             if self.alternative is not None:
-                advice = "Quantised weights are expanded in every call"
+                reasons = "with gradients, under tracing or off the CPU"
+                advice = f"Calls {reasons} expand quantised weights: el.explain(layer, x) says why"
             notes.append(f"{len(slow)} of {len(self.layers)} {than_dense}: {', '.join(slowest)}{more}. {advice}.")
         return notes
 
@@ -168,13 +174,15 @@ class CompressionReport:
     def headings(self) -> tuple[str, ...]:
         """Headings of the columns of `rows`."""
         first, *others = map(describe_tokens, ([n] for n in self._timed))
-        return (*_HEADINGS, f"x as fast, {first}", *others)
+        counts = ("params", "MACs", *(["bytes"] if self.count == "bytes" else []), "kept")
+        return ("layer", "structure", *counts, "expected error", "error", f"x as fast, {first}", *others)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return a row of text per layer, and one for all of them, under `headings`."""
 
-        def counts(part: CompressedLayer | CompressionReport) -> tuple[str, str, str]:
-            return f"{part.params:,}", f"{part.macs:,}", f"{part.params / part.params_before:.1%}"
+        def counts(part: CompressedLayer | CompressionReport) -> tuple[str, ...]:
+            shown = [part.params, part.macs, *([part.bytes] if self.count == "bytes" else [])]
+            return *(f"{number:,}" for number in shown), f"{self._kept(part):.1%}"
 
         rows: list[tuple[str, ...]] = []
         for layer in self.layers:
@@ -185,6 +193,14 @@ class CompressionReport:
 
     def __str__(self) -> str:
         return "\n".join([*filter(None, [self.warning]), *aligned([self.headings, *self.rows()]), *self.notes])
+
+    def _kept(self, part: CompressedLayer | CompressionReport) -> float:
+        """Return the share of what `count` counts that a layer, or all of them, keep."""
+        if self.time is not None:
+            if isinstance(part, CompressedLayer):
+                return 1 / part.speed_up.by_tokens[self.time.tokens]
+            return self.time.after / self.time.before
+        return float(getattr(part, self.count) / getattr(part, f"{self.count}_before"))
 
     @property
     def _timed(self) -> list[int]:

@@ -73,8 +73,8 @@ def compress(
             of (batch, tokens) marks padding. The output that counts is `logits`, `last_hidden_state`, or else the first
             tensor that the model returns, through which gradients pass. None: weights are approximated, not outputs.
         count: "params", "macs", "bytes" or "time". With "bytes", structure and precision are chosen together:
-            structured and dense weights in their own dtype, bfloat16, int8, int4, int3 or int2. The budget is a
-            fraction of the bytes that the weights take in the model's dtype. With "time", it is a fraction of the
+            weights are stored in bfloat16, int8, int4, int3 or int2, and a dense weight may keep its dtype. The budget
+            is a fraction of the bytes that the weights take in the model's dtype. With "time", it is a fraction of the
             seconds that the dense layers take on this machine; layers that would not become faster stay dense.
         tokens: tokens that a layer gets in one call, for which layers are timed: 1 for decoding, or the batch size
             times the length. None: 1 and 256; count="time" needs a number.
@@ -84,7 +84,7 @@ def compress(
             as stacked experts always are.
         damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
         only_if_faster: use only structures that are as fast as the dense layer on this machine, for all `tokens`,
-            within 5 %, even if the budget is then not reached.
+            within 5 %, even if the budget is then not reached. Ignored with count="time".
         progress: called with the current step, and how much of it is done, of how much; for the first time at once.
         cache_dir: folder of a resume cache, from which the same call resumes after an interruption. It is not removed
             at the end.
@@ -183,6 +183,7 @@ def compress(
             tuple(reports),
             tuple(selection.skipped),
             selection.coverage,
+            count=count,
             missed_budget=budget if is_missed else None,
             not_narrowed=tuple((names[name], reason) for name, reason in not_narrowed),
             **alternatives,
@@ -238,7 +239,8 @@ def _layer_report(
 ) -> CompressedLayer:
     """Describe what became of a dense layer; `fitted` is None if it stays dense."""
     entries, before = dense.weight.numel(), weight_bytes(dense)
-    params, macs, now = entries, matrices(dense, "macs") * math.prod(features(dense)), before
+    macs_before = matrices(dense, "macs") * math.prod(features(dense))
+    params, macs, now = entries, macs_before, before
     speed_up = SpeedUp(dict.fromkeys(timer.tokens, 1.0))
     if fitted is not None:
         new = fitted.layer
@@ -254,6 +256,7 @@ def _layer_report(
         chosen.structure,
         params_before=entries,
         params=params,
+        macs_before=macs_before,
         macs=macs,
         expected_error=chosen.error,
         error=fitted.error if fitted else 0.0,

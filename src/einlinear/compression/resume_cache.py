@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from einlinear.compression.calibration import InputStatistics
-from einlinear.compression.file_tensors import copy_in_file
+from einlinear.compression.scratch_files import copy_in_file
 from einlinear.files import read_json, write_json
 
 T = TypeVar("T")

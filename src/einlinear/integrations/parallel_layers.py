@@ -188,11 +188,11 @@ class LayerShare:
         """Return rows of a table by their indices (n,): zeros for those of other devices, or features of this one."""
         factors, rows = self.factors(layer), list[Tensor]()
         for part in self.sharding.parts:
-            own, mask = indices, None
+            local, mask = indices, None
             view = (1, self.sharding.structure.out_features, 1) if self.is_out else part.view
             if view is not None:
-                own, mask = self.own_indices(indices, view)
-            y = ops.rows(part.local.structure, [factors[i] for i in part.local.factors], own)
+                local, mask = self.local_indices(indices, view)
+            y = ops.rows(part.local.structure, [factors[i] for i in part.local.factors], local)
             y = y if mask is None else y.masked_fill(~mask[:, None], 0)
             rows.append(self.padded(y, part) if self.is_out else y)
         return reduce(torch.add, rows)
@@ -220,7 +220,7 @@ class LayerShare:
         """Return the features that a part takes from all."""
         if part.view is None:
             return x
-        start, size = self.own_range(part.view)
+        start, size = self.local_range(part.view)
         x = F.pad(x, (0, part.pads)) if part.pads else x
         y: Tensor = x.unflatten(-1, part.view).narrow(-2, start, size).flatten(-3)
         return y
@@ -230,20 +230,20 @@ class LayerShare:
         if part.view is None:
             return y
         slower, total, faster = part.view
-        start, size = self.own_range(part.view)
+        start, size = self.local_range(part.view)
         y = F.pad(y.unflatten(-1, (slower, size, faster)), (0, 0, start, total - start - size)).flatten(-3)
         return y[..., : y.shape[-1] - part.pads]
 
-    def own_indices(self, indices: Tensor, view: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    def local_indices(self, indices: Tensor, view: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Return indices of the view's slice on this device, and which are in it; the others are replaced."""
         _, total, faster = view
-        start, size = self.own_range(view)
+        start, size = self.local_range(view)
         slow, rest = indices // (total * faster), indices % (total * faster)
         middle = rest // faster - start
-        own = (slow * size + middle.clamp(0, size - 1)) * faster + rest % faster
-        return own, (middle >= 0) & (middle < size)
+        local = (slow * size + middle.clamp(0, size - 1)) * faster + rest % faster
+        return local, (middle >= 0) & (middle < size)
 
-    def own_range(self, view: tuple[int, int, int]) -> tuple[int, int]:
+    def local_range(self, view: tuple[int, int, int]) -> tuple[int, int]:
         """Return the first index of this device along the axis of a view, and the number of indices."""
         size = view[1] // self.sharding.devices
         return self.mesh.get_local_rank() * size, size

@@ -200,4 +200,4 @@ def _sharding(
     if isinstance(layer, Experts) and layer.exchange is not None:
         raise ValueError(f"{name} on a layer whose experts are sharded already by expert_parallel")
     # the factors of experts are applied together, token by token, and those of tables index by index
-    return sharding.shard(layer.structure, side, mesh.size(), whole_terms=isinstance(layer, Experts | Embedding))
+    return sharding.shard(layer.structure, side, mesh.size(), can_cut=not isinstance(layer, Experts | Embedding))

@@ -1,4 +1,7 @@
-"""The pattern language: one line of text describes a structured matrix (docs/guides/structures.md has the grammar)."""
+"""Patterns, ``"(g a), g r f a, f e g r -> (f e)"``: the parser of their grammar (guide: docs/guides/structures.md).
+
+Calls of families, ``"btt(rank=2)"``, have a grammar of their own: `einlinear.structures.spec` parses their arguments.
+"""
 
 from __future__ import annotations
 

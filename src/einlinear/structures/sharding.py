@@ -83,7 +83,7 @@ class Sharding:
 
 
 @lru_cache(maxsize=4096)
-def shard(structure: Structure, side: str, devices: int, whole_terms: bool = False) -> Sharding:
+def shard(structure: Structure, side: str, devices: int, can_cut: bool = True) -> Sharding:
     """Split the output ("out") or the input features ("in") of a structured matrix over devices.
 
     Every term is split along the slowest axis of the side, so that the features of a device are consecutive. Factors
@@ -95,7 +95,8 @@ def shard(structure: Structure, side: str, devices: int, whole_terms: bool = Fal
         structure: of the whole matrix.
         side: "out" or "in".
         devices: their number.
-        whole_terms: whether devices sum only inputs and outputs.
+        can_cut: whether a term may be cut into a replicated and a local part, whose intermediate devices sum; False:
+            they sum only inputs and outputs.
 
     Raises:
         DoesNotFit: the axis cannot be divided by the number of devices, or features of this side are padded.
@@ -113,7 +114,7 @@ def shard(structure: Structure, side: str, devices: int, whole_terms: bool = Fal
     by_term = structure.by_term(range(len(structure.factors)))
     axes = [_slowest_axis(structure, term, side, devices) for term in structure.terms]
     parts = [
-        _part(structure, term, indices, axis, side, devices, whole_terms)
+        _part(structure, term, indices, axis, side, devices, can_cut)
         for (term, indices), axis in zip(by_term, axes, strict=True)
     ]
     if len(parts) > 1 and len({*axes}) == 1 and not any(part.view or part.replicated for part in parts):
@@ -144,7 +145,7 @@ def _slowest_axis(structure: Structure, term: Term, side: str, devices: int) -> 
 
 
 def _part(
-    structure: Structure, term: Term, indices: Sequence[int], axis: str, side: str, devices: int, whole_term: bool
+    structure: Structure, term: Term, indices: Sequence[int], axis: str, side: str, devices: int, can_cut: bool
 ) -> Part:
     """Return what a device computes for one term, whose factors have these indices."""
     is_out, sizes = side == "out", dict(structure.sizes)
@@ -165,7 +166,7 @@ def _part(
         return Part(local, None, view, structure.padding(term)[not is_out])
     having = [i for i, factor in enumerate(term.factors) if axis in factor.axes]
     cut = having[0] if is_out else having[-1] + 1
-    if whole_term or not _can_cut(term, cut, sizes, limit=ins if is_out else outs):
+    if not (can_cut and _is_valid_cut(term, cut, sizes, limit=ins if is_out else outs)):
         return Part(group(slice(None), term.inputs, term.outputs, local_sizes, local_ins, local_outs))
     between = term.factors[cut].source
     size, before, after = _size(between, sizes), slice(None, cut), slice(cut, None)
@@ -176,7 +177,7 @@ def _part(
     return Part(group(before, term.inputs, between, local_sizes, local_ins, size), replicated)
 
 
-def _can_cut(term: Term, cut: int, sizes: Mapping[str, int], limit: int) -> bool:
+def _is_valid_cut(term: Term, cut: int, sizes: Mapping[str, int], limit: int) -> bool:
     """Return whether the factors before and from `cut` are matrices, with at most `limit` features in between."""
     parts = term.factors[:cut], term.factors[cut:]
     if not all(parts) or not (between := term.factors[cut].source):

@@ -1,4 +1,7 @@
-"""Specs: from the text that a user writes, ``"btt(rank=2)"`` or a pattern, to a `Structure`."""
+"""Specs: from the text that a user writes, ``"btt(rank=2)"`` or a pattern, to a `Structure`.
+
+This module parses the arguments of families; `einlinear.structures.pattern` has the grammar of patterns.
+"""
 
 import re
 from bisect import bisect_right

@@ -1,4 +1,4 @@
-"""Tensors in files that are mapped into memory: the system drops their pages if memory is short, and reads them again.
+"""Scratch files: copies of tensors that are mapped into memory. The system drops their pages if memory is short.
 
 `from_pretrained` maps the weights of safetensors in the same way, unless it casts or moves them.
 """

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import einlinear as el
-from einlinear.compression import file_tensors, output_metric, resume_cache
-from einlinear.compression.file_tensors import copy_in_file
+from einlinear.compression import output_metric, resume_cache, scratch_files
 from einlinear.compression.output_metric import measure_output_metrics
 from einlinear.compression.resume_cache import ResumeCache
+from einlinear.compression.scratch_files import copy_in_file
 from einlinear.compression.selection import select_layers
 from einlinear_lab.bench.memory import peak_bytes
 
@@ -27,10 +27,10 @@ def is_mapped(tensor: Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 @pytest.mark.parametrize("shape", [(0,), (), (7, 5)])
-def test_a_copy_in_a_file(
+def test_a_copy_in_a_scratch_file(
     shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_tensors, "_SMALL", 1)
+    monkeypatch.setattr(scratch_files, "_SMALL", 1)
     tensor = (10 * torch.randn(shape)).to(dtype)
     tensor = tensor.T if shape == (7, 5) else tensor
     copied = copy_in_file(tensor, tmp_path)
@@ -53,7 +53,7 @@ def full_disk(*_: object, **__: object) -> Any:
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_tensors, "NamedTemporaryFile", full_disk)
+    monkeypatch.setattr(scratch_files, "NamedTemporaryFile", full_disk)
     with pytest.raises(OSError, match=r"cannot hold 4,000,000 bytes more: .*No space left"):
         copy_in_file(torch.ones(10**6), tmp_path)
     monkeypatch.setattr(resume_cache, "write_json", full_disk)
@@ -86,7 +86,7 @@ def test_in_files_as_in_memory(sequential: bool, count: str, tmp_path: Path, mon
     inside = llama()
     expected = el.compress(inside, 0.6, ["low_rank", "monarch"], BATCHES, **options)
 
-    monkeypatch.setattr(file_tensors, "_SMALL", 1)
+    monkeypatch.setattr(scratch_files, "_SMALL", 1)
     mapped = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").eval()
     report = el.compress(mapped, 0.6, ["low_rank", "monarch"], BATCHES, cache_dir=tmp_path / "cache", **options)
     structures = [layer.structure for layer in report.layers]
