@@ -1,5 +1,6 @@
 """What `import einlinear` costs beside `import torch`, and that nothing is missing after it."""
 
+import math
 import os
 import subprocess
 import sys
@@ -20,11 +21,15 @@ def seconds(code: str) -> float:
 
 @pytest.mark.slow
 def test_import_takes_little_longer_than_that_of_torch() -> None:
-    rounds = [(seconds("import torch"), seconds("import einlinear"), seconds(HELP)) for _ in range(5)]
-    torchs, ours, helps = (min(times) for times in zip(*rounds, strict=True))
-    # torch takes 1.2 to 1.7 s of an idle machine: .3 and .5 s there
-    assert ours - torchs < 0.25 * torchs
-    assert helps < 0.3 * torchs
+    # The first process may compile the sources. On a busy machine the least of several times is close to the true one.
+    torchs = ours = helps = math.inf
+    for _ in range(6):
+        torchs, ours = min(torchs, seconds("import torch")), min(ours, seconds("import einlinear"))
+        helps = min(helps, seconds(HELP))
+        # torch takes 1.2 to 1.7 s of an idle machine: .3 and .5 s there
+        if ours - torchs < 0.25 * torchs and helps < 0.3 * torchs:
+            return
+    pytest.fail(f"import torch takes {torchs:.2f} s, import einlinear {ours:.2f} s, the help {helps:.2f} s")
 
 
 HELP = "import sys, einlinear_lab.cli.app; sys.argv = ['einlinear', '--help']; einlinear_lab.cli.app.main()"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import einlinear as el
 from einlinear_lab.models import ResidualMLP
 
-WIDTHS = (64, 256, 1024)
+WIDTHS = (64, 1024)
 
 
 def updates(structure: str, structure_aware: bool, **options: Any) -> dict[int, float]:

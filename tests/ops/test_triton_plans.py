@@ -76,8 +76,7 @@ class TestCompiled:
         ("spec", "in_features", "out_features", "dtype"),
         [
             ("btt", 1024, 4096, torch.bfloat16),
-            ("btt", 512, 512, torch.float16),
-            ("monarch", 1024, 1024, torch.bfloat16),
+            ("monarch", 1024, 1024, torch.float16),
             ("kronecker", 1024, 1024, torch.bfloat16),
             ("low_rank(rank=32)", 1024, 1024, torch.float32),
             ("dyad(variant=dt)", 1000, 1000, torch.float32),

@@ -67,9 +67,18 @@ def test_registered_on_request(tmp_path: Path) -> None:
     ids = torch.randint(3, 48, (2, 7))
     torch.save(ids, tmp_path / "ids.pt")
     loading = _PRINT.format(auto="BertForMaskedLM", folder=str(tmp_path), options={})
-    imports = "import einlinear, transformers\nfrom einlinear.integrations.transformers import register\n"
-    assert "ignore_mismatched_sizes" in run(imports + loading, EINLINEAR_HOOKS="0").stderr
-    done = run(f"{imports}register()\n{loading}", EINLINEAR_HOOKS="0")
+    code = f"""
+import einlinear, transformers
+from einlinear.integrations.transformers import register
+try:
+    transformers.BertForMaskedLM.from_pretrained({str(tmp_path)!r})
+except RuntimeError as error:
+    assert "ignore_mismatched_sizes" in str(error), error
+else:
+    raise AssertionError("it loads without the hooks")
+register()
+{loading}"""
+    done = run(code, EINLINEAR_HOOKS="0")
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "logits")["logits"], model(ids).logits)
 

@@ -19,7 +19,7 @@ from einlinear_lab.search.space import STRUCTURE, Proposal, Proposals, SearchSpa
 
 IMAGE = Shape(784, 10, image=(1, 28, 28))
 TEXT = Shape(0, 96, context=64)
-DRAWS = int(os.environ.get("EINLINEAR_DRAWS", "300"))  # 10000: about ten minutes
+DRAWS = int(os.environ.get("EINLINEAR_DRAWS", "120"))  # 10000: about ten minutes
 KINDS: list[tuple[ModelConfig, Shape, int]] = [
     (MLPConfig(depth=2), IMAGE, 100_000),
     (MLPConfig(depth=2, input_structure="dense"), IMAGE, 200_000),

@@ -6,7 +6,6 @@ import os
 import queue
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState
-from tests.lab.pools.test_local import children, is_worker
+from tests.lab.pools.test_local import children, is_worker, started
 from tests.lab.search.postgres import server
 
 from einlinear_lab.models.config import Shape
@@ -208,9 +207,10 @@ def test_a_candidate_of_the_same_sizes_is_not_trained_again(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("steps", "abandoned"), [(38, 0), (40, 8)])
 def test_trials_that_are_behind_are_pruned(tmp_path: Path, steps: int, abandoned: int) -> None:
-    search(tmp_path, trials=16 - abandoned, steps=steps).run_trials(step_by_step)
-    found = search(tmp_path, trials=16, steps=steps)
-    gone = search(tmp_path, trials=16, steps=steps)  # a driver that chooses runs and dies, which others take up
+    options = {"steps": steps, "sampler": "random"}
+    search(tmp_path, trials=16 - abandoned, **options).run_trials(step_by_step)
+    found = search(tmp_path, trials=16, **options)
+    gone = search(tmp_path, trials=16, **options)  # a driver that chooses runs and dies, which others take up
     assert all(gone.next_run() for _ in range(abandoned))
     found.run_trials(step_by_step)
     tried = found.study.trained()
@@ -345,7 +345,8 @@ def test_heads_of_a_gpt() -> None:
     assert heads(heads=2) == (2, None)
 
 
-def test_nothing_is_left(tmp_path: Path) -> None:
+def test_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("einlinear_lab.search.search._ALL", 50)
     found = search(tmp_path, families=("dyad",), trials=50, sampler="random")
     found.run_trials(here)
     tried = found.study.trained()
@@ -380,11 +381,6 @@ def drive(folder: Path, storage: str | None) -> None:
     sys.exit(len(Search(configure(**SURVIVOR)).open(Store(folder), storage).run_trials(LocalPool(2))))
 
 
-def started(folder: Path, storage: str | None) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "tests.lab.search.test_search", str(folder), storage or ""]
-    return subprocess.Popen(words, cwd=Path(__file__).parents[3])
-
-
 def check(folder: Path, storage: str | None) -> None:
     """Every candidate was trained once, from the first step to the last, and all are in the study."""
     study = Search(configure(**SURVIVOR)).open(Store(folder), storage).study
@@ -407,12 +403,12 @@ def check(folder: Path, storage: str | None) -> None:
 def test_two_drivers_killed_at_random_moments(tmp_path: Path, kind: str) -> None:
     folder, draw, most = tmp_path / "search", random.Random(0), 3
     with server(tmp_path) if kind == "postgresql" else nullcontext() as storage:
-        drivers = [started(folder, storage), started(folder, storage)]
+        drivers = [started(drive, folder, storage), started(drive, folder, storage)]
         kills = 0
         while kills < most:
             time.sleep(draw.uniform(0.3, 1.0))
-            alive = [driver for driver in drivers if driver.poll() is None]
-            workers = [pid for driver in alive for pid in children(driver.pid) if is_worker(pid)]
+            alive = [driver for driver in drivers if driver.is_alive()]
+            workers = [pid for driver in alive for pid in children(driver.pid or 0) if is_worker(pid)]
             if not workers:
                 if not alive:
                     break
@@ -420,17 +416,16 @@ def test_two_drivers_killed_at_random_moments(tmp_path: Path, kind: str) -> None
             if kills % 3 == 2:
                 victim = draw.choice(alive)
                 victim.kill()
-                victim.wait()
+                victim.join()
                 drivers.remove(victim)
-                drivers.append(started(folder, storage))
+                drivers.append(started(drive, folder, storage))
             else:
                 os.kill(draw.choice(workers), signal.SIGKILL)
             kills += 1
         assert kills >= 3
-        assert [driver.wait(180) for driver in drivers] == [0, 0]
-        assert started(folder, storage).wait(120) == 0  # what a driver left behind when the others had ended
+        for driver in drivers:
+            driver.join(180)
+        last = started(drive, folder, storage)  # what a driver left behind when the others had ended
+        last.join(120)
+        assert [driver.exitcode for driver in (*drivers, last)] == [0, 0, 0]
         check(folder, storage)
-
-
-if __name__ == "__main__":
-    drive(Path(sys.argv[1]), sys.argv[2] or None)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
 import signal
 import time
@@ -26,6 +27,8 @@ from einlinear.schedules import lr_factor
 from einlinear_lab.training import TrainingConfig, loop, metrics
 from einlinear_lab.training.distributed import World
 from einlinear_lab.training.guided import Guided
+
+KILLS = int(os.environ.get("EINLINEAR_KILLS") or 7)
 
 
 @contextmanager
@@ -420,25 +423,28 @@ def run_and_tell(folder: Path, options: dict[str, Any], steps_made: Connection) 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Every kill costs at most what was made since the last checkpoint, and the run ends as if there had been none."""
-    options: dict[str, Any] = {"steps": 150, "checkpoint_every": 3, "log_every": 1, "evaluate_every": 7}
+    """Every kill costs at most what was made since the last checkpoint, and the run ends as if there had been none.
+
+    With EINLINEAR_KILLS=100, that many.
+    """
+    options: dict[str, Any] = {"steps": 9 * KILLS, "checkpoint_every": 3, "log_every": 1, "evaluate_every": 7}
     whole = toy.run(tmp_path / "whole", **options)
     folder, draw = tmp_path / "killed", random.Random(0)
     folder.mkdir()
     processes = multiprocessing.get_context("forkserver")  # forks one that has imported all of this already
     processes.set_forkserver_preload([__name__])
-    for kill in range(21):
+    for kill in range(KILLS + 1):
         receiver, sender = processes.Pipe(duplex=False)
         process = processes.Process(target=run_and_tell, args=(folder, options, sender))
         process.start()
         sender.close()
-        if kill < 20:
+        if kill < KILLS:
             for _ in range(draw.randrange(6)):
                 receiver.recv()
             time.sleep(draw.uniform(0, 0.02))
             process.kill()
         process.join()
-        assert process.exitcode == (-signal.SIGKILL if kill < 20 else 0)
+        assert process.exitcode == (-signal.SIGKILL if kill < KILLS else 0)
     losses, measures = json.loads((folder / "done.json").read_text())
     assert losses == list(whole.losses)
     assert measures == whole.metrics
@@ -447,7 +453,10 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         (line["step"], line.get("train_loss"), line.get("error"))
         for line in metrics.read(tmp_path / "whole" / "metrics.jsonl")
     ]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000147", "step-00000150"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        f"step-{9 * KILLS - 3:08}",
+        f"step-{9 * KILLS:08}",
+    ]
 
 
 def test_the_model_is_not_changed_by_measuring() -> None:
