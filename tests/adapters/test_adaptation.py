@@ -164,6 +164,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
         ({"dropout": True}, TypeError, "dropout must be a number"),
         ({"name": "a.b"}, ValueError, "name must be a word without dots"),
         ({"name": "keys"}, ValueError, "no attribute of nn.ModuleDict, not 'keys'"),
+        ({"name": "training"}, ValueError, "no attribute of nn.ModuleDict, not 'training'"),
         ({"name": ""}, ValueError, "name must be a word"),
         ({"name": 1}, TypeError, "name must be text, not 1"),
     ],

@@ -322,6 +322,10 @@ def test_mistakes() -> None:
         el.distill(smaller, model, batches, steps=0)
     with pytest.raises(ValueError, match="lr must be a positive number, not 0"):
         el.distill(smaller, model, batches, steps=5, lr=0)
+    for wrong in ({"clip": 0.0}, {"clip": -1.0}, {"warmup": 1.0}, {"warmup": -1.0}, {"weight_decay": -1.0}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name} must be .* not {value:g}"):
+            el.distill(smaller, model, batches, steps=5, **wrong)
     with pytest.raises(ValueError, match="optimizer must be 'muon' or 'adamw', not 'sgd'"):
         el.distill(smaller, model, batches, steps=5, optimizer="sgd")
     with pytest.raises(ValueError, match="seconds must be positive, or None for no limit, not 0"):

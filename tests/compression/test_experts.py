@@ -159,6 +159,15 @@ def test_experts_come_back_as_they_were(how: str) -> None:
         assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
 
 
+def test_distillation() -> None:
+    model, data = mixture(), batches()
+    original = copy.deepcopy(model)
+    el.compress(model, 0.5, ["low_rank"], data)
+    losses = el.distill(model, original, data, steps=29).losses
+    assert losses[-1] < 0.9 * losses[0]
+    assert not isinstance(original.get_submodule(EXPERTS), GatedExperts)
+
+
 def test_one_shared_cache_for_budgets_that_open_experts_and_others(tmp_path: Path) -> None:
     for count in ("params", "bytes"):
         el.compress(mixture(), 0.5, ["low_rank"], batches(), count=count, shared_cache_dir=tmp_path)

@@ -172,5 +172,5 @@ def check_name(name: Any) -> None:
     """Raise TypeError or ValueError for a name that an adapter cannot have: it is a part of qualified names."""
     if not isinstance(name, str):
         raise TypeError(f"name must be text, not {name!r}")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name must be a word without dots, and no attribute of nn.ModuleDict, not {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from einlinear.compression.distillation_loss import DistillationLoss, block_names
 from einlinear.compression.lora import temporary_lora
 from einlinear.compression.resume_cache import digest_of
+from einlinear.conversion import convert
 from einlinear.mup import Muon, param_groups
-from einlinear.nn import QuantizedLinear
+from einlinear.nn import GatedExperts, QuantizedLinear
 from einlinear.nn.linear import Factored
 from einlinear.nn.model_call import Batch, check_batches, evaluating
 from einlinear.nn.names import full_names, matching
@@ -91,7 +93,8 @@ def distill(
 
     Raises:
         TypeError: a single batch instead of several.
-        ValueError: no batches, steps, rate or rank, an unknown `train` or `optimizer`, a glob that matches nothing,
+        ValueError: no batches, steps, rate or rank, a wrong clip, warmup or weight decay, an unknown `train` or
+            `optimizer`, a glob that matches nothing,
             nothing to train or in float16, parameters that the original shares, a folder of another distillation; or,
             after some training, batches that end and cannot be repeated, or a loss that is NaN.
 
@@ -112,6 +115,12 @@ def distill(
     lr = LEARNING_RATES[optimizer] if lr is None else lr
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be a positive number, not {lr}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be the largest norm of a gradient, above 0, or None for no limit, not {clip:g}")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must be a fraction of the steps, from 0 to below 1, not {warmup:g}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be a number from 0, not {weight_decay:g}")
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be positive, or None for no limit, not {seconds:g}")
     if train not in TRAIN:
@@ -186,6 +195,18 @@ def _trained_parameters(model: nn.Module, train: str, rank: int) -> Iterator[tup
         yield trained, nn.ModuleList(adapters.values())
 
 
+def _base(model: nn.Module, original: nn.Module) -> nn.Module:
+    """Return the original, or a copy without values whose stacked experts have the names of the model's."""
+    others = dict(original.named_modules())
+    experts = [name for name, module in model.named_modules() if isinstance(module, GatedExperts)]
+    experts = [name for name in experts if name in others and not isinstance(others[name], GatedExperts)]
+    if not experts:
+        return original
+    base = copy.deepcopy(original, {id(p): nn.Parameter(p.detach().to("meta")) for p in original.parameters()})
+    convert(base, "dense", layers=experts)
+    return base
+
+
 class _RoundingOptimizer:
     """Structure-aware learning rates. Most steps are too small for bfloat16, whose parameters learn in float32."""
 
@@ -209,7 +230,7 @@ class _RoundingOptimizer:
         self._learning = {name: p.detach().float() if p.dtype == torch.bfloat16 else p for name, p in trained.items()}
         self._rounded = {name: p for name, p in trained.items() if p is not self._learning[name]}
         learning = {id(trained[name]): p for name, p in self._learning.items()}
-        groups = param_groups(model, lr, base=original, weight_decay=weight_decay, optimizer=optimizer)
+        groups = param_groups(model, lr, base=_base(model, original), weight_decay=weight_decay, optimizer=optimizer)
         groups += param_groups(adapters, lr, base=None, weight_decay=weight_decay, optimizer=optimizer)
         for group in groups:
             group["params"] = [learning.get(id(p), p) for p in group["params"]]

@@ -76,7 +76,8 @@ def config_changes(model: Any, blocks: Blocks) -> dict[str, int] | None:
         return None
     owners, groups = [inner.owner for inner, _ in blocks], {len(kept) for _, kept in blocks}
     expected = _sizes(without_groups(model, blocks), owners)
-    if len(groups) > 1:
+    # of size 0, the model is built, but may not be initialised
+    if len(groups) > 1 or 0 in groups:
         return None
     for changes in _proposals(model.config, blocks[0][0], groups.pop()):
         config = copy.deepcopy(model.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -108,8 +109,8 @@ def compress_command(
                 raise ValueError(f"--train must be one of {', '.join(TRAIN)}, not {train!r}")
             if optimizer not in LEARNING_RATES:
                 raise ValueError(f"--optimizer must be one of {', '.join(LEARNING_RATES)}, not {optimizer!r}")
-            if lr == 0:
-                raise ValueError("--lr must be positive: at 0 nothing is learnt")
+            if lr is not None and not 0 < lr < math.inf:
+                raise ValueError(f"--lr must be a positive number, not {lr:g}")
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):

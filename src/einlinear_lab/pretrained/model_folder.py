@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 import shutil
@@ -137,6 +138,10 @@ def save(
         except SafetensorError as error:
             raise OSError(f"the weights cannot be written to {out.parent}: {error}") from error
         metadata = asdict(report)
+        for layer in metadata["layers"]:
+            # JSON has no NaN, which stands for layers that are not timed
+            speeds = layer["speed_up"]["by_tokens"].items()
+            layer["speed_up"]["by_tokens"] = {tokens: None if math.isnan(ratio) else ratio for tokens, ratio in speeds}
         content = {"layers": metadata["layers"], "skipped": dict(report.skipped), "coverage": metadata["coverage"]}
         write_json(folder / REPORT, {**content, "config": dict(config)})
     return left_out

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import einlinear as el
+from einlinear.compression.narrowed_config import config_changes, find_blocks
+from einlinear.compression.selection import select_layers
 
 # in a process that cannot import this library
 _PLAIN = """
@@ -92,6 +94,17 @@ def test_uniform_sizes_load_without_this_library(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for cls, model in models.items():
         assert torch.equal(load_file(tmp_path / cls / "logits")["logits"], output(model))
+
+
+def test_the_config_keeps_the_size_of_blocks_that_are_removed_as_a_whole() -> None:
+    """A config with size 0 builds a model that transformers may not be able to initialise, such as a T5."""
+    model, batches = make("bert", None), [{"input_ids": torch.randint(3, 48, (16, 12))}]
+    with torch.no_grad():
+        blocks, _ = find_blocks(model, select_layers(model, None, batches), batches, ["narrow"])
+    inner = [block for block in blocks if block.size == 64]
+    assert len(inner) == 2
+    assert config_changes(model, [(block, range(5)) for block in inner]) == {"intermediate_size": 5}
+    assert config_changes(model, [(block, range(0)) for block in inner]) is None
 
 
 def test_a_narrow_model_generates() -> None:

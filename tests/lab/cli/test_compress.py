@@ -81,6 +81,22 @@ def test_what_comes_out_is_loaded_as_any_model(source: Path, text: Path, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
+def test_stacked_experts(text: Path, tmp_path: Path) -> None:
+    from tests.compression.test_experts import mixture
+
+    model, tokenizer = mixture(), tokenizer_of(text.read_text())
+    model.resize_token_embeddings(len(tokenizer))
+    for folder in (model, tokenizer):
+        folder.save_pretrained(tmp_path / "model")
+    command = ("compress", tmp_path / "model", "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS)
+    code, _, err = run(*command, "--calibration", text, "--distill", 0.01)
+    assert (code, err) == (0, "")
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    timed = {layer["name"].endswith("proj"): layer["speed_up"]["by_tokens"]["1"] for layer in report["layers"]}
+    assert timed[False] is None
+    assert timed[True] > 0
+
+
 ONE = pytest.mark.parametrize("source", ["bert"], indirect=True)
 
 
