@@ -205,7 +205,12 @@ def main() -> None:
             statistics = collect(task.original, task.layout, task.calibration, task.call)
             collecting = time.process_time() - start
         start = time.process_time()
-        model, counts = compressed(task, method, size, statistics, cache)
+        try:
+            model, counts = compressed(task, method, size, statistics, cache)
+        # a size that nothing reaches
+        except ValueError as error:
+            print(f"{method}, {size:g}: {error}", flush=True)
+            continue
         seconds = time.process_time() - start + (collecting if method in SIZED and method != "svd" else 0)
         row |= {**counts, "seconds": seconds, "speed": speeds(task, model, arguments.rounds)}
         row["before"] = task.quality(model)

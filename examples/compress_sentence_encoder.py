@@ -93,6 +93,7 @@ def main() -> None:
         "--calibrated", type=int, default=2048, help="sentences; with another number, name another --out"
     )
     parser.add_argument("--steps", type=int, default=240, help="of distillation each, 32 sentences a step")
+    parser.add_argument("--optimizer", default="muon", help="of distillation: muon or adamw")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th, for n processes beside each other")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
@@ -122,7 +123,7 @@ def main() -> None:
         row: dict[str, Any] = {"budget": budget, "structures": name, "how": how}
         row |= {"kept": report.params / report.params_before, "seconds": time.monotonic() - start}
         row["before"] = agreement(right, embeddings(model, tested))
-        distillation = el.distill(model, original, trained, steps=arguments.steps)
+        distillation = el.distill(model, original, trained, steps=arguments.steps, optimizer=arguments.optimizer)
         row |= {"after": agreement(right, embeddings(model, tested)), "distillation_seconds": distillation.seconds}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
