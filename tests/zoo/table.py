@@ -66,7 +66,6 @@ EXPECTED: dict[tuple[str, str], tuple[str, str]] = {
     **{("EnCodec", step): _NO_LINEAR for step in ("train", "project", "builds", "compress")},
     ("EnCodec", "densify"): ("there is no structured layer", _NO_LINEAR[1]),
     ("Rwkv", "train"): _IN_PLACE,
-    ("Rwkv", "compress"): _IN_PLACE,
     ("Rwkv", "generate"): _STATE,
 }
 

@@ -536,7 +536,7 @@ def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, mon
             ["--max-memory needs weights that stay in their files, but ", "does not: give --dtype auto"],
         ),
         ({"--distill": 1, "--calibration": "text.txt", "--dtype": "float16"}, ["float16 parameters cannot be trained"]),
-        ({"--distill": 1, "--calibration": "text.txt", "--lr": 0}, ["--lr must be positive"]),
+        ({"--distill": 1, "--calibration": "text.txt", "--lr": 0}, ["--lr must be a positive number, not 0"]),
         ({"--optimizer": "sgd"}, ["--optimizer must be one of muon, adamw, not 'sgd'"]),
         ({"--out": "model/small"}, ["is inside the model's own folder", "name a folder beside it"]),
         ({"--out": "model"}, ["exists: name a folder that does not"]),
