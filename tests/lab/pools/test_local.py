@@ -76,6 +76,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             os.kill(victim, signal.SIGKILL)
             kills += 1
         driver.join(120)
+        if driver.is_alive():
+            driver.kill()
+            pytest.fail("the driver does not end")
         if driver.exitcode == 0:
             break
     assert kills == KILLS
