@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from tests.integrations import parallel_runs as runs
+from tests.processes import made_once, run_script
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -60,16 +58,7 @@ COUNTS: dict[str, list[dict[str, int]]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes have saved; they run once for all processes of pytest."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tensor_parallel"
-    with filelock.FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            folder.mkdir()
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-            command = [sys.executable, runs.__file__, str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-            assert done.returncode == 0, done.stderr
-    return folder
+    return made_once(tmp_path_factory, "tensor_parallel", partial(run_script, runs.__file__))
 
 
 @cache

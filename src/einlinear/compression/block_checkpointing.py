@@ -1,6 +1,4 @@
-"""Gradient checkpointing of a model's blocks: a backward pass holds the activations of one block, and computes others
-again.
-"""
+"""Gradient checkpointing of a model's blocks: the backward pass holds the activations of one block at a time."""
 
 from __future__ import annotations
 

@@ -94,9 +94,9 @@ def distill(
     Raises:
         TypeError: a single batch instead of several.
         ValueError: no batches, steps, rate or rank, a wrong clip, warmup or weight decay, an unknown `train` or
-            `optimizer`, a glob that matches nothing,
-            nothing to train or in float16, parameters that the original shares, a folder of another distillation; or,
-            after some training, batches that end and cannot be repeated, or a loss that is NaN.
+            `optimizer`, a glob that matches nothing, nothing to train or in float16, parameters that the original
+            shares, a folder of another distillation; or, after some training, batches that end and cannot be repeated,
+            or a loss that is NaN.
 
     Example:
         >>> import copy, torch, einlinear as el

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# bytes below which a file of its own saves nothing
+# a tensor of fewer bytes gets no file of its own
 _SMALL = 2**20
 
 

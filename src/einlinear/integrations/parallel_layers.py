@@ -117,7 +117,7 @@ class LayerShare:
         return y
 
     def output(self, layer: Factored, x: Any, routing: ops.Routing | None = None) -> Any:
-        """Return the output of a layer for the features of `input`, in the layout of the style."""
+        """Return the output of a layer for the features of `input`, as `output_layouts` say."""
         bias: Any = None if layer.bias is None else layer.bias.to_local()  # type: ignore[attr-defined]
         return (self.split_outputs if self.is_out else self.split_inputs)(self.product(layer, routing), x, bias)
 
@@ -198,11 +198,11 @@ class LayerShare:
         return reduce(torch.add, rows)
 
     def joined_rows(self, rows: Tensor) -> Any:
-        """Return what the devices found, in the layout of the style."""
+        """Return the rows that all devices looked up, as `output_layouts` say."""
         return self.laid_out(self.distributed(rows, Partial() if self.is_out else Shard(-1)))
 
     def laid_out(self, y: Any) -> Any:
-        """Return a DTensor in the layout of the style."""
+        """Return a DTensor, or its local part, as `output_layouts` and `use_local_output` say."""
         y = y.redistribute(placements=self.output_layouts)
         return y.to_local() if self.use_local_output else y
 

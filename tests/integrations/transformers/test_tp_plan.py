@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
-import filelock
 import pytest
 import torch
 from tests.integrations.transformers import tp_plan_runs as runs
+from tests.processes import made_once, run_script
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,18 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes have saved; they run once for all processes of pytest."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tp_plan"
-    with filelock.FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            folder.mkdir()
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-            command = [sys.executable, runs.__file__, str(folder)]
-            # transformers would take a GPU, which one process has
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-            assert done.returncode == 0, done.stderr
-    return folder
+    return made_once(tmp_path_factory, "tp_plan", partial(run_script, runs.__file__))
 
 
 def load(folder: Path, name: str) -> PreTrainedModel:

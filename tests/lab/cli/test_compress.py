@@ -22,7 +22,9 @@ from einlinear_lab.cli.app import app
 
 pytestmark = needs("transformers")
 
-OPTIONS = ("--structures", "low_rank; btt", "--samples", "8", "--max-length", "16", "--batch-size", "4")
+FEW = ("--samples", "8", "--max-length", "16", "--batch-size", "4")
+OPTIONS = ("--structures", "low_rank; btt", *FEW)
+LOW_RANK = ("--structures", "low_rank", *FEW)
 
 
 def tokenizer_of(text: str) -> Any:
@@ -201,7 +203,7 @@ def test_a_narrow_sentence_transformer_stays_one(structures: str, source: Path, 
     from sentence_transformers import SentenceTransformer
 
     folder = pipeline_of(source, text, tmp_path / "st", "")
-    command = ("compress", folder, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS[2:])
+    command = ("compress", folder, "--out", tmp_path / "out", "--budget", 0.6, *FEW)
     code, out, err = run(*command, "--structures", structures, "--calibration", text)
     assert (code, err) == (0, "")
     original, found = (SentenceTransformer(str(path)) for path in (folder, tmp_path / "out"))
@@ -453,23 +455,14 @@ def test_distillation_resumes(source: Path, text: Path, tmp_path: Path, monkeypa
 def test_a_limit_on_memory_changes_no_result(source: Path, text: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    command = (
-        "compress",
-        source,
-        "--budget",
-        0.6,
-        *OPTIONS[2:],
-        "--structures",
-        "low_rank",
-        "--calibration",
-        text,
-    )
+    command = ("compress", source, "--budget", 0.6, *LOW_RANK, "--calibration", text)
     code, out, err = run(*command, "--out", tmp_path / "a")
     assert (code, err) == (0, "")
     assert "Peak memory" not in out
     code, out, err = run(*command, "--out", tmp_path / "b", "--max-memory", "1 MB")
     assert (code, err) == (0, "")
     assert re.search(r"^Peak memory: \d\.\d\d GB, of the 0\.00 GB allowed\.$", out, re.MULTILINE)
+    assert "Memory outside of files takes more than that" in out
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
@@ -488,17 +481,7 @@ def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, mon
         write(tensors, path, **options)
 
     monkeypatch.setattr(checkpoint, "save_file", until_full)
-    command = (
-        "compress",
-        source,
-        "--budget",
-        0.6,
-        *OPTIONS[2:],
-        "--structures",
-        "low_rank",
-        "--calibration",
-        text,
-    )
+    command = ("compress", source, "--budget", 0.6, *LOW_RANK, "--calibration", text)
     answer = run(*command, "--out", tmp_path / "out")
     assert_refused(
         answer, "cannot be written, the results before it are complete, and the same call resumes: ", "No space"

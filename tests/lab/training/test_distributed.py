@@ -1,16 +1,15 @@
 """Two processes on gloo: the losses, learning rates and checkpoints of one."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 from tests.lab.training import toy
+from tests.processes import made_once
 
 from einlinear import checkpoint
 
@@ -36,16 +35,10 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes have done, one run after the other; once for all processes of pytest."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "together"
-    with filelock.FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            run_together(folder)
-    return folder
+    return made_once(tmp_path_factory, "together", run_together)
 
 
 def run_together(folder: Path) -> None:
-    folder.mkdir()
     runs = {
         name: OPTIONS | {"steps": 12, "checkpoint_every": 6, "accumulate": 2, "parallel": name.split(",")[0]} | options
         for name, options in CASES.items()
